@@ -124,16 +124,22 @@ def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
             server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
-    vocabulary = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    # As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP.
+def tiny_tokenizer(folder: Path) -> BertTokenizer:
+    """As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP."""
     tokens = ["[unused]" if word == "[SEP]" else word for word in WORDS]
     tokens += [f"[unused{number}]" for number in range(len(tokens), 63)]
-    vocabulary.write_text("\n".join([*tokens, "[SEP]"]))
-    tokenizer = BertTokenizer(vocab=str(vocabulary))
-    size = {"height": 32, "width": 32}
-    return ICLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer, patch_size=8)
+    (folder / "vocab.txt").write_text("\n".join([*tokens, "[SEP]"]))
+    return BertTokenizer(vocab=str(folder / "vocab.txt"))
+
+
+def tiny_image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return ICLIPProcessor(tiny_image_processor(), tokenizer, patch_size=8)
 
 
 @pytest.fixture(scope="session")

@@ -210,7 +210,7 @@ def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monk
 
 
 def test_code_of_a_model_folder_does_not_take_the_task_over():
-    spec = importlib.util.spec_from_file_location("iclip_hf.pipeline_copy", pipeline_file)
+    spec = importlib.util.spec_from_file_location("iclip_hf.model.pipeline_copy", pipeline_file)
     other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
     assert other.ImageTextSimilarityMapPipeline is not ImageTextSimilarityMapPipeline

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
 
-from ..model.images import MAX_DOWNLOAD, load_image
+from ..model.downloads import MAX_DOWNLOAD
+from ..model.images import load_image
 from .sources import USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
 
 

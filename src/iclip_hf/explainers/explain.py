@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from ..model.engine import Engine
 from ..model.explanation import Explanation
-from ..model.processing_iclip import to_image
+from ..model.images import load_image
 from ..model.prompts import split_texts
 from . import make_explainer
 
@@ -63,7 +63,7 @@ def explain(
         `OSError`: an image cannot be read.
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
-    images = [to_image(image, timeout) for image in ([images] if is_one else images)]
+    images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
     texts = split_texts(texts)
     per_image = bool(texts) and not isinstance(texts[0], str)
     sizes = [None] * len(images) if target_sizes is None else target_sizes

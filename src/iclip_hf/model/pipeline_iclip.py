@@ -13,8 +13,9 @@ from transformers.utils import logging
 
 from .engine import Engine
 from .explanation import Explanation
+from .images import load_image
 from .presence import MIN_PRESENCE
-from .processing_iclip import check_threshold, check_thresholds, check_tokenizer, to_image
+from .processing_iclip import check_threshold, check_thresholds, check_tokenizer
 from .prompts import split_texts
 from .regions import MIN_AREA, find_regions, run_lengths
 
@@ -111,7 +112,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
         engine = Engine(self.model, self.processor, image_size=size)
-        return {"image": replace(engine.prepare(to_image(image, timeout)), image=None)}
+        return {"image": replace(engine.prepare(load_image(image, timeout=timeout)), image=None)}
 
     def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
         image = model_inputs["image"]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from ..model.images import load_image
 from ..model.presence import ABSENT
-from ..model.processing_iclip import to_image
 from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask
@@ -71,7 +71,7 @@ def draw(
     Raises:
         `ValueError`: the image cannot be read, or there is no such colour map.
     """
-    image = to_image(image)
+    image = load_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
     image = at_picture_size(image, dpi)
     pictures = [image]

@@ -293,17 +293,17 @@ def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
     return root
 
 
-def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:
-    """A webdataset shard of noise images with two captions each."""
+def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0, captions=None) -> None:
+    """A webdataset shard of noise images with two captions each, or those given."""
     draws = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             image = io.BytesIO()
             Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(image, "JPEG")
             words = [WORDS[j] for j in draws.integers(0, 12, 5)]
-            captions = json.dumps({"captions": [" ".join(words), " ".join(words[::-1]) + f" {i}"]})
+            own = captions or [" ".join(words), " ".join(words[::-1]) + f" {i}"]
             data = b"no image" if i in broken else image.getvalue()
-            for suffix, content in ((".jpg", data), (".json", captions.encode())):
+            for suffix, content in ((".jpg", data), (".json", json.dumps({"captions": own}).encode())):
                 member = tarfile.TarInfo(f"{i:05d}{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

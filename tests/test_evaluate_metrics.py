@@ -244,7 +244,9 @@ def test_examples_of_the_cards(folder, monkeypatch):
 
 def test_examples_of_the_metrics():
     """With numpy alone in their namespace."""
-    found = [doctest.testmod(module, extraglobs={"np": np}) for module in (label_maps, maps, recognition, segmentation)]
+    found = [
+        doctest.testmod(module, extraglobs={"np": np}) for module in (label_maps, maps, recognition, segmentation)
+    ]
     assert all(examples.attempted >= 3 and not examples.failed for examples in found)
 
 

@@ -63,7 +63,9 @@ def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_process
     assert figures["miou"] == pytest.approx(expected, abs=0.3)  # of few pixels, some of them at the threshold
     rows = result.per_class["itsm"]
     assert [row["name"] for row in rows] == ["background", *NAMES]
-    assert {row["id"]: iou for row in rows if (iou := row["segmentation"]["IoU"]) is not None} == pytest.approx(iou, abs=0.6)
+    assert {row["id"]: iou for row in rows if (iou := row["segmentation"]["IoU"]) is not None} == pytest.approx(
+        iou, abs=0.6
+    )
     shares = np.bincount(np.concatenate([r[r != 255] for *_, r in found]))
     assert figures["floor"] == pytest.approx(100 * shares.max() / shares.sum() / np.count_nonzero(shares))
     assert figures["floor_class"] == "background" and "| background |" in result.table()
@@ -96,7 +98,9 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
     assert result.results["itsm"]["segmentation"]["miou"] == pytest.approx(miou(pairs)[0], abs=0.2)
     assert result.results["reversed_itsm"]["segmentation"]["miou"] == pytest.approx(miou(turned)[0], abs=0.2)
     assert len({figures["segmentation"]["miou"] for figures in result.results.values()}) == len(methods)
-    assert {row["segmentation"]["IoU"] for row in result.per_class["attention"] if row["id"] > 1} == {0}  # equal maps: the first text
+    assert {row["segmentation"]["IoU"] for row in result.per_class["attention"] if row["id"] > 1} == {
+        0
+    }  # equal maps: the first text
     assert result.results["itsm"]["segmentation"]["thresholds"] == [0.25, 0.25]
     result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)  # of probabilities
     pairs = []
@@ -198,11 +202,15 @@ def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_proce
     dataset = load_segmentation("folder", labelled_folder)
     options = {"metrics": [Segmentation(window=32, threshold=0.5)], "progress": False}
     alone, result = (
-        evaluate_model((tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options)
+        evaluate_model(
+            (tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options
+        )
         for size in (1, 4)
     )
     assert [result.protocol["metrics"]["segmentation"][name] for name in ("window", "stride")] == [32, 16]
-    assert alone.results["itsm"]["segmentation"]["miou"] == pytest.approx(result.results["itsm"]["segmentation"]["miou"], abs=0.1)
+    assert alone.results["itsm"]["segmentation"]["miou"] == pytest.approx(
+        result.results["itsm"]["segmentation"]["miou"], abs=0.1
+    )
     with pytest.raises(ValueError, match="multiples of the patch size of 8 pixels"):
         segment((tiny_model(), tiny_processor), dataset, window=32, stride=12)
 

@@ -1,7 +1,6 @@
 import csv
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,6 @@ from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import (
     TASKS,
-    ClassMeans,
     MeanForegroundMinusBackground,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
@@ -243,7 +241,9 @@ def test_a_limit_and_what_the_protocol_says(labelled_folder, tiny_processor):
     assert protocol["dataset"]["fingerprint"] == dataset.fingerprint()
     assert protocol["image_size"] == {"height": 40, "width": 40} and protocol["templates"] == ["a {}"]
     assert protocol["dtype"] == "float32"
-    alone = evaluate_model((tiny_model(), tiny_processor), dataset[:2], image_size=40, templates=["a {}"], progress=False)
+    alone = evaluate_model(
+        (tiny_model(), tiny_processor), dataset[:2], image_size=40, templates=["a {}"], progress=False
+    )
     assert result.results == alone.results and result.per_class == alone.per_class
     # A part of a split does not pass for the whole.
     assert len(dataset) > 2 and alone.protocol["dataset"]["images_in_split"] == len(dataset)
@@ -275,7 +275,9 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
     for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4)):
         assert two[name][name.lower()] == pytest.approx(one[name][name.lower()], abs=apart)
     for name in ("auc", "auc_hard", "kept", "passed", "calibration_error"):
-        assert together["results"]["itsm"]["presence"][name] == pytest.approx(written["results"]["itsm"]["presence"][name], abs=1e-3)
+        assert together["results"]["itsm"]["presence"][name] == pytest.approx(
+            written["results"]["itsm"]["presence"][name], abs=1e-3
+        )
 
 
 def test_thresholds_of_classes(tmp_path):
@@ -295,7 +297,10 @@ def test_thresholds_of_classes(tmp_path):
 
 def test_another_size_of_images_changes_maps_alone(labelled_folder, tiny_processor):
     """mAP and presence are those of the model's own size, as `explain` shows them."""
-    model, dataset = (tiny_model(logit_bias_init_value=0.0), tiny_processor), load_segmentation("folder", labelled_folder)
+    model, dataset = (
+        (tiny_model(logit_bias_init_value=0.0), tiny_processor),
+        load_segmentation("folder", labelled_folder),
+    )
     metrics = ["mAP", "mMIoU", "presence"]
     own, large = (
         evaluate_model(model, dataset, metrics=metrics, image_size=size, progress=False) for size in (None, 64)
@@ -316,7 +321,9 @@ def test_scores_and_options_stand_by_metric(labelled_folder, tiny_processor):
     names = ["mMIoU", "segmentation", "max_sensitivity", "label_maps"]
     result = evaluate_model(model, dataset, metrics=make_metrics(names, seed=3), progress=False)
     together = result.results["itsm"]
-    alone = [evaluate_model(model, dataset, metrics=[name], progress=False).results["itsm"][name] for name in names[:2]]
+    alone = [
+        evaluate_model(model, dataset, metrics=[name], progress=False).results["itsm"][name] for name in names[:2]
+    ]
     assert [together[name] for name in names[:2]] == alone and alone[0]["floor"] != alone[1]["floor"]
     for scores, heading in zip(alone, ("floor %", "floor of mIoU %")):
         headings, _, row = (line.split(" | ") for line in result.table().split("\n")[:3])

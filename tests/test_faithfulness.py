@@ -216,7 +216,6 @@ def slowly(model, processor, dataset, method):
         pixels = processor(images=[sample.image])["pixel_values"]
         raw = raw_maps(explainer, pixels, texts)[0][0]
         for label in sample.labels:
-
             sign = -1 if explainer.reversed else 1
 
             def explain(images, label=label, sign=sign):
@@ -294,14 +293,22 @@ def test_the_command_takes_options_of_metrics_and_the_first_images(root, world, 
     more = ("--metrics", "deletion_insertion", "randomization", "--methods", "itsm", "attention", "--steps", 2)
     assert iclip("evaluate", "--model", world.folder / "model", *data, *more) == 0
     written, lines = json.loads(output.read_text()), capsys.readouterr().out.splitlines()
-    assert written["protocol"]["metrics"]["deletion_insertion"]["steps"] == 2 and written["protocol"]["dataset"]["images"] == 3
+    assert (
+        written["protocol"]["metrics"]["deletion_insertion"]["steps"] == 2
+        and written["protocol"]["dataset"]["images"] == 3
+    )
     assert lines[0].startswith("| method, on 3 of 4 images | ")
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     itsm = written["results"]["itsm"]
-    difference, correlations = itsm["deletion_insertion"]["difference_probability"], itsm["randomization"]["randomization"]
+    difference, correlations = (
+        itsm["deletion_insertion"]["difference_probability"],
+        itsm["randomization"]["randomization"],
+    )
     for figure in (f"{difference:.4f}", f"{correlations[-1]:.2f}"):
         assert figure in lines[2]
     rows = (tmp_path / "results.csv").read_text().splitlines()
     assert (
-        rows[0].startswith("method,id,name,deletion_insertion.deletion_cosine") and rows[3].startswith("itsm,3,car,,") and len(rows) == 7
+        rows[0].startswith("method,id,name,deletion_insertion.deletion_cosine")
+        and rows[3].startswith("itsm,3,car,,")
+        and len(rows) == 7
     )

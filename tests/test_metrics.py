@@ -471,7 +471,9 @@ def test_label_maps_by_hand_without_void_pixels():
     assert metric.compute() == pytest.approx(
         {"iou": 100 * (2 / 4 + 0) / 2, "absent": 20.0, "kept": 50.0, "classes": 2, "images": 1}
     )
-    metric.update(np.array([[1, -1]]), np.array([[[9, 9]], [[6, 0]]]), [5, 6])  # no pixel counts that is void in a mask
+    metric.update(
+        np.array([[1, -1]]), np.array([[[9, 9]], [[6, 0]]]), [5, 6]
+    )  # no pixel counts that is void in a mask
     metric.update(np.array([[0, 0]]), np.zeros((0, 1, 2)), [])  # an image without a class
     found = metric.compute()
     assert (found["classes"], found["images"]) == (2, 1)
@@ -498,7 +500,9 @@ def test_presence_by_hand():
     metric.update(np.array([[0.9, 0.6, 0.7], [0.2, 0.4, 0.5]]), np.array([[1, 0, 1], [1, 0, 0]]))
     found = metric.compute()
     assert (found["kept"], found["kept_things"], found["kept_stuff"]) == pytest.approx((200 / 3, 50.0, 100.0))
-    assert (found["passed"], found["passed_hard"]) == pytest.approx((200 / 3, 50.0))  # 0.6 and 0.5; like the dog 0.6, 0.4
+    assert (found["passed"], found["passed_hard"]) == pytest.approx(
+        (200 / 3, 50.0)
+    )  # 0.6 and 0.5; like the dog 0.6, 0.4
     assert found["auc"] == pytest.approx(6 / 9) and found["auc_hard"] == pytest.approx(4 / 6)
     plain = Presence()
     plain.merge(metric)

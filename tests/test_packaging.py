@@ -131,7 +131,9 @@ OPTIONAL += ["skimage", "sklearn", "tensorboard", "timm"]
 NEEDS = {  # names of modules by the extra that they need
     "collections": ["explainers.collection"],
     "demo": ["demo.app"],
-    "eval": [f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")],
+    "eval": [
+        f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
+    ],
     "train": [
         f"training.{name}" for name in ("batches", "checkpoints", "inputs", "report", "run", "selection", "validation")
     ],

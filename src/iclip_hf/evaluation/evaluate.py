@@ -89,7 +89,7 @@ def evaluate_model(
         total.state = of_all
     results, per_class = {}, {}
     for method in run.methods:
-        reports = {metric.name: totals[metric.name, metric.by_method and method].report() for metric in metrics}
+        reports = {metric.name: totals[metric.name, method if metric.by_method else None].report() for metric in metrics}
         results[method] = {name: scores for name, (scores, _) in reports.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(
@@ -174,11 +174,13 @@ class EvaluationRun:
     def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
         """
         Measures all images of this process. Threads decode images and update metrics while this thread runs the model. Returns a metric
-        with its items by name and method, which is False for metrics that do not depend on the method.
+        with its items by its name and the method, which is None for metrics that do not depend on the method.
         """
         needs = frozenset().union(*(metric.needs for metric in metrics))
-        by_method = {False: [metric for metric in metrics if not metric.by_method]}
-        by_method |= dict.fromkeys(self.methods, [metric for metric in metrics if metric.by_method])
+        by_method = {
+            method: [metric for metric in metrics if metric.by_method == bool(method)]
+            for method in (None, *self.methods)
+        }
         totals = {(metric.name, method): metric.empty() for method, of in by_method.items() for metric in of}
 
         def update(image: EvaluatedImage) -> list[Metric]:
@@ -188,7 +190,7 @@ class EvaluationRun:
                 maps = image.explanations[method].maps if method and "maps" in needs else None
                 for metric in of_method:
                     parts.append(metric.empty())
-                    parts[-1].update_from(image, method or None, maps)
+                    parts[-1].update_from(image, method, maps)
             return parts
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)

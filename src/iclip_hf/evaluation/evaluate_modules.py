@@ -91,9 +91,7 @@ class MetricModule(evaluate.Metric, ABC):
     def add(self, *, ignore_index: int | None = None, **item):
         """Adds one item: `prediction`, `reference`, and `label` or `labels`."""
         plural = {"prediction": "predictions", "reference": "references", "label": "labels"}
-        self.add_batch(
-            ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()}
-        )
+        self.add_batch(ignore_index=ignore_index, **{plural.get(name, name): [value] for name, value in item.items()})
 
     def add_batch(self, *, predictions, references, labels, ignore_index: int | None = None):
         """Adds items: `predictions`, `references` and `labels` of equal length."""
@@ -108,7 +106,9 @@ class MetricModule(evaluate.Metric, ABC):
 
     def compute(self, *, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
-        metric = self.metric(**self.options | self._options(items))  # first, so that an error does not lose the added items
+        metric = self.metric(
+            **self.options | self._options(items)
+        )  # first, so that an error does not lose the added items
         items = {name: values for name, values in items.items() if values is not None}  # None is of `evaluate.combine`
         if not items and ignore_index is not None:
             raise ValueError("ignore_index belongs to the call that adds the items, or to `evaluate.load`.")

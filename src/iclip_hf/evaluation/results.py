@@ -50,7 +50,9 @@ class EvaluationResult:
             for row in classes:
                 rows.append({"method": method})
                 for name, value in row.items():
-                    scores = {f"{name}.{score}": one for score, one in value.items()} if isinstance(value, dict) else {}
+                    scores = (
+                        {f"{name}.{score}": one for score, one in value.items()} if isinstance(value, dict) else {}
+                    )
                     rows[-1] |= scores or {name: value}
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))

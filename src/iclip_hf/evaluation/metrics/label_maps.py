@@ -78,7 +78,9 @@ class LabelMaps(Metric):
         classes, iou, kept = self.state.sums.get("classes", np.zeros(3))
         images, absent = self.state.sums.get("images", np.zeros(2))
         means = {"iou": (iou, classes), "absent": (absent, images), "kept": (kept, classes)}
-        scores = {name: 100 * float(total / number) if number else float("nan") for name, (total, number) in means.items()}
+        scores = {
+            name: 100 * float(total / number) if number else float("nan") for name, (total, number) in means.items()
+        }
         return scores | {"classes": int(classes), "images": int(images)}
 
     def prepare(self, run) -> None:

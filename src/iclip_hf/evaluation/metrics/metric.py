@@ -181,7 +181,9 @@ class ClassMeans(Metric):
         - **pairs**, **left_out** -- number of pairs, and {"no_value": the largest number of pairs that have no value of a score}.
         """
         sums, width = self.state.sums, len(self.names or self.columns)
-        per_class = {label: total / np.where(number, number, np.nan) for label, (number, total) in sorted(sums.items())}
+        per_class = {
+            label: total / np.where(number, number, np.nan) for label, (number, total) in sorted(sums.items())
+        }
         columns = np.array([*per_class.values()]).reshape(-1, width).T
         means = np.array([mean(column[~np.isnan(column)]) for column in columns])
         known = sum((number for number, _ in sums.values()), np.zeros(width)).astype(int)

@@ -83,9 +83,7 @@ class Randomization(ClassMeans):
     name = "randomization"
     columns = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
     needs = frozenset()
-    definition = (
-        "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on the grid of the maps"
-    )
+    definition = "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on the grid of the maps"
 
     def __init__(self, seed: int = 0):
         super().__init__()

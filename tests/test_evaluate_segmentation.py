@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, tiny_model
-from families import raw_maps
 from torch.nn import functional as F
 
-from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import LabelMaps
 from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, windowed_maps
-from iclip_hf.explainers import make_explainer
-from iclip_hf.model.modeling_iclip import cosines
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.refinement import refine_maps
 
@@ -63,7 +60,7 @@ def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_process
     assert figures["miou"] == pytest.approx(expected, abs=0.3)  # of few pixels, some of them at the threshold
     rows = result.per_class["itsm"]
     assert [row["name"] for row in rows] == ["background", *NAMES]
-    assert {row["id"]: iou for row in rows if (iou := row["segmentation"]["IoU"]) is not None} == pytest.approx(
+    assert {row["id"]: one for row in rows if (one := row["segmentation"]["IoU"]) is not None} == pytest.approx(
         iou, abs=0.6
     )
     shares = np.bincount(np.concatenate([r[r != 255] for *_, r in found]))
@@ -145,18 +142,10 @@ def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
             ious.append((own & segment).sum() / (own | segment).sum())
             hidden.append(not segment.any())
         areas.append(np.isin(found, absent)[known].mean())
-    assert (result["texts"], result["images"]) == (len(ious), len(areas)) and 0 < np.mean(hidden) < 1
-    assert result["typed_iou"] == pytest.approx(100 * np.mean(ious), abs=0.3)
-    assert result["without_pixel"] == pytest.approx(100 * np.mean(hidden))
-    assert result["absent_area"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent_area"] > 0
-
-
-def model_scores(model, processor, samples, texts):
-    """Cosines of images and texts, `(T,)` each."""
-    loaded = load((model, processor))
-    encoded = loaded.encode_texts(texts)
-    images = [loaded.get_image_features(processor(images=[sample.image])["pixel_values"]) for sample in samples]
-    return [cosines(image.image_embeds, encoded.text_embeds)[0] for image in images]
+    assert (result["classes"], result["images"]) == (len(ious), len(areas)) and 0 < np.mean(hidden) < 1
+    assert result["iou"] == pytest.approx(100 * np.mean(ious), abs=0.3)
+    assert result["kept"] == pytest.approx(100 * (1 - np.mean(hidden)))
+    assert result["absent"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent"] > 0
 
 
 def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
@@ -180,22 +169,22 @@ def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
 
 
 def test_windows_are_cut_run_and_averaged(tiny_processor):
-    explainer = make_explainer((tiny_model(), tiny_processor))
-    texts = explainer.model.encode_texts(NAMES)
+    engine = Engine(tiny_model(), tiny_processor)
+    texts = engine.encode(NAMES)
     pixels = torch.randn(2, 3, 48, 56, generator=torch.Generator().manual_seed(0))
-    found = windowed_maps(explainer, pixels, texts, window=32, stride=16)
+    found = windowed_maps(engine, pixels, texts, window=32, stride=16)
     assert found.shape == (2, 3, 6, 7)
     values = [[[] for _ in range(7)] for _ in range(6)]
     for top in (0, 16):
         for left in (0, 16, 24):  # the last of a row ends at the edge
-            maps, _ = raw_maps(explainer, pixels[..., top : top + 32, left : left + 32], texts)
+            maps, _ = engine.raw_maps(pixels[..., top : top + 32, left : left + 32], texts)
             for y in range(4):
                 for x in range(4):
                     values[top // 8 + y][left // 8 + x].append(maps[..., y, x])
     expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in values], -2)
     assert torch.allclose(found, expected, atol=1e-5)
-    whole, _ = raw_maps(explainer, pixels, texts)
-    assert torch.equal(windowed_maps(explainer, pixels, texts, window=64, stride=8), whole)
+    whole, _ = engine.raw_maps(pixels, texts)
+    assert torch.equal(windowed_maps(engine, pixels, texts, window=64, stride=8), whole)
 
 
 def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):

@@ -89,7 +89,9 @@ def evaluate_model(
         total.state = of_all
     results, per_class = {}, {}
     for method in run.methods:
-        reports = {metric.name: totals[metric.name, method if metric.by_method else None].report() for metric in metrics}
+        reports = {
+            metric.name: totals[metric.name, method if metric.by_method else None].report() for metric in metrics
+        }
         results[method] = {name: scores for name, (scores, _) in reports.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(

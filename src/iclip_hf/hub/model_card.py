@@ -115,7 +115,8 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     """Returns what the template is filled with, but for the name and the figures."""
     sides = {side: getattr(model.config, side) for side in ("vision_config", "text_config")}
     shape = ("model_type", "num_hidden_layers", "hidden_size", "patch_size")
-    options = {name: getattr(model.config, name) for name in sorted({*type(model.config).__annotations__} - {*sides})}
+    names = sorted({*type(model.config).__annotations__} - {*sides})
+    options = {name: value for name in names if (value := getattr(model.config, name)) is not None}
     terms = data_terms(record)
     return {
         "towers": [describe_tower(config) for config in sides.values()],

@@ -66,9 +66,8 @@ setup(
         "iclip_hf": [
             "py.typed",
             "data/astronaut.*",
-            "demo/*.css",
             "demo/*.js",
-            "demo/web/*",
+            "hub/web/*",
             "backends/*.safetensors",
         ],
         "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],

@@ -156,7 +156,7 @@ def asking_again(rounds: int) -> str:
     """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
     # Gradio would take long to import in each of the fresh processes.
     from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
-    from iclip_hf.demo.content import EXAMPLES
+    from iclip_hf.hub.viewer import EXAMPLES
 
     localizer = Localizer("embedded", ["dog"])
     image = photograph(0)

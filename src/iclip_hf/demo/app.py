@@ -16,13 +16,23 @@ from ..backends.loading import load
 from ..explainers import METHODS
 from ..explainers.localizer import Localizer, PreparedImage
 from ..hub.model_card import front_matter
+from ..hub.viewer import (
+    EXAMPLES,
+    MAX_CHARACTERS,
+    MAX_TEXTS,
+    SPACE,
+    example_files,
+    introduction,
+    read_asset,
+    view_size,
+    viewer_theme,
+)
 from ..model.explanation import Explanation
 from ..model.images import load_image
 from ..model.presence import presence_word
 from ..model.prompts import split_texts
 from ..utils.extras import require_extra
 from ..utils.files import write_files
-from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -36,7 +46,7 @@ MAX_SESSIONS = 64
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _SPACE_CARD = {"title": "ICLIP", **SPACE, "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
 _SPACE_README = """
-The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
+The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see a map for each text.
 """
 _SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
 
@@ -99,12 +109,12 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
         "texts": [
             {
                 "text": text,
-                "cosine": round(cosine, 4),
+                "score": round(score, 4),
                 "presence": present,
                 "word": presence_word(present),
                 "map": raw_map,
             }
-            for text, cosine, present, raw_map in zip(
+            for text, score, present, raw_map in zip(
                 explanation.labels,
                 explanation.scores.tolist(),
                 explanation.presence.tolist(),
@@ -165,7 +175,7 @@ def build_app(model) -> gr.Blocks:
 
     options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
     with gr.Blocks(title="ICLIP", **options) as app:
-        gr.Markdown(f"# Which pixels match the text?\n{INTRODUCTION}")
+        gr.Markdown(f"# Which pixels match the text?\n{introduction(True)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 photo = gr.Image(
@@ -202,12 +212,14 @@ def build_app(model) -> gr.Blocks:
             with gr.Column(scale=5, min_width=300):
                 viewer = gr.HTML(
                     html_template="",
-                    css_template=beside("viewer.css"),
+                    css_template=read_asset("viewer.css"),
                     # Modules for the page of `web`; Gradio runs a function's body.
-                    js_on_load=(beside("web/numerics.js") + beside("viewer.js")).replace("export function", "function")
-                    + beside("gradio_viewer.js"),
+                    js_on_load=(read_asset("numerics.js") + read_asset("viewer.js")).replace(
+                        "export function", "function"
+                    )
+                    + Path(__file__).with_name("gradio_viewer.js").read_text(encoding="utf-8"),
                     apply_default_css=False,
-                    look=look(),
+                    theme=viewer_theme(),
                 )
                 with gr.Row():
                     picture = gr.Button("Save picture (PNG)")

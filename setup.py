@@ -17,8 +17,6 @@ extras = {
     ],
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8"],
-    # `iclip explain` of whole collections: processes, Parquet
-    "collections": ["accelerate>=1.10", "datasets>=5.2"],
     # Gradio apps, and their example photographs
     "demo": ["gradio>=6.10", "scikit-image>=0.25"],
     # `iclip export --format onnx`, and models so exported
@@ -44,8 +42,8 @@ extras["dev"] = sorted(
         "transformers-mlinter==0.1.5",
     }
 )
-# In addition to dev: the packages that the benchmarks compare with.
-extras["bench"] = ["captum>=0.8", "grad-cam>=1.5"]
+# In addition to dev: what the benchmarks compare with, and draw with
+extras["bench"] = ["captum>=0.8", "grad-cam>=1.5", "matplotlib>=3.8"]
 
 setup(
     name="iclip-hf",
@@ -69,6 +67,7 @@ setup(
             "demo/*.js",
             "hub/web/*",
             "backends/*.safetensors",
+            "plots/fonts/*",
         ],
         "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
@@ -77,7 +76,6 @@ setup(
         "filelock>=4.0",  # older ones leave the lock of a killed process with its forks
         "huggingface_hub>=2.0",
         "jinja2>=3.1",
-        "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=11.0",
         "pyyaml>=6.0.2",

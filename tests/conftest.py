@@ -134,16 +134,22 @@ def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
             server.shutdown()
 
 
-@pytest.fixture(scope="session")
-def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
-    vocabulary = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
-    # As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP.
+def tiny_tokenizer(folder: Path) -> BertTokenizer:
+    """As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP."""
     tokens = ["[unused]" if word == "[SEP]" else word for word in WORDS]
     tokens += [f"[unused{number}]" for number in range(len(tokens), 63)]
-    vocabulary.write_text("\n".join([*tokens, "[SEP]"]))
-    tokenizer = BertTokenizer(vocab=str(vocabulary))
-    size = {"height": 32, "width": 32}
-    return ICLIPProcessor(CLIPImageProcessor(size=size, do_center_crop=False), tokenizer, patch_size=8)
+    (folder / "vocab.txt").write_text("\n".join([*tokens, "[SEP]"]))
+    return BertTokenizer(vocab=str(folder / "vocab.txt"))
+
+
+def tiny_image_processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
+    tokenizer = tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return ICLIPProcessor(tiny_image_processor(), tokenizer, patch_size=8)
 
 
 @pytest.fixture(scope="session")
@@ -291,17 +297,17 @@ def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
     return root
 
 
-def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0) -> None:
-    """A webdataset shard of noise images with two captions each."""
+def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0, captions=None) -> None:
+    """A webdataset shard of noise images with two captions each, or those given."""
     draws = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             image = io.BytesIO()
             Image.fromarray(draws.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(image, "JPEG")
             words = [WORDS[j] for j in draws.integers(0, 12, 5)]
-            captions = json.dumps({"captions": [" ".join(words), " ".join(words[::-1]) + f" {i}"]})
+            own = captions or [" ".join(words), " ".join(words[::-1]) + f" {i}"]
             data = b"no image" if i in broken else image.getvalue()
-            for suffix, content in ((".jpg", data), (".json", captions.encode())):
+            for suffix, content in ((".jpg", data), (".json", json.dumps({"captions": own}).encode())):
                 member = tarfile.TarInfo(f"{i:05d}{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))

@@ -32,9 +32,9 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 BY_FORMAT = {format: encoded(PHOTO, format) for format in FORMATS}
 
 
-def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG whose header states a size that its content need not have."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+def png(width: int, height: int, *chunks: tuple[bytes, bytes], bits: int = 8, kind: int = 2) -> bytes:
+    """A PNG whose header states a size that its content need not have, and bit depth and colour type, by default RGB."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     parts = [b"\x89PNG\r\n\x1a\n"]
     for kind, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):
         parts += [struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(kind + data))]

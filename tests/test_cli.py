@@ -4,6 +4,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from conftest import iclip
 from PIL import Image
 
-from iclip_hf import cli, explain
+from iclip_hf import cli
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.model.regions import find_regions, run_lengths
@@ -28,11 +29,47 @@ def test_many_photographs_and_one_that_is_broken(workspace, tmp_path, capsys, co
     more = ["--text", "dog", "--output", tmp_path / "maps", "--model", workspace / "model"]
     assert iclip(command, *images, *more) == 2
     out, err = capsys.readouterr()
-    assert sum("->" in line for line in out.splitlines()) == 2 and "-> " in out.splitlines()[0]
-    for place in (tmp_path / "maps", *([tmp_path / "maps" / "labels"] if command == "segment" else [])):
-        assert sorted(path.name for path in place.glob("*.png")) == ["a-2.png", "a.png"]
+    kind = "explanation" if command == "explain" else "segments"
+    lines = tmp_path / "maps" / f"{kind.removesuffix('s')}s.jsonl"
+    assert out.splitlines()[-1] == f"2 images -> {lines}" and sum("png" in line for line in out.splitlines()) == 2
+    entries = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [entry["image"] for entry in entries] == [str(images[0]), str(images[2])]
+    written = {entry[part] for entry in entries for part in ("picture", "labels") if part in entry}
+    assert written == {str(path) for path in (tmp_path / "maps").glob("*.png")}
+    assert {f"a-{kind}.png", f"a-{kind}-2.png"} <= {path.name for path in (tmp_path / "maps").iterdir()}
     (line,) = err.splitlines()
     assert line.startswith(f"iclip {command}: ") and "broken.jpg" in line
+
+
+def test_a_folder_names_its_images(workspace, tmp_path, capsys, monkeypatch):
+    """Those of subfolders too, but none that is hidden; a name that is not UTF-8 is escaped."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workspace / "1", "images/sub")
+    shutil.copy(workspace / "0" / "a.jpg", b"images/b\xff.jpg")
+    shutil.copy(workspace / "0" / "a.jpg", "images/.hidden.jpg")
+    assert run(workspace, "images", "--text", "dog", "--json", "--output", "maps") == 0
+    printed = capsys.readouterr().out
+    assert printed == Path("maps/explanations.jsonl").read_text()
+    assert [json.loads(line)["image"] for line in printed.splitlines()] == ["images/b\udcff.jpg", "images/sub/a.jpg"]
+    (tmp_path / "empty").mkdir()
+    assert run(workspace, "images", "empty", "--text", "dog") == 2
+    assert "empty: " in capsys.readouterr().err
+
+
+def test_lines_of_an_interrupted_run_stay(workspace, tmp_path, monkeypatch):
+    save, seen = explain_command.save_picture, []
+
+    def interrupted(sheet, picture, *options):
+        seen.append(picture)
+        if len(seen) == 9:
+            raise KeyboardInterrupt
+        save(sheet, picture, *options)
+
+    monkeypatch.setattr(explain_command, "save_picture", interrupted)
+    images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
+    assert run(workspace, *images, "--text", "dog", "--output", tmp_path) == 130
+    lines = (tmp_path / "explanations.jsonl").read_text().splitlines()
+    assert len(lines) == 8 and all(Path(json.loads(line)["picture"]).is_file() for line in lines)
 
 
 def test_an_error_leaves_the_reports_before_it(workspace, tmp_path, capsys, monkeypatch):
@@ -103,23 +140,6 @@ def test_escape_sequences_are_printed_as_letters(workspace, tmp_path, capsys, fo
         assert second.startswith(rf"  {escaped}\u007f  ")
 
 
-@pytest.mark.parametrize("method", ["itsm", "bi_modal"])
-def test_words_are_listed_and_coloured(method, workspace, tmp_path, capsys):
-    image, plain, output = workspace / "0" / "a.jpg", tmp_path / "plain.png", tmp_path / "words.png"
-    arguments = [image, "--text", "red ball", "--method", method]
-    assert run(workspace, *arguments, "--output", plain) == 0
-    assert run(workspace, *arguments, "--output", output, "--words") == 0
-    printed = capsys.readouterr().out.splitlines()[-1].split()
-    assert run(workspace, *arguments, "--output", output, "--words", "--json") == 0
-    words = json.loads(capsys.readouterr().out)["texts"][0]["words"]
-    assert printed == [part for row in words for part in (row["word"], f"{row['score']:.2f}")]
-    side = "bi_modal" if method == "bi_modal" else "grad_eclip"
-    expected = explain(load(str(workspace / "model")), [image], ["red ball"], words=side)[0].words[0]
-    assert [(row["word"], row["score"]) for row in words] == [(word, round(score, 4)) for word, score in expected]
-    with Image.open(plain) as before, Image.open(output) as after:
-        assert before.size == after.size and before.tobytes() != after.tobytes()
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("has_instructions", [True, False])
 def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
@@ -185,21 +205,6 @@ def test_masks_are_above_their_threshold_and_empty_for_absent_texts(
     assert (text["mask"]["counts"] == [40 * 60]) == empty == (not text["regions"])
 
 
-def test_a_folder_becomes_parquet_files(workspace, tmp_path, capsys):
-    images = tmp_path / "images"
-    shutil.copytree(workspace / "1", images / "sub")
-    arguments = [images, "--text", "dog", "--output", tmp_path / "maps", "--images-per-file", "1"]
-    assert run(workspace, *arguments) == 0
-    assert capsys.readouterr().out == f"1 images -> 1 Parquet files in {tmp_path / 'maps'}, 0 broken images\n"
-    shutil.copy(workspace / "broken.jpg", images)
-    assert run(workspace, *arguments[:-3], tmp_path / "others", "--json") == 2
-    out, err = capsys.readouterr()
-    assert len(out.splitlines()) == 1  # as for image files
-    report = json.loads(out)
-    assert (report["files"], report["images"], len(report["broken"])) == (1, 1, 1)
-    assert "broken.jpg" in report["broken"][0] and "iclip explain: " in err and "undamaged copy" in err
-
-
 def test_help_says_what_every_option_is():
     for name in (None, *cli.COMMANDS):
         parser = cli.parser(name)
@@ -221,7 +226,6 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["evaluate", "--dataset", "folder", "--data-root", str(tmp_path)],
         ["export", "bert", "out"],
         ["export", model, "out", "--results", "none.json"],
-        ["export-metric", "mmiou", photo],
         ["push", model, "a b"],
         ["init", "--config", "iclip-vit-b16", "--output", "."],
         ["demo", "--export-space", "out", "--dtype", "bfloat16"],

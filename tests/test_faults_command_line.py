@@ -42,14 +42,11 @@ ARGUMENTS = {
         --output {long}.png
         --model {empty}/absent
         --model embeded
-        --images-per-file 3
         --device abacus
     """,
     "explain --text dog --model {model}": """
         {empty}
         {photo} {photo} --output a.png
-        {world} {photo}
-        {world} --npz
     """,
     "compare {photo} --model {model} --text dog": """
         --methods itsm,gem
@@ -79,10 +76,6 @@ ARGUMENTS = {
     "push --dry-run": """
         {model} a/b/c
         {model} model
-    """,
-    "export-metric": """
-        accuracy new
-        mmiou {photo}
     """,
     "demo": """
         --export-space new --model {model}

@@ -10,6 +10,7 @@ from training_runs import accelerator
 
 from iclip_hf import ICLIPConfig, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.data.sources import PairTexts
 from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
 from iclip_hf.training.inputs import TrainingPairs
 from iclip_hf.training.nouns import NounPrompts
@@ -36,7 +37,8 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     first = FeatureCache(folder, tiny_model(), tiny_processor, accelerator()).images(pairs)
     images = FeatureCache(folder, model, tiny_processor, accelerator()).images(pairs)
     assert (images.folder == first.folder) == ("max_over" not in options)
-    dataset = CachedPairs(images, model.config, tiny_processor)
+    texts = [PairTexts(pairs.captions(index)) for index in range(len(pairs))]
+    dataset = CachedPairs(images, range(len(pairs)), texts, model.config, tiny_processor)
     cached = dataset.__getitems__([5, 60])["image_features"]
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
     direct = image_features(model, pixel_values, 20)
@@ -67,7 +69,7 @@ def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor,
     resumed = FeatureCache(tmp_path / "stopped", model, tiny_processor, accelerator()).images(pairs)
     assert sum(calls) == 600 + (6 + 1) * 64 - 256  # the first shard was kept
     rows = np.random.default_rng(0).integers(0, 600, 50)
-    assert np.array_equal(resumed[rows], whole[rows]) and resumed.captions() == whole.captions()
+    assert np.array_equal(resumed[rows], whole[rows]) and resumed.usable() == whole.usable() == [True] * 600
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -108,16 +110,34 @@ def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_
     assert len([*tmp_path.rglob("00000.npy")]) == 5
 
 
+def test_texts_and_repeated_sources_cost_no_features(tmp_path, tiny_processor, monkeypatch):
+    """Captions and labels are those of today's files, and a shard that is named three times counts three times."""
+    write_pairs(tmp_path / "a.tar", 5)
+    write_pairs(tmp_path / "b.tar", 7, seed=1)
+    sources, model, calls = [str(tmp_path / f"{name}.tar") for name in "baab"], tiny_model(), []
+    monkeypatch.setattr(
+        model, "encode_image", lambda images, of=model.encode_image: calls.append(len(images)) or of(images)
+    )
+    cache = FeatureCache(tmp_path / "cache", model, tiny_processor, accelerator())
+    once, often = cache.pairs(load_pairs(sources[:2])), cache.pairs(load_pairs(sources))
+    assert calls == [12] and len(once) == 12 and len(often) == 24 and often.features.folder == once.features.folder
+    expected = once.__getitems__([*range(12)])["image_features"]
+    for rows in ([*range(12)], [*range(17, 24), *range(12, 17)]):
+        assert all(map(torch.equal, often.__getitems__(rows)["image_features"], expected))
+    write_pairs(tmp_path / "a.tar", 5, captions=["a red dog"])
+    changed = cache.pairs(load_pairs(sources[:2]))
+    assert calls == [12] and changed.sampled_captions()[7:] == ["a red dog"] * 5
+
+
 def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
     write_pairs(tmp_path / "pairs.tar", 40, broken=(0, 7))
     pairs, model = load_pairs(str(tmp_path / "pairs.tar")), tiny_model()
+    model.config.pooling, model.config.dual_projection = "max", False
     cache = FeatureCache(tmp_path, model, tiny_processor, accelerator())
     with pytest.raises(ValueError, match="max_bad_share: 2 of 40"):
-        cache.images(pairs, max_bad_share=0.01)
+        cache.pairs(pairs, max_bad_share=0.01)
+    dataset = cache.pairs(pairs, lock_text=True)
     images = cache.images(pairs)
-    captions = [caption for several in images.captions() for caption in several]
-    texts = cache.texts(captions)
-    dataset = CachedPairs(images, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor, texts=texts)
     assert len(dataset) == 38
     for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones
         batch = dataset.collate(dataset.__getitems__([index]))
@@ -133,8 +153,12 @@ def test_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
     for shard in range(images.num_shards):
         rows = np.array(images.rows_of(shard))
         features = rows.astype(np.float16)[:, None, None] * np.ones((1, 5, 2), np.float16)
-        images.write(shard, features, [[f"red {row}", f"blue {row}"] for row in rows])
-    dataset = CachedPairs(images, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor)
+        images.write(shard, features)
+    texts, config = (
+        [PairTexts([f"red {row}", f"blue {row}"]) for row in range(300)],
+        ICLIPConfig(pooling="max", dual_projection=False),
+    )
+    dataset = CachedPairs(images, range(300), texts, config, tiny_processor)
     order = np.random.default_rng(0).permutation(300)
     epochs = []
     for epoch in (0, 1, 0):
@@ -149,11 +173,11 @@ def test_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
 def test_captions_that_are_noun_prompts_are_not_drawn(tmp_path, tiny_processor):
     nouns = NounPrompts(["dog"])
     images = FeatureShards(tmp_path, 60)
-    images.write(
-        0, np.zeros((60, 5, 2), np.float16), [["a photo of a dog", f"a dog runs, {row}"] for row in range(60)]
-    )
-    dataset = CachedPairs(images, ICLIPConfig(pooling="max", dual_projection=False), tiny_processor, nouns=nouns)
-    assert dataset.drawn_captions() == [f"a dog runs, {row}" for row in range(60)]
+    images.write(0, np.zeros((60, 5, 2), np.float16))
+    texts, config = [PairTexts(["a photo of a dog", f"a dog runs, {row}"]) for row in range(60)], tiny_model().config
+    dataset = CachedPairs(images, range(60), texts, config, tiny_processor, nouns=nouns)
+    assert dataset.sampled_captions() == [f"a dog runs, {row}" for row in range(60)]
     pairs = TrainingPairs(None, lambda image: image, tiny_processor, nouns=nouns)
     pair = {"image": None, "caption": "a photo of a dog", "captions": ["a photo of a dog", "it runs"]}
+    pair |= {"labels": [], "complete": []}
     assert pairs.prepare(pair, 0)["caption"] == "it runs"

@@ -16,6 +16,7 @@ from iclip_hf.utils.files import (
     check_new_folder,
     check_outputs,
     folder_lock,
+    new_file,
     write_files,
 )
 
@@ -50,18 +51,17 @@ def folder(tmp_path) -> Path:
 @pytest.mark.parametrize("output", ["photo.png", "sub/../photo.png", "chain.png", "twin.png", "folder/photo.png"])
 @pytest.mark.parametrize("read", ["photo.png", "link.png", "twin.png"])
 def test_an_input_is_no_output_by_any_name(folder, output, read):
-    for named, chosen in (([folder / output], []), ([], [folder / output])):
-        with pytest.raises(FileExistsError, match=Path(output).name):
-            check_outputs(named, [None, "no file\0", folder / read], overwrite=True, chosen=chosen)
+    with pytest.raises(FileExistsError, match=Path(output).name):
+        check_outputs([folder / output], [None, "no file\0", folder / read])
 
 
-def test_a_named_file_may_exist_and_a_chosen_one_needs_overwrite(folder):
+def test_a_named_file_may_exist_and_a_chosen_one_gets_a_number(folder):
     check_outputs([folder / "photo.png"], [folder / "other.png"])
     (folder / "dangling.png").symlink_to("nowhere.png")
-    for name in ("photo.png", "link.png", "dangling.png"):
-        with pytest.raises(FileExistsError, match=f"{name}.* --overwrite"):
-            check_outputs([], [], chosen=[folder / "new.png", folder / name])
-        check_outputs([], [], overwrite=True, chosen=[folder / "new.png", folder / name])
+    for name in ("photo", "link", "dangling", "sub"):
+        assert new_file(folder / f"{name}.png").name == (f"{name}.png" if name == "sub" else f"{name}-2.png")
+    (folder / "photo-2.png").touch()
+    assert new_file(folder / "photo.png").name == "photo-3.png" and new_file("a.b.png") == Path("a.b.png")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_the_gradient_of_everything_that_learns_is_finite(row):
     batch = tiny_inputs(batch=3, texts=6 if row["nouns"] else 3)
     if row["nouns"]:
         batch |= {"noun_ids": torch.tensor([0, 1, 1]), "is_background": torch.tensor([0, 1, 1])}
-        batch["has_noun"] = torch.tensor([[1, 1], [0, 1], [0, 0]])
+        batch["noun_labels"] = torch.tensor([[1, 1], [0, 1], [0, 0]])
     with torch.autocast("cpu", torch.bfloat16, enabled=row["autocast"]):
         loss = pair_model(**batch)["loss"]
     loss.backward()

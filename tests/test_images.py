@@ -5,11 +5,12 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from iclip_hf.model.images import load_image, read_image
+from iclip_hf.model.images import load_image
 
 
 @pytest.fixture
@@ -67,6 +68,55 @@ def test_16_bit_is_scaled_not_clipped(format):
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]  # values / 257, rounded
     wide = Image.fromarray(values.astype(np.int32))  # mode "I", as older Pillow opens 16-bit PNG
     assert np.asarray(load_image(wide))[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]
+
+
+def test_wide_integers_of_8_bits_are_not_black():
+    values = np.array([[0, 1, 128, 255]], np.int32)
+    for image in (Image.fromarray(values), encoded(Image.fromarray(values), "TIFF")):  # mode "I"
+        assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 1, 128, 255]
+    dark = encoded(Image.fromarray(values.astype(np.uint16)))  # a dark image of 16 bits
+    assert np.asarray(load_image(dark)).max() == 1
+    of_10_bits = b"P2\n3 1\n1023\n0 1 3\n"  # scaled to 16 by Pillow
+    assert np.asarray(load_image(of_10_bits))[0, :, 0].tolist() == [0, 0, 1]
+
+
+def test_a_transparent_colour_of_16_bits_is_white():
+    values = np.array([[0, 1000, 1001, 40000]], np.uint16)
+    image = load_image(encoded(Image.fromarray(values), transparency=1000))
+    assert np.asarray(image)[0].tolist() == [[level] * 3 for level in (0, 255, 4, 156)]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int16", "int32", "int64", "uint32", "uint64", ">i4", ">u2", "uint8", "bool", "float16", ">f8"]
+)
+def test_arrays(dtype):
+    white = {"bool": 1, "float16": 1, ">f8": 1, ">u2": 65535}.get(dtype, 255)
+    pixels = np.array([[0, white]]).astype(dtype)[..., None].repeat(3, 2)
+    for image in (pixels, pixels.transpose(2, 0, 1)):
+        assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 255]
+
+
+@pytest.mark.parametrize(
+    ("pixels", "error"),
+    [
+        (np.full((4, 5, 3), 256), ValueError),
+        (np.full((4, 5, 3), -1, np.int32), ValueError),
+        (np.full((4, 5, 3), 255.0), ValueError),
+        (np.full((4, 5, 3), np.nan), ValueError),
+        (np.zeros((4, 5)), ValueError),
+        (np.zeros((0, 5, 3)), ValueError),
+        (np.zeros((4, 5, 3), complex), TypeError),
+        (torch.zeros((4, 5, 3), dtype=torch.complex64), TypeError),
+        (np.full((4, 5, 3), None), TypeError),
+        (np.full((4, 5, 3), "a"), TypeError),
+        (["dog.jpg"], TypeError),
+        (None, TypeError),
+        (Image.new("RGB", (0, 5)), ValueError),
+    ],
+)
+def test_what_is_no_image_is_refused_in_one_sentence(pixels, error):
+    with pytest.raises(error, match=r"^[^\n]+$"):
+        load_image(pixels)
 
 
 # What a camera stores for each EXIF orientation of the upright image `a`.
@@ -172,9 +222,9 @@ def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
 def test_base64_text_and_paths_of_letters_that_it_has(photo):
     for path in ("data/dog", "dogs", "photos/2024/dogs/rex0"):
         with pytest.raises(FileNotFoundError, match=path):
-            read_image(path)
+            load_image(path)
     text = base64.b64encode(encoded(photo)).decode()
     for form in (text, f"data:image/png;base64,{text}", "\n".join([text[:60], text[60:]])):
-        np.testing.assert_array_equal(np.asarray(read_image(form)), np.asarray(photo))
+        np.testing.assert_array_equal(np.asarray(load_image(form)), np.asarray(photo))
     with pytest.raises(ValueError, match="data:image/png"):
-        read_image("data:image/png;base64,bm8gaW1hZ2U=")
+        load_image("data:image/png;base64,bm8gaW1hZ2U=")

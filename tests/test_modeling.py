@@ -314,7 +314,9 @@ def test_scales_are_a_branchs_own_and_clamped(tmp_path):
     with torch.no_grad():
         model.recognition.logit_scale.fill_(9.0)
         model.interpretability.logit_scale.fill_(1.0)
-    torch.testing.assert_close(torch.stack([model.recognition()[0], model.interpretability()[0]]), torch.tensor([100, math.e]))
+    torch.testing.assert_close(
+        torch.stack([model.recognition()[0], model.interpretability()[0]]), torch.tensor([100, math.e])
+    )
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(

@@ -1,4 +1,4 @@
-"""No command replaces an input, nor without --overwrite a file whose name it chose; a file that the user named, it replaces."""
+"""A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from fault_inputs import index_mask, masks_folder
 from iclip_hf.evaluation.results import EvaluationResult
 
 
-# All names that a command chooses below are there already.
+# Files of the user: among them all names that a command would choose below.
 TAKEN = """
-    explanation.png explanation.npz labels/segmentation.png labels/photo.png comparison.png
-    explanations/explanations-00000-of-00001.parquet scores.json pairs.csv README.md app.py requirements.txt mmiou.py
+    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png photo-comparison.png
+    photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py requirements.txt
     config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
     photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
 """.split()
@@ -60,9 +60,8 @@ def typed(world, line: str) -> int:
 INPUTS = [
     "explain photos/dog.png SEE --output photos/dog.png",
     "explain photos/dog.png SEE --output photos/../link.png",
-    "explain photos/dog.jpg photos/dog.png SEE --output photos",
-    "segment labels/photo.png SEE --output photo.png",
-    "compare comparison.png SEE",
+    "segment photo-labels.png SEE --output photo-labels.png",
+    "compare photos/dog.png SEE --output twin.png",
     "compare image --output images/image.png --text dog DATA",
     "compare image --output masks/image.png --text dog DATA",
     "segment photo.jpg --text dog --output config.png --model clip",
@@ -70,23 +69,11 @@ INPUTS = [
     "evaluate DATA --output MODEL/config.json",
     "evaluate DATA --output image.json",
 ]
-CHOSEN = [
-    "explain photo.jpg SEE",
-    "explain photo.jpg SEE --output explanation.jpg --npz",  # of which only the arrays are there
-    "explain photos/dog.jpg photos/cat.jpg SEE --output photos",
-    "segment photo.jpg SEE",
-    "segment photo.jpg SEE --output photo.png",
-    "compare photo.jpg SEE",
-    "evaluate DATA --output pairs.json",
-    "export-metric mmiou .",
-    "demo --export-space .",
-]
 FOLDERS = [
-    "explain photos SEE",
     "train table.csv --output_dir run",
     "train table.csv --output_dir run --resume",
     "train table.csv --output_dir clip --resume",
-    "train table.csv --output_dir explanations",
+    "train table.csv --output_dir photos",
     "train table.csv --model MODEL --output_dir MODEL",
     "train table.csv --model MODEL",  # into runs/table
     "train --model MODEL",
@@ -97,58 +84,52 @@ FOLDERS = [
 ]
 
 
-@pytest.mark.parametrize("line", [*(f"{line} --overwrite" for line in INPUTS), *CHOSEN, *FOLDERS])
-def test_an_input_a_chosen_name_and_a_folder_of_others_are_refused(world, mine, capsys, line):
+@pytest.mark.parametrize("line", [*INPUTS, *FOLDERS])
+def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
     before, model = contents(mine), contents(world.folder)
     assert typed(world, line) == 2
     assert contents(mine) == before and contents(world.folder) == model
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("line", CHOSEN)
-def test_overwrite_replaces_chosen_names(world, mine, line):
-    before = contents(mine)
-    assert typed(world, f"{line} --overwrite") == 0
-    after = contents(mine)
-    assert before.keys() <= after.keys() and before != {name: after[name] for name in before}
-
-
 @pytest.mark.parametrize(
-    ("line", "new", "chosen"),
+    ("line", "new", "again"),
     [
-        ("explain photo.jpg SEE --output a.PNG --npz", ["a.PNG", "a.npz"], True),
-        ("explain photo.jpg SEE --output new/a.jpg", ["new/a.jpg"], False),
-        ("explain photo.jpg SEE --output a.pdf", ["a.pdf"], False),
+        ("explain photo.jpg SEE --npz", "photo-explanation-2.png photo-explanation-2.npz", "-explanation-3"),
+        ("explain photo.jpg SEE --output named.jpg --npz", "named.jpg named-2.npz", "named-3.npz"),
+        ("explain photo.jpg SEE --output new/a.jpg", "new/a.jpg", ""),
+        ("explain photo.jpg SEE --output a.pdf", "a.pdf", ""),
+        ("explain photo.jpg SEE --output new", "new/photo-explanation.png", "new/photo-explanation-2"),
+        ("explain photos/dog.jpg SEE --output photos", "photos/dog-explanation-2.png", "dog-explanation-3"),
         (
-            "explain photos/cat.jpg photo.jpg SEE --output photos --npz",
-            "photos/cat.png photos/cat.npz photos/photo.png photos/photo.npz".split(),
-            True,
+            "explain photos/cat.jpg photo.jpg SEE --output photos",
+            "photos/cat-explanation.png photos/photo-explanation.png photos/explanations-2.jsonl",
+            "explanations-3.jsonl",
         ),
-        ("explain photos/dog.png photos/DOG.PNG SEE --output maps", ["maps/dog.png", "maps/DOG-2.png"], True),
         (
-            "explain photos SEE --output maps",
-            ["maps/.iclip-explain.json", "maps/.iclip-hf.lock", "maps/explanations-00000-of-00001.parquet"],
-            False,  # it goes on, where nothing is left to do
+            "explain photos/dog.png photos/DOG.PNG SEE",
+            "explanations/dog-explanation.png explanations/DOG-explanation.png explanations/explanations.jsonl",
+            "explanations/explanations-2.jsonl",
         ),
-        ("segment photo.jpg SEE --output a.png", ["a.png", "labels/a.png"], True),
-        ("compare photo.jpg SEE --output a.png", ["a.png"], False),
-        ("evaluate DATA --output a.json", ["a.json", "a.csv"], True),
-        ("export-metric mmiou new", ["new/README.md", "new/app.py", "new/mmiou.py", "new/requirements.txt"], True),
-        ("demo --export-space out.d", ["out.d/README.md", "out.d/app.py", "out.d/requirements.txt"], True),
+        ("segment photo.jpg SEE", "photo-segments-2.png photo-labels-2.png", "photo-labels-3"),
+        ("segment photo.jpg SEE --output named.png", "named.png named-labels-2.png", "named-labels-3"),
+        ("compare photo.jpg SEE", "photo-comparison-2.png", "comparison-3"),
+        ("compare photo.jpg SEE --output a.png", "a.png", ""),
+        ("evaluate DATA --output pairs.json", "pairs.json pairs-2.csv", "pairs-3.csv"),
     ],
 )
-def test_a_command_writes_what_it_says_and_may_be_repeated(world, mine, capsys, line, new, chosen):
-    (mine / "out.d").mkdir()
+def test_a_command_may_be_repeated_and_replaces_only_what_the_user_named(world, mine, capsys, line, new, again):
     before = contents(mine)
     assert typed(world, line) == 0, capsys.readouterr().err
-    assert typed(world, line) == (2 if chosen else 0)
-    assert typed(world, f"{line} --overwrite" if chosen else line) == 0, capsys.readouterr().err
-    after = contents(mine)
-    assert sorted(after.keys() - before.keys()) == sorted(new)
-    assert {name: after[name] for name in before} == before
+    first = contents(mine)
+    assert sorted(first.keys() - before.keys()) == sorted(new.split())
     said = f"{line}{''.join(capsys.readouterr())}"
-    shown = [name for name in new if Path(name).suffix != ".npz"]
-    assert all(name in said or (Path(name).parent.name or name) in said for name in shown)
+    assert all(name in said for name in new.split())
+    assert typed(world, line) == 0, capsys.readouterr().err
+    second = contents(mine)
+    assert {name: second[name] for name in before} == before
+    added = second.keys() - first.keys()
+    assert any(again in name for name in added) if again else not added
 
 
 def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, mine):
@@ -160,15 +141,13 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
     assert json.loads((mine / "scores.json").read_text())["protocol"]
 
 
-def test_a_result_and_its_table_are_replaced_together(tmp_path, monkeypatch):
-    first, second = (EvaluationResult({}, {}, {}, {"itsm": [{"id": id_}]}, {}, {}) for id_ in (1, 2))
-    first.save(tmp_path / "a.json")
+def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
+    result = EvaluationResult({}, {}, {}, {"itsm": [{"id": 1}]}, {}, {})
+    (tmp_path / "a.json").write_text("{}")
     before = contents(tmp_path)
-    with pytest.raises(FileExistsError, match=r"a\.csv"):
-        second.save(tmp_path / "a.json")
     with monkeypatch.context() as patch, pytest.raises(OSError, match="writing failed"):
-        patch.setattr(second, "per_class_csv", lambda: (_ for _ in ()).throw(OSError("disk full")))
-        second.save(tmp_path / "a.json", overwrite=True)
+        patch.setattr(result, "per_class_csv", lambda: (_ for _ in ()).throw(OSError("disk full")))
+        result.save(tmp_path / "a.json")
     assert contents(tmp_path) == before
-    second.save(tmp_path / "a.json", overwrite=True)
-    assert {*before} == {*contents(tmp_path)} and contents(tmp_path) != before
+    assert result.save(tmp_path / "a.json") == (tmp_path / "a.json", tmp_path / "a.csv")
+    assert result.save(tmp_path / "a.json") == (tmp_path / "a.json", tmp_path / "a-2.csv")

@@ -9,7 +9,7 @@ from conftest import tiny_inputs, tiny_model
 from training_runs import gradients
 
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.losses import multi_positive_loss
+from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
 from iclip_hf.training import pair_model as module
 from iclip_hf.training.nouns import TEMPLATES, NounPrompts
 from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean
@@ -98,14 +98,25 @@ def test_nouns_are_found_in_captions():
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
     found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
     assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby", "light"}
-    prompts, drawn = nouns.draw([["buses", "a tree by a man"], ["nothing here"]], epoch=0)
-    assert drawn["has_noun"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
-    assert all(nouns.nouns[number] in prompt for number, prompt in zip(drawn["noun_ids"], prompts))
-    assert set(drawn["noun_ids"][:3].tolist()) <= {2, 3}
-    assert drawn["is_background"].tolist() == [int(number == 2) for number in drawn["noun_ids"]]
+    images = [nouns.of_image(["buses", "a tree by a man"]), nouns.of_image(["nothing here"])]
+    prompts, sampled = nouns.sample(images, epoch=0)
+    assert sampled["noun_labels"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
+    assert all(nouns.nouns[number] in prompt for number, prompt in zip(sampled["noun_ids"], prompts))
+    assert set(sampled["noun_ids"][:3].tolist()) <= {2, 3}
+    assert sampled["is_background"].tolist() == [int(number == 2) for number in sampled["noun_ids"]]
     assert NounPrompts(["carpenter's kit"]).find("a photo of the carpenter's kits") == {0}
-    assert nouns.draw([["buses", "a tree by a man"]], epoch=0)[0] == prompts[:3]
-    assert any(nouns.draw([["buses", "a tree by a man"]], epoch)[0] != prompts[:3] for epoch in range(1, 4))
+    assert nouns.sample(images[:1], epoch=0)[0] == prompts[:3]
+    assert any(nouns.sample(images[:1], epoch)[0] != prompts[:3] for epoch in range(1, 4))
+
+
+def test_labels_say_what_an_image_shows_and_what_it_does_not():
+    nouns = NounPrompts(["dog", "hot dog", "person", "man", "sky"])
+    image = nouns.of_image(["a man eats"], ["Person", "hot dogs", "unheard of"], ["person", "dog", "man", "car"])
+    assert [nouns.nouns[number] for number in image.shown] == ["hot dog", "person", "man"]  # a hot dog is no dog
+    assert [nouns.nouns[number] for number in image.absent] == ["dog"]  # a caption shows the man
+    prompts, sampled = nouns.sample([image, nouns.of_image(["a man eats"])], epoch=0)
+    assert sampled["noun_labels"].tolist() == [[-1, 1, 1, 1, 0], [0, 0, 0, 1, 0]]
+    assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2, 3}
 
 
 def test_noun_prompts_are_no_captions():
@@ -119,9 +130,9 @@ def test_noun_prompts_are_no_captions():
 def test_noun_prompts_teach_the_recognition_branch():
     """Against plain loops; a prompt of another image's is no negative of an image that has its noun."""
     model, batch = tiny_model(), tiny_inputs(3, 9)
-    has_noun = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
+    noun_labels = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
     noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
-    nouns = {"noun_ids": noun_ids, "is_background": torch.zeros(6), "has_noun": has_noun}
+    nouns = {"noun_ids": noun_ids, "is_background": torch.zeros(6), "noun_labels": noun_labels}
     outputs = PairModel(model, noun_weight=0.7).eval()(**batch, **nouns)
     once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
@@ -137,7 +148,7 @@ def test_noun_prompts_teach_the_recognition_branch():
             total += np.mean(losses) if losses else 0.0
         return total / len(logits)
 
-    positive = [[bool(has_noun[image, noun]) for noun in noun_ids[once]] for image in range(3)]
+    positive = [[bool(noun_labels[image, noun]) for noun in noun_ids[once]] for image in range(3)]
     loss = (one_side(logits, positive) + one_side([*zip(*logits)], [*zip(*positive)])) / 2
     plain = PairModel(model).eval()(
         **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
@@ -147,12 +158,37 @@ def test_noun_prompts_teach_the_recognition_branch():
     torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-5, rtol=0)
 
 
+def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
+    """Against plain loops: what is shown or known to be absent counts 1, anything else its weight; captions keep the softmax."""
+    model, batch = tiny_model(logit_bias_init_value=-1.5, max_over="similarity"), tiny_inputs(3, 9)
+    noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
+    nouns = {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]), "is_background": torch.zeros(6), "noun_labels": noun_labels}
+    learns = {"noun_weight": 0.7, "unknown_weight": 0.3, "noun_branches": ["recognition", "interpretability"]}
+    outputs = PairModel(model, **learns).eval()(**batch, **nouns)
+    with torch.no_grad():
+        logits = model(**batch).logits_per_image  # with the bias
+    total = 0.0
+    for image in range(3):
+        for noun, place in enumerate((0, 1, 5, 4)):  # where each noun stands first
+            logit, label = logits[image, 3 + place].item(), noun_labels[image, noun].item()
+            weight = 0.3 if label == 0 else 1.0
+            total += weight * math.log(1 + math.exp(-logit if label > 0 else logit))
+    captions = contrastive_loss(logits[:, :3]).item()
+    assert outputs["losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
+    softmax = tiny_model(max_over="similarity")  # the same weights without a bias
+    softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})
+    without = PairModel(softmax, **learns).eval()(**batch, **nouns)
+    torch.testing.assert_close(outputs["losses"][1], without["losses"][1])  # the map branch keeps its loss
+    outputs["loss"].backward()
+    assert model.recognition.logit_bias.grad.abs() > 1e-3
+
+
 def test_nouns_of_the_background_compete_for_patches_without_attention():
     """Against plain sums over patches: priors, the competition of a share of the loss, and the attention's direction."""
     options = {"max_over": "similarity", "map_attention": "signed"}
     model, batch = tiny_model(**options), tiny_inputs(3, 7)
-    has_noun = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.uint8)
-    nouns = {"noun_ids": torch.arange(4) % 3, "is_background": torch.tensor([0, 1, 0, 0]), "has_noun": has_noun}
+    noun_labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.uint8)
+    nouns = {"noun_ids": torch.arange(4) % 3, "is_background": torch.tensor([0, 1, 0, 0]), "noun_labels": noun_labels}
     learns = {"noun_weight": 1.0, "noun_branches": ["interpretability"]}
     with torch.no_grad():
         image = model.get_image_features(batch["pixel_values"])
@@ -167,13 +203,13 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     prior = torch.full_like(cosines, 1 / cosines.shape[1])
     prior[..., 1] = seen / seen.sum(1, keepdim=True)
     pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
-    scale, positives = model.interpretability()[0].double(), has_noun > 0
+    scale, positives = model.interpretability()[0].double(), noun_labels > 0
     contrast = (
         multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
     ) / 2
     shares = (20 * cosines).exp()
     shares = (prior * shares / shares.sum(-1, keepdim=True)).sum(1)
-    competition = -sum((shares[i].log() * has_noun[i]).sum() / has_noun[i].sum() for i in range(3)) / 3
+    competition = -sum((shares[i].log() * noun_labels[i]).sum() / noun_labels[i].sum() for i in range(3)) / 3
     for share, found in outputs.items():
         expected = (1 - share) * contrast + share * competition
         assert found["losses"][1].item() == pytest.approx(expected.item(), abs=1e-4)

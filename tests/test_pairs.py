@@ -21,7 +21,7 @@ from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import BadPairError, PairDataset, PairStream, load_pairs, sources, streams
+from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 
 
@@ -420,7 +420,7 @@ def test_index_is_cached_until_the_shard_changes(tmp_path, cache, recorded):
 # ---- epochs and content ----
 
 
-def test_drawn_captions(tmp_path):
+def test_sampled_captions(tmp_path):
     captions = [f"c{i}" for i in range(5)]
     path = write_members(tmp_path / "a.tar", range(40), jpg=jpeg, json=lambda i: json.dumps({"captions": captions}))
 
@@ -555,7 +555,73 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
 )
 def test_a_blank_caption_does_not_hide_the_next(row):
     columns = sources.Columns()
-    assert columns.captions(row) == ["a"] and columns.captions({"txt": " ", "json": {"caption": ""}}) == []
+    assert columns.texts(row).captions == ["a"] and columns.texts({"txt": " ", "json": {"caption": ""}}).captions == []
+
+
+def test_labels_in_every_form(tmp_path):
+    """Names, and what they are complete for: a list, the name of one, or nothing; numbers are no names."""
+    rows = [
+        {"labels": ["dog", "cat "], "complete": ["dog", "cat", "car"]},
+        {"labels": ["dog"], "complete": "voc2012"},
+        {"labels": [3, 4], "complete": None},
+        {},
+    ]
+    expected = [(["dog", "cat"], ["dog", "cat", "car"]), (["dog"], [*class_names.VOC]), ([], []), ([], [])]
+    write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
+    rows = [{"image": f"{number}.jpg", "caption": "a", **row} for number, row in enumerate(rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cells = [[row["image"], "a", json.dumps(row.get("labels")), row.get("complete") or ""] for row in rows]
+    cells[0][3] = json.dumps(cells[0][3])
+    with open(tmp_path / "a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["image", "caption", "labels", "complete"], *cells])
+    table = pa.table(
+        {"image": [f"{number}.jpg" for number in range(2)], "caption": ["a", "a"], "labels": [["dog", "cat"], ["dog"]]}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            (f"{row['image'][0]}{kind}", data)
+            for row in rows
+            for kind, data in ((".jpg", jpeg(0)), (".json", json.dumps(row)))
+        ],
+    )
+    for suffix in ("jsonl", "csv", "tar"):
+        pairs = load_pairs(tmp_path / f"a.{suffix}")
+        found = [(pairs.read(row)["labels"], [*pairs.read(row)["complete"]]) for row in range(4)]
+        assert found == expected, suffix
+    assert load_pairs(tmp_path / "a.parquet").read(0)["labels"] == ["dog", "cat"]
+    (tmp_path / "s").mkdir()
+    write_tar(tmp_path / "s" / "a.tar", [("0.jpg", jpeg(0)), ("0.json", json.dumps(rows[0]))])
+    assert [(row["labels"], row["complete"]) for row in stream(tmp_path / "s")] == expected[:1]
+    (tmp_path / "b.jsonl").write_text(json.dumps({**rows[0], "complete": "coco"}))
+    with pytest.raises(ValueError, match="b.jsonl: complete: 'coco' is neither .* coco2017"):
+        load_pairs(tmp_path / "b.jsonl")
+
+
+def test_a_source_named_twice_counts_twice(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(1)), ("a.txt", "one"), ("b.jpg", jpeg(2)), ("b.txt", "two")])
+    write_images(tmp_path, ["b.jpg"])
+    (tmp_path / "b.csv").write_text("image,caption\nb.jpg,three")
+    opened = []
+    monkeypatch.setattr(
+        sources, "_open", lambda path, *options, of=sources._open: opened.append(path.name) or of(path, *options)
+    )
+    pairs = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv", tmp_path / "a.tar"])
+    assert opened == ["a.tar", "b.csv"] and [pairs.caption(row) for row in range(5)] == [
+        "one",
+        "two",
+        "three",
+        "one",
+        "two",
+    ]
+    distinct, rows = pairs.distinct()
+    assert [distinct.caption(row) for row in range(3)] == ["one", "two", "three"] and rows.tolist() == [0, 1, 2, 0, 1]
+    digests = pairs.image_digests()
+    assert digests[3:] == digests[:2] and len({*digests}) == 3
+    training, held_out = pairs.split(0.5)
+    sides = [[part.caption(row) for row in range(len(part))] for part in (training, held_out)]
+    assert {*sides[0]}.isdisjoint(sides[1]) and len({*sides[1]}) == len(sides[1])  # held-out pairs count once
 
 
 # ---- streams ----

@@ -4,15 +4,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from matplotlib import colormaps
 from PIL import Image
 
 import iclip_hf
-from iclip_hf.explainers import WordScore
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
-from iclip_hf.plots.lettering import fitted, text_mask, text_width, word_boxes
+from iclip_hf.plots.lettering import fitted, text_mask, text_width
 from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
 
 
@@ -41,16 +39,17 @@ def test_high_values_are_lighter_also_in_grey_and_for_colour_blind_readers(color
 
 
 def test_jet_is_the_one_of_the_papers_figures():
-    expected = colormaps["jet"](np.arange(256), bytes=True)[:, :3]
-    assert np.abs(color_table("jet")[:, :3].astype(int) - expected).max() < 40
+    """Each channel is a trapezoid around its own centre."""
+    expected = 255 * (1.5 - abs(4 * np.linspace(0, 1, 256)[:, None] - [3, 2, 1])).clip(0, 1)
+    assert np.abs(color_table("jet")[:, :3] - expected).max() < 40
 
 
-def explained(presence, words=None, size=(40, 60)):
+def explained(presence, size=(40, 60)):
     """Of texts whose maps are 1 in the right half."""
     raw_maps = torch.zeros(len(presence), 8, 12)
     raw_maps[..., 6:] = 1
     labels = [f"text {index}" for index in range(len(presence))]
-    return Explanation(labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size, words=words)
+    return Explanation(labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size)
 
 
 @pytest.fixture
@@ -92,16 +91,6 @@ def test_a_drawing_takes_what_explain_takes_and_is_as_large_as_asked(tmp_path):
 def test_rows_are_filled_evenly(number, columns, rows):
     sheet = picture_grid([Image.new("RGB", (60, 60))] * number, [""] * number, 5)
     assert sheet.size == (2 * 18 + columns * 350 - 14, 2 * 18 + rows * 364 - 28)
-
-
-def test_the_darkest_word_has_the_highest_score():
-    words = [[WordScore("red", 0.1), WordScore("ball", 0.6), WordScore("ball", 0.3)]]
-    white = Image.new("RGB", (60, 40), "white")
-    drawn = np.asarray(picture_grid([white], ["red ball ball"], 1, words=words)).astype(int)
-    found = drawn[drawn[..., 0] > drawn[..., 2] + 9].tolist()  # all that is not grey, row by row
-    colours = [colour for colour in dict.fromkeys(map(tuple, found)) if found.count(list(colour)) > 200]
-    assert len(colours) == 3
-    assert sum(colours[0]) > sum(colours[2]) > sum(colours[1])
 
 
 def test_empty_places_and_long_titles_fit(written):
@@ -156,7 +145,7 @@ def test_a_comparison_fades_the_maps_of_absent_texts():
 )
 def test_any_script_is_drawn_within_its_width(text):
     mask = text_mask(fitted(text, 15, 336, 3, bold=True), 15, bold=True)
-    assert 10 < mask.width <= 336 and mask.height <= 3 * 19
+    assert 8 < mask.width <= 336 and mask.height <= 3 * 19
     assert np.asarray(mask).max() > 200
 
 
@@ -171,12 +160,8 @@ def test_lines_are_filled_and_end_with_an_ellipsis():
     assert fitted("", 12, 120, 2) == ""
 
 
-def test_words_are_where_they_are_drawn():
-    text = "red ball\na very big dog"
-    mask = np.asarray(text_mask(text, 40)) > 128
-    for word, (x0, y0, x1, y1) in word_boxes(text, 40):
-        inside = mask[round(y0) : round(y1), round(x0) : round(x1)]
-        assert inside.any(), word
-        mask[round(y0) : round(y1), round(x0) : round(x1)] = False
-    assert mask.sum() < 20  # all ink belongs to a word
-    assert [word for word, _ in word_boxes(text, 40)] == text.split()
+def test_letters_with_accents_are_drawn_as_what_they_are():
+    """Each differs from its neighbours and from the box of a character that no font has."""
+    letters = "eéèêëßñžŁğωж"
+    boxes = [text_mask(letter, 30).tobytes() for letter in (*letters, "\U0010ffff")]
+    assert len(set(boxes)) == len(boxes)

@@ -166,6 +166,24 @@ def test_keywords_are_the_same_in_a_dictionary_of_their_side(tiny_processor):
     assert padded["input_ids"].shape == (1, 9)
 
 
+@pytest.mark.parametrize(
+    ("flat", "nested"),
+    [
+        ({"size": 32}, {"images_kwargs": {"size": 32}}),
+        ({"do_rescale": True}, {"images_kwargs": {"do_rescale": True}}),
+        ({"padding": True}, {"text_kwargs": {"padding": True}}),
+        ({"max_length": 9}, {"text_kwargs": {"max_length": 8}}),
+    ],
+)
+def test_a_keyword_is_given_once(tiny_processor, flat, nested):
+    """As in transformers: flat or in the dictionary of its side."""
+    for one in (flat, nested):
+        tiny_processor(photo(), labels="dog", **one)
+    with pytest.raises(ValueError, match=next(iter(flat))):
+        tiny_processor(photo(), labels="dog", **flat, **nested)
+    tiny_processor(photo(), common_kwargs={"return_tensors": "pt"}, images_kwargs={"return_tensors": "pt"})
+
+
 def test_long_texts_are_truncated(tiny_processor):
     assert tiny_processor(text=" ".join(["dog"] * 500))["input_ids"].shape == (1, 77)
 
@@ -191,6 +209,8 @@ ARRAYS = {
     "channels first": lambda pixels: torch.from_numpy(pixels).permute(2, 0, 1) / 255,
     "bfloat16": lambda pixels: (torch.from_numpy(pixels) / 255).bfloat16(),
     "int8": lambda pixels: (pixels // 255 * 127).astype(np.int8),
+    "int64": lambda pixels: pixels.astype(np.int64),
+    "int32 tensor": lambda pixels: torch.from_numpy(pixels).int(),
     "booleans": lambda pixels: pixels == 255,
     "uint16 tensor": lambda pixels: torch.from_numpy(pixels.astype(np.uint16) * 257),
 }

@@ -27,8 +27,8 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(workspace, tmp_pa
     texts = ("--text", "dog", "--text", "red ball", "--background", "sky", "--min-presence", "0")
     assert run(workspace, photo, *texts, "--output", output, "--json") == 0
     entry = json.loads(capsys.readouterr().out)
-    assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "labels" / "out.png"))
-    assert sorted(path.name for path in output.parent.iterdir()) == ["labels", "out.png"]
+    assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "out-labels.png"))
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out-labels.png", "out.png"]
 
     localizer = Localizer(
         load_pretrained(workspace / "model"), ["dog", "red ball", "sky"], min_presence=0, refine=True
@@ -92,8 +92,7 @@ def test_thresholds_and_presence_leave_pixels_to_the_background(workspace, capsy
 def test_no_id_is_that_of_void_pixels(tmp_path, texts, mode, void):
     """Whichever texts the image shows: files of one call have one form."""
     for shown in (np.arange(-1, texts), np.array([-1, 0])):
-        _save_labels(shown[None], texts, tmp_path / "labels" / "a.png")
-        with Image.open(tmp_path / "labels" / "a.png") as labels:
+        with Image.open(_save_labels(shown[None], texts, tmp_path / "a.png")) as labels:
             assert labels.mode == mode and np.asarray(labels).max() < void
             np.testing.assert_array_equal(np.asarray(labels)[0], shown + 1)
 

@@ -4,9 +4,11 @@ import json
 import os
 import pickle
 import re
+import zlib
 
 import numpy as np
 import pytest
+from fault_inputs import encoded, masks_folder, png
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -240,6 +242,27 @@ def test_folder(folder):
     assert (dataset.split, dataset.class_names, dataset.labels) == (None, ("red kite", "b\xe9b\xe9"), (1, 2))
     assert [(sample.name, sample.labels) for sample in dataset] == [("a", ()), ("b", (1, 2))]
     assert dataset[1].mask(2).tolist() == [[0, 0, 0], [2, 0, 255]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_class_ids_of_a_grayscale_mask_are_its_stored_values(tmp_path, bits):
+    ids = np.arange(2 * 8).reshape(2, 8) % min(2**bits, 9)  # rows of a whole number of bytes
+    rows = (ids[..., None] >> np.arange(bits)[::-1] & 1).reshape(2, -1)
+    content = b"".join(b"\0" + np.packbits(row.astype(np.uint8)).tobytes() for row in rows)
+    mask = png(8, 2, (b"IDAT", zlib.compress(content)), bits=bits, kind=0)
+    classes = "\n".join(f"class {number}" for number in range(1, 9))
+    image = encoded(Image.new("RGB", (8, 2)))
+    sample = load_segmentation("folder", masks_folder(tmp_path, image, mask, classes))[0]
+    assert sample.label_map.tolist() == ids.tolist() and sample.image.size == (8, 2)
+
+
+def test_an_orientation_in_exif_turns_a_mask_like_its_image(tmp_path):
+    exif, values = Image.Exif(), np.array([[0, 1, 2], [1, 1, 0]], np.uint8)
+    exif[0x0112] = 6
+    image, mask = (encoded(Image.fromarray(pixels), exif=exif) for pixels in (values * 100, values))
+    sample = load_segmentation("folder", masks_folder(tmp_path, image, mask))[0]
+    assert sample.label_map.tolist() == np.rot90(values, -1).tolist()
+    assert (np.asarray(sample.image)[..., 0] // 100).tolist() == sample.label_map.tolist()
 
 
 @pytest.mark.parametrize("name", ["voc2012", "coco2017", "folder"])

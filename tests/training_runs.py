@@ -65,16 +65,17 @@ def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[st
 
 def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
     """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
-    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0)
+    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0, logit_bias_init_value=-2)
     pair_model = PairModel(model, chunk_size, noun_branches=["recognition", "interpretability"]).eval()
     generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
-    noun_ids, has_noun = torch.randint(5, (16,), generator=generator), torch.randint(2, (8, 5), generator=generator)
+    noun_ids = torch.randint(5, (16,), generator=generator)
+    noun_labels = torch.randint(-1, 2, (8, 5), generator=generator)
     prompts = slice(2 * part.start, 2 * part.stop)
     batch = {"pixel_values": inputs.pop("pixel_values")[part]}
     batch |= {name: torch.cat([value[:8][part], value[8:][prompts]]) for name, value in inputs.items()}
     nouns = {
         "noun_ids": noun_ids[prompts],
         "is_background": (noun_ids[prompts] > 3).byte(),
-        "has_noun": has_noun[part].byte(),
+        "noun_labels": noun_labels[part].to(torch.int8),
     }
     return pair_model, {**batch, **nouns}

@@ -1,5 +1,5 @@
 """
-Transformers' own common tests of a model, on ICLIP with every pair of towers.
+Transformers' own common tests of a model, on ICLIP with every pair of towers, and of a processor.
 
 `make test-transformers` runs them: the tests come from the source distribution of the installed version, fetched by pip into
 `runs/`. What fails by design stands in `BY_DESIGN` with its reason, and must fail: the list stays short and true.
@@ -9,16 +9,17 @@ import itertools
 import subprocess
 import sys
 import tarfile
+import tempfile
 import types
 import unittest
 from pathlib import Path
 
 import pytest
 import transformers
-from conftest import TEXT, VISION, tiny_config, tiny_inputs
+from conftest import TEXT, VISION, tiny_config, tiny_image_processor, tiny_inputs, tiny_tokenizer
 from transformers.testing_utils import torch_device
 
-from iclip_hf import ICLIPModel
+from iclip_hf import ICLIPModel, ICLIPProcessor
 
 
 RUNS = Path(__file__).parents[1] / "runs"
@@ -53,7 +54,11 @@ for module, tester in (
     stub(f"common.{module.split('.')[0]}", __path__=[])
     stub(f"common.{module}", **{tester: type(tester, (), {})})
 
+# Finds the test images of the Hub, which the tests of videos and audio alone read.
+stub("fetch_hub_objects_for_ci", url_to_local_path=lambda url: url)
+
 from common.test_modeling_common import ModelTesterMixin  # noqa: E402
+from common.test_processing_common import ProcessorTesterMixin  # noqa: E402
 
 
 class Tester:
@@ -89,10 +94,10 @@ BY_DESIGN_OF_SIGLIP = dict.fromkeys(
 )
 
 
-def fails(name: str, reason: str):
+def fails(name: str, reason: str, mixin: type = ModelTesterMixin):
     @pytest.mark.xfail(reason=reason, strict=True)
     def test(self):
-        getattr(ModelTesterMixin, name)(self)
+        getattr(mixin, name)(self)
 
     return test
 
@@ -119,3 +124,31 @@ def common(config) -> type:
 for vision, text in itertools.product(VISION, TEXT):
     # unlocked: the common tests train all parameters
     vars()[f"Test_{vision}_{text}"] = common(tiny_config(vision, text, lock_vision=False))
+
+
+PROCESSOR_BY_DESIGN = {
+    "test_subprocessor_defaults_preserved_by_kwargs_0_images": "texts are padded and cut as the processor says, not the tokenizer",
+    "test_call_arguments_not_in_attributes": "`templates` replaces the processor's own in one call",
+}
+
+
+class ProcessorComponents(ProcessorTesterMixin):
+    """What the common tests ask of a processor: its class and parts."""
+
+    processor_class = ICLIPProcessor
+
+    @classmethod
+    def _setup_tokenizer(cls):
+        return tiny_tokenizer(Path(tempfile.mkdtemp()))
+
+    @classmethod
+    def _setup_image_processor(cls):
+        return tiny_image_processor()
+
+    @staticmethod
+    def prepare_processor_dict():
+        return {"patch_size": 8}
+
+
+expected_failures = {name: fails(name, reason, ProcessorTesterMixin) for name, reason in PROCESSOR_BY_DESIGN.items()}
+Test_processor = type("Test_processor", (ProcessorComponents, unittest.TestCase), expected_failures)

@@ -24,7 +24,6 @@ COMMANDS = {
     "export": "write a model folder with code and model card for the Hub, an ONNX folder, or a web page",
     "push": "upload a model folder with code and model card to the Hub",
     "install-metrics": 'make evaluate.load work for "mmiou", "mfmb" and "text_contrast" in any folder',
-    "export-metric": "write the files of a Space that computes a metric",
 }
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ..model.presence import MIN_PRESENCE, presence_word
+from ..utils.files import new_file
 from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
 from .output import PICTURES, check_file, echo, model_files, presence_column, printable, resolution, save_picture
 
@@ -25,12 +26,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "ground truth", "a data set that contains IMAGE adds the masks of its classes, which are the default of --text"
     )
     add_shared(truth, *DATASET)
-    command.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: comparison.png)")
-    add_shared(command, "--overwrite", "--colormap", "--json")
+    command.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="picture to write (default: photo-comparison.png for photo.jpg, with a number if it exists)",
+    )
+    add_shared(command, "--colormap", "--json")
 
 
 def run(options: argparse.Namespace) -> None:
-    output = options.output or Path("comparison.png")
+    output = options.output or new_file(f"{Path(options.image).stem}-comparison.png")
     check_file(output, PICTURES)
     models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
     image, truths, templates = _open(options, output, models)
@@ -107,8 +113,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
                 f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of them."
             )
         inputs += dataset.files
-    named = options.output is not None
-    check_outputs([output] * named, inputs, options.overwrite, [output] * (not named))
+    check_outputs([output], inputs)
     if sample is None:
         return load_image(options.image), {}, options.templates
     ids = dict(zip(dataset.class_names, dataset.labels))

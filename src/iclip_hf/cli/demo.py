@@ -16,7 +16,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--export-space", type=Path, metavar="DIR", help="write the files of a Space with the demo, and exit"
     )
-    add_shared(command, "--overwrite")
     command.add_argument(
         "--web", type=Path, metavar="DIR", help="serve the page of `iclip export --format web` instead"
     )
@@ -38,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
     from ..demo.app import export_space, launch
 
     if options.export_space:
-        export_space(options.export_space, options.model or "embedded", options.overwrite)
+        export_space(options.export_space, options.model or "embedded")
         echo_space(options.export_space)
     else:
         silence_transformers()

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..evaluation.measures import MEASURES, OPTIONS, TASKS
+from ..utils.files import check_outputs
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model, share, texts
 from .output import check_file, complain, echo, model_files
 
@@ -53,9 +54,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON file to write; scores of the classes are written beside it as CSV",
+        help="JSON file to write; scores of the classes are written beside it as CSV, with a number if such a file exists",
     )
-    add_shared(command, "--overwrite", "--json")
+    add_shared(command, "--json")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -71,11 +72,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("Leave out --image-size or --short-side.")
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
-        from ..evaluation.results import check_files
-
         check_file(options.output, (".json",))
-        inputs = [options.overrides, *dataset.files, *model_files(options.model)]
-        check_files(options.output, inputs, options.overwrite)
+        check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure
     from ..utils.distributed import this_process
@@ -100,6 +98,6 @@ def run(options: argparse.Namespace) -> None:
     if state.is_main_process:
         echo(*(result.to_json() if options.json else result.table()).split("\n"))
         if options.output:
-            written = " and ".join(map(str, result.save(options.output, options.overwrite)))
+            written = " and ".join(map(str, result.save(options.output)))
             complain("evaluate", f"wrote {written}")
     state.destroy_process_group()

@@ -15,6 +15,7 @@ from ..data.class_names import DATASETS
 from ..explainers import METHOD_GROUP, METHODS
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
+from .output import complain
 
 
 Value = TypeVar("Value")
@@ -134,7 +135,6 @@ SHARED = {
         "help": f"cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
     },
     "--batch-size": {"type": at_least_1, "metavar": "N", "help": "images in one forward pass (default: 8)"},
-    "--overwrite": {"action": "store_true", "help": "also replace files whose names iclip chose, but never inputs"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
 
@@ -159,6 +159,43 @@ def load_model(name: str, options: argparse.Namespace):
     silence_transformers()
     keep_memory()
     return load(name, dtype=options.dtype, device=options.device)
+
+
+def load_localizer(options: argparse.Namespace):
+    """Loads the model and returns the [`Localizer`] of `iclip explain` and `iclip segment`."""
+    from ..evaluation.results import class_thresholds, read_results
+
+    texts, threshold, results = [*options.texts, *options.background], options.threshold, None
+    if isinstance(threshold, Path):  # read before the model is loaded
+        results, threshold = threshold, class_thresholds(threshold, texts, options.method)
+    from ..explainers.localizer import Localizer
+
+    model = load_model(options.model, options)
+    if results:
+        protocol = read_results(results, "protocol")["protocol"]
+        if differing := model.differs_from(protocol):
+            raise ValueError(
+                f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip "
+                "evaluate --output`."
+            )
+        # The default of `segment` is not that of `evaluate`.
+        if (refined := bool(protocol.get("refine"))) != options.refine:
+            complain(
+                options.command,
+                f"--threshold {results} has thresholds of maps that were {'' if refined else 'not '}refined, and these are "
+                f"{'not' if refined else 'refined'}: add --{'' if refined else 'no-'}refine, or measure by `iclip evaluate "
+                f"{'--no-refine' if refined else '--refine'} --output`.",
+            )
+    return Localizer(
+        model,
+        texts,
+        method=options.method,
+        templates=options.templates,
+        threshold=threshold,
+        min_presence=options.min_presence,
+        image_size=options.image_size,
+        refine=options.refine,
+    )
 
 
 def keep_memory() -> None:

@@ -7,18 +7,21 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..explainers import METHODS
 from ..model.presence import MIN_PRESENCE
-from .options import MODEL, PROMPTS, add_shared, load_model, method, option_type, share
+from .options import MODEL, PROMPTS, add_shared, load_localizer, method, option_type, share
 from .output import PICTURES, check_file, check_folder, complain, echo, model_files, presence_column, printable
 
 
-def add_image_options(command: argparse.ArgumentParser, *, images: str, output: str, refine: bool = False) -> None:
-    """Adds the shared options. `images` and `output` are their help."""
-    command.set_defaults(npz=False, words=False, background=[])
-    command.add_argument("images", nargs="+", metavar="IMAGE", help=images)
+def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: bool = False) -> None:
+    """Adds the shared options. `output` is the help of `--output`."""
+    command.set_defaults(npz=False, background=[])
+    command.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, or folders of images with their subfolders"
+    )
     add_shared(command, "--text", required=True)
     add_shared(command, *MODEL, *PROMPTS)
     methods = f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)"
@@ -44,8 +47,7 @@ def add_image_options(command: argparse.ArgumentParser, *, images: str, output: 
         "print a line of JSON for each image, with run-length masks, and write only what --output or --npz asks for"
     )
     add_shared(command, "--json", help=lines)
-    add_shared(command, "--batch-size", help="images in one forward pass (default: 4, of a folder 8)")
-    add_shared(command, "--overwrite")
+    add_shared(command, "--batch-size", default=4, help="images in one forward pass (default: 4)")
 
 
 @option_type
@@ -57,57 +59,105 @@ def _number_or_file(text: str) -> float | Path:
     return share(text)
 
 
-def explain_files(
-    options: argparse.Namespace, name: str, write: Callable, beside: Callable[[Path], list[Path]]
-) -> int:
+def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> int:
     """
-    Writes a picture of each image file, prints its report as soon as it is there, and returns the exit code.
+    Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of several images
+    are also written to a file of JSON lines, which grows by one line for each image.
 
     Args:
-        name: stem of the default output.
-        write: function of the name of an image, the image, its explanation and the path of its picture, None where only JSON was asked for.
-            It returns the entry of the report: a `dict` for each text in "texts" or "segments", and perhaps a "problem" for stderr.
-        beside: returns, for a picture, the other files that are written with it.
+        kind: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
+        write: function of the name of an image, its explanation and the path of its picture, None if none is asked for. It returns the
+            entry of the report: a `dict` for each text in "texts" or "segments", the paths of other files that it wrote, and perhaps a
+            "problem" for stderr.
     """
     from tqdm import tqdm
 
     from ..model.images import load_image, open_image
+    from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
 
-    images = options.images
-    if folder := next(filter(os.path.isdir, images), None):
-        raise ValueError(f"{folder} is a folder: name its images, such as {folder}/*.jpg.")
-    if len(images) == 1:
+    images = _image_files(options.images)
+    alone = images == options.images and len(images) == 1
+    if alone:
         open_image(images[0], decode=False)  # before the model is loaded
-    pictures = _pictures_to_write(options, name, beside)
-    localizer = make_localizer(options)
+    picture, folder = _places(options, kind, alone)
+    is_writing = bool(picture or folder)
+    if is_writing:
+        thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
+        check_outputs([picture or folder / "new"], [*images, *thresholds, *model_files(options.model)])
+    localizer = load_localizer(options)
 
     def written(item) -> dict:
-        (image_name, explanation), picture = item
+        image, explanation = item
         if explanation is None:
-            return {"problem": image_name}
-        files = {"picture": str(picture)} if picture else {}
-        return {"image": image_name, **files, **write(image_name, explanation.image, explanation, picture)}
+            return {"problem": image}
+        if not is_writing:
+            return {"image": image, **write(image, explanation, None)}
+        # Chosen when it is written, because two images may have the same name.
+        path = picture or new_file(folder / f"{Path(image).stem}-{kind}.png")
+        return {"image": image, "picture": str(path), **write(image, explanation, path)}
 
-    whole = 0
-    with ThreadPoolExecutor(1) as thread:  # loads images and writes pictures while the model runs
-        loaded = localizer.explain_all(lambda path: (path, load_image(path)), images, thread, options.batch_size or 4)
-        entries = prefetch_map(thread, written, zip(loaded, pictures), 4)
-        for entry in tqdm(entries, total=len(images), unit="image", disable=len(images) == 1 or None):
+    explained = 0
+    with ExitStack() as stack:
+        thread = stack.enter_context(ThreadPoolExecutor(1))  # loads images and writes pictures while the model runs
+        loaded = localizer.explain_all(lambda path: (path, load_image(path)), images, thread, options.batch_size)
+        lines = None
+        for entry in tqdm(
+            prefetch_map(thread, written, loaded, 4), total=len(images), unit="image", disable=alone or None
+        ):
+            problem = entry.pop("problem", None)
+            text = json.dumps(entry, ensure_ascii=False)
+            if entry and is_writing and not alone:
+                if lines is None:
+                    path = new_file(folder / f"{kind.removesuffix('s')}s.jsonl")
+                    # A byte of a name that is not UTF-8 is written as JSON escapes it.
+                    lines = stack.enter_context(path.open("x", encoding="utf-8", errors="backslashreplace"))
+                print(text, file=lines, flush=True)
             with tqdm.external_write_mode():  # above the bar
-                if problem := entry.pop("problem", None):
+                if problem:
                     complain(options.command, problem)
-                if "image" in entry:
-                    whole += 1
-                    lines = [json.dumps(entry, ensure_ascii=False)] if options.json else _report(entry, options)
-                    echo(*lines)
-    return 0 if whole == len(images) else 2
+                if entry:
+                    explained += 1
+                    echo(*([text] if options.json else _report(entry, options)))
+        if lines is not None and not options.json:
+            echo(f"{explained} images -> {lines.name}")
+    return 0 if explained == len(images) else 2
+
+
+def _image_files(names: Sequence[str]) -> list[str]:
+    """Returns the image files that the user named, with those of the folders among them."""
+    return [image for name in names for image in (_of_folder(name) if os.path.isdir(name) else [name])]
+
+
+def _of_folder(folder: str) -> list[str]:
+    from ..data.sources import image_files
+
+    images = sorted(map(str, image_files(Path(folder))))
+    if not images:
+        raise FileNotFoundError(f"{folder}: there are no images in this folder.")
+    return images
+
+
+def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path | None, Path | None]:
+    """Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for."""
+    output = options.output
+    if output is None and options.json and not options.npz:
+        return None, None
+    if output is None:
+        return None, Path() if alone else Path(f"{kind.removesuffix('s')}s")
+    if alone and output.suffix and not output.is_dir():
+        check_file(output, PICTURES)
+        return output, None
+    check_folder(output)
+    return None, output
 
 
 def _report(entry: dict, options: argparse.Namespace) -> list[str]:
     """Returns the printed lines of an image."""
     width = max(len(printable(text)) for text in options.texts)
-    lines = [f"{entry['image']} -> {', '.join(entry[kind] for kind in ('picture', 'labels') if kind in entry)}"]
+    lines = [
+        f"{entry['image']} -> {', '.join(entry[kind] for kind in ('picture', 'labels', 'arrays') if kind in entry)}"
+    ]
     for row in entry.get("segments") or entry["texts"]:
         if "area" in row:
             found = f"{100 * row['area']:5.1f} % of the image"
@@ -115,80 +165,4 @@ def _report(entry: dict, options: argparse.Namespace) -> list[str]:
             found = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
         presence = presence_column(row["presence"], options.min_presence)
         lines.append(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {found}")
-        if "words" in row:
-            lines.append("  ".join(["  ", *(f"{word['word']} {word['score']:.2f}" for word in row["words"])]))
     return lines
-
-
-def _pictures_to_write(
-    options: argparse.Namespace, name: str, beside: Callable[[Path], list[Path]]
-) -> list[Path | None]:
-    """Returns the picture of each image, or None where only JSON was asked for. Checks all outputs."""
-    from ..utils.files import check_outputs
-
-    if options.json and options.output is None and not options.npz:
-        return [None] * len(options.images)
-    named = []
-    if len(options.images) == 1:
-        pictures = [options.output or Path(f"{name}.png")]
-        check_file(pictures[0], PICTURES)
-        named = pictures if options.output else []
-    else:
-        folder = options.output or Path(f"{name}s")
-        check_folder(folder)
-        pictures = [folder / file for file in _file_names(options.images)]
-    chosen = [file for picture in pictures for file in [*([] if named else [picture]), *beside(picture)]]
-    thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-    inputs = [*options.images, *thresholds, *model_files(options.model)]
-    check_outputs(named, inputs, options.overwrite, chosen)
-    return pictures
-
-
-def _file_names(images: Sequence[str]) -> list[str]:
-    """Returns a unique name for each picture, because a/dog.jpg and b/dog.jpg must not write the same file."""
-    taken = {}
-    for stem in (Path(image).stem for image in images):
-        name, number = stem, 2
-        while name.casefold() in taken:  # file systems may not tell upper from lower case
-            name, number = f"{stem}-{number}", number + 1
-        taken[name.casefold()] = f"{name}.png"
-    return list(taken.values())
-
-
-def make_localizer(options: argparse.Namespace):
-    """Loads the model and returns the [`Localizer`] of the options."""
-    from ..evaluation.results import class_thresholds, read_results
-
-    texts, threshold, results = [*options.texts, *options.background], options.threshold, None
-    if isinstance(threshold, Path):  # read before the model is loaded
-        results, threshold = threshold, class_thresholds(threshold, texts, options.method)
-    from ..explainers.localizer import Localizer
-
-    model = load_model(options.model, options)
-    if results:
-        protocol = read_results(results, "protocol")["protocol"]
-        if differing := model.differs_from(protocol):
-            raise ValueError(
-                f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip "
-                "evaluate --output`."
-            )
-        # The default of `segment` is not that of `evaluate`.
-        if (refined := bool(protocol.get("refine"))) != options.refine:
-            complain(
-                options.command,
-                f"--threshold {results} has thresholds of maps that were {'' if refined else 'not '}refined, and these are "
-                f"{'not' if refined else 'refined'}: add --{'' if refined else 'no-'}refine, or measure by `iclip evaluate "
-                f"{'--no-refine' if refined else '--refine'} --output`.",
-            )
-    words = "bi_modal" if options.method == "bi_modal" else "grad_eclip"
-    return Localizer(
-        model,
-        texts,
-        method=options.method,
-        templates=options.templates,
-        threshold=threshold,
-        min_presence=options.min_presence,
-        image_size=options.image_size,
-        refine=options.refine,
-        words=words if options.words else None,
-    )

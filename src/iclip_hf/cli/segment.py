@@ -18,9 +18,8 @@ _COVERED = 0.05
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        images="image files",
-        output="picture to write (default: segmentation.png); for several images, the folder to write to (default: segmentations); "
-        "label maps are written to the folder labels beside the pictures",
+        output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a number if it exists; of "
+        "several images in the folder segments); the label map is written beside it, as photo-labels.png",
         refine=True,
     )
     command.add_argument(
@@ -33,7 +32,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    def write(name: str, image, explanation, picture: Path | None) -> dict:
+    def write(name: str, explanation, picture: Path | None) -> dict:
         from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
 
@@ -64,32 +63,30 @@ def run(options: argparse.Namespace) -> int:
         if picture is None:
             return entry
         words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
-        dpi, (label_file,) = resolution(picture), _beside(picture)
-        save_picture(label_sheet(image, labels, options.texts, words, dpi=dpi), picture, dpi)
-        _save_labels(labels, len(options.texts), label_file)
+        dpi = resolution(picture)
+        save_picture(label_sheet(explanation.image, labels, options.texts, words, dpi=dpi), picture, dpi)
+        stem = picture.stem if picture == options.output else Path(name).stem
+        label_file = _save_labels(labels, len(options.texts), picture.with_name(f"{stem}-labels.png"))
         return {"labels": str(label_file), **entry}
 
-    return explain_files(options, "segmentation", write, _beside)
+    return explain_files(options, "segments", write)
 
 
-def _beside(picture: Path) -> list[Path]:
-    return [picture.parent / "labels" / f"{picture.stem}.png"]
-
-
-def _save_labels(labels, num_texts: int, path: Path) -> None:
+def _save_labels(labels, num_texts: int, path: Path) -> Path:
     """
-    Writes a label map as a PNG: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and a palette, more have 16 bits.
-    So the highest value, with which other programs mark void pixels, is never an id.
+    Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and
+    a palette, more have 16 bits. So the highest value, with which other programs mark void pixels, is never an id.
     """
     import numpy as np
     from PIL import Image
 
     from ..plots.colors import label_colors
-    from ..utils.files import atomic_write
+    from ..utils.files import atomic_write, new_file
 
-    few = num_texts < 255
+    path, few = new_file(path), num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
+    return path

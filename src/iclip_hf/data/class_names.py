@@ -74,6 +74,17 @@ CITYSCAPES = _names("""
 
 CAMVID = _names("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 
+# Lists of names that the pairs of training can be completely labelled for, by the name of their data set.
+CLASS_NAMES = {
+    "ade20k": ADE20K,
+    "camvid": CAMVID,
+    "cityscapes": CITYSCAPES,
+    "coco2017": COCO_THINGS,
+    "coco_stuff": COCO_STUFF,
+    "context59": CONTEXT,
+    "voc2012": VOC,
+}
+
 # Classes without instances, as ADE20K (panoptic) defines them; those of CamVid are chosen by COCO's panoptic convention.
 ADE20K_STUFF = _names("""
     wall, building, sky, floor, tree, ceiling, road, grass, sidewalk, earth, mountain, plant, water, house, sea, rug, field, rock,

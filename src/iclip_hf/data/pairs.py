@@ -12,7 +12,7 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.digests import content_digest, file_digest
+from ..utils.digests import content_digest, file_digest, file_state
+from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
 from .sources import (
     BAD_PAIR,
@@ -50,6 +51,7 @@ class PairDataset:
 
     - `image` (`PIL.Image.Image`): image of mode "RGB".
     - `captions` (`list[str]`): all captions of the pair.
+    - `labels`, `complete` (`list[str]`): names of what the image shows, and names that these labels are complete for.
     - `caption` (`str`): one of the captions. The draw depends only on seed, epoch and index.
     - `key` (`str`): name of the pair in its source.
     - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
@@ -58,7 +60,7 @@ class PairDataset:
     on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled.
 
     Args:
-        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`].
+        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. The pairs of one that is repeated count as often.
         seed (`int`, defaults to 0): seed of the draws.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
 
@@ -67,11 +69,13 @@ class PairDataset:
     """
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
-        self.sources, self.seed, self.max_bad_share = sources, seed, max_bad_share
-        ranges = [np.empty((0, 3), np.int64)]
-        for number, source in enumerate(tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False)):
-            ranges.append(np.insert(source.ranges(), 0, number, axis=1))
-        self._select(np.concatenate(ranges))
+        self.seed, self.max_bad_share = seed, max_bad_share
+        ranges = {}
+        for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False):
+            if source not in ranges:
+                ranges[source] = np.insert(source.ranges(), 0, len(ranges), axis=1)
+        self.sources = [*ranges]
+        self._select(np.concatenate([np.empty((0, 3), np.int64), *(ranges[source] for source in sources)]))
         if not len(self):
             raise ValueError(
                 f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name others."
@@ -104,13 +108,13 @@ class PairDataset:
         Returns a pair without replacement.
 
         Returns:
-            `dict` with `image`, `captions` and `key`, see [`PairDataset`].
+            `dict` with `image`, `captions`, `labels`, `complete` and `key`, see [`PairDataset`].
 
         Raises:
             `BadPairError`: the pair is unusable. `OSError`: its shard or table no longer exists.
         """
         pair = self.raw(index)
-        return {"image": _load(pair), "captions": pair.captions, "key": pair.key}
+        return {"image": _load(pair), **pair.texts._asdict(), "key": pair.key}
 
     def image(self, index: int) -> tuple[str, Image.Image]:
         """Returns key and image of a pair, which needs no caption. Raises like `read`."""
@@ -119,7 +123,7 @@ class PairDataset:
 
     def captions(self, index: int) -> list[str]:
         """Returns all captions of a pair, at least one, without decoding its image. Raises like `read`."""
-        return self.raw(index).captions
+        return self.raw(index).texts.captions
 
     def caption(self, index: int) -> str:
         """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
@@ -139,7 +143,7 @@ class PairDataset:
         source = self.sources[number]
         try:
             pair = source.read(start, end)
-            if need_captions and not pair.captions:
+            if need_captions and not pair.texts.captions:
                 raise ValueError("no caption")
             return pair
         except BAD_PAIR as error:
@@ -161,12 +165,12 @@ class PairDataset:
         of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the images, rounded up.
 
         Returns:
-            `tuple`: the other pairs, and the part.
+            `tuple`: the other pairs, and the part, in which a pair of a repeated source stands once.
 
         Raises:
             `ValueError`: one of them would be empty.
         """
-        groups = self._images()
+        groups = self.image_digests()
         # In the order of the pairs, so that the place of the files does not count.
         distinct = list(dict.fromkeys(groups))
         count = math.ceil(share * len(distinct))
@@ -177,26 +181,50 @@ class PairDataset:
         order = np.random.default_rng(0).permutation(len(distinct))
         drawn = {distinct[place] for place in order[:count]}
         inside = np.array([group in drawn for group in groups])
-        return tuple(copy(self)._select(self._ranges[part]) for part in (~inside, inside))
+        return copy(self)._select(self._ranges[~inside]), copy(self)._select(np.unique(self._ranges[inside], axis=0))
 
-    def _images(self) -> list[Hashable]:
-        """Returns for each pair a value that the pairs of one image share, a digest of the image's bytes."""
-        images, known = [], {}  # of files, which several pairs may name
-        bar = tqdm(total=len(self), desc="Comparing images", unit="pair", delay=2, leave=False)
-        for source, ranges in self._by_source():
-            for (start, end), file in zip(ranges.tolist(), source.image_files(ranges)):
-                if file is None:
+    def distinct(self) -> tuple[PairDataset, np.ndarray]:
+        """
+        Returns the pairs without the repetitions of sources that are named several times, in order, and for each pair its row among them,
+        `(N,)`.
+        """
+        ranges, rows = np.unique(self._ranges, axis=0, return_inverse=True)
+        return copy(self)._select(ranges), rows.reshape(-1)
+
+    def image_digests(self) -> list[bytes]:
+        """
+        Returns a digest of the encoded image of each pair, which pairs of one image share. Reads all images, in later calls and other
+        processes only after a change of a file.
+        """
+        pairs, rows = self.distinct()
+        sources = [(source, ranges, source.image_files(ranges)) for source, ranges in pairs._by_source()]
+        state = hashlib.sha256(pairs._ranges.tobytes())
+        for source, _, files in sources:
+            for file in dict.fromkeys([*source.files(), *filter(None, files)]):
+                state.update(file_state(file))
+        kept = cache_folder() / "images" / f"{state.hexdigest()[:32]}.bin"
+        found = kept.read_bytes() if kept.is_file() else b""
+        if len(found) != 32 * len(pairs):
+            found = b"".join(pairs._compute_image_digests(sources))
+            keep_in_cache(kept, lambda temporary: temporary.write_bytes(found))
+        return [found[32 * row : 32 * row + 32] for row in rows.tolist()]
+
+    def _compute_image_digests(
+        self, sources: Sequence[tuple[Source, np.ndarray, list[Path | None]]]
+    ) -> Iterator[bytes]:
+        known = {}  # of files, which several pairs may name
+        with tqdm(total=len(self), desc="Comparing images", unit="pair", delay=2, leave=False) as bar:
+            for number, (source, ranges, files) in enumerate(sources):
+                for (start, end), file in zip(ranges.tolist(), files):
                     try:
-                        images.append(hashlib.sha256(source.read(start, end).image).digest())
+                        if file is None:
+                            digest = hashlib.sha256(source.read(start, end).image).digest()
+                        elif not (digest := known.get(file)):
+                            digest = known[file] = file_digest(file)
                     except BAD_PAIR:
-                        images.append((source.path, start))
-                else:
-                    if file not in known:
-                        known[file] = file_digest(file) or os.path.abspath(file)
-                    images.append(known[file])
-                bar.update()
-        bar.close()
-        return images
+                        digest = None
+                    yield digest or hashlib.sha256(f"{number}/{file or start}".encode(errors="replace")).digest()
+                    bar.update()
 
     def _by_source(self) -> list[tuple[Source, np.ndarray]]:
         """Returns the sources with the ranges (start, end) of their pairs."""
@@ -243,6 +271,9 @@ def load_pairs(
     - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
     - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
+
+    A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these labels are complete
+    for, as a list or as the name of one of [`~iclip_hf.data.class_names.CLASS_NAMES`].
 
     Args:
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..model.images import IMAGE_SUFFIXES, load_image, open_image
+from ..model.images import IMAGE_SUFFIXES, load_image, open_image, upright
 from ..model.prompts import IMAGENET_TEMPLATES, check_templates
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
@@ -124,7 +124,10 @@ class _IndexSample(SegmentationSample):
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode {image.mode!r}; save class "
                 "ids, not colours."
             )
-        values = np.asarray(image).astype(np.uint8)
+        values = np.asarray(upright(image)).astype(np.uint8)
+        if image.mode == "L":  # which Pillow scales to 255
+            with open(self.mask_path, "rb") as file:
+                values //= {2: 85, 4: 17}.get(file.read(25)[24], 1)  # by the bit depth in the header
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         if unknown := present[self.table[present] == _UNKNOWN].tolist():
             raise ValueError(

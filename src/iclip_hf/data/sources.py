@@ -30,6 +30,7 @@ from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
+from .class_names import CLASS_NAMES
 
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 # list, all others are text. Members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
+LABEL_COLUMNS = ("labels", "complete")  # lists of names, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`
 
 CLASS_CAPTION = "a photo of a {}"  # of the images in a folder that is named by their class
 
@@ -68,24 +70,50 @@ class Columns(NamedTuple):
                     f"header line, or name the column by --{what}_column."
                 )
 
-    def captions(self, row: Mapping) -> list[str]:
-        """Returns the captions of the first column with text, stripped; none without text."""
+    def texts(self, row: Mapping) -> PairTexts:
+        """
+        Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if `complete` names
+        an unknown list.
+        """
         within = row["json"] if isinstance(row.get("json"), Mapping) else {}
-        found = (_captions(column, of.get(column)) for column in self.caption for of in (row, within))
-        return next(filter(None, found), [])
+        found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
+        captions = next(filter(None, found), [])
+        labels, complete = (row.get(name) or within.get(name) for name in LABEL_COLUMNS)
+        if isinstance(complete, str) and not complete.lstrip().startswith("["):
+            if complete not in CLASS_NAMES:
+                raise ValueError(
+                    f"complete: {complete!r:.100} is neither a list of names nor one of {', '.join(CLASS_NAMES)}"
+                )
+            return PairTexts(captions, _texts("labels", labels), CLASS_NAMES[complete])
+        return PairTexts(captions, *map(_texts, LABEL_COLUMNS, (labels, complete)))
 
 
-def _captions(column: str, value) -> list[str]:
-    """Returns the captions in a value of a column, none if it is neither text nor a list of texts."""
-    if column == "captions" and isinstance(value, str):  # of a .csv or .tsv
+class PairTexts(NamedTuple):
+    """
+    What is written of an image.
+
+    Attributes:
+        captions: all captions; none for a pair without.
+        labels: names of what the image shows.
+        complete: names that the labels are complete for: the image does not show one of them that is no label.
+    """
+
+    captions: Sequence[str]
+    labels: Sequence[str] = ()
+    complete: Sequence[str] = ()
+
+
+def _texts(column: str, value) -> list[str]:
+    """Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts."""
+    if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):  # of a .csv or .tsv
         try:
             value = json.loads(value)
         except ValueError:
             return []
     several = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     # JSON escapes can contain lone surrogates, which tokenizers refuse.
-    captions = [text.encode(errors="ignore").decode().strip() for text in several if isinstance(text, str)]
-    return [caption for caption in captions if caption]
+    texts = [text.encode(errors="ignore").decode().strip() for text in several if isinstance(text, str)]
+    return [text for text in texts if text]
 
 
 USUAL_COLUMNS = Columns()
@@ -98,13 +126,13 @@ class RawPair(NamedTuple):
     Attributes:
         image: encoded image, or path of its file.
         name: name of the image for errors; None if it is the path.
-        captions: all captions; none for a pair without.
+        texts: captions and labels.
         key: name of the pair.
     """
 
     image: bytes | Path
     name: str | None
-    captions: list[str]
+    texts: PairTexts
     key: str
 
 
@@ -247,7 +275,7 @@ class TarShard(Source):
                     row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
         if image is None:
             raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
-        return RawPair(image, name, self.columns.captions(row), image_key)
+        return RawPair(image, name, self.columns.texts(row), image_key)
 
     def place(self, start: int) -> str:
         return f"{self.path}, byte {start}"
@@ -264,21 +292,21 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
 
 class ImageList(Source):
     """
-    Image files by name, each with its captions. Names are relative to the table `path` that lists them, or to the folder `path`; an
+    Image files by name, each with its texts. Names are relative to the table `path` that lists them, or to the folder `path`; an
     empty one is a pair without an image.
     """
 
-    def __init__(self, path: Path, columns: Columns, names: Sequence[str], captions: Sequence[list[str]]):
+    def __init__(self, path: Path, columns: Columns, names: Sequence[str], texts: Sequence[PairTexts]):
         super().__init__(path, columns)
         self.root = path if path.is_dir() else None
         self._folder = self.root or path.parent
-        self._names, self._captions, self.count = names, captions, len(names)
+        self._names, self._texts, self.count = names, texts, len(names)
 
     def read(self, start: int, end: int) -> RawPair:
         name = self._names[start]
         if not name or "://" in name:
             raise ValueError(f"{name!r} is no image file; download images first (img2dataset)")
-        return RawPair(self._folder / name, None, self._captions[start], name)
+        return RawPair(self._folder / name, None, self._texts[start], name)
 
     def image_files(self, ranges: np.ndarray) -> list[Path | None]:
         names = (self._names[row] for row in ranges[:, 0])
@@ -294,16 +322,19 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
     are separated by the character of ",", ";" and tab that its first line has most of.
 
     Raises:
-        `ValueError`: there are no columns of images and captions, or a line is no row.
+        `ValueError`: there are no columns of images and captions, a line is no row, or labels are complete for an unknown list.
     """
-    names, captions = [], []
+    names, texts = [], []
     for row in _table_rows(path):
         if not names:
             columns.check(path, row)
         name = next((row[column] for column in columns.image if row.get(column)), "")
         names.append(name if isinstance(name, str) else "")
-        captions.append(columns.captions(row))
-    return ImageList(path, columns, names, captions)
+        try:
+            texts.append(columns.texts(row))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return ImageList(path, columns, names, texts)
 
 
 def _table_rows(path: Path) -> Iterator[dict]:
@@ -357,8 +388,8 @@ def read_class_folders(path: Path) -> ImageList:
             "%s: left out %d images in no folder of a class, such as %s", path, len(elsewhere), elsewhere[0]
         )
     labels = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
-    captions = [[CLASS_CAPTION.format(label)] for label in labels]
-    return ImageList(path, USUAL_COLUMNS, [image.as_posix() for image in images], captions)
+    texts = [PairTexts([CLASS_CAPTION.format(label)]) for label in labels]
+    return ImageList(path, USUAL_COLUMNS, [image.as_posix() for image in images], texts)
 
 
 class ArrowRows(Source):
@@ -393,15 +424,15 @@ class ArrowRows(Source):
 
     def read(self, start: int, end: int) -> RawPair:
         row = self._rows[start]
-        captions, stored, key = self.columns.captions(row), row[self._image_column], f"{self.path.name} row {start}"
+        texts, stored, key = self.columns.texts(row), row[self._image_column], f"{self.path.name} row {start}"
         if isinstance(stored, Mapping):
             stored, key = stored.get("bytes") or stored.get("path"), stored.get("path") or key
         if isinstance(stored, bytes):
-            return RawPair(stored, repr(key), captions, key)
+            return RawPair(stored, repr(key), texts, key)
         image = self._file(stored)
         if image is None:
             raise ValueError(f"no image of the data set in {self._image_column!r}, but {stored!r:.200}")
-        return RawPair(image, None, captions, key)
+        return RawPair(image, None, texts, key)
 
     def image_files(self, ranges: np.ndarray) -> list[Path | None]:
         import pyarrow as pa
@@ -438,14 +469,18 @@ def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | dat
 def open_sources(
     sources: Sequence[str | os.PathLike], columns: Columns = USUAL_COLUMNS, split: str = "train"
 ) -> list[Source]:
-    """Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded."""
-    opened = []
-    for source in map(os.fspath, sources):
-        if is_hub_id(source):
-            opened.append(ArrowRows(Path(source), columns, split, hub=True))
+    """
+    Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded. A source that is named several times
+    is opened once and returned as often.
+    """
+    opened: dict[str, list[Source]] = {}
+    names = [*map(os.fspath, sources)]
+    for name in dict.fromkeys(names):
+        if is_hub_id(name):
+            opened[name] = [ArrowRows(Path(name), columns, split, hub=True)]
         else:
-            opened += [_open(path, columns, split) for path in _local_paths(source)]
-    return opened
+            opened[name] = [_open(path, columns, split) for path in _local_paths(name)]
+    return [source for name in names for source in opened[name]]
 
 
 _KINDS = {".tar": TarShard, ".csv": read_table, ".tsv": read_table, ".jsonl": read_table, ".parquet": ArrowRows}

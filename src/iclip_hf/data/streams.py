@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from torch.utils.data import IterableDataset
 
-from ..model.images import MAX_DOWNLOAD, load_image
-from .sources import USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
+from ..model.downloads import MAX_DOWNLOAD
+from ..model.images import load_image
+from .sources import LABEL_COLUMNS, USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
 
 
 if TYPE_CHECKING:
@@ -65,10 +66,16 @@ class PairStream(IterableDataset):
             )
         self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
-        kept = [column for column in (self._image_column, "__key__", *columns.caption) if column in features]
+        kept = [
+            column
+            for column in (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
+            if column in features
+        ]
         if isinstance(features.get("json"), Mapping):
-            captions = {column: kind for column, kind in features["json"].items() if column in columns.caption}
-            dataset = dataset.cast_column("json", captions)
+            wanted = (*columns.caption, *LABEL_COLUMNS)
+            dataset = dataset.cast_column(
+                "json", {name: kind for name, kind in features["json"].items() if name in wanted}
+            )
             kept.append("json")
         dataset = dataset.select_columns(kept)
         # Without decoding, because one bad image would end the stream.
@@ -89,8 +96,8 @@ class PairStream(IterableDataset):
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
-                captions = self._columns.captions(row)
-                if not captions:
+                texts = self._columns.texts(row)
+                if not texts.captions:
                     raise ValueError("it has no caption")
                 image = load_image(_image_bytes(stored, self._hub_id), repr(key))
             except DroppedConnectionError:
@@ -100,8 +107,8 @@ class PairStream(IterableDataset):
                 self._tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
             self._tally.add()
-            caption = _draw(captions, self.seed, self._rows.epoch, key)
-            yield {"image": image, "captions": captions, "key": key, "caption": caption, "skipped": skipped}
+            caption = _draw(texts.captions, self.seed, self._rows.epoch, key)
+            yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "skipped": skipped}
             skipped = 0
 
     def fingerprint(self) -> str:

@@ -6,12 +6,11 @@ import csv
 import io
 import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..utils.files import atomic_write, check_outputs
+from ..utils.files import atomic_write, check_outputs, new_file
 
 
 # The scores of the measure `presence` in its table: for each its heading and number of digits.
@@ -82,22 +81,17 @@ class EvaluationResult:
         writer.writerows(rows)
         return text.getvalue()
 
-    def save(self, path: str | Path, overwrite: bool = False) -> tuple[Path, Path]:
+    def save(self, path: str | Path) -> tuple[Path, Path]:
         """
-        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both paths. Raises
-        `FileExistsError` if the `.csv` file exists, unless `overwrite`.
+        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both paths. The second has
+        a number if such a file exists.
         """
-        path, table = Path(path), Path(path).with_suffix(".csv")
-        check_files(path, overwrite=overwrite)
-        with atomic_write(table) as rows, atomic_write(path) as result:  # both are whole before one is replaced
+        path, table = Path(path), new_file(Path(path).with_suffix(".csv"))
+        check_outputs([path])
+        with atomic_write(table) as rows, atomic_write(path) as result:  # both are whole before one is renamed
             result.write_text(self.to_json(), encoding="utf-8")
             rows.write_text(self.per_class_csv(), encoding="utf-8")
         return path, table
-
-
-def check_files(path: str | Path, inputs: Iterable[str | os.PathLike | None] = (), overwrite: bool = False) -> None:
-    """Checks the files of [`EvaluationResult.save`] as [`iclip_hf.utils.files.check_outputs`] does."""
-    check_outputs([path], inputs, overwrite, [Path(path).with_suffix(".csv")])
 
 
 def read_results(path: str | Path, *parts: str) -> dict:

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from ..model.explanation import Explanation
 from ..model.explanation_core import Pixels, forward, join, prepare
-from ..model.images import map_groups
+from ..model.images import load_image, map_groups
 from ..model.presence import MIN_PRESENCE
-from ..model.processing_iclip import check_thresholds, to_image
+from ..model.processing_iclip import check_thresholds
 from ..model.prompts import check_templates, split_texts
 from ..utils.prefetch import Item, prefetch_map
 from . import WordExplainer, make_explainer, select_texts
@@ -229,7 +229,7 @@ def explain(
         `OSError`: an image cannot be read.
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
-    images = [to_image(image, timeout) for image in ([images] if is_one else images)]
+    images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
     texts = split_texts(texts)
     per_image = bool(texts) and not isinstance(texts[0], str)
     labels = texts if per_image else [None] * len(images)

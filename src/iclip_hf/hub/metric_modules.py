@@ -4,7 +4,6 @@ from importlib.resources import files
 from pathlib import Path
 
 from ..utils.extras import require_extra
-from ..utils.files import write_files
 
 
 def metric_folders() -> dict[str, Path]:
@@ -32,23 +31,3 @@ def install_metrics() -> dict[str, Path]:
         # Written again, because `load` takes the newest version.
         (installed[name] / f"{name}.py").write_bytes((folder / f"{name}.py").read_bytes())
     return installed
-
-
-def export_space(metric: str, directory: str | Path, overwrite: bool = False) -> Path:
-    """
-    Writes the files of a metric's Space into a new folder or an existing clone.
-
-    Args:
-        metric (`str`): `"mfmb"`, `"mmiou"` or `"text_contrast"`.
-        directory (`str` or `Path`): folder to write into; created if it does not exist.
-        overwrite (`bool`): whether files of other content may be replaced.
-
-    Returns:
-        `Path`: the folder.
-
-    Raises:
-        `FileExistsError`: a file of another content exists, and not `overwrite`.
-    """
-    sources = sorted(source for source in metric_folders()[metric].iterdir() if source.is_file())
-    write_files(Path(directory), {source.name: source.read_bytes() for source in sources}, overwrite)
-    return Path(directory)

@@ -1,28 +1,25 @@
-"""Reading of image files as upright 8-bit RGB, with uniform error messages, and grouping of images by shape."""
+"""Loading of images in any form as upright 8-bit RGB, with uniform error messages."""
 
 from __future__ import annotations
 
 import base64
 import io
 import os
-import threading
-import time
-import urllib.parse
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent import futures
-from http.client import HTTPException
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .downloads import download
+
+
+if TYPE_CHECKING:
+    import torch
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
-
-MAX_DOWNLOAD = 64 * 2**20  # largest size of an image at a URL, in bytes
 
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -50,6 +47,8 @@ def open_image(
     try:
         if isinstance(source, Image.Image):
             source.load()
+            if 0 in source.size:
+                raise ValueError("it has no pixels")
             return source
         Image.init()  # registers the optional formats, so that the absent ones are known
         formats = [format for format in _FORMATS if format in Image.OPEN]
@@ -71,90 +70,55 @@ def open_image(
     raise ValueError(f"{name}: expected a readable image, but {problem}.")
 
 
-def load_image(source: str | os.PathLike | bytes | Image.Image, name: str | None = None) -> Image.Image:
+def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Image:
     """
-    Opens an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. Arguments are those of
-    [`open_image`]. A given PIL image is not modified.
+    Loads an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. A given image is not modified.
 
     The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in XMP does not count.
-    16-bit grayscale is scaled (65535 becomes 255).
-
-    Raises:
-        `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`]. Also `ValueError`: the range of the pixels is not
-        defined (floats, or integers of more than 16 bits).
-    """
-    return to_rgb(_upright(open_image(source, name)), name)
-
-
-def read_image(image: str | os.PathLike | bytes | Image.Image, timeout: float = 60) -> Image.Image:
-    """
-    Like [`load_image`], and reads URLs and base64 text too. A string that is no file is base64 text if it begins with "data:" or
-    an image comes out.
+    16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is above 255.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes` or `PIL.Image.Image`): path, URL, base64 text, bytes of a file, or a PIL image.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text, the bytes of a file, an image
+            of any mode, or the pixels, in the ranges of [`to_8_bit`]. A `str` that is no file is base64 text if it begins with "data:"
+            or an image comes out of it; an `os.PathLike` is always a path.
+        name (`str`, *optional*): name of the image in errors; its path if not given.
         timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
 
     Raises:
-        As [`load_image`]; also `OSError`: the download fails.
+        `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the range of the pixels is
+        not defined (floats, or integers above 65535). `OSError`: the download fails.
     """
-    if not isinstance(image, str) or os.path.exists(image):
-        return load_image(image)
-    name = repr(image[:100])
-    if image.startswith(("http://", "https://")):
-        try:
-            content = _download(image, timeout)
-        except (OSError, HTTPException, ValueError) as error:
-            raise OSError(f"{name}: the image cannot be downloaded: {error}") from error
-        return load_image(content, name)
-    try:
-        content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
-        return load_image(content, name)
-    except ValueError:
-        if image.startswith("data:"):
-            raise
-    return load_image(image, name)  # a path that is not there can consist of letters that base64 has, such as data/dog
-
-
-def _download(url: str, timeout: float) -> bytes:
-    """Downloads a URL with a limit of time and size."""
-    url = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
-    request = urllib.request.Request(url, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
-    answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
-    end = time.monotonic() + timeout
-
-    def fetch() -> None:
-        content = bytearray()
-        try:
-            with urllib.request.urlopen(request, timeout=timeout + 1) as opened:  # the thread is left before that
-                while part := opened.read1(2**16):
-                    content += part
-                    if len(content) > MAX_DOWNLOAD:
-                        raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
-                    if time.monotonic() > end:
-                        raise late
-            answer.set_result(bytes(content))
-        except Exception as error:
-            answer.set_exception(error)
-
-    # A thread, because the timeout of a socket restarts with every byte, also of the headers.
-    threading.Thread(target=fetch, daemon=True).start()
-    try:
-        return answer.result(timeout)
-    except futures.TimeoutError:
-        raise late from None
+    if hasattr(image, "shape"):
+        return _from_array(to_8_bit(image))
+    if isinstance(image, str) and not os.path.exists(image):
+        name = name or repr(image[:100])
+        if image.startswith(("http://", "https://")):
+            image = download(image, timeout)
+        else:
+            try:
+                content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
+                return load_image(content, name)
+            except ValueError:
+                if image.startswith("data:"):
+                    raise
+            # A path that is not there can consist of letters that base64 has, such as data/dog.
+    return to_rgb(upright(open_image(image, name)), name)
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     """Converts an image of any mode to 8-bit RGB, as [`load_image`] does and with its errors, but without rotation."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
-    if image.mode.startswith("I"):  # "I;16" in its byte orders, "I" in older Pillow
+    if image.mode.startswith("I"):  # "I;16" in its byte orders, or "I"
         import numpy as np  # not above, because commands check their files before they load anything
 
-        values = np.asarray(image).astype(np.int32)
+        values = np.asarray(image).astype(np.int64)
         if values.min() >= 0 and values.max() <= 65535:
-            return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")  # rounded
+            # "I" is of 32 bits, whose white is not known; but Pillow scales a PPM file of more than 8 bits to 65535.
+            is_8_bit = image.mode == "I" and image.format != "PPM" and values.max() <= 255
+            gray = values if is_8_bit else (values + 128) // 257  # rounded
+            gray[values == image.info.get("transparency", -1)] = 255
+            return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
         raise ValueError(
             f"{name or _name(image)}: the pixels are floating-point or of more than 16 bits, so their range is not known; convert it to "
@@ -165,6 +129,64 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
         canvas.alpha_composite(image.convert("RGBA"))
         image = canvas
     return image.convert("RGB")
+
+
+def to_8_bit(image) -> torch.Tensor:
+    """
+    Converts an array or tensor of pixels to the nearest values in 0..255, uint8, of the same device.
+
+    Args:
+        image: of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. Where both ends of the shape could be channels, they are the last
+            of a numpy array, which becomes `(C, H, W)`, and the first of a tensor. White is 65535 in uint16, 127 in int8, 1 in floats
+            and booleans, and 255 in all other integers.
+
+    Raises:
+        `ValueError`: the shape is another, or a value is NaN, infinite or outside of the range of its type. `TypeError`: the
+        values are no real numbers.
+    """
+    import torch
+
+    pixels = to_pixels(image)
+    if pixels.dtype == torch.uint8:
+        return pixels
+    white = (
+        1
+        if pixels.is_floating_point()
+        else {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}.get(pixels.dtype, 255)
+    )
+    levels = (pixels.double() * (255 / white)).round()
+    if levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {pixels.min()} to {pixels.max()}: convert it to "
+            "uint8, or to uint16 if white is 65535."
+        )
+    return levels.to(torch.uint8)
+
+
+def to_pixels(image) -> torch.Tensor:
+    """Returns the pixels of an array or tensor as a tensor, in any range. Raises as [`to_8_bit`]."""
+    import numpy as np
+    import torch
+
+    if getattr(image.dtype, "kind", "f") not in "biuf" or getattr(image.dtype, "is_complex", False):
+        raise TypeError(f"An image holds integers, floats or booleans, not {image.dtype}.")
+    if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
+        raise ValueError(f"An image has the shape (3, H, W) or (H, W, 3), or 1 for 3, not {tuple(image.shape)}.")
+    if isinstance(image, np.ndarray):
+        if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
+            image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
+        # torch takes only its own byte order and warns of arrays that cannot be written, such as those of PIL images.
+        image = np.require(image, image.dtype.newbyteorder("="), requirements="W")
+    pixels = torch.as_tensor(image)
+    if not torch.isfinite(pixels).all():
+        raise ValueError("The image holds NaN or infinity.")
+    return pixels
+
+
+def _from_array(pixels: torch.Tensor) -> Image.Image:
+    """Returns the RGB image of pixels from [`to_8_bit`]."""
+    pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
+    return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
 
 
 def map_groups(
@@ -195,7 +217,8 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Turns an image of [`open_image`] by its orientation in EXIF, as browsers do."""
     try:
         exif = image.getexif()
         if "exif" in image.info:  # else of a TIFF file, or given by the user

@@ -25,6 +25,26 @@ def contrastive_loss(
     return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
 
 
+def sigmoid_loss(
+    logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor, num_positives: torch.Tensor | float
+) -> torch.Tensor:
+    """
+    Binary cross entropy of each image and text, as in SigLIP, with a weight for each negative.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T)`): scaled cosines with a bias.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+        negative_weights (`torch.Tensor` of shape `(B, T)`): weights of the pairs that are not positive; the others have the weight 1.
+        num_positives (`torch.Tensor` or `float`): divisor of the sum; with several processes their mean number of positives.
+
+    Returns:
+        `torch.Tensor` scalar, float32.
+    """
+    weights = torch.where(positives, 1.0, negative_weights)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
+    return losses / num_positives
+
+
 def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
     Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax. The share of a

@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from .explanation import Explanation
 from .explanation_core import Pixels, encode_texts, forward, join, prepare, reference_features
-from .images import map_groups
+from .images import load_image, map_groups
 from .label_maps import segments
 from .modeling_iclip import ICLIPTextFeatures
 from .presence import MIN_PRESENCE
-from .processing_iclip import check_threshold, check_thresholds, check_tokenizer, to_image
+from .processing_iclip import check_threshold, check_thresholds, check_tokenizer
 from .prompts import check_templates, split_texts
 from .regions import MIN_AREA, find_regions, run_lengths
 
@@ -116,7 +116,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
-        image = to_image(image, timeout)
+        image = load_image(image, timeout=timeout)
         pixels = prepare(self.processor, image, size)
         # In a list, because the base class would concatenate tensors, whose shapes may differ.
         sizes = [None if of_size is None else of_size.to(self.dtype) for of_size in pixels[:2]]

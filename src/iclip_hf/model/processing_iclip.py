@@ -1,6 +1,6 @@
 """Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .images import read_image, to_rgb
+from .images import load_image, to_8_bit, to_pixels, to_rgb
 from .label_maps import segments
 from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
@@ -20,9 +20,6 @@ from .similarity import resize_and_normalize
 
 # Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` makes a narrow image very large.
 MAX_PIXELS = 2**24
-# Value of white in arrays of integers (1 in floats). Wider integers are not supported, because they mostly hold 0..255.
-_BRIGHTEST = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}
-
 # A text that any tokenizer knows words of.
 _PROBE = "a photo of a dog"
 
@@ -128,9 +125,8 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors, with channels first or last. Where both
-                ends of the shape could be channels, they are the last of a numpy array and the first of a tensor. White is 255 in an
-                array of uint8, 65535 of uint16, 127 of int8, and 1 of floats and booleans.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`], or what else
+                [`load_image`] takes. The orientation in EXIF of a given PIL image does not count.
             text: texts without templates: one text, a list of T texts for all images, or one list for each image (shorter lists are
                 padded with their last text).
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for each image, or
@@ -146,11 +142,9 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
-            shapes with `shortest_edge`; or an image is invalid, not finite, out of the range of its type, or of a type without a
-            defined range, such as int64.
+            shapes with `shortest_edge`; a keyword is given flat and in the dictionary of its side; or an image is invalid, not finite
+            or out of the range of its type.
         """
-        nested = [kwargs.pop(name, None) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
-        kwargs = {name: value for part in (*nested, kwargs) for name, value in part.items()}
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
         prompts = ["{}"]
@@ -161,17 +155,30 @@ class ICLIPProcessor(ProcessorMixin):
             text = _nested(text, prompts)
         per_image = text is not None and isinstance(text[0], list)
 
+        common_kwargs, text_kwargs, images_kwargs = (
+            dict(kwargs.pop(name, None) or {}) for name in ("common_kwargs", "text_kwargs", "images_kwargs")
+        )
         if images is not None:
-            rescaled = not kwargs.get("do_rescale", getattr(self.image_processor, "do_rescale", True))
-            several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-            images = [_checked_image(image, rescaled) for image in (images if several else [images])]
+            is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
+            do_rescale = {"do_rescale": getattr(self.image_processor, "do_rescale", True), **images_kwargs, **kwargs}
+            images = images if is_batch else [images]
+            images = [_prepared(image, to_8_bit if do_rescale["do_rescale"] else to_pixels) for image in images]
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
-            kwargs = self._with_exact_size(images, kwargs)
-        if text is not None:
-            kwargs = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length, **kwargs}
-        kwargs.setdefault("return_tensors", "pt")
-        batch = super().__call__(images, [t for texts in text for t in texts] if per_image else text, **kwargs)
+            # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
+            sized = kwargs if "size" in kwargs else images_kwargs
+            sized["size"] = self._exact_size(images, sized.get("size"))
+        usual = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
+        given = {**common_kwargs, **text_kwargs, **kwargs}
+        text_kwargs |= {name: value for name, value in usual.items() if name not in given}
+        batch = super().__call__(
+            images,
+            [t for texts in text for t in texts] if per_image else text,
+            common_kwargs={"return_tensors": "pt", **common_kwargs},
+            text_kwargs=text_kwargs,
+            images_kwargs=images_kwargs,
+            **kwargs,
+        )
 
         if per_image:
             step = len(text[0])
@@ -185,9 +192,9 @@ class ICLIPProcessor(ProcessorMixin):
             batch["num_templates"] = len(prompts)
         return batch
 
-    def _with_exact_size(self, images: list, kwargs: dict) -> dict:
-        """Converts a requested size to height and width in multiples of the patch size."""
-        size = kwargs.get("size") or self.image_processor.size
+    def _exact_size(self, images: list, size: int | dict[str, int] | None) -> dict[str, int]:
+        """Converts a requested size, by default the image processor's, to height and width in multiples of the patch size."""
+        size = size or self.image_processor.size
         size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
         size = {name: side for name, side in size.items() if side is not None}
         if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or min(size.values()) < 1:
@@ -210,7 +217,7 @@ class ICLIPProcessor(ProcessorMixin):
             raise ValueError(f"A size of {asked} pixels is no multiple of the patch size {patch}: use {fitting}.")
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(f"An image of {size} has more than {MAX_PIXELS:,} pixels.")
-        return {**kwargs, "size": size}
+        return size
 
     def post_process_similarity_maps(
         self,
@@ -400,6 +407,13 @@ def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch
     return None if presence is None else presence >= min_presence
 
 
+def _prepared(image, convert: Callable) -> Image.Image | torch.Tensor:
+    """Returns a PIL image in RGB, or the pixels of an array or tensor by `convert`. Other forms are loaded."""
+    if hasattr(image, "shape"):
+        return convert(image)
+    return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+
+
 def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
     """Converts texts to a list of prompts, or to one list of prompts for each image, all of the same length."""
     if isinstance(texts, str):
@@ -412,46 +426,6 @@ def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
         return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
     texts = [check_text(text) for text in texts]
     return [template.replace("{}", text) for text in texts for template in templates]
-
-
-def _checked_image(image, rescaled: bool = False):
-    """Returns a PIL image in RGB, or an array or tensor in 8 bits; unchanged if it is `rescaled` already."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
-        raise ValueError(f"An image has the shape (3, H, W) or (H, W, 3), or 1 for 3, not {tuple(image.shape)}.")
-    if isinstance(image, np.ndarray):
-        if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
-            image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
-        image = np.require(image, requirements="W")  # torch warns of others, such as those of PIL images
-    pixels = torch.as_tensor(image)
-    if not torch.isfinite(pixels).all():
-        raise ValueError("The image holds NaN or infinity.")
-    return image if rescaled else _to_8_bit(pixels)
-
-
-def to_image(image, timeout: float = 60) -> Image.Image:
-    """
-    Converts an image in any form to a PIL image in RGB: an array or tensor as for [`ICLIPProcessor`], or what [`read_image`] takes.
-    """
-    if not hasattr(image, "shape"):
-        return read_image(image, timeout)
-    pixels = torch.as_tensor(_checked_image(image))
-    pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
-    return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
-
-
-def _to_8_bit(pixels: torch.Tensor) -> torch.Tensor:
-    """Converts pixels to the nearest values in 0..255. The range of a type is that of torchvision."""
-    if pixels.dtype == torch.uint8:
-        return pixels
-    brightest = 1 if pixels.is_floating_point() else _BRIGHTEST.get(pixels.dtype)
-    if brightest is None:
-        raise ValueError(f"An image of {pixels.dtype} has no agreed range: convert it to uint8.")
-    levels = (pixels.double() * (255 / brightest)).round()
-    if levels.min() < 0 or levels.max() > 255:
-        raise ValueError(f"An image of {pixels.dtype} is in [0, {brightest}], but this one is not.")
-    return levels.to(torch.uint8)
 
 
 __all__ = ["ICLIPProcessor"]

@@ -7,7 +7,6 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from ..utils.arrays import to_numpy
 from . import COLORMAPS
 
 
@@ -53,7 +52,8 @@ def overlay(
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours
             of the paper.
     """
-    heatmap = to_numpy(heatmap)
+    if hasattr(heatmap, "detach"):
+        heatmap = heatmap.detach().cpu().float().numpy()  # bfloat16, which numpy lacks, too
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
     mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]

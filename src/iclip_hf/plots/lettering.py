@@ -1,10 +1,9 @@
-"""Text rendered with Pillow, in the fonts that come with matplotlib. matplotlib itself is imported only for scripts other than Latin."""
+"""Text rendered with Pillow, in the font DejaVu Sans of the folder `fonts`, and in installed fonts for scripts that it lacks."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -14,15 +13,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Distance between the base lines of two lines, and of the first from the top, in multiples of the size.
 _LINE_HEIGHT, _ASCENT = 1.25, 0.97
-# The default font has Latin letters, which lie below the first code, and this punctuation.
-_LATIN_END, _PUNCTUATION = 0x250, range(0x2010, 0x2027)
 # Longer texts are shortened in the middle, in characters, because drawing a thousand takes seconds.
 _LONGEST = 250
-# Fonts for scripts that the default font lacks; used if installed. The last, of newer versions of matplotlib, has a box for every character.
-_MORE_SCRIPTS = (
-    "Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans Devanagari, PingFang SC, Hiragino Sans, Microsoft YaHei, Malgun Gothic, "
-    "Nirmala UI, Arial Unicode MS, Last Resort High-Efficiency"
-).split(", ")
+# Fonts for scripts that DejaVu lacks, by the names of their files on Linux, macOS and Windows; used if installed.
+_MORE_SCRIPTS = """
+    NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf Nirmala.ttf
+""".split()
+_FONTS = Path(__file__).with_name("fonts")
+# Is no character of any font.
+_NO_CHARACTER = "\U0010ffff"
 
 
 def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
@@ -52,15 +51,6 @@ def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
 def text_width(line: str, size: float, bold: bool = False) -> float:
     """Returns the width of a line in pixels."""
     return sum(font.getlength(run) for run, font in _runs(line, size, bold))
-
-
-def word_boxes(text: str, size: float, bold: bool = False) -> Iterator[tuple[str, tuple[float, float, float, float]]]:
-    """Yields the words of a text with their boxes (x0, y0, x1, y1) in its `text_mask`, in pixels."""
-    for number, line in enumerate(text.split("\n")):
-        top = _LINE_HEIGHT * size * number
-        for word in re.finditer(r"\S+", line):
-            start, end = (text_width(line[:at], size, bold) for at in word.span())
-            yield word[0], (start, top, end, top + _LINE_HEIGHT * size)
 
 
 def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
@@ -99,19 +89,21 @@ _font = cache(ImageFont.truetype)
 @cache
 def _font_with(character: str, bold: bool) -> str:
     """Returns the file of the first font that has a character; the default font if none has."""
-    package = Path(importlib.util.find_spec("matplotlib").origin).parent  # found, not imported
-    default = str(package / "mpl-data" / "fonts" / "ttf" / f"DejaVuSans{'-Bold' if bold else ''}.ttf")
-    if ord(character) < _LATIN_END or ord(character) in _PUNCTUATION:
-        return default
-    return next((path for path, known in _coverage(default) if ord(character) in known), default)
+    default = str(_FONTS / f"DejaVuSans{'-Bold' if bold else ''}.ttf")
+    return next((path for path in (default, *_installed()) if _has(path, character)), default)
 
 
 @cache
-def _coverage(default: str) -> list[tuple[str, frozenset[int]]]:
-    """Returns files of fonts and the characters that each has."""
-    from matplotlib.font_manager import FontProperties, findfont, get_font_names
-    from matplotlib.ft2font import FT2Font
+def _installed() -> list[str]:
+    """Returns the fonts of `_MORE_SCRIPTS` that this machine has."""
+    found = []
+    for name in _MORE_SCRIPTS:
+        with suppress(OSError):  # Pillow looks for the name in the folders of the system
+            found.append(ImageFont.truetype(name.replace("\xa0", " ")).path)
+    return found
 
-    installed = [FontProperties(family=[name]) for name in _MORE_SCRIPTS if name in get_font_names()]
-    paths = [default, *(str(findfont(font)) for font in installed)]
-    return [(path, frozenset(FT2Font(path).get_charmap())) for path in paths]
+
+def _has(path: str, character: str) -> bool:
+    """Whether a font has a character: for those that it lacks, a font has one glyph."""
+    drawn, lacking = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
+    return (drawn.size, bytes(drawn)) != (lacking.size, bytes(lacking))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
+from ..model.images import load_image
 from ..model.presence import ABSENT, presence_word
-from ..model.processing_iclip import to_image
 from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
-from .lettering import fitted, text_mask, word_boxes
+from .lettering import fitted, text_mask
 
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ _TITLE, _NOTE = 15, 12.5
 # Distance of a title from what is below it.
 _SPACE = 7
 _INK, _PALE = "#1c2430", "#5b6472"
-# Colours behind the words of the lowest and the highest score.
-_PALE_WORD, _DARK_WORD = (255, 245, 235), (253, 164, 80)
 # Opacity of the black over the background of a label map.
 _DIMMED = 0.4
 # Share of an absent text's picture that is left; the rest is white.
@@ -60,7 +58,7 @@ def draw(
     ```
 
     Args:
-        explanation ([`Explanation`]): of the image. Word scores, if it has some, colour the words of the titles.
+        explanation ([`Explanation`]): of the image.
         image: the image, in any form that [`explain`] takes.
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
@@ -73,7 +71,7 @@ def draw(
     Raises:
         `ValueError`: the image cannot be read, or there is no such colour map.
     """
-    image = to_image(image)
+    image = load_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
     image = at_picture_size(image, dpi)
     pictures = [image]
@@ -83,8 +81,7 @@ def draw(
         word = presence_word(present, explanation.min_presence)
         pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
         titles.append(f"{' '.join(text.split())}\n{word} · score {score:.2f}")
-    words = None if explanation.words is None else [[], *explanation.words]
-    return picture_grid(pictures, titles, columns, words=words, legend=colormap, dpi=dpi)
+    return picture_grid(pictures, titles, columns, legend=colormap, dpi=dpi)
 
 
 def label_sheet(
@@ -164,7 +161,6 @@ def picture_grid(
     columns: int,
     row_titles: Sequence[str] = (),
     *,
-    words: Sequence[Sequence[tuple[str, float]]] | None = None,
     legend: str | None = None,
     dpi: int = DPI,
 ) -> Image.Image:
@@ -176,7 +172,6 @@ def picture_grid(
         titles: one for each picture. Its first line is the title, further lines are notes in smaller letters.
         columns (`int`): largest number of pictures in a row. Rows are filled evenly.
         row_titles: one for each row, above it; none by default.
-        words: for each picture the first words of its title, with scores of at least 0; the darker a word, the higher its score.
         legend (`str`, *optional*): colour map to explain below the pictures.
         dpi (`int`): resolution.
     """
@@ -186,21 +181,20 @@ def picture_grid(
     width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
     placed, top = [], margin  # pictures and titles, each with its place
 
-    def place_titles(texts: Sequence[str], shaded: Sequence, wide: int) -> None:
+    def place_titles(texts: Sequence[str], wide: int) -> None:
         """Writes titles side by side, so that all end at the same height."""
         nonlocal top
-        blocks = [_lettered(text, words, wide, scale) for text, words in zip(texts, shaded)]
+        blocks = [_lettered(text, wide, scale) for text in texts]
         highest = max((block.height for block in blocks), default=0)
         for column, block in enumerate(blocks):
             placed.append((block, margin + column * (side + gap), top + highest - block.height))
         top += highest + round(_SPACE * scale) * bool(highest)
 
-    shaded = words or [()] * len(pictures)
     for number, start in enumerate(range(0, len(pictures), columns)):
         row = slice(start, start + columns)
         top += 2 * gap if start else 0
-        place_titles(titles[row], shaded[row], side)
-        place_titles(row_titles[number : number + 1], [()], width)
+        place_titles(titles[row], side)
+        place_titles(row_titles[number : number + 1], width)
         for column, picture in enumerate(pictures[row]):
             if picture is not None:
                 shown = ImageOps.pad(picture, (side, height), Image.Resampling.LANCZOS, color="white")
@@ -237,19 +231,13 @@ def _aspect(pictures: Sequence[Image.Image | None]) -> float:
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
 
 
-def _lettered(text: str, words: Sequence[tuple[str, float]], width: int, scale: float) -> Image.Image:
-    """Draws a title and its notes. The darker the colour behind a word, the higher its score."""
+def _lettered(text: str, width: int, scale: float) -> Image.Image:
+    """Draws a title and its notes."""
     title, _, notes = text.partition("\n")
     title, notes = fitted(title, _TITLE * scale, width, 3, bold=True), fitted(notes, _NOTE * scale, width, 2)
     masks = [(text_mask(title, _TITLE * scale, bold=True), _INK)] if title else []
     masks += [(text_mask(notes, _NOTE * scale), _PALE)] if notes else []
     block = Image.new("RGB", (width, sum(mask.height for mask, _ in masks)), "white")
-    highest, remaining = max((score for _, score in words), default=0) or 1, list(words)
-    for written, box in word_boxes(title, _TITLE * scale, bold=True):
-        if remaining and written == remaining[0][0]:  # a long title is shortened
-            share = remaining.pop(0)[1] / highest
-            color = tuple(round(pale + share * (dark - pale)) for pale, dark in zip(_PALE_WORD, _DARK_WORD))
-            block.paste(color, tuple(round(side) for side in box))
     top = 0
     for mask, ink in masks:
         block.paste(ink, (0, top), mask)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import logging
 import math
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..backends.identity import digest, software, tokenizer_digest, tower_digest
 from ..data.pairs import BadPairError, PairDataset
+from ..data.sources import PairTexts
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pooling import normalize_attention, pool
@@ -112,11 +113,11 @@ class FeatureShards:
         """Returns the rows of a shard."""
         return range(self.rows)[shard * self.shard_rows : (shard + 1) * self.shard_rows]
 
-    def write(self, shard: int, features: np.ndarray, captions: list[list[str]] | None = None) -> None:
-        """Writes a shard and the captions of its rows."""
-        if captions is not None:
+    def write(self, shard: int, features: np.ndarray, usable: list[bool] | None = None) -> None:
+        """Writes a shard, and which of its rows can be used: those of an image that was read."""
+        if usable is not None:
             with atomic_write(self._file(shard, ".json")) as partial:
-                partial.write_text(json.dumps(captions))
+                partial.write_text(json.dumps(usable))
         # An open file, because `np.save` would add a suffix to a file name.
         with atomic_write(self._file(shard)) as partial, open(partial, "wb") as opened:
             np.save(opened, features)
@@ -132,10 +133,10 @@ class FeatureShards:
             features[here] = self._arrays[shard][rows[here] - shard * self.shard_rows]
         return features
 
-    def captions(self) -> list[list[str]]:
-        """Returns the captions of all rows."""
+    def usable(self) -> list[bool]:
+        """Returns for each row whether it can be used."""
         files = [self._file(shard, ".json") for shard in range(self.num_shards)]
-        return [captions for file in files for captions in json.loads(file.read_text())]
+        return [bool(entry) for file in files for entry in json.loads(file.read_text())]
 
     def _file(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / f"{shard:05d}{suffix}"
@@ -154,13 +155,15 @@ class CachedTexts:
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features, from [`FeatureCache`]. The captions of an epoch depend only on (seed, epoch). With a locked text tower, `texts`
-    and `prompts` are the features of captions and of noun prompts.
+    Pairs as cached features, from [`FeatureCache`]: `rows` (N,) of `features` with what is written of each. The captions of an epoch
+    depend only on (seed, epoch). With a locked text tower, `texts` and `prompts` are the features of captions and of noun prompts.
     """
 
     def __init__(
         self,
         features: FeatureShards,
+        rows: Sequence[int],
+        written: Sequence[PairTexts],
         config: ICLIPConfig,
         processor: ICLIPProcessor,
         seed: int = 0,
@@ -170,10 +173,9 @@ class CachedPairs(Dataset):
     ):
         self.features, self.config, self.processor, self.seed = features, config, processor, seed
         self.nouns, self.texts, self.prompts = nouns, texts, prompts
-        captions = features.captions()
-        self.rows = np.array([row for row, several in enumerate(captions) if several])  # bad pairs have no captions
-        self.captions = [captions[row] for row in self.rows]
-        self.sentences = self.captions if nouns is None else list(map(nouns.sentences, self.captions))
+        self.rows = np.array(rows)
+        self.sentences = [pair.captions if nouns is None else nouns.sentences(pair.captions) for pair in written]
+        self.nouns_of = [] if nouns is None else [nouns.of_image(*pair) for pair in written]
         self.set_epoch(0)
 
     def __len__(self) -> int:
@@ -182,27 +184,27 @@ class CachedPairs(Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Samples the caption of each pair."""
         self.epoch = epoch
-        self.drawn_caption = np.random.default_rng([self.seed, epoch]).random(len(self))
+        self.random = np.random.default_rng([self.seed, epoch]).random(len(self))
 
-    def drawn_captions(self, indices: Sequence[int] | None = None) -> list[str]:
+    def sampled_captions(self, indices: Sequence[int] | None = None) -> list[str]:
         """Returns the captions of these pairs, by default of all, in this epoch."""
         indices = range(len(self)) if indices is None else indices
-        return [self.sentences[i][int(self.drawn_caption[i] * len(self.sentences[i]))] for i in indices]
+        return [self.sentences[i][int(self.random[i] * len(self.sentences[i]))] for i in indices]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
-        """Returns a batch: `image_features` of the branches, and for each pair the sampled caption and all captions."""
+        """Returns a batch: `image_features` of the branches, and for each pair the sampled caption and the nouns."""
         return {
             "image_features": branch_features(
                 torch.from_numpy(self.features[self.rows[indices]]).float(), self.config
             ),
-            "caption": self.drawn_captions(indices),
-            "captions": [self.captions[i] for i in indices],
+            "caption": self.sampled_captions(indices),
+            "nouns": [self.nouns_of[i] for i in indices] if self.nouns else [],
         }
 
     def collate(self, batch: dict) -> dict:
         """Converts captions, followed by noun prompts, to `text_features` (M, Dt) or the tokenizer's tensors (M, L)."""
         captions = batch["caption"]
-        prompts, nouns = self.nouns.draw(batch["captions"], self.epoch) if self.nouns else ([], {})
+        prompts, nouns = self.nouns.sample(batch["nouns"], self.epoch) if self.nouns else ([], {})
         if self.texts is None:
             texts = self.processor(text=captions + prompts)
         else:
@@ -212,18 +214,27 @@ class CachedPairs(Dataset):
 
 
 class _PairReader(Dataset):
-    """Images as tensors, with all captions. A bad pair becomes a black image without captions."""
+    """Images as tensors, and whether they could be read. A broken one is black."""
 
     def __init__(self, pairs: PairDataset, processor: ICLIPProcessor):
         self.pairs, self.processor = pairs, processor
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, list[str]]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
         try:
-            pair = self.pairs.read(index)
+            _, image = self.pairs.image(index)
+            usable = True
         except BadPairError as error:
             logger.warning("Left out: %s", error)
-            pair = {"image": Image.new("RGB", (64, 64)), "captions": []}
-        return self.processor(images=pair["image"])["pixel_values"][0], pair["captions"]
+            image, usable = Image.new("RGB", (64, 64)), False
+        return self.processor(images=image)["pixel_values"][0], usable
+
+
+def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
+    try:
+        return pairs.raw(row).texts
+    except BadPairError as error:
+        logger.warning("Left out: %s", error)
+        return PairTexts([])
 
 
 @dataclass(eq=False, repr=False)
@@ -242,15 +253,32 @@ class FeatureCache:
         lock_text: bool = False,
         nouns: NounPrompts | None = None,
         seed: int = 0,
+        max_bad_share: float = 0.05,
         **options,
     ) -> CachedPairs:
-        """Returns pairs as features, with `lock_text` also of their texts. `options` and errors are those of [`FeatureCache.images`]."""
-        images, texts = self.images(pairs, **options), {}
+        """
+        Returns pairs as features, with `lock_text` also of their texts. The features of a pair that repeats are computed once. Pairs with a
+        broken image or no caption are left out. `options` and errors are those of [`FeatureCache.images`].
+
+        Raises:
+            `ValueError`: too many pairs are bad.
+        """
+        distinct, rows = pairs.distinct()
+        images, texts = self.images(distinct, **options), {}
+        written = {row: _texts_of(distinct, row) for row, usable in enumerate(images.usable()) if usable}
+        written = {row: texts for row, texts in written.items() if texts.captions}
+        bad = len(distinct) - len(written)
+        if bad > max_bad_share * len(distinct):
+            raise ValueError(
+                f"max_bad_share: {bad} of {len(distinct)} pairs are bad, as the log says; fix the data or raise it."
+            )
         if lock_text:
-            texts["texts"] = self.texts(itertools.chain.from_iterable(images.captions()))
+            texts["texts"] = self.texts(caption for pair in written.values() for caption in pair.captions)
             if nouns is not None:
                 texts["prompts"] = self.texts(nouns.all_prompts(), "prompts")
-        return CachedPairs(images, self.model.config, self.processor, seed, nouns, **texts)
+        rows = [row for row in rows.tolist() if row in written]
+        pairs_texts = [written[row] for row in rows]
+        return CachedPairs(images, rows, pairs_texts, self.model.config, self.processor, seed, nouns, **texts)
 
     def images(
         self,
@@ -259,35 +287,31 @@ class FeatureCache:
         map_tokens: int = 20,
         earlier_mean: list[float] | None = None,
         num_workers: int = 0,
-        max_bad_share: float = 0.05,
     ) -> FeatureShards:
         """
-        Computes [`image_rows`] and captions of each pair. Pairs with a broken image or no caption have no captions in the cache.
-        `earlier_mean` is the model's `token_mean` if it is not that of these pairs. `num_workers` is for each process.
+        Computes [`image_rows`] of the image of each pair. The captions do not count. `earlier_mean` is the model's `token_mean` if it is not
+        that of these pairs. `num_workers` is for each process.
 
         Raises:
-            `ValueError`: too many pairs are bad. `OSError`: the folder cannot be written, or another run fills it.
+            `OSError`: the folder cannot be written, or another run fills it.
         """
+        with self.accelerator.main_process_first():  # the first process caches the digests for the others
+            content = hashlib.sha256(b"".join(pairs.image_digests())).hexdigest()
         shards = self._shards(
             "images",
             len(pairs),
             tower=tower_digest(self.model.vision_model),
             options=image_settings(self.model.config, map_tokens),
             token_mean=earlier_mean,
-            data=pairs.fingerprint(),
+            images=content,
             image_processor=json.loads(self.processor.image_processor.to_json_string()),
         )
 
-        def encode(items: list[tuple[torch.Tensor, list[str]]]) -> tuple[torch.Tensor, Sequence[list[str]]]:
-            images, captions = zip(*items)
-            return image_rows(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), captions
+        def encode(items: list[tuple[torch.Tensor, bool]]) -> tuple[torch.Tensor, Sequence[bool]]:
+            images, usable = zip(*items)
+            return image_rows(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), usable
 
         self._fill(shards, _PairReader(pairs, self.processor), encode, 64, num_workers)
-        bad = sum(not captions for captions in shards.captions())
-        if bad > max_bad_share * len(pairs):
-            raise ValueError(
-                f"max_bad_share: {bad} of {len(pairs)} pairs are bad, as the log says; fix the data or raise it."
-            )
         return shards
 
     def texts(self, texts: Iterable[str], name: str = "texts") -> CachedTexts:
@@ -342,17 +366,17 @@ class FeatureCache:
             ]
             options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
             loader = DataLoader(dataset, batch_sampler=batches, **options)
-            features, captions = [], []
+            features, usable = [], []
             title = f"Features of {self.folder.name} {shards.folder.parent.name}"
             rows = sum(map(len, batches))
             with tqdm(total=rows, desc=title, disable=not accelerator.is_main_process) as bar:
                 for items in loader:
                     with torch.inference_mode(), accelerator.autocast():
-                        encoded, texts = encode(items)
+                        encoded, read = encode(items)
                     features.append(encoded.half().cpu().numpy())
-                    captions += texts or []
+                    usable += read or []
                     bar.update(len(items))
                     if sum(map(len, features)) == len(shards.rows_of(todo[0])):
-                        shards.write(todo.pop(0), np.concatenate(features), captions or None)
-                        features, captions = [], []
+                        shards.write(todo.pop(0), np.concatenate(features), usable or None)
+                        features, usable = [], []
             accelerator.wait_for_everyone()

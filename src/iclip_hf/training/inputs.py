@@ -94,7 +94,7 @@ class TrainingPairs(Dataset):
         self.epoch = epoch
         self.pairs.set_epoch(epoch)
 
-    def drawn_captions(self) -> list[str]:
+    def sampled_captions(self) -> list[str]:
         """Returns the caption of each pair in this epoch."""
         return [self.pairs.caption(index) for index in range(len(self))]
 
@@ -103,14 +103,16 @@ class TrainingPairs(Dataset):
         pair = {**pair, "image": self.transform(pair["image"])}
         if self.nouns:
             pair["caption"] = random.choice(self.nouns.sentences(pair["captions"]))
+            pair["nouns"] = self.nouns.of_image(pair["captions"], pair["labels"], pair["complete"])
         return pair
 
     def collate(self, items: Sequence[dict]) -> dict:
         """
         Collates B items to `pixel_values` (B, 3, H, W) and the tokenizer's tensors (M, L), in which noun prompts follow the captions.
         """
-        captions = [item["captions"] for item in items]
-        prompts, nouns = self.nouns.draw(captions, self.epoch) if self.nouns else ([], {})
+        prompts, nouns = [], {}
+        if self.nouns:
+            prompts, nouns = self.nouns.sample([item["nouns"] for item in items], self.epoch)
         return {
             "pixel_values": torch.stack([item["image"] for item in items]),
             **self.processor(text=[item["caption"] for item in items] + prompts),
@@ -182,11 +184,10 @@ def load_datasets(
     rows = settings.pairs_per_epoch if streamed else len(pairs)
     check_batch(rows, settings.batch_size, accelerator.num_processes)  # before features are computed
     model.to(accelerator.device).eval()
-    few = (
-        itertools.islice(pairs, 256)
-        if streamed
-        else (pairs[i] for i in range(0, len(pairs), max(1, len(pairs) // 256)))
-    )
+    few = itertools.islice(pairs, 256)
+    if not streamed:
+        distinct, _ = pairs.distinct()
+        few = (distinct[i] for i in range(0, len(distinct), max(1, len(distinct) // 256)))
     # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     set_token_mean(model, (whole_image(processor, pair["image"]) for pair in few))

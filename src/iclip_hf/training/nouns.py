@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,9 +24,24 @@ TEMPLATES = (
 _BACKGROUND = "(background)"
 
 
+class ImageNouns(NamedTuple):
+    """
+    What is known of the nouns of an image, as sorted indices in the vocabulary. Whether it shows the others is unknown.
+
+    Attributes:
+        shown: nouns in its captions and labels.
+        absent: nouns that it is known not to show.
+        captions: its captions, on which the sampled prompts depend.
+    """
+
+    shown: list[int]
+    absent: list[int]
+    captions: Sequence[str]
+
+
 class NounPrompts:
     """
-    Samples noun prompts for images. The prompts depend only on (seed, epoch, captions).
+    Samples noun prompts for images. The prompts depend only on (seed, epoch, captions, nouns shown).
 
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
@@ -83,27 +99,37 @@ class NounPrompts:
         )
         return {self._by_form[phrase] for phrase in phrases if phrase in self._by_form}
 
-    def draw(self, captions: Sequence[Sequence[str]], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+    def of_image(
+        self, captions: Sequence[str], labels: Sequence[str] = (), complete: Sequence[str] = ()
+    ) -> ImageNouns:
+        """Returns the nouns of an image with these texts, see [`~iclip_hf.data.sources.PairTexts`]."""
+        # A label is one noun: a hot dog is no dog.
+        labelled, known = (
+            {self._by_form.get(" ".join(_words(name))) for name in names} for names in (labels, complete)
+        )
+        shown = labelled.union(*map(self.find, captions))
+        return ImageNouns(sorted(shown - {None}), sorted(known - shown - {None}), captions)
+
+    def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
         """
-        Samples prompts for B images with all their captions.
+        Samples prompts for B images.
 
         Returns:
             `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns,
-            `is_background` (B * count,), 1 for those of the background, and `has_noun` (B, vocabulary), 1 for the nouns in the
-            captions of an image. An image without nouns gets random prompts, which are negatives.
+            `is_background` (B * count,), 1 for those of the background, and `noun_labels` (B, vocabulary), 1 for the nouns that an image
+            shows, -1 for those that it is known not to show, else 0. An image without nouns gets random prompts.
         """
-        prompts, drawn = [], []
-        has_noun = torch.zeros(len(captions), len(self.nouns), dtype=torch.uint8)
-        for several, row in zip(captions, has_noun):
-            draws = random.Random(f"{self.seed}/{epoch}/{several}")
-            found = sorted({noun for caption in several for noun in self.find(caption)})
-            row[found] = 1
+        prompts, sampled = [], []
+        noun_labels = torch.zeros(len(images), len(self.nouns), dtype=torch.int8)
+        for image, row in zip(images, noun_labels):
+            rng = random.Random(f"{self.seed}/{epoch}/{image.captions}")
+            row[image.shown], row[image.absent] = 1, -1
             for _ in range(self.count):
-                noun = draws.choice(found or range(len(self.nouns)))
-                drawn.append(noun)
-                prompts.append(draws.choice(TEMPLATES).format(self.nouns[noun]))
-        drawn = torch.tensor(drawn)
-        return prompts, {"noun_ids": drawn, "is_background": self.is_background[drawn], "has_noun": has_noun}
+                noun = rng.choice(image.shown or range(len(self.nouns)))
+                sampled.append(noun)
+                prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
+        sampled = torch.tensor(sampled)
+        return prompts, {"noun_ids": sampled, "is_background": self.is_background[sampled], "noun_labels": noun_labels}
 
 
 def _words(text: str) -> list[str]:

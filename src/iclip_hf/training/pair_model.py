@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..model.losses import competition_loss, contrastive_loss, multi_positive_loss
+from ..model.losses import competition_loss, contrastive_loss, multi_positive_loss, sigmoid_loss
 from ..model.modeling_iclip import ICLIPModel, ImageTokens, attention_weights, cosines, normalize
 from ..model.pooling import share_among_like
 
@@ -102,6 +102,7 @@ class BranchInputs(NamedTuple):
     captions: torch.Tensor  # (B, P)
     prompts: torch.Tensor  # of nouns (M - B, P)
     scale: torch.Tensor  # logit scale, a scalar
+    bias: torch.Tensor | None  # of the logits, a scalar
     attention: torch.Tensor | None = None  # of the patches (B, K)
 
 
@@ -109,19 +110,21 @@ class BatchNouns(NamedTuple):
     """The V distinct nouns of the prompts of all processes. A noun of many images counts once."""
 
     first: torch.Tensor  # the first prompt of each noun among those of all processes (V,)
-    own: torch.Tensor  # whether the images of this process have the nouns, boolean (B, V)
+    own: torch.Tensor  # whether the images of this process show the nouns, boolean (B, V)
     all: torch.Tensor  # the same of all processes
+    own_absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
     is_background: torch.Tensor  # whether the nouns are of the background, boolean (V,)
 
     @classmethod
-    def gathered(cls, noun_ids: torch.Tensor, has_noun: torch.Tensor, is_background: torch.Tensor) -> BatchNouns:
+    def gathered(cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, is_background: torch.Tensor) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are those of [`PairModel.forward`]."""
-        noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(has_noun)
+        noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
         # Sorted by noun; `torch.unique` does not return where each stands first.
         first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
         nouns = noun_ids[first]
         is_background = gather_with_gradient(is_background)[first] > 0
-        return cls(first, has_noun[:, nouns] > 0, everyone[:, nouns] > 0, is_background)
+        own = noun_labels[:, nouns]
+        return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, is_background)
 
 
 class PairModel(nn.Module):
@@ -145,12 +148,14 @@ class PairModel(nn.Module):
         lock_text: bool = False,
         map_tokens: int = 20,
         noun_weight: float = 0.5,
+        unknown_weight: float = 0.1,
         noun_branches: Sequence[str] = ("recognition",),
         noun_competition: float = 0.0,
     ):
         super().__init__()
         self.model, self.chunk_size, self.lock_text, self.map_tokens = model, chunk_size, lock_text, map_tokens
         self.noun_weight, self.noun_branches, self.noun_competition = noun_weight, noun_branches, noun_competition
+        self.unknown_weight = unknown_weight
         self.train()
 
     @property
@@ -172,7 +177,7 @@ class PairModel(nn.Module):
         text_features: torch.Tensor | None = None,
         noun_ids: torch.Tensor | None = None,
         is_background: torch.Tensor | None = None,
-        has_noun: torch.Tensor | None = None,
+        noun_labels: torch.Tensor | None = None,
         **texts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """
@@ -182,7 +187,7 @@ class PairModel(nn.Module):
             text_features: precomputed features of the text tower, (M, Dt).
             texts: the tokenizer's tensors (M, L), if there are no `text_features`. The first B texts are the captions, the others
                 noun prompts.
-            noun_ids, is_background, has_noun: nouns of the prompts, see [`NounPrompts`].
+            noun_ids, is_background, noun_labels: nouns of the prompts, see [`NounPrompts.sample`].
 
         Returns:
             `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13) and, with `map_attention="signed"`, the loss of the
@@ -195,7 +200,7 @@ class PairModel(nn.Module):
             text_features = self._in_chunks(
                 lambda *chunk: self.model.encode_text(**dict(zip(texts, chunk)))[0], *texts.values()
             )
-        nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, has_noun, is_background)
+        nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, noun_labels, is_background)
         branches = {name: self._branch_inputs(name, image_features, text_features) for name in self.branches}
         losses, recognised = [], branches["recognition"]
         # In float16, scaled cosines would be rounded to multiples of 1/16.
@@ -236,8 +241,13 @@ class PairModel(nn.Module):
     def noun_loss(self, inputs: BranchInputs, prompts: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
         """
         Returns the loss of a branch with the noun prompts (V, P), each of which may belong to several images, and an image to several.
-        In a map that is pooled by similarity, the nouns have a prior of their own, see [`noun_prior`], and compete for its patches.
+        With a logit bias, it is a sigmoid loss, in which nouns that an image may show have the weight `unknown_weight`; without, a softmax
+        over all nouns that it is not said to show. In a map that is pooled by similarity, the nouns have a prior of their own, see [`noun_prior`], and compete for its patches.
         """
+        if inputs.bias is not None:
+            negative_weights = torch.where(nouns.own_absent, 1.0, self.unknown_weight)
+            num_positives = nouns.all.sum().clamp(min=1) * len(nouns.own) / len(nouns.all)
+            return sigmoid_loss(self._logits(inputs, prompts), nouns.own, negative_weights, num_positives)
         if inputs.attention is None:
             per_image = self._logits(inputs, prompts)
         else:
@@ -259,12 +269,13 @@ class PairModel(nn.Module):
         branch, pairs = self.branches[name], len(features)
         images = normalize(branch.visual_projection(features).float())
         texts = normalize(branch.text_projection(text_features).float())
-        return BranchInputs(images, texts[:pairs], texts[pairs:], branch()[0], *attention)
+        return BranchInputs(images, texts[:pairs], texts[pairs:], *branch(), *attention)
 
     def _logits(self, inputs: BranchInputs, texts: torch.Tensor) -> torch.Tensor:
         """Returns the logits (B, T) of this process's images with texts (T, P)."""
         if inputs.attention is None:
-            return inputs.scale * cosines(inputs.images, texts)
+            logits = inputs.scale * cosines(inputs.images, texts)
+            return logits if inputs.bias is None else logits + inputs.bias
         return inputs.scale * self.model.pool_similarities(inputs.images, texts, inputs.attention)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:

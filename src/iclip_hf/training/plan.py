@@ -94,7 +94,7 @@ def check_pairs(pairs: PairDataset, max_bad_share: float) -> None:
         except BadPairError as error:
             bad.append(error)
             continue
-        texts.update(pair.captions)
+        texts.update(pair.texts.captions)
         if isinstance(pair.image, Path) and not pair.image.is_file():
             bad.append(
                 f"{pair.image.absolute()}: there is no such image; paths are relative to the folder of the table"

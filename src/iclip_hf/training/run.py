@@ -121,7 +121,7 @@ def run(
 ) -> dict[str, float]:
     """Runs a training from its data to its report, in a folder that is locked. See [`train`]."""
     output_dir = Path(settings.output_dir)
-    options = "chunk_size lock_text map_tokens noun_weight noun_branches noun_competition"
+    options = "chunk_size lock_text map_tokens noun_weight unknown_weight noun_branches noun_competition"
     pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
 
     # 1. The state of the run, a new one or that of the last checkpoint, and its inputs

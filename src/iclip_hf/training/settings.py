@@ -87,6 +87,12 @@ class Settings:
         "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become prompts",
     )
     noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", 0, 1)
+    unknown_weight: float = setting(
+        0.1,
+        "weight of a noun that no text of an image names and no label excludes, in the noun loss of a model with a logit_bias",
+        0,
+        1,
+    )
     noun_branches: list[str] = setting(
         ["recognition"], "branches that learn noun prompts", choices=("recognition", "interpretability")
     )

@@ -48,7 +48,7 @@ def validate(
     logits = scale * images @ texts.T
     own = torch.arange(len(logits), device=logits.device)
     # Pairs with one caption have one number, because they cannot be told apart.
-    captions = dataset.drawn_captions()
+    captions = dataset.sampled_captions()
     numbers = {caption: number for number, caption in enumerate(captions)}
     same = torch.tensor([numbers[caption] for caption in captions], device=logits.device)
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import secrets
@@ -28,27 +29,19 @@ def cache_folder() -> Path:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def check_outputs(
-    outputs: Iterable[str | os.PathLike],
-    inputs: Iterable[str | os.PathLike | None] = (),
-    overwrite: bool = False,
-    chosen: Iterable[str | os.PathLike] = (),
-) -> None:
+def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
     Checks the files that a command will write, before its work.
 
     Args:
-        outputs: files that the user named; they may exist.
+        outputs: files to write; they may exist.
         inputs: what is read: files, names that are no files, or None.
-        overwrite: whether files of `chosen` may exist.
-        chosen: files to write whose names the program chose.
 
     Raises:
-        `FileExistsError`: an output is an input, a folder or a device, or a file of `chosen` exists. `PermissionError`: the folder of an
-        output cannot be written.
+        `FileExistsError`: an output is an input, a folder or a device. `PermissionError`: the folder of an output cannot be written.
     """
-    read, chosen = {*map(_file_id, filter(None, inputs))} - {None}, [*chosen]
-    for path in map(Path, [*outputs, *chosen]):
+    read = {*map(_file_id, filter(None, inputs))} - {None}
+    for path in map(Path, outputs):
         if _file_id(path) in read:
             raise FileExistsError(f"{path}: this output is an input too; name another.")
         if path.exists() and not path.is_file():
@@ -56,8 +49,16 @@ def check_outputs(
         place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise PermissionError(f"{path}: {place} is not a folder that can be written; name another output.")
-    if not overwrite and (existing := next(filter(os.path.lexists, chosen), None)):
-        raise FileExistsError(f"{existing}: this file exists; name another output, or replace it by --overwrite.")
+
+
+def new_file(path: str | os.PathLike) -> Path:
+    """
+    Returns the path of a file whose name the program chose: `path` or, if it exists, the first of `name-2.png`, `name-3.png`, ... that
+    does not. So no file is replaced that the user did not name.
+    """
+    path = Path(path)
+    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not os.path.lexists(one))
 
 
 def _file_id(path: str | os.PathLike) -> tuple[int, int] | None:
@@ -90,8 +91,11 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
-    """Writes files into a folder that may hold others, such as a clone. Raises what [`check_outputs`] raises for chosen names."""
-    check_outputs((), (), overwrite, [folder / name for name in contents])
+    """Writes files into a folder that may hold others. Raises `FileExistsError` if one of them exists, and not `overwrite`."""
+    paths = [folder / name for name in contents]
+    check_outputs(paths)
+    if not overwrite and (existing := next(filter(os.path.lexists, paths), None)):
+        raise FileExistsError(f"{existing}: this file exists; name another folder.")
     for name, content in contents.items():
         with atomic_write(folder / name) as temporary:
             temporary.write_bytes(content)

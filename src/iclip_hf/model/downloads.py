@@ -1,0 +1,46 @@
+"""Downloads with a limit of time and size."""
+
+import threading
+import time
+import urllib.parse
+import urllib.request
+from concurrent import futures
+from http.client import HTTPException
+
+
+MAX_DOWNLOAD = 64 * 2**20  # largest size of a file, in bytes
+
+
+def download(url: str, timeout: float) -> bytes:
+    """
+    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within `timeout` seconds, or
+    the URL is not valid.
+    """
+    address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
+    request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
+    answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
+    end = time.monotonic() + timeout
+
+    def fetch() -> None:
+        content = bytearray()
+        try:
+            with urllib.request.urlopen(request, timeout=timeout + 1) as opened:  # the thread is left before that
+                while part := opened.read1(2**16):
+                    content += part
+                    if len(content) > MAX_DOWNLOAD:
+                        raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
+                    if time.monotonic() > end:
+                        raise late
+            answer.set_result(bytes(content))
+        except Exception as error:
+            answer.set_exception(error)
+
+    # A thread, because the timeout of a socket restarts with every byte, also of the headers.
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        return answer.result(timeout)
+    except futures.TimeoutError:
+        problem = late
+    except (OSError, HTTPException, ValueError) as error:
+        problem = error
+    raise OSError(f"{url[:100]!r}: the image cannot be downloaded: {problem}") from problem

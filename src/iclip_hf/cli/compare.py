@@ -115,7 +115,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return load_image(options.image), {}, options.templates
+        return load_image(Path(options.image)), {}, options.templates
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from ..backends.embedded import embedded_towers
-from ..backends.loading import check_files, load_iclip
+from ..backends.loading import check_links, load_iclip
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, load_tower
 from ..model.pipeline_iclip import PIPELINES
@@ -104,7 +104,7 @@ def join_towers(
 
 def _checked_tower(config, checkpoint: str, side: str):
     """Loads a tower after a check of its shape. Transformers would fill weights of other shapes with random numbers."""
-    check_files(checkpoint)
+    check_links(checkpoint)
     with loading_errors(checkpoint):
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         found = getattr(found, side, found)

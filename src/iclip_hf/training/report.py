@@ -12,7 +12,7 @@ import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import CLASS_CAPTION
-from ..explainers.localizer import explain
+from ..explainers.explain import explain
 from ..hub.configs import EMBEDDED
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from ..backends.embedded import embedded_towers
-from ..backends.loading import check_files, load_iclip
+from ..backends.loading import check_links, load_iclip
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, load_tower
 from ..model.pipeline_iclip import PIPELINES
@@ -108,7 +108,7 @@ def _checked_tower(config, checkpoint: str, side: str):
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
-        check_files(checkpoint)
+        check_links(checkpoint)
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         found = getattr(found, side, found)
         sizes = {name: (getattr(found, name, None), getattr(config, name, None)) for name in _TOWER_SHAPE}

@@ -32,7 +32,7 @@ from iclip_hf.backends.identity import identity
 from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
-from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
+from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers, push_model
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
 from iclip_hf.training import checkpoints
@@ -375,6 +375,15 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
         assert model(**processor(images=Image.new("RGB", (9, 7)), text=["dog"])).logits_per_image.shape == (1, 1)
     card = ModelCard.load(tmp_path / "new" / "README.md")
     assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
+
+
+def test_a_tower_by_a_relative_path_is_no_hub_id_elsewhere(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(towers.parent)
+    relative = [f"{towers.name}/{side}" for side in ("vision", "text")]
+    model, _ = join_towers(towers / "config", *relative)
+    monkeypatch.chdir(tmp_path)  # where no folder tells that it is a path
+    for config in (model.config.vision_config, model.config.text_config):
+        assert describe_tower(config)["id"] is None
 
 
 def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):

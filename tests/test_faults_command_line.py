@@ -61,7 +61,7 @@ ARGUMENTS = {
         --output a.csv
         --dataset voc2012 --data-root {empty}/absent
         --dataset coco2017 --split ../../etc
-        --measures luck
+        --metrics luck
     """,
     "init --output new": """
         --config no-such

@@ -127,11 +127,13 @@ def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
 
 
 OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip pycocotools".split()
-OPTIONAL += ["skimage", "tensorboard", "timm"]
+OPTIONAL += ["skimage", "sklearn", "tensorboard", "timm"]
 NEEDS = {  # names of modules by the extra that they need
     "collections": ["explainers.collection"],
     "demo": ["demo.app"],
-    "eval": ["evaluation.evaluate_modules", "evaluation.evaluate"],
+    "eval": [
+        f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
+    ],
     "train": [
         f"training.{name}" for name in ("batches", "checkpoints", "inputs", "report", "run", "selection", "validation")
     ],
@@ -157,7 +159,6 @@ def test_what_is_loaded_late_says_its_extra_too():
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
         ("evaluate", "eval"): "from iclip_hf.hub.metric_modules import install_metrics; install_metrics()",
-        ("gradio", "demo"): "from iclip_hf.evaluation.evaluate_modules import metric_demo; metric_demo('')",
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])
     for (package, extra), sentence in zip(doors, said):

@@ -19,7 +19,7 @@ from .utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .backends.embedded import embedded_model
     from .backends.loading import load
-    from .evaluation.evaluate import evaluate
+    from .evaluation.evaluate import evaluate_model
     from .explainers.explain import explain
     from .model.configuration_iclip import ICLIPConfig
     from .model.explanation import Explanation
@@ -36,7 +36,7 @@ _MODULES = {
     "draw": ".plots.sheets",
     "embedded_model": ".backends.embedded",
     "example_image": ".plots.example",
-    "evaluate": ".evaluation.evaluate",
+    "evaluate_model": ".evaluation.evaluate",
     "explain": ".explainers.explain",
     "Explanation": ".model.explanation",
     "ICLIPConfig": ".model.configuration_iclip",

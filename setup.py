@@ -62,7 +62,7 @@ setup(
     package_data={
         "iclip_hf": [
             "py.typed",
-            "data/astronaut.*",
+            "plots/astronaut.*",
             "demo/*.js",
             "hub/web/*",
             "backends/*.safetensors",

@@ -234,7 +234,6 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["export", model, "out", "--results", "none.json"],
         ["push", model, "a b"],
         ["init", "--config", "iclip-vit-b16", "--output", "."],
-        ["demo", "--export-space", "out", "--dtype", "bfloat16"],
         ["train", "pairs.csv"],
         ["train", "--config", "none"],
     ]

@@ -78,7 +78,6 @@ ARGUMENTS = {
         {model} model
     """,
     "demo": """
-        --export-space new --model {model}
         --web {empty}
         --web {empty} --model {model}
     """,

@@ -17,6 +17,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics.metric import rounded
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
+from iclip_hf.model.engine import Engine
 from iclip_hf.utils.files import atomic_write
 
 
@@ -93,7 +94,8 @@ def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     explainers = {method: make_explainer(model, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = model.encode_texts(dataset.class_names[:TEXTS])
     pixel_values = model.processor(images=[dataset[0].image])["pixel_values"]
-    return take_turns({name: partial(one.raw_maps, pixel_values, texts) for name, one in explainers.items()}, 3)
+    engines = {name: Engine(one.model, one.model.processor, one) for name, one in explainers.items()}
+    return take_turns({name: partial(one.raw_maps, pixel_values, texts) for name, one in engines.items()}, 3)
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:

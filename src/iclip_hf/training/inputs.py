@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -29,6 +30,8 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 
 def whole_image(processor: ICLIPProcessor, image: Image.Image) -> torch.Tensor:
@@ -159,6 +162,12 @@ def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
     with accelerator.main_process_first():  # the first process caches the indexes of tar shards for the others
         pairs = load_pairs(source, **shared, **placed)
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
+    if settings.validation_data and not isinstance(pairs, PairStream) and (common := pairs.files() & held_out.files()):
+        logger.warning(
+            "%d files are in data and validation_data, such as %s: scores on them say nothing of other images.",
+            len(common),
+            min(common),
+        )
     if settings.validation_share:
         if isinstance(pairs, PairStream):
             raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")

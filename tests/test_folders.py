@@ -48,16 +48,25 @@ METRICS = {
         "image_size": {"height": 224, "width": 160},
         "resize": "whole image, no crop",
         "templates": ["a photo of the {}"],
-        "aggregate": "image",
+        "metrics": {"mMIoU": {"aggregate": "image"}},
         "refine": False,
         "versions": {"iclip-hf": "0.1.0", "torch": "2.13.0"},
     },
     "results": {
-        "itsm": {"mAP": 78.0612, "mMIoU": 50.3149, "mFMB": 0.30551, "floor": 21.5},
-        "reversed_itsm": {"mAP": 78.0612, "mMIoU": 18.0, "mFMB": -0.30551, "floor": 21.5},
+        "itsm": {
+            "mAP": {"map": 78.0612},
+            "mMIoU": {"mmiou": 50.3149, "floor": 21.5},
+            "mFMB": {"mfmb": 0.30551},
+            "presence": {"passed": 5.0},
+        },
+        "reversed_itsm": {
+            "mAP": {"map": 78.0612},
+            "mMIoU": {"mmiou": 18.0, "floor": 21.5},
+            "mFMB": {"mfmb": -0.30551},
+            "text_contrast": {"text_contrast": None},  # not measurable
+        },
     },
     "per_class": {},
-    "presence": {"min_presence": 0.7, "passed": 5.0, "kept": 95.0},
     "timing": {},
 }
 
@@ -403,7 +412,8 @@ def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
 
 def test_figures_of_the_embedded_model_are_those_of_the_readme():
     results = json.loads((config_folder("iclip-dinov2-s14-minilm") / "results.json").read_text())["results"]
-    row = "| `itsm`, the model's map | {mAP:.2f} | {mMIoU:.2f} | {mFMB:.4f} |".format(**results["itsm"])
+    scores = [results["itsm"][name][name.lower()] for name in ("mAP", "mMIoU", "mFMB")]
+    row = "| `itsm`, the model's map | {:.2f} | {:.2f} | {:.4f} |".format(*scores)
     assert row in (ROOT / "README.md").read_text()
 
 
@@ -468,7 +478,7 @@ def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(tmp_path,
 
 
 def test_the_card_tells_how_maps_were_measured_and_leaves_out_what_was_not(tmp_path, tiny_processor):
-    protocol, scores = {**METRICS["protocol"], "refine": True}, {**METRICS["results"]["itsm"], "mAP": None}
+    protocol, scores = {**METRICS["protocol"], "refine": True}, {**METRICS["results"]["itsm"], "mAP": {"map": None}}
     card = card_of(tmp_path, tiny_processor, metrics={**METRICS, "protocol": protocol, "results": {"itsm": scores}})
     assert [result.metric_name for result in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
     assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.text
@@ -606,7 +616,7 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     model = tiny_model()
     model.config.vision_config.name_or_path = "facebook/dino-vitb16"
     model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
-    result = EvaluationResult(**METRICS, columns={})
+    result = EvaluationResult(**METRICS)
     card = card_of(tmp_path, tiny_processor, model, name="org/one", metrics=result)
     assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
     assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"

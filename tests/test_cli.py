@@ -176,19 +176,25 @@ def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys, measured):
+def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys):
     """`iclip segment` refines by default and `iclip evaluate` does not."""
-    results, image = tmp_path / "results.json", workspace / "0" / "a.jpg"
-    content = {"per_class": {"itsm": [{"name": "dog", "mMIoU": {"threshold": 0.3}}]}}
-    content["protocol"] = {**load(str(workspace / "model")).identity, "refine": measured}
-    results.write_text(json.dumps(content))
-    for used in (False, True):
-        option = "--refine" if used else "--no-refine"
-        assert run(workspace, image, "--text", "dog", "--threshold", results, option, "--json") == 0
+    results, model = tmp_path / "results.json", load(str(workspace / "model"))
+    maps = {"refine": False, "templates": model.templates, "image_size": dict(model.processor.image_processor.size)}
+    for other in (
+        {},
+        {"refine": True},
+        {"templates": ["a {}"]},
+        {"image_size": {"height": 64, "width": 64}},
+        {"metrics": {"mMIoU": {"aggregate": "pixel"}}},
+    ):
+        content = {"per_class": {"itsm": [{"name": "dog", "mMIoU": {"threshold": 0.3}}]}}
+        content["protocol"] = model.identity | maps | other
+        results.write_text(json.dumps(content))
+        assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--threshold", results, "--json") == 0
         said = capsys.readouterr().err
-        assert ("has thresholds of maps that were" in said) == (used != measured)
-        assert ("add --refine" in said, "add --no-refine" in said) == (measured > used, used > measured)
+        assert ("has thresholds of other maps" in said) == bool(other)
+        named = ["aggregate" if name == "metrics" else name for name in other]
+        assert all(f"{name} " in said for name in named)
 
 
 @pytest.mark.parametrize(

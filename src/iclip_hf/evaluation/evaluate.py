@@ -25,7 +25,7 @@ from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
 from .metrics import make_metrics
 from .metrics.metric import CannotMeasure, EvaluatedImage, Metric, markdown
-from .results import EvaluationResult
+from .results import EvaluationResult, map_settings
 
 
 with require_extra("eval"):
@@ -259,7 +259,7 @@ class EvaluationRun:
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation of these images."""
-        dataset, size = self.dataset, self.engine.image_size or dict(self.model.processor.image_processor.size)
+        dataset = self.dataset
         return {
             **self.model.identity,
             "dataset": {
@@ -269,11 +269,9 @@ class EvaluationRun:
                 "images_in_split": dataset.images_in_split,
                 "fingerprint": dataset.fingerprint(),
             },
-            "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
+            **map_settings(self.engine),
             "resize": "whole image, no crop; scores at the model's own size",
-            "templates": self.engine.templates,
             "class_names": list(dataset.class_names),
-            "refine": self.refine,
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
         }

@@ -106,16 +106,25 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
     return [found[label] for label in labels]
 
 
-def differing_maps(
-    protocol: Mapping, templates: Sequence[str], image_size: Mapping[str, int], refine: bool
-) -> list[tuple[str, object, object]]:
-    """
-    Returns in what the maps of a result differ from maps with these templates, this size of images and this refinement: for each
-    difference its name, the value of the result, and the other one. Thresholds of the one are no thresholds of the other.
-    """
-    pairs = {
-        "templates": (protocol.get("templates"), list(templates)),
-        "image_size": (protocol.get("image_size"), dict(image_size)),
-        "refine": (protocol.get("refine"), refine),
+def map_settings(engine) -> dict:
+    """Returns what the maps of an [`Engine`] depend on beside model and method, as the protocol of a result has it."""
+    size = engine.image_size or dict(engine.processor.image_processor.size)
+    return {
+        "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
+        "templates": list(engine.templates),
+        "refine": engine.refine,
     }
-    return [(name, measured, other) for name, (measured, other) in pairs.items() if measured != other]
+
+
+def threshold_differences(protocol: Mapping, engine) -> list[str]:
+    """
+    Returns in what the maps that thresholds were measured on differ from those of an [`Engine`], and "aggregate" if thresholds are not of
+    the mean over images. Empty if they are alike, so that the thresholds apply.
+    """
+    measured = {**protocol, "aggregate": protocol.get("metrics", {}).get("mMIoU", {}).get("aggregate", "image")}
+    used = map_settings(engine) | {"aggregate": "image"}
+    return [
+        f"{name} {measured[name]} instead of {value}"
+        for name, value in used.items()
+        if name in measured and measured[name] != value
+    ]

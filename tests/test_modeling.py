@@ -553,7 +553,7 @@ def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path
                 cosine = vector @ own
                 scale, bias = model.recognition()
                 torch.testing.assert_close(outputs.logits_per_image[i, j], scale * cosine + bias, atol=1e-4, rtol=1e-4)
-                presence = model.presence(cosine[None])
+                presence = model.presence(cosine)
                 torch.testing.assert_close(presence, 1 / (1 + (-(scale * cosine + bias + 0.5)).exp()))
                 for n, token in enumerate(tokens):
                     map_patch = project(model.interpretability.visual_projection, token - model.token_mean)

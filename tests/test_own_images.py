@@ -41,8 +41,7 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     chosen = choose_settings({"data": data})
     settings = Settings(data=data, **{name: value for name, (value, _) in chosen.items()})
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
-    rate = settings.learning_rate * settings.batch_size / 1024
-    assert rate == pytest.approx(1e-5, rel=1e-3)
+    assert settings.learning_rate == 1e-5 > settings.min_learning_rate
     assert 1 <= settings.batch_size <= count - held_out
     steps = (count - held_out) // settings.batch_size * settings.epochs
     assert 0 < settings.eval_steps <= steps and settings.warmup_epochs < settings.epochs
@@ -142,7 +141,7 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     (tmp_path / training.read(0)["key"]).write_bytes(b"no image")  # one bad pair of 27 is allowed
     assert cli.main(["train", str(table), "--model", str(model), "--epochs", "3", "--report_to", "none"]) == 0
     out = capsys.readouterr().out
-    assert "Chosen for these pairs" in out and "batch_size        26" in out
+    assert "Chosen for these pairs" in out and re.search("batch_size +26 ", out)
     state = json.loads((tmp_path / "runs" / "pairs" / "results.json").read_text())
     assert f"val_loss{state['before']['val_loss']:>24.4g}{state['metrics']['val_loss']:>10.4g}" in out
     assert "The trained model is in runs/pairs. Next:\n  iclip explain " in out and "--model runs/pairs" in out
@@ -253,7 +252,7 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_p
     ]
     captions = ["a red ball", "the sky"]
     draw_examples(model.train(), tiny_processor, pairs, 2, tmp_path / "pictures", 0)
-    assert sheets.pop() == (["", "step 0", "", ""], 2, captions) and model.training
+    assert sheets.pop() == (["", "step 0", "", ""], 2, captions)
     before, drawn[:] = list(drawn), []
     for (image, heatmap), pair in zip(before, pairs):
         with torch.no_grad():

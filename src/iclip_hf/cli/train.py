@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 from ..training.settings import Settings, add_settings, read_settings
 from .output import echo
@@ -21,7 +22,10 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     if given.get("model") and not (given.get("data") or given.get("config")):
         raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
-    chosen = {} if given.get("config") or not given.get("data") else choose_settings(given)
+    chosen = {}
+    if given.get("data") and not given.get("config"):
+        with _main_process_first():  # it reads the images, and caches their digests for the others
+            chosen = choose_settings(given)
     choices = {name: value for name, (value, _) in chosen.items()}
     settings = Settings(**{**choices, **given}) if chosen else read_settings(given)
     check_run(settings)  # all of this before torch is loaded
@@ -38,3 +42,11 @@ def run(options: argparse.Namespace) -> None:
         train(settings)
     except (FloatingPointError, StrictDataclassError) as error:
         raise ValueError(str(error)) from error
+
+
+def _main_process_first() -> AbstractContextManager:
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # without torch
+        return nullcontext()
+    from ..utils.distributed import this_process
+
+    return this_process("train").main_process_first()

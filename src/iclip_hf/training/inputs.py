@@ -19,6 +19,7 @@ from ..data.segmentation import SegmentationDataset, load_segmentation
 from ..data.streams import PairStream
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.distributed import agreed
 from ..utils.extras import require_extra
 from .batches import check_batch, seed_everything
 from .feature_cache import CachedPairs, FeatureCache
@@ -147,7 +148,12 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
-    """Opens what the settings name. Raises `ValueError` if a share of a stream is to be held out."""
+    """
+    Opens what the settings name, and leaves out the held-out pairs that cannot be read.
+
+    Raises:
+        `ValueError`: a share of a stream is to be held out, `batch_size` does not fit, or too many held-out pairs are bad.
+    """
     segmentation = None  # first, because it is quickly found to be missing
     if settings.eval_dataset != "none":
         segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
@@ -159,10 +165,14 @@ def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
     with accelerator.main_process_first():  # the first process caches the indexes of tar shards for the others
         pairs = load_pairs(source, **shared, **placed)
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
-    if settings.validation_share:
-        if isinstance(pairs, PairStream):
-            raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
-        pairs, held_out = pairs.split(settings.validation_share)
+        streamed = isinstance(pairs, PairStream)
+        if settings.validation_share:
+            if streamed:
+                raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
+            pairs, held_out = pairs.split(settings.validation_share)  # which caches the digests of the images
+    check_batch(settings.pairs_per_epoch if streamed else len(pairs), settings.batch_size, accelerator.num_processes)
+    if held_out is not None:
+        held_out = agreed(held_out.readable() if accelerator.is_main_process else None)
     nouns = NounPrompts.from_file(settings.nouns, seed=settings.seed) if settings.nouns else None
     return Inputs(pairs, held_out, nouns, segmentation)
 
@@ -175,14 +185,12 @@ def load_datasets(
     device; its `token_mean` is set if it centers tokens.
 
     Raises:
-        `ValueError`: `cache_features` with an image tower that learns or with a stream, too many pairs are bad, or `batch_size` does not fit.
+        `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
     """
     pairs, held_out, nouns, _ = inputs
     streamed = isinstance(pairs, PairStream)
     if settings.cache_features and (streamed or not model.config.lock_vision):
         raise ValueError("cache_features: it needs a locked image tower and local pairs; leave it out.")
-    rows = settings.pairs_per_epoch if streamed else len(pairs)
-    check_batch(rows, settings.batch_size, accelerator.num_processes)  # before features are computed
     model.to(accelerator.device).eval()
     few = itertools.islice(pairs, 256)
     if not streamed:

@@ -66,10 +66,9 @@ def choose_settings(given: Mapping) -> dict[str, tuple[object, str]]:
     size = max(min(good, 256) // world * world, world)
     batch = choose("batch_size", size, f"all pairs at once, less the {max_bad_share:.0%} that may be bad; at most 256")
     steps_per_epoch = max(training // batch, 1)
-    rate = float(f"{RATE * 1024 / batch:.4g}")
-    choose(
-        "learning_rate", rate, f"per 1024 pairs, {RATE:g} for this batch, so that a trained model keeps what it knows"
-    )
+    choose("learning_rate", RATE, "so that a trained model keeps what it knows")
+    for name in ("warmup_learning_rate", "min_learning_rate"):
+        choose(name, 0.0, "below the peak")
     steps = given.get("max_steps") or 0
     if not steps:
         steps = steps_per_epoch * choose("epochs", max(1, round(STEPS / steps_per_epoch)), f"{STEPS} steps")

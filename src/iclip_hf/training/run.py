@@ -31,9 +31,9 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import shared_folder_lock, this_process
 from ..utils.files import atomic_write
 from .batches import BatchLoader, seed_everything
-from .checkpoints import holds_start, load_checkpoint, save_checkpoint, state_to_resume, write_state
+from .checkpoints import check_finite, holds_start, load_checkpoint, save_checkpoint, state_to_resume, write_state
 from .checks import STATE_FILE, checkpoints
-from .inputs import load_datasets, open_inputs
+from .inputs import Inputs, load_datasets, open_inputs
 from .interrupts import Interrupts
 from .pair_model import PairModel
 from .report import report
@@ -70,6 +70,10 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
         # An image tower that learns may have parameters that no forward uses, such as a mask token.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not model.config.lock_vision)],
     )
+    processes = f"{accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)}"
+    accelerator.print(
+        f"Training with {processes} on {accelerator.device.type}, precision {accelerator.mixed_precision}"
+    )
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
         warn_of_slow_bfloat16()
     kind = accelerator.distributed_type.value
@@ -103,8 +107,9 @@ def train(settings: Settings) -> dict[str, float]:
             accelerator = start_accelerator(settings, model)
             settings = copy.copy(settings)
             settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
+            inputs = open_inputs(settings, accelerator)  # before there is a folder
             with shared_folder_lock(output_dir, accelerator):
-                return run(settings, model, processor, accelerator, interrupts)
+                return run(settings, inputs, model, processor, accelerator, interrupts)
     except KeyboardInterrupt as error:
         last = checkpoints(output_dir)[-1:]
         raise KeyboardInterrupt(
@@ -114,6 +119,7 @@ def train(settings: Settings) -> dict[str, float]:
 
 def run(
     settings: Settings,
+    inputs: Inputs,
     model: ICLIPModel,
     processor: ICLIPProcessor,
     accelerator: Accelerator,
@@ -124,9 +130,8 @@ def run(
     options = "chunk_size lock_text map_tokens noun_weight unknown_weight noun_branches noun_competition"
     pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
 
-    # 1. The state of the run, a new one or that of the last checkpoint, and its inputs
+    # 1. The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
-    inputs = open_inputs(settings, accelerator)
     content = identity(model, processor) | inputs.content(accelerator)
     if checkpoint and (differing := changed(state.content, content)):  # the places may differ
         raise ValueError(
@@ -147,7 +152,6 @@ def run(
     total_steps = settings.max_steps or settings.epochs * loader.steps_per_epoch
     warmup_steps = min(round(settings.warmup_epochs * loader.steps_per_epoch), total_steps - 1)
     rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
-    rates = [rate * settings.batch_size / 1024 for rate in rates]
     if checkpoint:
         load_checkpoint(accelerator, pair_model, optimizer, checkpoint)
     accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in state.settings.items()})
@@ -203,8 +207,14 @@ def run(
             times.append((loaded - began, time.perf_counter() - loaded))
             bar.update()
 
-            # 7. Log
+            # 7. Log. A run that ends with a model whose loss is not finite has failed. The scaler of float16 may skip the last step.
             last = state.step == total_steps
+            if last:
+                check_finite(accelerator.unwrap_model(pair_model))
+                if not (finite or accelerator.scaler) or not loss_is_finite(accelerator, pair_model, batch):
+                    raise FloatingPointError(
+                        f"The loss is not finite at the last step, {state.step}: lower learning_rate"
+                    )
             if last or state.step % settings.log_steps == 0:
                 loading, computing = map(sum, zip(*times))
                 speed = len(times) * settings.batch_size / (loading + computing)
@@ -235,6 +245,15 @@ def run(
         print(report(settings, state, inputs.held_out))
     accelerator.end_training()
     return state.before if holds_start(settings, state) else state.metrics
+
+
+@torch.no_grad()
+def loss_is_finite(accelerator: Accelerator, pair_model: nn.Module, batch: dict) -> bool:
+    """Returns whether the losses of all processes are finite."""
+    pair_model.eval()
+    losses = accelerator.reduce(pair_model(**batch)["losses"], "mean")
+    pair_model.train()
+    return bool(losses.isfinite().all())
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from .interrupts import ignore_signals
 with require_extra("train"):
     from accelerate import Accelerator
     from accelerate.utils import send_to_device
+
+
+_BLOCK = 1024  # rows of logits that are in memory at once
 
 
 @torch.no_grad()
@@ -45,14 +49,29 @@ def validate(
         scale = outputs["logit_scales"][0]
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(parts))[: len(dataset)] for parts in (images, texts))
-    logits = scale * images @ texts.T
-    own = torch.arange(len(logits), device=logits.device)
+    return retrieval_scores(scale * images, texts, dataset.sampled_captions())
+
+
+def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+    """
+    Returns the result of [`validate`] for scaled vectors of images (N, P) and vectors of their captions (N, P). The logits are computed in
+    blocks, so that memory does not grow with N squared.
+    """
     # Pairs with one caption have one number, because they cannot be told apart.
-    captions = dataset.sampled_captions()
     numbers = {caption: number for number, caption in enumerate(captions)}
-    same = torch.tensor([numbers[caption] for caption in captions], device=logits.device)
+    same = torch.tensor([numbers[caption] for caption in captions], device=images.device)
+
+    def of_each(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        losses, hits = [], []
+        for own in torch.arange(len(queries), device=queries.device).split(_BLOCK):
+            logits = queries[own] @ candidates.T
+            losses.append(F.cross_entropy(logits, own, reduction="none"))
+            hits.append(100 * (same[logits.argmax(1)] == same[own]).float())
+        return torch.cat(losses), torch.cat(hits)
+
+    (image_loss, image_to_text), (text_loss, text_to_image) = of_each(images, texts), of_each(texts, images)
     return {
-        "val_loss": sum(F.cross_entropy(rows, own, reduction="none") for rows in (logits, logits.T)) / 2,
-        "image_to_text": 100 * (same[logits.argmax(1)] == same).float(),
-        "text_to_image": 100 * (same[logits.argmax(0)] == same).float(),
+        "val_loss": (image_loss + text_loss) / 2,
+        "image_to_text": image_to_text,
+        "text_to_image": text_to_image,
     }

@@ -1,19 +1,33 @@
 # Every target sets itself up in .venv (test-lowest and test-newest beside it) from a fresh clone and is quick when repeated.
 PYTHON ?= python3
 BIN := .venv/bin
+EXPLAIN = $(BIN)/iclip explain "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')" --text $(TEXTS)
+# What the picture of the README shows.
+TEXTS := "smiling woman, orange jacket, helmet, horse"
 
-.PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs bench
+.PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs pictures bench
 
-.venv/.installed: setup.py pyproject.toml
+# The package alone, with the `iclip` command.
+.venv/.package: setup.py pyproject.toml
+	@echo "Installing the package into .venv, which takes some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+# With all extras and what the tests need.
+.venv/.installed: .venv/.package
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Explains the photograph of the package with the embedded checkpoint.
-demo: .venv/.installed
-	$(BIN)/iclip explain "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')" \
-		--text woman --text "orange jacket" --text helmet --text horse --output demo.png
+# Explains the photograph of the package with the embedded model: the picture that the README shows.
+demo: .venv/.package
+	$(EXPLAIN) --output "$(CURDIR)/demo.jpg"
+
+# The picture of the README and the outputs of the notebook, made anew, as after a change of the embedded model.
+pictures: .venv/.installed
+	$(EXPLAIN) --output docs/demo.jpg
+	$(BIN)/python notebooks/execute.py
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
 PYTEST := -m pytest -n auto --dist loadfile -p no:randomly

@@ -28,7 +28,6 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
-from iclip_hf.model.presence import RANK_ALONE
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
@@ -93,15 +92,6 @@ def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options
     return model
 
 
-def presence_among(scores: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """
-    The presence of texts with these cosines `(B, T)` among reference nouns with those, `(B, K)`, in a model whose patches tell nothing
-    of it. Scale and offset of the cosines do not matter.
-    """
-    std, mean = torch.std_mean(references, dim=-1, keepdim=True)
-    return (RANK_ALONE[0] * (scores - mean) / std + RANK_ALONE[1]).sigmoid()
-
-
 def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:
     """Pixels and token ids; the last id of each text is the end of sequence, followed by padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +146,7 @@ def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
 def world(tmp_path_factory, tiny_processor) -> SimpleNamespace:
     """A tiny model for the doors of test_faults_*.py, and a folder with it and a photo that nothing may change."""
     folder = tmp_path_factory.mktemp("world")
-    model = tiny_model()
+    model = tiny_model(logit_bias_init_value=0.0)
     model.save_pretrained(folder / "model")
     tiny_processor.save_pretrained(folder / "model")
     PHOTO.save(folder / "photo.png")
@@ -234,7 +224,7 @@ def sandbox(monkeypatch):
 def workspace(tmp_path_factory, tiny_processor) -> Path:
     """A tiny model, three photographs of different shapes and a damaged one."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_model().save_pretrained(folder / "model")
+    tiny_model(logit_bias_init_value=0.0).save_pretrained(folder / "model")
     tiny_processor.save_pretrained(folder / "model")
     for number, size in enumerate([(60, 40), (30, 90), (64, 64)]):
         (folder / str(number)).mkdir()

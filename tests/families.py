@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.model.engine import Engine, for_images
+from iclip_hf.model.modeling_iclip import cosines
 
 
 LABELS = ["dog", "red ball", "blue car"]
@@ -109,11 +111,18 @@ def cosine_map(patches, texts, grid):
     return torch.einsum("bnp,tp->btn", F.normalize(patches, dim=-1), F.normalize(texts, dim=-1)).unflatten(-1, grid)
 
 
+def raw_maps(explainer, pixel_values, texts):
+    """Raw maps of a method, `(B, T, h, w)`, and scores `(B, T)`, at one size of images."""
+    texts = for_images(texts, len(pixel_values))
+    maps, image = Engine(explainer.model, explainer.model.processor, explainer).raw_maps(pixel_values, texts)
+    return maps, cosines(image.image_embeds, texts.text_embeds)
+
+
 def maps_by(given, method="itsm", size=(32, 48), batch=2, *, labels=LABELS, templates=None, **options):
     """An explainer of a model with its processor, encoded labels, and their raw maps in images of noise."""
     explainer = make_explainer(given, method, **options)
     texts = explainer.model.encode_texts(labels, templates)
-    return explainer, texts, explainer.raw_maps(pixels(size, batch), texts)[0]
+    return explainer, texts, raw_maps(explainer, pixels(size, batch), texts)[0]
 
 
 def drawn(made, family, method="itsm", **options):

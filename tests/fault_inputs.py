@@ -80,6 +80,7 @@ BAD_JSON = {
     "a number": "3",
     "other object": json.dumps({"a": {"b": [1, None, "x"]}}),
     "no UTF-8": b'{"a": "\xff"}',
+    "nested too deeply": "[" * 100_000 + "]" * 100_000,
 }
 
 

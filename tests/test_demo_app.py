@@ -93,11 +93,11 @@ def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, exp
     expected = explain((model, tiny_processor), [image], TEXTS, target_sizes=size)[0]
     torch.testing.assert_close(explanation.maps, expected.maps)
     torch.testing.assert_close(explanation.scores, expected.scores)
-    assert seen.prepared.pixels.features is not None
+    assert seen.prepared.features is not None
     localizer = Localizer((model, tiny_processor), ["any"], method="grad_cam")
     seen = app.look_at(localizer, image)
     other = app.explain_image(localizer, seen, TEXTS)
-    assert seen.prepared.pixels.features is None  # its gradients need the tower for each text
+    assert seen.prepared.features is None  # its gradients need the tower for each text
     expected = explain((model, tiny_processor), [image], TEXTS, "grad_cam", target_sizes=size)[0]
     torch.testing.assert_close(other.maps, expected.maps)
     torch.testing.assert_close(other.presence, explanation.presence, atol=1e-5, rtol=0)

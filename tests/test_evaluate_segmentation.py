@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, presence_among, tiny_model
+from conftest import NAMES, tiny_model
+from families import raw_maps
 from torch.nn import functional as F
 
 from iclip_hf.backends.loading import load
@@ -17,7 +18,6 @@ from iclip_hf.evaluation.measures.typed_segments import TypedSegments
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.modeling_iclip import cosines
 from iclip_hf.model.presence import MIN_PRESENCE
-from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
 from iclip_hf.model.refinement import refine_maps
 
 
@@ -109,15 +109,13 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
 # ---- typed segments ----
 
 
-def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor, monkeypatch):
+def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor):
     """Each shown text and two absent ones compete by hand; IoU, areas and hidden texts are counted pixel by pixel."""
-    for module in ("iclip_hf.model.presence", "conftest"):  # some texts of the random model are present
-        monkeypatch.setattr(f"{module}.RANK_ALONE", (1.0, 1.5))
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
+    model, dataset = tiny_model(logit_bias_init_value=0.0), load_segmentation("folder", labelled_folder)
     measure = TypedSegments(seed=3)
     result = evaluate((model, tiny_processor), dataset, measures=[measure], progress=False).results["itsm"]
-    nouns, ious, hidden, areas = model_scores(model, tiny_processor, dataset, REFERENCE_NOUNS), [], [], []
-    for index, sample in enumerate(dataset):
+    ious, hidden, areas = [], [], []
+    for sample in dataset:
         absent = [label for label in (1, 2, 3) if label not in sample.labels]
         if not sample.labels:
             continue
@@ -125,8 +123,7 @@ def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor, monkeypa
         pixels = tiny_processor(sample.image, labels=[NAMES[label - 1] for label in labels])
         with torch.no_grad():
             outputs = model(**pixels, output_similarity_maps=True)
-        matches = model_scores(model, tiny_processor, [sample], [NAMES[label - 1] for label in labels])[0]
-        values = presence_among(matches[None], nouns[index][None])[0]
+        values = outputs.logits_per_image[0].sigmoid()
         maps = refine_maps(outputs.similarity_maps, pixels["pixel_values"])
         maps = F.interpolate(maps, sample.size, mode="bicubic", align_corners=False)[0].numpy()
         stretched = [(heatmap - heatmap.min()) / (heatmap.max() - heatmap.min()) for heatmap in maps]
@@ -186,13 +183,13 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     values = [[[] for _ in range(7)] for _ in range(6)]
     for top in (0, 16):
         for left in (0, 16, 24):  # the last of a row ends at the edge
-            maps, _ = explainer.raw_maps(pixels[..., top : top + 32, left : left + 32], texts)
+            maps, _ = raw_maps(explainer, pixels[..., top : top + 32, left : left + 32], texts)
             for y in range(4):
                 for x in range(4):
                     values[top // 8 + y][left // 8 + x].append(maps[..., y, x])
     expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in values], -2)
     assert torch.allclose(found, expected, atol=1e-5)
-    whole, _ = explainer.raw_maps(pixels, texts)
+    whole, _ = raw_maps(explainer, pixels, texts)
     assert torch.equal(windowed_maps(explainer, pixels, texts, window=64, stride=8), whole)
 
 

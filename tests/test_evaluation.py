@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, tiny_model
+from families import raw_maps
 from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
@@ -23,8 +24,7 @@ from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
 from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.model.presence import MIN_PRESENCE, presence
-from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
+from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -99,7 +99,7 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
         explainer, ranked = make_explainer(model, method), {}
         for sample in dataset:
             pixels = tiny_processor(images=[sample.image])["pixel_values"]
-            maps, _ = explainer.raw_maps(pixels, model.encode_texts(NAMES))
+            maps, _ = raw_maps(explainer, pixels, model.encode_texts(NAMES))
             for i, j in itertools.permutations(sample.labels, 2):
                 heatmap = resize_and_normalize(maps[0, i - 1 : i], sample.size)[0].numpy()
                 own, other = (heatmap[sample.mask(label) == label] for label in (i, j))
@@ -121,7 +121,7 @@ def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_proce
         explainer = make_explainer((model, tiny_processor), method)
         texts, miou, mfmb, ap = explainer.model.encode_texts(NAMES), MeanMaxIoU(), MFMB(), MultiLabelAveragePrecision()
         for sample in dataset:
-            maps, scores = explainer.raw_maps(tiny_processor(images=[sample.image])["pixel_values"], texts)
+            maps, scores = raw_maps(explainer, tiny_processor(images=[sample.image])["pixel_values"], texts)
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
             for label in sample.labels:
                 heatmap = resize_and_normalize(maps[0, label - 1 : label], sample.size)[0]
@@ -148,15 +148,17 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, t
 
 @pytest.mark.parametrize("supercategories", [("animal", "toy", "animal"), None])
 def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tiny_processor, supercategories):
-    """In prompts of the caller's, which the reference nouns take too. Of three classes, the nearest tenth is one."""
-    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
+    """In prompts of the caller's. Of three classes, the nearest tenth is one."""
+    model = load((tiny_model(logit_bias_init_value=0.0), tiny_processor))
+    dataset = load_segmentation("folder", labelled_folder)
     dataset.supercategories, dataset.stuff, templates = supercategories, (2,), ["the dog {}"]
-    texts, nouns = (model.encode_texts(some, templates) for some in (NAMES, REFERENCE_NOUNS))
+    texts = model.encode_texts(NAMES, templates)
     cosines = (texts.text_embeds @ texts.text_embeds.T).tolist()
     pairs = []  # presence, whether the image shows the class, whether the class is like one that it shows, class
     for sample in dataset:
         image = model.get_image_features(tiny_processor(images=[sample.image])["pixel_values"])
-        for label, value in enumerate(presence(model, image, texts, nouns)[0].tolist(), 1):
+        values = model.presence(image.image_embeds @ texts.text_embeds.T)[0].tolist()
+        for label, value in enumerate(values, 1):
             like = False
             for other in set(sample.labels) - {label}:
                 if supercategories is None:  # the nearest of the two others
@@ -198,7 +200,8 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
 def test_an_image_without_any_class_gives_valid_json_and_a_table_without_nan(labelled_folder, tiny_processor):
     dataset = load_segmentation("folder", labelled_folder)[4:5]
     measures = [*TASKS["interpretability"][:4], "presence", *TASKS["faithfulness"], "typed_segments"]
-    result = evaluate((tiny_model(), tiny_processor), dataset, ["grad_cam"], measures, progress=False)
+    model = tiny_model(logit_bias_init_value=0.0), tiny_processor
+    result = evaluate(model, dataset, ["grad_cam"], measures, progress=False)
     scores = result.results["grad_cam"]
     figures = ("mAP", "mMIoU", "mFMB", "text_contrast", "floor", "pointing_game", "max_sensitivity", "typed_iou")
     assert scores["pairs"] == 0 and [scores[name] for name in figures] == [None] * 8

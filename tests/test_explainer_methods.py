@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import VISION, tiny_model
-from families import GRID, LABELS, drawn, maps_by, pixels
+from families import GRID, LABELS, drawn, maps_by, pixels, raw_maps
 from torch.nn import functional as F
 from transformers import AutoConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -158,7 +158,7 @@ def test_proxyclip_asks_the_proxy_for_the_models_grid(made, tmp_path):
     proxy.forward = lambda pixel_values: (
         seen.append(pixel_values.shape) or type("Output", (), {"last_hidden_state": torch.ones(2, 25, 3)})
     )
-    maps = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0]
+    maps = raw_maps(explainer, pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0]
     assert seen == [(2, 3, 16, 24)]
     expected = maps_by((model, processor), "maskclip", templates=["{}"])[2]
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)

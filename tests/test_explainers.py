@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import tiny_model
-from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels
+from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels, raw_maps
 from torch import nn
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
@@ -29,7 +29,7 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     explainer = make_explainer((model, processor), method)
     texts, pixel_values = explainer.model.encode_texts(LABELS, ["{}"]), pixels(size)
     before = pixel_values.clone()
-    maps, scores = explainer.raw_maps(pixel_values, texts)
+    maps, scores = raw_maps(explainer, pixel_values, texts)
     assert maps.dtype == scores.dtype == torch.float32 and not maps.requires_grad and not scores.requires_grad
     assert maps.shape[:2] == scores.shape == (2, 3) and scores.abs().max() <= 1 + 1e-6
     assert maps.std() > 0  # a live map, or comparing would prove nothing
@@ -37,13 +37,13 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     assert torch.equal(pixel_values, before)
 
     for index in range(2):
-        single, score = explainer.raw_maps(pixel_values[index : index + 1], texts)
+        single, score = raw_maps(explainer, pixel_values[index : index + 1], texts)
         torch.testing.assert_close(single[0], maps[index], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(score[0], scores[index], atol=1e-5, rtol=1e-4)
 
     order = [2, 0, 1]
     permuted = ICLIPTextFeatures(text_embeds=texts.text_embeds[order], map_text_embeds=texts.map_text_embeds[order])
-    other, score = explainer.raw_maps(pixel_values, permuted)
+    other, score = raw_maps(explainer, pixel_values, permuted)
     torch.testing.assert_close(other, maps[:, order], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(score, scores[:, order], atol=1e-5, rtol=1e-4)
 
@@ -51,7 +51,7 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
         text_embeds=torch.stack([texts.text_embeds, texts.text_embeds.flip(0)]),
         map_text_embeds=torch.stack([texts.map_text_embeds, texts.map_text_embeds.flip(0)]),
     )
-    different, score = explainer.raw_maps(pixel_values, own)
+    different, score = raw_maps(explainer, pixel_values, own)
     torch.testing.assert_close(different, torch.stack([maps[0], maps[1].flip(0)]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-5, rtol=1e-4)
 
@@ -75,14 +75,14 @@ def test_the_model_stays_as_it_was(made, family, method):
     before = snapshot(model)
     explainer = make_explainer((model, processor), method)
     texts, pixel_values = explainer.model.encode_texts(LABELS), pixels(size)
-    expected = explainer.raw_maps(pixel_values, texts)[0]
+    expected = raw_maps(explainer, pixel_values, texts)[0]
     with pytest.raises((ValueError, RuntimeError)):
-        explainer.raw_maps(torch.zeros(1, 4, *size), texts)
+        raw_maps(explainer, torch.zeros(1, 4, *size), texts)
     assert snapshot(model) == before
     # and the explainer is as before: what was being recorded is gone
-    torch.testing.assert_close(explainer.raw_maps(pixel_values, texts)[0], expected)
+    torch.testing.assert_close(raw_maps(explainer, pixel_values, texts)[0], expected)
     model.eval()
-    torch.testing.assert_close(make_explainer((model, processor), method).raw_maps(pixel_values, texts)[0], expected)
+    torch.testing.assert_close(raw_maps(make_explainer((model, processor), method), pixel_values, texts)[0], expected)
 
 
 # One method that encodes the image, one that records its layers, and one that differentiates.
@@ -108,7 +108,7 @@ def test_scores_are_the_models_own(made, family, method):
                 options = {} if family == "iclip" else {"interpolate_pos_encoding": True}
                 image = model.get_image_features(pixel_values, **options).pooler_output
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    scores = explainer.raw_maps(pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
+    scores = raw_maps(explainer, pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
     model = tiny_model(vision, value_share=0.5)
     explainer = make_explainer((model, tiny_processor))
     texts = tiny_processor(labels=LABELS)
-    maps, scores = explainer.raw_maps(pixels(), explainer.model.encode_texts(LABELS))
+    maps, scores = raw_maps(explainer, pixels(), explainer.model.encode_texts(LABELS))
     with torch.no_grad():
         outputs = model(pixel_values=pixels(), **texts, output_similarity_maps=True)
     torch.testing.assert_close(maps, outputs.similarity_maps)
@@ -316,7 +316,7 @@ def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_
     pooled = average if options.get("pooling") == "average" else class_token
     pooled = torch.cat([class_token, average], 1) if "recognition_pooling" in options else pooled
     embed = F.normalize(reference.recognition.visual_projection(pooled)[0], dim=-1)
-    logit = reference.recognition() * embed @ texts.text_embeds[0]
+    logit = reference.recognition()[0] * embed @ texts.text_embeds[0]
     attention = outputs.attentions[-1]
     (gradient,) = torch.autograd.grad(logit, attention)
     relevance = torch.eye(25) + (attention * gradient)[0].clamp(min=0).mean(0)
@@ -373,7 +373,7 @@ def test_clip_surgery_against_its_published_steps(made):
     model, processor, _ = made("clip")
     explainer = make_explainer((model, processor), "clip_surgery", depth=2)
     texts = explainer.model.encode_texts(LABELS)
-    maps, scores = explainer.raw_maps(pixels(), texts)
+    maps, scores = raw_maps(explainer, pixels(), texts)
 
     for image in range(2):
         patches = second_stream(model, 2, value_value, pixels()[image, None])
@@ -389,7 +389,7 @@ def test_clip_surgery_compares_a_single_text_with_a_prompt_that_names_nothing(ma
     model, processor, _ = made("clip")
     explainer = make_explainer((model, processor), "clip_surgery", depth=1)
     dog, nothing = explainer.model.encode_texts(["dog"]), explainer.model.encode_texts(["a photo of"], ["{}"])
-    maps, scores = explainer.raw_maps(pixels(), dog)
+    maps, scores = raw_maps(explainer, pixels(), dog)
 
     patches = second_stream(model, 1, value_value, pixels()[:1])
     expected = patches @ (dog.text_embeds - nothing.text_embeds)[0]
@@ -436,7 +436,7 @@ def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
-    monkeypatch.setattr("iclip_hf.model.explanation_core.TEXT_BATCH", 4)  # so that the labels come in parts
+    monkeypatch.setattr("iclip_hf.model.engine.TEXT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]
     for family in ("iclip", "clip", "open_clip"):
         model, processor, _ = made(family)
@@ -484,9 +484,9 @@ def test_threads_do_not_disturb_each_other(made):
 
     def work(index):
         for _ in range(5):
-            results[index] = shared.raw_maps(pixels(size)[index : index + 1], texts)[0]
+            results[index] = raw_maps(shared, pixels(size)[index : index + 1], texts)[0]
 
-    expected = shared.raw_maps(pixels(size), texts)[0]
+    expected = raw_maps(shared, pixels(size), texts)[0]
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:
         thread.start()
@@ -502,10 +502,10 @@ def test_the_copy_shares_the_weights(tiny_processor):
     pairs = list(zip(explainer.model.network.parameters(), model.parameters(), strict=True))
     assert all(own.data_ptr() == given.data_ptr() and own is not given for own, given in pairs if given.requires_grad)
     texts = explainer.model.encode_texts(LABELS)
-    before = explainer.raw_maps(pixels(), texts)[0]
+    before = raw_maps(explainer, pixels(), texts)[0]
     with torch.no_grad():
         model.interpretability.visual_projection.weight.neg_()  # as an optimizer steps
-    torch.testing.assert_close(explainer.raw_maps(pixels(), texts)[0], -before)
+    torch.testing.assert_close(raw_maps(explainer, pixels(), texts)[0], -before)
 
 
 # What is refused

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, iclip, tiny_model, write_folder
+from families import raw_maps
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional import spearman_corrcoef
@@ -56,7 +57,7 @@ def test_curves_equal_those_of_plain_loops(tiny_processor):
     explainer = make_explainer((model, tiny_processor))
     texts = explainer.model.encode_texts(NAMES)
     image = torch.randn(3, 32, 24, generator=torch.Generator().manual_seed(1))
-    maps = explainer.raw_maps(image[None], texts)[0][0]
+    maps = raw_maps(explainer, image[None], texts)[0][0]
     maps[2] = (maps[2] > maps[2].median()).float()  # with ties
     deletion, insertion = deletion_insertion(
         scorer(explainer.model, texts), image, maps, steps=3, seed=5, batch_size=4
@@ -134,7 +135,7 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
 
     def explain(images):
         assert unchanged()
-        return torch.cat([explainer.raw_maps(images, texts)[0] for explainer in explainers], 1)
+        return torch.cat([raw_maps(explainer, images, texts)[0] for explainer in explainers], 1)
 
     own = explain(images)
     check = LayerRandomization(loaded, seed=9)
@@ -150,7 +151,7 @@ def test_randomised_layers_are_the_last_ones_and_the_model_stays_bit_for_bit(tin
                 std = weight.std(correction=0)
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std + weight.mean())
             maps = [
-                make_explainer((twin, tiny_processor), name).raw_maps(images, texts)[0]
+                raw_maps(make_explainer((twin, tiny_processor), name), images, texts)[0]
                 for name in (method, "attention")
             ]
             torch.testing.assert_close(found[depth], rank_correlation(own, torch.cat(maps, 1)), atol=1e-3, rtol=0)
@@ -161,10 +162,10 @@ def test_an_exception_restores_the_layers_too(tiny_processor):
     explainer = make_explainer((tiny_model(), tiny_processor))
     texts, images = explainer.model.encode_texts(NAMES), torch.randn(1, 3, 32, 32)
     weights = dict(explainer.model.network.named_parameters())
-    own, calls = explainer.raw_maps(images, texts)[0], []
+    own, calls = raw_maps(explainer, images, texts)[0], []
 
     def explain(images):
-        calls.append(explainer.raw_maps(images, texts)[0])
+        calls.append(raw_maps(explainer, images, texts)[0])
         if len(calls) == 3:
             raise KeyboardInterrupt
         return calls[-1]
@@ -173,7 +174,7 @@ def test_an_exception_restores_the_layers_too(tiny_processor):
         LayerRandomization(explainer.model).correlations(explain, images)
     assert not torch.equal(calls[-1], own)  # it was under way
     assert all(weight is weights[name] for name, weight in explainer.model.network.named_parameters())
-    assert torch.equal(explainer.raw_maps(images, texts)[0], own)
+    assert torch.equal(raw_maps(explainer, images, texts)[0], own)
 
 
 # The pointing game, and means
@@ -214,11 +215,11 @@ def slowly(model, processor, dataset, method):
     score = scorer(explainer.model, texts)
     for index, sample in enumerate(dataset):
         pixels = processor(images=[sample.image])["pixel_values"]
-        raw = explainer.raw_maps(pixels, texts)[0][0]
+        raw = raw_maps(explainer, pixels, texts)[0][0]
         for label in sample.labels:
 
             def explain(images, label=label):
-                return explainer.raw_maps(images, texts)[0][:, label - 1 : label]
+                return raw_maps(explainer, images, texts)[0][:, label - 1 : label]
 
             one = raw[label - 1 : label] * (-1 if explainer.reversed else 1)
             curves = deletion_insertion(score, pixels[0], one, steps=2, seed=3 + index)

@@ -130,6 +130,20 @@ REFUSED = {
         "runs of another size": runs([720], (30, 24)),
         "runs that are too short": runs([700]),
         "runs of text": runs("no runs"),
+        "no runs": runs(""),
+        "fractions of runs": runs([0.5, 719.5]),
+        "negative runs": runs([-10, 730]),
+        "polygon of an odd number": annotation(segmentation=[[1, 1, 9, 1, 9, 9, 3]]),
+        "polygon far away": annotation(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]),  # pycocotools would crash
+        "polygon of NaN": annotation(segmentation=[[0, 0, float("nan"), 0, 9, 9]]),
+        "polygon of infinity": annotation(segmentation=[[0, 0, float("inf"), 0, 9, 9]]),
+        "crowd as text": annotation(iscrowd="0"),
+        "size as text": {"images": [PICTURE | {"height": "24"}]},
+        "size of fractions": {"images": [PICTURE | {"height": 24.0}]},
+        "size without an end": {"images": [PICTURE | {"height": 10**9, "width": 10**9}]},
+        "number as a name": {"categories": [CATEGORY | {"name": 5}]},
+        "number as a file": {"images": [PICTURE | {"file_name": 3}]},
+        "no images": {"images": [], "annotations": []},
     },
     (overrides("names.json"), "names.json"): {
         **inputs.BAD_JSON,
@@ -139,7 +153,13 @@ REFUSED = {
         "name twice": {"names": {"dog": "cat"}},
         "blank name": {"names": {"dog": " "}},
     },
+    (overrides("names.json"), "template"): {
+        "a number as template": {"templates": 5},
+        "no template": {"templates": None},
+        "a mapping of templates": {"templates": {"a {}": 1}},
+    },
     (overrides("names.yaml"), "names.yaml"): {
+        "nested too deeply": "[" * 5000,
         "an object of Python": "!!python/object/apply:os.mkdir [executed]",
         "two documents": "a: {}\n---\nb: {}",
     },
@@ -154,6 +174,8 @@ REFUSED = {
         "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
         "caption in UTF-16": inputs.tar(GOOD_TAR[0], ("a.txt", "a dog".encode("utf-16"))),
         "no JSON": inputs.tar(GOOD_TAR[0], ("a.json", "{")),
+        "nested JSON": inputs.tar(GOOD_TAR[0], ("a.json", inputs.BAD_JSON["nested too deeply"])),
+        "a size without an end": inputs.tar(*GOOD_TAR, pax_headers={"size": "9" * 30}),
     },
     (pairs("a.csv"), "a.csv absent.png /dev/zero"): {
         "empty": b"",

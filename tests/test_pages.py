@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -154,9 +156,32 @@ def test_docstrings_are_rendered_as_lists_and_links(tmp_path):
     assert rendered.strip() == RENDERED.strip()
 
 
-@pytest.mark.parametrize(("page", "lines"), [("README.md", 160), ("docs/results.md", 120)])
-def test_main_pages_stay_short(page, lines):
-    assert len((ROOT / page).read_text(encoding="utf-8").splitlines()) <= lines
+def test_the_readme_begins_with_a_command_for_its_picture_and_one_for_the_tests():
+    """In a fresh clone, on a machine with Python and make alone. The continuous integration calls the second."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    clone, demo, test = (
+        line.partition("#")[0].strip() for line in code_blocks(ROOT / "README.md", "bash")[0].splitlines()
+    )
+    assert clone.startswith("git clone ")
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == test
+    for command in (demo, test):
+        steps = subprocess.run([*command.split(), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+        assert steps.returncode == 0, steps.stderr
+    # The same texts as in Python, all of which stand below the picture.
+    texts = re.search(r"^TEXTS := \"(.*)\"$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split(", ")
+    (called,) = re.findall(r"explain\(load\(\"embedded\"\), example_image\(\), (\[.*?\])\)", readme)
+    (shown,) = re.findall(r"^!\[(.*)\]\(docs/demo.jpg\)$", readme, re.MULTILINE)
+    assert json.loads(called) == texts and all(f'"{text}"' in shown for text in texts)
+
+
+@pytest.mark.slow
+def test_the_demo_writes_its_picture_and_prints_where_it_is(embedded, tmp_path):
+    """By the Python that runs the tests, without an installation."""
+    programs = Path(sys.executable).parent
+    command = ["make", "demo", "--assume-old=.venv/.package", f"BIN={programs}", f"CURDIR={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"-> {tmp_path / 'demo.jpg'}\n" in done.stdout, done.stderr
+    assert (tmp_path / "demo.jpg").is_file()
 
 
 def test_the_recipe_for_coco100_keeps_its_images_alone(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import iclip, tiny_model
-from test_localizer import IMAGES, TEXTS, explained
+from test_engine import IMAGES, TEXTS
 from torch.nn import functional as F
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
@@ -16,7 +16,7 @@ from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.evaluation.measures.pairs import MFMB
 from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
 from iclip_hf.explainers import make_explainer
-from iclip_hf.explainers.localizer import Localizer
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map, segments
 from iclip_hf.model.refinement import refine_maps
 
@@ -87,11 +87,11 @@ def test_a_constant_map_stays_constant_and_one_colour_is_finite(image):
 
 def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
     model = tiny_model()
-    plain, refined = (Localizer((model, tiny_processor), TEXTS, refine=refine) for refine in (False, True))
-    for image, one, two in zip(IMAGES, explained(plain), explained(refined)):
-        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixels.pixel_values)[0]
+    plain, refined = (Engine(model, tiny_processor, refine=refine) for refine in (False, True))
+    for image, one, two in zip(IMAGES, plain.run(IMAGES, TEXTS), refined.run(IMAGES, TEXTS)):
+        expected = refine_maps(one.raw_maps[None], refined.prepare(image).pixel_values)[0]
         torch.testing.assert_close(two.raw_maps, expected, atol=1e-5, rtol=0)
-        (again,) = refined.explain([refined.encode(refined.prepare(image))])
+        (again,) = refined.run(refined.encode_images([refined.prepare(image)]), TEXTS)
         torch.testing.assert_close(again.raw_maps, expected, atol=1e-5, rtol=0)
         torch.testing.assert_close(two.scores, one.scores)
 

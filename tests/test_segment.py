@@ -8,9 +8,9 @@ import torch
 from conftest import iclip
 from PIL import Image, ImageColor
 
+from iclip_hf import explain
 from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.cli.segment import _save_labels
-from iclip_hf.explainers.localizer import Localizer
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.regions import run_lengths
 from iclip_hf.plots import sheets
@@ -30,11 +30,8 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(workspace, tmp_pa
     assert (entry["picture"], entry["labels"]) == (str(output), str(tmp_path / "sub" / "out-labels.png"))
     assert sorted(path.name for path in output.parent.iterdir()) == ["out-labels.png", "out.png"]
 
-    localizer = Localizer(
-        load_pretrained(workspace / "model"), ["dog", "red ball", "sky"], min_presence=0, refine=True
-    )
     image = Image.open(photo)
-    (explanation,) = localizer.explain([localizer.prepare(image)])
+    explanation = explain(load_pretrained(workspace / "model"), image, ["dog", "red ball", "sky"], refine=True)
     expected = explanation.label_map(background=[2]).numpy() + 1
     with Image.open(entry["labels"]) as labels:
         assert labels.mode == "P" and labels.size == image.size
@@ -49,12 +46,12 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(workspace, tmp_pa
 
 
 def test_a_present_text_without_a_pixel_is_named(workspace, capsys):
-    texts = [word for text in ("dog", "red ball", "dog") for word in ("--text", text)]  # the first of equals
+    texts = [word for text in ("dog", "grass", "dog") for word in ("--text", text)]  # the first of equals
     texts += ["--json", "--min-presence", "0"]
     assert run(workspace, workspace / "0" / "a.jpg", *texts) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["segments"][2]["area"] == 0
-    assert "covered by the other texts: dog;" in err and "red ball" not in err
+    assert "covered by the other texts: dog;" in err and "grass" not in err
     assert run(workspace, workspace / "0" / "a.jpg", *texts[:-1], "1") == 0
     assert not capsys.readouterr().err  # absent, not covered
 

@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, VOC
-from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample
+from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample, _decode_segmentation
 from iclip_hf.evaluation.measures.measure import EvaluatedImage
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES
@@ -183,6 +184,14 @@ INSTANCES = st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
         max_size=5,
     )
 )
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))))
+def test_compressed_run_lengths_are_those_of_pycocotools(mask):
+    compressed = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
+    for counts in (compressed["counts"], compressed["counts"].decode()):
+        decoded = _decode_segmentation({"size": list(mask.shape), "counts": counts}, *mask.shape)
+        np.testing.assert_array_equal(decoded, mask)
 
 
 @settings(max_examples=60, deadline=None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .backends.loading import load
     from .data.example import example_image
     from .evaluation.evaluate import evaluate
-    from .explainers.localizer import explain
+    from .explainers.explain import explain
     from .model.configuration_iclip import ICLIPConfig
     from .model.explanation import Explanation
     from .model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
@@ -37,7 +37,7 @@ _MODULES = {
     "embedded_model": ".backends.embedded",
     "example_image": ".data.example",
     "evaluate": ".evaluation.evaluate",
-    "explain": ".explainers.localizer",
+    "explain": ".explainers.explain",
     "Explanation": ".model.explanation",
     "ICLIPConfig": ".model.configuration_iclip",
     "ICLIPImageFeatures": ".model.modeling_iclip",

@@ -6,17 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from functools import partial
 
 import torch
 from torch import nn
 
-from ..model.explanation_core import encode_texts, reference_features
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..model.engine import Engine, input_device
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_templates, normalize
 from ..model.similarity import cosine_similarity_map
 from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
-from .references import kept_on_disk
 
 
 class Pooling(Enum):
@@ -69,18 +67,7 @@ class ExplainableModel(ABC):
         Encodes T labels, averaged over the templates (the processor's if not given), as unit vectors `text_embeds` and
         `map_text_embeds` of shape `(T, P)`. `["{}"]` takes the labels as they are.
         """
-        return encode_texts(self, self.processor, labels, templates, self.device)
-
-    def references(self, templates: Sequence[str]) -> ICLIPTextFeatures:
-        """
-        Returns the features of [`REFERENCE_NOUNS`] in these templates, `(K, P)`. They are encoded again only when the model changes, and
-        those of an [`ICLIPModel`] on the CPU are kept on disk.
-        """
-        model, processor = self._given
-        tokenizer, encode = getattr(processor, "tokenizer", processor), partial(self.encode_texts, templates=templates)
-        if isinstance(self.network, ICLIPModel) and self.device.type == "cpu":  # not on another device, nor offloaded
-            encode = partial(kept_on_disk, self.network, self.processor, templates, encode)
-        return reference_features(self.network, tokenizer, templates, encode, model)
+        return Engine(self, self.processor, templates=templates).encode(labels)
 
     @abstractmethod
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
@@ -97,6 +84,13 @@ class ExplainableModel(ABC):
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
         return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
+
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """
+        Computes the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1]. None for a model that
+        was not trained with a sigmoid, see [`ICLIPModel.presence`].
+        """
+        return None
 
 
 class RecordableModel(ExplainableModel):
@@ -127,11 +121,10 @@ class RecordableModel(ExplainableModel):
 
     @property
     def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+        return input_device(self.network)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        weight = next(self.network.parameters())
-        return self._encode_images(pixel_values.to(weight.device, weight.dtype))
+        return self._encode_images(pixel_values.to(self.device, next(self.network.parameters()).dtype))
 
     @abstractmethod
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures: ...
@@ -146,7 +139,11 @@ class RecordableModel(ExplainableModel):
 
     def logit_scale(self) -> torch.Tensor:
         """Returns the factor by which the model multiplies the cosines of images and texts."""
-        return self.network.logit_scale.exp()
+        return self.network.logit_scale.float().exp()
+
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
+        bias = getattr(self.network, "logit_bias", None)  # of SigLIP
+        return None if bias is None else (self.logit_scale() * scores + bias.float()).sigmoid()
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """

@@ -17,13 +17,10 @@ from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeat
 from ..model.processing_iclip import ICLIPProcessor
 from .explainable import ExplainableModel, Pooling, RecordableModel, block_mlp, text_features, unit
 from .onnx import ONNXModel
-from .recording import AttentionRecord, prepare, record
 
 
 class TransformersModel(RecordableModel):
     """Base class for models of transformers, whose attention function can be replaced by its name."""
-
-    _text_layer: nn.Module | None = None
 
     def _prepare_layers(self) -> None:
         tower = self.network.vision_model
@@ -35,23 +32,6 @@ class TransformersModel(RecordableModel):
                 norm = [child for child in block.children() if isinstance(child, nn.LayerNorm)][1]
                 scale, mlp_scale = (getattr(block, f"layer_scale{number}", None) for number in (1, 2))
                 self._add_layer(block, attention, projection, scale, block_mlp(norm, block.mlp, mlp_scale))
-
-    def trace_texts(self, labels: list[str], templates: list[str]) -> tuple[ICLIPTextFeatures, AttentionRecord]:
-        """
-        Encodes labels with a graph from the last attention layer of the text tower on, and records this layer with its weights,
-        see `record`.
-        """
-        tower, inputs = self.network.text_model, self.processor(labels=labels, templates=templates).to(self.device)
-        if self._text_layer is None:
-            *_, self._text_layer = (part for part in tower.modules() if isinstance(part, GradientCheckpointingLayer))
-            prepare(0, self._text_layer)
-        own = tower.config._attn_implementation
-        tower.set_attn_implementation("iclip_recorded")
-        try:
-            features, layers = record(lambda: self.get_text_features(**inputs), 0, grad=True, weights=True)
-        finally:
-            tower.set_attn_implementation(own)  # so that texts are always encoded alike
-        return features, layers[-1]
 
     def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:
         norms = [child for child in self.network.vision_model.children() if isinstance(child, nn.LayerNorm)]
@@ -80,6 +60,9 @@ class _ICLIP(ExplainableModel):
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return self.network.similarity_maps(image, texts)
+
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
+        return self.network.presence(scores)
 
 
 class ExplainableICLIP(_ICLIP, TransformersModel):

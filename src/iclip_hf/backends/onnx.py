@@ -74,6 +74,9 @@ class ONNXModel:
     similarity_maps = ICLIPModel.similarity_maps
     device, dtype = torch.device("cpu"), torch.float32
 
+    def presence(self, scores: torch.Tensor) -> None:
+        return None
+
     def __init__(self, folder: str | Path):
         with require_extra("onnx"):
             import onnxruntime

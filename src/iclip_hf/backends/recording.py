@@ -95,7 +95,12 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
 
 
 def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) -> None:
-    """Makes layer `index` of a private copy record the input of its block and, if given, of its attention."""
+    """
+    Makes layer `index` of a private copy record the input of its block and, if given, of its attention. The copy of a copy does so already.
+    """
+    if getattr(block, "is_recorded", False):
+        return
+    block.is_recorded = True
 
     def enter_block(module, args, kwargs):
         recording = _recording.get()

@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError("There is nothing to look for: give --text, or a --dataset whose IMAGE shows a class.")
     from tqdm import tqdm
 
-    from ..explainers.localizer import explain
+    from ..explainers.explain import explain
     from ..plots.sheets import at_picture_size, comparison_sheet
 
     dpi = resolution(output)
@@ -69,12 +69,13 @@ def run(options: argparse.Namespace) -> None:
             )[0]
             title = method if len(models) < 2 else f"{name}\n{method}"
             columns[title] = explanation.maps.numpy()
-            words[title] = [presence_word(value) for value in explanation.presence.tolist()]
+            words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
-        figures = zip(rows, notes, explanation.scores.tolist(), explanation.presence.tolist())
+        figures = zip(rows, notes, explanation.scores.tolist(), explanation.presences)
         for row, of_text, score, presence in figures:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
-            of_text.append(f"{presence_word(presence)} · score {score:.2f}")
+            word = presence_word(presence)
+            of_text.append(f"{f'{word} · ' if word else ''}score {score:.2f}")
     titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
     sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=dpi)
     save_picture(sheet, output, dpi)
@@ -115,7 +116,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return load_image(options.image), {}, options.templates
+        return load_image(Path(options.image)), {}, options.templates
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

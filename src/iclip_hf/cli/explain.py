@@ -50,7 +50,7 @@ def _save_arrays(explanation, path: Path) -> Path:
             file,
             texts=explanation.labels,
             scores=explanation.scores.numpy(),
-            presence=explanation.presence.numpy(),
+            presence=np.array(explanation.presences, float),
             raw_maps=explanation.raw_maps.numpy(),
             masks=np.stack([explanation.mask(index) for index in range(len(explanation))]),
         )

@@ -124,4 +124,7 @@ def trained_on(folder: Path) -> dict[str, str]:
 
 def echo_terms(terms: dict[str, str]) -> None:
     if terms:
-        echo("Trained on data with these terms:", *(f"  {data}: {term}" for data, term in terms.items()))
+        echo(
+            "Weights and code: Apache-2.0. The model was trained on data with these terms:",
+            *(f"  {data}: {term}" for data, term in terms.items()),
+        )

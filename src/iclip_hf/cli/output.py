@@ -99,9 +99,11 @@ def echo_space(folder: Path) -> None:
     echo_folder(folder, "hf", "upload", f"your-name/{folder.resolve().name}", str(folder), ".", "--repo-type", "space")
 
 
-def presence_column(value: float, min_presence: float) -> str:
+def presence_column(value: float | None, min_presence: float) -> str:
     """
     Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80
-    from which a text is present.
+    from which a text is present. Empty for a model without presence.
     """
+    if value is None:
+        return ""
     return f"{presence_word(value, min_presence):<7}  presence {f'{value:.9f}'[:4]}"

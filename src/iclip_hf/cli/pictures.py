@@ -79,7 +79,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     images = _image_files(options.images)
     alone = images == options.images and len(images) == 1
     if alone:
-        open_image(images[0], decode=False)  # before the model is loaded
+        open_image(Path(images[0]), decode=False)  # before the model is loaded
     picture, folder = _places(options, kind, alone)
     is_writing = bool(picture or folder)
     if is_writing:
@@ -100,7 +100,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     explained = 0
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPoolExecutor(1))  # loads images and writes pictures while the model runs
-        loaded = localizer.explain_all(lambda path: (path, load_image(path)), images, thread, options.batch_size)
+        loaded = localizer.explain_all(lambda path: (path, load_image(Path(path))), images, thread, options.batch_size)
         lines = None
         for entry in tqdm(
             prefetch_map(thread, written, loaded, 4), total=len(images), unit="image", disable=alone or None

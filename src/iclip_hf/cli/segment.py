@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..model.presence import presence_word
 from .options import texts
 from .output import resolution, save_picture
 from .pictures import add_image_options, explain_files
@@ -43,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
                 "id": index + 1,
                 "text": text,
                 "score": round(explanation.scores[index].item(), 4),
-                "presence": explanation.presence[index].item(),
+                "presence": explanation.presences[index],
                 "area": round((labels == index).mean().item(), 4),
                 "mask": run_lengths(labels == index),
             }
@@ -62,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             entry["problem"] = f"{name}: {hidden}; look at the maps with iclip explain"
         if picture is None:
             return entry
-        words = [presence_word(value, options.min_presence) for value in explanation.presence.tolist()]
+        words = explanation.presence_words
         dpi = resolution(picture)
         save_picture(label_sheet(explanation.image, labels, options.texts, words, dpi=dpi), picture, dpi)
         stem = picture.stem if picture == options.output else Path(name).stem

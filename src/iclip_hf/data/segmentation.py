@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import glob
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,7 @@ from ..model.images import IMAGE_SUFFIXES, load_image, open_image, upright
 from ..model.prompts import IMAGENET_TEMPLATES, check_templates
 from ..utils.digests import content_digest
 from ..utils.extras import require_extra
+from ..utils.files import parse_json
 from .class_names import (
     ADE20K,
     ADE20K_STUFF,
@@ -175,26 +175,55 @@ class _COCOSample(SegmentationSample):
 
     def _pixels(self, annotation: dict) -> np.ndarray:
         """Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean."""
-        coco_mask, (height, width), runs = _pycocotools_mask(), self.size, annotation["segmentation"]
-        if runs == []:
-            return np.zeros(self.size, bool)
         try:
-            if isinstance(runs, list):  # polygons [x1, y1, x2, y2, ...]; pycocotools takes two points for a box
-                if min(map(len, runs)) < 6:
-                    raise ValueError("a polygon has fewer than 3 points")
-                runs = coco_mask.merge(coco_mask.frPyObjects(runs, height, width))
-            elif isinstance(runs["counts"], list):
-                if sum(runs["counts"]) != height * width:  # pycocotools would leave the other pixels undefined
-                    raise ValueError(f"the run lengths are of {sum(runs['counts'])} pixels")
-                runs = coco_mask.frPyObjects(runs, *runs["size"])
-            if tuple(runs["size"]) != self.size:
-                raise ValueError(f"the run lengths are of {runs['size']} pixels")
-            return coco_mask.decode(runs).view(bool)
+            return _decode_segmentation(annotation["segmentation"], *self.size)
         except Exception as error:  # pycocotools also raises plain `Exception`
             raise ValueError(
                 f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name} has no polygons or run lengths of "
-                f"{height}x{width} pixels (height x width), the stated size of the image: {error}."
+                f"{self.size[0]}x{self.size[1]} pixels (height x width), the stated size of the image: {error}."
             ) from error
+
+
+def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) -> np.ndarray:
+    """
+    Decodes a list of polygons [x1, y1, x2, y2, ...], or run lengths in column-major order, to `(height, width)` boolean. Raises
+    `ValueError`, `TypeError` or `KeyError` for others, of which pycocotools would decode undefined memory.
+    """
+    if isinstance(segmentation, list):
+        polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
+        for points in polygons:
+            if points.ndim != 1 or len(points) < 6 or len(points) % 2:
+                raise ValueError("a polygon is a list of x1, y1, x2, y2, ..., of at least 3 points")
+            if not np.all(np.abs(points) <= 10 * max(height, width)):  # NaN neither
+                raise ValueError("a point lies far outside of the image")
+        if not polygons:
+            return np.zeros((height, width), bool)
+        coco_mask = _pycocotools_mask()
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).view(bool)
+    counts = segmentation["counts"]
+    runs = np.array(counts if isinstance(counts, list) else _decompress_runs(counts))
+    if list(segmentation["size"]) != [height, width]:
+        raise ValueError(f"the run lengths are of {segmentation['size']} pixels")
+    if runs.dtype.kind != "i" or runs.min() < 0 or runs.sum() != height * width:
+        raise ValueError(f"the run lengths are not integers with the sum {height * width}")
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _decompress_runs(text: str | bytes) -> list[int]:
+    """
+    Decodes COCO's compressed run lengths. A number has 5 bits in each character, the lowest first, in two's complement; bit 6 says that
+    another character follows. From the fourth on, a number is the difference to the last but one.
+    """
+    runs, value, shift = [], 0, 0
+    for character in text.encode() if isinstance(text, str) else text:
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)  # the sign
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs
 
 
 def _pycocotools_mask() -> ModuleType:
@@ -495,12 +524,20 @@ def _instances(root: Path, split: str) -> _Content:
     _pycocotools_mask()  # raises now if the package is missing
     path = root / "annotations" / f"instances_{split}.json"
     try:
-        content = json.loads(_read_text(path))
+        content = parse_json(_read_text(path))
         categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
         class_names = [category["name"] for category in categories]
         labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
         sizes = {image["file_name"]: (image["height"], image["width"]) for image in images}
         annotations = {image["id"]: [] for image in images}
+        if not (images and categories):
+            raise ValueError("there are no images or no categories")
+        if not all(isinstance(name, str) and name.strip() for name in (*class_names, *sizes)):
+            raise ValueError("a name of a category or a file is no text")
+        most_pixels = Image.MAX_IMAGE_PIXELS or np.inf
+        for name, (height, width) in sizes.items():
+            if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= most_pixels):
+                raise ValueError(f"{name} has the size {height} x {width}")
         if not len(labels) == len({*class_names}) == len(categories):
             raise ValueError("two categories have the same id or name")
         if not len(annotations) == len(sizes) == len(images):
@@ -508,6 +545,8 @@ def _instances(root: Path, split: str) -> _Content:
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
                 raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
+            if item["iscrowd"] not in (0, 1):
+                raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {item['iscrowd']!r}")
             kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
             annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError) as error:
@@ -548,11 +587,10 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
 
     def texts(given: str | Sequence[str]) -> tuple[str, ...]:
-        several = (given,) if isinstance(given, str) else given
-        whole = isinstance(several, Sequence) and several and all(isinstance(t, str) and t.strip() for t in several)
-        if not whole:
-            raise ValueError(f"{where}: {given!r} is neither text (quoted, in YAML) nor a list of texts.")
-        return tuple(several)
+        listed = (given,) if isinstance(given, str) else given
+        if not (isinstance(listed, Sequence) and listed and all(isinstance(t, str) and t.strip() for t in listed)):
+            raise ValueError(f"{where}: {given!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
+        return tuple(listed)
 
     names = overrides.get("names") or {}
     if not isinstance(names, Mapping):
@@ -566,8 +604,8 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
     dataset.background_texts = texts(overrides["background"]) if "background" in overrides else ()
     if dataset.background_texts and not dataset.background:
         raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset.name!r} is void.")
-    every = [text for several in (dataset.background_texts, *dataset.synonyms) for text in several]
-    if twice := [text for text in every if every.count(text) > 1]:
+    all_texts = [text for names in (dataset.background_texts, *dataset.synonyms) for text in names]
+    if twice := [text for text in all_texts if all_texts.count(text) > 1]:
         raise ValueError(f"{where}: {twice[0]!r} names two classes.")
     dataset.templates = tuple(check_templates(overrides.get("templates", dataset.templates)))
 
@@ -587,11 +625,12 @@ def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
 def _read_mapping(path: Path) -> Mapping:
     import yaml
 
-    parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
+    parse = parse_json if path.suffix.lower() == ".json" else yaml.safe_load
     try:
         return dict(parse(_read_text(path)))
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {error}") from error
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {problem}") from error
 
 
 def _read_text(path: Path) -> str:

@@ -12,7 +12,6 @@ import csv
 import glob
 import hashlib
 import io
-import json
 import logging
 import os
 import random
@@ -28,7 +27,7 @@ import numpy as np
 from ..model.images import IMAGE_SUFFIXES
 from ..utils.digests import file_state
 from ..utils.extras import require_extra
-from ..utils.files import cache_folder, keep_in_cache
+from ..utils.files import cache_folder, keep_in_cache, parse_json
 from ..utils.hub_ids import is_hub_id
 from .class_names import CLASS_NAMES
 
@@ -107,7 +106,7 @@ def _texts(column: str, value) -> list[str]:
     """Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts."""
     if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):  # of a .csv or .tsv
         try:
-            value = json.loads(value)
+            value = parse_json(value)
         except ValueError:
             return []
     several = [value] if isinstance(value, str) else value if isinstance(value, list) else []
@@ -239,7 +238,10 @@ class TarShard(Source):
         ranges, last_key, suffixes = array("q"), None, set()
         try:
             with tarfile.open(self.path, "r:") as tar:
+                size = os.path.getsize(self.path)
                 for member in tar:
+                    if member.size > size:  # stated by a damaged header
+                        raise tarfile.ReadError(f"{member.name!r} has more bytes than the file")
                     key, suffix = _key_and_suffix(member)
                     if key is not None:
                         if key != last_key or suffix in suffixes:
@@ -272,7 +274,7 @@ class TarShard(Source):
                         raise ValueError(f"two images of the key {key!r}, in {name} and {member.name!r}")
                     image, image_key, name = data, key, f"{str(self.path)!r}: {member.name!r}"
                 elif suffix in (".txt", ".json"):
-                    row[suffix[1:]] = json.loads(data) if suffix == ".json" else data.decode()
+                    row[suffix[1:]] = parse_json(data) if suffix == ".json" else data.decode()
         if image is None:
             raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
         return RawPair(image, name, self.columns.texts(row), image_key)
@@ -347,7 +349,7 @@ def _table_rows(path: Path) -> Iterator[dict]:
         file.seek(0)
         start = file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
         lines = map(bytes.decode, file)
-        rows = map(json.loads, filter(str.strip, lines)) if is_json else csv.DictReader(lines, **form)
+        rows = map(parse_json, filter(str.strip, lines)) if is_json else csv.DictReader(lines, **form)
         try:
             header = [] if is_json else rows.fieldnames
             start = file.tell()

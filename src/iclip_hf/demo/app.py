@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,11 @@ from PIL import Image
 from .. import __version__
 from ..backends.loading import load
 from ..explainers import METHODS
-from ..explainers.localizer import Localizer, PreparedImage
+from ..explainers.localizer import Localizer
 from ..hub.model_card import front_matter
+from ..model.engine import PreparedImage
 from ..model.explanation import Explanation
 from ..model.images import load_image
-from ..model.presence import presence_word
 from ..model.prompts import split_texts
 from ..utils.extras import require_extra
 from ..utils.files import write_files
@@ -80,13 +81,13 @@ def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
     image.resize(size).save(photo, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
     prepared = localizer.encode(localizer.prepare(image, size=size[::-1]))
-    return SeenImage(prepared._replace(image=None), {"image": url, "size": size, "original_size": image.size})
+    return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": image.size})
 
 
 def explain_image(localizer: Localizer, seen: SeenImage, texts: list[str]) -> Explanation:
     """Explains texts with the method of the localizer that prepared the image."""
     localizer = localizer.about(texts)
-    (explanation,) = localizer.explain([seen.prepared._replace(rows=list(range(len(texts))))])
+    (explanation,) = localizer.explain([seen.prepared])
     return explanation
 
 
@@ -101,13 +102,14 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 "text": text,
                 "cosine": round(cosine, 4),
                 "presence": present,
-                "word": presence_word(present),
+                "word": word,
                 "map": raw_map,
             }
-            for text, cosine, present, raw_map in zip(
+            for text, cosine, present, word, raw_map in zip(
                 explanation.labels,
                 explanation.scores.tolist(),
-                explanation.presence.tolist(),
+                explanation.presences,
+                explanation.presence_words,
                 raw_maps.flatten(1).tolist(),
             )
         ],
@@ -121,7 +123,7 @@ def to_npz(explanation: Explanation) -> bytes:
         archive,
         texts=explanation.labels,
         scores=explanation.scores.numpy(),
-        presence=explanation.presence.numpy(),
+        presence=np.array(explanation.presences, float),
         raw_maps=explanation.raw_maps.numpy(),
         maps=explanation.maps.half().numpy(),
     )

@@ -14,18 +14,15 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, export_onnx
+from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx
 from ..hub.model_card import front_matter, write_model_card
 from ..hub.record import without_folders
-from ..model.explanation_core import encode_texts
 from ..model.modeling_iclip import ICLIPModel
-from ..model.presence import CONSTANTS, MIN_PRESENCE, PRESENT
+from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
-from ..model.reference_nouns import REFERENCE_NOUNS
 from ..utils.files import atomic_folder
 from . import content
 from .content import EXAMPLES, SPACE, beside, example_files, view_size
@@ -90,7 +87,6 @@ def export_web(
             "pad_to_max": processor.text_padding == "max_length",
             "pad_id": processor.tokenizer.pad_token_id or 0,
         },
-        "presence": {"matches_patches": model.matches_patches, **CONSTANTS},
         "min_presence": MIN_PRESENCE,
         "present": PRESENT,
         "max_texts": content.MAX_TEXTS,
@@ -121,8 +117,6 @@ def export_web(
         for name in (VISION_FILE, TEXT_FILE, "tokenizer.json", "tokenizer_config.json"):
             part = name.removesuffix("_model.onnx").removesuffix(".json")
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
-        nouns = _nouns(ONNXModel(graphs), processor)
-        settings["files"]["nouns"] = _compressed(built, "nouns.bin", nouns)
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_example(path, built) for path in example_files()]
@@ -169,13 +163,6 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
         "std": list(images.image_std) if images.do_normalize else [1, 1, 1],
         "max_pixels": MAX_PIXELS,
     }
-
-
-def _nouns(model: ONNXModel, processor: ICLIPProcessor) -> bytes:
-    """Returns the vectors of the reference nouns `(K, 2, P)`, recognition and map, float32, little-endian, for presence."""
-    features = encode_texts(model, processor, REFERENCE_NOUNS, None, model.device)
-    vectors = torch.stack([features.text_embeds, features.map_text_embeds], dim=1)
-    return vectors.numpy().astype("<f4").tobytes()
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:

@@ -11,17 +11,14 @@ from functools import cached_property, partial
 from importlib.metadata import version
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
-from ..explainers import Explainer, make_explainer, select_texts
-from ..model.explanation_core import Pixels, forward
-from ..model.images import map_groups
-from ..model.modeling_iclip import ICLIPTextFeatures
+from ..explainers import Explainer, make_explainer
+from ..model.engine import Engine, map_groups
+from ..model.modeling_iclip import ICLIPTextFeatures, cosines
 from ..model.prompts import check_templates
-from ..model.refinement import refine_maps
 from ..model.similarity import resize_and_normalize
 from ..utils.distributed import this_process
 from ..utils.extras import require_extra
@@ -145,10 +142,6 @@ class EvaluationRun:
         """The encoded class names, `(K, P)`, on the device of the model."""
         return self.model.encode_texts(self.dataset.class_names, self.templates)
 
-    @cached_property
-    def _references(self) -> ICLIPTextFeatures:
-        return self.model.references(self.templates)
-
     def measure(self, measures: Sequence[Measure], progress: bool) -> None:
         """Adds all images of this process to the totals. Threads decode and count while this thread runs the model."""
         needs = frozenset().union(*(measure.needs for measure in measures))
@@ -199,22 +192,24 @@ class EvaluationRun:
         """Adds scores, presence and raw maps to images of one shape."""
         # One forward pass gives the similarity map, its reversal, and the scores of all classes. Every other method needs its own.
         pixel_values = torch.cat([image.pixel_values for image in images])
-        rows = [torch.tensor(image.sample.labels or (1,)) - 1 for image in images]
-        rows = pad_sequence(rows, batch_first=True)  # (B, T): padded with any class
-        drawn, others = {}, self.explainers
+        rows = [image.sample.labels and [label - 1 for label in image.sample.labels] for image in images]
+        own, others = Engine(self.model, self.model.processor, refine=self.refine), self.explainers
+        maps = {}
         if "scores" in needs:
-            result = forward(self.model, Pixels(pixel_values), self.texts, self._references)
-            for image, *of_image in zip(images, result.scores, result.presence):
-                image.scores, image.presence = of_image
-            shown = result.raw_maps[torch.arange(len(rows))[:, None], rows]
-            drawn = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
-            others = {name: explainer for name, explainer in self.explainers.items() if name not in drawn}
+            shown, features = own.raw_maps(pixel_values, self.texts, rows=rows)
+            scores = cosines(features.image_embeds, self.texts.text_embeds)
+            presence = self.model.presence(scores)
+            for index, image in enumerate(images):
+                image.scores = scores[index].cpu()
+                image.presence = None if presence is None else presence[index].cpu()
+            maps = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
+            others = {name: explainer for name, explainer in self.explainers.items() if name not in maps}
         if "maps" in needs:
-            drawn |= {name: maps_of(other, pixel_values, self.texts, rows) for name, other in others.items()}
+            for name, other in others.items():
+                engine = Engine(self.model, self.model.processor, other, refine=self.refine)
+                maps[name] = engine.raw_maps(pixel_values, self.texts, rows=rows)[0]
             for method in self.methods:
-                maps = drawn[method].cpu()
-                maps = refine_maps(maps, pixel_values) if self.refine else maps
-                for image, of_image in zip(images, maps):
+                for image, of_image in zip(images, maps[method].cpu()):
                     image.raw_maps[method] = of_image[: len(image.sample.labels)]
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -222,10 +217,11 @@ class EvaluationRun:
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
         `(N, T, h, w)`.
         """
-        rows = torch.tensor(image.sample.labels) - 1
+        rows = [label - 1 for label in image.sample.labels]
 
         def explain(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
-            return maps_of(explainer, pixel_values, self.texts, rows.expand(len(pixel_values), -1))
+            engine = Engine(self.model, self.model.processor, explainer)
+            return engine.raw_maps(pixel_values, self.texts, rows=[rows] * len(pixel_values))[0]
 
         return {method: partial(explain, explainer) for method, explainer in self.explainers.items()}
 
@@ -249,13 +245,3 @@ class EvaluationRun:
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
         }
-
-
-def maps_of(
-    explainer: Explainer, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, rows: torch.Tensor
-) -> torch.Tensor:
-    """Computes raw maps `(B, T, h, w)` of the texts `rows`, indices `(B, T)` into all texts of a data set, `(K, P)`."""
-    if explainer.backward_per_text:  # the absent classes need none
-        return explainer.raw_maps(pixel_values, select_texts(texts, rows))[0]
-    # The other texts are almost free, and clip_surgery subtracts their mean.
-    return explainer.raw_maps(pixel_values, texts)[0][torch.arange(len(rows))[:, None], rows]

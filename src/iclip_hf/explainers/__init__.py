@@ -1,14 +1,13 @@
 """
 Explainers: methods that compute which pixels of an image match a text, for ICLIP and any CLIP-like model.
 
-`explain` and `Localizer` return maps at the size of the images. A method itself computes raw maps of a prepared batch:
+`explain` returns maps at the size of the images. The engine below it also gives the raw maps of a prepared batch:
 
 ```python
 >>> model = load("embedded")
->>> texts = model.encode_texts(["dog", "ball"])
+>>> engine = Engine(model, model.processor, make_explainer(model, method="gem"))
 >>> pixel_values = model.processor(images=[image])["pixel_values"]
->>> explainer = make_explainer(model, method="itsm")
->>> maps, scores = explainer.raw_maps(pixel_values, texts)  # (B, T, h, w), (B, T)
+>>> maps, features = engine.raw_maps(pixel_values, engine.encode(["dog", "ball"]))  # (B, T, h, w)
 ```
 
 docs/methods.md lists the methods, and what they do with models that have no class token.
@@ -25,8 +24,7 @@ from ..utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .explainer import Explainer, select_texts
-    from .words import WORD_METHODS, WordExplainer, WordScore
+    from .explainer import Explainer
 
 # Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a command lists them.
 METHODS = {
@@ -50,13 +48,7 @@ METHODS = {
 # The group of entry points by which other packages add methods: a name, and module and class.
 METHOD_GROUP = "iclip_hf.explainers"
 
-_MODULES = {
-    "Explainer": ".explainer",
-    "WORD_METHODS": ".words",
-    "WordExplainer": ".words",
-    "WordScore": ".words",
-    "select_texts": ".explainer",
-}
+_MODULES = {"Explainer": ".explainer"}
 __all__ = ["METHODS", "explainer_class", "make_explainer", "register_explainer", *_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 

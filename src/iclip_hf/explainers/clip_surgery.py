@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord
-from ..model.explanation_core import join_texts
+from ..model.engine import join_texts
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .replaced_attention import ReplacedAttention
 

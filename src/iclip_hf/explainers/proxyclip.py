@@ -14,7 +14,6 @@ from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 from ..backends.embedded import embedded_towers
 from ..backends.explainable import unit
 from ..backends.families import ExplainableICLIP
-from ..backends.identity import tower_digest
 from ..backends.recording import AttentionRecord
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
@@ -44,10 +43,6 @@ class ProxyCLIP(ReplacedAttention):
             config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
-
-    @property
-    def content(self) -> dict[str, str]:
-        return {} if self.proxy is None else {"proxy": tower_digest(self.proxy)}
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))

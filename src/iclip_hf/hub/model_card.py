@@ -124,6 +124,8 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
         **{side: {key: getattr(config, key, None) for key in shape} for side, config in sides.items()},
         "training": record["training"],
         "data_terms": terms,
+        # The weights are published under Apache-2.0, but who trains on such data accepts terms that do not end there.
+        "has_restricted_data": any("research" in of_data or "none stated" in of_data for of_data in terms.values()),
         "datasets": [data for data in terms if is_hub_id(data)],
         "labels": record.get("labels") or ["cat", "dog", "guitar"],
         "evaluation": record.get("evaluation"),

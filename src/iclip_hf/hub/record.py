@@ -19,6 +19,7 @@ from ..data.class_names import COCO_THINGS, VOC
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.files import parse_json
 from ..utils.hub_ids import FILES, is_hub_id
 from .configs import EMBEDDED
 
@@ -81,7 +82,7 @@ def read_record(source: str | Path) -> dict:
         return unknown
     try:
         path = Path(source, RECORD) if Path(source).is_dir() else Path(hf_hub_download(str(source), RECORD))
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
         record = {"training": [public_settings(run) for run in content["training"]]}
         record |= {"identity": dict(content["identity"]), "labels": list(content.get("labels", []))}
         return record | ({"evaluation": measured(content["evaluation"])} if content.get("evaluation") else {})

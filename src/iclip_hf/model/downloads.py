@@ -16,14 +16,15 @@ def download(url: str, timeout: float) -> bytes:
     Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within `timeout` seconds, or
     the URL is not valid.
     """
-    address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
-    request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})  # some sites refuse Python's default
     answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
     end = time.monotonic() + timeout
 
     def fetch() -> None:
         content = bytearray()
         try:
+            address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
+            # Some sites refuse Python's default.
+            request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})
             with urllib.request.urlopen(request, timeout=timeout + 1) as opened:  # the thread is left before that
                 while part := opened.read1(2**16):
                     content += part

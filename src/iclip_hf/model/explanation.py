@@ -6,24 +6,16 @@ import importlib.util
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from .label_maps import segments
-from .presence import MIN_PRESENCE
+from .presence import MIN_PRESENCE, presence_word
 from .processing_iclip import check_threshold
 from .regions import Region, find_regions, negative_points, positive_points, run_lengths
 from .similarity import resize_and_normalize
-
-
-class WordScore(NamedTuple):
-    """A word of a text, and its share of the relevance of all words of this text, in [0, 1]."""
-
-    word: str
-    score: float
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -37,28 +29,29 @@ class Explanation:
         labels (`list[str]`): the T texts.
         scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is low for an
             absent text, whose map is stretched to [0, 1] like any other.
-        presence (`torch.Tensor` of shape `(T,)`): probability that the image shows the text, in [0, 1], see [`presence`].
+        presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], see
+            [`ICLIPModel.presence`]; None for a model that has none. Then no text counts as absent.
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
             height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
         threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
-        words (list of T lists of [`WordScore`], *optional*): the words of each text and what they contribute to its score, if
-            they were asked for.
         image (`PIL.Image.Image`, *optional*): the image.
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all texts that were asked about, where maps of some only were
+            wanted, see [`Engine.prepare`].
     """
 
     labels: list[str]
     scores: torch.Tensor
-    presence: torch.Tensor
+    presence: torch.Tensor | None
     raw_maps: torch.Tensor
     size: tuple[int, int]
     threshold: float | Sequence[float] = 0.5
     min_presence: float = MIN_PRESENCE
     reversed: bool = False
-    words: list[list[WordScore]] | None = None
     image: Image.Image | None = None
+    all_scores: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
@@ -85,10 +78,9 @@ class Explanation:
             self,
             labels=[self.labels[index]],
             scores=self.scores[[index]],
-            presence=self.presence[[index]],
+            presence=None if self.presence is None else self.presence[[index]],
             raw_maps=self.raw_maps[[index]],
             threshold=self._threshold(index),
-            words=None if self.words is None else [self.words[index]],
         )
 
     def index(self, text: int | str) -> int:
@@ -103,9 +95,19 @@ class Explanation:
         return resize_and_normalize(self.raw_maps, self.size, self.reversed)
 
     @property
+    def presences(self) -> list[float | None]:
+        """The presence of each text as a number, with which `min_presence` is compared and JSON is written; None if the model has none."""
+        return [None] * len(self) if self.presence is None else self.presence.tolist()
+
+    @property
     def present(self) -> list[bool]:
-        """Whether each text is present: its presence is at least `min_presence`. Both are compared as Python's floats."""
-        return [value >= self.min_presence for value in self.presence.tolist()]
+        """Whether each text is present: its presence is at least `min_presence`, or the model has none."""
+        return [value is None or value >= self.min_presence for value in self.presences]
+
+    @property
+    def presence_words(self) -> list[str | None]:
+        """The presence of each text in a word, see [`presence_word`]; None for a model that has none."""
+        return [presence_word(value, self.min_presence) for value in self.presences]
 
     def map(self, text: int | str = 0) -> torch.Tensor:
         """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
@@ -151,8 +153,7 @@ class Explanation:
         Returns:
             `dict` with `height` and `width` of maps and masks in pixels, and `texts`, a list of T `dict`:
 
-            - **text** (`str`), **score** (`float`), **presence** (`float`)
-            - **words** (list of `dict`): `word` and `score` of each word, if they were asked for
+            - **text** (`str`), **score** (`float`), **presence** (`float`, or None for a model that has none)
             - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in [0, 1]; `box`,
               [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
@@ -165,26 +166,24 @@ class Explanation:
 
     def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
         """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
-        for index in range(len(self.labels)):
+        for index, presence in enumerate(self.presences):
             heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
             regions = find_regions(heatmap, mask)
             negative = negative_points(heatmap, mask).tolist() if regions else []
             record = {
                 "text": self.labels[index],
                 "score": round(self.scores[index].item(), 4),
-                "presence": self.presence[index].item(),
+                "presence": presence,
+                "regions": [
+                    {
+                        "score": round(region.score, 4),
+                        "box": list(region.box),
+                        "positive_points": positive_points(heatmap, region).tolist(),
+                        "negative_points": negative,
+                    }
+                    for region in regions
+                ],
             }
-            if self.words is not None:
-                record["words"] = [{"word": word, "score": round(score, 4)} for word, score in self.words[index]]
-            record["regions"] = [
-                {
-                    "score": round(region.score, 4),
-                    "box": list(region.box),
-                    "positive_points": positive_points(heatmap, region).tolist(),
-                    "negative_points": negative,
-                }
-                for region in regions
-            ]
             yield record, mask
 
     def _threshold(self, index: int) -> float:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
@@ -16,8 +14,6 @@ from .downloads import download
 
 if TYPE_CHECKING:
     import torch
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
@@ -187,22 +183,6 @@ def _from_array(pixels: torch.Tensor) -> Image.Image:
     """Returns the RGB image of pixels from [`to_8_bit`]."""
     pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
     return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
-
-
-def map_groups(
-    function: Callable[[list[Item]], Iterable[Result]], items: Sequence[Item], keys: Iterable[Hashable]
-) -> list[Result]:
-    """
-    Calls a function from a list of items to their results once for all items with the same key, such as images of one shape. Returns
-    the results in the order of the items.
-    """
-    groups = defaultdict(list)
-    for index, key in enumerate(keys):
-        groups[key].append(index)
-    results = {}
-    for group in groups.values():
-        results.update(zip(group, function([items[index] for index in group]), strict=True))
-    return [results[index] for index in range(len(items))]
 
 
 def _name(source: str | os.PathLike | bytes | Image.Image) -> str:

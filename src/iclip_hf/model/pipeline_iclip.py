@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,14 +11,12 @@ from transformers import AutoModel
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
+from .engine import Engine
 from .explanation import Explanation
-from .explanation_core import Pixels, encode_texts, forward, join, prepare, reference_features
-from .images import load_image, map_groups
-from .label_maps import segments
-from .modeling_iclip import ICLIPTextFeatures
+from .images import load_image
 from .presence import MIN_PRESENCE
 from .processing_iclip import check_threshold, check_thresholds, check_tokenizer
-from .prompts import check_templates, split_texts
+from .prompts import split_texts
 from .regions import MIN_AREA, find_regions, run_lengths
 
 
@@ -84,7 +83,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
             - **label** (`str`)
             - **score** (`float`): cosine of image and label, in [-1, 1].
-            - **presence** (`float`): probability that the image shows the label, in [0, 1], see [`presence`].
+            - **presence** (`float`): probability that the image shows the label, in [0, 1], see [`ICLIPModel.presence`]; None if the
+              model has none.
             - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0 elsewhere.
             - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the last two exclusive,
@@ -95,13 +95,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             thresholds.
         """
         labels = _strings("candidate_labels", candidate_labels)
-        templates = self.processor.templates if template is None else check_templates(template)
-
-        def encode(labels: Sequence[str]) -> ICLIPTextFeatures:
-            return encode_texts(self.model, self.processor, labels, templates, self.device)
-
-        features = encode(labels), reference_features(self.model, self.processor.tokenizer, templates, encode)
-        return super().__call__(images, candidate_labels=labels, text_features=features, **kwargs)
+        encoded = Engine(self.model, self.processor, templates=template).encode(labels)
+        return super().__call__(images, candidate_labels=labels, text_features=encoded, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Saves the model with the pipeline's code, as the base class does, and the processor."""
@@ -116,30 +111,15 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
 
     def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
-        image = load_image(image, timeout=timeout)
-        pixels = prepare(self.processor, image, size)
-        # In a list, because the base class would concatenate tensors, whose shapes may differ.
-        sizes = [None if of_size is None else of_size.to(self.dtype) for of_size in pixels[:2]]
-        return {"pixels": [tuple(sizes)], "target_size": (image.height, image.width)}
+        engine = Engine(self.model, self.processor, image_size=size)
+        return {"image": replace(engine.prepare(load_image(image, timeout=timeout)), image=None)}
 
     def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
-        texts, references = text_features
-        refine = self._refine if refine is None else refine
-        pixels = model_inputs["pixels"]
-        if isinstance(pixels[0], list):  # a batch
-            pixels = [of_image for (of_image,) in pixels]
-        images = [Pixels(*of_image) for of_image in pixels]
-
-        def explained(images: list[Pixels]):
-            return zip(*forward(self.model, join(images), texts, references, refine=refine)[:3])
-
-        maps, scores, presences = zip(*map_groups(explained, images, [image.shape for image in images]))
-        return {
-            "scores": torch.stack(scores),
-            "presences": torch.stack(presences),
-            "maps": list(maps),
-            "target_size": model_inputs["target_size"],
-        }
+        image = model_inputs["image"]
+        images = image if isinstance(image, list) else [image]
+        engine = Engine(self.model, self.processor, refine=self._refine if refine is None else refine)
+        explanations = list(engine.run(images, text_features, len(images)))
+        return {"explanation": explanations if isinstance(image, list) else explanations[0]}
 
     def postprocess(
         self,
@@ -150,17 +130,18 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         return_json: bool = False,
     ) -> list[dict]:
         thresholds = check_thresholds(threshold).expand(len(candidate_labels)).tolist()
-        of_image = (model_outputs[name][0] for name in ("scores", "presences", "maps"))
-        explanation = Explanation(candidate_labels, *of_image, model_outputs["target_size"], thresholds, min_presence)
+        explanation: Explanation = replace(
+            model_outputs["explanation"], labels=candidate_labels, threshold=thresholds, min_presence=min_presence
+        )
         answers = []
-        for index, label in enumerate(candidate_labels):
+        for index, (label, presence) in enumerate(zip(candidate_labels, explanation.presences)):
             heatmap, mask = explanation.map_and_mask(index)
             regions = find_regions(heatmap.numpy(), mask.numpy())
             answers.append(
                 {
                     "label": label,
                     "score": explanation.scores[index].item(),
-                    "presence": explanation.presence[index].item(),
+                    "presence": presence,
                     **({} if return_json else {"map": heatmap}),
                     "mask": _mask(mask, return_json),
                     "boxes": [list(region.box) for region in regions],
@@ -217,8 +198,8 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
-            - **score** (`float`): presence of the label, in [0, 1], see [`presence`]. Not the cosine, because the score of
-              "image-segmentation" is a confidence.
+            - **score** (`float`): presence of the label, in [0, 1], because the score of "image-segmentation" is a confidence; the
+              cosine if the model has no presence.
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
         """
         labels = _strings("candidate_labels", candidate_labels)
@@ -235,20 +216,18 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         return_json: bool = False,
         background: Sequence[int] = (),
     ) -> list[dict]:
-        presences = model_outputs["presences"][0].tolist()
-        found = segments(
-            model_outputs["maps"][0],
-            model_outputs["target_size"],
-            present=[value >= min_presence for value in presences],
+        explanation: Explanation = replace(
+            model_outputs["explanation"],
             threshold=None if threshold is None else check_threshold(threshold),
-            background=background,
+            min_presence=min_presence,
         )
-        answers = []
-        for index, (label, score) in enumerate(zip(candidate_labels, presences)):
+        found, answers = explanation.label_map(background=background), []
+        scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences
+        for index, (label, score, present) in enumerate(zip(candidate_labels, scores, explanation.present)):
             mask = found == index
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
-            if mask.float().mean() < MIN_AREA and score >= min_presence and index not in background:
+            if mask.float().mean() < MIN_AREA and present and index not in background:
                 logger.warning(f"{label!r} is present, but other labels match better nearly everywhere.")
         return answers
 

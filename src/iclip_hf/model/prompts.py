@@ -51,7 +51,8 @@ def check_text(text: str) -> str:
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
-    templates = [templates] if isinstance(templates, str) else list(templates)
+    is_list = isinstance(templates, Sequence) and not isinstance(templates, str)
+    templates = list(templates) if is_list else [templates]
     for name, named in NAMED_TEMPLATES.items():
         if templates == [name]:
             return list(named)

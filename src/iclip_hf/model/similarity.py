@@ -24,12 +24,6 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
-def check_finite(*results: torch.Tensor) -> None:
-    """Raises `ValueError` if results of a model hold NaN or infinity."""
-    if not all(result.isfinite().all() for result in results):
-        raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
-
-
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     """Stretches each map `(..., H, W)` to [0, 1] (Eq. 4). A constant map becomes zeros."""
     low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from ..model.images import load_image
-from ..model.presence import ABSENT, presence_word
+from ..model.presence import ABSENT
 from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask
@@ -45,8 +45,8 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts. Each title tells the presence in a word, and the
-    score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
+    Draws an image and the map of each text over it, in the order of the texts. Each title tells the presence in a word, if the model has
+    a presence, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
 
     Example:
 
@@ -76,11 +76,10 @@ def draw(
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))
-    told = zip(explanation.labels, explanation.scores.tolist(), explanation.presence.tolist())
-    for index, (text, score, present) in enumerate(told):
-        word = presence_word(present, explanation.min_presence)
+    rows = zip(explanation.labels, explanation.scores.tolist(), explanation.presence_words)
+    for index, (text, score, word) in enumerate(rows):
         pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
-        titles.append(f"{' '.join(text.split())}\n{word} · score {score:.2f}")
+        titles.append(f"{' '.join(text.split())}\n{f'{word} · ' if word else ''}score {score:.2f}")
     return picture_grid(pictures, titles, columns, legend=colormap, dpi=dpi)
 
 
@@ -88,7 +87,7 @@ def label_sheet(
     image: Image.Image,
     labels: np.ndarray,
     texts: Sequence[str],
-    words: Sequence[str],
+    words: Sequence[str | None],
     *,
     opacity: float = 0.6,
     dpi: int = DPI,
@@ -101,7 +100,7 @@ def label_sheet(
         image (`PIL.Image.Image`): RGB.
         labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
         texts: T texts.
-        words: presence of each text in a word, see [`presence_word`].
+        words: presence of each text in a word, or None, see [`Explanation.presence_words`].
         opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
@@ -111,14 +110,16 @@ def label_sheet(
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
     entries = [
-        (inks[index], texts[index], f"{words[index]} · {100 * areas[index]:.1f} %") for index in np.flatnonzero(areas)
+        (inks[index], texts[index], f"{f'{words[index]} · ' if words[index] else ''}{100 * areas[index]:.1f} %")
+        for index in np.flatnonzero(areas)
     ]
-    entries += [("white", texts[index], words[index]) for index in np.flatnonzero(areas == 0)]
+    entries += [("white", texts[index], words[index] or "") for index in np.flatnonzero(areas == 0)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
     strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
     legend = _legend(entries, _aspect([image]), dpi)
-    titles = ["image", "best text of each pixel", "presence and share of the image"]
+    shares = "presence and share of the image" if any(words) else "share of the image"
+    titles = ["image", "best text of each pixel", shares]
     return picture_grid([image, blended, legend], titles, 3, dpi=dpi)
 
 
@@ -126,7 +127,7 @@ def comparison_sheet(
     image: Image.Image,
     heatmaps: Mapping[str, Sequence[np.ndarray | None]],
     row_titles: Sequence[str],
-    words: Mapping[str, Sequence[str]] | None = None,
+    words: Mapping[str, Sequence[str | None]] | None = None,
     *,
     colormap: str = COLORMAPS[0],
     dpi: int = DPI,
@@ -139,7 +140,7 @@ def comparison_sheet(
         image (`PIL.Image.Image`): RGB.
         heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
         row_titles: T titles.
-        words (*optional*): title of a column to the presence of each text in a word, see [`presence_word`].
+        words (*optional*): title of a column to the presence of each text in a word, or None, see [`Explanation.presence_words`].
         colormap: see [`overlay`].
         dpi (`int`): resolution.
     """

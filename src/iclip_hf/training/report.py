@@ -9,12 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
 from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import CLASS_CAPTION
 from ..hub.configs import EMBEDDED
+from ..model.engine import Engine
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..plots.colors import overlay
@@ -40,7 +39,8 @@ def draw_examples(
     shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
     model.eval()
-    columns = {f"step {step}": [_map(model, processor, *pair) for pair in zip(images, captions)]}
+    explanations = Engine(model, processor, templates="{}").run(images, [[caption] for caption in captions])
+    columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
     kept = folder / "before.npz"
     if step == 0:
         with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
@@ -55,15 +55,6 @@ def draw_examples(
     sheet = picture_grid(pictures, titles, 1 + len(columns), captions)
     with atomic_write(folder / f"{step:07d}.png") as partial:
         sheet.save(partial, format="png")
-
-
-@torch.inference_mode()
-def _map(model: ICLIPModel, processor: ICLIPProcessor, image: Image.Image, caption: str) -> np.ndarray:
-    """Returns the map of an image for its caption, (height, width) in [0, 1]."""
-    inputs = processor(images=image, text=[caption]).to(model.device)
-    raw_maps = model(**inputs, output_similarity_maps=True).similarity_maps
-    (maps,) = processor.post_process_similarity_maps(raw_maps, [(image.height, image.width)])
-    return maps[0].cpu().numpy()
 
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:

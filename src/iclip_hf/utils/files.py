@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -144,6 +145,14 @@ def loading_errors(name: str | Path) -> Iterator[None]:
         raise kind(
             f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or download it again."
         ) from error
+
+
+def parse_json(text: str | bytes) -> object:
+    """Like `json.loads`, but raises `ValueError` also for nesting that is too deep."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

@@ -24,6 +24,8 @@ class AveragePrecision(Measure):
 
     def count(self, image: EvaluatedImage, method: None, heatmaps: None) -> list[tuple]:
         numbers = getattr(image, self.ranked_by)
+        if numbers is None:  # the model has no presence
+            return []
         return [(numbers[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])]
 
 
@@ -54,6 +56,8 @@ class Presence(AveragePrecision):
 
     def report(self, method: None) -> tuple[dict, dict[int, dict]]:
         ranked, dataset = self.totals[method], self.run.dataset
+        if not ranked._images:  # the model has no presence
+            return {}, {}
         values, shown = ranked.images()
         hard = (shown @ self.like) & ~shown
         stuff = np.broadcast_to(np.isin(dataset.labels, dataset.stuff or ()), shown.shape)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 
 from ...explainers import Explainer
+from ...model.engine import Engine
 from ...model.label_maps import BACKGROUND_LABEL, label_map
 from ...model.modeling_iclip import ICLIPTextFeatures
 from ...model.refinement import refine_maps
@@ -35,10 +36,11 @@ def windowed_maps(
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32.
     """
-    patch, total = explainer.model.processor.patch_size, None
+    engine = Engine(explainer.model, explainer.model.processor, explainer)
+    patch, total = engine.processor.patch_size, None
     edges = [max(side - window, 0) for side in pixel_values.shape[2:]]
     for top, left in itertools.product(*([*range(0, edge, stride), edge] for edge in edges)):
-        maps, _ = explainer.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
+        maps, _ = engine.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
         if total is None:
             total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
             number = torch.zeros_like(total[0, 0])
@@ -120,7 +122,8 @@ class Segmentation(Measure):
         by_method = {}
         for method, explainer in self.run.explainers.items():
             if self.window is None:
-                maps, _ = explainer.raw_maps(pixel_values, self.encoded)
+                engine = Engine(explainer.model, explainer.model.processor, explainer)
+                maps, _ = engine.raw_maps(pixel_values, self.encoded)
             else:
                 maps = windowed_maps(explainer, pixel_values, self.encoded, self.window, self.stride)
             if self.run.refine:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...explainers.localizer import Localizer, PreparedImage
+from ...model.engine import Engine, PreparedImage
 from ...model.explanation import Explanation
-from ...model.explanation_core import Pixels
 from ..metrics import Sums
 from .measure import EvaluatedImage, Measure
 from .recognition import like_classes
@@ -38,8 +37,10 @@ class TypedSegments(Measure):
     def prepare(self, run) -> None:
         super().prepare(run)
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
-        names, options = run.dataset.class_names, {"templates": run.templates, "refine": True}
-        self.localizers = {method: Localizer(run.model, names, method=method, **options) for method in run.methods}
+        self.engines = {
+            method: Engine(run.model, run.model.processor, explainer, run.templates, refine=True)
+            for method, explainer in run.explainers.items()
+        }
 
     def typed(self, image: EvaluatedImage) -> list[int]:
         """Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the absent ones."""
@@ -54,11 +55,10 @@ class TypedSegments(Measure):
         return typed
 
     def forward(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
-        prepared = [
-            PreparedImage(Pixels(image.pixel_values), None, image.sample.size, self.typed(image)) for image in images
-        ]
-        explained = [localizer.explain(prepared, len(images)) for localizer in self.localizers.values()]
-        return [dict(zip(self.localizers, explanations)) for explanations in zip(*explained)]
+        prepared = [PreparedImage(image.pixel_values, image.sample.size) for image in images]
+        texts = [[self.run.dataset.class_names[row] for row in self.typed(image)] for image in images]
+        explained = [engine.run(prepared, texts, len(images)) for engine in self.engines.values()]
+        return [dict(zip(self.engines, explanations)) for explanations in zip(*explained)]
 
     def count(self, image: EvaluatedImage, method: str, heatmaps: None) -> list[tuple]:
         if not image.sample.labels:

@@ -1,0 +1,77 @@
+"""The function that explains images with any model and method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+from ..model.engine import Engine
+from ..model.explanation import Explanation
+from ..model.images import load_image
+from ..model.prompts import split_texts
+from . import make_explainer
+
+
+def explain(
+    model,
+    images,
+    texts: str | Sequence[str] | Sequence[Sequence[str]],
+    method: str = "itsm",
+    *,
+    templates: Sequence[str] | None = None,
+    target_sizes: Sequence[tuple[int, int]] | None = None,
+    size: int | dict[str, int] | None = None,
+    batch_size: int = 8,
+    refine: bool = False,
+    timeout: float = 60,
+    progress: bool = False,
+    **method_options,
+) -> Explanation | list[Explanation]:
+    """
+    Explains which pixels of images match which text.
+
+    Example:
+
+    ```python
+    >>> from iclip_hf import explain, load
+
+    >>> explanation = explain(load("embedded"), "dog.jpg", ["dog", "red ball"])
+    >>> explanation.scores, explanation.presence, explanation.maps.shape
+    ```
+
+    Args:
+        model ([`ExplainableModel`]): or anything that [`load`] takes.
+        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
+            URLs, base64 text or bytes of files.
+        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a list of labels for
+            each; these may differ in length.
+        method (`str`), method_options: as for [`make_explainer`].
+        templates, refine: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
+        target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
+        size: the size of images for the maps, as for [`ICLIPProcessor`]; the processor's if not given.
+        batch_size (`int`): as for [`Engine.run`].
+        timeout (`float`): time limit in seconds for the download of an image.
+        progress (`bool`): whether to show a progress bar, for many images.
+
+    Returns:
+        [`Explanation`] of one image, or a list of B for a list of images.
+
+    Raises:
+        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes
+            differ.
+        `OSError`: an image cannot be read.
+    """
+    is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
+    images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
+    texts = split_texts(texts)
+    per_image = bool(texts) and not isinstance(texts[0], str)
+    sizes = [None] * len(images) if target_sizes is None else target_sizes
+    if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
+        lists = f", {len(texts)} lists of texts" if per_image else ""
+        raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
+    explainer = make_explainer(model, method, **method_options)
+    engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine)
+    explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size)
+    explanations = list(tqdm(explanations, total=len(images), unit="image", disable=not progress))
+    return explanations[0] if is_one else explanations

@@ -1,0 +1,371 @@
+"""
+The engine: from a model, images and texts to explanations. Pipelines, evaluations, pictures and pages use it and nothing below it.
+
+A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`, `similarity_maps` and
+`presence`, such as an [`ExplainableModel`].
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from .explanation import Explanation
+from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from .prompts import check_templates, split_texts
+from .refinement import refine_maps
+
+
+logger = logging.getLogger(__name__)
+
+# Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
+TEXT_BATCH = 256
+_TEXT_EMBEDS = ("text_embeds", "map_text_embeds")
+# What maps are computed from. The outputs of the tower take more memory.
+_IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedImage:
+    """
+    An image for [`Engine.run`], from [`Engine.prepare`].
+
+    Attributes:
+        pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`): for the maps.
+        size (`tuple[int, int]`): height and width of its maps in pixels.
+        own_pixel_values (`torch.Tensor` of shape `(1, 3, H', W')`, *optional*): for the scores, if the model's own size is another.
+        rows (`Sequence[int]`, *optional*): the texts whose maps are wanted, as indices; all if not given.
+        image (`PIL.Image.Image`, *optional*): for the explanation.
+        features ([`ICLIPImageFeatures`], *optional*): of `pixel_values`, from [`Engine.encode_images`].
+        image_embeds (`torch.Tensor` of shape `(1, P)`, *optional*): at the model's own size, from [`Engine.encode_images`].
+    """
+
+    pixel_values: torch.Tensor
+    size: tuple[int, int]
+    own_pixel_values: torch.Tensor | None = None
+    rows: Sequence[int] | None = None
+    image: Image.Image | None = None
+    features: ICLIPImageFeatures | None = None
+    image_embeds: torch.Tensor | None = None
+
+    @property
+    def kind(self) -> tuple:
+        """Images of one kind can share a forward pass."""
+        shapes = [None if pixels is None else pixels.shape for pixels in (self.pixel_values, self.own_pixel_values)]
+        return *shapes, self.rows is None, self.features is None, self.image_embeds is None
+
+
+class Engine:
+    """
+    Explains images with one model and one method.
+
+    Scores and presence always come from the model's own size of images, so a map of another size costs a second forward pass.
+
+    Example:
+
+    ```python
+    >>> from iclip_hf import load
+    >>> from iclip_hf.model.engine import Engine
+
+    >>> model = load("embedded")
+    >>> engine = Engine(model, model.processor)
+    >>> for explanation in engine.run(images, ["dog", "red ball"]):
+    ...     print(explanation.scores, explanation.presence, explanation.map("dog").shape)
+    ```
+
+    Args:
+        model, processor: a model, see above, and its [`ICLIPProcessor`].
+        method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`; the model's own maps if not
+            given.
+        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes texts as they are.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
+            [`ICLIPProcessor`]; the processor's if not given.
+        refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
+
+    Raises:
+        `ValueError`: a template has no `{}`.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        method=None,
+        templates: str | Sequence[str] | None = None,
+        image_size: int | dict[str, int] | None = None,
+        refine: bool = False,
+    ):
+        self.model, self.processor, self.method = model, processor, method
+        self.templates = check_templates(processor.templates if templates is None else templates)
+        self.image_size, self.refine = image_size, refine
+        self._is_own_map = method is None or method.is_own_map
+
+    def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
+        """
+        Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`. Raises
+        `ValueError` if one is empty.
+        """
+        step, parts = max(1, TEXT_BATCH // len(self.templates)), []
+        for start in range(0, len(labels), step):
+            prompts = self.processor(labels=labels[start : start + step], templates=self.templates)
+            mask = prompts.get("attention_mask")
+            if mask is not None and mask.shape[1] == self.processor.max_text_length and mask[:, -1].any():
+                logger.warning("A text has %d tokens or more; the others are cut off.", mask.shape[1])
+            is_network = isinstance(self.model, torch.nn.Module)
+            device = input_device(self.model) if is_network else self.model.device
+            with torch.no_grad():
+                parts.append(self.model.get_text_features(**prompts.to(device)))
+        return join_texts(parts)
+
+    def prepare(
+        self,
+        image: Image.Image,
+        size: tuple[int, int] | None = None,
+        rows: Sequence[int] | None = None,
+    ) -> PreparedImage:
+        """
+        Prepares an image without running the model, so threads can do it for the next images ([`~prefetch.prefetch_map`]).
+
+        Args:
+            image (`PIL.Image.Image`): in RGB.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not given.
+            rows (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that compare the texts with each
+                other still see all of them, and `Explanation.all_scores` has all scores. With no index, only these are computed.
+        """
+        pixel_values = self._pixel_values(image, self.image_size)
+        own = None if self.image_size is None else self._pixel_values(image, None)
+        if own is not None and own.shape == pixel_values.shape:
+            own = None
+        return PreparedImage(pixel_values, size or (image.height, image.width), own, rows, image)
+
+    def _pixel_values(self, image: Image.Image, size: int | dict[str, int] | None) -> torch.Tensor:
+        return self.processor(images=[image], size=size)["pixel_values"]
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
+        """
+        Encodes images for several questions, or for several engines of one model, which then need not encode them again: the scores, and
+        the maps of `itsm` and `reversed_itsm`. Another method runs the image tower in any case.
+        """
+
+        def encode(images: list[PreparedImage]) -> list[PreparedImage]:
+            pixel_values, own_pixel_values = _joined(images, "pixel_values"), _joined(images, "own_pixel_values")
+            features = image_embeds = [None] * len(images)
+            if self._is_own_map:
+                features = _split(self._features(pixel_values))
+                image_embeds = [of_image.image_embeds for of_image in features]
+            if own_pixel_values is not None:
+                image_embeds = self._features(own_pixel_values).image_embeds.split(1)
+            found = zip(images, features, image_embeds)
+            return [replace(image, features=part, image_embeds=embed) for image, part, embed in found]
+
+        return map_groups(encode, images, [image.kind for image in images])
+
+    def run(
+        self,
+        images: Iterable[Image.Image | PreparedImage | None],
+        texts: str | Sequence[str] | Sequence[Sequence[str]] | ICLIPTextFeatures,
+        batch_size: int = 8,
+    ) -> Iterator[Explanation | None]:
+        """
+        Yields the explanations of images in their order.
+
+        Args:
+            images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays None.
+            texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are "0", "1", ...;
+                or one list of labels for each image. Each text is encoded once.
+            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
+
+        Raises:
+            `ValueError`: there is no text, also for one of the images; the model gives NaN or infinity; or the method another number of
+            maps.
+        """
+        own = itertools.repeat(None)
+        if isinstance(texts, ICLIPTextFeatures):
+            labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
+        else:
+            labels = split_texts(texts)
+            lists = labels if labels and not isinstance(labels[0], str) else [labels]
+            if not all(lists):
+                raise ValueError("There is no text: name what to look for, for each image.")
+            if lists is labels:
+                labels = list(dict.fromkeys(itertools.chain(*lists)))
+                number = {label: index for index, label in enumerate(labels)}
+                own = [[number[label] for label in of_image] for of_image in lists]
+            encoded = self.encode(labels)
+        return self._explanations(images, labels, encoded, own, batch_size)
+
+    def _explanations(self, images, labels: list[str], encoded: ICLIPTextFeatures, own, batch_size: int):
+        """`own`: for each image the indices of its texts, or None for all."""
+
+        def explain(group: list[tuple[PreparedImage, list[int] | None]]) -> list[Explanation]:
+            images, own = zip(*group)
+            if own[0] is None:
+                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)))
+            names = [[labels[index] for index in of_image] for of_image in own]
+            return self._explain(images, names, select_texts(encoded, torch.tensor(own)))
+
+        pairs = zip(images, own)
+        while batch := list(itertools.islice(pairs, batch_size)):
+            prepared = [
+                (self.prepare(image) if isinstance(image, Image.Image) else image, of_image)
+                for image, of_image in batch
+                if image is not None
+            ]
+            keys = [(image.kind, of_image and len(of_image)) for image, of_image in prepared]
+            explanations = iter(map_groups(explain, prepared, keys))
+            yield from (None if image is None else next(explanations) for image, _ in batch)
+
+    @torch.no_grad()
+    def _explain(
+        self, images: Sequence[PreparedImage], labels: Sequence[list[str]], texts: ICLIPTextFeatures
+    ) -> list[Explanation]:
+        """Explains B images of one kind with T texts each, `(B, T, P)`, in one forward pass."""
+        pixel_values, own_pixel_values = _joined(images, "pixel_values"), _joined(images, "own_pixel_values")
+        image, image_embeds = _joined(images, "features"), _joined(images, "image_embeds")
+        rows = [range(len(of_image)) if one.rows is None else one.rows for one, of_image in zip(images, labels)]
+        maps = torch.zeros(len(images), 0, 1, 1)
+        if any(map(len, rows)):
+            maps, image = self.raw_maps(pixel_values, texts, image, None if images[0].rows is None else rows)
+        if image_embeds is None:
+            if own_pixel_values is not None or image is None:
+                image = self._features(pixel_values if own_pixel_values is None else own_pixel_values)
+            image_embeds = image.image_embeds
+        scores = cosines(image_embeds, texts.text_embeds)
+        presence = self.model.presence(scores)
+        _check_finite(scores)
+        maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
+        return [
+            Explanation(
+                labels=[labels[index][row] for row in rows[index]],
+                scores=scores[index][list(rows[index])],
+                presence=None if presence is None else presence[index][list(rows[index])],
+                raw_maps=maps[index, : len(rows[index])],
+                size=one.size,
+                reversed=self.method is not None and self.method.reversed,
+                image=one.image,
+                all_scores=scores[index],
+            )
+            for index, one in enumerate(images)
+        ]
+
+    def raw_maps(
+        self,
+        pixel_values: torch.Tensor,
+        texts: ICLIPTextFeatures,
+        features: ICLIPImageFeatures | None = None,
+        rows: Sequence[Sequence[int]] | None = None,
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        """
+        Computes the raw maps of prepared images, refined if the engine refines.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from the processor.
+            texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
+            features ([`ICLIPImageFeatures`], *optional*): of the images, which the model's own maps are computed from.
+            rows (*optional*): for each image the indices of the texts whose maps are wanted; all if not given. The S maps of an image
+                with fewer end with maps of any texts.
+
+        Returns:
+            `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `rows`, float32, and the features of the images.
+
+        Raises:
+            `ValueError`: the model gives NaN or infinity, or the method another number of maps.
+        """
+        texts, chosen = for_images(texts, len(pixel_values)), None
+        if rows is not None:
+            chosen = pad_sequence([torch.tensor(list(of_image) or [0]) for of_image in rows], batch_first=True)
+        if self._is_own_map:
+            with torch.no_grad():
+                image = self._features(pixel_values) if features is None else features
+                maps = self.model.similarity_maps(image, texts)
+        else:
+            if chosen is not None and self.method.backward_per_text:  # each further text would cost
+                texts, chosen = select_texts(texts, chosen), None
+            maps, image = self.method.forward(pixel_values, texts)
+        expected = tuple(texts.text_embeds.shape[:2])
+        if maps.ndim != 4 or maps.shape[:2] != expected:
+            raise ValueError(
+                f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images with {expected[1]} "
+                f"texts each, instead of {(*expected, 'h', 'w')}."
+            )
+        maps = maps.float() if chosen is None else maps[torch.arange(len(maps))[:, None], chosen].float()
+        _check_finite(maps)
+        return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps, image
+
+    def _features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        if isinstance(self.model, torch.nn.Module):  # other models do this themselves
+            pixel_values = pixel_values.to(input_device(self.model), next(self.model.parameters()).dtype)
+        return self.model.get_image_features(pixel_values)
+
+
+def input_device(network: torch.nn.Module) -> torch.device:
+    """Returns the device for the inputs of a model: that of its weights, or the CPU if they are offloaded, where hooks move them."""
+    device = next(network.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
+    """Gives T texts `(T, P)` to each of B images, `(B, T, P)`. Texts that have this shape stay as they are."""
+    if texts.text_embeds.ndim == 3:
+        return texts
+    return ICLIPTextFeatures(**{name: texts[name].expand(images, -1, -1) for name in _TEXT_EMBEDS})
+
+
+def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
+    """Joins texts that were encoded in parts, `(..., T, P)` each."""
+    return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in _TEXT_EMBEDS})
+
+
+def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
+    """
+    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or among those of each
+    image, `(B, T, P)`.
+    """
+    place = rows if texts.text_embeds.ndim == 2 else (torch.arange(len(rows))[:, None], rows)
+    return ICLIPTextFeatures(**{name: texts[name][place] for name in _TEXT_EMBEDS})
+
+
+def map_groups(
+    function: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], keys: Iterable[Hashable]
+) -> list[Any]:
+    """
+    Calls a function from a list of items to their results once for all items with the same key, such as images of one shape. Returns
+    the results in the order of the items.
+    """
+    groups = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    results = {}
+    for group in groups.values():
+        results.update(zip(group, function([items[index] for index in group]), strict=True))
+    return [results[index] for index in range(len(items))]
+
+
+def _check_finite(results: torch.Tensor) -> None:
+    if not results.isfinite().all():
+        raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
+
+
+def _joined(images: Sequence[PreparedImage], name: str):
+    """Joins a tensor or the features of images; None if they have none."""
+    parts = [getattr(image, name) for image in images]
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return ICLIPImageFeatures(**{field: torch.cat([part[field] for part in parts]) for field in parts[0]})
+
+
+def _split(features: ICLIPImageFeatures) -> list[ICLIPImageFeatures]:
+    """Returns the features of each image that its maps are computed from."""
+    fields = {name: features[name].split(1) for name in _IMAGE_EMBEDS if features.get(name) is not None}
+    return [ICLIPImageFeatures(**dict(zip(fields, parts))) for parts in zip(*fields.values())]

@@ -1,0 +1,513 @@
+"""The engine against the steps by hand: batches, sizes, scores, presence, and the one answer of all fronts."""
+
+import copy
+import io
+import itertools
+import json
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from conftest import noise, tiny_model
+from families import LABELS, pixels, raw_maps
+from PIL import Image
+from transformers import CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
+
+from iclip_hf import (
+    ICLIPProcessor,
+    ImageTextSimilarityMapPipeline,
+    ZeroShotImageSegmentationPipeline,
+    draw,
+    explain,
+)
+from iclip_hf.backends.loading import load
+from iclip_hf.cli.output import presence_column
+from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
+from iclip_hf.model.engine import Engine
+from iclip_hf.model.presence import at_prior
+from iclip_hf.model.prompts import split_texts
+from iclip_hf.model.regions import find_regions, run_lengths
+from iclip_hf.model.similarity import resize_and_normalize
+from iclip_hf.utils.prefetch import prefetch_map
+
+
+IMAGES = [
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+    for seed, size in enumerate([(40, 60), (50, 30)])
+]
+TEXTS = ["dog", "red ball", "car"]
+
+
+def sigmoid_model(**options):
+    """A model with a presence."""
+    return tiny_model(logit_bias_init_value=0.0, presence_bias=0.3, **options)
+
+
+def engine_of(model, processor, method="itsm", **options):
+    explainer = make_explainer((model, processor), method)
+    return Engine(explainer.model, explainer.model.processor, explainer, **options)
+
+
+def by_hand(model, processor, images, texts, templates=None):
+    """Scores and presence from the model's outputs."""
+    with torch.no_grad():
+        outputs = model(**processor(images, labels=texts, templates=templates))
+        scale, bias = model.recognition.logit_scale.exp(), model.recognition.logit_bias
+        scores = outputs.image_embeds @ outputs.text_embeds.T
+        return scores, 1 / (1 + (-(scale * scores + bias + model.config.presence_bias)).exp())
+
+
+@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery"])
+def test_scores_and_presence_beside_the_maps_of_every_method(tiny_processor, method):
+    model = sigmoid_model()
+    explainer = make_explainer((model, tiny_processor), method)
+    maps, _ = raw_maps(explainer, tiny_processor(IMAGES)["pixel_values"], explainer.model.encode_texts(TEXTS))
+    scores, presences = by_hand(model, tiny_processor, IMAGES, TEXTS)
+    for index, found in enumerate(explain((model, tiny_processor), IMAGES, TEXTS, method)):
+        torch.testing.assert_close(found.raw_maps, maps[index], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.scores, scores[index], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.presence, presences[index], atol=1e-4, rtol=0)
+
+
+def test_a_model_trained_by_a_softmax_has_no_presence(tiny_processor):
+    """Nothing counts as absent, JSON has null, and pictures say nothing of it."""
+    found = explain((tiny_model(), tiny_processor), IMAGES[0], TEXTS)
+    assert found.presence is None and found["dog"].presence is None
+    assert found.present == [True] * 3 and all(found.mask(text).any() for text in TEXTS)
+    assert (found.label_map() >= 0).any()
+    assert [one["presence"] for one in json.loads(json.dumps(found.to_dict()))["texts"]] == [None] * 3
+    assert found.presence_words == [None] * 3
+    assert np.array_equal(draw(found, IMAGES[0]), draw(replace(found, min_presence=1.0), IMAGES[0]))
+
+
+def assert_same(one, other):
+    assert (one.labels, one.size) == (other.labels, other.size)
+    torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one.presence, other.presence, atol=1e-4, rtol=0)
+
+
+def test_threads_prepare_the_next_images_in_order(tiny_processor):
+    """Those that cannot be read are None in their places."""
+    engine = engine_of(sigmoid_model(), tiny_processor)
+    with ThreadPoolExecutor(2) as pool:
+        prepared = prefetch_map(
+            pool, lambda index: None if index is None else engine.prepare(IMAGES[index]), [0, None, 1, 0, 1], 2
+        )
+        found = list(engine.run(prepared, TEXTS, batch_size=2))
+    assert found.pop(1) is None
+    for one, image, alone in zip(found, IMAGES * 2, list(engine.run(IMAGES, TEXTS, 1)) * 2, strict=True):
+        assert one.image is image and one.size == (image.height, image.width)
+        assert_same(one, alone)
+
+
+def test_images_of_a_shape_with_equally_many_texts_share_a_forward(tiny_processor, recorded):
+    image_processor = CLIPImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
+    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
+    engine = engine_of(sigmoid_model(), processor)
+    forwards = recorded(engine.model, "get_image_features", lambda pixels: len(pixels))
+    images, texts = zip(
+        *[
+            (IMAGES[0], TEXTS),
+            (IMAGES[1], TEXTS),
+            (IMAGES[0], ["car"]),
+            (IMAGES[1], TEXTS),
+            (IMAGES[0], TEXTS),
+            (IMAGES[0], ["dog"]),
+            (IMAGES[0], ["car", "dog"]),
+            (IMAGES[1], TEXTS),
+        ]
+    )
+    found = list(engine.run(images, texts, batch_size=7))
+    assert forwards == [2, 2, 2, 1, 1]  # the last image comes in the next batch
+    for one, image, of_image in zip(found, images, texts):
+        assert_same(one, *engine.run([image], of_image))
+    assert [one.raw_maps.shape for one in found[:3]] == [(3, 4, 6), (3, 7, 4), (1, 4, 6)]
+    assert found[6].labels == ["car", "dog"]
+    torch.testing.assert_close(found[6].raw_maps, found[0].raw_maps[[2, 0]], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("texts", [[], "", [["dog"], []], [[], []]])
+def test_no_text_is_one_plain_error(tiny_processor, texts):
+    model = (tiny_model(), tiny_processor)
+    with pytest.raises(ValueError, match="There is no text"):
+        explain(model, IMAGES, texts)
+
+
+@pytest.mark.parametrize("method", ["itsm", "grad_cam", "clip_surgery"])
+@pytest.mark.parametrize("size", [None, 48])
+def test_maps_of_some_texts_and_the_scores_of_all(tiny_processor, method, size):
+    """As an evaluation wants them: the other texts are still there for the method."""
+    engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
+    asked = [[2, 0], []]
+    found = list(engine.run([engine.prepare(image, rows=rows) for image, rows in zip(IMAGES, asked)], TEXTS))
+    for one, whole, rows in zip(found, engine.run(IMAGES, TEXTS), asked):
+        assert one.labels == [TEXTS[row] for row in rows] and len(one.raw_maps) == len(rows)
+        torch.testing.assert_close(one.all_scores, whole.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.scores, whole.scores[rows], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.presence, whole.presence[rows], atol=1e-4, rtol=0)
+        if rows:
+            torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
+
+
+def test_scores_alone_need_no_map(tiny_processor, recorded):
+    engine = engine_of(sigmoid_model(), tiny_processor, image_size=48)
+    maps = recorded(engine.model, "similarity_maps")
+    forwards = recorded(engine.model, "get_image_features", lambda pixels: pixels.shape[2])
+    list(engine.run([engine.prepare(image, rows=[]) for image in IMAGES], TEXTS))
+    assert (maps, forwards) == ([], [32])
+
+
+@pytest.mark.parametrize("size", [None, 48])
+def test_engines_share_the_features_of_images(tiny_processor, recorded, size):
+    """Of several questions about one image too."""
+    model = load((sigmoid_model(), tiny_processor))
+    own, turned, gem = (
+        Engine(model, tiny_processor, make_explainer(model, method), image_size=size)
+        for method in ("itsm", "reversed_itsm", "gem")
+    )
+    expected = [list(engine.run(IMAGES, TEXTS)) for engine in (own, turned, gem)]
+    forwards = recorded(model, "get_image_features", lambda pixels: len(pixels))
+    images = own.encode_images([own.prepare(image) for image in IMAGES])
+    assert forwards == ([2] if size is None else [2, 2])
+    found = [list(engine.run(images, TEXTS)) for engine in (own, turned, gem)]
+    assert forwards == ([2, 2] if size is None else [2, 2, 2])  # of gem, which runs the image tower in any case
+    for one, other in zip(itertools.chain(*found), itertools.chain(*expected)):
+        assert_same(one, other)
+        assert one.reversed == other.reversed
+    (again,) = own.run(images[1:], ["car"])
+    torch.testing.assert_close(again.scores, expected[0][1].scores[2:], atol=1e-5, rtol=0)
+
+
+def test_encoded_texts_are_asked_about_any_number_of_images(tiny_processor):
+    engine = engine_of(sigmoid_model(), tiny_processor)
+    for one, other in zip(engine.run(IMAGES, engine.encode(TEXTS)), engine.run(IMAGES, TEXTS)):
+        assert one.labels == ["0", "1", "2"]
+        assert_same(replace(one, labels=TEXTS), other)
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image):
+    """Of an image of another size than the model's own, refined and reversed."""
+    model = sigmoid_model(max_over="similarity", map_attention="signed", recognition_pooling="class_and_average")
+    pair, size, shape = (model, tiny_processor), {"height": 48, "width": 40}, (image.height, image.width)
+    options = {"size": size, "refine": True}
+    straight, turned = (explain(pair, image, TEXTS, method, **options) for method in ("itsm", "reversed_itsm"))
+    enough = straight.presence.median().item()
+    straight, turned = (replace(one, min_presence=enough) for one in (straight, turned))
+    assert sorted(straight.present) == [False, True, True]
+    assert torch.equal(turned.maps, 1 - straight.maps) and torch.equal(turned.scores, straight.scores)
+    maps, segment = (
+        pipe(model=model, processor=tiny_processor, device="cpu")
+        for pipe in (ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline)
+    )
+    answers = {one["label"]: one for one in maps(image, TEXTS, min_presence=enough, **options)}
+    for index, text in enumerate(TEXTS):
+        answer = answers[text]
+        assert answer["score"] == straight.scores[index] and answer["presence"] == straight.presence[index]
+        assert torch.equal(answer["map"], straight.map(text))
+        assert np.array_equal(np.asarray(answer["mask"]) == 255, straight.mask(text))
+        assert answer["boxes"] == [list(region.box) for region in straight.regions(text)]
+    found = straight.label_map()
+    for answer in segment(image, TEXTS, min_presence=enough, **options):
+        assert np.array_equal(np.asarray(answer["mask"]) == 255, found == TEXTS.index(answer["label"]))
+    for one in (straight, turned):
+        (processed,) = tiny_processor.post_process_similarity_maps(one.raw_maps[None], [shape], one.reversed)
+        (masks,) = tiny_processor.post_process_masks([processed], 0.5, one.presence[None], enough)
+        assert torch.equal(processed, one.maps)
+        assert all(torch.equal(mask, one.mask(index)) for index, mask in enumerate(masks))
+        (boxes,), (points,) = (
+            function([processed], [masks])
+            for function in (tiny_processor.post_process_boxes, tiny_processor.post_process_points)
+        )
+        regions = [region for text in one.to_dict()["texts"] for region in text["regions"]]
+        assert boxes["boxes"].tolist() == [region["box"] for region in regions]
+        prompts = [region["positive_points"] + region["negative_points"] for region in regions]
+        assert points["points"].tolist() == prompts
+        outputs = SimpleNamespace(similarity_maps=-one.raw_maps[None] if one.reversed else one.raw_maps[None])
+        (labels,) = tiny_processor.post_process_semantic_segmentation(
+            outputs, [shape], 0.5, presence=one.presence[None], min_presence=enough
+        )
+        assert torch.equal(labels, one.label_map())
+
+
+@pytest.mark.parametrize("method", ["sclip", "gem", "grad_cam", "legrad"])
+def test_a_second_wrapper_around_a_wrapped_network_gives_the_same(tiny_processor, method):
+    """Also around a deep copy of it."""
+    model = sigmoid_model()
+    loaded = load((model, tiny_processor))
+    expected = explain(loaded, IMAGES[0], TEXTS, method)
+    for network in (loaded.network, copy.deepcopy(loaded.network)):
+        found = explain((network, tiny_processor), IMAGES[0], TEXTS, method)
+        torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-6, rtol=1e-5)
+    assert_same(explain(loaded, IMAGES[0], TEXTS, method), expected)
+
+
+@pytest.mark.parametrize("method", ["itsm", "gem", "grad_cam"])
+def test_an_offloaded_model_explains(tiny_processor, method):
+    expected = explain((sigmoid_model(), tiny_processor), IMAGES, TEXTS, method, size=48)
+    model = cpu_offload(sigmoid_model())
+    for one, other in zip(explain((model, tiny_processor), IMAGES, TEXTS, method, size=48), expected):
+        assert_same(one, other)
+    if method == "itsm":
+        for one, other in zip(Engine(model, tiny_processor, image_size=48).run(IMAGES, TEXTS), expected):
+            assert_same(one, other)
+
+
+def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
+    explanation = explain((sigmoid_model(), tiny_processor), IMAGES[0], TEXTS)
+    explanation = replace(explanation, threshold=[0.3, 0.5, 0.7], presence=torch.tensor([0.9, 0.5, 0.49]))
+    for index, threshold in enumerate((0.3, 0.5)):
+        heatmap = resize_and_normalize(explanation.raw_maps, (40, 60))[index]
+        assert torch.equal(explanation.map(index), heatmap) and torch.equal(explanation.maps[index], heatmap)
+        assert torch.equal(explanation.mask(index), heatmap > threshold) and explanation.mask(index).any()
+        assert torch.equal(explanation.mask(index, 0.8), heatmap > 0.8)
+        for least in (threshold, 0.8):
+            regions = find_regions(heatmap.numpy(), (heatmap > least).numpy())
+            assert [one.box for one in explanation.regions(index, least)] == [one.box for one in regions]
+    assert not explanation.mask(2).any() and explanation.regions(2) == []
+    assert not explanation.mask(0, 1.0).any()  # the greatest value is 1, and foreground is M > threshold
+    answer = json.loads(json.dumps(explanation.to_dict()))
+    assert (answer["height"], answer["width"]) == (40, 60)
+    record = answer["texts"]
+    assert [one["text"] for one in record] == TEXTS
+    assert [one["presence"] for one in record] == explanation.presence.tolist()
+    assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
+    assert record[2]["regions"] == []
+    for index, (one, array) in enumerate(explanation.records_and_masks()):
+        mask = explanation.mask(index)
+        assert [region["box"] for region in one["regions"]] == [list(part.box) for part in explanation.regions(index)]
+        assert all(mask[y, x] for region in one["regions"] for x, y in region["positive_points"])
+        assert not any(mask[y, x] for region in one["regions"] for x, y in region["negative_points"])
+        assert {**one, "mask": run_lengths(array)} == record[index] and (array == mask.numpy()).all()
+    score = explanation.scores[0].item()
+    assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
+
+
+def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
+    model = tiny_model()
+    (straight,), (turned,) = (
+        explain((model, tiny_processor), IMAGES[:1], TEXTS, method) for method in ("itsm", "reversed_itsm")
+    )
+    turned = replace(turned, min_presence=0)
+    (processed,) = tiny_processor.post_process_similarity_maps(straight.raw_maps[None], [(40, 60)], reverse=True)
+    for maps in (turned.maps, torch.stack([turned.map(index) for index in range(3)])):
+        assert torch.equal(maps, 1 - straight.maps) and torch.equal(maps, processed)
+    assert torch.equal(turned.mask(1, 0.6), 1 - straight.map(1) > 0.6)
+
+
+@pytest.mark.parametrize("method", ["itsm", "grad_cam"])
+def test_scores_and_presence_come_from_the_models_own_size(tiny_processor, method, recorded):
+    """Whatever the size of the maps; in one more forward only if that size is another."""
+    model = sigmoid_model(max_over="similarity")
+    own, large, same = (
+        engine_of(model, tiny_processor, method, image_size=size)
+        for size in (None, 48, tiny_processor.image_processor.size["height"])
+    )
+    forwards = [
+        recorded(one.model.network, "get_image_features", lambda pixels, **options: len(pixels))
+        for one in (own, large, same)
+    ]
+    expected, found, again = (list(engine.run(IMAGES, TEXTS)) for engine in (own, large, same))
+    assert forwards == [[2], [2, 2], [2]]  # both images at once
+    for one, other, third in zip(expected, found, again):
+        assert other.raw_maps.shape[1:] == (6, 6) != one.raw_maps.shape[1:] == third.raw_maps.shape[1:]
+        torch.testing.assert_close(other.scores, one.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(other.presence, one.presence, atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_presence_separates_classes_better_than_the_cosine_and_is_calibrated(iclip_data):
+    from sklearn.metrics import roc_auc_score
+
+    from iclip_hf import ICLIPModel, ICLIPProcessor
+    from iclip_hf.backends.embedded import embedded_model
+    from iclip_hf.data.segmentation import load_segmentation
+
+    folder = embedded_model()
+    dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")
+    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    samples = [dataset[index] for index in range(20)]
+    found = list(Engine(model, processor).run([sample.image for sample in samples], dataset.class_names))
+    scores, presences = (torch.stack([getattr(one, name) for one in found]).numpy() for name in ("scores", "presence"))
+    truth = np.stack([np.isin(dataset.labels, sample.labels) for sample in samples])
+    by_cosine, by_presence = (roc_auc_score(truth.ravel(), one.ravel()) for one in (scores, presences))
+    assert by_presence > max(0.9, by_cosine)
+    # Of the shown texts about four of five reach 0.5, of the absent ones one in six.
+    assert (presences[truth] >= 0.5).mean() == pytest.approx(0.81, abs=0.1)
+    assert (presences[~truth] >= 0.5).mean() == pytest.approx(0.16, abs=0.04)
+    probable = at_prior(presences, truth.mean())
+    for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 1.0)):
+        inside = (low <= probable) & (probable < high)
+        assert truth[inside].mean() == pytest.approx(probable[inside].mean(), rel=0.5, abs=0.02)
+
+
+def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
+    found = explain((sigmoid_model(), tiny_processor), IMAGES[0], TEXTS)
+    found = replace(found, threshold=[0.3, 0.5, 0.7], min_presence=0)
+    assert [one.labels for one in found] == [["dog"], ["red ball"], ["car"]] and len(found) == 3
+    for index, text in enumerate(TEXTS):
+        for one in (found[text], found[index], found[index - 3]):
+            assert (one.labels, one.size) == ([text], found.size)
+            assert one.scores == found.scores[index] and one.presence == found.presence[index]
+            assert one.mask().equal(found.mask(text)) and one.mask().equal(found.map(index) > (0.3, 0.5, 0.7)[index])
+            assert one.map().equal(found.map(text)) and one.regions() == found.regions(text) == found.regions(index)
+            assert one.to_dict()["texts"] == [found.to_dict()["texts"][index]]
+    assert found.label_map(background=["car"]).equal(found.label_map(background=[2]))
+    with pytest.raises(KeyError, match="horse"):
+        found["horse"]
+    for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):
+        with pytest.raises(IndexError):
+            ask(index)
+    with pytest.raises(ValueError, match="threshold"):
+        found.mask("dog", float("nan"))
+
+
+def test_a_notebook_shows_the_picture(tiny_processor):
+    found = explain((tiny_model(), tiny_processor), np.asarray(IMAGES[0]), TEXTS)
+    shown = Image.open(io.BytesIO(found._repr_png_()))
+    assert np.array_equal(np.asarray(shown), np.asarray(draw(found, IMAGES[0])))
+    assert replace(found, image=None)._repr_png_() is None
+
+
+@pytest.mark.parametrize("presence", [0.79997, 0.8, 0.80003, np.nextafter(np.float32(0.8), np.float32(0))])
+def test_the_presence_in_json_decides_whether_the_mask_is_empty(tiny_processor, presence):
+    (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], ["dog"])
+    found = replace(found, presence=torch.tensor([presence], dtype=torch.float32), min_presence=0.8)
+    (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
+    shown = text["presence"] >= 0.8
+    assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
+    column = presence_column(found.presence.item(), 0.8)
+    assert (float(column.split()[-1]) >= 0.8) == (not column.startswith("absent")) == shown
+
+
+def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):
+    model, image = (tiny_model(), tiny_processor), IMAGES[0]
+    for texts, labels in (
+        ("dog, red ball,", ["dog", "red ball"]),
+        ("dog", ["dog"]),
+        (r"a dog\, asleep, cat", ["a dog, asleep", "cat"]),
+        ("a dog, asleep\ncat", ["a dog, asleep", "cat"]),
+        (["a dog, asleep"], ["a dog, asleep"]),
+    ):
+        assert explain(model, image, texts).labels == labels
+        assert tiny_processor(labels=texts)["input_ids"].equal(tiny_processor(labels=labels)["input_ids"])
+        assert load(model).encode_texts(split_texts(texts)).text_embeds.shape[0] == len(labels)
+    assert len(tiny_processor(text="dog, cat")["input_ids"]) == 1  # not a label: a text as it is
+
+
+class OneMap(Explainer):
+    """Forgets that there are several texts."""
+
+    needs_layers = False
+
+    def forward(self, pixel_values, texts):
+        image = self.model.get_image_features(pixel_values)
+        return torch.ones(len(pixel_values), 1, *image.grid), image
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr("iclip_hf.explainers._registered", {})
+
+
+def test_a_method_with_another_number_of_maps_is_named_with_both_shapes(tiny_processor, registry):
+    register_explainer("one_map")(OneMap)
+    model = load((tiny_model(), tiny_processor))
+    explainer = make_explainer(model, "one_map")
+    for ask in (
+        lambda: explain(model, noise((30, 20)), TEXTS, "one_map"),
+        lambda: raw_maps(explainer, pixels(), model.encode_texts(TEXTS)),
+    ):
+        with pytest.raises(ValueError, match=r"OneMap .*\(\d, 1, \d, \d\).*3 texts"):
+            ask()
+    assert explain(model, noise((30, 20)), ["dog"], "one_map").raw_maps.shape == (1, 4, 4)
+
+
+def test_the_example_of_a_registered_method_gives_a_map_for_each_text(tiny_processor, registry):
+    code = re.search(r"```python\n(.*?)```", register_explainer.__doc__, re.DOTALL)[1]
+    code = re.sub(r"^ *(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE)
+    exec(code, {"register_explainer": register_explainer, "Explainer": Explainer, "math": math})
+    for texts in (["dog"], TEXTS, [*TEXTS, "car"]):
+        found = explain((tiny_model(), tiny_processor), [noise((30, 20))] * 2, texts, "norm")
+        assert [len(one.maps) for one in found] == [len(texts)] * 2
+    assert explainer_class("norm").__name__ == "TokenNorm"
+
+
+@pytest.mark.parametrize("family", ["iclip", "clip", "open_clip"])
+def test_a_deep_copy_of_a_loaded_model_is_independent(made, family):
+    """Its methods read its own layers, and the original stays as it is."""
+    model, processor, size = made(family)
+    methods, other = ("gem", "sclip", "clip_surgery", "legrad", "grad_cam", "itsm"), copy.deepcopy(model)
+    original = load((model, processor))
+    changed = copy.deepcopy(original)
+
+    def maps(loaded):
+        texts = loaded.encode_texts(LABELS)
+        return {method: raw_maps(make_explainer(loaded, method), pixels(size), texts)[0] for method in methods}
+
+    before = maps(original)
+    with torch.no_grad():
+        for weight in (*changed.network.parameters(), *other.parameters()):
+            if weight.ndim >= 2:
+                weight.mul_(-1.1)
+    after, expected, untouched = maps(changed), maps(load((other, processor))), maps(original)
+    for method in methods:
+        torch.testing.assert_close(after[method], expected[method], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(untouched[method], before[method], atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(after[method], before[method], atol=1e-3), method
+
+
+def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_path, monkeypatch):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "global_attn_indexes": [0]}
+    config = SamConfig(vision_config={**small, "image_size": 64}, prompt_encoder_config={"image_size": 64})
+    shapes = {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}
+    monkeypatch.setattr(SamModel, "from_pretrained", lambda name: SamModel(config).eval())
+    monkeypatch.setattr(SamProcessor, "from_pretrained", lambda name: SamProcessor(SamImageProcessor(**shapes)))
+    monkeypatch.chdir(tmp_path)
+    noise((90, 60)).save("dog.png")
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text()
+    (code,) = re.findall(r"```py\n(import torch\nfrom transformers import SamModel.*?)```", guide, re.DOTALL)
+    names = {"model": (tiny_model(), tiny_processor)}
+    exec(code.replace("dog.jpg", "dog.png").replace('"embedded"', "model"), names)
+    regions = names["regions"]
+    assert regions and names["best"].shape == (len(regions), 60, 90) and names["best"].dtype == torch.bool
+    boxes = (
+        names["inputs"]["input_boxes"][0] * 90 / 64
+    )  # the longest edge has 64 pixels for SAM, the other a rounded number
+    assert torch.allclose(boxes, torch.tensor([region["box"] for region in regions]).to(boxes), atol=1)
+    points = names["inputs"]["input_points"][0] * 90 / 64
+    peaks = torch.tensor([region["positive_points"][0] for region in regions]).to(points)
+    assert torch.allclose(points[:, 0], peaks, atol=1)
+    assert names["inputs"]["input_labels"].tolist() == [[[1, 0, 0, 0]] * len(regions)]
+
+
+def test_arrays_and_pictures_are_one_image(tiny_processor):
+    """Also where both ends of a shape could be channels."""
+    model, draws = (tiny_model(), tiny_processor), np.random.default_rng(0)
+    for shape in ((1, 40, 3), (3, 40, 3), (3, 1, 3), (30, 20, 3)):
+        array = draws.integers(0, 256, shape, dtype=np.uint8)
+        of_picture, of_array, of_tensor = (
+            explain(model, image, "dog")
+            for image in (Image.fromarray(array), array, torch.from_numpy(array).movedim(-1, 0))
+        )
+        for one in (of_array, of_tensor):
+            assert one.size == of_picture.size == shape[:2]
+            torch.testing.assert_close(one.raw_maps, of_picture.raw_maps, atol=1e-5, rtol=0)
+        given = (tiny_processor(images=image)["pixel_values"] for image in (Image.fromarray(array), array))
+        torch.testing.assert_close(*given, atol=1e-5, rtol=0)
+
+
+def test_a_text_that_is_cut_is_told(tiny_processor, caplog):
+    engine = Engine(tiny_model(), tiny_processor)
+    engine.encode(["dog"])
+    assert not caplog.records
+    engine.encode(["dog", "dog " * 100])
+    assert "77 tokens or more; the others are cut off" in caplog.text

@@ -24,12 +24,11 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate
 from iclip_hf.model.modeling_iclip import ICLIPModel
-from iclip_hf.training.batches import BatchLoader
-from iclip_hf.training.feature_cache import FeatureCache
-from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.plan import RATE, STEPS
-from iclip_hf.training.run import cosine_schedule, parameter_groups
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.data import BatchLoader, FeatureCache
+from iclip_hf.training.preset import RATE, STEPS
 from iclip_hf.training.settings import Settings
+from iclip_hf.training.train import cosine_schedule, parameter_groups
 
 
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]

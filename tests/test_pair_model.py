@@ -8,11 +8,11 @@ import torch
 from conftest import tiny_inputs, tiny_model
 from training_runs import gradients
 
+from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
-from iclip_hf.training import pair_model as module
-from iclip_hf.training.nouns import TEMPLATES, NounPrompts
-from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean
+from iclip_hf.training import contrastive as module
+from iclip_hf.training.contrastive import PairModel, representative_tokens, set_token_mean
 
 
 OF_ITS_OWN = [

@@ -14,10 +14,9 @@ from training_runs import run, weights, write_table
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.model.losses import contrastive_loss
-from iclip_hf.training import run as program
-from iclip_hf.training import selection
-from iclip_hf.training.batches import GlobalBatches
-from iclip_hf.training.pair_model import PairModel
+from iclip_hf.training import train as program
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.data import GlobalBatches
 from iclip_hf.training.settings import parse_settings, read_settings
 
 
@@ -133,7 +132,7 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypat
     calls.clear()
     broken.update(range(7, 20))
     with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="last 4 steps, up to step 10: lower"):
-        patch.setattr(program, "_MAX_BAD_STEPS", 4)
+        patch.setattr(program, "MAX_BAD_STEPS", 4)
         run(hub, tmp_path / "stops")
     broken.update(range(20))
     calls.clear()
@@ -207,7 +206,7 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     seen = iter(scores)
     names = ("text_to_image", "image_to_text")
     monkeypatch.setattr(
-        selection, "validate", lambda *_: {name: torch.full((17,), score) for name, score in zip(names, next(seen))}
+        program, "validate", lambda *_: {name: torch.full((17,), score) for name, score in zip(names, next(seen))}
     )
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
     assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept, "image_to_text": 9.0}

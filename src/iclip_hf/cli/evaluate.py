@@ -76,14 +76,14 @@ def run(options: argparse.Namespace) -> None:
         check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
     from ..evaluation.evaluate import evaluate
     from ..evaluation.measures import make_measure
-    from ..utils.distributed import this_process
+    from ..utils.distributed import partial_state
 
     if not options.measures and not dataset.stuff:
         measures = [name for name in measures if name != "stuff_contrast"]
     of_measure = {name: {option: given[option] for option in given if name in OPTIONS[option][0]} for name in measures}
     measures = [make_measure(name, **options_of) for name, options_of in of_measure.items()]
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
-    state = this_process("eval")  # selects the device before the model is loaded
+    state = partial_state("eval")  # selects the device before the model is loaded
     result = evaluate(
         load_model(options.model, options),
         dataset,

@@ -20,7 +20,7 @@ from ..model.engine import Engine, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures, cosines
 from ..model.prompts import check_templates
 from ..model.similarity import resize_and_normalize
-from ..utils.distributed import this_process
+from ..utils.distributed import partial_state
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
 from .measures import TASKS, make_measure
@@ -72,7 +72,7 @@ def evaluate(
         `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described.
     """
     start = time.perf_counter()
-    state = this_process("eval")
+    state = partial_state("eval")
     if measures is None:
         measures = [name for name in TASKS["interpretability"] if name != "stuff_contrast" or dataset.stuff]
     measures = [measure if isinstance(measure, Measure) else make_measure(measure) for measure in measures]

@@ -69,8 +69,8 @@ class Settings:
     # data
     data: list[str] = setting(
         [],
-        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with metadata.jsonl or metadata.csv, or with a subfolder for each "
-        "class, tar shards, Parquet, a saved dataset, or a Hub dataset",
+        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with metadata.jsonl or "
+        "metadata.csv, or with a subfolder for each class, tar shards, Parquet, a saved dataset, or a Hub dataset",
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")

@@ -64,9 +64,8 @@ setup(
         "iclip_hf": [
             "py.typed",
             "data/astronaut.*",
-            "demo/*.css",
             "demo/*.js",
-            "demo/web/*",
+            "hub/web/*",
             "backends/*.safetensors",
             "plots/fonts/*",
         ],

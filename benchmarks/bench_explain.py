@@ -24,7 +24,7 @@ from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import load, load_iclip
 from iclip_hf.backends.references import kept_on_disk
 from iclip_hf.cli.options import keep_memory
-from iclip_hf.explainers.localizer import Localizer
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.images import load_image
 from iclip_hf.model.presence import presence
 from iclip_hf.model.processing_iclip import ICLIPProcessor
@@ -155,20 +155,21 @@ def pipelines(rounds: int) -> str:
 def asking_again(rounds: int) -> str:
     """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
     # Gradio would take long to import in each of the fresh processes.
-    from iclip_hf.demo.app import explain_image, look_at, to_npz, viewer_value
-    from iclip_hf.demo.content import EXAMPLES
+    from iclip_hf.demo.app import look_at, to_npz, viewer_value
+    from iclip_hf.hub.viewer import EXAMPLES
 
-    localizer = Localizer("embedded", ["dog"])
+    model = load("embedded")
+    engine = Engine(model, model.processor)
     image = photograph(0)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
-    kept = look_at(localizer, image)
+    kept = look_at(engine, image)
 
     def answer(seen=None):
-        seen = seen or look_at(localizer, image)
-        explanation = explain_image(localizer, seen, texts)
+        seen = seen or look_at(engine, image)
+        (explanation,) = engine.run([seen.prepared], texts)
         viewer_value(seen, explanation), to_npz(explanation)
 
-    contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: localizer.about(texts)}
+    contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: engine.encode(texts)}
     taken = take_turns(contenders, rounds)
     first, again, encoding = medians(taken).values()
     headings = ["demo, first texts on an image", "other texts on it", "ratio", "of which encoding 3 texts"]

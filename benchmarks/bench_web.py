@@ -25,8 +25,8 @@ from skimage.data import coffee
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.demo.web import export_web
 from iclip_hf.demo.web_server import web_server
+from iclip_hf.hub.web import export_web
 
 
 # Times in milliseconds: when the download has ended, and when the first row of the table is there.

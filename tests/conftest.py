@@ -173,10 +173,14 @@ def browser():
 
 
 @contextmanager
-def opened(browser, address: str, ready: str, **options) -> Iterator:
-    """A page of the browser, once a selector is there, which remembers what it asks for; it must end without an error in its scripts."""
+def opened(browser, address: str, ready: str, script: str = "", **options) -> Iterator:
+    """
+    A page of the browser, once a selector is there, which remembers what it asks for; it must end without an error in its scripts.
+    `script` runs before them.
+    """
     context = browser.new_context(**options)
     page = context.new_page()
+    page.add_init_script(script)
     page.set_default_timeout(120_000)  # for busy machines
     page.requested, page.failures = [], []
     page.on("request", lambda request: page.requested.append(request.url))

@@ -143,6 +143,14 @@ def edited_json(file: str, **changes) -> Callable[[Path], None]:
     return edit
 
 
+def edited_image_processor(**changes) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        options = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+        edited_json("processor_config.json", image_processor=options | changes)(folder)
+
+    return edit
+
+
 def removed(*files: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / file).unlink() for file in files]
 
@@ -202,6 +210,14 @@ MODEL_FOLDERS = {
     "no processor": removed("processor_config.json"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
+    "processor of another class": edited_json("processor_config.json", processor_class="CLIPProcessor"),
+    "patch size of 0": edited_json("processor_config.json", patch_size=0),
+    "text length as text": edited_json("processor_config.json", max_text_length="77"),
+    "unknown padding": edited_json("processor_config.json", text_padding="left"),
+    "two means of three channels": edited_image_processor(image_mean=[0, 0]),
+    "images scaled by 0": edited_image_processor(rescale_factor=0),
+    "images without a size": edited_image_processor(size=None),
+    "processor nested too deeply": lambda folder: (folder / "processor_config.json").write_text("[" * 10**5),
     "symlinked code": with_code,
 }
 FEW_MODEL_FOLDERS = (

@@ -73,7 +73,7 @@ def test_every_folder_is_a_room():
 
 
 def test_imports_point_downwards():
-    assert "iclip_hf.evaluation.results" in ARROWS["iclip_hf.cli.pictures"]  # imported by `from ..` in a function
+    assert "iclip_hf.hub.web" in ARROWS["iclip_hf.cli.export"]  # imported by `from ..` in a function
     climbing = [
         f"{module} imports {target}"
         for module, targets in ARROWS.items()

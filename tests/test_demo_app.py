@@ -16,11 +16,13 @@ from gradio_client.exceptions import AppError
 from huggingface_hub import RepoCard
 from PIL import Image
 
-from iclip_hf import ICLIPModel, explain
+from iclip_hf import ICLIPModel, explain, load
 from iclip_hf.backends import explainable
-from iclip_hf.demo import app, content
-from iclip_hf.explainers.localizer import Localizer
-from iclip_hf.model.presence import presence_word
+from iclip_hf.demo import app
+from iclip_hf.explainers import make_explainer
+from iclip_hf.hub import viewer
+from iclip_hf.model.engine import Engine
+from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -41,9 +43,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
-    localizer = Localizer((tiny_model(), tiny_processor), ["any"])
-    seen = app.look_at(localizer, image)
-    return image, seen, app.explain_image(localizer, seen, TEXTS)
+    engine = Engine(tiny_model(logit_bias_init_value=0.0), tiny_processor)
+    seen = app.look_at(engine, image)
+    (explanation,) = engine.run([seen.prepared], TEXTS)
+    return image, seen, explanation
 
 
 def drawn_maps(value: dict) -> np.ndarray:
@@ -87,20 +90,16 @@ def test_too_few_too_many_and_too_long_texts(typed):
         app.asked_texts(typed)
 
 
-def test_the_maps_are_the_explainers_at_the_size_of_the_view(tiny_processor, explained):
+def test_the_maps_are_those_of_explain_at_the_size_of_the_view(tiny_processor, explained):
     image, seen, explanation = explained
-    model, size = tiny_model(), [(320, 640)]
-    expected = explain((model, tiny_processor), [image], TEXTS, target_sizes=size)[0]
-    torch.testing.assert_close(explanation.maps, expected.maps)
-    torch.testing.assert_close(explanation.scores, expected.scores)
-    assert seen.prepared.features is not None
-    localizer = Localizer((model, tiny_processor), ["any"], method="grad_cam")
-    seen = app.look_at(localizer, image)
-    other = app.explain_image(localizer, seen, TEXTS)
-    assert seen.prepared.features is None  # its gradients need the tower for each text
-    expected = explain((model, tiny_processor), [image], TEXTS, "grad_cam", target_sizes=size)[0]
-    torch.testing.assert_close(other.maps, expected.maps)
-    torch.testing.assert_close(other.presence, explanation.presence, atol=1e-5, rtol=0)
+    model = load((tiny_model(logit_bias_init_value=0.0), tiny_processor))
+    # Of the same encoded image.
+    (other,) = Engine(model, tiny_processor, make_explainer(model, "grad_cam")).run([seen.prepared], TEXTS)
+    for method, found in (("itsm", explanation), ("grad_cam", other)):
+        expected = explain(model, image, TEXTS, method, target_sizes=[(320, 640)])
+        torch.testing.assert_close(found.maps, expected.maps)
+        torch.testing.assert_close(found.scores, expected.scores)
+        torch.testing.assert_close(found.presence, expected.presence)
 
 
 def test_the_browser_gets_the_photograph_and_raw_maps(tiny_processor, explained):
@@ -110,10 +109,12 @@ def test_the_browser_gets_the_photograph_and_raw_maps(tiny_processor, explained)
     photo = Image.open(io.BytesIO(base64.b64decode(value["image"].partition(",")[2])))
     assert photo.size == (640, 320)
     assert [row["text"] for row in value["texts"]] == TEXTS
-    assert [row["word"] for row in value["texts"]] == list(map(presence_word, explanation.presence.tolist()))
+    assert [row["word"] for row in value["texts"]] == explanation.presence_words
     np.testing.assert_array_equal(drawn_maps(value), explanation.maps)
     reversed_one = replace(explanation, reversed=True)
     np.testing.assert_allclose(drawn_maps(app.viewer_value(seen, reversed_one)), reversed_one.maps, atol=1e-5)
+    without = app.viewer_value(seen, replace(explanation, presence=None))
+    assert {(row["presence"], row["word"]) for row in without["texts"]} == {(None, None)}
 
 
 def test_the_archive_holds_scores_and_maps(explained):
@@ -124,14 +125,16 @@ def test_the_archive_holds_scores_and_maps(explained):
     np.testing.assert_array_equal(archive["presence"], explanation.presence)
     np.testing.assert_array_equal(archive["raw_maps"], explanation.raw_maps)
     np.testing.assert_allclose(archive["maps"], explanation.maps, atol=5e-4)
+    without = np.load(io.BytesIO(app.to_npz(replace(explanation, presence=None))))
+    assert np.isnan(without["presence"]).all() and len(without["presence"]) == len(TEXTS)
 
 
-def test_maps_are_refined_on_request(client, folder, tiny_processor):
+def test_maps_are_refined_on_request(client, folder, world):
     photo = gradio_client.handle_file(folder / "small.png")
     for refine in (True, False):  # also of a photograph that was seen before
         value, npz = client.predict(photo, "dog, red ball", "itsm", refine, api_name="/explain")
         image = Image.open(folder / "small.png")
-        expected = explain((tiny_model(), tiny_processor), image, ["dog", "red ball"], refine=refine)
+        expected = explain((world.model, world.processor), image, ["dog", "red ball"], refine=refine)
         assert value["grid"] == list(expected.raw_maps.shape[1:])
         np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
         assert [row["text"] for row in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
@@ -216,7 +219,7 @@ def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monk
 def test_what_else_an_upload_is_said_to_be_is_ignored_and_examples_are_open(server, folder):
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     said = {"url": "http://127.0.0.1:9/a.png", "inner": {"path": "/etc/passwd"}, "orig_name": "/etc/passwd"}
-    for photo in ({"path": own, **said}, {"path": str(content.example_files()[0])}):
+    for photo in ({"path": own, **said}, {"path": str(viewer.example_files()[0])}):
         assert answer(ask(server, photo))[0] == "event: complete"
 
 
@@ -286,10 +289,11 @@ def page(browser, server):
 
 
 def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
-    monkeypatch.setattr(app, "presence_word", lambda presence: "present")  # absent texts are faded
+    words = property(lambda explanation: ["present"] * len(explanation))  # absent texts are faded
+    monkeypatch.setattr(Explanation, "presence_words", words)
     # The first image is explained without any input, nothing comes from elsewhere, nothing is wider than the phone.
     first = page.locator("figcaption").all_inner_texts()
-    assert first == app.asked_texts(next(iter(content.EXAMPLES.values())).texts)
+    assert first == app.asked_texts(next(iter(viewer.EXAMPLES.values())).texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     boxes = page.locator(".controls .check input")  # Gradio's style would hide which one is chosen

@@ -228,6 +228,7 @@ def test_the_error_names_the_file(world, sandbox, read, content, names):
     with pytest.raises((ValueError, OSError)) as error:
         read(world, sandbox / "case", content)
     assert any(name in str(error.value) for name in names)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("read", "content"), BORNE)

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from functools import partial
 
 import onnxruntime
@@ -8,9 +9,9 @@ import torch
 from conftest import noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
 
-from iclip_hf import cli, explain, load
+from iclip_hf import ICLIPConfig, cli, explain, load
 from iclip_hf.backends import onnx as onnx_export
-from iclip_hf.backends.onnx import ONNXModel, export_onnx
+from iclip_hf.backends.onnx import ONNXModel, _trained_config, export_onnx
 from iclip_hf.evaluation.measures.deletion_insertion import scorer
 from iclip_hf.evaluation.measures.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, make_explainer
@@ -22,17 +23,29 @@ TEXT = ("text_embeds", "map_text_embeds")
 
 @pytest.fixture(scope="module")
 def model():
+    """As the embedded model, with trained values that are not those of its configuration."""
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
+    options |= {"recognition_pooling": "class_and_average", "map_branches": "both"}
+    options |= {"image_hidden_size": 12, "text_hidden_size": 20, "logit_bias_init_value": -6.0, "presence_bias": 0.5}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
     with torch.no_grad():
         model.token_mean.copy_(torch.linspace(-1, 1, len(model.token_mean)))
         model.attention_direction.copy_(torch.linspace(-1, 1, len(model.attention_direction)))
+        model.recognition.logit_scale.fill_(3.0)
+        model.recognition.logit_bias.fill_(-1.5)
     return model
 
 
 @pytest.fixture(scope="module")
-def folder(model, tiny_processor, tmp_path_factory):
-    return export_onnx(model, tiny_processor, tmp_path_factory.mktemp("onnx") / "exported")
+def processor(tiny_processor):
+    processor = copy.copy(tiny_processor)
+    processor.templates = ["a photo of the {}", "{}"]
+    return processor
+
+
+@pytest.fixture(scope="module")
+def folder(model, processor, tmp_path_factory):
+    return export_onnx(model, processor, tmp_path_factory.mktemp("onnx") / "exported")
 
 
 def run(path, inputs):
@@ -61,7 +74,7 @@ def check_agreement(model, folder, batches):
         signed = model.config.map_attention == "signed"
         assert tuple(outputs) == (IMAGE[: None if signed else -1] if image else TEXT)
         for name, output in outputs.items():
-            torch.testing.assert_close(output, expected[name], atol=1e-4, rtol=0)
+            torch.testing.assert_close(output, expected[name], atol=1e-5, rtol=0)
 
 
 def test_onnxruntime_agrees_at_any_number_length_and_size(model, folder):
@@ -89,19 +102,47 @@ WITHOUT_LAYERS = ["itsm", "reversed_itsm", "attention", "attention_affinity", "r
 
 
 @pytest.mark.parametrize("method", WITHOUT_LAYERS)
-def test_explanations_are_the_models(model, folder, tiny_processor, method):
+@pytest.mark.parametrize("templates", [None, ["{}"]], ids=["two templates", "one"])
+def test_explanations_are_the_models(model, folder, processor, method, templates):
     images = [noise(size) for size in [(60, 40), (30, 90)]]
     texts = [["dog", "red ball"], ["sky"]]
-    options = {"method": method, "templates": ["a photo of the {}", "{}"], "size": {"shortest_edge": 24}}
-    expected = explain((model, tiny_processor), images, texts, **options)
-    for one, other in zip(explain((ONNXModel(folder), tiny_processor), images, texts, **options), expected):
-        torch.testing.assert_close(one.scores, other.scores, atol=1e-4, rtol=0)
-        torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-4, rtol=0)
+    options = {"method": method, "templates": templates, "size": {"shortest_edge": 24}}
+    expected = explain((model, processor), images, texts, **options)
+    for one, other in zip(explain(folder, images, texts, **options), expected):
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-5, rtol=0)
 
 
-def test_the_command_explains_with_an_exported_folder(model, folder, tiny_processor, tmp_path, capsys):
+@torch.no_grad()
+def test_presence_is_that_of_the_trained_model(model, folder):
+    scores = torch.linspace(-1, 1, 9)
+    torch.testing.assert_close(ONNXModel(folder).presence(scores), model.presence(scores), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_configuration_holds_what_a_model_was_trained_to():
+    model = tiny_model()
+    model.recognition.logit_scale.fill_(9.0)  # a scale is at most 100
+    config = ICLIPConfig.from_dict(_trained_config(model).to_dict())
+    assert config.logit_scale_init_value == pytest.approx(math.log(100)) and config.logit_bias_init_value is None
+    assert model.config.logit_scale_init_value == 2.6592
+
+
+@pytest.mark.parametrize(
+    ("change", "weights", "said"),
+    [(lambda model: None, "int4", "int4"), (lambda model: model.half(), "int8", "float16")],
+)
+def test_what_cannot_be_exported_is_said_before(tiny_processor, tmp_path, monkeypatch, change, weights, said):
+    monkeypatch.setattr(onnx_export, "_vision_program", None)
+    model = tiny_model()
+    change(model)
+    with pytest.raises(ValueError, match=said):
+        export_onnx(model, tiny_processor, tmp_path / "exported", weights)
+
+
+def test_the_command_explains_with_an_exported_folder(model, folder, processor, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
     noise((60, 40)).save(tmp_path / "a.png")
     scores = []
     for name in (folder, tmp_path / "model"):

@@ -6,9 +6,10 @@ import torch
 from conftest import tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoProcessor
+from transformers import AutoProcessor, CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor
+from iclip_hf.model.modeling_iclip import average_templates
 
 
 def photo(width=48, height=32, mode="RGB", seed=0):
@@ -27,6 +28,12 @@ def test_labels_go_into_the_template_and_texts_do_not(tiny_processor):
         "a photo of the red ball",
     ]
     assert decoded(tiny_processor, tiny_processor(text="a dog")) == ["a dog"]
+
+
+def test_the_prompts_of_a_label_are_averaged_as_unit_vectors():
+    prompts = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 2.0], [0.0, 0.1]])  # two labels in two templates
+    assert average_templates(prompts, 2).tolist() == [[0.5, 0.5], [0.0, 1.0]]
+    assert average_templates(prompts, 1) is prompts
 
 
 def test_several_templates_are_the_prompts_of_one_label(tiny_processor):
@@ -235,6 +242,15 @@ def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
     found = tiny_processor(images=scaled, do_rescale=False)["pixel_values"]
     assert (found - expected).abs().mean() < 0.01  # 8 bits cut what bicubic overshoots
     assert tiny_processor(images=scaled * 3 - 1, do_rescale=False)["pixel_values"].max() > 3
+
+
+def test_a_crop_is_refused(tiny_processor):
+    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
+    assert processor(photo())["pixel_values"].shape == (1, 3, 32, 32)  # of the whole image
+    with pytest.raises(ValueError, match="do_center_crop=False"):
+        processor(photo(), size=64)
+    assert processor(photo(), size=64, do_center_crop=False)["pixel_values"].shape == (1, 3, 64, 64)
 
 
 @pytest.mark.parametrize("auto_class", [ICLIPProcessor, AutoProcessor])

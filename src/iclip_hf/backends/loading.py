@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import resolve_revision
+from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
@@ -72,7 +73,7 @@ def load(
             folder or Hub id is; a file is damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
     """
     is_name = isinstance(source, (str, os.PathLike))
-    source = _located(source) if is_name else source
+    source = resolve_name(source) if is_name else source
     is_onnx = is_name and Path(source, VISION_FILE).is_file()
     if (is_onnx or not is_name) and (dtype or device):
         given = source if is_onnx else type(source).__name__
@@ -82,7 +83,7 @@ def load(
     if isinstance(source, ExplainableModel):
         return source
     if is_onnx:
-        check_files(source)
+        check_links(source)
         return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -124,12 +125,12 @@ def _explainable(model, processor) -> ExplainableModel:
     return _FAMILIES[kind](model, processor)
 
 
-def _located(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
+def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
     """Returns the folder of the embedded model for its name, also beside another folder `embedded`; checked other names."""
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
 
-def check_files(name: str | Path, revision: str | None = None) -> None:
+def check_links(name: str | Path, revision: str | None = None) -> None:
     """
     Raises `ValueError` if the files of a folder or Hub id lead to others outside of it, which transformers would read, and an export then
     publish: by a link, or by a name in a file. Links into the blobs of the Hub's cache stay inside; weights may be links to anywhere.
@@ -178,21 +179,22 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
     folder is not run. `types` are the model types that are loaded; `options` override the model's configuration. Raises the errors of
     [`load`].
     """
-    name, shared = _located(name, types), {"trust_remote_code": False}
+    name, shared = resolve_name(name, types), {"trust_remote_code": False}
     with loading_errors(name):
         if not os.path.exists(name):
             # Files of one commit. Fails at once without a network and a copy in the cache, where each download would be retried.
             shared["revision"] = resolve_revision(name)
             check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
-        check_files(name, shared.get("revision"))
+        check_links(name, shared.get("revision"))
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, **shared, **options
         )
         if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
         processor = AutoProcessor.from_pretrained(name, **shared)
-    if not isinstance(processor, ProcessorMixin):
-        raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
+        if not isinstance(processor, ICLIPProcessor if isinstance(model, ICLIPModel) else ProcessorMixin):
+            raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
+        processor.image_processor(Image.new("RGB", (32, 32)))  # raises for damaged options
     check_tokenizer(name, processor.tokenizer, model.config)
     return model, processor
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -36,6 +38,9 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
       [0, 1], as in [`ICLIPImageFeatures`]; with `map_attention="signed"` also the `attention_direction` `(B, P)`.
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, L)`, to the unit vectors
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
+    - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
+
+    `patch_embeds`, `map_text_embeds` and `attention_direction` have 2 P numbers with `map_branches="both"`.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
@@ -46,18 +51,32 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
         The folder.
 
     Raises:
-        `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
+        `ValueError`: another value of `weights`, or the model is on another device or in another dtype. `FileExistsError`: the folder is
+            not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
-    with require_extra("onnx"):  # before the export, which takes a minute
+    # Checks come before the export, which takes a minute.
+    if weights not in _SMALLER:
+        raise ValueError(f"weights is one of {list(_SMALLER)}, not {weights!r}.")
+    if (model.dtype, model.device.type) != (torch.float32, "cpu"):
+        raise ValueError(f"Expected a model in float32 on the CPU, got {model.dtype} on {model.device}: convert it.")
+    with require_extra("onnx"):
         importlib.import_module("onnxscript")
     with atomic_folder(folder) as built:
         logger.info("Exporting the image tower (1 of 2)")
         _write(_vision_program(model), built / VISION_FILE, weights)
         logger.info("Exporting the text tower (2 of 2)")
-        _write(_text_program(model, processor(labels=["dog", "red ball"])), built / TEXT_FILE, weights)
-        model.config.save_pretrained(built)
+        _write(_text_program(model, processor), built / TEXT_FILE, weights)
+        _trained_config(model).save_pretrained(built)
         processor.save_pretrained(built)
     return Path(folder)
+
+
+def _trained_config(model: ICLIPModel) -> ICLIPConfig:
+    """Returns the configuration with the trained logit scale and bias of the recognition branch, which presence needs."""
+    config, (scale, bias) = copy.deepcopy(model.config), model.recognition()
+    config.logit_scale_init_value = math.log(scale.item())
+    config.logit_bias_init_value = None if bias is None else bias.item()
+    return config
 
 
 class ONNXModel:
@@ -71,11 +90,8 @@ class ONNXModel:
         `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
     """
 
-    similarity_maps = ICLIPModel.similarity_maps
+    similarity_maps, presence = ICLIPModel.similarity_maps, ICLIPModel.presence
     device, dtype = torch.device("cpu"), torch.float32
-
-    def presence(self, scores: torch.Tensor) -> None:
-        return None
 
     def __init__(self, folder: str | Path):
         with require_extra("onnx"):
@@ -98,8 +114,23 @@ class ONNXModel:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
         texts = inputs["input_ids"].shape[:-1]
         outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
-        embeds = {name: average_templates(value.unflatten(0, texts), num_templates) for name, value in outputs.items()}
-        return ICLIPTextFeatures(**{name: normalize(value) for name, value in embeds.items()})
+        width = outputs["text_embeds"].shape[-1]
+        embeds = {name: value.unflatten(0, texts).split(width, -1) for name, value in outputs.items()}
+        return ICLIPTextFeatures(**{name: _label_embeds(parts, num_templates) for name, parts in embeds.items()})
+
+    def recognition(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Like [`ICLIPBranch.forward`] of the recognition branch."""
+        scale, bias = self.config.logit_scale_init_value, self.config.logit_bias_init_value
+        return torch.tensor(scale).exp(), None if bias is None else torch.tensor(bias)
+
+
+def _label_embeds(branches: Sequence[torch.Tensor], num_templates: int) -> torch.Tensor:
+    """
+    Averages the prompts of each label in each branch, `(..., T * num_templates, P)` with vectors of equal length, and joins the branches
+    as [`~modeling_iclip.join_branches`] does, to unit vectors.
+    """
+    averages = [normalize(average_templates(branch, num_templates)) for branch in branches]
+    return torch.cat(averages, -1) / len(branches) ** 0.5
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -125,8 +156,9 @@ def _vision_program(model: ICLIPModel):
         return _program(model, "get_image_features", {"pixel_values": pixel_values}, _IMAGE_OUTPUTS + signed, shape)
 
 
-def _text_program(model: ICLIPModel, inputs: Mapping[str, torch.Tensor]):
-    length = torch.export.Dim("length", min=2, max=model.config.text_config.max_position_embeddings)
+def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
+    inputs = processor(labels=["dog", "red ball"], templates=["{}"])
+    length = torch.export.Dim("length", min=2, max=processor.max_text_length)
     return _program(model, "get_text_features", inputs, _TEXT_OUTPUTS, {0: torch.export.Dim("texts"), 1: length})
 
 
@@ -171,12 +203,13 @@ def _round(number, ndigits=None):
 
 def _write(program, path: Path, weights: str) -> None:
     """Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading."""
-    if weights == "float32":
+    shrink = _SMALLER[weights]
+    if shrink is None:
         program.save(path)
         return
     import onnx
 
-    model, shrink = program.model_proto, {"bfloat16": _bfloat16, "int8": _int8}[weights]
+    model = program.model_proto
     tensors, restoring = [], []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
@@ -211,3 +244,7 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
         helper.make_node("Cast", [stored], [cast], to=TensorProto.FLOAT),
         helper.make_node("Mul", [cast, scales], [name]),
     ]
+
+
+# How matrices are stored, by the names of `weights`.
+_SMALLER = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}

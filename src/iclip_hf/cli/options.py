@@ -161,16 +161,19 @@ def load_model(name: str, options: argparse.Namespace):
     return load(name, dtype=options.dtype, device=options.device)
 
 
-def load_localizer(options: argparse.Namespace):
-    """Loads the model and returns the [`Localizer`] of `iclip explain` and `iclip segment`."""
+def load_engine(options: argparse.Namespace):
+    """Loads the model and returns the [`Engine`] of `iclip explain` and `iclip segment`, and the threshold of all texts or of each."""
     from ..evaluation.results import class_thresholds, read_results
 
-    texts, threshold, results = [*options.texts, *options.background], options.threshold, None
+    threshold, results = options.threshold, None
     if isinstance(threshold, Path):  # read before the model is loaded
-        results, threshold = threshold, class_thresholds(threshold, texts, options.method)
-    from ..explainers.localizer import Localizer
+        results, texts = threshold, [*options.texts, *options.background]
+        threshold = class_thresholds(results, texts, options.method)
+    from ..explainers import make_explainer
+    from ..model.engine import Engine
 
-    model = load_model(options.model, options)
+    explainer = make_explainer(load_model(options.model, options), options.method)
+    model = explainer.model
     if results:
         protocol = read_results(results, "protocol")["protocol"]
         if differing := model.differs_from(protocol):
@@ -186,16 +189,7 @@ def load_localizer(options: argparse.Namespace):
                 f"{'not' if refined else 'refined'}: add --{'' if refined else 'no-'}refine, or measure by `iclip evaluate "
                 f"{'--no-refine' if refined else '--refine'} --output`.",
             )
-    return Localizer(
-        model,
-        texts,
-        method=options.method,
-        templates=options.templates,
-        threshold=threshold,
-        min_presence=options.min_presence,
-        image_size=options.image_size,
-        refine=options.refine,
-    )
+    return Engine(model, model.processor, explainer, options.templates, options.image_size, options.refine), threshold
 
 
 def keep_memory() -> None:

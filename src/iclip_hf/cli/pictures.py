@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..explainers import METHODS
 from ..model.presence import MIN_PRESENCE
-from .options import MODEL, PROMPTS, add_shared, load_localizer, method, option_type, share
+from .options import MODEL, PROMPTS, add_shared, load_engine, method, option_type, share
 from .output import PICTURES, check_file, check_folder, complain, echo, model_files, presence_column, printable
+
+
+if TYPE_CHECKING:
+    from ..model.engine import PreparedImage
+    from ..model.explanation import Explanation
 
 
 def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: bool = False) -> None:
@@ -85,12 +93,20 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     if is_writing:
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
         check_outputs([picture or folder / "new"], [*images, *thresholds, *model_files(options.model)])
-    localizer = load_localizer(options)
+    engine, threshold = load_engine(options)
 
-    def written(item) -> dict:
-        image, explanation = item
+    def read(path: str) -> tuple[str, PreparedImage | None]:
+        """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
+        try:
+            return path, engine.prepare(load_image(Path(path)))
+        except (ValueError, FileNotFoundError) as error:
+            return " ".join(str(error).split()), None
+
+    def written(item: tuple[tuple[str, PreparedImage | None], Explanation | None]) -> dict:
+        (image, _), explanation = item
         if explanation is None:
             return {"problem": image}
+        explanation = replace(explanation, threshold=threshold, min_presence=options.min_presence)
         if not is_writing:
             return {"image": image, **write(image, explanation, None)}
         # Chosen when it is written, because two images may have the same name.
@@ -100,11 +116,11 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     explained = 0
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPoolExecutor(1))  # loads images and writes pictures while the model runs
-        loaded = localizer.explain_all(lambda path: (path, load_image(Path(path))), images, thread, options.batch_size)
-        lines = None
-        for entry in tqdm(
-            prefetch_map(thread, written, loaded, 4), total=len(images), unit="image", disable=alone or None
-        ):
+        named, prepared = itertools.tee(prefetch_map(thread, read, images, options.batch_size))
+        texts = [*options.texts, *options.background]
+        explanations = engine.run((image for _, image in prepared), texts, options.batch_size)
+        entries, lines = prefetch_map(thread, written, zip(named, explanations), 4), None
+        for entry in tqdm(entries, total=len(images), unit="image", disable=alone or None):
             problem = entry.pop("problem", None)
             text = json.dumps(entry, ensure_ascii=False)
             if entry and is_writing and not alone:

@@ -10,20 +10,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .. import __version__
 from ..backends.loading import load
-from ..explainers import METHODS
-from ..explainers.localizer import Localizer
+from ..explainers import METHODS, make_explainer
 from ..hub.model_card import front_matter
-from ..model.engine import PreparedImage
+from ..hub.viewer import (
+    EXAMPLES,
+    MAX_CHARACTERS,
+    MAX_TEXTS,
+    SPACE,
+    example_files,
+    introduction,
+    read_asset,
+    view_size,
+    viewer_theme,
+)
+from ..model.engine import Engine, PreparedImage
 from ..model.explanation import Explanation
 from ..model.images import load_image
 from ..model.prompts import split_texts
 from ..utils.extras import require_extra
 from ..utils.files import write_files
-from .content import EXAMPLES, INTRODUCTION, MAX_CHARACTERS, MAX_TEXTS, SPACE, beside, example_files, look, view_size
 
 
 with require_extra("demo"):
@@ -37,7 +47,7 @@ MAX_SESSIONS = 64
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _SPACE_CARD = {"title": "ICLIP", **SPACE, "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
 _SPACE_README = """
-The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see one map a text.
+The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see a map for each text.
 """
 _SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
 
@@ -71,24 +81,17 @@ def asked_texts(typed: str) -> list[str]:
 class SeenImage(NamedTuple):
     """A visitor's image, kept for further texts."""
 
-    prepared: PreparedImage  # without the image, with its features if the method can use them for other texts
+    prepared: PreparedImage  # encoded, without the image
     view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
 
 
-def look_at(localizer: Localizer, image: Image.Image) -> SeenImage:
-    """Prepares an RGB image for any texts with the method of a localizer. Its maps have the size of the view."""
+def look_at(engine: Engine, image: Image.Image) -> SeenImage:
+    """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the view."""
     size, photo = view_size(image), io.BytesIO()
     image.resize(size).save(photo, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
-    prepared = localizer.encode(localizer.prepare(image, size=size[::-1]))
+    (prepared,) = engine.encode_images([engine.prepare(image, size[::-1])])
     return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": image.size})
-
-
-def explain_image(localizer: Localizer, seen: SeenImage, texts: list[str]) -> Explanation:
-    """Explains texts with the method of the localizer that prepared the image."""
-    localizer = localizer.about(texts)
-    (explanation,) = localizer.explain([seen.prepared])
-    return explanation
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
@@ -100,12 +103,12 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
         "texts": [
             {
                 "text": text,
-                "cosine": round(cosine, 4),
+                "score": round(score, 4),
                 "presence": present,
                 "word": word,
                 "map": raw_map,
             }
-            for text, cosine, present, word, raw_map in zip(
+            for text, score, present, word, raw_map in zip(
                 explanation.labels,
                 explanation.scores.tolist(),
                 explanation.presences,
@@ -117,7 +120,10 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
 
 
 def to_npz(explanation: Explanation) -> bytes:
-    """Returns a NumPy archive: texts, scores and presence `(T,)`, raw maps `(T, h, w)`, and maps `(T, H, W)` in [0, 1], float16."""
+    """
+    Returns a NumPy archive: texts, scores and presence `(T,)` (NaN for a model without), raw maps `(T, h, w)`, and maps `(T, H, W)` in
+    [0, 1], float16.
+    """
     archive = io.BytesIO()
     np.savez(  # compression saves a third, and takes longer than the texts and maps of an image seen before
         archive,
@@ -136,19 +142,18 @@ def build_app(model) -> gr.Blocks:
     outline and the value under the pointer.
     """
     model = load(model)
+    has_presence = model.presence(torch.zeros(1)) is not None
     examples = [[str(path), EXAMPLES[path.name].texts] for path in example_files()]
     first_photo, first_texts = examples[0] if examples else (None, "")
     example_paths = [path for path, _ in examples]
     gr.set_static_paths(example_paths)  # neither copied nor deleted
 
-    @functools.cache
-    def localizer(method: str, refine: bool) -> Localizer:  # the texts are set for each image
-        return Localizer(model, ["any"], method=method, refine=refine)
+    explainer = functools.cache(functools.partial(make_explainer, model))
 
-    # A visitor often asks about one image several times. An image takes 1.2 megabytes.
+    # A visitor often asks about one image several times. An image takes two megabytes.
     @functools.lru_cache(maxsize=MAX_SESSIONS)
-    def seen_image(path: str, method: str) -> SeenImage:
-        return look_at(localizer(method, False), load_image(path, Path(path).name))
+    def seen_image(path: str) -> SeenImage:
+        return look_at(Engine(model, model.processor), load_image(path, Path(path).name))
 
     def explain(photo: dict | None, typed: str, method: str, refine: bool):
         if photo is None:
@@ -158,8 +163,9 @@ def build_app(model) -> gr.Blocks:
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
             texts = asked_texts(typed)
-            seen = seen_image(photo["path"], method)
-            explanation = explain_image(localizer(method, bool(refine)), seen, texts)
+            engine = Engine(model, model.processor, explainer(method), refine=bool(refine))
+            seen = seen_image(photo["path"])
+            (explanation,) = engine.run([seen.prepared], texts)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
         npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)
@@ -167,7 +173,7 @@ def build_app(model) -> gr.Blocks:
 
     options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
     with gr.Blocks(title="ICLIP", **options) as app:
-        gr.Markdown(f"# Which pixels match the text?\n{INTRODUCTION}")
+        gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 photo = gr.Image(
@@ -204,12 +210,14 @@ def build_app(model) -> gr.Blocks:
             with gr.Column(scale=5, min_width=300):
                 viewer = gr.HTML(
                     html_template="",
-                    css_template=beside("viewer.css"),
+                    css_template=read_asset("viewer.css"),
                     # Modules for the page of `web`; Gradio runs a function's body.
-                    js_on_load=(beside("web/numerics.js") + beside("viewer.js")).replace("export function", "function")
-                    + beside("gradio_viewer.js"),
+                    js_on_load=(read_asset("numerics.js") + read_asset("viewer.js")).replace(
+                        "export function", "function"
+                    )
+                    + Path(__file__).with_name("gradio_viewer.js").read_text(encoding="utf-8"),
                     apply_default_css=False,
-                    look=look(),
+                    theme=viewer_theme(),
                 )
                 with gr.Row():
                     picture = gr.Button("Save picture (PNG)")

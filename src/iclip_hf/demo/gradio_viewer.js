@@ -1,6 +1,6 @@
 // What Gradio runs when the viewer is there, after numerics.js and viewer.js. It hands in `element`, `props` and `watch`.
 
-const viewer = createViewer(element, props.look);
+const viewer = createViewer(element, props.theme);
 
 watch("value", async () => {
   const value = props.value, photo = Object.assign(new Image(), { src: value.image });

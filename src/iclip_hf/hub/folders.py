@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from ..backends.embedded import embedded_towers
-from ..backends.loading import check_files, load_iclip
+from ..backends.loading import check_links, load_iclip
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, load_tower
 from ..model.pipeline_iclip import PIPELINES
@@ -104,8 +105,10 @@ def join_towers(
 
 def _checked_tower(config, checkpoint: str, side: str):
     """Loads a tower after a check of its shape. Transformers would fill weights of other shapes with random numbers."""
-    check_files(checkpoint)
     with loading_errors(checkpoint):
+        if not os.path.exists(checkpoint):
+            resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
+        check_links(checkpoint)
         found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
         found = getattr(found, side, found)
         sizes = {name: (getattr(found, name, None), getattr(config, name, None)) for name in _TOWER_SHAPE}

@@ -59,6 +59,9 @@ class ICLIPProcessor(ProcessorMixin):
         patch_size (`int`, defaults to 16): patch size of the image tower. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
+
+    Raises:
+        `ValueError`: an option has another value.
     """
 
     def __init__(
@@ -71,6 +74,11 @@ class ICLIPProcessor(ProcessorMixin):
         text_padding: str = "longest",
         **kwargs,
     ):
+        for name, value in (("patch_size", patch_size), ("max_text_length", max_text_length)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} of a processor is a positive integer, not {value!r:.100}.")
+        if text_padding not in ("longest", "max_length"):
+            raise ValueError(f'text_padding of a processor is "longest" or "max_length", not {text_padding!r:.100}.')
         self.templates = check_templates(templates)
         self.patch_size = patch_size
         self.max_text_length = max_text_length
@@ -142,7 +150,7 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
-            shapes with `shortest_edge`; a keyword is given flat and in the dictionary of its side; or an image is invalid, not finite
+            shapes with `shortest_edge`, or would be cropped; a keyword is given flat and in the dictionary of its side; or an image is invalid, not finite
             or out of the range of its type.
         """
         if text is not None and (labels is not None or templates is not None):
@@ -160,14 +168,20 @@ class ICLIPProcessor(ProcessorMixin):
         )
         if images is not None:
             is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-            do_rescale = {"do_rescale": getattr(self.image_processor, "do_rescale", True), **images_kwargs, **kwargs}
-            images = images if is_batch else [images]
-            images = [_prepared(image, to_8_bit if do_rescale["do_rescale"] else to_pixels) for image in images]
+            names = ("do_rescale", "do_center_crop", "crop_size")
+            options = {name: getattr(self.image_processor, name, name == "do_rescale") for name in names}
+            options |= {**images_kwargs, **kwargs}
+            convert = to_8_bit if options["do_rescale"] else to_pixels
+            images = [_prepared(image, convert) for image in (images if is_batch else [images])]
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
             # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
             sized = kwargs if "size" in kwargs else images_kwargs
-            sized["size"] = self._exact_size(images, sized.get("size"))
+            size = sized["size"] = self._exact_size(images, sized.get("size"))
+            if options["do_center_crop"] and any(options["crop_size"][side] < size[side] for side in size):
+                raise ValueError(
+                    "The image processor crops the images, so their maps would not cover them: create it with do_center_crop=False."
+                )
         usual = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
         given = {**common_kwargs, **text_kwargs, **kwargs}
         text_kwargs |= {name: value for name, value in usual.items() if name not in given}

@@ -138,7 +138,7 @@ def loading_errors(name: str | Path) -> Iterator[None]:
     except Exception as error:
         if str(error).startswith(f"{name}: "):  # has that form already
             raise
-        problem = f"loading failed ({str(error) or type(error).__name__})"
+        problem = f"loading failed ({' '.join(str(error).split()) or type(error).__name__})"
         if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable
             problem = "its weights have other shapes than its config.json says"
         kind = OSError if isinstance(error, OSError) else ValueError

@@ -1,4 +1,4 @@
-"""What the live demo and the page in the browser have in common: limits, example photographs, colours, files."""
+"""What the live demo and the exported page share: limits, example photographs, colours, files."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ MAX_CHARACTERS = 1000
 VIEW_SIDE = 640
 
 
-# Above the maps, as HTML.
-INTRODUCTION = f"""Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
-<b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A text is <i>present</i> from
-{PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between. Texts that resemble what is shown often pass."""
 # The front matter of a Space's README that both have.
 SPACE = {
     "emoji": "🔍",
@@ -65,7 +61,17 @@ def view_size(image: Image.Image) -> tuple[int, int]:
     return tuple(max(1, round(side * scale)) for side in image.size)
 
 
-def look() -> dict:
+def introduction(has_presence: bool) -> str:
+    """Returns what stands above the maps, as HTML. `has_presence`: whether the model computes presence."""
+    text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well."""
+    if has_presence:
+        text += f"""
+<b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A text is <i>present</i> from
+{PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between. Texts that resemble what is shown often pass."""
+    return text
+
+
+def viewer_theme() -> dict:
     """
     Returns the colours that `viewer.js` draws with: `colors`, for each name the red, green, blue and opacity, 0..255, of the 256
     levels of a map; `opacity` of the maps at the start; and `segments`, colours of texts as hexadecimal numbers.
@@ -74,6 +80,6 @@ def look() -> dict:
     return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS}
 
 
-def beside(name: str) -> str:
-    """Returns the text of a file in this folder."""
-    return Path(__file__).parent.joinpath(name).read_text(encoding="utf-8")
+def read_asset(name: str) -> str:
+    """Returns the text of a file of the page, in the folder `web`."""
+    return Path(__file__).with_name("web").joinpath(name).read_text(encoding="utf-8")

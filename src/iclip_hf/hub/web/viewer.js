@@ -24,20 +24,20 @@ function paint(canvas, draw) {
 /**
  * Fills an element with the controls, the maps and the table of scores.
  *
- * @param look `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`: colours of texts.
+ * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`: colours of texts.
  * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
- *   `add(index, {cosine, presence, word, levels, low, high})` adds what belongs to one: its map in 0..255, row-major, of
- *   `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
+ *   `add(index, {score, presence, word, levels, low, high})` adds what belongs to one: presence and its word, null for a model without;
+ *   its map in 0..255, row-major, of `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
  */
-export function createViewer(element, look) {
+export function createViewer(element, theme) {
   element.innerHTML = `
     <div class="controls">
-      <label><input name="opacity" type="range" min="0" max="1" step="0.01" value="${look.opacity}">
+      <label><input name="opacity" type="range" min="0" max="1" step="0.01" value="${theme.opacity}">
         Opacity of the maps <output></output></label>
       <label><input name="threshold" type="range" min="0" max="1" step="0.01" value="1">
         Outline of values above <output></output></label>
       <label class="check"><input name="segments" type="checkbox"> Segments: each pixel in the colour of its best text</label>
-      <fieldset><legend>Colours</legend>${Object.keys(look.colors).map((name, index) =>
+      <fieldset><legend>Colours</legend>${Object.keys(theme.colors).map((name, index) =>
         `<label class="check"><input name="colors" type="radio" value="${name}" ${index ? "" : "checked"}> ${NAMES[name]}</label>`
       ).join("")}</fieldset>
     </div>
@@ -45,13 +45,13 @@ export function createViewer(element, look) {
     <output class="unseen" aria-live="polite"></output>
     <table hidden>
       <caption class="unseen">Scores of the texts</caption>
-      <thead><tr><th>Text</th><th class="number">Cosine</th><th class="number">Presence</th><th></th><th class="bar"></th></tr></thead>
+      <thead></thead>
       <tbody></tbody>
     </table>`;
   const [opacity, threshold, segments, ...choices] = element.querySelectorAll("input");
   const [opacityOutput, thresholdOutput, spoken] = element.querySelectorAll("output");
   const gallery = element.querySelector(".maps"), table = element.querySelector("table");
-  const palettes = Object.fromEntries(Object.entries(look.colors).map(([name, colors]) => [name, colors.map(packed)]));
+  const palettes = Object.fromEntries(Object.entries(theme.colors).map(([name, colors]) => [name, colors.map(packed)]));
   let shown = null; // {photo, size, originalSize}
   let panels = []; // one a text: {text, heat, outline, ring, label, ...}, with `levels` and scores once they are there
   let overview = null; // the panel of segments
@@ -84,8 +84,7 @@ export function createViewer(element, look) {
 
   function add(index, result) {
     const panel = Object.assign(panels[index], result);
-    panel.figure.className = panel.word;
-    panel.caption.dataset.word = panel.word;
+    if (panel.word) panel.figure.className = panel.caption.dataset.word = panel.word;
     paintHeat(panel);
     paintOutline(panel);
     paintSegments();
@@ -120,7 +119,7 @@ export function createViewer(element, look) {
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
-    const color = ({ text }) => look.segments[panels.findIndex((panel) => panel.text === text) % look.segments.length];
+    const color = ({ text }) => theme.segments[panels.findIndex((panel) => panel.text === text) % theme.segments.length];
     const inks = present.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
@@ -137,13 +136,16 @@ export function createViewer(element, look) {
   }
 
   function fillTable() {
-    const body = table.tBodies[0];
+    const rows = ready(), body = table.tBodies[0];
+    const presences = rows.some(({ word }) => word) ? '<th class="number">Presence</th><th></th><th class="bar"></th>' : "";
     table.hidden = false;
+    table.tHead.innerHTML = `<tr><th>Text</th><th class="number">Score</th>${presences}</tr>`;
     body.replaceChildren();
-    for (const { text, cosine, presence, word } of ready()) {
-      const row = create("tr", body, { className: word });
+    for (const { text, score, presence, word } of rows) {
+      const row = create("tr", body, { className: word ?? "" });
       create("td", row, { textContent: text });
-      create("td", row, { className: "number", textContent: cosine.toFixed(3) });
+      create("td", row, { className: "number", textContent: score.toFixed(3) });
+      if (!word) continue;
       create("td", row, { className: "number", textContent: `${Math.floor(100 * presence)} %` });
       create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
@@ -217,7 +219,7 @@ export function createViewer(element, look) {
     seen.forEach(({ text, word, photo, heat, outline, legend }, index) => {
       const x = gap + (index % columns) * (width + gap);
       const y = gap + Math.floor(index / columns) * (height + line + gap);
-      const words = legend ?? [[`${text} · ${word}`, "black"]];
+      const words = legend ?? [[word ? `${text} · ${word}` : text, "black"]];
       context.font = "600 18px system-ui, sans-serif";
       words.forEach(([one, ink], i) => {
         context.fillStyle = ink;

@@ -18,20 +18,29 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx
-from ..hub.model_card import front_matter, write_model_card
-from ..hub.record import without_folders
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
-from . import content
-from .content import EXAMPLES, SPACE, beside, example_files, view_size
+from .model_card import front_matter, write_model_card
+from .record import without_folders
+from .viewer import (
+    EXAMPLES,
+    MAX_CHARACTERS,
+    MAX_TEXTS,
+    SPACE,
+    VIEW_SIDE,
+    example_files,
+    introduction,
+    read_asset,
+    view_size,
+    viewer_theme,
+)
 
 
 logger = logging.getLogger(__name__)
 
-_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js")
-_SHARED = ("viewer.css", "viewer.js")
+_PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js", "viewer.css", "viewer.js")
 _KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 # What makes the folder a static Space. The headers give the page threads.
 _STATIC_SPACE = {
@@ -46,7 +55,7 @@ _STATIC_SPACE = {
 _CDN = "https://cdn.jsdelivr.net/npm"
 # Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each the digest as browsers
 # check it, and the size in bytes as servers send it, compressed.
-_RUNTIME = json.loads(beside("web/runtime.json"))
+_RUNTIME = json.loads(read_asset("runtime.json"))
 
 
 def export_web(
@@ -60,8 +69,8 @@ def export_web(
     """
     Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
 
-    The page has the model's own maps, scores and presence. ONNX Runtime and the tokenizer are npm packages of fixed versions;
-    browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on WebGPU where there is one.
+    The page has the model's own maps and scores, and its presence if it has one. ONNX Runtime and the tokenizer are npm packages of
+    fixed versions; browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on WebGPU where there is one.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
@@ -79,20 +88,14 @@ def export_web(
     """
     folder = Path(folder)
     settings = {
-        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness", "projection_dim")},
+        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness")},
         "image": _image_settings(processor),
-        "text": {
-            "templates": list(processor.templates),
-            "max_length": processor.max_text_length,
-            "pad_to_max": processor.text_padding == "max_length",
-            "pad_id": processor.tokenizer.pad_token_id or 0,
-        },
-        "min_presence": MIN_PRESENCE,
-        "present": PRESENT,
-        "max_texts": content.MAX_TEXTS,
-        "max_characters": content.MAX_CHARACTERS,
-        "view_side": content.VIEW_SIDE,
-        "look": content.look(),
+        "text": _text_settings(processor),
+        "presence": _presence_settings(model),
+        "max_texts": MAX_TEXTS,
+        "max_characters": MAX_CHARACTERS,
+        "view_side": VIEW_SIDE,
+        "theme": viewer_theme(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
         runtime = {name: _RUNTIME[name] for name in (["wasm"] if weights == "int8" else ["wasm", "webgpu"])}
@@ -111,8 +114,6 @@ def export_web(
         settings["files"] = {"tokenizers": place(_RUNTIME["tokenizers"])}
 
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
-        if not (graphs / "tokenizer.json").is_file():
-            raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
         logger.info("Compressing the graphs")
         for name in (VISION_FILE, TEXT_FILE, "tokenizer.json", "tokenizer_config.json"):
             part = name.removesuffix("_model.onnx").removesuffix(".json")
@@ -123,16 +124,16 @@ def export_web(
 
         values = {
             "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
-            "introduction": content.INTRODUCTION,
+            "introduction": introduction(settings["presence"] is not None),
         }
-        for name in (*_PAGE, *_SHARED):
-            text = beside(name if name in _SHARED else f"web/{name}")
+        for name in _PAGE:
+            text = read_asset(name)
             text = string.Template(text).substitute(values) if name == "index.html" else text
             (built / name).write_text(text, encoding="utf-8")
         (built / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        kept = [*_PAGE, *_SHARED, "settings.json", *(example["file"] for example in settings["examples"])]
+        kept = [*_PAGE, "settings.json", *(example["file"] for example in settings["examples"])]
         digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in kept}
-        offline = string.Template(beside("web/offline.js"))
+        offline = string.Template(read_asset("offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
         # The card names the model, which is not in this folder.
@@ -165,6 +166,27 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
     }
 
 
+def _text_settings(processor: ICLIPProcessor) -> dict:
+    """Returns what `worker.js` does with a text, if its tokenizer is one that `worker.js` can read."""
+    if not processor.tokenizer.is_fast:
+        raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
+    return {
+        "templates": list(processor.templates),
+        "max_length": processor.max_text_length,
+        "pad_to_max": processor.text_padding == "max_length",
+        "pad_id": processor.tokenizer.pad_token_id or 0,
+    }
+
+
+def _presence_settings(model: ICLIPModel) -> dict | None:
+    """Returns what `numerics.js` computes presence with; None for a model that has none."""
+    scale, bias = model.recognition()
+    if bias is None:
+        return None
+    bias = bias.item() + model.config.presence_bias
+    return {"scale": scale.item(), "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
+
+
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
     """Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an old one."""
     packed = gzip.compress(data, mtime=0)
@@ -195,7 +217,7 @@ def _readme(card: Path, name: str, packages: list[str]) -> str:
         f"| `{file.stem}.jpg`, from scikit-image | {EXAMPLES[file.name].origin} |" for file in example_files()
     ]
     tokenizers, ort = packages
-    page = string.Template(beside("web/README.md")).substitute(
+    page = string.Template(read_asset("README.md")).substitute(
         name=name, ort=ort, tokenizers=tokenizers, photographs="\n".join(photographs)
     )
     return front_matter({"title": name, **_STATIC_SPACE, "license": licence}) + page

@@ -57,7 +57,7 @@ async function answer({ photo, photoId, texts, refine }, tell) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
     if (asked) return;
     const encodedText = await encodeText(model, text);
-    const cosine = numerics.dot(image.embeds, encodedText.embeds);
+    const score = numerics.dot(image.embeds, encodedText.embeds);
     const cosines = numerics.similarities(image.patches, encodedText.mapEmbeds);
     const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds, settings.model);
     let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid;
@@ -67,8 +67,8 @@ async function answer({ photo, photoId, texts, refine }, tell) {
       grid = image.neighbours.grid;
     }
     const map = numerics.enlarge(raw, grid, ...image.size);
-    const presence = numerics.presence(encodedText, cosine, cosines, image.chance, settings.presence);
-    tell({ kind: "map", index, cosine, presence, ...map }, [map.levels.buffer]);
+    const presence = numerics.presence(score, settings.presence);
+    tell({ kind: "map", index, score, presence, ...map }, [map.levels.buffer]);
   }
   tell({ kind: "done" });
 }
@@ -121,14 +121,13 @@ function draw(bitmap, orientation, scale) {
   return context;
 }
 
-async function encodeImage({ ort, vision, nouns }, { rgb, shape, size }) {
+async function encodeImage({ ort, vision }, { rgb, shape, size }) {
   const pixels = numerics.normalize(rgb, settings.image);
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
   const [embeds, patches, attention] = ["image_embeds", "patch_embeds", "map_attention"].map((name) => outputs[name].data);
   const direction = outputs.attention_direction?.data; // of a model with signed attention
   const grid = outputs.patch_embeds.dims.slice(1, 3);
-  const features = { embeds, patches, attention, direction, rgb, shape, size, grid };
-  return { ...features, chance: numerics.chance(features, nouns, settings.presence) };
+  return { embeds, patches, attention, direction, rgb, shape, size, grid };
 }
 
 // ------------------------------------------------------------------------------------------------------ the texts
@@ -141,7 +140,9 @@ async function encodeText(model, text) {
       const outputs = await encodePrompt(model, template.replaceAll("{}", () => text));
       prompts.push({ embeds: outputs.text_embeds.data, mapEmbeds: outputs.map_text_embeds.data });
     }
-    const [embeds, mapEmbeds] = ["embeds", "mapEmbeds"].map((name) => numerics.unitMean(prompts.map((one) => one[name])));
+    const width = prompts[0].embeds.length;
+    const [embeds, mapEmbeds] = ["embeds", "mapEmbeds"]
+      .map((name) => numerics.unitMean(prompts.map((one) => one[name]), width));
     encoded.set(text, { embeds, mapEmbeds });
   }
   return encoded.get(text);
@@ -190,26 +191,16 @@ async function load() {
   const vision = await ort.InferenceSession.create(content.vision, options);
   const text = await ort.InferenceSession.create(content.text, options);
   const [tokens, tokensConfig] = [content.tokenizer, content.tokenizer_config].map((bytes) => JSON.parse(decodeText(bytes)));
-  const nouns = vectors(content.nouns, settings.model.projection_dim);
   await Promise.all((await cache?.keys() ?? []) // of earlier exports
     .filter(({ url }) => !all.some((file) => address(file) === url))
     .map((request) => cache.delete(request)));
-  return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig), nouns };
+  return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig) };
 }
 
 const decodeText = (bytes) => new TextDecoder().decode(bytes);
 const moduleUrl = (bytes) => URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
 const importModule = (bytes) => import(moduleUrl(bytes));
 const address = ({ url }) => new URL(url, BASE).href;
-
-/** The reference nouns' vectors: of each, one for recognition and one for the map, float32. */
-function vectors(bytes, dim) {
-  const values = new Float32Array(bytes.buffer);
-  return Array.from({ length: values.length / dim / 2 }, (_, i) => {
-    const [embeds, mapEmbeds] = [0, 1].map((branch) => values.subarray((2 * i + branch) * dim, (2 * i + branch + 1) * dim));
-    return { embeds, mapEmbeds };
-  });
-}
 
 /** The cache of this page; null where the browser has none, as in private windows and without HTTPS. */
 async function openCache() {

@@ -138,12 +138,19 @@ export function dot(one, other) {
   return sum;
 }
 
-/** The mean of unit vectors as a unit vector: the prompts of one label. */
-export function unitMean(vectors) {
-  const sum = new Float32Array(vectors[0].length);
-  for (const vector of vectors) vector.forEach((value, i) => (sum[i] += value));
-  const length = Math.hypot(...sum) || 1;
-  return sum.map((value) => value / length);
+/**
+ * The mean of the unit vectors of one label's prompts, as a unit vector. A vector joins one part of `width` numbers for each branch, and
+ * each part is normalized alone.
+ */
+export function unitMean(vectors, width) {
+  const mean = new Float32Array(vectors[0].length);
+  for (const vector of vectors) vector.forEach((value, i) => (mean[i] += value));
+  for (let start = 0; start < mean.length; start += width) {
+    const part = mean.subarray(start, start + width);
+    const length = Math.hypot(...part) * Math.sqrt(mean.length / width) || 1;
+    part.forEach((value, i) => (part[i] = value / length));
+  }
+  return mean;
 }
 
 /** Cosine of each patch with a text; `patches` are unit vectors in one array. */
@@ -180,37 +187,18 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }, wei
 }
 
 /**
- * What `presence` compares the texts of an image with: mean and standard deviation of the cosines of the reference nouns, and, if
- * patches were trained to match texts, exp(sharpness * cosine) of each noun with all patches.
+ * The probability that the image shows the text, as `ICLIPModel.presence` computes it; null for a model that was trained with a softmax,
+ * which has no settings of presence.
  */
-export function chance({ embeds, patches }, nouns, { matches_patches, sharpness }) {
-  const cosines = nouns.map((noun) => dot(embeds, noun.embeds));
-  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
-  const squares = cosines.reduce((sum, value) => sum + (value - mean) ** 2, 0);
-  const powers = matches_patches &&
-    nouns.map(({ mapEmbeds }) => similarities(patches, mapEmbeds).map((value) => Math.exp(sharpness * value)));
-  return { mean, std: Math.sqrt(squares / (cosines.length - 1)), nouns, powers };
+export function presence(score, settings) {
+  return settings && 1 / (1 + Math.exp(-(settings.scale * score + settings.bias)));
 }
 
-/** The probability that the image shows the text, as `presence.presence` computes it. `cosines` are those of the patches. */
-export function presence(text, cosine, cosines, { mean, std, nouns, powers }, settings) {
-  const rank = (cosine - mean) / std, { rank_alone, rank_and_patches, sharpness, like, best } = settings;
-  const probability = (logit) => 1 / (1 + Math.exp(-logit));
-  if (!powers) return probability(rank_alone[0] * rank + rank_alone[1]);
-  const competition = new Float64Array(cosines.length);
-  nouns.forEach(({ mapEmbeds }, noun) => {
-    if (dot(text.mapEmbeds, mapEmbeds) <= like) powers[noun].forEach((power, i) => (competition[i] += power));
-  });
-  const beaten = cosines.map((value, i) => value - Math.log(Math.max(competition[i], 1.2e-38)) / sharpness);
-  const strongest = beaten.sort().slice(-best); // an array of numbers sorts as numbers
-  const evidence = strongest.reduce((one, other) => one + other, 0) / strongest.length;
-  return probability(rank_and_patches[0] * rank + rank_and_patches[1] * evidence + rank_and_patches[2]);
-}
-
-/** The presence as a word, as `presence.presence_word` says it. */
-export function presenceWord(value, { min_presence, present }) {
-  if (!(value >= min_presence)) return "absent";
-  return value >= present ? "present" : "unsure";
+/** The presence as a word, as `presence_word` says it; null without a presence. */
+export function presenceWord(value, settings) {
+  if (value === null) return null;
+  if (!(value >= settings.min_presence)) return "absent";
+  return value >= settings.present ? "present" : "unsure";
 }
 
 /** For each of `target` pixels along one side: four source pixels and their weights; no antialiasing. */

@@ -16,7 +16,7 @@ if (!globalThis.WebAssembly || !globalThis.OffscreenCanvas)
   throw fail("This browser cannot run the model: it has no WebAssembly, or it is older than 2023. Try another one.");
 
 navigator.serviceWorker?.register("offline.js").catch(() => null); // without it, the page needs the server again
-const viewer = createViewer(find("viewer"), settings.look);
+const viewer = createViewer(find("viewer"), settings.theme);
 // Through a blob, so that the worker has the page's content security policy. It may connect nowhere else either.
 const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([start], { type: "text/javascript" })), { type: "module" });
@@ -114,7 +114,7 @@ const answers = {
   },
   map({ index, ...result }) {
     if (unseen) viewer.show({ ...picture, texts: pending });
-    viewer.add(index, { ...result, word: presenceWord(result.presence, settings) });
+    viewer.add(index, { ...result, word: presenceWord(result.presence, settings.presence) });
     // On a phone, the maps are below the question. They come into view if the visitor asked for them.
     if (unseen && matchMedia(NARROW).matches && navigator.userActivation?.hasBeenActive) find("viewer").scrollIntoView();
     unseen = false;

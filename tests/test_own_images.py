@@ -144,7 +144,17 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     model = world.folder / "model"
     table = write_table(tmp_path, 30)
     (tmp_path / "0.png").write_bytes(b"no image")  # one bad pair of 30 is allowed
-    arguments = ["--validation_data", str(table), "--epochs", "3", "--learning_rate", "1e-3", "--report_to", "none"]
+    arguments = [
+        "--validation_data",
+        str(table),
+        "--epochs",
+        "3",
+        "--learning_rate",
+        "1e-3",
+        "--best_metric",
+        "val_loss",
+    ]
+    arguments += ["--report_to", "none"]
     assert cli.main(["train", str(table), "--model", str(model), *arguments]) == 0
     out = capsys.readouterr().out
     assert "Chosen by the number of pairs" in out and re.search(r"batch_size +29\n", out)

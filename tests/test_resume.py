@@ -12,7 +12,8 @@ from test_identity import CONFIG, edit_json, edit_weights, swapped
 from training_runs import write_table
 
 from iclip_hf.training.preset import STATE_FILE, checkpoints
-from iclip_hf.training.settings import parse_settings, train
+from iclip_hf.training.settings import parse_settings
+from iclip_hf.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ extras = {
         "timm>=1.0.15",
     ],
     # `iclip evaluate` and the metric modules
-    "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8"],
+    "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scikit-learn>=1.5"],
     # Gradio apps, and their example photographs
     "demo": ["gradio>=6.10", "scikit-image>=0.25"],
     # `iclip export --format onnx`, and models so exported
@@ -36,7 +36,6 @@ extras["dev"] = sorted(
         "pytest>=8.0",
         "pytest-xdist>=3.6",
         "ruff>=0.12",
-        "scikit-learn>=1.5",
         "setuptools>=77",
         "torchmetrics>=1.6",
         "transformers-mlinter==0.1.5",
@@ -63,13 +62,13 @@ setup(
     package_data={
         "iclip_hf": [
             "py.typed",
-            "data/astronaut.*",
+            "plots/astronaut.*",
             "demo/*.js",
             "hub/web/*",
             "backends/*.safetensors",
             "plots/fonts/*",
         ],
-        "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md", "*/*.txt"],
+        "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md"],
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[

@@ -172,8 +172,8 @@ def channels(options: argparse.Namespace) -> None:
 def relation(options: argparse.Namespace) -> None:
     per_class = json.loads(options.evaluation.read_text())["per_class"]
     method = next(iter(per_class))
-    rows = [row for row in per_class[method] if None not in (row["AP"], row["MIoU"])]
-    names, x, y = zip(*((row["name"], row["AP"], row["MIoU"]) for row in rows))
+    rows = [(row["name"], row["mAP"]["AP"], row["mMIoU"]["IoU"]) for row in per_class[method]]
+    names, x, y = zip(*(row for row in rows if None not in row))
     relation_plot(names, np.array(x), np.array(y), method).savefig(options.output, dpi=120)
 
 

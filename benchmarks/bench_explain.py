@@ -19,16 +19,13 @@ from measuring import alone, command_line, cost, machine, medians, ratio, table,
 from PIL import Image
 from transformers import AutoModel, pipeline
 
-from iclip_hf import ICLIPModel
+from iclip_hf import ICLIPModel, load
 from iclip_hf.backends.embedded import embedded_towers
-from iclip_hf.backends.loading import load, load_iclip
-from iclip_hf.backends.references import kept_on_disk
+from iclip_hf.backends.loading import load_iclip
 from iclip_hf.cli.options import keep_memory
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.images import load_image
-from iclip_hf.model.presence import presence
 from iclip_hf.model.processing_iclip import ICLIPProcessor
-from iclip_hf.model.reference_nouns import REFERENCE_NOUNS
 
 
 SIZE = (480, 640)
@@ -209,29 +206,6 @@ def end_to_end(files: int) -> str:
     return table(headings, [[*seconds.values(), an_image, f"{an_image / bound:.2f}"]])
 
 
-def presences(rounds: int) -> str:
-    """Presence: encoding the reference nouns, reading them in another process and again in this one, and what an image costs then."""
-    model = load("embedded")
-    pixel_values = model.processor(images=[Image.new("RGB", SIZE[::-1])])["pixel_values"]
-    nouns, texts = model.references(model.templates), model.encode_texts(["dog", "ball", "grass"])
-    image = model.get_image_features(pixel_values)
-    contenders = {
-        "first": lambda: model.encode_texts(REFERENCE_NOUNS),
-        "read": lambda: kept_on_disk(
-            model.network, model.processor, model.templates, lambda _: nouns, REFERENCE_NOUNS
-        ),
-        "again": lambda: model.references(model.templates),
-        "image": lambda: presence(model, image, texts, nouns),
-        "forward": lambda: model.get_image_features(pixel_values),
-    }
-    taken = take_turns({name: without_gradients(function) for name, function in contenders.items()}, rounds)
-    seconds = medians(taken)
-    headings = [f"encoding {len(REFERENCE_NOUNS)} nouns, first use, seconds", "from the cache, seconds", "again, ms"]
-    headings += ["presence of an image, ms", "forward, ms", "ratio"]
-    figures = [seconds["first"], seconds["read"], *(1e3 * seconds[name] for name in ("again", "image", "forward"))]
-    return table(headings, [[*figures, f"{ratio(taken, 'image', 'forward'):.4f}"]])
-
-
 def evaluating(data: Path) -> str:
     """`iclip evaluate` on real images and masks, with all its metrics: how much of the time is not the model's."""
     command = ["-m", "iclip_hf.cli", "evaluate", "--dataset", "coco2017", "--data-root", data / "coco100"]
@@ -298,7 +272,6 @@ def main():
         lambda: variants(options.rounds),
         lambda: pipelines(3),
         lambda: asking_again(options.rounds),
-        lambda: presences(options.rounds),
         lambda: end_to_end(100),
         lambda: evaluating(options.data),
         lambda: starting(max(3, options.rounds // 2)),

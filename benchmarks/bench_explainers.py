@@ -11,6 +11,7 @@ maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of r
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +22,11 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from iclip_hf import load
 from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import segments
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
-from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
 
@@ -99,8 +101,8 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
     return {
         "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
         **{
-            f"`{name}`": lambda explainer=explainer: explainer.raw_maps(pixel_values, texts)
-            for name, explainer in explainers.items()
+            f"`{name}`": partial(Engine(one.model, one.model.processor, one).raw_maps, pixel_values, texts)
+            for name, one in explainers.items()
         },
         "Grad-CAM with transformers": lambda: with_transformers(model, pixel_values, embeds, "grad_cam"),
         "Grad-CAM of pytorch-grad-cam": pytorch_grad_cam,
@@ -112,11 +114,10 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 def uses_of_maps() -> dict[str, Callable[[], object]]:
     """From the pixels of a photograph to its finished maps or label map."""
     model, processor, texts, pixel_values = clip(CLASSES)
-    explainer, shown = make_explainer((model, processor)), torch.ones(CLASSES, dtype=torch.bool)
+    loaded, shown = load((model, processor)), torch.ones(CLASSES, dtype=torch.bool)
 
     def drawn(refine: bool) -> torch.Tensor:
-        maps, _ = explainer.raw_maps(pixel_values, texts)
-        return (refine_maps(maps, pixel_values) if refine else maps)[0]
+        return Engine(loaded, loaded.processor, refine=refine).raw_maps(pixel_values, texts)[0][0]
 
     return {
         "explaining": lambda: resize_and_normalize(drawn(False), SIZE),

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from measuring import cost, machine, medians, ratio, table, take_turns
 
 from iclip_hf import ICLIPProcessor
-from iclip_hf.model.explanation_core import TEXT_BATCH, join_texts
+from iclip_hf.model.engine import TEXT_BATCH, join_texts
 from iclip_hf.utils.files import atomic_write
 
 

@@ -15,14 +15,8 @@ from measuring import command_line, cost, machine, medians, ratio, table, take_t
 from sklearn.metrics import roc_auc_score
 from torchmetrics.classification import BinaryPrecisionRecallCurve
 
-from iclip_hf.evaluation.metrics import (
-    THRESHOLDS,
-    MeanForegroundMinusBackground,
-    MeanMaxIoU,
-    TextContrast,
-    contrast_counts,
-    threshold_counts,
-)
+from iclip_hf.evaluation.functional import THRESHOLDS, contrast_counts, threshold_counts
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -69,7 +63,7 @@ def iou_by_torchmetrics(heatmap, mask):
 
 
 CONTENDERS = {
-    "`iclip_hf.evaluation.metrics`, one pass": iou_of_counts,
+    "`iclip_hf`, one pass": iou_of_counts,
     "numpy, loop over 101 thresholds, tuned (`count_nonzero`, void cut away once)": iou_in_a_loop,
     "torchmetrics, `BinaryPrecisionRecallCurve` with 101 bins": iou_by_torchmetrics,
 }
@@ -99,7 +93,7 @@ def contrast_by_sklearn(maps, mask):
 
 
 CONTRAST_CONTENDERS = {
-    "`iclip_hf.evaluation.metrics`, histograms": contrast_of_counts,
+    "`iclip_hf`, histograms": contrast_of_counts,
     "scikit-learn, `roc_auc_score` in a loop": contrast_by_sklearn,
 }
 

@@ -13,7 +13,7 @@ from measuring import command_line, table
 from iclip_hf import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.metrics import MeanIoU
-from iclip_hf.explainers.localizer import Localizer
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map, segments
 from iclip_hf.model.similarity import resize_and_normalize
 
@@ -47,16 +47,16 @@ def measure(dataset, refine: bool, background: list[str]) -> list[list]:
     model = load("embedded")
     texts = [text for synonyms in dataset.synonyms for text in synonyms]
     labels = np.array([label for label, names in zip(dataset.labels, dataset.synonyms) for _ in names])
-    localizer = Localizer(model, [*texts, *background], templates=dataset.templates, refine=refine)
+    engine = Engine(model, model.processor, templates=dataset.templates, refine=refine)
+    asked_texts = [*texts, *background]
     folds = {rule: [MeanIoU(max(dataset.labels) + 1, True) for _ in range(2)] for rule in RULES}
     hidden, asked = dict.fromkeys(RULES, 0), 0
-    for position in range(len(dataset)):
-        sample = dataset[position]
-        (explanation,) = localizer.explain([localizer.prepare(sample.image)])
+    explanations = engine.run((sample.image for sample in dataset), asked_texts, batch_size=1)
+    for position, (sample, explanation) in enumerate(zip(dataset, explanations)):
         rows = np.flatnonzero(np.isin(labels, sample.labels))
         names = np.append(labels[rows], 0)  # the last for the label -1
-        rows = [*rows.tolist(), *range(len(texts), len(localizer.texts))]
-        present = explanation.presence[rows] >= explanation.min_presence
+        rows = [*rows.tolist(), *range(len(texts), len(asked_texts))]
+        present = torch.tensor(explanation.present)[rows]
         shown = set(names[:-1][present[: len(names) - 1].numpy()].tolist())
         asked += len(shown)
         others = range(len(names) - 1, len(rows))

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import BatchLoader, FeatureCache
@@ -73,8 +73,9 @@ class Study:
         own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
         if count:
             self.fine_tune(model, own[:count], seed, rate)
-        result = evaluate((model.eval(), self.processor), self.maps, progress=False).results["itsm"]
-        return {**self.retrieval(model, unseen), **result}
+        result = evaluate_model((model.eval(), self.processor), self.maps, progress=False).results["itsm"]
+        maps = {name: scores[name.lower()] for name, scores in result.items() if name.lower() in scores}
+        return {**self.retrieval(model, unseen), **maps}
 
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)

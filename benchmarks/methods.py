@@ -14,19 +14,20 @@ from measuring import command_line, machine, ratio, table, take_turns
 
 from iclip_hf.backends.loading import load
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.results import rounded
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics.metric import rounded
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
+from iclip_hf.model.engine import Engine
 from iclip_hf.utils.files import atomic_write
 
 
 CONSTANT = "a constant map"
 TEXTS = 20  # of one image, for the time
 COLUMNS = {
-    "mMIoU": ("mMIoU %", 1),
-    "mFMB": ("mFMB", 3),
+    "mmiou": ("mMIoU %", 1),
+    "mfmb": ("mFMB", 3),
     "text_contrast": ("text contrast %", 1),
-    "mIoU": ("mIoU %", 1),
+    "miou": ("mIoU %", 1),
     "pointing_game": ("pointing game %", 1),
     "difference_probability": ("insertion minus deletion, % points", 2),
 }
@@ -67,20 +68,22 @@ def supported(model) -> tuple[list[str], dict[str, str]]:
 def measure(model, dataset, methods: list[str], limit: int | None, few: int) -> dict[str, dict[str, float]]:
     """Returns the scores by method on one data set, with mAP and the row of a constant map."""
     few = min(few, limit or few)
-    cheap = evaluate(model, dataset, methods, limit=limit).results
-    few_measures = ["segmentation", "deletion_insertion", "pointing_game"]
-    costly = evaluate(model, dataset, methods, few_measures, limit=few).results
-    scores = {method: {**costly[method], **cheap[method], "floor": costly[method]["floor"]} for method in methods}
-    for row in scores.values():
-        if row["difference_probability"] is not None:
-            row["difference_probability"] *= 100
+    cheap = evaluate_model(model, dataset, methods, ["mAP", "mMIoU", "mFMB", "text_contrast"], limit=limit).results
+    few_metrics = ["segmentation", "deletion_insertion", "pointing_game"]
+    costly = evaluate_model(model, dataset, methods, few_metrics, limit=few).results
+    scores = {}
+    for method in methods:
+        found = {**cheap[method], **costly[method]}
+        scores[method] = {name: value for of_metric in found.values() for name, value in of_metric.items()}
+        if scores[method]["difference_probability"] is not None:
+            scores[method]["difference_probability"] *= 100
     first = scores[methods[0]]
     scores[CONSTANT] = {
-        "mAP": first["mAP"],
-        "mMIoU": cheap[methods[0]]["floor"],
-        "mFMB": 0.0,
+        "map": first["map"],
+        "mmiou": cheap[methods[0]]["mMIoU"]["floor"],
+        "mfmb": 0.0,
         "text_contrast": 50.0,
-        "mIoU": costly[methods[0]]["floor"],
+        "miou": costly[methods[0]]["segmentation"]["floor"],
         "pointing_game": first["foreground"],
     }
     return scores
@@ -91,7 +94,8 @@ def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     explainers = {method: make_explainer(model, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = model.encode_texts(dataset.class_names[:TEXTS])
     pixel_values = model.processor(images=[dataset[0].image])["pixel_values"]
-    return take_turns({name: partial(one.raw_maps, pixel_values, texts) for name, one in explainers.items()}, 3)
+    engines = {name: Engine(one.model, one.model.processor, one) for name, one in explainers.items()}
+    return take_turns({name: partial(one.raw_maps, pixel_values, texts) for name, one in engines.items()}, 3)
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
@@ -112,7 +116,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     lines = [
         f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
         f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
-        f"{' / '.join(rounded(of_data[CONSTANT]['mAP'], 1) for of_data in scores)} %. Seconds: raw maps of one image with "
+        f"{' / '.join(rounded(of_data[CONSTANT]['map'], 1) for of_data in scores)} %. Seconds: raw maps of one image with "
         f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}.",
         "",
         table(headings, rows),

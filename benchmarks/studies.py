@@ -18,7 +18,7 @@ from measuring import table as markdown
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.class_names import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
+from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.pooling import normalize_attention
 from iclip_hf.training.settings import parse_settings
 from iclip_hf.training.train import train
@@ -79,8 +79,8 @@ def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, 
     scores = {}
     for map_attention in MAP_ATTENTION:
         model.config.map_attention = map_attention
-        result = evaluate((model, processor), dataset, progress=False).results["itsm"]
-        scores[map_attention] = {metric: result[metric] for metric in METRICS}
+        result = evaluate_model((model, processor), dataset, metrics=[*METRICS], progress=False).results["itsm"]
+        scores[map_attention] = {metric: result[metric][metric.lower()] for metric in METRICS}
     return scores
 
 

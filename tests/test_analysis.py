@@ -132,7 +132,8 @@ def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
 
 def test_the_script_writes_the_tables_and_figures(labelled_folder, world, tmp_path, monkeypatch, capsys):
     rows = [
-        {"name": name, "AP": ap, "MIoU": iou} for name, ap, iou in (("dog", 90, 10), ("cat", 50, 20), ("sky", 1, None))
+        {"name": name, "mAP": {"AP": ap}, "mMIoU": {"IoU": iou}}
+        for name, ap, iou in (("dog", 90, 10), ("cat", 50, 20), ("sky", 1, None))
     ]
     (tmp_path / "results.json").write_text(json.dumps({"per_class": {"itsm": rows}}))
     image = next((labelled_folder / "images").iterdir())

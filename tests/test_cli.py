@@ -155,7 +155,7 @@ def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
 
 def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     results = tmp_path / "results.json"
-    rows = [{"name": "dog", "threshold": 0.3}, {"name": "red ball", "threshold": 0.8}]
+    rows = [{"name": name, "mMIoU": {"threshold": best}} for name, best in (("dog", 0.3), ("red ball", 0.8))]
     protocol = load(str(workspace / "model")).identity
     results.write_text(json.dumps({"per_class": {"itsm": rows}, "protocol": protocol}))
     image, output = workspace / "0" / "a.jpg", tmp_path / "out.png"
@@ -176,19 +176,25 @@ def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys, measured):
+def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys):
     """`iclip segment` refines by default and `iclip evaluate` does not."""
-    results, image = tmp_path / "results.json", workspace / "0" / "a.jpg"
-    content = {"per_class": {"itsm": [{"name": "dog", "threshold": 0.3}]}}
-    content["protocol"] = {**load(str(workspace / "model")).identity, "refine": measured}
-    results.write_text(json.dumps(content))
-    for used in (False, True):
-        option = "--refine" if used else "--no-refine"
-        assert run(workspace, image, "--text", "dog", "--threshold", results, option, "--json") == 0
+    results, model = tmp_path / "results.json", load(str(workspace / "model"))
+    maps = {"refine": False, "templates": model.templates, "image_size": dict(model.processor.image_processor.size)}
+    for other in (
+        {},
+        {"refine": True},
+        {"templates": ["a {}"]},
+        {"image_size": {"height": 64, "width": 64}},
+        {"metrics": {"mMIoU": {"aggregate": "pixel"}}},
+    ):
+        content = {"per_class": {"itsm": [{"name": "dog", "mMIoU": {"threshold": 0.3}}]}}
+        content["protocol"] = model.identity | maps | other
+        results.write_text(json.dumps(content))
+        assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--threshold", results, "--json") == 0
         said = capsys.readouterr().err
-        assert ("has thresholds of maps that were" in said) == (used != measured)
-        assert ("add --refine" in said, "add --no-refine" in said) == (measured > used, used > measured)
+        assert ("has thresholds of other maps" in said) == bool(other)
+        named = ["aggregate" if name == "metrics" else name for name in other]
+        assert all(f"{name} " in said for name in named)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +234,6 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["export", model, "out", "--results", "none.json"],
         ["push", model, "a b"],
         ["init", "--config", "iclip-vit-b16", "--output", "."],
-        ["demo", "--export-space", "out", "--dtype", "bfloat16"],
         ["train", "pairs.csv"],
         ["train", "--config", "none"],
     ]
@@ -319,14 +324,13 @@ def test_data_sets_of_the_command_are_those_of_the_package():
     )
 
 
-def test_options_of_the_command_are_those_of_the_package():
+def test_options_of_the_command_are_parameters_of_metrics():
     from inspect import signature
 
-    from iclip_hf.evaluation.measures import MEASURES, OPTIONS, make_measure
+    from iclip_hf.evaluation.metrics import METRICS, OPTIONS, make_metrics
 
-    for measure in MEASURES:
-        own = {option for option, (measures, *_) in OPTIONS.items() if measure in measures}
-        assert own == signature(type(make_measure(measure))).parameters.keys(), measure
+    parameters = {name for metric in make_metrics([*METRICS]) for name in signature(type(metric)).parameters}
+    assert OPTIONS.keys() == parameters - {"ignore_index", "stuff", "like"}  # which the data set says
 
 
 def test_settings_take_dashes_and_underscores():

@@ -1,7 +1,6 @@
 import base64
 import io
 import itertools
-import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
 from gradio_client.exceptions import AppError
-from huggingface_hub import RepoCard
 from PIL import Image
 
 from iclip_hf import ICLIPModel, explain, load
@@ -258,20 +256,6 @@ def test_the_image_of_another_question_is_not_encoded_again(client, folder, reco
         counts.append(len(encoded))
     assert counts == [1, 1, 2]
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-2)
-
-
-@pytest.mark.parametrize("model", [None, "org/iclip-vit-b16"])
-def test_a_space_runs_the_same_app(tmp_path, monkeypatch, capsys, model):
-    assert iclip("demo", "--export-space", tmp_path / "space", *(["--model", model] if model else [])) == 0
-    _, upload = capsys.readouterr().out.splitlines()
-    assert upload == f"  hf upload your-name/space {tmp_path / 'space'} . --repo-type space"
-    assert sorted(path.name for path in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
-    card = RepoCard.load(tmp_path / "space" / "README.md")
-    assert card.data.sdk == "gradio" and card.data.app_file == "app.py"
-    launched = []
-    monkeypatch.setattr(app, "launch", launched.append)
-    runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
-    assert launched == [model or "embedded"]
 
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):

@@ -29,6 +29,7 @@ from iclip_hf import (
 )
 from iclip_hf.backends.loading import load
 from iclip_hf.cli.output import presence_column
+from iclip_hf.data.vocabulary import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior
@@ -191,6 +192,39 @@ def test_encoded_texts_are_asked_about_any_number_of_images(tiny_processor):
     for one, other in zip(engine.run(IMAGES, engine.encode(TEXTS)), engine.run(IMAGES, TEXTS)):
         assert one.labels == ["0", "1", "2"]
         assert_same(replace(one, labels=TEXTS), other)
+
+
+@pytest.mark.parametrize("method", ["itsm", "gem"])
+@pytest.mark.parametrize("size", [None, 48])
+def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method, size, monkeypatch):
+    """Without a text like a better one. All texts of the random model are rather like each other."""
+    monkeypatch.setattr("iclip_hf.model.engine.LIKE", 0.999)
+    engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
+    texts = ["grass", "car", "dog", "sky", "grass", "car", "dog"]
+    embeds = engine.encode(texts).text_embeds
+    for one, whole in zip(engine.run(IMAGES, texts, best=2), engine.run(IMAGES, texts)):
+        ranked, distinct = sorted(range(7), key=lambda row: -whole.scores[row]), []
+        for row in ranked:
+            if all(embeds[row] @ embeds[other] < 0.999 for other in distinct):
+                distinct.append(row)
+        rows = [*distinct, *(row for row in ranked if row not in distinct)][:2]
+        assert one.labels == [texts[row] for row in rows] != [texts[row] for row in ranked[:2]]
+        torch.testing.assert_close(one.all_scores, whole.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.scores, whole.scores[rows], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
+
+
+def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
+    monkeypatch.setattr("iclip_hf.explainers.explain.vocabulary", lambda: ["dog", "ball", "car", "sky"])
+    found = explain((tiny_model(), tiny_processor), IMAGES)
+    assert [sorted(one.labels) for one in found] == [["ball", "car", "dog", "sky"]] * 2
+    assert all(one.scores.diff().max() <= 1 for one in found) and found[0].maps.shape == (4, 40, 60)
+
+
+def test_the_vocabulary_has_plain_nouns():
+    nouns = vocabulary()
+    assert len(nouns) == len(set(nouns)) > 2000 and {"dog", "sky", "water"} <= set(nouns)
+    assert not [noun for noun in nouns if "(" in noun or noun != noun.strip()]
 
 
 @pytest.mark.parametrize("image", IMAGES)

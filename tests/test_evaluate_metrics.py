@@ -2,10 +2,8 @@
 
 import ast
 import doctest
-import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
-from iclip_hf.evaluation import metrics  # noqa: E402
-from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast  # noqa: E402
-from iclip_hf.hub import metric_modules  # noqa: E402
+from iclip_hf.evaluation.metrics import label_maps, maps, recognition, segmentation  # noqa: E402
+from iclip_hf.evaluation.metrics.maps import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast  # noqa: E402
+from iclip_hf.hub.metric_modules import metric_scripts  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]
-FOLDERS = sorted(path for path in (REPOSITORY / "evaluate_metrics").iterdir() if (path / "app.py").is_file())
+FOLDERS = sorted(path for path in (REPOSITORY / "evaluate_metrics").iterdir() if (path / "README.md").is_file())
 PAIR_METRICS = {"mmiou": MeanMaxIoU, "mfmb": MeanForegroundMinusBackground}
 ACCUMULATORS = {**PAIR_METRICS, "text_contrast": TextContrast}
 
@@ -137,7 +134,8 @@ def test_counts_are_stored_not_pixels(folder):
     metric = evaluate.load(str(folder))
     maps = np.random.default_rng(2).random((20, 300, 400), dtype=np.float32)
     for heatmap in maps:
-        metric.add_batch(**metric.of_one_image([heatmap], (heatmap > 0.5).astype(np.uint8), [1]))
+        one = (heatmap, 1) if folder.name in PAIR_METRICS else (heatmap[None], [1])
+        metric.add(prediction=one[0], reference=(heatmap > 0.5).astype(np.uint8), labels=one[1])
     metric._finalize()
     assert len(metric.data) == 20
     assert metric.data.data.nbytes < 20 * 2000  # a map has 480000 bytes
@@ -169,8 +167,6 @@ def test_ignore_index_wherever_pairs_are_given(folder):
         metric.add(prediction=prediction, reference=reference, label=label, ignore_index=0)
     assert metric.compute() == wanted
     assert metric.compute(**inputs, ignore_index=255) == expected(folder.name)  # what was computed is forgotten
-    given = metric.of_one_image([np.zeros((1, 2)), np.ones((1, 2))], np.array([[1, 2]]), [2, 1])["labels"]
-    assert given in ([2, 1], [[2, 1]])  # in the order of the maps
 
 
 def test_aggregate_when_loading_and_when_computing(pair_folder):
@@ -247,33 +243,14 @@ def test_examples_of_the_cards(folder, monkeypatch):
 
 
 def test_examples_of_the_metrics():
-    examples = doctest.testmod(metrics)
-    assert examples.attempted >= 15 and not examples.failed
+    """With numpy alone in their namespace."""
+    found = [
+        doctest.testmod(module, extraglobs={"np": np}) for module in (label_maps, maps, recognition, segmentation)
+    ]
+    assert all(examples.attempted >= 3 and not examples.failed for examples in found)
 
 
-def test_exported_space_works_in_a_folder_of_any_name(folder, tmp_path):
-    space = tmp_path / "app"
-    space.mkdir()
-    (space / ".gitattributes").write_text("of the clone")
-    assert metric_modules.export_space(folder.name, space) == space
-    written = {".gitattributes", "README.md", "app.py", "requirements.txt", f"{folder.name}.py"}
-    assert {path.name for path in space.iterdir()} == written
-    assert evaluate.load(str(space / f"{folder.name}.py")).compute(**items(folder.name)) == expected(folder.name)
-
-
-def test_app_scores_image_files(folder, tmp_path):
-    pytest.importorskip("gradio", reason="needs the extra [demo]")
-    demo = runpy.run_path(str(folder / "app.py"))["demo"]
-    mask = Image.new("P", (2, 2))  # a palette image, as VOC's, whose colours are not its ids
-    mask.putdata([3, 3, 5, 255])
-    mask.putpalette([255 - i // 3 for i in range(768)])
-    mask.save(tmp_path / "mask.png")
-    maps = np.array([[[255, 102], [153, 0]], [[51, 0], [204, 255]]], np.uint8)
-    for index, heatmap in enumerate(maps):
-        Image.fromarray(heatmap).save(tmp_path / f"{index}.png")
-    result = json.loads(
-        demo.fn([str(tmp_path / "0.png"), str(tmp_path / "1.png")], str(tmp_path / "mask.png"), "3, 5")
-    )
-    metric = evaluate.load(str(folder))
-    inputs = metric.of_one_image(list(maps / np.float32(255)), np.array([[3, 3], [5, 255]]), [3, 5])
-    assert result == json.loads(json.dumps(expected(folder.name, **inputs)))
+def test_the_scripts_of_the_package_need_no_installation():
+    scripts = metric_scripts()
+    assert list(scripts) == [folder.name for folder in FOLDERS]
+    assert evaluate.load(str(scripts["mmiou"])).compute(**pairs()) == expected("mmiou")

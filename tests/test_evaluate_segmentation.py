@@ -6,17 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import NAMES, tiny_model
-from families import raw_maps
 from torch.nn import functional as F
 
-from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.recognition import like_classes
-from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
-from iclip_hf.evaluation.measures.typed_segments import TypedSegments
-from iclip_hf.explainers import make_explainer
-from iclip_hf.model.modeling_iclip import cosines
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics import LabelMaps
+from iclip_hf.evaluation.metrics.recognition import like_classes
+from iclip_hf.evaluation.metrics.segmentation import Segmentation, windowed_maps
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.refinement import refine_maps
 
@@ -29,7 +26,7 @@ def enlarged(model, processor, sample, texts):
 
 
 def segment(model, dataset, methods=("itsm",), **options):
-    return evaluate(model, dataset, methods, [Segmentation(**options)], progress=False)
+    return evaluate_model(model, dataset, methods, [Segmentation(**options)], progress=False)
 
 
 def miou(pairs):
@@ -45,7 +42,7 @@ def miou(pairs):
 
 def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    result = evaluate((model, tiny_processor), dataset, measures=["segmentation"], batch_size=3, progress=False)
+    result = evaluate_model((model, tiny_processor), dataset, metrics=["segmentation"], batch_size=3, progress=False)
     found = []
     for sample in dataset:
         maps = enlarged(model, tiny_processor, sample, NAMES)
@@ -58,12 +55,14 @@ def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_process
 
     even, odd = (grid[np.argmax([miou(at(t, fold))[0] for t in grid])] for fold in (0, 1))
     expected, iou = miou(at(odd, 0) + at(even, 1))  # each half at the best threshold of the other
-    figures = result.results["itsm"]
+    figures = result.results["itsm"]["segmentation"]
     assert figures["thresholds"] == pytest.approx([odd, even], abs=0.011)
-    assert figures["mIoU"] == pytest.approx(expected, abs=0.3)  # of few pixels, some of them at the threshold
+    assert figures["miou"] == pytest.approx(expected, abs=0.3)  # of few pixels, some of them at the threshold
     rows = result.per_class["itsm"]
     assert [row["name"] for row in rows] == ["background", *NAMES]
-    assert {row["id"]: row["IoU"] for row in rows if row["IoU"] is not None} == pytest.approx(iou, abs=0.6)
+    assert {row["id"]: one for row in rows if (one := row["segmentation"]["IoU"]) is not None} == pytest.approx(
+        iou, abs=0.6
+    )
     shares = np.bincount(np.concatenate([r[r != 255] for *_, r in found]))
     assert figures["floor"] == pytest.approx(100 * shares.max() / shares.sum() / np.count_nonzero(shares))
     assert figures["floor_class"] == "background" and "| background |" in result.table()
@@ -77,8 +76,8 @@ def test_synonyms_and_background_texts(labelled_folder, tiny_processor):
     classes = np.array([1, 2, 3, 3, 0, 0])
     maps = [enlarged(model, tiny_processor, sample, texts) for sample in dataset]
     expected, iou = miou([(classes[of_image.argmax(0)], sample.label_map) for of_image, sample in zip(maps, dataset)])
-    figures = segment((model, tiny_processor), dataset).results["itsm"]
-    assert figures["mIoU"] == pytest.approx(expected, abs=0.2)
+    figures = segment((model, tiny_processor), dataset).results["itsm"]["segmentation"]
+    assert figures["miou"] == pytest.approx(expected, abs=0.2)
     assert figures["thresholds"] is None and len(iou) == 4
 
 
@@ -93,27 +92,30 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
             best = (sign * maps).max(0)
             confidence = (best - best.min()) / (best.max() - best.min())
             into.append((np.where(confidence > 0.25, (sign * maps).argmax(0) + 1, 0), sample.label_map))
-    assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
-    assert result.results["reversed_itsm"]["mIoU"] == pytest.approx(miou(turned)[0], abs=0.2)
-    assert len({figures["mIoU"] for figures in result.results.values()}) == len(methods)
-    assert {row["IoU"] for row in result.per_class["attention"] if row["id"] > 1} == {0}  # equal maps: the first text
-    assert result.results["itsm"]["thresholds"] == [0.25, 0.25]
+    assert result.results["itsm"]["segmentation"]["miou"] == pytest.approx(miou(pairs)[0], abs=0.2)
+    assert result.results["reversed_itsm"]["segmentation"]["miou"] == pytest.approx(miou(turned)[0], abs=0.2)
+    assert len({figures["segmentation"]["miou"] for figures in result.results.values()}) == len(methods)
+    assert {row["segmentation"]["IoU"] for row in result.per_class["attention"] if row["id"] > 1} == {
+        0
+    }  # equal maps: the first text
+    assert result.results["itsm"]["segmentation"]["thresholds"] == [0.25, 0.25]
     result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)  # of probabilities
     pairs = []
     for sample in dataset:
         maps = np.exp(5 * enlarged(model, tiny_processor, sample, NAMES))
         pairs.append((np.where(maps.max(0) / maps.sum(0) > 0.5, maps.argmax(0) + 1, 0), sample.label_map))
-    assert result.results["itsm"]["mIoU"] == pytest.approx(miou(pairs)[0], abs=0.2)
+    assert result.results["itsm"]["segmentation"]["miou"] == pytest.approx(miou(pairs)[0], abs=0.2)
 
 
-# ---- typed segments ----
+# ---- label maps of typed texts ----
 
 
-def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor):
+def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
     """Each shown text and two absent ones compete by hand; IoU, areas and hidden texts are counted pixel by pixel."""
     model, dataset = tiny_model(logit_bias_init_value=0.0), load_segmentation("folder", labelled_folder)
-    measure = TypedSegments(seed=3)
-    result = evaluate((model, tiny_processor), dataset, measures=[measure], progress=False).results["itsm"]
+    metric = LabelMaps(seed=3)
+    result = evaluate_model((model, tiny_processor), dataset, metrics=[metric], refine=True, progress=False)
+    result = result.results["itsm"]["label_maps"]
     ious, hidden, areas = [], [], []
     for sample in dataset:
         absent = [label for label in (1, 2, 3) if label not in sample.labels]
@@ -140,28 +142,20 @@ def test_typed_segments_in_plain_steps(labelled_folder, tiny_processor):
             ious.append((own & segment).sum() / (own | segment).sum())
             hidden.append(not segment.any())
         areas.append(np.isin(found, absent)[known].mean())
-    assert (result["texts"], result["images"]) == (len(ious), len(areas)) and 0 < np.mean(hidden) < 1
-    assert result["typed_iou"] == pytest.approx(100 * np.mean(ious), abs=0.3)
-    assert result["without_pixel"] == pytest.approx(100 * np.mean(hidden))
-    assert result["absent_area"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent_area"] > 0
-
-
-def model_scores(model, processor, samples, texts):
-    """Cosines of images and texts, `(T,)` each."""
-    loaded = load((model, processor))
-    encoded = loaded.encode_texts(texts)
-    images = [loaded.get_image_features(processor(images=[sample.image])["pixel_values"]) for sample in samples]
-    return [cosines(image.image_embeds, encoded.text_embeds)[0] for image in images]
+    assert (result["classes"], result["images"]) == (len(ious), len(areas)) and 0 < np.mean(hidden) < 1
+    assert result["iou"] == pytest.approx(100 * np.mean(ious), abs=0.3)
+    assert result["kept"] == pytest.approx(100 * (1 - np.mean(hidden)))
+    assert result["absent"] == pytest.approx(100 * np.mean(areas), abs=0.3) and result["absent"] > 0
 
 
 def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
     labels = tuple(range(1, 9))
-    measure = TypedSegments(seed=1)
-    measure.run = SimpleNamespace(dataset=SimpleNamespace(labels=labels))
-    measure.like = like_classes(["animal"] * 3 + ["food"] * 5, torch.eye(8))
+    metric = LabelMaps(seed=1)
+    metric.run = SimpleNamespace(dataset=SimpleNamespace(labels=labels))
+    metric.like = like_classes(["animal"] * 3 + ["food"] * 5, torch.eye(8))
 
     def typed(index, *shown):
-        return measure.typed(SimpleNamespace(index=index, sample=SimpleNamespace(labels=shown)))
+        return metric.typed(SimpleNamespace(index=index, sample=SimpleNamespace(labels=shown)))
 
     drawn = [typed(index, 2) for index in range(60)]
     assert drawn == [typed(index, 2) for index in range(60)]  # by the seed and the position alone
@@ -175,33 +169,37 @@ def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
 
 
 def test_windows_are_cut_run_and_averaged(tiny_processor):
-    explainer = make_explainer((tiny_model(), tiny_processor))
-    texts = explainer.model.encode_texts(NAMES)
+    engine = Engine(tiny_model(), tiny_processor)
+    texts = engine.encode(NAMES)
     pixels = torch.randn(2, 3, 48, 56, generator=torch.Generator().manual_seed(0))
-    found = windowed_maps(explainer, pixels, texts, window=32, stride=16)
+    found = windowed_maps(engine, pixels, texts, window=32, stride=16)
     assert found.shape == (2, 3, 6, 7)
     values = [[[] for _ in range(7)] for _ in range(6)]
     for top in (0, 16):
         for left in (0, 16, 24):  # the last of a row ends at the edge
-            maps, _ = raw_maps(explainer, pixels[..., top : top + 32, left : left + 32], texts)
+            maps, _ = engine.raw_maps(pixels[..., top : top + 32, left : left + 32], texts)
             for y in range(4):
                 for x in range(4):
                     values[top // 8 + y][left // 8 + x].append(maps[..., y, x])
     expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in values], -2)
     assert torch.allclose(found, expected, atol=1e-5)
-    whole, _ = raw_maps(explainer, pixels, texts)
-    assert torch.equal(windowed_maps(explainer, pixels, texts, window=64, stride=8), whole)
+    whole, _ = engine.raw_maps(pixels, texts)
+    assert torch.equal(windowed_maps(engine, pixels, texts, window=64, stride=8), whole)
 
 
 def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):
     dataset = load_segmentation("folder", labelled_folder)
-    options = {"measures": [Segmentation(window=32, threshold=0.5)], "progress": False}
+    options = {"metrics": [Segmentation(window=32, threshold=0.5)], "progress": False}
     alone, result = (
-        evaluate((tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options)
+        evaluate_model(
+            (tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options
+        )
         for size in (1, 4)
     )
-    assert (result.protocol["window"], result.protocol["stride"]) == (32, 16)
-    assert alone.results["itsm"]["mIoU"] == pytest.approx(result.results["itsm"]["mIoU"], abs=0.1)
+    assert [result.protocol["metrics"]["segmentation"][name] for name in ("window", "stride")] == [32, 16]
+    assert alone.results["itsm"]["segmentation"]["miou"] == pytest.approx(
+        result.results["itsm"]["segmentation"]["miou"], abs=0.1
+    )
     with pytest.raises(ValueError, match="multiples of the patch size of 8 pixels"):
         segment((tiny_model(), tiny_processor), dataset, window=32, stride=12)
 

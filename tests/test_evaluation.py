@@ -1,7 +1,6 @@
 import csv
 import itertools
 import json
-import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +14,18 @@ from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
-from iclip_hf import cli
+from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures import TASKS
-from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground as MFMB
-from iclip_hf.evaluation.metrics import MeanMaxIoU, MultiLabelAveragePrecision
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics import (
+    TASKS,
+    MeanForegroundMinusBackground,
+    MeanMaxIoU,
+    MultiLabelAveragePrecision,
+    make_metrics,
+)
+from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.presence import MIN_PRESENCE
@@ -72,29 +76,30 @@ def slowly(model, processor, dataset):
 
 def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    result = evaluate((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=3, progress=False)
+    result = evaluate_model((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=3, progress=False)
     expected = slowly(model, tiny_processor, dataset)
-    found = {name: result.results["itsm"][name] for name in expected}
+    found = {name: result.results["itsm"][name][name.lower()] for name in expected}
     assert found.pop("text_contrast") == pytest.approx(expected.pop("text_contrast"), abs=1e-2)  # of few pixels
     assert found.pop("mMIoU") == pytest.approx(expected.pop("mMIoU"), abs=0.1)  # likewise
     assert found == pytest.approx(expected, abs=1e-3)
     forwards, reverse = result.results["itsm"], result.results["reversed_itsm"]
-    assert reverse["mFMB"] == pytest.approx(-forwards["mFMB"], abs=1e-6)  # of 1 - M (Eq. 5)
-    assert reverse["text_contrast"] == pytest.approx(100 - forwards["text_contrast"], abs=1e-3)
+    assert reverse["mFMB"]["mfmb"] == pytest.approx(-forwards["mFMB"]["mfmb"], abs=1e-6)  # of 1 - M (Eq. 5)
+    contrast = forwards["text_contrast"]["text_contrast"]
+    assert reverse["text_contrast"]["text_contrast"] == pytest.approx(100 - contrast, abs=1e-3)
     assert result.results["reversed_itsm"]["mAP"] == result.results["itsm"]["mAP"]
     rows = result.per_class["itsm"]
     assert [row["name"] for row in rows] == NAMES
-    for column, figure in (("MIoU", "mMIoU"), ("FMB", "mFMB"), ("text_contrast", "text_contrast")):
-        assert np.mean([row[column] for row in rows]) == pytest.approx(result.results["itsm"][figure])
-    assert f"| {forwards['mMIoU']:.2f} | {forwards['floor']:.2f} |" in result.table()
-    assert "text_contrast" in result.per_class_csv().splitlines()[0].split(",")
+    for metric, score in (("mMIoU", "IoU"), ("mFMB", "FMB"), ("text_contrast", "contrast")):
+        assert np.mean([row[metric][score] for row in rows]) == pytest.approx(forwards[metric][metric.lower()])
+    assert f"| {forwards['mMIoU']['mmiou']:.2f} | {forwards['mMIoU']['floor']:.2f} |" in result.table()
+    assert "text_contrast.contrast" in result.per_class_csv().splitlines()[0].split(",")
 
 
 def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny_processor):
     """In plain loops over pixels; the map of the first class alone is that of all classes for a method without text."""
     model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
     dataset.stuff = (2,)
-    result = evaluate(model, dataset, ["itsm", "attention"], progress=False)
+    result = evaluate_model(model, dataset, ["itsm", "attention"], progress=False)
     for method, figures in result.results.items():
         explainer, ranked = make_explainer(model, method), {}
         for sample in dataset:
@@ -105,21 +110,23 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
                 own, other = (heatmap[sample.mask(label) == label] for label in (i, j))
                 ranked.setdefault(i, []).append(np.mean(own[:, None] > other))
         means = {label: 100 * np.mean(values) for label, values in ranked.items()}
-        assert figures["stuff_contrast"] == pytest.approx(means[2], abs=0.05)
-        assert figures["thing_contrast"] == pytest.approx((means[1] + means[3]) / 2, abs=0.05)
-        rows = {row["id"]: row["ranking"] for row in result.per_class[method]}
+        found = figures["stuff_contrast"]
+        assert found["stuff_contrast"] == pytest.approx(means[2], abs=0.05)
+        assert found["thing_contrast"] == pytest.approx((means[1] + means[3]) / 2, abs=0.05)
+        rows = {row["id"]: row["stuff_contrast"]["ranking"] for row in result.per_class[method]}
         assert rows == pytest.approx(means, abs=0.05)
-    assert result.protocol["stuff_contrast"] and "stuff contrast %" in result.table()
+    assert result.protocol["metrics"]["stuff_contrast"]["stuff"] == (2,) and "stuff contrast %" in result.table()
 
 
 def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_processor):
     """Drawn for the shown classes alone where that saves time, they are those that a method gives when asked for all."""
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    result = evaluate((model, tiny_processor), dataset, list(METHODS), batch_size=3, progress=False)
+    result = evaluate_model((model, tiny_processor), dataset, list(METHODS), batch_size=3, progress=False)
     assert list(result.results) == list(METHODS)
     for method in METHODS:
         explainer = make_explainer((model, tiny_processor), method)
-        texts, miou, mfmb, ap = explainer.model.encode_texts(NAMES), MeanMaxIoU(), MFMB(), MultiLabelAveragePrecision()
+        texts, miou, mfmb = explainer.model.encode_texts(NAMES), MeanMaxIoU(), MeanForegroundMinusBackground()
+        ap = MultiLabelAveragePrecision()
         for sample in dataset:
             maps, scores = raw_maps(explainer, tiny_processor(images=[sample.image])["pixel_values"], texts)
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
@@ -129,18 +136,18 @@ def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_proce
                 miou.update(heatmap, sample.mask(label), label)
                 mfmb.update(heatmap, sample.mask(label), label)
         scores = result.results[method]
-        assert scores["mAP"] == pytest.approx(ap.compute()["map"])
-        assert scores["mMIoU"] == pytest.approx(miou.compute()["mmiou"], abs=0.1)
-        assert scores["mFMB"] == pytest.approx(mfmb.compute()["mfmb"], abs=1e-5)
+        assert scores["mAP"]["map"] == pytest.approx(ap.compute()["map"])
+        assert scores["mMIoU"]["mmiou"] == pytest.approx(miou.compute()["mmiou"], abs=0.1)
+        assert scores["mFMB"]["mfmb"] == pytest.approx(mfmb.compute()["mfmb"], abs=1e-5)
 
 
 def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, tiny_processor, recorded):
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     passes = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
     backwards = recorded(torch.autograd, "grad")
-    evaluate((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
+    evaluate_model((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
     assert (passes, backwards) == ([4, 3], [])
-    evaluate((model, tiny_processor), dataset, ["grad_cam"], batch_size=4, progress=False)
+    evaluate_model((model, tiny_processor), dataset, ["grad_cam"], batch_size=4, progress=False)
     assert passes[2:] == [4, 4, 3, 3]
     shown = [len(sample.labels) for sample in dataset]
     assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
@@ -167,7 +174,8 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
                 else:
                     like |= supercategories[other - 1] == supercategories[label - 1]
             pairs.append((value, label in sample.labels, like, label))
-    measured = evaluate(model, dataset, measures=["presence"], templates=templates, progress=False).presence
+    result = evaluate_model(model, dataset, metrics=["presence"], templates=templates, progress=False)
+    measured = result.results["itsm"]["presence"]
 
     shown, absent = ([pair for pair in pairs if pair[1] == which] for which in (True, False))
     hard = [pair for pair in absent if pair[2]]
@@ -199,13 +207,15 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
 
 def test_an_image_without_any_class_gives_valid_json_and_a_table_without_nan(labelled_folder, tiny_processor):
     dataset = load_segmentation("folder", labelled_folder)[4:5]
-    measures = [*TASKS["interpretability"][:4], "presence", *TASKS["faithfulness"], "typed_segments"]
-    model = tiny_model(logit_bias_init_value=0.0), tiny_processor
-    result = evaluate(model, dataset, ["grad_cam"], measures, progress=False)
+    metrics = [*TASKS["interpretability"][:4], "presence", *TASKS["faithfulness"], "label_maps"]
+    model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
+    result = evaluate_model(model, dataset, ["grad_cam"], metrics, progress=False)
     scores = result.results["grad_cam"]
-    figures = ("mAP", "mMIoU", "mFMB", "text_contrast", "floor", "pointing_game", "max_sensitivity", "typed_iou")
-    assert scores["pairs"] == 0 and [scores[name] for name in figures] == [None] * 8
-    assert result.presence["kept"] is None and result.presence["passed"] is not None
+    assert scores["mMIoU"]["pairs"] == scores["pointing_game"]["pairs"] == 0
+    for name in ("mAP", "mMIoU", "mFMB", "text_contrast", "pointing_game", "max_sensitivity"):
+        assert scores[name][name.lower()] is None
+    assert scores["mMIoU"]["floor"] is scores["label_maps"]["iou"] is None
+    assert scores["presence"]["kept"] is None and scores["presence"]["passed"] is not None
     json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert "AUC of presence" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
 
@@ -214,14 +224,16 @@ def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
     names = {}
     exec(re.search(r"```py\n(import math.*?)\nprint", guide, re.DOTALL)[1], names)
-    image = SimpleNamespace(masks=np.array([[[1, 1]], [[0, 255]]]), sample=SimpleNamespace(labels=(1, 2)))
-    (one, label), ((nothing,), _) = names["AreaRatio"]().count(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
-    assert (one, label) == ([0.5], 1) and math.isnan(nothing)
+    masks = np.array([[[1, 1]], [[0, 255]]])
+    image = EvaluatedImage(0, SimpleNamespace(labels=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1]), None)
+    metric = names["AreaRatio"]()
+    metric.update_from(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
+    assert metric.compute()["area_ratio"] == 0.5 and metric.compute()["left_out"] == {"no_value": 1}
 
 
 def test_a_limit_and_what_the_protocol_says(labelled_folder, tiny_processor):
     dataset = load_segmentation("folder", labelled_folder)
-    result = evaluate(
+    result = evaluate_model(
         (tiny_model(), tiny_processor), dataset, image_size=40, limit=2, templates=["a {}"], progress=False
     )
     protocol = result.protocol
@@ -229,7 +241,9 @@ def test_a_limit_and_what_the_protocol_says(labelled_folder, tiny_processor):
     assert protocol["dataset"]["fingerprint"] == dataset.fingerprint()
     assert protocol["image_size"] == {"height": 40, "width": 40} and protocol["templates"] == ["a {}"]
     assert protocol["dtype"] == "float32"
-    alone = evaluate((tiny_model(), tiny_processor), dataset[:2], image_size=40, templates=["a {}"], progress=False)
+    alone = evaluate_model(
+        (tiny_model(), tiny_processor), dataset[:2], image_size=40, templates=["a {}"], progress=False
+    )
     assert result.results == alone.results and result.per_class == alone.per_class
     # A part of a split does not pass for the whole.
     assert len(dataset) > 2 and alone.protocol["dataset"]["images_in_split"] == len(dataset)
@@ -257,19 +271,90 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
     together = json.loads(two.read_text())
     assert together["timing"]["images"] == 4  # of 7: the images were shared out
     # Maps of other batches differ by rounding, so a few pixels may cross a threshold.
-    for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4), ("floor", 1e-6)):
-        assert together["results"]["itsm"][name] == pytest.approx(written["results"]["itsm"][name], abs=apart)
+    one, two = (content["results"]["itsm"] for content in (written, together))
+    for name, apart in (("mAP", 1e-3), ("mMIoU", 0.1), ("mFMB", 1e-4)):
+        assert two[name][name.lower()] == pytest.approx(one[name][name.lower()], abs=apart)
     for name in ("auc", "auc_hard", "kept", "passed", "calibration_error"):
-        assert together["presence"][name] == pytest.approx(written["presence"][name], abs=1e-3)
+        assert together["results"]["itsm"]["presence"][name] == pytest.approx(
+            written["results"]["itsm"]["presence"][name], abs=1e-3
+        )
 
 
 def test_thresholds_of_classes(tmp_path):
     path = tmp_path / "results.json"
-    rows = [{"name": "dog", "threshold": 0.31}, {"name": "red ball", "threshold": 0.55}]
-    rows += [{"name": "cat", "threshold": None}, {"name": "fish", "threshold": 31}]
+    best = {"dog": 0.31, "red ball": 0.55, "cat": None, "fish": 31}
+    rows = [{"name": name, "mMIoU": {"threshold": threshold}} for name, threshold in best.items()]
     path.write_text(json.dumps({"per_class": {"itsm": rows, "gem": rows[:1]}}))
     assert class_thresholds(path, ["red ball", "dog", "dog"]) == [0.55, 0.31, 0.31]
     assert class_thresholds(path, ["dog"], "gem") == [0.31]
     for labels, method in ((["dog", "cat"], "itsm"), (["dog", "fish"], "itsm"), (["dog"], "attention")):
         with pytest.raises(ValueError, match="results.json"):
             class_thresholds(path, labels, method)
+
+
+# ---- what a metric gets, and where its scores stand ----
+
+
+def test_another_size_of_images_changes_maps_alone(labelled_folder, tiny_processor):
+    """mAP and presence are those of the model's own size, as `explain` shows them."""
+    model, dataset = (
+        (tiny_model(logit_bias_init_value=0.0), tiny_processor),
+        load_segmentation("folder", labelled_folder),
+    )
+    metrics = ["mAP", "mMIoU", "presence"]
+    own, large = (
+        evaluate_model(model, dataset, metrics=metrics, image_size=size, progress=False) for size in (None, 64)
+    )
+    one, two = own.results["itsm"], large.results["itsm"]
+    assert one["mAP"] == two["mAP"] and one["presence"] == two["presence"]
+    assert one["mMIoU"]["mmiou"] != two["mMIoU"]["mmiou"]
+    explained = explain(model, [sample.image for sample in dataset], NAMES, size=64, templates=dataset.templates)
+    metric = MultiLabelAveragePrecision()
+    for sample, explanation in zip(dataset, explained):
+        metric.update(explanation.scores[None], np.isin([1, 2, 3], sample.labels)[None])
+    assert metric.compute()["map"] == pytest.approx(two["mAP"]["map"])
+
+
+def test_scores_and_options_stand_by_metric(labelled_folder, tiny_processor):
+    """Two metrics have a floor, and two a seed."""
+    dataset, model = load_segmentation("folder", labelled_folder), (tiny_model(), tiny_processor)
+    names = ["mMIoU", "segmentation", "max_sensitivity", "label_maps"]
+    result = evaluate_model(model, dataset, metrics=make_metrics(names, seed=3), progress=False)
+    together = result.results["itsm"]
+    alone = [
+        evaluate_model(model, dataset, metrics=[name], progress=False).results["itsm"][name] for name in names[:2]
+    ]
+    assert [together[name] for name in names[:2]] == alone and alone[0]["floor"] != alone[1]["floor"]
+    for scores, heading in zip(alone, ("floor %", "floor of mIoU %")):
+        headings, _, row = (line.split(" | ") for line in result.table().split("\n")[:3])
+        assert row[headings.index(heading)] == f"{scores['floor']:.2f}"
+    assert [result.protocol["metrics"][name]["seed"] for name in names[2:]] == [3, 3]
+    assert result.protocol["metrics"]["mMIoU"]["aggregate"] == "image"
+    with pytest.raises(ValueError, match="two metrics with the name 'mMIoU'"):
+        evaluate_model(model, dataset, metrics=["mMIoU", MeanMaxIoU("pixel")])
+    with pytest.raises(ValueError, match="steps is no option of mMIoU"):
+        make_metrics(["mMIoU"], steps=3)
+
+
+def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_has_none(
+    labelled_folder, tiny_processor, monkeypatch
+):
+    dataset = load_segmentation("folder", labelled_folder)
+    model = (tiny_model(), tiny_processor)
+    assert "presence" not in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
+    with pytest.raises(ValueError, match="no presence of its own"):
+        evaluate_model(model, dataset, metrics=["presence"], progress=False)
+    model = load((tiny_model(logit_bias_init_value=0.0), tiny_processor))
+    assert "presence" in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
+    encoded = []
+    encode_texts = type(model).get_text_features
+    monkeypatch.setattr(
+        type(model), "get_text_features", lambda *args, **texts: encoded.append(1) or encode_texts(*args, **texts)
+    )
+    evaluate_model(model, dataset, metrics=["segmentation"], progress=False)
+    assert len(encoded) == 1  # the class names, which segmentation competes with, and nothing else
+
+
+def test_a_limit_of_no_image_is_refused(labelled_folder, tiny_processor):
+    with pytest.raises(ValueError, match="limit is at least 1"):
+        evaluate_model((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), limit=0)

@@ -15,18 +15,14 @@ from torchmetrics.functional import spearman_corrcoef
 
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.deletion_insertion import (
-    DeletionInsertion,
-    area_under,
-    deletion_insertion,
-    scorer,
-)
-from iclip_hf.evaluation.measures.max_sensitivity import MaxSensitivity, max_sensitivity
-from iclip_hf.evaluation.measures.pairs import PointingGame
-from iclip_hf.evaluation.measures.randomization import LayerRandomization, Randomization, rank_correlation
-from iclip_hf.evaluation.metrics import ClassMeans, pointing_shares
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.functional import pointing_shares
+from iclip_hf.evaluation.metrics import ClassMeans, DeletionInsertion, MaxSensitivity, PointingGame, Randomization
+from iclip_hf.evaluation.metrics.deletion_insertion import area_under, deletion_insertion, scorer
+from iclip_hf.evaluation.metrics.max_sensitivity import max_sensitivity
+from iclip_hf.evaluation.metrics.randomization import LayerRandomization, rank_correlation
 from iclip_hf.explainers import make_explainer
+from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
 
@@ -194,15 +190,18 @@ def test_the_pointing_game_by_hand():
 
 
 def test_means_over_images_then_classes_merge():
+    class Two(ClassMeans):
+        columns = {"a": ("a", 1), "b": ("b", 1)}
+
     values = [([1.0, math.nan], 7), ([0.0, 4.0], 7), ([1.0, math.nan], 8)]
-    whole, parts = ClassMeans(2), [ClassMeans(2), ClassMeans(2)]
-    for number, (figures, label) in enumerate(values):
-        whole.add_counts(figures, label)
-        parts[number % 2].add_counts(figures, label)
+    whole, parts = Two(), [Two(), Two()]
+    for number, (scores, label) in enumerate(values):
+        whole.update(scores, label)
+        parts[number % 2].update(scores, label)
     parts[0].merge(parts[1])
     for one in (whole.compute(), parts[0].compute()):
-        assert one["means"].tolist() == [0.75, 4.0] and one["left_out"].tolist() == [0, 2] and one["pairs"] == 3
-        assert one["per_class"][7].tolist() == [0.5, 4.0] and math.isnan(one["per_class"][8][1])
+        assert (one["a"], one["b"], one["pairs"], one["left_out"]) == (0.75, 4.0, 3, {"no_value": 2})
+        assert one["per_class"] == {7: {"a": 0.5, "b": 4.0}, 8: {"a": 1.0, "b": None}}
 
 
 # A data set
@@ -217,11 +216,12 @@ def slowly(model, processor, dataset, method):
         pixels = processor(images=[sample.image])["pixel_values"]
         raw = raw_maps(explainer, pixels, texts)[0][0]
         for label in sample.labels:
+            sign = -1 if explainer.reversed else 1
 
-            def explain(images, label=label):
-                return raw_maps(explainer, images, texts)[0][:, label - 1 : label]
+            def explain(images, label=label, sign=sign):
+                return sign * raw_maps(explainer, images, texts)[0][:, label - 1 : label]
 
-            one = raw[label - 1 : label] * (-1 if explainer.reversed else 1)
+            one = sign * raw[label - 1 : label]
             curves = deletion_insertion(score, pixels[0], one, steps=2, seed=3 + index)
             areas = [area_under(curve)[0, label - 1].tolist() for curve in curves]
             heatmap = resize_and_normalize(one, sample.size)[0]
@@ -241,35 +241,74 @@ METHODS = ["itsm", "reversed_itsm", "attention", "clip_surgery", "grad_cam", "ra
 def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(root, tiny_processor, recorded):
     model, dataset = tiny_model(), load_segmentation("folder", root)
     seen = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
-    measures = [DeletionInsertion(steps=2, seed=3), MaxSensitivity(seed=3), Randomization(seed=3), PointingGame()]
-    result = evaluate((model, tiny_processor), dataset, METHODS, measures, batch_size=5, progress=False)
-    # Each method draws the four images; three of them show classes, six in all.
-    assert sum(seen) == 4 * 6 + 3 * 6 * (11 + 3) + 3 * 2 + 4 * (6 * 4 + 3 * 2)
+    metrics = [DeletionInsertion(steps=2, seed=3), MaxSensitivity(seed=3), Randomization(seed=3), PointingGame()]
+    result = evaluate_model((model, tiny_processor), dataset, METHODS, metrics, batch_size=5, progress=False)
+    # The four images are encoded once, and by each of the four methods that run the tower; three of them show classes, six in all.
+    assert sum(seen) == 4 * 5 + 3 * 6 * (11 + 3) + 3 * 2 + 4 * (6 * 4 + 3 * 2)
     for method in METHODS:
-        found = result.results[method]
+        by_metric = result.results[method]
+        found = {name: score for scores in by_metric.values() for name, score in scores.items()}
         expected = slowly(model, tiny_processor, dataset, method)
         np.testing.assert_allclose([found[name] for name in COLUMNS], expected[:8], atol=2e-4, rtol=1e-3)
         np.testing.assert_allclose(found["randomization"], expected[8:], atol=2e-3)
         assert found["difference_cosine"] == found["insertion_cosine"] - found["deletion_cosine"]
-        assert found["pairs"] == 6 and found["left_out"]["randomization"] == {"no_value": 0}
-        assert np.mean([row["foreground"] for row in result.per_class[method]]) == pytest.approx(found["foreground"])
-    random = result.results["random"]
+        assert all(scores["pairs"] == 6 and scores["left_out"] == {"no_value": 0} for scores in by_metric.values())
+        rows = [row["pointing_game"]["foreground"] for row in result.per_class[method]]
+        assert np.mean(rows) == pytest.approx(found["foreground"])
+    random = result.results["random"]["randomization"]
     assert random["randomization"] == [pytest.approx(1)] * 2  # it does not know the model
 
 
-def test_the_command_takes_options_of_measures_and_the_first_images(root, world, tmp_path, capsys):
+def test_stability_and_randomisation_are_of_the_maps_that_are_measured(root, tiny_processor):
+    """Reversed and refined ones, where the evaluation's are."""
+    model, dataset = tiny_model(), load_segmentation("folder", root)
+    metrics = [MaxSensitivity(seed=3), Randomization(seed=3)]
+    result = evaluate_model((model, tiny_processor), dataset, METHODS[:2], metrics, refine=True, progress=False)
+    explainer = make_explainer((model, tiny_processor))
+    texts = explainer.model.encode_texts(NAMES)
+    for method, sign in zip(METHODS, (1, -1)):
+        changes, correlations = {}, {}
+        for index, sample in enumerate(dataset):
+            pixels = tiny_processor(images=[sample.image])["pixel_values"]
+            for label in sample.labels:
+
+                def explain(images, label=label, sign=sign):
+                    return sign * refine_maps(raw_maps(explainer, images, texts)[0][:, label - 1 : label], images)
+
+                changes.setdefault(label, []).append(max_sensitivity(explain, pixels[0], seed=3 + index).item())
+                one = LayerRandomization(explainer.model, 3).correlations(explain, pixels)[:, 0, 0].tolist()
+                correlations.setdefault(label, []).append(one)
+        found = result.results[method]
+        expected = np.mean([np.mean(of_class) for of_class in changes.values()])
+        assert found["max_sensitivity"]["max_sensitivity"] == pytest.approx(expected, rel=1e-3)
+        expected = np.mean([np.mean(of_class, 0) for of_class in correlations.values()], 0)
+        np.testing.assert_allclose(found["randomization"]["randomization"], expected, atol=2e-3)
+    one, other = (result.results[method]["max_sensitivity"]["max_sensitivity"] for method in METHODS[:2])
+    assert one != pytest.approx(other, rel=1e-2)
+
+
+def test_the_command_takes_options_of_metrics_and_the_first_images(root, world, tmp_path, capsys):
     output = tmp_path / "results.json"
     data = ("--dataset", "folder", "--data-root", root, "--limit", 3, "--output", output)
-    more = ("--measures", "deletion_insertion", "randomization", "--methods", "itsm", "attention", "--steps", 2)
+    more = ("--metrics", "deletion_insertion", "randomization", "--methods", "itsm", "attention", "--steps", 2)
     assert iclip("evaluate", "--model", world.folder / "model", *data, *more) == 0
     written, lines = json.loads(output.read_text()), capsys.readouterr().out.splitlines()
-    assert written["protocol"]["steps"] == 2 and written["protocol"]["dataset"]["images"] == 3
+    assert (
+        written["protocol"]["metrics"]["deletion_insertion"]["steps"] == 2
+        and written["protocol"]["dataset"]["images"] == 3
+    )
     assert lines[0].startswith("| method, on 3 of 4 images | ")
     assert len(lines) == 4 and len({line.count("|") for line in lines}) == 1
     itsm = written["results"]["itsm"]
-    for figure in (f"{itsm['difference_probability']:.4f}", f"{itsm['randomization'][-1]:.2f}"):
+    difference, correlations = (
+        itsm["deletion_insertion"]["difference_probability"],
+        itsm["randomization"]["randomization"],
+    )
+    for figure in (f"{difference:.4f}", f"{correlations[-1]:.2f}"):
         assert figure in lines[2]
     rows = (tmp_path / "results.csv").read_text().splitlines()
     assert (
-        rows[0].startswith("method,id,name,deletion_cosine") and rows[3].startswith("itsm,3,car,,") and len(rows) == 7
+        rows[0].startswith("method,id,name,deletion_insertion.deletion_cosine")
+        and rows[3].startswith("itsm,3,car,,")
+        and len(rows) == 7
     )

@@ -61,7 +61,7 @@ ARGUMENTS = {
         --output a.csv
         --dataset voc2012 --data-root {empty}/absent
         --dataset coco2017 --split ../../etc
-        --measures luck
+        --metrics luck
     """,
     "init --output new": """
         --config no-such
@@ -78,7 +78,6 @@ ARGUMENTS = {
         {model} model
     """,
     "demo": """
-        --export-space new --model {model}
         --web {empty}
         --web {empty} --model {model}
     """,

@@ -32,7 +32,7 @@ from iclip_hf.backends.identity import identity
 from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
-from iclip_hf.hub.folders import code_files, export_model, init_model, push_model
+from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers, push_model
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
 from iclip_hf.training import train as program
@@ -48,16 +48,25 @@ METRICS = {
         "image_size": {"height": 224, "width": 160},
         "resize": "whole image, no crop",
         "templates": ["a photo of the {}"],
-        "aggregate": "image",
+        "metrics": {"mMIoU": {"aggregate": "image"}},
         "refine": False,
         "versions": {"iclip-hf": "0.1.0", "torch": "2.13.0"},
     },
     "results": {
-        "itsm": {"mAP": 78.0612, "mMIoU": 50.3149, "mFMB": 0.30551, "floor": 21.5},
-        "reversed_itsm": {"mAP": 78.0612, "mMIoU": 18.0, "mFMB": -0.30551, "floor": 21.5},
+        "itsm": {
+            "mAP": {"map": 78.0612},
+            "mMIoU": {"mmiou": 50.3149, "floor": 21.5},
+            "mFMB": {"mfmb": 0.30551},
+            "presence": {"passed": 5.0},
+        },
+        "reversed_itsm": {
+            "mAP": {"map": 78.0612},
+            "mMIoU": {"mmiou": 18.0, "floor": 21.5},
+            "mFMB": {"mfmb": -0.30551},
+            "text_contrast": {"text_contrast": None},  # not measurable
+        },
     },
     "per_class": {},
-    "presence": {"min_presence": 0.7, "passed": 5.0, "kept": 95.0},
     "timing": {},
 }
 
@@ -368,6 +377,15 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
     assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
 
 
+def test_a_tower_by_a_relative_path_is_no_hub_id_elsewhere(towers, tmp_path, monkeypatch):
+    monkeypatch.chdir(towers.parent)
+    relative = [f"{towers.name}/{side}" for side in ("vision", "text")]
+    model, _ = join_towers(towers / "config", *relative)
+    monkeypatch.chdir(tmp_path)  # where no folder tells that it is a path
+    for config in (model.config.vision_config, model.config.text_config):
+        assert describe_tower(config)["id"] is None
+
+
 def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", config="iclip-vit-s16") == 2
     error = capsys.readouterr().err
@@ -394,7 +412,8 @@ def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
 
 def test_figures_of_the_embedded_model_are_those_of_the_readme():
     results = json.loads((config_folder("iclip-dinov2-s14-minilm") / "results.json").read_text())["results"]
-    row = "| `itsm`, the model's map | {mAP:.2f} | {mMIoU:.2f} | {mFMB:.4f} |".format(**results["itsm"])
+    scores = [results["itsm"][name][name.lower()] for name in ("mAP", "mMIoU", "mFMB")]
+    row = "| `itsm`, the model's map | {:.2f} | {:.2f} | {:.4f} |".format(*scores)
     assert row in (ROOT / "README.md").read_text()
 
 
@@ -459,7 +478,7 @@ def test_the_widget_has_the_nouns_of_the_training_also_after_an_export(tmp_path,
 
 
 def test_the_card_tells_how_maps_were_measured_and_leaves_out_what_was_not(tmp_path, tiny_processor):
-    protocol, scores = {**METRICS["protocol"], "refine": True}, {**METRICS["results"]["itsm"], "mAP": None}
+    protocol, scores = {**METRICS["protocol"], "refine": True}, {**METRICS["results"]["itsm"], "mAP": {"map": None}}
     card = card_of(tmp_path, tiny_processor, metrics={**METRICS, "protocol": protocol, "results": {"itsm": scores}})
     assert [result.metric_name for result in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
     assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.text
@@ -597,7 +616,7 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     model = tiny_model()
     model.config.vision_config.name_or_path = "facebook/dino-vitb16"
     model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
-    result = EvaluationResult(**METRICS, columns={})
+    result = EvaluationResult(**METRICS)
     card = card_of(tmp_path, tiny_processor, model, name="org/one", metrics=result)
     assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
     assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"

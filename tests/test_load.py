@@ -18,7 +18,7 @@ from conftest import tiny_model
 from PIL import Image
 from transformers import AutoProcessor, BertConfig, BertTokenizer, pipeline
 
-from iclip_hf import ICLIPProcessor, cli, evaluate, explain, load
+from iclip_hf import ICLIPProcessor, cli, evaluate_model, explain, load
 from iclip_hf import explainers as registry
 from iclip_hf.backends import loading
 from iclip_hf.backends.explainable import RecordableModel
@@ -209,7 +209,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
         make_explainer(model, "corner")
     register_explainer("corner")(Corner)
     assert explain(model, PHOTO, ["dog"], "corner").raw_maps.flatten().tolist() == [1, *[0] * 15]
-    assert evaluate(model, dataset, ["corner"], progress=False).results["corner"]["mMIoU"] > 0
+    assert evaluate_model(model, dataset, ["corner"], progress=False).results["corner"]["mMIoU"]["mmiou"] > 0
 
     registry._registered.clear()
     PHOTO.save(tmp_path / "a.png")
@@ -223,7 +223,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 
 
 def test_thresholds_are_those_of_the_model(world, dataset, tmp_path, capsys):
-    results = evaluate(world.folder / "model", dataset, measures=["mMIoU"], progress=False)
+    results = evaluate_model(world.folder / "model", dataset, metrics=["mMIoU"], progress=False)
     results.save(tmp_path / "m.json")
     copied(world, tmp_path / "other", config={"max_sharpness": 5.0})
     PHOTO.save(tmp_path / "a.png")

@@ -11,20 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from iclip_hf.evaluation import metrics
+from iclip_hf.evaluation import functional
+from iclip_hf.evaluation.functional import THRESHOLDS, contrast_counts, region_means, reliability, threshold_counts
 from iclip_hf.evaluation.metrics import (
-    THRESHOLDS,
+    LabelMaps,
     MeanForegroundMinusBackground,
     MeanIoU,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
+    PointingGame,
+    Presence,
+    StuffContrast,
     TextContrast,
-    contrast_counts,
-    region_means,
-    reliability,
-    roc_auc,
-    threshold_counts,
 )
+from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -125,7 +125,7 @@ def test_counts_of_a_map_longer_than_a_block():
     shape = (301, 700)  # three blocks and a rest
     heatmap = random.random(shape, dtype=np.float32)
     mask = random.choice([0, 1, 255], size=shape).astype(np.uint8)
-    assert heatmap.size > 3 * metrics._BLOCK
+    assert heatmap.size > 3 * functional._BLOCK
     heatmap.flags.writeable = mask.flags.writeable = False
     np.testing.assert_array_equal(threshold_counts(heatmap, mask, 1), naive_counts(heatmap, mask, 1))
     (background, low), (foreground, high) = region_means(heatmap, mask, 1).tolist()
@@ -386,16 +386,6 @@ def test_average_precision_in_batches_any_order_and_merged_is_the_same_to_the_bi
     assert merged.compute() == whole.compute()
 
 
-@settings(deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.integers(1, 12))
-def test_roc_auc_equals_sklearn_with_ties(seed, items, levels):
-    random = np.random.default_rng(seed)
-    scores, shown = random.integers(0, levels, items) / levels, random.integers(0, 2, items).astype(bool)
-    shown[:2] = True, False
-    assert roc_auc(scores[shown], scores[~shown]) == pytest.approx(roc_auc_score(shown, scores), abs=1e-12)
-    assert math.isnan(roc_auc(scores[shown], scores[:0]))
-
-
 def test_reliability_by_hand():
     bins = reliability(np.array([0, 0.2, 0.25, 0.25, 1.0, 0.9]), np.array([0, 0, 1, 0, 1, 0], bool), 4)
     np.testing.assert_allclose(bins["mean"], [0.1, 0.25, np.nan, 0.95])
@@ -462,3 +452,84 @@ def test_miou_without_pixels_is_nan():
     metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))
     found = metric.compute()
     assert math.isnan(found["miou"]) and math.isnan(found["floor"]) and found["left_out"] == {"no_pixels": 3}
+
+
+def test_the_floor_of_miou_is_the_best_map_of_one_class_over_the_classes_that_are_shown():
+    metric = MeanIoU(5)
+    metric.update(np.array([[3, 3, 1, 1]]), np.array([[1, 1, 1, 2]]))
+    found = metric.compute()
+    assert (found["floor"], found["floor_class"]) == (37.5, 1)  # 3/4 of class 1, nothing of class 2
+
+
+# ---- label maps of typed texts ----
+
+
+def test_label_maps_by_hand_without_void_pixels():
+    metric = LabelMaps(ignore_index=9)
+    # Of two shown classes the first has two of three pixels and one too many; the second, whose pixels are partly void, has none.
+    metric.update(torch.tensor([[0, 0, -1, 0, 2, 3]]), np.array([[[5, 5, 5, 0, 0, 0]], [[0, 0, 0, 6, 6, 9]]]), [5, 6])
+    assert metric.compute() == pytest.approx(
+        {"iou": 100 * (2 / 4 + 0) / 2, "absent": 20.0, "kept": 50.0, "classes": 2, "images": 1}
+    )
+    metric.update(
+        np.array([[1, -1]]), np.array([[[9, 9]], [[6, 0]]]), [5, 6]
+    )  # no pixel counts that is void in a mask
+    metric.update(np.array([[0, 0]]), np.zeros((0, 1, 2)), [])  # an image without a class
+    found = metric.compute()
+    assert (found["classes"], found["images"]) == (2, 1)
+    other = LabelMaps(ignore_index=9)
+    other.update(np.array([[0, 0]]), np.array([[[5, 0]]]), [5])
+    metric.merge(other)
+    assert metric.compute() == pytest.approx(
+        {"iou": 100 * (0.5 + 0.5) / 3, "absent": 10.0, "kept": 100 * 2 / 3, "classes": 3, "images": 2}
+    )
+
+
+def test_scores_without_items_are_nan_or_none():
+    for metric, names in ((LabelMaps(), ("iou", "absent", "kept")), (StuffContrast(), ("stuff_contrast",))):
+        assert all(math.isnan(metric.compute()[name]) for name in names)
+    found = PointingGame().compute()
+    assert found["pointing_game"] is None and found["pairs"] == 0 and found["per_class"] == {}
+
+
+# ---- presence ----
+
+
+def test_presence_by_hand():
+    metric = Presence(like=np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], bool), stuff=[3])
+    metric.update(np.array([[0.9, 0.6, 0.7], [0.2, 0.4, 0.5]]), np.array([[1, 0, 1], [1, 0, 0]]))
+    found = metric.compute()
+    assert (found["kept"], found["kept_things"], found["kept_stuff"]) == pytest.approx((200 / 3, 50.0, 100.0))
+    assert (found["passed"], found["passed_hard"]) == pytest.approx(
+        (200 / 3, 50.0)
+    )  # 0.6 and 0.5; like the dog 0.6, 0.4
+    assert found["auc"] == pytest.approx(6 / 9) and found["auc_hard"] == pytest.approx(4 / 6)
+    plain = Presence()
+    plain.merge(metric)
+    assert plain.compute()["auc_hard"] is plain.compute()["passed_hard"] is plain.compute()["kept_things"] is None
+
+
+@pytest.mark.parametrize("shown", [0, 1])
+def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
+    metric = Presence()
+    metric.update(np.array([[1.0, 0.3], [0.0, 0.9]]), np.full((2, 2), shown))
+    found = metric.compute()
+    assert found["prior"] == shown and found["calibration_error"] is found["reliability"] is found["auc"] is None
+    assert metric.tables(found)  # without the table of the bins
+    metric.update(np.array([[1.0, 0.0]]), np.array([[1, 0]]))  # certain, at a prior between 0 and 1
+    assert 0 <= metric.compute()["calibration_error"] <= 1
+    assert sum(row["pairs"] for row in metric.compute()["reliability"]) == 6
+
+
+@pytest.mark.parametrize(("number", "nearest"), [(4, 1), (24, 2), (37, 4)])
+def test_like_classes_are_the_nearest_tenth_or_those_of_the_supercategory(number, nearest):
+    vectors = torch.nn.functional.normalize(torch.randn(number, 8, generator=torch.Generator().manual_seed(0)))
+    like = like_classes(None, vectors)
+    for index, cosines in enumerate((vectors @ vectors.T).tolist()):
+        order = sorted(set(range(number)) - {index}, key=lambda other: -cosines[other])
+        assert np.flatnonzero(like[index]).tolist() == sorted(order[:nearest])
+    kinds = [index % 3 for index in range(number)]
+    like = like_classes(kinds, vectors)
+    assert [[bool(cell) for cell in row] for row in like] == [
+        [i != j and kinds[i] == kinds[j] for j in range(number)] for i in range(number)
+    ]

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from iclip_hf import ICLIPConfig, cli, explain, load
 from iclip_hf.backends import onnx as onnx_export
 from iclip_hf.backends.onnx import ONNXModel, _trained_config, export_onnx
-from iclip_hf.evaluation.measures.deletion_insertion import scorer
-from iclip_hf.evaluation.measures.randomization import LayerRandomization
+from iclip_hf.evaluation.metrics.deletion_insertion import scorer
+from iclip_hf.evaluation.metrics.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, make_explainer
 
 

@@ -142,7 +142,7 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
 
 
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
-    result = EvaluationResult({}, {}, {}, {"itsm": [{"id": 1}]}, {}, {})
+    result = EvaluationResult({}, {}, {"itsm": [{"id": 1}]}, {})
     (tmp_path / "a.json").write_text("{}")
     before = contents(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="writing failed"):

@@ -9,6 +9,7 @@ import pickle
 import tarfile
 from collections import Counter
 from itertools import chain, combinations
+from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -17,12 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import Accelerator
 from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
+from iclip_hf.training.inputs import open_inputs
 
 
 NASTY = [
@@ -288,6 +291,26 @@ def test_named_columns(tmp_path):
         load_pairs(tmp_path / "pairs.csv", image_column="photo", caption_column="report")
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(0)), ("a.json", '{"alt": "a cat", "caption": "no"}')])
     assert load_pairs(tmp_path / "a.tar", caption_column="alt").read(0)["captions"] == ["a cat"]
+
+
+def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
+    shard = write_shards(tmp_path / "shards", 9) / "00000.tar"
+    assert load_pairs(shard).files() == {str(shard)}
+    usual = {"eval_dataset": "none", "seed": 0, "max_bad_share": 0.05, "image_column": "", "caption_column": ""}
+    usual |= {"split": "train", "pairs_per_epoch": 0, "validation_share": 0, "nouns": None}
+    for name, images in (("a", "0.jpg 1.jpg"), ("b", "1.jpg 2.jpg"), ("c", "3.jpg")):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["image,caption", *(f"{one},dog" for one in images.split())]))
+    for data, held_out, expected in (
+        ("a.csv", "b.csv", {"1.jpg"}),
+        ("a.csv", "c.csv", set()),
+        ("a.csv", "a.csv", {"a.csv", "0.jpg", "1.jpg"}),
+    ):
+        both = [load_pairs(tmp_path / name).files() for name in (data, held_out)]
+        assert {os.path.basename(file) for file in both[0] & both[1]} == expected
+        named = {"data": [str(tmp_path / data)], "validation_data": [str(tmp_path / held_out)]}
+        caplog.clear()
+        open_inputs(SimpleNamespace(**usual, **named), Accelerator(cpu=True))
+        assert ("in data and validation_data" in caplog.text) == bool(expected)
 
 
 def test_a_part_is_split_off_by_images(tmp_path):

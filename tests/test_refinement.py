@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures.pairs import MFMB
-from iclip_hf.evaluation.measures.segmentation import Segmentation, windowed_maps
-from iclip_hf.explainers import make_explainer
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
+from iclip_hf.evaluation.metrics.segmentation import Segmentation, windowed_maps
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map, segments
 from iclip_hf.model.refinement import refine_maps
@@ -99,36 +98,36 @@ def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
 def test_measures_take_the_refined_maps_of_the_shown_classes(labelled_folder, tiny_processor):
     model, dataset, seen = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), {}
 
-    class Spy(MFMB):
-        def count(self, image, method, heatmaps):
-            seen.setdefault(image.index, []).append((image, image.raw_maps[method]))
-            return super().count(image, method, heatmaps)
+    class Spy(MeanForegroundMinusBackground):
+        def update_from(self, image, method, maps):
+            seen.setdefault(image.index, []).append((image, image.explanations[method].raw_maps))
+            super().update_from(image, method, maps)
 
     for refine in (False, True):
-        evaluate(model, dataset, ["itsm", "gem"], [Spy()], refine=refine, progress=False)
+        evaluate_model(model, dataset, ["itsm", "gem"], [Spy()], refine=refine, progress=False)
     assert len(seen) == len(dataset)
     for of_image in seen.values():
         for (image, plain), (_, refined) in zip(of_image[:2], of_image[2:]):
             if len(plain):  # one image shows no class
-                expected = refine_maps(plain[None], image.pixel_values)[0]
+                expected = refine_maps(plain[None], image.prepared.pixel_values)[0]
                 torch.testing.assert_close(refined, expected, atol=1e-5, rtol=0)
 
 
 def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder, tiny_processor):
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     dataset.background = False
-    options = {"measures": [Segmentation(window=32, stride=16)], "image_size": {"shortest_edge": 40}}
-    result = evaluate((model, tiny_processor), dataset, **options, refine=True, progress=False)
-    explainer = make_explainer((model, tiny_processor))
-    texts = explainer.model.encode_texts(dataset.class_names, dataset.templates)
+    options = {"metrics": [Segmentation(window=32, stride=16)], "image_size": {"shortest_edge": 40}}
+    result = evaluate_model((model, tiny_processor), dataset, **options, refine=True, progress=False)
+    engine = Engine(model, tiny_processor, templates=dataset.templates)
+    texts = engine.encode(dataset.class_names)
     right = total = 0
     for sample in dataset:
         pixels = tiny_processor(images=[sample.image], size={"shortest_edge": 40})["pixel_values"]
-        maps = refine_maps(windowed_maps(explainer, pixels, texts, 32, 16), pixels)[0]
+        maps = refine_maps(windowed_maps(engine, pixels, texts, 32, 16), pixels)[0]
         labels = label_map(maps, sample.size)[0].numpy() + 1
         known = (sample.label_map > 0) & (sample.label_map < 255)
         right, total = right + (labels == sample.label_map)[known].sum(), total + known.sum()
-    assert result.results["itsm"]["pixel_accuracy"] == pytest.approx(100 * right / total, abs=0.1)
+    assert result.results["itsm"]["segmentation"]["pixel_accuracy"] == pytest.approx(100 * right / total, abs=0.1)
     assert result.protocol["refine"] is True
 
 

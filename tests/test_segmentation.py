@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import SegmentationDataset, load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, VOC
 from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample, _decode_segmentation
-from iclip_hf.evaluation.measures.measure import EvaluatedImage
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
+from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES
 
 

@@ -11,8 +11,8 @@ from pairwise import pairwise
 
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate
-from iclip_hf.evaluation.measures import TASKS, make_measure
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics import make_metrics
 
 
 FACTORS = {
@@ -26,11 +26,11 @@ FACTORS = {
 }
 
 
-def measures(task: str, side: int) -> list:
-    options = {"deletion_insertion": {"steps": 2}, "segmentation": {"threshold": 0.5}}
+def metrics(task: str, side: int) -> list:
+    options = {"faithfulness": {"steps": 2}, "segmentation": {"threshold": 0.5}}
     if task == "windows":
-        task, options = "segmentation", {"segmentation": {"threshold": 0.5, "window": side, "stride": 32}}
-    return [make_measure(name, **options.get(name, {})) for name in TASKS[task] if name != "stuff_contrast"]
+        return make_metrics("segmentation", threshold=0.5, window=side, stride=32)
+    return make_metrics(task, **options.get(task, {}))
 
 
 @pytest.mark.parametrize("row", pairwise(FACTORS), ids=lambda row: "-".join(map(str, row.values())))
@@ -43,8 +43,9 @@ def test_every_task_gives_finite_figures(made, labelled_folder, row):
     if row["task"] == "windows":
         options["image_size"] = {"shortest_edge": side + 32}
     dataset = load_segmentation("folder", labelled_folder)[:2]
-    result = evaluate(model, dataset, [row["method"]], measures(row["task"], side), progress=False, **options)
-    (figures,) = result.results.values()
-    numbers = itertools.chain(*(one if isinstance(one, list) else [one] for one in figures.values()))
+    result = evaluate_model(model, dataset, [row["method"]], metrics(row["task"], side), progress=False, **options)
+    (by_metric,) = result.results.values()
+    scores = itertools.chain(*(of_metric.values() for of_metric in by_metric.values()))
+    numbers = itertools.chain(*(one if isinstance(one, list) else [one] for one in scores))
     numbers = [one for one in numbers if isinstance(one, float)]
     assert len(numbers) >= 3 and all(map(math.isfinite, numbers)) and result.timing["images"] == 2

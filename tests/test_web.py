@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, _trained_config
-from iclip_hf.data.example import example_image
 from iclip_hf.demo import web_server
 from iclip_hf.hub import viewer, web
 from iclip_hf.model.label_maps import segments
@@ -34,6 +33,7 @@ from iclip_hf.model.presence import presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
 from iclip_hf.plots.colors import color_table
+from iclip_hf.plots.example import example_image
 
 
 READY = "#go:not([disabled])"

@@ -1,10 +1,10 @@
-"""mFMB as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.MeanForegroundMinusBackground`."""
+"""mFMB as a module of `evaluate`."""
 
-from iclip_hf.evaluation.evaluate_modules import StreamingMetric
-from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
+from iclip_hf.evaluation.evaluate_modules import MetricModule
+from iclip_hf.evaluation.metrics.maps import MeanForegroundMinusBackground
 
 
-class Mfmb(StreamingMetric):
+class Mfmb(MetricModule):
     """mFMB of maps and masks."""
 
-    accumulator = MeanForegroundMinusBackground
+    metric = MeanForegroundMinusBackground

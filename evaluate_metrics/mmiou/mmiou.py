@@ -1,10 +1,10 @@
-"""mMIoU as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.MeanMaxIoU`."""
+"""mMIoU as a module of `evaluate`."""
 
-from iclip_hf.evaluation.evaluate_modules import StreamingMetric
-from iclip_hf.evaluation.metrics import MeanMaxIoU
+from iclip_hf.evaluation.evaluate_modules import MetricModule
+from iclip_hf.evaluation.metrics.maps import MeanMaxIoU
 
 
-class Mmiou(StreamingMetric):
+class Mmiou(MetricModule):
     """mMIoU of maps and masks."""
 
-    accumulator = MeanMaxIoU
+    metric = MeanMaxIoU

@@ -1,10 +1,10 @@
-"""Text contrast as an `evaluate` module. The arithmetic is `iclip_hf.evaluation.metrics.TextContrast`."""
+"""Text contrast as a module of `evaluate`."""
 
-from iclip_hf.evaluation.evaluate_modules import StreamingMetric
-from iclip_hf.evaluation.metrics import TextContrast as Contrast
+from iclip_hf.evaluation.evaluate_modules import MetricModule
+from iclip_hf.evaluation.metrics.maps import TextContrast as Contrast
 
 
-class TextContrast(StreamingMetric):
+class TextContrast(MetricModule):
     """Text contrast of maps and masks."""
 
-    accumulator, per_image = Contrast, True
+    metric = Contrast

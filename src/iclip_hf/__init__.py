@@ -19,14 +19,14 @@ from .utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .backends.embedded import embedded_model
     from .backends.loading import load
-    from .data.example import example_image
-    from .evaluation.evaluate import evaluate
+    from .evaluation.evaluate import evaluate_model
     from .explainers.explain import explain
     from .model.configuration_iclip import ICLIPConfig
     from .model.explanation import Explanation
     from .model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .model.pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
     from .model.processing_iclip import ICLIPProcessor
+    from .plots.example import example_image
     from .plots.sheets import draw
 
 
@@ -35,8 +35,8 @@ __version__ = "0.2.0.dev0"
 _MODULES = {
     "draw": ".plots.sheets",
     "embedded_model": ".backends.embedded",
-    "example_image": ".data.example",
-    "evaluate": ".evaluation.evaluate",
+    "example_image": ".plots.example",
+    "evaluate_model": ".evaluation.evaluate",
     "explain": ".explainers.explain",
     "Explanation": ".model.explanation",
     "ICLIPConfig": ".model.configuration_iclip",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..evaluation.measures import MEASURES, OPTIONS, TASKS
+from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..utils.files import check_outputs
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model, share, texts
 from .output import check_file, complain, echo, model_files
 
 
-# What argparse knows of the forms of `measures.OPTIONS`.
+# What argparse knows of the forms of `metrics.OPTIONS`.
 _FORMS = {
     "pixels": {"type": at_least_1, "metavar": "PIXELS"},
     "count": {"type": at_least_1, "metavar": "N"},
@@ -27,7 +27,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--task",
         choices=tuple(TASKS),
         default="interpretability",
-        help=f"measures to take: {'; '.join(f'{task}: ' + ', '.join(names) for task, names in TASKS.items())} (default: interpretability)",
+        help=f"metrics to compute: {'; '.join(f'{task}: ' + ', '.join(names) for task, names in TASKS.items())} (default: interpretability)",
     )
     add_shared(command, *DATASET[:2], required=True)
     add_shared(command, *DATASET[2:])
@@ -40,15 +40,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="short side of images that keep their proportions (default: a square; with --window 336)",
     )
     command.add_argument(
-        "--measures",
+        "--metrics",
         nargs="+",
-        choices=MEASURES,
-        metavar="MEASURE",
-        help=f"one or more of {', '.join(MEASURES)} instead of those of a task",
+        choices=METRICS,
+        metavar="METRIC",
+        help=f"one or more of {', '.join(METRICS)} instead of those of a task",
     )
-    for name, (measures, form, text) in OPTIONS.items():
+    for name, (form, text) in OPTIONS.items():
         keywords = {"choices": form} if isinstance(form, tuple) else _FORMS[form]
-        command.add_argument(f"--{name.replace('_', '-')}", **keywords, help=f"{', '.join(measures)}: {text}")
+        command.add_argument(f"--{name.replace('_', '-')}", **keywords, help=text)
     add_shared(command, "--batch-size", default=8)
     command.add_argument(
         "--output",
@@ -62,33 +62,26 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     from ..data.segmentation import load_segmentation
 
-    measures = options.measures or [*TASKS[options.task]]
-    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-    for name in given:
-        if not set(OPTIONS[name][0]) & set(measures):
-            option, allowed = f"--{name.replace('_', '-')}", ", ".join(OPTIONS[name][0])
-            raise ValueError(f"{option} is an option of {allowed}: choose one of these by --task or --measures.")
     if options.image_size and options.short_side:
         raise ValueError("Leave out --image-size or --short-side.")
     dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
     if options.output:
         check_file(options.output, (".json",))
         check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
-    from ..evaluation.evaluate import evaluate
-    from ..evaluation.measures import make_measure
+    from ..evaluation.metrics import make_metrics
+
+    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
+    metrics = make_metrics(options.metrics or options.task, **given)
+    from ..evaluation.evaluate import evaluate_model
     from ..utils.distributed import partial_state
 
-    if not options.measures and not dataset.stuff:
-        measures = [name for name in measures if name != "stuff_contrast"]
-    of_measure = {name: {option: given[option] for option in given if name in OPTIONS[option][0]} for name in measures}
-    measures = [make_measure(name, **options_of) for name, options_of in of_measure.items()]
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
     state = partial_state("eval")  # selects the device before the model is loaded
-    result = evaluate(
+    result = evaluate_model(
         load_model(options.model, options),
         dataset,
         options.methods,
-        measures,
+        metrics,
         image_size=size,
         templates=options.templates,
         refine=options.refine,

@@ -163,7 +163,7 @@ def load_model(name: str, options: argparse.Namespace):
 
 def load_engine(options: argparse.Namespace):
     """Loads the model and returns the [`Engine`] of `iclip explain` and `iclip segment`, and the threshold of all texts or of each."""
-    from ..evaluation.results import class_thresholds, read_results
+    from ..evaluation.results import class_thresholds, read_results, threshold_differences
 
     threshold, results = options.threshold, None
     if isinstance(threshold, Path):  # read before the model is loaded
@@ -174,6 +174,7 @@ def load_engine(options: argparse.Namespace):
 
     explainer = make_explainer(load_model(options.model, options), options.method)
     model = explainer.model
+    engine = Engine(model, model.processor, explainer, options.templates, options.image_size, options.refine)
     if results:
         protocol = read_results(results, "protocol")["protocol"]
         if differing := model.differs_from(protocol):
@@ -181,15 +182,13 @@ def load_engine(options: argparse.Namespace):
                 f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip "
                 "evaluate --output`."
             )
-        # The default of `segment` is not that of `evaluate`.
-        if (refined := bool(protocol.get("refine"))) != options.refine:
+        if differing := threshold_differences(protocol, engine):
             complain(
                 options.command,
-                f"--threshold {results} has thresholds of maps that were {'' if refined else 'not '}refined, and these are "
-                f"{'not' if refined else 'refined'}: add --{'' if refined else 'no-'}refine, or measure by `iclip evaluate "
-                f"{'--no-refine' if refined else '--refine'} --output`.",
+                f"--threshold {results} has thresholds of other maps, with {'; '.join(differing)}: use the same options, or measure by "
+                "`iclip evaluate --output` with these.",
             )
-    return Engine(model, model.processor, explainer, options.templates, options.image_size, options.refine), threshold
+    return engine, threshold
 
 
 def keep_memory() -> None:

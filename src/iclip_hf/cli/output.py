@@ -94,11 +94,6 @@ def echo_folder(folder: Path, *command: str) -> None:
     echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
 
 
-def echo_space(folder: Path) -> None:
-    """Prints the size of the folder of a Space, and the command that publishes it."""
-    echo_folder(folder, "hf", "upload", f"your-name/{folder.resolve().name}", str(folder), ".", "--repo-type", "space")
-
-
 def presence_column(value: float | None, min_presence: float) -> str:
     """
     Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80

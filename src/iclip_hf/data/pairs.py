@@ -33,9 +33,9 @@ from .sources import (
     Columns,
     RawPair,
     Source,
-    _draw,
     open_hub_dataset,
     open_sources,
+    sample_caption,
 )
 
 
@@ -100,7 +100,7 @@ class PairDataset:
             self._tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
-        return {**pair, "caption": _draw(pair["captions"], self.seed, epoch, index), "skipped": skipped}
+        return {**pair, "caption": sample_caption(pair["captions"], self.seed, epoch, index), "skipped": skipped}
 
     def __repr__(self) -> str:
         return f"PairDataset(pairs={len(self)}, sources={len(self.sources)})"
@@ -130,7 +130,7 @@ class PairDataset:
     def caption(self, index: int) -> str:
         """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
         try:
-            return _draw(self.captions(index), self.seed, self._epoch, index)
+            return sample_caption(self.captions(index), self.seed, self._epoch, index)
         except BadPairError:
             return ""
 
@@ -250,6 +250,15 @@ class PairDataset:
                         digest = None
                     yield digest or hashlib.sha256(f"{number}/{file or start}".encode(errors="replace")).digest()
                     bar.update()
+
+    def files(self) -> set[str]:
+        """Returns the absolute paths of the sources and of the images that they name."""
+        paths = {os.path.abspath(file) for source in self.sources for file in source.files()}
+        return paths.union(
+            os.path.abspath(file)
+            for source, ranges in self._by_source()
+            for file in filter(None, source.image_files(ranges))
+        )
 
     def _by_source(self) -> list[tuple[Source, np.ndarray]]:
         """Returns the sources with the ranges (start, end) of their pairs."""

@@ -109,9 +109,9 @@ def _texts(column: str, value) -> list[str]:
             value = parse_json(value)
         except ValueError:
             return []
-    several = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     # JSON escapes can contain lone surrogates, which tokenizers refuse.
-    texts = [text.encode(errors="ignore").decode().strip() for text in several if isinstance(text, str)]
+    texts = [text.encode(errors="ignore").decode().strip() for text in listed if isinstance(text, str)]
     return [text for text in texts if text]
 
 
@@ -170,7 +170,7 @@ class BadPairTally:
             )
 
 
-def _draw(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
+def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
     return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
 
 
@@ -378,14 +378,14 @@ def read_class_folders(path: Path) -> ImageList:
     Raises:
         `FileNotFoundError`: there are no such images.
     """
-    every = sorted(image.relative_to(path) for image in image_files(path))
-    images = [image for image in every if len(image.parts) == 2]
+    all_paths = sorted(image.relative_to(path) for image in image_files(path))
+    images = [image for image in all_paths if len(image.parts) == 2]
     if not images:
         raise FileNotFoundError(
             f"{path}: there is neither metadata.jsonl, metadata.csv, a .tar or .parquet file, nor an image in a folder of its class, such "
             "as dog/1.jpg; name another folder, or the table itself."
         )
-    if elsewhere := [image for image in every if len(image.parts) != 2]:
+    if elsewhere := [image for image in all_paths if len(image.parts) != 2]:
         logger.warning(
             "%s: left out %d images in no folder of a class, such as %s", path, len(elsewhere), elsewhere[0]
         )

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from ..model.downloads import MAX_DOWNLOAD
 from ..model.images import load_image
-from .sources import LABEL_COLUMNS, USUAL_COLUMNS, BadPairError, BadPairTally, Columns, _draw
+from .sources import LABEL_COLUMNS, USUAL_COLUMNS, BadPairError, BadPairTally, Columns, sample_caption
 
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class PairStream(IterableDataset):
                 self._tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
             self._tally.add()
-            caption = _draw(texts.captions, self.seed, self._rows.epoch, key)
+            caption = sample_caption(texts.captions, self.seed, self._rows.epoch, key)
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "skipped": skipped}
             skipped = 0
 

@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import __version__
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
-from ..hub.model_card import front_matter
 from ..hub.viewer import (
     EXAMPLES,
     MAX_CHARACTERS,
     MAX_TEXTS,
-    SPACE,
     example_files,
     introduction,
     read_asset,
@@ -33,7 +30,6 @@ from ..model.explanation import Explanation
 from ..model.images import load_image
 from ..model.prompts import split_texts
 from ..utils.extras import require_extra
-from ..utils.files import write_files
 
 
 with require_extra("demo"):
@@ -45,17 +41,6 @@ MAX_FILE_SIZE = "20mb"  # `load_image` limits the number of pixels
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
-_SPACE_CARD = {"title": "ICLIP", **SPACE, "sdk": "gradio", "sdk_version": gr.__version__, "app_file": "app.py"}
-_SPACE_README = """
-The live demo of [ICLIP](https://arxiv.org/abs/2209.07046) in `iclip_hf`: drop an image, type texts, see a map for each text.
-"""
-_SPACE_APP = '''"""Live demo: which pixels of an image match a text."""
-
-from iclip_hf.demo.app import launch
-
-
-launch({model!r})
-'''
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
 .html-container { padding: 0 !important; }
@@ -264,13 +249,3 @@ def launch(
         **options,
     )
     return app
-
-
-def export_space(folder: Path, model: str = "embedded", overwrite: bool = False) -> None:
-    """Writes the files of a Space that runs this demo, beside others that the folder holds."""
-    files = {
-        "README.md": front_matter({**_SPACE_CARD, "license": "apache-2.0"}) + _SPACE_README,
-        "app.py": _SPACE_APP.format(model=model),
-        "requirements.txt": f"iclip-hf[demo]=={__version__}\n",
-    }
-    write_files(folder, {name: text.encode() for name, text in files.items()}, overwrite)

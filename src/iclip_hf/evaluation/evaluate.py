@@ -1,12 +1,14 @@
-"""One loop that evaluates a model on a segmentation data set, with any measures (Tables 1, 4, 5 and 8 among them)."""
+"""One loop that evaluates a model on a segmentation data set, with any metrics (Tables 1, 4, 5 and 8 among them)."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
 
@@ -15,28 +17,26 @@ from tqdm import tqdm
 
 from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
-from ..explainers import Explainer, make_explainer
+from ..explainers import make_explainer
 from ..model.engine import Engine, map_groups
-from ..model.modeling_iclip import ICLIPTextFeatures, cosines
-from ..model.prompts import check_templates
-from ..model.similarity import resize_and_normalize
+from ..model.modeling_iclip import ICLIPTextFeatures
 from ..utils.distributed import partial_state
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
-from .measures import TASKS, make_measure
-from .measures.measure import EvaluatedImage, Measure
-from .results import EvaluationResult
+from .metrics import make_metrics
+from .metrics.metric import CannotMeasure, EvaluatedImage, Metric, markdown
+from .results import EvaluationResult, map_settings
 
 
 with require_extra("eval"):
     from accelerate.utils import gather_object
 
 
-def evaluate(
+def evaluate_model(
     model,
     dataset: SegmentationDataset,
     methods: Sequence[str] = ("itsm",),
-    measures: Sequence[str | Measure] | None = None,
+    metrics: str | Sequence[str | Metric] = "interpretability",
     *,
     image_size: int | dict[str, int] | None = None,
     templates: Sequence[str] | None = None,
@@ -55,10 +55,10 @@ def evaluate(
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
-        measures: names of `MEASURES`, or measures with options such as `Segmentation(window=224)`; those of the task
-            `"interpretability"` that the data set allows if not given.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to, or a `size` of
-            [`ICLIPProcessor`]; the processor's if not given.
+        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of `METRICS` and metrics with
+            options such as `Segmentation(window=224)`.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
+            [`ICLIPProcessor`]; the processor's if not given. mAP and presence always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         limit (`int`, *optional*): evaluate only the first images.
@@ -69,161 +69,193 @@ def evaluate(
         [`EvaluationResult`].
 
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described.
+        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the model does not have
+        what a metric measures.
     """
     start = time.perf_counter()
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is at least 1, not {limit}.")
     state = partial_state("eval")
-    if measures is None:
-        measures = [name for name in TASKS["interpretability"] if name != "stuff_contrast" or dataset.stuff]
-    measures = [measure if isinstance(measure, Measure) else make_measure(measure) for measure in measures]
-    size = image_size or next((measure.image_size for measure in measures if measure.image_size), None)
+    metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
+    size = image_size or next((metric.image_size for metric in metrics if metric.image_size), None)
     run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)
-    for measure in measures:
-        measure.prepare(run)
-    protocol = run.protocol() | dict(itertools.chain(*(measure.protocol().items() for measure in measures)))
-    run.measure(measures, progress and state.is_main_process)
+    metrics = [metric for metric in metrics if _measurable(metric, run)]
+    totals = run.measure(metrics, progress and state.is_main_process)
 
-    gathered, *others = gather_object([[measure.totals for measure in measures]])  # alike on every process
-    for measure, totals in zip(measures, gathered):
-        measure.totals = totals
-    for other in others:
-        for measure, totals in zip(measures, other):
-            for method, of_method in measure.totals.items():
-                of_method.merge(totals[method])
-    results, rows, columns = zip(*(_report(measures, method, dataset) for method in run.methods))
-    presence, *_ = [reported.pop("presence", {}) for reported in results]  # the same for all methods
+    first, *others = gather_object([[total.state for total in totals.values()]])  # alike on every process
+    for total, of_all, *parts in zip(totals.values(), first, *others):
+        for part in parts:
+            of_all.merge(part)
+        total.state = of_all
+    results, per_class = {}, {}
+    for method in run.methods:
+        reports = {
+            metric.name: totals[metric.name, method if metric.by_method else None].report() for metric in metrics
+        }
+        results[method] = {name: scores for name, (scores, _) in reports.items()}
+        per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(
-        protocol=protocol,
-        results=dict(zip(run.methods, results)),
-        presence=presence,
-        per_class=dict(zip(run.methods, rows)),
+        protocol=run.protocol() | {"metrics": {metric.name: metric.protocol() for metric in metrics}},
+        results=results,
+        per_class=per_class,
         timing={
             "seconds": time.perf_counter() - start,
             "seconds_in_model": run.seconds_in_model,
             "images": len(run.indices),
         },
-        columns=dict(zip(run.methods, columns)),
+        tables=_tables(metrics, results, run.count, dataset.images_in_split),
     )
 
 
-def _report(measures: list[Measure], method: str, dataset: SegmentationDataset) -> tuple[dict, list[dict], dict]:
-    """Returns the scores of a method, a row for each class, and the cells of its row in the table by heading."""
-    reported, cells, left_out, by_class = {}, {}, {}, {}
-    for measure in measures:
-        found, rows = measure.report(method if measure.by_method else None)
-        if "left_out" in found:
-            left_out[measure.name] = found.pop("left_out")
-        cells |= dict(zip((heading for heading, _ in measure.scores.values()), measure.cells(found)))
-        reported |= found
-        for label, row in rows.items():
-            by_class.setdefault(label, {}).update(row)
-    names = dict(zip(dataset.labels, dataset.class_names)) | ({0: "background"} if 0 in by_class else {})
-    empty = dict.fromkeys(itertools.chain(*by_class.values()))
-    table = [{"id": label, "name": names[label], **empty, **by_class.get(label, {})} for label in sorted(names)]
-    return {**reported, "left_out": left_out}, table, cells
+def _measurable(metric: Metric, run: EvaluationRun) -> bool:
+    """Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures."""
+    try:
+        metric.prepare(run)
+    except CannotMeasure:
+        if not metric.optional:
+            raise
+        return False
+    return True
+
+
+def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationDataset) -> list[dict]:
+    """Returns a row for each class, from the rows of each metric by class id. A class without a score has None."""
+    by_metric = {name: rows for name, rows in by_metric.items() if rows}
+    has_background = any(0 in rows for rows in by_metric.values())
+    names = ({0: "background"} if has_background else {}) | dict(zip(dataset.labels, dataset.class_names))
+    empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
+    return [
+        {"id": label, "name": of_class} | {name: empty[name] | rows.get(label, {}) for name, rows in by_metric.items()}
+        for label, of_class in names.items()
+    ]
+
+
+def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
+    """Returns a Markdown table with a row for each method, and the tables of the metrics' own."""
+    in_table = [metric for metric in metrics if metric.columns]
+    first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
+    headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
+    rows = [
+        [method, *itertools.chain(*(metric.cells(scores[metric.name]) for metric in in_table))]
+        for method, scores in results.items()
+    ]
+    scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
+    own = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
+    return [*([markdown(headings, rows)] if in_table else []), *own]
 
 
 class EvaluationRun:
-    """What the measures of an evaluation share: methods, encoded texts, and the images of this process. Parameters: [`evaluate`]."""
+    """
+    What the metrics of an evaluation share. Parameters: [`evaluate_model`].
+
+    Attributes:
+        model ([`ExplainableModel`]), dataset, methods, batch_size, refine: as given.
+        engine ([`Engine`]): computes the scores.
+        engines (`dict`): for each method an [`Engine`], which computes its maps.
+        count (`int`): number of images of all processes.
+        indices (`range`): positions of the images of this process.
+    """
 
     def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, state):
         self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
-        self.explainers = {method: make_explainer(self.model, method) for method in self.methods}
-        self.templates = check_templates(dataset.templates if templates is None else templates)
-        size = {"height": image_size, "width": image_size} if isinstance(image_size, int) else image_size
-        self.size = {} if size is None else {"size": size}
+        templates = dataset.templates if templates is None else templates
+        options = {"templates": templates, "image_size": image_size, "refine": refine}
+        new_engine = partial(Engine, self.model, self.model.processor, **options)
+        self.engine = new_engine()
+        self.engines = {method: new_engine(method=make_explainer(self.model, method)) for method in self.methods}
         self.refine, self.batch_size = refine, batch_size
-        self.count = min(len(dataset), limit or len(dataset))  # of all processes
-        self.indices = range(state.process_index, self.count, state.num_processes)  # of this one
+        self.count = min(len(dataset), limit or len(dataset))
+        self.indices = range(state.process_index, self.count, state.num_processes)
         self.seconds_in_model = 0.0
 
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
         """The encoded class names, `(K, P)`, on the device of the model."""
-        return self.model.encode_texts(self.dataset.class_names, self.templates)
+        return self.engine.encode(self.dataset.class_names)
 
-    def measure(self, measures: Sequence[Measure], progress: bool) -> None:
-        """Adds all images of this process to the totals. Threads decode and count while this thread runs the model."""
-        needs = frozenset().union(*(measure.needs for measure in measures))
+    def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
+        """
+        Measures all images of this process. Threads decode images and update metrics while this thread runs the model. Returns a metric
+        with its items by its name and the method, which is None for metrics that do not depend on the method.
+        """
+        needs = frozenset().union(*(metric.needs for metric in metrics))
+        by_method = {
+            method: [metric for metric in metrics if metric.by_method == bool(method)]
+            for method in (None, *self.methods)
+        }
+        totals = {(metric.name, method): metric.empty() for method, of in by_method.items() for metric in of}
 
-        def count(image: EvaluatedImage) -> list[tuple]:
-            """Returns measure, method and counts."""
-            counts, heatmaps = [(m, None, m.count(image, None, None)) for m in measures if not m.by_method], None
-            for method, explainer in self.explainers.items():
-                if "maps" in needs:
-                    heatmaps = resize_and_normalize(image.raw_maps[method], image.sample.size, explainer.reversed)
-                counts += [(m, method, m.count(image, method, heatmaps)) for m in measures if m.by_method]
-            return counts
+        def update(image: EvaluatedImage) -> list[Metric]:
+            """Returns the metrics of `totals` with this image alone."""
+            parts = []
+            for method, of_method in by_method.items():
+                maps = image.explanations[method].maps if method and "maps" in needs else None
+                for metric in of_method:
+                    parts.append(metric.empty())
+                    parts[-1].update_from(image, method, maps)
+            return parts
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
         with ThreadPoolExecutor(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
-            images = self._forward(images, measures, needs)
-            for counts in prefetch_map(pool, count, images, 2 * self.batch_size):
-                for measure, method, of_image in counts:
-                    for part in of_image:
-                        measure.totals[method].add_counts(*part)
+            images = self._run_model(images, metrics, needs)
+            for parts in prefetch_map(pool, update, images, 2 * self.batch_size):
+                for total, part in zip(totals.values(), parts):
+                    total.merge(part)
                 bar.update()
+        return totals
 
     def _prepared(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
-        return EvaluatedImage(index, sample, self.model.processor(images=[sample.image], **self.size)["pixel_values"])
+        rows = [label - 1 for label in sample.labels]
+        return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, rows))
 
-    def _forward(
-        self, images: Iterator[EvaluatedImage], measures: Sequence[Measure], needs: frozenset[str]
+    def _run_model(
+        self, images: Iterator[EvaluatedImage], metrics: Sequence[Metric], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
         """Yields the images after the model has run."""
+        needs_scores = bool(needs & {"scores", "presence"})
+        own = [engine for engine in self.engines.values() if engine.method.is_own_map]
+        encoder = self.engine if needs_scores or own else next(iter(self.engines.values()))
 
-        def forward(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
-            if needs:
-                self._draw(images, needs)
-            for measure in measures:
-                for image, found in zip(images, measure.forward(images)):
-                    image.outputs[measure.name] = found
+        def run(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
+            # Encoded once for the scores and for the maps of itsm and reversed_itsm. Every other method runs the image tower itself.
+            for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
+                image.prepared = encoded
+            prepared = [image.prepared for image in images]
+            if needs_scores:
+                without_maps = [replace(image, rows=()) for image in prepared]
+                for image, found in zip(images, self.engine.run(without_maps, self.texts, len(images))):
+                    image.scores = found.all_scores
+                    presence = self.model.presence(found.all_scores.to(self.texts.text_embeds.device))
+                    image.presence = None if presence is None else presence.cpu()
+            if "maps" in needs:
+                for method, engine in self.engines.items():
+                    for image, found in zip(images, engine.run(prepared, self.texts, len(images))):
+                        image.explanations[method] = found
+            for metric in metrics:
+                for image, found in zip(images, metric.run_model(images)):
+                    image.outputs[metric.name] = found
             return images
 
         while batch := list(itertools.islice(images, self.batch_size)):
             began = time.perf_counter()
-            batch = map_groups(forward, batch, [image.pixel_values.shape for image in batch])
+            batch = map_groups(run, batch, [image.prepared.kind for image in batch])
             self.seconds_in_model += time.perf_counter() - began
             yield from batch
-
-    def _draw(self, images: list[EvaluatedImage], needs: frozenset[str]) -> None:
-        """Adds scores, presence and raw maps to images of one shape."""
-        # One forward pass gives the similarity map, its reversal, and the scores of all classes. Every other method needs its own.
-        pixel_values = torch.cat([image.pixel_values for image in images])
-        rows = [image.sample.labels and [label - 1 for label in image.sample.labels] for image in images]
-        own, others = Engine(self.model, self.model.processor, refine=self.refine), self.explainers
-        maps = {}
-        if "scores" in needs:
-            shown, features = own.raw_maps(pixel_values, self.texts, rows=rows)
-            scores = cosines(features.image_embeds, self.texts.text_embeds)
-            presence = self.model.presence(scores)
-            for index, image in enumerate(images):
-                image.scores = scores[index].cpu()
-                image.presence = None if presence is None else presence[index].cpu()
-            maps = dict.fromkeys(("itsm", "reversed_itsm"), shown)  # reversed once they are stretched to [0, 1]
-            others = {name: explainer for name, explainer in self.explainers.items() if name not in maps}
-        if "maps" in needs:
-            for name, other in others.items():
-                engine = Engine(self.model, self.model.processor, other, refine=self.refine)
-                maps[name] = engine.raw_maps(pixel_values, self.texts, rows=rows)[0]
-            for method in self.methods:
-                for image, of_image in zip(images, maps[method].cpu()):
-                    image.raw_maps[method] = of_image[: len(image.sample.labels)]
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
-        `(N, T, h, w)`.
+        `(N, T, h, w)`, refined as those of the evaluation and negated where the method's maps are reversed.
         """
-        rows = [label - 1 for label in image.sample.labels]
 
-        def explain(explainer: Explainer, pixel_values: torch.Tensor) -> torch.Tensor:
-            engine = Engine(self.model, self.model.processor, explainer)
-            return engine.raw_maps(pixel_values, self.texts, rows=[rows] * len(pixel_values))[0]
+        def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:
+            rows = [image.prepared.rows] * len(pixel_values)
+            maps, _ = engine.raw_maps(pixel_values, self.texts, rows=rows)
+            return -maps if engine.method.reversed else maps
 
-        return {method: partial(explain, explainer) for method, explainer in self.explainers.items()}
+        return {method: partial(explain, engine) for method, engine in self.engines.items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation of these images."""
@@ -237,11 +269,9 @@ class EvaluationRun:
                 "images_in_split": dataset.images_in_split,
                 "fingerprint": dataset.fingerprint(),
             },
-            "image_size": self.size.get("size") or dict(self.model.processor.image_processor.size),
-            "resize": "whole image, no crop",
-            "templates": self.templates,
+            **map_settings(self.engine),
+            "resize": "whole image, no crop; scores at the model's own size",
             "class_names": list(dataset.class_names),
-            "refine": self.refine,
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),
         }

@@ -1,17 +1,15 @@
 """
-Base class and demo of the metric modules of the `evaluate` library. The scripts are in the folder `evaluate_metrics` of the
-repository, which is installed as `iclip_hf.evaluate_metrics`.
+Modules of the `evaluate` library from metrics. The scripts are in the folder `evaluate_metrics` of the repository, which is installed as
+`iclip_hf.evaluate_metrics`.
 """
 
-import json
 from abc import ABC, abstractmethod
-from inspect import getdoc
-from pathlib import Path
+from inspect import getdoc, signature
 
 import numpy as np
 
-from ..model.images import open_image
 from ..utils.extras import require_extra
+from .metrics.maps import MaskMetric, PairMetric
 
 
 with require_extra("eval"):
@@ -55,45 +53,37 @@ _CITATION = """
 """
 
 
-class StreamingMetric(evaluate.Metric, ABC):
+class MetricModule(evaluate.Metric, ABC):
     """
-    A metric of `evaluate` over maps and masks. It stores the counts of each item instead of its pixels.
-
-    A subclass sets `accumulator` to a metric of `iclip_hf.evaluation.metrics`, whose docstrings describe the module, and `per_image` if an
-    item is an image with all of its classes instead of one class.
+    A metric as a module of `evaluate`. It stores the counts of each item instead of its pixels. The script of a module has a subclass that
+    sets `metric`.
     """
-
-    per_image = False
 
     @property
     @abstractmethod  # because `evaluate.load` instantiates the first metric class of a script that is not abstract
-    def accumulator(self) -> type: ...
+    def metric(self) -> type[MaskMetric]: ...
 
-    def __init__(self, *args, ignore_index: int = 255, aggregate: str | None = None, **kwargs):
+    def __init__(self, *args, ignore_index: int = 255, **kwargs):
+        self.ignore_index, self.options = ignore_index, self._options(kwargs)
         super().__init__(*args, **kwargs)
-        self.ignore_index, self.aggregate = ignore_index, aggregate
-        self._accumulator(aggregate)  # refuses a wrong one before any item is added
+        self.metric(**self.options)  # refuses a wrong option before any item is added
 
-    @classmethod
-    def of_one_image(cls, maps: list[np.ndarray], mask: np.ndarray, labels: list[int]) -> dict:
-        """Returns the inputs for K maps (H, W) of one image, its label mask (H, W) and K class ids."""
-        if cls.per_image:
-            return {"predictions": [np.stack(maps)], "references": [mask], "labels": [labels]}
-        return {"predictions": maps, "references": [mask] * len(maps), "labels": labels}
-
-    def _accumulator(self, aggregate: str | None):
-        return self.accumulator() if aggregate is None else self.accumulator(aggregate=aggregate)
+    def _options(self, given: dict) -> dict:
+        """Takes the options of the metric out of keywords."""
+        names = signature(self.metric).parameters.keys() & given.keys()
+        return {name: value for name in names if (value := given.pop(name)) is not None}
 
     def _info(self) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
         # `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
-        labels = Sequence(label) if self.per_image else label
-        inputs = _INPUTS.format(**(_IMAGES if self.per_image else _PAIRS))
+        per_pair = issubclass(self.metric, PairMetric)
+        labels = label if per_pair else Sequence(label)
+        inputs = _INPUTS.format(**(_PAIRS if per_pair else _IMAGES))
         return evaluate.MetricInfo(
-            description=getdoc(self.accumulator).partition("Example:")[0].strip(),
+            description=getdoc(self.metric).partition("Example:")[0].strip(),
             citation=_CITATION,
-            inputs_description=inputs + getdoc(self.accumulator.compute),
+            inputs_description=inputs + getdoc(self.metric.compute),
             features=Features({"predictions": row, "references": row, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
@@ -107,17 +97,18 @@ class StreamingMetric(evaluate.Metric, ABC):
         """Adds items: `predictions`, `references` and `labels` of equal length."""
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         items = zip(predictions, references, labels, strict=True)
-        counts = [self.accumulator.count(*item, ignore_index) for item in items]
+        counts = [self.metric.count(*item, ignore_index) for item in items]
         super().add_batch(
             predictions=[second for _, second in counts],
             references=[first for first, _ in counts],
             labels=[np.asarray(label).tolist() for label in labels],
         )
 
-    def compute(self, *, aggregate: str | None = None, ignore_index: int | None = None, **items) -> dict | None:
+    def compute(self, *, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
-        # First, so that an error does not lose the added items.
-        accumulator = self._accumulator(self.aggregate if aggregate is None else aggregate)
+        metric = self.metric(
+            **self.options | self._options(items)
+        )  # first, so that an error does not lose the added items
         items = {name: values for name, values in items.items() if values is not None}  # None is of `evaluate.combine`
         if not items and ignore_index is not None:
             raise ValueError("ignore_index belongs to the call that adds the items, or to `evaluate.load`.")
@@ -126,41 +117,9 @@ class StreamingMetric(evaluate.Metric, ABC):
             items = dict.fromkeys(self.features, ())
         if items:
             self.add_batch(ignore_index=ignore_index, **items)
-        return super().compute(accumulator=accumulator)
+        return super().compute(metric=metric)
 
-    def _compute(self, predictions, references, labels, accumulator) -> dict:
+    def _compute(self, predictions, references, labels, metric) -> dict:
         for first, second, label in zip(references, predictions, labels):
-            accumulator.add_counts(np.array([first, second]), label)
-        return accumulator.compute()
-
-
-def metric_demo(script: str | Path):
-    """
-    Builds the app of a metric's Space, a `gradio.Interface`, from the script of the metric. Its inputs are maps and a label mask as image
-    files, and class ids. The app shows the `README.md` beside the script.
-    """
-    with require_extra("demo"):
-        import gradio as gr
-
-    metric = evaluate.load(str(script))
-
-    def score(maps: list[str], mask: str, labels: str) -> str:
-        maps = [np.asarray(open_image(path).convert("L")).astype(np.float32) / 255 for path in maps]
-        labels = [int(label) for label in labels.split(",")]
-        result = metric.compute(**metric.of_one_image(maps, np.asarray(open_image(mask)), labels))
-        return json.dumps(result, indent=2)
-
-    images = {"file_types": ["image"], "type": "filepath"}
-    sheet = "Maps: grayscale images of the mask's size, one for each class; black is 0, white is 1"
-    return gr.Interface(
-        score,
-        inputs=[
-            gr.File(file_count="multiple", label=sheet, **images),
-            gr.File(label="Label mask: palette or grayscale PNG of class ids", **images),
-            gr.Textbox(value="1", label="Class ids of the maps, for example: 1, 2"),
-        ],
-        outputs=gr.Code(language="json", label=metric.name),
-        title=f"Metric: {metric.name}",
-        description=metric.description,
-        article=evaluate.utils.parse_readme(Path(script).with_name("README.md")),
-    )
+            metric.add_counts(np.array([first, second]), label)
+        return metric.compute()

@@ -5,76 +5,55 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..utils.files import atomic_write, check_outputs, new_file
 
 
-# The scores of the measure `presence` in its table: for each its heading and number of digits.
-PRESENCE = {
-    "auc": ("AUC of presence", 3),
-    "auc_hard": ("against like classes", 3),
-    "kept": ("kept % at presence {min_presence}", 1),
-    "kept_things": ("things %", 1),
-    "kept_stuff": ("stuff %", 1),
-    "passed": ("passed %", 1),
-    "passed_hard": ("like classes passed %", 1),
-    "mAP": ("mAP by presence %", 1),
-    "calibration_error": ("calibration error", 3),
-}
-
-
 @dataclass
 class EvaluationResult:
     """
-    The result of [`evaluate`]. A score that the data cannot measure is None.
+    The result of [`evaluate_model`]. A score that the data cannot measure is None.
 
     Attributes:
-        protocol (`dict`): model, data set with its fingerprint, resolution, prompts, options, software versions.
-        results (`dict`): for each method, the scores of all measures, and `left_out`, for each measure the number of items that
-            have no score, by reason.
-        presence (`dict`): scores of the measure `presence`; empty if it was not measured.
-        per_class (`dict`): for each method, a list with one `dict` for each class: id, name and the rows of all measures.
+        protocol (`dict`): model, data set with its fingerprint, resolution, prompts, software versions; and `metrics`, for each metric its
+            options and definition.
+        results (`dict`): `results[method][metric]` are the scores of the metric as its `compute` returns them, without those of classes.
+        per_class (`dict`): for each method, a list with one `dict` for each class: `id`, `name`, and for each metric with scores of
+            classes a `dict` of them.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
-        columns (`dict`): for each method, the cells of the table by heading.
+        tables (`list[str]`): tables of `results` in Markdown.
     """
 
     protocol: dict
-    results: dict[str, dict]
-    presence: dict[str, float | None]
+    results: dict[str, dict[str, dict]]
     per_class: dict[str, list[dict]]
     timing: dict[str, float]
-    columns: dict[str, dict[str, str]]
+    tables: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """Returns the scores as a Markdown table, which says if they are of some images only, and two tables on presence."""
-        headings = list(next(iter(self.columns.values())))
-        seen, whole = (self.protocol["dataset"][name] for name in ("images", "images_in_split"))
-        first = "method" if seen == whole else f"method, on {seen} of {whole} images"
-        lines = [markdown([first, *headings], [[method, *row.values()] for method, row in self.columns.items()])]
-        if self.presence:
-            columns = {name: heading.format(**self.presence) for name, (heading, _) in PRESENCE.items()}
-            shown = {name: rounded(self.presence[name], digits) for name, (_, digits) in PRESENCE.items()}
-            bins = self.presence["reliability"]
-            edges = [f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}" for index in range(len(bins))]
-            names = {"mean": ("mean", 2), "shown": ("share that is shown", 2), "pairs": ("pairs", 0)}
-            rows = [[name, *(rounded(one[row], digits) for one in bins)] for row, (name, digits) in names.items()]
-            lines.append(markdown([*columns.values()], [[*shown.values()]]))
-            lines.append(markdown([f"presence at the prior {self.presence['prior']:.2f}", *edges], rows))
-        return "\n\n".join(lines)
+        """Returns the scores as a Markdown table, which says if they are of some images only, and further tables of some metrics."""
+        return "\n\n".join(self.tables)
 
     def to_json(self) -> str:
-        """Returns all attributes but the table as JSON text."""
+        """Returns all attributes but the tables as JSON text."""
         values = asdict(self)
-        del values["columns"]
+        del values["tables"]
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
-        """Returns `per_class` as CSV text, with a row for each method and class."""
-        rows = [{"method": method, **row} for method, rows in self.per_class.items() for row in rows]
+        """Returns `per_class` as CSV text, with a row for each method and class. The heading of a score is `metric.score`."""
+        rows = []
+        for method, classes in self.per_class.items():
+            for row in classes:
+                rows.append({"method": method})
+                for name, value in row.items():
+                    scores = (
+                        {f"{name}.{score}": one for score, one in value.items()} if isinstance(value, dict) else {}
+                    )
+                    rows[-1] |= scores or {name: value}
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
@@ -117,7 +96,8 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
     if method not in per_class:
         raise ValueError(f"{path} has the methods {list(per_class)}, not {method!r}.")
     try:
-        found = {row["name"]: row["threshold"] for row in per_class[method] if row["threshold"] is not None}
+        found = {row["name"]: row["mMIoU"]["threshold"] for row in per_class[method] if "mMIoU" in row}
+        found = {name: threshold for name, threshold in found.items() if threshold is not None}
         lacking = [label for label in labels if not 0 <= found.get(label, -1) <= 1]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is no JSON file of `iclip evaluate --output`: no thresholds of classes.") from error
@@ -126,16 +106,25 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
     return [found[label] for label in labels]
 
 
-def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows])
+def map_settings(engine) -> dict:
+    """Returns what the maps of an [`Engine`] depend on beside model and method, as the protocol of a result has it."""
+    size = engine.image_size or dict(engine.processor.image_processor.size)
+    return {
+        "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
+        "templates": list(engine.templates),
+        "refine": engine.refine,
+    }
 
 
-def measured(value: float) -> float | None:
-    """Converts NaN, which JSON does not have, to None."""
-    return None if math.isnan(value) else float(value)
-
-
-def rounded(value: float | None, digits: int) -> str:
-    """Formats a score for a table."""
-    return "-" if value is None else f"{value:.{digits}f}"
+def threshold_differences(protocol: Mapping, engine) -> list[str]:
+    """
+    Returns in what the maps that thresholds were measured on differ from those of an [`Engine`], and "aggregate" if thresholds are not of
+    the mean over images. Empty if they are alike, so that the thresholds apply.
+    """
+    measured = {**protocol, "aggregate": protocol.get("metrics", {}).get("mMIoU", {}).get("aggregate", "image")}
+    used = map_settings(engine) | {"aggregate": "image"}
+    return [
+        f"{name} {measured[name]} instead of {value}"
+        for name, value in used.items()
+        if name in measured and measured[name] != value
+    ]

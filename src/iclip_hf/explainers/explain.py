@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
+from ..data.vocabulary import vocabulary
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import load_image
@@ -13,10 +14,14 @@ from ..model.prompts import split_texts
 from . import make_explainer
 
 
+# Number of nouns that answer what an image shows.
+NOUNS = 8
+
+
 def explain(
     model,
     images,
-    texts: str | Sequence[str] | Sequence[Sequence[str]],
+    texts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
     method: str = "itsm",
     *,
     templates: Sequence[str] | None = None,
@@ -38,6 +43,7 @@ def explain(
 
     >>> explanation = explain(load("embedded"), "dog.jpg", ["dog", "red ball"])
     >>> explanation.scores, explanation.presence, explanation.maps.shape
+    >>> explain(load("embedded"), "dog.jpg").labels  # what is in this image?
     ```
 
     Args:
@@ -45,7 +51,7 @@ def explain(
         images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
             URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a list of labels for
-            each; these may differ in length.
+            each; these may differ in length. If not given, the nouns of [`vocabulary`] that match each image best, at most `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
         templates, refine: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -64,7 +70,8 @@ def explain(
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
-    texts = split_texts(texts)
+    best = NOUNS if texts is None else None
+    texts = vocabulary() if texts is None else split_texts(texts)
     per_image = bool(texts) and not isinstance(texts[0], str)
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
@@ -72,6 +79,6 @@ def explain(
         raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
     explainer = make_explainer(model, method, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine)
-    explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size)
+    explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best)
     explanations = list(tqdm(explanations, total=len(images), unit="image", disable=not progress))
     return explanations[0] if is_one else explanations

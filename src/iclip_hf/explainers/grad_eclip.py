@@ -31,35 +31,21 @@ class GradECLIP(GradientExplainer):
         (layer,), (gradient,) = layers, gradients
         if self.model.pooling is Pooling.ONE_QUERY:
             key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
-            return one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
-        return all_queries_relevance(layer.weights, layer.value, gradient)[:, -patches:]
+            return _one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
+        # For each query the positive part of sum_c g_c a v_c, summed over them.
+        relevance = ((gradient @ layer.value.mT) * layer.weights).float().sum(1).relu().sum(1)
+        return relevance[:, -patches:]
 
 
-def one_query_relevance(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gradient: torch.Tensor,
-    known: torch.Tensor | None = None,
+def _one_query_relevance(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor:
     """
     Computes the relevance of tokens for one query, `(B, N)` float32: ReLU(sum_c g_c v_c) minmax(cos(q, k)). `query`, and the gradient
-    with respect to its attention output, are `(B, H, 1, D / H)`, `key` and `value` `(B, H, N, D / H)`. Tokens that are not `known`,
-    `(B, N)` boolean, do not count.
+    with respect to its attention output, are `(B, H, 1, D / H)`, `key` and `value` `(B, H, N, D / H)`.
     """
     query, key, value, gradient = (merge_heads(heads).float() for heads in (query, key, value, gradient))
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
     channels = (gradient @ value.mT)[:, 0].relu()
-    known = torch.ones_like(cosines, dtype=torch.bool) if known is None else known
-    low = cosines.masked_fill(~known, torch.inf).amin(-1, keepdim=True)
-    span = cosines.masked_fill(~known, -torch.inf).amax(-1, keepdim=True) - low
-    spatial = torch.where(span > 0, (cosines - low) / span, 1)  # 1 for a single token
-    return channels * spatial * known
-
-
-def all_queries_relevance(weights: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the relevance of tokens for all queries, `(B, N)` float32: the sum over them of ReLU(sum_c g_c a v_c) with attention weights
-    `(B, H, Q, N)`, values `(B, H, N, D / H)`, and gradients with respect to the attention outputs `(B, H, Q, D / H)`.
-    """
-    return ((gradient @ value.mT) * weights).float().sum(1).relu().sum(1)
+    low, high = torch.aminmax(cosines, dim=-1, keepdim=True)
+    return channels * torch.where(high > low, (cosines - low) / (high - low), 1)  # 1 for a single token

@@ -115,7 +115,8 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     """Returns what the template is filled with, but for the name and the figures."""
     sides = {side: getattr(model.config, side) for side in ("vision_config", "text_config")}
     shape = ("model_type", "num_hidden_layers", "hidden_size", "patch_size")
-    options = {name: getattr(model.config, name) for name in sorted({*type(model.config).__annotations__} - {*sides})}
+    names = sorted({*type(model.config).__annotations__} - {*sides})
+    options = {name: value for name in names if (value := getattr(model.config, name)) is not None}
     terms = data_terms(record)
     return {
         "towers": [describe_tower(config) for config in sides.values()],
@@ -151,13 +152,13 @@ def _figures(evaluation: Mapping) -> list[dict]:
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_names"):
         return []
     figures = []
-    for method, scores in evaluation["results"].items():
-        for metric in (name for name in DIGITS if name in scores):
+    for method, by_metric in evaluation["results"].items():
+        for metric, scores in by_metric.items():
             if metric == "mAP" and figures:  # the same for all methods
                 continue
-            value = round(scores[metric], DIGITS[metric])
+            value = round(scores[metric.lower()], DIGITS[metric])
             figures.append({"type": metric.lower(), "name": metric, "config": method, "value": value})
-            if metric == "mMIoU":
+            if "floor" in scores:
                 figures[-1]["args"] = {"floor": round(scores["floor"], 2)}
     return figures
 

@@ -147,15 +147,23 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
     try:
         protocol, results = metrics["protocol"], {}
         data = {"images_in_split": protocol["dataset"]["images"], **protocol["dataset"]}
-        for method, scores in metrics["results"].items():  # None: not measurable on these data
-            names = [name for name in (*DIGITS, "floor") if scores.get(name) is not None]
-            results[method] = {name: float(scores[name]) for name in names}
-        if not any(DIGITS.keys() & scores for scores in results.values()):
+        for method, by_metric in metrics["results"].items():
+            shown = {name: by_metric[name] for name in DIGITS if name in by_metric}
+            results[method] = {
+                name: {
+                    score: float(scores[score]) for score in (name.lower(), "floor") if scores.get(score) is not None
+                }
+                for name, scores in shown.items()
+                if scores[name.lower()] is not None  # measurable on these data
+            }
+        if not any(results.values()):
             raise ValueError
         names = ("name", "split", "fingerprint", "images", "images_in_split")
         shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
         shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
-        shown |= {name: protocol[name] for name in ("refine", "aggregate", "note", "own_names") if name in protocol}
+        shown |= {name: protocol[name] for name in ("refine", "note", "own_names") if name in protocol}
+        options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
+        shown["metrics"] = {name: {"aggregate": of["aggregate"]} for name, of in options.items() if "aggregate" in of}
         usual = _CLASS_NAMES.get(data["name"])
         if usual and "class_names" in protocol and tuple(protocol["class_names"]) != usual:
             shown["own_names"] = True

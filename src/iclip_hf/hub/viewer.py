@@ -20,16 +20,6 @@ MAX_CHARACTERS = 1000
 VIEW_SIDE = 640
 
 
-# The front matter of a Space's README that both have.
-SPACE = {
-    "emoji": "🔍",
-    "colorFrom": "blue",
-    "colorTo": "red",
-    "pinned": False,
-    "short_description": "Which pixels of an image match a text",
-}
-
-
 class Example(NamedTuple):
     """A photograph to try: its `title`, `texts` of which the last is absent, and its `origin` with the licence."""
 

@@ -28,7 +28,6 @@ from .viewer import (
     EXAMPLES,
     MAX_CHARACTERS,
     MAX_TEXTS,
-    SPACE,
     VIEW_SIDE,
     example_files,
     introduction,
@@ -44,7 +43,11 @@ _PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js", "viewe
 _KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 # What makes the folder a static Space. The headers give the page threads.
 _STATIC_SPACE = {
-    **SPACE,
+    "emoji": "🔍",
+    "colorFrom": "blue",
+    "colorTo": "red",
+    "pinned": False,
+    "short_description": "Which pixels of an image match a text",
     "sdk": "static",
     "custom_headers": {
         "cross-origin-embedder-policy": "require-corp",

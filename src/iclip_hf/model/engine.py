@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 TEXT_BATCH = 256
+# Texts whose features have a higher cosine are alike: of them, `best` takes one.
+LIKE = 0.7
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds")
 # What maps are computed from. The outputs of the tower take more memory.
 _IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
@@ -174,6 +176,7 @@ class Engine:
         images: Iterable[Image.Image | PreparedImage | None],
         texts: str | Sequence[str] | Sequence[Sequence[str]] | ICLIPTextFeatures,
         batch_size: int = 8,
+        best: int | None = None,
     ) -> Iterator[Explanation | None]:
         """
         Yields the explanations of images in their order.
@@ -183,6 +186,8 @@ class Engine:
             texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are "0", "1", ...;
                 or one list of labels for each image. Each text is encoded once.
             batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
+            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best first. A text like a
+                better one, such as "puppy" after "dog", is passed over. `Explanation.all_scores` has all scores.
 
         Raises:
             `ValueError`: there is no text, also for one of the images; the model gives NaN or infinity; or the method another number of
@@ -201,17 +206,19 @@ class Engine:
                 number = {label: index for index, label in enumerate(labels)}
                 own = [[number[label] for label in of_image] for of_image in lists]
             encoded = self.encode(labels)
-        return self._explanations(images, labels, encoded, own, batch_size)
+        return self._explanations(images, labels, encoded, own, batch_size, best)
 
-    def _explanations(self, images, labels: list[str], encoded: ICLIPTextFeatures, own, batch_size: int):
+    def _explanations(
+        self, images, labels: list[str], encoded: ICLIPTextFeatures, own, batch_size: int, best: int | None
+    ) -> Iterator[Explanation | None]:
         """`own`: for each image the indices of its texts, or None for all."""
 
         def explain(group: list[tuple[PreparedImage, list[int] | None]]) -> list[Explanation]:
             images, own = zip(*group)
             if own[0] is None:
-                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)))
+                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), best)
             names = [[labels[index] for index in of_image] for of_image in own]
-            return self._explain(images, names, select_texts(encoded, torch.tensor(own)))
+            return self._explain(images, names, select_texts(encoded, torch.tensor(own)), best)
 
         pairs = zip(images, own)
         while batch := list(itertools.islice(pairs, batch_size)):
@@ -226,22 +233,32 @@ class Engine:
 
     @torch.no_grad()
     def _explain(
-        self, images: Sequence[PreparedImage], labels: Sequence[list[str]], texts: ICLIPTextFeatures
+        self, images: Sequence[PreparedImage], labels: Sequence[list[str]], texts: ICLIPTextFeatures, best: int | None
     ) -> list[Explanation]:
         """Explains B images of one kind with T texts each, `(B, T, P)`, in one forward pass."""
         pixel_values, own_pixel_values = _joined(images, "pixel_values"), _joined(images, "own_pixel_values")
         image, image_embeds = _joined(images, "features"), _joined(images, "image_embeds")
+        if image_embeds is None and own_pixel_values is not None:
+            image_embeds = self._features(own_pixel_values).image_embeds
+        all_scores = None
+        if best is not None:  # scores first, so that the other texts need no map
+            if image is None and (image_embeds is None or self._is_own_map):
+                image = self._features(pixel_values)
+            image_embeds = image.image_embeds if image_embeds is None else image_embeds
+            all_scores = cosines(image_embeds, texts.text_embeds)
+            found = [_best_rows(*of_image, best) for of_image in zip(all_scores, texts.text_embeds)]
+            labels = [[names[row] for row in of_image] for names, of_image in zip(labels, found)]
+            texts = select_texts(texts, torch.tensor(found))
         rows = [range(len(of_image)) if one.rows is None else one.rows for one, of_image in zip(images, labels)]
         maps = torch.zeros(len(images), 0, 1, 1)
         if any(map(len, rows)):
             maps, image = self.raw_maps(pixel_values, texts, image, None if images[0].rows is None else rows)
         if image_embeds is None:
-            if own_pixel_values is not None or image is None:
-                image = self._features(pixel_values if own_pixel_values is None else own_pixel_values)
-            image_embeds = image.image_embeds
+            image_embeds = (self._features(pixel_values) if image is None else image).image_embeds
         scores = cosines(image_embeds, texts.text_embeds)
         presence = self.model.presence(scores)
         _check_finite(scores)
+        all_scores = (scores if all_scores is None else all_scores).cpu()
         maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
         return [
             Explanation(
@@ -252,7 +269,7 @@ class Engine:
                 size=one.size,
                 reversed=self.method is not None and self.method.reversed,
                 image=one.image,
-                all_scores=scores[index],
+                all_scores=all_scores[index],
             )
             for index, one in enumerate(images)
         ]
@@ -353,6 +370,17 @@ def map_groups(
 def _check_finite(results: torch.Tensor) -> None:
     if not results.isfinite().all():
         raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
+
+
+def _best_rows(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:
+    """Returns the texts of one image with the highest scores `(T,)`, first those that are not like a better one, in their order."""
+    ranked, found = scores.argsort(descending=True).tolist(), []
+    for row in ranked:
+        if len(found) == count:
+            break
+        if not found or (text_embeds[found] @ text_embeds[row]).max() < LIKE:
+            found.append(row)
+    return (found + [row for row in ranked if row not in found])[:count]
 
 
 def _joined(images: Sequence[PreparedImage], name: str):

@@ -1,6 +1,7 @@
 """ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
 
 import inspect
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -278,6 +279,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     finally:
         logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])
+    if os.path.isdir(checkpoint):  # elsewhere a relative path would look like a Hub id
+        tower.config._name_or_path = os.path.abspath(checkpoint)
     return tower
 
 

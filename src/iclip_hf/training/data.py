@@ -87,6 +87,12 @@ def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
         pairs = load_pairs(source, **shared, **placed)
         held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
         streamed = isinstance(pairs, PairStream)
+        if settings.validation_data and not streamed and (common := pairs.files() & held_out.files()):
+            logger.warning(
+                "%d files are in data and validation_data, such as %s: scores on them say nothing of other images.",
+                len(common),
+                min(common),
+            )
         if settings.validation_share:
             if streamed:
                 raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")

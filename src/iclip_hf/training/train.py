@@ -39,7 +39,7 @@ from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset
 from ..data.sources import CLASS_CAPTION
-from ..evaluation.evaluate import evaluate
+from ..evaluation.evaluate import evaluate_model
 from ..hub.configs import EMBEDDED
 from ..hub.folders import join_towers, save_model
 from ..hub.model_card import HUB_RESULTS
@@ -496,9 +496,9 @@ class Selection:
             by_pair = {name: values.tolist() for name, values in scores.items()}
         model = self.accelerator.unwrap_model(self.pair_model).model.eval()
         if self.inputs.segmentation is not None:
-            result = evaluate((model, self.processor), self.inputs.segmentation)
+            result = evaluate_model((model, self.processor), self.inputs.segmentation, metrics=MAP_METRICS)
             evaluation = {"protocol": {**result.protocol, "model": settings.name}, "results": result.results}
-            measured = {metric: result.results["itsm"][metric] for metric in MAP_METRICS}
+            measured = {metric: result.results["itsm"][metric][metric.lower()] for metric in MAP_METRICS}
             # Of images with one class each, there is no text contrast.
             metrics |= {metric: value for metric, value in measured.items() if value is not None}
         if held_out is not None and settings.pictures and self.accelerator.is_main_process:

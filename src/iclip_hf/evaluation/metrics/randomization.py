@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from ...backends.explainable import ExplainableModel, recordable
-from ..results import rounded
-from .measure import EvaluatedImage, MeansMeasure
+from .metric import ClassMeans, EvaluatedImage, rounded
 
 
 class LayerRandomization:
@@ -75,39 +74,40 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (own * other).sum(-1) / (own.norm(dim=-1) * other.norm(dim=-1))
 
 
-class Randomization(MeansMeasure):
+class Randomization(ClassMeans):
     """
-    `randomization`: rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised. Rows:
-    the correlation with all layers randomised. `seed` is that of the random weights.
+    Rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised, see
+    [`LayerRandomization`]. `seed` is that of the random weights.
     """
 
     name = "randomization"
-    definition = {
-        "randomization": "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
-        "the patch grid"
-    }
-    scores = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
+    columns = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
+    needs = frozenset()
+    definition = "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on the grid of the maps"
 
     def __init__(self, seed: int = 0):
+        super().__init__()
         self.seed = seed
 
     def prepare(self, run) -> None:
-        self.layers = LayerRandomization(run.model, self.seed)
-        self.columns = tuple(range(len(self.layers)))
         super().prepare(run)
+        self.layers = LayerRandomization(run.model, self.seed)
+        self.names = tuple(range(len(self.layers)))
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         return {
-            method: self.layers.correlations(explain, image.pixel_values)[:, 0].T
+            method: self.layers.correlations(explain, image.prepared.pixel_values)[:, 0].T
             for method, explain in self.run.map_functions(image).items()
         }
 
     def named(self, values) -> dict:
         return {self.name: list(super().named(values).values())}
 
-    def report(self, method: str) -> tuple[dict, dict[int, dict]]:
-        reported, rows = super().report(method)
-        return reported, {label: {self.name: row[self.name][-1]} for label, row in rows.items()}
+    def compute(self) -> dict:
+        """Returns the scores of [`ClassMeans`]: `randomization` is a list with a correlation for each depth, of a class the last of them."""
+        scores = super().compute()
+        last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}
+        return scores | {"per_class": last}
 
-    def cells(self, reported: dict) -> list[str]:
-        return [rounded(reported[self.name][layer], 2) for layer in (0, -1)]
+    def cells(self, scores: Mapping) -> list[str]:
+        return [rounded(scores[self.name][layer], 2) for layer in (0, -1)]

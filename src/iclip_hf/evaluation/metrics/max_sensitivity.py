@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...model.similarity import min_max_normalize
-from .measure import EvaluatedImage, MeansMeasure
+from .metric import ClassMeans, EvaluatedImage
 
 
 SAMPLES = 10  # noisy images
@@ -28,7 +28,7 @@ def max_sensitivity(
     max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius], for maps stretched to [0, 1].
 
     Args:
-        explain: function from images `(N, C, H, W)` to raw maps `(N, M, h, w)`; called twice.
+        explain: function from images `(N, C, H, W)` to maps `(N, M, h, w)`, which are stretched here; called twice.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         radius (`float`): in the units of prepared images, whose standard deviation is about 1.
         samples (`int`), seed (`int`): number of noisy images, at least 1, and seed of the noise.
@@ -44,20 +44,20 @@ def max_sensitivity(
     return (changes.norm(dim=2) / length.where(length > 0, torch.nan)).amax(0)
 
 
-class MaxSensitivity(MeansMeasure):
+class MaxSensitivity(ClassMeans):
     """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is that of the noise."""
 
     name = "max_sensitivity"
-    scores = {"max_sensitivity": ("max-sensitivity", 3)}
-    definition = {
-        "max_sensitivity": {"radius": RADIUS, "samples": SAMPLES, "maps": "stretched to [0, 1] on the patch grid"}
-    }
+    columns = {"max_sensitivity": ("max-sensitivity", 3)}
+    needs = frozenset()
+    definition = f"noise of radius {RADIUS}, {SAMPLES} samples; maps stretched to [0, 1] on their own grid"
 
     def __init__(self, seed: int = 0):
+        super().__init__()
         self.seed = seed
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         return {
-            method: max_sensitivity(explain, image.pixel_values[0], seed=self.seed + image.index)[:, None]
+            method: max_sensitivity(explain, image.prepared.pixel_values[0], seed=self.seed + image.index)[:, None]
             for method, explain in self.run.map_functions(image).items()
         }

@@ -13,7 +13,7 @@ import torch
 from ...backends.explainable import ExplainableModel, recordable
 from ...model.modeling_iclip import ICLIPTextFeatures, cosines
 from ...model.similarity import resize_maps
-from .measure import EvaluatedImage, MeansMeasure
+from .metric import ClassMeans, EvaluatedImage
 
 
 STEPS = 10  # of deletion and of insertion
@@ -93,7 +93,7 @@ def area_under(curves: torch.Tensor) -> torch.Tensor:
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
 
-class DeletionInsertion(MeansMeasure):
+class DeletionInsertion(ClassMeans):
     """
     Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and insertion minus
     deletion.
@@ -104,18 +104,19 @@ class DeletionInsertion(MeansMeasure):
     """
 
     name = "deletion_insertion"
-    scores = {
+    columns = {
         f"{name}_{kind}": (name + heading, 4)
         for kind, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
     }
-    columns = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
-    definition = {
-        "deletion_insertion": "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
-        "noise, insertion starts from zeros; probability among the class names"
-    }
+    names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
+    definition = (
+        "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal noise, insertion starts "
+        "from zeros; probability among the class names"
+    )
 
     def __init__(self, steps: int = STEPS, seed: int = 0):
+        super().__init__()
         self.steps, self.seed = steps, seed
 
     def prepare(self, run) -> None:
@@ -125,12 +126,15 @@ class DeletionInsertion(MeansMeasure):
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         rows = torch.tensor(image.sample.labels) - 1
         followed = []
-        for method, explainer in self.run.explainers.items():
-            maps = -image.raw_maps[method] if explainer.reversed else image.raw_maps[method]
-            followed.append(maps if explainer.sees_text else maps[:1])  # one map for all texts is measured once
+        for method, engine in self.run.engines.items():
+            found = image.explanations[method]
+            maps = -found.raw_maps if found.reversed else found.raw_maps
+            followed.append(maps if engine.method.sees_text else maps[:1])  # one map for all texts is measured once
+        prepared = image.prepared  # pixels of the model's own size, which scores come from
+        pixel_values = prepared.pixel_values if prepared.own_pixel_values is None else prepared.own_pixel_values
         curves = deletion_insertion(
             self.score,
-            image.pixel_values[0].to(self.run.texts.text_embeds.device),
+            pixel_values[0].to(self.run.texts.text_embeds.device),
             torch.cat(followed),
             steps=self.steps,
             seed=self.seed + image.index,
@@ -139,7 +143,7 @@ class DeletionInsertion(MeansMeasure):
         areas = torch.cat([area_under(curve) for curve in curves], -1)  # (maps, classes of the data set, 4)
         own = torch.arange(len(rows)), rows  # the score of each map's own text
         parts = areas.split([len(maps) for maps in followed])
-        return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.explainers, parts)}
+        return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.engines, parts)}
 
     def named(self, values) -> dict:
         named = super().named(values)

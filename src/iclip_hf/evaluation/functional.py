@@ -1,0 +1,233 @@
+"""
+The arithmetic of the metrics on single images, in numpy.
+
+A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
+foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast compares all pairs of an image.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import numpy as np
+
+from ..utils.arrays import to_numpy
+
+
+# The thresholds of mMIoU. A pixel is predicted where M > t, with t rounded to the map's dtype.
+THRESHOLDS = np.arange(101) / 100
+
+LEVELS = 1 + len(THRESHOLDS)  # all pixels, then those above each threshold
+_VOID_CODE = 255  # above the 2 * LEVELS codes of background and foreground
+_BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the processor's cache
+_CONTRAST_LEVELS = 2**12  # a power of two, so that scaling a float32 map has no rounding error
+
+
+def _check_map(heatmap) -> np.ndarray:
+    """Returns a map as an array of floats. Raises `ValueError` unless its values are in [0, 1], because others are counted wrongly."""
+    heatmap = to_numpy(heatmap)
+    if heatmap.dtype.kind != "f":
+        heatmap = heatmap.astype(np.float32)  # a map of zeros and ones
+    if heatmap.size and not (heatmap.min() >= 0 and heatmap.max() <= 1):  # NaN fails too
+        raise ValueError(f"Map values must be in [0, 1], not {heatmap.min()} to {heatmap.max()}: normalise the map.")
+    return heatmap
+
+
+def _check_label(label: int, ignore_index: int) -> None:
+    """Raises `ValueError` if the pixels of a class are ignored, as in masks of 0 and 255."""
+    if label == ignore_index:
+        raise ValueError(f"The class id {label} is the value of ignored pixels: set another ignore_index, such as -1.")
+
+
+def _pair_blocks(heatmap, mask, label, ignore_index):
+    """Yields map values, foreground and void of one pair in flat blocks."""
+    heatmap, mask, label = _check_map(heatmap), to_numpy(mask), operator.index(label)
+    if heatmap.shape != mask.shape:
+        raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
+    _check_label(label, ignore_index)
+    heatmap, mask = heatmap.ravel(), mask.ravel()
+    for start in range(0, heatmap.size, _BLOCK):
+        block = mask[start : start + _BLOCK]
+        yield heatmap[start : start + _BLOCK], block == label, block == ignore_index
+
+
+def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+    """
+    Counts the pixels above each threshold in one pass over the map.
+
+    Args:
+        heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): map of floats in [0, 1], or of integers 0 and 1.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `label` are foreground.
+        label (`int`), ignore_index (`int`): class id, and mask value of the pixels that are ignored.
+
+    Returns:
+        `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M > 0,
+        M > 0.01, ..., M > 1.
+
+    Raises:
+        `ValueError`: shapes differ, map values are NaN or outside [0, 1], or the class id is `ignore_index`.
+    """
+    histogram = np.zeros(256, dtype=np.int64)
+    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+        codes = _thresholds_below(values)
+        codes += foreground * np.uint8(LEVELS)
+        np.copyto(codes, _VOID_CODE, where=void)
+        histogram += np.bincount(codes, minlength=len(histogram))
+    bins = histogram[: 2 * LEVELS].reshape(2, LEVELS)
+    return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
+
+
+def _thresholds_below(values: np.ndarray) -> np.ndarray:
+    """Returns the number of thresholds below each value in [0, 1], uint8."""
+    # The index of the nearest threshold, or one more. The comparison is exact, because index / 100 in the dtype of the values is
+    # the threshold rounded to that dtype.
+    nearest = values * 100
+    np.rint(nearest, out=nearest)
+    codes = nearest.astype(np.uint8)
+    nearest /= 100
+    codes += values > nearest
+    return codes
+
+
+def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+    """
+    Computes the number of pixels and the mean of the map (0 without pixels) for background and foreground, `(2, 2)` float64. Arguments
+    and errors are those of [`threshold_counts`].
+    """
+    sums = np.zeros((2, 2))
+    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+        # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
+        inside, nowhere = values[foreground], values[void]
+        total, high, void_total = (part.sum(dtype=np.float64) for part in (values, inside, nowhere))
+        outside = values.size - inside.size - nowhere.size
+        sums += (outside, total - high - void_total), (inside.size, high)
+    sums[:, 1] /= sums[:, 0].clip(1)
+    return sums
+
+
+def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool = True) -> np.ndarray:
+    """
+    Compares each map of an image on the pixels of its own class and of the other classes.
+
+    For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij + a_ji) / 2.
+    Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and equal rounded values are
+    ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for smooth maps).
+
+    Args:
+        maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or one mask for
+            each class, whose pixels equal to the label belong to the class. These masks can overlap.
+        labels (`Sequence[int]`): K different class ids.
+        ignore_index (`int`): mask value of the pixels that are ignored, in the mask or in any of the K masks.
+        both_maps (`bool`): whether to compare the maps of both classes, c; otherwise only that of the class itself, a.
+
+    Returns:
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over them. Two
+        classes of the image are partners if each has a pixel that does not belong to the other.
+
+    Raises:
+        `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
+    """
+    maps, mask, labels = _check_map(maps), to_numpy(mask), [operator.index(label) for label in labels]
+    if mask.shape[-2:] != maps.shape[-2:]:
+        raise ValueError(f"Maps and label mask must have one height and width, not {maps.shape} and {mask.shape}.")
+    for label in labels:
+        _check_label(label, ignore_index)
+    masks, number = np.broadcast_to(mask, maps.shape), len(maps)
+    void = (masks == ignore_index).any(0)
+    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels, strict=True)]
+    pixels = [np.flatnonzero(region) for region in regions]
+    shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
+
+    # Twice the number of pairs of a pixel of i and one of j where M_i is greater at i, plus the ties; and of all these pairs.
+    wins, pairs = np.zeros((2, number, number), np.int64)
+    for i, heatmap in enumerate(maps):
+        heatmap = heatmap.ravel()
+        histograms = [_histogram(heatmap[of_class]) for of_class in pixels]
+        for j in range(number):
+            if i != j:
+                both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
+                own, other = histograms[i] - both, histograms[j] - both
+                wins[i, j] = own @ (2 * other.cumsum() - other)
+                pairs[i, j] = own.sum() * other.sum()
+    wins = wins + wins.T if both_maps else 2 * wins  # integers, so that equal maps have exactly one half
+    return np.stack([(pairs > 0).sum(1), (wins / (4 * pairs.clip(1))).sum(1)])
+
+
+def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+    """
+    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments and errors are those of
+    [`threshold_counts`].
+
+    Returns:
+        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel belongs to the class (if several are equal,
+        the share that does); the share of the map's sum on the class; the share of the class in the image, which is the score of a
+        constant map in both games. Ignored pixels are not counted. NaN without a pixel of the class.
+    """
+    counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
+    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+        for row, region in enumerate((values[~(foreground | void)], values[foreground])):
+            if region.size and region.max() > peak:
+                counts[:, 0], peak = 0, region.max()
+            counts[row] += (region == peak).sum(), region.sum(dtype=np.float64), region.size
+    total = counts.sum(0)
+    if not counts[1, 2]:
+        return np.full(3, np.nan)
+    shares = counts[1] / np.where(total, total, 1)
+    return np.where(total, shares, shares[2])  # a map of zeros counts as constant
+
+
+def _histogram(values: np.ndarray) -> np.ndarray:
+    """Returns the number of values at each level of a quantised map, int64."""
+    levels = np.rint(values * values.dtype.type(_CONTRAST_LEVELS)).astype(np.intp)
+    return np.bincount(levels, minlength=_CONTRAST_LEVELS + 1)
+
+
+def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
+    """
+    Groups probabilities `(N,)` into bins of equal width, of which the last includes 1 (Guo et al. 2017). Returns the mean probability
+    (NaN in an empty bin), the share of `shown` (likewise) and the number of items of each bin, as `mean`, `shown` and `items`.
+    """
+    index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
+    items = np.bincount(index, minlength=bins)
+    number = np.where(items, items, np.nan)
+    mean, share = (np.bincount(index, weights, bins) / number for weights in (probabilities, shown))
+    return {"mean": mean, "shown": share, "items": items}
+
+
+def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255, confidence=None) -> np.ndarray:
+    """
+    Counts the pixels of each class in a predicted and a reference label map.
+
+    Args:
+        prediction (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids 0..K-1; 0 is the background.
+        reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are ignored.
+        num_classes (`int`): K.
+        ignore_index (`int`): value of the reference's pixels that are ignored.
+        confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the prediction is
+            counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
+
+    Returns:
+        `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at
+        L thresholds: 101, or 1 without confidence.
+    """
+    prediction, reference = to_numpy(prediction), to_numpy(reference)
+    confidence = None if confidence is None else to_numpy(confidence)
+    counted = reference != ignore_index
+    prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
+    levels = 1 if confidence is None else LEVELS
+    codes = prediction * levels
+    if confidence is not None:
+        codes += _thresholds_below(confidence[counted])
+
+    def above(pixels: np.ndarray | slice) -> np.ndarray:
+        """Counts (K, L) of these pixels by predicted class, at each threshold those above it."""
+        bins = np.bincount(codes[pixels], minlength=num_classes * levels).reshape(-1, levels)
+        return bins if confidence is None else bins[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+
+    in_both, predicted = above(prediction == reference), above(slice(None))
+    referenced = np.bincount(reference, minlength=num_classes)
+    # Pixels of no class above the threshold are background.
+    in_both[0] = referenced[0] - above(reference == 0)[1:].sum(axis=0)
+    predicted[0] = reference.size - predicted[1:].sum(axis=0)
+    return np.stack([in_both, predicted, np.broadcast_to(referenced[:, None], predicted.shape)])

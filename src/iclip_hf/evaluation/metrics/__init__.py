@@ -1,0 +1,104 @@
+"""
+Metrics over a data set: recognition, maps, label maps and faithfulness. Their names and options are known without torch, so that
+the help of a command does not load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from inspect import signature
+from typing import TYPE_CHECKING
+
+from ...utils.lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from .metric import Metric
+
+# For each metric its module here and its class.
+METRICS = {
+    "mAP": "recognition:MultiLabelAveragePrecision",
+    "mMIoU": "maps:MeanMaxIoU",
+    "mFMB": "maps:MeanForegroundMinusBackground",
+    "text_contrast": "maps:TextContrast",
+    "stuff_contrast": "maps:StuffContrast",
+    "presence": "recognition:Presence",
+    "segmentation": "segmentation:Segmentation",
+    "label_maps": "label_maps:LabelMaps",
+    "deletion_insertion": "deletion_insertion:DeletionInsertion",
+    "max_sensitivity": "max_sensitivity:MaxSensitivity",
+    "randomization": "randomization:Randomization",
+    "pointing_game": "maps:PointingGame",
+}
+# The metrics of each task of `iclip evaluate`.
+TASKS = {
+    "interpretability": ("mAP", "mMIoU", "mFMB", "text_contrast", "stuff_contrast", "presence"),
+    "segmentation": ("segmentation",),
+    "faithfulness": ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game"),
+}
+# Parameters of metrics that are options of `iclip evaluate`: for each its form, and its help. The form is that of a number ("pixels" and "count"
+# from 1, "integer", "number", "share" in [0, 1]), "texts", or a tuple of choices.
+OPTIONS = {
+    "aggregate": (
+        ("image", "pixel"),
+        "of mMIoU and mFMB: image is the mean over the images of a class, pixel pools the pixels of all its images (default: image)",
+    ),
+    "window": ("pixels", "of segmentation: side of sliding windows, for example 224 (default: the whole image)"),
+    "stride": ("pixels", "of segmentation: distance of the windows (default: half of the window)"),
+    "background": (
+        "texts",
+        "of segmentation: texts that describe the background, such as sky, between commas, or by repeating the option",
+    ),
+    "threshold": (
+        "share",
+        "of segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at even positions "
+        "is used for those at odd positions, and the reverse; none with texts for the background)",
+    ),
+    "logit_scale": (
+        "number",
+        "of segmentation: take as confidence the softmax of similarities times this number, for example 40 (default: the map of the best "
+        "class, stretched to [0, 1])",
+    ),
+    "steps": ("count", "of deletion_insertion: number of steps (default: 10)"),
+    "seed": ("integer", "seed of all random values (default: 0)"),
+}
+
+_MODULES = {name: f".{module}" for module, _, name in (place.partition(":") for place in METRICS.values())}
+_MODULES |= {"Metric": ".metric", "ClassMeans": ".metric", "MeanIoU": ".segmentation"}
+__all__ = ["METRICS", "OPTIONS", "TASKS", "make_metrics", *_MODULES]
+__getattr__, __dir__ = lazy_names(__name__, _MODULES)
+
+
+def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metric]:
+    """
+    Creates metrics.
+
+    Args:
+        metrics: a name of `TASKS`, whose metrics are then optional, or names of `METRICS` and metrics.
+        options: parameters of metrics that are given by name. Each goes to all metrics that have it.
+
+    Raises:
+        `ValueError`: a name is unknown, two metrics have one name, no metric has an option, or a value is not allowed.
+    """
+    of_task = isinstance(metrics, str)
+    if of_task and metrics not in TASKS:
+        raise ValueError(f"{metrics!r} is no task: choose one of {', '.join(TASKS)}, or give a list of metrics.")
+    made, used = [], set()
+    for metric in TASKS[metrics] if of_task else metrics:
+        if isinstance(metric, str):
+            if metric not in METRICS:
+                raise ValueError(f"{metric!r} is no metric: choose one of {', '.join(METRICS)}.")
+            module, _, name = METRICS[metric].partition(":")
+            kind = getattr(import_module(f"{__name__}.{module}"), name)
+            own = options.keys() & signature(kind).parameters.keys()
+            metric = kind(**{option: options[option] for option in own})
+            metric.optional = of_task
+            used |= own
+        made.append(metric)
+    names = [metric.name for metric in made]
+    if unused := [option for option in options if option not in used]:
+        raise ValueError(f"{unused[0]} is no option of {', '.join(names)}: leave it out, or choose other metrics.")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"There are two metrics with the name {twice[0]!r}: measure them one after the other.")
+    return made

@@ -1,0 +1,109 @@
+"""Label maps of typed texts: what `Explanation.label_map` gives for the classes that an image shows and for two that it does not show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ...model.explanation import Explanation
+from ...utils.arrays import to_numpy
+from .metric import EvaluatedImage, Metric
+from .recognition import like_classes
+
+
+class LabelMaps(Metric):
+    """
+    Label maps as [`Explanation.label_map`] computes them with its default thresholds, all texts competing: the classes that an image shows,
+    and two absent ones. One of these is like a shown class, see [`like_classes`], the other is any. Both are sampled by `seed` and the
+    position of the image. With refined maps, label maps are those of `iclip segment`.
+
+    Args:
+        seed (`int`): seed of the absent classes.
+        ignore_index (`int`): pixels with this value in any mask are ignored; in [`evaluate_model`] that of the data set.
+
+    Example:
+        >>> metric = LabelMaps()
+        >>> metric.update(np.array([[0, 0, 1, -1]]), np.array([[[5, 0, 0, 5]]]), [5])  # the second text is absent
+        >>> {name: round(metric.compute()[name], 1) for name in ("iou", "absent", "kept")}
+        {'iou': 33.3, 'absent': 25.0, 'kept': 100.0}
+    """
+
+    name = "label_maps"
+    columns = {
+        "iou": ("IoU of label maps %", 2),
+        "absent": ("area of absent classes %", 2),
+        "kept": ("shown classes with a pixel %", 1),
+    }
+    needs = frozenset()
+    definition = "the shown classes and two absent ones; the default thresholds"
+
+    def __init__(self, seed: int = 0, ignore_index: int = 255):
+        super().__init__()
+        self.seed, self.ignore_index = seed, ignore_index
+
+    def update(self, label_map, masks, labels) -> None:
+        """
+        Adds one image.
+
+        Args:
+            label_map (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): at each pixel the index of a text, of which the first T are the
+                shown classes and the others absent, or -1.
+            masks (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): one for each shown class, whose pixels equal to the label belong
+                to it.
+            labels (`Sequence[int]`): ids of the T classes. An image without a class is left out.
+        """
+        label_map, masks = to_numpy(label_map), to_numpy(masks)
+        if not len(labels):
+            return
+        counted = (masks != self.ignore_index).all(0)
+        for index, (label, mask) in enumerate(zip(labels, masks, strict=True)):
+            own, segment = (mask == label) & counted, (label_map == index) & counted
+            if own.any():
+                self.state.add(np.array([1, (own & segment).sum() / (own | segment).sum(), segment.any()]), "classes")
+        absent = (label_map >= len(labels))[counted]
+        if absent.size:
+            self.state.add(np.array([1, absent.mean()]), "images")
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far, in percent; NaN without data.
+
+        - **iou** -- IoU of a shown class and its mask, mean over all pairs of an image and a shown class that has a pixel in its mask.
+        - **absent** -- share of an image that the absent classes take, mean over the images.
+        - **kept** -- share of these pairs whose class keeps a pixel.
+        - **classes**, **images** -- numbers of pairs and of images.
+        """
+        classes, iou, kept = self.state.sums.get("classes", np.zeros(3))
+        images, absent = self.state.sums.get("images", np.zeros(2))
+        means = {"iou": (iou, classes), "absent": (absent, images), "kept": (kept, classes)}
+        scores = {
+            name: 100 * float(total / number) if number else float("nan") for name, (total, number) in means.items()
+        }
+        return scores | {"classes": int(classes), "images": int(images)}
+
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.ignore_index = run.dataset.void
+        self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
+
+    def typed(self, image: EvaluatedImage) -> list[int]:
+        """Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the absent ones."""
+        shown = np.isin(self.run.dataset.labels, image.sample.labels)
+        generator = np.random.default_rng((self.seed, image.index))
+        left, typed = ~shown, np.flatnonzero(shown).tolist()
+        for preferred in (shown @ self.like, left):
+            candidates = np.flatnonzero(left & preferred if (left & preferred).any() else left)
+            if len(candidates):
+                typed.append(int(generator.choice(candidates)))
+                left[typed[-1]] = False
+        return typed
+
+    def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
+        prepared = [replace(image.prepared, rows=self.typed(image)) for image in images]
+        explained = [engine.run(prepared, self.run.texts, len(images)) for engine in self.run.engines.values()]
+        return [dict(zip(self.run.engines, explanations)) for explanations in zip(*explained)]
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+        self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.labels)

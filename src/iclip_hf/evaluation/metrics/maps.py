@@ -1,0 +1,302 @@
+"""
+Metrics of maps against masks: mMIoU (Eq. 7), overlap at the best threshold; mFMB (Eq. 8), mean of the map on the object minus its mean
+elsewhere; text contrast, whether the maps of different texts differ; stuff contrast, whether a map of "sky" marks the background; and
+the pointing game, whether the highest pixel lies on the object. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..functional import LEVELS, THRESHOLDS, contrast_counts, pointing_shares, region_means, threshold_counts
+from .metric import CannotMeasure, ClassMeans, EvaluatedImage, Metric, mean
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MaskMetric(Metric):
+    """
+    Scores of maps against masks, by counts of each item. A subclass may be a module of `evaluate`, see
+    [`~evaluate_modules.evaluate_module`].
+
+    Args:
+        ignore_index (`int`, defaults to 255): pixels of the mask with this value are ignored; in [`evaluate_model`] that of the data set.
+    """
+
+    count: Callable[..., np.ndarray]  # from the arguments of `update` and `ignore_index` to the counts of an item
+    reasons: tuple[str, ...]  # why items are left out, in the order of the checks
+
+    def __init__(self, ignore_index: int = 255):
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def update(self, maps, mask, labels) -> None:
+        """Adds one item. Arguments and errors are those of [`threshold_counts`] for a pair, of [`contrast_counts`] for an image."""
+        self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
+
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.ignore_index = run.dataset.void
+
+    def numbers(self, counted: str) -> dict:
+        items = self.state.items
+        return {counted: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
+
+
+class PairMetric(MaskMetric):
+    """
+    Scores of pairs of an image and a class.
+
+    Args:
+        aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"` pools the pixels
+            of a class over its images. Both average over the classes.
+        ignore_index (`int`): see [`MaskMetric`].
+    """
+
+    definition = "maps: bicubic to the image's size, then min-max; foreground is M > t for t in 0, 0.01, ..., 1"
+
+    def __init__(self, aggregate: str = "image", ignore_index: int = 255):
+        if aggregate not in ("image", "pixel"):
+            raise ValueError(f"aggregate is 'image' or 'pixel', not {aggregate!r}.")
+        super().__init__(ignore_index)
+        self.aggregate = aggregate
+
+    def add_counts(self, counts: np.ndarray, label: int) -> None:
+        """Adds one pair by its counts from `count`."""
+        background, foreground = counts[:, 0] > 0
+        shown = {"all_void": background or foreground, "no_foreground": foreground, "no_background": background}
+        reason = next((reason for reason in self.reasons if not shown[reason]), "counted")
+        self.state.items[reason] += 1
+        if reason == "counted":
+            self.state.add(self.summands(counts), operator.index(label))
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+        for pair in image.pairs(maps):
+            self.update(*pair)
+
+
+class MeanMaxIoU(PairMetric):
+    """
+    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes. With `aggregate="pixel"`,
+    intersections and unions are pooled over the images of a class. A pair without foreground is left out.
+
+    Example:
+        >>> metric = MeanMaxIoU()
+        >>> metric.update(np.array([[0.9, 0.2], [0.6, 0.1]]), np.array([[7, 0], [0, 255]]), 7)
+        >>> metric.compute()["mmiou"]
+        100.0
+    """
+
+    name = "mMIoU"
+    columns = {"mmiou": ("mMIoU %", 2), "floor": ("floor %", 2)}
+    rows = {"IoU": "per_class", "threshold": "thresholds"}
+    reasons = ("all_void", "no_foreground")
+    count = staticmethod(threshold_counts)
+
+    def summands(self, counts: np.ndarray) -> np.ndarray:
+        """Returns (2, 102) float64, numerator and denominator of the IoU of all pixels and at each threshold."""
+        background, foreground = counts
+        intersection, union = foreground, foreground[0] + background
+        if self.aggregate == "image":
+            intersection, union = intersection / union, np.ones(LEVELS)
+        return np.array([intersection, union], dtype=np.float64)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all pairs so far.
+
+        - **mmiou** -- mean over classes, percent (NaN without any pair).
+        - **per_class** -- {class id: best IoU in percent}.
+        - **thresholds** -- {class id: its best threshold, the lowest if several are equal}.
+        - **floor** -- the same mean for a map that marks every pixel, percent.
+        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
+        """
+        iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self.state.sums.items())}
+        # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
+        best = {label: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for label, curve in iou.items()}
+        per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
+        return {
+            "mmiou": mean(per_class.values()),
+            "per_class": per_class,
+            "thresholds": {label: float(THRESHOLDS[i]) for label, i in best.items()},
+            "floor": mean(float(curve[0]) for curve in iou.values()),
+            **self.numbers("pairs"),
+        }
+
+
+class MeanForegroundMinusBackground(PairMetric):
+    """
+    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. A pair without
+    foreground or without background is left out. The score of the reversed maps 1 - M is the negative.
+
+    Example:
+        >>> metric = MeanForegroundMinusBackground()
+        >>> metric.update(np.array([[1.0, 0.25], [0.0, 0.5]]), np.array([[7, 0], [0, 255]]), 7)
+        >>> metric.compute()["mfmb"]
+        0.875
+    """
+
+    name = "mFMB"
+    columns = {"mfmb": ("mFMB", 4)}
+    rows = {"FMB": "per_class"}
+    reasons = ("all_void", "no_foreground", "no_background")
+    count = staticmethod(region_means)
+
+    def summands(self, counts: np.ndarray) -> np.ndarray:
+        """Returns (2, 2) float64, background and foreground: weight, and weighted mean."""
+        weights, means = counts.T if self.aggregate == "pixel" else (np.ones(2), counts[:, 1])
+        return np.stack([weights, weights * means], axis=1)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all pairs so far.
+
+        - **mfmb** -- mean over classes, in [-1, 1] (NaN without any pair).
+        - **per_class** -- {class id: difference}.
+        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
+        """
+        means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self.state.sums.items())}
+        per_class = {label: float(foreground - background) for label, (background, foreground) in means.items()}
+        return {"mfmb": mean(per_class.values()), "per_class": per_class, **self.numbers("pairs")}
+
+
+class TextContrast(MaskMetric):
+    """
+    Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
+
+    The value of a class is the mean of c_ij, see [`contrast_counts`], over all its images and partners. The score is the mean over the
+    classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two classes
+    that each have pixels of their own is left out.
+
+    Example:
+        >>> metric = TextContrast()
+        >>> maps, mask = np.array([[[0.9, 0.2]], [[0.1, 0.5]]]), np.array([[7, 8]])
+        >>> metric.update(maps, mask, [7, 8])
+        >>> metric.compute()["text_contrast"]
+        100.0
+    """
+
+    name = "text_contrast"
+    columns = {"text_contrast": ("text contrast %", 2)}
+    rows = {"contrast": "per_class"}
+    definition = (
+        "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, without pixels of both; "
+        "mean over a class's images and partners, then over classes"
+    )
+    reasons = ("fewer_than_two_classes",)
+    count = staticmethod(contrast_counts)
+
+    def add_counts(self, counts: np.ndarray, labels: Sequence[int]) -> None:
+        """Adds one image by its counts from `count`."""
+        paired = [(operator.index(label), sums) for label, sums in zip(labels, counts.T) if sums[0]]
+        self.state.items["counted" if paired else "fewer_than_two_classes"] += 1
+        for label, sums in paired:
+            self.state.add(sums, label)
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+        self.update(maps, image.masks, image.sample.labels)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far.
+
+        - **text_contrast** -- mean over classes, percent (NaN without any image).
+        - **per_class** -- {class id: mean over images and partners, percent}.
+        - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
+        """
+        sums = sorted(self.state.sums.items())
+        per_class = {label: float(100 * total / number) for label, (number, total) in sums}
+        return {"text_contrast": mean(per_class.values()), "per_class": per_class, **self.numbers("images")}
+
+
+class StuffContrast(TextContrast):
+    """
+    The share of a class's own pixels that its map ranks above the pixels of the other classes in the image, P(M_i at i > M_i at j), ties
+    half, mean over the images and partners of a class (the area under the ROC curve of two regions): the mean over the classes of the
+    background (`stuff_contrast`) and of objects (`thing_contrast`), in percent.
+
+    50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
+    50 for things and equally far below for stuff; only both scores together tell a good map.
+
+    Args:
+        stuff: the class ids of the background; in [`evaluate_model`] those of the data set.
+        ignore_index (`int`): see [`MaskMetric`].
+    """
+
+    name = "stuff_contrast"
+    columns = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
+    rows = {"ranking": "per_class"}
+    definition = (
+        "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and partners, then over the classes "
+        "of each kind"
+    )
+    count = staticmethod(partial(contrast_counts, both_maps=False))
+
+    def __init__(self, stuff: Collection[int] = (), ignore_index: int = 255):
+        super().__init__(ignore_index)
+        self.stuff = stuff
+
+    def prepare(self, run) -> None:
+        if not run.dataset.stuff:
+            raise CannotMeasure(
+                f"{self.name} needs a data set with classes of stuff, such as sky and road, and {run.dataset.name} has none."
+            )
+        super().prepare(run)
+        self.stuff = run.dataset.stuff
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far.
+
+        - **stuff_contrast**, **thing_contrast** -- mean over the classes of each kind, percent (NaN without any).
+        - **per_class**, **images**, **left_out** -- as of [`TextContrast`].
+        """
+        scores = super().compute()
+        del scores["text_contrast"]
+        of_kinds = {}
+        for name, is_stuff in (("stuff_contrast", True), ("thing_contrast", False)):
+            values = [score for label, score in scores["per_class"].items() if (label in self.stuff) == is_stuff]
+            of_kinds[name] = fmean(values) if values else math.nan
+        return of_kinds | scores
+
+
+class PointingGame(ClassMeans):
+    """
+    `pointing_game`, `energy_pointing_game` and `foreground`, the score of a constant map in both, in percent, see
+    [`pointing_shares`].
+
+    Args:
+        ignore_index (`int`): see [`MaskMetric`].
+    """
+
+    name = "pointing_game"
+    columns = {
+        "pointing_game": ("pointing game %", 1),
+        "energy_pointing_game": ("energy-based %", 1),
+        "foreground": ("a constant map %", 1),
+    }
+
+    def __init__(self, ignore_index: int = 255):
+        super().__init__()
+        self.ignore_index = ignore_index
+
+    def update(self, heatmap, mask, label: int) -> None:
+        """Adds one pair. Arguments and errors are those of [`pointing_shares`]."""
+        super().update(100 * pointing_shares(heatmap, mask, label, self.ignore_index), label)
+
+    def prepare(self, run) -> None:
+        super().prepare(run)
+        self.ignore_index = run.dataset.void
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+        for pair in image.pairs(maps):
+            self.update(*pair)

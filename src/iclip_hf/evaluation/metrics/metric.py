@@ -1,0 +1,237 @@
+"""What a metric is, its sums, and what it gets of an image in an evaluation."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...data.segmentation import SegmentationSample
+    from ...model.engine import PreparedImage
+    from ...model.explanation import Explanation
+
+
+@dataclass
+class EvaluatedImage:
+    """One image of a data set on its way through an evaluation. T is the number of classes that it shows, K that of the data set."""
+
+    index: int  # position in the data set
+    sample: SegmentationSample
+    prepared: PreparedImage
+    scores: torch.Tensor | None = None  # (K,), cosines with all classes, if a metric needs scores
+    presence: torch.Tensor | None = None  # (K,), if a metric needs presence
+    explanations: dict[str, Explanation] = field(default_factory=dict)  # of T texts, by method, if a metric needs maps
+    outputs: dict[str, Any] = field(default_factory=dict)  # by the name of a metric, from `Metric.run_model`
+
+    @cached_property
+    def masks(self) -> np.ndarray:
+        """The mask of each shown class, `(T, height, width)`."""
+        masks = [self.sample.mask(label) for label in self.sample.labels]
+        return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
+
+    def pairs(self, maps: torch.Tensor) -> Iterator[tuple]:
+        """Returns map, mask and label of each shown class."""
+        return zip(maps, self.masks, self.sample.labels)
+
+
+class Sums:
+    """Sums of arrays by key, such as the class, in float64 or int64: they agree to about 1e-12 for any order of adding and merging."""
+
+    def __init__(self):
+        self.sums: dict[Hashable, np.ndarray] = {}
+        self.items = Counter()  # numbers of items: "counted", and those left out by reason
+
+    def add(self, counts: np.ndarray, key: Hashable) -> None:
+        self.sums[key] = self.sums.get(key, 0) + counts
+
+    def merge(self, other: Sums) -> None:
+        self.items.update(other.items)
+        for key, counts in other.sums.items():
+            self.add(counts, key)
+
+
+class CannotMeasure(ValueError):
+    """The data set, or the model, does not have what a metric measures. A task leaves the metric out."""
+
+
+class Metric(ABC):
+    """
+    A metric with `update` and `compute`. The parameters of a subclass are its options, and its attributes of the same names.
+
+    Alone, `update` adds items, `merge` adds those of another process, and `compute` returns the scores. In [`evaluate_model`], `prepare`
+    is called once; `run_model` for each batch of images of one shape, in the thread of the model; `update_from` for each image
+    and method, in any thread, on an empty copy; and these copies are merged in the order of the images.
+
+    Attributes:
+        name (`str`): its name in `metrics=`, in `--metrics` and in results.
+        columns (`dict`): the scores of `compute` that tables show: for each its heading and its number of digits.
+        rows (`dict`): the scores of a class: for each its name in the row of the class, and its name in `compute`, a `dict` by class id.
+        needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
+        by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with the method None.
+        image_size (`dict`, *optional*): a `size` of the processor that the metric prefers.
+        definition (`str`): what the protocol of a result says besides the options.
+        optional (`bool`): whether it is left out where it raises [`CannotMeasure`], as a metric that a task takes by default.
+        state: what `update` adds to and `merge` merges.
+    """
+
+    name: str
+    columns: dict[str, tuple[str, int]] = {}
+    rows: dict[str, str] = {}
+    needs: frozenset[str] = frozenset({"maps"})
+    by_method = True
+    image_size: dict[str, int] | None = None
+    definition = ""
+    optional = False
+    state_type: type = Sums
+
+    def __init__(self):
+        self.state = self.state_type()
+
+    @abstractmethod
+    def update(self, *item) -> None:
+        """Adds one item."""
+
+    @abstractmethod
+    def compute(self) -> dict:
+        """Returns the scores of all items so far. A score without data is NaN or None; `left_out` counts items without a score, by reason."""
+
+    def merge(self, other: Metric) -> None:
+        """Adds the items of another metric with the same options."""
+        self.state.merge(other.state)
+
+    def empty(self) -> Metric:
+        """Returns a copy without items."""
+        other = copy.copy(self)
+        other.state = self.state_type()
+        return other
+
+    def prepare(self, run) -> None:
+        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
+        self.run = run
+
+    def run_model(self, images: list[EvaluatedImage]) -> list[Any]:
+        """Runs the model on images of one shape, if the metric needs more than `needs` offers. Returns `outputs` for each image."""
+        return [None] * len(images)
+
+    @abstractmethod
+    def update_from(self, image: EvaluatedImage, method: str | None, maps: torch.Tensor | None) -> None:
+        """
+        Adds one image. `maps` are those of the method at the size of the image, stretched to [0, 1], `(T, height, width)`, if the metric
+        needs maps.
+        """
+
+    def report(self) -> tuple[dict, dict[int, dict]]:
+        """Returns the scores of `compute` with None for NaN, and without those of classes, which are the row of each class id."""
+        scores = self.compute()
+        by_class = {row: scores.pop(key) for row, key in self.rows.items()}
+        labels = dict.fromkeys(itertools.chain(*by_class.values()))
+        rows = {label: {row: values.get(label) for row, values in by_class.items()} for label in labels}
+        return {name: measured(score) if isinstance(score, float) else score for name, score in scores.items()}, rows
+
+    def protocol(self) -> dict:
+        """Returns what is needed to repeat the measurement: the options and the definition."""
+        options = {option: getattr(self, option) for option in signature(type(self)).parameters}
+        return options | ({"definition": self.definition} if self.definition else {})
+
+    def cells(self, scores: Mapping) -> list[str]:
+        """Formats the `columns` of the scores of a method for a table."""
+        return [rounded(scores[score], digits) for score, (_, digits) in self.columns.items()]
+
+    def tables(self, scores: Mapping) -> list[str]:
+        """Returns further tables of the scores, in Markdown."""
+        return []
+
+
+class ClassMeans(Metric):
+    """
+    A metric whose scores are means over the images of a class, then over the classes. A score that is NaN is left out. A subclass
+    implements `measure` if it runs the model itself, and otherwise `update_from`, which calls `update` for each shown class.
+
+    Attributes:
+        names (`tuple`): the names of the F scores of a pair of an image and a class; those of `columns` if not given.
+    """
+
+    names: tuple = ()
+
+    def update(self, scores, label: int) -> None:
+        """Adds the scores of one pair of an image and a class, F floats."""
+        scores = np.asarray(scores, dtype=np.float64)
+        known = ~np.isnan(scores)
+        self.state.items["counted"] += 1
+        self.state.add(np.array([known, np.where(known, scores, 0)]), label)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all pairs so far: for each name the mean over classes (None without any value).
+
+        - **per_class** -- {class id: {name: mean over images}}.
+        - **pairs**, **left_out** -- number of pairs, and {"no_value": the largest number of pairs that have no value of a score}.
+        """
+        sums, width = self.state.sums, len(self.names or self.columns)
+        per_class = {
+            label: total / np.where(number, number, np.nan) for label, (number, total) in sorted(sums.items())
+        }
+        columns = np.array([*per_class.values()]).reshape(-1, width).T
+        means = np.array([mean(column[~np.isnan(column)]) for column in columns])
+        known = sum((number for number, _ in sums.values()), np.zeros(width)).astype(int)
+        pairs = self.state.items["counted"]
+        return {
+            **self.named(means),
+            "per_class": {label: self.named(values) for label, values in per_class.items()},
+            "pairs": pairs,
+            "left_out": {"no_value": int((pairs - known).max(initial=0))},
+        }
+
+    def report(self) -> tuple[dict, dict[int, dict]]:
+        scores = self.compute()
+        return scores, scores.pop("per_class")
+
+    def named(self, values: np.ndarray) -> dict:
+        """Names F scores; None for those without data."""
+        return dict(zip(self.names or self.columns, map(measured, values)))
+
+    def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
+        """Returns the scores `(T, F)` of each method for an image that shows a class."""
+        return {}
+
+    def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
+        found = [self.measure(image) if image.sample.labels else {} for image in images]
+        return [{method: part.double().cpu().numpy() for method, part in of_image.items()} for of_image in found]
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+        for scores, label in zip(image.outputs[self.name].get(method, ()), image.sample.labels):
+            self.update(scores, label)
+
+
+def mean(values: Iterable[float]) -> float:
+    """Returns the mean; NaN without values."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def measured(value: float) -> float | None:
+    """Converts NaN, which JSON does not have, to None."""
+    return None if math.isnan(value) else float(value)
+
+
+def rounded(value: float | None, digits: int) -> str:
+    """Formats a score for a table."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows])

@@ -1,0 +1,201 @@
+"""mAP, recognition by the scores of all classes, and presence, how well it tells the classes that an image shows from the others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ...model.presence import MIN_PRESENCE, at_prior
+from ...utils.arrays import to_numpy
+from ...utils.extras import require_extra
+from ..functional import reliability
+from .metric import CannotMeasure, EvaluatedImage, Metric, markdown, mean, measured, rounded
+
+
+with require_extra("eval"):
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+
+class Rows:
+    """Scores of images, and whether the classes are shown, `(B, K)` each: a ranking cannot be summed."""
+
+    def __init__(self):
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def merge(self, other: Rows) -> None:
+        self.rows += other.rows
+
+    def joined(self) -> tuple[np.ndarray, np.ndarray]:
+        scores, shown = zip(*self.rows)
+        return np.concatenate(scores), np.concatenate(shown)
+
+
+class MultiLabelAveragePrecision(Metric):
+    """
+    mAP: average precision of each class over the images, averaged over the classes that occur in some image, as scikit-learn defines it.
+
+    Stores all scores, nine bytes for each image and class. Column k is class id k + 1. In [`evaluate_model`] the scores are cosines, and mAP
+    is the same for all methods.
+
+    Example:
+        >>> metric = MultiLabelAveragePrecision()
+        >>> metric.update(np.array([[0.9, 0.1], [0.8, 0.3]]), np.array([[1, 0], [0, 1]]))
+        >>> metric.compute()["map"]
+        100.0
+    """
+
+    name = "mAP"
+    columns = {"map": ("mAP %", 2)}
+    rows = {"AP": "per_class"}
+    needs = frozenset({"scores"})
+    by_method = False
+    state_type = Rows
+    ranked_by = "scores"  # of an image, one number for each class
+
+    def update(self, scores, shown) -> None:
+        """Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`."""
+        self.state.rows.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
+
+    def update_from(self, image: EvaluatedImage, method: None, maps: None) -> None:
+        self.update(getattr(image, self.ranked_by)[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far.
+
+        - **map** -- mean over classes, percent (NaN without any positive).
+        - **per_class** -- {class id: average precision in percent}.
+        - **images**, **left_out** -- number of images, and {"no_positive": number of classes without an image}.
+        """
+        scores, shown = self.state.joined()
+        classes = np.flatnonzero(shown.any(axis=0))
+        per_class = {int(k) + 1: 100 * float(average_precision_score(shown[:, k], scores[:, k])) for k in classes}
+        return {
+            "map": mean(per_class.values()),
+            "per_class": per_class,
+            "images": len(scores),
+            "left_out": {"no_positive": scores.shape[1] - len(classes)},
+        }
+
+
+class Presence(MultiLabelAveragePrecision):
+    """
+    How well presence tells the classes that an image shows from the others. It is the same for all methods. In [`evaluate_model`], `like`
+    and `stuff` are those of the data set.
+
+    Args:
+        like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`]. Without it there is no
+            `auc_hard` and no `passed_hard`.
+        stuff: the class ids of the background.
+    """
+
+    name = "presence"
+    columns = rows = {}  # tables of their own
+    needs = frozenset({"presence"})
+    ranked_by = "presence"
+
+    def __init__(self, like: np.ndarray | None = None, stuff: Collection[int] = ()):
+        super().__init__()
+        self.like, self.stuff = like, stuff
+
+    def prepare(self, run) -> None:
+        if run.model.presence(torch.zeros(1, 1)) is None:
+            raise CannotMeasure(
+                f"{self.name} needs a model that was trained with a sigmoid: this one has no presence of its own."
+            )
+        super().prepare(run)
+        self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
+        self.stuff = run.dataset.stuff or ()
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all pairs of an image and a class so far. A score without data is None.
+
+        - **auc**, **auc_hard** -- area under the ROC curve, in [0, 1]; of `auc_hard` the only absent classes are those like one that the
+          image shows.
+        - **kept**, **passed** -- share of the shown and of the absent classes whose presence is at least `min_presence`, percent;
+          **passed_hard** of the absent ones that are like a shown class, **kept_things** and **kept_stuff** of the shown ones of each kind.
+        - **map** -- mAP of images ranked by presence, percent.
+        - **prior** -- share of pairs that is shown.
+        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]) its mean, the share of pairs that is shown and
+          the number of pairs; None where the prior is 0 or 1.
+        - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in [0, 1]; None likewise.
+        """
+        values, shown = self.state.joined()
+        hard = np.zeros_like(shown) if self.like is None else (shown @ self.like) & ~shown
+        stuff = np.broadcast_to(np.isin(np.arange(shown.shape[1]) + 1, list(self.stuff)), shown.shape)
+
+        def auc(absent: np.ndarray) -> float | None:
+            pairs = shown | absent
+            return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
+
+        def share(pairs: np.ndarray) -> float | None:
+            return 100 * float((values[pairs] >= MIN_PRESENCE).mean()) if pairs.any() else None
+
+        prior, bins, error = float(shown.mean()), None, None
+        if 0 < prior < 1:
+            bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
+            distance = np.abs(bins["mean"] - bins["shown"])
+            error = float(np.nansum(distance * bins["items"]) / values.size)
+            bins = [
+                {"mean": measured(center), "shown": measured(of_bin), "pairs": int(items)}
+                for center, of_bin, items in zip(*bins.values())
+            ]
+        return {
+            "min_presence": MIN_PRESENCE,
+            "auc": auc(~shown),
+            "auc_hard": auc(hard),
+            "kept": share(shown),
+            "kept_things": share(shown & ~stuff) if self.stuff else None,
+            "kept_stuff": share(shown & stuff),
+            "passed": share(~shown),
+            "passed_hard": share(hard),
+            "map": super().compute()["map"],
+            "prior": prior,
+            "calibration_error": error,
+            "reliability": bins,
+        }
+
+    def protocol(self) -> dict:
+        nearest = "the nearest tenth by the features of the texts"
+        return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else nearest}
+
+    def tables(self, scores: Mapping) -> list[str]:
+        shown = {
+            "auc": ("AUC of presence", 3),
+            "auc_hard": ("against like classes", 3),
+            "kept": (f"kept % at presence {scores['min_presence']}", 1),
+            "kept_things": ("things %", 1),
+            "kept_stuff": ("stuff %", 1),
+            "passed": ("passed %", 1),
+            "passed_hard": ("like classes passed %", 1),
+            "map": ("mAP by presence %", 1),
+            "calibration_error": ("calibration error", 3),
+        }
+        cells = [rounded(scores[name], digits) for name, (_, digits) in shown.items()]
+        tables = [markdown([heading for heading, _ in shown.values()], [cells])]
+        if bins := scores["reliability"]:
+            edges = [f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}" for index in range(len(bins))]
+            names = {"mean": ("mean", 2), "shown": ("share that is shown", 2), "pairs": ("pairs", 0)}
+            rows = [[name, *(rounded(one[row], digits) for one in bins)] for row, (name, digits) in names.items()]
+            tables.append(markdown([f"presence at the prior {scores['prior']:.2f}", *edges], rows))
+        return tables
+
+
+def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:
+    """
+    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise among the nearest
+    tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No class is like itself.
+    """
+    number = len(text_embeds)
+    if supercategories is not None:
+        like = np.equal.outer(*[np.array(supercategories)] * 2)
+    else:
+        cosines = (text_embeds @ text_embeds.T).float().fill_diagonal_(-torch.inf)
+        nearest = cosines.topk(min(max(1, round(number / 10)), number - 1)).indices.numpy(force=True)
+        like = np.zeros((number, number), bool)
+        np.put_along_axis(like, nearest, True, 1)
+    np.fill_diagonal(like, False)
+    return like

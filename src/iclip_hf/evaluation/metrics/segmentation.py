@@ -1,0 +1,251 @@
+"""Open-vocabulary semantic segmentation: mIoU of label maps over a data set, as in its papers."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from ...model.engine import Engine
+from ...model.label_maps import BACKGROUND_LABEL, label_map
+from ...model.modeling_iclip import ICLIPTextFeatures
+from ...model.refinement import refine_maps
+from ..functional import THRESHOLDS, area_counts
+from .metric import EvaluatedImage, Metric
+
+
+# Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
+SHORT_SIDE = 336
+
+
+def windowed_maps(
+    engine: Engine, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
+) -> torch.Tensor:
+    """
+    Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows that contain
+    it. The last window of a row or column ends at the image's edge, and a window is never larger than the image. The maps of the
+    whole image are refined if the engine refines.
+
+    Args:
+        engine ([`Engine`]), pixel_values, texts: as for [`Engine.raw_maps`].
+        window, stride (`int`): side of the windows and their distance, multiples of the patch size in pixels; `stride <= window`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, h, w)`, float32.
+    """
+    of_windows = copy.copy(engine)
+    of_windows.refine = False
+    patch, total = engine.processor.patch_size, None
+    edges = [max(side - window, 0) for side in pixel_values.shape[2:]]
+    for top, left in itertools.product(*([*range(0, edge, stride), edge] for edge in edges)):
+        maps, _ = of_windows.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
+        if total is None:
+            total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
+            number = torch.zeros_like(total[0, 0])
+        rows = slice(top // patch, top // patch + maps.shape[2])
+        columns = slice(left // patch, left // patch + maps.shape[3])
+        total[..., rows, columns] += maps
+        number[rows, columns] += 1
+    maps = total / number
+    return refine_maps(maps, pixel_values.to(maps.device)) if engine.refine else maps
+
+
+class MeanIoU:
+    """
+    mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
+
+    Args:
+        num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
+        background (`bool`): whether the background, class 0, is one of the classes of the mean.
+        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
+
+    Example:
+        >>> metric = MeanIoU(num_classes=2)
+        >>> metric.update(np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
+        >>> metric.compute()["miou"]
+        50.0
+    """
+
+    def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
+        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
+        self.areas = np.zeros((3, self.num_classes, 1), np.int64)
+
+    def update(self, prediction, reference, confidence=None) -> None:
+        """Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none."""
+        self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
+
+    def add_counts(self, areas: np.ndarray) -> None:
+        """Adds one image by its counts from [`area_counts`]."""
+        self.areas = self.areas + areas
+
+    def curve(self) -> np.ndarray:
+        """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
+        iou = self._iou()
+        known = ~np.isnan(iou)
+        return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far, at the lowest threshold.
+
+        - **miou** -- mean over classes, percent (NaN without pixels).
+        - **pixel_accuracy** -- share of the pixels with the right class, percent.
+        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left out.
+        - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
+        - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
+        - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
+        """
+        first = 0 if self.background else 1
+        in_both, _, referenced = self.areas[:, first:, 0]
+        iou = self._iou()[:, 0]
+        shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
+        floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
+        return {
+            "miou": float(self.curve()[0]),
+            "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
+            "per_class": {first + int(k): float(iou[k]) for k in np.flatnonzero(~np.isnan(iou))},
+            "per_class_accuracy": {first + int(k): 100 * int(in_both[k]) / int(referenced[k]) for k in shown},
+            "floor": float(floor.max()),
+            "floor_class": first + int(referenced.argmax()),
+            "pixels": pixels,
+            "left_out": {"no_pixels": int(np.isnan(iou).sum())},
+        }
+
+    def _iou(self) -> np.ndarray:
+        """Returns the IoU of each class of the mean at each threshold, percent; NaN for a class without pixels."""
+        in_both, predicted, referenced = self.areas[:, 0 if self.background else 1 :]
+        union = predicted + referenced - in_both
+        return 100 * in_both / np.where(union, union, np.nan)
+
+
+class Segmentation(Metric):
+    """
+    The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data set, see
+    [`label_map`].
+
+    If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
+    for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images
+    at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and the reverse.
+
+    Args:
+        window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given. Images then
+            keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
+        stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
+        background: texts that describe the background; those of the data set's overrides if not given.
+        threshold (`float` in [0, 1], *optional*): background threshold.
+        logit_scale (`float`, *optional*): makes the confidence a probability, see [`label_map`].
+    """
+
+    name = "segmentation"
+    columns = {
+        "miou": ("mIoU %", 2),
+        "pixel_accuracy": ("pixel accuracy %", 2),
+        "floor": ("floor of mIoU %", 2),
+        "floor_class": ("floor's class", 0),
+        "thresholds": ("background threshold", 0),
+    }
+    rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
+    needs = frozenset()
+    definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
+
+    def __init__(
+        self,
+        window: int | None = None,
+        stride: int | None = None,
+        background: Sequence[str] | None = None,
+        threshold: float | None = None,
+        logit_scale: float | None = None,
+    ):
+        if stride and not window:
+            raise ValueError(f"The stride of {stride} needs a window.")
+        if logit_scale is not None and not 0 < logit_scale < float("inf"):
+            raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
+        super().__init__()
+        self.window, self.stride = window, stride or (window and window // 2)
+        self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
+        if window:
+            self.image_size = {"shortest_edge": SHORT_SIDE}
+
+    def prepare(self, run) -> None:
+        dataset = run.dataset
+        self.texts_of_background = list(dataset.background_texts if self.background is None else self.background)
+        if not dataset.background and (self.texts_of_background or self.threshold is not None):
+            raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
+        # Whether the background threshold is chosen on other images.
+        self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
+        if self.sweeps and run.count < 2:
+            raise ValueError(
+                "The background threshold cannot be chosen on other images than this one: give a threshold."
+            )
+        patch = run.model.processor.patch_size
+        if self.window and (self.window % patch or self.stride % patch or not 0 < self.stride <= self.window):
+            raise ValueError(
+                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the window, not "
+                f"{self.window} and {self.stride}."
+            )
+        self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
+        self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
+        texts = [*itertools.chain(*dataset.synonyms), *self.texts_of_background]
+        self.encoded = run.engine.encode(texts)
+        self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
+        super().prepare(run)
+
+    def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
+        """Returns raw maps of all texts `(T, h, w)` by method for each image."""
+        pixel_values = torch.cat([image.prepared.pixel_values for image in images])
+        by_method = {}
+        for method, engine in self.run.engines.items():
+            if self.window is None:
+                maps, _ = engine.raw_maps(pixel_values, self.encoded)
+            else:
+                maps = windowed_maps(engine, pixel_values, self.encoded, self.window, self.stride)
+            by_method[method] = (-maps if engine.method.reversed else maps).cpu()
+        return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
+        options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
+        labels, confidence = label_map(image.outputs[self.name][method], image.sample.size, **options)
+        self.update(labels + 1, image.sample.label_map, confidence, image.index)
+
+    def update(self, prediction, reference, confidence, index: int) -> None:
+        """Adds the image at this position of the data set. The other arguments are those of [`MeanIoU`]."""
+        iou = self.iou()
+        iou.update(prediction, reference, confidence if self.sweeps else None)
+        self.state.add(iou.areas, index % 2)  # by even and odd positions
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds of the images at even
+        and at odd positions, or None.
+        """
+        whole, folds, thresholds, best = self.iou(), [self.iou(), self.iou()], None, [0, 0]
+        for fold, areas in self.state.sums.items():
+            folds[fold].add_counts(areas)
+        if self.sweeps:  # each fold takes the best threshold of the other
+            best = [int(fold.curve().argmax()) for fold in reversed(folds)]
+            thresholds = [float(THRESHOLDS[index]) for index in best]
+        elif self.threshold is not None:
+            thresholds = [self.threshold] * 2
+        for fold, index in zip(folds, best):
+            whole.add_counts(fold.areas[..., [index]])
+        scores = whole.compute()
+        scores["floor_class"] = ["background", *self.run.dataset.class_names][scores["floor_class"]]
+        return scores | {"thresholds": thresholds}
+
+    def cells(self, scores: Mapping) -> list[str]:
+        thresholds = dict.fromkeys(scores["thresholds"] or ["-"])  # once if they are equal
+        shown = {**scores, "floor_class": None, "thresholds": None}
+        return [*super().cells(shown)[:3], str(scores["floor_class"]), " / ".join(map(str, thresholds))]
+
+    def protocol(self) -> dict:
+        chosen = "the best of the images at the other (even or odd) positions"
+        return super().protocol() | {
+            "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
+            "background": self.texts_of_background,
+            "threshold": chosen if self.sweeps else self.threshold,
+        }

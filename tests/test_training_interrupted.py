@@ -129,8 +129,8 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
 
     def interrupted(self, **batch):
         nonlocal steps
-        steps += 1
-        if steps in (2, 3):
+        steps += self.training  # the last forward pass only checks the loss
+        if self.training and steps in (2, 3):
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, **batch)
 

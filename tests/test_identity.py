@@ -148,12 +148,13 @@ def test_every_option_of_the_model_counts_for_a_configuration():
     usual = ICLIPConfig()
     others = {"pooling": "max", "max_over": "similarity", "text_pooling": "mean"}
     others |= {"recognition_pooling": "class_and_average", "map_attention": "none", "attention_norm": "quantile"}
+    others |= {"map_branches": "both"}
     seen = {module.configuration_digest(usual)}
     for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
         value = getattr(usual, name)
-        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else value / 2 or 0.5
+        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else (value or 0) + 1
         config = ICLIPConfig()
-        setattr(config, name, type(value)(other))  # also where two options are checked against each other
+        setattr(config, name, other)  # also where two options are checked against each other
         seen.add(module.configuration_digest(config))
     assert len(seen) == len(ICLIPConfig.__annotations__) - 1
 

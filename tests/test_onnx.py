@@ -3,6 +3,7 @@ import json
 import math
 from functools import partial
 
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -196,6 +197,9 @@ def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weight
         distance = 1 - F.cosine_similarity(reduced, exact, dim=-1)
         assert 1e-7 < distance.max() < error
         assert (tmp_path / "exported" / file).stat().st_size < (folder / file).stat().st_size
+    for name in ("vision_model.onnx", "text_model.onnx"):  # all matrices, those of the hidden layers too
+        stored = onnx.load(tmp_path / "exported" / name).graph.initializer
+        assert not [one.name for one in stored if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) > 1]
 
 
 def test_what_looks_inside_the_tower_is_refused(folder, tiny_processor):

@@ -69,13 +69,13 @@ class ExplainableModel(ABC):
         """
         return Engine(self, self.processor, templates=templates).encode(labels)
 
-    @abstractmethod
-    def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
+    def get_text_features(self, **inputs) -> ICLIPTextFeatures:
         """Encodes prompts from the processor, see [`ICLIPModel.get_text_features`]."""
+        return self.network.get_text_features(**inputs)
 
-    @abstractmethod
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """Encodes `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
+        return self.network.get_image_features(pixel_values)
 
     @abstractmethod
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
@@ -126,8 +126,8 @@ class RecordableModel(ExplainableModel):
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         return self._encode_images(pixel_values.to(self.device, next(self.network.parameters()).dtype))
 
-    @abstractmethod
-    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures: ...
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        return self.network.get_image_features(pixel_values)
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         image, (layer,) = self.trace(pixel_values, weights=True)

@@ -51,9 +51,6 @@ class _ICLIP(ExplainableModel):
         if config.dual_projection:
             self.pooling = Pooling.ONE_QUERY if config.recognition_pooling == "class_token" else Pooling.PATCHES
 
-    def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
-        return self.network.get_text_features(input_ids=input_ids, num_templates=num_templates, **inputs)
-
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         image = self.get_image_features(pixel_values)
         return image, image.attention
@@ -72,9 +69,6 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         super().__init__(model, processor)
         self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
 
-    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        return self.network.get_image_features(pixel_values)
-
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.map_branch.visual_projection(self.network.centered_tokens(self._final_norm(stream)))
 
@@ -88,9 +82,6 @@ class ExplainableONNX(_ICLIP):
     @property
     def device(self) -> torch.device:
         return self.network.device
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        return self.network.get_image_features(pixel_values)
 
 
 class ExplainableCLIP(TransformersModel):

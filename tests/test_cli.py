@@ -12,7 +12,7 @@ import torch
 from conftest import iclip
 from PIL import Image
 
-from iclip_hf import cli
+from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.model.regions import find_regions, run_lengths
@@ -54,6 +54,16 @@ def test_a_folder_names_its_images(workspace, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert run(workspace, "images", "empty", "--text", "dog") == 2
     assert "empty: " in capsys.readouterr().err
+
+
+def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, capsys):
+    photo, arrays = workspace / "0" / "a.jpg", tmp_path / "a.npz"
+    assert run(workspace, photo, "--output", tmp_path / "a.png", "--json", "--npz") == 0
+    entry = json.loads(capsys.readouterr().out)
+    expected = explain(load(str(workspace / "model")), photo)
+    assert [row["text"] for row in entry["texts"]] == expected.labels == np.load(arrays)["texts"].tolist()
+    assert run(workspace, photo, "--output", tmp_path / "b.png", "--threshold", tmp_path / "none.json") == 2
+    assert "--text" in capsys.readouterr().err
 
 
 def test_lines_of_an_interrupted_run_stay(workspace, tmp_path, monkeypatch):
@@ -242,7 +252,7 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     code = f"""
 import sys
-from iclip_hf import cli
+from iclip_hf import cli, explain
 assert cli.main(["explain", "none.jpg", "--text", "dog"]) == 2
 assert [name for name in cli.COMMANDS if "iclip_hf.cli." + name.replace("-", "_") in sys.modules] == ["explain"]
 assert "numpy" not in sys.modules

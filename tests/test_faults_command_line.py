@@ -202,5 +202,6 @@ def test_several_texts_after_one_option_are_told_how_to_be_given(sandbox):
 
 
 def test_an_option_that_is_mistyped_is_not_called_missing(sandbox):
-    assert "--txt; did you mean --text?" in refused("explain", "photo.jpg", "--txt", "dog")
-    assert "required: --text" in refused("explain", "photo.jpg", "--json")
+    for command in ("explain", "segment"):
+        assert "--txt; did you mean --text?" in refused(command, "photo.jpg", "--txt", "dog")
+    assert "required: --text" in refused("segment", "photo.jpg", "--json")

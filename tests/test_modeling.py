@@ -508,3 +508,81 @@ def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, ti
         expected = model(**inputs).logits_per_image.softmax(-1)[0].tolist()
     found = {answer["label"]: answer["score"] for answer in answers}
     assert [found["dog"], found["red ball"]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path):
+    """Hidden layers beside the projections, the share of the recognition branch in the map, and the presence, patch by patch."""
+    share = 0.3
+    options = {
+        "max_over": "similarity",
+        "center_tokens": True,
+        "recognition_pooling": "class_and_average",
+        "map_attention": "none",
+        "image_hidden_size": 5,
+        "text_hidden_size": 7,
+        "logit_bias_init_value": -2.0,
+        "presence_bias": 0.5,
+    }
+    model = tiny_model(**options, recognition_share=share)
+    with torch.no_grad():
+        for branch in (model.recognition, model.interpretability):
+            for projection in (branch.visual_projection, branch.text_projection):
+                if projection.hidden is not None:
+                    projection.hidden[-1].weight.normal_()
+        model.token_mean.normal_()
+    assert model.interpretability.visual_projection.hidden is None  # of the recognition branch alone
+    outputs, inputs = run(model), tiny_inputs(size=(32, 48))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(run(ICLIPModel.from_pretrained(tmp_path)).similarity_maps, outputs.similarity_maps)
+
+    def project(projection, vector):
+        found = projection.weight @ vector
+        if projection.hidden is not None:
+            first, _, last = projection.hidden
+            found = found + last.weight @ F.gelu(first.weight @ vector + first.bias)
+        return found / found.norm()
+
+    with torch.no_grad():
+        image = model.encode_image(inputs["pixel_values"])
+        texts = model.encode_text(inputs["input_ids"], inputs["attention_mask"])[0]
+        average = model.recognition.visual_projection.weight[:, 32:]
+        for i, tokens in enumerate(image.patch_tokens):
+            vector = project(model.recognition.visual_projection, torch.cat([image.class_token[i], tokens.mean(0)]))
+            for j, text in enumerate(texts):
+                own = project(model.recognition.text_projection, text)
+                cosine = vector @ own
+                scale, bias = model.recognition()
+                torch.testing.assert_close(outputs.logits_per_image[i, j], scale * cosine + bias, atol=1e-4, rtol=1e-4)
+                presence = model.presence(cosine[None])
+                torch.testing.assert_close(presence, 1 / (1 + (-(scale * cosine + bias + 0.5)).exp()))
+                for n, token in enumerate(tokens):
+                    map_patch = project(model.interpretability.visual_projection, token - model.token_mean)
+                    seen = F.normalize(average @ token, dim=0) @ own
+                    expected = (1 - share) * map_patch @ project(
+                        model.interpretability.text_projection, text
+                    ) + share * seen
+                    torch.testing.assert_close(
+                        outputs.similarity_maps[i, j].flatten()[n], expected, atol=1e-5, rtol=1e-4
+                    )
+
+
+def test_a_share_of_the_recognition_branch_leaves_the_weight_of_the_attention():
+    options = {"max_over": "similarity", "recognition_pooling": "class_and_average", "map_attention": "signed"}
+    model = tiny_model(**options)
+    with torch.no_grad():
+        model.attention_direction.normal_(std=0.01)
+
+    def attention_part():
+        signed, model.config.map_attention = run(model), "none"
+        plain, model.config.map_attention = run(model), "signed"
+        raised = torch.maximum(plain.similarity_maps, plain.similarity_maps.mean((-2, -1), keepdim=True))
+        return signed.similarity_maps - raised
+
+    alone = attention_part()
+    model.config.recognition_share = 0.6
+    torch.testing.assert_close(attention_part(), alone, atol=1e-6, rtol=1e-4)
+    assert alone.abs().max() > 1e-3
+
+
+def test_a_model_of_a_softmax_has_no_presence():
+    assert tiny_model().presence(torch.zeros(2, 3)) is None

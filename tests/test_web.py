@@ -60,7 +60,7 @@ OPTIONS = {
     "recognition_pooling": "class_and_average",
     "image_hidden_size": 12,
     "text_hidden_size": 20,
-    "map_branches": "both",
+    "recognition_share": 0.4,
     "logit_bias_init_value": -1.5,
     "presence_bias": 0.5,
 }

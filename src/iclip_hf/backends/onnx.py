@@ -40,7 +40,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
-    `patch_embeds`, `map_text_embeds` and `attention_direction` have 2 P numbers with `map_branches="both"`.
+    `patch_embeds`, `map_text_embeds` and `attention_direction` have 2 P numbers with a `recognition_share`.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.

@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
-        if "are required" in message:  # the one that is missing may be mistyped
+        if "are required" in message or "unrecognized arguments: --" in message:  # it may be mistyped
             known = self._option_string_actions
             typed = [word.split("=")[0] for word in self._given if word.startswith("--")]
             if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import add_shared
+from .options import SHARED, add_shared
 from .output import resolution, save_picture
 from .pictures import add_image_options, explain_files
 
@@ -15,6 +15,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         command,
         output="picture to write, or the folder for pictures (default: photo-explanation.png for photo.jpg, with a number if it exists; of "
         "several images in the folder explanations)",
+        help=f"{SHARED['--text']['help']} (default: the nouns that match each image best)",
     )
     add_shared(command, "--colormap")
     command.add_argument(

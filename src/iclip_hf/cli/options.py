@@ -167,6 +167,8 @@ def load_engine(options: argparse.Namespace):
 
     threshold, results = options.threshold, None
     if isinstance(threshold, Path):  # read before the model is loaded
+        if not options.texts:
+            raise ValueError(f"--threshold {threshold} has a threshold of each class: name classes by --text.")
         results, texts = threshold, [*options.texts, *options.background]
         threshold = class_thresholds(results, texts, options.method)
     from ..explainers import make_explainer

@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from ..model.explanation import Explanation
 
 
-def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: bool = False) -> None:
-    """Adds the shared options. `output` is the help of `--output`."""
+def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: bool = False, **text) -> None:
+    """Adds the shared options. `output` is the help of `--output`, and `text` changes the option of the texts."""
     command.set_defaults(npz=False, background=[])
     command.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, or folders of images with their subfolders"
     )
-    add_shared(command, "--text", required=True)
+    add_shared(command, "--text", **text)
     add_shared(command, *MODEL, *PROMPTS)
     methods = f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)"
     command.add_argument("--method", type=method, default="itsm", metavar="METHOD", help=methods)
@@ -80,6 +80,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     """
     from tqdm import tqdm
 
+    from ..data.vocabulary import vocabulary
     from ..model.images import load_image, open_image
     from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
@@ -94,6 +95,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
         check_outputs([picture or folder / "new"], [*images, *thresholds, *model_files(options.model)])
     engine, threshold = load_engine(options)
+    from ..explainers.explain import NOUNS  # after the checks, because it imports torch
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
@@ -117,8 +119,9 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPoolExecutor(1))  # loads images and writes pictures while the model runs
         named, prepared = itertools.tee(prefetch_map(thread, read, images, options.batch_size))
-        texts = [*options.texts, *options.background]
-        explanations = engine.run((image for _, image in prepared), texts, options.batch_size)
+        # Without texts: what is in each image?
+        texts, best = (options.texts + options.background, None) if options.texts else (vocabulary(), NOUNS)
+        explanations = engine.run((image for _, image in prepared), texts, options.batch_size, best)
         entries, lines = prefetch_map(thread, written, zip(named, explanations), 4), None
         for entry in tqdm(entries, total=len(images), unit="image", disable=alone or None):
             problem = entry.pop("problem", None)
@@ -170,11 +173,12 @@ def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path |
 
 def _report(entry: dict, options: argparse.Namespace) -> list[str]:
     """Returns the printed lines of an image."""
-    width = max(len(printable(text)) for text in options.texts)
+    rows = entry.get("segments") or entry["texts"]
+    width = max(len(printable(row["text"])) for row in rows)
     lines = [
         f"{entry['image']} -> {', '.join(entry[kind] for kind in ('picture', 'labels', 'arrays') if kind in entry)}"
     ]
-    for row in entry.get("segments") or entry["texts"]:
+    for row in rows:
         if "area" in row:
             found = f"{100 * row['area']:5.1f} % of the image"
         else:

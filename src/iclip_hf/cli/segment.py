@@ -20,6 +20,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a number if it exists; of "
         "several images in the folder segments); the label map is written beside it, as photo-labels.png",
         refine=True,
+        required=True,
     )
     command.add_argument(
         "--background",

@@ -52,9 +52,10 @@ class ICLIPConfig(PreTrainedConfig):
             2 `max_sharpness`, equally for all texts. `"signed"` does the same with A times a weight of the text in [-1, 1], which is
             learned from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them.
             `"none"` does not use A.
-        map_branches (`str`, defaults to `"interpretability"`): the branches whose patches a map shows. `"both"`, which is not in
-            the paper, averages the cosines of the map branch with those of the recognition branch, whose projection of the average
-            patch is applied to each patch: what the score itself saw there. Requires `recognition_pooling="class_and_average"`.
+        recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values are then
+            (1 - share) times the cosine of the map branch plus share times that of the recognition branch, which applies its projection of the
+            average patch to each patch: what the score itself saw there. Not in the paper. Requires
+            `recognition_pooling="class_and_average"`.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
             become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
             in the paper.
@@ -100,7 +101,7 @@ class ICLIPConfig(PreTrainedConfig):
     image_hidden_size: int = 0
     text_hidden_size: int = 0
     map_attention: Literal["similarity", "features", "additive", "signed", "none"] = "similarity"
-    map_branches: Literal["interpretability", "both"] = "interpretability"
+    recognition_share: int | float = 0.0
     map_affinity: int | float = 0.0
     attention_norm: Literal["minmax", "quantile"] = "minmax"
     attention_quantile: int | float = 0.9
@@ -123,6 +124,7 @@ class ICLIPConfig(PreTrainedConfig):
             ("projection_dim", "from 1", self.projection_dim >= 1),
             ("image_hidden_size", "from 0", self.image_hidden_size >= 0),
             ("text_hidden_size", "from 0", self.text_hidden_size >= 0),
+            ("recognition_share", "in [0, 1)", 0 <= self.recognition_share < 1),
             ("value_share", "in [0, 1]", 0 <= self.value_share <= 1),
             ("map_affinity", "from 0", self.map_affinity >= 0),
             ("max_sharpness", "above 0", self.max_sharpness > 0),
@@ -138,8 +140,8 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max".')
         if self.recognition_pooling != "class_token" and not self.dual_projection:
             raise ValueError(f"recognition_pooling={self.recognition_pooling!r} needs dual_projection=True.")
-        if self.map_branches == "both" and self.recognition_pooling != "class_and_average":
-            raise ValueError('map_branches="both" needs recognition_pooling="class_and_average".')
+        if self.recognition_share > 0 and self.recognition_pooling != "class_and_average":
+            raise ValueError('recognition_share needs recognition_pooling="class_and_average".')
 
 
 def patch_side(vision_config: PreTrainedConfig) -> int:

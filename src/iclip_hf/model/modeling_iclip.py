@@ -113,7 +113,7 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
     Attributes:
         pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
-        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with `map_branches="both"`): unit vectors that
+        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit vectors that
             patches are compared with, equal to `text_embeds` in a model with one branch.
     """
 
@@ -131,7 +131,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with `max_over="similarity"`, where
             this branch has no image vector.
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with `map_branches="both"`): unit vectors of the
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit vectors of the
             patches, to compare with `map_text_embeds`.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
@@ -204,9 +204,10 @@ class Projection(nn.Linear):
             layers = nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_features, bias=False)
             self.hidden = nn.Sequential(*layers)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
+        """Projects features. With `linear`, the hidden layer is left out."""
         projected = super().forward(features)
-        return projected if self.hidden is None else projected + self.hidden(features)
+        return projected if linear or self.hidden is None else projected + self.hidden(features)
 
 
 class ICLIPBranch(nn.Module):
@@ -589,18 +590,19 @@ class ICLIPModel(PreTrainedModel):
             values = torch.cat([patch_tokens, attention.unsqueeze(-1).to(patch_tokens.dtype)], -1)
             shared = share_among_like(values, patch_tokens, self.config.map_affinity)
             patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
-        direction = None
+        share, direction = self.config.recognition_share, None
         if self.config.map_attention == "signed":
             direction = self.attention_direction.expand(pixel_values.shape[0], -1)
-            if self.config.map_branches == "both":  # the recognition branch has no part in the weight of the attention
-                direction = F.pad(2**0.5 * direction, (0, self.config.projection_dim))
-        if self.config.map_attention == "features":
-            patch_tokens = patch_tokens * map_attention.unsqueeze(-1).to(patch_tokens.dtype)  # Eq. 12 to the letter
-        patch_embeds = normalize(self.map_branch.visual_projection(patch_tokens))
-        if self.config.map_branches == "both":
-            # Each patch in place of the average patch, without a class token.
-            evidence = self.recognition.visual_projection(F.pad(patch_tokens, (patch_tokens.shape[-1], 0)))
-            patch_embeds = join_branches(patch_embeds, normalize(evidence))
+            if share:  # the recognition branch has no part in the weight of the attention
+                direction = F.pad(direction / (1 - share) ** 0.5, (0, self.config.projection_dim))
+        weights = map_attention.unsqueeze(-1).to(patch_tokens.dtype) if self.config.map_attention == "features" else 1
+        patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))  # Eq. 12 to the letter
+        if share:
+            # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
+            patches = patch_tokens + self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
+            patches = F.pad(patches, (patches.shape[-1], 0))
+            recognised = normalize(self.recognition.visual_projection(patches, linear=True))
+            patch_embeds = join_branches(patch_embeds, recognised, share)
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
@@ -645,8 +647,8 @@ class ICLIPModel(PreTrainedModel):
             for branch in (self.recognition, self.map_branch)
         )
         text_embeds, map_text_embeds = normalize(projected), normalize(map_projected)
-        if self.config.map_branches == "both":
-            map_text_embeds = join_branches(map_text_embeds, text_embeds)
+        if self.config.recognition_share:
+            map_text_embeds = join_branches(map_text_embeds, text_embeds, self.config.recognition_share)
         return ICLIPTextFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
@@ -770,11 +772,12 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1).to(features.dtype)
 
 
-def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) -> torch.Tensor:
     """
-    Joins unit vectors `(..., P)` of both branches to unit vectors `(..., 2 P)`, whose products are the means of the products in the branches.
+    Joins unit vectors `(..., P)` of the map branch and the recognition branch to unit vectors `(..., 2 P)`. Their product is (1 - share)
+    times that of the map branch plus `share` times that of the recognition branch.
     """
-    return torch.cat([map_embeds, embeds], -1) / 2**0.5
+    return torch.cat([(1 - share) ** 0.5 * map_embeds, share**0.5 * embeds], -1)
 
 
 def first_branch(joined: torch.Tensor, config: ICLIPConfig) -> torch.Tensor:

@@ -80,7 +80,7 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
 # compute, and of the choice among the rows, which hold all. Other options count, also those that a later version adds.
 _AFTER_THE_ROWS = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
-    max_sharpness map_attention map_branches image_hidden_size text_hidden_size logit_bias_init_value presence_bias pooling recognition_pooling
+    max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias pooling recognition_pooling
 """.split()
 # With `max_over="channels"` the rows hold both norms, and the patch tokens as they are.
 _AFTER_POOLED_ROWS = ("attention_norm", "center_tokens", "map_affinity")

@@ -27,11 +27,9 @@ from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training.batches import BatchLoader
-from iclip_hf.training.feature_cache import CachedPairs, FeatureCache
-from iclip_hf.training.inputs import TrainingPairs, whole_image
-from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.run import parameter_groups
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.data import BatchLoader, CachedPairs, FeatureCache, TrainingPairs, whole_image
+from iclip_hf.training.train import parameter_groups
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:

@@ -24,12 +24,11 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
-from iclip_hf.training.batches import BatchLoader
-from iclip_hf.training.feature_cache import FeatureCache
-from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.plan import RATE, STEPS
-from iclip_hf.training.run import cosine_schedule, parameter_groups
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.data import BatchLoader, FeatureCache
+from iclip_hf.training.preset import RATE, STEPS
 from iclip_hf.training.settings import Settings
+from iclip_hf.training.train import cosine_schedule, parameter_groups
 
 
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]
@@ -81,20 +80,19 @@ class Study:
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
         training.rows = self.pairs.rows[rows]
-        training.captions = training.sentences = [self.pairs.captions[row][:1] for row in rows]
+        training.sentences = [self.pairs.sentences[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
         pair_model = PairModel(model, lock_text=True)
         defaults = Settings(model="embedded", data=[""], output_dir=".")
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
-        ends = [rate * batch_size / 1024 for rate in (defaults.warmup_learning_rate, defaults.min_learning_rate)]
         step = 0
         for epoch in itertools.count():
             for batch in loader.epoch(epoch):
                 if step == self.steps:
                     return
                 for group in optimizer.param_groups:
-                    group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, *ends)
+                    group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, 0.0, 0.0)
                 pair_model(**batch)["loss"].backward()
                 torch.nn.utils.clip_grad_norm_(pair_model.parameters(), defaults.clip_grad_norm)
                 optimizer.step()
@@ -106,7 +104,7 @@ class Study:
     def retrieval(self, model: ICLIPModel, rows: np.ndarray) -> dict[str, float]:
         """Returns the recall at 1 and at 5 among these images and all their captions, in percent."""
         branch, pairs = model.recognition, self.pairs.__getitems__(rows)
-        captions = [self.pairs.captions[row] for row in rows]
+        captions = [self.pairs.sentences[row] for row in rows]
         texts = list(itertools.chain.from_iterable(captions))
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own

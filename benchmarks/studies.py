@@ -20,8 +20,8 @@ from iclip_hf.data.class_names import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.pooling import normalize_attention
-from iclip_hf.training.run import train
 from iclip_hf.training.settings import parse_settings
+from iclip_hf.training.train import train
 
 
 # How attention enters the map does not change the training, so each run is measured with all of these.

@@ -324,7 +324,9 @@ def hub(tmp_path_factory, tiny_processor) -> Path:
         batch_size: 16
         epochs: 3
         warmup_epochs: 1
-        learning_rate: 0.05
+        learning_rate: 7.8125e-4
+        warmup_learning_rate: 1.5625e-8
+        min_learning_rate: 1.5625e-7
         num_workers: 0
         eval_steps: 5
         checkpoint_steps: 5

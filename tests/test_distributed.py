@@ -8,10 +8,10 @@ from iclip_hf.utils.files import folder_lock
 SCRIPT = """
 import sys
 from pathlib import Path
-from iclip_hf.utils.distributed import agreed, shared_folder_lock, this_process
+from iclip_hf.utils.distributed import broadcast_from_main, shared_folder_lock, partial_state
 
-state = this_process("train")
-assert agreed(state.process_index) == 0
+state = partial_state("train")
+assert broadcast_from_main(state.process_index) == 0
 try:
     with shared_folder_lock(Path(sys.argv[1]), state):
         print("claimed")

@@ -50,10 +50,10 @@ def test_outputs_gather(tmp_path):
 
 SHARDED = """
 import torch
-from iclip_hf.utils.distributed import this_process
+from iclip_hf.utils.distributed import partial_state
 
 torch.set_num_threads(1)
-state = this_process("train")
+state = partial_state("train")
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
 from conftest import tiny_inputs, tiny_model
 

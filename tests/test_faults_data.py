@@ -9,11 +9,11 @@ import pytest
 from fault_inputs import encoded, index_mask, masks_folder, written
 
 from iclip_hf.backends.loading import load_pretrained
+from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.model.images import load_image
-from iclip_hf.training.nouns import NounPrompts
 
 
 # ---- the readers: each is given a world, an empty folder and what it reads ----

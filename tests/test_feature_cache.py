@@ -9,12 +9,11 @@ from conftest import tiny_model, write_pairs
 from training_runs import accelerator
 
 from iclip_hf import ICLIPConfig, ICLIPProcessor
+from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.sources import PairTexts
-from iclip_hf.training.feature_cache import CachedPairs, FeatureCache, FeatureShards
-from iclip_hf.training.inputs import TrainingPairs
-from iclip_hf.training.nouns import NounPrompts
-from iclip_hf.training.pair_model import image_features
+from iclip_hf.training.contrastive import image_features
+from iclip_hf.training.data import CachedPairs, FeatureCache, FeatureShards, TrainingPairs
 
 
 TOKENS = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}

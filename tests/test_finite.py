@@ -7,7 +7,7 @@ from pairwise import pairwise
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
 from iclip_hf.model.pooling import normalize_attention, pool_similarities
-from iclip_hf.training.pair_model import PairModel
+from iclip_hf.training.contrastive import PairModel
 
 
 POOLED = [

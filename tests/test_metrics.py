@@ -467,7 +467,7 @@ def test_the_floor_of_miou_is_the_best_map_of_one_class_over_the_classes_that_ar
 def test_label_maps_by_hand_without_void_pixels():
     metric = LabelMaps(ignore_index=9)
     # Of two shown classes the first has two of three pixels and one too many; the second, whose pixels are partly void, has none.
-    metric.update(torch.tensor([[0, 0, -1, 0, 2, 3]]), np.array([[[5, 5, 5, 0, 0, 0]], [[0, 0, 0, 6, 6, 9]]]), [5, 6])
+    metric.update(torch.tensor([[0, 0, -1, 0, 2, 0]]), np.array([[[5, 5, 5, 0, 0, 0]], [[0, 0, 0, 6, 6, 9]]]), [5, 6])
     assert metric.compute() == pytest.approx(
         {"iou": 100 * (2 / 4 + 0) / 2, "absent": 20.0, "kept": 50.0, "classes": 2, "images": 1}
     )
@@ -497,12 +497,12 @@ def test_scores_without_items_are_nan_or_none():
 
 def test_presence_by_hand():
     metric = Presence(like=np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], bool), stuff=[3])
-    metric.update(np.array([[0.9, 0.6, 0.7], [0.2, 0.4, 0.5]]), np.array([[1, 0, 1], [1, 0, 0]]))
+    metric.update(np.array([[0.9, 0.6, 0.7], [0.2, 0.4, 0.3]]), np.array([[1, 0, 1], [1, 0, 0]]))
     found = metric.compute()
     assert (found["kept"], found["kept_things"], found["kept_stuff"]) == pytest.approx((200 / 3, 50.0, 100.0))
     assert (found["passed"], found["passed_hard"]) == pytest.approx(
-        (200 / 3, 50.0)
-    )  # 0.6 and 0.5; like the dog 0.6, 0.4
+        (100 / 3, 50.0)
+    )  # 0.6 of three; of those alike 0.6, 0.4
     assert found["auc"] == pytest.approx(6 / 9) and found["auc_hard"] == pytest.approx(4 / 6)
     plain = Presence()
     plain.merge(metric)

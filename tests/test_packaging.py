@@ -118,9 +118,7 @@ NEEDS = {  # names of modules by the extra that they need
     "eval": [
         f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
     ],
-    "train": [
-        f"training.{name}" for name in ("batches", "checkpoints", "inputs", "report", "run", "selection", "validation")
-    ],
+    "train": ["training.data", "training.train"],
 }
 
 
@@ -138,8 +136,8 @@ def test_modules_without_their_extra_say_its_name(files):
 
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
-        ("accelerate", "train"): "import iclip_hf.training.run",
-        ("timm", "train"): "from iclip_hf.training.inputs import augmentation; augmentation(None)",
+        ("accelerate", "train"): "import iclip_hf.training.train",
+        ("timm", "train"): "from iclip_hf.training.data import augmentation; augmentation(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
         ("evaluate", "eval"): "from iclip_hf.hub.metric_modules import install_metrics; install_metrics()",

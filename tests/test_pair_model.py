@@ -8,11 +8,11 @@ import torch
 from conftest import tiny_inputs, tiny_model
 from training_runs import gradients
 
+from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
-from iclip_hf.training import pair_model as module
-from iclip_hf.training.nouns import TEMPLATES, NounPrompts
-from iclip_hf.training.pair_model import PairModel, representative_tokens, set_token_mean
+from iclip_hf.training import contrastive as module
+from iclip_hf.training.contrastive import PairModel, representative_tokens, set_token_mean
 
 
 OF_ITS_OWN = [
@@ -37,17 +37,17 @@ def test_loss_is_the_models_own(options):
 def test_representative_tokens_by_hand():
     """Most attention first, then what is attended and unlike what was taken, the quarters, and each with the patches like it."""
     tokens = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0], *[[-1.0, -1.0]] * 7])[None]
-    attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.3, *[0.0] * 7]])
+    attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.335, *[0.0] * 7]])
     taken, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=0)
-    # 1 has most; then 0.55 * sqrt(0.95) of the upright one before 0.35 * sqrt(2) of the opposite one; then that one
-    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 2, 4, 1, 2, 9, 10)]
-    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.5, 0.3, 1.0, 0.5, 0.0, 0.0]]))
+    # 1 has most; then 0.385 * sqrt(2) of the opposite one before 0.55 * sqrt(0.95) of the upright one; then that one
+    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 4, 2, 1, 2, 9, 10)]
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.335, 0.5, 1.0, 0.5, 0.0, 0.0]]))
     shared, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=50.0)  # only those that point alike
     upright = [math.exp(50 * cosine) for cosine in (0, 0.1 / math.hypot(2, 0.1), 1, 1, 0, *[-(0.5**0.5)] * 7)]
     columns = [*tokens[0].T.tolist(), attention[0].tolist()]
     mean = [sum(w * x for w, x in zip(upright, column)) / sum(upright) for column in columns]
-    torch.testing.assert_close(shared[0, 1], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
-    assert weights[0, 1].item() == pytest.approx(mean[2], abs=1e-5)
+    torch.testing.assert_close(shared[0, 2], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
+    assert weights[0, 2].item() == pytest.approx(mean[2], abs=1e-5)
     everything = representative_tokens(tokens, attention, (3, 4), 12, affinity=0)
     assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
-from iclip_hf.training.inputs import open_inputs
+from iclip_hf.training.data import open_inputs
 
 
 NASTY = [

@@ -11,10 +11,9 @@ from conftest import tiny_model
 from test_identity import CONFIG, edit_json, edit_weights, swapped
 from training_runs import write_table
 
-from iclip_hf.training.checkpoints import checkpoints
-from iclip_hf.training.checks import STATE_FILE
-from iclip_hf.training.run import train
+from iclip_hf.training.preset import STATE_FILE, checkpoints
 from iclip_hf.training.settings import parse_settings
+from iclip_hf.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ BAD_SETTINGS = [
 def said(tmp_path, capsys, content: str | bytes) -> str:
     """What `iclip train` says to a train.yaml, without a look at the files, and without training."""
     file = written(tmp_path, content, "train.yaml")
-    with patch("iclip_hf.training.run.train"), patch("iclip_hf.training.checks.check_run"):
+    with patch("iclip_hf.training.train.train"), patch("iclip_hf.training.preset.check_run"):
         code = cli.main(["train", "--config", str(file)])
     message = capsys.readouterr().err
     assert (code, message.count("\n")) in ((0, 0), (2, 1)), message

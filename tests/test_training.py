@@ -9,15 +9,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from huggingface_hub import ModelCard
-from training_runs import run, weights
+from training_runs import run, weights, write_table
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.model.losses import contrastive_loss
-from iclip_hf.training import run as program
-from iclip_hf.training import selection
-from iclip_hf.training.batches import GlobalBatches
-from iclip_hf.training.pair_model import PairModel
+from iclip_hf.training import train as program
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.data import GlobalBatches
 from iclip_hf.training.settings import parse_settings, read_settings
 
 
@@ -62,7 +61,7 @@ def test_training_learns_its_pairs(hub, tmp_path):
         pairs,
         "--validation_data",
         pairs,
-        *"--batch_size 17 --epochs 100 --learning_rate 2".split(),
+        *"--batch_size 17 --epochs 100 --learning_rate 0.01".split(),
     ]
     cached = ["--cache_features", tmp_path / "cache", "--lock_text", "--eval_steps", 100]
     metrics = run(hub, tmp_path / "run", *arguments, *cached)
@@ -133,7 +132,7 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypat
     calls.clear()
     broken.update(range(7, 20))
     with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match="last 4 steps, up to step 10: lower"):
-        patch.setattr(program, "_MAX_BAD_STEPS", 4)
+        patch.setattr(program, "MAX_BAD_STEPS", 4)
         run(hub, tmp_path / "stops")
     broken.update(range(20))
     calls.clear()
@@ -176,20 +175,20 @@ class Spy(torch.optim.AdamW):
 
 
 def test_the_optimizer_does_what_the_settings_say(hub, tmp_path, monkeypatch):
-    """Rates for a batch of 16 out of 1024, one epoch of warm-up; clipped gradients; decay of matrices alone."""
+    """One epoch of warm-up; clipped gradients; decay of matrices alone; the same rates for any batch."""
     monkeypatch.setattr(torch.optim, "AdamW", Spy)
     Spy.runs = []
-    arguments = ["--warmup_learning_rate", 0.02, "--min_learning_rate", 0.01]
+    arguments = ["--learning_rate", 0.05, "--warmup_learning_rate", 0.02, "--min_learning_rate", 0.01]
     run(hub, tmp_path / "run", "--clip_grad_norm", 0.01, "--weight_decay", 0.3, *arguments)
     (spy,) = Spy.runs
     warmup = [0.02 + 0.03 * step / 4 for step in range(4)]
     cosine = [0.01 + 0.04 * np.cos(np.pi * step / 24) ** 2 for step in range(4, 12)]
     assert all(len(rates) == 1 for rates in spy.rates)
-    assert [rate * 64 for (rate,) in spy.rates] == pytest.approx(warmup + cosine)
+    assert [rate for (rate,) in spy.rates] == pytest.approx(warmup + cosine)
     assert spy.norms == pytest.approx([0.01] * 12, rel=1e-3)
     assert [group["weight_decay"] for group in spy.param_groups] == [0.3, 0.0]
-    run(hub, tmp_path / "larger", "--max_steps", 1, "--batch_size", 32, "--warmup_epochs", 0)
-    assert [rate for (rate,) in Spy.runs[1].rates] == pytest.approx([0.05 / 32])
+    run(hub, tmp_path / "larger", "--max_steps", 1, "--batch_size", 32, "--warmup_epochs", 0, *arguments)
+    assert [rate for (rate,) in Spy.runs[1].rates] == pytest.approx([0.05])
 
 
 # Text to image, which selects, and image to text: of the start, then of the evaluations
@@ -207,7 +206,7 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     seen = iter(scores)
     names = ("text_to_image", "image_to_text")
     monkeypatch.setattr(
-        selection, "validate", lambda *_: {name: torch.full((17,), score) for name, score in zip(names, next(seen))}
+        program, "validate", lambda *_: {name: torch.full((17,), score) for name, score in zip(names, next(seen))}
     )
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
     assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept, "image_to_text": 9.0}
@@ -244,4 +243,29 @@ def test_features_stay_cached(hub, tmp_path):
 def test_a_batch_too_large_is_refused_before_features_are_computed(hub, tmp_path):
     with pytest.raises(ValueError, match="fewer than a batch of 10000"):
         run(hub, tmp_path / "run", "--batch_size", 10000, "--cache_features", tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_run_that_ends_without_a_finite_loss_fails(hub, tmp_path, capsys, steps):
+    """Its last step, or the model that it would export."""
+    with pytest.raises(FloatingPointError, match=f"at the last step, {steps}: lower learning_rate"):
+        run(hub, tmp_path, "--max_steps", steps, "--learning_rate", 1e30, "--warmup_epochs", 0)
+    assert not list(tmp_path.glob("*.safetensors")) and "Training with 1 process on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_broken_held_out_image_is_left_out(hub, tmp_path, caplog, cached):
+    """Another pair in its place would be scored as its duplicate."""
+    table = write_table(tmp_path / "held_out", 12)
+    header, *rows = table.read_text().splitlines()
+    others = tmp_path / "held_out" / "others.csv"
+    others.write_text("\n".join([header, *rows[:3], *rows[4:]]))
+    (tmp_path / "held_out" / "3.png").write_bytes(b"no image")
+    options = ["--max_steps", 1, "--max_bad_share", 0.1, "--pictures", 0]
+    options += ["--cache_features", tmp_path / "cache"] if cached else []
+    metrics = run(hub, tmp_path / "run", *options, "--validation_data", table)
+    assert metrics == run(hub, tmp_path / "other", *options, "--validation_data", others)
+    assert "3.png" in caplog.text
+    with pytest.raises(ValueError, match="1 of the 12 pairs .* max_bad_share"):
+        run(hub, tmp_path / "strict", "--max_steps", 1, "--validation_data", table)

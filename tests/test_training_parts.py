@@ -13,11 +13,11 @@ from torch.utils.data import IterableDataset
 from training_runs import accelerator
 
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training.batches import BatchLoader, GlobalBatches
-from iclip_hf.training.inputs import TrainingPairs, augmentation
-from iclip_hf.training.interrupts import Interrupts
-from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.run import cosine_schedule, parameter_groups
+from iclip_hf.training import train as program
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.data import BatchLoader, GlobalBatches, TrainingPairs, augmentation
+from iclip_hf.training.train import cosine_schedule, parameter_groups, regressed_metrics
+from iclip_hf.utils.interrupts import Interrupts
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(12, 4), (12, 0), (5, 4), (100, 7)])
@@ -115,6 +115,30 @@ def test_an_error_of_a_worker_ends_the_workers():
     with pytest.raises(ValueError, match="too many bad pairs"), Interrupts():
         list(loader.epoch(0))
     assert not multiprocessing.active_children()
+
+
+def test_retrieval_is_computed_in_blocks(monkeypatch):
+    """Against one matrix of logits; a caption that two pairs have is right for both images."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(2, 11, 4, generator=generator)
+    captions = [f"caption {row}" for row in range(11)]
+    captions[6], texts[6], images[6] = captions[2], texts[2], texts[2]
+    texts /= texts.norm(dim=1, keepdim=True)
+    logits = images.double() @ texts.double().T
+    right = [captions[logits[row].argmax()] == captions[row] for row in range(11)]
+    losses = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()) / 2
+    reached = [captions[logits[:, row].argmax()] == captions[row] for row in range(11)]
+    monkeypatch.setattr(program, "_BLOCK", 4)
+    scores = program.retrieval_scores(images, texts, captions)
+    torch.testing.assert_close(scores["val_loss"].double(), losses, atol=1e-5, rtol=0)
+    assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right] and scores["image_to_text"][6] == 100
+    assert scores["text_to_image"].tolist() == [100.0 * hit for hit in reached]
+
+
+def test_a_metric_is_worse_if_its_interval_holds_a_loss_and_no_gain():
+    intervals = {"a": [-3, -1], "b": [-3, 0], "c": [-3, 1], "d": [0, 1], "e": [0, 0], "val_loss": [0, 0.5]}
+    assert regressed_metrics(intervals, 10) == ["a", "b", "val_loss"] and not regressed_metrics(intervals, 9)
+    assert not regressed_metrics({"val_loss": [-0.5, -0.1]}, 10)
 
 
 def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):

@@ -11,10 +11,10 @@ from conftest import WORDS, tiny_inputs, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from iclip_hf.training.checks import check_run
-from iclip_hf.training.pair_model import PairModel
-from iclip_hf.training.run import train
+from iclip_hf.training.contrastive import PairModel
+from iclip_hf.training.preset import check_run
 from iclip_hf.training.settings import parse_settings
+from iclip_hf.training.train import train
 
 
 def run(hub: Path, output_dir: Path, *arguments) -> dict:

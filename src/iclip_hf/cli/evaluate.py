@@ -73,10 +73,10 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     metrics = make_metrics(options.metrics or options.task, **given)
     from ..evaluation.evaluate import evaluate_model
-    from ..utils.distributed import this_process
+    from ..utils.distributed import partial_state
 
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
-    state = this_process("eval")  # selects the device before the model is loaded
+    state = partial_state("eval")  # selects the device before the model is loaded
     result = evaluate_model(
         load_model(options.model, options),
         dataset,

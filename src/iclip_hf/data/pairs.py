@@ -13,6 +13,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from ..model.images import load_image
 from ..utils.digests import content_digest, file_digest, file_state
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
+from ..utils.prefetch import prefetch_map, spare_processors
 from .sources import (
     BAD_PAIR,
     BadPairError,
@@ -182,6 +184,29 @@ class PairDataset:
         drawn = {distinct[place] for place in order[:count]}
         inside = np.array([group in drawn for group in groups])
         return copy(self)._select(self._ranges[~inside]), copy(self)._select(np.unique(self._ranges[inside], axis=0))
+
+    def readable(self) -> PairDataset:
+        """
+        Returns the pairs that can be read, for measurements, in which no pair may stand for another. Reads all; the others are logged.
+
+        Raises:
+            `ValueError`: none can be read, or too many cannot.
+        """
+
+        def error_of(index: int) -> BadPairError | None:
+            try:
+                self.read(index)
+            except BadPairError as error:
+                return error
+
+        tally, good = BadPairTally(self.max_bad_share, len(self)), []
+        with ThreadPoolExecutor(spare_processors()) as pool:
+            for index, error in enumerate(prefetch_map(pool, error_of, range(len(self)), 64)):
+                tally.add(index, error)
+                good.append(error is None)
+        if not any(good):
+            raise ValueError(f"{self.sources[0].path}: none of its {len(self)} pairs can be read.")
+        return copy(self)._select(self._ranges[good])
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """

@@ -20,7 +20,7 @@ from ..data.segmentation import SegmentationDataset
 from ..explainers import make_explainer
 from ..model.engine import Engine, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
-from ..utils.distributed import this_process
+from ..utils.distributed import partial_state
 from ..utils.extras import require_extra
 from ..utils.prefetch import prefetch_map, spare_processors
 from .metrics import make_metrics
@@ -75,7 +75,7 @@ def evaluate_model(
     start = time.perf_counter()
     if limit is not None and limit < 1:
         raise ValueError(f"limit is at least 1, not {limit}.")
-    state = this_process("eval")
+    state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
     size = image_size or next((metric.image_size for metric in metrics if metric.image_size), None)
     run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)

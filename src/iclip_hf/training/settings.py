@@ -69,8 +69,8 @@ class Settings:
     # data
     data: list[str] = setting(
         [],
-        "training pairs: a .csv or .tsv table, a folder of images with metadata.jsonl or metadata.csv, or with a subfolder for each "
-        "class, tar shards, Parquet, a saved dataset, or a Hub dataset",
+        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with metadata.jsonl or "
+        "metadata.csv, or with a subfolder for each class, tar shards, Parquet, a saved dataset, or a Hub dataset",
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
@@ -106,7 +106,7 @@ class Settings:
     max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs", 0)
     batch_size: int = setting(1024, "number of pairs in a batch, over all processes", 1)
     chunk_size: int = setting(256, "number of pairs in one forward pass of a tower, which limits the memory", 1)
-    learning_rate: float = setting(1.25e-4, "peak for a batch of 1024; all rates scale with batch_size", POSITIVE)
+    learning_rate: float = setting(1.25e-4, "peak of the learning rate, for any batch_size", POSITIVE, 1e30)
     warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up", 0)
     min_learning_rate: float = setting(1e-5, "last learning rate", 0)
     warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", 0)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
-def this_process(needed_by: str) -> PartialState:
+def partial_state(needed_by: str) -> PartialState:
     """
     Returns the state of this process. The first call also selects its device, so call it before loading a model. Raises `ImportError`
     without Accelerate, which the extra `needed_by` installs.
@@ -31,7 +31,7 @@ def this_process(needed_by: str) -> PartialState:
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
-def agreed(value: Value) -> Value:
+def broadcast_from_main(value: Value) -> Value:
     """Returns the value of the first process on all processes. Every process must call this."""
     from accelerate.utils import broadcast_object_list
 
@@ -51,6 +51,6 @@ def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Itera
                 claim.enter_context(folder_lock(folder))
             except OSError as error:
                 refusal = error
-        if refusal := agreed(refusal):
+        if refusal := broadcast_from_main(refusal):
             raise refusal
         yield

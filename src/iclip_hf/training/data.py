@@ -1,41 +1,249 @@
-"""Cache of the features of locked towers on disk, from which projections (and a text tower) train."""
+"""From pairs to batches: tensors of images and texts or their cached features, in an order that any number of processes share."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm import tqdm
 
 from ..backends.identity import digest, software, tokenizer_digest, tower_digest
-from ..data.pairs import BadPairError, PairDataset
+from ..data.nouns import NounPrompts
+from ..data.pairs import BadPairError, PairDataset, load_pairs
+from ..data.segmentation import SegmentationDataset, load_segmentation
 from ..data.sources import PairTexts
+from ..data.streams import PairStream
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pooling import normalize_attention, pool
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.distributed import agreed, shared_folder_lock
+from ..utils.distributed import broadcast_from_main, shared_folder_lock
+from ..utils.extras import require_extra
 from ..utils.files import atomic_write
-from .interrupts import ignore_signals
-from .nouns import NounPrompts
-from .pair_model import map_features
+from ..utils.interrupts import ignore_signals
+from .contrastive import map_features, set_token_mean
+from .settings import Settings
 
 
-if TYPE_CHECKING:
+with require_extra("train"):
     from accelerate import Accelerator
+    from accelerate.utils import send_to_device
 
 logger = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------------------------------------------- what a run reads
+
+
+class Inputs(NamedTuple):
+    """What a run reads, opened but not read."""
+
+    pairs: PairDataset | PairStream
+    held_out: PairDataset | None
+    nouns: NounPrompts | None
+    segmentation: SegmentationDataset | None  # for the evaluation of maps
+
+    def fingerprints(self, accelerator: Accelerator) -> dict[str, object]:
+        """Returns digests of the content, by the name of the setting."""
+        with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+            return {
+                "data": self.pairs.fingerprint(),
+                "validation_data": self.held_out and self.held_out.fingerprint(),
+                "nouns": self.nouns and digest([self.nouns.nouns, self.nouns.is_background.tolist()]),
+                "eval_root": self.segmentation and self.segmentation.fingerprint(),
+            }
+
+
+def open_inputs(settings: Settings, accelerator: Accelerator) -> Inputs:
+    """
+    Opens what the settings name, and leaves out the held-out pairs that cannot be read.
+
+    Raises:
+        `ValueError`: a share of a stream is to be held out, `batch_size` does not fit, or too many held-out pairs are bad.
+    """
+    segmentation = None  # first, because it is quickly found to be missing
+    if settings.eval_dataset != "none":
+        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
+    shared = {"seed": settings.seed, "max_bad_share": settings.max_bad_share}
+    shared |= {"image_column": settings.image_column or None, "caption_column": settings.caption_column or None}
+    source = settings.data[0] if len(settings.data) == 1 else settings.data
+    placed = {"rank": accelerator.process_index, "world_size": accelerator.num_processes, "split": settings.split}
+    placed["streaming"] = settings.pairs_per_epoch > 0
+    with accelerator.main_process_first():  # the first process caches the indexes of tar shards for the others
+        pairs = load_pairs(source, **shared, **placed)
+        held_out = load_pairs(settings.validation_data, **shared) if settings.validation_data else None
+        streamed = isinstance(pairs, PairStream)
+        if settings.validation_data and not streamed and (common := pairs.files() & held_out.files()):
+            logger.warning(
+                "%d files are in data and validation_data, such as %s: scores on them say nothing of other images.",
+                len(common),
+                min(common),
+            )
+        if settings.validation_share:
+            if streamed:
+                raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
+            pairs, held_out = pairs.split(settings.validation_share)  # which caches the digests of the images
+    check_batch(settings.pairs_per_epoch if streamed else len(pairs), settings.batch_size, accelerator.num_processes)
+    if held_out is not None:
+        held_out = broadcast_from_main(held_out.readable() if accelerator.is_main_process else None)
+    nouns = NounPrompts.from_file(settings.nouns, seed=settings.seed) if settings.nouns else None
+    return Inputs(pairs, held_out, nouns, segmentation)
+
+
+def load_datasets(
+    settings: Settings, inputs: Inputs, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
+) -> tuple[Dataset, Dataset | None]:
+    """
+    Prepares the pairs for training and validation, and computes the feature cache if the settings have one. The model is moved to the
+    device; its `token_mean` is set if it centers tokens.
+
+    Raises:
+        `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
+    """
+    pairs, held_out, nouns, _ = inputs
+    streamed = isinstance(pairs, PairStream)
+    if settings.cache_features and (streamed or not model.config.lock_vision):
+        raise ValueError("cache_features: it needs a locked image tower and local pairs; leave it out.")
+    model.to(accelerator.device).eval()
+    few = itertools.islice(pairs, 256)
+    if not streamed:
+        distinct, _ = pairs.distinct()
+        few = (distinct[i] for i in range(0, len(distinct), max(1, len(distinct) // 256)))
+    # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew by each run.
+    earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
+    set_token_mean(model, (whole_image(processor, pair["image"]) for pair in few))
+    if settings.cache_features:
+        shared = {
+            name: getattr(settings, name)
+            for name in ("lock_text", "seed", "num_workers", "max_bad_share", "map_tokens")
+        }
+
+        def cached(part: str, pairs: PairDataset, nouns: NounPrompts | None = None) -> CachedPairs:
+            cache = FeatureCache(Path(settings.cache_features, part), model, processor, accelerator)
+            return cache.pairs(pairs, nouns=nouns, earlier_mean=earlier_mean, **shared)
+
+        return cached("training", pairs, nouns), held_out and cached("validation", held_out)
+    transform = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
+    prepared = TrainingStream if streamed else TrainingPairs
+    training = prepared(pairs, transform, processor, settings.seed, nouns)
+    return training, held_out and TrainingPairs(held_out, partial(whole_image, processor), processor, settings.seed)
+
+
+# ---------------------------------------------------------------------------------------------------- pairs as tensors
+
+
+def whole_image(processor: ICLIPProcessor, image: Image.Image) -> torch.Tensor:
+    """Converts an image to `pixel_values` (3, H, W) with the processor, as for evaluation."""
+    return processor(images=image)["pixel_values"][0]
+
+
+def augmentation(
+    processor: ICLIPProcessor,
+    crop_scale: float = Settings.crop_scale,
+    auto_augment: str = Settings.auto_augment,
+    random_erasing: float = Settings.random_erasing,
+) -> Callable[[Image.Image], torch.Tensor]:
+    """
+    Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms.
+    The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe. Raises `ValueError` for an unknown policy.
+    """
+    with require_extra("train"):
+        from timm.data import create_transform
+
+    image_processor = processor.image_processor
+    try:
+        return create_transform(
+            is_training=True,
+            input_size=(3, image_processor.size["height"], image_processor.size["width"]),
+            scale=(crop_scale, 1.0),
+            auto_augment=auto_augment or None,
+            color_jitter=None,  # DeiT's is off where its RandAugment is on
+            interpolation="bicubic",
+            re_prob=random_erasing,
+            re_mode="pixel",
+            mean=tuple(image_processor.image_mean),
+            std=tuple(image_processor.image_std),
+        )
+    except AssertionError as error:  # of timm's parser
+        raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm.") from error
+
+
+class TrainingPairs(Dataset):
+    """
+    Pairs of a [`PairDataset`] as tensors; the images by `transform`. Random numbers depend only on (seed, epoch, pair), so a resumed
+    run draws the same.
+    """
+
+    def __init__(
+        self,
+        pairs: PairDataset | PairStream,
+        transform: Callable,
+        processor: ICLIPProcessor,
+        seed: int = 0,
+        nouns: NounPrompts | None = None,
+    ):
+        self.pairs, self.transform, self.processor, self.seed, self.nouns = pairs, transform, processor, seed, nouns
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.prepare(self.pairs[index], index)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.pairs.set_epoch(epoch)
+
+    def sampled_captions(self) -> list[str]:
+        """Returns the caption of each pair in this epoch."""
+        return [self.pairs.caption(index) for index in range(len(self))]
+
+    def prepare(self, pair: dict, key: int | str) -> dict:
+        seed_everything(self.seed, self.epoch, key)
+        pair = {**pair, "image": self.transform(pair["image"])}
+        if self.nouns:
+            pair["caption"] = random.choice(self.nouns.sentences(pair["captions"]))
+            pair["nouns"] = self.nouns.of_image(pair["captions"], pair["labels"], pair["complete"])
+        return pair
+
+    def collate(self, items: Sequence[dict]) -> dict:
+        """
+        Collates B items to `pixel_values` (B, 3, H, W) and the tokenizer's tensors (M, L), in which noun prompts follow the captions.
+        """
+        prompts, nouns = [], {}
+        if self.nouns:
+            prompts, nouns = self.nouns.sample([item["nouns"] for item in items], self.epoch)
+        return {
+            "pixel_values": torch.stack([item["image"] for item in items]),
+            **self.processor(text=[item["caption"] for item in items] + prompts),
+            **nouns,
+        }
+
+
+class TrainingStream(TrainingPairs, IterableDataset):
+    """Pairs of a [`PairStream`] as tensors."""
+
+    def __iter__(self) -> Iterator[dict]:
+        return (self.prepare(pair, pair["key"]) for pair in self.pairs)
+
+
+# -------------------------------------------------------------------------------------------- pairs as cached features
+
 
 # Cached poolings of an image: all of Table 2, masked max with both normalisations of the attention. The recognition branch uses the
 # first or the first two, and a branch that pools before the projection uses any of them.
@@ -78,18 +286,20 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
 
 # Options of a model that [`image_rows`] does not depend on: of the towers, which have digests, of the projections and what they
 # compute, and of the choice among the rows, which hold all. Other options count, also those that a later version adds.
-_AFTER_THE_ROWS = """
+_OPTIONS_NOT_CACHED = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
     max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias pooling recognition_pooling
 """.split()
 # With `max_over="channels"` the rows hold both norms, and the patch tokens as they are.
-_AFTER_POOLED_ROWS = ("attention_norm", "center_tokens", "map_affinity")
+_OPTIONS_NOT_CACHED_POOLED = ("attention_norm", "center_tokens", "map_affinity")
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
     channels = config.max_over == "channels"
-    names = {*type(config).__annotations__}.difference(_AFTER_THE_ROWS, _AFTER_POOLED_ROWS if channels else ())
+    names = {*type(config).__annotations__}.difference(
+        _OPTIONS_NOT_CACHED, _OPTIONS_NOT_CACHED_POOLED if channels else ()
+    )
     return {name: getattr(config, name) for name in names} | ({} if channels else {"map_tokens": map_tokens})
 
 
@@ -353,7 +563,7 @@ class FeatureCache:
     ) -> None:
         """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
         accelerator = self.accelerator
-        if not agreed(shards.missing()):
+        if not broadcast_from_main(shards.missing()):
             return
         with shared_folder_lock(shards.folder, accelerator):
             missing = shards.missing()
@@ -380,3 +590,116 @@ class FeatureCache:
                         shards.write(todo.pop(0), np.concatenate(features), usable or None)
                         features, usable = [], []
             accelerator.wait_for_everyone()
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+def seed_everything(*key) -> None:
+    """Seeds Python's, numpy's and torch's random numbers, such that they depend only on the key."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def check_batch(rows: int, batch_size: int, world_size: int) -> None:
+    """Raises `ValueError` if the processes cannot share a batch, or an epoch of so many pairs has none."""
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: {batch_size} is no multiple of the {world_size} processes.")
+    if rows < batch_size:
+        raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; lower it.")
+
+
+class GlobalBatches(Sampler):
+    """
+    Yields this process's share of each batch of an epoch. The batches are the same for any number of processes and contain each
+    of the `rows` pairs at most once. An incomplete last batch is left out. `batch_size` is that of all processes together, a multiple
+    of their number.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
+        self.rows, self.batch_size, self.seed, self.rank, self.world_size = rows, batch_size, seed, rank, world_size
+        self.epoch = self.first = 0
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.rows)
+        share = self.batch_size // self.world_size
+        for batch in range(self.first, len(self)):
+            start = batch * self.batch_size + self.rank * share
+            yield order[start : start + share].tolist()
+
+
+class BatchLoader:
+    """
+    Loads the training batches of this process and moves them to its device.
+
+    Args:
+        dataset: `TrainingPairs`, `TrainingStream` or `CachedPairs`.
+        batch_size: number of pairs in a batch of all processes together, which share it.
+        num_workers: number of loading processes for each training process.
+        pairs_per_epoch: number of pairs in an epoch of a stream, whose length is unknown.
+
+    Raises:
+        `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a stream lost its connection.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        accelerator: Accelerator,
+        batch_size: int,
+        seed: int = 0,
+        num_workers: int = 0,
+        pairs_per_epoch: int = 0,
+    ):
+        self.dataset, self.device = dataset, accelerator.device
+        self.streamed = isinstance(dataset, IterableDataset)
+        rank, world_size = accelerator.process_index, accelerator.num_processes
+        rows = pairs_per_epoch if self.streamed else len(dataset)
+        self.steps_per_epoch = rows // batch_size
+        check_batch(rows, batch_size, world_size)
+        self.sampler = GlobalBatches(rows, batch_size, seed, rank, world_size)
+        in_order = {"batch_size": batch_size // world_size, "drop_last": True}
+        self.loader = DataLoader(
+            dataset,
+            **(in_order if self.streamed else {"batch_sampler": self.sampler}),
+            num_workers=num_workers,
+            collate_fn=dataset.collate,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=ignore_signals,
+        )
+
+    def steps(self, first: int, end: int) -> Iterator[dict]:
+        """Yields the batches of the steps from `first` to before `end`, counted from the beginning of the first epoch."""
+        while first < end:
+            epoch, skipped = divmod(first, self.steps_per_epoch)
+            for batch in itertools.islice(self.epoch(epoch, skipped), end - first):
+                first += 1
+                yield batch
+
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
+        """Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass."""
+        for batch in self._stream(epoch, first) if self.streamed else self._rows(epoch, first):
+            yield send_to_device(batch, self.device, non_blocking=True)
+
+    def _rows(self, epoch: int, first: int) -> DataLoader:
+        self.dataset.set_epoch(epoch)
+        self.sampler.epoch, self.sampler.first = epoch, first
+        return self.loader
+
+    def _stream(self, epoch: int, first: int) -> Iterator[dict]:
+        """Yields the batches of one epoch, from several passes if the process's part of the stream is short."""
+        # The order of a pass depends on its first step: a resumed run would see the beginning of its epoch again, but never the end.
+        step = first
+        while step < self.steps_per_epoch:
+            began = step
+            self.dataset.set_epoch(epoch * self.steps_per_epoch + step)
+            for batch in itertools.islice(self.loader, self.steps_per_epoch - step):
+                yield batch
+                step += 1
+            if step == began:
+                raise ValueError("batch_size: this process's part of the stream has no whole batch; lower batch_size.")

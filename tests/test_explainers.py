@@ -124,6 +124,20 @@ def naflex(pixel_values):
 # Each method against a slow implementation of its own
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_maps_of_both_branches(method, tiny_processor):
+    """With a share of the recognition branch, patches and texts are wider vectors, which every method that projects patches compares."""
+    options = {"max_over": "similarity", "center_tokens": True, "recognition_pooling": "class_and_average"}
+    found = []
+    for share in (0.0, 0.4):
+        model = tiny_model(**options, recognition_share=share)
+        explainer = make_explainer((model, tiny_processor), method)
+        found.append(raw_maps(explainer, pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0])
+    assert found[0].shape == found[1].shape and found[1].isfinite().all() and found[1].std() > 0
+    if method not in ("attention", "attention_affinity", "grad_cam", "grad_eclip", "bi_modal", "random"):
+        assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
 @pytest.mark.parametrize("vision", ["vit", "dinov2_with_registers", "dinov3_vit"])
 def test_itsm_of_iclip_is_the_models_map(vision, tiny_processor):
     model = tiny_model(vision, value_share=0.5)

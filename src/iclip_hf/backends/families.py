@@ -70,7 +70,7 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        return self.network.map_branch.visual_projection(self.network.centered_tokens(self._final_norm(stream)))
+        return self.network.embed_patches(self.network.centered_tokens(self._final_norm(stream)))
 
     def logit_scale(self) -> torch.Tensor:
         return self.network.recognition()[0]

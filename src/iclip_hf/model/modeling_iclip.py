@@ -554,6 +554,23 @@ class ICLIPModel(PreTrainedModel):
         """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
         return patch_tokens - self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
 
+    def embed_patches(self, patch_tokens: torch.Tensor, weights: torch.Tensor | int = 1) -> torch.Tensor:
+        """
+        Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map, `(..., P)`, or `(..., 2 P)` with
+        a `recognition_share`. `weights` `(..., 1)` multiply the tokens of the map branch (Eq. 12 to the letter).
+        """
+        patch_embeds, share = (
+            normalize(self.map_branch.visual_projection(weights * patch_tokens)),
+            self.config.recognition_share,
+        )
+        if share:
+            # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
+            patches = patch_tokens + self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
+            patches = F.pad(patches, (patches.shape[-1], 0))
+            recognised = normalize(self.recognition.visual_projection(patches, linear=True))
+            patch_embeds = join_branches(patch_embeds, recognised, share)
+        return patch_embeds
+
     def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
         """
         Computes the similarities of images and texts by the map branch with `max_over="similarity"`, `(B, T)` float32, see
@@ -596,13 +613,7 @@ class ICLIPModel(PreTrainedModel):
             if share:  # the recognition branch has no part in the weight of the attention
                 direction = F.pad(direction / (1 - share) ** 0.5, (0, self.config.projection_dim))
         weights = map_attention.unsqueeze(-1).to(patch_tokens.dtype) if self.config.map_attention == "features" else 1
-        patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))  # Eq. 12 to the letter
-        if share:
-            # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
-            patches = patch_tokens + self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
-            patches = F.pad(patches, (patches.shape[-1], 0))
-            recognised = normalize(self.recognition.visual_projection(patches, linear=True))
-            patch_embeds = join_branches(patch_embeds, recognised, share)
+        patch_embeds = self.embed_patches(patch_tokens, weights)
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,

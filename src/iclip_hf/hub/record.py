@@ -1,4 +1,4 @@
-"""The record of a model: the runs that made its weights, their data and its results. It stands beside the card, which is filled with it."""
+"""The record of a model: the runs that made its weights, their data and its results. It is saved beside the card, which is rendered from it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps image_s
 
 def read_record(source: str | Path) -> dict:
     """
-    Reads what the card of a model was filled with.
+    Reads the record of a model.
 
     Args:
         source: folder or Hub id of the model, or `"embedded"`.

@@ -53,7 +53,7 @@ _EMBEDDED = {
 # Settings of a training run that the card shows: those that the model depends on.
 TRAINING_SETTINGS = """
     model vision text model_options data pairs_per_epoch validation_share image_size lock_text
-    crop_scale auto_augment random_erasing cache_features nouns noun_weight noun_branches noun_competition map_tokens
+    crop_scale auto_augment random_erasing cache_features nouns noun_weight unknown_weight noun_branches noun_competition map_tokens
     epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
     mixed_precision seed best_metric
 """.split()

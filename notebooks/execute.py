@@ -2,6 +2,8 @@
 
 import base64
 import io
+import re
+import tempfile
 from pathlib import Path
 
 import nbclient
@@ -10,6 +12,7 @@ from PIL import Image
 
 
 NOTEBOOK = Path(__file__).with_name("tutorial.ipynb")
+TEMPORARY_FOLDER = re.compile(rf"{re.escape(tempfile.gettempdir())}/\w+")
 
 
 def executed(timeout: int = 300):
@@ -17,13 +20,32 @@ def executed(timeout: int = 300):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, kernel_name="python3", timeout=timeout, record_timing=False).execute()
     for cell in notebook.cells:
-        for output in cell.get("outputs", ()):
-            if picture := output.get("data", {}).pop("image/png", None):
-                file = io.BytesIO()
-                Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").save(file, "JPEG", quality=85)
-                output["data"]["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
+        if cell.cell_type == "code":
+            cell.outputs = cleaned(cell.outputs)
     notebook.metadata["language_info"] = {"name": "python"}  # without its version
     return notebook
+
+
+def cleaned(outputs: list) -> list:
+    """
+    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, with one text in place of
+    consecutive ones, `/tmp/notebook` in place of temporary folders, and JPEG in place of PNG pictures.
+    """
+    kept = []
+    for output in outputs:
+        if output.output_type == "stream":
+            if output.name == "stderr":
+                continue
+            output.text = TEMPORARY_FOLDER.sub("/tmp/notebook", output.text)
+            if kept and kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+                continue
+        if picture := output.get("data", {}).pop("image/png", None):
+            file = io.BytesIO()
+            Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").save(file, "JPEG", quality=85)
+            output.data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
+        kept.append(output)
+    return kept
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     code = f"""
 import sys
-from iclip_hf import cli, explain
+from iclip_hf import cli
 assert cli.main(["explain", "none.jpg", "--text", "dog"]) == 2
 assert [name for name in cli.COMMANDS if "iclip_hf.cli." + name.replace("-", "_") in sys.modules] == ["explain"]
 assert "numpy" not in sys.modules

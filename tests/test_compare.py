@@ -16,7 +16,7 @@ def folder(tmp_path_factory, tiny_processor):
     """Two models and a data set of two photographs: the first shows a dog and a car, the second nothing."""
     folder = tmp_path_factory.mktemp("compare")
     for seed in range(2):
-        tiny_model(seed=seed).save_pretrained(folder / f"model{seed}")
+        tiny_model(seed=seed, logit_bias_init_value=0.0).save_pretrained(folder / f"model{seed}")
         tiny_processor.save_pretrained(folder / f"model{seed}")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
@@ -57,7 +57,7 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
     assert [row["text"] for row in scores] == ["cat", "tail of the dog"]
     for method, maps in sheet["heatmaps"].items():
         explained = explain(
-            (tiny_model(), tiny_processor), [path], ["cat", "tail of the dog"], method, templates=["{}"]
+            (tiny_model(logit_bias_init_value=0.0), tiny_processor), [path], ["cat", "tail of the dog"], method, templates=["{}"]
         )[0]
         np.testing.assert_allclose(maps, explained.maps, atol=1e-5)
         for row, score, presence in zip(scores, explained.scores, explained.presence):

@@ -23,7 +23,7 @@ SIZES = {
     "iclip-vit-b8": (85.8, 63.2, 1.3),
     "iclip-dinov2-b14": (86.6, 63.2, 1.7),
     "iclip-dinov3-b16": (85.7, 63.2, 1.3),
-    "iclip-dinov2-s14-minilm": (22.1, 22.6, 1.0),
+    "iclip-dinov2-s14-minilm": (22.1, 22.6, 4.7),
 }
 
 

@@ -1,4 +1,4 @@
-"""The interface of a loaded model that explains: what every model can, and what those can whose layers are recorded."""
+"""The interface of loaded models that explain, and of those whose layers can be recorded."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ExplainableModel(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where the model's inputs belong."""
+        """Device of the model's inputs."""
 
     def encode_texts(self, labels: Sequence[str], templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
         """

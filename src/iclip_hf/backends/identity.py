@@ -1,4 +1,4 @@
-"""The identity of a model: digests of everything that its numbers depend on. Collections, caches, cards, results and runs compare it."""
+"""The identity of a model: digests of everything that its numbers depend on. Caches, cards, results and runs compare it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def load(
     device: str | torch.device | None = None,
 ) -> ExplainableModel:
     """
-    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded one as it is.
+    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded model unchanged.
 
     Example:
 

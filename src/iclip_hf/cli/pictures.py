@@ -88,7 +88,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     images = _image_files(options.images)
     alone = images == options.images and len(images) == 1
     if alone:
-        open_image(Path(images[0]), decode=False)  # before the model is loaded
+        open_image(images[0], decode=False)  # before the model is loaded
     picture, folder = _places(options, kind, alone)
     is_writing = bool(picture or folder)
     if is_writing:

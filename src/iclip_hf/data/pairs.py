@@ -54,16 +54,16 @@ class PairDataset:
     - `image` (`PIL.Image.Image`): image of mode "RGB".
     - `captions` (`list[str]`): all captions of the pair.
     - `labels`, `complete` (`list[str]`): names of what the image shows, and names that these labels are complete for.
-    - `caption` (`str`): one of the captions. The draw depends only on seed, epoch and index.
+    - `caption` (`str`): one of the captions, sampled by seed, epoch and index.
     - `key` (`str`): name of the pair in its source.
     - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
 
-    A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The draw depends only
-    on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled.
+    A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The choice depends
+    only on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled.
 
     Args:
-        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. The pairs of one that is repeated count as often.
-        seed (`int`, defaults to 0): seed of the draws.
+        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. A source may be repeated.
+        seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
 
     Raises:
@@ -152,7 +152,7 @@ class PairDataset:
             raise BadPairError(f"{source.place(start)}: {error}") from error
 
     def _replacement(self, draws: random.Random) -> tuple[int, dict]:
-        """Draws a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
+        """Samples a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
         for _ in range(1000):
             index = draws.randrange(len(self))
             try:
@@ -167,7 +167,7 @@ class PairDataset:
         of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the images, rounded up.
 
         Returns:
-            `tuple`: the other pairs, and the part, in which a pair of a repeated source stands once.
+            `tuple`: the other pairs, and the part, in which a pair of a repeated source is contained once.
 
         Raises:
             `ValueError`: one of them would be empty.
@@ -187,7 +187,8 @@ class PairDataset:
 
     def readable(self) -> PairDataset:
         """
-        Returns the pairs that can be read, for measurements, in which no pair may stand for another. Reads all; the others are logged.
+        Returns the pairs that can be read, for measurements, in which a pair must not be replaced by another. Reads all pairs, and logs the
+        others.
 
         Raises:
             `ValueError`: none can be read, or too many cannot.
@@ -265,7 +266,7 @@ class PairDataset:
         return [(source, self._ranges[self._ranges[:, 0] == number, 1:]) for number, source in enumerate(self.sources)]
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which the draws depend."""
+        """Sets the epoch, on which random choices depend."""
         self._epoch = epoch
 
     def fingerprint(self) -> str:
@@ -313,7 +314,7 @@ def load_pairs(
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
         image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
         streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.
-        seed (`int`, defaults to 0): seed of the drawn captions and of the order of a stream.
+        seed (`int`, defaults to 0): seed of the sampled captions and of the order of a stream.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no caption).
         rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is split by its
             sampler.

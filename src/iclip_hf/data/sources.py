@@ -89,7 +89,7 @@ class Columns(NamedTuple):
 
 class PairTexts(NamedTuple):
     """
-    What is written of an image.
+    Captions and labels of an image.
 
     Attributes:
         captions: all captions; none for a pair without.

@@ -116,7 +116,7 @@ class PairStream(IterableDataset):
         return str(self._hub_id)
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which the order of the next pass and the drawn captions depend."""
+        """Sets the epoch, on which the order of the next pass and the sampled captions depend."""
         self._rows.set_epoch(epoch)
 
 

@@ -1,4 +1,4 @@
-"""The nouns that answer what an image shows when nobody names texts."""
+"""The nouns that `explain` uses without texts."""
 
 from __future__ import annotations
 

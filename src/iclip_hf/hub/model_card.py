@@ -1,4 +1,4 @@
-"""The model card: `model_card.md`, filled with the record of a model and what the model itself tells."""
+"""The model card: the template `model_card.md`, rendered with the record and the configuration of a model."""
 
 from __future__ import annotations
 

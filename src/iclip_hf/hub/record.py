@@ -1,4 +1,4 @@
-"""The record of a model: the runs that made its weights, their data and its results. It stands beside the card, which is filled with it."""
+"""The record of a model: the runs that made its weights, their data and its results. It is saved beside the card, which is rendered from it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _EMBEDDED = {
 # Settings of a training run that the card shows: those that the model depends on.
 TRAINING_SETTINGS = """
     model vision text model_options data pairs_per_epoch validation_share image_size lock_text
-    crop_scale auto_augment random_erasing cache_features nouns noun_weight noun_branches noun_competition map_tokens
+    crop_scale auto_augment random_erasing cache_features nouns noun_weight unknown_weight noun_branches noun_competition map_tokens
     epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
     mixed_precision seed best_metric
 """.split()
@@ -63,7 +63,7 @@ _OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps image_s
 
 def read_record(source: str | Path) -> dict:
     """
-    Reads what the card of a model was filled with.
+    Reads the record of a model.
 
     Args:
         source: folder or Hub id of the model, or `"embedded"`.

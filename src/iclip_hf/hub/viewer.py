@@ -52,7 +52,7 @@ def view_size(image: Image.Image) -> tuple[int, int]:
 
 
 def introduction(has_presence: bool) -> str:
-    """Returns what stands above the maps, as HTML. `has_presence`: whether the model computes presence."""
+    """Returns the text above the maps, as HTML. `has_presence`: whether the model computes presence."""
     text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well."""
     if has_presence:
         text += f"""

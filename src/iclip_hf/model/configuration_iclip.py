@@ -54,8 +54,7 @@ class ICLIPConfig(PreTrainedConfig):
             `"none"` does not use A.
         recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values are then
             (1 - share) times the cosine of the map branch plus share times that of the recognition branch, which applies its projection of the
-            average patch to each patch: what the score itself saw there. Not in the paper. Requires
-            `recognition_pooling="class_and_average"`.
+            average patch to each patch. Not in the paper. Requires `recognition_pooling="class_and_average"`.
         map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
             become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
             in the paper.
@@ -67,8 +66,8 @@ class ICLIPConfig(PreTrainedConfig):
         logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which makes their
             sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the noun loss. Without a bias,
             the model has no presence.
-        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it holds at even odds, as if half of all
-            texts asked for were shown. The bias of the training holds for its share of positives.
+        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated when half of the texts
+            that are asked for are shown. The logit bias itself is that of the share of positives in training.
         lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
             eval mode.
         text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,

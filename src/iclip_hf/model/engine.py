@@ -1,5 +1,5 @@
 """
-The engine: from a model, images and texts to explanations. Pipelines, evaluations, pictures and pages use it and nothing below it.
+The engine computes explanations from a model, images and texts. `explain`, pipelines, evaluation, pictures and the demo use it.
 
 A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`, `similarity_maps` and
 `presence`, such as an [`ExplainableModel`].
@@ -186,12 +186,12 @@ class Engine:
             texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are "0", "1", ...;
                 or one list of labels for each image. Each text is encoded once.
             batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
-            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best first. A text like a
-                better one, such as "puppy" after "dog", is passed over. `Explanation.all_scores` has all scores.
+            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best first. A text that
+                resembles a better one, such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores.
 
         Raises:
-            `ValueError`: there is no text, also for one of the images; the model gives NaN or infinity; or the method another number of
-            maps.
+            `ValueError`: there is no text, or none for one of the images; the model returns NaN or infinity; or the method returns another
+            number of maps.
         """
         own = itertools.repeat(None)
         if isinstance(texts, ICLIPTextFeatures):
@@ -295,7 +295,7 @@ class Engine:
             `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `rows`, float32, and the features of the images.
 
         Raises:
-            `ValueError`: the model gives NaN or infinity, or the method another number of maps.
+            `ValueError`: the model returns NaN or infinity, or the method another number of maps.
         """
         texts, chosen = for_images(texts, len(pixel_values)), None
         if rows is not None:
@@ -331,7 +331,7 @@ def input_device(network: torch.nn.Module) -> torch.device:
 
 
 def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
-    """Gives T texts `(T, P)` to each of B images, `(B, T, P)`. Texts that have this shape stay as they are."""
+    """Repeats encoded texts `(T, P)` for each of B images, `(B, T, P)`. Texts of this shape are returned unchanged."""
     if texts.text_embeds.ndim == 3:
         return texts
     return ICLIPTextFeatures(**{name: texts[name].expand(images, -1, -1) for name in _TEXT_EMBEDS})

@@ -22,7 +22,7 @@ from .similarity import resize_and_normalize
 class Explanation:
     """
     The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
-    grow with the number of texts. A text is named by its index or by itself: `explanation.map(0)` or `explanation.map("dog")`, and
+    grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or `explanation.map("dog")`, and
     `explanation["dog"]` is the explanation of this text alone. In a notebook, an explanation is shown as the picture of [`draw`].
 
     Attributes:
@@ -38,8 +38,8 @@ class Explanation:
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all texts that were asked about, where maps of some only were
-            wanted, see [`Engine.prepare`].
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some of them only, see
+            [`Engine.prepare`].
     """
 
     labels: list[str]
@@ -106,7 +106,7 @@ class Explanation:
 
     @property
     def presence_words(self) -> list[str | None]:
-        """The presence of each text in a word, see [`presence_word`]; None for a model that has none."""
+        """The presence of each text as a word, see [`presence_word`]; None for a model that has none."""
         return [presence_word(value, self.min_presence) for value in self.presences]
 
     def map(self, text: int | str = 0) -> torch.Tensor:
@@ -158,7 +158,7 @@ class Explanation:
               [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
-            Numbers that are not integers are rounded to 4 decimals, but for the presence, which decides whether the mask is empty.
+            Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the mask is empty.
         """
         height, width = self.size
         texts = [{**record, "mask": run_lengths(mask)} for record, mask in self.records_and_masks()]

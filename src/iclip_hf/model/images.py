@@ -70,13 +70,13 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     """
     Loads an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. A given image is not modified.
 
-    The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in XMP does not count.
+    The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in XMP is ignored.
     16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is above 255.
 
     Args:
         image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text, the bytes of a file, an image
             of any mode, or the pixels, in the ranges of [`to_8_bit`]. A `str` that is no file is base64 text if it begins with "data:"
-            or an image comes out of it; an `os.PathLike` is always a path.
+            or decodes to an image; an `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
         timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
 

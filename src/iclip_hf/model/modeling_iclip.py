@@ -462,9 +462,9 @@ class ICLIPModel(PreTrainedModel):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability at even odds that images show texts, from their cosines of the recognition branch: the sigmoid of the
-        logit, shifted by `config.presence_bias`. Returns a tensor of the shape of `scores`, float32, in [0, 1]; None if the model was
-        trained with a softmax, whose logits have no zero.
+        Computes the probability that images show texts, when half of the texts are shown: the sigmoid of scale * cosine + logit bias +
+        `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape, float32, in [0, 1]; None
+        if the model has no logit bias, because it was trained with a softmax.
         """
         scale, bias = self.recognition()
         if bias is None:

@@ -1,5 +1,6 @@
 """
-Presence: the probability that an image shows a text ([`ICLIPModel.presence`]). A map, which is stretched to [0, 1], does not tell this.
+Presence: the probability that an image shows a text ([`ICLIPModel.presence`]). A map does not show this, because
+it is stretched to [0, 1].
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 def at_prior(presence, prior: float):
     """
-    Converts presence, an array or tensor in [0, 1] at even odds, to the presence when the share `prior` of the texts is expected to be
-    shown (Bayes' rule).
+    Converts presence, an array or tensor in [0, 1] that holds when half of the texts are shown, to the presence when the share `prior` of
+    them is shown (Bayes' rule).
     """
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
 

@@ -133,8 +133,8 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`], or what else
-                [`load_image`] takes. The orientation in EXIF of a given PIL image does not count.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`], or other inputs
+                of [`load_image`]. The EXIF orientation of a PIL image is ignored.
             text: texts without templates: one text, a list of T texts for all images, or one list for each image (shorter lists are
                 padded with their last text).
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for each image, or
@@ -267,8 +267,8 @@ class ICLIPProcessor(ProcessorMixin):
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
             threshold (`float` in [0, 1], or T of them): such as the best threshold of each class, from
                 `evaluation.results.class_thresholds`.
-            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from `presence.presence`. Any score in which higher means present
-                will do.
+            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is higher for present
+                texts.
             min_presence (`float`, *optional*): a text with a lower presence counts as absent and gets an empty mask.
 
         Returns:
@@ -300,7 +300,7 @@ class ICLIPProcessor(ProcessorMixin):
             threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is greater, for all pixels
                 if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
-            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from `presence.presence`.
+            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`].
             min_presence (`float`, *optional*): a text with a lower presence gets no pixel.
 
         Returns:
@@ -415,7 +415,7 @@ def check_threshold(threshold: float) -> float:
 
 
 def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch.Tensor | None:
-    """Returns which texts are present, `(B, T)`, or None if nobody asks."""
+    """Returns which texts are present, `(B, T)`, or None without `presence`."""
     if (presence is None) != (min_presence is None):
         raise ValueError("presence and min_presence go together.")
     return None if presence is None else presence >= min_presence

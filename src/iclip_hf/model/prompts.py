@@ -32,8 +32,8 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 
 def split_texts(texts: str | Sequence[str]) -> list[str]:
     """
-    Returns the texts of a string: one a line if it has several lines, otherwise between commas, where `\\,` is a comma within a text.
-    The items of a list are taken as they are.
+    Returns the texts of a string: one in each line if it has several lines, otherwise separated by commas, where `\\,` is a comma within a text.
+    Items of a list are not split.
     """
     if not isinstance(texts, str):
         return list(texts)

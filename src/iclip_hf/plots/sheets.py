@@ -45,8 +45,8 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts. Each title tells the presence in a word, if the model has
-    a presence, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
+    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence as a word, if the model
+    has a presence, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
 
     Example:
 
@@ -100,7 +100,7 @@ def label_sheet(
         image (`PIL.Image.Image`): RGB.
         labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
         texts: T texts.
-        words: presence of each text in a word, or None, see [`Explanation.presence_words`].
+        words: presence of each text as a word, or None, see [`Explanation.presence_words`].
         opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
@@ -140,7 +140,7 @@ def comparison_sheet(
         image (`PIL.Image.Image`): RGB.
         heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
         row_titles: T titles.
-        words (*optional*): title of a column to the presence of each text in a word, or None, see [`Explanation.presence_words`].
+        words (*optional*): title of a column to the presence of each text as a word, or None, see [`Explanation.presence_words`].
         colormap: see [`overlay`].
         dpi (`int`): resolution.
     """

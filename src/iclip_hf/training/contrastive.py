@@ -134,7 +134,7 @@ class PairModel(nn.Module):
     Memory holds the towers' activations of `chunk_size` pairs only; those of the others are recomputed in the backward pass
     (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same number of pairs.
     The mean of losses and gradients over the processes equals that of one process with all pairs. Chunks and processes change
-    no result, except for dropout, which is drawn for each chunk and process.
+    no result, except for dropout, which is sampled for each chunk and process.
 
     The options are the settings of these names, see [`~settings.Settings`]; `map_tokens` is at least 5, see [`representative_tokens`].
     Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all objects from the
@@ -242,7 +242,7 @@ class PairModel(nn.Module):
         """
         Returns the loss of a branch with the noun prompts (V, P), each of which may belong to several images, and an image to several.
         With a logit bias, it is a sigmoid loss, in which nouns that an image may show have the weight `unknown_weight`; without, a softmax
-        over all nouns that it is not said to show. In a map that is pooled by similarity, the nouns have a prior of their own, see [`noun_prior`], and compete for its patches.
+        over all nouns that it is not said to show. In a map that is pooled by similarity, the nouns have their own prior, see [`noun_prior`], and compete for its patches.
         """
         if inputs.bias is not None:
             negative_weights = torch.where(nouns.own_absent, 1.0, self.unknown_weight)
@@ -297,8 +297,8 @@ class PairModel(nn.Module):
 
 def noun_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Returns how likely patches show the nouns before these are compared: all patches are equally likely to show an object, and those
-    with the least attention show the background.
+    Returns the prior of the patches for each noun: all patches are equally likely to show an object, and those with the least attention
+    show the background.
 
     Args:
         attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].

@@ -185,7 +185,7 @@ def augmentation(
 class TrainingPairs(Dataset):
     """
     Pairs of a [`PairDataset`] as tensors; the images by `transform`. Random numbers depend only on (seed, epoch, pair), so a resumed
-    run draws the same.
+    run repeats them.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ def image_rows(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -
 
 
 def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
-    """Converts the result of [`image_rows`] to that of [`~pair_model.image_features`]."""
+    """Converts the result of [`image_rows`] to that of [`~contrastive.image_features`]."""
     recognised = slice(2 if config.recognition_pooling == "class_and_average" else 1)
     if config.max_over == "similarity":
         return rows[:, recognised, :-1].flatten(1), rows[:, 2:, :-1], rows[:, 2:, -1]
@@ -365,7 +365,7 @@ class CachedTexts:
 
 class CachedPairs(Dataset):
     """
-    Pairs as cached features, from [`FeatureCache`]: `rows` (N,) of `features` with what is written of each. The captions of an epoch
+    Pairs as cached features, from [`FeatureCache`]: `rows` (N,) of `features` with the captions and labels of each. The captions of an epoch
     depend only on (seed, epoch). With a locked text tower, `texts` and `prompts` are the features of captions and of noun prompts.
     """
 

@@ -29,9 +29,8 @@ _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 def choose_settings(given: Mapping) -> dict[str, object]:
     """
-    Returns the preset for training on the few pairs of `given["data"]`: a trained model whose projections learn for 200 steps, with a
-    learning rate that keeps what it knows, measured on a tenth of the pairs. Settings that are given take precedence: others follow from
-    them.
+    Returns the preset for training on the few pairs of `given["data"]`: the projections of a trained model are trained for 200 steps,
+    with a low learning rate, and evaluated on a tenth of the pairs. Settings that are given take precedence, and others depend on them.
 
     Raises:
         As [`check_pairs`] and [`~iclip_hf.data.pairs.load_pairs`]. `ValueError`: the pairs are a stream.
@@ -45,7 +44,7 @@ def choose_settings(given: Mapping) -> dict[str, object]:
     chosen: dict[str, object] = {}
 
     def choose(name: str, value):
-        """Keeps a choice unless the setting is given; returns the value that holds."""
+        """Sets a value unless the setting is given; returns the effective value."""
         return given[name] if name in given else chosen.setdefault(name, value)
 
     stem = Path(given["data"][0]).absolute().name.partition(".")[0]

@@ -515,8 +515,8 @@ class Selection:
 
 def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
     """
-    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are drawn again, with their
-    scores before and after. The draws are always the same.
+    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled, with their
+    scores before and after, by a fixed seed.
     """
     changes, draws = np.subtract(after, before), np.random.default_rng(0)
     means = [changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(_BOOTSTRAPS)]

@@ -1,4 +1,4 @@
-"""Label maps of typed texts: what `Explanation.label_map` gives for the classes that an image shows and for two that it does not show."""
+"""Label maps of typed texts: `Explanation.label_map` for the classes that an image shows and for two that it does not show."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class MaskMetric(Metric):
     """
     Scores of maps against masks, by counts of each item. A subclass may be a module of `evaluate`, see
-    [`~evaluate_modules.evaluate_module`].
+    [`~evaluate_modules.MetricModule`].
 
     Args:
         ignore_index (`int`, defaults to 255): pixels of the mask with this value are ignored; in [`evaluate_model`] that of the data set.
@@ -171,7 +171,7 @@ class MeanForegroundMinusBackground(PairMetric):
 
 class TextContrast(MaskMetric):
     """
-    Text contrast: how much the map of a class prefers its own pixels to those of the other classes in the image.
+    Text contrast: how well the maps of the classes of an image rank their own pixels above those of the other classes.
 
     The value of a class is the mean of c_ij, see [`contrast_counts`], over all its images and partners. The score is the mean over the
     classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two classes
@@ -225,7 +225,7 @@ class StuffContrast(TextContrast):
     background (`stuff_contrast`) and of objects (`thing_contrast`), in percent.
 
     50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
-    50 for things and equally far below for stuff; only both scores together tell a good map.
+    50 for things and equally far below for stuff; a good map has both scores above 50.
 
     Args:
         stuff: the class ids of the background; in [`evaluate_model`] those of the data set.

@@ -1,4 +1,4 @@
-"""Max-sensitivity: whether a map stays when the image hardly changes."""
+"""Max-sensitivity: how much a map changes under small noise on the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a metric is, its sums, and what it gets of an image in an evaluation."""
+"""The base classes of metrics, their sums, and the images of an evaluation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluatedImage:
-    """One image of a data set on its way through an evaluation. T is the number of classes that it shows, K that of the data set."""
+    """One image of an evaluation. T is the number of classes that it shows, K that of the data set."""
 
     index: int  # position in the data set
     sample: SegmentationSample
@@ -82,7 +82,7 @@ class Metric(ABC):
         needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
         by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the metric prefers.
-        definition (`str`): what the protocol of a result says besides the options.
+        definition (`str`): what the protocol of a result states besides the options.
         optional (`bool`): whether it is left out where it raises [`CannotMeasure`], as a metric that a task takes by default.
         state: what `update` adds to and `merge` merges.
     """

@@ -1,4 +1,4 @@
-"""mAP, recognition by the scores of all classes, and presence, how well it tells the classes that an image shows from the others."""
+"""Recognition: mAP of the scores of all classes, and how well presence separates the classes that an image shows from the others."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class MultiLabelAveragePrecision(Metric):
 
 class Presence(MultiLabelAveragePrecision):
     """
-    How well presence tells the classes that an image shows from the others. It is the same for all methods. In [`evaluate_model`], `like`
+    How well presence separates the classes that an image shows from the others. It is the same for all methods. In [`evaluate_model`], `like`
     and `stuff` are those of the data set.
 
     Args:

@@ -57,7 +57,11 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
     assert [row["text"] for row in scores] == ["cat", "tail of the dog"]
     for method, maps in sheet["heatmaps"].items():
         explained = explain(
-            (tiny_model(logit_bias_init_value=0.0), tiny_processor), [path], ["cat", "tail of the dog"], method, templates=["{}"]
+            (tiny_model(logit_bias_init_value=0.0), tiny_processor),
+            [path],
+            ["cat", "tail of the dog"],
+            method,
+            templates=["{}"],
         )[0]
         np.testing.assert_allclose(maps, explained.maps, atol=1e-5)
         for row, score, presence in zip(scores, explained.scores, explained.presence):

@@ -29,6 +29,7 @@ from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, _trained_c
 from iclip_hf.demo import web_server
 from iclip_hf.hub import viewer, web
 from iclip_hf.model.label_maps import segments
+from iclip_hf.model.modeling_iclip import join_branches
 from iclip_hf.model.presence import presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
@@ -183,8 +184,8 @@ def test_maps_are_refined_as_in_python(size):
 def test_prompts_are_averaged_as_unit_vectors_in_each_branch(templates):
     generator = torch.Generator().manual_seed(3)
     branches = [F.normalize(torch.randn(templates, 5, generator=generator), dim=-1) for _ in range(2)]
-    expected = torch.cat([F.normalize(branch.mean(0), dim=0) for branch in branches]) / 2**0.5
-    rows = list(torch.cat(branches, -1) / 2**0.5)
+    expected = join_branches(*(F.normalize(branch.mean(0), dim=0) for branch in branches), share=0.2)
+    rows = list(join_branches(*branches, share=0.2))
     np.testing.assert_allclose(numerics("(numerics, rows) => numerics.unitMean(rows, 5)", rows), expected, atol=1e-6)
 
 

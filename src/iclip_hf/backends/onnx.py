@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from unittest import mock
 
@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from ..model.configuration_iclip import ICLIPConfig, patch_side
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_templates, normalize
+from ..model.modeling_iclip import (
+    ICLIPImageFeatures,
+    ICLIPModel,
+    ICLIPTextFeatures,
+    average_templates,
+    join_branches,
+    normalize,
+)
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder, loading_errors
@@ -114,23 +121,20 @@ class ONNXModel:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
         texts = inputs["input_ids"].shape[:-1]
         outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
-        width = outputs["text_embeds"].shape[-1]
-        embeds = {name: value.unflatten(0, texts).split(width, -1) for name, value in outputs.items()}
-        return ICLIPTextFeatures(**{name: _label_embeds(parts, num_templates) for name, parts in embeds.items()})
+        embeds = {name: value.unflatten(0, texts) for name, value in outputs.items()}
+        if num_templates > 1:  # the vectors of one prompt are those of its label
+            # Those of the map branch are shorter where both branches are joined; each branch is averaged by itself.
+            parts = embeds["text_embeds"], embeds["map_text_embeds"][..., : self.config.projection_dim]
+            averages = [normalize(average_templates(part, num_templates)) for part in parts]
+            embeds = dict(zip(embeds, averages))
+            if self.config.recognition_share:
+                embeds["map_text_embeds"] = join_branches(*averages[::-1], self.config.recognition_share)
+        return ICLIPTextFeatures(**embeds)
 
     def recognition(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Like [`ICLIPBranch.forward`] of the recognition branch."""
         scale, bias = self.config.logit_scale_init_value, self.config.logit_bias_init_value
         return torch.tensor(scale).exp(), None if bias is None else torch.tensor(bias)
-
-
-def _label_embeds(branches: Sequence[torch.Tensor], num_templates: int) -> torch.Tensor:
-    """
-    Averages the prompts of each label in each branch, `(..., T * num_templates, P)` with vectors of equal length, and joins the branches
-    as [`~modeling_iclip.join_branches`] does, to unit vectors.
-    """
-    averages = [normalize(average_templates(branch, num_templates)) for branch in branches]
-    return torch.cat(averages, -1) / len(branches) ** 0.5
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -139,16 +139,16 @@ export function dot(one, other) {
 }
 
 /**
- * The mean of the unit vectors of one label's prompts, as a unit vector. A vector joins one part of `width` numbers for each branch, and
- * each part is normalized alone.
+ * The mean of the unit vectors of one label's prompts, as a unit vector. A vector joins one part of `width` numbers for each branch. Each
+ * part is averaged alone, and keeps the length that it has in the prompts, which is the same in all.
  */
 export function unitMean(vectors, width) {
   const mean = new Float32Array(vectors[0].length);
   for (const vector of vectors) vector.forEach((value, i) => (mean[i] += value));
   for (let start = 0; start < mean.length; start += width) {
     const part = mean.subarray(start, start + width);
-    const length = Math.hypot(...part) * Math.sqrt(mean.length / width) || 1;
-    part.forEach((value, i) => (part[i] = value / length));
+    const factor = Math.hypot(...vectors[0].subarray(start, start + width)) / (Math.hypot(...part) || 1);
+    part.forEach((value, i) => (part[i] = value * factor));
   }
   return mean;
 }

@@ -269,3 +269,9 @@ def test_a_broken_held_out_image_is_left_out(hub, tmp_path, caplog, cached):
     assert "3.png" in caplog.text
     with pytest.raises(ValueError, match="1 of the 12 pairs .* max_bad_share"):
         run(hub, tmp_path / "strict", "--max_steps", 1, "--validation_data", table)
+
+
+def test_a_logit_bias_that_nothing_would_train_is_refused(tmp_path):
+    """The recipe of the embedded model without its nouns: the presence of the trained model would have no meaning."""
+    with pytest.raises(ValueError, match="logit_bias_init_value"):
+        program.build_model(parse_settings(["--config", "iclip-dinov2-s14-minilm", "--nouns", "", "--data", str(tmp_path)]))

@@ -165,8 +165,8 @@ class ICLIPOutput(ModelOutput):
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
-        map_image_embeds, map_text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the map branch.
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors of the patches.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch.
+        map_text_embeds, patch_embeds: unit vectors that maps are computed from, see [`ICLIPTextFeatures`] and [`ICLIPImageFeatures`].
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major, N = h * w.
         similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, see
             [`ICLIPModel.similarity_maps`].
@@ -547,8 +547,8 @@ class ICLIPModel(PreTrainedModel):
         def pooled(mode: str) -> torch.Tensor:
             return pool(image.patch_tokens, image.class_token, attention, mode)
 
-        drawn = pooled(self.config.pooling) if self.config.max_over == "channels" else None
-        return (pooled(self.config.recognition_pooling) if self.config.dual_projection else drawn), drawn
+        map_pooled = pooled(self.config.pooling) if self.config.max_over == "channels" else None
+        return (pooled(self.config.recognition_pooling) if self.config.dual_projection else map_pooled), map_pooled
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
@@ -751,9 +751,9 @@ class ICLIPModel(PreTrainedModel):
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
                 map_scale, _ = self.interpretability()
-                map_texts = first_branch(text.map_text_embeds, self.config)
+                map_texts = map_branch_part(text.map_text_embeds, self.config)
                 if self.config.max_over == "similarity":
-                    patches = first_branch(image.patch_embeds, self.config)
+                    patches = map_branch_part(image.patch_embeds, self.config)
                     map_similarities = self.pool_similarities(patches, map_texts, image.map_attention)
                 else:
                     map_similarities = cosines(image.map_image_embeds, map_texts)
@@ -791,7 +791,7 @@ def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) 
     return torch.cat([(1 - share) ** 0.5 * map_embeds, share**0.5 * embeds], -1)
 
 
-def first_branch(joined: torch.Tensor, config: ICLIPConfig) -> torch.Tensor:
+def map_branch_part(joined: torch.Tensor, config: ICLIPConfig) -> torch.Tensor:
     """Returns the unit vectors of the map branch in vectors that [`join_branches`] may have joined."""
     return normalize(joined[..., : config.projection_dim])
 

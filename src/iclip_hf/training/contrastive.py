@@ -67,10 +67,10 @@ def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: in
     and their attention (B, K).
     """
     image = model.encode_image(pixel_values)
-    recognised, drawn = model.pool_image(image, model.normalized_attention(image))
+    recognised, map_pooled = model.pool_image(image, model.normalized_attention(image))
     if model.config.max_over == "similarity":
         return recognised, *map_features(model, image, map_tokens)
-    return (recognised, drawn) if model.config.dual_projection else (drawn,)
+    return (recognised, map_pooled) if model.config.dual_projection else (map_pooled,)
 
 
 def map_features(model: ICLIPModel, image: ImageTokens, map_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

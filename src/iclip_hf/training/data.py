@@ -280,26 +280,24 @@ def branch_features(rows: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tens
     if config.max_over == "similarity":
         return rows[:, recognised, :-1].flatten(1), rows[:, 2:, :-1], rows[:, 2:, -1]
     own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
-    drawn = rows[:, POOLINGS.index(own)]
-    return (rows[:, recognised].flatten(1), drawn) if config.dual_projection else (drawn,)
+    map_pooled = rows[:, POOLINGS.index(own)]
+    return (rows[:, recognised].flatten(1), map_pooled) if config.dual_projection else (map_pooled,)
 
 
 # Options of a model that [`image_rows`] does not depend on: of the towers, which have digests, of the projections and what they
 # compute, and of the choice among the rows, which hold all. Other options count, also those that a later version adds.
-_OPTIONS_NOT_CACHED = """
+_NOT_IN_ROWS = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
     max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias pooling recognition_pooling
 """.split()
 # With `max_over="channels"` the rows hold both norms, and the patch tokens as they are.
-_OPTIONS_NOT_CACHED_POOLED = ("attention_norm", "center_tokens", "map_affinity")
+_NOT_IN_POOLED_ROWS = ("attention_norm", "center_tokens", "map_affinity")
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_rows`] depends on, besides its image tower."""
     channels = config.max_over == "channels"
-    names = {*type(config).__annotations__}.difference(
-        _OPTIONS_NOT_CACHED, _OPTIONS_NOT_CACHED_POOLED if channels else ()
-    )
+    names = {*type(config).__annotations__}.difference(_NOT_IN_ROWS, _NOT_IN_POOLED_ROWS if channels else ())
     return {name: getattr(config, name) for name in names} | ({} if channels else {"map_tokens": map_tokens})
 
 

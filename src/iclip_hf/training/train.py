@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +79,12 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     if settings.model:
         return load_iclip(settings.model, **options)
     folder = Path(settings.config).parent
-    return join_towers(folder, settings.vision, settings.text, settings.image_size or None, **options)
+    model, processor = join_towers(folder, settings.vision, settings.text, settings.image_size or None, **options)
+    if model.recognition.logit_bias is not None and not settings.nouns:
+        raise ValueError(
+            "nouns: a logit bias learns from nouns alone; name a file of nouns, or set logit_bias_init_value to null."
+        )
+    return model, processor
 
 
 def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
@@ -156,8 +162,8 @@ def run(
 ) -> dict[str, float]:
     """Runs a training from its data to its report, in a folder that is locked. See [`train`]."""
     output_dir = Path(settings.output_dir)
-    options = "chunk_size lock_text map_tokens noun_weight unknown_weight noun_branches noun_competition"
-    pair_model = PairModel(model, **{name: getattr(settings, name) for name in options.split()})
+    options = signature(PairModel).parameters.keys() - {"model"}  # the settings of these names
+    pair_model = PairModel(model, **{name: getattr(settings, name) for name in options})
 
     # 1. The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
@@ -314,17 +320,15 @@ class RunState:
     step: int = 0  # number of completed steps
     bad_steps: int = 0  # number of steps without a finite loss and gradient
     bad_in_a_row: int = 0  # of them, since the last good step
-    before: dict = field(
-        default_factory=dict
-    )  # results of the model that the run started from, if it was trained already
-    before_by_pair: dict = field(default_factory=dict)  # its results for each held-out pair
+    # Results of the model that the run started from, if it was trained already, and its results for each held-out pair.
+    before: dict = field(default_factory=dict)
+    before_by_pair: dict = field(default_factory=dict)
     # The best model of the training so far, or the last one without validation. One that lost in no metric goes before one that did.
     best: float | None = None  # its value of `best_metric`
     metrics: dict = field(default_factory=dict)  # its results
     change: dict = field(default_factory=dict)  # 95 % intervals of the differences to `before`, see `change_interval`
-    regressed: list[str] = field(
-        default_factory=list
-    )  # metrics in which it is worse than the start, see `selection.regressed_metrics`
+    # Metrics in which it is worse than the start, see [`regressed_metrics`].
+    regressed: list[str] = field(default_factory=list)
     evaluation: dict | None = None  # its results on maps, as `iclip evaluate` returns them
     settings: dict = field(default_factory=dict)
     # Identity of the model that the run started from, and digests of what settings name, by the name of the setting

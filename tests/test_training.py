@@ -274,4 +274,6 @@ def test_a_broken_held_out_image_is_left_out(hub, tmp_path, caplog, cached):
 def test_a_logit_bias_that_nothing_would_train_is_refused(tmp_path):
     """The recipe of the embedded model without its nouns: the presence of the trained model would have no meaning."""
     with pytest.raises(ValueError, match="logit_bias_init_value"):
-        program.build_model(parse_settings(["--config", "iclip-dinov2-s14-minilm", "--nouns", "", "--data", str(tmp_path)]))
+        program.build_model(
+            parse_settings(["--config", "iclip-dinov2-s14-minilm", "--nouns", "", "--data", str(tmp_path)])
+        )

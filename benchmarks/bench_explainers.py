@@ -114,16 +114,16 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 def uses_of_maps() -> dict[str, Callable[[], object]]:
     """From the pixels of a photograph to its finished maps or label map."""
     model, processor, texts, pixel_values = clip(CLASSES)
-    loaded, shown = load((model, processor)), torch.ones(CLASSES, dtype=torch.bool)
+    loaded = load((model, processor))
 
     def drawn(refine: bool) -> torch.Tensor:
         return Engine(loaded, loaded.processor, refine=refine).raw_maps(pixel_values, texts)[0][0]
 
     return {
         "explaining": lambda: resize_and_normalize(drawn(False), SIZE),
-        "segmenting": lambda: segments(drawn(False), SIZE, shown),
+        "segmenting": lambda: segments(drawn(False), SIZE),
         "explaining, refined": lambda: resize_and_normalize(drawn(True), SIZE),
-        "segmenting, refined": lambda: segments(drawn(True), SIZE, shown),
+        "segmenting, refined": lambda: segments(drawn(True), SIZE),
     }
 
 

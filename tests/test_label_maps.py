@@ -1,5 +1,7 @@
 """label_maps.py and its doors, against loops over pixels with torch's own interpolation."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -71,42 +73,47 @@ def test_more_texts_than_16_bits_count():
 # ---- segments ----
 
 
-def segments_slowly(raw, size, present, thresholds, background):
-    """Pixel by pixel: of the texts whose mask holds it, the one with the highest raw value."""
+def segments_slowly(raw, size, presence, thresholds, background):
+    """Pixel by pixel: of the texts whose mask holds it, the one with the highest standardized map plus a tenth of its logit."""
     big = F.interpolate(raw[None].double(), size=size, mode="bicubic", align_corners=False)[0]
-    low, high = big.amin((1, 2)), big.amax((1, 2))
+    low, high, mean, std = big.amin((1, 2)), big.amax((1, 2)), big.mean((1, 2)), big.std((1, 2), correction=0)
     found = torch.full(size, -1)
     for y in range(size[0]):
         for x in range(size[1]):
             inside = [
                 t
                 for t in range(len(raw))
-                if present[t] and (thresholds is None or (big[t, y, x] - low[t]) / (high[t] - low[t]) > thresholds[t])
+                if presence[t] >= 0.5
+                and (thresholds is None or (big[t, y, x] - low[t]) / (high[t] - low[t]) > thresholds[t])
             ]
             if inside:
-                best = max(inside, key=lambda t: big[t, y, x].item())
+                odds = [math.log(p / (1 - p)) for p in presence]
+                best = max(inside, key=lambda t: ((big[t, y, x] - mean[t]) / std[t]).item() + 0.1 * odds[t])
                 found[y, x] = -1 if best in background else best
     return found
 
 
 @pytest.mark.parametrize("thresholds", [None, [0.4] * 4, [0.2, 0.4, 0.6, 0.5]])
 @pytest.mark.parametrize("background", [(), (3,)])
-@pytest.mark.parametrize("present", [[1, 1, 1, 1], [0, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]])
-def test_segments_equal_a_loop_over_pixels(present, thresholds, background):
+@pytest.mark.parametrize("presence", [[0.6, 0.7, 0.99, 0.5], [0.1, 0.9, 0.8, 0.7], [0.9, 0.1, 0.999, 0.2], [0.1] * 4])
+def test_segments_equal_a_loop_over_pixels(presence, thresholds, background):
     raw = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
-    raw[1] += 0.1  # stronger everywhere
-    shown = torch.tensor(present, dtype=torch.bool)
-    found = segments(raw, SIZE, shown, thresholds, background)
-    expected = segments_slowly(raw, SIZE, present, thresholds, background)
+    raw[1] += 0.1  # higher everywhere, which does not count
+    found = segments(raw, SIZE, torch.tensor(presence), 0.5, thresholds, background)
+    expected = segments_slowly(raw, SIZE, presence, thresholds, background)
     assert found.dtype == torch.int64 and torch.equal(found, expected)
 
 
+def test_without_a_presence_every_text_competes():
+    raw = torch.rand(3, 3, 5, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(segments(raw, SIZE, min_presence=0.9), segments(raw, SIZE, torch.full((3,), 0.95), 0.9))
+
+
 def test_segments_of_constant_and_no_maps():
-    both = torch.ones(2, dtype=torch.bool)
     constant = torch.full((2, 4, 4), 0.3)
-    assert (segments(constant, SIZE, both) == -1).all()  # of a constant map, nothing is above the threshold
-    assert (segments(constant, SIZE, both, None) == 0).all()  # of equal texts, the first
-    assert (segments(constant[:0], SIZE, both[:0]) == -1).all()
+    assert (segments(constant, SIZE) == -1).all()  # of a constant map, nothing is above the threshold
+    assert (segments(constant, SIZE, threshold=None) == 0).all()  # of equal texts, the first
+    assert (segments(constant[:0], SIZE) == -1).all()
 
 
 # ---- doors ----
@@ -117,12 +124,12 @@ def test_processor_gives_a_label_map_of_each_image():
     process = ICLIPProcessor.post_process_semantic_segmentation
     outputs, sizes = ICLIPOutput(similarity_maps=raw), [(9, 12), (7, 20)]
     for found, one, size in zip(process(None, outputs, sizes), raw, sizes, strict=True):
-        assert torch.equal(found, label_map(one, size)[0])  # without a threshold, the highest raw value
+        assert torch.equal(found, segments(one, size, threshold=None))
     assert [tuple(one.shape) for one in process(None, outputs)] == [(4, 6), (4, 6)]
     presence = torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.1, 0.1]])
     options = {"presence": presence, "min_presence": 0.5, "background": [2]}
     found = process(None, outputs, sizes, threshold=[0.2, 0.3, 0.4], **options)
-    assert torch.equal(found[0], segments(raw[0], sizes[0], presence[0] > 0.5, [0.2, 0.3, 0.4], [2]))
+    assert torch.equal(found[0], segments(raw[0], sizes[0], presence[0], 0.5, [0.2, 0.3, 0.4], [2]))
     assert found[0].unique().tolist() == [-1, 0] and (found[1] == -1).all()
 
 
@@ -136,9 +143,9 @@ def test_an_explanation_segments_by_its_own_masks(is_reversed):
     assert torch.equal(found >= 0, masks.any(0)) and found.unique().tolist() == [-1, 0, 2]
     assert all(masks[index][found == index].all() for index in range(3))
     signed = -raw if is_reversed else raw
-    assert torch.equal(found, segments(signed, SIZE, presence > 0.7, thresholds))
+    assert torch.equal(found, segments(signed, SIZE, presence, 0.7, thresholds))
     assert torch.equal(explanation.label_map(background=[2]), found.masked_fill(found == 2, -1))
-    assert torch.equal(explanation.label_map(0.8), segments(signed, SIZE, presence > 0.7, 0.8))
+    assert torch.equal(explanation.label_map(0.8), segments(signed, SIZE, presence, 0.7, 0.8))
 
 
 def test_templates_by_name(tiny_processor):

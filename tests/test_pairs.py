@@ -297,7 +297,8 @@ def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
     shard = write_shards(tmp_path / "shards", 9) / "00000.tar"
     assert load_pairs(shard).files() == {str(shard)}
     usual = {"eval_dataset": "none", "seed": 0, "max_bad_share": 0.05, "image_column": "", "caption_column": ""}
-    usual |= {"split": "train", "pairs_per_epoch": 0, "validation_share": 0, "nouns": None}
+    usual |= {"split": "train", "pairs_per_epoch": 0, "validation_share": 0, "nouns": None, "batch_size": 1}
+    write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
     for name, images in (("a", "0.jpg 1.jpg"), ("b", "1.jpg 2.jpg"), ("c", "3.jpg")):
         (tmp_path / f"{name}.csv").write_text("\n".join(["image,caption", *(f"{one},dog" for one in images.split())]))
     for data, held_out, expected in (

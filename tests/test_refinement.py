@@ -163,11 +163,10 @@ def test_pipelines_refine(tiny_processor):
             torch.testing.assert_close(answer["map"], expected.map(TEXTS.index(answer["label"])), atol=1e-4, rtol=0)
     assert (plain.maps - refined.maps).abs().max() > 0.05
     pipe = ZeroShotImageSegmentationPipeline(model=model, processor=tiny_processor, device="cpu")
-    present = torch.ones(len(TEXTS), dtype=torch.bool)
     for options, expected in (({}, refined), ({"refine": True}, refined), ({"refine": False}, plain)):
-        labels = segments(expected.raw_maps, expected.size, present)
+        labels = segments(expected.raw_maps, expected.size, expected.presence, 0)
         for answer in pipe(IMAGES[0], **given, **options):
             wanted = labels == TEXTS.index(answer["label"])
             differing = (torch.from_numpy(np.array(answer["mask"]) == 255) != wanted).float().mean()
             assert wanted.any() and differing < 0.01  # by rounding, where two texts are nearly equal
-    assert (segments(plain.raw_maps, plain.size, present) != segments(refined.raw_maps, plain.size, present)).any()
+    assert (segments(plain.raw_maps, plain.size) != segments(refined.raw_maps, plain.size)).any()

@@ -400,14 +400,15 @@ def test_segments_are_the_label_map(page, outline):
     raw_maps = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))
     raw_maps[3] += 9  # of an absent text
     size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
-    expected = segments(raw_maps, size, present, threshold=0.5 if outline == 1 else outline)  # 1 is no outline
+    presence = torch.tensor([0.9, 0.6, 0.99, 0.1])
+    expected = segments(raw_maps, size, presence, threshold=0.5 if outline == 1 else outline)  # 1 is no outline
     assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
     large = resize_maps(raw_maps, size).flatten(1)
     results = [
-        {"low": values.min().item(), "high": values.max().item(), "score": 0, "presence": 0}
-        | {"word": "unsure" if there else "absent"}
+        {"low": values.min().item(), "high": values.max().item(), "score": 0, "presence": presence[index].item()}
+        | {"word": "unsure" if present[index] else "absent"}
         | {"levels": (resize_and_normalize(raw[None], size) * 255).round().int().flatten().tolist()}
-        for values, raw, there in zip(large, raw_maps, present.tolist())
+        for index, (values, raw) in enumerate(zip(large, raw_maps))
     ]
     picture = page.evaluate(
         """async ([texts, [height, width], results, theme, outline]) => {

@@ -141,7 +141,8 @@ class Explanation:
         return segments(
             -self.raw_maps if self.reversed else self.raw_maps,
             self.size,
-            present=self.present,
+            self.presence,
+            self.min_presence,
             threshold=self.threshold if threshold is None else check_threshold(threshold),
             background=[self.index(text) for text in background],
         )

@@ -4,29 +4,35 @@ from collections.abc import Sequence
 
 import torch
 
+from .presence import MIN_PRESENCE
 from .similarity import min_max_normalize, resize_maps
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
+# Weight of the logit of the presence beside the standardized map, chosen on the even images of ADE20K and COCO.
+PRESENCE_WEIGHT = 0.1
 
 
 @torch.no_grad()
 def segments(
     raw_maps: torch.Tensor,
     size: tuple[int, int],
-    present: Sequence[bool] | torch.Tensor,
+    presence: torch.Tensor | None = None,
+    min_presence: float = MIN_PRESENCE,
     threshold: float | Sequence[float] | None = 0.5,
     background: Sequence[int] = (),
 ) -> torch.Tensor:
     """
     Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of its own mask,
-    where its map is above the threshold. Of overlapping masks, the one with the highest raw value takes the pixel, so a text with a
-    strong map takes no pixel outside of its own mask.
+    where its map is above the threshold. Of overlapping masks, the one with the highest map takes the pixel. Maps are compared after
+    standardization over the image, to mean 0 and standard deviation 1, so that a text whose cosines are higher everywhere does not cover
+    the others. A tenth of the logit of its presence is added.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
-        present (T `bool`, or a `torch.Tensor` of shape `(T,)`): whether the image shows the text. An absent text gets no pixel.
+        presence (`torch.Tensor` of shape `(T,)`, *optional*): presence of the texts in [0, 1]; all are present if not given.
+        min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
         threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
             greater. None makes each mask the whole image. `ValueError` if their number is not T.
         background: indices of texts that describe the background. They compete like any other, and their pixels are background.
@@ -35,17 +41,23 @@ def segments(
         `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
     """
     thresholds = threshold if isinstance(threshold, Sequence) else [threshold] * len(raw_maps)
+    present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
+    if presence is not None:
+        present = [value >= min_presence for value in presence.tolist()]
+        offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, device=raw_maps.device)
-    texts = zip(raw_maps, present, thresholds, strict=True)
-    for index, (raw_map, shown, least) in enumerate(texts):
+    texts = zip(raw_maps, present, offsets, thresholds, strict=True)
+    for index, (raw_map, shown, offset, least) in enumerate(texts):
         if shown:  # one map at a time, so the memory does not grow with the number of texts
             values = resize_maps(raw_map, size)
-            won = values > best
+            std, mean = torch.std_mean(values, correction=0)
+            standardized = (values - mean) / std.clamp(min=1e-12) + offset
+            won = standardized > best
             if least is not None:
                 won &= min_max_normalize(values) > least
             found.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
-            best = torch.where(won, values, best)
+            best = torch.where(won, standardized, best)
     return found
 
 

@@ -310,14 +310,14 @@ class ICLIPProcessor(ProcessorMixin):
         if maps is None:
             raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
-        present = _present(presence, min_presence)
-        if present is None:
-            present = torch.ones(maps.shape[:2], dtype=torch.bool)
+        if (presence is None) != (min_presence is None):
+            raise ValueError("presence and min_presence go together.")
+        presence = [None] * len(maps) if presence is None else presence
         if threshold is not None:
             threshold = check_thresholds(threshold).expand(maps.shape[1]).tolist()
         return [
-            segments(raw_maps, tuple(size), shown, threshold, background)
-            for raw_maps, size, shown in zip(maps, sizes, present, strict=True)
+            segments(raw_maps, tuple(size), of_image, min_presence, threshold, background)
+            for raw_maps, size, of_image in zip(maps, sizes, presence, strict=True)
         ]
 
     def post_process_boxes(

@@ -114,8 +114,8 @@ export function createViewer(element, theme) {
     });
   }
 
-  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest raw value, as
-  // `Explanation.label_map` finds it. Without an outline, the threshold is that of `iclip segment`.
+  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest map, standardized over the image, plus a
+  // tenth of the logit of its presence, as `Explanation.label_map` finds it. Without an outline, the threshold is that of `iclip segment`.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
@@ -124,10 +124,15 @@ export function createViewer(element, theme) {
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
     const limit = (threshold.value === "1" ? 0.5 : threshold.value) * 255;
-    paint(overview.heat, (pixels) => present.forEach(({ levels, low, high }, index) => levels.forEach((level, pixel) => {
-      const value = low + (high - low) * level / 255;
-      if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];
-    })));
+    paint(overview.heat, (pixels) => present.forEach(({ levels, presence }, index) => {
+      const mean = levels.reduce((sum, level) => sum + level, 0) / levels.length;
+      const std = Math.sqrt(levels.reduce((sum, level) => sum + (level - mean) ** 2, 0) / levels.length) || 1;
+      const share = Math.min(Math.max(presence ?? 0.5, 1e-4), 1 - 1e-4), offset = 0.1 * Math.log(share / (1 - share));
+      levels.forEach((level, pixel) => {
+        const value = (level - mean) / std + offset;
+        if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];
+      });
+    }));
     overview.legend = present.map((panel) => [panel.text, color(panel)]);
     overview.caption.replaceChildren();
     for (const [text, ink] of overview.legend)

@@ -285,9 +285,16 @@ def test_a_second_wrapper_around_a_wrapped_network_gives_the_same(tiny_processor
 
 
 @pytest.mark.parametrize("method", ["itsm", "gem", "grad_cam"])
-def test_an_offloaded_model_explains(tiny_processor, method):
-    expected = explain((sigmoid_model(), tiny_processor), IMAGES, TEXTS, method, size=48)
-    model = cpu_offload(sigmoid_model())
+@pytest.mark.parametrize("offload_buffers", [False, True])
+def test_an_offloaded_model_explains(tiny_processor, method, offload_buffers):
+    """Also with parameters and buffers of the model itself, which belong to none of its layers."""
+    options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed"}
+    model = sigmoid_model(**options, recognition_pooling="class_and_average", recognition_share=0.3)
+    with torch.no_grad():
+        model.token_mean.normal_()
+        model.attention_direction.normal_()
+    expected = explain((model, tiny_processor), IMAGES, TEXTS, method, size=48)
+    model = cpu_offload(copy.deepcopy(model), offload_buffers=offload_buffers)
     for one, other in zip(explain((model, tiny_processor), IMAGES, TEXTS, method, size=48), expected):
         assert_same(one, other)
     if method == "itsm":

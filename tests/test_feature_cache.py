@@ -180,3 +180,18 @@ def test_captions_that_are_noun_prompts_are_not_drawn(tmp_path, tiny_processor):
     pair = {"image": None, "caption": "a photo of a dog", "captions": ["a photo of a dog", "it runs"]}
     pair |= {"labels": [], "complete": []}
     assert pairs.prepare(pair, 0)["caption"] == "it runs"
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_damaged_shard_is_named(tmp_path, suffix):
+    FeatureShards(tmp_path, 300).write(0, np.zeros((256, 2), np.float16), [True] * 256)
+    FeatureShards(tmp_path, 300).write(1, np.ones((44, 2), np.float16), [False] * 44)
+    assert FeatureShards(tmp_path, 300)[np.array([299, 0])].tolist() == [[1, 1], [0, 0]]
+    assert sum(FeatureShards(tmp_path, 300).usable()) == 256
+    file, other = (tmp_path / f"{shard:05d}{suffix}" for shard in (1, 0))
+    content = file.read_bytes()
+    for damaged in (b"", content[:-20], other.read_bytes()):  # the last has other rows
+        file.write_bytes(damaged)
+        shards = FeatureShards(tmp_path, 300)
+        with pytest.raises(ValueError, match=f"{file.name}: this file of the feature cache is damaged; delete"):
+            shards[np.array([0])] if suffix == ".npy" else shards.usable()

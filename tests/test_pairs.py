@@ -618,6 +618,10 @@ def test_labels_in_every_form(tmp_path):
     (tmp_path / "s").mkdir()
     write_tar(tmp_path / "s" / "a.tar", [("0.jpg", jpeg(0)), ("0.json", json.dumps(rows[0]))])
     assert [(row["labels"], row["complete"]) for row in stream(tmp_path / "s")] == expected[:1]
+    for name, cell in (("labels", "dog"), ("complete", '["dog"')):
+        (tmp_path / "b.tsv").write_text(f"image\tcaption\t{name}\n0.jpg\ta\t{cell}")
+        with pytest.raises(ValueError, match=f"b.tsv: {name}: .* is no list of names"):
+            load_pairs(tmp_path / "b.tsv")
     (tmp_path / "b.jsonl").write_text(json.dumps({**rows[0], "complete": "coco"}))
     with pytest.raises(ValueError, match="b.jsonl: complete: 'coco' is neither .* coco2017"):
         load_pairs(tmp_path / "b.jsonl")

@@ -254,6 +254,14 @@ def test_a_run_that_ends_without_a_finite_loss_fails(hub, tmp_path, capsys, step
     assert not list(tmp_path.glob("*.safetensors")) and "Training with 1 process on cpu" in capsys.readouterr().out
 
 
+def test_an_evaluation_without_a_finite_loss_ends_the_run(hub, tmp_path):
+    """Otherwise it would stay the best one."""
+    options = ["--max_steps", 4, "--eval_steps", 1, "--learning_rate", 1e30, "--warmup_epochs", 0]
+    with pytest.raises(FloatingPointError, match="held-out pairs is not finite at step 1: lower learning_rate"):
+        run(hub, tmp_path, *options, "--validation_data", hub / "held_out.tar")
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_broken_held_out_image_is_left_out(hub, tmp_path, caplog, cached):
     """Another pair in its place would be scored as its duplicate."""

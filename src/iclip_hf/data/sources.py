@@ -72,7 +72,7 @@ class Columns(NamedTuple):
     def texts(self, row: Mapping) -> PairTexts:
         """
         Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if `complete` names
-        an unknown list.
+        an unknown list, or labels are text that is no JSON.
         """
         within = row["json"] if isinstance(row.get("json"), Mapping) else {}
         found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
@@ -103,11 +103,16 @@ class PairTexts(NamedTuple):
 
 
 def _texts(column: str, value) -> list[str]:
-    """Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts."""
+    """
+    Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts. Raises `ValueError` for labels as
+    text that is no JSON.
+    """
     if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):  # of a .csv or .tsv
         try:
             value = parse_json(value)
         except ValueError:
+            if column in LABEL_COLUMNS:
+                raise ValueError(f'{column}: {value!r:.100} is no list of names in JSON, such as ["dog"]') from None
             return []
     listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     # JSON escapes can contain lone surrogates, which tokenizers refuse.
@@ -324,7 +329,7 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
     are separated by the character of ",", ";" and tab that its first line has most of.
 
     Raises:
-        `ValueError`: there are no columns of images and captions, a line is no row, or labels are complete for an unknown list.
+        `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete for an unknown one.
     """
     names, texts = [], []
     for row in _table_rows(path):

@@ -550,9 +550,22 @@ class ICLIPModel(PreTrainedModel):
         map_pooled = pooled(self.config.pooling) if self.config.max_over == "channels" else None
         return (pooled(self.config.recognition_pooling) if self.config.dual_projection else map_pooled), map_pooled
 
+    def _own_tensor(self, name: str) -> torch.Tensor:
+        """Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook would load it for `forward` alone."""
+        tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
+        if tensor.is_meta and hook is not None:
+            hook.pre_forward(self)
+            tensor = getattr(self, name)
+            hook.post_forward(self, None)
+        return tensor
+
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
-        return patch_tokens - self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
+        return (
+            patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
+            if self.config.center_tokens
+            else patch_tokens
+        )
 
     def embed_patches(self, patch_tokens: torch.Tensor, weights: torch.Tensor | int = 1) -> torch.Tensor:
         """
@@ -565,7 +578,9 @@ class ICLIPModel(PreTrainedModel):
         )
         if share:
             # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
-            patches = patch_tokens + self.token_mean.to(patch_tokens) if self.config.center_tokens else patch_tokens
+            patches = patch_tokens
+            if self.config.center_tokens:
+                patches = patches + self._own_tensor("token_mean").to(patches)
             patches = F.pad(patches, (patches.shape[-1], 0))
             recognised = normalize(self.recognition.visual_projection(patches, linear=True))
             patch_embeds = join_branches(patch_embeds, recognised, share)
@@ -609,7 +624,7 @@ class ICLIPModel(PreTrainedModel):
             patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
         share, direction = self.config.recognition_share, None
         if self.config.map_attention == "signed":
-            direction = self.attention_direction.expand(pixel_values.shape[0], -1)
+            direction = self._own_tensor("attention_direction").expand(pixel_values.shape[0], -1)
             if share:  # the recognition branch has no part in the weight of the attention
                 direction = F.pad(direction / (1 - share) ** 0.5, (0, self.config.projection_dim))
         weights = map_attention.unsqueeze(-1).to(patch_tokens.dtype) if self.config.map_attention == "features" else 1

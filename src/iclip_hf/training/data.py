@@ -333,7 +333,7 @@ class FeatureShards:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """Returns the features of these rows, (len(rows), ...), float16."""
         if not self._arrays:
-            self._arrays = [np.load(self._file(shard), mmap_mode="r") for shard in range(self.num_shards)]
+            self._arrays = self._read(".npy", partial(np.load, mmap_mode="r"))
         features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
         shards = rows // self.shard_rows
         for shard in np.unique(shards):
@@ -343,8 +343,24 @@ class FeatureShards:
 
     def usable(self) -> list[bool]:
         """Returns for each row whether it can be used."""
-        files = [self._file(shard, ".json") for shard in range(self.num_shards)]
-        return [bool(entry) for file in files for entry in json.loads(file.read_text())]
+        parts = self._read(".json", lambda file: json.loads(file.read_text()))
+        return [bool(entry) for part in parts for entry in part]
+
+    def _read(self, suffix: str, read: Callable[[Path], Sequence]) -> list[Sequence]:
+        """Reads a file of each shard. Raises `ValueError` if one is damaged."""
+        parts = []
+        for shard in range(self.num_shards):
+            file = self._file(shard, suffix)
+            try:
+                parts.append(read(file))
+                whole = len(parts[-1]) == len(self.rows_of(shard))
+            except (EOFError, ValueError, TypeError):
+                whole = False
+            if not whole:
+                raise ValueError(
+                    f"{file}: this file of the feature cache is damaged; delete {self.folder}, and run again."
+                )
+        return parts
 
     def _file(self, shard: int, suffix: str = ".npy") -> Path:
         return self.folder / f"{shard:05d}{suffix}"

@@ -498,6 +498,11 @@ class Selection:
             scores = validate(self.accelerator, self.pair_model, self.validation, settings.chunk_size, workers)
             metrics |= {name: values.mean().item() for name, values in scores.items()}
             by_pair = {name: values.tolist() for name, values in scores.items()}
+            if not math.isfinite(metrics["val_loss"]):  # no later loss would be better
+                raise FloatingPointError(
+                    f"The loss of the held-out pairs is not finite at step {self.state.step}: lower learning_rate, or set "
+                    "mixed_precision to bf16 or no"
+                )
         model = self.accelerator.unwrap_model(self.pair_model).model.eval()
         if self.inputs.segmentation is not None:
             result = evaluate_model((model, self.processor), self.inputs.segmentation, metrics=MAP_METRICS)

@@ -314,6 +314,18 @@ def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
         assert ("in data and validation_data" in caplog.text) == bool(expected)
 
 
+def test_held_out_pairs_that_cannot_be_read_are_left_out_up_to_a_share(tmp_path):
+    """A replaced one would be measured as a duplicate of another pair."""
+    write_images(tmp_path, [f"{number}.jpg" for number in range(8) if number != 3])
+    (tmp_path / "a.csv").write_text(
+        "\n".join(["image,caption", *(f"{number}.jpg,dog {number}" for number in range(8))])
+    )
+    captions = [pair["captions"] for pair in load_pairs(tmp_path / "a.csv", max_bad_share=0.2).readable()]
+    assert captions == [[f"dog {number}"] for number in range(8) if number != 3]
+    with pytest.raises(ValueError, match="max_bad_share"):
+        load_pairs(tmp_path / "a.csv", max_bad_share=0.1).readable()
+
+
 def test_a_part_is_split_off_by_images(tmp_path):
     """Several captions of an image in rows of their own, after a shard."""
     shards = write_shards(tmp_path / "shards", 9)

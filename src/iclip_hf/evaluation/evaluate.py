@@ -219,9 +219,11 @@ class EvaluationRun:
         encoder = self.engine if needs_scores or own else next(iter(self.engines.values()))
 
         def run(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
-            # Encoded once for the scores and for the maps of itsm and reversed_itsm. Every other method runs the image tower itself.
-            for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
-                image.prepared = encoded
+            # Encoded once for the scores and for the maps of itsm and reversed_itsm. Every other method runs the image tower itself, and
+            # so do metrics of maps of their own, such as those of windows.
+            if needs:
+                for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
+                    image.prepared = encoded
             prepared = [image.prepared for image in images]
             if needs_scores:
                 without_maps = [replace(image, rows=()) for image in prepared]

@@ -284,6 +284,12 @@ def test_a_second_wrapper_around_a_wrapped_network_gives_the_same(tiny_processor
     assert_same(explain(loaded, IMAGES[0], TEXTS, method), expected)
 
 
+@pytest.mark.parametrize("lists", [1, 3])
+def test_each_image_has_its_list_of_texts(tiny_processor, lists):
+    with pytest.raises(ValueError, match="zip"):
+        list(Engine(sigmoid_model(), tiny_processor).run(iter(IMAGES[:2]), [["dog"]] * lists))
+
+
 @pytest.mark.parametrize("method", ["itsm", "gem", "grad_cam"])
 @pytest.mark.parametrize("offload_buffers", [False, True])
 def test_an_offloaded_model_explains(tiny_processor, method, offload_buffers):

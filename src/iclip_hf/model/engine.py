@@ -190,8 +190,8 @@ class Engine:
                 resembles a better one, such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores.
 
         Raises:
-            `ValueError`: there is no text, or none for one of the images; the model returns NaN or infinity; or the method returns another
-            number of maps.
+            `ValueError`: there is no text, or none for one of the images; the numbers of images and lists differ; the model returns NaN
+            or infinity; or the method returns another number of maps.
         """
         own = itertools.repeat(None)
         if isinstance(texts, ICLIPTextFeatures):
@@ -220,7 +220,7 @@ class Engine:
             names = [[labels[index] for index in of_image] for of_image in own]
             return self._explain(images, names, select_texts(encoded, torch.tensor(own)), best)
 
-        pairs = zip(images, own)
+        pairs = zip(images, own, strict=isinstance(own, list))
         while batch := list(itertools.islice(pairs, batch_size)):
             prepared = [
                 (self.prepare(image) if isinstance(image, Image.Image) else image, of_image)

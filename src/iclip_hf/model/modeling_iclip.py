@@ -561,22 +561,17 @@ class ICLIPModel(PreTrainedModel):
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
-        return (
-            patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
-            if self.config.center_tokens
-            else patch_tokens
-        )
+        if not self.config.center_tokens:
+            return patch_tokens
+        return patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
 
     def embed_patches(self, patch_tokens: torch.Tensor, weights: torch.Tensor | int = 1) -> torch.Tensor:
         """
         Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map, `(..., P)`, or `(..., 2 P)` with
         a `recognition_share`. `weights` `(..., 1)` multiply the tokens of the map branch (Eq. 12 to the letter).
         """
-        patch_embeds, share = (
-            normalize(self.map_branch.visual_projection(weights * patch_tokens)),
-            self.config.recognition_share,
-        )
-        if share:
+        patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))
+        if share := self.config.recognition_share:
             # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
             patches = patch_tokens
             if self.config.center_tokens:

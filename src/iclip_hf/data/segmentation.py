@@ -357,8 +357,8 @@ class _Layout(NamedTuple):
 
     Attributes:
         images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that finds files. `*` is
-            the same in both files of a pair. Images of any format, if their pattern ends with `*`, have a mask each. Otherwise masks
-            have an image each.
+            the same in both files of a pair. If the pattern of images ends with `*`, every image needs a mask, and its format is free.
+            Otherwise every mask needs an image, and an image without a mask is left out.
         classes: the names, by id; None if `classes.txt` holds them.
         split: the default.
         lists: pattern of the file that names the pairs, where the folders hold others too.

@@ -644,14 +644,16 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     """
     lines = [""]
     if state.metrics:
-        rows = [["", "before", "after", "change (95 %)"] if state.before else ["", "", "", ""]]
+        few = held_out is not None and len(held_out) < FEWEST
+        change = {} if few else state.change
+        rows = [["", "before", "after", "change (95 %)" if change else ""] if state.before else ["", "", "", ""]]
         for name, after in state.metrics.items():
             before = _number(state.before[name]) if state.before else ""
-            rows.append([name, before, _number(after), " to ".join(map(_number, state.change.get(name, [])))])
+            rows.append([name, before, _number(after), " to ".join(map(_number, change.get(name, [])))])
         lines += ["{:<14}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
         if held_out is not None:
-            few = ", too few for an interval" if state.change and len(held_out) < FEWEST else ""
-            lines.append(f"{len(held_out)} held-out pairs{few}")
+            too_few = ", too few for an interval" if few and state.change else ""
+            lines.append(f"{len(held_out)} held-out pairs{too_few}")
     else:
         lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
     if state.bad_steps:

@@ -31,6 +31,7 @@ extras["dev"] = sorted(
     | {
         "hypothesis>=6.100",
         "ipykernel>=6.29",
+        "matplotlib>=3.8",  # the pictures of benchmarks
         "nbclient>=0.10",
         "playwright>=1.65",
         "pytest>=8.0",
@@ -42,7 +43,7 @@ extras["dev"] = sorted(
     }
 )
 # In addition to dev: what the benchmarks compare with, and draw with
-extras["bench"] = ["captum>=0.8", "grad-cam>=1.5", "matplotlib>=3.8"]
+extras["bench"] = ["captum>=0.8", "grad-cam>=1.5"]
 
 setup(
     name="iclip-hf",

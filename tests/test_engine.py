@@ -211,6 +211,8 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
         assert one.labels == [texts[row] for row in rows] != [texts[row] for row in ranked[:2]]
         torch.testing.assert_close(one.all_scores, whole.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.scores, whole.scores[rows], atol=1e-5, rtol=0)
+        odds = whole.presence[rows] / (1 - whole.presence[rows]) / 19  # one of twenty is shown
+        torch.testing.assert_close(one.presence, odds / (1 + odds), atol=1e-5, rtol=0)
         torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
 
 

@@ -128,12 +128,14 @@ def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
         values = outputs.logits_per_image[0].sigmoid()
         maps = refine_maps(outputs.similarity_maps, pixels["pixel_values"])
         maps = F.interpolate(maps, sample.size, mode="bicubic", align_corners=False)[0].numpy()
+        odds = torch.logit(values).numpy()
+        standardized = [(heatmap - heatmap.mean()) / heatmap.std() + 0.1 * odd for heatmap, odd in zip(maps, odds)]
         stretched = [(heatmap - heatmap.min()) / (heatmap.max() - heatmap.min()) for heatmap in maps]
         present = (values >= MIN_PRESENCE).tolist()
         found = np.zeros(sample.size, int)
         for row, column in np.ndindex(sample.size):
             best = -np.inf
-            for label, heatmap, unit, shown in zip(labels, maps, stretched, present):
+            for label, heatmap, unit, shown in zip(labels, standardized, stretched, present):
                 if shown and unit[row, column] > 0.5 and heatmap[row, column] > best:
                     found[row, column], best = label, heatmap[row, column]
         known = sample.label_map != 255

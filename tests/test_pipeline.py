@@ -243,6 +243,7 @@ def test_segments_are_the_label_map_of_model_and_processor(segment, photographs,
     with torch.no_grad():
         outputs = segment.model(**segment.processor(image, labels=texts), output_similarity_maps=True)
     size = [(image.height, image.width)]
+    expected = {**expected, "presence": outputs.logits_per_image.sigmoid(), "min_presence": 0}
     found = segment.processor.post_process_semantic_segmentation(outputs, size, **expected)[0].numpy()
     answers = segment(str(photographs[0]), LABELS, min_presence=0, refine=False, **options)
     assert [one["label"] for one in answers] == [label for k, label in enumerate(LABELS) if (found == k).any()]

@@ -204,12 +204,18 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     start = tmp_path / "start"
     run(hub, start, "--max_steps", 1)
     seen = iter(scores)
-    names = ("text_to_image", "image_to_text")
+    names = ("text_to_image", "image_to_text", "val_loss")
     monkeypatch.setattr(
-        program, "validate", lambda *_: {name: torch.full((17,), score) for name, score in zip(names, next(seen))}
+        program,
+        "validate",
+        lambda *_: {name: torch.full((17,), score) for name, score in zip(names, (*next(seen), 1.0))},
     )
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
-    assert run(hub, tmp_path / "run", *arguments) == {"text_to_image": kept, "image_to_text": 9.0}
+    assert run(hub, tmp_path / "run", *arguments) == {
+        "text_to_image": kept,
+        "image_to_text": 9.0,
+        "val_loss": 1.0,
+    }
     before, after = weights(start), weights(tmp_path / "run")
     started = kept == scores[0][0]
     assert started == all(torch.equal(before[name], weight) for name, weight in after.items())

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .explanation import Explanation
 from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from .presence import at_prior
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
 
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 TEXT_BATCH = 256
 # Texts whose features have a higher cosine are alike: of them, `best` takes one.
 LIKE = 0.7
+# Prior of the presence of the `best` of many texts, most of which no image shows.
+BEST_PRIOR = 0.05
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds")
 # What maps are computed from. The outputs of the tower take more memory.
 _IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
@@ -187,7 +190,8 @@ class Engine:
                 or one list of labels for each image. Each text is encoded once.
             batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
             best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best first. A text that
-                resembles a better one, such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores.
+                resembles a better one, such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores. Presence is that at a
+                prior of 0.05.
 
         Raises:
             `ValueError`: there is no text, or none for one of the images; the numbers of images and lists differ; the model returns NaN
@@ -257,6 +261,8 @@ class Engine:
             image_embeds = (self._features(pixel_values) if image is None else image).image_embeds
         scores = cosines(image_embeds, texts.text_embeds)
         presence = self.model.presence(scores)
+        if best is not None and presence is not None:
+            presence = at_prior(presence, BEST_PRIOR)
         _check_finite(scores)
         all_scores = (scores if all_scores is None else all_scores).cpu()
         maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()

@@ -523,6 +523,14 @@ def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
 def _instances(root: Path, split: str) -> _Content:
     _pycocotools_mask()  # raises now if the package is missing
     path = root / "annotations" / f"instances_{split}.json"
+    if not path.is_file():
+        others = sorted(one.stem.removeprefix("instances_") for one in path.parent.glob("instances_*.json"))
+        named = (
+            f"name one of the splits {', '.join(others)}"
+            if others
+            else "the data set's folder has annotations/instances_SPLIT.json"
+        )
+        raise FileNotFoundError(f"{path}: there is no such file; {named}.")
     try:
         content = parse_json(_read_text(path))
         categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))

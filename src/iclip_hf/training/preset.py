@@ -12,6 +12,7 @@ import numpy as np
 from ..backends import check_model_name
 from ..data.pairs import BadPairError, PairDataset
 from ..data.sources import Columns, open_sources
+from ..utils.extras import not_installed
 from ..utils.files import check_new_folder
 from ..utils.hub_ids import RUNS, is_hub_id
 from ..utils.prefetch import spare_processors
@@ -109,6 +110,8 @@ def check_run(settings: Settings) -> None:
     """
     tracker = settings.report_to
     if tracker != "none" and find_spec(tracker) is None:  # Accelerate would go on without a log
+        if tracker == Settings.report_to:
+            raise not_installed(tracker, "train")
         raise ImportError(f"{tracker} is not installed: `pip install {tracker}`, or set report_to.", name=tracker)
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":  # Accelerate would divide the gradients
         raise ValueError(

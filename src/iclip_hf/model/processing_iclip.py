@@ -274,10 +274,11 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
         """
-        present = _present(presence, min_presence)
+        _check_presence(presence, min_presence)
         thresholds = check_thresholds(threshold).float()
         masks = [map_ > thresholds.expand(len(map_)).view(-1, 1, 1).to(map_.device) for map_ in maps]
-        if present is not None:
+        if presence is not None:
+            present = presence >= min_presence
             masks = [mask & shown.view(-1, 1, 1) for mask, shown in zip(masks, present, strict=True)]
         return masks
 
@@ -310,8 +311,7 @@ class ICLIPProcessor(ProcessorMixin):
         if maps is None:
             raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
-        if (presence is None) != (min_presence is None):
-            raise ValueError("presence and min_presence go together.")
+        _check_presence(presence, min_presence)
         presence = [None] * len(maps) if presence is None else presence
         if threshold is not None:
             threshold = check_thresholds(threshold).expand(maps.shape[1]).tolist()
@@ -414,11 +414,9 @@ def check_threshold(threshold: float) -> float:
     return float(threshold)
 
 
-def _present(presence: torch.Tensor | None, min_presence: float | None) -> torch.Tensor | None:
-    """Returns which texts are present, `(B, T)`, or None without `presence`."""
+def _check_presence(presence: torch.Tensor | None, min_presence: float | None) -> None:
     if (presence is None) != (min_presence is None):
         raise ValueError("presence and min_presence go together.")
-    return None if presence is None else presence >= min_presence
 
 
 def _prepared(image, convert: Callable) -> Image.Image | torch.Tensor:

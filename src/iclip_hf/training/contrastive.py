@@ -241,8 +241,9 @@ class PairModel(nn.Module):
     def noun_loss(self, inputs: BranchInputs, prompts: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
         """
         Returns the loss of a branch with the noun prompts (V, P), each of which may belong to several images, and an image to several.
-        With a logit bias, it is a sigmoid loss, in which nouns that an image may show have the weight `unknown_weight`; without, a softmax
-        over all nouns that it is not said to show. In a map that is pooled by similarity, the nouns have their own prior, see [`noun_prior`], and compete for its patches.
+        With a logit bias, it is a sigmoid loss, in which nouns that an image may show have the weight `unknown_weight`. Without one, it is
+        a softmax over all nouns that the image is not said to show. In a map that is pooled by similarity, the nouns have their own prior,
+        see [`noun_prior`], and compete for the patches.
         """
         if inputs.bias is not None:
             negative_weights = torch.where(nouns.own_absent, 1.0, self.unknown_weight)

@@ -586,3 +586,12 @@ def test_a_share_of_the_recognition_branch_leaves_the_weight_of_the_attention():
 
 def test_a_model_of_a_softmax_has_no_presence():
     assert tiny_model().presence(torch.zeros(2, 3)) is None
+
+
+def test_a_share_of_the_recognition_branch_in_the_map_leaves_the_loss():
+    model = tiny_model(max_over="similarity", recognition_pooling="class_and_average")
+    inputs, losses = tiny_inputs(batch=3, texts=3), []
+    for model.config.recognition_share in (0.0, 0.6):
+        with torch.no_grad():
+            losses.append(model(**inputs, return_loss=True).loss)
+    torch.testing.assert_close(losses[1], losses[0])

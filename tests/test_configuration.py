@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from conftest import TEXT, VISION, tiny_config
@@ -51,6 +52,20 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
 def test_bad_options_are_refused(option, value):
     with pytest.raises((ValueError, StrictDataclassError), match=option):
         ICLIPConfig(dual_projection=False, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "option", ["presence_bias", "logit_bias_init_value", "map_affinity", "max_sharpness", "recognition_share"]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, option, value):
+    """Also those of a config.json, in which Python reads NaN: a presence would be NaN."""
+    with pytest.raises(StrictDataclassError, match=option):
+        ICLIPConfig(**{option: value})
+    content = tiny_config().to_dict() | {option: value}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(StrictDataclassError, match=option):
+        ICLIPConfig.from_pretrained(tmp_path)
 
 
 def test_towers_that_do_not_fit_are_refused():

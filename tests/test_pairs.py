@@ -789,6 +789,7 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
     rows = {"image": [{"bytes": jpeg(1), "path": "a.jpg"}, {"bytes": None, "path": str(secret)}], "text": ["a", "b"]}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
     saved = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.setattr("huggingface_hub.resolve_revision", lambda *name, **options: "1a2b")
     monkeypatch.setattr(
         datasets,
         "load_dataset",
@@ -835,6 +836,7 @@ def test_hub_ids_are_streamed(tmp_path, monkeypatch):
 
     real = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.resolve_revision", lambda *name, **options: "1a2b")
     monkeypatch.chdir(tmp_path)
     dataset = load_pairs("org/name", split="train", seed=1)
     assert calls == [("org/name", {"split": "train", "streaming": True})] and isinstance(dataset, PairStream)
@@ -850,7 +852,14 @@ def test_hub_ids_are_streamed(tmp_path, monkeypatch):
             load_pairs(mistyped)
 
 
-# ---- what is only loaded when it is used ----
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_hub_that_cannot_be_reached_is_not_tried_again(tmp_path, monkeypatch, streaming):
+    """`load_dataset` would wait for half a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConnectionError, match="^org/name: .* Hub"):
+        load_pairs("org/name", streaming=streaming)
 
 
 # ---- real data ----

@@ -414,6 +414,8 @@ class ArrowRows(Source):
                 rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
             else:
                 rows = datasets.Dataset.from_parquet(os.fspath(path))
+        except ConnectionError:
+            raise
         except Exception as error:  # of many types, from an unknown split to damaged files
             raise ValueError(f"{path}: this is no dataset with the split {split!r}: {error}") from error
         images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
@@ -467,9 +469,23 @@ class ArrowRows(Source):
 
 
 def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
-    """Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`."""
+    """
+    Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`. Raises `ConnectionError` at once if the Hub cannot be
+    reached and the dataset is not in the cache; `load_dataset` would retry for half a minute.
+    """
     with require_extra("train"):
         from datasets import load_dataset
+    from huggingface_hub import errors, resolve_revision
+
+    try:
+        resolve_revision(name, repo_type="dataset")
+    except errors.HfHubHTTPError:
+        pass  # the Hub answers, and `load_dataset` says more
+    except Exception as error:  # also of a proxy
+        raise ConnectionError(
+            f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; check the name or the "
+            "connection."
+        ) from error
     return load_dataset(name, split=split, **options)
 
 

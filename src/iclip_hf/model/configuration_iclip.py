@@ -132,6 +132,10 @@ class ICLIPConfig(PreTrainedConfig):
         ):
             if not fits:  # NaN fails too
                 raise ValueError(f"{name} is {allowed}, not {getattr(self, name)}.")
+        for name in ICLIPConfig.__annotations__:
+            value = getattr(self, name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} is a finite number, not {value}.")
         # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without centring.
         if self.center_tokens and self.max_over == "channels":
             raise ValueError('center_tokens=True needs max_over="similarity".')

@@ -251,7 +251,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
+def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     """Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return getattr(config, side, config)
@@ -274,6 +274,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
         tower, loading = tower_class.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
+    except Exception as error:  # which may not say of which tower it is
+        raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
     finally:
         logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])
@@ -437,8 +439,8 @@ class ICLIPModel(PreTrainedModel):
         Args:
             vision (`str`): folder or Hub id of the image tower, or of a two-tower model such as CLIP, whose image tower is used.
             text (`str`): folder or Hub id of the text tower, or of a two-tower model, whose text tower is used.
-            config_options: options of [`ICLIPConfig`]. `text_pooling` defaults to `"eos"` for CLIP and SigLIP towers and to
-                `"mean"` for others.
+            config_options: options of [`ICLIPConfig`]. `vision_config` and `text_config` default to those of the checkpoints, and
+                `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
 
         Returns:
             [`ICLIPModel`] in eval mode.
@@ -446,10 +448,9 @@ class ICLIPModel(PreTrainedModel):
         Raises:
             `OSError`, `ValueError`: a folder or id has no model, an option is unknown, or a tower is not supported.
         """
-        vision_config, text_config = _tower_config(vision, "vision_config"), _tower_config(text, "text_config")
-        eos = text_config.model_type in _EOS_TEXT_TOWERS
-        config_options.setdefault("text_pooling", "eos" if eos else "mean")
-        config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_options)
+        found = {name: tower_config(tower, name) for name, tower in (("vision_config", vision), ("text_config", text))}
+        pooling = "eos" if found["text_config"].model_type in _EOS_TEXT_TOWERS else "mean"
+        config = cls.config_class(**{**found, "text_pooling": pooling, **config_options})
         return cls(config, load_tower(config.vision_config, vision), load_tower(config.text_config, text)).eval()
 
     @property

@@ -10,9 +10,9 @@ from training_runs import gradients
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
+from iclip_hf.model.modeling_iclip import contrastive_loss
 from iclip_hf.training import contrastive as module
-from iclip_hf.training.contrastive import PairModel, representative_tokens, set_token_mean
+from iclip_hf.training.contrastive import PairModel, multi_positive_loss, representative_tokens, set_token_mean
 
 
 OF_ITS_OWN = [
@@ -203,7 +203,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     prior = torch.full_like(cosines, 1 / cosines.shape[1])
     prior[..., 1] = seen / seen.sum(1, keepdim=True)
     pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
-    scale, positives = model.interpretability()[0].double(), noun_labels > 0
+    scale, positives = model.interpretability.logit_scale.exp().double(), noun_labels > 0
     contrast = (
         multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
     ) / 2

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..model.presence import presence_text
 from ..utils.files import new_file
 from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
-from .output import PICTURES, check_file, echo, model_files, resolution, save_picture, table
+from .output import PICTURES, check_file, model_files, print_lines, resolution, save_picture, table
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -80,9 +80,9 @@ def run(options: argparse.Namespace) -> None:
     save_picture(sheet, output, dpi)
     if options.json:
         report = {"image": options.image, "picture": str(output), "texts": rows}
-        echo(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
+        print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
-    echo(f"{options.image} -> {output}")
+    print_lines(f"{options.image} -> {output}")
     cells = [
         [
             row["text"],
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
         for row in rows
         for name in models
     ]
-    echo(*table(["text", "presence", "score", "model"], cells))
+    print_lines(*table(["text", "presence", "score", "model"], cells))
 
 
 def _open(options: argparse.Namespace, output: Path, models: list[str]):

@@ -7,7 +7,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 
 from ..training.settings import Settings, add_settings, read_settings
-from .output import echo
+from .output import print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -29,8 +29,8 @@ def run(options: argparse.Namespace) -> None:
         chosen, settings = {}, read_settings(given)
     check_run(settings)  # all of this before torch is loaded
     if chosen and os.environ.get("RANK", "0") == "0":
-        echo("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
-        echo(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
+        print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+        print_lines(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
 
     from huggingface_hub.errors import StrictDataclassError
 

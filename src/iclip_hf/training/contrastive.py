@@ -10,10 +10,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import distributed, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..model.losses import competition_loss, contrastive_loss, multi_positive_loss, sigmoid_loss
-from ..model.modeling_iclip import ICLIPModel, ImageTokens, attention_weights, cosines, normalize
+from ..model.modeling_iclip import (
+    ICLIPBranch,
+    ICLIPModel,
+    ImageTokens,
+    attention_weights,
+    contrastive_loss,
+    cosines,
+    normalize,
+)
 from ..model.pooling import share_among_like
 
 
@@ -101,8 +109,7 @@ class BranchInputs(NamedTuple):
     images: torch.Tensor  # (B, P), or of their patches (B, K, P)
     captions: torch.Tensor  # (B, P)
     prompts: torch.Tensor  # of nouns (M - B, P)
-    scale: torch.Tensor  # logit scale, a scalar
-    bias: torch.Tensor | None  # of the logits, a scalar
+    branch: ICLIPBranch
     attention: torch.Tensor | None = None  # of the patches (B, K)
 
 
@@ -223,7 +230,7 @@ class PairModel(nn.Module):
         return {
             "loss": loss,
             "losses": losses.detach(),
-            "logit_scales": torch.stack([inputs.scale for inputs in branches.values()]).detach(),
+            "logit_scales": torch.cat([branch.logit_scale.exp() for branch in self.branches.values()]).detach(),
             "image_embeds": recognised.images.detach(),
             "text_embeds": recognised.captions.detach(),
         }
@@ -245,7 +252,7 @@ class PairModel(nn.Module):
         a softmax over all nouns that the image is not said to show. In a map that is pooled by similarity, the nouns have their own prior,
         see [`noun_prior`], and compete for the patches.
         """
-        if inputs.bias is not None:
+        if inputs.branch.logit_bias is not None:
             negative_weights = torch.where(nouns.own_absent, 1.0, self.unknown_weight)
             num_positives = nouns.all.sum().clamp(min=1) * len(nouns.own) / len(nouns.all)
             return sigmoid_loss(self._logits(inputs, prompts), nouns.own, negative_weights, num_positives)
@@ -255,7 +262,7 @@ class PairModel(nn.Module):
             sharpness = self.model.config.max_sharpness
             similarities = inputs.images @ prompts.mT
             prior = noun_prior(inputs.attention, nouns.is_background)
-            per_image = inputs.scale * (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
+            per_image = inputs.branch((sharpness * similarities + prior.log()).logsumexp(1) / sharpness)
         per_prompt = gather_with_gradient(per_image).mT
         loss = (multi_positive_loss(per_image, nouns.own) + multi_positive_loss(per_prompt, nouns.all.mT)) / 2
         if inputs.attention is None or not self.noun_competition:
@@ -270,14 +277,13 @@ class PairModel(nn.Module):
         branch, pairs = self.branches[name], len(features)
         images = normalize(branch.visual_projection(features).float())
         texts = normalize(branch.text_projection(text_features).float())
-        return BranchInputs(images, texts[:pairs], texts[pairs:], *branch(), *attention)
+        return BranchInputs(images, texts[:pairs], texts[pairs:], branch, *attention)
 
     def _logits(self, inputs: BranchInputs, texts: torch.Tensor) -> torch.Tensor:
         """Returns the logits (B, T) of this process's images with texts (T, P)."""
         if inputs.attention is None:
-            logits = inputs.scale * cosines(inputs.images, texts)
-            return logits if inputs.bias is None else logits + inputs.bias
-        return inputs.scale * self.model.pool_similarities(inputs.images, texts, inputs.attention)
+            return inputs.branch(cosines(inputs.images, texts))
+        return inputs.branch(self.model.pool_similarities(inputs.images, texts, inputs.attention))
 
     def _encode_images(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return image_features(self.model, pixel_values, self.map_tokens)
@@ -294,6 +300,60 @@ class PairModel(nn.Module):
         """Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease again."""
         for branch in self.branches.values():
             branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+
+
+def sigmoid_loss(
+    logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor, num_positives: torch.Tensor | float
+) -> torch.Tensor:
+    """
+    Binary cross entropy of each image and text, as in SigLIP, with a weight for each negative.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T)`): scaled cosines with a bias.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+        negative_weights (`torch.Tensor` of shape `(B, T)`): weights of the pairs that are not positive; the others have the weight 1.
+        num_positives (`torch.Tensor` or `float`): divisor of the sum; with several processes their mean number of positives.
+
+    Returns:
+        `torch.Tensor` scalar, float32.
+    """
+    weights = torch.where(positives, 1.0, negative_weights)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
+    return losses / num_positives
+
+
+def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax. The share of a
+    text in an image is the mean of its shares in the patches, and the loss is the negative logarithm of the shares of the texts that
+    the image has. So patches behind an object, which belong to some text of the image, cannot stay with the object's.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, N, T)`): scaled cosines of N patches with the texts.
+        prior (`torch.Tensor` of shape `(B, N, T)`): weights of the patches in the mean, which add up to 1 over N.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+
+    Returns:
+        `torch.Tensor` scalar, float32: mean over the positives of an image, then over the images. An image without positives counts 0.
+    """
+    shares = (prior * logits.float().softmax(-1)).sum(1)
+    rows, columns = positives.nonzero(as_tuple=True)
+    losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
+    return (losses / positives.sum(1)[rows]).sum() / len(logits)
+
+
+def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Cross entropy of scaled cosines `(B, T)` with any number of positives in a row, `(B, T)` boolean. A positive competes with the
+    negatives of its row only. Returns the mean over the positives of a row, then over the rows, float32; a row without positives
+    counts 0.
+    """
+    logits = logits.float()
+    negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
+    rows, columns = positives.nonzero(as_tuple=True)  # positives are few
+    own = logits[rows, columns]
+    losses = torch.logaddexp(own, negatives[rows]) - own
+    return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
 def noun_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:

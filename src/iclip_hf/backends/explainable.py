@@ -137,13 +137,13 @@ class RecordableModel(ExplainableModel):
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
 
-    def logit_scale(self) -> torch.Tensor:
-        """Returns the factor by which the model multiplies the cosines of images and texts."""
-        return self.network.logit_scale.float().exp()
+    def logits(self, similarities: torch.Tensor) -> torch.Tensor:
+        """Converts cosines of images and texts to the model's logits, up to a constant."""
+        return self.network.logit_scale.float().exp().to(similarities.device) * similarities
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         bias = getattr(self.network, "logit_bias", None)  # of SigLIP
-        return None if bias is None else (self.logit_scale() * scores + bias.float()).sigmoid()
+        return None if bias is None else (self.logits(scores) + bias.float()).sigmoid()
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """

@@ -80,9 +80,9 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
 
 def _trained_config(model: ICLIPModel) -> ICLIPConfig:
     """Returns the configuration with the trained logit scale and bias of the recognition branch, which presence needs."""
-    config, (scale, bias) = copy.deepcopy(model.config), model.recognition()
-    config.logit_scale_init_value = math.log(scale.item())
-    config.logit_bias_init_value = None if bias is None else bias.item()
+    config, branch = copy.deepcopy(model.config), model.recognition
+    config.logit_scale_init_value = math.log(branch.scale.item())
+    config.logit_bias_init_value = None if branch.logit_bias is None else branch.logit_bias.item()
     return config
 
 
@@ -131,10 +131,9 @@ class ONNXModel:
                 embeds["map_text_embeds"] = join_branches(*averages[::-1], self.config.recognition_share)
         return ICLIPTextFeatures(**embeds)
 
-    def recognition(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def recognition(self, similarities: torch.Tensor) -> torch.Tensor:
         """Like [`ICLIPBranch.forward`] of the recognition branch."""
-        scale, bias = self.config.logit_scale_init_value, self.config.logit_bias_init_value
-        return torch.tensor(scale).exp(), None if bias is None else torch.tensor(bias)
+        return math.exp(self.config.logit_scale_init_value) * similarities + (self.config.logit_bias_init_value or 0)
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

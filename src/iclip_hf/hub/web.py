@@ -183,11 +183,11 @@ def _text_settings(processor: ICLIPProcessor) -> dict:
 
 def _presence_settings(model: ICLIPModel) -> dict | None:
     """Returns what `numerics.js` computes presence with; None for a model that has none."""
-    scale, bias = model.recognition()
-    if bias is None:
+    branch = model.recognition
+    if branch.logit_bias is None:
         return None
-    bias = bias.item() + model.config.presence_bias
-    return {"scale": scale.item(), "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
+    bias = branch.logit_bias.item() + model.config.presence_bias
+    return {"scale": branch.scale.item(), "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:

@@ -228,13 +228,15 @@ class ICLIPBranch(nn.Module):
         if recognises and config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Returns the logit scale, a scalar of at most 100 as in CLIP, and the bias, a scalar or None. This is a forward pass, because the
-        hooks that load offloaded parameters run before one.
-        """
-        bias = None if self.logit_bias is None else self.logit_bias.squeeze()
-        return self.logit_scale.exp().clamp(max=100).squeeze(), bias
+    @property
+    def scale(self) -> torch.Tensor:
+        """The factor of the cosines, a scalar of at most 100 as in CLIP."""
+        return self.logit_scale.exp().clamp(max=100).squeeze()
+
+    def forward(self, similarities: torch.Tensor) -> torch.Tensor:
+        """Converts cosines of any shape to logits: scale * cosine + bias."""
+        logits = self.scale.to(similarities.device) * similarities
+        return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(logits.device)
 
 
 class _AsVector(ConversionOps):
@@ -466,12 +468,9 @@ class ICLIPModel(PreTrainedModel):
         `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape, float32, in [0, 1]; None
         if the model has no logit bias, because it was trained with a softmax.
         """
-        scale, bias = self.recognition()
-        if bias is None:
+        if self.config.logit_bias_init_value is None:
             return None
-        return (
-            scores.float() * scale.to(scores.device) + bias.to(scores.device) + self.config.presence_bias
-        ).sigmoid()
+        return (self.recognition(scores.float()) + self.config.presence_bias).sigmoid()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
         # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
@@ -749,25 +748,20 @@ class ICLIPModel(PreTrainedModel):
         if text is None:
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
-        scale, bias = self.recognition()
-        similarities = cosines(image.image_embeds, text.text_embeds)
-        logits_per_image = scale.to(similarities.device) * similarities
-        if bias is not None:
-            logits_per_image = logits_per_image + bias.to(logits_per_image.device)
+        logits_per_image = self.recognition(cosines(image.image_embeds, text.text_embeds))
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError("The contrastive loss needs one text for each image.")
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                map_scale, _ = self.interpretability()
                 map_texts = map_branch_part(text.map_text_embeds, self.config)
                 if self.config.max_over == "similarity":
                     patches = map_branch_part(image.patch_embeds, self.config)
                     map_similarities = self.pool_similarities(patches, map_texts, image.map_attention)
                 else:
                     map_similarities = cosines(image.map_image_embeds, map_texts)
-                map_loss = contrastive_loss(map_scale.to(map_similarities.device) * map_similarities)
+                map_loss = contrastive_loss(self.interpretability(map_similarities))
                 loss = (loss + map_loss.to(loss.device)) / 2
             if image.attention_direction is not None:  # learned from noun prompts only, but DDP waits for its gradient
                 loss = loss + 0 * image.attention_direction.sum().to(loss)

@@ -30,8 +30,7 @@ def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:
         cosine = cosines(model.get_image_features(pixel_values).image_embeds, texts.text_embeds)
-        logits = cosine * model.logit_scale().to(cosine)
-        return torch.stack([cosine, logits.softmax(-1)], -1)
+        return torch.stack([cosine, model.logits(cosine).softmax(-1)], -1)
 
     return score
 

@@ -4,7 +4,6 @@ import copy
 import io
 import itertools
 import json
-import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -479,14 +478,17 @@ def test_a_method_with_another_number_of_maps_is_named_with_both_shapes(tiny_pro
     assert explain(model, noise((30, 20)), ["dog"], "one_map").raw_maps.shape == (1, 4, 4)
 
 
-def test_the_example_of_a_registered_method_gives_a_map_for_each_text(tiny_processor, registry):
-    code = re.search(r"```python\n(.*?)```", register_explainer.__doc__, re.DOTALL)[1]
-    code = re.sub(r"^ *(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE)
-    exec(code, {"register_explainer": register_explainer, "Explainer": Explainer, "math": math})
-    for texts in (["dog"], TEXTS, [*TEXTS, "car"]):
-        found = explain((tiny_model(), tiny_processor), [noise((30, 20))] * 2, texts, "norm")
-        assert [len(one.maps) for one in found] == [len(texts)] * 2
-    assert explainer_class("norm").__name__ == "TokenNorm"
+def test_the_examples_of_registered_methods_give_a_map_for_each_text(tiny_processor, registry):
+    code = "".join(re.findall(r"```python\n(.*?)```", register_explainer.__doc__, re.DOTALL))
+    exec(re.sub(r"^ *(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE), {})
+    for name in ("sharp", "norm"):
+        for texts in (["dog"], TEXTS, [*TEXTS, "car"]):
+            found = explain((tiny_model(), tiny_processor), [noise((30, 20))] * 2, texts, name)
+            assert [len(one.maps) for one in found] == [len(texts)] * 2
+    model = tiny_model(map_attention="none"), tiny_processor
+    itsm, sharp = (explain(model, noise((30, 20)), TEXTS, name) for name in ("itsm", "sharp"))
+    torch.testing.assert_close(sharp.raw_maps, (10 * itsm.raw_maps).exp())
+    assert [explainer_class(name).__name__ for name in ("sharp", "norm")] == ["SharpSimilarity", "TokenNorm"]
 
 
 @pytest.mark.parametrize("family", ["iclip", "clip", "open_clip"])

@@ -38,7 +38,7 @@ def slowly(model, processor, dataset):
     for sample in dataset:
         with torch.no_grad():
             outputs = model(**processor(sample.image, labels=NAMES), output_similarity_maps=True)
-        scores.append((outputs.logits_per_image[0] / model.recognition.scale).tolist())
+        scores.append((outputs.logits_per_image[0] / model.recognition.logit_scale.exp()).tolist())
         presences.append([label in sample.labels for label in (1, 2, 3)])
         heatmaps = {}
         for label in sample.labels:

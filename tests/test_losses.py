@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iclip_hf.model.losses import contrastive_loss
+from iclip_hf.model.modeling_iclip import contrastive_loss
 from iclip_hf.training.contrastive import competition_loss, multi_positive_loss
 
 

@@ -10,7 +10,7 @@ from training_runs import gradients, pair_model_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.losses import contrastive_loss
+from iclip_hf.model.modeling_iclip import contrastive_loss
 from iclip_hf.training import contrastive as module
 from iclip_hf.training.contrastive import multi_positive_loss
 from iclip_hf.training.features import representative_tokens, set_token_mean
@@ -204,7 +204,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     prior = torch.full_like(cosines, 1 / cosines.shape[1])
     prior[..., 1] = seen / seen.sum(1, keepdim=True)
     pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
-    scale, positives = model.interpretability.scale.double(), noun_labels > 0
+    scale, positives = model.interpretability.logit_scale.exp().double(), noun_labels > 0
     contrast = (
         multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
     ) / 2

@@ -72,8 +72,8 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.embed_patches(self.network.centered_tokens(self._final_norm(stream)))
 
-    def logits(self, similarities: torch.Tensor) -> torch.Tensor:
-        return self.network.recognition(similarities)
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        return self.network.recognition(cosines)
 
 
 class ExplainableONNX(_ICLIP):
@@ -162,8 +162,8 @@ class ExplainableTipsv2(ExplainableCLIP):
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self._final_norm(stream)
 
-    def logits(self, similarities: torch.Tensor) -> torch.Tensor:
-        return similarities / self.network.temperature
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines / self.network.temperature
 
 
 class ExplainableSiglip2(ExplainableSiglip):

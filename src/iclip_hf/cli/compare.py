@@ -10,7 +10,16 @@ from pathlib import Path
 from ..model.presence import MIN_PRESENCE, presence_word
 from ..utils.files import new_file
 from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
-from .output import PICTURES, check_file, echo, model_files, presence_column, printable, resolution, save_picture
+from .output import (
+    PICTURES,
+    check_file,
+    model_files,
+    presence_column,
+    print_lines,
+    printable,
+    resolution,
+    save_picture,
+)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -81,15 +90,15 @@ def run(options: argparse.Namespace) -> None:
     save_picture(sheet, output, dpi)
     if options.json:
         report = {"image": options.image, "picture": str(output), "texts": rows}
-        echo(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
+        print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
-    echo(f"{options.image} -> {output}")
+    print_lines(f"{options.image} -> {output}")
     width = max(len(printable(text)) for text in texts)
     for row in rows:
         figures = [
             f"{row['scores'][name]:+.4f}  {presence_column(row['presence'][name], MIN_PRESENCE)}" for name in models
         ]
-        echo(f"  {printable(row['text']):<{width}}  {'  '.join(figures)}")
+        print_lines(f"  {printable(row['text']):<{width}}  {'  '.join(figures)}")
 
 
 def _open(options: argparse.Namespace, output: Path, models: list[str]):

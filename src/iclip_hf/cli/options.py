@@ -15,7 +15,7 @@ from ..data.class_names import DATASETS
 from ..explainers import METHOD_GROUP, METHODS
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
-from .output import complain
+from .output import print_error
 
 
 Value = TypeVar("Value")
@@ -185,7 +185,7 @@ def load_engine(options: argparse.Namespace):
                 "evaluate --output`."
             )
         if differing := threshold_differences(protocol, engine):
-            complain(
+            print_error(
                 options.command,
                 f"--threshold {results} has thresholds of other maps, with {'; '.join(differing)}: use the same options, or measure by "
                 "`iclip evaluate --output` with these.",

@@ -64,7 +64,7 @@ def report_error(command: str, error: BaseException) -> None:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
-        complain(command, text)
+        print_error(command, text)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"iclip {command}: {printable(text)}", "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(report))
@@ -78,20 +78,20 @@ def printable(text) -> str:
     return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
 
 
-def echo(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     """Prints lines with [`printable`] characters, also into a pipe at once. The value of JSON text does not change."""
     print("\n".join(map(printable, lines)), flush=True)
 
 
-def complain(command: str, text: str) -> None:
+def print_error(command: str, text: str) -> None:
     """Prints a line of a command on stderr."""
     print(f"iclip {command}: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def echo_folder(folder: Path, *command: str) -> None:
+def print_folder(folder: Path, *command: str) -> None:
     """Prints the size of a folder that was written, and a command that uses it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
+    print_lines(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
 
 
 def presence_column(value: float | None, min_presence: float) -> str:

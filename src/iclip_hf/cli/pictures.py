@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 from ..explainers import METHODS
 from ..model.presence import MIN_PRESENCE
 from .options import MODEL, PROMPTS, add_shared, load_engine, method, option_type, share
-from .output import PICTURES, check_file, check_folder, complain, echo, model_files, presence_column, printable
+from .output import (
+    PICTURES,
+    check_file,
+    check_folder,
+    model_files,
+    presence_column,
+    print_error,
+    print_lines,
+    printable,
+)
 
 
 if TYPE_CHECKING:
@@ -138,12 +147,12 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
                 print(text, file=lines, flush=True)
             with tqdm.external_write_mode():  # above the bar
                 if problem:
-                    complain(options.command, problem)
+                    print_error(options.command, problem)
                 if entry:
                     explained += 1
-                    echo(*([text] if options.json else _report(entry, options)))
+                    print_lines(*([text] if options.json else _report(entry, options)))
         if lines is not None and not options.json:
-            echo(f"{explained} images -> {lines.name}")
+            print_lines(f"{explained} images -> {lines.name}")
     return 0 if explained == len(images) else 2
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..training.settings import Settings, add_settings, read_settings
 from ..utils.hub_ids import is_hub_id
-from .output import echo
+from .output import print_lines
 
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
     check_run(settings)
     inputs = open_inputs(settings, pairs)
     if chosen and os.environ.get("RANK", "0") == "0":
-        echo("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
-        echo(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
+        print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+        print_lines(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
     return settings, inputs
 
 

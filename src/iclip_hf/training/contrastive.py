@@ -16,8 +16,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..model.losses import contrastive_loss
-from ..model.modeling_iclip import ICLIPBranch, ICLIPModel, attention_weights, cosines, normalize
+from ..model.modeling_iclip import ICLIPBranch, ICLIPModel, attention_weights, contrastive_loss, cosines, normalize
 from .features import branch_features, image_features
 from .settings import Settings
 
@@ -275,7 +274,7 @@ class PairModel(nn.Module):
         return {
             "loss": loss,
             "losses": losses.detach(),
-            "logit_scales": torch.stack([branch.scale for branch in self.branches.values()]).detach(),
+            "logit_scales": torch.cat([branch.logit_scale.exp() for branch in self.branches.values()]).detach(),
             "image_embeds": branches["recognition"].images.detach(),
             "text_embeds": branches["recognition"].captions.detach(),
         }

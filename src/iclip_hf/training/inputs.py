@@ -107,8 +107,6 @@ def check_run(settings: Settings) -> None:
     check_output_dir(settings)
     if settings.model:
         check_model_name(settings.model, ("iclip",))
-    elif not Path(settings.config).with_name("config.json").is_file():
-        raise FileNotFoundError(f"{settings.config}: the model's config.json is not beside it; copy its whole folder.")
     if settings.nouns and not Path(settings.nouns).is_file():
         raise FileNotFoundError(f"{settings.nouns}: there is no such file of nouns.")
     if settings.eval_dataset != "none" and not (settings.eval_root and Path(settings.eval_root).is_dir()):

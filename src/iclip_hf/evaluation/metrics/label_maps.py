@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ...model.explanation import Explanation
-from ...utils.arrays import to_numpy
+from ..functional import to_numpy
 from .metric import EvaluatedImage, Metric
 from .recognition import like_classes
 

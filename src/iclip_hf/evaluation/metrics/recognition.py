@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from ...model.presence import MIN_PRESENCE, at_prior
-from ...utils.arrays import to_numpy
 from ...utils.extras import require_extra
-from ..functional import reliability
+from ..functional import reliability, to_numpy
 from .metric import CannotMeasure, EvaluatedImage, Metric, markdown, mean, measured, rounded
 
 

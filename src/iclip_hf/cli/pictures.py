@@ -89,7 +89,6 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     """
     from tqdm import tqdm
 
-    from ..data.vocabulary import vocabulary
     from ..model.images import load_image, open_image
     from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
@@ -108,7 +107,9 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
         check_outputs([picture or folder / "new"], [*images, *thresholds, *model_files(options.model)])
     engine, threshold = load_engine(options)
-    from ..explainers.explain import NOUNS  # after the checks, because it imports torch
+    # After the checks, because they import torch.
+    from ..data.nouns import vocabulary
+    from ..explainers.explain import NOUNS
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""

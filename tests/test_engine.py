@@ -27,11 +27,10 @@ from iclip_hf import (
     explain,
 )
 from iclip_hf.backends.loading import load
-from iclip_hf.cli.output import presence_column
 from iclip_hf.data.nouns import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.presence import at_prior
+from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
@@ -431,8 +430,17 @@ def test_the_presence_in_json_decides_whether_the_mask_is_empty(tiny_processor, 
     (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
     shown = text["presence"] >= 0.8
     assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
-    column = presence_column(found.presence.item(), 0.8)
-    assert (float(column.split()[-1]) >= 0.8) == (not column.startswith("absent")) == shown
+    assert presence_text(text["presence"], 0.8) == ("present 0.80" if shown else "absent 0.80")
+
+
+def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):
+    (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], TEXTS)
+    thresholds = [0.2, 0.9, 0.6][: len(found)]
+    given = [thresholds, np.float32(thresholds), torch.tensor(thresholds)]
+    first, *others = (replace(found, threshold=threshold) for threshold in given)
+    for other in others:
+        assert other.label_map().equal(first.label_map()) and other[1].mask().equal(first.mask(1))
+    assert replace(found, threshold=np.float32(0.9)).mask(1).equal(first.mask(1))
 
 
 def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):

@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from training_runs import accelerator, run
+from training_runs import accelerator, pair_model_of, run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
@@ -36,7 +36,6 @@ from iclip_hf.hub.folders import code_files, export_model, init_model, join_towe
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
 from iclip_hf.training import train as program
-from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.settings import FREE, Settings
 
 
@@ -620,7 +619,7 @@ def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor
 
 
 def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
-    pair_model, listed = PairModel(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
+    pair_model, listed = pair_model_of(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
     for card in ({"metrics": METRICS}, {}):
         program.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
         assert listed.exists() == bool(card)

@@ -297,10 +297,17 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
         raise ValueError(
             f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; download it again."
         )
+    if name := non_finite_weight(model):
+        raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+
+
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Returns the name of a parameter or buffer with NaN or infinity; None if there is none. Offloaded ones are not read."""
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+            return name
+    return None
 
 
 class ICLIPModel(PreTrainedModel):

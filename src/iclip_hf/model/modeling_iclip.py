@@ -205,9 +205,13 @@ class Projection(nn.Linear):
             self.hidden = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
-        """Projects features. With `linear`, the hidden layer is left out."""
+        """
+        Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`: the others are zero.
+        """
+        if linear:
+            return F.linear(features, self.weight[:, -features.shape[-1] :], self.bias)
         projected = super().forward(features)
-        return projected if linear or self.hidden is None else projected + self.hidden(features)
+        return projected if self.hidden is None else projected + self.hidden(features)
 
 
 class ICLIPBranch(nn.Module):
@@ -574,11 +578,10 @@ class ICLIPModel(PreTrainedModel):
         """
         patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))
         if share := self.config.recognition_share:
-            # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
+            # The recognition branch learned with tokens that are not centered. They follow the class token, which is zero here.
             patches = patch_tokens
             if self.config.center_tokens:
                 patches = patches + self._own_tensor("token_mean").to(patches)
-            patches = F.pad(patches, (patches.shape[-1], 0))
             recognised = normalize(self.recognition.visual_projection(patches, linear=True))
             patch_embeds = join_branches(patch_embeds, recognised, share)
         return patch_embeds

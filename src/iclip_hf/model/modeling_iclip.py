@@ -52,6 +52,8 @@ VISION_TOWERS = {
     "dinov3_vit": VisionTower("DINOv3ViTAttention"),
     "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
 }
+# Factor of what is below the mean of a map with the additive or signed attention: low, but in its order.
+BELOW_MEAN = 0.1
 # Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
@@ -702,14 +704,16 @@ class ICLIPModel(PreTrainedModel):
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention in ("additive", "signed"):
-            maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
-            attention = min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            attention = min_max_normalize(attention)
             if self.config.map_attention == "signed":
                 weights = attention_weights(
                     image.attention_direction, text.map_text_embeds, self.config.max_sharpness
                 ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
-            maps = maps + attention
+            mean = maps.mean((-2, -1), keepdim=True)
+            above, below = (maps - mean).clamp(min=0), (maps - mean).clamp(max=0)
+            most = 1 / (2 * self.config.max_sharpness)
+            maps = mean + above + attention * above.clamp(max=most) + BELOW_MEAN * below
         return maps
 
     @can_return_tuple

@@ -28,7 +28,9 @@ from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.data import BatchLoader, CachedPairs, FeatureCache, TrainingPairs, whole_image
+from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
+from iclip_hf.training.features import POOLINGS, FeatureCache
+from iclip_hf.training.settings import Settings
 from iclip_hf.training.train import parameter_groups
 
 
@@ -73,7 +75,7 @@ class Ours(Contender):
         accelerator = Accelerator(cpu=True)
         model = ICLIPModel.from_vision_text_pretrained(vision, text)
         dataset = cached_pairs(folder, model, accelerator, lock_text) if cached else plain_pairs(folder)
-        pair_model = PairModel(model, options.batch_size, lock_text)
+        pair_model = PairModel(model, settings(options.batch_size, lock_text))
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, 0.05), lr=1e-4)
         self.pair_model, self.optimizer = accelerator.prepare(pair_model, optimizer)
         workers = 0 if cached else options.num_workers
@@ -132,7 +134,12 @@ def plain_pairs(folder: Path) -> TrainingPairs:
 def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
     """From what is in the folder, or is put there now."""
     pairs = load_pairs(folder / "pairs.tar")
-    return FeatureCache(folder, model.eval(), processor(), accelerator).pairs(pairs, lock_text=lock_text)
+    return CachedPairs(pairs, FeatureCache(folder, model.eval(), processor(), accelerator), lock_text=lock_text)
+
+
+def settings(batch_size: int, lock_text: bool) -> Settings:
+    """Of a loss in one chunk."""
+    return Settings(model="embedded", data=["pairs"], chunk_size=batch_size, lock_text=lock_text)
 
 
 # name, class, and what it is made with
@@ -165,11 +172,11 @@ def steps(rounds: int) -> dict[str, list[float]]:
 
     def step(max_over: str):
         model = ICLIPModel.from_vision_text_pretrained(*map(str, embedded_towers()), max_over=max_over)
-        pair_model = PairModel(model, PAIRS, lock_text=True)
+        pair_model = PairModel(model, settings(PAIRS, lock_text=True))
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, 0.05), lr=1e-4)
-        features = [torch.randn(PAIRS, WIDTH), torch.randn(PAIRS, WIDTH)]
-        if max_over == "similarity":
-            features[1:] = torch.randn(PAIRS, TOKENS, WIDTH), torch.rand(PAIRS, TOKENS)
+        features = torch.randn(PAIRS, len(POOLINGS), WIDTH)
+        if max_over == "similarity":  # with the attention in the last column
+            features = torch.rand(PAIRS, 2 + TOKENS, WIDTH + 1)
         texts = torch.randn(PAIRS, WIDTH)
 
         def train() -> None:

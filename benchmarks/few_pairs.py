@@ -25,7 +25,8 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.data import BatchLoader, FeatureCache
+from iclip_hf.training.data import BatchLoader, CachedPairs
+from iclip_hf.training.features import FeatureCache, branch_features
 from iclip_hf.training.preset import RATE, STEPS
 from iclip_hf.training.settings import Settings
 from iclip_hf.training.train import cosine_schedule, parameter_groups
@@ -62,7 +63,7 @@ class Study:
         self.start, self.processor = load_iclip("embedded")
         pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
         cache = FeatureCache(options.output, self.start, self.processor, self.accelerator)
-        self.pairs = cache.pairs(pairs, lock_text=True)
+        self.pairs = CachedPairs(pairs, cache, lock_text=True)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
         self.start.encode_image = remembered(self.start.encode_image, {})
         self.start.encode_text = remembered(self.start.encode_text, {})
@@ -79,12 +80,12 @@ class Study:
 
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
         training = copy.copy(self.pairs)
-        training.rows = self.pairs.rows[rows]
-        training.sentences = [self.pairs.sentences[row][:1] for row in rows]
+        training.rows, training.keys = self.pairs.rows[rows], self.pairs.keys[rows]
+        training.captions = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        pair_model = PairModel(model, lock_text=True)
-        defaults = Settings(model="embedded", data=[""], output_dir=".")
+        defaults = Settings(model="embedded", data=[""], output_dir=".", lock_text=True)
+        pair_model = PairModel(model, defaults)
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
         step = 0
         for epoch in itertools.count():
@@ -104,13 +105,13 @@ class Study:
     def retrieval(self, model: ICLIPModel, rows: np.ndarray) -> dict[str, float]:
         """Returns the recall at 1 and at 5 among these images and all their captions, in percent."""
         branch, pairs = model.recognition, self.pairs.__getitems__(rows)
-        captions = [self.pairs.sentences[row] for row in rows]
+        captions = [self.pairs.captions[row] for row in rows]
         texts = list(itertools.chain.from_iterable(captions))
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
         cosines = (
-            F.normalize(branch.visual_projection(pairs["image_features"][0]), dim=-1)
-            @ F.normalize(branch.text_projection(self.pairs.texts[texts]), dim=-1).T
+            F.normalize(branch.visual_projection(branch_features(pairs["image_features"], model.config)[0]), dim=-1)
+            @ F.normalize(branch.text_projection(self.pairs.text_features[texts]), dim=-1).T
         )
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()

@@ -4,7 +4,6 @@ import copy
 import io
 import itertools
 import json
-import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -28,11 +27,10 @@ from iclip_hf import (
     explain,
 )
 from iclip_hf.backends.loading import load
-from iclip_hf.cli.output import presence_column
 from iclip_hf.data.vocabulary import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.presence import at_prior
+from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
@@ -432,8 +430,17 @@ def test_the_presence_in_json_decides_whether_the_mask_is_empty(tiny_processor, 
     (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
     shown = text["presence"] >= 0.8
     assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
-    column = presence_column(found.presence.item(), 0.8)
-    assert (float(column.split()[-1]) >= 0.8) == (not column.startswith("absent")) == shown
+    assert presence_text(text["presence"], 0.8) == ("present 0.80" if shown else "absent 0.80")
+
+
+def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):
+    (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], TEXTS)
+    thresholds = [0.2, 0.9, 0.6][: len(found)]
+    given = [thresholds, np.float32(thresholds), torch.tensor(thresholds)]
+    first, *others = (replace(found, threshold=threshold) for threshold in given)
+    for other in others:
+        assert other.label_map().equal(first.label_map()) and other[1].mask().equal(first.mask(1))
+    assert replace(found, threshold=np.float32(0.9)).mask(1).equal(first.mask(1))
 
 
 def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):
@@ -479,14 +486,17 @@ def test_a_method_with_another_number_of_maps_is_named_with_both_shapes(tiny_pro
     assert explain(model, noise((30, 20)), ["dog"], "one_map").raw_maps.shape == (1, 4, 4)
 
 
-def test_the_example_of_a_registered_method_gives_a_map_for_each_text(tiny_processor, registry):
-    code = re.search(r"```python\n(.*?)```", register_explainer.__doc__, re.DOTALL)[1]
-    code = re.sub(r"^ *(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE)
-    exec(code, {"register_explainer": register_explainer, "Explainer": Explainer, "math": math})
-    for texts in (["dog"], TEXTS, [*TEXTS, "car"]):
-        found = explain((tiny_model(), tiny_processor), [noise((30, 20))] * 2, texts, "norm")
-        assert [len(one.maps) for one in found] == [len(texts)] * 2
-    assert explainer_class("norm").__name__ == "TokenNorm"
+def test_the_examples_of_registered_methods_give_a_map_for_each_text(tiny_processor, registry):
+    code = "".join(re.findall(r"```python\n(.*?)```", register_explainer.__doc__, re.DOTALL))
+    exec(re.sub(r"^ *(>>>|\.\.\.) ?", "", code, flags=re.MULTILINE), {})
+    for name in ("sharp", "norm"):
+        for texts in (["dog"], TEXTS, [*TEXTS, "car"]):
+            found = explain((tiny_model(), tiny_processor), [noise((30, 20))] * 2, texts, name)
+            assert [len(one.maps) for one in found] == [len(texts)] * 2
+    model = tiny_model(map_attention="none"), tiny_processor
+    itsm, sharp = (explain(model, noise((30, 20)), TEXTS, name) for name in ("itsm", "sharp"))
+    torch.testing.assert_close(sharp.raw_maps, (10 * itsm.raw_maps).exp())
+    assert [explainer_class(name).__name__ for name in ("sharp", "norm")] == ["SharpSimilarity", "TokenNorm"]
 
 
 @pytest.mark.parametrize("family", ["iclip", "clip", "open_clip"])

@@ -211,7 +211,7 @@ def test_grad_eclip_channel_by_channel(made, family):
     for image in range(2):
         features, (layer,) = adapter.trace(pixels()[image, None], -1, grad=True)
         for text in range(3):
-            logit = adapter.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[text])
+            logit = adapter.logits(features.image_embeds[0] @ texts.text_embeds[text])
             (gradient,) = torch.autograd.grad(logit, layer.mixed, retain_graph=True)
             # all of the class token, its channels head by head
             importance, query = (one[0, :, 0].flatten() for one in (gradient, layer.query))
@@ -237,7 +237,7 @@ def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, opt
     model = tiny_model(**options)
     explainer, texts, maps = maps_by((model, tiny_processor), "grad_eclip", batch=1)
     features, (layer,) = explainer.model.trace(pixels(batch=1), -1, grad=True)
-    logit = explainer.model.logit_scale() * (features.image_embeds[0] @ texts.text_embeds[0])
+    logit = explainer.model.logits(features.image_embeds[0] @ texts.text_embeds[0])
     (gradient,) = torch.autograd.grad(logit, layer.mixed)
     expected = torch.zeros(25)
     for query in range(25):

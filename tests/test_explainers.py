@@ -330,7 +330,7 @@ def test_bi_modal_adds_the_rows_of_all_tokens_that_the_score_reads(options, one_
     pooled = average if options.get("pooling") == "average" else class_token
     pooled = torch.cat([class_token, average], 1) if "recognition_pooling" in options else pooled
     embed = F.normalize(reference.recognition.visual_projection(pooled)[0], dim=-1)
-    logit = reference.recognition()[0] * embed @ texts.text_embeds[0]
+    logit = reference.recognition(embed @ texts.text_embeds[0])
     attention = outputs.attentions[-1]
     (gradient,) = torch.autograd.grad(logit, attention)
     relevance = torch.eye(25) + (attention * gradient)[0].clamp(min=0).mean(0)

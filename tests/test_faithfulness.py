@@ -76,7 +76,7 @@ def test_curves_equal_those_of_plain_loops(tiny_processor):
                 with torch.no_grad():
                     outputs = model(pixel_values=changed[None], text_features=texts)
                 logits = outputs.logits_per_image[0]
-                expected = torch.stack([logits / model.recognition()[0], logits.softmax(-1)], -1)
+                expected = torch.stack([logits / model.recognition.logit_scale.exp(), logits.softmax(-1)], -1)
                 torch.testing.assert_close(curve[step], expected, atol=1e-5, rtol=1e-4)
 
 

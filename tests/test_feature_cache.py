@@ -8,12 +8,12 @@ import torch
 from conftest import tiny_model, write_pairs
 from training_runs import accelerator
 
-from iclip_hf import ICLIPConfig, ICLIPProcessor
+from iclip_hf import ICLIPProcessor
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.data.sources import PairTexts
-from iclip_hf.training.contrastive import image_features
-from iclip_hf.training.data import CachedPairs, FeatureCache, FeatureShards, TrainingPairs
+from iclip_hf.model.pooling import share_among_like
+from iclip_hf.training.data import CachedPairs, TrainingPairs
+from iclip_hf.training.features import FeatureCache, FeatureShards, branch_features
 
 
 TOKENS = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
@@ -34,18 +34,21 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     model, pairs = tiny_model(**options), load_pairs(str(hub / "pairs.tar"))
     model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
     first = FeatureCache(folder, tiny_model(), tiny_processor, accelerator()).images(pairs)
-    images = FeatureCache(folder, model, tiny_processor, accelerator()).images(pairs)
-    assert (images.folder == first.folder) == ("max_over" not in options)
-    texts = [PairTexts(pairs.captions(index)) for index in range(len(pairs))]
-    dataset = CachedPairs(images, range(len(pairs)), texts, model.config, tiny_processor)
-    cached = dataset.__getitems__([5, 60])["image_features"]
+    dataset = CachedPairs(pairs, FeatureCache(folder, model, tiny_processor, accelerator()))
+    assert (dataset.features.folder == first.folder) == ("max_over" not in options)
+    cached = branch_features(dataset.__getitems__([5, 60])["image_features"], model.config)
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
-    direct = image_features(model, pixel_values, 20)
-    branches = 2 if model.config.dual_projection else 1
-    width = 64 if "recognition_pooling" in options else 32
-    shapes = [(2, width), (2, 16, 32) if "max_over" in options else (2, 32)]
-    assert [one.shape for one in direct[:branches]] == shapes[:branches]
-    torch.testing.assert_close(cached, direct, atol=2e-3, rtol=2e-3)  # float16
+    with torch.no_grad():
+        image = model.encode_image(pixel_values)
+        expected = [*model.pool_image(image, attention := model.normalized_attention(image))]
+        if "max_over" in options:  # as many tokens as patches are all of them, each with those like it
+            values = torch.cat([model.centered_tokens(image.patch_tokens), attention.unsqueeze(-1)], -1)
+            shared = share_among_like(values, values[..., :-1], model.config.map_affinity)
+            expected[1:] = [shared[..., :-1], shared[..., -1]]
+    expected = expected if model.config.dual_projection else expected[:1]
+    assert len(cached) == len(expected)
+    for one, other in zip(cached, expected):
+        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)  # float16
 
 
 def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor, monkeypatch):
@@ -118,13 +121,13 @@ def test_texts_and_repeated_sources_cost_no_features(tmp_path, tiny_processor, m
         model, "encode_image", lambda images, of=model.encode_image: calls.append(len(images)) or of(images)
     )
     cache = FeatureCache(tmp_path / "cache", model, tiny_processor, accelerator())
-    once, often = cache.pairs(load_pairs(sources[:2])), cache.pairs(load_pairs(sources))
+    once, often = CachedPairs(load_pairs(sources[:2]), cache), CachedPairs(load_pairs(sources), cache)
     assert calls == [12] and len(once) == 12 and len(often) == 24 and often.features.folder == once.features.folder
     expected = once.__getitems__([*range(12)])["image_features"]
     for rows in ([*range(12)], [*range(17, 24), *range(12, 17)]):
-        assert all(map(torch.equal, often.__getitems__(rows)["image_features"], expected))
+        assert torch.equal(often.__getitems__(rows)["image_features"], expected)
     write_pairs(tmp_path / "a.tar", 5, captions=["a red dog"])
-    changed = cache.pairs(load_pairs(sources[:2]))
+    changed = CachedPairs(load_pairs(sources[:2]), cache)
     assert calls == [12] and changed.sampled_captions()[7:] == ["a red dog"] * 5
 
 
@@ -134,8 +137,8 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
     model.config.pooling, model.config.dual_projection = "max", False
     cache = FeatureCache(tmp_path, model, tiny_processor, accelerator())
     with pytest.raises(ValueError, match="max_bad_share: 2 of 40"):
-        cache.pairs(pairs, max_bad_share=0.01)
-    dataset = cache.pairs(pairs, lock_text=True)
+        CachedPairs(load_pairs(str(tmp_path / "pairs.tar"), max_bad_share=0.01), cache)
+    dataset = CachedPairs(pairs, cache, lock_text=True)
     images = cache.images(pairs)
     assert len(dataset) == 38
     for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones
@@ -144,42 +147,27 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
         both = model.encode_text(**captions)[0]
         distance = (both - batch["text_features"]).abs().amax(1)
         assert distance.min() < 2e-3
-        assert np.array_equal(batch["image_features"][0], images[np.array([row])][:, 2])
+        assert np.array_equal(batch["image_features"], images[np.array([row])])
 
 
-def test_captions_are_drawn_by_the_epoch(tmp_path, tiny_processor):
-    images = FeatureShards(tmp_path, 300)
-    for shard in range(images.num_shards):
-        rows = np.array(images.rows_of(shard))
-        features = rows.astype(np.float16)[:, None, None] * np.ones((1, 5, 2), np.float16)
-        images.write(shard, features)
-    texts, config = (
-        [PairTexts([f"red {row}", f"blue {row}"]) for row in range(300)],
-        ICLIPConfig(pooling="max", dual_projection=False),
-    )
-    dataset = CachedPairs(images, range(300), texts, config, tiny_processor)
-    order = np.random.default_rng(0).permutation(300)
-    epochs = []
+@pytest.mark.parametrize("nouns", [None, NounPrompts(["dog", "cat"])])
+def test_pairs_and_their_features_have_the_same_captions(tmp_path, tiny_processor, nouns):
+    """Sampled by the epoch and the place of the pair, in whatever order, and whether or not another pair is bad."""
+    captions = ["a photo of a dog", *(f"it runs, {number}" for number in range(4))]
+    write_pairs(tmp_path / "pairs.tar", 40, broken=(3,), captions=captions)
+    source = load_pairs([str(tmp_path / "pairs.tar")] * 2, max_bad_share=0.1)
+    cache = FeatureCache(tmp_path / "cache", tiny_model(), tiny_processor, accelerator())
+    cached = CachedPairs(source, cache, 7, nouns)
+    pairs = TrainingPairs(source, lambda image: image, tiny_processor, 7, nouns)
+    kept, epochs = [place for place in range(80) if place % 40 != 3], []
     for epoch in (0, 1, 0):
-        dataset.set_epoch(epoch)
-        batch = dataset.__getitems__(order)
-        assert np.array_equal(batch["image_features"][0][:, 0].numpy(), order)
-        assert [int(caption.split()[1]) for caption in batch["caption"]] == list(order)
-        epochs.append(batch["caption"])
-    assert epochs[0] == epochs[2] != epochs[1] and 110 < sum("red" in caption for caption in epochs[0]) < 190
-
-
-def test_captions_that_are_noun_prompts_are_not_drawn(tmp_path, tiny_processor):
-    nouns = NounPrompts(["dog"])
-    images = FeatureShards(tmp_path, 60)
-    images.write(0, np.zeros((60, 5, 2), np.float16))
-    texts, config = [PairTexts(["a photo of a dog", f"a dog runs, {row}"]) for row in range(60)], tiny_model().config
-    dataset = CachedPairs(images, range(60), texts, config, tiny_processor, nouns=nouns)
-    assert dataset.sampled_captions() == [f"a dog runs, {row}" for row in range(60)]
-    pairs = TrainingPairs(None, lambda image: image, tiny_processor, nouns=nouns)
-    pair = {"image": None, "caption": "a photo of a dog", "captions": ["a photo of a dog", "it runs"]}
-    pair |= {"labels": [], "complete": []}
-    assert pairs.prepare(pair, 0)["caption"] == "it runs"
+        pairs.set_epoch(epoch)
+        cached.set_epoch(epoch)
+        epochs.append(cached.sampled_captions())
+        assert epochs[-1] == [pairs[place]["caption"] for place in kept]
+        assert epochs[-1][5::-2] == cached.__getitems__([5, 3, 1])["caption"]
+    assert epochs[0] == epochs[2] != epochs[1] and epochs[0][:39] != epochs[0][39:]
+    assert {*epochs[0]} == {*captions[nouns is not None :]}  # a noun prompt is no caption if there is another
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".json"])

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import VISION, noise, tiny_inputs, tiny_model
 from pairwise import pairwise
+from training_runs import pair_model_of
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
 from iclip_hf.model.pooling import normalize_attention, pool_similarities
-from iclip_hf.training.contrastive import PairModel
 
 
 POOLED = [
@@ -64,7 +64,7 @@ def test_the_gradient_of_everything_that_learns_is_finite(row):
         "noun_branches": branches,
         "noun_competition": 0.5,
     }
-    pair_model = PairModel(model, **training, **LEARNS[row["learns"]])
+    pair_model = pair_model_of(model, **training, **LEARNS[row["learns"]])
     batch = tiny_inputs(batch=3, texts=6 if row["nouns"] else 3)
     if row["nouns"]:
         batch |= {"noun_ids": torch.tensor([0, 1, 1]), "is_background": torch.tensor([0, 1, 1])}

@@ -23,7 +23,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from training_runs import accelerator, run
+from training_runs import accelerator, pair_model_of, run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
@@ -36,7 +36,6 @@ from iclip_hf.hub.folders import code_files, export_model, init_model, join_towe
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
 from iclip_hf.training import train as program
-from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.settings import FREE, Settings
 
 
@@ -377,6 +376,20 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
     assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
 
 
+def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path, tiny_processor):
+    tiny_processor.image_processor.save_pretrained(towers / "vision")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.yaml").write_text(f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n")
+    init_model(tmp_path / "own", tmp_path / "new")
+    model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
+    assert (model.config.vision_config.layer_norm_eps, model.config.vision_config.hidden_size) == (1e-12, 32)
+    assert (model.config.pooling, model.config.text_pooling) == ("masked_max", "mean")
+    assert processor.patch_size == 8 and dict(processor.image_processor.size) == {"height": 224, "width": 224}
+    assert list(processor.image_processor.image_mean) == list(tiny_processor.image_processor.image_mean)
+    _, small = join_towers(tmp_path / "own", *map(str, (towers / "vision", towers / "text")), image_size=48)
+    assert dict(small.image_processor.size) == {"height": 48, "width": 48}
+
+
 def test_a_tower_by_a_relative_path_is_no_hub_id_elsewhere(towers, tmp_path, monkeypatch):
     monkeypatch.chdir(towers.parent)
     relative = [f"{towers.name}/{side}" for side in ("vision", "text")]
@@ -606,7 +619,7 @@ def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor
 
 
 def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
-    pair_model, listed = PairModel(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
+    pair_model, listed = pair_model_of(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
     for card in ({"metrics": METRICS}, {}):
         program.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
         assert listed.exists() == bool(card)

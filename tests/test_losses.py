@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from iclip_hf.model.losses import competition_loss, contrastive_loss, multi_positive_loss
+from iclip_hf.model.modeling_iclip import contrastive_loss
+from iclip_hf.training.contrastive import competition_loss, multi_positive_loss
 
 
 def in_loops(logits: list[list[float]]) -> float:

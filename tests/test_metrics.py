@@ -515,7 +515,8 @@ def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
     metric.update(np.array([[1.0, 0.3], [0.0, 0.9]]), np.full((2, 2), shown))
     found = metric.compute()
     assert found["prior"] == shown and found["calibration_error"] is found["reliability"] is found["auc"] is None
-    assert metric.tables(found)  # without the table of the bins
+    (table,) = metric.tables(found)  # without the table of the bins
+    assert ("passed" in table) != shown and "AUC" not in table  # without rows that cannot be measured
     metric.update(np.array([[1.0, 0.0]]), np.array([[1, 0]]))  # certain, at a prior between 0 and 1
     assert 0 <= metric.compute()["calibration_error"] <= 1
     assert sum(row["pairs"] for row in metric.compute()["reliability"]) == 6

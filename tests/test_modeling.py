@@ -327,15 +327,16 @@ def test_scales_are_a_branchs_own_and_clamped(tmp_path):
     with torch.no_grad():
         model.recognition.logit_scale.fill_(9.0)
         model.interpretability.logit_scale.fill_(1.0)
+    one = torch.ones(1)
     torch.testing.assert_close(
-        torch.stack([model.recognition()[0], model.interpretability()[0]]), torch.tensor([100, math.e])
+        torch.cat([model.recognition(one), model.interpretability(one)]), torch.tensor([100, math.e])
     )
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(
         json.dumps({**config, "logit_scales": "per_branch"})
     )  # of an earlier version
-    torch.testing.assert_close(ICLIPModel.from_pretrained(tmp_path).recognition(), model.recognition())
+    torch.testing.assert_close(ICLIPModel.from_pretrained(tmp_path).recognition(one), model.recognition(one))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
@@ -419,7 +420,7 @@ def test_autocast_rounds_no_logit_and_no_loss():
     model, inputs = tiny_model(), tiny_inputs(batch=3, texts=3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         outputs = model(**inputs, return_loss=True)
-    logits = model.recognition()[0] * outputs.image_embeds.float() @ outputs.text_embeds.float().T
+    logits = model.recognition(outputs.image_embeds.float() @ outputs.text_embeds.float().T)
     torch.testing.assert_close(outputs.logits_per_image, logits, atol=1e-4, rtol=0)
     assert outputs.loss.dtype == torch.float32
 
@@ -564,7 +565,7 @@ def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path
             for j, text in enumerate(texts):
                 own = project(model.recognition.text_projection, text)
                 cosine = vector @ own
-                scale, bias = model.recognition()
+                scale, bias = model.recognition.logit_scale.exp().squeeze(), model.recognition.logit_bias.squeeze()
                 torch.testing.assert_close(outputs.logits_per_image[i, j], scale * cosine + bias, atol=1e-4, rtol=1e-4)
                 presence = model.presence(cosine)
                 torch.testing.assert_close(presence, 1 / (1 + (-(scale * cosine + bias + 0.5)).exp()))

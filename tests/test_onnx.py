@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from iclip_hf import ICLIPConfig, cli, explain, load
 from iclip_hf.backends import onnx as onnx_export
-from iclip_hf.backends.onnx import ONNXModel, _trained_config, export_onnx
+from iclip_hf.backends.onnx import ONNXModel, export_onnx, trained_config
 from iclip_hf.evaluation.metrics.deletion_insertion import scorer
 from iclip_hf.evaluation.metrics.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, make_explainer
@@ -124,7 +124,7 @@ def test_presence_is_that_of_the_trained_model(model, folder):
 def test_the_configuration_holds_what_a_model_was_trained_to():
     model = tiny_model()
     model.recognition.logit_scale.fill_(9.0)  # a scale is at most 100
-    config = ICLIPConfig.from_dict(_trained_config(model).to_dict())
+    config = ICLIPConfig.from_dict(trained_config(model).to_dict())
     assert config.logit_scale_init_value == pytest.approx(math.log(100)) and config.logit_bias_init_value is None
     assert model.config.logit_scale_init_value == 2.6592
 

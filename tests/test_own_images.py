@@ -18,8 +18,10 @@ from training_runs import write_table
 
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.training import preset
 from iclip_hf.training import train as program
-from iclip_hf.training.preset import STEPS, check_pairs, choose_settings
+from iclip_hf.training.inputs import open_pairs
+from iclip_hf.training.preset import STEPS, check_pairs
 from iclip_hf.training.settings import Settings
 from iclip_hf.training.train import (
     RunState,
@@ -39,6 +41,10 @@ def here(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def choose_settings(given: dict) -> dict:
+    return preset.choose_settings(given, open_pairs(given["data"], given))
 
 
 @pytest.mark.parametrize("count", [2, 19, 20, 21, 300])
@@ -87,7 +93,7 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
 
 def said(arguments: list, capsys) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("iclip_hf.training.train.train", lambda settings: pytest.fail("it trained"))
+        patch.setattr("iclip_hf.training.train.train", lambda *arguments: pytest.fail("it trained"))
         code = cli.main(["train", *map(str, arguments)])
     message = capsys.readouterr().err
     assert code == 2 and message.count("\n") == 1, message
@@ -109,12 +115,11 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     table.write_text("image,caption\n0.png,a dog\n1.png,\n")
     assert f"The first: {table.name}, row 2" in said([two.name, table.name], capsys)  # of its own table
     table.write_text("\n".join(["image,caption", *(f"{number}.png,dog {number}" for number in range(19)), "19.png,"]))
-    check_pairs(load_pairs(table), max_bad_share=0.05)  # as many are bad as may be
+    check_pairs(load_pairs(table, max_bad_share=0.05))  # as many are bad as may be
 
 
 def test_bad_settings_are_one_sentence(tmp_path, capsys):
-    table = write_table(tmp_path, 30)
-    (tmp_path / "alone.yaml").write_text(f"vision: embedded\ntext: embedded\ndata: [{table}]")
+    write_table(tmp_path, 30)
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003").mkdir(parents=True)
     (tmp_path / "runs" / "pairs" / "checkpoint-0000003" / "state.json").touch()
     (tmp_path / "clip").mkdir()
@@ -131,7 +136,6 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
         "pairs.csv --nouns absent.txt": "absent.txt: ",
         "pairs.csv --eval_dataset folder": "eval_root: ''",
         "pairs.csv --vision v --text t": "config: ",
-        "--config alone.yaml": "alone.yaml: ",
     }.items():
         assert shown in said(["--output_dir", "new", *arguments.split()], capsys)
     assert not (tmp_path / "new").exists()

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
-from training_runs import gradients
+from training_runs import gradients, pair_model_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
+from iclip_hf.model.modeling_iclip import contrastive_loss
 from iclip_hf.training import contrastive as module
-from iclip_hf.training.contrastive import PairModel, representative_tokens, set_token_mean
+from iclip_hf.training.contrastive import multi_positive_loss
+from iclip_hf.training.features import representative_tokens, set_token_mean
 
 
 OF_ITS_OWN = [
@@ -29,7 +30,7 @@ def test_loss_is_the_models_own(options):
     model, inputs = tiny_model(**options), tiny_inputs(batch=6, texts=6)
     if "center_tokens" in options:
         set_token_mean(model, inputs["pixel_values"])
-    outputs = PairModel(model).eval()(**inputs)
+    outputs = pair_model_of(model).eval()(**inputs)
     torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-5, rtol=0)
     assert outputs["losses"].shape == (2 if model.config.dual_projection else 1,)
 
@@ -72,9 +73,9 @@ def test_the_token_mean_is_that_of_the_images_and_stays():
 @pytest.mark.parametrize("lock_vision", [True, False])
 def test_chunks_give_the_gradient_of_the_whole_batch(lock_vision):
     """More negatives, not the same few: cached gradients, with both towers in several chunks, the last one smaller."""
-    pair_model, batch = PairModel(tiny_model(lock_vision=lock_vision), chunk_size=100).eval(), tiny_inputs(7, 7)
+    pair_model, batch = pair_model_of(tiny_model(lock_vision=lock_vision), chunk_size=100).eval(), tiny_inputs(7, 7)
     loss, whole = gradients(pair_model, batch)
-    pair_model.chunk_size = 3
+    pair_model.settings.chunk_size = 3
     chunked_loss, chunked = gradients(pair_model, batch)
     assert abs(chunked_loss - loss) < 1e-5
     assert whole.keys() == chunked.keys() and any("vision_model" in name for name in whole) != lock_vision
@@ -83,7 +84,7 @@ def test_chunks_give_the_gradient_of_the_whole_batch(lock_vision):
 
 
 def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
-    pair_model, batch = PairModel(tiny_model(), chunk_size=3), tiny_inputs(7, 7)
+    pair_model, batch = pair_model_of(tiny_model(), chunk_size=3), tiny_inputs(7, 7)
     assert pair_model.model.text_model.training and pair_model.model.text_model.config.hidden_dropout_prob > 0
     again = gradients(pair_model, batch)
     monkeypatch.setattr(module, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
@@ -133,7 +134,7 @@ def test_noun_prompts_teach_the_recognition_branch():
     noun_labels = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
     noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
     nouns = {"noun_ids": noun_ids, "is_background": torch.zeros(6), "noun_labels": noun_labels}
-    outputs = PairModel(model, noun_weight=0.7).eval()(**batch, **nouns)
+    outputs = pair_model_of(model, noun_weight=0.7).eval()(**batch, **nouns)
     once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
         logits = model(**batch).logits_per_image[:, [3 + place for place in once]].tolist()
@@ -150,7 +151,7 @@ def test_noun_prompts_teach_the_recognition_branch():
 
     positive = [[bool(noun_labels[image, noun]) for noun in noun_ids[once]] for image in range(3)]
     loss = (one_side(logits, positive) + one_side([*zip(*logits)], [*zip(*positive)])) / 2
-    plain = PairModel(model).eval()(
+    plain = pair_model_of(model).eval()(
         **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
     )
     assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * loss, abs=1e-5)
@@ -164,7 +165,7 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
     nouns = {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]), "is_background": torch.zeros(6), "noun_labels": noun_labels}
     learns = {"noun_weight": 0.7, "unknown_weight": 0.3, "noun_branches": ["recognition", "interpretability"]}
-    outputs = PairModel(model, **learns).eval()(**batch, **nouns)
+    outputs = pair_model_of(model, **learns).eval()(**batch, **nouns)
     with torch.no_grad():
         logits = model(**batch).logits_per_image  # with the bias
     total = 0.0
@@ -177,7 +178,7 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     assert outputs["losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
     softmax = tiny_model(max_over="similarity")  # the same weights without a bias
     softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})
-    without = PairModel(softmax, **learns).eval()(**batch, **nouns)
+    without = pair_model_of(softmax, **learns).eval()(**batch, **nouns)
     torch.testing.assert_close(outputs["losses"][1], without["losses"][1])  # the map branch keeps its loss
     outputs["loss"].backward()
     assert model.recognition.logit_bias.grad.abs() > 1e-3
@@ -195,7 +196,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
         model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
         outputs = {
-            share: PairModel(model, **learns, noun_competition=share).eval()(**batch, **nouns)
+            share: pair_model_of(model, **learns, noun_competition=share).eval()(**batch, **nouns)
             for share in (0, 0.25, 1)
         }
     cosines = (image.patch_embeds.flatten(1, 2) @ texts.T).double()
@@ -203,7 +204,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     prior = torch.full_like(cosines, 1 / cosines.shape[1])
     prior[..., 1] = seen / seen.sum(1, keepdim=True)
     pooled = (prior * (10 * cosines).exp()).sum(1).log() / 10
-    scale, positives = model.interpretability()[0].double(), noun_labels > 0
+    scale, positives = model.interpretability.logit_scale.exp().double(), noun_labels > 0
     contrast = (
         multi_positive_loss(scale * pooled, positives) + multi_positive_loss(scale * pooled.T, positives.T)
     ) / 2
@@ -221,14 +222,14 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
 
 
 def test_locked_towers_stay_locked():
-    pair_model = PairModel(tiny_model(), lock_text=True).train()
+    pair_model = pair_model_of(tiny_model(), lock_text=True).train()
     assert not pair_model.model.vision_model.training and not pair_model.model.text_model.training
     _, grads = gradients(pair_model, tiny_inputs(4, 4))
     assert all(".recognition." in name or ".interpretability." in name for name in grads) and len(grads) == 6
 
 
 def test_clamped_scale_can_come_back():
-    pair_model = PairModel(tiny_model()).eval()
+    pair_model = pair_model_of(tiny_model()).eval()
     scale = pair_model.model.recognition.logit_scale
     scale.data.fill_(9.0)
     pair_model.clamp_logit_scales()

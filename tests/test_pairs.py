@@ -18,14 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from accelerate import Accelerator
 from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
-from iclip_hf.training.data import open_inputs
+from iclip_hf.training.inputs import open_inputs
 
 
 NASTY = [
@@ -310,7 +309,7 @@ def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
         assert {os.path.basename(file) for file in both[0] & both[1]} == expected
         named = {"data": [str(tmp_path / data)], "validation_data": [str(tmp_path / held_out)]}
         caplog.clear()
-        open_inputs(SimpleNamespace(**usual, **named), Accelerator(cpu=True))
+        open_inputs(SimpleNamespace(**usual, **named))
         assert ("in data and validation_data" in caplog.text) == bool(expected)
 
 

@@ -11,7 +11,7 @@ from conftest import tiny_model
 from test_identity import CONFIG, edit_json, edit_weights, swapped
 from training_runs import write_table
 
-from iclip_hf.training.preset import STATE_FILE, checkpoints
+from iclip_hf.training.inputs import STATE_FILE, checkpoints
 from iclip_hf.training.settings import parse_settings
 from iclip_hf.training.train import train
 

@@ -1,5 +1,6 @@
 """Settings of `iclip train` from a train.yaml and the command line: what is taken, and what is refused by its name."""
 
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import pytest
@@ -38,7 +39,12 @@ BAD_SETTINGS = [
 def said(tmp_path, capsys, content: str | bytes) -> str:
     """What `iclip train` says to a train.yaml, without a look at the files, and without training."""
     file = written(tmp_path, content, "train.yaml")
-    with patch("iclip_hf.training.train.train"), patch("iclip_hf.training.preset.check_run"):
+    unchecked = (
+        patch(f"iclip_hf.training.{name}") for name in ("train.train", "inputs.check_run", "inputs.open_inputs")
+    )
+    with ExitStack() as stack:
+        for one in unchecked:
+            stack.enter_context(one)
         code = cli.main(["train", "--config", str(file)])
     message = capsys.readouterr().err
     assert (code, message.count("\n")) in ((0, 0), (2, 1)), message

@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import IterableDataset
-from training_runs import accelerator
+from training_runs import accelerator, pair_model_of
 
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import train as program
-from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import BatchLoader, GlobalBatches, TrainingPairs, augmentation
 from iclip_hf.training.train import cosine_schedule, parameter_groups, regressed_metrics
 from iclip_hf.utils.interrupts import Interrupts
@@ -38,7 +37,7 @@ def test_schedule_is_that_of_groupvit(total, warmup):
 
 
 def test_what_decays():
-    pair_model = PairModel(tiny_model(projection_bias=True))
+    pair_model = pair_model_of(tiny_model(projection_bias=True))
     decaying, others = parameter_groups(pair_model, 0.05)
     names = {id(parameter): name for name, parameter in pair_model.named_parameters()}
     assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, _trained_config
+from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, trained_config
 from iclip_hf.demo import web_server
 from iclip_hf.hub import viewer, web
 from iclip_hf.model.label_maps import segments
@@ -754,7 +754,7 @@ def test_page_onnx_and_python_agree_on_a_photograph_for_the_embedded_model(brows
     folder = web.export_web(model, processor, tmp_path / "page", vendor=True)
     assert json.loads((folder / "settings.json").read_text())["bytes"] < 60e6
     graphs = tmp_path / "onnx"
-    _trained_config(model).save_pretrained(graphs)
+    trained_config(model).save_pretrained(graphs)
     for name in (VISION_FILE, TEXT_FILE):
         (graphs / name).write_bytes(gzip.decompress((folder / f"{name}.gz").read_bytes()))
     onnx, texts = ONNXModel(graphs), ["woman", "orange jacket", "horse", "Café in 東京 🍰"]

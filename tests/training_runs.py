@@ -11,9 +11,10 @@ from conftest import WORDS, tiny_inputs, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
+from iclip_hf import ICLIPModel
 from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.preset import check_run
-from iclip_hf.training.settings import parse_settings
+from iclip_hf.training.inputs import check_run
+from iclip_hf.training.settings import Settings, parse_settings
 from iclip_hf.training.train import train
 
 
@@ -55,6 +56,11 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
+def pair_model_of(model: ICLIPModel, **settings) -> PairModel:
+    """The module of the loss with these settings."""
+    return PairModel(model, Settings(model="model", data=["pairs"], **settings))
+
+
 def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     pair_model.zero_grad()
     torch.manual_seed(0)  # dropout
@@ -66,7 +72,7 @@ def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[st
 def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
     """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
     model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0, logit_bias_init_value=-2)
-    pair_model = PairModel(model, chunk_size, noun_branches=["recognition", "interpretability"]).eval()
+    pair_model = pair_model_of(model, chunk_size=chunk_size, noun_branches=["recognition", "interpretability"]).eval()
     generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
     noun_ids = torch.randint(5, (16,), generator=generator)
     noun_labels = torch.randint(-1, 2, (8, 5), generator=generator)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..model.engine import Engine, input_device
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_templates, normalize
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_prompts, normalize
 from ..model.similarity import cosine_similarity_map
 from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
@@ -137,13 +137,13 @@ class RecordableModel(ExplainableModel):
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
 
-    def logit_scale(self) -> torch.Tensor:
-        """Returns the factor by which the model multiplies the cosines of images and texts."""
-        return self.network.logit_scale.float().exp()
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
+        logits, bias = cosines * self.network.logit_scale.float().exp(), getattr(self.network, "logit_bias", None)
+        return logits if bias is None else logits + bias.float()  # of SigLIP
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
-        bias = getattr(self.network, "logit_bias", None)  # of SigLIP
-        return None if bias is None else (self.logit_scale() * scores + bias.float()).sigmoid()
+        return None if getattr(self.network, "logit_bias", None) is None else self.logits(scores).sigmoid()
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
@@ -182,7 +182,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 
 def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
     """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
-    embeds = unit(average_templates(projected.float(), num_templates))
+    embeds = average_prompts(unit(projected), num_templates, projected.shape[-1])
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 
 

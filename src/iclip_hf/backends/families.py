@@ -72,8 +72,8 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.embed_patches(self.network.centered_tokens(self._final_norm(stream)))
 
-    def logit_scale(self) -> torch.Tensor:
-        return self.network.recognition()[0]
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        return self.network.recognition(cosines)
 
 
 class ExplainableONNX(_ICLIP):
@@ -162,8 +162,8 @@ class ExplainableTipsv2(ExplainableCLIP):
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self._final_norm(stream)
 
-    def logit_scale(self) -> torch.Tensor:
-        return 1 / self.network.temperature
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        return cosines / self.network.temperature
 
 
 class ExplainableSiglip2(ExplainableSiglip):

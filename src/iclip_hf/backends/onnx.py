@@ -9,6 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -16,14 +17,7 @@ import torch
 from torch import nn
 
 from ..model.configuration_iclip import ICLIPConfig, patch_side
-from ..model.modeling_iclip import (
-    ICLIPImageFeatures,
-    ICLIPModel,
-    ICLIPTextFeatures,
-    average_templates,
-    join_branches,
-    normalize,
-)
+from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_prompts
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder, loading_errors
@@ -73,16 +67,16 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
         _write(_vision_program(model), built / VISION_FILE, weights)
         logger.info("Exporting the text tower (2 of 2)")
         _write(_text_program(model, processor), built / TEXT_FILE, weights)
-        _trained_config(model).save_pretrained(built)
+        trained_config(model).save_pretrained(built)
         processor.save_pretrained(built)
     return Path(folder)
 
 
-def _trained_config(model: ICLIPModel) -> ICLIPConfig:
+def trained_config(model: ICLIPModel) -> ICLIPConfig:
     """Returns the configuration with the trained logit scale and bias of the recognition branch, which presence needs."""
-    config, (scale, bias) = copy.deepcopy(model.config), model.recognition()
-    config.logit_scale_init_value = math.log(scale.item())
-    config.logit_bias_init_value = None if bias is None else bias.item()
+    config, branch = copy.deepcopy(model.config), model.recognition
+    config.logit_scale_init_value = min(branch.logit_scale.item(), math.log(100))
+    config.logit_bias_init_value = None if branch.logit_bias is None else branch.logit_bias.item()
     return config
 
 
@@ -108,6 +102,8 @@ class ONNXModel:
         providers = onnxruntime.get_available_providers()
         with loading_errors(folder):
             self.config = ICLIPConfig.from_pretrained(folder)
+            # For its logits alone, with the trained scale and bias that the configuration has.
+            self.recognition = ICLIPBranch(self.config, 1, 1, recognises=True).requires_grad_(False)
             self._vision, self._text = (
                 onnxruntime.InferenceSession(Path(folder, name), providers=providers)
                 for name in (VISION_FILE, TEXT_FILE)
@@ -121,20 +117,8 @@ class ONNXModel:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
         texts = inputs["input_ids"].shape[:-1]
         outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
-        embeds = {name: value.unflatten(0, texts) for name, value in outputs.items()}
-        if num_templates > 1:  # the vectors of one prompt are those of its label
-            # Those of the map branch are shorter where both branches are joined; each branch is averaged by itself.
-            parts = embeds["text_embeds"], embeds["map_text_embeds"][..., : self.config.projection_dim]
-            averages = [normalize(average_templates(part, num_templates)) for part in parts]
-            embeds = dict(zip(embeds, averages))
-            if self.config.recognition_share:
-                embeds["map_text_embeds"] = join_branches(*averages[::-1], self.config.recognition_share)
-        return ICLIPTextFeatures(**embeds)
-
-    def recognition(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Like [`ICLIPBranch.forward`] of the recognition branch."""
-        scale, bias = self.config.logit_scale_init_value, self.config.logit_bias_init_value
-        return torch.tensor(scale).exp(), None if bias is None else torch.tensor(bias)
+        average = partial(average_prompts, num_templates=num_templates, width=self.config.projection_dim)
+        return ICLIPTextFeatures(**{name: average(value.unflatten(0, texts)) for name, value in outputs.items()})
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

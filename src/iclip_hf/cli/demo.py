@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .options import MODEL, add_shared, keep_memory, refuse, silence_transformers
-from .output import echo
+from .output import print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> None:
         from ..demo.web_server import web_server
 
         with web_server(options.web, options.host, options.port) as server:
-            echo(f"http://{options.host}:{server.server_port}/")
+            print_lines(f"http://{options.host}:{server.server_port}/")
             server.serve_forever()
         return
     from ..demo.app import launch

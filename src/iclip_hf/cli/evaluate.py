@@ -8,7 +8,7 @@ from pathlib import Path
 from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..utils.files import check_outputs
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model, share, texts
-from .output import check_file, complain, echo, model_files
+from .output import check_file, model_files, print_error, print_lines
 
 
 # What argparse knows of the forms of `metrics.OPTIONS`.
@@ -89,8 +89,8 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     if state.is_main_process:
-        echo(*(result.to_json() if options.json else result.table()).split("\n"))
+        print_lines(*(result.to_json() if options.json else result.table()).split("\n"))
         if options.output:
             written = " and ".join(map(str, result.save(options.output)))
-            complain("evaluate", f"wrote {written}")
+            print_error("evaluate", f"wrote {written}")
     state.destroy_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..backends import check_model_name
 from .options import option_type, refuse, silence_transformers
-from .output import echo, echo_folder
+from .output import print_folder, print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -57,8 +57,8 @@ def run(options: argparse.Namespace) -> None:
         refuse(options, ["vendor"], f"--format {options.format}")
     if kind == "transformers":
         folder = export(options, options.directory)
-        echo_terms(trained_on(folder))
-        echo_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
+        print_terms(trained_on(folder))
+        print_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     refuse(options, ["results"], f"--format {options.format}")
     from ..backends.loading import load_iclip
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
             vendor, source = options.vendor, options.model
             folder = export_web(model, processor, options.directory, weights or "int8", vendor, source=source)
             use = ("demo", "--web", str(folder))
-    echo_folder(folder, "iclip", *use)
+    print_folder(folder, "iclip", *use)
 
 
 @contextmanager
@@ -122,9 +122,9 @@ def trained_on(folder: Path) -> dict[str, str]:
     return data_terms(read_record(folder))
 
 
-def echo_terms(terms: dict[str, str]) -> None:
+def print_terms(terms: dict[str, str]) -> None:
     if terms:
-        echo(
+        print_lines(
             "Weights and code: Apache-2.0. The model was trained on data with these terms:",
             *(f"  {data}: {term}" for data, term in terms.items()),
         )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .options import silence_transformers
-from .output import echo_folder
+from .output import print_folder
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -32,4 +32,4 @@ def run(options: argparse.Namespace) -> None:
 
     silence_transformers()
     folder = init_model(options.config, options.output, options.vision, options.text)
-    echo_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder))
+    print_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .output import echo
+from .output import print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -15,4 +15,4 @@ def run(options: argparse.Namespace) -> None:
     from ..hub.metric_modules import install_metrics
 
     for name, folder in install_metrics().items():
-        echo(f"{name} -> {folder}")
+        print_lines(f"{name} -> {folder}")

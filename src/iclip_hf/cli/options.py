@@ -15,7 +15,7 @@ from ..data.class_names import DATASETS
 from ..explainers import METHOD_GROUP, METHODS
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
-from .output import complain
+from .output import print_error
 
 
 Value = TypeVar("Value")
@@ -39,7 +39,10 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 @option_type
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
-    return [check_text(text) for text in split_texts(typed) or [""]]
+    found = [check_text(text) for text in split_texts(typed) or [""]]
+    if files := [text for text in found if Path(text).suffix and Path(text).is_file()]:
+        raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
+    return found
 
 
 @option_type
@@ -185,7 +188,7 @@ def load_engine(options: argparse.Namespace):
                 "evaluate --output`."
             )
         if differing := threshold_differences(protocol, engine):
-            complain(
+            print_error(
                 options.command,
                 f"--threshold {results} has thresholds of other maps, with {'; '.join(differing)}: use the same options, or measure by "
                 "`iclip evaluate --output` with these.",

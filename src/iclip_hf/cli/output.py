@@ -9,9 +9,8 @@ import shlex
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-
-from ..model.presence import presence_word
 
 
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
@@ -64,7 +63,7 @@ def report_error(command: str, error: BaseException) -> None:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
-        complain(command, text)
+        print_error(command, text)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"iclip {command}: {printable(text)}", "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(report))
@@ -78,27 +77,27 @@ def printable(text) -> str:
     return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
 
 
-def echo(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
     """Prints lines with [`printable`] characters, also into a pipe at once. The value of JSON text does not change."""
     print("\n".join(map(printable, lines)), flush=True)
 
 
-def complain(command: str, text: str) -> None:
+def print_error(command: str, text: str) -> None:
     """Prints a line of a command on stderr."""
     print(f"iclip {command}: {printable(text)}", file=sys.stderr, flush=True)
 
 
-def echo_folder(folder: Path, *command: str) -> None:
+def print_folder(folder: Path, *command: str) -> None:
     """Prints the size of a folder that was written, and a command that uses it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    echo(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
+    print_lines(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
 
 
-def presence_column(value: float | None, min_presence: float) -> str:
-    """
-    Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80
-    from which a text is present. Empty for a model without presence.
-    """
-    if value is None:
-        return ""
-    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.9f}'[:4]}"
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are left out."""
+    columns = [[printable(cell) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(["", f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))])
+        for first, *others in zip(*columns)
+    ]

@@ -7,9 +7,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from .export import add_source_options, echo_terms, export, trained_on
+from .export import add_source_options, export, print_terms, trained_on
 from .options import add_shared
-from .output import echo
+from .output import print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> None:
 
             report["commit"] = push_model(folder, options.repo_id, options.private)
     if options.json:
-        echo(*json.dumps(report, indent=2).split("\n"))
+        print_lines(*json.dumps(report, indent=2).split("\n"))
     else:
-        echo(*(f"{size:>13,}  {name}" for name, size in sizes.items()))
-        echo_terms(report["data_terms"])
-        echo(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")
+        print_lines(*(f"{size:>13,}  {name}" for name, size in sizes.items()))
+        print_terms(report["data_terms"])
+        print_lines(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")

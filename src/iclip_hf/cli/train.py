@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from ..training.settings import Settings, add_settings, read_settings
-from .output import echo
+from ..utils.hub_ids import is_hub_id
+from .output import print_lines
+
+
+if TYPE_CHECKING:
+    from ..training.inputs import Inputs
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -16,30 +23,44 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..training.preset import check_run, choose_settings
-
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     if given.get("model") and not (given.get("data") or given.get("config")):
         raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
-    if given.get("data") and not given.get("config"):
-        with _main_process_first():  # it reads the images, and caches their digests for the others
-            chosen = choose_settings(given)
-        settings = Settings(**{**chosen, **given})
-    else:
-        chosen, settings = {}, read_settings(given)
-    check_run(settings)  # all of this before torch is loaded
-    if chosen and os.environ.get("RANK", "0") == "0":
-        echo("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
-        echo(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
+    with _main_process_first():  # it caches digests of the images and indexes of tar shards for the others
+        settings, inputs = _prepare(given)  # before torch is loaded
 
     from huggingface_hub.errors import StrictDataclassError
 
     from ..training.train import train
 
     try:
-        train(settings)
+        train(settings, inputs)
     except (FloatingPointError, StrictDataclassError) as error:
         raise ValueError(str(error)) from error
+
+
+def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
+    """Returns the settings of a run, chosen by the number of its pairs unless a config is named, and its open inputs."""
+    from ..training.inputs import check_run, open_inputs, open_pairs
+    from ..training.preset import choose_settings
+
+    pairs, chosen = None, {}
+    if given.get("config") or not given.get("data"):
+        settings = read_settings(given)
+    else:
+        if given.get("pairs_per_epoch") and any(map(is_hub_id, given["data"])):
+            raise ValueError(
+                "config: name one for a stream, whose pairs are not counted, or leave pairs_per_epoch out."
+            )
+        pairs = open_pairs(given["data"], given, streaming=False)
+        chosen = choose_settings(given, pairs)
+        settings = Settings(**{**chosen, **given})
+    check_run(settings)
+    inputs = open_inputs(settings, pairs)
+    if chosen and os.environ.get("RANK", "0") == "0":
+        print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+        print_lines(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
+    return settings, inputs
 
 
 def _main_process_first() -> AbstractContextManager:

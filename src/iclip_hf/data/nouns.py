@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 
 TEMPLATES = (
@@ -56,7 +56,7 @@ class NounPrompts:
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
         lines = [noun.strip().lower() for noun in nouns if noun.strip()]
         marked = {line.removesuffix(_BACKGROUND).rstrip(): line.endswith(_BACKGROUND) for line in lines}
-        self.nouns, self.is_background = list(marked), torch.tensor([*marked.values()], dtype=torch.uint8)
+        self.nouns, self.is_background = list(marked), np.array([*marked.values()], np.uint8)
         self.count, self.seed = count, seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
@@ -110,7 +110,7 @@ class NounPrompts:
         shown = labelled.union(*map(self.find, captions))
         return ImageNouns(sorted(shown - {None}), sorted(known - shown - {None}), captions)
 
-    def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, torch.Tensor]]:
+    def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """
         Samples prompts for B images.
 
@@ -120,7 +120,7 @@ class NounPrompts:
             shows, -1 for those that it is known not to show, else 0. An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
-        noun_labels = torch.zeros(len(images), len(self.nouns), dtype=torch.int8)
+        noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
         for image, row in zip(images, noun_labels):
             rng = random.Random(f"{self.seed}/{epoch}/{image.captions}")
             row[image.shown], row[image.absent] = 1, -1
@@ -128,7 +128,7 @@ class NounPrompts:
                 noun = rng.choice(image.shown or range(len(self.nouns)))
                 sampled.append(noun)
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
-        sampled = torch.tensor(sampled)
+        sampled = np.array(sampled)
         return prompts, {"noun_ids": sampled, "is_background": self.is_background[sampled], "noun_labels": noun_labels}
 
 

@@ -11,8 +11,6 @@ import operator
 
 import numpy as np
 
-from ..utils.arrays import to_numpy
-
 
 # The thresholds of mMIoU. A pixel is predicted where M > t, with t rounded to the map's dtype.
 THRESHOLDS = np.arange(101) / 100
@@ -21,6 +19,14 @@ LEVELS = 1 + len(THRESHOLDS)  # all pixels, then those above each threshold
 _VOID_CODE = 255  # above the 2 * LEVELS codes of background and foreground
 _BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the processor's cache
 _CONTRAST_LEVELS = 2**12  # a power of two, so that scaling a float32 map has no rounding error
+
+
+def to_numpy(array) -> np.ndarray:
+    """Converts an array, or a tensor on any device, to numpy. bfloat16, which numpy lacks, becomes float32."""
+    if not hasattr(array, "detach"):
+        return np.asarray(array)
+    array = array.detach().cpu()
+    return (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()
 
 
 def _check_map(heatmap) -> np.ndarray:

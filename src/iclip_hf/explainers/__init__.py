@@ -60,11 +60,43 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     Class decorator that makes a method known by a name, in this process. A package adds a method to the command line too by an
     entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
 
-    Example:
+    A method reaches the model through `self.model`, an [`ExplainableModel`], and gets T texts for each of B images.
+
+    Examples:
+
+    A method that compares the patches `(B, h, w, P)` with the texts `(B, T, P)`. Both are unit vectors. `sharpness` is an option, as in
+    `explain(model, images, texts, "sharp", sharpness=20)`.
 
     ```python
+    >>> import torch
+    >>> from iclip_hf.explainers import Explainer, register_explainer
+
+    >>> @register_explainer("sharp")
+    ... class SharpSimilarity(Explainer):
+    ...     needs_layers = False  # so that ONNX models have it too
+    ...
+    ...     def __init__(self, model, sharpness: float = 10.0):
+    ...         super().__init__(model)
+    ...         self.sharpness = sharpness
+    ...
+    ...     @torch.no_grad()
+    ...     def forward(self, pixel_values, texts):
+    ...         image = self.model.get_image_features(pixel_values)
+    ...         cosines = torch.einsum("bhwp,btp->bthw", image.patch_embeds, texts.map_text_embeds)
+    ...         return (self.sharpness * cosines).exp(), image
+    ```
+
+    A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that enter its block as
+    `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the last h * w tokens.
+
+    ```python
+    >>> import math
+
     >>> @register_explainer("norm")
     ... class TokenNorm(Explainer):
+    ...     sees_text = False  # all texts have one map
+    ...
+    ...     @torch.no_grad()
     ...     def forward(self, pixel_values, texts):
     ...         image, (layer,) = self.model.trace(pixel_values)
     ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)

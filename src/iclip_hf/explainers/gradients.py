@@ -34,7 +34,7 @@ class GradientExplainer(Explainer):
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
-            logits = self.model.logit_scale() * cosines(image.image_embeds, texts.text_embeds.clone())
+            logits = self.model.logits(cosines(image.image_embeds, texts.text_embeds.clone()))
             for text in range(count):
                 # Images are independent, so the gradient of their sum contains the gradient of each.
                 gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)

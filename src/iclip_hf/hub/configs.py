@@ -13,15 +13,15 @@ EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 def config_folder(name: str | Path) -> Path:
     """
-    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json`.
+    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json` or `train.yaml`.
 
     Raises:
         `FileNotFoundError`: there is no such folder.
     """
     for folder in (Path(name), SHIPPED / name):
-        if (folder / "config.json").is_file():
+        if any((folder / file).is_file() for file in ("config.json", "train.yaml")):
             return folder
-    names = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+    names = sorted(path.parent.name for path in SHIPPED.glob("*/train.yaml"))
     raise FileNotFoundError(
-        f"{name}: expected a folder with a config.json, or one of {', '.join(names)}, but got neither; name one."
+        f"{name}: expected a folder with a config.json or a train.yaml, or one of {', '.join(names)}, but got neither; name one."
     )

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, resolve_revision
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor
 
 from ..backends.embedded import embedded_towers
 from ..backends.loading import check_links, load_iclip
 from ..model.configuration_iclip import ICLIPConfig
-from ..model.modeling_iclip import ICLIPModel, load_tower
+from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import atomic_folder, loading_errors
@@ -49,7 +49,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     Writes the folder of a new model: two pretrained towers, untrained projections, processor and tokenizer.
 
     Args:
-        config: name of a shipped configuration (`"iclip-vit-b16"`) or a folder with `config.json` and `processor_config.json`.
+        config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`, see [`join_towers`].
         output: the folder to write; new or empty.
         vision (`str`, *optional*): image tower: a folder or Hub id. That of the configuration's `train.yaml` if not given.
         text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of `train.yaml` if not
@@ -78,10 +78,10 @@ def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins two towers with untrained projections, and creates their processor. Raises what [`init_model`] raises.
+    Joins two towers with untrained projections, and their processors, after checks of their files. Raises what [`init_model`] raises.
 
     Args:
-        source: folder of a configuration, with `config.json` and `processor_config.json`.
+        source: folder of a configuration, with `config.json` and `processor_config.json` if they differ from those of the towers.
         vision, text: as for [`init_model`], or `"embedded"` for the towers of the embedded model.
         image_size (*optional*): height and width in pixels; the configuration's if not given.
         options: of [`ICLIPConfig`]; they override the configuration.
@@ -89,32 +89,38 @@ def join_towers(
     if "embedded" in (vision, text):
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
-    config = ICLIPConfig(**{**ICLIPConfig.get_config_dict(source)[0], **options})
-    image_tower = _checked_tower(config.vision_config, vision, "vision_config")
-    model = ICLIPModel(config, image_tower, _checked_tower(config.text_config, text, "text_config")).eval()
-
-    size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-    image_processor = AutoImageProcessor.from_pretrained(source, **size)
-    known, _ = ICLIPProcessor.get_processor_dict(source)
-    known = {name: value for name, value in known.items() if name not in ("processor_class", "image_processor")}
+    known, of_processor = {}, {}
+    if (source / "config.json").is_file():
+        known, _ = ICLIPConfig.get_config_dict(source)
+    if (source / "processor_config.json").is_file():
+        of_processor, _ = ICLIPProcessor.get_processor_dict(source)
+        of_processor.pop("processor_class", None)
+    if "image_processor" in of_processor:
+        size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
+        of_processor["image_processor"] = AutoImageProcessor.from_pretrained(source, **size)
+    elif image_size is not None:
+        of_processor["image_size"] = image_size
+    config = ICLIPConfig(**{**known, **options})
+    _check_tower(vision, "vision_config", config if "vision_config" in known else None)
+    _check_tower(text, "text_config", config if "text_config" in known else None)
+    model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**known, **options})
     with loading_errors(text):
-        tokenizer = AutoTokenizer.from_pretrained(text, trust_remote_code=False)
-    check_tokenizer(text, tokenizer, config)
-    return model, ICLIPProcessor(image_processor, tokenizer, **known)
+        processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **of_processor)
+    check_tokenizer(text, processor.tokenizer, model.config)
+    return model, processor
 
 
-def _checked_tower(config, checkpoint: str, side: str):
-    """Loads a tower after a check of its shape. Transformers would fill weights of other shapes with random numbers."""
+def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None:
+    """Checks the files of a tower, and its shape against the configuration, if that has one. Not all of it shows in the weights."""
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
         check_links(checkpoint)
-        found = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-        found = getattr(found, side, found)
-        sizes = {name: (getattr(found, name, None), getattr(config, name, None)) for name in _TOWER_SHAPE}
-        if differing := [f"{name} is {is_} instead of {size}" for name, (is_, size) in sizes.items() if is_ != size]:
+        found, expected = tower_config(checkpoint, side), getattr(config, side, None)
+        sizes = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE}
+        differing = [f"{name} is {is_} instead of {size}" for name, (is_, size) in sizes.items() if is_ != size]
+        if expected and differing:
             raise ValueError(f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differing)}.")
-        return load_tower(config, checkpoint)
 
 
 # ------------------------------------------------------------ export and push

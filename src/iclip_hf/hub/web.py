@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import logging
+import math
 import shutil
 import string
 import subprocess
@@ -17,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx
+from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
@@ -183,11 +184,11 @@ def _text_settings(processor: ICLIPProcessor) -> dict:
 
 def _presence_settings(model: ICLIPModel) -> dict | None:
     """Returns what `numerics.js` computes presence with; None for a model that has none."""
-    scale, bias = model.recognition()
-    if bias is None:
+    config = trained_config(model)
+    if config.logit_bias_init_value is None:
         return None
-    bias = bias.item() + model.config.presence_bias
-    return {"scale": scale.item(), "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
+    scale, bias = math.exp(config.logit_scale_init_value), config.logit_bias_init_value + config.presence_bias
+    return {"scale": scale, "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:

@@ -34,7 +34,7 @@ class Explanation:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
             height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
         image (`PIL.Image.Image`, *optional*): the image.
@@ -188,4 +188,4 @@ class Explanation:
             yield record, mask
 
     def _threshold(self, index: int) -> float:
-        return self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[index]
+        return self.threshold[index] if np.ndim(self.threshold) else self.threshold

@@ -30,7 +30,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .losses import contrastive_loss
 from .pooling import normalize_attention, pool, pool_similarities, share_among_like
 from .similarity import cosine_similarity_map, min_max_normalize
 
@@ -113,7 +112,8 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
     Features of texts. They can be computed once and reused for any number of images.
 
     Attributes:
-        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised.
+        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised; if a label has
+            several prompts, `text_embeds`.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
         map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit vectors that
             patches are compared with, equal to `text_embeds` in a model with one branch.
@@ -230,13 +230,10 @@ class ICLIPBranch(nn.Module):
         if recognises and config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
 
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Returns the logit scale, a scalar of at most 100 as in CLIP, and the bias, a scalar or None. This is a forward pass, because the
-        hooks that load offloaded parameters run before one.
-        """
-        bias = None if self.logit_bias is None else self.logit_bias.squeeze()
-        return self.logit_scale.exp().clamp(max=100).squeeze(), bias
+    def forward(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of cosines: times the scale, which is at most 100 as in CLIP, plus the bias if there is one."""
+        logits = cosines * self.logit_scale.exp().clamp(max=100).squeeze().to(cosines.device)
+        return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 
 
 class _AsVector(ConversionOps):
@@ -256,7 +253,7 @@ register_checkpoint_conversion_mapping(
 )
 
 
-def _tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
+def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     """Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint."""
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     return getattr(config, side, config)
@@ -279,6 +276,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
         tower, loading = tower_class.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
+    except Exception as error:  # which may not say of which tower it is
+        raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
     finally:
         logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])
@@ -442,8 +441,8 @@ class ICLIPModel(PreTrainedModel):
         Args:
             vision (`str`): folder or Hub id of the image tower, or of a two-tower model such as CLIP, whose image tower is used.
             text (`str`): folder or Hub id of the text tower, or of a two-tower model, whose text tower is used.
-            config_options: options of [`ICLIPConfig`]. `text_pooling` defaults to `"eos"` for CLIP and SigLIP towers and to
-                `"mean"` for others.
+            config_options: options of [`ICLIPConfig`]. `vision_config` and `text_config` default to those of the checkpoints, and
+                `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
 
         Returns:
             [`ICLIPModel`] in eval mode.
@@ -451,10 +450,9 @@ class ICLIPModel(PreTrainedModel):
         Raises:
             `OSError`, `ValueError`: a folder or id has no model, an option is unknown, or a tower is not supported.
         """
-        vision_config, text_config = _tower_config(vision, "vision_config"), _tower_config(text, "text_config")
-        eos = text_config.model_type in _EOS_TEXT_TOWERS
-        config_options.setdefault("text_pooling", "eos" if eos else "mean")
-        config = cls.config_class(vision_config=vision_config, text_config=text_config, **config_options)
+        found = {name: tower_config(tower, name) for name, tower in (("vision_config", vision), ("text_config", text))}
+        pooling = "eos" if found["text_config"].model_type in _EOS_TEXT_TOWERS else "mean"
+        config = cls.config_class(**{**found, "text_pooling": pooling, **config_options})
         return cls(config, load_tower(config.vision_config, vision), load_tower(config.text_config, text)).eval()
 
     @property
@@ -468,12 +466,9 @@ class ICLIPModel(PreTrainedModel):
         `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape, float32, in [0, 1]; None
         if the model has no logit bias, because it was trained with a softmax.
         """
-        scale, bias = self.recognition()
-        if bias is None:
+        if self.config.logit_bias_init_value is None:
             return None
-        return (
-            scores.float() * scale.to(scores.device) + bias.to(scores.device) + self.config.presence_bias
-        ).sigmoid()
+        return (self.recognition(scores.float()) + self.config.presence_bias).sigmoid()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
         # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
@@ -665,18 +660,18 @@ class ICLIPModel(PreTrainedModel):
         optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
         kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
         features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)
-        projected, map_projected = (
-            average_templates(branch.text_projection(features).unflatten(0, texts), num_templates)
-            for branch in (self.recognition, self.map_branch)
-        )
-        text_embeds, map_text_embeds = normalize(projected), normalize(map_projected)
+        projected = self.recognition.text_projection(features).unflatten(0, texts)
+        text_embeds = normalize(projected)
+        map_text_embeds = normalize(self.map_branch.text_projection(features).unflatten(0, texts))
         if self.config.recognition_share:
             map_text_embeds = join_branches(map_text_embeds, text_embeds, self.config.recognition_share)
+        average = partial(average_prompts, num_templates=num_templates, width=self.config.projection_dim)
+        text_embeds, map_text_embeds = average(text_embeds), average(map_text_embeds)
         return ICLIPTextFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            pooler_output=projected,
+            pooler_output=projected if num_templates == 1 else text_embeds,
             text_embeds=text_embeds,
             map_text_embeds=map_text_embeds,
         )
@@ -753,25 +748,20 @@ class ICLIPModel(PreTrainedModel):
         if text is None:
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
 
-        scale, bias = self.recognition()
-        similarities = cosines(image.image_embeds, text.text_embeds)
-        logits_per_image = scale.to(similarities.device) * similarities
-        if bias is not None:
-            logits_per_image = logits_per_image + bias.to(logits_per_image.device)
+        logits_per_image = self.recognition(cosines(image.image_embeds, text.text_embeds))
         loss = None
         if return_loss:
             if text.text_embeds.shape != image.image_embeds.shape:
                 raise ValueError("The contrastive loss needs one text for each image.")
             loss = contrastive_loss(logits_per_image)
             if self.interpretability is not None:
-                map_scale, _ = self.interpretability()
                 map_texts = map_branch_part(text.map_text_embeds, self.config)
                 if self.config.max_over == "similarity":
                     patches = map_branch_part(image.patch_embeds, self.config)
                     map_similarities = self.pool_similarities(patches, map_texts, image.map_attention)
                 else:
                     map_similarities = cosines(image.map_image_embeds, map_texts)
-                map_loss = contrastive_loss(map_scale.to(map_similarities.device) * map_similarities)
+                map_loss = contrastive_loss(self.interpretability(map_similarities))
                 loss = (loss + map_loss.to(loss.device)) / 2
             if image.attention_direction is not None:  # learned from noun prompts only, but DDP waits for its gradient
                 loss = loss + 0 * image.attention_direction.sum().to(loss)
@@ -790,6 +780,27 @@ class ICLIPModel(PreTrainedModel):
             vision_model_output=image,
             text_model_output=text,
         )
+
+
+def contrastive_loss(
+    logits_per_image: torch.Tensor, logits_per_text: torch.Tensor | None = None, offset: int = 0
+) -> torch.Tensor:
+    """
+    Symmetric cross entropy of image-text pairs: half image-to-text plus half text-to-image (Eq. 13, one branch).
+
+    Args:
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of this process's images with all texts.
+        logits_per_text (`torch.Tensor` of shape `(B, T)`, *optional*): this process's texts with all images; the
+            transpose of `logits_per_image` when there is one process.
+        offset (`int`): column of the first pair: rank times B when columns come from several processes.
+
+    Returns:
+        `torch.Tensor` scalar, float32. Pair i is positive at column `i + offset`, all others are negatives.
+    """
+    if logits_per_text is None:
+        logits_per_text = logits_per_image.mT
+    labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
+    return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:
@@ -823,14 +834,19 @@ def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor, sharpn
     return 2 * sharpness * cosines(direction, text_embeds)
 
 
-def average_templates(projected: torch.Tensor, num_templates: int) -> torch.Tensor:
+def average_prompts(embeds: torch.Tensor, num_templates: int, width: int) -> torch.Tensor:
     """
-    Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to `(..., T, P)`. With one template, the prompts
-    are returned unchanged.
+    Averages the unit vectors of each label's prompts, `(..., T * num_templates, C)`, to unit vectors `(..., T, C)`. A vector joins one
+    part of `width` numbers for each branch, see [`join_branches`]. Each part is averaged alone and keeps its length, which is the same in
+    all prompts. With one template, the vectors are returned unchanged.
     """
     if num_templates == 1:
-        return projected
-    return normalize(projected).unflatten(-2, (-1, num_templates)).mean(-2)
+        return embeds
+    parts = embeds.unflatten(-2, (-1, num_templates)).unflatten(
+        -1, (-1, width)
+    )  # (..., T, num_templates, branches, width)
+    length = parts[..., 0, :, :].float().norm(dim=-1, keepdim=True).to(embeds.dtype)
+    return (normalize(parts.mean(-3)) * length).flatten(-2)
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

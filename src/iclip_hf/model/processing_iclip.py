@@ -97,7 +97,9 @@ class ICLIPProcessor(ProcessorMixin):
         return processor
 
     @classmethod
-    def from_vision_text_pretrained(cls, vision: str, text: str, image_size: int = 224, **options) -> "ICLIPProcessor":
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, image_size: int = 224, image_processor=None, **options
+    ) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the towers.
         Raises `OSError` or `ValueError` if a folder or id has none of them.
@@ -105,10 +107,11 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             vision, text (`str`): folders or Hub ids of the towers.
             image_size (`int`, defaults to 224): side in pixels of the square to which whole images are resized, without a crop.
+            image_processor (*optional*): instead of that of the image tower; `image_size` does not apply to it.
             options: arguments of [`ICLIPProcessor`]. Those that depend on the towers have their values by default.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(
+        image_processor = image_processor or AutoImageProcessor.from_pretrained(
             vision,
             size={"height": image_size, "width": image_size},
             do_center_crop=False,

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ with require_extra("train"):
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
 
-from ..backends.identity import changed, identity
+from ..backends.identity import changed, digest, identity
 from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset
@@ -50,12 +49,12 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..plots.colors import overlay
 from ..plots.sheets import picture_grid
-from ..utils.distributed import partial_state, shared_folder_lock
+from ..utils.distributed import broadcast_from_main, partial_state, shared_folder_lock
 from ..utils.files import atomic_write, writing_errors
 from ..utils.interrupts import Interrupts, ignore_signals
 from .contrastive import PairModel
-from .data import BatchLoader, Inputs, load_datasets, open_inputs, seed_everything
-from .preset import STATE_FILE, checkpoints
+from .data import BatchLoader, load_datasets, seed_everything
+from .inputs import STATE_FILE, Inputs, checkpoints, open_inputs
 from .settings import MAP_METRICS, Settings, changed_settings
 
 
@@ -117,7 +116,7 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     return accelerator
 
 
-def train(settings: Settings) -> dict[str, float]:
+def train(settings: Settings, inputs: Inputs | None = None) -> dict[str, float]:
     """
     Trains a model in the folder `settings.output_dir`, which `from_pretrained` then loads. With validation, this is the best
     model of the evaluations, which may be the one that the run started from; otherwise the last.
@@ -135,11 +134,15 @@ def train(settings: Settings) -> dict[str, float]:
     output_dir = Path(settings.output_dir)
     try:
         with Interrupts() as interrupts:
+            inputs = inputs or open_inputs(settings)
             model, processor = build_model(settings)
             accelerator = start_accelerator(settings, model)
             settings = copy.copy(settings)
             settings.mixed_precision = accelerator.mixed_precision  # as it is, so that a run is resumed in the same
-            inputs = open_inputs(settings, accelerator)  # before there is a folder
+            held_out = inputs.held_out
+            if held_out is not None:  # before there is a folder
+                held_out = broadcast_from_main(held_out.readable() if accelerator.is_main_process else None)
+                inputs = inputs._replace(held_out=held_out)
             with shared_folder_lock(output_dir, accelerator):
                 return run(settings, inputs, model, processor, accelerator, interrupts)
     except KeyboardInterrupt as error:
@@ -162,12 +165,11 @@ def run(
 ) -> dict[str, float]:
     """Runs a training from its data to its report, in a folder that is locked. See [`train`]."""
     output_dir = Path(settings.output_dir)
-    options = signature(PairModel).parameters.keys() - {"model"}  # the settings of these names
-    pair_model = PairModel(model, **{name: getattr(settings, name) for name in options})
+    pair_model = PairModel(model, settings)
 
     # 1. The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
-    content = identity(model, processor) | inputs.fingerprints(accelerator)
+    content = identity(model, processor) | fingerprints(inputs, accelerator)
     if checkpoint and (differing := changed(state.content, content)):  # the places may differ
         raise ValueError(
             f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name another output_dir."
@@ -311,6 +313,18 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: floa
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def fingerprints(inputs: Inputs, accelerator: Accelerator) -> dict[str, object]:
+    """Returns digests of the content of what a run reads, by the name of the setting."""
+    pairs, held_out, nouns, segmentation = inputs
+    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
+        return {
+            "data": pairs.fingerprint(),
+            "validation_data": held_out and held_out.fingerprint(),
+            "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist()]),
+            "eval_root": segmentation and segmentation.fingerprint(),
+        }
 
 
 @dataclass

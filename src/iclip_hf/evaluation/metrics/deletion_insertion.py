@@ -30,8 +30,7 @@ def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:
         cosine = cosines(model.get_image_features(pixel_values).image_embeds, texts.text_embeds)
-        logits = cosine * model.logit_scale().to(cosine)
-        return torch.stack([cosine, logits.softmax(-1)], -1)
+        return torch.stack([cosine, model.logits(cosine).softmax(-1)], -1)
 
     return score
 
@@ -109,6 +108,10 @@ class DeletionInsertion(ClassMeans):
         for kind, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
     }
+    legend = (
+        "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by noise, in the order of the map. "
+        "High is better for insertion and for the difference, low for deletion."
+    )
     names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
     definition = (
         "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal noise, insertion starts "

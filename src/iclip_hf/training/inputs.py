@@ -1,0 +1,140 @@
+"""
+What a run reads and where it writes, opened and checked without torch, so that a mistake is reported within a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..backends import check_model_name
+from ..data.nouns import NounPrompts
+from ..data.pairs import PairDataset, load_pairs
+from ..data.segmentation import SegmentationDataset, load_segmentation
+from ..utils.extras import not_installed
+from ..utils.files import check_new_folder
+from .settings import Settings
+
+
+if TYPE_CHECKING:
+    from ..data.streams import PairStream
+
+logger = logging.getLogger(__name__)
+
+# Settings of the run in its folder, which thereby is known as that of a training.
+STATE_FILE = ".iclip-train.json"
+
+
+class Inputs(NamedTuple):
+    """What a run reads. Pairs are opened, and read when they are needed."""
+
+    pairs: PairDataset | PairStream
+    held_out: PairDataset | None
+    nouns: NounPrompts | None
+    segmentation: SegmentationDataset | None  # for the evaluation of maps
+
+
+def open_pairs(sources: Sequence[str], settings: Mapping, **options) -> PairDataset | PairStream:
+    """Opens pairs by the settings that are parameters of [`~iclip_hf.data.pairs.load_pairs`]."""
+    names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
+    options |= {name: settings[name] for name in names if name in settings}
+    return load_pairs(sources[0] if len(sources) == 1 else sources, **options)
+
+
+def open_inputs(settings: Settings, pairs: PairDataset | None = None) -> Inputs:
+    """
+    Opens what the settings name, unless the training pairs are open already.
+
+    Raises:
+        `FileNotFoundError`: something does not exist. `ValueError`: it is not as described; a share of a stream is to be held out, or
+        `batch_size` does not fit.
+    """
+    rank, world_size = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
+    segmentation = held_out = None  # first, because it is quickly found to be missing
+    if settings.eval_dataset != "none":
+        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
+    if pairs is None:
+        streaming = settings.pairs_per_epoch > 0
+        pairs = open_pairs(settings.data, vars(settings), streaming=streaming, rank=rank, world_size=world_size)
+    streamed = not isinstance(pairs, PairDataset)
+    if settings.validation_data:
+        held_out = open_pairs(settings.validation_data, vars(settings), streaming=False)
+        if not streamed and (common := pairs.files() & held_out.files()):
+            logger.warning(
+                "%d files are in data and validation_data, such as %s: scores on them say nothing of other images.",
+                len(common),
+                min(common),
+            )
+    if settings.validation_share:
+        if streamed:
+            raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
+        pairs, held_out = pairs.split(settings.validation_share)
+    check_batch(settings.pairs_per_epoch if streamed else len(pairs), settings.batch_size, world_size)
+    nouns = NounPrompts.from_file(settings.nouns, seed=settings.seed) if settings.nouns else None
+    return Inputs(pairs, held_out, nouns, segmentation)
+
+
+def check_batch(rows: int, batch_size: int, world_size: int) -> None:
+    """Raises `ValueError` if the processes cannot share a batch, or an epoch of so many pairs has none."""
+    if batch_size % world_size:
+        raise ValueError(f"batch_size: {batch_size} is no multiple of the {world_size} processes.")
+    if rows < batch_size:
+        raise ValueError(f"batch_size: an epoch has {rows} pairs, fewer than a batch of {batch_size}; lower it.")
+
+
+def check_run(settings: Settings) -> None:
+    """
+    Checks what a run needs besides its data.
+
+    Raises:
+        `ImportError`: the tracker is missing. `FileNotFoundError`: a file or folder does not exist. `ValueError`: something is not as
+        described.
+    """
+    tracker = settings.report_to
+    if tracker != "none" and find_spec(tracker) is None:  # Accelerate would go on without a log
+        if tracker == Settings.report_to:
+            raise not_installed(tracker, "train")
+        raise ImportError(f"{tracker} is not installed: `pip install {tracker}`, or set report_to.", name=tracker)
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":  # Accelerate would divide the gradients
+        raise ValueError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: all pairs of a batch contrast, so gradients are not accumulated; leave it out, and "
+            "limit the memory by chunk_size."
+        )
+    check_output_dir(settings)
+    if settings.model:
+        check_model_name(settings.model, ("iclip",))
+    if settings.nouns and not Path(settings.nouns).is_file():
+        raise FileNotFoundError(f"{settings.nouns}: there is no such file of nouns.")
+    if settings.eval_dataset != "none" and not (settings.eval_root and Path(settings.eval_root).is_dir()):
+        raise FileNotFoundError(f"eval_root: {settings.eval_root!r} is not the folder of {settings.eval_dataset}.")
+
+
+def check_output_dir(settings: Settings) -> None:
+    """
+    Checks that a run can begin in its folder, or continue there with `resume`.
+
+    Raises:
+        `FileExistsError`: the folder holds files of others. `ValueError`: it is that of the model; it holds a run, but not `resume`; or a
+        run that has ended and whose checkpoints are gone, so that it would be made anew.
+    """
+    folder = Path(settings.output_dir)
+    if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):
+        raise ValueError(f"{folder}: output_dir is the folder of model; name a new one.")
+    kept = checkpoints(folder)
+    if not kept:
+        check_new_folder(folder, STATE_FILE)
+    if not settings.resume and (kept or (folder / "model.safetensors").is_file()):
+        raise ValueError(
+            f"{folder}: this folder holds a run already; add --resume to continue it, or name another output_dir."
+        )
+    if not kept and (folder / "results.json").is_file():
+        raise ValueError(f"{folder}: the run has ended and its checkpoints are gone; name another output_dir.")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    return sorted(state.parent for state in output_dir.glob(f"checkpoint-{'[0-9]' * 7}/state.json"))

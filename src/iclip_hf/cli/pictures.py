@@ -80,7 +80,6 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     """
     from tqdm import tqdm
 
-    from ..data.vocabulary import vocabulary
     from ..model.images import load_image, open_image
     from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
@@ -99,7 +98,9 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
         check_outputs([picture or folder / "new"], [*images, *thresholds, *model_files(options.model)])
     engine, threshold = load_engine(options)
-    from ..explainers.explain import NOUNS  # after the checks, because these import torch
+    # After the checks, because these import torch.
+    from ..data.nouns import vocabulary
+    from ..explainers.explain import NOUNS
     from ..model.engine import BEST_PRIOR
 
     def read(path: str) -> tuple[str, PreparedImage | None]:

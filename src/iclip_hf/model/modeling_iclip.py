@@ -207,9 +207,13 @@ class Projection(nn.Linear):
             self.hidden = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
-        """Projects features. With `linear`, the hidden layer is left out."""
+        """
+        Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`: the others are zero.
+        """
+        if linear:
+            return F.linear(features, self.weight[:, -features.shape[-1] :], self.bias)
         projected = super().forward(features)
-        return projected if linear or self.hidden is None else projected + self.hidden(features)
+        return projected if self.hidden is None else projected + self.hidden(features)
 
 
 class ICLIPBranch(nn.Module):
@@ -295,10 +299,17 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
         raise ValueError(
             f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; download it again."
         )
+    if name := non_finite_weight(model):
+        raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+
+
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Returns the name of a parameter or buffer with NaN or infinity; None if there is none. Offloaded ones are not read."""
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+            return name
+    return None
 
 
 class ICLIPModel(PreTrainedModel):
@@ -569,11 +580,10 @@ class ICLIPModel(PreTrainedModel):
         """
         patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))
         if share := self.config.recognition_share:
-            # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
+            # The recognition branch learned with tokens that are not centered. They follow the class token, which is zero here.
             patches = patch_tokens
             if self.config.center_tokens:
                 patches = patches + self._own_tensor("token_mean").to(patches)
-            patches = F.pad(patches, (patches.shape[-1], 0))
             recognised = normalize(self.recognition.visual_projection(patches, linear=True))
             patch_embeds = join_branches(patch_embeds, recognised, share)
         return patch_embeds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -47,6 +48,7 @@ def draw(
     """
     Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the model has
     one, as a word and a number, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
+    Notebooks show an explanation by this picture.
 
     Example:
 
@@ -82,6 +84,15 @@ def draw(
         notes = [presence_text(presence, explanation.min_presence), f"score {score:.2f}"]
         titles.append(f"{' '.join(text.split())}\n{' · '.join(filter(None, notes))}")
     return picture_grid(pictures, titles, columns, legend=colormap, dpi=dpi)
+
+
+def png(explanation: Explanation) -> bytes | None:
+    """Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image."""
+    if explanation.image is None:
+        return None
+    file = io.BytesIO()
+    draw(explanation, explanation.image).save(file, "PNG")
+    return file.getvalue()
 
 
 def label_sheet(

@@ -45,7 +45,7 @@ from ..hub.folders import join_towers, save_model
 from ..hub.model_card import HUB_RESULTS
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.engine import Engine
-from ..model.modeling_iclip import ICLIPModel
+from ..model.modeling_iclip import ICLIPModel, non_finite_weight
 from ..model.processing_iclip import ICLIPProcessor
 from ..plots.colors import overlay
 from ..plots.sheets import picture_grid
@@ -383,9 +383,8 @@ def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
 
 def check_finite(model: nn.Module) -> None:
     """Raises `FloatingPointError` for a weight that is not finite."""
-    for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():
-            raise FloatingPointError(f"The weights {name} are not finite any more: lower learning_rate")
+    if name := non_finite_weight(model):
+        raise FloatingPointError(f"The weights {name} are not finite any more: lower learning_rate")
 
 
 def save_checkpoint(

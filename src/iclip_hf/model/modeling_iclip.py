@@ -51,6 +51,8 @@ VISION_TOWERS = {
     "dinov3_vit": VisionTower("DINOv3ViTAttention"),
     "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
 }
+# Factor of what is below the base of a map with additive or signed attention: it stays low, and in its order.
+BELOW_BASE = 0.1
 # Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
@@ -707,14 +709,17 @@ class ICLIPModel(PreTrainedModel):
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention in ("additive", "signed"):
-            maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
-            attention = min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            attention = min_max_normalize(attention)
             if self.config.map_attention == "signed":
                 weights = attention_weights(
                     image.attention_direction, text.map_text_embeds, self.config.max_sharpness
                 ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
-            maps = maps + attention
+            std, mean = torch.std_mean(maps, (-2, -1), correction=0, keepdim=True)
+            base = mean - std / 2
+            above, below = (maps - base).clamp(min=0), (maps - base).clamp(max=0)
+            most = 1 / (2 * self.config.max_sharpness)
+            maps = base + above + attention * above.clamp(max=most) + BELOW_BASE * below
         return maps
 
     @can_return_tuple

@@ -1,7 +1,8 @@
 # Every target sets itself up in .venv (test-lowest and test-newest beside it) from a fresh clone and is quick when repeated.
 PYTHON ?= python3
 BIN := .venv/bin
-EXPLAIN = $(BIN)/iclip explain "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')" --text $(TEXTS)
+EXAMPLE = "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')"
+EXPLAIN = $(BIN)/iclip explain $(EXAMPLE) --text $(TEXTS)
 # What the picture of the README shows.
 TEXTS := "smiling woman, orange jacket, helmet, horse"
 
@@ -24,9 +25,12 @@ TEXTS := "smiling woman, orange jacket, helmet, horse"
 demo: .venv/.package
 	$(EXPLAIN) --output "$(CURDIR)/demo.jpg"
 
-# The picture of the README and the outputs of the notebook, made anew, as after a change of the embedded model.
+# The pictures of the README and of the methods, and the outputs of the notebook, made anew, as after a change of the embedded model.
+METHODS := itsm reversed_itsm attention attention_affinity grad_cam grad_eclip legrad bi_modal clip_surgery gem maskclip sclip clearclip
+METHODS += naclip proxyclip
 pictures: .venv/.installed
 	$(EXPLAIN) --output docs/demo.jpg
+	$(BIN)/iclip compare $(EXAMPLE) --text "orange jacket" --methods $(METHODS) --output docs/methods.jpg
 	$(BIN)/python notebooks/execute.py
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.

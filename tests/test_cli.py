@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -62,6 +63,10 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     entry = json.loads(capsys.readouterr().out)
     expected = explain(load(str(workspace / "model")), photo)
     assert [row["text"] for row in entry["texts"]] == expected.labels == np.load(arrays)["texts"].tolist()
+    assert run(workspace, photo, "--output", tmp_path / "a.png") == 0
+    _, headings, *rows = capsys.readouterr().out.splitlines()
+    assert re.match(r"  best of [\d,]+ nouns +(presence at prior 0.05)? +score +regions", headings)
+    assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
     assert run(workspace, photo, "--output", tmp_path / "b.png", "--threshold", tmp_path / "none.json") == 2
     assert "--text" in capsys.readouterr().err
 
@@ -144,7 +149,7 @@ def test_escape_sequences_are_printed_as_letters(workspace, tmp_path, capsys, fo
         entry = json.loads(out)
         assert entry["image"] == str(image) and entry["texts"][0]["text"] == text
     else:
-        first, second = out.splitlines()
+        first, _, second = out.splitlines()
         escaped = r"dog\u001b[31m \u009b2J\u202egod\u0007"
         assert first.startswith(rf"{tmp_path}/{escaped}\u000d\u000a\u007fé 犬 👩‍🌾.jpg -> ")
         assert second.startswith(rf"  {escaped}\u007f  ")

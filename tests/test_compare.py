@@ -79,7 +79,7 @@ def test_the_data_set_gives_texts_and_their_pixels(folder, tmp_path, sheet, caps
     assert list(sheet["heatmaps"]) == ["ground truth", "itsm"]
     dog, car = sheet["heatmaps"]["ground truth"]
     assert dog[:20, :30].min() == 1 and dog.sum() == 600 and car[20:, 30:].min() == 1 and car.sum() == 600
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["dog", "car"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["dog", "car"]
 
     assert run(folder, folder / "images" / "a.png", *data, "--text", "red ball", "--text", "blue car") == 0
     absent, unknown = sheet["heatmaps"]["ground truth"]
@@ -108,11 +108,14 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
     columns = {f"{model}\n{method}": words[model] for model in words for method in ("itsm", "attention")}
     assert sheet["words"] == columns and list(sheet["heatmaps"]) == list(columns)
     for row, title, *of_text in zip(rows, sheet["row_titles"], *words.values()):
-        notes = [f"{word} · score {score:.2f}" for word, score in zip(of_text, row["scores"].values())]
+        found = zip(of_text, row["presence"].values(), row["scores"].values())
+        notes = [f"{word} {presence:.2f} · score {score:.2f}" for word, presence, score in found]
         assert title == f"{row['text']}\n{', '.join(notes)}"
     assert run(folder, image, *command, models=(0, 1)) == 0
-    _, *lines = capsys.readouterr().out.splitlines()
-    assert [re.findall("present|unsure|absent", line) for line in lines] == list(map(list, zip(*words.values())))
+    _, headings, *lines = capsys.readouterr().out.splitlines()
+    assert headings.split() == ["text", "presence", "score", "model"]
+    shown = [re.search("present|unsure|absent", line)[0] for line in lines]
+    assert shown == [word for of_text in zip(*words.values()) for word in of_text]
 
 
 def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):

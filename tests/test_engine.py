@@ -27,11 +27,11 @@ from iclip_hf import (
     explain,
 )
 from iclip_hf.backends.loading import load
-from iclip_hf.cli.output import presence_column
-from iclip_hf.data.vocabulary import vocabulary
+from iclip_hf.data.nouns import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
+from iclip_hf.model import engine as engine_module
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.presence import at_prior
+from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
@@ -215,6 +215,12 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
         torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
 
 
+def test_texts_are_alike_from_a_cosine_of_seven_tenths():
+    cosines = [1.0, 0.72, 0.68]
+    embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
+    assert engine_module._best_rows(torch.tensor([0.3, 0.2, 0.1]), embeds, 2) == [0, 2]
+
+
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
     monkeypatch.setattr("iclip_hf.explainers.explain.vocabulary", lambda: ["dog", "ball", "car", "sky"])
     found = explain((tiny_model(), tiny_processor), IMAGES)
@@ -329,12 +335,12 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     assert [one["presence"] for one in record] == explanation.presence.tolist()
     assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
     assert record[2]["regions"] == []
-    for index, (one, array) in enumerate(explanation.records_and_masks()):
-        mask = explanation.mask(index)
+    for index, one in enumerate(record):
+        mask = explanation.mask(index).numpy()
         assert [region["box"] for region in one["regions"]] == [list(part.box) for part in explanation.regions(index)]
         assert all(mask[y, x] for region in one["regions"] for x, y in region["positive_points"])
         assert not any(mask[y, x] for region in one["regions"] for x, y in region["negative_points"])
-        assert {**one, "mask": run_lengths(array)} == record[index] and (array == mask.numpy()).all()
+        assert one["mask"] == run_lengths(mask)
     score = explanation.scores[0].item()
     assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
 
@@ -431,8 +437,17 @@ def test_the_presence_in_json_decides_whether_the_mask_is_empty(tiny_processor, 
     (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
     shown = text["presence"] >= 0.8
     assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
-    column = presence_column(found.presence.item(), 0.8)
-    assert (float(column.split()[-1]) >= 0.8) == (not column.startswith("absent")) == shown
+    assert presence_text(text["presence"], 0.8) == ("present 0.80" if shown else "absent 0.80")
+
+
+def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):
+    (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], TEXTS)
+    thresholds = [0.2, 0.9, 0.6][: len(found)]
+    given = [thresholds, np.float32(thresholds), torch.tensor(thresholds)]
+    first, *others = (replace(found, threshold=threshold) for threshold in given)
+    for other in others:
+        assert other.label_map().equal(first.label_map()) and other[1].mask().equal(first.mask(1))
+    assert replace(found, threshold=np.float32(0.9)).mask(1).equal(first.mask(1))
 
 
 def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):

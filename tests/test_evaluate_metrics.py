@@ -15,9 +15,9 @@ import torch
 
 evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
 
+from iclip_hf.evaluation.evaluate_modules import metric_scripts  # noqa: E402
 from iclip_hf.evaluation.metrics import label_maps, maps, recognition, segmentation  # noqa: E402
 from iclip_hf.evaluation.metrics.maps import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast  # noqa: E402
-from iclip_hf.hub.metric_modules import metric_scripts  # noqa: E402
 
 
 REPOSITORY = Path(__file__).parents[1]

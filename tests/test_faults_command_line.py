@@ -29,6 +29,7 @@ def refused(*line) -> str:
 ARGUMENTS = {
     "explain {photo} --text dog --model {model}": """
         --sharpness 3
+        --text {photo}
         --method magic
         --image-size 12
         --image-size 0.5

@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from iclip_hf.evaluation.metrics import (
     Presence,
     StuffContrast,
     TextContrast,
+    make_metrics,
 )
 from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.model.similarity import resize_and_normalize
@@ -492,6 +494,15 @@ def test_scores_without_items_are_nan_or_none():
     assert found["pointing_game"] is None and found["pairs"] == 0 and found["per_class"] == {}
 
 
+@pytest.mark.parametrize("name", ["mMIoU", "mFMB", "text_contrast", "stuff_contrast", "label_maps", "pointing_game"])
+def test_void_pixels_are_those_of_the_data_set(name):
+    """65535 in one of more than 254 classes, of which 255 is one."""
+    (metric,) = make_metrics([name])
+    dataset = SimpleNamespace(void=65535, stuff=(1,), supercategories=None)
+    metric.prepare(SimpleNamespace(dataset=dataset, texts=SimpleNamespace(text_embeds=torch.eye(2))))
+    assert metric.ignore_index == 65535
+
+
 # ---- presence ----
 
 
@@ -515,7 +526,8 @@ def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
     metric.update(np.array([[1.0, 0.3], [0.0, 0.9]]), np.full((2, 2), shown))
     found = metric.compute()
     assert found["prior"] == shown and found["calibration_error"] is found["reliability"] is found["auc"] is None
-    assert metric.tables(found)  # without the table of the bins
+    (table,) = metric.tables(found)  # without the table of the bins
+    assert ("passed" in table) != shown and "AUC" not in table  # without rows that cannot be measured
     metric.update(np.array([[1.0, 0.0]]), np.array([[1, 0]]))  # certain, at a prior between 0 and 1
     assert 0 <= metric.compute()["calibration_error"] <= 1
     assert sum(row["pairs"] for row in metric.compute()["reliability"]) == 6

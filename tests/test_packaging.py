@@ -140,7 +140,7 @@ def test_what_is_loaded_late_says_its_extra_too():
         ("timm", "train"): "from iclip_hf.training.data import augmentation; augmentation(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
-        ("evaluate", "eval"): "from iclip_hf.hub.metric_modules import install_metrics; install_metrics()",
+        ("evaluate", "eval"): "from iclip_hf.evaluation.evaluate_modules import install_metrics; install_metrics()",
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])
     for (package, extra), sentence in zip(doors, said):

@@ -61,8 +61,8 @@ def written(recorded):
 def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):
     image = Image.new("RGB", (60, 40), "gray")
     sheet = iclip_hf.draw(explained([0.75, 0.99, 0.2]), image)
-    assert written[:8] == ["image", "60 x 40 pixels", "text 0", "unsure · score 0.30", "text 1", "present · score 0.30", "text 2",
-                           "absent · score 0.30"]  # fmt: skip
+    assert written[:8] == ["image", "60 x 40 pixels", "text 0", "unsure 0.75 · score 0.30", "text 1", "present 0.99 · score 0.30", "text 2",
+                           "absent 0.20 · score 0.30"]  # fmt: skip
     pixels = np.asarray(sheet).astype(int)
     overlaid = overlay(Image.new("RGB", (2, 1), "gray"), np.array([[0.0, 1.0]]))
     faded = Image.blend(Image.new("RGB", (2, 1), "white"), overlaid, 0.35)
@@ -116,6 +116,15 @@ def test_a_comparison_has_a_row_a_text_and_a_column_a_method(written):
     for heatmap, rows, columns in ((high, {0, 1}, {1, 2}), (low, {0}, {2})):
         at = np.argwhere(shown(heatmap))
         assert set(at[:, 0] // (len(pixels[50:-50]) // 2)) >= rows and set(at[:, 1] * 3 // pixels.shape[1]) == columns
+
+
+def test_a_comparison_of_one_text_wraps_its_methods(recorded):
+    grids = recorded(
+        sheets, "picture_grid", lambda pictures, titles, columns, *rows, **options: (titles, columns, rows)
+    )
+    image, methods = Image.new("RGB", (60, 40), "gray"), [f"method {number}" for number in range(9)]
+    comparison_sheet(image, {method: [np.ones((40, 60))] for method in methods}, ["dog\nscore 0.31"])
+    assert grids == [(["dog\nscore 0.31", *methods], 5, ())]
 
 
 def test_a_comparison_fades_the_maps_of_absent_texts():

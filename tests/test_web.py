@@ -33,8 +33,8 @@ from iclip_hf.model.modeling_iclip import join_branches
 from iclip_hf.model.presence import presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
+from iclip_hf.plots import example_image
 from iclip_hf.plots.colors import color_table
-from iclip_hf.plots.example import example_image
 
 
 READY = "#go:not([disabled])"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .model.pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
     from .model.processing_iclip import ICLIPProcessor
-    from .plots.example import example_image
+    from .plots import example_image
     from .plots.sheets import draw
 
 
@@ -35,7 +35,7 @@ __version__ = "0.2.0.dev0"
 _MODULES = {
     "draw": ".plots.sheets",
     "embedded_model": ".backends.embedded",
-    "example_image": ".plots.example",
+    "example_image": ".plots",
     "evaluate_model": ".evaluation.evaluate",
     "explain": ".explainers.explain",
     "Explanation": ".model.explanation",
@@ -75,6 +75,13 @@ register_post_import_hook(
     lambda _: importlib.import_module(".backends.embedded", __name__).set_as_default(),
     f"{__name__}.model.pipeline_iclip",
 )
+
+
+def _show_in_notebooks(imported) -> None:
+    imported.Explanation._repr_png_ = lambda self: importlib.import_module(".plots.sheets", __name__).png(self)
+
+
+register_post_import_hook(_show_in_notebooks, f"{__name__}.model.explanation")
 
 # `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they are installed for.
 _INSTALLED = re.compile("latest cached version .*evaluate-metric--(mfmb|mmiou|text_contrast)")

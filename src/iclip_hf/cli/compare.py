@@ -7,19 +7,10 @@ import json
 import os
 from pathlib import Path
 
-from ..model.presence import MIN_PRESENCE, presence_word
+from ..model.presence import presence_text
 from ..utils.files import new_file
 from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
-from .output import (
-    PICTURES,
-    check_file,
-    model_files,
-    presence_column,
-    print_lines,
-    printable,
-    resolution,
-    save_picture,
-)
+from .output import PICTURES, check_file, model_files, print_lines, resolution, save_picture, table
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -83,8 +74,7 @@ def run(options: argparse.Namespace) -> None:
         figures = zip(rows, notes, explanation.scores.tolist(), explanation.presences)
         for row, of_text, score, presence in figures:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
-            word = presence_word(presence)
-            of_text.append(f"{f'{word} · ' if word else ''}score {score:.2f}")
+            of_text.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
     titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
     sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=dpi)
     save_picture(sheet, output, dpi)
@@ -93,12 +83,17 @@ def run(options: argparse.Namespace) -> None:
         print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
     print_lines(f"{options.image} -> {output}")
-    width = max(len(printable(text)) for text in texts)
-    for row in rows:
-        figures = [
-            f"{row['scores'][name]:+.4f}  {presence_column(row['presence'][name], MIN_PRESENCE)}" for name in models
+    cells = [
+        [
+            row["text"],
+            presence_text(row["presence"][name]),
+            f"{row['scores'][name]:.3f}",
+            name if len(models) > 1 else "",
         ]
-        print_lines(f"  {printable(row['text']):<{width}}  {'  '.join(figures)}")
+        for row in rows
+        for name in models
+    ]
+    print_lines(*table(["text", "presence", "score", "model"], cells))
 
 
 def _open(options: argparse.Namespace, output: Path, models: list[str]):

@@ -12,7 +12,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..hub.metric_modules import install_metrics
+    from ..evaluation.evaluate_modules import install_metrics
 
     for name, folder in install_metrics().items():
         print_lines(f"{name} -> {folder}")

@@ -39,7 +39,10 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 @option_type
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
-    return [check_text(text) for text in split_texts(typed) or [""]]
+    found = [check_text(text) for text in split_texts(typed) or [""]]
+    if files := [text for text in found if Path(text).suffix and Path(text).is_file()]:
+        raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
+    return found
 
 
 @option_type

@@ -9,9 +9,8 @@ import shlex
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-
-from ..model.presence import presence_word
 
 
 # Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
@@ -94,11 +93,11 @@ def print_folder(folder: Path, *command: str) -> None:
     print_lines(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
 
 
-def presence_column(value: float | None, min_presence: float) -> str:
-    """
-    Returns a presence as a word and a number. The number, a float32, is cut, not rounded: an unsure 0.798 must not look like the 0.80
-    from which a text is present. Empty for a model without presence.
-    """
-    if value is None:
-        return ""
-    return f"{presence_word(value, min_presence):<7}  presence {f'{value:.9f}'[:4]}"
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are left out."""
+    columns = [[printable(cell) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(["", f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))])
+        for first, *others in zip(*columns)
+    ]

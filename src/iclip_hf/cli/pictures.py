@@ -14,18 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..explainers import METHODS
-from ..model.presence import MIN_PRESENCE
+from ..model.presence import MIN_PRESENCE, presence_text
 from .options import MODEL, PROMPTS, add_shared, load_engine, method, option_type, share
-from .output import (
-    PICTURES,
-    check_file,
-    check_folder,
-    model_files,
-    presence_column,
-    print_error,
-    print_lines,
-    printable,
-)
+from .output import PICTURES, check_file, check_folder, model_files, print_error, print_lines, table
 
 
 if TYPE_CHECKING:
@@ -89,7 +80,6 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     """
     from tqdm import tqdm
 
-    from ..data.vocabulary import vocabulary
     from ..model.images import load_image, open_image
     from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
@@ -108,7 +98,10 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
         check_outputs([picture or folder / "new"], [*images, *thresholds, *model_files(options.model)])
     engine, threshold = load_engine(options)
-    from ..explainers.explain import NOUNS  # after the checks, because it imports torch
+    # After the checks, because these import torch.
+    from ..data.nouns import vocabulary
+    from ..explainers.explain import NOUNS
+    from ..model.engine import BEST_PRIOR
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
@@ -134,6 +127,11 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         named, prepared = itertools.tee(prefetch_map(thread, read, images, options.batch_size))
         # Without texts: what is in each image?
         texts, best = (options.texts + options.background, None) if options.texts else (vocabulary(), NOUNS)
+        headings = (
+            ("text", "presence")
+            if options.texts
+            else (f"best of {len(texts):,} nouns", f"presence at prior {BEST_PRIOR}")
+        )
         explanations = engine.run((image for _, image in prepared), texts, options.batch_size, best)
         entries, lines = prefetch_map(thread, written, zip(named, explanations), 4), None
         for entry in tqdm(entries, total=len(images), unit="image", disable=alone or None):
@@ -150,7 +148,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
                     print_error(options.command, problem)
                 if entry:
                     explained += 1
-                    print_lines(*([text] if options.json else _report(entry, options)))
+                    print_lines(*([text] if options.json else _report(entry, headings, options.min_presence)))
         if lines is not None and not options.json:
             print_lines(f"{explained} images -> {lines.name}")
     return 0 if explained == len(images) else 2
@@ -184,18 +182,18 @@ def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path |
     return None, output
 
 
-def _report(entry: dict, options: argparse.Namespace) -> list[str]:
-    """Returns the printed lines of an image."""
-    rows = entry.get("segments") or entry["texts"]
-    width = max(len(printable(row["text"])) for row in rows)
-    lines = [
-        f"{entry['image']} -> {', '.join(entry[kind] for kind in ('picture', 'labels', 'arrays') if kind in entry)}"
+def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:
+    """Returns the printed lines of an image. `headings` are those of texts and presence."""
+    files = ", ".join(entry[kind] for kind in ("picture", "labels", "arrays") if kind in entry)
+    of_segments = "segments" in entry
+    headings = [*headings, "score", "share of the image" if of_segments else "regions"]
+    rows = [
+        [
+            row["text"],
+            presence_text(row["presence"], min_presence),
+            f"{row['score']:.3f}",
+            f"{100 * row['area']:.1f} %" if of_segments else str(len(row["regions"])),
+        ]
+        for row in entry.get("segments") or entry["texts"]
     ]
-    for row in rows:
-        if "area" in row:
-            found = f"{100 * row['area']:5.1f} % of the image"
-        else:
-            found = f"{len(row['regions'])} region{'' if len(row['regions']) == 1 else 's'}"
-        presence = presence_column(row["presence"], options.min_presence)
-        lines.append(f"  {printable(row['text']):<{width}}  {row['score']:+.4f}  {presence}  {found}")
-    return lines
+    return [f"{entry['image']} -> {files}", *table(headings, rows)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ TEMPLATES = (
     "there is a {} in the photo",
 )
 _BACKGROUND = "(background)"
+
+
+def vocabulary() -> list[str]:
+    """Returns the nouns that the embedded model learned, in the singular: objects, materials, places and backgrounds of photographs."""
+    text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
+    return [line.removesuffix("(background)").strip() for line in text.splitlines() if line.strip()]
 
 
 class ImageNouns(NamedTuple):

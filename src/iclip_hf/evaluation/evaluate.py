@@ -131,7 +131,7 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
 
 
 def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
-    """Returns a Markdown table with a row for each method, and the tables of the metrics' own."""
+    """Returns a Markdown table with a row for each method, what its columns mean, and the tables of the metrics' own."""
     in_table = [metric for metric in metrics if metric.columns]
     first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
     headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
@@ -141,7 +141,8 @@ def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: 
     ]
     scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
     own = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
-    return [*([markdown(headings, rows)] if in_table else []), *own]
+    legends = "\n".join(f"- {metric.legend}" for metric in in_table if metric.legend)
+    return list(filter(None, [markdown(headings, rows) if in_table else "", legends, *own]))
 
 
 class EvaluationRun:

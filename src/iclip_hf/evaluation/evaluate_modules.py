@@ -4,7 +4,9 @@ Modules of the `evaluate` library from metrics. The scripts are in the folder `e
 """
 
 from abc import ABC, abstractmethod
+from importlib.resources import files
 from inspect import getdoc, signature
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from .metrics.maps import MaskMetric, PairMetric
 with require_extra("eval"):
     import evaluate
     from datasets import Features, Sequence, Value
+    from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
 
 
 _INPUTS = """
@@ -123,3 +126,23 @@ class MetricModule(evaluate.Metric, ABC):
         for first, second, label in zip(references, predictions, labels):
             metric.add_counts(np.array([first, second]), label)
         return metric.compute()
+
+
+def metric_scripts() -> dict[str, Path]:
+    """Returns the scripts of the metric modules by name, `"mfmb"`, `"mmiou"` and `"text_contrast"`."""
+    return {path.stem: path for path in sorted(files("iclip_hf.evaluate_metrics").glob("*/*.py"))}
+
+
+def install_metrics() -> dict[str, Path]:
+    """
+    Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds them by their bare
+    names in any working directory, also offline. Returns the folder of each script by the name of its metric.
+    """
+    modules, installed = init_dynamic_modules(), {}
+    for name, script in metric_scripts().items():
+        factory = LocalEvaluationModuleFactory(str(script))
+        factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
+        installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
+        # Written again, because `load` takes the newest version.
+        (installed[name] / script.name).write_bytes(script.read_bytes())
+    return installed

@@ -24,7 +24,7 @@ class EvaluationResult:
         per_class (`dict`): for each method, a list with one `dict` for each class: `id`, `name`, and for each metric with scores of
             classes a `dict` of them.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
-        tables (`list[str]`): tables of `results` in Markdown.
+        tables (`list[str]`): tables of `results` in Markdown, and what their columns mean.
     """
 
     protocol: dict
@@ -34,7 +34,10 @@ class EvaluationResult:
     tables: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """Returns the scores as a Markdown table, which says if they are of some images only, and further tables of some metrics."""
+        """
+        Returns the scores as a Markdown table, which says if they are of some images only, what its columns mean, and further tables of some
+        metrics.
+        """
         return "\n\n".join(self.tables)
 
     def to_json(self) -> str:

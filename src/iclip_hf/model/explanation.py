@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +21,7 @@ class Explanation:
     """
     The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
     grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or `explanation.map("dog")`, and
-    `explanation["dog"]` is the explanation of this text alone. In a notebook, an explanation is shown as the picture of [`draw`].
+    `explanation["dog"]` is the explanation of this text alone.
 
     Attributes:
         labels (`list[str]`): the T texts.
@@ -34,7 +32,7 @@ class Explanation:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
             height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them): foreground is M > threshold.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
         image (`PIL.Image.Image`, *optional*): the image.
@@ -57,15 +55,6 @@ class Explanation:
         texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
         height, width = self.size
         return f"Explanation({texts}; {height}x{width})"
-
-    def _repr_png_(self) -> bytes | None:
-        # In the code of an exported model, the package may not be installed.
-        if self.image is None or importlib.util.find_spec("iclip_hf") is None:
-            return None
-        draw = importlib.import_module("iclip_hf").draw
-        picture = io.BytesIO()
-        draw(self, self.image).save(picture, "PNG")
-        return picture.getvalue()
 
     def __len__(self) -> int:
         """Number of texts."""
@@ -162,30 +151,27 @@ class Explanation:
             Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the mask is empty.
         """
         height, width = self.size
-        texts = [{**record, "mask": run_lengths(mask)} for record, mask in self.records_and_masks()]
-        return {"height": height, "width": width, "texts": texts}
+        return {"height": height, "width": width, "texts": [self._text_to_dict(index) for index in range(len(self))]}
 
-    def records_and_masks(self) -> Iterator[tuple[dict, np.ndarray]]:
-        """Yields `to_dict`'s `dict` of each text without the mask, and the mask. Computes each map once."""
-        for index, presence in enumerate(self.presences):
-            heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
-            regions = find_regions(heatmap, mask)
-            negative = negative_points(heatmap, mask).tolist() if regions else []
-            record = {
-                "text": self.labels[index],
-                "score": round(self.scores[index].item(), 4),
-                "presence": presence,
-                "regions": [
-                    {
-                        "score": round(region.score, 4),
-                        "box": list(region.box),
-                        "positive_points": positive_points(heatmap, region).tolist(),
-                        "negative_points": negative,
-                    }
-                    for region in regions
-                ],
-            }
-            yield record, mask
+    def _text_to_dict(self, index: int) -> dict:
+        heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
+        regions = find_regions(heatmap, mask)
+        negative = negative_points(heatmap, mask).tolist() if regions else []
+        return {
+            "text": self.labels[index],
+            "score": round(self.scores[index].item(), 4),
+            "presence": self.presences[index],
+            "regions": [
+                {
+                    "score": round(region.score, 4),
+                    "box": list(region.box),
+                    "positive_points": positive_points(heatmap, region).tolist(),
+                    "negative_points": negative,
+                }
+                for region in regions
+            ],
+            "mask": run_lengths(mask),
+        }
 
     def _threshold(self, index: int) -> float:
-        return self.threshold if isinstance(self.threshold, (int, float)) else self.threshold[index]
+        return self.threshold[index] if np.ndim(self.threshold) else self.threshold

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from .presence import MIN_PRESENCE
@@ -40,7 +41,7 @@ def segments(
     Returns:
         `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
     """
-    thresholds = threshold if isinstance(threshold, Sequence) else [threshold] * len(raw_maps)
+    thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
         present = [value >= min_presence for value in presence.tolist()]

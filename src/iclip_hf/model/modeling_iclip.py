@@ -51,6 +51,8 @@ VISION_TOWERS = {
     "dinov3_vit": VisionTower("DINOv3ViTAttention"),
     "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
 }
+# Factor of what is below the base of a map with additive or signed attention: it stays low, and in its order.
+BELOW_BASE = 0.1
 # Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
@@ -205,9 +207,13 @@ class Projection(nn.Linear):
             self.hidden = nn.Sequential(*layers)
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
-        """Projects features. With `linear`, the hidden layer is left out."""
+        """
+        Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`: the others are zero.
+        """
+        if linear:
+            return F.linear(features, self.weight[:, -features.shape[-1] :], self.bias)
         projected = super().forward(features)
-        return projected if linear or self.hidden is None else projected + self.hidden(features)
+        return projected if self.hidden is None else projected + self.hidden(features)
 
 
 class ICLIPBranch(nn.Module):
@@ -293,10 +299,17 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
         raise ValueError(
             f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; download it again."
         )
+    if name := non_finite_weight(model):
+        raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+
+
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Returns the name of a parameter or buffer with NaN or infinity; None if there is none. Offloaded ones are not read."""
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
-            raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+            return name
+    return None
 
 
 class ICLIPModel(PreTrainedModel):
@@ -567,11 +580,10 @@ class ICLIPModel(PreTrainedModel):
         """
         patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))
         if share := self.config.recognition_share:
-            # The recognition branch learned with tokens that are not centered. Zeros stand for the class token.
+            # The recognition branch learned with tokens that are not centered. They follow the class token, which is zero here.
             patches = patch_tokens
             if self.config.center_tokens:
                 patches = patches + self._own_tensor("token_mean").to(patches)
-            patches = F.pad(patches, (patches.shape[-1], 0))
             recognised = normalize(self.recognition.visual_projection(patches, linear=True))
             patch_embeds = join_branches(patch_embeds, recognised, share)
         return patch_embeds
@@ -697,14 +709,17 @@ class ICLIPModel(PreTrainedModel):
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention in ("additive", "signed"):
-            maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
-            attention = min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            attention = min_max_normalize(attention)
             if self.config.map_attention == "signed":
                 weights = attention_weights(
                     image.attention_direction, text.map_text_embeds, self.config.max_sharpness
                 ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
-            maps = maps + attention
+            std, mean = torch.std_mean(maps, (-2, -1), correction=0, keepdim=True)
+            base = mean - std / 2
+            above, below = (maps - base).clamp(min=0), (maps - base).clamp(max=0)
+            most = 1 / (2 * self.config.max_sharpness)
+            maps = base + above + attention * above.clamp(max=most) + BELOW_BASE * below
         return maps
 
     @can_return_tuple

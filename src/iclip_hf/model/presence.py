@@ -32,3 +32,8 @@ def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> st
     if not value >= min_presence:  # also NaN
         return ABSENT
     return SURE if value >= PRESENT else UNSURE
+
+
+def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> str:
+    """Returns the word and the number of a presence, such as "present 0.93"; an empty string for None."""
+    return "" if value is None else f"{presence_word(value, min_presence)} {value:.2f}"

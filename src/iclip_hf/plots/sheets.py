@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageOps
 
 from ..model.images import load_image
-from ..model.presence import ABSENT
+from ..model.presence import ABSENT, presence_text
 from . import COLORMAPS
 from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask
@@ -45,8 +46,9 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence as a word, if the model
-    has a presence, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
+    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the model has
+    one, as a word and a number, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
+    Notebooks show an explanation by this picture.
 
     Example:
 
@@ -76,11 +78,21 @@ def draw(
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))
-    rows = zip(explanation.labels, explanation.scores.tolist(), explanation.presence_words)
-    for index, (text, score, word) in enumerate(rows):
+    rows = zip(explanation.labels, explanation.scores.tolist(), explanation.presences, explanation.presence_words)
+    for index, (text, score, presence, word) in enumerate(rows):
         pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
-        titles.append(f"{' '.join(text.split())}\n{f'{word} · ' if word else ''}score {score:.2f}")
+        notes = [presence_text(presence, explanation.min_presence), f"score {score:.2f}"]
+        titles.append(f"{' '.join(text.split())}\n{' · '.join(filter(None, notes))}")
     return picture_grid(pictures, titles, columns, legend=colormap, dpi=dpi)
+
+
+def png(explanation: Explanation) -> bytes | None:
+    """Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image."""
+    if explanation.image is None:
+        return None
+    file = io.BytesIO()
+    draw(explanation, explanation.image).save(file, "PNG")
+    return file.getvalue()
 
 
 def label_sheet(
@@ -134,7 +146,7 @@ def comparison_sheet(
 ) -> Image.Image:
     """
     Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an absent text are
-    faded.
+    faded. A single text has rows of at most five pictures.
 
     Args:
         image (`PIL.Image.Image`): RGB.
@@ -151,6 +163,8 @@ def comparison_sheet(
         for title, maps in heatmaps.items():
             word = words[title][index] if title in words else None
             pictures.append(None if maps[index] is None else _map_picture(image, maps[index], word, colormap))
+    if len(row_titles) == 1:
+        return picture_grid(pictures, [*row_titles, *heatmaps], 5, legend=colormap, dpi=dpi)
     titles = ["", *heatmaps]
     titles += [""] * (len(pictures) - len(titles))
     return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, legend=colormap, dpi=dpi)

@@ -30,7 +30,7 @@ from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import join_towers
 from ..model.configuration_iclip import ICLIPConfig
-from ..model.modeling_iclip import ICLIPModel
+from ..model.modeling_iclip import ICLIPModel, non_finite_weight
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state, shared_folder_lock
 from ..utils.files import atomic_write
@@ -285,9 +285,8 @@ def run(
 
 def check_finite(model: nn.Module) -> None:
     """Raises `FloatingPointError` for a weight that is not finite."""
-    for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():
-            raise FloatingPointError(f"The weights {name} are not finite any more: lower learning_rate")
+    if name := non_finite_weight(model):
+        raise FloatingPointError(f"The weights {name} are not finite any more: lower learning_rate")
 
 
 @torch.no_grad()

@@ -108,6 +108,10 @@ class DeletionInsertion(ClassMeans):
         for kind, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
     }
+    legend = (
+        "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by noise, in the order of the map. "
+        "High is better for insertion and for the difference, low for deletion."
+    )
     names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
     definition = (
         "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal noise, insertion starts "

@@ -36,6 +36,7 @@ class LabelMaps(Metric):
         "absent": ("area of absent classes %", 2),
         "kept": ("shown classes with a pixel %", 1),
     }
+    legend = "Label maps are those of the shown classes and two absent ones. IoU: overlap of the segment of a shown class and its mask."
     needs = frozenset()
     definition = "the shown classes and two absent ones; the default thresholds"
 

@@ -98,6 +98,7 @@ class MeanMaxIoU(PairMetric):
 
     name = "mMIoU"
     columns = {"mmiou": ("mMIoU %", 2), "floor": ("floor %", 2)}
+    legend = "mMIoU: overlap of map and object, the IoU at the best threshold of each class. Floor: the mMIoU of a map that marks every pixel."
     rows = {"IoU": "per_class", "threshold": "thresholds"}
     reasons = ("all_void", "no_foreground")
     count = staticmethod(threshold_counts)
@@ -147,6 +148,7 @@ class MeanForegroundMinusBackground(PairMetric):
 
     name = "mFMB"
     columns = {"mfmb": ("mFMB", 4)}
+    legend = "mFMB: mean of the map on the object minus its mean elsewhere, -1 to 1."
     rows = {"FMB": "per_class"}
     reasons = ("all_void", "no_foreground", "no_background")
     count = staticmethod(region_means)
@@ -187,6 +189,7 @@ class TextContrast(MaskMetric):
 
     name = "text_contrast"
     columns = {"text_contrast": ("text contrast %", 2)}
+    legend = "Text contrast: how well the maps of two classes of one image separate their pixels. 50 for a map that does not depend on the text."
     rows = {"contrast": "per_class"}
     definition = (
         "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, without pixels of both; "
@@ -234,6 +237,10 @@ class StuffContrast(TextContrast):
 
     name = "stuff_contrast"
     columns = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
+    legend = (
+        "Stuff and thing contrast: how well the map of a class of stuff (such as sky) or things ranks its own pixels above those of another "
+        "class. 50 is chance."
+    )
     rows = {"ranking": "per_class"}
     definition = (
         "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and partners, then over the classes "
@@ -284,6 +291,10 @@ class PointingGame(ClassMeans):
         "energy_pointing_game": ("energy-based %", 1),
         "foreground": ("a constant map %", 1),
     }
+    legend = (
+        "Pointing game: share of maps whose highest pixel is on the object. Energy-based: share of the sum of the map that is on the object. "
+        "A constant map has the share of the object in the image."
+    )
 
     def __init__(self, ignore_index: int = 255):
         super().__init__()

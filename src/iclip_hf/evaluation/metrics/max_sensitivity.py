@@ -49,6 +49,7 @@ class MaxSensitivity(ClassMeans):
 
     name = "max_sensitivity"
     columns = {"max_sensitivity": ("max-sensitivity", 3)}
+    legend = "Max-sensitivity: largest relative change of the map under noise of one grey level. 0 is stable."
     needs = frozenset()
     definition = f"noise of radius {RADIUS}, {SAMPLES} samples; maps stretched to [0, 1] on their own grid"
 

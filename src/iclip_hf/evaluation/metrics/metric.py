@@ -78,6 +78,7 @@ class Metric(ABC):
     Attributes:
         name (`str`): its name in `metrics=`, in `--metrics` and in results.
         columns (`dict`): the scores of `compute` that tables show: for each its heading and its number of digits.
+        legend (`str`): a line below the table that explains the columns.
         rows (`dict`): the scores of a class: for each its name in the row of the class, and its name in `compute`, a `dict` by class id.
         needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
         by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with the method None.
@@ -89,6 +90,7 @@ class Metric(ABC):
 
     name: str
     columns: dict[str, tuple[str, int]] = {}
+    legend = ""
     rows: dict[str, str] = {}
     needs: frozenset[str] = frozenset({"maps"})
     by_method = True
@@ -233,5 +235,7 @@ def rounded(value: float | None, digits: int) -> str:
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *rows])
+    """Returns a Markdown table, whose columns are aligned."""
+    widths = [max(map(len, column)) for column in zip(["---"] * len(headings), headings, *rows)]
+    lines = [headings, ["-" * width for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)

@@ -82,6 +82,7 @@ class Randomization(ClassMeans):
 
     name = "randomization"
     columns = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
+    legend = "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on what they learned."
     needs = frozenset()
     definition = "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on the grid of the maps"
 

@@ -47,6 +47,7 @@ class MultiLabelAveragePrecision(Metric):
 
     name = "mAP"
     columns = {"map": ("mAP %", 2)}
+    legend = "mAP: average precision of ranking the images by the score of a class, mean over the classes. It does not depend on the method."
     rows = {"AP": "per_class"}
     needs = frozenset({"scores"})
     by_method = False
@@ -92,6 +93,7 @@ class Presence(MultiLabelAveragePrecision):
 
     name = "presence"
     columns = rows = {}  # tables of their own
+    legend = ""
     needs = frozenset({"presence"})
     ranked_by = "presence"
 
@@ -162,24 +164,38 @@ class Presence(MultiLabelAveragePrecision):
         return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else nearest}
 
     def tables(self, scores: Mapping) -> list[str]:
-        shown = {
-            "auc": ("AUC of presence", 3),
-            "auc_hard": ("against like classes", 3),
-            "kept": (f"kept % at presence {scores['min_presence']}", 1),
-            "kept_things": ("things %", 1),
-            "kept_stuff": ("stuff %", 1),
-            "passed": ("passed %", 1),
-            "passed_hard": ("like classes passed %", 1),
-            "map": ("mAP by presence %", 1),
-            "calibration_error": ("calibration error", 3),
+        """Without rows that the data cannot measure, and without empty bins."""
+        least = scores["min_presence"]
+        names = {
+            "auc": ("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
+            "auc_hard": ("AUC against absent classes that resemble a shown one", 3),
+            "kept": (f"kept: shown classes with a presence of at least {least}, %", 1),
+            "kept_things": ("kept things, %", 1),
+            "kept_stuff": ("kept stuff, %", 1),
+            "passed": (f"passed: absent classes with a presence of at least {least}, %", 1),
+            "passed_hard": ("passed, of those that resemble a shown class, %", 1),
+            "map": ("mAP of ranking the images by presence, %", 1),
+            "calibration_error": ("calibration error: mean distance of presence and share that is shown, below", 3),
         }
-        cells = [rounded(scores[name], digits) for name, (_, digits) in shown.items()]
-        tables = [markdown([heading for heading, _ in shown.values()], [cells])]
+        rows = [
+            [heading, rounded(scores[name], digits)]
+            for name, (heading, digits) in names.items()
+            if scores[name] is not None
+        ]
+        tables = [markdown(["presence of the classes in the images", ""], rows)]
         if bins := scores["reliability"]:
-            edges = [f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}" for index in range(len(bins))]
-            names = {"mean": ("mean", 2), "shown": ("share that is shown", 2), "pairs": ("pairs", 0)}
-            rows = [[name, *(rounded(one[row], digits) for one in bins)] for row, (name, digits) in names.items()]
-            tables.append(markdown([f"presence at the prior {scores['prior']:.2f}", *edges], rows))
+            rows = [
+                [
+                    f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}",
+                    rounded(one["mean"], 2),
+                    rounded(one["shown"], 2),
+                    str(one["pairs"]),
+                ]
+                for index, one in enumerate(bins)
+                if one["pairs"]
+            ]
+            presence = f"presence when {100 * scores['prior']:.1f} % are shown"
+            tables.append(markdown([presence, "its mean", "share that is shown", "pairs of image and class"], rows))
         return tables
 
 

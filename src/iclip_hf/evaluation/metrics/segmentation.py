@@ -149,6 +149,7 @@ class Segmentation(Metric):
         "floor_class": ("floor's class", 0),
         "thresholds": ("background threshold", 0),
     }
+    legend = "mIoU: overlap of label maps and masks over the pixels of all images, mean over the classes. Floor: the mIoU of one class everywhere."
     rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
     needs = frozenset()
     definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"

@@ -38,9 +38,8 @@ def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
     return torch.inference_mode()(function)
 
 
-def contenders(images: int, texts: int) -> dict[str, Callable[[], object]]:
+def contenders(model: ICLIPModel, images: int, texts: int) -> dict[str, Callable[[], object]]:
     """From pixel values and token ids to finished maps, all of an image at once or one at a time; and the towers alone."""
-    model = loaded()
     pixel_values = torch.randn(images, 3, 224, 224)
     input_ids = torch.randint(1000, 20000, (texts, 8))
     mask = torch.ones_like(input_ids)
@@ -64,9 +63,9 @@ def contenders(images: int, texts: int) -> dict[str, Callable[[], object]]:
 
 
 def explaining(images: int, rounds: int, several: int) -> str:
-    rows = []
+    model, rows = loaded(), []
     for number, texts in ((n, t) for n in (1, images) for t in (1, 20, 80)):
-        runs = contenders(number, texts)
+        runs = contenders(model, number, texts)
         taken = take_turns(runs, rounds if number == 1 else several)
         slower = [f"{ratio(taken, name, 'towers'):.3f}" for name in ("explain", "map_by_map")]
         memory = [f"{cost(function)[1]:.0f}" for function in runs.values()]

@@ -22,8 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from iclip_hf import load
-from iclip_hf.backends.explainable import Pooling
+from iclip_hf import ICLIPConfig, load
 from iclip_hf.data.segmentation import SegmentationSample, load_segmentation
 from iclip_hf.model.images import load_image
 
@@ -63,9 +62,13 @@ def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
     features = model.get_image_features(model.processor(images=[image])["pixel_values"])
     patches, own = features.patch_embeds[0], features.map_image_embeds
     own = (features.image_embeds if own is None else own)[0]
-    vectors = {"class_token": own} if model.map_pooling is Pooling.ONE_QUERY else {}
+    config = getattr(model.network, "config", None)
+    of_class_token, pools_similarities = not model.pools_patches, False
+    if isinstance(config, ICLIPConfig):  # whose map branch may pool otherwise than its scores
+        of_class_token, pools_similarities = config.pooling == "class_token", config.max_over == "similarity"
+    vectors = {"class_token": own} if of_class_token else {}
     vectors |= {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
-    vectors |= {"own": own} if model.map_pooling is not Pooling.SIMILARITIES else {}
+    vectors |= {} if pools_similarities else {"own": own}
     return {
         name: ChannelMatch(
             match_channels(vector, patches.flatten(0, 1)).numpy(force=True), vector.numpy(force=True), features.grid

@@ -28,8 +28,7 @@ def noise(height: int, width: int, *channels: int, dtype=np.uint8) -> np.ndarray
 
 
 PHOTO = Image.fromarray(noise(24, 30, 3))
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
-BY_FORMAT = {format: encoded(PHOTO, format) for format in FORMATS}
+BY_FORMAT = {format: encoded(PHOTO, format) for format in ("JPEG", "PNG", "WEBP")}
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], bits: int = 8, kind: int = 2) -> bytes:
@@ -83,15 +82,16 @@ BAD_JSON = {
     "nested too deeply": "[" * 100_000 + "]" * 100_000,
 }
 
+FEW_JSON = {name: BAD_JSON[name] for name in ("truncated", "other object", "nested too deeply")}
+
 
 def evaluation(**changes) -> str:
     row = {"name": "dog", "AP": 50.0, "MIoU": 20.0, "FMB": 0.1, "threshold": 0.4, **changes}
     return json.dumps({"per_class": {"itsm": [row, {**row, "name": "cat"}]}})
 
 
-BAD_EVALUATIONS = BAD_JSON | {
+BAD_EVALUATIONS = FEW_JSON | {
     "no methods": '{"per_class": {}}',
-    "scores as text": evaluation(AP="high", threshold="high"),
     "threshold above 1": evaluation(threshold=7, AP="high"),
     "no score at all": evaluation(AP=None, threshold=None),
 }
@@ -212,11 +212,8 @@ MODEL_FOLDERS = {
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
     "processor of another class": edited_json("processor_config.json", processor_class="CLIPProcessor"),
     "patch size of 0": edited_json("processor_config.json", patch_size=0),
-    "text length as text": edited_json("processor_config.json", max_text_length="77"),
     "unknown padding": edited_json("processor_config.json", text_padding="left"),
     "two means of three channels": edited_image_processor(image_mean=[0, 0]),
-    "images scaled by 0": edited_image_processor(rescale_factor=0),
-    "images without a size": edited_image_processor(size=None),
     "processor nested too deeply": lambda folder: (folder / "processor_config.json").write_text("[" * 10**5),
     "symlinked code": with_code,
 }

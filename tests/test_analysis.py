@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iclip_hf import load
-from iclip_hf.backends.explainable import Pooling
 from iclip_hf.model.modeling_iclip import ICLIPImageFeatures
 
 
@@ -41,7 +40,7 @@ class Sample:
         return np.where(self.index == label, label, np.where(self.index == 255, 255, 0)).astype(np.uint8)
 
 
-def by_hand(pooling=Pooling.ONE_QUERY):
+def by_hand(pools_patches=False):
     """A model that says of each image what it is given: patches and class token, on a grid of 1x3 patches."""
 
     def get_image_features(image):
@@ -51,7 +50,8 @@ def by_hand(pooling=Pooling.ONE_QUERY):
     return SimpleNamespace(
         processor=lambda images: {"pixel_values": images[0]},
         get_image_features=get_image_features,
-        map_pooling=pooling,
+        network=None,
+        pools_patches=pools_patches,
     )
 
 
@@ -68,7 +68,7 @@ def test_channels_by_hand():
     # The mean is (5, 3.33, 3.33, 2.33): nearest are 5, 2, 2, 1.
     assert matches["average"].tokens.tolist() == [1, 1, 2, 1]
     assert matches["own"].values.tolist() == CLASS_TOKEN and matches["max"].grid == (1, 3)
-    assert "class_token" not in channel_matches(by_hand(Pooling.PATCHES), (PATCHES, CLASS_TOKEN))
+    assert "class_token" not in channel_matches(by_hand(pools_patches=True), (PATCHES, CLASS_TOKEN))
 
 
 def test_semantic_shift_by_hand():

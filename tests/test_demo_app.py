@@ -1,10 +1,12 @@
 import base64
 import io
 import itertools
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gradio
 import gradio_client
 import httpx
 import numpy as np
@@ -256,6 +258,12 @@ def test_the_image_of_another_question_is_not_encoded_again(client, folder, reco
         counts.append(len(encoded))
     assert counts == [1, 1, 2]
     np.testing.assert_allclose(answers[0], answers[1], atol=1e-2)
+
+
+def test_the_command_prints_the_address_alone(world, monkeypatch, capsys):
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda demo: demo.close(verbose=False))
+    assert iclip("demo", "--model", world.folder / "model") == 0
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out)
 
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):

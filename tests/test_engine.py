@@ -29,6 +29,7 @@ from iclip_hf import (
 from iclip_hf.backends.loading import load
 from iclip_hf.data.nouns import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
+from iclip_hf.model import engine as engine_module
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior, presence_text
 from iclip_hf.model.prompts import split_texts
@@ -212,6 +213,12 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
         odds = whole.presence[rows] / (1 - whole.presence[rows]) / 19  # one of twenty is shown
         torch.testing.assert_close(one.presence, odds / (1 + odds), atol=1e-5, rtol=0)
         torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
+
+
+def test_texts_are_alike_from_a_cosine_of_seven_tenths():
+    cosines = [1.0, 0.72, 0.68]
+    embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
+    assert engine_module._best_rows(torch.tensor([0.3, 0.2, 0.1]), embeds, 2) == [0, 2]
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):

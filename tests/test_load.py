@@ -25,7 +25,7 @@ from iclip_hf.backends.explainable import RecordableModel
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
-from iclip_hf.hub.folders import _checked_tower
+from iclip_hf.hub.folders import _check_tower
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -147,7 +147,7 @@ def test_a_folder_names_no_files_outside_of_it(world, tmp_path, monkeypatch, ste
             door(folder)
     if "index" not in stem:
         with pytest.raises(ValueError, match=f"{stem}.json names"):
-            _checked_tower(world.model.config.text_config, str(folder), "text_config")
+            _check_tower(str(folder), "text_config", world.model.config)
 
 
 def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, offline, tmp_path):

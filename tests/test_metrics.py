@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from iclip_hf.evaluation.metrics import (
     Presence,
     StuffContrast,
     TextContrast,
+    make_metrics,
 )
 from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.model.similarity import resize_and_normalize
@@ -490,6 +492,15 @@ def test_scores_without_items_are_nan_or_none():
         assert all(math.isnan(metric.compute()[name]) for name in names)
     found = PointingGame().compute()
     assert found["pointing_game"] is None and found["pairs"] == 0 and found["per_class"] == {}
+
+
+@pytest.mark.parametrize("name", ["mMIoU", "mFMB", "text_contrast", "stuff_contrast", "label_maps", "pointing_game"])
+def test_void_pixels_are_those_of_the_data_set(name):
+    """65535 in one of more than 254 classes, of which 255 is one."""
+    (metric,) = make_metrics([name])
+    dataset = SimpleNamespace(void=65535, stuff=(1,), supercategories=None)
+    metric.prepare(SimpleNamespace(dataset=dataset, texts=SimpleNamespace(text_embeds=torch.eye(2))))
+    assert metric.ignore_index == 65535
 
 
 # ---- presence ----

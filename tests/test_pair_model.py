@@ -53,6 +53,14 @@ def test_representative_tokens_by_hand():
     assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
 
 
+@pytest.mark.parametrize(("attention", "second"), [(0.443, 2), (0.4465, 1)])
+def test_patches_without_attention_have_a_twentieth_of_the_largest(attention, second):
+    """(a + 0.05) of an unlike patch against (0.3 + 0.05) sqrt(2) of the opposite one."""
+    tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], *[[1.0, 0.1]] * 9])[None]
+    taken, _ = representative_tokens(tokens, torch.tensor([[1.0, attention, 0.3, *[0.0] * 9]]), (3, 4), 6, affinity=0)
+    assert taken[0, 1].tolist() == tokens[0, second].tolist()
+
+
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
     """It would be a noun of every image whose caption has the form of a prompt, and have to get patches there."""
     nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")

@@ -385,6 +385,21 @@ def test_copies_of_an_image_stay_together(tmp_path, form):
     assert [len(part) for part in images] == [7, 1] and images[0].isdisjoint(images[1])
 
 
+def test_images_are_compared_once(tmp_path, recorded):
+    """By a split, the feature cache and other processes."""
+    write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
+    lines = ["image,caption", *(f"{number}.jpg,caption {number}" for number in range(4))]
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    computed = recorded(PairDataset, "_compute_image_digests", lambda self, sources: len(self))
+    dataset = load_pairs(tmp_path / "pairs.csv")
+    dataset.split(0.5)
+    assert load_pairs(tmp_path / "pairs.csv").image_digests() == dataset.image_digests() and computed == [4]
+    write_images(tmp_path, ["other/0.jpg", "other/1.jpg"])
+    (tmp_path / "other" / "1.jpg").replace(tmp_path / "0.jpg")
+    dataset.image_digests()
+    assert computed == [4, 4]
+
+
 def test_a_split_reads_no_devices(tmp_path):
     names = ["/dev/zero", "/dev/full", "absent.jpg", "empty.jpg", "also empty.jpg", "1.jpg"]
     write_images(tmp_path, ["0.jpg", "1.jpg"])

@@ -244,7 +244,8 @@ def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
     expected = tiny_processor(images=scaled)["pixel_values"]
     found = tiny_processor(images=scaled, do_rescale=False)["pixel_values"]
     assert (found - expected).abs().mean() < 0.01  # 8 bits cut what bicubic overshoots
-    assert tiny_processor(images=scaled * 3 - 1, do_rescale=False)["pixel_values"].max() > 3
+    for options in ({"do_rescale": False}, {"images_kwargs": {"do_rescale": False}}):
+        assert tiny_processor(images=scaled * 3 - 1, **options)["pixel_values"].max() > 3
 
 
 def test_a_crop_is_refused(tiny_processor):

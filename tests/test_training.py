@@ -260,6 +260,15 @@ def test_a_run_that_ends_without_a_finite_loss_fails(hub, tmp_path, capsys, step
     assert not list(tmp_path.glob("*.safetensors")) and "Training with 1 process on cpu" in capsys.readouterr().out
 
 
+def test_a_run_whose_last_gradient_is_not_finite_fails(hub, tmp_path, monkeypatch):
+    """Its loss is finite, but the last step changed nothing."""
+    norms = iter([1.0, float("nan")])
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, *args: torch.tensor(next(norms)))
+    with pytest.raises(FloatingPointError, match="at the last step, 2: lower learning_rate"):
+        run(hub, tmp_path, "--max_steps", 2)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_an_evaluation_without_a_finite_loss_ends_the_run(hub, tmp_path):
     """Otherwise it would stay the best one."""
     options = ["--max_steps", 4, "--eval_steps", 1, "--learning_rate", 1e30, "--warmup_epochs", 0]

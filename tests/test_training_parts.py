@@ -116,7 +116,7 @@ def test_an_error_of_a_worker_ends_the_workers():
     assert not multiprocessing.active_children()
 
 
-def test_retrieval_is_computed_in_blocks(monkeypatch):
+def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):
     """Against one matrix of logits; a caption that two pairs have is right for both images."""
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(2, 11, 4, generator=generator)
@@ -128,7 +128,9 @@ def test_retrieval_is_computed_in_blocks(monkeypatch):
     losses = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()) / 2
     reached = [captions[logits[:, row].argmax()] == captions[row] for row in range(11)]
     monkeypatch.setattr(program, "_BLOCK", 4)
+    shapes = recorded(program.F, "cross_entropy", lambda logits, *args, **options: tuple(logits.shape))
     scores = program.retrieval_scores(images, texts, captions)
+    assert shapes == [(4, 11), (4, 11), (3, 11)] * 2
     torch.testing.assert_close(scores["val_loss"].double(), losses, atol=1e-5, rtol=0)
     assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right] and scores["image_to_text"][6] == 100
     assert scores["text_to_image"].tolist() == [100.0 * hit for hit in reached]

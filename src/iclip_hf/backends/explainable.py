@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from enum import Enum
 
 import torch
 from torch import nn
@@ -17,17 +16,6 @@ from .identity import changed_model, identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
 
 
-class Pooling(Enum):
-    """
-    What the score of an image and a text is computed from: the output of the first query of the last attention, which is that of
-    the class token or of a pooling head; a vector pooled from patch tokens; or the similarities of the patches and the text.
-    """
-
-    ONE_QUERY = "one_query"
-    PATCHES = "patches"
-    SIMILARITIES = "similarities"
-
-
 class ExplainableModel(ABC):
     """
     A loaded model with its processor, which explanations, evaluations and analyses take. [`load`] returns one.
@@ -36,11 +24,11 @@ class ExplainableModel(ABC):
         network: the model itself. A model of PyTorch is a private copy that shares the weights of the given one.
         processor ([`ICLIPProcessor`]): prepares `pixel_values` of whole images, without a crop.
         templates (`list[str]`): default prompts for labels.
-        pooling ([`Pooling`]): of the score, by the recognition branch.
-        map_pooling ([`Pooling`]): of the branch that computes the maps.
+        pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise it depends on the
+            output of one query of the last attention, which is that of the class token or of a pooling head.
     """
 
-    pooling = map_pooling = Pooling.ONE_QUERY
+    pools_patches = False
 
     def __init__(self, model, processor):
         self._given = model, processor

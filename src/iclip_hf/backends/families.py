@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
-from .explainable import ExplainableModel, Pooling, RecordableModel, block_mlp, text_features, unit
+from .explainable import ExplainableModel, RecordableModel, block_mlp, text_features, unit
 from .onnx import ONNXModel
 
 
@@ -44,12 +44,8 @@ class _ICLIP(ExplainableModel):
     def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
         config = model.config
-        self.map_pooling = Pooling.ONE_QUERY if config.pooling == "class_token" else Pooling.PATCHES
-        if config.max_over == "similarity":
-            self.map_pooling = Pooling.SIMILARITIES
-        self.pooling = self.map_pooling
-        if config.dual_projection:
-            self.pooling = Pooling.ONE_QUERY if config.recognition_pooling == "class_token" else Pooling.PATCHES
+        pooling = config.recognition_pooling if config.dual_projection else config.pooling
+        self.pools_patches = pooling != "class_token"
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         image = self.get_image_features(pixel_values)

@@ -12,7 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
-from .explainable import Pooling, RecordableModel, block_mlp, text_features, unit
+from .explainable import RecordableModel, block_mlp, text_features, unit
 from .families import whole_image_processor
 from .recording import attend, merge_heads
 
@@ -54,8 +54,7 @@ class ExplainableOpenCLIP(RecordableModel):
         patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
         super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
         self._given = model, tokenizer  # its configuration tells how images are prepared
-        if getattr(model.visual, "pool_type", "tok") != "tok":
-            self.pooling = self.map_pooling = Pooling.PATCHES
+        self.pools_patches = getattr(model.visual, "pool_type", "tok") != "tok"
 
     def _prepare_layers(self) -> None:
         for block in self.network.visual.transformer.resblocks:

@@ -31,4 +31,8 @@ def run(options: argparse.Namespace) -> None:
 
     silence_transformers()
     keep_memory()
-    launch(options.model or "embedded", options.host, options.port, dtype=options.dtype, device=options.device)
+    model, precision = options.model or "embedded", {"dtype": options.dtype, "device": options.device}
+    # Quiet, because Gradio names an option of Python that shares the demo.
+    app = launch(model, options.host, options.port, **precision, quiet=True, prevent_thread_lock=True)
+    print_lines(f"{app.local_url}")
+    app.block_thread()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..backends.explainable import Pooling
 from ..backends.recording import AttentionRecord
 from .gradients import GradientExplainer
 
@@ -25,7 +24,7 @@ class BiModal(GradientExplainer):
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]
         # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
-        read = slice(0, 1 if self.model.pooling is Pooling.ONE_QUERY else None)
+        read = slice(0, None if self.model.pools_patches else 1)
         row = relevances[-1][:, read].sum(1, keepdim=True)
         if self.model.layers[-1].residual:
             row[..., read] += 1

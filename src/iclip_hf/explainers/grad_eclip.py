@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..backends.explainable import Pooling
 from ..backends.recording import AttentionRecord, merge_heads
 from .gradients import GradientExplainer
 
@@ -22,14 +21,14 @@ class GradECLIP(GradientExplainer):
 
     def __init__(self, model):
         super().__init__(model)
-        self.needs_weights = self.model.pooling is not Pooling.ONE_QUERY
+        self.needs_weights = self.model.pools_patches
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[-1].mixed]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         (layer,), (gradient,) = layers, gradients
-        if self.model.pooling is Pooling.ONE_QUERY:
+        if not self.model.pools_patches:
             key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
             return _one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
         # For each query the positive part of sum_c g_c a v_c, summed over them.

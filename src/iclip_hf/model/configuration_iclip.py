@@ -42,16 +42,16 @@ class ICLIPConfig(PreTrainedConfig):
             projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
             patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
-        image_hidden_size, text_hidden_size (`int`, default to 0): width of a hidden layer beside a linear projection, see
+        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a projection, see
             [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of the text projections. 0 is the
             paper's linear projection.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"features"` multiplies the patch tokens by A before the projection (Eq. 12 to
-            the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises the cosines of
-            each text to their mean over the patches where they are below it, and adds A, stretched to [0, 1] and divided by
-            2 `max_sharpness`, equally for all texts. `"signed"` does the same with A times a weight of the text in [-1, 1], which is
-            learned from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them.
-            `"none"` does not use A.
+            the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises a cosine by
+            its excess over a base, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. The base is the mean over the
+            patches minus half the standard deviation. What is below the base counts a tenth. `"signed"` does the same with A times a weight
+            of the text in [-1, 1], which is learned from noun prompts: texts of objects raise the patches with attention, texts of the
+            background ("sky") lower them. `"none"` does not use A.
         recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values are then
             (1 - share) times the cosine of the map branch plus share times that of the recognition branch, which applies its projection of the
             average patch to each patch. Not in the paper. Requires `recognition_pooling="class_and_average"`.
@@ -66,8 +66,8 @@ class ICLIPConfig(PreTrainedConfig):
         logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which makes their
             sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the noun loss. Without a bias,
             the model has no presence.
-        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated when half of the texts
-            that are asked for are shown. The logit bias itself is that of the share of positives in training.
+        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a prior of 0.5. The
+            logit bias itself is that of the share of positives in training.
         lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
             eval mode.
         text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,

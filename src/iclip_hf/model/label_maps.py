@@ -25,9 +25,9 @@ def segments(
 ) -> torch.Tensor:
     """
     Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of its own mask,
-    where its map is above the threshold. Of overlapping masks, the one with the highest map takes the pixel. Maps are compared after
-    standardization over the image, to mean 0 and standard deviation 1, so that a text whose cosines are higher everywhere does not cover
-    the others. A tenth of the logit of its presence is added.
+    where its map is above the threshold. Where masks overlap, the pixel gets the text with the highest sum of its map, standardized to
+    mean 0 and standard deviation 1 over the image, and a tenth of the logit of its presence. Without standardization, a text whose cosines
+    are higher everywhere would cover the others.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.

@@ -195,7 +195,7 @@ class ICLIPOutput(ModelOutput):
 
 class Projection(nn.Linear):
     """
-    Linear projection of features `(..., in_features)`, with a hidden layer beside it if `hidden_size` is not 0:
+    Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
     """
 
@@ -473,7 +473,7 @@ class ICLIPModel(PreTrainedModel):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, when half of the texts are shown: the sigmoid of scale * cosine + logit bias +
+        Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * cosine + logit bias +
         `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape, float32, in [0, 1]; None
         if the model has no logit bias, because it was trained with a softmax.
         """

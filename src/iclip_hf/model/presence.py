@@ -16,8 +16,8 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 def at_prior(presence, prior: float):
     """
-    Converts presence, an array or tensor in [0, 1] that holds when half of the texts are shown, to the presence when the share `prior` of
-    them is shown (Bayes' rule).
+    Converts presence, an array or tensor in [0, 1] at a prior of 0.5, to the prior `prior`, the share of the texts that is shown (Bayes'
+    rule).
     """
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
 

@@ -90,10 +90,12 @@ style: .venv/.installed
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# All tables, one after the other, also in runs/bench.md.
+# The tables of docs/speed.md, which includes them: about 20 minutes on two idle cores. ICLIP_DATA is the folder of the data sets.
 bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	mkdir -p runs
-	for benchmark in benchmarks/bench_*.py; do \
-		echo "## $$benchmark"; echo; $(BIN)/python $$benchmark || exit 1; echo; \
-	done > runs/bench.md; status=$$?; cat runs/bench.md; exit $$status
+	for script in benchmarks/bench_*.py; do \
+		table=runs/$$(basename $$script .py).md; \
+		$(BIN)/python $$script > $$table && cat $$table && echo || exit 1; \
+	done
+	mv runs/bench_*.md docs/tables/

@@ -170,6 +170,7 @@ def shift(options: argparse.Namespace) -> None:
 def channels(options: argparse.Namespace) -> None:
     model, images = load(options.model), [load_image(path) for path in options.images]
     channel_scatter(images, [channel_matches(model, image) for image in images]).savefig(options.output, dpi=120)
+    print(options.output)
 
 
 def relation(options: argparse.Namespace) -> None:
@@ -178,6 +179,7 @@ def relation(options: argparse.Namespace) -> None:
     rows = [(row["name"], row["mAP"]["AP"], row["mMIoU"]["IoU"]) for row in per_class[method]]
     names, x, y = zip(*(row for row in rows if None not in row))
     relation_plot(names, np.array(x), np.array(y), method).savefig(options.output, dpi=120)
+    print(options.output)
 
 
 def main():

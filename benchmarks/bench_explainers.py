@@ -1,6 +1,6 @@
-"""Every explainer on one image with 20 texts, and what a user would pick instead on the same tower.
+"""Every explainer on one image with 10 texts, and what a user would pick instead on the same tower.
 
-    python benchmarks/bench_explainers.py [--texts 20] [--rounds 3]
+    python benchmarks/bench_explainers.py [--texts 10] [--rounds 2]
 
 CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives need one
 forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock starts their maps are
@@ -127,10 +127,6 @@ def uses_of_maps() -> dict[str, Callable[[], object]]:
     }
 
 
-def contender(name: str, count: int) -> Callable[[], object]:
-    return contenders(count)[name]
-
-
 def compare(all_contenders: dict[str, Callable[[], object]]) -> None:
     """Raises `AssertionError` unless the alternatives draw the maps that are timed beside them, up to their scale."""
     maps = {name: all_contenders[name]() for name in ("`grad_cam`", "`bi_modal`")}
@@ -149,8 +145,8 @@ def compare(all_contenders: dict[str, Callable[[], object]]) -> None:
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--texts", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
 
     all_contenders = contenders(options.texts)
@@ -160,7 +156,7 @@ def main():
     for name, time in medians(taken).items():
         ours = {"Grad-CAM": "`grad_cam`", "relevance": "`bi_modal`"}.get(name.split()[0])
         against = f"{ratio(taken, name, ours):.1f} times {ours}" if ours else ""
-        memory = cost(contender, name, options.texts)[1]
+        memory = cost(all_contenders[name])[1]
         rows.append([name, time, f"{ratio(taken, name, forward):.2f}", against, f"{memory:.0f}"])
     print(f"{machine('captum', 'grad-cam')}; one image, {options.texts} texts, medians of {options.rounds} rounds\n")
     print(table(["what", "seconds", "forwards", "against ours", "MiB"], rows))

@@ -159,10 +159,6 @@ def make(name: str, folder: Path, options: argparse.Namespace) -> Contender:
     return kind(folder, options, *arguments)
 
 
-def epoch(name: str, folder: Path, options: argparse.Namespace):
-    return make(name, folder, options).train
-
-
 PAIRS = 256  # of a step
 TOKENS, WIDTH = 16, 384  # patches of an image, and their width
 
@@ -193,10 +189,10 @@ def main() -> None:
     data = Path(os.environ.get("ICLIP_DATA", "data"), "flickr8k/dev-00000.tar")
     parser = command_line(__doc__)
     parser.add_argument("--data", type=Path, default=data)
-    parser.add_argument("--pairs", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-workers", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -206,7 +202,7 @@ def main() -> None:
         names = [name for name in CONTENDERS if native or "bf16" not in name]
         contenders = {name: make(name, folder, options) for name in names}
         taken = take_turns({name: contender.train for name, contender in contenders.items()}, options.rounds)
-        memory = {name: cost(epoch, name, folder, options)[1] for name in names}
+        memory = {name: cost(contender.train)[1] for name, contender in contenders.items()}
         taken_by_steps = steps(10)
 
     print(f"{machine('open_clip_torch')}; {options.pairs} pairs in batches of {options.batch_size}, ", end="")

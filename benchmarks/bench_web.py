@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import shutil
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -102,7 +103,7 @@ def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.jpg is")
     options = parser.parse_args()
 
@@ -115,6 +116,7 @@ def main() -> None:
 def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | None) -> None:
     settings = json.loads((page / "settings.json").read_text())
     files = {**settings["runtime"]["wasm"], **settings["files"]}
+    print(f"{machine('onnxruntime')}; one thread each, medians of {rounds} rounds\n")
     print(table(["file", "MB"], [[name, file["bytes"] / 1e6] for name, file in files.items()]))
     print(f"\n{settings['bytes'] / 1e6:.1f} MB in all.\n")
 
@@ -129,6 +131,7 @@ def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | N
         if picture:
             with driver.chromium.launch(executable_path=system, args=["--no-sandbox"]) as browser:
                 write_picture(browser, page, picture)
+            print(picture, file=sys.stderr)
     rows = []
     for number, name in enumerate(("first map after the download", "a further text")):
         pairs = [(browser[number], native[number]) for browser, native in zip(web, python)]
@@ -136,7 +139,6 @@ def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | N
         rows.append([name, *(median(side) for side in zip(*pairs)), ratio])
     print(table(["seconds, median", "browser", "Python", "ratio"], rows))
     print(f"\nPeak memory of the page's process: {max(peak for _, _, peak in web):.0f} MiB.")
-    print(machine("onnxruntime"))
 
 
 if __name__ == "__main__":

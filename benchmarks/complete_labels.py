@@ -7,23 +7,22 @@ Writes webdataset shards again and says in their JSON what the labels are comple
 Labels of COCO's photographs are complete for the first `--classes` of its 80 classes, if they are not marked as `partial`.
 """
 
-import argparse
 import io
 import json
 import tarfile
 from pathlib import Path
 
+from measuring import command_line
+
 from iclip_hf.data.class_names import COCO_THINGS
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("shards", type=Path, help="folder of the shards")
-parser.add_argument("output", type=Path, help="new folder")
-parser.add_argument("--classes", type=int, default=len(COCO_THINGS), help="number of classes (default: all 80)")
-parser.add_argument("--partial", action="store_true", help="also of labels that are marked as partial")
-
-
 def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("shards", type=Path, help="folder of the shards")
+    parser.add_argument("output", type=Path, help="new folder")
+    parser.add_argument("--classes", type=int, default=len(COCO_THINGS), help="number of classes (default: all 80)")
+    parser.add_argument("--partial", action="store_true", help="also of labels that are marked as partial")
     args = parser.parse_args()
     args.output.mkdir(parents=True)
     marked = 0

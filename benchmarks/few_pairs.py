@@ -52,6 +52,7 @@ def main() -> None:
     for count, rate in itertools.product(options.pairs, options.rates):
         rows[f"{count} pairs, rate {rate:.0e}"] = [study.run(seed, count, rate) for seed in options.seeds]
         print(table(rows).splitlines()[-1], flush=True)
+    print(f"\n{options.output}: the features")
 
 
 class Study:

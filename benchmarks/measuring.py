@@ -1,20 +1,20 @@
 """Functions that the benchmarks share: measuring time and memory, remembering the results of locked towers, and tables.
 
 Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them. The ratio of two
-contenders is the median of their ratios over the rounds. Memory is measured in a process of its own.
+contenders is the median of their ratios over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import hashlib
-import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -59,24 +59,13 @@ def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
     return statistics.median(a / b for a, b in zip(taken[name], taken[to]))
 
 
-def alone(function: Callable, *arguments):
-    """Returns the result of a function of a module in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def cost(make: Callable[..., Callable[[], object]], *arguments) -> tuple[float, float]:
+def cost(function: Callable[[], object]) -> tuple[float, float]:
     """
-    Returns the seconds of one call in a fresh process, and the MiB at its peak beyond what the process held before (Linux).
-
-    Args:
-        make: a function of a module, called there with the arguments; it returns the function that is measured.
+    Returns the seconds of one call, and the MiB at its peak beyond what the process held before (Linux). Memory that was freed before is
+    given back to the system first, so that the call has to take it again.
     """
-    return alone(_cost, make, arguments)
-
-
-def _cost(make: Callable, arguments: tuple) -> tuple[float, float]:
-    function = make(*arguments)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory()
     taken = seconds(function)
@@ -120,6 +109,10 @@ def mean_and_spread(values: list[float], digits: str) -> str:
 
 
 def table(headings: list[str], rows: list[list[object]]) -> str:
-    """Returns a Markdown table, with floats to three significant digits."""
-    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    """Returns a Markdown table, with floats to three significant digits, from 1000 to integers."""
+
+    def shown(cell: object) -> str:
+        return str(cell) if not isinstance(cell, float) else f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+
+    cells = [[shown(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *cells])

@@ -52,6 +52,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(options.output) as partial:
         partial.write_text(report + "\n", encoding="utf-8")
+    print(f"\n{options.output}")
 
 
 def supported(model) -> tuple[list[str], dict[str, str]]:

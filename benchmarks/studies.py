@@ -66,8 +66,9 @@ def main() -> None:
         rows[name] = scores
         print(table(rows), flush=True)
     report = f"{table(rows)}\n\n{tower_facts(options.output / f'0-seed{options.seeds[0]}', dataset)}\n"
-    (options.output / "studies.md").write_text(report)
-    print(report)
+    written = options.output / "studies.md"
+    written.write_text(report)
+    print(f"{report}\n{written}, beside a folder for each run")
 
 
 def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, float]]:

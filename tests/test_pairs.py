@@ -1,6 +1,7 @@
 """data/pairs.py: every form of image-text pairs, split and shuffled exactly, with bad pairs among them."""
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 from iclip_hf.training.inputs import open_inputs
+from iclip_hf.utils import digests
 
 
 NASTY = [
@@ -651,6 +653,42 @@ def test_labels_in_every_form(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({**rows[0], "complete": "coco"}))
     with pytest.raises(ValueError, match="b.jsonl: complete: 'coco' is neither .* coco2017"):
         load_pairs(tmp_path / "b.jsonl")
+
+
+def test_an_image_is_hashed_once_for_all_parts_and_processes(tmp_path, monkeypatch):
+    """For the held-out part, the features of both parts and the fingerprint of the run."""
+    write_tar(
+        tmp_path / "a.tar",
+        [(f"{n}.{kind}", jpeg(n) if kind == "jpg" else "a") for n in range(9) for kind in ("jpg", "txt")],
+    )
+    write_images(tmp_path, [f"{number}.jpg" for number in range(10, 30)])
+    rows = [f"{number}.jpg,caption {number}" for number in range(10, 30)]
+    (tmp_path / "b.csv").write_text("\n".join(["image,caption", *rows]))
+    read = Counter()
+
+    def counted(file, *arguments, **options):
+        read[os.path.basename(file)] += 1
+        return open(file, *arguments, **options)
+
+    members = sources.TarShard.read
+    monkeypatch.setattr(digests, "open", counted, raising=False)
+    monkeypatch.setattr(sources.TarShard, "read", lambda shard, *at: read.update([at]) or members(shard, *at))
+    found = []
+    for process in range(2):
+        digests._file_digest.cache_clear()
+        training, held_out = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv"]).split(0.2)
+        found.append([training.image_digests(), held_out.image_digests(), training.fingerprint()])
+        if process == 0:
+            assert {*read.values()} == {1} and len(read) == 9 + 20 + 2
+    assert found[0] == found[1] and {*read.values()} == {1}
+    assert len({*found[0][0]}) == 16 and len({*found[0][1]}) == 4 and {*found[0][0]}.isdisjoint(found[0][1])
+    expected = [hashlib.sha256(bytes_of(held_out, row)).digest() for row in range(len(held_out))]
+    assert held_out.image_digests() == expected
+
+
+def bytes_of(pairs: PairDataset, row: int) -> bytes:
+    image = pairs.raw(row).image
+    return image if isinstance(image, bytes) else image.read_bytes()
 
 
 def test_a_source_named_twice_counts_twice(tmp_path, monkeypatch):

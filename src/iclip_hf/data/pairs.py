@@ -77,7 +77,9 @@ class PairDataset:
             if source not in ranges:
                 ranges[source] = np.insert(source.ranges(), 0, len(ranges), axis=1)
         self.sources = [*ranges]
-        self._select(np.concatenate([np.empty((0, 3), np.int64), *(ranges[source] for source in sources)]))
+        self._opened = np.concatenate([np.empty((0, 3), np.int64), *(ranges[source] for source in sources)])
+        self._digests: list[bytes] = []  # of the images of all opened pairs, once known; parts share it
+        self._select(self._opened)
         if not len(self):
             raise ValueError(
                 f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name others."
@@ -219,34 +221,40 @@ class PairDataset:
 
     def image_digests(self) -> list[bytes]:
         """
-        Returns a digest of the encoded image of each pair, which pairs of one image share. Reads all images, in later calls and other
-        processes only after a change of a file.
+        Returns a digest of the encoded image of each pair, which pairs of one image share. Reads all images that were opened, for all parts
+        once, and in other processes only after a change of a file.
         """
-        pairs, rows = self.distinct()
-        sources = [(source, ranges, source.image_files(ranges)) for source, ranges in pairs._by_source()]
-        state = hashlib.sha256(pairs._ranges.tobytes())
+        # A part has the rows of the opened pairs.
+        ranges, rows = np.unique(np.concatenate([self._opened, self._ranges]), axis=0, return_inverse=True)
+        if not self._digests:
+            self._digests.append(copy(self)._select(ranges)._all_image_digests())
+        (found,) = self._digests
+        return [found[32 * row : 32 * row + 32] for row in rows.reshape(-1)[len(self._opened) :].tolist()]
+
+    def _all_image_digests(self) -> bytes:
+        sources = [(source, ranges, source.image_files(ranges)) for source, ranges in self._by_source()]
+        state = hashlib.sha256(self._ranges.tobytes())
         for source, _, files in sources:
             for file in dict.fromkeys([*source.files(), *filter(None, files)]):
                 state.update(file_state(file))
         kept = cache_folder() / "images" / f"{state.hexdigest()[:32]}.bin"
         found = kept.read_bytes() if kept.is_file() else b""
-        if len(found) != 32 * len(pairs):
-            found = b"".join(pairs._compute_image_digests(sources))
+        if len(found) != 32 * len(self):
+            found = b"".join(self._compute_image_digests(sources))
             keep_in_cache(kept, lambda temporary: temporary.write_bytes(found))
-        return [found[32 * row : 32 * row + 32] for row in rows.tolist()]
+        return found
 
     def _compute_image_digests(
         self, sources: Sequence[tuple[Source, np.ndarray, list[Path | None]]]
     ) -> Iterator[bytes]:
-        known = {}  # of files, which several pairs may name
         with tqdm(total=len(self), desc="Comparing images", unit="pair", delay=2, leave=False) as bar:
             for number, (source, ranges, files) in enumerate(sources):
                 for (start, end), file in zip(ranges.tolist(), files):
                     try:
-                        if file is None:
-                            digest = hashlib.sha256(source.read(start, end).image).digest()
-                        elif not (digest := known.get(file)):
-                            digest = known[file] = file_digest(file)
+                        within = file is None
+                        digest = (
+                            hashlib.sha256(source.read(start, end).image).digest() if within else file_digest(file)
+                        )
                     except BAD_PAIR:
                         digest = None
                     yield digest or hashlib.sha256(f"{number}/{file or start}".encode(errors="replace")).digest()

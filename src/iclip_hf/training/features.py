@@ -68,18 +68,17 @@ def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: in
     return torch.cat([features, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
 
 
-def branch_features(features: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
+def branch_features(features: torch.Tensor, config: ICLIPConfig) -> list[tuple[torch.Tensor, ...]]:
     """
-    Converts the result of [`image_features`] to the inputs of the projections: the vector of the recognition branch (B, D) or (B, 2 D) and
-    of the map branch (B, D), or of the only branch; with `max_over="similarity"` the former, the tokens of the map branch (B, K, D) and
-    their attention (B, K).
+    Converts the result of [`image_features`] to the features of each branch: a vector (B, D), or (B, 2 D) for the recognition branch; with
+    `max_over="similarity"`, those of the map branch are tokens (B, K, D) and their attention (B, K).
     """
     recognised = slice(2 if config.recognition_pooling == "class_and_average" else 1)
     if config.max_over == "similarity":
-        return features[:, recognised, :-1].flatten(1), features[:, 2:, :-1], features[:, 2:, -1]
+        return [(features[:, recognised, :-1].flatten(1),), (features[:, 2:, :-1], features[:, 2:, -1])]
     own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
-    map_pooled = features[:, POOLINGS.index(own)]
-    return (features[:, recognised].flatten(1), map_pooled) if config.dual_projection else (map_pooled,)
+    of_map = (features[:, POOLINGS.index(own)],)
+    return [(features[:, recognised].flatten(1),), of_map] if config.dual_projection else [of_map]
 
 
 def representative_tokens(

@@ -35,7 +35,7 @@ from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers, push_model
 from iclip_hf.hub.model_card import describe_tower, write_model_card
 from iclip_hf.hub.record import TRAINING_SETTINGS, data_terms, public_settings, read_record
-from iclip_hf.training import train as program
+from iclip_hf.training import checkpoints
 from iclip_hf.training.settings import FREE, Settings
 
 
@@ -621,7 +621,7 @@ def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor
 def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
     pair_model, listed = pair_model_of(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
     for card in ({"metrics": METRICS}, {}):
-        program.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
+        checkpoints.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
         assert listed.exists() == bool(card)
 
 

@@ -18,20 +18,12 @@ from training_runs import write_table
 
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import preset
-from iclip_hf.training import train as program
+from iclip_hf.training import preset, validation
+from iclip_hf.training.checkpoints import RunState, kept_initial_model
 from iclip_hf.training.inputs import open_pairs
 from iclip_hf.training.preset import STEPS, check_pairs
 from iclip_hf.training.settings import Settings
-from iclip_hf.training.train import (
-    RunState,
-    change_interval,
-    common_labels,
-    draw_examples,
-    kept_initial_model,
-    regressed_metrics,
-    report,
-)
+from iclip_hf.training.validation import change_interval, common_labels, draw_examples, regressed_metrics, report
 
 
 @pytest.fixture(autouse=True)
@@ -245,8 +237,8 @@ def test_common_labels_are_classes_or_nouns(tmp_path):
 
 
 def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_path, recorded):
-    model, drawn = tiny_model(), recorded(program, "overlay")
-    sheets = recorded(program, "picture_grid", lambda pictures, *args: args)
+    model, drawn = tiny_model(), recorded(validation, "overlay")
+    sheets = recorded(validation, "picture_grid", lambda pictures, *args: args)
     pairs = [
         {"image": noise(size), "caption": caption}
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))

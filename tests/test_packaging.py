@@ -118,7 +118,7 @@ NEEDS = {  # names of modules by the extra that they need
     "eval": [
         f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
     ],
-    "train": ["training.data", "training.train"],
+    "train": ["training.data", "training.train", "training.validation"],
 }
 
 

@@ -1,6 +1,7 @@
 """data/pairs.py: every form of image-text pairs, split and shuffled exactly, with bad pairs among them."""
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -25,6 +26,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 from iclip_hf.training.inputs import open_inputs
+from iclip_hf.utils import digests
 
 
 NASTY = [
@@ -234,7 +236,7 @@ def test_a_folder_for_each_class(tmp_path, caplog, monkeypatch):
         ("dog/2.png", "a photo of a dog"),
         ("golden_retriever/1.jpg", "a photo of a golden retriever"),
     ]
-    assert dataset.image_file(2) == tmp_path / "golden_retriever" / "1.jpg"
+    assert dataset.raw(2).image == tmp_path / "golden_retriever" / "1.jpg"
     assert not caplog.text
     before = dataset.fingerprint()
     (tmp_path / "dog").rename(tmp_path / "wolf")  # other captions of the same images
@@ -336,7 +338,7 @@ def test_a_part_is_split_off_by_images(tmp_path):
     assert images[0].isdisjoint(images[1]) and len(images[0] | images[1]) == 19 and len(images[1]) == 5
     assert len(training) + len(part) == 39
     again = dataset.split(0.25)[1]
-    assert [again.caption(row) for row in range(len(again))] == [part.caption(row) for row in range(len(part))]
+    assert [again.captions(row)[0] for row in range(len(again))] == [part.captions(row)[0] for row in range(len(part))]
     assert pickle.loads(pickle.dumps(part)).fingerprint() == part.fingerprint() != training.fingerprint()
     with pytest.raises(ValueError, match="19 images in two"):
         dataset.split(1)
@@ -358,7 +360,7 @@ def test_an_image_is_one_by_whatever_name(tmp_path, form):
         datasets.Dataset.from_list(rows).to_parquet(table)
     (tmp_path / "more.csv").write_text("image,caption\n./0.jpg,more")
     training, part = load_pairs([table, tmp_path / "more.csv"]).split(0.3)
-    images = [{one.image_file(row).resolve() for row in range(len(one))} for one in (training, part)]
+    images = [{one.raw(row).image.resolve() for row in range(len(one))} for one in (training, part)]
     assert images[0].isdisjoint(images[1]) and len(images[1]) == 2 and len(training) + len(part) == 25
 
 
@@ -396,8 +398,7 @@ def test_images_are_compared_once(tmp_path, recorded):
     assert load_pairs(tmp_path / "pairs.csv").image_digests() == dataset.image_digests() and computed == [4]
     write_images(tmp_path, ["other/0.jpg", "other/1.jpg"])
     (tmp_path / "other" / "1.jpg").replace(tmp_path / "0.jpg")
-    dataset.image_digests()
-    assert computed == [4, 4]
+    assert load_pairs(tmp_path / "pairs.csv").image_digests() != dataset.image_digests() and computed == [4, 4]
 
 
 def test_a_split_reads_no_devices(tmp_path):
@@ -423,7 +424,7 @@ def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         moved = (tmp_path / "a").rename(tmp_path / place)
         part = load_pairs([moved, moved / "pairs.csv"]).split(0.4)[1]
-        seen.append([part.caption(row) for row in range(len(part))])
+        seen.append([part.captions(row)[0] for row in range(len(part))])
     assert seen[0] == seen[1]
 
 
@@ -432,7 +433,7 @@ def test_members_of_one_name_are_pairs_of_their_own(tmp_path):
     members += [("b.png", jpeg(4)), ("b.txt", "of which?"), ("c.jpg", jpeg(5)), ("c.txt", "three")]
     dataset = load_pairs(write_tar(tmp_path / "A.TAR", members).parent)  # in capitals
     assert [dataset.captions(index) for index in (0, 1, 3)] == [["one"], ["two"], ["three"]]
-    assert [np.asarray(dataset.image(index)[1]).mean().round() for index in (0, 1, 3)] == [1, 2, 5]
+    assert [np.asarray(dataset.image(index)).mean().round() for index in (0, 1, 3)] == [1, 2, 5]
     with pytest.raises(BadPairError, match=r"two images of the key 'b', in .*b\.jpg.* and 'b\.png'"):
         dataset.read(2)
 
@@ -653,6 +654,42 @@ def test_labels_in_every_form(tmp_path):
         load_pairs(tmp_path / "b.jsonl")
 
 
+def test_an_image_is_hashed_once_for_all_parts_and_processes(tmp_path, monkeypatch):
+    """For the held-out part, the features of both parts and the fingerprint of the run."""
+    write_tar(
+        tmp_path / "a.tar",
+        [(f"{n}.{kind}", jpeg(n) if kind == "jpg" else "a") for n in range(9) for kind in ("jpg", "txt")],
+    )
+    write_images(tmp_path, [f"{number}.jpg" for number in range(10, 30)])
+    rows = [f"{number}.jpg,caption {number}" for number in range(10, 30)]
+    (tmp_path / "b.csv").write_text("\n".join(["image,caption", *rows]))
+    read = Counter()
+
+    def counted(file, *arguments, **options):
+        read[os.path.basename(file)] += 1
+        return open(file, *arguments, **options)
+
+    members = sources.TarShard.read
+    monkeypatch.setattr(digests, "open", counted, raising=False)
+    monkeypatch.setattr(sources.TarShard, "read", lambda shard, *at: read.update([at]) or members(shard, *at))
+    found = []
+    for process in range(2):
+        digests._file_digest.cache_clear()
+        training, held_out = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv"]).split(0.2)
+        found.append([training.image_digests(), held_out.image_digests(), training.fingerprint()])
+        if process == 0:
+            assert {*read.values()} == {1} and len(read) == 9 + 20 + 2
+    assert found[0] == found[1] and {*read.values()} == {1}
+    assert len({*found[0][0]}) == 16 and len({*found[0][1]}) == 4 and {*found[0][0]}.isdisjoint(found[0][1])
+    expected = [hashlib.sha256(bytes_of(held_out, row)).digest() for row in range(len(held_out))]
+    assert held_out.image_digests() == expected
+
+
+def bytes_of(pairs: PairDataset, row: int) -> bytes:
+    image = pairs.raw(row).image
+    return image if isinstance(image, bytes) else image.read_bytes()
+
+
 def test_a_source_named_twice_counts_twice(tmp_path, monkeypatch):
     write_tar(tmp_path / "a.tar", [("a.jpg", jpeg(1)), ("a.txt", "one"), ("b.jpg", jpeg(2)), ("b.txt", "two")])
     write_images(tmp_path, ["b.jpg"])
@@ -662,19 +699,14 @@ def test_a_source_named_twice_counts_twice(tmp_path, monkeypatch):
         sources, "_open", lambda path, *options, of=sources._open: opened.append(path.name) or of(path, *options)
     )
     pairs = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv", tmp_path / "a.tar"])
-    assert opened == ["a.tar", "b.csv"] and [pairs.caption(row) for row in range(5)] == [
-        "one",
-        "two",
-        "three",
-        "one",
-        "two",
-    ]
+    captions = [pairs.captions(row)[0] for row in range(5)]
+    assert opened == ["a.tar", "b.csv"] and captions == ["one", "two", "three", "one", "two"]
     distinct, rows = pairs.distinct()
-    assert [distinct.caption(row) for row in range(3)] == ["one", "two", "three"] and rows.tolist() == [0, 1, 2, 0, 1]
+    assert [*map(distinct.captions, range(3))] == [["one"], ["two"], ["three"]] and rows.tolist() == [0, 1, 2, 0, 1]
     digests = pairs.image_digests()
     assert digests[3:] == digests[:2] and len({*digests}) == 3
     training, held_out = pairs.split(0.5)
-    sides = [[part.caption(row) for row in range(len(part))] for part in (training, held_out)]
+    sides = [[part.captions(row)[0] for row in range(len(part))] for part in (training, held_out)]
     assert {*sides[0]}.isdisjoint(sides[1]) and len({*sides[1]}) == len(sides[1])  # held-out pairs count once
 
 

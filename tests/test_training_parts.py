@@ -13,9 +13,10 @@ from torch.utils.data import IterableDataset
 from training_runs import accelerator, pair_model_of
 
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import train as program
+from iclip_hf.training import validation
 from iclip_hf.training.data import BatchLoader, GlobalBatches, TrainingPairs, augmentation
-from iclip_hf.training.train import cosine_schedule, parameter_groups, regressed_metrics
+from iclip_hf.training.train import cosine_schedule, parameter_groups
+from iclip_hf.training.validation import regressed_metrics
 from iclip_hf.utils.interrupts import Interrupts
 
 
@@ -127,9 +128,9 @@ def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):
     right = [captions[logits[row].argmax()] == captions[row] for row in range(11)]
     losses = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()) / 2
     reached = [captions[logits[:, row].argmax()] == captions[row] for row in range(11)]
-    monkeypatch.setattr(program, "_BLOCK", 4)
-    shapes = recorded(program.F, "cross_entropy", lambda logits, *args, **options: tuple(logits.shape))
-    scores = program.retrieval_scores(images, texts, captions)
+    monkeypatch.setattr(validation, "_BLOCK", 4)
+    shapes = recorded(validation.F, "cross_entropy", lambda logits, *args, **options: tuple(logits.shape))
+    scores = validation.retrieval_scores(images, texts, captions)
     assert shapes == [(4, 11), (4, 11), (3, 11)] * 2
     torch.testing.assert_close(scores["val_loss"].double(), losses, atol=1e-5, rtol=0)
     assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right] and scores["image_to_text"][6] == 100

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 from .files import cache_folder, keep_in_cache
 from .prefetch import prefetch_map
@@ -49,7 +50,15 @@ def file_state(file: str | os.PathLike) -> bytes:
 
 
 def file_digest(file: str | os.PathLike) -> bytes | None:
-    """Returns a digest of the content of a file, 32 bytes; None if it cannot be read, or is a device or a pipe, which may never end."""
+    """
+    Returns a digest of the content of a file, 32 bytes; None if it cannot be read, or is a device or a pipe, which may never end. A process
+    reads a file once, until it changes.
+    """
+    return _file_digest(os.fspath(file), file_state(file))
+
+
+@lru_cache(2**18)
+def _file_digest(file: str, state: bytes) -> bytes | None:
     digest = hashlib.sha256()
     if not os.path.isfile(file):
         return None

@@ -219,6 +219,9 @@ def test_an_image_without_any_class_gives_valid_json_and_a_table_without_nan(lab
     assert scores["mMIoU"]["floor"] is scores["label_maps"]["iou"] is None
     assert scores["presence"]["kept"] is None and scores["presence"]["passed"] is not None
     json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert all(
+        metric.legend in result.table() and (metric.legend or not metric.columns) for metric in make_metrics(metrics)
+    )
     assert "presence of at least 0.5" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
 
 

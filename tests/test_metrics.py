@@ -529,7 +529,10 @@ def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
     (table,) = metric.tables(found)  # without the table of the bins
     assert ("passed" in table) != shown and "AUC" not in table  # without rows that cannot be measured
     metric.update(np.array([[1.0, 0.0]]), np.array([[1, 0]]))  # certain, at a prior between 0 and 1
-    assert 0 <= metric.compute()["calibration_error"] <= 1
+    found = metric.compute()
+    assert 0 <= found["calibration_error"] <= 1
+    _, bins = metric.tables(found)
+    assert len(bins.splitlines()) == 2 + sum(one["pairs"] > 0 for one in found["reliability"])
     assert sum(row["pairs"] for row in metric.compute()["reliability"]) == 6
 
 

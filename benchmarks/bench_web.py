@@ -20,7 +20,7 @@ from statistics import median
 
 import onnxruntime
 from measuring import command_line, machine, memory, seconds, table
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
 
@@ -80,7 +80,8 @@ def write_picture(browser: Browser, folder: Path, path: Path) -> None:
     with opened(browser, folder) as page:
         page.click("#go")
         page.locator("#after").wait_for(timeout=600_000)
-        Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB").save(path, quality=90)
+        picture = Image.open(io.BytesIO(page.locator("main").screenshot())).convert("RGB")
+        ImageOps.expand(picture, 16, "white").save(path, quality=90)  # the margin of the page
 
 
 def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]:

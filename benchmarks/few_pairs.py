@@ -111,7 +111,7 @@ class Study:
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
         cosines = (
-            F.normalize(branch.visual_projection(branch_features(pairs["image_features"], model.config)[0]), dim=-1)
+            F.normalize(branch.visual_projection(branch_features(pairs["image_features"], model.config)[0][0]), dim=-1)
             @ F.normalize(branch.text_projection(self.pairs.text_features[texts]), dim=-1).T
         )
         return {

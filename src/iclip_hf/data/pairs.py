@@ -120,26 +120,13 @@ class PairDataset:
         pair = self.raw(index)
         return {"image": _load(pair), **pair.texts._asdict(), "key": pair.key}
 
-    def image(self, index: int) -> tuple[str, Image.Image]:
-        """Returns key and image of a pair, which needs no caption. Raises like `read`."""
-        pair = self.raw(index, need_captions=False)
-        return pair.key, _load(pair)
+    def image(self, index: int) -> Image.Image:
+        """Returns the image of a pair, which needs no caption. Raises like `read`."""
+        return _load(self.raw(index, need_captions=False))
 
     def captions(self, index: int) -> list[str]:
         """Returns all captions of a pair, at least one, without decoding its image. Raises like `read`."""
         return self.raw(index).texts.captions
-
-    def caption(self, index: int) -> str:
-        """Returns the caption of this pair in this epoch; empty for a bad pair. Raises `OSError` like `read`."""
-        try:
-            return sample_caption(self.captions(index), self.seed, self._epoch, index)
-        except BadPairError:
-            return ""
-
-    def image_file(self, index: int) -> Path | None:
-        """Returns the image file of a pair, or None if the image lies within the source. Raises like `read`."""
-        image = self.raw(index, need_captions=False).image
-        return image if isinstance(image, Path) else None
 
     def raw(self, index: int, need_captions: bool = True) -> RawPair:
         """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
@@ -153,15 +140,15 @@ class PairDataset:
         except BAD_PAIR as error:
             raise BadPairError(f"{source.place(start)}: {error}") from error
 
-    def _replacement(self, draws: random.Random) -> tuple[int, dict]:
+    def _replacement(self, rng: random.Random) -> tuple[int, dict]:
         """Samples a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
         for _ in range(1000):
-            index = draws.randrange(len(self))
+            index = rng.randrange(len(self))
             try:
                 return index, self.read(index)
             except BadPairError:
                 continue
-        raise ValueError("1000 drawn pairs are all bad; correct the data, as the log says.")
+        raise ValueError("1000 sampled pairs are all bad; correct the data, as the log says.")
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
@@ -183,8 +170,8 @@ class PairDataset:
                 f"A share of {share} does not split {len(distinct)} images in two; change it, or add pairs."
             )
         order = np.random.default_rng(0).permutation(len(distinct))
-        drawn = {distinct[place] for place in order[:count]}
-        inside = np.array([group in drawn for group in groups])
+        held_out = {distinct[place] for place in order[:count]}
+        inside = np.array([group in held_out for group in groups])
         return copy(self)._select(self._ranges[~inside]), copy(self)._select(np.unique(self._ranges[inside], axis=0))
 
     def readable(self) -> PairDataset:
@@ -232,8 +219,7 @@ class PairDataset:
         return [found[32 * row : 32 * row + 32] for row in rows.reshape(-1)[len(self._opened) :].tolist()]
 
     def _all_image_digests(self) -> bytes:
-        sources = [(source, ranges, source.image_files(ranges)) for source, ranges in self._by_source()]
-        state = hashlib.sha256(self._ranges.tobytes())
+        sources, state = self._by_source(), hashlib.sha256(self._ranges.tobytes())
         for source, _, files in sources:
             for file in dict.fromkeys([*source.files(), *filter(None, files)]):
                 state.update(file_state(file))
@@ -251,10 +237,7 @@ class PairDataset:
             for number, (source, ranges, files) in enumerate(sources):
                 for (start, end), file in zip(ranges.tolist(), files):
                     try:
-                        within = file is None
-                        digest = (
-                            hashlib.sha256(source.read(start, end).image).digest() if within else file_digest(file)
-                        )
+                        digest = file_digest(file) if file else hashlib.sha256(source.read(start, end).image).digest()
                     except BAD_PAIR:
                         digest = None
                     yield digest or hashlib.sha256(f"{number}/{file or start}".encode(errors="replace")).digest()
@@ -262,16 +245,16 @@ class PairDataset:
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the sources and of the images that they name."""
-        paths = {os.path.abspath(file) for source in self.sources for file in source.files()}
-        return paths.union(
+        return {
             os.path.abspath(file)
-            for source, ranges in self._by_source()
-            for file in filter(None, source.image_files(ranges))
-        )
+            for source, _, images in self._by_source()
+            for file in (*source.files(), *filter(None, images))
+        }
 
-    def _by_source(self) -> list[tuple[Source, np.ndarray]]:
-        """Returns the sources with the ranges (start, end) of their pairs."""
-        return [(source, self._ranges[self._ranges[:, 0] == number, 1:]) for number, source in enumerate(self.sources)]
+    def _by_source(self) -> list[tuple[Source, np.ndarray, list[Path | None]]]:
+        """Returns the sources with the ranges (start, end) of their pairs, and the image files of these."""
+        ranges = (self._ranges[self._ranges[:, 0] == number, 1:] for number in range(len(self.sources)))
+        return [(source, own, source.image_files(own)) for source, own in zip(self.sources, ranges)]
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which random choices depend."""
@@ -283,8 +266,8 @@ class PairDataset:
         and the names of the columns. The first call reads all files; later calls, also in other processes, only after a change.
         """
         digest = hashlib.sha256(self._ranges[:, 1:].tobytes())
-        for source, ranges in self._by_source():
-            content = content_digest([*source.files(), *filter(None, source.image_files(ranges))], source.root)
+        for source, _, images in self._by_source():
+            content = content_digest([*source.files(), *filter(None, images)], source.root)
             digest.update(f"{content}{[*source.columns]}".encode())
         return digest.hexdigest()[:16]
 

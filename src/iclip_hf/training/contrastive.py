@@ -6,8 +6,9 @@ wraps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -258,13 +259,13 @@ class PairModel(nn.Module):
         if image_features is None:
             image_features = self._in_chunks(self._encode_images, pixel_values)
         if text_features is None:
-            encode = lambda *chunk: self.model.encode_text(**dict(zip(texts, chunk)))[0]  # noqa: E731
-            text_features = self._in_chunks(encode, *texts.values())
+            text_features = self._in_chunks(partial(self._encode_texts, [*texts]), *texts.values())
         nouns = None if noun_ids is None else BatchNouns.gathered(noun_ids, noun_labels, is_background)
-        recognised, *of_map = branch_features(image_features, self.model.config)
-        branches = {"recognition": self._inputs("recognition", text_features, nouns, recognised)}
-        if of_map:
-            branches["interpretability"] = self._inputs("interpretability", text_features, nouns, *of_map)
+        features = branch_features(image_features, self.model.config)
+        branches = {
+            name: self._inputs(branch, text_features, nouns, *of_branch)
+            for (name, branch), of_branch in zip(self.branches.items(), features)
+        }
         # In float16, scaled cosines would be rounded to multiples of 1/16.
         with torch.autocast(text_features.device.type, enabled=False):
             losses = torch.stack([self.branch_loss(name, inputs, nouns) for name, inputs in branches.items()])
@@ -296,16 +297,24 @@ class PairModel(nn.Module):
         return direction_loss(weights, nouns.is_background)
 
     def _inputs(
-        self, name: str, text_features: torch.Tensor, nouns: BatchNouns | None, features: torch.Tensor, *attention
+        self,
+        branch: ICLIPBranch,
+        text_features: torch.Tensor,
+        nouns: BatchNouns | None,
+        image_features: torch.Tensor,
+        *attention: torch.Tensor,
     ) -> BranchInputs:
-        branch, pairs = self.branches[name], len(features)
-        images = normalize(branch.visual_projection(features).float())
+        pairs = len(image_features)
+        images = normalize(branch.visual_projection(image_features).float())
         texts = normalize(branch.text_projection(text_features).float())
         prompts = None if nouns is None else gather_with_gradient(texts[pairs:])[nouns.first]
         return BranchInputs(self.model, branch, images, texts[:pairs], prompts, *attention)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return image_features(self.model, pixel_values, self.settings.map_tokens)
+
+    def _encode_texts(self, names: Sequence[str], *tensors: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_text(**dict(zip(names, tensors)))[0]
 
     def _in_chunks(self, encode: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
         size = self.settings.chunk_size

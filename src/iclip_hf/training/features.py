@@ -68,18 +68,17 @@ def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: in
     return torch.cat([features, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
 
 
-def branch_features(features: torch.Tensor, config: ICLIPConfig) -> tuple[torch.Tensor, ...]:
+def branch_features(features: torch.Tensor, config: ICLIPConfig) -> list[tuple[torch.Tensor, ...]]:
     """
-    Converts the result of [`image_features`] to the inputs of the projections: the vector of the recognition branch (B, D) or (B, 2 D) and
-    of the map branch (B, D), or of the only branch; with `max_over="similarity"` the former, the tokens of the map branch (B, K, D) and
-    their attention (B, K).
+    Converts the result of [`image_features`] to the features of each branch: a vector (B, D), or (B, 2 D) for the recognition branch; with
+    `max_over="similarity"`, those of the map branch are tokens (B, K, D) and their attention (B, K).
     """
     recognised = slice(2 if config.recognition_pooling == "class_and_average" else 1)
     if config.max_over == "similarity":
-        return features[:, recognised, :-1].flatten(1), features[:, 2:, :-1], features[:, 2:, -1]
+        return [(features[:, recognised, :-1].flatten(1),), (features[:, 2:, :-1], features[:, 2:, -1])]
     own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
-    map_pooled = features[:, POOLINGS.index(own)]
-    return (features[:, recognised].flatten(1), map_pooled) if config.dual_projection else (map_pooled,)
+    of_map = (features[:, POOLINGS.index(own)],)
+    return [(features[:, recognised].flatten(1),), of_map] if config.dual_projection else [of_map]
 
 
 def representative_tokens(
@@ -150,18 +149,18 @@ _VERSION = 1
 
 # Options of a model that [`image_features`] does not depend on: of the towers, which have digests, of the projections and what they
 # compute, and of the choice among the poolings. Other options count, also those that a later version adds.
-_NOT_IN_FEATURES = """
+_OPTIONS_NOT_CACHED = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
     max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias pooling recognition_pooling
 """.split()
 # With `max_over="channels"` the features hold both norms, and the patch tokens as they are.
-_NOT_IN_POOLINGS = ("attention_norm", "center_tokens", "map_affinity")
+_OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity")
 
 
 def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
     """Returns the options of a model that [`image_features`] depends on, besides its image tower."""
     channels = config.max_over == "channels"
-    names = {*type(config).__annotations__}.difference(_NOT_IN_FEATURES, _NOT_IN_POOLINGS if channels else ())
+    names = {*type(config).__annotations__}.difference(_OPTIONS_NOT_CACHED, _OPTIONS_NOT_POOLED if channels else ())
     return {name: getattr(config, name) for name in names} | ({} if channels else {"map_tokens": map_tokens})
 
 
@@ -249,8 +248,7 @@ class _PairReader(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
         try:
-            _, image = self.pairs.image(index)
-            usable = True
+            image, usable = self.pairs.image(index), True
         except BadPairError as error:
             logger.warning("Left out: %s", error)
             image, usable = Image.new("RGB", (64, 64)), False

@@ -34,11 +34,11 @@ PLACES = "model vision text data validation_data nouns cache_features eval_root"
 
 def setting(default, help: str, low: float = -math.inf, high: float = math.inf, choices: Sequence[str] = ()):
     """A field of [`Settings`], with its description for the command line, and the range of a number or the choices of a text."""
-    several = isinstance(default, list)
-    make = {"default_factory": default.copy} if several else {"default": default}
-    kind = str if several else type(default)
+    is_list = isinstance(default, list)
+    make = {"default_factory": default.copy} if is_list else {"default": default}
+    kind = str if is_list else type(default)
     return field(
-        **make, metadata={"help": help, "range": (low, high), "kind": kind, "several": several, "choices": choices}
+        **make, metadata={"help": help, "range": (low, high), "kind": kind, "is_list": is_list, "choices": choices}
     )
 
 
@@ -189,9 +189,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     are absent from the result.
     """
     for entry in fields(Settings):
-        kind, several, choices = (entry.metadata[key] for key in ("kind", "several", "choices"))
-        options = {"nargs": "+"} if several else {"nargs": "?", "const": True} if kind is bool else {}
-        default = "" if entry.default in ("", False) or several else f" (default: {entry.default})"
+        kind, is_list, choices = (entry.metadata[key] for key in ("kind", "is_list", "choices"))
+        options = {"nargs": "+"} if is_list else {"nargs": "?", "const": True} if kind is bool else {}
+        default = "" if entry.default in ("", False) or is_list else f" (default: {entry.default})"
         parser.add_argument(
             *dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]),
             type=partial(_parse, entry.name),
@@ -251,15 +251,15 @@ def read_file(file: Path) -> dict:
             raise ValueError(f"{file}: {name!r:.100} is no setting.")
         if value is None:
             continue
-        several = Settings.__dataclass_fields__[name].metadata["several"]
-        values = value if several and isinstance(value, list) else [value]
+        is_list = Settings.__dataclass_fields__[name].metadata["is_list"]
+        values = value if is_list and isinstance(value, list) else [value]
         try:
             parsed = [_parse(name, item) for item in values]
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{file}: {error}") from error
-        settings[name] = parsed if several else parsed[0]
-    if (beside := file.parent / settings.get("nouns", "")).is_file():
-        settings["nouns"] = str(beside)
+        settings[name] = parsed if is_list else parsed[0]
+    if (nouns := file.parent / settings.get("nouns", "")).is_file():
+        settings["nouns"] = str(nouns)
     return settings
 
 

@@ -207,7 +207,7 @@ def run(
             if state.step == total_steps:
                 break
 
-            # 4. Batch, and learning rate. Dropout draws by the step, not by what was drawn before, so that a resumed step is the same.
+            # 4. Batch, and learning rate. Dropout is seeded by the step, so that a resumed step is the same.
             began = time.perf_counter()
             batch = next(batches)
             loaded = time.perf_counter()

@@ -101,8 +101,8 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> list[flo
     Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled, with their
     scores before and after, by a fixed seed.
     """
-    changes, draws = np.subtract(after, before), np.random.default_rng(0)
-    means = [changes[draws.integers(len(changes), size=len(changes))].mean() for _ in range(_BOOTSTRAPS)]
+    changes, rng = np.subtract(after, before), np.random.default_rng(0)
+    means = [changes[rng.integers(len(changes), size=len(changes))].mean() for _ in range(_BOOTSTRAPS)]
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 

@@ -69,10 +69,12 @@ def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds:
 def clip(count: int) -> tuple[CLIPModel, argparse.Namespace, ICLIPTextFeatures, torch.Tensor]:
     """A model with its processor, so many texts, and the pixels of an image."""
     torch.manual_seed(0)
-    config = CLIPConfig(vision_config={"patch_size": 16})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of"]
+    text = {"vocab_size": len(words), "bos_token_id": words.index("[CLS]"), "eos_token_id": words.index("[SEP]")}
+    config = CLIPConfig(text_config=text, vision_config={"patch_size": 16})
     model = CLIPModel._from_config(config, attn_implementation="eager").eval()
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as vocabulary:
-        vocabulary.write("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of"]))
+        vocabulary.write("\n".join(words))
         vocabulary.flush()
         tokenizer = BertTokenizer(vocab=vocabulary.name)
     processor = argparse.Namespace(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)

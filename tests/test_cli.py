@@ -16,6 +16,7 @@ from PIL import Image
 from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
+from iclip_hf.cli.options import texts as parse_texts
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
 
@@ -69,6 +70,11 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
     assert run(workspace, photo, "--output", tmp_path / "b.png", "--threshold", tmp_path / "none.json") == 2
     assert "--text" in capsys.readouterr().err
+
+
+def test_a_text_that_no_file_can_be_named_by_is_a_text():
+    text = "a dog. A cat" * 100
+    assert parse_texts(text) == [text]
 
 
 def test_lines_of_an_interrupted_run_stay(workspace, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ def check(notebook) -> None:
     shown = [output.data for output in outputs if "data" in output]
     printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
     assert sum("image/jpeg" in data for data in shown) == 5 and not any("image/png" in data for data in shown)
-    assert any(data.get("text/markdown", "").startswith("| method |") for data in shown)
+    assert any(data.get("text/markdown", "").startswith("| method ") for data in shown)
     accuracy = int(printed.split("recognises ")[1].split("%")[0])
     assert accuracy > 50  # by chance 12
     assert "3 held-out pairs" in printed

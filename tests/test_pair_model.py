@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
-from training_runs import gradients, pair_model_of
+from training_runs import eight_pairs, gradients, pair_model_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
@@ -37,7 +37,9 @@ def test_loss_is_the_models_own(options):
 
 def test_representative_tokens_by_hand():
     """Most attention first, then what is attended and unlike what was taken, the quarters, and each with the patches like it."""
-    tokens = torch.tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0], *[[-1.0, -1.0]] * 7])[None]
+    tokens = torch.tensor(
+        [[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0], *([-k, -k] for k in range(1, 8))]
+    )[None]
     attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.335, *[0.0] * 7]])
     taken, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=0)
     # 1 has most; then 0.385 * sqrt(2) of the opposite one before 0.55 * sqrt(0.95) of the upright one; then that one
@@ -227,6 +229,18 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     direction = (short[0] + (short[1] + short[2]) / 2) / 2
     found = outputs[0]["loss"] - outputs[0]["losses"].mean()
     assert found.item() == pytest.approx(direction, abs=1e-4)
+
+
+def test_the_direction_of_the_attention_learns_from_texts_and_does_not_teach_them():
+    model = tiny_model(lock_vision=False, max_over="similarity", map_attention="signed", logit_bias_init_value=-2)
+    pair_model, batch = pair_model_of(model).eval(), eight_pairs(slice(0, 8))[1]
+    found = []
+    for direction in (0.0, 0.3):
+        torch.nn.init.constant_(model.attention_direction, direction)
+        found.append(gradients(pair_model, batch)[1])
+    without, within = (grads.pop("model.attention_direction") for grads in found)
+    assert without.abs().max() > 0 and not torch.equal(without, within)
+    torch.testing.assert_close(*found)
 
 
 def test_locked_towers_stay_locked():

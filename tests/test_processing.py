@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.modeling_iclip import average_prompts
 
 
@@ -62,6 +63,15 @@ def test_proportions_are_kept_in_multiples_of_the_patch(tiny_processor):
     batch = tiny_processor(photo(300, 100), size={"shortest_edge": 30})
     assert batch["pixel_values"].shape == (1, 3, 32, 88)  # 30x90, rounded to multiples of 8
     assert tiny_processor(photo(), size={"height": 16, "width": 40})["pixel_values"].shape == (1, 3, 16, 40)
+
+
+def test_a_size_of_nothing_is_refused(tiny_processor):
+    """Not taken for the usual one."""
+    for size in (0, {}, {"height": 0, "width": 8}):
+        with pytest.raises(ValueError, match="size is a number"):
+            tiny_processor(photo(), size=size)
+        with pytest.raises(ValueError, match="size is a number"):
+            Engine(tiny_model(), tiny_processor, image_size=size).prepare(photo())
 
 
 def test_saving_keeps_every_option(tiny_processor, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
@@ -40,7 +41,7 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
     found = [check_text(text) for text in split_texts(typed) or [""]]
-    if files := [text for text in found if Path(text).suffix and Path(text).is_file()]:
+    if files := [text for text in found if os.path.splitext(text)[1] and os.path.isfile(text)]:
         raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
     return found
 

@@ -77,7 +77,9 @@ def evaluate_model(
         raise ValueError(f"limit is at least 1, not {limit}.")
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
-    size = image_size or next((metric.image_size for metric in metrics if metric.image_size), None)
+    size = image_size
+    if size is None:
+        size = next((metric.image_size for metric in metrics if metric.image_size), None)
     run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)
     metrics = [metric for metric in metrics if _measurable(metric, run)]
     totals = run.measure(metrics, progress and state.is_main_process)

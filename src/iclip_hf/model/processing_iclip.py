@@ -211,7 +211,7 @@ class ICLIPProcessor(ProcessorMixin):
 
     def _exact_size(self, images: list, size: int | dict[str, int] | None) -> dict[str, int]:
         """Converts a requested size, by default the image processor's, to height and width in multiples of the patch size."""
-        size = size or self.image_processor.size
+        size = self.image_processor.size if size is None else size
         size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
         size = {name: side for name, side in size.items() if side is not None}
         if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or min(size.values()) < 1:

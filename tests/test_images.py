@@ -152,13 +152,14 @@ def test_orientation_where_browsers_look_for_it():
     turned[0x0112], plain[0x010E] = 6, "a photo"
     xmp_of_png = PngInfo()
     xmp_of_png.add_itxt("XML:com.adobe.xmp", XMP.decode())
+    # As bytes, because saving an AVIF file takes the orientation out of `Image.Exif`.
     upright, stored = (20, 40), (40, 20)
     Image.init()
     for format, options, size in (
-        ("JPEG", {"exif": turned}, upright),
-        ("PNG", {"exif": turned}, upright),
-        ("AVIF", {"exif": turned}, upright),
-        ("WEBP", {"exif": turned}, stored),
+        ("JPEG", {"exif": turned.tobytes()}, upright),
+        ("PNG", {"exif": turned.tobytes()}, upright),
+        ("AVIF", {"exif": turned.tobytes()}, upright),
+        ("WEBP", {"exif": turned.tobytes()}, stored),
         ("JPEG", {"xmp": XMP}, stored),
         ("JPEG", {"xmp": XMP, "exif": plain}, stored),
         ("WEBP", {"xmp": XMP}, stored),

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
 
 from iclip_hf import explain
+from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.model.similarity import min_max_normalize
@@ -110,6 +111,20 @@ def test_scores_are_the_models_own(made, family, method):
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     scores = raw_maps(explainer, pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["iclip", "clip", "metaclip_2", "siglip", "tipsv2"])
+def test_logits_are_the_models_own(made, family):
+    """With their scale, which the probabilities of deletion and insertion depend on."""
+    model, processor, size = made(family)
+    padding = {"padding": "max_length", "max_length": 77} if family == "siglip" else {"padding": True}
+    tokens = processor.tokenizer(LABELS, return_tensors="pt", **padding)
+    options = {} if family in ("iclip", "tipsv2") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        outputs = model(pixel_values=pixels(size), **tokens, **options)
+        embeds = [F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds")]
+    logits = load((model, processor)).logits(embeds[0] @ embeds[1].T).detach()
+    torch.testing.assert_close(logits, outputs.logits_per_image, atol=1e-4, rtol=1e-4)
 
 
 def naflex(pixel_values):

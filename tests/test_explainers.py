@@ -5,11 +5,13 @@ import itertools
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import tiny_model
 from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels, raw_maps
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
@@ -545,6 +547,15 @@ def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")
     with pytest.raises(ValueError, match="transformer blocks"):
         make_explainer((model, tokenizer), method)
+
+
+def test_images_of_open_clip_are_prepared_as_its_configuration_says(made):
+    model, tokenizer, _ = made("open_clip")
+    image, options = images()[0], model.visual.preprocess_cfg
+    resized = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    expected = torch.from_numpy((resized - options["mean"]) / options["std"]).permute(2, 0, 1).float()
+    found = load((model, tokenizer)).processor(image)["pixel_values"][0]
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)  # of about two levels of 255
 
 
 def test_open_clip_takes_its_one_size(made):

@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
     engine = Engine(tiny_model(logit_bias_init_value=0.0), tiny_processor)
-    seen = app.look_at(engine, image)
+    seen = app.encode_photo(engine, image)
     (explanation,) = engine.run([seen.prepared], TEXTS)
     return image, seen, explanation
 

@@ -77,7 +77,7 @@ def test_a_cat_is_found_where_it_is(folder):
     assert outputs.logits_per_image.argmax() == 0
     heatmap = processor.post_process_similarity_maps(outputs.similarity_maps, [(image.height, image.width)])[0][0]
     face, corner = heatmap[60:220, 120:300].mean(), heatmap[:60, 400:].mean()
-    assert face > corner + 0.15
+    assert face > corner + 0.1
 
 
 @pytest.mark.slow

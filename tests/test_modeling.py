@@ -2,7 +2,6 @@ import itertools
 import json
 import logging
 import math
-import statistics
 
 import pytest
 import torch
@@ -211,8 +210,8 @@ def test_attention_on_features_cancels_in_the_map_without_bias():
 
 def test_signed_attention_raises_objects_and_lowers_the_background():
     """
-    The formula by hand. The base is the mean of the cosines minus half their standard deviation. The excess over it, of 1 / 20 at most, is
-    added once more with the stretched attention times the text's weight in [-1, 1]; what is below counts a tenth.
+    The formula by hand. What a cosine has above the mean, of 1 / 20 at most, is added once more with the stretched attention times the
+    text's weight in [-1, 1]; what is below counts a tenth.
     """
     model = tiny_model(map_attention="signed")
     with torch.no_grad():
@@ -226,11 +225,11 @@ def test_signed_attention_raises_objects_and_lowers_the_background():
     for found, cosines, attention in zip(
         signed.similarity_maps.flatten(0, 1), plain.similarity_maps.flatten(0, 1), added.flatten(0, 1), strict=True
     ):
-        base = cosines.mean() - cosines.std(correction=0) / 2
+        mean = cosines.mean()
         for position in itertools.product(*map(range, GRID)):
             value = cosines[position]
-            raised = value + attention[position] * min(value - base, 1 / 20)
-            expected = raised if value > base else base - (base - value) / 10
+            raised = value + attention[position] * min(value - mean, 1 / 20)
+            expected = raised if value > mean else mean - (mean - value) / 10
             assert found[position].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
@@ -261,10 +260,10 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
             [math.log(sum(a / sum(lit) * math.exp(10 * c) for a, c in zip(lit, row))) / 10 for row in cosines]
         )
         stretched = [(a - min(lit)) / (max(lit) - min(lit)) for a in lit]
-        bases = [statistics.fmean(row) - statistics.pstdev(row) / 2 for row in cosines]
+        means = [sum(row) / len(row) for row in cosines]
         expected = [
-            [c + a * min(c - base, 1 / 20) if c > base else base - (base - c) / 10 for a, c in zip(stretched, row)]
-            for base, row in zip(bases, cosines)
+            [c + a * min(c - mean, 1 / 20) if c > mean else mean - (mean - c) / 10 for a, c in zip(stretched, row)]
+            for mean, row in zip(means, cosines)
         ]
         torch.testing.assert_close(
             outputs.similarity_maps[image].flatten(1), torch.tensor(expected), atol=1e-5, rtol=0
@@ -588,10 +587,10 @@ def test_a_share_of_the_recognition_branch_leaves_the_weight_of_the_attention():
         model.attention_direction.normal_(std=0.01)
 
     def attention_part():
-        """The share of the excess over the base, of at most 1 / 20, that the attention adds."""
+        """The share of the excess over the mean, of at most 1 / 20, that the attention adds."""
         signed, model.config.map_attention = run(model).similarity_maps, "none"
         plain, model.config.map_attention = run(model).similarity_maps, "signed"
-        above = plain - plain.mean((-2, -1), keepdim=True) + plain.std((-2, -1), correction=0, keepdim=True) / 2
+        above = plain - plain.mean((-2, -1), keepdim=True)
         return torch.where(above > 0.01, (signed - plain) / above.clamp(0.01, 1 / 20), torch.nan)
 
     alone = attention_part()

@@ -269,6 +269,21 @@ def test_a_run_whose_last_gradient_is_not_finite_fails(hub, tmp_path, monkeypatc
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_run_whose_last_step_changed_nothing_fails(hub, tmp_path, monkeypatch):
+    """Also if the losses of the model that it would export are finite."""
+    forward, calls = PairModel.forward, []
+
+    def broken_at_the_end(self, **batch):
+        outputs = forward(self, **batch)
+        calls.append(self.training)
+        return outputs | ({"losses": outputs["losses"] * float("nan")} if calls == [True, True] else {})
+
+    monkeypatch.setattr(PairModel, "forward", broken_at_the_end)
+    with pytest.raises(FloatingPointError, match="at the last step, 2: lower learning_rate"):
+        run(hub, tmp_path, "--max_steps", 2)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_an_evaluation_without_a_finite_loss_ends_the_run(hub, tmp_path):
     """Otherwise it would stay the best one."""
     options = ["--max_steps", 4, "--eval_steps", 1, "--learning_rate", 1e30, "--warmup_epochs", 0]

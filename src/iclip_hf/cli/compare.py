@@ -49,10 +49,10 @@ def run(options: argparse.Namespace) -> None:
     from ..plots.sheets import at_picture_size, comparison_sheet
 
     dpi = resolution(output)
-    drawn = at_picture_size(image, dpi)
+    small = at_picture_size(image, dpi)
     columns, words = {}, {}  # by the title of a column
     if truths:
-        columns["ground truth"] = [_shrunk(truths[text], drawn) if text in truths else None for text in texts]
+        columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
     rows, notes = [{"text": text, "scores": {}, "presence": {}} for text in texts], [[] for _ in texts]
     for name in models:
         model = load_model(name, options)
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
                 texts,
                 method,
                 templates=templates,
-                target_sizes=[(drawn.height, drawn.width)],
+                target_sizes=[(small.height, small.width)],
                 size=options.image_size,
                 refine=options.refine,
             )[0]
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
             of_text.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
     titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
-    sheet = comparison_sheet(drawn, columns, titles, words, colormap=options.colormap, dpi=dpi)
+    sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     save_picture(sheet, output, dpi)
     if options.json:
         report = {"image": options.image, "picture": str(output), "texts": rows}
@@ -128,7 +128,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
 
 
 def _shrunk(mask, image):
-    """Resizes a boolean mask to the size of the drawn image, as zeros and ones."""
+    """Resizes a boolean mask to the size of an image, as zeros and ones."""
     import numpy as np
     from PIL import Image
 

@@ -70,7 +70,7 @@ class SeenImage(NamedTuple):
     view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
 
 
-def look_at(engine: Engine, image: Image.Image) -> SeenImage:
+def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
     """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the view."""
     size, photo = view_size(image), io.BytesIO()
     image.resize(size).save(photo, "JPEG", quality=85)
@@ -138,7 +138,7 @@ def build_app(model) -> gr.Blocks:
     # A visitor often asks about one image several times. An image takes two megabytes.
     @functools.lru_cache(maxsize=MAX_SESSIONS)
     def seen_image(path: str) -> SeenImage:
-        return look_at(Engine(model, model.processor), load_image(path, Path(path).name))
+        return encode_photo(Engine(model, model.processor), load_image(path, Path(path).name))
 
     def explain(photo: dict | None, typed: str, method: str, refine: bool):
         if photo is None:

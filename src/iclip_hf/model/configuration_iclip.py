@@ -48,10 +48,10 @@ class ICLIPConfig(PreTrainedConfig):
         map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
             `"similarity"` multiplies the cosines by A. `"features"` multiplies the patch tokens by A before the projection (Eq. 12 to
             the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises a cosine by
-            its excess over a base, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. The base is the mean over the
-            patches minus half the standard deviation. What is below the base counts a tenth. `"signed"` does the same with A times a weight
-            of the text in [-1, 1], which is learned from noun prompts: texts of objects raise the patches with attention, texts of the
-            background ("sky") lower them. `"none"` does not use A.
+            its excess over the mean of the patches, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. What is below
+            the mean counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned from noun
+            prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them. `"none"` does not
+            use A.
         recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values are then
             (1 - share) times the cosine of the map branch plus share times that of the recognition branch, which applies its projection of the
             average patch to each patch. Not in the paper. Requires `recognition_pooling="class_and_average"`.

@@ -51,8 +51,8 @@ VISION_TOWERS = {
     "dinov3_vit": VisionTower("DINOv3ViTAttention"),
     "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
 }
-# Factor of what is below the base of a map with additive or signed attention: it stays low, and in its order.
-BELOW_BASE = 0.1
+# Factor of what is below the mean of a map with additive or signed attention: it stays low, and in its order.
+BELOW_MEAN = 0.1
 # Text towers whose pooled output is the end-of-sequence token.
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
@@ -715,11 +715,10 @@ class ICLIPModel(PreTrainedModel):
                     image.attention_direction, text.map_text_embeds, self.config.max_sharpness
                 ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
-            std, mean = torch.std_mean(maps, (-2, -1), correction=0, keepdim=True)
-            base = mean - std / 2
-            above, below = (maps - base).clamp(min=0), (maps - base).clamp(max=0)
+            mean = maps.mean((-2, -1), keepdim=True)
+            above, below = (maps - mean).clamp(min=0), (maps - mean).clamp(max=0)
             most = 1 / (2 * self.config.max_sharpness)
-            maps = base + above + attention * above.clamp(max=most) + BELOW_BASE * below
+            maps = mean + above + attention * above.clamp(max=most) + BELOW_MEAN * below
         return maps
 
     @can_return_tuple
@@ -853,9 +852,7 @@ def average_prompts(embeds: torch.Tensor, num_templates: int, width: int) -> tor
     """
     if num_templates == 1:
         return embeds
-    parts = embeds.unflatten(-2, (-1, num_templates)).unflatten(
-        -1, (-1, width)
-    )  # (..., T, num_templates, branches, width)
+    parts = embeds.unflatten(-2, (-1, num_templates)).unflatten(-1, (-1, width))  # (..., T, prompts, branches, width)
     length = parts[..., 0, :, :].float().norm(dim=-1, keepdim=True).to(embeds.dtype)
     return (normalize(parts.mean(-3)) * length).flatten(-2)
 

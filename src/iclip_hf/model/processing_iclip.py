@@ -327,8 +327,7 @@ class ICLIPProcessor(ProcessorMixin):
         self, maps: Sequence[torch.Tensor], masks: Sequence[torch.Tensor], min_area: float = MIN_AREA
     ) -> list[dict[str, torch.Tensor]]:
         """
-        Converts masks to boxes, one for each connected part. Raises `ValueError` if masks do not fit the maps, or `min_area` is outside
-        [0, 1].
+        Converts masks to boxes, one for each connected part. Raises `ValueError` if masks do not fit the maps.
 
         Args:
             maps (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.

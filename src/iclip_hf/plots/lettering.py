@@ -105,5 +105,5 @@ def _installed() -> list[str]:
 
 def _has(path: str, character: str) -> bool:
     """Whether a font has a character: for those that it lacks, a font has one glyph."""
-    drawn, lacking = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
-    return (drawn.size, bytes(drawn)) != (lacking.size, bytes(lacking))
+    found, lacking = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
+    return (found.size, bytes(found)) != (lacking.size, bytes(lacking))

@@ -174,16 +174,15 @@ export function attentionWeight(direction, text, { max_sharpness }) {
   return Math.min(1, Math.max(-1, 2 * max_sharpness * dot(direction, text)));
 }
 
-const BELOW_BASE = 0.1; // as in modeling_iclip.py
+const BELOW_MEAN = 0.1; // as in modeling_iclip.py
 
 /** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is the text's, with signed attention. */
 export function rawMap(cosines, attention, { map_attention, max_sharpness }, weight) {
   const [low, span] = range(attention);
-  const average = (values) => values.reduce((one, other) => one + other, 0) / values.length;
-  const mean = average(cosines), base = mean - Math.sqrt(average(cosines.map((value) => (value - mean) ** 2))) / 2;
+  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
   const add = (value, a) => {
-    const above = value - base;
-    return base + (above > 0 ? above + a * Math.min(above, 1 / (2 * max_sharpness)) : BELOW_BASE * above);
+    const above = value - mean;
+    return mean + (above > 0 ? above + a * Math.min(above, 1 / (2 * max_sharpness)) : BELOW_MEAN * above);
   };
   const weigh = {
     similarity: (value, a) => value * a,

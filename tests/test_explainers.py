@@ -5,16 +5,19 @@ import itertools
 import math
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import tiny_model
 from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels, raw_maps
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
 
 from iclip_hf import explain
+from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.model.similarity import min_max_normalize
@@ -110,6 +113,20 @@ def test_scores_are_the_models_own(made, family, method):
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     scores = raw_maps(explainer, pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["iclip", "clip", "metaclip_2", "siglip", "tipsv2"])
+def test_logits_are_the_models_own(made, family):
+    """With their scale, which the probabilities of deletion and insertion depend on."""
+    model, processor, size = made(family)
+    padding = {"padding": "max_length", "max_length": 77} if family == "siglip" else {"padding": True}
+    tokens = processor.tokenizer(LABELS, return_tensors="pt", **padding)
+    options = {} if family in ("iclip", "tipsv2") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        outputs = model(pixel_values=pixels(size), **tokens, **options)
+        embeds = [F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds")]
+    logits = load((model, processor)).logits(embeds[0] @ embeds[1].T).detach()
+    torch.testing.assert_close(logits, outputs.logits_per_image, atol=1e-4, rtol=1e-4)
 
 
 def naflex(pixel_values):
@@ -530,6 +547,15 @@ def test_blocks_are_needed(made, method):
     model, tokenizer, _ = made("open_clip_resnet")
     with pytest.raises(ValueError, match="transformer blocks"):
         make_explainer((model, tokenizer), method)
+
+
+def test_images_of_open_clip_are_prepared_as_its_configuration_says(made):
+    model, tokenizer, _ = made("open_clip")
+    image, options = images()[0], model.visual.preprocess_cfg
+    resized = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    expected = torch.from_numpy((resized - options["mean"]) / options["std"]).permute(2, 0, 1).float()
+    found = load((model, tokenizer)).processor(image)["pixel_values"][0]
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)  # of about two levels of 255
 
 
 def test_open_clip_takes_its_one_size(made):

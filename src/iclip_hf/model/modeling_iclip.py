@@ -852,9 +852,7 @@ def average_prompts(embeds: torch.Tensor, num_templates: int, width: int) -> tor
     """
     if num_templates == 1:
         return embeds
-    parts = embeds.unflatten(-2, (-1, num_templates)).unflatten(
-        -1, (-1, width)
-    )  # (..., T, num_templates, branches, width)
+    parts = embeds.unflatten(-2, (-1, num_templates)).unflatten(-1, (-1, width))  # (..., T, prompts, branches, width)
     length = parts[..., 0, :, :].float().norm(dim=-1, keepdim=True).to(embeds.dtype)
     return (normalize(parts.mean(-3)) * length).flatten(-2)
 

@@ -233,6 +233,18 @@ def test_signed_attention_raises_objects_and_lowers_the_background():
             assert found[position].item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("map_attention", ["additive", "signed"])
+def test_a_constant_map_stays_exactly_constant(map_attention):
+    """Whatever the attention: otherwise the rounding of the mean would be stretched to [0, 1]."""
+    model = tiny_model(map_attention=map_attention)
+    output = run(model, pixel_values=tiny_inputs(size=(224, 224))["pixel_values"])
+    image = output.vision_model_output
+    image.patch_embeds = image.patch_embeds[:, :1, :1].expand_as(image.patch_embeds).contiguous()
+    with torch.no_grad():
+        maps = model.similarity_maps(image, output.text_model_output)
+    assert torch.equal(maps.amin((2, 3)), maps.amax((2, 3)))
+
+
 def slow_sharing(tokens, attention, affinity, patches):
     """By patch the token and the attention that it shares with the patches like it."""
     units, shared = [slow_unit(token) for token in tokens], {}

@@ -715,7 +715,8 @@ class ICLIPModel(PreTrainedModel):
                     image.attention_direction, text.map_text_embeds, self.config.max_sharpness
                 ).clamp(-1, 1)
                 attention = attention * weights[..., None, None].to(attention)
-            mean = maps.mean((-2, -1), keepdim=True)
+            low = maps.amin((-2, -1), keepdim=True)  # its rounded mean could differ from the values of a constant map
+            mean = low + (maps - low).mean((-2, -1), keepdim=True)
             above, below = (maps - mean).clamp(min=0), (maps - mean).clamp(max=0)
             most = 1 / (2 * self.config.max_sharpness)
             maps = mean + above + attention * above.clamp(max=most) + BELOW_MEAN * below

@@ -43,6 +43,7 @@ ARGUMENTS = {
         --model {empty}/absent
         --model embeded
         --device abacus
+        --device meta
     """,
     "explain --text dog --model {model}": """
         {empty}

@@ -86,6 +86,7 @@ ARGUMENTS = {
     "train {table} --model {model}": """
         --sharpness 3
         --learning_rat 1
+        --batch_size 0
         --config absent.yaml
         --nouns absent.txt
         --eval_dataset voc2012 --eval_root absent

@@ -32,6 +32,10 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
     with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="another run is writing here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
+    for content in ("{", "[]"):
+        (max(tmp_path.glob("checkpoint-*")) / "state.json").write_text(content)
+        with pytest.raises(ValueError, match="state.json is damaged"):
+            run(hub, tmp_path, "--max_steps", 2, "--resume")
     for checkpoint in tmp_path.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     trained = (tmp_path / "model.safetensors").read_bytes()

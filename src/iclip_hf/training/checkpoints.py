@@ -71,8 +71,13 @@ def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
     *_, last = [None, *checkpoints(folder)]
     if last is None:
         return None, RunState()
-    saved = json.loads((last / "state.json").read_text())
-    state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
+    try:
+        saved = json.loads((last / "state.json").read_text())
+        state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{last}: state.json is damaged; delete this checkpoint to resume from an earlier one."
+        ) from error
     if others := changed_settings(settings, state.settings):
         changes = (f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others)
         raise ValueError(

@@ -51,7 +51,7 @@ def choose_settings(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     choose("learning_rate", RATE)
     choose("warmup_learning_rate", 0.0)
     choose("min_learning_rate", 0.0)
-    steps_per_epoch = max(training // batch, 1)
+    steps_per_epoch = max(training // max(batch, 1), 1)  # `Settings` refuses a batch of 0
     steps = given.get("max_steps") or steps_per_epoch * choose("epochs", max(1, round(STEPS / steps_per_epoch)))
     choose("warmup_epochs", steps / steps_per_epoch / 10)
     choose("eval_steps", max(1, steps // 5))

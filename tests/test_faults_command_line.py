@@ -43,6 +43,7 @@ ARGUMENTS = {
         --model {empty}/absent
         --model embeded
         --device abacus
+        --device meta
     """,
     "explain --text dog --model {model}": """
         {empty}
@@ -58,6 +59,7 @@ ARGUMENTS = {
         --image-size 224 --short-side 224
         --window 16
         --overrides absent.json
+        --overrides {list}
         --output a.csv
         --dataset voc2012 --data-root {empty}/absent
         --dataset coco2017 --split ../../etc
@@ -129,6 +131,11 @@ def test_a_wrong_argument(world, table, sandbox, start, rest):
     typed = [word.format(**places) for word in rest.split()]
     line = refused(*(word.format(**places) for word in start.split()), *typed)
     assert any(os.path.basename(word).lstrip("-") in line for word in typed), line
+
+
+def test_an_empty_argument(sandbox):
+    """Such as an unset variable of a shell in quotes."""
+    assert "unrecognized arguments" in refused("install-metrics", "")
 
 
 def explained(world, image, *more) -> str:

@@ -15,7 +15,7 @@ from iclip_hf.backends import onnx as onnx_export
 from iclip_hf.backends.onnx import ONNXModel, export_onnx, trained_config
 from iclip_hf.evaluation.metrics.deletion_insertion import scorer
 from iclip_hf.evaluation.metrics.randomization import LayerRandomization
-from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 
 
 IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
@@ -99,7 +99,7 @@ def test_every_tower(tiny_processor, tmp_path, vision, text, tokens):
     check_agreement(model, tmp_path / "exported", images_and_texts(tokens))
 
 
-WITHOUT_LAYERS = ["itsm", "reversed_itsm", "attention", "attention_affinity", "random"]
+WITHOUT_LAYERS = [method for method in METHODS if not explainer_class(method).needs_layers]
 
 
 @pytest.mark.parametrize("method", WITHOUT_LAYERS)

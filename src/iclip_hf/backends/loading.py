@@ -101,7 +101,9 @@ def load(
 
 def _usable(device: str | torch.device) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
+        tensor = torch.empty(0, device=device)
+        tensor.cpu()  # "meta" has no values
+        return tensor.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"Expected a device of this machine, such as cpu, cuda or mps, got {device}.") from error
 

@@ -40,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
                 like = "".join(f"; did you mean {option}?" for option in get_close_matches(wrong[0], known, 1))
                 message = f"unrecognized arguments: {wrong[0]}{like}"
         unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message and unknown[0] != "-" and any(action.dest == "texts" for action in self._actions):
+        if unknown != message and unknown[:1] != "-" and any(action.dest == "texts" for action in self._actions):
             message += "; several texts stand between commas, as in --text 'dog, red ball'"
         print(f"{self.prog}: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)

@@ -635,8 +635,11 @@ def _read_mapping(path: Path) -> Mapping:
 
     parse = parse_json if path.suffix.lower() == ".json" else yaml.safe_load
     try:
-        return dict(parse(_read_text(path)))
-    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        content = parse(_read_text(path))
+        if not isinstance(content, dict):  # nor the pairs of one
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {problem}") from error
 

@@ -104,6 +104,9 @@ def join_towers(
     _check_tower(vision, "vision_config", config if "vision_config" in known else None)
     _check_tower(text, "text_config", config if "text_config" in known else None)
     model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**known, **options})
+    if "image_processor" not in of_processor:
+        with loading_errors(vision):
+            AutoImageProcessor.from_pretrained(vision)  # what fails here would be said of the text tower
     with loading_errors(text):
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **of_processor)
     check_tokenizer(text, processor.tokenizer, model.config)

@@ -15,7 +15,7 @@ from transformers import pipeline
 
 from iclip_hf import ICLIPModel, load
 from iclip_hf.backends.loading import has_bfloat16, load_iclip
-from iclip_hf.demo.app import look_at, to_npz, viewer_value
+from iclip_hf.demo.app import encode_photo, to_npz, viewer_value
 from iclip_hf.hub.viewer import EXAMPLES
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.processing_iclip import ICLIPProcessor
@@ -115,10 +115,10 @@ def asking_again(rounds: int) -> str:
     engine = Engine(model, model.processor)
     image = photograph(0)
     texts = next(iter(EXAMPLES.values())).texts.split(", ")
-    kept = look_at(engine, image)
+    kept = encode_photo(engine, image)
 
     def answer(seen=None):
-        seen = seen or look_at(engine, image)
+        seen = seen or encode_photo(engine, image)
         (explanation,) = engine.run([seen.prepared], texts)
         viewer_value(seen, explanation), to_npz(explanation)
 

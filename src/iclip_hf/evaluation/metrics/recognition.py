@@ -175,7 +175,10 @@ class Presence(MultiLabelAveragePrecision):
             "passed": (f"passed: absent classes with a presence of at least {least}, %", 1),
             "passed_hard": ("passed, of those that resemble a shown class, %", 1),
             "map": ("mAP of ranking the images by presence, %", 1),
-            "calibration_error": ("calibration error: mean distance of presence and share that is shown, below", 3),
+            "calibration_error": (
+                "calibration error: mean distance of presence and share that is shown, in the table below",
+                3,
+            ),
         }
         rows = [
             [heading, rounded(scores[name], digits)]

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import math
+import re
 import shutil
 import string
 import subprocess
@@ -130,12 +131,11 @@ def export_web(
             "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
             "introduction": introduction(settings["presence"] is not None),
         }
-        for name in _PAGE:
-            text = read_asset(name)
-            text = string.Template(text).substitute(values) if name == "index.html" else text
+        texts = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
+        texts["index.html"] = string.Template(texts["index.html"]).substitute(values)
+        for name, text in _with_version(texts).items():
             (built / name).write_text(text, encoding="utf-8")
-        (built / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
-        kept = [*_PAGE, "settings.json", *(example["file"] for example in settings["examples"])]
+        kept = [*texts, *(example["file"] for example in settings["examples"])]
         digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in kept}
         offline = string.Template(read_asset("offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
@@ -146,6 +146,16 @@ def export_web(
         shutil.copyfile(written, built / "model_card.md")
         (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
     return folder
+
+
+def _with_version(texts: dict[str, str]) -> dict[str, str]:
+    """
+    Returns the files of a page, by their names, with a version in the addresses by which they refer to each other. A browser may take a
+    file that it has for fresh; so a page and its modules are always of one export.
+    """
+    version = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
+    reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, texts))})(?=")')
+    return {name: reference.sub(rf"\g<0>?{version}", text) for name, text in texts.items()}
 
 
 def _image_settings(processor: ICLIPProcessor) -> dict:

@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -727,10 +729,18 @@ def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_
 
 
 def test_a_model_of_the_hub_without_a_record(monkeypatch, caplog):
-    def download(hub_id, file):
+    def download(hub_id, file, revision):
         raise EntryNotFoundError(file)
 
+    monkeypatch.setattr("iclip_hf.hub.record.resolve_revision", lambda hub_id: "0" * 40)
     monkeypatch.setattr("iclip_hf.hub.record.hf_hub_download", download)
+    assert read_record("org/old") == {"training": [{}]} and not caplog.records
+
+
+def test_without_the_hub_a_record_is_not_waited_for(monkeypatch, caplog):
+    monkeypatch.setattr("iclip_hf.hub.record.resolve_revision", huggingface_hub.HfApi().resolve_revision)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens on
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a request was tried again"))
     assert read_record("org/old") == {"training": [{}]} and not caplog.records
 
 

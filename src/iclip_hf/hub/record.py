@@ -10,8 +10,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub import hf_hub_download, resolve_revision
+from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError
 
 from ..backends.embedded import embedded_folder
 from ..backends.identity import changed_model
@@ -81,12 +81,15 @@ def read_record(source: str | Path) -> dict:
     if not source:
         return unknown
     try:
-        path = Path(source, RECORD) if Path(source).is_dir() else Path(hf_hub_download(str(source), RECORD))
+        path = Path(source, RECORD)
+        if not Path(source).is_dir():
+            revision = resolve_revision(str(source))  # fails at once without a network, where the download would be retried
+            path = Path(hf_hub_download(str(source), RECORD, revision=revision))
         content = parse_json(path.read_text(encoding="utf-8"))
         record = {"training": [public_settings(run) for run in content["training"]]}
         record |= {"identity": dict(content["identity"]), "labels": list(content.get("labels", []))}
         return record | ({"evaluation": measured(content["evaluation"])} if content.get("evaluation") else {})
-    except (FileNotFoundError, EntryNotFoundError):
+    except (FileNotFoundError, EntryNotFoundError, RevisionResolutionError):
         return unknown
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)

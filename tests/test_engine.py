@@ -141,6 +141,12 @@ def test_no_text_is_one_plain_error(tiny_processor, texts):
         explain(model, IMAGES, texts)
 
 
+@pytest.mark.parametrize("texts", [[1], ["dog", None], [["dog"], [2.0]]])
+def test_what_is_no_text_is_one_plain_error(tiny_processor, texts):
+    with pytest.raises(ValueError, match="A text is a string"):
+        explain((tiny_model(), tiny_processor), IMAGES, texts)
+
+
 @pytest.mark.parametrize("method", ["itsm", "grad_cam", "clip_surgery"])
 @pytest.mark.parametrize("size", [None, 48])
 def test_maps_of_some_texts_and_the_scores_of_all(tiny_processor, method, size):

@@ -187,7 +187,7 @@ def test_the_report_shows_what_changed_and_where_the_model_is(tmp_path):
         return report(settings, state, held_out)
 
     better = said_of(12).splitlines()
-    low, high = re.fullmatch(r"text_to_image +25 +50 +(\S+) to (\S+)", better[2]).groups()
+    low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
     assert 0 < float(low) < 25 < float(high) and better[3] == "24 held-out pairs"
     assert better[4] == "The trained model is in 'runs/my pairs'."
     assert better[5] == "Next: iclip explain PHOTO --text 'dog, ball' --model 'runs/my pairs'"

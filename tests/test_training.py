@@ -90,6 +90,8 @@ def test_settings_of_the_command_line_precede_those_of_the_file_and_these_the_de
     assert settings.data == [f"{hub}/pairs.tar"] and settings.model_options == options
     further = parse_settings(["--config", str(hub), "--model", "m"])  # instead of the towers of the file
     assert (further.model, further.vision, further.text) == ("m", "", "")
+    with pytest.raises(ValueError, match="image_size"):  # the model has its own
+        parse_settings(["--config", str(hub), "--model", "m", "--image_size", "9"])
     assert parse_settings(["--config", str(hub), "--vision", "v"]).vision == "v"
     given = {"config": str(hub), "eval_dataset": "folder"}
     assert read_settings(given).best_metric == "mMIoU"

@@ -72,7 +72,7 @@ def explain(
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
     best = NOUNS if texts is None else None
     texts = vocabulary() if texts is None else split_texts(texts)
-    per_image = bool(texts) and not isinstance(texts[0], str)
+    per_image = bool(texts) and isinstance(texts[0], (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
         lists = f", {len(texts)} lists of texts" if per_image else ""

@@ -202,7 +202,7 @@ class Engine:
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
         else:
             labels = split_texts(texts)
-            lists = labels if labels and not isinstance(labels[0], str) else [labels]
+            lists = labels if labels and isinstance(labels[0], (list, tuple)) else [labels]
             if not all(lists):
                 raise ValueError("There is no text: name what to look for, for each image.")
             if lists is labels:

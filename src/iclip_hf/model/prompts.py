@@ -42,7 +42,9 @@ def split_texts(texts: str | Sequence[str]) -> list[str]:
 
 
 def check_text(text: str) -> str:
-    """Returns a text. Raises `ValueError` unless it has a character other than white space and is valid Unicode."""
+    """Returns a text. Raises `ValueError` unless it is a string of valid Unicode with a character other than white space."""
+    if not isinstance(text, str):
+        raise ValueError(f"A text is a string, not {text!r:.100}.")
     if not text.strip():
         raise ValueError(f"A text has at least one character, not {text!r}.")
     text.encode()  # of a lone surrogate, UnicodeEncodeError, which is a ValueError

@@ -62,7 +62,7 @@ class Settings:
     lock_text: bool = setting(False, "freeze the text tower")
     image_size: int = setting(
         0,
-        "height and width of images in pixels; 0 for those of processor_config.json; with model, those of its processor",
+        "height and width of images in pixels; 0 for those of processor_config.json; a model has its own size",
         0,
     )
 
@@ -154,6 +154,8 @@ class Settings:
             raise ValueError(
                 f"model={self.model!r}, vision={self.vision!r}, text={self.text!r}: set either model, or vision and text."
             )
+        if self.model and self.image_size:
+            raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
         if not self.model and not self.config:
             raise ValueError(f"config: name the configuration of the model to join with vision={self.vision!r}.")
 
@@ -210,8 +212,8 @@ def read_settings(given: Mapping) -> Settings:
     """
     file = _config_file(given.get("config") or "iclip-vit-b16")
     named = read_file(file)
-    if given.get("model"):  # instead of the towers that the file names
-        named = {name: value for name, value in named.items() if name not in ("vision", "text")}
+    if given.get("model"):  # instead of the towers that the file names, and their size
+        named = {name: value for name, value in named.items() if name not in ("vision", "text", "image_size")}
     if given.get("vision") or given.get("text"):
         named.pop("model", None)
     if given.get("validation_share"):

@@ -39,6 +39,7 @@ with require_extra("train"):
 FEWEST = 10  # held-out pairs; on fewer, the interval of a change is too narrow
 _BLOCK = 1024  # rows of logits that are in memory at once
 _BOOTSTRAPS = 2000
+_IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast")
 _LOOKED_AT = 1000  # pairs, for the labels
 
 
@@ -169,8 +170,9 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
         rows = [["", "before", "after", "change (95 %)" if change else ""] if state.before else ["", "", "", ""]]
         for name, after in state.metrics.items():
             before = _number(state.before[name]) if state.before else ""
-            rows.append([name, before, _number(after), " to ".join(map(_number, change.get(name, [])))])
-        lines += ["{:<14}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
+            heading = f"{name} %" if name in _IN_PERCENT else name
+            rows.append([heading, before, _number(after), " to ".join(map(_number, change.get(name, [])))])
+        lines += ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
         if held_out is not None:
             too_few = ", too few for an interval" if few and state.change else ""
             lines.append(f"{len(held_out)} held-out pairs{too_few}")

@@ -52,7 +52,7 @@ test-lowest test-newest: test-%:
 
 # The tests that compare numbers, on other kernels and threads than the processor's own, in random order: no result may depend on
 # rounding.
-NUMBERS := similarity pooling finite losses label_maps refinement regions modeling core localizer explainers explainer_methods words
+NUMBERS := similarity pooling finite losses label_maps presence refinement regions modeling engine explainers explainer_methods
 NUMBERS += analysis metrics faithfulness tasks
 test-sse4: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
 test-sse4: export ATEN_CPU_CAPABILITY = default

@@ -156,7 +156,7 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     assert "Chosen by the number of pairs" in out and re.search(r"batch_size +29\n", out)
     assert "29 held-out pairs" in out
     state = json.loads((tmp_path / "runs" / "pairs" / "results.json").read_text())
-    assert f"val_loss{state['before']['val_loss']:>18.4g}{state['metrics']['val_loss']:>12.4g}" in out
+    assert f"val_loss{state['before']['val_loss']:>20.4g}{state['metrics']['val_loss']:>12.4g}" in out
     assert "The trained model is in runs/pairs.\nNext: iclip explain PHOTO " in out and "--model runs/pairs" in out
     before, after = ICLIPModel.from_pretrained(model), ICLIPModel.from_pretrained("runs/pairs")
     assert (before.recognition.visual_projection.weight != after.recognition.visual_projection.weight).any()

@@ -71,6 +71,13 @@ def test_make_targets_and_scripts_exist():
             assert (ROOT / script).is_file(), (page.name, script)
 
 
+def test_test_files_that_the_makefile_names_exist():
+    lines = re.findall(r"^NUMBERS \+?:?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    names = " ".join(lines).split()
+    assert "similarity" in names
+    assert not [name for name in names if not (ROOT / "tests" / f"test_{name}.py").is_file()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_and_named_paths_exist(page):
     """In docs/ the build checks links; this also covers the pages that are read in the repository alone."""

@@ -83,7 +83,8 @@ def read_record(source: str | Path) -> dict:
     try:
         path = Path(source, RECORD)
         if not Path(source).is_dir():
-            revision = resolve_revision(str(source))  # fails at once without a network, where the download would be retried
+            # Fails at once without a network, where the download would be retried.
+            revision = resolve_revision(str(source))
             path = Path(hf_hub_download(str(source), RECORD, revision=revision))
         content = parse_json(path.read_text(encoding="utf-8"))
         record = {"training": [public_settings(run) for run in content["training"]]}

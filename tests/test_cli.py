@@ -200,7 +200,11 @@ def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
 def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys):
     """`iclip segment` refines by default and `iclip evaluate` does not."""
     results, model = tmp_path / "results.json", load(str(workspace / "model"))
-    maps = {"refine": False, "templates": model.templates, "image_size": dict(model.processor.image_processor.size)}
+    maps = {
+        "refine": False,
+        "templates": model.processor.templates,
+        "image_size": dict(model.processor.image_processor.size),
+    }
     for other in (
         {},
         {"refine": True},

@@ -15,6 +15,8 @@ from iclip_hf.backends.onnx import VISION_FILE
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.hub.configs import SHIPPED
+from iclip_hf.hub.folders import join_towers
+from iclip_hf.hub.model_card import describe_tower
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 224 pixels, 80 classes.
@@ -36,6 +38,16 @@ def test_projections_survive_the_way_out_and_in(folder, tmp_path):
         assert copy.metadata() == file.metadata()
         assert all(torch.equal(copy.get_tensor(name), file.get_tensor(name)) for name in file.keys())
     assert [path.name for path in tmp_path.iterdir()] == ["projections.safetensors"]
+
+
+@pytest.mark.slow
+def test_its_towers_are_known_wherever_the_cache_is(folder):
+    joined, _ = join_towers(SHIPPED / "iclip-dinov2-s14-minilm", "embedded", "embedded")
+    for config in (load_iclip("embedded")[0].config, joined.config):
+        towers = [describe_tower(getattr(config, side)) for side in ("vision_config", "text_config")]
+        assert [tower["id"] for tower in towers] == ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2"]
+        assert [tower["licence"] for tower in towers] == ["Apache-2.0", "Apache-2.0"]
+    assert str(folder.parent) not in (folder / "config.json").read_text()
 
 
 @pytest.mark.slow

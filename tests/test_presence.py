@@ -23,6 +23,8 @@ def test_only_a_model_trained_with_a_sigmoid_has_a_presence(made, family):
     scale, bias = model.logit_scale.exp().item(), model.logit_bias.item()
     expected = [1 / (1 + math.exp(-(scale * score + bias))) for score in scores[0].tolist()]
     assert found.tolist()[0] == pytest.approx(expected, abs=1e-5)
+    # Scores may be on another device than the weights.
+    assert load((model, processor)).presence(scores.to("meta")).device.type == "meta"
 
 
 def test_the_presence_of_an_iclip_model_is_that_of_its_logit(tiny_processor):

@@ -68,6 +68,18 @@ def test_training_learns_its_pairs(hub, tmp_path):
     assert metrics["text_to_image"] > 90 and metrics["val_loss"] < 0.5
 
 
+def test_a_model_in_half_precision_is_trained_in_single_precision(hub, tmp_path):
+    run(hub, tmp_path / "start", "--max_steps", 1)
+    half = ICLIPModel.from_pretrained(tmp_path / "start").bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    ICLIPProcessor.from_pretrained(tmp_path / "start").save_pretrained(tmp_path / "half")
+    run(hub, tmp_path / "run", "--model", tmp_path / "half", "--max_steps", 1, "--learning_rate", 1e-6)
+    before, after = half.recognition.visual_projection.weight, weights(tmp_path / "run")
+    after = after["recognition.visual_projection.weight"]
+    assert after.dtype == torch.float32
+    assert 0 < (after - before.float()).abs().max() < 1e-4  # less than the distance of two values in half precision
+
+
 def test_every_way_to_name_a_configuration(hub, monkeypatch):
     shipped = parse_settings(["--config", "iclip-dinov2-s14-minilm", "pairs.csv"])
     assert (shipped.vision, shipped.data) == ("embedded", ["pairs.csv"])

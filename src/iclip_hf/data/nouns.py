@@ -28,7 +28,13 @@ _BACKGROUND = "(background)"
 def vocabulary() -> list[str]:
     """Returns the nouns that the embedded model learned, in the singular: objects, materials, places and backgrounds of photographs."""
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
-    return [line.removesuffix("(background)").strip() for line in text.splitlines() if line.strip()]
+    return [*_by_noun(text.splitlines())]
+
+
+def _by_noun(lines: Sequence[str]) -> dict[str, bool]:
+    """Returns the nouns of a vocabulary in lower case, each with whether it is marked as one of the background."""
+    lines = [line.strip().lower() for line in lines if line.strip()]
+    return {line.removesuffix(_BACKGROUND).rstrip(): line.endswith(_BACKGROUND) for line in lines}
 
 
 class ImageNouns(NamedTuple):
@@ -61,8 +67,7 @@ class NounPrompts:
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
-        lines = [noun.strip().lower() for noun in nouns if noun.strip()]
-        marked = {line.removesuffix(_BACKGROUND).rstrip(): line.endswith(_BACKGROUND) for line in lines}
+        marked = _by_noun(nouns)
         self.nouns, self.is_background = list(marked), np.array([*marked.values()], np.uint8)
         self.count, self.seed = count, seed
         if not self.nouns:

@@ -152,7 +152,7 @@ class EvaluationRun:
     What the metrics of an evaluation share. Parameters: [`evaluate_model`].
 
     Attributes:
-        model ([`ExplainableModel`]), dataset, methods, batch_size, refine: as given.
+        model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
         engine ([`Engine`]): computes the scores.
         engines (`dict`): for each method an [`Engine`], which computes its maps.
         count (`int`): number of images of all processes.
@@ -166,7 +166,7 @@ class EvaluationRun:
         new_engine = partial(Engine, self.model, self.model.processor, **options)
         self.engine = new_engine()
         self.engines = {method: new_engine(method=make_explainer(self.model, method)) for method in self.methods}
-        self.refine, self.batch_size = refine, batch_size
+        self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
         self.indices = range(state.process_index, self.count, state.num_processes)
         self.seconds_in_model = 0.0

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoImageProcessor
 
-from ..backends.embedded import embedded_towers
+from ..backends.embedded import embedded_towers, name_towers
 from ..backends.loading import check_links, load_iclip
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, tower_config
@@ -86,7 +86,8 @@ def join_towers(
         image_size (*optional*): height and width in pixels; the configuration's if not given.
         options: of [`ICLIPConfig`]; they override the configuration.
     """
-    if "embedded" in (vision, text):
+    embedded = [side for side, name in (("vision_config", vision), ("text_config", text)) if name == "embedded"]
+    if embedded:
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     known, of_processor = {}, {}
@@ -104,6 +105,7 @@ def join_towers(
     _check_tower(vision, "vision_config", config if "vision_config" in known else None)
     _check_tower(text, "text_config", config if "text_config" in known else None)
     model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**known, **options})
+    name_towers(model, *embedded)
     if "image_processor" not in of_processor:
         with loading_errors(vision):
             AutoImageProcessor.from_pretrained(vision)  # what fails here would be said of the text tower

@@ -16,7 +16,7 @@ from ..data.class_names import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.files import cache_folder, write_files
+from ..utils.files import write_files
 from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED
 from .record import DIGITS, RECORD, continued, data_terms, measured, public_settings
@@ -32,11 +32,6 @@ _TOWERS = {
     "facebook/dinov3-vitb16-pretrain-lvd1689m": ("DINOv3 ViT-B/16 (Meta AI)", "DINOv3 License"),
     "openai/clip-vit-base-patch16": ("CLIP ViT-B/16's text tower (OpenAI)", "MIT"),
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
-}
-# Hub ids of the towers of `embedded_towers`, by the name of their folder in the cache.
-_EMBEDDED_FOLDERS = {
-    "dinov2-small": "facebook/dinov2-small",
-    "minilm-l6": "sentence-transformers/all-MiniLM-L6-v2",
 }
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
@@ -184,14 +179,10 @@ def front_matter(data: Mapping) -> str:
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     """
-    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local folder, except for
-    the embedded towers.
+    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local folder.
     """
     tower_id = config.name_or_path or ""
-    folder = Path(tower_id)
-    if folder.parent == cache_folder() and folder.name in _EMBEDDED_FOLDERS:
-        tower_id = _EMBEDDED_FOLDERS[folder.name]
-    elif not is_hub_id(tower_id):
+    if not is_hub_id(tower_id):
         return {"name": f"{config.model_type} tower", "id": None, "licence": None}
     name, licence = _TOWERS.get(tower_id, (tower_id, None))
     return {"name": name, "id": tower_id, "licence": licence}

@@ -131,7 +131,7 @@ def public_settings(settings: Mapping) -> dict:
     if settings.get("model"):  # which has its own
         idle |= {"image_size"}
     if not settings.get("nouns"):
-        idle |= {name for name in TRAINING_SETTINGS if name.startswith("noun_")}
+        idle |= {name for name in TRAINING_SETTINGS if name.startswith(("noun_", "unknown_"))}
     shown = {name: settings[name] for name in TRAINING_SETTINGS if name not in idle}
     if settings.get("auto_augment") == "" and not settings.get("cache_features"):
         shown["auto_augment"] = "none"

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..data.class_names import DATASETS
-from ..hub.configs import SHIPPED
+from ..hub.configs import config_folder
 from ..utils.hub_ids import RUNS
 
 
@@ -230,13 +230,12 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
 
 def _config_file(config: str) -> Path:
     """Returns the `train.yaml` that `config` names: a file, the one in a folder, or the one of a shipped configuration."""
-    for file in (Path(config), Path(config, "train.yaml"), SHIPPED / config / "train.yaml"):
-        if file.is_file():
-            return file
-    names = sorted(path.parent.name for path in SHIPPED.glob("*/train.yaml"))
-    raise FileNotFoundError(
-        f"{config}: this is no train.yaml, no folder with one, and none of the shipped {', '.join(names)}."
-    )
+    file = Path(config)
+    if not file.is_file():
+        file = config_folder(config) / "train.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file; the settings of a training are in a train.yaml.")
+    return file
 
 
 def read_file(file: Path) -> dict:

@@ -98,7 +98,7 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     if unknown := options.keys() - ICLIPConfig.__annotations__:
         raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
     if settings.model:
-        return load_iclip(settings.model, **options)
+        return load_iclip(settings.model, dtype="float32", **options)  # small steps are lost in half precision
     folder = Path(settings.config).parent
     model, processor = join_towers(folder, settings.vision, settings.text, settings.image_size or None, **options)
     if model.recognition.logit_bias is not None and not settings.nouns:

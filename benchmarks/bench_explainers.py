@@ -161,7 +161,7 @@ def main():
         memory = cost(all_contenders[name])[1]
         rows.append([name, time, f"{ratio(taken, name, forward):.2f}", against, f"{memory:.0f}"])
     print(f"{machine('captum', 'grad-cam')}; one image, {options.texts} texts, medians of {options.rounds} rounds\n")
-    print(table(["what", "seconds", "forwards", "against ours", "MiB"], rows))
+    print(table(["what", "seconds", "forwards", "against `iclip_hf`", "MiB"], rows))
 
     taken = take_turns(uses_of_maps(), options.rounds)
     rows = [[name, time, f"{ratio(taken, name, 'explaining'):.2f}"] for name, time in medians(taken).items()]

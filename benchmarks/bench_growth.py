@@ -21,17 +21,17 @@ from iclip_hf.utils.files import atomic_write
 
 
 PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
-# One image, 20 texts and 224 pixels a side, but for what grows.
-FIXED = {"images": 1, "texts": 20, "pixels a side": 224}
+# One image, 20 texts and 224 pixels per side, but for what grows.
+FIXED = {"images": 1, "texts": 20, "pixels per side": 224}
 GROWN = {
     "images": (1, 10, 100),
     "texts": (1, 10, 100, 1000, 10_000),
-    "pixels a side": (224, 448, 896, 1344),
+    "pixels per side": (224, 448, 896, 1344),
 }
 
 
 def grown(model: ICLIPModel, images: int, texts: int, pixels: int) -> Callable[[], object]:
-    """Explaining in batches of 8 images of so many pixels a side, keeping no map."""
+    """Explaining in batches of 8 images of so many pixels per side, keeping no map."""
     input_ids = torch.randint(1000, 20000, (texts, 8))
 
     def explain():
@@ -46,7 +46,7 @@ def grown(model: ICLIPModel, images: int, texts: int, pixels: int) -> Callable[[
 
 
 def growth(model: ICLIPModel) -> list[list]:
-    """A row for each size: images, texts, pixels a side, seconds, MiB."""
+    """A row for each size: images, texts, pixels per side, seconds, MiB."""
     sizes = [tuple({**FIXED, name: size}.values()) for name, several in GROWN.items() for size in several]
     grown(model, *sizes[0])()  # not counted, because the first call of a process takes longer
     costs = {size: cost(grown(model, *size)) for size in dict.fromkeys(sizes)}
@@ -60,7 +60,7 @@ def plot(rows: list[list], path: Path) -> None:
     for axes, (column, (name, sizes)) in zip(figure.subplots(1, 3), enumerate(GROWN.items())):
         shown = np.array([next(rows) for _ in sizes], dtype=float)
         size, (seconds, memory) = shown[:, column], shown[:, 3:].T
-        if name == "pixels a side":
+        if name == "pixels per side":
             name, size = "patches", (size / 14) ** 2
         axes.loglog(size, seconds, "o-", label="seconds")
         axes.loglog(size, memory, "s-", label="MiB")
@@ -73,7 +73,7 @@ def plot(rows: list[list], path: Path) -> None:
 
 
 def bare_tower(model: ICLIPModel, pixels: int) -> Callable[[], object]:
-    """The image tower alone on one image of so many pixels a side."""
+    """The image tower alone on one image of so many pixels per side."""
     pixel_values = torch.randn(1, 3, pixels, pixels)
     return without_gradients(lambda: model.vision_model(pixel_values))
 
@@ -87,7 +87,7 @@ def large_images(model: ICLIPModel) -> str:
         memory = [cost(function)[1] for function in contenders.values()]
         slower = f"{ratio(taken, 'explain', 'tower'):.3f}"
         rows.append([pixels, *medians(taken).values(), slower, *(f"{mebibytes:.0f}" for mebibytes in memory)])
-    return table(["pixels a side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
+    return table(["pixels per side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
 
 
 def main():

@@ -211,7 +211,7 @@ def main() -> None:
     for name, median in medians(taken).items():
         waited = statistics.median(contenders[name].waited[1:])
         rows.append([name, median, options.pairs / median, f"{waited:.0%}", f"{memory[name]:.0f}"])
-    print(table(["an epoch of", "seconds", "pairs a second", "waiting for data", "MiB beyond the model"], rows))
+    print(table(["an epoch of", "seconds", "pairs per second", "waiting for data", "MiB beyond the model"], rows))
     uncached, learning = "projections, without", "projections and text tower, without"
     print(
         f"\nThe cache makes an epoch {ratio(taken, uncached, 'projections, from the cache'):.0f} times faster, "

@@ -111,7 +111,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
         if method in taken:
             cost = [f"{statistics.median(taken[method]):.3f}", f"{ratio(taken, method, 'itsm'):.1f}"]
         rows.append([f"`{method}`" if method in METHODS else method, *cells, *cost])
-    headings = ["method", *(heading for heading, _ in COLUMNS.values()), "seconds an image", "times `itsm`"]
+    headings = ["method", *(heading for heading, _ in COLUMNS.values()), "seconds per image", "times `itsm`"]
     counts = [min(len(dataset), options.limit or len(dataset)) for dataset in datasets]
     few = [min(count, options.few) for count in counts]
     lines = [

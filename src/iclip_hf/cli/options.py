@@ -100,7 +100,8 @@ SHARED = {
     "--image-size": {
         "type": at_least_1,
         "metavar": "PIXELS",
-        "help": "height and width to which images are resized for the model (default: that of its processor)",
+        "help": "height and width to which images are resized for the maps; scores and presence have the model's own size (default: that of its "
+        "processor)",
     },
     "--dataset": {
         "choices": DATASETS,
@@ -108,7 +109,7 @@ SHARED = {
         "help": f"one of {', '.join(DATASETS)}; folder means images/, masks/ and classes.txt",
     },
     "--data-root": {"type": Path, "metavar": "FOLDER", "help": "folder of the data set"},
-    "--split": {"help": "split of the data set (default: the official validation split)"},
+    "--split": {"help": "split of the data set (default: the official validation split, if the data set has splits)"},
     "--overrides": {
         "type": Path,
         "metavar": "FILE",
@@ -131,7 +132,7 @@ SHARED = {
     "--refine": {
         "action": argparse.BooleanOptionalAction,
         "default": False,
-        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: of `segment` alone)",
+        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: on for `segment`, off for other commands)",
     },
     "--colormap": {
         "default": COLORMAPS[0],

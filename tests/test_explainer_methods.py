@@ -164,6 +164,19 @@ def test_proxyclip_asks_the_proxy_for_the_models_grid(made, tmp_path):
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_the_proxy_is_an_image_tower_or_that_of_a_two_tower_model(made, tmp_path):
+    model, processor, _ = made("clip")
+    model.save_pretrained(tmp_path / "both")
+    model.vision_model.save_pretrained(tmp_path / "one")
+    tower, own = (maps_by((model, processor), "proxyclip", proxy=str(tmp_path / name))[2] for name in ("one", "both"))
+    torch.testing.assert_close(tower, own)
+    model.text_model.save_pretrained(tmp_path / "text")
+    made("siglip")[0].save_pretrained(tmp_path / "siglip")
+    for name in ("text", "siglip"):
+        with pytest.raises(ValueError, match=f"{name}: a proxy is one of .*dinov2.*, not '"):
+            make_explainer((model, processor), "proxyclip", proxy=str(tmp_path / name))
+
+
 # LeGrad and Grad-ECLIP
 
 

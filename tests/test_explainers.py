@@ -549,6 +549,27 @@ def test_blocks_are_needed(made, method):
         make_explainer((model, tokenizer), method)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("grad_cam", {"activations": "x"}),
+        ("grad_cam", {"layer": 2}),
+        ("bi_modal", {"layer": -3}),
+        ("clearclip", {"tokens": "keys"}),
+        ("clearclip", {"tokens": "mixed"}),
+        ("naclip", {"sigma": 0}),
+        ("naclip", {"sigma": float("nan")}),
+        ("gem", {"iterations": -1}),
+        ("gem", {"depth": 0}),
+    ],
+)
+def test_a_value_of_an_option_that_is_not_allowed_is_named(made, method, options):
+    model, processor, _ = made("clip")  # of two layers
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^{name} is .* not {value!r}"):
+        explain((model, processor), images()[:1], LABELS, method, **options)
+
+
 def test_images_of_open_clip_are_prepared_as_its_configuration_says(made):
     model, tokenizer, _ = made("open_clip")
     image, options = images()[0], model.visual.preprocess_cfg

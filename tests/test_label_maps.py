@@ -133,6 +133,20 @@ def test_processor_gives_a_label_map_of_each_image():
     assert found[0].unique().tolist() == [-1, 0] and (found[1] == -1).all()
 
 
+@pytest.mark.parametrize(("share", "covered"), [(0.04, True), (0.06, False)])
+@pytest.mark.parametrize("threshold", [0.5, None])
+def test_a_covered_text_keeps_less_than_a_twentieth_of_its_own_mask(share, covered, threshold):
+    """However large the mask is, in an array or a tensor; an absent text has none."""
+    raw = torch.zeros(2, 20, 20)
+    raw[:, :5, :10] = 1
+    presence = torch.tensor([0.9, 0.1])
+    explanation = Explanation(["a", "b"], presence, presence, raw, (20, 20), threshold)
+    segment = torch.zeros(20, 20, dtype=torch.bool)
+    segment[0, : round(share * 50)] = True
+    for kept in (segment, segment.numpy()):
+        assert explanation.is_covered("a", kept) == covered and not explanation.is_covered("b", kept)
+
+
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_an_explanation_segments_by_its_own_masks(is_reversed):
     raw = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(4))

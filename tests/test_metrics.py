@@ -1,6 +1,7 @@
 """mMIoU, mFMB, text contrast and mAP against loops, hand-computed examples and other libraries."""
 
 import itertools
+import json
 import math
 import pickle
 from types import SimpleNamespace
@@ -15,14 +16,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from iclip_hf.evaluation import functional
 from iclip_hf.evaluation.functional import THRESHOLDS, contrast_counts, region_means, reliability, threshold_counts
 from iclip_hf.evaluation.metrics import (
+    METRICS,
     LabelMaps,
     MeanForegroundMinusBackground,
     MeanIoU,
     MeanMaxIoU,
     MultiLabelAveragePrecision,
-    PointingGame,
     Presence,
-    StuffContrast,
     TextContrast,
     make_metrics,
 )
@@ -487,11 +487,34 @@ def test_label_maps_by_hand_without_void_pixels():
     )
 
 
-def test_scores_without_items_are_nan_or_none():
-    for metric, names in ((LabelMaps(), ("iou", "absent", "kept")), (StuffContrast(), ("stuff_contrast",))):
-        assert all(math.isnan(metric.compute()[name]) for name in names)
-    found = PointingGame().compute()
-    assert found["pointing_game"] is None and found["pairs"] == 0 and found["per_class"] == {}
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_without_data_computes(name):
+    """A score is NaN or None, and None in a report, which JSON can hold."""
+    (metric,) = make_metrics([name])
+    if name == "segmentation":
+        dataset = SimpleNamespace(
+            labels=[1], synonyms=[["a"]], class_names=["a"], background=True, background_texts=[], void=255
+        )
+        metric.prepare(
+            SimpleNamespace(
+                dataset=dataset,
+                count=2,
+                model=SimpleNamespace(processor=SimpleNamespace(patch_size=8)),
+                engine=SimpleNamespace(encode=len),
+            )
+        )
+    scores, rows = metric.report()
+    json.dumps(scores, allow_nan=False)
+    assert rows == {} and all(
+        scores.get(column) is None for column in metric.columns if column not in ("floor_class", "thresholds")
+    )
+
+
+def test_presence_without_data_is_none():
+    for metric in (Presence(), Presence(like=np.eye(3, dtype=bool), stuff=[1])):
+        scores = metric.compute()
+        assert scores.pop("min_presence") == 0.5 and set(scores.values()) == {None}
 
 
 @pytest.mark.parametrize("name", ["mMIoU", "mFMB", "text_contrast", "stuff_contrast", "label_maps", "pointing_game"])

@@ -264,6 +264,26 @@ def test_a_present_label_without_a_pixel_is_named(segment, photographs, monkeypa
     assert len(warnings) == 1
 
 
+def test_a_label_that_keeps_its_own_mask_is_not_named(segment, photographs, monkeypatch):
+    """However small the mask is."""
+    warnings = []
+    monkeypatch.setattr(pipeline_iclip.logger, "warning", warnings.append)
+    (answer,) = segment(str(photographs[0]), ["dog"], threshold=0.999, min_presence=0)
+    assert 0 < inside(answer).float().mean() < 0.002
+    assert not warnings
+
+
+@pytest.mark.parametrize(
+    "options", [{"threshold": 1.5}, {"threshold": [0.5, 0.5]}, {"min_presence": 50}, {"min_presence": float("nan")}]
+)
+def test_values_that_no_mask_has_are_refused(pipe, segment, photographs, options):
+    """Two thresholds of three labels, too."""
+    (name,) = options
+    for one in (pipe, segment):
+        with pytest.raises(ValueError, match=name):
+            one(str(photographs[0]), LABELS, **options)
+
+
 def test_absent_labels_have_no_segment(segment, photographs):
     answers = {
         one["label"]: one["score"] for one in segment(str(photographs[0]), LABELS, threshold=None, min_presence=0)
@@ -272,4 +292,4 @@ def test_absent_labels_have_no_segment(segment, photographs):
     best = max(answers, key=answers.get)
     (only,) = segment(str(photographs[0]), LABELS, threshold=None, min_presence=answers[best])
     assert only["label"] == best and np.asarray(only["mask"]).min() == 255  # no other text is left
-    assert segment(str(photographs[0]), LABELS, min_presence=1.1) == []
+    assert segment(str(photographs[0]), LABELS, min_presence=1) == []

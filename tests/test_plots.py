@@ -11,7 +11,7 @@ from iclip_hf.model.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width
-from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
+from iclip_hf.plots.sheets import comparison_sheet, draw, label_sheet, picture_grid
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
@@ -85,6 +85,23 @@ def test_a_drawing_takes_what_explain_takes_and_is_as_large_as_asked(tmp_path):
     expected = draw(explained([0.9]), Image.fromarray(image.transpose(1, 2, 0)))
     for array in (image, torch.from_numpy(image), image.transpose(1, 2, 0)):
         assert draw(explained([0.9]), array) == expected
+
+
+@pytest.mark.parametrize("opacity", [1.2, -0.1, float("nan")])
+def test_an_opacity_outside_0_and_1_is_refused(opacity):
+    image, labels = Image.new("RGB", (60, 40)), np.zeros((40, 60), int)
+    for call in (
+        lambda: draw(explained([0.9]), image, opacity=opacity),
+        lambda: overlay(image, np.ones((40, 60)), opacity),
+        lambda: label_sheet(image, labels, ["a"], [None], opacity=opacity),
+    ):
+        with pytest.raises(ValueError, match="opacity"):
+            call()
+
+
+def test_an_unknown_colour_map_is_refused():
+    with pytest.raises(ValueError, match="no colour map 'viridis', only heat, cividis, jet"):
+        draw(explained([0.9]), Image.new("RGB", (60, 40)), colormap="viridis")
 
 
 @pytest.mark.parametrize("number, columns, rows", [(3, 3, 1), (5, 5, 1), (6, 3, 2), (7, 4, 2), (9, 5, 2), (11, 4, 3)])

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoProcessor, CLIPImageProcessor
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.model.engine import Engine
+from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.modeling_iclip import average_prompts
 
 
@@ -135,6 +137,31 @@ def test_an_absent_text_gets_an_empty_mask(tiny_processor):
     presence = torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.25, 0.4]])
     masks = tiny_processor.post_process_masks(maps, presence=presence, min_presence=0.2)
     assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
+
+
+@pytest.mark.parametrize("threshold", [[0.1, 0.2], [0.1] * 4, [0.5], [[0.1, 0.2, 0.3]], [0.1, 0.2, -0.3]])
+def test_there_is_one_threshold_or_one_for_each_text(tiny_processor, threshold):
+    with pytest.raises(ValueError, match="there are 3"):
+        tiny_processor.post_process_masks(list(MAPS), threshold)
+    outputs = SimpleNamespace(similarity_maps=MAPS)
+    with pytest.raises(ValueError, match="there are 3"):
+        tiny_processor.post_process_semantic_segmentation(outputs, threshold=threshold)
+    with pytest.raises(ValueError, match="there are 3"):
+        Explanation(["a", "b", "c"], torch.zeros(3), None, MAPS[0], (4, 6), threshold)
+
+
+@pytest.mark.parametrize("min_presence", [50, -0.1, float("nan")])
+def test_a_least_presence_that_is_no_probability_is_refused(tiny_processor, min_presence):
+    """Masks compare any score, such as a cosine, but a label map needs a probability."""
+    outputs, options = (
+        SimpleNamespace(similarity_maps=MAPS),
+        {"presence": torch.zeros(2, 3), "min_presence": min_presence},
+    )
+    with pytest.raises(ValueError, match="min_presence"):
+        tiny_processor.post_process_semantic_segmentation(outputs, **options)
+    with pytest.raises(ValueError, match="min_presence"):
+        Explanation(["a", "b", "c"], torch.zeros(3), None, MAPS[0], (4, 6), min_presence=min_presence)
+    assert len(tiny_processor.post_process_masks(list(MAPS), **options)) == 2
 
 
 def two_images_of_boxes(processor):

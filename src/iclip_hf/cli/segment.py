@@ -10,10 +10,6 @@ from .output import resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
-# A text is named as covered if it keeps less than this share of its own mask.
-_COVERED = 0.05
-
-
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
@@ -50,13 +46,7 @@ def run(options: argparse.Namespace) -> int:
             for index, text in enumerate(options.texts)
         ]
         entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
-        covered = [
-            text
-            for index, text in enumerate(options.texts)
-            # Masks are computed of few texts: no mask is larger than the image.
-            if (kept := (labels == index).sum()) < _COVERED * labels.size
-            and kept < _COVERED * explanation.mask(index).sum()
-        ]
+        covered = [text for index, text in enumerate(options.texts) if explanation.is_covered(index, labels == index)]
         if covered:
             hidden = f"not absent, but covered by the other texts: {', '.join(covered)}"
             entry["problem"] = f"{name}: {hidden}; look at the maps with iclip explain"

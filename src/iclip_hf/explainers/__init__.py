@@ -134,7 +134,7 @@ def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
         method_options: of the method, see its class.
 
     Raises:
-        `ValueError`: the method is unknown, or the model does not support it.
+        `ValueError`: the method is unknown, the model does not support it, or a value of an option is not allowed.
         `TypeError`: an option is unknown, or the model is of another kind.
     """
     return explainer_class(method)(model, **method_options)

@@ -19,8 +19,10 @@ class GradCAM(GradientExplainer):
     """
 
     def __init__(self, model, layer: int = -1, activations: str = "norm"):
+        if activations not in ("norm", "block"):
+            raise ValueError(f"activations is 'norm' or 'block', not {activations!r}.")
         super().__init__(model, layer)
-        self.normed = {"norm": self.model.layers[layer].residual, "block": False}[activations]
+        self.normed = activations == "norm" and self.model.layers[layer].residual
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[0].tokens if self.normed else layers[0].stream]

@@ -26,7 +26,12 @@ class GradientExplainer(Explainer):
 
     def __init__(self, model, layer: int = -1):
         super().__init__(model)
-        self.layer = range(len(self.model.layers))[layer]
+        number = len(self.model.layers)
+        if not -number <= layer < number:
+            raise ValueError(
+                f"layer is an index of the {number} attention layers, from {-number} to {number - 1}, not {layer!r}."
+            )
+        self.layer = range(number)[layer]
 
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)

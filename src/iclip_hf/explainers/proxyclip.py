@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
 from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
 
@@ -16,7 +15,7 @@ from ..backends.explainable import unit
 from ..backends.families import ExplainableICLIP
 from ..backends.recording import AttentionRecord
 from ..model.configuration_iclip import patch_side
-from ..model.modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower
+from ..model.modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower, tower_config
 from .replaced_attention import ReplacedAttention
 
 
@@ -27,8 +26,9 @@ class ProxyCLIP(ReplacedAttention):
     resized for the proxy, so that both towers have the same grid.
 
     Args:
-        proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3. If not given, an ICLIP
-            model is its own proxy, and other models use the DINOv2 tower of the embedded model.
+        proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3, or of a two-tower model, whose
+            image tower is used. If not given, an ICLIP model is its own proxy, and other models use the DINOv2 tower of the embedded
+            model.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
     """
@@ -40,7 +40,9 @@ class ProxyCLIP(ReplacedAttention):
         if proxy is None and not isinstance(self.model, ExplainableICLIP):
             proxy = str(embedded_towers()[0])
         if proxy is not None:
-            config = AutoConfig.from_pretrained(proxy, trust_remote_code=False)
+            config = tower_config(proxy, "vision_config")
+            if config.model_type not in VISION_TOWERS:
+                raise ValueError(f"{proxy}: a proxy is one of {sorted(VISION_TOWERS)}, not {config.model_type!r}.")
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
 

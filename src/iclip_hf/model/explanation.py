@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,10 +11,14 @@ import torch
 from PIL import Image
 
 from .label_maps import segments
-from .presence import MIN_PRESENCE, presence_word
-from .processing_iclip import check_threshold
+from .presence import MIN_PRESENCE, check_min_presence, presence_word
+from .processing_iclip import check_threshold, check_thresholds
 from .regions import Region, find_regions, negative_points, positive_points, run_lengths
 from .similarity import resize_and_normalize
+
+
+# A text is covered by the others if it keeps less than this share of its own mask in a label map.
+_COVERED = 0.05
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -32,12 +37,16 @@ class Explanation:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
             height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for `label_map`
+            alone: texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
         image (`PIL.Image.Image`, *optional*): the image.
         all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some of them only, see
             [`Engine.prepare`].
+
+    Raises:
+        `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
     """
 
     labels: list[str]
@@ -45,11 +54,16 @@ class Explanation:
     presence: torch.Tensor | None
     raw_maps: torch.Tensor
     size: tuple[int, int]
-    threshold: float | Sequence[float] = 0.5
+    threshold: float | Sequence[float] | None = 0.5
     min_presence: float = MIN_PRESENCE
     reversed: bool = False
     image: Image.Image | None = None
     all_scores: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.threshold is not None:
+            check_thresholds(self.threshold, len(self))
+        check_min_presence(self.min_presence)
 
     def __repr__(self) -> str:
         texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
@@ -135,6 +149,17 @@ class Explanation:
             threshold=self.threshold if threshold is None else check_threshold(threshold),
             background=[self.index(text) for text in background],
         )
+
+    def is_covered(self, text: int | str, segment: torch.Tensor | np.ndarray) -> bool:
+        """
+        Returns whether the other texts cover a text in a label map: its segment, `(H, W)` boolean, holds less than 5 % of its own mask. The
+        mask is that of the threshold 0.5 if the explanation has none.
+        """
+        index, kept = self.index(text), int(segment.sum())
+        if not self.present[index] or kept >= _COVERED * math.prod(self.size):
+            return False  # without the cost of a mask, which is empty, or at most the whole image
+        threshold = Explanation.threshold if self.threshold is None else None
+        return kept < _COVERED * int(self.mask(index, threshold).sum())
 
     def to_dict(self) -> dict:
         """

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .presence import MIN_PRESENCE
+from .presence import MIN_PRESENCE, check_min_presence
 from .similarity import min_max_normalize, resize_maps
 
 
@@ -35,15 +35,19 @@ def segments(
         presence (`torch.Tensor` of shape `(T,)`, *optional*): presence of the texts in [0, 1]; all are present if not given.
         min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
         threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
-            greater. None makes each mask the whole image. `ValueError` if their number is not T.
+            greater. None makes each mask the whole image.
         background: indices of texts that describe the background. They compete like any other, and their pixels are background.
 
     Returns:
         `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
+
+    Raises:
+        `ValueError`: `min_presence` is outside [0, 1], or the number of thresholds or presences is not T.
     """
     thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
+        check_min_presence(min_presence)
         present = [value >= min_presence for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)

@@ -15,9 +15,9 @@ from .engine import Engine
 from .explanation import Explanation
 from .images import load_image
 from .presence import MIN_PRESENCE
-from .processing_iclip import check_threshold, check_thresholds, check_tokenizer
+from .processing_iclip import check_threshold, check_tokenizer
 from .prompts import split_texts
-from .regions import MIN_AREA, find_regions, run_lengths
+from .regions import find_regions, run_lengths
 
 
 logger = logging.get_logger(__name__)
@@ -91,8 +91,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
               best part first.
 
         Raises:
-            `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels, templates or
-            thresholds.
+            `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels or templates,
+                or [`Explanation`] thresholds or `min_presence`.
         """
         labels = _strings("candidate_labels", candidate_labels)
         encoded = Engine(self.model, self.processor, templates=template).encode(labels)
@@ -129,9 +129,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         min_presence: float = MIN_PRESENCE,
         return_json: bool = False,
     ) -> list[dict]:
-        thresholds = check_thresholds(threshold).expand(len(candidate_labels)).tolist()
         explanation: Explanation = replace(
-            model_outputs["explanation"], labels=candidate_labels, threshold=thresholds, min_presence=min_presence
+            model_outputs["explanation"], labels=candidate_labels, threshold=threshold, min_presence=min_presence
         )
         answers = []
         for index, (label, presence) in enumerate(zip(candidate_labels, explanation.presences)):
@@ -223,12 +222,12 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         )
         found, answers = explanation.label_map(background=background), []
         scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences
-        for index, (label, score, present) in enumerate(zip(candidate_labels, scores, explanation.present)):
+        for index, (label, score) in enumerate(zip(candidate_labels, scores)):
             mask = found == index
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
-            if mask.float().mean() < MIN_AREA and present and index not in background:
-                logger.warning(f"{label!r} is present, but other labels match better nearly everywhere.")
+            if index not in background and explanation.is_covered(index, mask):
+                logger.warning(f"{label!r} is present, but other labels match better nearly everywhere in its mask.")
         return answers
 
 

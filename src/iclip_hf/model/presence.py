@@ -22,6 +22,12 @@ def at_prior(presence, prior: float):
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
 
 
+def check_min_presence(min_presence: float) -> None:
+    """Raises `ValueError` unless `min_presence` is in [0, 1]."""
+    if not 0 <= min_presence <= 1:
+        raise ValueError(f"min_presence is a number in [0, 1], not {min_presence!r:.100}.")
+
+
 def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> str | None:
     """
     Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.8 on, and otherwise `"unsure"`; None for None, of a model

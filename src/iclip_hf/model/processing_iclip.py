@@ -263,8 +263,8 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1], or only
-        one of `presence` and `min_presence` is given.
+        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1], their number
+        is not T, or only one of `presence` and `min_presence` is given.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
@@ -278,8 +278,7 @@ class ICLIPProcessor(ProcessorMixin):
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
         """
         _check_presence(presence, min_presence)
-        thresholds = check_thresholds(threshold).float()
-        masks = [map_ > thresholds.expand(len(map_)).view(-1, 1, 1).to(map_.device) for map_ in maps]
+        masks = [map_ > check_thresholds(threshold, len(map_)).float().view(-1, 1, 1).to(map_.device) for map_ in maps]
         if presence is not None:
             present = presence >= min_presence
             masks = [mask & shown.view(-1, 1, 1) for mask, shown in zip(masks, present, strict=True)]
@@ -296,7 +295,7 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises `ValueError` if outputs
-        have no maps, and as `post_process_masks`.
+        have no maps, `min_presence` is outside [0, 1], and as `post_process_masks`.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -305,7 +304,7 @@ class ICLIPProcessor(ProcessorMixin):
                 if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`].
-            min_presence (`float`, *optional*): a text with a lower presence gets no pixel.
+            min_presence (`float` in [0, 1], *optional*): a text with a lower presence gets no pixel.
 
         Returns:
             list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
@@ -317,7 +316,7 @@ class ICLIPProcessor(ProcessorMixin):
         _check_presence(presence, min_presence)
         presence = [None] * len(maps) if presence is None else presence
         if threshold is not None:
-            threshold = check_thresholds(threshold).expand(maps.shape[1]).tolist()
+            threshold = check_thresholds(threshold, maps.shape[1]).tolist()
         return [
             segments(raw_maps, tuple(size), of_image, min_presence, threshold, background)
             for raw_maps, size, of_image in zip(maps, sizes, presence, strict=True)
@@ -401,19 +400,21 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
         yield [text for text in found if text[-1]]
 
 
-def check_thresholds(threshold: float | Sequence[float]) -> torch.Tensor:
-    """Returns one threshold, or one for each text, as a tensor `()` or `(T,)`. `ValueError` unless they are in [0, 1]."""
+def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
+    """Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in [0, 1]."""
     thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
-    if not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
-        raise ValueError(f"A threshold is a number in [0, 1], or one for each text, not {threshold!r:.100}.")
-    return thresholds
+    if thresholds.shape not in ((), (count,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
+        raise ValueError(
+            f"A threshold is a number in [0, 1], or one for each text, of which there are {count}, not {threshold!r:.100}."
+        )
+    return thresholds.expand(count)
 
 
 def check_threshold(threshold: float) -> float:
     """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
-    if check_thresholds(threshold).ndim:
+    if np.ndim(threshold):
         raise ValueError(f"threshold is one number in [0, 1], not {threshold!r:.100}.")
-    return float(threshold)
+    return check_thresholds(threshold, 1).item()
 
 
 def _check_presence(presence: torch.Tensor | None, min_presence: float | None) -> None:

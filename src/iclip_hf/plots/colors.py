@@ -30,7 +30,9 @@ SEGMENTS = (
 
 @cache
 def color_table(colormap: str) -> np.ndarray:
-    """Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity."""
+    """Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity. `ValueError` for another name."""
+    if colormap not in _TABLES:
+        raise ValueError(f"There is no colour map {colormap!r}, only {', '.join(_TABLES)}.")
     names, lowest, highest = _TABLES[colormap]
     colors = np.array([list(bytes.fromhex(name)) for name in names.split()])
     levels = np.linspace(0, 1, 256)
@@ -51,13 +53,23 @@ def overlay(
         opacity (`float`): of the map where it is 1, in [0, 1].
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours
             of the paper.
+
+    Raises:
+        `ValueError`: there is no such colour map, or `opacity` is outside [0, 1].
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # bfloat16, which numpy lacks, too
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
-    mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]
+    mask = (table[:, 3] * check_opacity(opacity)).round().astype(np.uint8)[levels]
     return Image.composite(Image.fromarray(table[levels, :3]), image, Image.fromarray(mask))
+
+
+def check_opacity(opacity: float) -> float:
+    """Returns an opacity. `ValueError` unless it is in [0, 1], because colours would overflow."""
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity is a number in [0, 1], not {opacity!r}.")
+    return opacity
 
 
 def label_colors(number: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageOps
 from ..model.images import load_image
 from ..model.presence import ABSENT, presence_text
 from . import COLORMAPS
-from .colors import OPACITY, SEGMENTS, overlay
+from .colors import OPACITY, SEGMENTS, check_opacity, overlay
 from .lettering import fitted, text_mask
 
 
@@ -71,7 +71,7 @@ def draw(
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`: the image cannot be read, or there is no such colour map.
+        `ValueError`: the image cannot be read, there is no such colour map, or `opacity` is outside [0, 1].
     """
     image = load_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
@@ -113,7 +113,7 @@ def label_sheet(
         labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
         texts: T texts.
         words: presence of each text as a word, or None, see [`Explanation.presence_words`].
-        opacity (`float`): of the colours, in [0, 1].
+        opacity (`float`): of the colours, in [0, 1]; `ValueError` otherwise.
         dpi (`int`): resolution.
     """
     # Of the whole image, as in tables.
@@ -127,7 +127,7 @@ def label_sheet(
     ]
     entries += [("white", texts[index], words[index] or "") for index in np.flatnonzero(areas == 0)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
-    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
+    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * check_opacity(opacity)).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
     legend = _legend(entries, _aspect([image]), dpi)
     shares = "presence and share of the image" if any(words) else "share of the image"

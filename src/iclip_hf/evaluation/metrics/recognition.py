@@ -27,7 +27,7 @@ class Rows:
         self.rows += other.rows
 
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
-        scores, shown = zip(*self.rows)
+        scores, shown = zip(*self.rows or [(np.zeros((0, 0)), np.zeros((0, 0), bool))])
         return np.concatenate(scores), np.concatenate(shown)
 
 
@@ -125,7 +125,7 @@ class Presence(MultiLabelAveragePrecision):
         - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in [0, 1]; None likewise.
         """
         values, shown = self.state.joined()
-        hard = np.zeros_like(shown) if self.like is None else (shown @ self.like) & ~shown
+        hard = np.zeros_like(shown) if self.like is None or not shown.size else (shown @ self.like) & ~shown
         stuff = np.broadcast_to(np.isin(np.arange(shown.shape[1]) + 1, list(self.stuff)), shown.shape)
 
         def auc(absent: np.ndarray) -> float | None:
@@ -135,8 +135,8 @@ class Presence(MultiLabelAveragePrecision):
         def share(pairs: np.ndarray) -> float | None:
             return 100 * float((values[pairs] >= MIN_PRESENCE).mean()) if pairs.any() else None
 
-        prior, bins, error = float(shown.mean()), None, None
-        if 0 < prior < 1:
+        prior, bins, error = float(shown.mean()) if shown.size else None, None, None
+        if prior and prior < 1:
             bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
             distance = np.abs(bins["mean"] - bins["shown"])
             error = float(np.nansum(distance * bins["items"]) / values.size)
@@ -153,7 +153,7 @@ class Presence(MultiLabelAveragePrecision):
             "kept_stuff": share(shown & stuff),
             "passed": share(~shown),
             "passed_hard": share(hard),
-            "map": super().compute()["map"],
+            "map": measured(super().compute()["map"]),
             "prior": prior,
             "calibration_error": error,
             "reliability": bins,

@@ -126,7 +126,7 @@ class MeanIoU:
 class Segmentation(Metric):
     """
     The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data set, see
-    [`label_map`].
+    [`label_map`]. It needs `prepare`, which takes classes and background from the data set. Alone, use [`MeanIoU`].
 
     If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
     for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images

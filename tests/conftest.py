@@ -260,6 +260,7 @@ def made(tiny_processor, tmp_path_factory):
 
     proxy = tmp_path_factory.mktemp("proxy")
     tiny_model("dinov2").vision_model.save_pretrained(proxy)
+    tiny_image_processor().save_pretrained(proxy)
     cache = {}
 
     def get(family):

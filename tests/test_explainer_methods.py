@@ -8,7 +8,7 @@ import torch
 from conftest import VISION, tiny_model
 from families import GRID, LABELS, drawn, maps_by, pixels, raw_maps
 from torch.nn import functional as F
-from transformers import AutoConfig
+from transformers import AutoConfig, BitImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
@@ -123,10 +123,12 @@ def test_proxyclip_patch_by_patch(made, vision, tmp_path):
     model, processor, _ = made("clip")
     proxy = tiny_model(vision).vision_model
     proxy.save_pretrained(tmp_path)
+    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    BitImageProcessor(image_mean=imagenet[0], image_std=imagenet[1]).save_pretrained(tmp_path)
     _, texts, maps = maps_by((model, processor), "proxyclip", templates=["{}"], proxy=str(tmp_path))
     statistics = processor.image_processor
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (statistics.image_mean, statistics.image_std))
-    imagenet = [torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    imagenet = [torch.tensor(x).view(3, 1, 1) for x in imagenet]
     for index in range(2):
         photo = pixels()[index, None] * std + mean
         with torch.no_grad():
@@ -168,6 +170,8 @@ def test_the_proxy_is_an_image_tower_or_that_of_a_two_tower_model(made, tmp_path
     model, processor, _ = made("clip")
     model.save_pretrained(tmp_path / "both")
     model.vision_model.save_pretrained(tmp_path / "one")
+    for name in ("both", "one"):
+        processor.image_processor.save_pretrained(tmp_path / name)
     tower, own = (maps_by((model, processor), "proxyclip", proxy=str(tmp_path / name))[2] for name in ("one", "both"))
     torch.testing.assert_close(tower, own)
     model.text_model.save_pretrained(tmp_path / "text")

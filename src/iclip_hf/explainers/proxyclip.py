@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN as IMAGENET_MEAN
-from transformers.image_utils import IMAGENET_DEFAULT_STD as IMAGENET_STD
+from transformers import AutoImageProcessor
 
 from ..backends.embedded import embedded_towers
 from ..backends.explainable import unit
@@ -26,8 +25,8 @@ class ProxyCLIP(ReplacedAttention):
     resized for the proxy, so that both towers have the same grid.
 
     Args:
-        proxy (`str`, *optional*): folder or Hub id of an image tower such as DINO, DINOv2 or DINOv3, or of a two-tower model, whose
-            image tower is used. If not given, an ICLIP model is its own proxy, and other models use the DINOv2 tower of the embedded
+        proxy (`str`, *optional*): folder or Hub id, with an image processor, of an image tower such as DINO, DINOv2 or DINOv3, or of a
+            two-tower model, whose image tower is used. If not given, an ICLIP model is its own proxy, and other models use the DINOv2 tower of the embedded
             model.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
@@ -45,6 +44,7 @@ class ProxyCLIP(ReplacedAttention):
                 raise ValueError(f"{proxy}: a proxy is one of {sorted(VISION_TOWERS)}, not {config.model_type!r}.")
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
+            self.image_processor = AutoImageProcessor.from_pretrained(proxy, trust_remote_code=False)
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))
@@ -56,12 +56,13 @@ class ProxyCLIP(ReplacedAttention):
 
     def _proxy_tokens(self, grid: tuple[int, int], pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the proxy's patch tokens `(B, N, D)` on this grid."""
-        config, own = self.proxy.config, self.model.processor.image_processor
+        config, own, others = self.proxy.config, self.model.processor.image_processor, self.image_processor
         weight = next(self.proxy.parameters())
         pixels = pixel_values.to(weight)
-        if own.do_normalize:  # undone, because the proxy's normalisation is that of ImageNet
+        if own.do_normalize:  # undone, because the proxy has its own normalisation
             pixels = pixels * _channels(own.image_std, weight) + _channels(own.image_mean, weight)
-        pixels = (pixels - _channels(IMAGENET_MEAN, weight)) / _channels(IMAGENET_STD, weight)
+        if others.do_normalize:
+            pixels = (pixels - _channels(others.image_mean, weight)) / _channels(others.image_std, weight)
         size = [side * patch_side(config) for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)

@@ -280,6 +280,24 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
+@pytest.mark.parametrize(
+    ("command", "cure"),
+    [
+        (["explain", "photo.jpg", "--text", "dog"], "--batch-size or --image-size"),
+        (["compare", "photo.jpg", "--text", "dog"], "--image-size"),
+        (["train", "pairs.csv"], "--chunk_size or --batch_size"),
+    ],
+)
+def test_a_full_gpu_is_one_sentence(monkeypatch, capsys, command, cure):
+    def full(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(f"iclip_hf.cli.{command[0]}.run", full)
+    assert cli.main(command) == 2
+    line = f"iclip {command[0]}: the memory of the GPU is full; set a smaller {cure}\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
 def test_freed_memory_is_kept_for_the_next_image():
     """A page that is new to the process is a page fault, and 64 MiB are 16384 pages, or 32 huge ones."""

@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model, write_pairs
-from training_runs import accelerator
+from training_runs import accelerator, write_table
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.model.pooling import share_among_like
-from iclip_hf.training.data import CachedPairs, TrainingPairs
+from iclip_hf.training.data import CachedPairs, TrainingPairs, load_datasets
 from iclip_hf.training.features import FeatureCache, FeatureShards, branch_features
+from iclip_hf.training.inputs import Inputs, check_run
+from iclip_hf.training.settings import Settings
 
 
 TOKENS = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
@@ -91,6 +93,35 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     folders += [fill(tokens), fill(tokens, map_tokens=5), fill(tokens, earlier_mean=[0.5])]
     folders += [fill(tiny_model(max_over="similarity", map_affinity=2.0))]
     assert len(set(folders)) == len(folders) and fill(tiny_model(pooling="max", map_affinity=2.0)) == folders[0]
+
+
+def test_held_out_features_belong_to_the_mean_of_the_training_images(tmp_path, tiny_processor):
+    held_out = load_pairs(write_table(tmp_path / "held_out", 3, seed=9))
+
+    def load(training: str, center_tokens: bool = True) -> list[CachedPairs]:
+        settings = Settings(model="m", data=["d"], cache_features=str(tmp_path / "cache"), num_workers=0)
+        model = tiny_model(max_over="similarity", center_tokens=center_tokens)
+        inputs = Inputs(load_pairs(tmp_path / training / "pairs.csv"), held_out, None, None)
+        return load_datasets(settings, inputs, model, tiny_processor, accelerator())
+
+    for seed, name in enumerate(("one", "other")):
+        write_table(tmp_path / name, 4, seed=seed)
+    first, other = load("one"), load("other")
+    assert [one.features.folder for one in load("one")] == [one.features.folder for one in first]
+    rows = np.arange(3)
+    assert not np.allclose(first[1].features[rows], other[1].features[rows], atol=1e-3)
+    plain = [load(name, center_tokens=False)[1].features.folder for name in ("one", "other")]
+    assert plain[0] == plain[1]  # without a mean, both share them
+
+
+def test_a_cache_that_cannot_be_written_is_only_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *place: False)  # whoever runs the test
+    places = {"output_dir": str(tmp_path / "new"), "cache_features": str(tmp_path / "cache")}
+    settings = Settings(model="embedded", data=["d"], report_to="none", **places)
+    with pytest.raises(PermissionError, match="cache.* is not a folder that can be written"):
+        check_run(settings)
+    (tmp_path / "cache" / "training").mkdir(parents=True)
+    check_run(settings)
 
 
 def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor):

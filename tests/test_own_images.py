@@ -80,6 +80,15 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     assert chosen["warmup_epochs"] * (36 // 8) == pytest.approx(2)  # steps
 
 
+def test_no_cache_is_chosen_for_an_image_tower_that_learns(tmp_path):
+    given = {"data": [str(write_table(tmp_path, 4))]}
+    tiny_model(lock_vision=False).save_pretrained(tmp_path / "unlocked")
+    unlocked = {**given, "model": str(tmp_path / "unlocked")}
+    assert "cache_features" not in choose_settings({**given, "model_options": ["lock_vision=false"]})
+    assert "cache_features" not in choose_settings(unlocked)
+    assert "cache_features" in choose_settings({**unlocked, "model_options": ["lock_vision=true"]})
+
+
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
@@ -125,6 +134,8 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
         "--config iclip-dinov2-s14-minilm --data pairs.csv": "data/flickr8k/dev-00000.tar: ",
         "pairs.csv --report_to no_tracker": "pip install no_tracker",
         "org/name --pairs_per_epoch 100": "config",
+        "--config iclip-vit-b16 --data org/a org/b": "only one Hub dataset can be streamed",
+        "pairs.csv --cache_features pairs.csv": "pairs.csv is not a folder that can be written",
         "pairs.csv --nouns absent.txt": "absent.txt: ",
         "pairs.csv --eval_dataset folder": "eval_root: ''",
         "pairs.csv --vision v --text t": "config: ",

@@ -41,7 +41,9 @@ def run(folder: Path, start: str, *arguments: str) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     named = {"model": ["--model", "model"], "towers": ["--vision", "vision", "--text", "text"]}[start]
     named += ["--config", "settings/train.yaml", "--output_dir", f"run-{start}", "--nouns", "nouns.txt"]
-    named += ["--data", "pairs/pairs.csv", "--validation_data", "held_out/pairs.csv"]
+    named += ["--validation_data", "held_out/pairs.csv"]
+    if "--data" not in arguments:
+        named += ["--data", "pairs/pairs.csv"]
     named = [one if one.startswith("--") else str(folder / one) for one in named]
     train(parse_settings([*named, "--report_to", "none", "--pictures", "0", "--num_workers", "0", *arguments]))
 

@@ -1,5 +1,6 @@
 """Settings of `iclip train` from a train.yaml and the command line: what is taken, and what is refused by its name."""
 
+import argparse
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -7,6 +8,7 @@ import pytest
 from fault_inputs import BAD_JSON, written
 
 from iclip_hf import cli
+from iclip_hf.training.settings import add_settings, parse_settings
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
@@ -87,3 +89,32 @@ def test_gradients_are_not_accumulated(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8")
     assert cli.main(["train", "--config", "iclip-vit-b16", "pairs.csv"]) == 2
     assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "data"),
+    [
+        ("a.csv --data b.csv c.csv", ["a.csv", "b.csv", "c.csv"]),
+        ("--data b.csv --epochs 1 a.csv", ["b.csv", "a.csv"]),
+        ("--data b.csv --data c.csv", ["b.csv", "c.csv"]),
+        ("a.csv b.csv", ["a.csv", "b.csv"]),
+        ("--epochs 1", None),
+    ],
+)
+def test_all_pairs_that_are_named_are_trained_on(typed, data):
+    parser = argparse.ArgumentParser()
+    add_settings(parser)
+    assert vars(parser.parse_args(typed.split())).get("data") == data
+
+
+@pytest.mark.parametrize(
+    ("own", "typed", "data", "share"),
+    [
+        ("validation_share: 0.2", "--validation_data b.csv", ["b.csv"], 0),
+        ("validation_data: [c.csv]", "--validation_share 0.1", [], 0.1),
+    ],
+)
+def test_given_validation_replaces_that_of_the_file(tmp_path, own, typed, data, share):
+    file = written(tmp_path, f"vision: v\ntext: t\ndata: d\n{own}", "train.yaml")
+    settings = parse_settings(["--config", str(file), *typed.split()])
+    assert (settings.validation_data, settings.validation_share) == (data, share)

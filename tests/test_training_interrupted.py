@@ -15,7 +15,7 @@ import pytest
 import torch
 from fault_inputs import written
 from processes import run_script
-from training_runs import assert_same_weights, eight_pairs, gradients, run
+from training_runs import assert_same_weights, eight_pairs, gradients, run, weights
 
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.contrastive import PairModel
@@ -151,6 +151,38 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
         stream.set_epoch(first)
         expected += [pair["key"] for pair in itertools.islice(stream, 16 * count)]
     assert seen == expected and steps == json.loads((tmp_path / "results.json").read_text())["step"] == 6
+
+
+def test_a_resumed_stream_keeps_the_mean_that_its_branches_learned_with(hub, tmp_path, monkeypatch):
+    """Another number of processes would read other images first."""
+    source = {"train": str(hub / "pairs.tar")}
+    opened = datasets.load_dataset("webdataset", data_files=source, split="train", streaming=True)
+    parts = [opened.take(32), opened.skip(32), opened.skip(32)]
+    monkeypatch.setattr("iclip_hf.data.pairs.open_hub_dataset", lambda *name, **options: parts.pop(0))
+    forward, means = PairModel.forward, []
+
+    def interrupted(self, **batch):
+        means.append(self.model.token_mean.clone())
+        if len(means) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, **batch)
+
+    monkeypatch.setattr(PairModel, "forward", interrupted)
+    arguments = ["--data", "org/pairs", "--pairs_per_epoch", 32, "--epochs", 1, "--warmup_epochs", 0, "--resume"]
+    arguments += ["--model_options", "max_over=similarity", "center_tokens=true"]
+    with pytest.raises(KeyboardInterrupt):
+        run(hub, tmp_path / "run", *arguments)
+    older = shutil.copytree(tmp_path / "run", tmp_path / "older")
+    run(hub, tmp_path / "run", *arguments)
+    kept = weights(tmp_path / "run")["token_mean"]
+    assert all(torch.equal(mean, kept) for mean in means) and len(means) > 1
+
+    (checkpoint,) = older.glob("checkpoint-*/training.pt")  # of a version that did not save it
+    saved = torch.load(checkpoint, weights_only=True)
+    del saved["token_mean"]
+    torch.save(saved, checkpoint)
+    run(hub, older, *arguments)
+    assert not torch.allclose(weights(older)["token_mean"], kept, atol=1e-4)
 
 
 # Kills its own process before or after the work of one call that changes files

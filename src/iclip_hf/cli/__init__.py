@@ -59,6 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
         report_error(command, error)
         return 2
+    except RuntimeError as error:
+        torch = sys.modules.get("torch")
+        if torch is None or not isinstance(error, torch.OutOfMemoryError):
+            raise
+        smaller = {"train": "--chunk_size or --batch_size", "compare": "--image-size"}
+        smaller = smaller.get(command, "--batch-size or --image-size")
+        report_error(command, MemoryError(f"the memory of the GPU is full; set a smaller {smaller}"))
+        return 2
     except KeyboardInterrupt as error:  # with a message if a training was interrupted
         report_error(command, KeyboardInterrupt(str(error) or "interrupted"))
         return 130

@@ -91,8 +91,8 @@ def save_checkpoint(
     accelerator: Accelerator, pair_model: nn.Module, optimizer: Optimizer, output_dir: Path, state: RunState
 ) -> None:
     """
-    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. It holds the weights that learn and the optimizer,
-    which are the same on all processes.
+    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. It holds the weights that learn, `token_mean` and the
+    optimizer, which are the same on all processes.
     """
     if accelerator.is_main_process:
         target = output_dir / f"checkpoint-{state.step:07d}"
@@ -101,8 +101,9 @@ def save_checkpoint(
         with writing_errors(target):
             partial.mkdir(parents=True)
             saved = {"weights": _learning_weights(accelerator, pair_model), "optimizer": optimizer.state_dict()}
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
-            torch.save({**saved, "scaler": scaler}, partial / _TRAINING)
+            saved["scaler"] = accelerator.scaler.state_dict() if accelerator.scaler else {}
+            saved["token_mean"] = getattr(accelerator.unwrap_model(pair_model).model, "token_mean", None)
+            torch.save(saved, partial / _TRAINING)
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=2))
             os.replace(partial, target)
         for old in checkpoints(output_dir)[:-_KEPT]:
@@ -115,6 +116,8 @@ def load_checkpoint(accelerator: Accelerator, pair_model: nn.Module, optimizer: 
     saved = torch.load(checkpoint / _TRAINING, map_location="cpu", weights_only=True)
     for name, weight in _learning_weights(accelerator, pair_model).items():
         weight.copy_(saved["weights"][name])
+    if saved.get("token_mean") is not None:  # another number of processes reads another part of a stream first
+        accelerator.unwrap_model(pair_model).model.token_mean.copy_(saved["token_mean"])
     optimizer.load_state_dict(saved["optimizer"])
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(saved["scaler"])

@@ -63,13 +63,15 @@ def load_datasets(
     seed = settings.seed
     if settings.cache_features:
 
-        def cached(part: str, pairs: PairDataset, nouns: NounPrompts | None = None) -> CachedPairs:
+        def cached(part: str, pairs: PairDataset, mean: list[float] | None, nouns: NounPrompts | None) -> CachedPairs:
             cache = FeatureCache(Path(settings.cache_features, part), model, processor, accelerator)
             options = {"map_tokens": settings.map_tokens, "num_workers": settings.num_workers}
-            options |= {"lock_text": settings.lock_text, "earlier_mean": earlier_mean}
+            options |= {"lock_text": settings.lock_text, "earlier_mean": mean}
             return CachedPairs(pairs, cache, seed, nouns, **options)
 
-        return cached("training", pairs, nouns), held_out and cached("validation", held_out)
+        mean = model.token_mean.tolist() if model.config.center_tokens else None
+        training = cached("training", pairs, earlier_mean, nouns)
+        return training, held_out and cached("validation", held_out, mean, None)
     transform = augmentation(processor, settings.crop_scale, settings.auto_augment, settings.random_erasing)
     prepared = TrainingStream if streamed else TrainingPairs
     training = prepared(pairs, transform, processor, seed, nouns)

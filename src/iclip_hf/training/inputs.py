@@ -16,7 +16,8 @@ from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
 from ..utils.extras import not_installed
-from ..utils.files import check_new_folder
+from ..utils.files import check_new_folder, check_outputs
+from ..utils.hub_ids import is_hub_id
 from .settings import Settings
 
 
@@ -59,6 +60,10 @@ def open_inputs(settings: Settings, pairs: PairDataset | None = None) -> Inputs:
         segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
     if pairs is None:
         streaming = settings.pairs_per_epoch > 0
+        if streaming and len(settings.data) > 1 and any(map(is_hub_id, settings.data)):
+            raise ValueError(
+                "pairs_per_epoch: only one Hub dataset can be streamed; name one, or set pairs_per_epoch to 0."
+            )
         pairs = open_pairs(settings.data, vars(settings), streaming=streaming, rank=rank, world_size=world_size)
     streamed = not isinstance(pairs, PairDataset)
     if settings.validation_data:
@@ -91,8 +96,8 @@ def check_run(settings: Settings) -> None:
     Checks what a run needs besides its data.
 
     Raises:
-        `ImportError`: the tracker is missing. `FileNotFoundError`: a file or folder does not exist. `ValueError`: something is not as
-        described.
+        `ImportError`: the tracker is missing. `FileNotFoundError`: a file or folder does not exist. `PermissionError`: the feature cache
+        cannot be written. `ValueError`: something is not as described.
     """
     tracker = settings.report_to
     if tracker != "none" and find_spec(tracker) is None:  # Accelerate would go on without a log
@@ -105,6 +110,9 @@ def check_run(settings: Settings) -> None:
             "limit the memory by chunk_size."
         )
     check_output_dir(settings)
+    features = Path(settings.cache_features, "training")
+    if settings.cache_features and not features.is_dir():  # a complete cache may be read-only
+        check_outputs([features])
     if settings.model:
         check_model_name(settings.model, ("iclip",))
     if settings.nouns and not Path(settings.nouns).is_file():

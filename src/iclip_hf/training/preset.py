@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
+from ..utils.files import loading_errors
 from ..utils.hub_ids import RUNS
 from ..utils.prefetch import spare_processors
+from .settings import parse_options
 
 
 # On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model mAP on other images.
@@ -43,7 +46,8 @@ def choose_settings(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     if 0 < held_out < 100:
         choose("best_metric", "val_loss")  # a share of right answers is too coarse on so few
     choose("lock_text", True)
-    choose("cache_features", f"{folder}/cache")
+    if _locks_vision(given):
+        choose("cache_features", f"{folder}/cache")
 
     training, world = len(pairs) - held_out, int(os.environ.get("WORLD_SIZE", 1))
     good = training - int(pairs.max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
@@ -58,6 +62,15 @@ def choose_settings(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     choose("log_steps", max(1, steps // 100))
     choose("num_workers", min(training // 250, 4, spare_processors()))
     return chosen
+
+
+def _locks_vision(given: Mapping) -> bool:
+    """Whether the image tower is locked: by the options or, without them, by the configuration of a model in a folder."""
+    options, model = parse_options(given.get("model_options", ())), given.get("model", "")
+    if model and (file := Path(model, "config.json")).is_file():
+        with loading_errors(model):
+            options = json.loads(file.read_text(encoding="utf-8")) | options
+    return bool(options.get("lock_vision", True))
 
 
 def check_pairs(pairs: PairDataset) -> None:

@@ -18,7 +18,7 @@ from ..hub.configs import config_folder
 from ..utils.hub_ids import RUNS
 
 
-# Results of `iclip_hf.evaluation.evaluate.evaluate` that a run logs and can select its best model by.
+# Metrics of [`evaluate_model`] that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
 
@@ -77,7 +77,9 @@ class Settings:
     validation_data: list[str] = setting([], "validation pairs, local")
     validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on", 0, 1)
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(0, "pairs in an epoch of a Hub dataset, which then is streamed", 0)
+    pairs_per_epoch: int = setting(
+        0, "pairs in an epoch of a single Hub dataset, which then is streamed; without effect on local pairs", 0
+    )
     max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it", 0, 1)
     crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image", 0, 1)
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
@@ -140,7 +142,7 @@ class Settings:
             value, (low, high) = getattr(self, entry.name), entry.metadata["range"]
             if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{entry.name}: {value} is not a number from {low} to {high}.")
-        self.parsed_options()
+        parse_options(self.model_options)
         if self.validation_data and self.validation_share:
             raise ValueError("validation_data, validation_share: give one of them.")
         validated, maps = bool(self.validation_data or self.validation_share), self.eval_dataset != "none"
@@ -159,17 +161,6 @@ class Settings:
         if not self.model and not self.config:
             raise ValueError(f"config: name the configuration of the model to join with vision={self.vision!r}.")
 
-    def parsed_options(self) -> dict[str, object]:
-        """Returns `model_options` by name."""
-        parsed = {}
-        for option in self.model_options:
-            try:
-                name, value = option.split("=", 1)
-                parsed[name] = yaml.safe_load(value)
-            except (ValueError, yaml.YAMLError):
-                raise ValueError(f"model_options: {option!r} is not name=value.") from None
-        return parsed
-
     def is_better(self, score: float, than: float | None) -> bool:
         """Whether a score in `best_metric` is better than another, if there is one."""
         if than is None:
@@ -182,6 +173,18 @@ class Settings:
         return Path(self.config).resolve().parent.name if self.config else Path(self.output_dir).name
 
 
+def parse_options(model_options: Sequence[str]) -> dict[str, object]:
+    """Returns `model_options` by name."""
+    parsed = {}
+    for option in model_options:
+        try:
+            name, value = option.split("=", 1)
+            parsed[name] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise ValueError(f"model_options: {option!r} is not name=value.") from None
+    return parsed
+
+
 # --------------------------------------------------------------------------------------------------------- sources
 
 
@@ -192,7 +195,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """
     for entry in fields(Settings):
         kind, is_list, choices = (entry.metadata[key] for key in ("kind", "is_list", "choices"))
-        options = {"nargs": "+"} if is_list else {"nargs": "?", "const": True} if kind is bool else {}
+        options = {"nargs": "?", "const": True} if kind is bool else {}
+        if is_list:
+            options = {"nargs": "+", "action": "extend"}
         default = "" if entry.default in ("", False) or is_list else f" (default: {entry.default})"
         parser.add_argument(
             *dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]),
@@ -202,7 +207,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             help=f"{entry.metadata['help']}{default}",
             **options,
         )
-    parser.add_argument("data", nargs="*", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data")
+    parser.add_argument(
+        "data", nargs="*", action="extend", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data"
+    )
 
 
 def read_settings(given: Mapping) -> Settings:
@@ -218,6 +225,8 @@ def read_settings(given: Mapping) -> Settings:
         named.pop("model", None)
     if given.get("validation_share"):
         named.pop("validation_data", None)
+    elif given.get("validation_data"):
+        named.pop("validation_share", None)
     return Settings(**{**named, **given, "config": str(file)})
 
 

@@ -47,7 +47,7 @@ from .checkpoints import (
 from .contrastive import PairModel
 from .data import BatchLoader, PairBatches, load_datasets, seed_everything
 from .inputs import STATE_FILE, Inputs, checkpoints, open_inputs
-from .settings import MAP_METRICS, Settings
+from .settings import MAP_METRICS, Settings, parse_options
 from .validation import change_interval, common_labels, draw_examples, regressed_metrics, report, validate
 
 
@@ -94,7 +94,7 @@ def train(settings: Settings, inputs: Inputs | None = None) -> dict[str, float]:
 
 def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
-    options = settings.parsed_options()
+    options = parse_options(settings.model_options)
     if unknown := options.keys() - ICLIPConfig.__annotations__:
         raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
     if settings.model:

@@ -22,19 +22,22 @@ TEMPLATES = (
     "a photo of a large {}",
     "there is a {} in the photo",
 )
-_BACKGROUND = "(background)"
+# A noun and its marks: "sky (background)", "yurt (rare)".
+_LINE = re.compile(r"(.*?)\s*((?:\((?:background|rare)\)\s*)*)")
 
 
 def vocabulary() -> list[str]:
-    """Returns the nouns that the embedded model learned, in the singular: objects, materials, places and backgrounds of photographs."""
+    """
+    Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects, materials, places and
+    backgrounds. The model learned rarer ones too, but takes them for shown too often.
+    """
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
-    return [*_by_noun(text.splitlines())]
+    return [noun for noun, marks in _marks(text.splitlines()).items() if "rare" not in marks]
 
 
-def _by_noun(lines: Sequence[str]) -> dict[str, bool]:
-    """Returns the nouns of a vocabulary in lower case, each with whether it is marked as one of the background."""
-    lines = [line.strip().lower() for line in lines if line.strip()]
-    return {line.removesuffix(_BACKGROUND).rstrip(): line.endswith(_BACKGROUND) for line in lines}
+def _marks(lines: Sequence[str]) -> dict[str, str]:
+    """Returns the nouns of a vocabulary in lower case, each with its marks."""
+    return dict(_LINE.fullmatch(line.strip().lower()).groups() for line in lines if line.strip())
 
 
 class ImageNouns(NamedTuple):
@@ -58,7 +61,7 @@ class NounPrompts:
 
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
-            objects, are marked: "sky (background)".
+            objects, are marked: "sky (background)". The mark "(rare)" has no effect on prompts.
         count: number of prompts for each image.
         seed: seed of the prompts.
 
@@ -67,8 +70,9 @@ class NounPrompts:
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
-        marked = _by_noun(nouns)
-        self.nouns, self.is_background = list(marked), np.array([*marked.values()], np.uint8)
+        marks = _marks(nouns)
+        self.nouns = list(marks)
+        self.is_background = np.array(["background" in of_noun for of_noun in marks.values()], np.uint8)
         self.count, self.seed = count, seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")

@@ -147,6 +147,19 @@ def test_what_is_no_text_is_one_plain_error(tiny_processor, texts):
         explain((tiny_model(), tiny_processor), IMAGES, texts)
 
 
+@pytest.mark.parametrize("texts", [[["dog"], "cat"], ["dog", ["cat"]]])
+def test_strings_and_lists_of_texts_are_not_mixed(tiny_processor, texts):
+    """The letters of a string would be the texts of its image."""
+    with pytest.raises(ValueError, match="strings for all images, or a list of strings for each image"):
+        explain((tiny_model(), tiny_processor), IMAGES[:2], texts)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_of_no_image_is_refused(tiny_processor, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size is at least 1, not {batch_size}"):
+        explain((tiny_model(), tiny_processor), IMAGES, TEXTS, batch_size=batch_size)
+
+
 @pytest.mark.parametrize("method", ["itsm", "grad_cam", "clip_surgery"])
 @pytest.mark.parametrize("size", [None, 48])
 def test_maps_of_some_texts_and_the_scores_of_all(tiny_processor, method, size):

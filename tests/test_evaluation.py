@@ -360,6 +360,14 @@ def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_ha
     assert len(encoded) == 1  # the class names, which segmentation competes with, and nothing else
 
 
-def test_a_limit_of_no_image_is_refused(labelled_folder, tiny_processor):
-    with pytest.raises(ValueError, match="limit is at least 1"):
-        evaluate_model((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), limit=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": 0}, "limit is at least 1"),
+        ({"batch_size": 0}, "batch_size is at least 1"),
+        ({"methods": []}, "There is no method: name at least one"),
+    ],
+)
+def test_an_evaluation_of_nothing_is_refused(labelled_folder, tiny_processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_model((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), **options)

@@ -24,6 +24,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
+from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 from iclip_hf.training.inputs import open_inputs
 from iclip_hf.utils import digests
@@ -652,6 +653,23 @@ def test_labels_in_every_form(tmp_path):
     (tmp_path / "b.jsonl").write_text(json.dumps({**rows[0], "complete": "coco"}))
     with pytest.raises(ValueError, match="b.jsonl: complete: 'coco' is neither .* coco2017"):
         load_pairs(tmp_path / "b.jsonl")
+
+
+@pytest.mark.parametrize("labels", [[3, 4], 3, "[3]", ["dog", 3]])
+@pytest.mark.parametrize("complete", ["voc2012", ["dog", "cat"]])
+def test_class_ids_are_no_labels_that_are_complete(labels, complete):
+    """The image would count as one that shows none of the names."""
+    with pytest.raises(ValueError, match="labels: .*3.* are no names"):
+        sources.Columns().texts({"caption": "a", "labels": labels, "complete": complete})
+    assert sources.Columns().texts({"caption": "a", "labels": None, "complete": complete}).labels == []
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    """Editors of Windows write one."""
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0)), ("0.txt", "a dog".encode("utf-8-sig"))])
+    (tmp_path / "nouns.txt").write_text("dog\nsky (background)", encoding="utf-8-sig")
+    assert load_pairs(tmp_path / "a.tar").captions(0) == ["a dog"]
+    assert NounPrompts.from_file(tmp_path / "nouns.txt").nouns == ["dog", "sky"]
 
 
 def test_an_image_is_hashed_once_for_all_parts_and_processes(tmp_path, monkeypatch):

@@ -89,7 +89,7 @@ class NounPrompts:
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
         """Reads the vocabulary from a text file with one noun in each line."""
         try:
-            lines = Path(path).read_text(encoding="utf-8").splitlines()
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: nouns are text in UTF-8, but: {error}") from error
         return cls(lines, count, seed)

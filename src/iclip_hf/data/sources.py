@@ -72,12 +72,18 @@ class Columns(NamedTuple):
     def texts(self, row: Mapping) -> PairTexts:
         """
         Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if `complete` names
-        an unknown list, or labels are text that is no JSON.
+        an unknown list, labels are text that is no JSON, or labels with `complete` are no text, such as class ids.
         """
         within = row["json"] if isinstance(row.get("json"), Mapping) else {}
         found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
         captions = next(filter(None, found), [])
         labels, complete = (row.get(name) or within.get(name) for name in LABEL_COLUMNS)
+        if complete and not all(
+            isinstance(name, str) for name in _listed("labels", labels)
+        ):  # else all would be absent
+            raise ValueError(
+                f"labels: {labels!r:.100} are no names, but complete needs the names of what the image shows"
+            )
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete not in CLASS_NAMES:
                 raise ValueError(
@@ -107,6 +113,14 @@ def _texts(column: str, value) -> list[str]:
     Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts. Raises `ValueError` for labels as
     text that is no JSON.
     """
+    texts = (text for text in _listed(column, value) if isinstance(text, str))
+    # JSON escapes can contain lone surrogates, which tokenizers refuse, and text files of Windows a byte order mark.
+    texts = [text.encode(errors="ignore").decode("utf-8-sig").strip() for text in texts]
+    return [text for text in texts if text]
+
+
+def _listed(column: str, value) -> list:
+    """Returns the items of a value of a column. Raises as [`_texts`]."""
     if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):  # of a .csv or .tsv
         try:
             value = parse_json(value)
@@ -114,10 +128,9 @@ def _texts(column: str, value) -> list[str]:
             if column in LABEL_COLUMNS:
                 raise ValueError(f'{column}: {value!r:.100} is no list of names in JSON, such as ["dog"]') from None
             return []
-    listed = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    # JSON escapes can contain lone surrogates, which tokenizers refuse.
-    texts = [text.encode(errors="ignore").decode().strip() for text in listed if isinstance(text, str)]
-    return [text for text in texts if text]
+    if isinstance(value, list):
+        return value
+    return [] if value is None else [value]
 
 
 USUAL_COLUMNS = Columns()

@@ -73,8 +73,11 @@ def evaluate_model(
         what a metric measures.
     """
     start = time.perf_counter()
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is at least 1, not {limit}.")
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is at least 1, not {value}.")
+    if not methods:
+        raise ValueError('There is no method: name at least one, such as "itsm".')
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
     size = image_size

@@ -194,15 +194,22 @@ class Engine:
                 prior of 0.05.
 
         Raises:
-            `ValueError`: there is no text, or none for one of the images; the numbers of images and lists differ; the model returns NaN
-            or infinity; or the method returns another number of maps.
+            `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the numbers of images and
+            lists differ; `batch_size` is below 1; the model returns NaN or infinity; or the method returns another number of maps.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
         own = itertools.repeat(None)
         if isinstance(texts, ICLIPTextFeatures):
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
         else:
             labels = split_texts(texts)
-            lists = labels if labels and isinstance(labels[0], (list, tuple)) else [labels]
+            listed = [isinstance(text, (list, tuple)) for text in labels]
+            if any(listed) and not all(listed):  # the letters of a string would be texts
+                raise ValueError(
+                    "Texts are either strings for all images, or a list of strings for each image, not both."
+                )
+            lists = labels if any(listed) else [labels]
             if not all(lists):
                 raise ValueError("There is no text: name what to look for, for each image.")
             if lists is labels:

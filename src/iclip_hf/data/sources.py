@@ -78,19 +78,19 @@ class Columns(NamedTuple):
         found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
         captions = next(filter(None, found), [])
         labels, complete = (row.get(name) or within.get(name) for name in LABEL_COLUMNS)
-        if complete and not all(
-            isinstance(name, str) for name in _listed("labels", labels)
-        ):  # else all would be absent
-            raise ValueError(
-                f"labels: {labels!r:.100} are no names, but complete needs the names of what the image shows"
-            )
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete not in CLASS_NAMES:
                 raise ValueError(
                     f"complete: {complete!r:.100} is neither a list of names nor one of {', '.join(CLASS_NAMES)}"
                 )
-            return PairTexts(captions, _texts("labels", labels), CLASS_NAMES[complete])
-        return PairTexts(captions, *map(_texts, LABEL_COLUMNS, (labels, complete)))
+            complete = CLASS_NAMES[complete]
+        else:
+            complete = _texts("complete", complete)
+        if complete and not all(isinstance(name, str) for name in _listed("labels", labels)):  # all would be absent
+            raise ValueError(
+                f"labels: {labels!r:.100} are no names, but complete needs the names of what the image shows"
+            )
+        return PairTexts(captions, _texts("labels", labels), complete)
 
 
 class PairTexts(NamedTuple):

@@ -365,7 +365,8 @@ def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_ha
     [
         ({"limit": 0}, "limit is at least 1"),
         ({"batch_size": 0}, "batch_size is at least 1"),
-        ({"methods": []}, "There is no method: name at least one"),
+        ({"methods": []}, "methods is a list"),
+        ({"methods": "itsm"}, "methods is a list"),
     ],
 )
 def test_an_evaluation_of_nothing_is_refused(labelled_folder, tiny_processor, options, message):

@@ -76,8 +76,8 @@ def evaluate_model(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is at least 1, not {value}.")
-    if not methods:
-        raise ValueError('There is no method: name at least one, such as "itsm".')
+    if isinstance(methods, str) or not methods:
+        raise ValueError(f'methods is a list of at least one name, such as ["itsm"], not {methods!r:.100}.')
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
     size = image_size

@@ -48,6 +48,31 @@ def test_outputs_gather(tmp_path):
     np.testing.assert_allclose(predicted["logits_per_image"], outputs.logits_per_image, atol=1e-5)
 
 
+@pytest.mark.parametrize("vision", VISION)
+def test_trainer_resumes_with_the_weights_of_its_checkpoint(vision, tmp_path):
+    """It loads a file, where weights have other names than in the model."""
+    inputs = tiny_inputs(batch=4, texts=4)
+    pairs = [{name: value[i] for name, value in inputs.items()} for i in range(4)]
+    arguments = TrainingArguments(
+        tmp_path, num_train_epochs=1, save_strategy="epoch", learning_rate=0.01, report_to=[], use_cpu=True
+    )
+
+    def trainer(model):
+        return Trainer(
+            model, arguments, data_collator=lambda batch: default_data_collator(batch) | ALL, train_dataset=pairs
+        )
+
+    trained, resumed = (tiny_model(vision, "clip_text_model", seed=seed, lock_vision=False) for seed in range(2))
+    trainer(trained).train()
+    trainer(resumed).train(resume_from_checkpoint=True)
+    torch.testing.assert_close(dict(resumed.state_dict()), dict(trained.state_dict()))
+
+    weights = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    del weights["recognition.logit_scale"]
+    loaded = resumed.load_state_dict({**weights, "other": torch.zeros(1)}, strict=False)
+    assert (loaded.missing_keys, loaded.unexpected_keys) == (["recognition.logit_scale"], ["other"])
+
+
 SHARDED = """
 import torch
 from iclip_hf.utils.distributed import partial_state

@@ -192,6 +192,8 @@ def test_mistakes_are_refused_and_cost_no_items(folder):
         with pytest.raises(ValueError):
             metric.add_batch(**{**inputs, "predictions": [*inputs["predictions"][:-1], spoiled]})
     assert metric.compute() == expected(folder.name)
+    with pytest.raises(TypeError, match="no option .'agregate'"):
+        evaluate.load(str(folder), agregate="pixel")
 
 
 def test_bare_names_load_offline_from_any_folder_and_iclip_hf_silences_the_warning(installed, tmp_path):

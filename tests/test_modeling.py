@@ -303,6 +303,13 @@ def test_texts_of_each_image_equal_shared_texts_run_alone():
         torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("given", [(), ("input_ids",), ("pixel_values",)])
+def test_a_side_that_is_missing_is_named(given):
+    inputs = tiny_inputs()
+    with pytest.raises(ValueError, match="pixel_values and input_ids"):
+        tiny_model()(**{name: inputs[name] for name in given})
+
+
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():

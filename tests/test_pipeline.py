@@ -11,14 +11,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import QuietHandler, served, tiny_model
+from conftest import TEXT, VISION, QuietHandler, served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from transformers import CLIPConfig, CLIPModel
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, __version__
+from iclip_hf import ICLIPModel, ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, __version__
 from iclip_hf.backends import embedded
+from iclip_hf.hub.folders import export_model
 from iclip_hf.model import pipeline_iclip
 from iclip_hf.model.pipeline_iclip import __file__ as pipeline_file
 from iclip_hf.model.regions import find_regions, run_lengths
@@ -196,6 +198,20 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
     assert_same(after(str(photographs[0]), LABELS), before(str(photographs[0]), LABELS))
 
 
+def test_pipelines_take_a_folder_that_an_exported_model_was_saved_to(world, photographs, tmp_path):
+    """It has a configuration without the code of pipelines, which the exported one names."""
+    exported = export_model(world.model, world.processor, tmp_path / "exported")
+    pipe = pipeline(TASK, model=str(exported), trust_remote_code=True)
+    expected = pipe(str(photographs[0]), LABELS)
+    for folder in (tmp_path / "saved", exported):
+        ICLIPModel.from_pretrained(exported).save_pretrained(folder)
+        world.processor.save_pretrained(folder)
+        named = "custom_pipelines" in json.loads((folder / "config.json").read_text())
+        assert named == (folder == exported)
+        answers = pipeline(TASK, model=str(folder), trust_remote_code=named)(str(photographs[0]), LABELS)
+        assert_same(answers, expected)
+
+
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "embedded_model", lambda: world.folder / "model")
     for task, implementation in pipeline_iclip.PIPELINES.items():
@@ -282,6 +298,20 @@ def test_values_that_no_mask_has_are_refused(pipe, segment, photographs, options
     for one in (pipe, segment):
         with pytest.raises(ValueError, match=name):
             one(str(photographs[0]), LABELS, **options)
+
+
+def test_what_is_no_label_and_no_threshold_is_named(pipe, segment, photographs):
+    with pytest.raises(ValueError, match="A threshold is a number"):
+        pipe(str(photographs[0]), LABELS, threshold=None)
+    for one in (pipe, segment):
+        with pytest.raises(ValueError, match="Texts are a string or a list"):
+            one(str(photographs[0]), None)
+
+
+def test_other_models_are_refused(pipe):
+    config = CLIPConfig(vision_config=VISION["clip_vision_model"], text_config=TEXT["clip_text_model"])
+    with pytest.raises(ValueError, match="ICLIP models, not 'clip'.*iclip_hf.explain"):
+        pipeline(TASK, model=CLIPModel(config), processor=pipe.processor)
 
 
 def test_absent_labels_have_no_segment(segment, photographs):

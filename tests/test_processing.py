@@ -67,6 +67,12 @@ def test_proportions_are_kept_in_multiples_of_the_patch(tiny_processor):
     assert tiny_processor(photo(), size={"height": 16, "width": 40})["pixel_values"].shape == (1, 3, 16, 40)
 
 
+@pytest.mark.parametrize("inputs", [{"text": photo()}, {"text": 5}, {"labels": 5}, {"images": [], "text": "dog"}])
+def test_what_is_no_text_and_no_image_is_named(tiny_processor, inputs):
+    with pytest.raises(ValueError, match="Texts are a string or a list|There is no image"):
+        tiny_processor(**inputs)
+
+
 def test_a_size_of_nothing_is_refused(tiny_processor):
     """Not taken for the usual one."""
     for size in (0, {}, {"height": 0, "width": 8}):
@@ -139,7 +145,9 @@ def test_an_absent_text_gets_an_empty_mask(tiny_processor):
     assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
 
 
-@pytest.mark.parametrize("threshold", [[0.1, 0.2], [0.1] * 4, [0.5], [[0.1, 0.2, 0.3]], [0.1, 0.2, -0.3]])
+@pytest.mark.parametrize(
+    "threshold", [[0.1, 0.2], [0.1] * 4, [0.5], [[0.1, 0.2, 0.3]], [0.1, 0.2, -0.3], "0.5", [None] * 3]
+)
 def test_there_is_one_threshold_or_one_for_each_text(tiny_processor, threshold):
     with pytest.raises(ValueError, match="there are 3"):
         tiny_processor.post_process_masks(list(MAPS), threshold)

@@ -68,6 +68,9 @@ class MetricModule(evaluate.Metric, ABC):
 
     def __init__(self, *args, ignore_index: int = 255, **kwargs):
         self.ignore_index, self.options = ignore_index, self._options(kwargs)
+        # The base class would ignore a misspelt one.
+        if unknown := kwargs.keys() - signature(evaluate.Metric.__init__).parameters.keys():
+            raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)}.")
         super().__init__(*args, **kwargs)
         self.metric(**self.options)  # refuses a wrong option before any item is added
 

@@ -1,6 +1,8 @@
 """Configuration of ICLIP: two towers, the pooling of patch tokens, and the projections."""
 
 import math
+import os
+from copy import copy
 from difflib import get_close_matches
 from typing import Literal
 
@@ -116,6 +118,16 @@ class ICLIPConfig(PreTrainedConfig):
             if meant := get_close_matches(key, ICLIPConfig.__annotations__, n=1, cutoff=0.85):
                 raise ValueError(f"ICLIPConfig has no option {key!r}: correct it to {meant[0]!r}, or remove it.")
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
+        config = copy(self)
+        for pipeline in getattr(self, "custom_pipelines", {}).values():
+            file = pipeline["impl"].split(".")[0] + ".py"
+            if "--" not in file and not os.path.isfile(os.path.join(save_directory, file)):  # "--": code on the Hub
+                del config.custom_pipelines
+                break
+        super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
 
     def validate_architecture(self):
         """Checks ranges and combinations of options. `@strict` checks their types before."""

@@ -126,7 +126,7 @@ class Explanation:
     def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the map and the mask of one text, for which the map is computed once. Raises as `mask`."""
         index = self.index(text)
-        least = self._threshold(index) if threshold is None else check_threshold(threshold)
+        least = check_threshold(self._threshold(index) if threshold is None else threshold)
         heatmap = self.map(index)
         return heatmap, (heatmap > least) & self.present[index]
 

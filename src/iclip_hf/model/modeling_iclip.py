@@ -444,6 +444,18 @@ class ICLIPModel(PreTrainedModel):
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
         return (model, loading) if output_loading_info else model
 
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """Like the base class. It also takes the names that files have, because Trainer loads its checkpoints with it."""
+        if state_dict.keys() - self.state_dict().keys():
+            loaded, loading = type(self).from_pretrained(
+                None, config=self.config, state_dict=dict(state_dict), dtype=self.dtype, output_loading_info=True
+            )
+            renamed = {
+                name: value for name, value in loaded.state_dict().items() if name not in loading["missing_keys"]
+            }
+            state_dict = renamed | {name: state_dict[name] for name in loading["unexpected_keys"]}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     @classmethod
     def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":
         """
@@ -751,8 +763,13 @@ class ICLIPModel(PreTrainedModel):
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: H or W is not a multiple of the patch size, or the numbers of images and texts differ with `return_loss`.
+            `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, or the numbers of images and texts differ
+                with `return_loss`.
         """
+        if pixel_values is None or (input_ids is None and text_features is None):
+            raise ValueError(
+                "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or get_text_features."
+            )
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         text = text_features

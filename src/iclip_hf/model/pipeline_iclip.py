@@ -53,6 +53,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.model.config.model_type != "iclip":
+            raise ValueError(
+                f"The pipeline takes ICLIP models, not {self.model.config.model_type!r}: call iclip_hf.explain for other models."
+            )
         check_tokenizer(self.model.name_or_path, self.processor.tokenizer, self.model.config)
 
     def __call__(

@@ -152,7 +152,7 @@ class ICLIPProcessor(ProcessorMixin):
             `(T * num_templates, L)` or `(B, T * num_templates, L)`, and `num_templates` where there are several.
 
         Raises:
-            `ValueError`: texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
+            `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
             shapes with `shortest_edge`, or would be cropped; a keyword is given flat and in the dictionary of its side; or an image is invalid, not finite
             or out of the range of its type.
         """
@@ -176,6 +176,8 @@ class ICLIPProcessor(ProcessorMixin):
             options |= {**images_kwargs, **kwargs}
             convert = to_8_bit if options["do_rescale"] else to_pixels
             images = [_prepared(image, convert) for image in (images if is_batch else [images])]
+            if not images:
+                raise ValueError("There is no image.")
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
             # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
@@ -402,7 +404,10 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
 
 def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
     """Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in [0, 1]."""
-    thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
+    try:
+        thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # such as None or a string
+        thresholds = torch.tensor(torch.nan)
     if thresholds.shape not in ((), (count,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
         raise ValueError(
             f"A threshold is a number in [0, 1], or one for each text, of which there are {count}, not {threshold!r:.100}."
@@ -431,9 +436,8 @@ def _prepared(image, convert: Callable) -> Image.Image | torch.Tensor:
 
 def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
     """Converts texts to a list of prompts, or to one list of prompts for each image, all of the same length."""
-    if isinstance(texts, str):
-        texts = [texts]
-    if not len(texts):
+    texts = [texts] if isinstance(texts, str) else split_texts(texts)
+    if not texts:
         raise ValueError("There is no text.")
     if all(isinstance(text, (list, tuple)) for text in texts):
         lists = [_nested(of_image, templates) for of_image in texts]

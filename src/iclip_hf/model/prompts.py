@@ -1,7 +1,7 @@
 """Prompt templates by name, texts in a string, and checks of texts and templates."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 _KINDS_OF_PHOTO = (
@@ -33,8 +33,10 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 def split_texts(texts: str | Sequence[str]) -> list[str]:
     """
     Returns the texts of a string: one in each line if it has several lines, otherwise separated by commas, where `\\,` is a comma within a text.
-    Items of a list are not split.
+    Items of a list are not split. Raises `ValueError` for another type.
     """
+    if not isinstance(texts, Iterable):
+        raise ValueError(f"Texts are a string or a list of strings, not {texts!r:.100}.")
     if not isinstance(texts, str):
         return list(texts)
     parts = texts.split("\n") if "\n" in texts.strip() else re.split(r"(?<!\\),", texts)

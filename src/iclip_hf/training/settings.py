@@ -21,6 +21,8 @@ from ..utils.hub_ids import RUNS
 # Metrics of [`evaluate_model`] that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
+# Those of Accelerate, by the names of their packages.
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 POSITIVE = 1e-99  # the lowest value of what must not be 0
 
@@ -122,7 +124,7 @@ class Settings:
     seed: int = setting(0, "random seed")
 
     # monitoring
-    report_to: str = setting("tensorboard", "name of a tracker of Accelerate, or none")
+    report_to: str = setting("tensorboard", "tracker of Accelerate, or none", choices=("none", *TRACKERS))
     log_steps: int = setting(10, "number of steps between logs", 1)
     eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", 1)
     eval_dataset: str = setting("none", "segmentation data set to evaluate maps on", choices=("none", *DATASETS))

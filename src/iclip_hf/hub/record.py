@@ -107,7 +107,11 @@ def continued(
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
     if differing and record.pop("evaluation", None):
-        logger.warning("The results of the card are left out, because it describes other %s.", ", ".join(differing))
+        logger.warning(
+            "The results of %s are left out, because they were measured with another %s.",
+            source,
+            " and ".join(differing),
+        )
     if "weights" in differing:
         record["training"].append({})
     return record

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from huggingface_hub.errors import RevisionResolutionError
 from safetensors import SafetensorError
 
 
@@ -135,6 +136,10 @@ def loading_errors(name: str | Path) -> Iterator[None]:
     """Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message."""
     try:
         yield
+    except RevisionResolutionError as error:
+        raise ConnectionError(
+            f"{name}: there is no such folder, and the Hub cannot be reached; check the name or the connection."
+        ) from error
     except Exception as error:
         if str(error).startswith(f"{name}: "):  # has that form already
             raise

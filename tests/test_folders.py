@@ -673,13 +673,14 @@ def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, ca
     assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
 
 
-def test_texts_of_another_model_act_on_nothing(tmp_path, tiny_processor):
+def test_texts_of_another_model_act_on_nothing(tmp_path, tiny_processor, caplog):
     """Neither those of its record nor its prompts."""
     parts = {"training": [{"data": ["a|b\n# c <img>", "org/pairs"], "epochs": 7}], "evaluation": METRICS}
     (tmp_path / "model_card.json").write_text(record_of(tiny_model(), tiny_processor, labels=["oak"], **parts))
     processor = copy.deepcopy(tiny_processor)
     processor.templates = ["{}` <script>alert(1)</script> | [x](http://e.org)\n# b"]
     card = card_of(tmp_path / "new", processor, source=tmp_path)
+    assert f"The results of {tmp_path} are left out, because they were measured with another processor." in caplog.text
     assert "| `data` | a b # c img, org/pairs |" in card.text and card.data.datasets == ["org/pairs"]
     assert "oak" in str(card.data.widget) and "{} script alert(1) /script x (http://e.org) # b" in card.text
     assert not re.search(r"<\w|\[x\]|^# b", card.text.partition("## Intended use")[0], re.MULTILINE)

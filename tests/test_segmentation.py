@@ -214,6 +214,12 @@ def test_coco_union_equals_a_pixel_loop(instances):
     assert sample.labels == tuple(sorted({label for label, *_ in instances}))
 
 
+def test_a_split_without_a_file_names_the_others(tmp_path):
+    write_coco(tmp_path, [])
+    with pytest.raises(FileNotFoundError, match="no such file; name another split by --split: val2017.$"):
+        load_segmentation("coco2017", tmp_path, "train2017")
+
+
 def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
     write_coco(tmp_path, [])
     path = tmp_path / "annotations" / "instances_val2017.json"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, LoggerType
 from huggingface_hub import ModelCard
 from training_runs import run, weights, write_table
 
@@ -17,7 +17,7 @@ from iclip_hf.model.modeling_iclip import contrastive_loss
 from iclip_hf.training import train as program
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import GlobalBatches
-from iclip_hf.training.settings import parse_settings, read_settings
+from iclip_hf.training.settings import TRACKERS, parse_settings, read_settings
 
 
 def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
@@ -108,9 +108,16 @@ def test_settings_of_the_command_line_precede_those_of_the_file_and_these_the_de
     given = {"config": str(hub), "eval_dataset": "folder"}
     assert read_settings(given).best_metric == "mMIoU"
     assert read_settings({**given, "validation_data": ["v"]}).best_metric == settings.best_metric == "text_to_image"
-    (tmp_path / "train.yaml").write_text("vision: v\ntext: t\ndata: [d]\nepochs: 3\nnouns:\neval_root: ~\n")
+    (tmp_path / "train.yaml").write_text(
+        "vision: v\ntext: t\ndata: [d]\nepochs: 3\nnouns:\neval_root: ~\nimage_size: 32\n"
+    )
     blank = parse_settings(["--config", str(tmp_path)])
-    assert (blank.nouns, blank.eval_root, blank.epochs) == ("", "", 3)
+    assert (blank.nouns, blank.eval_root, blank.epochs, blank.image_size) == ("", "", 3, 32)
+    assert parse_settings(["--config", str(tmp_path), "--model", "m"]).image_size == 0  # of the towers
+
+
+def test_the_trackers_are_those_of_accelerate():
+    assert {tracker.value for tracker in LoggerType} <= {"all", *TRACKERS}  # older versions have fewer
 
 
 def test_a_model_in_parts_is_refused(hub, tmp_path, monkeypatch):

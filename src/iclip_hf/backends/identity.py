@@ -75,7 +75,8 @@ def changed(then: Mapping, now: Mapping, may_differ: Collection[str] = ()) -> li
 def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
     """
     Returns the parts of the identity in which a model differs from the one that results or a card describe. The described dtype may be
-    lower than the model's, whose weights are rounded to it. A model in a lower dtype than the described one differs in its weights. `start` is the identity that the model had, if it was trained since.
+    lower than the model's, whose weights are rounded to it. A model in a lower dtype than the described one differs in its weights. `start`
+    is the identity that the model had, if it was trained since.
     """
     now = start or identity(model, processor, described.get("dtype"))
     parts = ("configuration", "processor", "tokenizer", "weights")

@@ -44,7 +44,7 @@ class ProxyCLIP(ReplacedAttention):
                 raise ValueError(f"{proxy}: a proxy is one of {sorted(VISION_TOWERS)}, not {config.model_type!r}.")
             weight = next(self.model.network.parameters())
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
-            self.image_processor = AutoImageProcessor.from_pretrained(proxy, trust_remote_code=False)
+            self.proxy_processor = AutoImageProcessor.from_pretrained(proxy, trust_remote_code=False)
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))
@@ -56,13 +56,13 @@ class ProxyCLIP(ReplacedAttention):
 
     def _proxy_tokens(self, grid: tuple[int, int], pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the proxy's patch tokens `(B, N, D)` on this grid."""
-        config, own, others = self.proxy.config, self.model.processor.image_processor, self.image_processor
+        config, of_model, of_proxy = self.proxy.config, self.model.processor.image_processor, self.proxy_processor
         weight = next(self.proxy.parameters())
         pixels = pixel_values.to(weight)
-        if own.do_normalize:  # undone, because the proxy has its own normalisation
-            pixels = pixels * _channels(own.image_std, weight) + _channels(own.image_mean, weight)
-        if others.do_normalize:
-            pixels = (pixels - _channels(others.image_mean, weight)) / _channels(others.image_std, weight)
+        if of_model.do_normalize:  # undone, because the proxy has its own normalisation
+            pixels = pixels * _channels(of_model.image_std, weight) + _channels(of_model.image_mean, weight)
+        if of_proxy.do_normalize:
+            pixels = (pixels - _channels(of_proxy.image_mean, weight)) / _channels(of_proxy.image_std, weight)
         size = [side * patch_side(config) for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)

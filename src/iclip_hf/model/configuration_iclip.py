@@ -122,11 +122,11 @@ class ICLIPConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
         config = copy(self)
-        for pipeline in getattr(self, "custom_pipelines", {}).values():
-            file = pipeline["impl"].split(".")[0] + ".py"
-            if "--" not in file and not os.path.isfile(os.path.join(save_directory, file)):  # "--": code on the Hub
-                del config.custom_pipelines
-                break
+        files = [f"{pipeline['impl'].split('.')[0]}.py" for pipeline in getattr(self, "custom_pipelines", {}).values()]
+        if not all(
+            "--" in file or os.path.isfile(os.path.join(save_directory, file)) for file in files
+        ):  # "--": code on the Hub
+            del config.custom_pipelines
         super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
 
     def validate_architecture(self):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
-from ..utils.files import loading_errors
+from ..utils.files import loading_errors, parse_json
 from ..utils.hub_ids import RUNS
 from ..utils.prefetch import spare_processors
 from .settings import parse_options
@@ -69,7 +68,7 @@ def _locks_vision(given: Mapping) -> bool:
     options, model = parse_options(given.get("model_options", ())), given.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):
-            options = json.loads(file.read_text(encoding="utf-8")) | options
+            options = parse_json(file.read_text(encoding="utf-8")) | options
     return bool(options.get("lock_vision", True))
 
 

@@ -4,7 +4,8 @@ Fits `presence_bias`, the one number of presence, on photographs with complete l
     python benchmarks/presence.py --data-root DATA
 
 `DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`). The number is fitted on
-these. The tables are of `coco100` and `ade20k`, images at odd positions and all: AUC, shares kept and passed, and the reliability.
+these. The tables are of `coco100`, `ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability.
+Two columns tell what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all images.
 """
 
 import io
@@ -24,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from iclip_hf import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.data.class_names import ADE20K, COCO_THINGS
+from iclip_hf.data.class_names import ADE20K, CAMVID, COCO_THINGS
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE, PRESENT, at_prior
 
@@ -63,6 +64,12 @@ def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tupl
     return np.stack([of_image.detach().numpy() for of_image in presence]).astype(float), np.array(truth)
 
 
+def of_each_class(presence: np.ndarray, shown: np.ndarray) -> float:
+    """Returns the mean over classes of the AUC of a class over the images. Classes that all images or none show are left out."""
+    classes = np.flatnonzero(shown.any(0) & ~shown.all(0))
+    return float(np.mean([roc_auc_score(shown[:, one], presence[:, one]) for one in classes]))
+
+
 def fit(presence: np.ndarray, shown: np.ndarray) -> float:
     """Returns what to add to the logit of the presence so that its mean is, at the prior of the pairs, the share that is shown."""
     values, prior = logit(presence.clip(1e-12, 1 - 1e-12)), shown.mean()
@@ -71,7 +78,7 @@ def fit(presence: np.ndarray, shown: np.ndarray) -> float:
 
 def main():
     parser = command_line(__doc__)
-    parser.add_argument("--data-root", type=Path, required=True, help="folder of coco80, coco100 and ade20k")
+    parser.add_argument("--data-root", type=Path, required=True, help="folder of coco80, coco100, ade20k and camvid")
     parser.add_argument("--model", default="embedded", help="as for load")
     options = parser.parse_args()
     model, root = load(options.model), options.data_root
@@ -83,14 +90,21 @@ def main():
     print(f"presence_bias = {model.network.config.presence_bias:.3f}\n")
     coco = load_segmentation("coco2017", root / "coco100", "train2017")
     ade20k = load_segmentation("ade20k", root / "ade20k")
+    camvid = load_segmentation("camvid", root / "camvid")
     rows, bins = [], []
-    for title, dataset, names in (("coco100", coco, COCO_THINGS), ("ade20k", ade20k, ADE20K)):
+    for title, dataset, names in (
+        ("coco100", coco, COCO_THINGS),
+        ("ade20k", ade20k, ADE20K),
+        ("camvid", camvid, CAMVID),
+    ):
         found, shown = measure(model, masked(dataset), names)
+        without_image = np.broadcast_to(logit(found.clip(1e-12, 1 - 1e-12)).mean(0), found.shape)
         for images, part in (("all", slice(None)), ("odd", slice(1, None, 2))):
             presence, truth = found[part], shown[part]
             shares = [100 * (presence[of] >= at).mean() for at in (MIN_PRESENCE, PRESENT) for of in (truth, ~truth)]
-            auc = roc_auc_score(truth.ravel(), presence.ravel())
-            rows.append([title, images, f"{auc:.3f}", *(f"{share:.1f}" for share in shares)])
+            auc, constant = (roc_auc_score(truth.ravel(), of[part].ravel()) for of in (found, without_image))
+            aucs = [f"{value:.3f}" for value in (auc, of_each_class(presence, truth), constant)]
+            rows.append([title, images, *aucs, *(f"{share:.1f}" for share in shares)])
             calibrated = at_prior(presence, truth.mean())
             inside = [(low <= calibrated) & (calibrated < high) for low, high in pairwise(EDGES)]
             cells = [
@@ -98,7 +112,8 @@ def main():
                 for of in inside
             ]
             bins.append([title, images, f"{truth.mean():.3f}", *cells])
-    print(markdown(["data", "images", "AUC", "kept", "passed", "kept, present", "passed"], rows))
+    headings = ["AUC", "of each class", "without the image", "kept", "passed", "kept, present", "passed"]
+    print(markdown(["data", "images", *headings], rows))
     print()
     print(markdown(["data", "images", "prior", *(f"from {low}" for low in EDGES[:-1])], bins))
 

@@ -123,9 +123,8 @@ class ICLIPConfig(PreTrainedConfig):
         """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
         config = copy(self)
         files = [f"{pipeline['impl'].split('.')[0]}.py" for pipeline in getattr(self, "custom_pipelines", {}).values()]
-        if not all(
-            "--" in file or os.path.isfile(os.path.join(save_directory, file)) for file in files
-        ):  # "--": code on the Hub
+        # The name of code on the Hub has "--".
+        if not all("--" in file or os.path.isfile(os.path.join(save_directory, file)) for file in files):
             del config.custom_pipelines
         super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
 

@@ -83,7 +83,7 @@ def test_the_loss_reads_representative_patches_shared_among_those_like_them():
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
     """It would be a noun of every image whose caption has the form of a prompt, and have to get patches there."""
     nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
-    assert not set().union(*(nouns.find(template) for template in TEMPLATES))
+    assert not set().union(*(nouns.nouns_in(template) for template in TEMPLATES))
 
 
 def test_the_token_mean_is_that_of_the_images_and_stays():
@@ -124,27 +124,61 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 def test_nouns_are_found_in_captions():
     nouns = NounPrompts(["dog", "traffic light (rare)", "bus (background) (rare)", "man", "baby", "light", "Dog"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
-    found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
-    assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby", "light"}
-    images = [nouns.of_image(["buses", "a tree by a man"]), nouns.of_image(["nothing here"])]
+    found = nouns.nouns_in("Two men, three babies and dogs wait at the traffic lights; no business")
+    assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby"}  # no "light"
+    images = [nouns.known_nouns(["buses", "a tree by a man"]), nouns.known_nouns(["nothing here"])]
     prompts, sampled = nouns.sample(images, epoch=0)
     assert sampled["noun_labels"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
     assert all(nouns.nouns[number] in prompt for number, prompt in zip(sampled["noun_ids"], prompts))
     assert set(sampled["noun_ids"][:3].tolist()) <= {2, 3}
     assert sampled["is_background"].tolist() == [int(number == 2) for number in sampled["noun_ids"]]
-    assert NounPrompts(["carpenter's kit"]).find("a photo of the carpenter's kits") == {0}
+    assert NounPrompts(["carpenter's kit"]).nouns_in("a photo of the carpenter's kits") == {0}
     assert nouns.sample(images[:1], epoch=0)[0] == prompts[:3]
     assert any(nouns.sample(images[:1], epoch)[0] != prompts[:3] for epoch in range(1, 4))
 
 
-def test_labels_say_what_an_image_shows_and_what_it_does_not():
-    nouns = NounPrompts(["dog", "hot dog", "person", "man", "sky"])
-    image = nouns.of_image(["a man eats"], ["Person", "hot dogs", "unheard of"], ["person", "dog", "man", "car"])
-    assert [nouns.nouns[number] for number in image.shown] == ["hot dog", "person", "man"]  # a hot dog is no dog
-    assert [nouns.nouns[number] for number in image.absent] == ["dog"]  # a caption shows the man
-    prompts, sampled = nouns.sample([image, nouns.of_image(["a man eats"])], epoch=0)
-    assert sampled["noun_labels"].tolist() == [[-1, 1, 1, 1, 0], [0, 0, 0, 1, 0]]
-    assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2, 3}
+@pytest.mark.parametrize(
+    ("caption", "phrases", "expected"),
+    [
+        ("a man eating a hot dog by his dog", (), {"man", "hot dog", "dog"}),
+        ("two hot dogs and a bun", (), {"hot dog"}),
+        ("a teddy bear", (), {"bear"}),
+        ("a teddy bear, a bear", {"teddy bear"}, {"bear"}),
+        ("teddy bears", {"teddy bears"}, set()),
+        ("a city bus stop", (), {"bus stop"}),
+        ("an orange bus with orange and red stripes", (), {"bus"}),
+        ("a photo of an orange", (), {"orange"}),
+        ("Oranges on a bus", (), {"orange", "bus"}),
+    ],
+)
+def test_the_longest_noun_takes_its_words(caption, phrases, expected):
+    nouns = NounPrompts(["dog", "hot dog", "man", "bear", "city bus", "bus stop", "bus", "orange"])
+    assert {nouns.nouns[number] for number in nouns.nouns_in(caption, phrases)} == expected
+
+
+@pytest.mark.parametrize(
+    ("captions", "labels", "complete", "shown", "absent"),
+    [
+        (["a man eats a hot dog"], ["hot dog", "person"], ["hot dog", "person", "dog"], {"man", "person"}, {"dog"}),
+        (["a teddy bear"], [], ["teddy bear", "bear"], set(), {"bear"}),
+        (["a bear of stone"], [], ["bear", "dog"], set(), {"dog"}),  # named and denied: unknown
+        (["teddy bears"], ["Teddy_Bear"], [], set(), set()),
+        (["a street"], ["traffic_light", "DOG"], ["Traffic Light", "dog", "bear"], {"traffic light", "dog"}, {"bear"}),
+        (["a man"], ["dogs", "unheard of"], ["person", "man", "car"], {"dog"}, {"person"}),
+    ],
+)
+def test_labels_say_what_an_image_shows_and_what_it_does_not(captions, labels, complete, shown, absent):
+    nouns = NounPrompts(["dog", "person", "man", "bear", "traffic light"])
+    known = nouns.known_nouns(captions, labels, complete)
+    assert [{nouns.nouns[number] for number in found} for found in known[:2]] == [shown, absent]
+
+
+def test_sampled_prompts_are_of_nouns_shown():
+    nouns = NounPrompts(["dog", "person", "man"])
+    images = [nouns.known_nouns(["a man eats"], ["person"], ["person", "dog"]), nouns.known_nouns(["a man eats"])]
+    prompts, sampled = nouns.sample(images, epoch=0)
+    assert sampled["noun_labels"].tolist() == [[-1, 1, 1], [0, 0, 1]]
+    assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2} and set(sampled["noun_ids"][3:].tolist()) == {2}
 
 
 def test_noun_prompts_are_no_captions():

@@ -111,7 +111,7 @@ class PairBatches(Dataset):
 
     def nouns_of(self, texts: PairTexts) -> ImageNouns | None:
         """Returns what is known of the nouns of a pair."""
-        return None if self.nouns is None else self.nouns.of_image(*texts)
+        return None if self.nouns is None else self.nouns.known_nouns(*texts)
 
     def collate_texts(self, captions: list[str], image_nouns: Sequence[ImageNouns | None]) -> dict:
         """Returns the texts of B pairs: tensors of the captions (B, L), or, with noun prompts behind them, (M, L), and the nouns."""

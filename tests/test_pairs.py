@@ -27,6 +27,7 @@ from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, lo
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 from iclip_hf.training.inputs import open_inputs
+from iclip_hf.training.settings import parse_settings
 from iclip_hf.utils import digests
 
 
@@ -691,6 +692,24 @@ def test_a_row_that_is_complete_without_labels_is_named(tmp_path, kind):
 def test_labels_in_one_string_are_several():
     texts = sources.Columns().texts({"caption": "a", "labels": ["dog, cat", "bus,"], "complete": '["dog, car"]'})
     assert texts.labels == ["dog", "cat", "bus"] and texts.complete == ["dog", "car"]
+
+
+def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
+    labels = [["dog", "Traffic_Light", "sportsball"], ["sportsball", "kite"], ["dogs", "new_thing"]]
+    rows = [
+        {"image": "0.jpg", "caption": "a", "labels": names, "complete": ["traffic light", "sports ball", "new thing"]}
+        for names in labels
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "nouns.txt").write_text("dog")
+    settings = parse_settings([f"--data={tmp_path}/a.jsonl", f"--nouns={tmp_path}/nouns.txt", "--batch_size=3"])
+    open_inputs(settings)
+    (message,) = caplog.messages
+    assert "2 names" in message and "3 pairs" in message and "'sportsball' (2), 'kite' (1)" in message
+    caplog.clear()
+    (tmp_path / "nouns.txt").write_text("dog\nsportsball\nkite")
+    open_inputs(settings)
+    assert not caplog.messages
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):

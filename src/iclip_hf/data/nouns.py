@@ -8,9 +8,13 @@ from collections.abc import Collection, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    from .sources import PairTexts
 
 
 TEMPLATES = (
@@ -144,6 +148,13 @@ class NounPrompts:
         shown, known = ({self._by_form[name] for name in names & self._by_form.keys()} for names in (labelled, listed))
         denied = known - shown
         return ImageNouns(sorted(shown | named - denied), sorted(denied - named), captions)
+
+    def unknown_labels(self, texts: PairTexts) -> set[str]:
+        """Returns the labels of an image that are neither in its `complete` nor in the vocabulary, and so teach nothing."""
+        known = {_words(name) for name in texts.complete}
+        return {
+            name for name in texts.labels if " ".join(_words(name)) not in self._by_form and _words(name) not in known
+        }
 
     def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """

@@ -239,6 +239,7 @@ class PairModel(nn.Module):
         text_features: torch.Tensor | None = None,
         noun_ids: torch.Tensor | None = None,
         is_background: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
         noun_labels: torch.Tensor | None = None,
         **texts: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
@@ -249,7 +250,7 @@ class PairModel(nn.Module):
             text_features: precomputed features of the text tower, (M, Dt).
             texts: the tokenizer's tensors (M, L), if there are no `text_features`. The first B texts are the captions, the others
                 noun prompts.
-            noun_ids, is_background, noun_labels: nouns of the prompts, see [`NounPrompts.sample`].
+            noun_ids, is_background, place, noun_labels: nouns of the prompts, see [`NounPrompts.sample`].
 
         Returns:
             `dict` with `loss`, the mean of `losses` (branches,) (Eq. 13) and, with `map_attention="signed"`, the loss of the

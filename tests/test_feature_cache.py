@@ -11,9 +11,8 @@ from training_runs import accelerator, write_table
 from iclip_hf import ICLIPProcessor
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.model.pooling import share_among_like
 from iclip_hf.training.data import CachedPairs, TrainingPairs, load_datasets
-from iclip_hf.training.features import FeatureCache, FeatureShards, branch_features
+from iclip_hf.training.features import FeatureCache, FeatureShards, unpack_inputs
 from iclip_hf.training.inputs import Inputs, check_run
 from iclip_hf.training.settings import Settings
 
@@ -38,19 +37,15 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     first = FeatureCache(folder, tiny_model(), tiny_processor, accelerator()).images(pairs)
     dataset = CachedPairs(pairs, FeatureCache(folder, model, tiny_processor, accelerator()))
     assert (dataset.features.folder == first.folder) == ("max_over" not in options)
-    cached = sum(branch_features(dataset.__getitems__([5, 60])["image_features"], model.config), ())
+    cached = dataset.__getitems__([5, 60])["image_inputs"]
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
     with torch.no_grad():
         image = model.encode_image(pixel_values)
-        expected = [*model.pool_image(image, attention := model.normalized_attention(image))]
-        if "max_over" in options:  # as many tokens as patches are all of them, each with those like it
-            values = torch.cat([model.centered_tokens(image.patch_tokens), attention.unsqueeze(-1)], -1)
-            shared = share_among_like(values, values[..., :-1], model.config.map_affinity)
-            expected[1:] = [shared[..., :-1], shared[..., -1]]
-    expected = expected if model.config.dual_projection else expected[:1]
-    assert len(cached) == len(expected)
+        expected = model.image_inputs(image, model.normalized_attention(image), representative=True)
     for one, other in zip(cached, expected):
-        torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)  # float16
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=2e-3, rtol=2e-3)  # float16
 
 
 def test_filling_a_cache_goes_on_where_it_stopped(hub, tmp_path, tiny_processor, monkeypatch):
@@ -90,7 +85,8 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     folders = [fill(), fill(tiny_model(seed=1)), fill(other_norm), fill(tiny_model(attention_quantile=0.5))]
     folders += [fill(name="held_out.tar"), fill(processor=other_mean), fill(precision="bf16")]
     tokens = tiny_model(max_over="similarity")
-    folders += [fill(tokens), fill(tokens, map_tokens=5), fill(tokens, earlier_mean=[0.5])]
+    folders += [fill(tokens), fill(tokens, earlier_mean=[0.5])]
+    folders += [fill(tiny_model(max_over="similarity", **{option: 5})) for option in ("map_tokens", "known_competition")]
     folders += [fill(tiny_model(max_over="similarity", map_affinity=2.0))]
     assert len(set(folders)) == len(folders) and fill(tiny_model(pooling="max", map_affinity=2.0)) == folders[0]
 
@@ -138,9 +134,8 @@ def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_
     shorter = ICLIPProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, max_text_length=20)
     fill(processor=shorter)
     fill(model=tiny_model(seed=1))
-    fill(model=tiny_model(text_pooling="class_token"))
     fill(texts=["a dog", "a red car"])
-    assert len([*tmp_path.rglob("00000.npy")]) == 5
+    assert len([*tmp_path.rglob("00000.npy")]) == 4
 
 
 def test_texts_and_repeated_sources_cost_no_features(tmp_path, tiny_processor, monkeypatch):
@@ -154,9 +149,9 @@ def test_texts_and_repeated_sources_cost_no_features(tmp_path, tiny_processor, m
     cache = FeatureCache(tmp_path / "cache", model, tiny_processor, accelerator())
     once, often = CachedPairs(load_pairs(sources[:2]), cache), CachedPairs(load_pairs(sources), cache)
     assert calls == [12] and len(once) == 12 and len(often) == 24 and often.features.folder == once.features.folder
-    expected = once.__getitems__([*range(12)])["image_features"]
+    expected = once.__getitems__([*range(12)])["image_inputs"].recognition
     for rows in ([*range(12)], [*range(17, 24), *range(12, 17)]):
-        assert torch.equal(often.__getitems__(rows)["image_features"], expected)
+        assert torch.equal(often.__getitems__(rows)["image_inputs"].recognition, expected)
     write_pairs(tmp_path / "a.tar", 5, captions=["a red dog"])
     changed = CachedPairs(load_pairs(sources[:2]), cache)
     assert calls == [12] and changed.sampled_captions()[7:] == ["a red dog"] * 5
@@ -176,9 +171,10 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
         batch = dataset.collate(dataset.__getitems__([index]))
         captions = tiny_processor(text=pairs.captions(row))
         both = model.encode_text(**captions)[0]
-        distance = (both - batch["text_features"]).abs().amax(1)
+        distance = (both - batch["text_inputs"]).abs().amax(1)
         assert distance.min() < 2e-3
-        assert np.array_equal(batch["image_features"], images[np.array([row])])
+        expected = unpack_inputs(torch.from_numpy(images[np.array([row])]).float(), model.config)
+        assert torch.equal(batch["image_inputs"].pooled, expected.pooled)
 
 
 @pytest.mark.parametrize("nouns", [None, NounPrompts(["dog", "cat"])])

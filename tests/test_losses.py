@@ -5,8 +5,15 @@ import math
 import pytest
 import torch
 
-from iclip_hf.model.modeling_iclip import contrastive_loss
-from iclip_hf.training.contrastive import competition_loss, multi_positive_loss
+from iclip_hf.model.losses import (
+    BatchNouns,
+    competition_loss,
+    contrastive_loss,
+    known_competition_loss,
+    multi_positive_loss,
+    place_prior,
+)
+from iclip_hf.model.pooling import even_heights
 
 
 def in_loops(logits: list[list[float]]) -> float:
@@ -80,3 +87,39 @@ def test_positives_are_not_one_anothers_negatives():
     assert loss.item() == pytest.approx(by_hand / 3, abs=1e-6)
     loss.backward()
     assert torch.isfinite(logits.grad).all() and not logits.grad[1:].any()
+
+
+def test_a_place_prefers_the_lower_or_upper_patches_by_hand():
+    heights = torch.tensor([0.0, 0.5, 1.0])
+    prior = place_prior(heights, torch.tensor([0, 1, -1], dtype=torch.int8))
+    weights = [math.exp(3 * height) for height in (0, 0.5, 1)]
+    below = [weight / sum(weights) for weight in weights]
+    expected = torch.tensor([[1 / 3, below[0], below[2]], [1 / 3, below[1], below[1]], [1 / 3, below[2], below[0]]])
+    torch.testing.assert_close(prior, expected)
+
+
+def test_known_nouns_compete_where_labels_are_complete_for_the_background():
+    """
+    Against plain loops: unknown nouns have no share, the places are in the mean over the patches, and images of which no
+    absent noun of the background is known count nothing, nor those that show nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([[1, 1, -1, 0, 0], [1, -1, 0, 1, 0], [0, -1, -1, 1, 1], [0, 0, -1, 0, -1]])
+    background, place = torch.tensor([False, False, True, True, False]), torch.tensor([0, 0, -1, 1, 0])
+    nouns = BatchNouns(torch.arange(5), labels > 0, labels > 0, labels < 0, background, place)
+    logits = 3 * torch.randn(4, 64, 5, generator=generator)
+    total, heights = 0.0, even_heights().tolist()
+    for image in (0, 2):  # of image 1 only an object is known to be absent, and image 3 shows nothing
+        known, losses = [noun for noun in range(5) if labels[image, noun] != 0], []
+        for noun in range(5):
+            if labels[image, noun] <= 0:
+                continue
+            weights = [math.exp(3 * place[noun].item() * height) for height in heights]
+            share = 0.0
+            for weight, patch in zip(weights, logits[image].tolist()):
+                share += weight / sum(weights) * math.exp(patch[noun]) / sum(math.exp(patch[other]) for other in known)
+            losses.append(-math.log(share))
+        total += sum(losses) / len(losses)
+    assert known_competition_loss(lambda rows: logits[rows], nouns).item() == pytest.approx(total / 2, abs=1e-4)
+    nothing = nouns._replace(absent=torch.zeros_like(nouns.absent))
+    assert known_competition_loss(lambda rows: logits[rows], nothing).item() == 0

@@ -146,7 +146,7 @@ def slow_pool(tokens, class_token, attention, mode):
     ],
 )
 def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, recognition):
-    options = {"dual_projection": dual, "recognition_pooling": recognition, "projection_bias": True}
+    options = {"dual_projection": dual, "recognition_pooling": recognition}
     model = tiny_model(pooling=pooling, map_attention="similarity", **options)
     with torch.no_grad():
         model.recognition.logit_scale.fill_(1.3)
@@ -154,7 +154,7 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
     inputs = tiny_inputs(batch=3, texts=3, size=(32, 48))
     pixels = {"pixel_values": inputs["pixel_values"], "interpolate_pos_encoding": True}
     with torch.no_grad():
-        outputs = model(**inputs, return_loss=True, output_similarity_maps=True)
+        outputs, with_loss = model(**inputs, output_similarity_maps=True), model(**inputs, return_loss=True)
         hidden = model.vision_model(**pixels).last_hidden_state.tolist()
         text_hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
         model.set_attn_implementation("eager")
@@ -181,7 +181,8 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
         explained = slow_cosines(model.interpretability, pooled, texts)
         map_scale = math.exp(model.interpretability.logit_scale.item())
         loss = (loss + slow_loss([[map_scale * cosine for cosine in row] for row in explained])) / 2  # Eq. 13
-    assert outputs.loss.item() == pytest.approx(loss, abs=1e-4)
+    assert with_loss.loss.item() == pytest.approx(loss, abs=1e-4)
+    torch.testing.assert_close(with_loss.logits_per_image, outputs.logits_per_image)
 
     for image in range(3):
         cosines = slow_cosines(model.map_branch, hidden[image][1:], texts)
@@ -195,17 +196,13 @@ def maps_with(model, map_attention):
     return run(model)
 
 
-def test_attention_on_features_cancels_in_the_map_without_bias():
-    """A positive factor a token is undone by the token's normalisation, so Eq. 12 to the letter leaves the map as it is."""
-    model = tiny_model(projection_bias=False)
-    plain, features = maps_with(model, "none"), maps_with(model, "features")
-    lit = plain.attention > 1e-3  # a factor of zero leaves a zero vector
-    for text in range(3):
-        a, b = plain.similarity_maps[:, text].flatten(1)[lit], features.similarity_maps[:, text].flatten(1)[lit]
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-    biased = tiny_model(projection_bias=True)
-    change = maps_with(biased, "features").similarity_maps - maps_with(biased, "none").similarity_maps
-    assert change.abs().max() > 0.01
+def test_attention_on_tokens_cancels_in_the_map():
+    """A positive factor of a token is undone by the token's normalisation, so Eq. 12 to the letter would leave the map as it is."""
+    model, tokens = tiny_model(), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    attention = torch.tensor([0.01, 0.2, 0.5, 0.9, 1.0]).unsqueeze(1)
+    with torch.no_grad():
+        weighted, plain = model.embed_patches(attention * tokens), model.embed_patches(tokens)
+    torch.testing.assert_close(weighted, plain, atol=1e-5, rtol=0)
 
 
 def test_signed_attention_raises_objects_and_lowers_the_background():
@@ -260,7 +257,7 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
     inputs = tiny_inputs(batch=3, texts=3, size=(32, 48))
     with torch.no_grad():
         model.token_mean.copy_(torch.linspace(-0.5, 0.5, len(model.token_mean)))
-    outputs = run(model, **inputs, return_loss=True)
+    outputs = run(model, **inputs)
     branch, texts, similarities = model.interpretability, outputs.map_text_embeds.tolist(), []
     for image in range(3):
         tokens = (outputs.vision_model_output.patch_tokens[image] - model.token_mean).tolist()
@@ -284,7 +281,9 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
     loss = (
         slow_loss(outputs.logits_per_image.tolist()) + slow_loss([[scale * s for s in row] for row in similarities])
     ) / 2
-    assert outputs.loss.item() == pytest.approx(loss, abs=1e-4)
+    with torch.no_grad():
+        model.config.map_tokens = 24  # all patches
+        assert model(**inputs, return_loss=True).loss.item() == pytest.approx(loss, abs=1e-4)
 
 
 def test_texts_of_each_image_equal_shared_texts_run_alone():

@@ -10,10 +10,10 @@ from training_runs import eight_pairs, gradients, pair_model_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.modeling_iclip import contrastive_loss
+from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
+from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
 from iclip_hf.training import contrastive as module
-from iclip_hf.training.contrastive import multi_positive_loss
-from iclip_hf.training.features import representative_tokens, set_token_mean
+from iclip_hf.training.features import set_token_mean
 
 
 OF_ITS_OWN = [
@@ -32,41 +32,58 @@ def test_loss_is_the_models_own(options):
         set_token_mean(model, inputs["pixel_values"])
     outputs = pair_model_of(model).eval()(**inputs)
     torch.testing.assert_close(outputs["loss"], model(**inputs, return_loss=True).loss, atol=1e-5, rtol=0)
-    assert outputs["losses"].shape == (2 if model.config.dual_projection else 1,)
+    assert outputs["branch_losses"].shape == (2 if model.config.dual_projection else 1,)
 
 
-def test_representative_tokens_by_hand():
-    """Most attention first, then what is attended and unlike what was taken, the quarters, and each with the patches like it."""
+def test_representative_patches_by_hand():
+    """Most attention first, then what is attended and unlike what was taken, and the quarters."""
     tokens = torch.tensor(
         [[1.0, 0.0], [2.0, 0.1], [0.0, 1.0], [0.0, 3.0], [-1.0, 0.0], *([-k, -k] for k in range(1, 8))]
     )[None]
     attention = torch.tensor([[0.9, 1.0, 0.5, 0.2, 0.335, *[0.0] * 7]])
-    taken, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=0)
+    taken = representative_patches(tokens, attention, (3, 4), 7)
     # 1 has most; then 0.385 * sqrt(2) of the opposite one before 0.55 * sqrt(0.95) of the upright one; then that one
-    assert taken[0].tolist() == [tokens[0, place].tolist() for place in (1, 4, 2, 1, 2, 9, 10)]
-    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.335, 0.5, 1.0, 0.5, 0.0, 0.0]]))
-    shared, weights = representative_tokens(tokens, attention, (3, 4), 7, affinity=50.0)  # only those that point alike
-    upright = [math.exp(50 * cosine) for cosine in (0, 0.1 / math.hypot(2, 0.1), 1, 1, 0, *[-(0.5**0.5)] * 7)]
-    columns = [*tokens[0].T.tolist(), attention[0].tolist()]
-    mean = [sum(w * x for w, x in zip(upright, column)) / sum(upright) for column in columns]
-    torch.testing.assert_close(shared[0, 2], torch.tensor(mean[:2]), atol=1e-5, rtol=0)
-    assert weights[0, 2].item() == pytest.approx(mean[2], abs=1e-5)
-    everything = representative_tokens(tokens, attention, (3, 4), 12, affinity=0)
-    assert torch.equal(everything[0], tokens) and torch.equal(everything[1], attention)
+    assert taken[0].tolist() == [1, 4, 2, 1, 2, 9, 10]
+    assert representative_patches(tokens, attention, (3, 4), 12)[0].tolist() == [*range(12)]
 
 
 @pytest.mark.parametrize(("attention", "second"), [(0.443, 2), (0.4465, 1)])
 def test_patches_without_attention_have_a_twentieth_of_the_largest(attention, second):
     """(a + 0.05) of an unlike patch against (0.3 + 0.05) sqrt(2) of the opposite one."""
     tokens = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], *[[1.0, 0.1]] * 9])[None]
-    taken, _ = representative_tokens(tokens, torch.tensor([[1.0, attention, 0.3, *[0.0] * 9]]), (3, 4), 6, affinity=0)
-    assert taken[0, 1].tolist() == tokens[0, second].tolist()
+    taken = representative_patches(tokens, torch.tensor([[1.0, attention, 0.3, *[0.0] * 9]]), (3, 4), 6)
+    assert taken[0, 1] == second
+
+
+def test_even_patches_cover_each_row_and_column():
+    """Of 16 x 16 patches every second row, and in them the even columns and the odd ones in turn; of others, 8 rows too."""
+    rows, columns = even_patches((16, 16)).view(8, 8) // 16, even_patches((16, 16)).view(8, 8) % 16
+    assert rows[:, 0].tolist() == [1, 3, 5, 7, 9, 11, 13, 15] and (rows == rows[:, :1]).all()
+    assert columns[0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14] and columns[1].tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
+    wide = even_patches((10, 25))
+    assert wide.min() >= 0 and wide.max() < 250 and len({*(wide // 25).tolist()}) == 8
+    heights = even_heights().view(8, 8)
+    assert heights[0, 0] == 1 / 16 and heights[7, 7] == 15 / 16 and (heights == heights[:, :1]).all()
+
+
+def test_the_loss_reads_representative_patches_shared_among_those_like_them():
+    options = {"max_over": "similarity", "map_affinity": 5.0, "map_tokens": 6, "known_competition": 1.0}
+    model, inputs = tiny_model(**options), tiny_inputs(size=(80, 72))
+    with torch.no_grad():
+        image = model.encode_image(inputs["pixel_values"])
+        attention = model.normalized_attention(image)
+        few, every = (model.image_inputs(image, attention, representative) for representative in (True, False))
+    chosen = representative_patches(image.patch_tokens, attention, image.grid, 6)
+    chosen = torch.cat([chosen, even_patches(image.grid).expand(2, -1)], 1)
+    rows = torch.arange(2).unsqueeze(1)
+    torch.testing.assert_close(few.patches, every.patches[rows, chosen])
+    torch.testing.assert_close(few.attention, every.attention[rows, chosen])
 
 
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
     """It would be a noun of every image whose caption has the form of a prompt, and have to get patches there."""
     nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
-    assert not set().union(*(nouns.find(template) for template in TEMPLATES))
+    assert not set().union(*(nouns.nouns_in(template) for template in TEMPLATES))
 
 
 def test_the_token_mean_is_that_of_the_images_and_stays():
@@ -107,27 +124,61 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 def test_nouns_are_found_in_captions():
     nouns = NounPrompts(["dog", "traffic light (rare)", "bus (background) (rare)", "man", "baby", "light", "Dog"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
-    found = nouns.find("Two men, three babies and dogs wait at the traffic lights; no business")
-    assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby", "light"}
-    images = [nouns.of_image(["buses", "a tree by a man"]), nouns.of_image(["nothing here"])]
+    found = nouns.nouns_in("Two men, three babies and dogs wait at the traffic lights; no business")
+    assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby"}  # no "light"
+    images = [nouns.known_nouns(["buses", "a tree by a man"]), nouns.known_nouns(["nothing here"])]
     prompts, sampled = nouns.sample(images, epoch=0)
     assert sampled["noun_labels"].tolist() == [[0, 0, 1, 1, 0, 0], [0] * 6] and len(prompts) == 6
     assert all(nouns.nouns[number] in prompt for number, prompt in zip(sampled["noun_ids"], prompts))
     assert set(sampled["noun_ids"][:3].tolist()) <= {2, 3}
     assert sampled["is_background"].tolist() == [int(number == 2) for number in sampled["noun_ids"]]
-    assert NounPrompts(["carpenter's kit"]).find("a photo of the carpenter's kits") == {0}
+    assert NounPrompts(["carpenter's kit"]).nouns_in("a photo of the carpenter's kits") == {0}
     assert nouns.sample(images[:1], epoch=0)[0] == prompts[:3]
     assert any(nouns.sample(images[:1], epoch)[0] != prompts[:3] for epoch in range(1, 4))
 
 
-def test_labels_say_what_an_image_shows_and_what_it_does_not():
-    nouns = NounPrompts(["dog", "hot dog", "person", "man", "sky"])
-    image = nouns.of_image(["a man eats"], ["Person", "hot dogs", "unheard of"], ["person", "dog", "man", "car"])
-    assert [nouns.nouns[number] for number in image.shown] == ["hot dog", "person", "man"]  # a hot dog is no dog
-    assert [nouns.nouns[number] for number in image.absent] == ["dog"]  # a caption shows the man
-    prompts, sampled = nouns.sample([image, nouns.of_image(["a man eats"])], epoch=0)
-    assert sampled["noun_labels"].tolist() == [[-1, 1, 1, 1, 0], [0, 0, 0, 1, 0]]
-    assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2, 3}
+@pytest.mark.parametrize(
+    ("caption", "phrases", "expected"),
+    [
+        ("a man eating a hot dog by his dog", (), {"man", "hot dog", "dog"}),
+        ("two hot dogs and a bun", (), {"hot dog"}),
+        ("a teddy bear", (), {"bear"}),
+        ("a teddy bear, a bear", {"teddy bear"}, {"bear"}),
+        ("teddy bears", {"teddy bears"}, set()),
+        ("a city bus stop", (), {"bus stop"}),
+        ("an orange bus with orange and red stripes", (), {"bus"}),
+        ("a photo of an orange", (), {"orange"}),
+        ("Oranges on a bus", (), {"orange", "bus"}),
+    ],
+)
+def test_the_longest_noun_takes_its_words(caption, phrases, expected):
+    nouns = NounPrompts(["dog", "hot dog", "man", "bear", "city bus", "bus stop", "bus", "orange"])
+    assert {nouns.nouns[number] for number in nouns.nouns_in(caption, phrases)} == expected
+
+
+@pytest.mark.parametrize(
+    ("captions", "labels", "complete", "shown", "absent"),
+    [
+        (["a man eats a hot dog"], ["hot dog", "person"], ["hot dog", "person", "dog"], {"man", "person"}, {"dog"}),
+        (["a teddy bear"], [], ["teddy bear", "bear"], set(), {"bear"}),
+        (["a bear of stone"], [], ["bear", "dog"], set(), {"dog"}),  # named and denied: unknown
+        (["teddy bears"], ["Teddy_Bear"], [], set(), set()),
+        (["a street"], ["traffic_light", "DOG"], ["Traffic Light", "dog", "bear"], {"traffic light", "dog"}, {"bear"}),
+        (["a man"], ["dogs", "unheard of"], ["person", "man", "car"], {"dog"}, {"person"}),
+    ],
+)
+def test_labels_say_what_an_image_shows_and_what_it_does_not(captions, labels, complete, shown, absent):
+    nouns = NounPrompts(["dog", "person", "man", "bear", "traffic light"])
+    known = nouns.known_nouns(captions, labels, complete)
+    assert [{nouns.nouns[number] for number in found} for found in known[:2]] == [shown, absent]
+
+
+def test_sampled_prompts_are_of_nouns_shown():
+    nouns = NounPrompts(["dog", "person", "man"])
+    images = [nouns.known_nouns(["a man eats"], ["person"], ["person", "dog"]), nouns.known_nouns(["a man eats"])]
+    prompts, sampled = nouns.sample(images, epoch=0)
+    assert sampled["noun_labels"].tolist() == [[-1, 1, 1], [0, 0, 1]]
+    assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2} and set(sampled["noun_ids"][3:].tolist()) == {2}
 
 
 def test_noun_prompts_are_no_captions():
@@ -143,7 +194,12 @@ def test_noun_prompts_teach_the_recognition_branch():
     model, batch = tiny_model(), tiny_inputs(3, 9)
     noun_labels = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.uint8)
     noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
-    nouns = {"noun_ids": noun_ids, "is_background": torch.zeros(6), "noun_labels": noun_labels}
+    nouns = {
+        "noun_ids": noun_ids,
+        "is_background": torch.zeros(6),
+        "place": torch.zeros(6),
+        "noun_labels": noun_labels,
+    }
     outputs = pair_model_of(model, noun_weight=0.7).eval()(**batch, **nouns)
     once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
@@ -164,8 +220,10 @@ def test_noun_prompts_teach_the_recognition_branch():
     plain = pair_model_of(model).eval()(
         **{**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
     )
-    assert outputs["losses"][0].item() == pytest.approx(0.3 * plain["losses"][0].item() + 0.7 * loss, abs=1e-5)
-    torch.testing.assert_close(outputs["losses"][1], plain["losses"][1], atol=1e-5, rtol=0)
+    assert outputs["branch_losses"][0].item() == pytest.approx(
+        0.3 * plain["branch_losses"][0].item() + 0.7 * loss, abs=1e-5
+    )
+    torch.testing.assert_close(outputs["branch_losses"][1], plain["branch_losses"][1], atol=1e-5, rtol=0)
     torch.testing.assert_close(outputs["text_embeds"], plain["text_embeds"], atol=1e-5, rtol=0)
 
 
@@ -173,8 +231,13 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     """Against plain loops: what is shown or known to be absent counts 1, anything else its weight; captions keep the softmax."""
     model, batch = tiny_model(logit_bias_init_value=-1.5, max_over="similarity"), tiny_inputs(3, 9)
     noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
-    nouns = {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]), "is_background": torch.zeros(6), "noun_labels": noun_labels}
-    learns = {"noun_weight": 0.7, "unknown_weight": 0.3, "noun_branches": ["recognition", "interpretability"]}
+    nouns = {
+        "noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]),
+        "is_background": torch.zeros(6),
+        "place": torch.zeros(6),
+        "noun_labels": noun_labels,
+    }
+    learns = {"noun_weight": 0.7, "unknown_weight": 0.3}
     outputs = pair_model_of(model, **learns).eval()(**batch, **nouns)
     with torch.no_grad():
         logits = model(**batch).logits_per_image  # with the bias
@@ -185,11 +248,13 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
             weight = 0.3 if label == 0 else 1.0
             total += weight * math.log(1 + math.exp(-logit if label > 0 else logit))
     captions = contrastive_loss(logits[:, :3]).item()
-    assert outputs["losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
+    assert outputs["branch_losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
     softmax = tiny_model(max_over="similarity")  # the same weights without a bias
     softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})
     without = pair_model_of(softmax, **learns).eval()(**batch, **nouns)
-    torch.testing.assert_close(outputs["losses"][1], without["losses"][1])  # the map branch keeps its loss
+    torch.testing.assert_close(
+        outputs["branch_losses"][1], without["branch_losses"][1]
+    )  # the map branch keeps its loss
     outputs["loss"].backward()
     assert model.recognition.logit_bias.grad.abs() > 1e-3
 
@@ -199,8 +264,13 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     options = {"max_over": "similarity", "map_attention": "signed"}
     model, batch = tiny_model(**options), tiny_inputs(3, 7)
     noun_labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.uint8)
-    nouns = {"noun_ids": torch.arange(4) % 3, "is_background": torch.tensor([0, 1, 0, 0]), "noun_labels": noun_labels}
-    learns = {"noun_weight": 1.0, "noun_branches": ["interpretability"]}
+    nouns = {
+        "noun_ids": torch.arange(4) % 3,
+        "is_background": torch.tensor([0, 1, 0, 0]),
+        "place": torch.zeros(4),
+        "noun_labels": noun_labels,
+    }
+    learns = {"noun_weight": 1.0}
     with torch.no_grad():
         image = model.get_image_features(batch["pixel_values"])
         model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
@@ -223,11 +293,11 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     competition = -sum((shares[i].log() * noun_labels[i]).sum() / noun_labels[i].sum() for i in range(3)) / 3
     for share, found in outputs.items():
         expected = (1 - share) * contrast + share * competition
-        assert found["losses"][1].item() == pytest.approx(expected.item(), abs=1e-4)
+        assert found["branch_losses"][1].item() == pytest.approx(expected.item(), abs=1e-4)
     one, behind, other = (20 * texts @ model.attention_direction).tolist()
     short = [max(0, 1 - weight) ** 2 for weight in (-behind, one, other)]
     direction = (short[0] + (short[1] + short[2]) / 2) / 2
-    found = outputs[0]["loss"] - outputs[0]["losses"].mean()
+    found = outputs[0]["loss"] - outputs[0]["branch_losses"].mean()
     assert found.item() == pytest.approx(direction, abs=1e-4)
 
 

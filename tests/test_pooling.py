@@ -47,7 +47,6 @@ def test_poolings_by_hand():
         "class_token": [9.0, 9.0],
         "average": [2.0, 4 / 3],
         "max": [3.0, 6.0],
-        "class_and_average": [9.0, 9.0, 2.0, 4 / 3],
         "masked_max": [1.5, 1.0],  # max(1*1, .5*3, 0*2), max(1*-4, .5*2, 0*6)
     }
     for mode, vector in expected.items():

@@ -88,7 +88,7 @@ def test_a_run_goes_on_elsewhere(began, tmp_path, start):
     """Also in folders of other names, and with an option that the earlier version did not have."""
     moved = shutil.copytree(began, tmp_path / "there")
     (last,) = checkpoints(moved / f"run-{start}")
-    new = {"noun_branches", "noun_competition"}
+    new = {"pictures", "chunk_size"}
     edit_json(last, "state.json", "settings", to=lambda then: {name: then[name] for name in then.keys() - new})
     named = ["--data", str((moved / "pairs").rename(moved / "other pairs") / "pairs.csv")]  # whose own name counts
     for option in ("nouns", "model") if start == "model" else ("nouns", "vision", "text"):

@@ -21,7 +21,6 @@ BAD_SETTINGS = [
     ("data", "{a: b}", "dict"),
     ("lock_text", "maybe", "maybe"),
     ("mixed_precision", "fp8", "'fp8'"),
-    ("noun_branches", "[map]", "'map'"),
     ("learning_rate", ".nan", "nan"),
     ("warmup_epochs", ".inf", "inf"),
     ("data", "[]", "data"),
@@ -32,9 +31,7 @@ BAD_SETTINGS = [
     ("best_metric", "mAP", "best_metric: mAP"),
     ("learning_rate", 0, "learning_rate: 0"),
     ("epochs", 0, "epochs: 0"),
-    ("map_tokens", 4, "map_tokens: 4"),
     ("weight_decay", -1, "weight_decay: -1"),
-    ("noun_weight", 1.1, "noun_weight: 1.1"),
 ]
 
 

@@ -11,7 +11,7 @@ from conftest import WORDS, tiny_inputs, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from iclip_hf import ICLIPModel
+from iclip_hf import ICLIPConfig, ICLIPModel
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.inputs import check_run
 from iclip_hf.training.settings import Settings, parse_settings
@@ -57,7 +57,9 @@ def accelerator() -> Accelerator:
 
 
 def pair_model_of(model: ICLIPModel, **settings) -> PairModel:
-    """The module of the loss with these settings."""
+    """The module of the loss, with these settings and options of the model."""
+    for name in [name for name in settings if name in ICLIPConfig.__annotations__]:
+        setattr(model.config, name, settings.pop(name))
     return PairModel(model, Settings(model="model", data=["pairs"], **settings))
 
 
@@ -71,8 +73,9 @@ def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[st
 
 def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
     """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
-    model = tiny_model(lock_vision=False, max_over="similarity", map_affinity=2.0, logit_bias_init_value=-2)
-    pair_model = pair_model_of(model, chunk_size=chunk_size, noun_branches=["recognition", "interpretability"]).eval()
+    options = {"max_over": "similarity", "map_affinity": 2.0, "logit_bias_init_value": -2, "known_competition": 0.5}
+    model = tiny_model(lock_vision=False, **options)
+    pair_model = pair_model_of(model, chunk_size=chunk_size).eval()
     generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
     noun_ids = torch.randint(5, (16,), generator=generator)
     noun_labels = torch.randint(-1, 2, (8, 5), generator=generator)
@@ -82,6 +85,7 @@ def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
     nouns = {
         "noun_ids": noun_ids[prompts],
         "is_background": (noun_ids[prompts] > 3).byte(),
+        "place": (noun_ids[prompts] % 3 - 1).to(torch.int8),
         "noun_labels": noun_labels[part].to(torch.int8),
     }
     return pair_model, {**batch, **nouns}

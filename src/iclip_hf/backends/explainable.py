@@ -169,7 +169,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 
 def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
     """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
-    embeds = average_prompts(unit(projected), num_templates, projected.shape[-1])
+    embeds = average_prompts(unit(projected), num_templates)
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 
 

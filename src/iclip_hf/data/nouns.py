@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ TEMPLATES = (
     "a photo of a large {}",
     "there is a {} in the photo",
 )
+# In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
+_COLOUR = "orange"
 # A noun and its marks: "sky (background)", "yurt (rare)".
 _LINE = re.compile(r"(.*?)\s*((?:\((?:background|rare)\)\s*)*)")
 
@@ -45,8 +48,8 @@ class ImageNouns(NamedTuple):
     What is known of the nouns of an image, as sorted indices in the vocabulary. Whether it shows the others is unknown.
 
     Attributes:
-        shown: nouns in its captions and labels.
-        absent: nouns that it is known not to show.
+        shown: nouns of its labels, and those that its captions name and complete labels do not deny.
+        absent: nouns that complete labels deny and no caption names.
         captions: its captions, on which the sampled prompts depend.
     """
 
@@ -76,7 +79,7 @@ class NounPrompts:
         self.count, self.seed = count, seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
-        # As `find` reads captions: "carpenter's kit" is three words.
+        # As captions are read: "carpenter's kit" is three words.
         singular = [" ".join(_words(noun)) for noun in self.nouns]
         self._by_form = {noun: number for number, noun in enumerate(singular)}
         for number, noun in enumerate(singular):
@@ -105,26 +108,42 @@ class NounPrompts:
         """
         return [caption for caption in captions if caption.replace(" an ", " a ") not in self._prompts] or captions
 
-    def find(self, caption: str) -> set[int]:
-        """Returns the indices of the nouns in a caption, including plural forms."""
-        words = _words(caption)
-        phrases = (
-            " ".join(words[start : start + length])
-            for length in range(1, self._longest + 1)
-            for start in range(len(words) - length + 1)
-        )
-        return {self._by_form[phrase] for phrase in phrases if phrase in self._by_form}
+    def nouns_in(self, caption: str, phrases: Collection[str] = ()) -> set[int]:
+        """
+        Returns the indices of the nouns that a caption names, in the singular or plural. A longer noun takes its words: a hot dog is no
+        dog, and "laptop computer" no laptop. Of two that share a word, the one to the right takes it: a "city bus stop" is a bus stop.
 
-    def of_image(
+        Args:
+            caption: the text.
+            phrases: more nouns of several words that take theirs, as words in lower case.
+        """
+        words = _words(caption)
+        free, found = set(range(len(words))), set()
+        for length in range(max([self._longest, *(len(phrase.split()) for phrase in phrases)]), 0, -1):
+            for start in range(len(words) - length, -1, -1):
+                phrase, end = " ".join(words[start : start + length]), start + length
+                named = phrase in self._by_form and (phrase != _COLOUR or end == len(words))
+                if (named or phrase in phrases) and free.issuperset(range(start, end)):
+                    free.difference_update(range(start, end))
+                    if named:
+                        found.add(self._by_form[phrase])
+        return found
+
+    def known_nouns(
         self, captions: Sequence[str], labels: Sequence[str] = (), complete: Sequence[str] = ()
     ) -> ImageNouns:
-        """Returns the nouns of an image with these texts, see [`~iclip_hf.data.sources.PairTexts`]."""
-        # A label is one noun: a hot dog is no dog.
-        labelled, known = (
-            {self._by_form.get(" ".join(_words(name))) for name in names} for names in (labels, complete)
-        )
-        shown = labelled.union(*map(self.find, captions))
-        return ImageNouns(sorted(shown - {None}), sorted(known - shown - {None}), captions)
+        """
+        Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.sources.PairTexts`]. Labels precede captions: a noun
+        that a caption names and complete labels deny is unknown. Names of several words take theirs in captions, also if they are not in
+        the vocabulary.
+        """
+        labelled, listed = ({" ".join(_words(name)) for name in names} for names in (labels, complete))
+        others = (name for name in labelled | listed if " " in name and name not in self._by_form)
+        phrases = {form for name in others for form in (name, *_plurals(name))}
+        named = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
+        shown, known = ({self._by_form[name] for name in names & self._by_form.keys()} for names in (labelled, listed))
+        denied = known - shown
+        return ImageNouns(sorted(shown | named - denied), sorted(denied - named), captions)
 
     def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """
@@ -148,8 +167,9 @@ class NounPrompts:
         return prompts, {"noun_ids": sampled, "is_background": self.is_background[sampled], "noun_labels": noun_labels}
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+@lru_cache(2**12)  # many images have the same names
+def _words(text: str) -> tuple[str, ...]:
+    return (*re.findall(r"[^\W_]+", text.lower()),)
 
 
 def _plurals(noun: str) -> list[str]:

@@ -20,60 +20,79 @@ class ICLIPConfig(PreTrainedConfig):
     The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability branch, or the
     only branch without dual projections.
 
+    The options of the paper:
+
     Args:
-        vision_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the image tower, a ViT with a class token.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the image tower, a ViT with a class
+            token.
         text_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the text tower.
+        lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and
+            stays in eval mode.
+        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP
+            tower, `"mean"` the mean over the attended tokens.
         projection_dim (`int`, defaults to 512): width P of the shared image-text space.
-        pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector. `"masked_max"` (Eq. 9,
-            10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
-        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"` takes it for
-            each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in the paper, takes it for
-            each text over the similarities of the patches, after the projection ([`~pooling.pool_similarities`]). The score that
-            is trained is then the peak of the map. `"similarity"` requires `dual_projection`, because this branch has no image
-            vector.
-        max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The larger, the
-            nearer to the maximum. Must be positive.
-        center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images' patch tokens
-            from its patch tokens. The model stores this mean as `token_mean`. Not in the paper. Requires `max_over="similarity"`.
-        value_share (`float` in [0, 1], defaults to 0): share of the patch's value in the output of the image tower's last
-            attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself only, so that its
-            token describes its own place. The class token is not changed. Not in the paper. Requires SDPA attention.
-        dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the recognition branch,
-            which projects `recognition_pooling`, and the interpretability branch. If `False`, one branch does both (Table 3).
-        recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of dual
-            projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
-            patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
-        projection_bias (`bool`, defaults to `False`): whether the projections have a bias.
-        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a projection, see
-            [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of the text projections. 0 is the
-            paper's linear projection.
-        map_attention (`str`, defaults to `"similarity"`): how the class token's attention A weights the similarity map.
-            `"similarity"` multiplies the cosines by A. `"features"` multiplies the patch tokens by A before the projection (Eq. 12 to
-            the letter); the normalisation cancels this factor unless `projection_bias` is set. `"additive"` raises a cosine by
-            its excess over the mean of the patches, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. What is below
-            the mean counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned from noun
-            prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them. `"none"` does not
-            use A.
-        recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values are then
-            (1 - share) times the cosine of the map branch plus share times that of the recognition branch, which applies its projection of the
-            average patch to each patch. Not in the paper. Requires `recognition_pooling="class_and_average"`.
-        map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of each patch
-            become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0 disables sharing. Not
-            in the paper.
-        attention_norm (`str`, defaults to `"minmax"`): how A is scaled to [0, 1]. `"minmax"` over the patches is the paper's.
-            `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one bright token cannot dim all others.
+        dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the
+            recognition branch, which projects `recognition_pooling`, and the interpretability branch. If `False`, one
+            branch does both (Table 3).
+        pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector.
+            `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
+        attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1]. `"minmax"`
+            over the patches is the paper's. `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one
+            bright token cannot dim all others.
         attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
-        logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit scale,
-            ln(1 / 0.07).
-        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which makes their
-            sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the noun loss. Without a bias,
-            the model has no presence.
-        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a prior of 0.5. The
-            logit bias itself is that of the share of positives in training.
-        lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and stays in
-            eval mode.
-        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP tower,
-            `"mean"` the mean over the attended tokens, `"class_token"` the first token.
+        logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit
+            scale, ln(1 / 0.07).
+
+        map_attention (`str`, defaults to `"similarity"`): how A weights the similarity map. `"similarity"` multiplies
+            the cosines by A. `"none"` does not use A. `"additive"` raises a cosine by its excess over the mean of the
+            patches, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. What is below the mean
+            counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned from
+            noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them.
+            This and the options below are not in the paper.
+        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"` takes
+            it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in the
+            paper, takes it for each text over the similarities of the patches, after the projection
+            ([`~pooling.pool_similarities`]). The score that is trained is then the peak of the map. `"similarity"`
+            requires `dual_projection`, because this branch has no image vector.
+        max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The
+            larger, the nearer to the maximum. Must be positive.
+        center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images'
+            patch tokens from its patch tokens. The model stores this mean as `token_mean`. Requires
+            `max_over="similarity"`.
+        value_share (`float` in [0, 1], defaults to 0): share of the patch's value in the output of the image tower's
+            last attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself
+            only, so that its token describes its own place. The class token is not changed. Requires SDPA attention.
+        map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of
+            each patch become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0
+            disables sharing.
+        recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values
+            are then (1 - share) times the cosine of the map branch plus share times that of the recognition branch,
+            which applies its projection of the average patch to each patch. Requires
+            `recognition_pooling="class_and_average"`.
+
+        recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of
+            dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed
+            by the mean patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
+        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a projection,
+            see [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of the text
+            projections. 0 is the paper's linear projection.
+        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which
+            makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the
+            noun loss. Without a bias, the model has no presence.
+        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a prior
+            of 0.5. The logit bias itself is that of the share of positives in training.
+
+        noun_weight (`float` in [0, 1], defaults to 0.5): share of the nouns in the loss of a branch, where a batch has
+            nouns. With `max_over="channels"` only the recognition branch learns from nouns.
+        unknown_weight (`float` in [0, 1], defaults to 0.1): weight of a noun that no text of an image names and no label
+            excludes, in the loss of a recognition branch with a bias.
+        noun_competition (`float` in [0, 1], defaults to 0): share of the competition of all nouns of a batch for the
+            patches in the noun loss of the map branch ([`~losses.competition_loss`]).
+        known_competition (`float`, defaults to 0): weight of the competition of the nouns that are known to be shown or
+            absent, on images whose labels are complete for the background ([`~losses.competition_loss`]). It is added to
+            the loss of the map branch, and requires `max_over="similarity"`.
+        map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the map
+            branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 
     Raises:
         `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type, is not one
@@ -88,29 +107,40 @@ class ICLIPConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model"),
     }
 
+    # the paper's
     vision_config: PreTrainedConfig | dict | None = None
     text_config: PreTrainedConfig | dict | None = None
+    lock_vision: bool = True
+    text_pooling: Literal["eos", "mean"] = "eos"
     projection_dim: int = 512
+    dual_projection: bool = True
     pooling: Literal["masked_max", "max", "average", "class_token"] = "masked_max"
+    attention_norm: Literal["minmax", "quantile"] = "minmax"
+    attention_quantile: int | float = 0.9
+    logit_scale_init_value: int | float = 2.6592
+
+    # the map
+    map_attention: Literal["similarity", "additive", "signed", "none"] = "similarity"
     max_over: Literal["channels", "similarity"] = "channels"
     max_sharpness: int | float = 10.0
     center_tokens: bool = False
     value_share: int | float = 0.0
-    dual_projection: bool = True
+    map_affinity: int | float = 0.0
+    recognition_share: int | float = 0.0
+
+    # recognition and presence
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
-    projection_bias: bool = False
     image_hidden_size: int = 0
     text_hidden_size: int = 0
-    map_attention: Literal["similarity", "features", "additive", "signed", "none"] = "similarity"
-    recognition_share: int | float = 0.0
-    map_affinity: int | float = 0.0
-    attention_norm: Literal["minmax", "quantile"] = "minmax"
-    attention_quantile: int | float = 0.9
-    logit_scale_init_value: int | float = 2.6592
     logit_bias_init_value: int | float | None = None
     presence_bias: int | float = 0.0
-    lock_vision: bool = True
-    text_pooling: Literal["eos", "mean", "class_token"] = "eos"
+
+    # the loss of nouns
+    noun_weight: int | float = 0.5
+    unknown_weight: int | float = 0.1
+    noun_competition: int | float = 0.0
+    known_competition: int | float = 0.0
+    map_tokens: int = 20
 
     def __post_init__(self, **kwargs):
         # The base class accepts any key, so a misspelt option would have no effect.
@@ -128,6 +158,18 @@ class ICLIPConfig(PreTrainedConfig):
             del config.custom_pipelines
         super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
 
+    @property
+    def poolings(self) -> tuple[list[str], str | None]:
+        """
+        The [`~pooling.pool`] modes whose vectors the recognition branch reads, one behind the other, and that of the map
+        branch, which is None with `max_over="similarity"`. Without dual projections both are the same.
+        """
+        of_map = self.pooling if self.max_over == "channels" else None
+        if not self.dual_projection:
+            return [self.pooling], of_map
+        average = ["average"] if self.recognition_pooling == "class_and_average" else []
+        return ["class_token", *average], of_map
+
     def validate_architecture(self):
         """Checks ranges and combinations of options. `@strict` checks their types before."""
         for name, allowed, fits in (
@@ -140,6 +182,11 @@ class ICLIPConfig(PreTrainedConfig):
             ("max_sharpness", "above 0", self.max_sharpness > 0),
             ("attention_quantile", "in (0, 1]", 0 < self.attention_quantile <= 1),
             ("logit_scale_init_value", "in [0, ln 100]", 0 <= self.logit_scale_init_value <= math.log(100)),
+            ("noun_weight", "in [0, 1]", 0 <= self.noun_weight <= 1),
+            ("unknown_weight", "in [0, 1]", 0 <= self.unknown_weight <= 1),
+            ("noun_competition", "in [0, 1]", 0 <= self.noun_competition <= 1),
+            ("known_competition", "from 0", self.known_competition >= 0),
+            ("map_tokens", "from 5", self.map_tokens >= 5),
         ):
             if not fits:  # NaN fails too
                 raise ValueError(f"{name} is {allowed}, not {getattr(self, name)}.")
@@ -152,6 +199,8 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('center_tokens=True needs max_over="similarity".')
         if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):
             raise ValueError('max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max".')
+        if self.known_competition > 0 and self.max_over == "channels":
+            raise ValueError('known_competition needs max_over="similarity".')
         if self.recognition_pooling != "class_token" and not self.dual_projection:
             raise ValueError(f"recognition_pooling={self.recognition_pooling!r} needs dual_projection=True.")
         if self.recognition_share > 0 and self.recognition_pooling != "class_and_average":

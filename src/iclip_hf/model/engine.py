@@ -33,9 +33,9 @@ TEXT_BATCH = 256
 LIKE = 0.7
 # Prior of the presence of the `best` of many texts, most of which no image shows.
 BEST_PRIOR = 0.05
-_TEXT_EMBEDS = ("text_embeds", "map_text_embeds")
+_TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
 # What maps are computed from. The outputs of the tower take more memory.
-_IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
+_IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,12 +347,13 @@ def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
     """Repeats encoded texts `(T, P)` for each of B images, `(B, T, P)`. Texts of this shape are returned unchanged."""
     if texts.text_embeds.ndim == 3:
         return texts
-    return ICLIPTextFeatures(**{name: texts[name].expand(images, -1, -1) for name in _TEXT_EMBEDS})
+    return _map_texts([texts], lambda values: values[0].expand(images, *values[0].shape))
 
 
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
     """Joins texts that were encoded in parts, `(..., T, P)` each."""
-    return ICLIPTextFeatures(**{name: torch.cat([part[name] for part in parts], -2) for name in _TEXT_EMBEDS})
+    dim = parts[0].text_embeds.ndim - 2
+    return _map_texts(parts, lambda values: torch.cat(values, dim))
 
 
 def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
@@ -361,7 +362,15 @@ def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatu
     image, `(B, T, P)`.
     """
     place = rows if texts.text_embeds.ndim == 2 else (torch.arange(len(rows))[:, None], rows)
-    return ICLIPTextFeatures(**{name: texts[name][place] for name in _TEXT_EMBEDS})
+    return _map_texts([texts], lambda values: values[0][place])
+
+
+def _map_texts(
+    parts: Sequence[ICLIPTextFeatures], function: Callable[[list[torch.Tensor]], torch.Tensor]
+) -> ICLIPTextFeatures:
+    """Applies a function to each field of encoded texts that maps and scores are computed from, where they have it."""
+    fields = [name for name in _TEXT_EMBEDS if parts[0].get(name) is not None]
+    return ICLIPTextFeatures(**{name: function([part[name] for part in parts]) for name in fields})
 
 
 def map_groups(

@@ -30,7 +30,25 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .pooling import normalize_attention, pool, pool_similarities, share_among_like
+from .losses import (
+    BatchNouns,
+    attention_prior,
+    caption_loss,
+    competition_loss,
+    direction_loss,
+    known_competition_loss,
+    sigmoid_noun_loss,
+    softmax_noun_loss,
+)
+from .pooling import (
+    EVEN_PATCHES,
+    even_patches,
+    normalize_attention,
+    pool,
+    pool_similarities,
+    representative_patches,
+    share_among_like,
+)
 from .similarity import cosine_similarity_map, min_max_normalize
 
 
@@ -106,21 +124,37 @@ class ImageTokens(NamedTuple):
     tower_output: BaseModelOutputWithPooling
 
 
+class ImageInputs(NamedTuple):
+    """What the projections read of B images. With a locked tower it can be computed once and kept."""
+
+    recognition: torch.Tensor  # (B, D), or (B, 2 D) with `recognition_pooling="class_and_average"`
+    pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
+    # Tokens of the map branch, centred and shared among similar patches, (B, K, D): all patches, row-major; or, to learn
+    # from, `representative_patches` and, with `known_competition`, `even_patches` behind them, None with
+    # `max_over="channels"`.
+    patches: torch.Tensor | None
+    attention: torch.Tensor | None  # of these patches, in [0, 1], (B, K), float32
+
+
 @dataclass
 class ICLIPTextFeatures(BaseModelOutputWithPooling):
     """
     Features of texts. They can be computed once and reused for any number of images.
 
     Attributes:
-        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not normalised; if a label has
-            several prompts, `text_embeds`.
+        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not
+            normalised; if a label has several prompts, `text_embeds`.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
-        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit vectors that
-            patches are compared with, equal to `text_embeds` in a model with one branch.
+        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit
+            vectors that patches are compared with, equal to `text_embeds` in a model with one branch.
+        attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
+            text, float32: positive for objects, negative for the background; None unless `config.map_attention` is
+            `"signed"`.
     """
 
     text_embeds: torch.FloatTensor | None = None
     map_text_embeds: torch.FloatTensor | None = None
+    attention_weights: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -131,16 +165,16 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     Attributes:
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
-        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with `max_over="similarity"`, where
-            this branch has no image vector.
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit vectors of the
-            patches, to compare with `map_text_embeds`.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major, N = h * w.
-        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1] (Eq. 9).
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with
+            `max_over="similarity"`, where this branch has no image vector.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
+            vectors of the patches, to compare with `map_text_embeds`.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major,
+            N = h * w.
+        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
+            (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
             `config.map_affinity`.
-        attention_direction (`torch.Tensor` of shape `(B, P)`): the model's parameter, the same for all images, whose product with
-            a text is the text's weight of the attention; None unless `config.map_attention` is `"signed"`.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -149,7 +183,6 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
     map_attention: torch.FloatTensor | None = None
-    attention_direction: torch.FloatTensor | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -163,7 +196,10 @@ class ICLIPOutput(ModelOutput):
     Output of [`ICLIPModel`] for B images and T texts. With `input_ids` of three dimensions, each image has T texts of its own.
 
     Attributes:
-        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
+        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13), plus
+            that of the weights of the attention with `map_attention="signed"`.
+        branch_losses (`torch.Tensor` of shape `(branches,)`, with `return_loss=True`): the loss of each branch,
+            recognition first, without gradient.
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias, float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
@@ -177,6 +213,7 @@ class ICLIPOutput(ModelOutput):
     """
 
     loss: torch.FloatTensor | None = None
+    branch_losses: torch.FloatTensor | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
@@ -199,8 +236,8 @@ class Projection(nn.Linear):
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool, hidden_size: int = 0):
-        super().__init__(in_features, out_features, bias=bias)
+    def __init__(self, in_features: int, out_features: int, hidden_size: int = 0):
+        super().__init__(in_features, out_features, bias=False)
         self.hidden = None
         if hidden_size:
             layers = nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_features, bias=False)
@@ -211,7 +248,7 @@ class Projection(nn.Linear):
         Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`: the others are zero.
         """
         if linear:
-            return F.linear(features, self.weight[:, -features.shape[-1] :], self.bias)
+            return F.linear(features, self.weight[:, -features.shape[-1] :])
         projected = super().forward(features)
         return projected if self.hidden is None else projected + self.hidden(features)
 
@@ -226,13 +263,22 @@ class ICLIPBranch(nn.Module):
 
     def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, recognises: bool = False):
         super().__init__()
-        width, bias, hidden = config.projection_dim, config.projection_bias, config.image_hidden_size
-        self.visual_projection = Projection(image_dim, width, bias, hidden if recognises else 0)
-        self.text_projection = Projection(text_dim, width, bias, config.text_hidden_size)
+        self.visual_projection = Projection(
+            image_dim, config.projection_dim, config.image_hidden_size if recognises else 0
+        )
+        self.text_projection = Projection(text_dim, config.projection_dim, config.text_hidden_size)
         self.logit_scale = nn.Parameter(torch.full((1,), float(config.logit_scale_init_value)))
         self.logit_bias = None
         if recognises and config.logit_bias_init_value is not None:
             self.logit_bias = nn.Parameter(torch.full((1,), float(config.logit_bias_init_value)))
+
+    def embed_image(self, features: torch.Tensor) -> torch.Tensor:
+        """Projects features of images or patches `(..., D)` to unit vectors `(..., P)`, float32 (Eq. 12)."""
+        return normalize(self.visual_projection(features).float())
+
+    def embed_text(self, features: torch.Tensor) -> torch.Tensor:
+        """Projects features of texts `(..., Dt)` to unit vectors `(..., P)`, float32 (Eq. 12)."""
+        return normalize(self.text_projection(features).float())
 
     def forward(self, cosines: torch.Tensor) -> torch.Tensor:
         """Returns the logits of cosines: times the scale, which is at most 100 as in CLIP, plus the bias if there is one."""
@@ -537,7 +583,7 @@ class ICLIPModel(PreTrainedModel):
         the output of the tower.
         """
         config = self.config.text_config
-        if config.model_type == "siglip_text_model":
+        if padded := config.model_type == "siglip_text_model":
             # SigLIP reads the last position, which was padding in its training. Some callers pad less.
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
@@ -545,10 +591,10 @@ class ICLIPModel(PreTrainedModel):
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self.config.text_pooling == "eos":
             return outputs.pooler_output, outputs
-        tokens = outputs.last_hidden_state
-        if self.config.text_pooling == "class_token":
-            return tokens[:, 0], outputs
-        weights = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        tokens, weights = outputs.last_hidden_state, attention_mask
+        if weights is None:
+            # SigLIP's processors return no mask, and pad all texts.
+            weights = input_ids != config.pad_token_id if padded else torch.ones_like(input_ids)
         weights = weights.unsqueeze(-1).float()
         mean = (tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         return mean.to(tokens.dtype), outputs
@@ -557,18 +603,45 @@ class ICLIPModel(PreTrainedModel):
         """Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9)."""
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
-    def pool_image(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def image_inputs(self, image: ImageTokens, attention: torch.Tensor, representative: bool = False) -> ImageInputs:
         """
-        Pools the tokens of images for the projections, with the attention of `normalized_attention`. Returns the vectors of the
-        recognition branch, `(B, D)`, or `(B, 2 D)` with `recognition_pooling="class_and_average"`, and of the map branch, `(B, D)`, or
-        None with `max_over="similarity"`. They are equal without dual projections.
+        Computes what the projections read of images with this `normalized_attention`: pooled tokens, and tokens of the
+        map branch, centred and shared among similar patches. `representative` selects the patches that the loss reads.
         """
+        config, tokens = self.config, image.patch_tokens
 
         def pooled(mode: str) -> torch.Tensor:
-            return pool(image.patch_tokens, image.class_token, attention, mode)
+            return pool(tokens, image.class_token, attention, mode)
 
-        map_pooled = pooled(self.config.pooling) if self.config.max_over == "channels" else None
-        return (pooled(self.config.recognition_pooling) if self.config.dual_projection else map_pooled), map_pooled
+        recognised, of_map = config.poolings
+        recognition = torch.cat([pooled(mode) for mode in recognised], -1)
+        map_pooled = None if of_map is None else pooled(of_map)
+        if representative and config.max_over == "channels":
+            return ImageInputs(recognition, map_pooled, None, None)
+        tokens = self.centered_tokens(tokens)
+        if not representative:
+            patches, attention = self._shared(tokens, attention)
+            return ImageInputs(recognition, map_pooled, patches, attention)
+        chosen = representative_patches(tokens, attention, image.grid, config.map_tokens)
+        if config.known_competition:
+            even = even_patches(image.grid).to(chosen.device)
+            chosen = torch.cat([chosen, even.expand(len(chosen), -1)], 1)
+        return ImageInputs(recognition, map_pooled, *self._shared(tokens, attention, chosen))
+
+    def _shared(
+        self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Returns tokens `(B, K, D)` and attention `(B, K)` of the chosen patches `(B, K)`, or of all, after sharing among
+        similar patches (`config.map_affinity`).
+        """
+        rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+        if self.config.map_affinity == 0:
+            return (tokens, attention) if chosen is None else (tokens[rows, chosen], attention[rows, chosen])
+        values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
+        queries = tokens if chosen is None else tokens[rows, chosen]
+        shared = share_among_like(values, tokens, self.config.map_affinity, queries)
+        return shared[..., :-1], shared[..., -1].float()
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook would load it for `forward` alone."""
@@ -585,20 +658,21 @@ class ICLIPModel(PreTrainedModel):
             return patch_tokens
         return patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
 
-    def embed_patches(self, patch_tokens: torch.Tensor, weights: torch.Tensor | int = 1) -> torch.Tensor:
+    def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
-        Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map, `(..., P)`, or `(..., 2 P)` with
-        a `recognition_share`. `weights` `(..., 1)` multiply the tokens of the map branch (Eq. 12 to the letter).
+        Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map, `(..., P)`, or
+        `(..., 2 P)` with a `recognition_share`.
         """
-        patch_embeds = normalize(self.map_branch.visual_projection(weights * patch_tokens))
+        patch_embeds = self.map_branch.embed_image(patch_tokens)
         if share := self.config.recognition_share:
-            # The recognition branch learned with tokens that are not centered. They follow the class token, which is zero here.
+            # The recognition branch learned with tokens that are not centered. They follow the class token, which is
+            # zero here.
             patches = patch_tokens
             if self.config.center_tokens:
                 patches = patches + self._own_tensor("token_mean").to(patches)
-            recognised = normalize(self.recognition.visual_projection(patches, linear=True))
+            recognised = normalize(self.recognition.visual_projection(patches, linear=True).float())
             patch_embeds = join_branches(patch_embeds, recognised, share)
-        return patch_embeds
+        return patch_embeds.to(patch_tokens.dtype)
 
     def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
         """
@@ -625,24 +699,12 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: H or W is not a multiple of the patch size.
         """
         image = self.encode_image(pixel_values, **kwargs)
-        attention = map_attention = self.normalized_attention(image)
-        pooled, map_pooled = self.pool_image(image, attention)
-        projected = self.recognition.visual_projection(pooled)
+        attention = self.normalized_attention(image)
+        inputs = self.image_inputs(image, attention)
+        projected = self.recognition.visual_projection(inputs.recognition)
         map_image_embeds = None
-        if map_pooled is not None:
-            map_image_embeds = normalize(self.map_branch.visual_projection(map_pooled))
-        patch_tokens = self.centered_tokens(image.patch_tokens)
-        if self.config.map_affinity > 0:
-            values = torch.cat([patch_tokens, attention.unsqueeze(-1).to(patch_tokens.dtype)], -1)
-            shared = share_among_like(values, patch_tokens, self.config.map_affinity)
-            patch_tokens, map_attention = shared[..., :-1], shared[..., -1].float()
-        share, direction = self.config.recognition_share, None
-        if self.config.map_attention == "signed":
-            direction = self._own_tensor("attention_direction").expand(pixel_values.shape[0], -1)
-            if share:  # the recognition branch has no part in the weight of the attention
-                direction = F.pad(direction / (1 - share) ** 0.5, (0, self.config.projection_dim))
-        weights = map_attention.unsqueeze(-1).to(patch_tokens.dtype) if self.config.map_attention == "features" else 1
-        patch_embeds = self.embed_patches(patch_tokens, weights)
+        if inputs.pooled is not None:
+            map_image_embeds = self.map_branch.embed_image(inputs.pooled).to(projected.dtype)
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
@@ -650,11 +712,10 @@ class ICLIPModel(PreTrainedModel):
             pooler_output=projected,
             image_embeds=normalize(projected),
             map_image_embeds=map_image_embeds,
-            patch_embeds=patch_embeds.unflatten(1, image.grid),
+            patch_embeds=self.embed_patches(inputs.patches).unflatten(1, image.grid),
             patch_tokens=image.patch_tokens,
             attention=attention,
-            map_attention=map_attention,
-            attention_direction=direction,
+            map_attention=inputs.attention,
         )
 
     @can_return_tuple
@@ -683,20 +744,31 @@ class ICLIPModel(PreTrainedModel):
         kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
         features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)
         projected = self.recognition.text_projection(features).unflatten(0, texts)
-        text_embeds = normalize(projected)
-        map_text_embeds = normalize(self.map_branch.text_projection(features).unflatten(0, texts))
-        if self.config.recognition_share:
-            map_text_embeds = join_branches(map_text_embeds, text_embeds, self.config.recognition_share)
-        average = partial(average_prompts, num_templates=num_templates, width=self.config.projection_dim)
-        text_embeds, map_text_embeds = average(text_embeds), average(map_text_embeds)
+        text_embeds = average_prompts(normalize(projected), num_templates)
+        map_text_embeds = average_prompts(self.map_branch.embed_text(features).unflatten(0, texts), num_templates)
+        weights = None
+        if self.config.map_attention == "signed":
+            weights = self.attention_weights(map_text_embeds).clamp(-1, 1)
+        if share := self.config.recognition_share:
+            map_text_embeds = join_branches(map_text_embeds, text_embeds.float(), share)
         return ICLIPTextFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             pooler_output=projected if num_templates == 1 else text_embeds,
             text_embeds=text_embeds,
-            map_text_embeds=map_text_embeds,
+            map_text_embeds=map_text_embeds.to(projected.dtype),
+            attention_weights=weights,
         )
+
+    def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the weights of the attention in the maps of texts, `(..., T)` float32, before they are limited to [-1, 1],
+        from unit vectors of the map branch `(..., T, P)`.
+        """
+        direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
+        with torch.autocast(direction.device.type, enabled=False):
+            return 2 * self.config.max_sharpness * (map_text_embeds.float() @ direction)
 
     def similarity_maps(
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
@@ -723,10 +795,7 @@ class ICLIPModel(PreTrainedModel):
         elif self.config.map_attention in ("additive", "signed"):
             attention = min_max_normalize(attention)
             if self.config.map_attention == "signed":
-                weights = attention_weights(
-                    image.attention_direction, text.map_text_embeds, self.config.max_sharpness
-                ).clamp(-1, 1)
-                attention = attention * weights[..., None, None].to(attention)
+                attention = attention * text.attention_weights[..., None, None].to(attention)
             low = maps.amin((-2, -1), keepdim=True)  # its rounded mean could differ from the values of a constant map
             mean = low + (maps - low).mean((-2, -1), keepdim=True)
             above, below = (maps - mean).clamp(min=0), (maps - mean).clamp(max=0)
@@ -743,6 +812,12 @@ class ICLIPModel(PreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         text_features: ICLIPTextFeatures | None = None,
         num_templates: int = 1,
+        image_inputs: ImageInputs | None = None,
+        text_inputs: torch.Tensor | None = None,
+        noun_ids: torch.LongTensor | None = None,
+        noun_labels: torch.Tensor | None = None,
+        is_background: torch.Tensor | None = None,
+        place: torch.Tensor | None = None,
         return_loss: bool | None = None,
         output_similarity_maps: bool = False,
         **kwargs,
@@ -752,50 +827,62 @@ class ICLIPModel(PreTrainedModel):
 
         Args:
             input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
+                With `return_loss`, the first B texts are the captions of the images, and the others noun prompts.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
             attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
-            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see `get_text_features`.
-            return_loss (`bool`, *optional*): whether to return the loss of B images with their B texts.
+            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see
+                `get_text_features`.
+            image_inputs ([`ImageInputs`], *optional*): precomputed by `image_inputs`, instead of `pixel_values`, with
+                `return_loss`.
+            text_inputs (`torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed by `encode_text`, instead of
+                `input_ids`, with `return_loss`.
+            noun_ids (`torch.Tensor` of shape `(M - B,)`, *optional*): noun of each noun prompt, as an index of the
+                vocabulary.
+            noun_labels (`torch.Tensor` of shape `(B, vocabulary)`): 1 for the nouns that an image shows, -1 for those that
+                it is known not to show, else 0.
+            is_background, place (`torch.Tensor` of shape `(M - B,)`): of the noun of each noun prompt, 1 if it is of the
+                background; and 1 if it is below, such as a floor, -1 if it is above, such as the sky, else 0.
+            return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns, over
+                all processes.
             output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 
         Returns:
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, or the numbers of images and texts differ
-                with `return_loss`.
+            `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, there are fewer texts
+                than images with `return_loss`, or maps are asked for with it.
         """
-        if pixel_values is None or (input_ids is None and text_features is None):
+        has_image = pixel_values is not None or (return_loss and image_inputs is not None)
+        has_text = any(texts is not None for texts in (input_ids, text_features, text_inputs))
+        if not (has_image and has_text):
             raise ValueError(
-                "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or get_text_features."
+                "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
+                "get_text_features."
             )
+        if return_loss:
+            if output_similarity_maps:
+                raise ValueError("The loss reads few patches of an image: ask for maps without return_loss.")
+            if image_inputs is None:
+                image = self.encode_image(pixel_values, **kwargs)
+                image_inputs = self.image_inputs(image, self.normalized_attention(image), representative=True)
+            if text_inputs is None:
+                optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
+                optional = {name: value for name, value in optional.items() if value is not None}
+                text_inputs, _ = self.encode_text(input_ids, **optional, **kwargs)
+            nouns = None
+            if noun_ids is not None:
+                nouns = BatchNouns.gathered(noun_ids, noun_labels, is_background, place)
+            return self._compare(image_inputs, text_inputs, nouns)
+
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         text = text_features
         if text is None:
             text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
-
         logits_per_image = self.recognition(cosines(image.image_embeds, text.text_embeds))
-        loss = None
-        if return_loss:
-            if text.text_embeds.shape != image.image_embeds.shape:
-                raise ValueError("The contrastive loss needs one text for each image.")
-            loss = contrastive_loss(logits_per_image)
-            if self.interpretability is not None:
-                map_texts = map_branch_part(text.map_text_embeds, self.config)
-                if self.config.max_over == "similarity":
-                    patches = map_branch_part(image.patch_embeds, self.config)
-                    map_similarities = self.pool_similarities(patches, map_texts, image.map_attention)
-                else:
-                    map_similarities = cosines(image.map_image_embeds, map_texts)
-                map_loss = contrastive_loss(self.interpretability(map_similarities))
-                loss = (loss + map_loss.to(loss.device)) / 2
-            if image.attention_direction is not None:  # learned from noun prompts only, but DDP waits for its gradient
-                loss = loss + 0 * image.attention_direction.sum().to(loss)
-
         return ICLIPOutput(
-            loss=loss,
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.mT,
             image_embeds=image.image_embeds,
@@ -809,26 +896,98 @@ class ICLIPModel(PreTrainedModel):
             text_model_output=text,
         )
 
+    def _compare(self, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None) -> ICLIPOutput:
+        """Returns the losses of images with their captions, the first of the texts, and with nouns (Eq. 13)."""
+        if len(text_inputs) < len(image.recognition):
+            raise ValueError(
+                f"The contrastive loss needs a caption for each image: {len(text_inputs)} texts are fewer than the "
+                f"{len(image.recognition)} images."
+            )
+        images, texts = self.recognition.embed_image(image.recognition), self.recognition.embed_text(text_inputs)
+        map_texts = texts
+        if branch := self.interpretability:
+            map_images = branch.embed_image(image.patches if image.pooled is None else image.pooled)
+            map_texts = branch.embed_text(text_inputs)
+        # In half precision, scaled cosines would be rounded to multiples of 1/16.
+        with torch.autocast(images.device.type, enabled=False):
+            losses, attention_loss = [self._recognition_loss(images, texts, nouns)], 0
+            if branch:  # which can be on another device
+                losses.append(self._map_loss(map_images, image.attention, map_texts, nouns).to(images.device))
+            if self.config.map_attention == "signed":
+                attention_loss = self._attention_loss(map_texts[len(images) :], nouns).to(images.device)
+            losses = torch.stack(losses)
+            logits_per_image = self.recognition(cosines(images, texts))
+        return ICLIPOutput(
+            loss=losses.mean() + attention_loss,
+            branch_losses=losses.detach(),
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_image.mT,
+            image_embeds=images,
+            text_embeds=texts,
+        )
 
-def contrastive_loss(
-    logits_per_image: torch.Tensor, logits_per_text: torch.Tensor | None = None, offset: int = 0
-) -> torch.Tensor:
-    """
-    Symmetric cross entropy of image-text pairs: half image-to-text plus half text-to-image (Eq. 13, one branch).
+    def _recognition_loss(self, images: torch.Tensor, texts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
+        """
+        Returns the loss of the recognition branch for unit vectors of B images (B, P), and of their captions and noun
+        prompts (M, P). With a bias, each noun has a loss by itself, otherwise nouns compete.
+        """
 
-    Args:
-        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of this process's images with all texts.
-        logits_per_text (`torch.Tensor` of shape `(B, T)`, *optional*): this process's texts with all images; the
-            transpose of `logits_per_image` when there is one process.
-        offset (`int`): column of the first pair: rank times B when columns come from several processes.
+        def logits(of: torch.Tensor) -> torch.Tensor:
+            return self.recognition(cosines(images, of))
 
-    Returns:
-        `torch.Tensor` scalar, float32. Pair i is positive at column `i + offset`, all others are negatives.
-    """
-    if logits_per_text is None:
-        logits_per_text = logits_per_image.mT
-    labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
-    return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
+        loss = caption_loss(logits, texts[: len(images)])
+        if nouns is None:
+            return loss
+        per_image = logits(nouns.prompts(texts[len(images) :]))
+        if self.recognition.logit_bias is None:
+            noun_loss = softmax_noun_loss(per_image, nouns)
+        else:
+            noun_loss = sigmoid_noun_loss(per_image, nouns, self.config.unknown_weight)
+        return torch.lerp(loss, noun_loss, float(self.config.noun_weight))
+
+    def _map_loss(
+        self, images: torch.Tensor, attention: torch.Tensor | None, texts: torch.Tensor, nouns: BatchNouns | None
+    ) -> torch.Tensor:
+        """
+        Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
+        (B, K, P) with their attention (B, K), and of their captions and noun prompts (M, P).
+
+        Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
+        objects from the background.
+        """
+        branch, config, count = self.interpretability, self.config, len(images)
+        if config.max_over == "channels":
+            return caption_loss(lambda of: branch(cosines(images, of)), texts[:count])
+        if config.known_competition:
+            even, images, attention = (
+                images[:, -EVEN_PATCHES:],
+                images[:, :-EVEN_PATCHES],
+                attention[:, :-EVEN_PATCHES],
+            )
+        loss = caption_loss(lambda of: branch(self.pool_similarities(images, of, attention)), texts[:count])
+        if nouns is None:
+            return loss
+        prompts, sharpness = nouns.prompts(texts[count:]), config.max_sharpness
+        similarities, prior = images @ prompts.mT, attention_prior(attention, nouns.is_background)
+        pooled = (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
+        noun_loss = softmax_noun_loss(branch(pooled), nouns)
+        if config.noun_competition:
+            competition = competition_loss(2 * sharpness * similarities, prior, nouns.shown)
+            noun_loss = torch.lerp(noun_loss, competition, float(config.noun_competition))
+        loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
+        if config.known_competition:
+
+            def logits(rows: torch.Tensor) -> torch.Tensor:
+                return 2 * sharpness * even[rows] @ prompts.mT
+
+            loss = loss + config.known_competition * known_competition_loss(logits, nouns)
+        return loss
+
+    def _attention_loss(self, prompts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
+        """Returns the loss of the weights of the attention, which learn from nouns, for unit vectors of noun prompts."""
+        if nouns is None:
+            return 0 * self.attention_direction.sum()  # DDP waits for its gradient
+        return direction_loss(self.attention_weights(nouns.prompts(prompts).detach()), nouns.is_background)
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:
@@ -844,35 +1003,12 @@ def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) 
     return torch.cat([(1 - share) ** 0.5 * map_embeds, share**0.5 * embeds], -1)
 
 
-def map_branch_part(joined: torch.Tensor, config: ICLIPConfig) -> torch.Tensor:
-    """Returns the unit vectors of the map branch in vectors that [`join_branches`] may have joined."""
-    return normalize(joined[..., : config.projection_dim])
-
-
-def attention_weights(direction: torch.Tensor, text_embeds: torch.Tensor, sharpness: float) -> torch.Tensor:
+def average_prompts(embeds: torch.Tensor, num_templates: int) -> torch.Tensor:
     """
-    Returns the weights of the attention in the maps of texts with `map_attention="signed"`, before they are limited to [-1, 1], `(B, T)`
-    float32: positive for objects, and negative for the background.
-
-    Args:
-        direction (`torch.Tensor` of shape `(B, P)`): `attention_direction` of [`ICLIPImageFeatures`].
-        text_embeds (`torch.Tensor` of shape `(T, P)` or `(B, T, P)`): unit vectors of the map branch.
-        sharpness (`float`): `config.max_sharpness`, the scale of the attention in a map.
+    Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to unit vectors `(..., T, P)`. With
+    one template, the vectors are returned unchanged.
     """
-    return 2 * sharpness * cosines(direction, text_embeds)
-
-
-def average_prompts(embeds: torch.Tensor, num_templates: int, width: int) -> torch.Tensor:
-    """
-    Averages the unit vectors of each label's prompts, `(..., T * num_templates, C)`, to unit vectors `(..., T, C)`. A vector joins one
-    part of `width` numbers for each branch, see [`join_branches`]. Each part is averaged alone and keeps its length, which is the same in
-    all prompts. With one template, the vectors are returned unchanged.
-    """
-    if num_templates == 1:
-        return embeds
-    parts = embeds.unflatten(-2, (-1, num_templates)).unflatten(-1, (-1, width))  # (..., T, prompts, branches, width)
-    length = parts[..., 0, :, :].float().norm(dim=-1, keepdim=True).to(embeds.dtype)
-    return (normalize(parts.mean(-3)) * length).flatten(-2)
+    return embeds if num_templates == 1 else normalize(embeds.unflatten(-2, (-1, num_templates)).mean(-2))
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

@@ -126,26 +126,87 @@ def _parts(images: int, numbers_of_image: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, images, step)]
 
 
+# Poolings of an image into one vector: all of Table 2, masked max with both normalisations of the attention.
+POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
+
+
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
     Pools the tokens of each image into one vector.
 
     Args:
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the image tower.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the image
+            tower.
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
-        mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; `"masked_max"`, the maximum of
-            the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from winning a channel; or
-            `"class_and_average"`, the class token followed by the average.
+        mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; or `"masked_max"`, the
+            maximum of the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from
+            winning a channel.
 
     Returns:
-        `torch.Tensor` of shape `(B, D)`, or `(B, 2 D)` with `"class_and_average"`.
+        `torch.Tensor` of shape `(B, D)`.
     """
     if mode == "class_token":
         return class_token
-    if mode == "class_and_average":
-        return torch.cat([class_token, patch_tokens.mean(1)], -1)
     if mode == "average":
         return patch_tokens.mean(1)
     if mode == "max":
         return patch_tokens.amax(1)
     return (patch_tokens * attention.unsqueeze(-1).to(patch_tokens.dtype)).amax(1)
+
+
+def representative_patches(
+    tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int
+) -> torch.Tensor:
+    """
+    Selects few patches that represent an image. All but four are salient: the first has the largest attention, and
+    each further one the largest product of attention and square root of the distance to the selected patches. The last
+    four are in the middle of the image's quarters, so that an object or a ground counts by its area as well.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches,
+            row-major.
+        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
+        grid (`tuple[int, int]`): height and width in patches, N = h * w.
+        count (`int`): number of patches to select, at least 5.
+
+    Returns:
+        `torch.Tensor` of shape `(B, count)`: indices of patches; all N in their order if there are no more than `count`.
+    """
+    number, patches = len(tokens), tokens.shape[1]
+    if count >= patches:
+        return torch.arange(patches, device=tokens.device).expand(number, -1)
+    batch = torch.arange(number, device=tokens.device)
+    units = F.normalize(tokens.float(), dim=-1)
+    wanted, distance = attention, torch.full_like(attention, 2.0)
+    salient = []
+    for _ in range(count - 4):
+        salient.append(wanted.argmax(1))
+        distance = torch.minimum(distance, 1 - (units @ units[batch, salient[-1]].unsqueeze(-1)).squeeze(-1))
+        # Patches without attention can be selected too. The distance alone would leave a large object, whose patches
+        # are alike, with fewer patches than what is around it.
+        wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
+    rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
+    middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
+    return torch.cat([torch.stack(salient, 1), middles.expand(number, -1)], 1)
+
+
+EVEN_SIDE = 8  # rows and columns of the patches that `even_patches` selects
+EVEN_PATCHES = EVEN_SIDE**2
+
+
+def even_patches(grid: tuple[int, int]) -> torch.Tensor:
+    """
+    Selects 64 patches that cover an image evenly, in 8 rows of 8, every second row shifted by half a column. Returns
+    their indices in a grid of height and width in patches, row-major. The rows have the heights `even_heights()`.
+    """
+    height, width = grid
+    steps = torch.arange(EVEN_SIDE)
+    rows = ((steps + 0.5) * height / EVEN_SIDE).long().unsqueeze(1)
+    shift = torch.where(steps % 2 == 0, 0.25, 0.75).unsqueeze(1)
+    columns = ((steps + shift) * width / EVEN_SIDE).long()
+    return (rows * width + columns).flatten()
+
+
+def even_heights() -> torch.Tensor:
+    """Returns the heights of [`even_patches`], from 0 at the top of an image to 1, `(64,)`."""
+    return ((torch.arange(EVEN_SIDE) + 0.5) / EVEN_SIDE).repeat_interleave(EVEN_SIDE)

@@ -26,7 +26,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.interrupts import ignore_signals
-from .features import FeatureCache, set_token_mean
+from .features import FeatureCache, set_token_mean, unpack_inputs
 from .inputs import Inputs, check_batch
 from .settings import Settings
 
@@ -65,9 +65,8 @@ def load_datasets(
 
         def cached(part: str, pairs: PairDataset, mean: list[float] | None, nouns: NounPrompts | None) -> CachedPairs:
             cache = FeatureCache(Path(settings.cache_features, part), model, processor, accelerator)
-            options = {"map_tokens": settings.map_tokens, "num_workers": settings.num_workers}
-            options |= {"lock_text": settings.lock_text, "earlier_mean": mean}
-            return CachedPairs(pairs, cache, seed, nouns, **options)
+            options = {"num_workers": settings.num_workers, "earlier_mean": mean}
+            return CachedPairs(pairs, cache, seed, nouns, settings.lock_text, **options)
 
         mean = model.token_mean.tolist() if model.config.center_tokens else None
         training = cached("training", pairs, earlier_mean, nouns)
@@ -112,7 +111,7 @@ class PairBatches(Dataset):
 
     def nouns_of(self, texts: PairTexts) -> ImageNouns | None:
         """Returns what is known of the nouns of a pair."""
-        return None if self.nouns is None else self.nouns.of_image(*texts)
+        return None if self.nouns is None else self.nouns.known_nouns(*texts)
 
     def collate_texts(self, captions: list[str], image_nouns: Sequence[ImageNouns | None]) -> dict:
         """Returns the texts of B pairs: tensors of the captions (B, L), or, with noun prompts behind them, (M, L), and the nouns."""
@@ -198,6 +197,7 @@ class CachedPairs(PairBatches):
         **options,
     ):
         super().__init__(cache.processor, seed, nouns)
+        self.config = cache.model.config
         distinct, rows = pairs.distinct()
         self.features = cache.images(distinct, **options)
         texts = {row: _texts_of(distinct, row) for row, usable in enumerate(self.features.usable()) if usable}
@@ -226,19 +226,19 @@ class CachedPairs(PairBatches):
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns the features (B, ...) of these pairs, the sampled captions and the nouns."""
         return {
-            "image_features": torch.from_numpy(self.features[self.rows[indices]]).float(),
+            "image_inputs": unpack_inputs(torch.from_numpy(self.features[self.rows[indices]]).float(), self.config),
             "caption": [self.caption(self.captions[i], int(self.keys[i])) for i in indices],
             "nouns": [self.image_nouns[i] for i in indices],
         }
 
     def collate(self, batch: dict) -> dict:
-        return {"image_features": batch["image_features"], **self.collate_texts(batch["caption"], batch["nouns"])}
+        return {"image_inputs": batch["image_inputs"], **self.collate_texts(batch["caption"], batch["nouns"])}
 
     def encode_texts(self, captions: list[str], prompts: list[str]) -> dict:
         if self.text_features is None:
             return super().encode_texts(captions, prompts)
         features = [self.text_features[captions], *([self.prompt_features[prompts]] if prompts else [])]
-        return {"text_features": torch.cat(features)}
+        return {"text_inputs": torch.cat(features)}
 
 
 def _texts_of(pairs: PairDataset, row: int) -> PairTexts:

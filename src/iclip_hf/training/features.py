@@ -25,8 +25,8 @@ from tqdm import tqdm
 from ..backends.identity import digest, software, tokenizer_digest, tower_digest
 from ..data.pairs import BadPairError, PairDataset
 from ..model.configuration_iclip import ICLIPConfig
-from ..model.modeling_iclip import ICLIPModel, normalize
-from ..model.pooling import normalize_attention, pool, share_among_like
+from ..model.modeling_iclip import ICLIPModel, ImageInputs, ImageTokens
+from ..model.pooling import POOLINGS, normalize_attention, pool
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, shared_folder_lock
 from ..utils.files import atomic_write
@@ -42,86 +42,38 @@ logger = logging.getLogger(__name__)
 # --------------------------------------------------------------------------------------------------------- of images
 
 
-# Poolings of an image: all of Table 2, masked max with both normalisations of the attention. The recognition branch uses the first or the
-# first two, and a branch that pools before the projection uses any of them.
-POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
-
-
-def image_features(model: ICLIPModel, pixel_values: torch.Tensor, map_tokens: int) -> torch.Tensor:
+def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
     """
-    Computes what the projections of all branches need of images (B, 3, H, W): all `POOLINGS` (B, 5, D), which are the same for all models
-    with this tower; with `max_over="similarity"` the first two of them and the [`representative_tokens`], (B, 2 + K, D + 1), with the
-    attention as the last column. [`branch_features`] takes the features of each branch from it.
+    Converts images to a tensor to keep, from which [`unpack_inputs`] makes what the projections read: all `POOLINGS`
+    (B, 5, D), which are the same for all models with this tower; with `max_over="similarity"` the first two of them and
+    the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column.
     """
-    image, config = model.encode_image(pixel_values), model.config
+    config = model.config
 
-    def pooled(way: str) -> torch.Tensor:
-        mode, _, norm = way.partition("/")
+    def pooled(mode: str) -> torch.Tensor:
+        mode, _, norm = mode.partition("/")
         attention = normalize_attention(image.attention, norm or "minmax", config.attention_quantile)
         return pool(image.patch_tokens, image.class_token, attention, mode)
 
     if config.max_over == "channels":
-        return torch.stack([pooled(way) for way in POOLINGS], 1)
-    tokens, attention = model.centered_tokens(image.patch_tokens), model.normalized_attention(image)
-    tokens, attention = representative_tokens(tokens, attention, image.grid, map_tokens, config.map_affinity)
-    features = torch.cat([torch.stack([pooled(way) for way in POOLINGS[:2]], 1), tokens], 1)
-    return torch.cat([features, F.pad(attention, (2, 0)).unsqueeze(-1)], -1)
+        return torch.stack([pooled(mode) for mode in POOLINGS], 1)
+    inputs = model.image_inputs(image, model.normalized_attention(image), representative=True)
+    features = torch.cat([torch.stack([pooled(mode) for mode in POOLINGS[:2]], 1), inputs.patches], 1)
+    return torch.cat([features, F.pad(inputs.attention, (2, 0)).unsqueeze(-1)], -1)
 
 
-def branch_features(features: torch.Tensor, config: ICLIPConfig) -> list[tuple[torch.Tensor, ...]]:
-    """
-    Converts the result of [`image_features`] to the features of each branch: a vector (B, D), or (B, 2 D) for the recognition branch; with
-    `max_over="similarity"`, those of the map branch are tokens (B, K, D) and their attention (B, K).
-    """
-    recognised = slice(2 if config.recognition_pooling == "class_and_average" else 1)
+def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
+    """Returns what the projections of a model read of images, from the result of [`pack_inputs`]."""
+
+    def pooled(mode: str) -> torch.Tensor:
+        return vectors[:, POOLINGS.index(f"masked_max/{config.attention_norm}" if mode == "masked_max" else mode)]
+
+    recognised, of_map = config.poolings
+    vectors, patches, attention = features, None, None
     if config.max_over == "similarity":
-        return [(features[:, recognised, :-1].flatten(1),), (features[:, 2:, :-1], features[:, 2:, -1])]
-    own = f"masked_max/{config.attention_norm}" if config.pooling == "masked_max" else config.pooling
-    of_map = (features[:, POOLINGS.index(own)],)
-    return [(features[:, recognised].flatten(1),), of_map] if config.dual_projection else [of_map]
-
-
-def representative_tokens(
-    tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int, affinity: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Selects few patches that represent an image. All but four are salient: the first has the largest attention, and each further one the
-    largest product of attention and square root of the distance to the selected patches. The last four are in the middle of the image's
-    quarters, so that an object or a ground counts by its area as well. The result for a patch is the mean over the patches with similar
-    tokens.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches, row-major.
-        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
-        grid (`tuple[int, int]`): height and width in patches, N = h * w.
-        count (`int`): number of patches to select, at least 5.
-        affinity (`float`): see [`~pooling.share_among_like`]; 0 leaves tokens unchanged.
-
-    Returns:
-        `tuple`: tokens `(B, K, D)` and attention `(B, K)`, K = min(count, N).
-    """
-    batch = torch.arange(len(tokens), device=tokens.device)
-    if count < tokens.shape[1]:
-        units = normalize(tokens.float())
-        wanted, distance = attention, torch.full_like(attention, 2.0)
-        salient = []
-        for _ in range(count - 4):
-            salient.append(wanted.argmax(1))
-            distance = torch.minimum(distance, 1 - (units @ units[batch, salient[-1]].unsqueeze(-1)).squeeze(-1))
-            # Patches without attention can be selected too. The distance alone would leave a large object, whose patches are alike,
-            # with fewer patches than what is around it.
-            wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
-        rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
-        middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
-        taken = torch.cat([torch.stack(salient, 1), middles.expand(len(tokens), -1)], 1)
-    else:
-        taken = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-    queries = tokens[batch[:, None], taken]
-    if affinity == 0:
-        return queries, attention[batch[:, None], taken]
-    values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
-    shared = share_among_like(values, tokens, affinity, queries)
-    return shared[..., :-1], shared[..., -1].float()
+        vectors, patches, attention = features[:, :2, :-1], features[:, 2:, :-1], features[:, 2:, -1]
+    recognition = torch.cat([pooled(mode) for mode in recognised], -1)
+    return ImageInputs(recognition, of_map and pooled(of_map), patches, attention)
 
 
 @torch.no_grad()
@@ -143,25 +95,27 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------- on disk
 
 
-# Raise it with a change of the code between releases that gives other features, such as of `representative_tokens`.
-_VERSION = 1
+# Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
+_VERSION = 2
 
 
-# Options of a model that [`image_features`] does not depend on: of the towers, which have digests, of the projections and what they
-# compute, and of the choice among the poolings. Other options count, also those that a later version adds.
+# Options of a model that [`pack_inputs`] does not depend on: of the towers, which have digests, of the projections, of
+# what they compute and of their loss, and of the choice among the poolings. Other options count, also those that a later
+# version adds.
 _OPTIONS_NOT_CACHED = """
-    vision_config text_config lock_vision text_pooling projection_dim dual_projection projection_bias logit_scale_init_value
-    max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias pooling recognition_pooling
+    vision_config text_config lock_vision text_pooling projection_dim dual_projection logit_scale_init_value
+    max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias
+    pooling recognition_pooling noun_weight unknown_weight noun_competition known_competition
 """.split()
 # With `max_over="channels"` the features hold both norms, and the patch tokens as they are.
-_OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity")
+_OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity", "map_tokens")
 
 
-def image_settings(config: ICLIPConfig, map_tokens: int) -> dict:
-    """Returns the options of a model that [`image_features`] depends on, besides its image tower."""
+def image_settings(config: ICLIPConfig) -> dict:
+    """Returns the options of a model that [`pack_inputs`] depends on, besides its image tower."""
     channels = config.max_over == "channels"
     names = {*type(config).__annotations__}.difference(_OPTIONS_NOT_CACHED, _OPTIONS_NOT_POOLED if channels else ())
-    return {name: getattr(config, name) for name in names} | ({} if channels else {"map_tokens": map_tokens})
+    return {name: getattr(config, name) for name in names} | {"even_patches": config.known_competition > 0}
 
 
 class FeatureShards:
@@ -268,12 +222,11 @@ class FeatureCache:
         self,
         pairs: PairDataset,
         *,
-        map_tokens: int = 20,
         earlier_mean: list[float] | None = None,
         num_workers: int = 0,
     ) -> FeatureShards:
         """
-        Computes [`image_features`] of the image of each pair. The captions do not count. `earlier_mean` is the model's `token_mean` if it is not
+        Computes [`pack_inputs`] of the image of each pair. The captions do not count. `earlier_mean` is the model's `token_mean` if it is not
         that of these pairs. `num_workers` is for each process.
 
         Raises:
@@ -285,7 +238,7 @@ class FeatureCache:
             "images",
             len(pairs),
             tower=tower_digest(self.model.vision_model),
-            options=image_settings(self.model.config, map_tokens),
+            options=image_settings(self.model.config),
             token_mean=earlier_mean,
             images=content,
             image_processor=json.loads(self.processor.image_processor.to_json_string()),
@@ -293,7 +246,8 @@ class FeatureCache:
 
         def encode(items: list[tuple[torch.Tensor, bool]]) -> tuple[torch.Tensor, Sequence[bool]]:
             images, usable = zip(*items)
-            return image_features(self.model, torch.stack(images).to(self.accelerator.device), map_tokens), usable
+            image = self.model.encode_image(torch.stack(images).to(self.accelerator.device))
+            return pack_inputs(self.model, image), usable
 
         self._fill(shards, _PairReader(pairs, self.processor), encode, 64, num_workers)
         return shards

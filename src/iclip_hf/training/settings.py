@@ -90,18 +90,6 @@ class Settings:
         "",
         "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become prompts",
     )
-    noun_weight: float = setting(0.5, "share of noun prompts in the loss of noun_branches", 0, 1)
-    unknown_weight: float = setting(
-        0.1,
-        "weight of a noun that no text of an image names and no label excludes, in the noun loss of a model with a logit_bias",
-        0,
-        1,
-    )
-    noun_branches: list[str] = setting(
-        ["recognition"], "branches that learn noun prompts", choices=("recognition", "interpretability")
-    )
-    noun_competition: float = setting(0.0, "share of the competition for patches in the noun loss of a map", 0, 1)
-    map_tokens: int = setting(20, "number of patches that represent an image with max_over=similarity", 5)
     num_workers: int = setting(4, "number of loading processes for each training process", 0)
     cache_features: str = setting("", "folder for features of locked towers, which are computed once")
 

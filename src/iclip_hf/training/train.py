@@ -219,7 +219,9 @@ def run(
             # 5. Losses, averaged over the processes, so that all decide by the same numbers
             outputs = pair_model(**batch)
             mine = torch.tensor([interrupts.requested], device=accelerator.device)
-            *losses, interrupted = accelerator.reduce(torch.cat([outputs["losses"], mine.float()]), "mean").tolist()
+            *losses, interrupted = accelerator.reduce(
+                torch.cat([outputs["branch_losses"], mine.float()]), "mean"
+            ).tolist()
 
             # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
             norm = math.nan
@@ -293,7 +295,7 @@ def check_finite(model: nn.Module) -> None:
 def loss_is_finite(accelerator: Accelerator, pair_model: nn.Module, batch: dict) -> bool:
     """Returns whether the losses of all processes are finite."""
     pair_model.eval()
-    losses = accelerator.reduce(pair_model(**batch)["losses"], "mean")
+    losses = accelerator.reduce(pair_model(**batch)["branch_losses"], "mean")
     pair_model.train()
     return bool(losses.isfinite().all())
 

@@ -154,7 +154,7 @@ def common_labels(pairs: PairDataset, count: int = 2) -> list[str]:
         labels = [caption.removeprefix(start).removesuffix(end) for caption in captions]
     else:
         nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
-        labels = [nouns.nouns[number] for caption in captions for number in sorted(nouns.find(caption))]
+        labels = [nouns.nouns[number] for caption in captions for number in sorted(nouns.nouns_in(caption))]
     return [label for label, _ in Counter(labels).most_common(count)]
 
 

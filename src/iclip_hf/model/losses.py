@@ -1,0 +1,259 @@
+"""
+Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, and the loss of a branch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.nn import functional as F
+
+from .pooling import even_heights
+
+
+# Sharpness of the prior of place: a noun below prefers the lowest patches to the highest by exp(3).
+PLACE_SHARPNESS = 3.0
+
+
+# ------------------------------------------------------------------------------------------------------- of logits
+
+
+def contrastive_loss(
+    logits_per_image: torch.Tensor, logits_per_text: torch.Tensor | None = None, offset: int = 0
+) -> torch.Tensor:
+    """
+    Symmetric cross entropy of image-text pairs: half image-to-text plus half text-to-image (Eq. 13, one branch).
+
+    Args:
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of this process's images with all texts.
+        logits_per_text (`torch.Tensor` of shape `(B, T)`, *optional*): this process's texts with all images; the
+            transpose of `logits_per_image` when there is one process.
+        offset (`int`): column of the first pair: rank times B when columns come from several processes.
+
+    Returns:
+        `torch.Tensor` scalar, float32. Pair i is positive at column `i + offset`, all others are negatives.
+    """
+    if logits_per_text is None:
+        logits_per_text = logits_per_image.mT
+    labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
+    return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
+
+
+def sigmoid_loss(
+    logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor, num_positives: torch.Tensor | float
+) -> torch.Tensor:
+    """
+    Binary cross entropy of each image and text, as in SigLIP, with a weight for each negative.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, T)`): scaled cosines with a bias.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+        negative_weights (`torch.Tensor` of shape `(B, T)`): weights of the pairs that are not positive; the others have
+            the weight 1.
+        num_positives (`torch.Tensor` or `float`): divisor of the sum; with several processes their mean number of
+            positives.
+
+    Returns:
+        `torch.Tensor` scalar, float32.
+    """
+    weights = torch.where(positives, 1.0, negative_weights)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
+    return losses / num_positives
+
+
+def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+    """
+    Cross entropy of scaled cosines `(B, T)` with any number of positives in a row, `(B, T)` boolean. A positive
+    competes with the negatives of its row only. Returns the mean over the positives of a row, then over the rows,
+    float32; a row without positives counts 0.
+    """
+    logits = logits.float()
+    negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
+    rows, columns = positives.nonzero(as_tuple=True)  # positives are few
+    own = logits[rows, columns]
+    losses = torch.logaddexp(own, negatives[rows]) - own
+    return (losses / positives.sum(1)[rows]).sum() / max(1, len(logits))
+
+
+def competition_loss(
+    logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor, competing: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Loss of texts that compete for the patches of images. Each patch distributes itself over the competing texts by a
+    softmax. The share of a text in an image is the mean of its shares in the patches, and the loss is the negative
+    logarithm of the shares of the texts that the image has. So patches behind an object, which belong to some text of
+    the image, cannot stay with the object's.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, N, T)`): scaled cosines of N patches with the texts.
+        prior (`torch.Tensor` of shape `(B, N, T)` or `(N, T)`): weights of the patches in the mean, which add up to 1
+            over N.
+        positives (`torch.Tensor` of shape `(B, T)`): boolean.
+        competing (`torch.Tensor` of shape `(B, T)`, *optional*): the texts that compete in each image, boolean, at
+            least one of each image, all positives among them; all texts if not given.
+
+    Returns:
+        `torch.Tensor` scalar, float32: mean over the positives of an image, then over the images. An image without
+        positives counts 0.
+    """
+    logits = logits.float()
+    if competing is not None:
+        logits = logits.masked_fill(~competing.unsqueeze(1), -torch.inf)
+    shares = (prior * logits.softmax(-1)).sum(1)
+    rows, columns = positives.nonzero(as_tuple=True)
+    losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
+    return (losses / positives.sum(1)[rows]).sum() / max(1, len(logits))
+
+
+def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the prior of the patches for each noun by the class token's attention: all patches are equally likely to
+    show an object, and those with the least attention show the background.
+
+    Args:
+        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
+        is_background (`torch.Tensor` of shape `(T,)`): boolean.
+
+    Returns:
+        `torch.Tensor` of shape `(B, N, T)`, float32, positive, with the sum 1 over N.
+    """
+    background = (1 - attention.float()) ** 8 + 1e-6
+    background = (background / background.sum(1, keepdim=True)).unsqueeze(-1)
+    return torch.where(is_background, background, 1 / attention.shape[1])
+
+
+def place_prior(heights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the prior of the patches for each noun by its place in an image: exp(3 y) for nouns that are below, such as
+    a floor, exp(-3 y) for those above, such as the sky, and the same for all patches for any other.
+
+    Args:
+        heights (`torch.Tensor` of shape `(N,)`): y of the patches, from 0 at the top to 1.
+        place (`torch.Tensor` of shape `(T,)`): 1 for nouns below, -1 for those above, 0 for others.
+
+    Returns:
+        `torch.Tensor` of shape `(N, T)`, float32, positive, with the sum 1 over N.
+    """
+    return (PLACE_SHARPNESS * heights.float().unsqueeze(1) * place.float()).softmax(0)
+
+
+def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
+    """
+    Squared hinge loss of the attention's weights (T,) of nouns: at least 1 is expected for objects and at most -1 for
+    the background. Both kinds count equally.
+    """
+    errors = (1 - torch.where(is_background, -weights, weights)).relu() ** 2
+    return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
+
+
+# ------------------------------------------------------------------------------------------------ over all processes
+
+
+# Torch's own, `torch.distributed.nn.functional.all_gather`, is deprecated in favour of a private module.
+class _Gather(torch.autograd.Function):
+    """
+    Gathers (B, ...) of each process to (processes * B, ...) on all. The gradient of a row is the sum over all
+    processes.
+    """
+
+    @staticmethod
+    def forward(ctx, local: torch.Tensor) -> torch.Tensor:
+        gathered = local.new_empty(distributed.get_world_size(), *local.shape)
+        distributed.all_gather(list(gathered), local.contiguous())
+        return gathered.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(gradient)
+        return gradient.chunk(distributed.get_world_size())[distributed.get_rank()]
+
+
+def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
+    """
+    Gathers the rows of all processes in the order of ranks, with gradient. Each process has the same number of rows.
+    """
+    return _Gather.apply(local) if _is_distributed() else local
+
+
+def _is_distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+class BatchNouns(NamedTuple):
+    """The V distinct nouns of the prompts of all processes. A noun of many images counts once."""
+
+    first: torch.Tensor  # the first prompt of each noun among those of all processes (V,)
+    shown: torch.Tensor  # whether the images of this process show the nouns, boolean (B, V)
+    all_shown: torch.Tensor  # the same of all processes
+    absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
+    is_background: torch.Tensor  # whether the nouns are of the background, boolean (V,)
+    place: torch.Tensor  # 1 for nouns that are below, -1 for those above, else 0 (V,)
+
+    @classmethod
+    def gathered(
+        cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, is_background: torch.Tensor, place: torch.Tensor
+    ) -> "BatchNouns":
+        """Gathers the nouns of all processes. Arguments are those of [`ICLIPModel.forward`]."""
+        noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
+        # Sorted by noun; `torch.unique` does not return where each stands first.
+        first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
+        nouns = noun_ids[first]
+        is_background, place = (gather_with_gradient(mark)[first] for mark in (is_background, place))
+        own = noun_labels[:, nouns]
+        return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, is_background > 0, place)
+
+    def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Returns the vector of a prompt of each noun (V, P), from those of this process's prompts (M - B, P)."""
+        return gather_with_gradient(embeds)[self.first]
+
+
+# ------------------------------------------------------------------------------------------------------ of a branch
+
+
+def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the contrastive loss of a branch for this process's captions (B, P). Each process scores its own images: `logits`
+    maps unit vectors of texts (T, P) to the logits (B, T). The logits of a text with all images are gathered, because
+    logits are smaller than the embeddings of patches.
+    """
+    pairs = len(captions)
+    offset = pairs * (distributed.get_rank() if _is_distributed() else 0)
+    per_image = logits(gather_with_gradient(captions))
+    per_text = gather_with_gradient(per_image)[:, offset : offset + pairs].mT
+    return contrastive_loss(per_image, per_text, offset)
+
+
+def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight: float) -> torch.Tensor:
+    """Returns the loss of each noun by itself, in which nouns that an image may show have the weight `unknown_weight`."""
+    negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
+    num_positives = nouns.all_shown.sum().clamp(min=1) * len(nouns.shown) / len(nouns.all_shown)
+    return sigmoid_loss(per_image, nouns.shown, negative_weights, num_positives)
+
+
+def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
+    """Returns the loss of nouns that compete with all nouns that the image is not said to show."""
+    per_noun = gather_with_gradient(per_image).mT
+    return (multi_positive_loss(per_image, nouns.shown) + multi_positive_loss(per_noun, nouns.all_shown.mT)) / 2
+
+
+def known_competition_loss(logits: Callable[[torch.Tensor], torch.Tensor], nouns: BatchNouns) -> torch.Tensor:
+    """
+    Returns the [`competition_loss`] of the nouns that are known to be shown or absent, on images whose labels are complete
+    for the background, the mean over these images of all processes. All patches are equal, except that nouns have
+    their [`place_prior`]: two nouns that are always shown together, such as wall and floor, are the same to a loss of
+    whole images, and their places tell them apart.
+
+    Args:
+        logits: function that returns the scaled cosines (b, N, V) of the [`~pooling.even_patches`] of `b` of the images,
+            by their indices, with the nouns.
+        nouns ([`BatchNouns`]): the nouns.
+    """
+    complete = (nouns.absent & nouns.is_background).any(1) & nouns.shown.any(1)
+    rows = complete.nonzero().squeeze(1)
+    of_all = gather_with_gradient(complete).sum().clamp(min=1) * len(complete) / len(nouns.all_shown)
+    prior = place_prior(even_heights().to(nouns.place.device), nouns.place)
+    shown, known = nouns.shown[rows], nouns.shown[rows] | nouns.absent[rows]
+    return competition_loss(logits(rows), prior, shown, known) * len(rows) / of_all

@@ -8,6 +8,11 @@ TEXTS := "smiling woman, orange jacket, helmet, horse"
 
 .PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs pictures bench
 
+# `pip install '.[demo]'` in .venv puts a copy in place of the editable install, which is then made again.
+ifeq ($(wildcard .venv/lib/python*/site-packages/__editable__*iclip_hf*),)
+.PHONY: .venv/.package
+endif
+
 # The package alone, with the `iclip` command.
 .venv/.package: setup.py pyproject.toml
 	@echo "Installing the package into .venv, which takes some minutes."

@@ -23,6 +23,12 @@ _MODULES = tempfile.TemporaryDirectory(prefix="iclip-modules-")
 os.environ["HF_MODULES_CACHE"] = _MODULES.name
 # ruff: noqa: E402
 
+import iclip_hf
+
+
+if not Path(iclip_hf.__file__).resolve().is_relative_to(Path(__file__).resolve().parents[1]):
+    pytest.exit(f"{iclip_hf.__file__} is not of this clone: install it by `pip install -e .`.", returncode=4)
+
 from fault_inputs import PHOTO
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor

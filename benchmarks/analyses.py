@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from measuring import command_line, table
+from measuring import command_line, needed, table
 from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -26,6 +25,9 @@ from iclip_hf import ICLIPConfig, load
 from iclip_hf.data.segmentation import SegmentationSample, load_segmentation
 from iclip_hf.model.images import load_image
 
+
+with needed():
+    from matplotlib.figure import Figure
 
 # Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images. The last
 # row of the paper is the mean of its other rows only if they have 3, 49 and 48 % of VOC's images, which fits shares of background.

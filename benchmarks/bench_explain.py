@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
+from measuring import command_line, cost, machine, medians, ratio, table, take_turns, why_not
 from PIL import Image
 from transformers import pipeline
 
@@ -22,6 +22,7 @@ from iclip_hf.web.viewer import EXAMPLES
 
 
 SIZE = (480, 640)
+COMPILED = "`torch.compile`"
 
 
 def loaded() -> ICLIPModel:
@@ -77,7 +78,7 @@ def explaining(images: int, rounds: int, several: int) -> str:
 def variants(images: int, rounds: int) -> str:
     """What a user may set: precision and compilation."""
     pixel_values, input_ids = torch.randn(images, 3, 224, 224), torch.randint(1000, 20000, (20, 8))
-    models = {"float32": loaded(), "`torch.compile`": torch.compile(loaded())}
+    models = {"float32": loaded(), COMPILED: torch.compile(loaded())}
     if has_bfloat16():  # emulated, it takes several times as long
         models["bfloat16"] = loaded().to(torch.bfloat16)
 
@@ -85,9 +86,14 @@ def variants(images: int, rounds: int) -> str:
         pixels = pixel_values.to(next(model.parameters()).dtype)
         return without_gradients(lambda: model(input_ids, pixels, output_similarity_maps=True))
 
-    taken = take_turns({name: forward(model) for name, model in models.items()}, rounds)
+    contenders = {name: forward(model) for name, model in models.items()}
+    reason = why_not(contenders[COMPILED])  # it needs a C++ compiler and, with Python 3.11, setuptools
+    if reason:
+        del contenders[COMPILED]
+    taken = take_turns(contenders, rounds)
     rows = [[name, time, f"{ratio(taken, 'float32', name):.2f}"] for name, time in medians(taken).items()]
-    return table([f"{images} images, 20 texts, raw maps", "seconds", "times faster than float32"], rows)
+    shown = table([f"{images} images, 20 texts, raw maps", "seconds", "times faster than float32"], rows)
+    return f"{shown}\n\n{COMPILED} is left out: {reason}" if reason else shown
 
 
 def pipelines(count: int, rounds: int) -> str:

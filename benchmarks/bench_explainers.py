@@ -15,10 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from captum.attr import LayerGradCam
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -29,6 +26,11 @@ from iclip_hf.model.label_maps import segments
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
+
+with needed():
+    from captum.attr import LayerGradCam
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 SIZE = (480, 640)
 CLASSES = 21

@@ -11,14 +11,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
-from sklearn.metrics import roc_auc_score
-from torchmetrics.classification import BinaryPrecisionRecallCurve
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 
 from iclip_hf.evaluation.functional import THRESHOLDS, contrast_counts, threshold_counts
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast
 from iclip_hf.model.similarity import resize_and_normalize
 
+
+with needed():
+    from sklearn.metrics import roc_auc_score
+    from torchmetrics.classification import BinaryPrecisionRecallCurve
 
 SIZE = (480, 640)
 LABEL, VOID = 1, 255

@@ -16,22 +16,26 @@ import time
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import torch
-from accelerate import Accelerator
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
-from open_clip.loss import ClipLoss
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
-from iclip_hf.training.features import POOLINGS, FeatureCache
-from iclip_hf.training.settings import Settings
-from iclip_hf.training.train import parameter_groups
+
+
+with needed():
+    import open_clip
+    from accelerate import Accelerator
+    from open_clip.loss import ClipLoss
+
+    from iclip_hf.training.contrastive import PairModel
+    from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
+    from iclip_hf.training.features import POOLINGS, FeatureCache
+    from iclip_hf.training.settings import Settings
+    from iclip_hf.training.train import parameter_groups
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:

@@ -18,17 +18,19 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import onnxruntime
-from measuring import command_line, machine, memory, seconds, table
+from measuring import command_line, machine, memory, needed, seconds, table
 from PIL import Image, ImageOps
-from playwright.sync_api import Browser, Page, sync_playwright
-from skimage.data import coffee
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.web.export import export_web
 from iclip_hf.web.server import web_server
 
+
+with needed():
+    import onnxruntime
+    from playwright.sync_api import Browser, Page, sync_playwright
+    from skimage.data import coffee
 
 # Times in milliseconds: when the download has ended, and when the first row of the table is there.
 CLOCK = """

@@ -1,4 +1,4 @@
-"""Functions that the benchmarks share: measuring time and memory, remembering the results of locked towers, and tables.
+"""Functions that the benchmarks share: what they need, measuring time and memory, remembering the results of locked towers, and tables.
 
 Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them. The ratio of two
 contenders is the median of their ratios over the rounds.
@@ -13,12 +13,24 @@ import hashlib
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """Wraps imports of packages that only benchmarks need. Ends the script with one sentence if one of them is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        package = error.name.partition(".")[0]
+        sys.exit(f"{package} is not installed: run `pip install -e '.[dev,bench]'`.")
 
 
 def machine(*packages: str) -> str:
@@ -36,6 +48,15 @@ def seconds(function: Callable[[], object]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def why_not(function: Callable[[], object]) -> str | None:
+    """Calls a function. Returns the first line of its error, or None."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from iclip_hf.model.modeling_iclip import ICLIPImageFeatures
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import analyses
 from analyses import (
     channel_matches,
     foreground_tokens,
@@ -148,3 +150,34 @@ def test_the_script_writes_the_tables_and_figures(labelled_folder, world, tmp_pa
     assert (tmp_path / "channels.png").stat().st_size and "correlation -1.00" in (
         tmp_path / "relation.svg"
     ).read_text()
+
+
+def test_a_script_names_the_package_that_it_needs():
+    code = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", code, analyses.__file__]
+    ended = subprocess.run(command, cwd=Path(analyses.__file__).parent, capture_output=True, text=True)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("matplotlib is not installed") and "[dev,bench]" in line
+
+
+class Anything(torch.nn.Linear):
+    """A model of any inputs."""
+
+    def forward(self, *args, **options):
+        pass
+
+
+class NoCompiler(Anything):
+    def forward(self, *args, **options):
+        raise RuntimeError("there is no compiler\nat the end of a long story")
+
+
+def test_a_row_that_cannot_be_measured_is_left_out_with_its_reason(monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra [demo]")
+    import bench_explain
+
+    monkeypatch.setattr(bench_explain, "loaded", lambda: Anything(1, 1))
+    monkeypatch.setattr(torch, "compile", lambda model: NoCompiler(1, 1))
+    shown = bench_explain.variants(1, 1)
+    assert "| float32 |" in shown and "| `torch.compile` |" not in shown
+    assert shown.splitlines()[-1] == "`torch.compile` is left out: RuntimeError: there is no compiler"

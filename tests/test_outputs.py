@@ -141,6 +141,39 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
     assert json.loads((mine / "scores.json").read_text())["protocol"]
 
 
+def test_the_folder_of_pictures_may_hold_anything(world, mine):
+    (mine / "out" / "new").mkdir(parents=True)
+    assert typed(world, "explain photos/cat.jpg photo.jpg SEE --output out") == 0
+    assert (mine / "out" / "cat-explanation.png").is_file()
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_an_image_with_a_long_name_has_outputs_with_a_shorter_one(world, mine, letter):
+    """A file system takes 255 bytes."""
+    stem = letter * (250 // len(letter.encode()))
+    PHOTO.save(mine / f"{stem}.jpg")
+    assert typed(world, f"explain {stem}.jpg photo.jpg SEE --output out") == 0
+    assert typed(world, f"segment {stem}.jpg SEE --output out") == 0
+    assert typed(world, f"compare {stem}.jpg SEE") == 0
+    kinds = {path.name[len(letter * 90) :].lstrip(letter) for path in [*mine.iterdir(), *(mine / "out").iterdir()]}
+    assert {"-explanation.png", "-segments.png", "-labels.png", "-comparison.png"} <= kinds
+    assert (mine / "out" / "photo-explanation.png").is_file()
+
+
+def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys):
+    for line in (
+        "explain photos/dog.jpg SEE --output photos/a.webp",
+        "explain photos/dog.jpg SEE --output photos/a.jpg",
+        "compare photos/dog.jpg SEE --output photos/b.png",
+        "segment photos SEE --output photos/maps",
+        "explain photos SEE --output photos --json",
+    ):
+        assert typed(world, line) == 0
+    named = {json.loads(line)["image"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")}
+    mine_own = "photos/cat.jpg photos/DOG.PNG photos/dog-explanation.png photos/dog.jpg photos/dog.png"
+    assert named == {*mine_own.split()}
+
+
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
     result = EvaluationResult({}, {}, {"itsm": [{"id": 1}]}, {})
     (tmp_path / "a.json").write_text("{}")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ..model.presence import presence_text
 from ..utils.files import new_file
-from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
-from .output import PICTURES, check_file, model_files, print_lines, resolution, save_picture, table
+from .options import DATASET, MODEL, PROMPTS, add_shared, load_model, load_named_image
+from .output import PICTURES, check_file, model_files, name_for, print_lines, resolution, save_picture, table
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
+        "image", metavar="IMAGE", help="image file or URL, or with --dataset the name or path of one of its images"
     )
     models = (
         'ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)'
@@ -36,7 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    output = options.output or new_file(f"{Path(options.image).stem}-comparison.png")
+    output = options.output or new_file(name_for(options.image, "comparison.png"))
     check_file(output, PICTURES)
     models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
     image, truths, templates = _open(options, output, models)
@@ -102,7 +102,6 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
     is none of the files that are read.
     """
     from ..data.segmentation import load_segmentation
-    from ..model.images import load_image
     from ..utils.files import check_outputs
 
     inputs = [options.image, options.overrides, *(file for model in models for file in model_files(model))]
@@ -120,7 +119,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return load_image(Path(options.image)), {}, options.templates
+        return load_named_image(options.image), {}, options.templates
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

@@ -9,15 +9,19 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..backends import DTYPES, check_model_name
 from ..data.class_names import DATASETS
 from ..explainers import METHOD_GROUP, METHODS
+from ..model.downloads import is_url
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
 from .output import print_error
 
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Value = TypeVar("Value")
 
@@ -120,7 +124,8 @@ SHARED = {
         "dest": "texts",
         "type": texts,
         "metavar": "TEXT",
-        "help": "what to look for, inserted into the prompts; several between commas, or by repeating the option; \\, is a comma within a text",
+        "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into the prompts; several "
+        "between commas, or by repeating the option; \\, is a comma within a text",
     },
     "--methods": {
         "nargs": "+",
@@ -196,6 +201,13 @@ def load_engine(options: argparse.Namespace):
                 "`iclip evaluate --output` with these.",
             )
     return engine, threshold
+
+
+def load_named_image(name: str) -> Image.Image:
+    """Loads the image that a command line names, by a path or a URL. Raises as [`load_image`]."""
+    from ..model.images import load_image
+
+    return load_image(name if is_url(name) else Path(name))
 
 
 def keep_memory() -> None:

@@ -53,7 +53,8 @@ def view_size(image: Image.Image) -> tuple[int, int]:
 
 def introduction(has_presence: bool) -> str:
     """Returns the text above the maps, as HTML. `has_presence`: whether the model computes presence."""
-    text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well."""
+    text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well.
+Most models know English texts only."""
     if has_presence:
         text += f"""
 <b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A text is <i>present</i> from

@@ -626,6 +626,9 @@ def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
     for card in ({"metrics": METRICS}, {}):
         checkpoints.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
         assert listed.exists() == bool(card)
+    # safetensors makes files that only their owner can read.
+    (tmp_path / "usual").touch()
+    assert {file.stat().st_mode for file in files_of(tmp_path).values()} == {(tmp_path / "usual").stat().st_mode}
 
 
 def test_known_towers_bring_their_terms(tmp_path, tiny_processor):

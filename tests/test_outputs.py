@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,14 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
     assert typed(world, line) == 2
     assert contents(mine) == before and contents(world.folder) == model
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_in_a_subfolder_of_a_model_is_an_input(world, mine, capsys):
+    kept = shutil.copytree(world.folder / "model", mine / "tiny") / "sub" / "c.json"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert typed(world, f"evaluate --dataset folder --data-root . --model tiny --output {kept}") == 2
+    assert kept.read_text() == "mine" and "c.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
 _IMAGE_OUTPUTS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 _TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
+# What runs the graphs, by the names of ONNX Runtime: those that it has, in this order. Others, such as TensorRT, are untested.
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, weights: str = "float32") -> Path:
@@ -82,7 +84,8 @@ def trained_config(model: ICLIPModel) -> ICLIPConfig:
 
 class ONNXModel:
     """
-    An exported model in ONNX Runtime. It has the methods of [`ICLIPModel`] that the explainers call.
+    An exported model in ONNX Runtime, on the GPU if it was built for CUDA, otherwise on the CPU. It has the methods of [`ICLIPModel`] that
+    the explainers call.
 
     Args:
         folder: written by [`export_onnx`].
@@ -99,7 +102,7 @@ class ONNXModel:
             import onnxruntime
 
         self.folder = Path(folder)
-        providers = onnxruntime.get_available_providers()
+        providers = [name for name in _PROVIDERS if name in onnxruntime.get_available_providers()]
         with loading_errors(folder):
             self.config = ICLIPConfig.from_pretrained(folder)
             # For its logits alone, with the trained scale and bias that the configuration has.

@@ -55,8 +55,8 @@ def name_for(image: str | Path, ending: str) -> str:
 
 
 def model_files(model: str) -> list[Path]:
-    """Returns the files of a model folder, which are inputs."""
-    return list(Path(model).glob("*"))
+    """Returns the files of a model folder and of its subfolders, which are inputs."""
+    return list(Path(model).rglob("*"))
 
 
 def resolution(picture: Path) -> int:

@@ -65,7 +65,7 @@ setup(
             "py.typed",
             "plots/astronaut.*",
             "demo/*.js",
-            "hub/web/*",
+            "web/page/*",
             "backends/*.safetensors",
             "plots/fonts/*",
         ],

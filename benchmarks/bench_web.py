@@ -23,8 +23,8 @@ from PIL import Image, ImageOps
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.demo.web_server import web_server
-from iclip_hf.hub.web import export_web
+from iclip_hf.web.export import export_web
+from iclip_hf.web.server import web_server
 
 
 with needed():

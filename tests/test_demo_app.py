@@ -20,10 +20,10 @@ from iclip_hf import ICLIPModel, explain, load
 from iclip_hf.backends import explainable
 from iclip_hf.demo import app
 from iclip_hf.explainers import make_explainer
-from iclip_hf.hub import viewer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.similarity import resize_and_normalize
+from iclip_hf.web import viewer
 
 
 TEXTS = ["dog", "red ball", "sky"]

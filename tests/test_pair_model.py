@@ -181,6 +181,15 @@ def test_sampled_prompts_are_of_nouns_shown():
     assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2} and set(sampled["noun_ids"][3:].tolist()) == {2}
 
 
+def test_marks_say_where_a_noun_is():
+    lines = ["sky (background) (above)", "floor (below) (background)", "lamp (above)", "wall (background)", "dog (rare)"]
+    nouns = NounPrompts(lines)
+    assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]
+    assert nouns.place.tolist() == [-1, 1, -1, 0, 0] and nouns.is_background.tolist() == [1, 1, 0, 1, 0]
+    _, sampled = nouns.sample([nouns.known_nouns([noun]) for noun in nouns.nouns], epoch=0)
+    assert sampled["place"].tolist() == [-1] * 3 + [1] * 3 + [-1] * 3 + [0] * 6
+
+
 def test_noun_prompts_are_no_captions():
     nouns = NounPrompts(["oven", "dog"])
     labels = ["a photo of an oven", "a photo of a dog"]

@@ -27,6 +27,7 @@ from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, lo
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 from iclip_hf.training.inputs import open_inputs
+from iclip_hf.training.settings import parse_settings
 from iclip_hf.utils import digests
 
 
@@ -648,21 +649,67 @@ def test_labels_in_every_form(tmp_path):
     assert [(row["labels"], row["complete"]) for row in stream(tmp_path / "s")] == expected[:1]
     for name, cell in (("labels", "dog"), ("complete", '["dog"')):
         (tmp_path / "b.tsv").write_text(f"image\tcaption\t{name}\n0.jpg\ta\t{cell}")
-        with pytest.raises(ValueError, match=f"b.tsv: {name}: .* is no list of names"):
+        with pytest.raises(ValueError, match=f"b.tsv, row 1: {name}: .* is no list of names"):
             load_pairs(tmp_path / "b.tsv")
     (tmp_path / "b.jsonl").write_text(json.dumps({**rows[0], "complete": "coco"}))
-    with pytest.raises(ValueError, match="b.jsonl: complete: 'coco' is neither .* coco2017"):
+    with pytest.raises(ValueError, match="b.jsonl, row 1: complete: 'coco' is neither .* coco2017"):
         load_pairs(tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("labels", [[3, 4], 3, "[3]", ["dog", 3]])
+@pytest.mark.parametrize("labels", [[3, 4], 3, "[3]", ["dog", 3], None, "", 0, "null", "absent"])
 @pytest.mark.parametrize("complete", ["voc2012", ["dog", "cat"]])
-def test_class_ids_are_no_labels_that_are_complete(labels, complete):
+def test_complete_needs_a_list_of_names(labels, complete):
     """The image would count as one that shows none of the names."""
-    with pytest.raises(ValueError, match="labels: .*3.* are no names"):
-        sources.Columns().texts({"caption": "a", "labels": labels, "complete": complete})
-    for of_row in ({"labels": None, "complete": complete}, {"labels": labels, "complete": True}):  # of another meaning
-        assert sources.Columns().texts({"caption": "a", **of_row}).captions == ["a"]
+    row = {"caption": "a", "complete": complete} | ({} if labels == "absent" else {"labels": labels})
+    for of_row in (row, {"txt": "a", "json": row}):
+        with pytest.raises(ValueError, match="labels: .* is no list of names"):
+            sources.Columns().texts(of_row)
+    for empty in ([], "[]"):
+        texts = sources.Columns().texts(row | {"labels": empty})
+        assert not texts.labels and texts.complete
+    if labels != "absent":  # of another meaning
+        assert sources.Columns().texts(row | {"complete": True}).captions == ["a"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet"])
+def test_a_row_that_is_complete_without_labels_is_named(tmp_path, kind):
+    rows = [{"image": f"{n}.jpg", "caption": "a", "labels": ["dog"] if n < 3 else None} for n in range(4)]
+    rows = [row | {"complete": "coco2017"} for row in rows]
+    write_images(tmp_path, [f"{n}.jpg" for n in range(4)])
+    file = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        of_rows = (((f"{n}.jpg", jpeg(0)), (f"{n}.json", json.dumps(row))) for n, row in enumerate(rows))
+        write_tar(file, [member for members in of_rows for member in members])
+    place = r"a\.tar, byte \d+" if kind == "tar" else rf"a\.{kind}, row 4"
+    with pytest.raises(ValueError, match=f"{place}: labels: None"):
+        load_pairs(file).read(3)
+
+
+def test_labels_in_one_string_are_several():
+    texts = sources.Columns().texts({"caption": "a", "labels": ["dog, cat", "bus,"], "complete": '["dog, car"]'})
+    assert texts.labels == ["dog", "cat", "bus"] and texts.complete == ["dog", "car"]
+
+
+def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
+    labels = [["dog", "Traffic_Light", "sportsball"], ["sportsball", "kite"], ["dogs", "new_thing"]]
+    rows = [
+        {"image": "0.jpg", "caption": "a", "labels": names, "complete": ["traffic light", "sports ball", "new thing"]}
+        for names in labels
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "nouns.txt").write_text("dog")
+    settings = parse_settings([f"--data={tmp_path}/a.jsonl", f"--nouns={tmp_path}/nouns.txt", "--batch_size=3"])
+    open_inputs(settings)
+    (message,) = caplog.messages
+    assert "2 names" in message and "3 pairs" in message and "'sportsball' (2), 'kite' (1)" in message
+    caplog.clear()
+    (tmp_path / "nouns.txt").write_text("dog\nsportsball\nkite")
+    open_inputs(settings)
+    assert not caplog.messages
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):

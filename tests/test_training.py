@@ -13,7 +13,7 @@ from training_runs import run, weights, write_table
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.model.modeling_iclip import contrastive_loss
+from iclip_hf.model.losses import contrastive_loss
 from iclip_hf.training import train as program
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import GlobalBatches

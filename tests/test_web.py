@@ -28,8 +28,6 @@ from torch.nn import functional as F
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, trained_config
-from iclip_hf.demo import web_server
-from iclip_hf.hub import viewer, web
 from iclip_hf.model.label_maps import segments
 from iclip_hf.model.modeling_iclip import join_branches
 from iclip_hf.model.presence import presence_word
@@ -37,6 +35,8 @@ from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
 from iclip_hf.plots import example_image
 from iclip_hf.plots.colors import color_table
+from iclip_hf.web import export as web
+from iclip_hf.web import server, viewer
 
 
 READY = "#go:not([disabled])"
@@ -80,7 +80,7 @@ def numerics(function: str, *arguments):
     def encode(value):
         return {"floats": value.tolist()} if isinstance(value, torch.Tensor) else {"bytes": value.ravel().tolist()}
 
-    address = "data:text/javascript;base64," + base64.b64encode(web.read_asset("numerics.js").encode()).decode()
+    address = "data:text/javascript;base64," + base64.b64encode(viewer.read_asset("numerics.js").encode()).decode()
     script = f"""
         const numerics = await import({json.dumps(address)});
         const arguments_ = JSON.parse({json.dumps(json.dumps(arguments, default=encode))}, (key, value) =>
@@ -195,7 +195,7 @@ def test_prompts_are_averaged_as_unit_vectors_in_each_branch(templates):
 
 
 @contextmanager
-def page_served(folder, handler=web_server._Handler, port=0):
+def page_served(folder, handler=server._Handler, port=0):
     """Serves a folder as `iclip demo --web` does, or by another handler."""
     with served(partial(handler, directory=folder), port) as server:
         yield f"http://127.0.0.1:{server.server_port}/"

@@ -126,10 +126,27 @@ def merge_heads(heads: torch.Tensor) -> torch.Tensor:
     return heads.transpose(1, 2).flatten(2)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Computes and records the attention of the heads. Returns mixed values `(B, H, Q, D / H)`."""
-    weights = _record_heads(query, key, value, query.shape[-1] ** -0.5)
-    return _record_mixed(F.scaled_dot_product_attention(query, key, value) if weights is None else weights @ value)
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
+) -> torch.Tensor:
+    """
+    Computes the attention of the heads and records it. `attention` is a function of queries, keys and values to mixed values. Returns
+    these, `(B, H, Q, D / H)`. The forward pass must continue with them, for their gradients.
+    """
+    layer = _current_layer()
+    if layer is None:
+        return attention(query, key, value)
+    layer.query, layer.key, layer.value = query, key, value
+    if _recording.get().weights:
+        one_hot = torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1)
+        layer.weights = attention(query, key, one_hot)  # mixed, these values are the weights
+        layer.mixed = layer.weights @ value
+    else:
+        layer.mixed = attention(query, key, value)
+    return layer.mixed
 
 
 def _current_layer() -> AttentionRecord | None:
@@ -138,50 +155,18 @@ def _current_layer() -> AttentionRecord | None:
     return recording.layers[-1] if recording and recording.layers else None
 
 
-def _record_heads(query, key, value, scaling: float, mask: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Records queries, keys and values of a layer. Returns its attention weights if these are recorded too."""
-    layer = _current_layer()
-    if layer is None:
-        return None
-    layer.query, layer.key, layer.value = query, key, value
-    if _recording.get().weights:
-        # float32 before the product: its logits can overflow float16
-        logits = (query.float() @ key.float().mT) * scaling
-        logits = logits if mask is None else logits.masked_fill(~mask, -torch.inf)
-        layer.weights = logits.softmax(-1).to(value.dtype)
-    return layer.weights
+def _transformers_attention(module, query, key, value, attention_mask, **kwargs):
+    """Computes attention by ICLIP's own function, and records it."""
 
+    def attention(*heads: torch.Tensor) -> torch.Tensor:
+        mixed, _ = AttentionInterface()["sdpa_class_row"](module, *heads, attention_mask, **kwargs)
+        return mixed.transpose(1, 2)
 
-def _record_mixed(mixed: torch.Tensor) -> torch.Tensor:
-    """Records the mixed values of a layer and returns them. The forward pass must continue with them, for their gradients."""
-    if layer := _current_layer():
-        layer.mixed = mixed
-    return mixed
-
-
-def _transformers_attention(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
-    """Computes attention like ICLIP's own function, and records it."""
-    weights = _record_heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
-    if weights is None:
-        fused = AttentionInterface()["sdpa_class_row"]
-        mixed, _ = fused(module, query, key, value, attention_mask, scaling, last_attention=last_attention, **kwargs)
-    else:
-        if last_attention is not None and getattr(module, "is_last_attention", False):
-            last_attention.class_row = weights[:, :, :1]
-            own = torch.eye(weights.shape[-1]).to(weights)[None, None]  # the weights of a patch's own value
-            weights = last_attention.mix(weights.transpose(1, 2), own).transpose(1, 2)
-            _current_layer().weights = weights
-        mixed = (weights @ value).transpose(1, 2)
-    return _record_mixed(mixed.transpose(1, 2)).transpose(1, 2), None
-
-
-def _explicit_mask(*args, **kwargs):
-    """Returns a boolean mask, also where it is causal; None if all tokens attend to all, as in image towers."""
-    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+    return attend(query, key, value, attention).transpose(1, 2), None
 
 
 AttentionInterface.register("iclip_recorded", _transformers_attention)
-AttentionMaskInterface.register("iclip_recorded", _explicit_mask)
+AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 
 
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):

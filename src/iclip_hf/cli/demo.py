@@ -21,7 +21,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     if options.web:
         refuse(options, ["model", "dtype", "device"], "the page of --web")
-        from ..demo.web_server import web_server
+        from ..web.server import web_server
 
         with web_server(options.web, options.host, options.port) as server:
             print_lines(f"http://{options.host}:{server.server_port}/")

@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> None:
             folder = export_onnx(model, processor, options.directory, weights or "float32")
             use = ("explain", "photo.jpg", "--text", "dog", "--model", str(folder))
         else:
-            from ..hub.web import export_web
+            from ..web.export import export_web
 
             vendor, source = options.vendor, options.model
             folder = export_web(model, processor, options.directory, weights or "int8", vendor, source=source)

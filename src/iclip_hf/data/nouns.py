@@ -8,9 +8,13 @@ from collections.abc import Collection, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+
+if TYPE_CHECKING:
+    from .sources import PairTexts
 
 
 TEMPLATES = (
@@ -25,8 +29,8 @@ TEMPLATES = (
 )
 # In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
 _COLOUR = "orange"
-# A noun and its marks: "sky (background)", "yurt (rare)".
-_LINE = re.compile(r"(.*?)\s*((?:\((?:background|rare)\)\s*)*)")
+# A noun and its marks: "sky (background) (above)", "yurt (rare)".
+_LINE = re.compile(r"(.*?)\s*((?:\((?:background|above|below|rare)\)\s*)*)")
 
 
 def vocabulary() -> list[str]:
@@ -64,7 +68,8 @@ class NounPrompts:
 
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
-            objects, are marked: "sky (background)". The mark "(rare)" has no effect on prompts.
+            objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most others: "sky (background) (above)",
+            "floor (background) (below)". The mark "(rare)" has no effect on prompts.
         count: number of prompts for each image.
         seed: seed of the prompts.
 
@@ -76,6 +81,7 @@ class NounPrompts:
         marks = _marks(nouns)
         self.nouns = list(marks)
         self.is_background = np.array(["background" in of_noun for of_noun in marks.values()], np.uint8)
+        self.place = np.array([("below" in of_noun) - ("above" in of_noun) for of_noun in marks.values()], np.int8)
         self.count, self.seed = count, seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
@@ -145,14 +151,22 @@ class NounPrompts:
         denied = known - shown
         return ImageNouns(sorted(shown | named - denied), sorted(denied - named), captions)
 
+    def unknown_labels(self, texts: PairTexts) -> set[str]:
+        """Returns the labels of an image that are neither in its `complete` nor in the vocabulary, and so teach nothing."""
+        known = {_words(name) for name in texts.complete}
+        return {
+            name for name in texts.labels if " ".join(_words(name)) not in self._by_form and _words(name) not in known
+        }
+
     def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """
         Samples prompts for B images.
 
         Returns:
             `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns,
-            `is_background` (B * count,), 1 for those of the background, and `noun_labels` (B, vocabulary), 1 for the nouns that an image
-            shows, -1 for those that it is known not to show, else 0. An image without nouns gets random prompts.
+            `is_background` (B * count,), 1 for those of the background, `place` (B * count,), -1 for those above, 1 for those below, else
+            0, and `noun_labels` (B, vocabulary), 1 for the nouns that an image shows, -1 for those that it is known not to show, else 0.
+            An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
@@ -164,7 +178,8 @@ class NounPrompts:
                 sampled.append(noun)
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
         sampled = np.array(sampled)
-        return prompts, {"noun_ids": sampled, "is_background": self.is_background[sampled], "noun_labels": noun_labels}
+        of_prompts = {"is_background": self.is_background[sampled], "place": self.place[sampled]}
+        return prompts, {"noun_ids": sampled, **of_prompts, "noun_labels": noun_labels}
 
 
 @lru_cache(2**12)  # many images have the same names

@@ -65,6 +65,7 @@ class PairDataset:
         sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
+            Loading processes count for themselves; `tally` of a data set can count what they read.
 
     Raises:
         `ValueError`: there are no pairs. During access, too many pairs are bad.
@@ -87,7 +88,7 @@ class PairDataset:
 
     def _select(self, ranges: np.ndarray) -> PairDataset:
         self._ranges = ranges  # (N, 3): number of the source, start and end of each pair
-        self._tally, self._epoch = BadPairTally(self.max_bad_share, len(ranges)), 0
+        self.tally, self._epoch = BadPairTally(self.max_bad_share, len(ranges)), 0
         return self
 
     def __len__(self) -> int:
@@ -97,9 +98,9 @@ class PairDataset:
         index, epoch, skipped = range(len(self))[index], self._epoch, 0
         try:
             pair = self.read(index)
-            self._tally.add(index)
+            self.tally.add(index)
         except BadPairError as error:
-            self._tally.add(index, error)
+            self.tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
         return {**pair, "caption": sample_caption(pair["captions"], self.seed, epoch, index), "skipped": skipped}

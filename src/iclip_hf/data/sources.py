@@ -72,12 +72,13 @@ class Columns(NamedTuple):
     def texts(self, row: Mapping) -> PairTexts:
         """
         Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if `complete` names
-        an unknown list, labels are text that is no JSON, or labels with `complete` are no text, such as class ids.
+        an unknown list, labels are text that is no JSON, or there is `complete` but no list of names as labels.
         """
         within = row["json"] if isinstance(row.get("json"), Mapping) else {}
         found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
         captions = next(filter(None, found), [])
-        labels, complete = (row.get(name) or within.get(name) for name in LABEL_COLUMNS)
+        stored = ([of[name] for of in (row, within) if of.get(name) not in (None, "")] for name in LABEL_COLUMNS)
+        labels, complete = (next(iter(values), None) for values in stored)
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete not in CLASS_NAMES:
                 raise ValueError(
@@ -85,12 +86,14 @@ class Columns(NamedTuple):
                 )
             complete = CLASS_NAMES[complete]
         else:
-            complete = _texts("complete", complete)
-        if complete and not all(isinstance(name, str) for name in _listed("labels", labels)):  # all would be absent
-            raise ValueError(
-                f"labels: {labels!r:.100} are no names, but complete needs the names of what the image shows"
-            )
-        return PairTexts(captions, _texts("labels", labels), complete)
+            complete = _names("complete", complete)
+        if complete:  # without labels, all of these would count as absent
+            listed = _parsed("labels", labels)
+            if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+                raise ValueError(
+                    f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows none of them is []"
+                )
+        return PairTexts(captions, _names("labels", labels), complete)
 
 
 class PairTexts(NamedTuple):
@@ -113,24 +116,29 @@ def _texts(column: str, value) -> list[str]:
     Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts. Raises `ValueError` for labels as
     text that is no JSON.
     """
-    texts = (text for text in _listed(column, value) if isinstance(text, str))
+    value = _parsed(column, value)
+    texts = (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
     # JSON escapes can contain lone surrogates, which tokenizers refuse, and text files of Windows a byte order mark.
     texts = [text.encode(errors="ignore").decode("utf-8-sig").strip() for text in texts]
     return [text for text in texts if text]
 
 
-def _listed(column: str, value) -> list:
-    """Returns the items of a value of a column. Raises as [`_texts`]."""
-    if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):  # of a .csv or .tsv
+def _names(column: str, value) -> list[str]:
+    """Returns the names in a value of a column of labels; "dog, cat" are two. Raises as [`_texts`]."""
+    names = (name.strip() for text in _texts(column, value) for name in text.split(","))
+    return [name for name in names if name]
+
+
+def _parsed(column: str, value):
+    """Returns a value of a column; that of a list in a .csv or .tsv is parsed. Raises as [`_texts`]."""
+    if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):
         try:
-            value = parse_json(value)
+            return parse_json(value)
         except ValueError:
             if column in LABEL_COLUMNS:
                 raise ValueError(f'{column}: {value!r:.100} is no list of names in JSON, such as ["dog"]') from None
-            return []
-    if isinstance(value, list):
-        return value
-    return [] if value is None else [value]
+            return None
+    return value
 
 
 USUAL_COLUMNS = Columns()
@@ -159,8 +167,8 @@ class BadPairError(ValueError):
 
 class BadPairTally:
     """
-    Counts good and bad pairs of this process. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
-    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
+    Counts good and bad pairs. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data set counts once, in
+    whatever number of epochs it is read; those of a stream have no index and count each time.
     """
 
     def __init__(self, max_bad_share: float, pairs: int | None = None):
@@ -168,19 +176,24 @@ class BadPairTally:
         self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
         self._seen = bytearray(pairs or 0)
         self._read = self._bad = 0
-        self._last_error: BadPairError | None = None
+        self._last_error: BadPairError | str = "see the log"
 
     def add(self, index: int | None = None, error: BadPairError | None = None) -> None:
+        """Counts a pair that this process read."""
+        if error is not None and not (index is not None and self._seen[index]):
+            self._last_error, bad = error, self._bad + 1
+            if bad <= 10 or bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
+                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, error)
+        self.count(index, 1, int(error is not None))
+
+    def count(self, index: int | None, read: int, bad: int) -> None:
+        """Counts pairs that were read, also by a loading process, which logs the bad ones."""
         if index is not None:
             if self._seen[index]:
                 return
             self._seen[index] = True
-        self._read += 1
-        if error is not None:
-            self._bad += 1
-            self._last_error = error
-            if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-                logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
+        self._read += read
+        self._bad += bad
         if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
             raise ValueError(
                 f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share ({self._max_bad_share:.2%}): fix the "
@@ -353,7 +366,7 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
         try:
             texts.append(columns.texts(row))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{path}, row {len(names)}: {error}") from error
     return ImageList(path, columns, names, texts)
 
 

@@ -15,7 +15,12 @@ from PIL import Image
 
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
-from ..hub.viewer import (
+from ..model.engine import Engine, PreparedImage
+from ..model.explanation import Explanation
+from ..model.images import load_image
+from ..model.prompts import split_texts
+from ..utils.extras import require_extra
+from ..web.viewer import (
     EXAMPLES,
     MAX_CHARACTERS,
     MAX_TEXTS,
@@ -25,11 +30,6 @@ from ..hub.viewer import (
     view_size,
     viewer_theme,
 )
-from ..model.engine import Engine, PreparedImage
-from ..model.explanation import Explanation
-from ..model.images import load_image
-from ..model.prompts import split_texts
-from ..utils.extras import require_extra
 
 
 with require_extra("demo"):

@@ -145,7 +145,7 @@ def fingerprints(inputs: Inputs, accelerator: Accelerator) -> dict[str, object]:
         return {
             "data": pairs.fingerprint(),
             "validation_data": held_out and held_out.fingerprint(),
-            "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist()]),
+            "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist(), nouns.place.tolist()]),
             "eval_root": segmentation and segmentation.fingerprint(),
         }
 

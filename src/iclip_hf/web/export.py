@@ -20,12 +20,12 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
+from ..hub.model_card import front_matter, write_model_card
+from ..hub.record import without_folders
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
-from .model_card import front_matter, write_model_card
-from .record import without_folders
 from .viewer import (
     EXAMPLES,
     MAX_CHARACTERS,

@@ -1,4 +1,4 @@
-"""A server of static files for the page of `web`, on this machine. It does not load torch."""
+"""A server of static files for an exported page, on this machine. It does not load torch."""
 
 from __future__ import annotations
 

@@ -72,5 +72,5 @@ def viewer_theme() -> dict:
 
 
 def read_asset(name: str) -> str:
-    """Returns the text of a file of the page, in the folder `web`."""
-    return Path(__file__).with_name("web").joinpath(name).read_text(encoding="utf-8")
+    """Returns the text of a file of the page, in the folder `page`."""
+    return Path(__file__).with_name("page").joinpath(name).read_text(encoding="utf-8")

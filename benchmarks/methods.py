@@ -1,6 +1,7 @@
 """Measures all methods on one model, in one table: maps, dependence on the text, label maps, faithfulness and time.
 
-    python benchmarks/methods.py coco2017:DATA/coco100:train2017 voc2012:DATA/voc_layout --output docs/tables/methods.md
+    python benchmarks/methods.py coco2017:DATA/coco100:train2017 voc2012:DATA/voc_layout
+    python benchmarks/insert.py docs/studies/methods.md runs/methods.md
 
 A cell has a value for each data set. The columns that cost most (label maps of all classes; deletion and insertion) are measured
 on the first --few images. Methods that the model does not support are named below the table. Prints and writes the table.

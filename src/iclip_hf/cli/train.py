@@ -44,7 +44,7 @@ def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
     from ..training.inputs import check_run, open_inputs, open_pairs
     from ..training.preset import choose_settings
 
-    pairs, chosen = None, {}
+    opened, chosen = None, {}
     if given.get("config") or not given.get("data"):
         settings = read_settings(given)
     else:
@@ -53,10 +53,10 @@ def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
                 "config: name one for a stream, whose pairs are not counted, or leave pairs_per_epoch out."
             )
         pairs = open_pairs(given["data"], given, streaming=False)
-        chosen = choose_settings(given, pairs)
+        chosen, opened = choose_settings(given, pairs)
         settings = Settings(**{**chosen, **given})
     check_run(settings)
-    inputs = open_inputs(settings, pairs)
+    inputs = open_inputs(settings, opened)
     if chosen and os.environ.get("RANK", "0") == "0":
         print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
         print_lines(*(f"  {name:<20}  {value}" for name, value in chosen.items()))

@@ -707,17 +707,12 @@ def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_pro
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
     licence = "mit\nsdk: docker\nhf_oauth: true"
-    parts = {
-        "license": licence,
-        "training": [{"data": ["/home/alice/photos/pairs.tar"]}],
-        "labels": [licence],
-        "identity": {},
-    }
+    parts = {"license": licence, "training": {"epochs": 7}, "data": {"pairs.tar": licence}, "identity": {}}
     (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
     card, text = RepoCard.load(page / "README.md").data, (page / "model_card.md").read_text()
     assert (card.sdk, card.license, card.title) == ("static", "unknown", 'a: "b" #1')
-    assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text and "alice" not in text
+    assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text and "\nhf_oauth" not in text
 
 
 @NEEDS_NPM

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
 from ..hub.model_card import front_matter, write_model_card
-from ..hub.record import without_folders
+from ..hub.record import public_name
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
@@ -141,7 +141,7 @@ def export_web(
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
         # The card names the model, which is not in this folder.
-        name = without_folders(model.name_or_path) or folder.resolve().name
+        name = public_name(model.name_or_path) or folder.resolve().name
         written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
         (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")

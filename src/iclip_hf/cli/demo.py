@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import MODEL, add_shared, keep_memory, refuse, silence_transformers
+from .options import MODEL, add_shared, refuse, silence_transformers
 from .output import print_lines
 
 
@@ -30,7 +30,6 @@ def run(options: argparse.Namespace) -> None:
     from ..demo.app import launch
 
     silence_transformers()
-    keep_memory()
     model, precision = options.model or "embedded", {"dtype": options.dtype, "device": options.device}
     # Quiet, because Gradio names an option of Python that shares the demo.
     app = launch(model, options.host, options.port, **precision, quiet=True, prevent_thread_lock=True)

@@ -18,7 +18,7 @@ from iclip_hf.backends.loading import has_bfloat16, load_iclip
 from iclip_hf.demo.app import encode_photo, to_npz, viewer_value
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.processing_iclip import ICLIPProcessor
-from iclip_hf.web.viewer import EXAMPLES
+from iclip_hf.web.viewer import examples
 
 
 SIZE = (480, 640)
@@ -120,7 +120,7 @@ def asking_again(rounds: int) -> str:
     model = load("embedded")
     engine = Engine(model, model.processor)
     image = photograph(0)
-    texts = next(iter(EXAMPLES.values())).texts.split(", ")
+    texts = examples()[0].texts.split(", ")
     kept = encode_photo(engine, image)
 
     def answer(seen=None):

@@ -1,6 +1,5 @@
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -323,25 +322,6 @@ def test_a_full_gpu_is_one_sentence(monkeypatch, capsys, command, cure):
     assert cli.main(command) == 2
     line = f"iclip {command[0]}: the memory of the GPU is full; set a smaller {cure}\n"
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
-def test_freed_memory_is_kept_for_the_next_image():
-    """A page that is new to the process is a page fault, and 64 MiB are 16384 pages, or 32 huge ones."""
-    code = """
-import resource
-from iclip_hf.cli.options import keep_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    bytearray(b"x") * 2**26
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-assert min(faults() for _ in range(3)) > 16
-keep_memory()
-faults()
-assert max(faults() for _ in range(3)) < 16
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # Each in a process that has what transformers imports, and nothing of it

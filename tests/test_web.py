@@ -30,7 +30,7 @@ from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, trained_config
 from iclip_hf.model.label_maps import segments
 from iclip_hf.model.modeling_iclip import join_branches
-from iclip_hf.model.presence import presence_word
+from iclip_hf.model.presence import presence_text, presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
 from iclip_hf.plots import example_image
@@ -317,7 +317,8 @@ def check(page, expected, presences, atol=1e-5):
         assert float(row[1]) == pytest.approx(result["score"], abs=6e-4)
         word = presence_word(presence)
         assert page.locator("figcaption").nth(index).get_attribute("data-word") == word
-        assert row[2:4] == ([] if word is None else [f"{int(100 * result['presence'])} %", word])  # cut, as its word
+        number = presence_text(result["presence"]).rpartition(" ")[2]  # as commands print it
+        assert row[2:4] == ([] if word is None else [f"{round(100 * float(number))} %", word])
 
 
 def test_a_folder_is_a_static_space(exported):
@@ -703,21 +704,19 @@ def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_pro
         assert re.fullmatch("sha384-[A-Za-z0-9+/]{64}", file["integrity"])
         assert file["url"].startswith(tuple(allowed)) and re.search(r"@\d+\.\d+\.\d+/dist/", file["url"])
     assert not list((tmp_path / "page").glob("*.mjs*"))
+    # The first photograph to try is that of the package, to the byte.
+    first = json.loads((tmp_path / "page" / "settings.json").read_text())["examples"][0]
+    assert (tmp_path / "page" / first["file"]).read_bytes() == Path(example_image()).read_bytes()
 
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
     licence = "mit\nsdk: docker\nhf_oauth: true"
-    parts = {
-        "license": licence,
-        "training": [{"data": ["/home/alice/photos/pairs.tar"]}],
-        "labels": [licence],
-        "identity": {},
-    }
+    parts = {"license": licence, "training": {"epochs": 7}, "data": {"pairs.tar": licence}, "identity": {}}
     (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
     card, text = RepoCard.load(page / "README.md").data, (page / "model_card.md").read_text()
     assert (card.sdk, card.license, card.title) == ("static", "unknown", 'a: "b" #1')
-    assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text and "alice" not in text
+    assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text and "\nhf_oauth" not in text
 
 
 @NEEDS_NPM

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
         refuse(options, ["vendor"], f"--format {options.format}")
     if kind == "transformers":
         folder = export(options, options.directory)
-        print_terms(trained_on(folder))
+        print_terms(**terms_of(folder))
         print_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     refuse(options, ["results"], f"--format {options.format}")
@@ -115,16 +115,18 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 
 
-def trained_on(folder: Path) -> dict[str, str]:
-    """Returns the terms of the data that an exported model was trained on, by their names."""
-    from ..hub.record import data_terms, read_record
+def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:
+    """Returns the `licence` on the card of an exported model, and `data_terms`, the terms of its training data by their names."""
+    from ..hub.model_card import card_licence
+    from ..hub.record import read_record
 
-    return data_terms(read_record(folder))
+    return {"licence": card_licence(folder), "data_terms": read_record(folder)["data"]}
 
 
-def print_terms(terms: dict[str, str]) -> None:
-    if terms:
+def print_terms(licence: str, data_terms: Mapping[str, str]) -> None:
+    print_lines(f"Licence on the model card: {licence}.")
+    if data_terms:
         print_lines(
-            "Weights and code: Apache-2.0. The model was trained on data with these terms:",
-            *(f"  {data}: {term}" for data, term in terms.items()),
+            "The model was trained on data with these terms:",
+            *(f"  {data}: {terms}" for data, terms in data_terms.items()),
         )

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoImageProcessor
 
 from ..backends.embedded import embedded_towers, name_towers
-from ..backends.loading import check_links, load_iclip
+from ..backends.loading import load_iclip
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
@@ -120,7 +120,6 @@ def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
-        check_links(checkpoint)
         found, expected = tower_config(checkpoint, side), getattr(config, side, None)
         sizes = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE}
         differing = [f"{name} is {is_} instead of {size}" for name, (is_, size) in sizes.items() if is_ != size]

@@ -21,17 +21,17 @@ from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
 from ..hub.model_card import front_matter, write_model_card
-from ..hub.record import without_folders
+from ..hub.record import public_name
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .viewer import (
-    EXAMPLES,
     MAX_CHARACTERS,
     MAX_TEXTS,
     VIEW_SIDE,
-    example_files,
+    Example,
+    examples,
     introduction,
     read_asset,
     view_size,
@@ -125,7 +125,7 @@ def export_web(
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
-        settings["examples"] = [_example(path, built) for path in example_files()]
+        settings["examples"] = [_place_example(example, built) for example in examples()]
 
         values = {
             "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
@@ -141,7 +141,7 @@ def export_web(
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
         # The card names the model, which is not in this folder.
-        name = without_folders(model.name_or_path) or folder.resolve().name
+        name = public_name(model.name_or_path) or folder.resolve().name
         written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
         (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
@@ -218,18 +218,20 @@ def _integrity(data: bytes, algorithm: str) -> str:
     return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
 
 
-def _example(path: Path, folder: Path) -> dict:
-    example, name = EXAMPLES[path.name], f"{path.stem}.jpg"
-    with Image.open(path) as photo:
-        photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+def _place_example(example: Example, folder: Path) -> dict:
+    """Writes a photograph to try as JPEG, unchanged if it is a small one, and returns what the page knows of it."""
+    name = f"{example.file.stem}.jpg"
+    with Image.open(example.file) as photo:
+        if example.file.suffix == ".jpg" and view_size(photo) == photo.size:
+            shutil.copyfile(example.file, folder / name)
+        else:
+            photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC).save(folder / name, quality=90)
     return {"file": name, "title": example.title, "texts": example.texts}
 
 
 def _readme(card: Path, name: str, packages: list[str]) -> str:
     licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    photographs = [
-        f"| `{file.stem}.jpg`, from scikit-image | {EXAMPLES[file.name].origin} |" for file in example_files()
-    ]
+    photographs = [f"| photograph `{example.file.stem}.jpg` | {example.origin} |" for example in examples()]
     tokenizers, ort = packages
     page = string.Template(read_asset("README.md")).substitute(
         name=name, ort=ort, tokenizers=tokenizers, photographs="\n".join(photographs)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..model.presence import MIN_PRESENCE, PRESENT
-from ..plots import COLORMAPS
+from ..plots import COLORMAPS, example_image
 from ..plots.colors import OPACITY, SEGMENTS, color_table
 
 
@@ -21,28 +21,27 @@ VIEW_SIDE = 640
 
 
 class Example(NamedTuple):
-    """A photograph to try: its `title`, `texts` of which the last is absent, and its `origin` with the licence."""
+    """A photograph to try: its file and title, texts of which the last is absent, and where it is from, with the licence."""
 
+    file: Path
     title: str
     texts: str
     origin: str
 
 
-# Photographs of scikit-image. Some answers of the embedded model are wrong: it calls the space shuttle absent and the cat a dog too, and
-# marks the lights below the rocket.
-EXAMPLES = {
-    "astronaut.png": Example("Astronaut", "woman, orange jacket, helmet, horse", "NASA, public domain"),
-    "coffee.png": Example("Cup of coffee", "cup of coffee, wooden table, dog", "Rachel Michetti, CC0"),
-    "chelsea.png": Example("Cat", "cat, dog, bicycle", "Stefan van der Walt, CC0"),
-    "rocket.jpg": Example("Rocket at night", "launch tower, rocket, dog", "SpaceX, public domain"),
-}
-
-
-def example_files() -> list[Path]:
-    """Returns the paths of the `EXAMPLES`; none where scikit-image is not installed."""
+def examples() -> list[Example]:
+    """Returns the photographs to try: that of this package, and three of scikit-image where it is installed."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).with_name("data") if package else Path()
-    return [folder / name for name in EXAMPLES if (folder / name).is_file()]
+    # Some answers of the embedded model are wrong: it calls the space shuttle absent and the cat a dog too, and marks the lights below the
+    # rocket.
+    all_of = [
+        Example(Path(example_image()), "Astronaut", "woman, orange jacket, helmet, horse", "NASA, public domain"),
+        Example(folder / "coffee.png", "Cup of coffee", "cup of coffee, wooden table, dog", "Rachel Michetti, CC0"),
+        Example(folder / "chelsea.png", "Cat", "cat, dog, bicycle", "Stefan van der Walt, CC0"),
+        Example(folder / "rocket.jpg", "Rocket at night", "launch tower, rocket, dog", "SpaceX, public domain"),
+    ]
+    return [example for example in all_of if example.file.is_file()]
 
 
 def view_size(image: Image.Image) -> tuple[int, int]:

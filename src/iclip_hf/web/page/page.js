@@ -194,7 +194,7 @@ for (const [index, example] of settings.examples.entries()) {
   button.addEventListener("click", async () => await chooseExample(button, example) && explain());
   if (index === 0) await chooseExample(button, linked ? { file: example.file } : example);
 }
-find("photographs").hidden = !settings.examples.length;
+find("photographs").hidden = false;
 find("go").disabled = false;
 // A visitor who has the model already need not ask for it.
 if (photo && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();

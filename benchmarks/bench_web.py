@@ -2,7 +2,7 @@
 
     python benchmarks/bench_web.py
 
-The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Prints Markdown tables.
+The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Needs npm. Prints Markdown tables.
 """
 
 import gzip
@@ -20,6 +20,7 @@ from statistics import median
 
 import onnxruntime
 from measuring import command_line, machine, memory, seconds, table
+from npm_server import npm_server
 from PIL import Image, ImageOps
 from playwright.sync_api import Browser, Page, sync_playwright
 from skimage.data import coffee
@@ -110,8 +111,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         model, processor = load_iclip("embedded", dtype="float32")
-        page = export_web(model, processor, Path(scratch, "page"), vendor=True)
-        report(processor, page, options.rounds, options.picture)
+        with npm_server(Path(scratch)) as cdn:
+            page = export_web(model, processor, Path(scratch, "page"), cdn=cdn)
+            report(processor, page, options.rounds, options.picture)
 
 
 def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | None) -> None:

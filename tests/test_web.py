@@ -39,10 +39,11 @@ from iclip_hf.web import export as web
 from iclip_hf.web import server, viewer
 
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from npm_server import npm_server
+
+
 READY = "#go:not([disabled])"
-NEEDS_NPM = pytest.mark.skipif(
-    shutil.which("npm") is None, reason="needs npm, which downloads ONNX Runtime for the page"
-)
 # Keeps what the worker tells the page.
 RECORDER = """
 globalThis.told = [];
@@ -218,11 +219,18 @@ def processor(tiny_processor):
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, model, processor):
-    """The page of a tiny model, with weights in float32."""
+def cdn(tmp_path_factory):
+    """The address of a server of the npm packages that pages load."""
     if shutil.which("npm") is None:
         pytest.skip("needs npm, which downloads ONNX Runtime for the page")
-    return web.export_web(model, processor, tmp_path_factory.mktemp("web") / "page", "float32", vendor=True)
+    with npm_server(tmp_path_factory.mktemp("npm")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, model, processor, cdn):
+    """The page of a tiny model, with weights in float32."""
+    return web.export_web(model, processor, tmp_path_factory.mktemp("web") / "page", "float32", cdn=cdn)
 
 
 @pytest.fixture(scope="module")
@@ -328,23 +336,29 @@ def test_a_folder_is_a_static_space(exported):
     settings = json.loads((exported / "settings.json").read_text())
     first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
     assert settings["bytes"] == sum(file["bytes"] for file in first)
-    for file in [*first, *settings["runtime"]["webgpu"].values()]:  # is there, and its address tells its content
+    for file in [
+        file for file in first if not file["url"].startswith("http")
+    ]:  # is there, and its address tells its content
         name, _, digest = file["url"].partition("?")
         packed = (exported / name).read_bytes()
         assert len(packed) == file["bytes"] and hashlib.sha256(packed).hexdigest().startswith(digest)
 
 
-def test_a_visitor_from_the_first_paint_to_offline(browser, exported, model, processor, url, photos):
+def test_a_visitor_from_the_first_paint_to_offline(browser, exported, model, processor, url, cdn, photos):
+    def downloaded():
+        return [address for address in page.requested if ".gz" in address or address.startswith(cdn)]
+
     explained = partial(explain, (model, processor))
     with visited(browser, url) as page:
         # Before a question nothing of the model is asked for, and the size of the download is told.
-        assert not [address for address in page.requested if ".gz" in address]
+        assert not downloaded()
         megabytes = json.loads((exported / "settings.json").read_text())["bytes"] / 1e6
         assert f"({megabytes:.1f} MB)" in page.inner_text("header")
         assert page.evaluate("crossOriginIsolated")
 
         ask(page, photos / "noise.png", "dog, red ball")
-        assert all(address.startswith((url, f"blob:{url}", "data:")) for address in page.requested)
+        assert all(address.startswith((url, f"blob:{url}", "data:", cdn)) for address in page.requested)
+        assert len(downloaded()) == len(set(downloaded())) == 8
         image = Image.open(photos / "noise.png")
         expected = explained(image, ["dog", "red ball"])
         check(page, expected, model.presence(expected.scores))
@@ -368,7 +382,7 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, model, pro
         page.goto(page.url)
         page.reload()
         page.locator("figcaption", has_text="sky").wait_for()
-        assert not [address for address in page.requested if ".gz" in address]
+        assert not downloaded()
 
 
 def test_maps_are_refined_on_request_and_for_segments(page, model, processor, photos):
@@ -692,7 +706,7 @@ def without_graphs(monkeypatch):
     monkeypatch.setattr(web, "export_onnx", fake_graphs)
 
 
-def test_without_vendor_the_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, without_graphs):
+def test_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, without_graphs):
     web.export_web(tiny_model(), tiny_processor, tmp_path / "page", weights="bfloat16")
     settings = json.loads((tmp_path / "page" / "settings.json").read_text())
     assert list(settings["runtime"]) == ["wasm", "webgpu"]
@@ -719,13 +733,20 @@ def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_
     assert "hf_oauth" not in card.to_dict() and "pairs.tar" in text and "\nhf_oauth" not in text
 
 
-@NEEDS_NPM
-def test_the_digests_are_those_of_the_npm_packages():
-    files = [*web._RUNTIME["wasm"].values(), *web._RUNTIME["webgpu"].values(), web._RUNTIME["tokenizers"]]
-    assert web._npm_files(files).keys() == {file["integrity"] for file in files}  # which checks them
-    changed = {**web._RUNTIME["tokenizers"], "integrity": "sha384-" + "A" * 64}
-    with pytest.raises(OSError, match="dist/tokenizers.min.mjs has the digest sha384-Tl2lM"):
-        web._npm_files([changed])
+def test_the_digests_are_those_of_the_npm_packages(cdn):
+    for file in web.RUNTIME_FILES:
+        with urllib.request.urlopen(f"{cdn}/{file['package']}/{file['path']}") as answer:
+            assert web._integrity(answer.read(), "sha384") == file["integrity"]
+
+
+def test_a_package_with_another_digest_is_not_used(browser, exported, photos, tmp_path):
+    folder = shutil.copytree(exported, tmp_path / "page")
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["files"]["tokenizers"]["integrity"] = "sha384-" + "A" * 64
+    (folder / "settings.json").write_text(json.dumps(settings))
+    with page_served(folder) as address, visited(browser, address) as page:
+        ask(page, photos / "noise.png", "dog")
+        assert "tokenizers.min.mjs could not be fetched" in page.inner_text("#error") and rows(page) == []
 
 
 @pytest.mark.parametrize("options", [{"do_center_crop": True}, {"resample": 1}, {"do_resize": False}])
@@ -754,10 +775,9 @@ def test_the_command_serves_a_page(tmp_path):
 
 
 @pytest.mark.slow
-@NEEDS_NPM
-def test_page_onnx_and_python_agree_on_a_photograph_for_the_embedded_model(browser, tmp_path):
+def test_page_onnx_and_python_agree_on_a_photograph_for_the_embedded_model(browser, cdn, tmp_path):
     model, processor = load_iclip("embedded", dtype="float32")
-    folder = web.export_web(model, processor, tmp_path / "page", vendor=True)
+    folder = web.export_web(model, processor, tmp_path / "page", cdn=cdn)
     assert json.loads((folder / "settings.json").read_text())["bytes"] < 60e6
     graphs = tmp_path / "onnx"
     trained_config(model).save_pretrained(graphs)

@@ -25,12 +25,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "that runs the model in the browser, with int8 weights unless the format names another type (default: "
         "transformers)",
     )
-    command.add_argument(
-        "--vendor",
-        action="store_true",
-        help="with a format of the web: put ONNX Runtime and the tokenizer into the folder, by npm, instead of a CDN's "
-        "addresses",
-    )
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
@@ -53,8 +47,6 @@ def run(options: argparse.Namespace) -> None:
 
     check_new_folder(options.directory)
     kind, _, weights = options.format.partition("-")
-    if kind != "web":
-        refuse(options, ["vendor"], f"--format {options.format}")
     if kind == "transformers":
         folder = export(options, options.directory)
         print_terms(**terms_of(folder))
@@ -74,8 +66,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             from ..web.export import export_web
 
-            vendor, source = options.vendor, options.model
-            folder = export_web(model, processor, options.directory, weights or "int8", vendor, source=source)
+            folder = export_web(model, processor, options.directory, weights or "int8", source=options.model)
             use = ("demo", "--web", str(folder))
     print_folder(folder, "iclip", *use)
 

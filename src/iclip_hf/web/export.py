@@ -11,8 +11,6 @@ import math
 import re
 import shutil
 import string
-import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -57,10 +55,11 @@ _STATIC_SPACE = {
         "cross-origin-resource-policy": "cross-origin",
     },
 }
-_CDN = "https://cdn.jsdelivr.net/npm"
+CDN = "https://cdn.jsdelivr.net/npm"
 # Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each the digest as browsers
 # check it, and the size in bytes as servers send it, compressed.
 _RUNTIME = json.loads(read_asset("runtime.json"))
+RUNTIME_FILES = [_RUNTIME["tokenizers"], *_RUNTIME["wasm"].values(), *_RUNTIME["webgpu"].values()]
 
 
 def export_web(
@@ -68,7 +67,7 @@ def export_web(
     processor: ICLIPProcessor,
     folder: str | Path,
     weights: str = "int8",
-    vendor: bool = False,
+    cdn: str = CDN,
     **card,
 ) -> Path:
     """
@@ -81,7 +80,7 @@ def export_web(
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
         folder: new or empty.
         weights (`str`): `"int8"`, `"bfloat16"` or `"float32"`, as for [`export_onnx`].
-        vendor (`bool`): whether to put the npm packages into the folder, by `npm`, instead of naming their addresses on a CDN.
+        cdn (`str`): address of a server of npm packages, from which the page loads them.
         card: options of [`write_model_card`].
 
     Returns:
@@ -89,7 +88,7 @@ def export_web(
 
     Raises:
         `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`: the folder is
-            not empty. `ImportError`: a package of the extra `onnx` is missing. `OSError`: `vendor`, and npm is missing or fails.
+            not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     folder = Path(folder)
     settings = {
@@ -103,20 +102,11 @@ def export_web(
         "theme": viewer_theme(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
-        runtime = {name: _RUNTIME[name] for name in (["wasm"] if weights == "int8" else ["wasm", "webgpu"])}
-        needed = [_RUNTIME["tokenizers"], *(file for files in runtime.values() for file in files.values())]
-        vendored = _npm_files(needed) if vendor else {}  # first, because the export takes a minute
-
-        def place(file: dict) -> dict:
-            if vendor:
-                return _compressed(built, Path(file["path"]).name, vendored[file["integrity"]])
-            url = f"{_CDN}/{file['package']}/{file['path']}"
-            return {"url": url, "integrity": file["integrity"], "bytes": file["bytes"]}
-
+        backends = ["wasm"] if weights == "int8" else ["wasm", "webgpu"]
         settings["runtime"] = {
-            name: {part: place(file) for part, file in files.items()} for name, files in runtime.items()
+            name: {part: _at_cdn(file, cdn) for part, file in _RUNTIME[name].items()} for name in backends
         }
-        settings["files"] = {"tokenizers": place(_RUNTIME["tokenizers"])}
+        settings["files"] = {"tokenizers": _at_cdn(_RUNTIME["tokenizers"], cdn)}
 
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
         logger.info("Compressing the graphs")
@@ -128,7 +118,7 @@ def export_web(
         settings["examples"] = [_place_example(example, built) for example in examples()]
 
         values = {
-            "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
+            "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
             "introduction": introduction(settings["presence"] is not None),
         }
         texts = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
@@ -144,8 +134,18 @@ def export_web(
         name = public_name(model.name_or_path) or folder.resolve().name
         written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
-        (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
+        (built / "README.md").write_text(_readme(written, folder.resolve().name), encoding="utf-8")
     return folder
+
+
+def _packages() -> list[str]:
+    """Returns the npm packages that a page loads: the tokenizer, and ONNX Runtime."""
+    return sorted({file["package"] for file in RUNTIME_FILES})
+
+
+def _at_cdn(file: dict, cdn: str) -> dict:
+    """Returns what the page knows of a file of an npm package."""
+    return {"url": f"{cdn}/{file['package']}/{file['path']}", "integrity": file["integrity"], "bytes": file["bytes"]}
 
 
 def _with_version(texts: dict[str, str]) -> dict[str, str]:
@@ -229,40 +229,11 @@ def _place_example(example: Example, folder: Path) -> dict:
     return {"file": name, "title": example.title, "texts": example.texts}
 
 
-def _readme(card: Path, name: str, packages: list[str]) -> str:
+def _readme(card: Path, name: str) -> str:
     licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
     photographs = [f"| photograph `{example.file.stem}.jpg` | {example.origin} |" for example in examples()]
-    tokenizers, ort = packages
+    tokenizers, ort = _packages()
     page = string.Template(read_asset("README.md")).substitute(
         name=name, ort=ort, tokenizers=tokenizers, photographs="\n".join(photographs)
     )
     return front_matter({"title": name, **_STATIC_SPACE, "license": licence}) + page
-
-
-# ------------------------------------------------------------------------------------------------------ npm packages
-
-
-def _packages(files: list[dict]) -> list[str]:
-    return sorted({file["package"] for file in files})
-
-
-def _npm_files(files: list[dict]) -> dict[str, bytes]:
-    """Returns the contents of files of npm packages by their digests. `npm` downloads or has them; no code of a package runs."""
-    logger.info("Getting ONNX Runtime and the tokenizer by npm")
-    contents = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for package in _packages(files):
-            npm = shutil.which("npm") or "npm"  # on Windows it has a suffix
-            command = [npm, "pack", package, "--prefer-offline", "--pack-destination", scratch, "--loglevel=error"]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, encoding="utf-8")
-            if done.returncode:
-                raise OSError(f"npm pack {package}: {' '.join(done.stderr.split())}")
-            with tarfile.open(Path(scratch, done.stdout.split()[-1])) as tar:
-                for file in files:
-                    if file["package"] == package:
-                        data = tar.extractfile(f"package/{file['path']}").read()
-                        digest = _integrity(data, "sha384")
-                        if digest != file["integrity"]:
-                            raise OSError(f"{package}: {file['path']} has the digest {digest}: clear npm's cache.")
-                        contents[digest] = data
-    return contents

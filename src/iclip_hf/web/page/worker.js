@@ -250,7 +250,7 @@ async function fetchBytes(file, progress, mode) {
     return new Uint8Array(await new Blob(parts).arrayBuffer());
   } catch {
     if (elsewhere)
-      throw new Sentence(`${address(file)} could not be fetched: check the connection and try again, or export the page with --vendor, which needs no other server.`);
+      throw new Sentence(`${address(file)} could not be fetched: check the connection and try again.`);
     throw new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
   }
 }

@@ -182,7 +182,13 @@ def test_sampled_prompts_are_of_nouns_shown():
 
 
 def test_marks_say_where_a_noun_is():
-    lines = ["sky (background) (above)", "floor (below) (background)", "lamp (above)", "wall (background)", "dog (rare)"]
+    lines = [
+        "sky (background) (above)",
+        "floor (below) (background)",
+        "lamp (above)",
+        "wall (background)",
+        "dog (rare)",
+    ]
     nouns = NounPrompts(lines)
     assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]
     assert nouns.place.tolist() == [-1, 1, -1, 0, 0] and nouns.is_background.tolist() == [1, 1, 0, 1, 0]

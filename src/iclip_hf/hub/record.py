@@ -53,12 +53,12 @@ _EMBEDDED = {
 # Settings of a training run that the card shows: those that the model depends on.
 TRAINING_SETTINGS = """
     model vision text model_options data pairs_per_epoch validation_share image_size lock_text
-    crop_scale auto_augment random_erasing cache_features nouns noun_weight unknown_weight noun_branches noun_competition map_tokens
+    crop_scale auto_augment random_erasing cache_features nouns
     epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
     mixed_precision seed best_metric
 """.split()
 # Those of them that are off at 0, and then not shown.
-_OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps image_size".split()
+_OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size".split()
 
 
 def read_record(source: str | Path) -> dict:
@@ -134,8 +134,6 @@ def public_settings(settings: Mapping) -> dict:
         idle |= {"crop_scale", "auto_augment", "random_erasing"}
     if settings.get("model"):  # which has its own
         idle |= {"image_size"}
-    if not settings.get("nouns"):
-        idle |= {name for name in TRAINING_SETTINGS if name.startswith(("noun_", "unknown_"))}
     shown = {name: settings[name] for name in TRAINING_SETTINGS if name not in idle}
     if settings.get("auto_augment") == "" and not settings.get("cache_features"):
         shown["auto_augment"] = "none"

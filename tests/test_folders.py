@@ -87,7 +87,6 @@ def source(tmp_path_factory, tiny_processor) -> Path:
         "lock_text": False,
         "auto_augment": "",
         "nouns": "",
-        "noun_weight": 0.5,
         "output_dir": "/home/someone/runs",
     }
     write_model_card(model, tiny_processor, folder / "model", metrics=METRICS, training=card_settings(training))
@@ -507,7 +506,7 @@ def test_the_card_tells_configuration_training_and_terms(source):
     assert "| training data pixparse/cc3m-wds | Conceptual Captions" in text and "| `epochs` | 7 |" in text
     assert "| training data train-{00..05}.tar | not known here |" in text
     assert "| vit tower | not known here" in text and "| `seed` | 3 |" in text and "| `weight_decay` | 0 |" in text
-    assert "| `auto_augment` | none |" in text and "noun_weight" not in text and "max_steps" not in text
+    assert "| `auto_augment` | none |" in text and "`nouns`" not in text and "max_steps" not in text
     assert "Intended use" in text and "{{" not in text and "{%" not in text and "None" not in text
     parameters = 2 * (32 * 16 + 24 * 16 + 1)
     assert f"({parameters:,} parameters)" in text
@@ -539,7 +538,6 @@ CACHED = {**AUGMENTATION, "auto_augment": "", "cache_features": "/home/someone/c
         ({**CACHED, "cache_features": ""}, AUGMENTATION),
         ({"model": "org/model", "image_size": 224}, {"model": "org/model"}),  # which has its own
         ({"vision": "org/vision", "image_size": 224}, {"vision": "org/vision", "image_size": 224}),
-        ({"unknown_weight": 0.1, "noun_weight": 0.5}, {}),  # without nouns
     ],
     ids=str,
 )

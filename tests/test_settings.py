@@ -31,6 +31,7 @@ BAD_SETTINGS = [
     ("best_metric", "mAP", "best_metric: mAP"),
     ("learning_rate", 0, "learning_rate: 0"),
     ("epochs", 0, "epochs: 0"),
+    ("noun_weight", 0.7, "'noun_weight' is no setting"),  # an option of the model
     ("weight_decay", -1, "weight_decay: -1"),
 ]
 

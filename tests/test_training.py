@@ -143,7 +143,7 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypat
         outputs = forward(self, **batch)
         calls.append(1)
         factor = float("nan") if len(calls) in broken else 1.0
-        return {**outputs, "loss": outputs["loss"] * factor, "losses": outputs["losses"] * factor}
+        return {**outputs, "loss": outputs["loss"] * factor, "branch_losses": outputs["branch_losses"] * factor}
 
     monkeypatch.setattr(PairModel, "forward", sometimes_broken)
     run(hub, tmp_path / "skips")
@@ -297,7 +297,7 @@ def test_a_run_whose_last_step_changed_nothing_fails(hub, tmp_path, monkeypatch)
     def broken_at_the_end(self, **batch):
         outputs = forward(self, **batch)
         calls.append(self.training)
-        return outputs | ({"losses": outputs["losses"] * float("nan")} if calls == [True, True] else {})
+        return outputs | ({"branch_losses": outputs["branch_losses"] * float("nan")} if calls == [True, True] else {})
 
     monkeypatch.setattr(PairModel, "forward", broken_at_the_end)
     with pytest.raises(FloatingPointError, match="at the last step, 2: lower learning_rate"):

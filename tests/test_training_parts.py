@@ -42,7 +42,7 @@ def test_schedule_is_that_of_groupvit(total, warmup):
 
 
 def test_what_decays():
-    pair_model = pair_model_of(tiny_model(projection_bias=True))
+    pair_model = pair_model_of(tiny_model(image_hidden_size=8, logit_bias_init_value=0))
     decaying, others = parameter_groups(pair_model, 0.05)
     names = {id(parameter): name for name, parameter in pair_model.named_parameters()}
     assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0

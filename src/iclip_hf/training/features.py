@@ -238,8 +238,7 @@ class FeatureCache:
         Raises:
             `OSError`: the folder cannot be written, or another run fills it.
         """
-        with self.accelerator.main_process_first():  # the first process caches the digests for the others
-            content = hashlib.sha256(b"".join(pairs.image_digests())).hexdigest()
+        content = hashlib.sha256(b"".join(pairs.image_digests())).hexdigest()
         shards = self._shards(
             "images",
             len(pairs),

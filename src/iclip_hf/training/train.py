@@ -140,15 +140,15 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
 
 
 def fingerprints(inputs: Inputs, accelerator: Accelerator) -> dict[str, object]:
-    """Returns digests of the content of what a run reads, by the name of the setting."""
+    """Returns digests of what a run reads, by the name of the setting, as the first process finds it."""
     pairs, held_out, nouns, segmentation = inputs
-    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
-        return {
-            "data": pairs.fingerprint(),
-            "validation_data": held_out and held_out.fingerprint(),
-            "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist(), nouns.place.tolist()]),
-            "eval_root": segmentation and segmentation.fingerprint(),
-        }
+    found = accelerator.is_main_process and {
+        "data": pairs.fingerprint(),
+        "validation_data": held_out and held_out.fingerprint(),
+        "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist(), nouns.place.tolist()]),
+        "eval_root": segmentation and segmentation.fingerprint(),
+    }
+    return broadcast_from_main(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop

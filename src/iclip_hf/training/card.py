@@ -19,7 +19,8 @@ _OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size".split()
 
 def card_settings(settings: Mapping) -> dict[str, object]:
     """
-    Returns the settings of a run that its model depends on, for [`write_model_card`]: those with an effect, without paths of this machine.
+    Returns the settings of a run that its model depends on, for [`write_model_card`]: those with an effect, without
+    paths of this machine.
 
     Args:
         settings: values of [`Settings`], by their names.

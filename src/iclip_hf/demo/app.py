@@ -196,7 +196,7 @@ def _question(photographs: Sequence[Example]) -> tuple:
     typed = gr.Textbox(
         first.texts,
         label="Texts",
-        info="In English, between commas, or one a line (shift + enter).",
+        info="Between commas, or one a line (shift + enter).",
         max_lines=MAX_TEXTS,
     )
     method = gr.Dropdown([(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method")

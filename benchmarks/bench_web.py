@@ -58,7 +58,10 @@ def opened(browser: Browser, folder: Path) -> Iterator[Page]:
 
 
 def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float]:
-    """Seconds from the end of the download to the first map, and for a further text; MiB of the page's process at its peak."""
+    """
+    Seconds from the end of the download to the first map, and for a further text; MiB of the page's process at its
+    peak.
+    """
     with opened(browser, folder) as page:
         page.fill("#texts", "cup")
         page.click("#go")

@@ -51,7 +51,10 @@ def explained(tiny_processor):
 
 
 def drawn_maps(value: dict) -> np.ndarray:
-    """The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as tests/test_web.py shows."""
+    """
+    The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as
+    tests/test_web.py shows.
+    """
     raw_maps = torch.tensor([row["map"] for row in value["texts"]]).unflatten(-1, value["grid"])
     return resize_and_normalize(raw_maps, value["size"][::-1]).numpy()
 

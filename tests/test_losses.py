@@ -100,7 +100,7 @@ def test_a_place_prefers_the_lower_or_upper_patches_by_hand():
 
 def test_known_nouns_compete_where_labels_are_complete_for_the_background():
     """
-    Against plain loops: unknown nouns have no share, places and the exponent of objects are in the mean over the patches, and
+    Against plain loops: unknown nouns have no share, the place is in the power mean over the patches, and
     images of which no absent noun of the background is known count nothing, nor those that show nothing.
     """
     generator = torch.Generator().manual_seed(0)
@@ -118,11 +118,11 @@ def test_known_nouns_compete_where_labels_are_complete_for_the_background():
             if labels[image, noun] <= 0:
                 continue
             weights = [math.exp(3 * place[noun].item() * height) for height in heights]
-            exponent, share = 1 if background[noun] else 4, 0.0
+            share = 0.0
             for weight, patch in zip(weights, patch_logits):
                 own = math.exp(patch[noun]) / sum(math.exp(patch[other]) for other in known)
-                share += weight / sum(weights) * own**exponent
-            losses.append(-math.log(share) / exponent)
+                share += weight / sum(weights) * own**4
+            losses.append(-math.log(share) / 4)
         total += sum(losses) / len(losses)
     assert known_competition_loss(patches, prompts, 1.5, nouns).item() == pytest.approx(total / 2, abs=1e-4)
     nothing = nouns._replace(absent=torch.zeros_like(nouns.absent))

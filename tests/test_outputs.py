@@ -1,4 +1,6 @@
-"""A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists."""
+"""
+A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists.
+"""
 
 import json
 import os
@@ -15,10 +17,10 @@ from iclip_hf.evaluation.results import EvaluationResult
 
 # Files of the user: among them all names that a command would choose below.
 TAKEN = """
-    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png photo-comparison.png
-    photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py requirements.txt
-    config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
-    photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
+    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png
+    photo-comparison.png photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py
+    requirements.txt config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt
+    clip/checkpoint-500/trainer_state.json photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
 """.split()
 
 

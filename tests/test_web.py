@@ -1,4 +1,7 @@
-"""The page that runs a model in the browser: its functions in Node, and the page in Chromium, beside the same model in Python."""
+"""
+The page that runs a model in the browser: its functions in Node, and the page in Chromium, beside the same model in
+Python.
+"""
 
 import base64
 import gzip
@@ -74,7 +77,10 @@ OPTIONS = {
 
 
 def numerics(function: str, *arguments):
-    """Calls a function of JavaScript with the module numerics.js. Tensors arrive as floats, and arrays as bytes; both return as lists."""
+    """
+    Calls a function of JavaScript with the module numerics.js. Tensors arrive as floats, and arrays as bytes; both
+    return as lists.
+    """
     if shutil.which("node") is None:
         pytest.skip("needs Node.js")
 
@@ -302,7 +308,10 @@ def decoded(picture):
 
 
 def check(page, expected, presences, atol=1e-5):
-    """Compares what the worker computed for the last question, and what the page shows of it, with an explanation in Python."""
+    """
+    Compares what the worker computed for the last question, and what the page shows of it, with an explanation in
+    Python.
+    """
     results = page.evaluate(
         """() => {
             const maps = told.filter(({ kind }) => kind === "map"), last = Math.max(...maps.map(({ job }) => job));
@@ -433,7 +442,8 @@ def test_segments_are_the_label_map(page, outline):
             const element = document.body.appendChild(document.createElement("div")), size = [width, height];
             const viewer = createViewer(element, theme);
             viewer.show({ photo: new OffscreenCanvas(width, height), size, originalSize: size, texts });
-            results.forEach((result, index) => viewer.add(index, { ...result, levels: Uint8Array.from(result.levels) }));
+            results.forEach((result, index) =>
+                viewer.add(index, { ...result, levels: Uint8Array.from(result.levels) }));
             const [, threshold, segments] = element.querySelectorAll("input");
             segments.click();
             threshold.value = outline;
@@ -614,8 +624,8 @@ def test_photographs_stand_upright_as_in_python(page, model, processor, tmp_path
         exif[0x0112] = orientation
         image.save(tmp_path / name, exif=exif, **options)
     xmp = (
-        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
-        b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     )
     image.save(tmp_path / "xmp.webp", xmp=xmp, lossless=True)
     for name in [*(name for name, *_ in files), "xmp.webp"]:

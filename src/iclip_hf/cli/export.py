@@ -1,4 +1,7 @@
-"""`iclip export`: a model folder with its code for Transformers, an ONNX folder, or a page that runs the model in the browser."""
+"""
+`iclip export`: a model folder with its code for Transformers, an ONNX folder, or a page that runs the model in the
+browser.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8", "web", "web-bfloat16", "web-float32"),
         default="transformers",
-        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a page "
-        "that runs the model in the browser, with int8 weights unless the format names another type (default: "
+        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a "
+        "page that runs the model in the browser, with int8 weights unless the format names another type (default: "
         "transformers)",
     )
 
@@ -100,14 +103,17 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     model, processor = load_iclip(options.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; measure this model "
-            "by `iclip evaluate --output`."
+            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; "
+            "measure this model by `iclip evaluate --output`."
         )
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 
 
 def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:
-    """Returns the `licence` on the card of an exported model, and `data_terms`, the terms of its training data by their names."""
+    """
+    Returns the `licence` on the card of an exported model, and `data_terms`, the terms of its training data by their
+    names.
+    """
     from ..hub.model_card import card_licence
     from ..hub.record import read_record
 

@@ -82,7 +82,9 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
-    """Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges."""
+    """
+    Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges.
+    """
     raw_maps = -explanation.raw_maps if explanation.reversed else explanation.raw_maps
     return {
         **seen.view,
@@ -108,8 +110,8 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
 
 def to_npz(explanation: Explanation) -> bytes:
     """
-    Returns a NumPy archive: texts, scores and presence `(T,)` (NaN for a model without), raw maps `(T, h, w)`, and maps `(T, H, W)` in
-    [0, 1], float16.
+    Returns a NumPy archive: texts, scores and presence `(T,)` (NaN for a model without), raw maps `(T, h, w)`, and
+    maps `(T, H, W)` in [0, 1], float16.
     """
     archive = io.BytesIO()
     np.savez(  # compression saves a third, and takes longer than the texts and maps of an image seen before
@@ -125,8 +127,8 @@ def to_npz(explanation: Explanation) -> bytes:
 
 def build_app(model) -> gr.Blocks:
     """
-    Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser computes opacity,
-    outline and the value under the pointer.
+    Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser
+    computes opacity, outline and the value under the pointer.
     """
     model, photographs = load(model), examples()
     has_presence = model.presence(torch.zeros(1)) is not None
@@ -154,7 +156,10 @@ def build_app(model) -> gr.Blocks:
 
 
 def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequence[Example], cache: str) -> Callable:
-    """Returns the function that answers a question, with the data of the viewer and a file of the arrays in the folder `cache`."""
+    """
+    Returns the function that answers a question, with the data of the viewer and a file of the arrays in the folder
+    `cache`.
+    """
     paths = {str(example.file) for example in photographs}
     explainer = functools.cache(functools.partial(make_explainer, model))
 
@@ -166,7 +171,8 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     def explain(photo: dict | None, typed: str, method: str, refine: bool):
         if photo is None:
             return gr.skip()
-        # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a keyed digest.
+        # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a
+        # keyed digest.
         if not (photo["path"] in app.upload_file_set or photo["path"] in paths):
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
@@ -182,13 +188,15 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
 
 
 def _question(photographs: Sequence[Example]) -> tuple:
-    """Adds the column of the question. Returns its fields, the button, and the event of a photograph that was chosen."""
+    """
+    Adds the column of the question. Returns its fields, the button, and the event of a photograph that was chosen.
+    """
     first = photographs[0]
     photo = gr.Image(str(first.file), label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo")
     typed = gr.Textbox(
         first.texts,
         label="Texts",
-        info="In English, between commas, or one a line (shift + enter).",
+        info="Between commas, or one a line (shift + enter).",
         max_lines=MAX_TEXTS,
     )
     method = gr.Dropdown([(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method")
@@ -235,8 +243,9 @@ def launch(
     **options,
 ) -> gr.Blocks:
     """
-    Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a Space. The options
-    are those of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at once.
+    Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a
+    Space. The options are those of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at
+    once.
     """
     app = build_app(load(model, dtype=dtype, device=device))
     app.launch(

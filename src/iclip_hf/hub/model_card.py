@@ -20,7 +20,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import write_files
 from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED
-from .record import DIGITS, RECORD, continued, data_terms, measured
+from .record import DIGITS, RECORD, continued, data_terms, shown_results
 
 
 # Known towers by Hub id: display name and licence.
@@ -55,19 +55,22 @@ def write_model_card(
     overwrite: bool = False,
 ) -> Path:
     """
-    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record of what the card was filled with. Results
-    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
+    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record of what the card was
+    filled with. Results of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
 
     Args:
         model, processor: model and processor that the card describes.
         folder: folder of the model.
         name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
-        source (`str` or `Path`, *optional*): folder or Hub id of the model whose record is continued, or `"embedded"`: this model, or
-            the one that the run of `training` began with. What the model was loaded from, if neither is given.
-        training (`dict`, *optional*): what the card shows of the run that made these weights: settings by their names, of which
-            `data` lists names of data. Empty for towers that were joined and not trained.
-        start (`dict`, *optional*): identity, see [`~identity.identity`], that the model of `source` had when the run began.
-        metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON file.
+        source (`str` or `Path`, *optional*): folder or Hub id of the model whose record is continued, or `"embedded"`:
+            this model, or the one that the run of `training` began with. What the model was loaded from, if neither is
+            given.
+        training (`dict`, *optional*): what the card shows of the run that made these weights: settings by their names,
+            of which `data` lists names of data. Empty for towers that were joined and not trained.
+        start (`dict`, *optional*): identity, see [`~identity.identity`], that the model of `source` had when the run
+            began.
+        metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON
+            file.
         overwrite (`bool`): whether the files of an earlier card are replaced.
 
     Returns:
@@ -85,7 +88,7 @@ def write_model_card(
     record["identity"] = identity(model, processor)
     del record["identity"]["model"]  # a local path
     if metrics is not None:
-        record["evaluation"] = measured(metrics)
+        record["evaluation"] = shown_results(metrics)
 
     evaluation = record.get("evaluation")
     figures = _figures(evaluation) if evaluation else []
@@ -132,8 +135,8 @@ def _plain(value):
 
 def _figures(evaluation: Mapping) -> list[dict]:
     """
-    Returns the figures for the front matter; none of an evaluation of some images only, or with other class names than those of the
-    data set, which the pages of the Hub could not say.
+    Returns the figures for the front matter; none of an evaluation of some images only, or with other class names than
+    those of the data set, which the pages of the Hub could not say.
     """
     data = evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_names"):
@@ -165,7 +168,10 @@ def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
 
 
 def card_licence(folder: Path) -> str:
-    """Returns the licence on the card in a folder, such as "apache-2.0" or "unknown"; the name of one that the Hub has no name for."""
+    """
+    Returns the licence on the card in a folder, such as "apache-2.0" or "unknown"; the name of one that the Hub has no
+    name for.
+    """
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
     return data.license_name if data.license == "other" else data.license
 
@@ -177,7 +183,8 @@ def front_matter(data: Mapping) -> str:
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     """
-    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local folder.
+    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local
+    folder.
     """
     tower_id = config.name_or_path or ""
     if not is_hub_id(tower_id):

@@ -1,4 +1,7 @@
-"""The record of a model: what it was trained from, with what and on what, and its results. It is saved beside the card, which is rendered from it."""
+"""
+The record of a model: what it was trained from, with what and on what, and its results. It is saved beside the card,
+which is rendered from it.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +48,19 @@ def read_record(source: str | Path) -> dict:
         source: folder or Hub id of the model, or `"embedded"`.
 
     Returns:
-        `dict` with `training`, the settings of the run that made the weights: an empty `dict` of towers that were joined and not trained,
-        None if it is not recorded; `data`, the terms of all data that the weights were trained on, also by earlier runs, by their names;
-        and, if they are known, `evaluation` and `identity`.
+        `dict` with `training`, the settings of the run that made the weights: an empty `dict` of towers that were
+        joined and not trained, None if it is not recorded; `data`, the terms of all data that the weights were trained
+        on, also by earlier runs, by their names; and, if they are known, `evaluation` and `identity`.
     """
     if str(source) in ("embedded", str(embedded_folder())):
         training, data = (yaml.safe_load((EMBEDDED / name).read_text("utf-8")) for name in ("train.yaml", "data.yaml"))
         results = json.loads((EMBEDDED / "results.json").read_text())
-        return {"training": training, "data": data, "evaluation": measured(results), "identity": results["protocol"]}
+        return {
+            "training": training,
+            "data": data,
+            "evaluation": shown_results(results),
+            "identity": results["protocol"],
+        }
     if not source:
         return {**_UNKNOWN}
     try:
@@ -64,7 +72,7 @@ def read_record(source: str | Path) -> dict:
         content = parse_json(path.read_text(encoding="utf-8"))
         training, data = content["training"], {name: str(terms) for name, terms in content["data"].items()}
         record = {"training": training and dict(training), "data": data, "identity": dict(content["identity"])}
-        return record | ({"evaluation": measured(content["evaluation"])} if content.get("evaluation") else {})
+        return record | ({"evaluation": shown_results(content["evaluation"])} if content.get("evaluation") else {})
     except (FileNotFoundError, EntryNotFoundError, RevisionResolutionError):
         return {**_UNKNOWN}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -76,8 +84,9 @@ def continued(
     source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, start: Mapping[str, str] | None = None
 ) -> dict:
     """
-    Returns the record of the model that `source` names, for what it is now: without results if anything differs, and with a training that
-    is not recorded if the weights do, which other programs may have changed. `start` is the identity that it had, if it was trained since.
+    Returns the record of the model that `source` names, for what it is now: without results if anything differs, and
+    with a training that is not recorded if the weights do, which other programs may have changed. `start` is the
+    identity that it had, if it was trained since.
     """
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
@@ -97,8 +106,11 @@ def data_terms(names: list[str]) -> dict[str, str]:
     return {name: _DATA_TERMS.get(name, NOT_KNOWN) for name in names}
 
 
-def measured(metrics: EvaluationResult | Mapping) -> dict:
-    """Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another form."""
+def shown_results(metrics: EvaluationResult | Mapping) -> dict:
+    """
+    Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another
+    form.
+    """
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
         protocol, results = metrics["protocol"], {}

@@ -15,7 +15,7 @@ from .pooling import even_heights
 
 # Sharpness of the prior of place: a noun below prefers the lowest patches to the highest by exp(3).
 PLACE_SHARPNESS = 3.0
-OBJECT_EXPONENT = 4.0  # of the power mean over patches that is the share of an object in an image
+SHARE_EXPONENT = 4.0  # of the power mean over patches that is the share of a known noun in an image
 
 
 # ------------------------------------------------------------------------------------------------------- of logits
@@ -247,11 +247,11 @@ def known_competition_loss(
     Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels are
     complete for the background, the mean over these images of all processes.
 
-    Each patch distributes itself over the known nouns of its image by a softmax. The share of a noun of the background
-    is the mean of its shares in the patches, by its [`place_prior`]: two nouns that are always shown together, such as
-    wall and floor, are the same to a loss of whole images, and their places tell them apart. The share of an object is
-    a power mean with the exponent `OBJECT_EXPONENT`, so that a few patches suffice for it. The loss is the negative
-    logarithm of the shares of the nouns shown.
+    Each patch distributes itself over the known nouns of its image by a softmax. The share of a noun in the image is the
+    power mean of its shares in the patches, weighted by its [`place_prior`], and the loss is the negative logarithm of
+    the shares of the nouns shown. Two nouns that are always shown together, such as wall and floor, are the same to a
+    loss of whole images, and their places tell them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a
+    mean would give all nouns shown equal areas.
 
     Args:
         patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images that
@@ -271,8 +271,7 @@ def known_competition_loss(
     # A large number instead of infinity, whose gradient would be NaN in a noun without known patches.
     shares = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
     prior = place_prior(even_heights().to(place.device), place).log()
-    exponents = torch.where(nouns.is_background[columns] | (place != 0), 1.0, OBJECT_EXPONENT)
-    log_shares = (exponents * shares + prior).logsumexp(1) / exponents
+    log_shares = (SHARE_EXPONENT * shares + prior).logsumexp(1) / SHARE_EXPONENT
     of_images = -(log_shares * shown).sum(1) / shown.sum(1)
     of_all = gather_with_gradient(complete)
     return of_images.sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)

@@ -19,7 +19,8 @@ _OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size".split()
 
 def card_settings(settings: Mapping) -> dict[str, object]:
     """
-    Returns the settings of a run that its model depends on, for [`write_model_card`]: those with an effect, without paths of this machine.
+    Returns the settings of a run that its model depends on, for [`write_model_card`]: those with an effect, without
+    paths of this machine.
 
     Args:
         settings: values of [`Settings`], by their names.
@@ -31,8 +32,6 @@ def card_settings(settings: Mapping) -> dict[str, object]:
         idle |= {"crop_scale", "auto_augment", "random_erasing"}
     if settings.get("model"):  # which has its own
         idle |= {"image_size"}
-    if not settings.get("nouns"):
-        idle |= {name for name in names if name.startswith(("noun_", "unknown_"))}
     shown = {name: settings[name] for name in names if name not in idle}
     if settings.get("auto_augment") == "" and not settings.get("cache_features"):
         shown["auto_augment"] = "none"

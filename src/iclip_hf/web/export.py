@@ -56,8 +56,8 @@ _STATIC_SPACE = {
     },
 }
 CDN = "https://cdn.jsdelivr.net/npm"
-# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each the digest as browsers
-# check it, and the size in bytes as servers send it, compressed.
+# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each
+# the digest as browsers check it, and the size in bytes as servers send it, compressed.
 _RUNTIME = json.loads(read_asset("runtime.json"))
 RUNTIME_FILES = [_RUNTIME["tokenizers"], *_RUNTIME["wasm"].values(), *_RUNTIME["webgpu"].values()]
 
@@ -73,8 +73,9 @@ def export_web(
     """
     Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
 
-    The page has the model's own maps and scores, and its presence if it has one. ONNX Runtime and the tokenizer are npm packages of
-    fixed versions; browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on WebGPU where there is one.
+    The page has the model's own maps and scores, and its presence if it has one. ONNX Runtime and the tokenizer are
+    npm packages of fixed versions; browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on
+    WebGPU where there is one.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
@@ -87,8 +88,8 @@ def export_web(
         The folder.
 
     Raises:
-        `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`: the folder is
-            not empty. `ImportError`: a package of the extra `onnx` is missing.
+        `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`:
+            the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     folder = Path(folder)
     settings = {
@@ -150,8 +151,8 @@ def _at_cdn(file: dict, cdn: str) -> dict:
 
 def _with_version(texts: dict[str, str]) -> dict[str, str]:
     """
-    Returns the files of a page, by their names, with a version in the addresses by which they refer to each other. A browser may take a
-    file that it has for fresh; so a page and its modules are always of one export.
+    Returns the files of a page, by their names, with a version in the addresses by which they refer to each other. A
+    browser may take a file that it has for fresh; so a page and its modules are always of one export.
     """
     version = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
     reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, texts))})(?=")')
@@ -202,7 +203,10 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
-    """Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an old one."""
+    """
+    Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an
+    old one.
+    """
     packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {

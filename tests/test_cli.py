@@ -373,13 +373,14 @@ def test_the_package_lists_what_it_imports_late():
 
 
 def test_data_sets_of_the_command_are_those_of_the_package():
+    from typing import get_args, get_type_hints
+
     from iclip_hf.data.class_names import DATASETS
     from iclip_hf.data.segmentation import _LAYOUTS
     from iclip_hf.training.settings import Settings
 
-    assert (
-        set(DATASETS) == {*_LAYOUTS} == {*Settings.__dataclass_fields__["eval_dataset"].metadata["choices"]} - {"none"}
-    )
+    evaluated = {*get_args(get_type_hints(Settings)["eval_dataset"])}
+    assert set(DATASETS) == {*_LAYOUTS} == evaluated - {"none"}
 
 
 def test_options_of_the_command_are_parameters_of_metrics():

@@ -17,7 +17,7 @@ from iclip_hf.model.losses import contrastive_loss
 from iclip_hf.training import train as program
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import GlobalBatches
-from iclip_hf.training.settings import TRACKERS, parse_settings, read_settings
+from iclip_hf.training.settings import parse_settings, read_settings
 
 
 def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
@@ -116,8 +116,13 @@ def test_settings_of_the_command_line_precede_those_of_the_file_and_these_the_de
     assert parse_settings(["--config", str(tmp_path), "--model", "m"]).image_size == 0  # of the towers
 
 
-def test_the_trackers_are_those_of_accelerate():
-    assert {tracker.value for tracker in LoggerType} <= {"all", *TRACKERS}  # older versions have fewer
+@pytest.mark.parametrize("tracker", ["tensorbord", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused(hub, tmp_path, monkeypatch, tracker):
+    """Accelerate would train without it."""
+    monkeypatch.setattr("iclip_hf.training.train.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    with pytest.raises(ValueError, match=f"report_to: '{tracker}' .*tensorboard"):
+        run(hub, tmp_path / "run", "--report_to", tracker)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_in_parts_is_refused(hub, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +15,6 @@ from ..backends import check_model_name
 from ..data.nouns import NounPrompts
 from ..data.pairs import BadPairError, PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
-from ..utils.extras import not_installed
 from ..utils.files import check_new_folder, check_outputs
 from ..utils.hub_ids import is_hub_id
 from .settings import Settings
@@ -134,14 +132,9 @@ def check_run(settings: Settings) -> None:
     Checks what a run needs besides its data.
 
     Raises:
-        `ImportError`: the tracker is missing. `FileNotFoundError`: a file or folder does not exist. `PermissionError`: the feature cache
-        cannot be written. `ValueError`: something is not as described.
+        `FileNotFoundError`: a file or folder does not exist. `PermissionError`: the feature cache cannot be written. `ValueError`:
+        something is not as described.
     """
-    tracker = settings.report_to
-    if tracker != "none" and find_spec(tracker) is None:  # Accelerate would go on without a log
-        if tracker == Settings.report_to:
-            raise not_installed(tracker, "train")
-        raise ImportError(f"{tracker} is not installed: `pip install {tracker}`, or set report_to.", name=tracker)
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":  # Accelerate would divide the gradients
         raise ValueError(
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: all pairs of a batch contrast, so gradients are not accumulated; leave it out, and "

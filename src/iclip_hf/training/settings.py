@@ -8,8 +8,8 @@ import argparse
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -21,10 +21,11 @@ from ..utils.hub_ids import RUNS
 # Metrics of [`evaluate_model`] that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
-# Those of Accelerate, by the names of their packages.
-TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
-POSITIVE = 1e-99  # the lowest value of what must not be 0
+# Numbers with the lowest and the highest that they may be
+AtLeast0, AtLeast1 = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]
+NotNegative, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
+Positive = Annotated[float, 1e-99, 1e30]
 
 # Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
 FREE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
@@ -32,14 +33,12 @@ FREE = "config output_dir resume num_workers report_to log_steps pictures checkp
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
 
 
-def setting(default, help: str, low: float = -math.inf, high: float = math.inf, choices: Sequence[str] = ()):
-    """A field of [`Settings`], with its description for the command line, and the range of a number or the choices of a text."""
-    is_list = isinstance(default, list)
-    make = {"default_factory": default.copy} if is_list else {"default": default}
-    kind = str if is_list else type(default)
-    return field(
-        **make, metadata={"help": help, "range": (low, high), "kind": kind, "is_list": is_list, "choices": choices}
-    )
+def setting(default, help: str):
+    """A field of [`Settings`] with its description for the command line."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": help})
+    shown = "" if default in ("", False) else f" (default: {default})"
+    return field(default=default, metadata={"help": help + shown})
 
 
 @dataclass
@@ -60,10 +59,8 @@ class Settings:
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
-    image_size: int = setting(
-        0,
-        "height and width of images in pixels; 0 for those of processor_config.json; a model has its own size",
-        0,
+    image_size: AtLeast0 = setting(
+        0, "height and width of images in pixels; 0 for those of processor_config.json; a model has its own size"
     )
 
     # data
@@ -75,61 +72,57 @@ class Settings:
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
     validation_data: list[str] = setting([], "validation pairs, local")
-    validation_share: float = setting(0.0, "share of the pairs to validate on instead, which are not trained on", 0, 1)
+    validation_share: Share = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
     split: str = setting("train", "split of a Hub dataset")
-    pairs_per_epoch: int = setting(
-        0, "pairs in an epoch of a single Hub dataset, which then is streamed; without effect on local pairs", 0
+    pairs_per_epoch: AtLeast0 = setting(
+        0, "pairs in an epoch of a single Hub dataset, which then is streamed; without effect on local pairs"
     )
-    max_bad_share: float = setting(0.05, "largest share of broken pairs; the run stops above it", 0, 1)
-    crop_scale: float = setting(0.08, "smallest area of a random crop, as a share of the image", 0, 1)
+    max_bad_share: Share = setting(0.05, "largest share of broken pairs; the run stops above it")
+    crop_scale: Share = setting(0.08, "smallest area of a random crop, as a share of the image")
     auto_augment: str = setting("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
-    random_erasing: float = setting(0.25, "probability of erasing a rectangle", 0, 1)
+    random_erasing: Share = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting(
         "",
         "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become prompts",
     )
-    num_workers: int = setting(4, "number of loading processes for each training process", 0)
+    num_workers: AtLeast0 = setting(4, "number of loading processes for each training process")
     cache_features: str = setting("", "folder for features of locked towers, which are computed once")
 
     # optimisation
-    epochs: int = setting(30, "number of passes over the pairs", 1)
-    max_steps: int = setting(0, "number of steps of the run and its schedule; 0 for all epochs", 0)
-    batch_size: int = setting(1024, "number of pairs in a batch, over all processes", 1)
-    chunk_size: int = setting(256, "number of pairs in one forward pass of a tower, which limits the memory", 1)
-    learning_rate: float = setting(1.25e-4, "peak of the learning rate, for any batch_size", POSITIVE, 1e30)
-    warmup_learning_rate: float = setting(1e-6, "first learning rate of the warm-up", 0)
-    min_learning_rate: float = setting(1e-5, "last learning rate", 0)
-    warmup_epochs: float = setting(2.0, "number of epochs of linear warm-up, before the cosine decay", 0)
-    weight_decay: float = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none", 0)
-    clip_grad_norm: float = setting(5.0, "largest norm of the gradient", POSITIVE)
-    mixed_precision: str = setting(
-        "auto",
-        "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU",
-        choices=("auto", "no", "fp16", "bf16"),
+    epochs: AtLeast1 = setting(30, "number of passes over the pairs")
+    max_steps: AtLeast0 = setting(0, "number of steps of the run and its schedule; 0 for all epochs")
+    batch_size: AtLeast1 = setting(1024, "number of pairs in a batch, over all processes")
+    chunk_size: AtLeast1 = setting(256, "number of pairs in one forward pass of a tower, which limits the memory")
+    learning_rate: Positive = setting(1.25e-4, "peak of the learning rate, for any batch_size")
+    warmup_learning_rate: NotNegative = setting(1e-6, "first learning rate of the warm-up")
+    min_learning_rate: NotNegative = setting(1e-5, "last learning rate")
+    warmup_epochs: NotNegative = setting(2.0, "number of epochs of linear warm-up, before the cosine decay")
+    weight_decay: NotNegative = setting(0.05, "weight decay of matrices; biases, norms and logit scales have none")
+    clip_grad_norm: Positive = setting(5.0, "largest norm of the gradient")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
+        "auto", "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU"
     )
     seed: int = setting(0, "random seed")
 
     # monitoring
-    report_to: str = setting("tensorboard", "tracker of Accelerate, or none", choices=("none", *TRACKERS))
-    log_steps: int = setting(10, "number of steps between logs", 1)
-    eval_steps: int = setting(1000, "number of steps between evaluations; the last step is always evaluated", 1)
-    eval_dataset: str = setting("none", "segmentation data set to evaluate maps on", choices=("none", *DATASETS))
+    report_to: str = setting("tensorboard", "tracker of Accelerate, or none")
+    log_steps: AtLeast1 = setting(10, "number of steps between logs")
+    eval_steps: AtLeast1 = setting(1000, "number of steps between evaluations; the last step is always evaluated")
+    eval_dataset: Literal[("none", *DATASETS)] = setting("none", "segmentation data set to evaluate maps on")
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
-    best_metric: str = setting(
-        "auto",
-        "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data",
-        choices=("auto", *RETRIEVAL_METRICS, *MAP_METRICS),
+    best_metric: Literal[("auto", *RETRIEVAL_METRICS, *MAP_METRICS)] = setting(
+        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
     )
-    pictures: int = setting(4, "number of validation images whose maps are drawn at each evaluation", 0)
-    checkpoint_steps: int = setting(1000, "number of steps between checkpoints", 1)
+    pictures: AtLeast0 = setting(4, "number of validation images whose maps are drawn at each evaluation")
+    checkpoint_steps: AtLeast1 = setting(1000, "number of steps between checkpoints")
 
     def __post_init__(self):
         self.output_dir = self.output_dir or f"{RUNS}/{self.name}"
-        for entry in fields(self):
-            value, (low, high) = getattr(self, entry.name), entry.metadata["range"]
+        for name, kind in get_type_hints(Settings, include_extras=True).items():
+            value, (low, high) = getattr(self, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
             if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"{entry.name}: {value} is not a number from {low} to {high}.")
+                raise ValueError(f"{name}: {value} is not a number from {low} to {high}.")
         parse_options(self.model_options)
         if self.validation_data and self.validation_share:
             raise ValueError("validation_data, validation_share: give one of them.")
@@ -179,25 +172,28 @@ def parse_options(model_options: Sequence[str]) -> dict[str, object]:
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """
     Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
-    are absent from the result.
+    are absent from the result. As `HfArgumentParser` of Transformers does, which imports torch.
     """
-    for entry in fields(Settings):
-        kind, is_list, choices = (entry.metadata[key] for key in ("kind", "is_list", "choices"))
-        options = {"nargs": "?", "const": True} if kind is bool else {}
-        if is_list:
+    for name, kind in get_type_hints(Settings).items():
+        options = {"type": kind}
+        if kind is bool:
+            options = {"type": true_or_false, "nargs": "?", "const": True}
+        elif get_origin(kind) is list:
             options = {"nargs": "+", "action": "extend"}
-        default = "" if entry.default in ("", False) or is_list else f" (default: {entry.default})"
-        parser.add_argument(
-            *dict.fromkeys([f"--{entry.name}", f"--{entry.name.replace('_', '-')}"]),
-            type=partial(_parse, entry.name),
-            default=argparse.SUPPRESS,
-            metavar="|".join(choices) or entry.name.upper(),
-            help=f"{entry.metadata['help']}{default}",
-            **options,
-        )
+        elif get_origin(kind) is Literal:
+            options = {"choices": get_args(kind)}
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        text = Settings.__dataclass_fields__[name].metadata["help"]
+        parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
     parser.add_argument(
         "data", nargs="*", action="extend", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data"
     )
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
 
 
 def read_settings(given: Mapping) -> Settings:
@@ -243,37 +239,24 @@ def read_file(file: Path) -> dict:
         raise ValueError(f"{file}: settings are written in YAML, but: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: settings are written as `name: value`, but this is a {type(content).__name__}.")
-    settings = {}
+    arguments = []
     for name, value in content.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
             raise ValueError(f"{file}: {name!r:.100} is no setting.")
-        if value is None:
-            continue
-        is_list = Settings.__dataclass_fields__[name].metadata["is_list"]
+        is_list = Settings.__dataclass_fields__[name].default is MISSING
         values = value if is_list and isinstance(value, list) else [value]
-        try:
-            parsed = [_parse(name, item) for item in values]
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{file}: {error}") from error
-        settings[name] = parsed if is_list else parsed[0]
+        if wrong := next((item for item in values if isinstance(item, (list, dict))), None):
+            raise ValueError(f"{file}: {name}: this is a {type(wrong).__name__} instead of one value.")
+        arguments += [f"--{name}={item}" for item in values if item is not None]
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    add_settings(parser)
+    try:
+        settings = vars(parser.parse_args(arguments))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{file}: {error}") from error
     if (nouns := file.parent / settings.get("nouns", "")).is_file():
         settings["nouns"] = str(nouns)
     return settings
-
-
-def _parse(name: str, value):
-    """Converts text, or a value of YAML, to the type of a setting. Raises `argparse.ArgumentTypeError` for another."""
-    kind, choices = (Settings.__dataclass_fields__[name].metadata[key] for key in ("kind", "choices"))
-    if isinstance(value, (list, dict)):
-        raise argparse.ArgumentTypeError(f"{name}: this is a {type(value).__name__} instead of one value.")
-    expected = {int: "a whole number", float: "a number", bool: "true or false", str: f"one of {', '.join(choices)}"}
-    try:
-        parsed = {"true": True, "false": False}[str(value).lower()] if kind is bool else kind(str(value))
-        if choices and parsed not in choices:
-            raise ValueError
-    except (KeyError, ValueError):
-        raise argparse.ArgumentTypeError(f"{name}: {str(value)!r:.100} is not {expected[kind]}") from None
-    return parsed
 
 
 def changed_settings(settings: Settings, before: Mapping) -> list[str]:

@@ -23,6 +23,7 @@ from ..utils.extras import require_extra
 # First, so that a missing package is one of training: the evaluation would name its own extra.
 with require_extra("train"):
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import ProjectConfiguration, set_seed
 
 from ..backends.identity import changed, digest, identity
@@ -111,6 +112,12 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
 
 def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     """Starts Accelerate, with the precision that the settings, or else the launcher or the device, determine."""
+    installed = [tracker.value for tracker in get_available_trackers()]
+    if settings.report_to not in ("none", *installed):  # Accelerate would go on without a log
+        raise ValueError(
+            f"report_to: {settings.report_to!r} is no tracker of Accelerate that is installed here ({', '.join(installed) or 'none is'}); "
+            "install it, or set report_to."
+        )
     on_gpu = partial_state("train").device.type == "cuda"
     precision = settings.mixed_precision
     if precision == "auto":

@@ -121,14 +121,14 @@ def asking_again(rounds: int) -> str:
     engine = Engine(model, model.processor)
     image = photograph(0)
     texts = examples()[0].texts.split(", ")
-    kept = encode_photo(engine, image)
+    encoded = encode_photo(engine, image)
 
     def answer(seen=None):
         seen = seen or encode_photo(engine, image)
         (explanation,) = engine.run([seen.prepared], texts)
         viewer_value(seen, explanation), to_npz(explanation)
 
-    contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: engine.encode(texts)}
+    contenders = {"first": answer, "again": lambda: answer(encoded), "texts": lambda: engine.encode(texts)}
     taken = take_turns(contenders, rounds)
     first, again, encoding = medians(taken).values()
     headings = ["demo, first texts on an image, seconds", "other texts on it", "ratio", "of which encoding 3 texts"]

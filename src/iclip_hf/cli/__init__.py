@@ -30,13 +30,13 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
-        self._given = args or []
+        self._arguments = args or []
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
         if "are required" in message or "unrecognized arguments: --" in message:  # it may be mistyped
             known = self._option_string_actions
-            typed = [word.split("=")[0] for word in self._given if word.startswith("--")]
+            typed = [word.split("=")[0] for word in self._arguments if word.startswith("--")]
             if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:
                 like = "".join(f"; did you mean {option}?" for option in get_close_matches(wrong[0], known, 1))
                 message = f"unrecognized arguments: {wrong[0]}{like}"

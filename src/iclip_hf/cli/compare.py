@@ -72,10 +72,10 @@ def run(options: argparse.Namespace) -> None:
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
         figures = zip(rows, notes, explanation.scores.tolist(), explanation.presences)
-        for row, of_text, score, presence in figures:
+        for row, of_row, score, presence in figures:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
-            of_text.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
-    titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
+            of_row.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
+    titles = [f"{text}\n{', '.join(of_row)}" for text, of_row in zip(texts, notes)]
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     save_picture(sheet, output, dpi)
     if options.json:

@@ -39,10 +39,10 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 @option_type
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
-    found = [check_text(text) for text in split_texts(typed) or [""]]
-    if files := [text for text in found if os.path.splitext(text)[1] and os.path.isfile(text)]:
+    parsed = [check_text(text) for text in split_texts(typed) or [""]]
+    if files := [text for text in parsed if os.path.splitext(text)[1] and os.path.isfile(text)]:
         raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
-    return found
+    return parsed
 
 
 @option_type

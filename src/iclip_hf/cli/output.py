@@ -116,7 +116,7 @@ def printable(text) -> str:
     Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of writing
     direction, and bytes of file names that are not UTF-8.
     """
-    return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+    return _ACTING.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def print_lines(*lines: str) -> None:

@@ -96,14 +96,14 @@ def _font_with(character: str, bold: bool) -> str:
 @cache
 def _installed() -> list[str]:
     """Returns the fonts of `_MORE_SCRIPTS` that this machine has."""
-    found = []
+    paths = []
     for name in _MORE_SCRIPTS:
         with suppress(OSError):  # Pillow looks for the name in the folders of the system
-            found.append(ImageFont.truetype(name.replace("\xa0", " ")).path)
-    return found
+            paths.append(ImageFont.truetype(name.replace("\xa0", " ")).path)
+    return paths
 
 
 def _has(path: str, character: str) -> bool:
     """Whether a font has a character: for those that it lacks, a font has one glyph."""
-    found, lacking = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
-    return (found.size, bytes(found)) != (lacking.size, bytes(lacking))
+    glyph, placeholder = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
+    return (glyph.size, bytes(glyph)) != (placeholder.size, bytes(placeholder))

@@ -40,7 +40,9 @@ def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def contenders(model: ICLIPModel, images: int, texts: int) -> dict[str, Callable[[], object]]:
-    """From pixel values and token ids to finished maps, all of an image at once or one at a time; and the towers alone."""
+    """
+    From pixel values and token ids to finished maps, all of an image at once or one at a time; and the towers alone.
+    """
     pixel_values = torch.randn(images, 3, 224, 224)
     input_ids = torch.randint(1000, 20000, (texts, 8))
     mask = torch.ones_like(input_ids)
@@ -116,7 +118,9 @@ def pipelines(count: int, rounds: int) -> str:
 
 
 def asking_again(rounds: int) -> str:
-    """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
+    """
+    The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive.
+    """
     model = load("embedded")
     engine = Engine(model, model.processor)
     image = photograph(0)

@@ -1,4 +1,7 @@
-"""Executes the notebook and saves it with its outputs: `python notebooks/execute.py`. Pictures are JPEG files, a tenth of the size."""
+"""
+Executes the notebook and saves it with its outputs: `python notebooks/execute.py`. Pictures are JPEG files, a tenth of
+the size.
+"""
 
 import base64
 import io
@@ -28,8 +31,9 @@ def executed(timeout: int = 300):
 
 def cleaned(outputs: list) -> list:
     """
-    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, with one text in place of
-    consecutive ones, `/tmp/notebook` in place of temporary folders, and JPEG in place of PNG pictures.
+    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, with
+    one text in place of consecutive ones, `/tmp/notebook` in place of temporary folders, and JPEG in place of PNG
+    pictures.
     """
     result = []
     for output in outputs:

@@ -49,7 +49,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    # Read when torch is imported. Threads that wait sleep: beside other jobs, spinning makes an image ten times slower.
+    # Read when torch is imported. Threads that wait sleep: beside other jobs, spinning makes an image ten times
+    # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else None

@@ -1,4 +1,7 @@
-"""Text rendered with Pillow, in the font DejaVu Sans of the folder `fonts`, and in installed fonts for scripts that it lacks."""
+"""
+Text rendered with Pillow, in the font DejaVu Sans of the folder `fonts`, and in installed fonts for scripts that it
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ _LINE_HEIGHT, _ASCENT = 1.25, 0.97
 _LONGEST = 250
 # Fonts for scripts that DejaVu lacks, by the names of their files on Linux, macOS and Windows; used if installed.
 _MORE_SCRIPTS = """
-    NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf Nirmala.ttf
+    NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf
+    Nirmala.ttf
 """.split()
 _FONTS = Path(__file__).with_name("fonts")
 # Is no character of any font.
@@ -54,7 +58,9 @@ def text_width(line: str, size: float, bold: bool = False) -> float:
 
 
 def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
-    """Breaks a text into at most `lines` lines that fit a width in pixels. An ellipsis stands for what does not fit."""
+    """
+    Breaks a text into at most `lines` lines that fit a width in pixels. An ellipsis stands for what does not fit.
+    """
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     rows = [""]

@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord, merge_heads
+from ..model.similarity import stretch
 from .gradients import GradientExplainer
 
 
@@ -47,4 +48,4 @@ def _one_query_relevance(
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
     channels = (gradient @ value.mT)[:, 0].relu()
     low, high = torch.aminmax(cosines, dim=-1, keepdim=True)
-    return channels * torch.where(high > low, (cosines - low) / (high - low), 1)  # 1 for a single token
+    return channels * torch.where(high > low, stretch(cosines, low, high), 1)  # 1 for a single token

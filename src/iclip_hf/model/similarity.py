@@ -1,5 +1,7 @@
 """Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, min-max, resize and reversal."""
 
+from __future__ import annotations
+
 from functools import lru_cache
 
 import numpy as np
@@ -24,12 +26,22 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
+def stretch(
+    values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1, into `out` if given, which may be `values`. Where both are
+    equal, values become `values - low`: zeros if they are all equal. Shapes are broadcast.
+    """
+    span = high - low
+    # Division instead of multiplication by the reciprocal, so that `high` becomes exactly 1.
+    return torch.div(torch.sub(values, low, out=out), span.masked_fill(span == 0, 1.0), out=out)
+
+
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     """Stretches each map `(..., H, W)` to [0, 1] (Eq. 4). A constant map becomes zeros."""
-    low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)
-    span = high - low
-    # Division instead of multiplication by the reciprocal, so that the largest value is exactly 1.
-    return ((maps.flatten(-2) - low) / span.masked_fill(span == 0, 1.0)).unflatten(-1, maps.shape[-2:])
+    low, high = torch.aminmax(maps.flatten(-2), dim=-1)
+    return stretch(maps, low[..., None, None], high[..., None, None])
 
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
@@ -54,9 +66,7 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: boo
     enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
     for raw_map, target in zip(maps, enlarged):
         _resize_above_lowest(raw_map, weights, large)
-        low, high = torch.aminmax(large)
-        span = high - low
-        torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)
+        stretch(large, *torch.aminmax(large), out=target)
     return 1 - enlarged if reverse else enlarged  # stretching the negative would round differently
 
 

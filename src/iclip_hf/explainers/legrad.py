@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from ..backends.explainable import unit
 from ..backends.recording import AttentionRecord, private_copy
+from ..model.engine import select_texts
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .explainer import Explainer
 
@@ -24,14 +25,15 @@ class LeGrad(Explainer):
         depth (`int`): number of last blocks; all if the tower has fewer.
     """
 
-    backward_per_text = True
-
     def __init__(self, model, depth: int = 2):
         super().__init__(model)
         self.blocks = self.model.self_attentions("LeGrad", depth)
         self._mean_mlps = {index: _mean_mlp(self.model.layers[index].mlp) for index in self.blocks}
 
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        texts = texts if text_indices is None else select_texts(texts, text_indices)
         image, layers = self.model.trace(pixel_values, self.blocks[0])
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .presence import MIN_PRESENCE, check_min_presence
-from .similarity import min_max_normalize, resize_maps
+from .presence import MIN_PRESENCE, check_min_presence, is_present
+from .similarity import min_max_normalize, resize_maps, stretch
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
@@ -26,16 +26,16 @@ def segments(
     """
     Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of its own mask,
     where its map is above the threshold. Where masks overlap, the pixel gets the text with the highest sum of its map, standardized to
-    mean 0 and standard deviation 1 over the image, and a tenth of the logit of its presence. Without standardization, a text whose cosines
-    are higher everywhere would cover the others.
+    mean 0 and standard deviation 1 over the image, and a tenth of the logit of its presence. Without standardization, a text whose
+    cosines are higher everywhere would cover the others.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
         presence (`torch.Tensor` of shape `(T,)`, *optional*): presence of the texts in [0, 1]; all are present if not given.
         min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
-        threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
-            greater. None makes each mask the whole image.
+        threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4),
+            is greater. None makes each mask the whole image.
         background: indices of texts that describe the background. They compete like any other, and their pixels are background.
 
     Returns:
@@ -48,9 +48,9 @@ def segments(
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
         check_min_presence(min_presence)
-        present = [value >= min_presence for value in presence.tolist()]
+        present = [is_present(value, min_presence) for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
-    found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
+    labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, device=raw_maps.device)
     texts = zip(raw_maps, present, offsets, thresholds, strict=True)
     for index, (raw_map, shown, offset, least) in enumerate(texts):
@@ -61,9 +61,9 @@ def segments(
             won = standardized > best
             if least is not None:
                 won &= min_max_normalize(values) > least
-            found.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
+            labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
             best = torch.where(won, standardized, best)
-    return found
+    return labels
 
 
 @torch.no_grad()
@@ -112,8 +112,7 @@ def label_map(
     if logit_scale is not None:
         confidence = 1 / total
     else:
-        low, high = best.aminmax()
-        confidence = best.sub_(low).div_((high - low).masked_fill(high == low, 1.0))
+        confidence = stretch(best, *best.aminmax(), out=best)
     labels = classes.to(best.device)[winner.long()]
     if threshold is not None:
         labels[confidence <= threshold] = BACKGROUND_LABEL

@@ -14,8 +14,9 @@ from transformers.utils import logging
 from .engine import Engine
 from .explanation import Explanation
 from .images import load_image
+from .masks import check_threshold
 from .presence import MIN_PRESENCE
-from .processing_iclip import check_threshold, check_tokenizer
+from .processing_iclip import check_processor
 from .prompts import split_texts
 from .regions import find_regions, run_lengths
 
@@ -57,7 +58,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             raise ValueError(
                 f"The pipeline takes ICLIP models, not {self.model.config.model_type!r}: call iclip_hf.explain for other models."
             )
-        check_tokenizer(self.model.name_or_path, self.processor.tokenizer, self.model.config)
+        check_processor(self.model.name_or_path, self.processor, self.model.config)
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -87,8 +88,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
             - **label** (`str`)
             - **score** (`float`): cosine of image and label, in [-1, 1].
-            - **presence** (`float`): probability that the image shows the label, in [0, 1], see [`ICLIPModel.presence`]; None if the
-              model has none.
+            - **presence** (`float`): probability that the image shows the label, in [0, 1] at a prior of 0.5, see
+              [`ICLIPModel.presence`]; None if the model has none.
             - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0 elsewhere.
             - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the last two exclusive,
@@ -224,10 +225,10 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             threshold=None if threshold is None else check_threshold(threshold),
             min_presence=min_presence,
         )
-        found, answers = explanation.label_map(background=background), []
+        label_map, answers = explanation.label_map(background=background), []
         scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences
         for index, (label, score) in enumerate(zip(candidate_labels, scores)):
-            mask = found == index
+            mask = label_map == index
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
             if index not in background and explanation.is_covered(index, mask):

@@ -1,5 +1,7 @@
 """Conversion of masks to boxes, point prompts and run lengths."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -53,9 +55,9 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
     areas = np.bincount(parts, weights=lengths)
     regions = []
     for part in np.flatnonzero((areas > 0) & (areas >= min_area * mask.size)):
-        own = parts == part
-        (y0, x0, _), (y1, _, x1) = runs[own].min(axis=0).tolist(), runs[own].max(axis=0).tolist()
-        regions.append(Region((x0, y0, x1, y1 + 1), float(sums[own].sum() / areas[part]), runs[own]))
+        in_part = parts == part
+        (y0, x0, _), (y1, _, x1) = runs[in_part].min(axis=0).tolist(), runs[in_part].max(axis=0).tolist()
+        regions.append(Region((x0, y0, x1, y1 + 1), float(sums[in_part].sum() / areas[part]), runs[in_part]))
     return sorted(regions, key=lambda region: -region.score)
 
 
@@ -97,10 +99,22 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
         parts = merged
 
 
+def point_prompts(
+    heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA, num_positive: int = 1, num_negative: int = 3
+) -> list[tuple[Region, np.ndarray, np.ndarray]]:
+    """
+    Returns the regions of [`find_regions`], each with its [`positive_points`] and the [`negative_points`] of the mask, which all
+    regions share.
+    """
+    regions = find_regions(heatmap, mask, min_area)
+    negative = negative_points(heatmap, mask, num_negative) if regions else None
+    return [(region, positive_points(heatmap, region, num_positive), negative) for region in regions]
+
+
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:
     """
-    Returns the peak of a region of a map and its next highest points, at least half the box's shorter side apart: `(count, 2)`, (x, y) in
-    pixels. In a small region, points repeat.
+    Returns the peak of a region of a map and its next highest points, at least half the box's shorter side apart: `(count, 2)`,
+    (x, y) in pixels. In a small region, points repeat.
     """
     x0, y0, x1, y1 = region.box
     cost = np.where(region.inside, -heatmap[y0:y1, x0:x1], np.inf)
@@ -151,8 +165,8 @@ def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     """
-    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: `size`, [H, W], and `counts`, alternating lengths of runs
-    of 0 and 1 in column-major order, beginning with 0.
+    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: `size`, [H, W], and `counts`, alternating lengths of
+    runs of 0 and 1 in column-major order, beginning with 0.
     """
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))

@@ -60,9 +60,10 @@ class LabelMaps(Metric):
             return
         counted = (masks != self.ignore_index).all(0)
         for index, (label, mask) in enumerate(zip(labels, masks, strict=True)):
-            own, segment = (mask == label) & counted, (label_map == index) & counted
-            if own.any():
-                self.state.add(np.array([1, (own & segment).sum() / (own | segment).sum(), segment.any()]), "classes")
+            shown, segment = (mask == label) & counted, (label_map == index) & counted
+            if shown.any():
+                iou = (shown & segment).sum() / (shown | segment).sum()
+                self.state.add(np.array([1, iou, segment.any()]), "classes")
         absent = (label_map >= len(labels))[counted]
         if absent.size:
             self.state.add(np.array([1, absent.mean()]), "images")
@@ -102,7 +103,7 @@ class LabelMaps(Metric):
         return typed
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
-        prepared = [replace(image.prepared, rows=self.typed(image)) for image in images]
+        prepared = [replace(image.prepared, text_indices=self.typed(image)) for image in images]
         explained = [engine.run(prepared, self.run.texts, len(images)) for engine in self.run.engines.values()]
         return [dict(zip(self.run.engines, explanations)) for explanations in zip(*explained)]
 

@@ -211,7 +211,7 @@ class ClassMeans(Metric):
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
         found = [self.measure(image) if image.sample.labels else {} for image in images]
-        return [{method: part.double().cpu().numpy() for method, part in of_image.items()} for of_image in found]
+        return [{method: part.cpu().double().numpy() for method, part in of_image.items()} for of_image in found]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for scores, label in zip(image.outputs[self.name].get(method, ()), image.sample.labels):

@@ -205,7 +205,7 @@ class Segmentation(Metric):
                 maps, _ = engine.raw_maps(pixel_values, self.encoded)
             else:
                 maps = windowed_maps(engine, pixel_values, self.encoded, self.window, self.stride)
-            by_method[method] = (-maps if engine.method.reversed else maps).cpu()
+            by_method[method] = maps.cpu()
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:

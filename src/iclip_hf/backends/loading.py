@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import resolve_revision
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 from transformers.utils import cached_file
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
-from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
+from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..utils.files import loading_errors
 from . import MODEL_TYPES, check_model_name, check_model_type, families
 from .embedded import embedded_model
@@ -33,8 +34,10 @@ _FAMILIES: dict[str, type[ExplainableModel]] = {
     "VisionTransformer": ExplainableOpenCLIP,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
 }
+# The weights of a model folder: in one file, or the index of several.
+_WEIGHTS_FILE, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of a model folder in which transformers finds names of other files.
-_NAMING = ("model.safetensors.index.json", "tokenizer_config.json", "special_tokens_map.json")
+_NAMING = (_WEIGHTS_INDEX, "tokenizer_config.json", "special_tokens_map.json")
 # Files that hold tensors and nothing else, so that they may be links to anywhere.
 _WEIGHTS = (".safetensors", ".onnx", ".data")
 
@@ -63,14 +66,15 @@ def load(
             its processor, or of a model of open_clip (its transformers with a class token and its ResNets) and its tokenizer; or
             the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
-        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; the GPU if there is one, if not given.
+        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the GPU if there is one (CUDA, or MPS on a Mac).
 
     Returns:
         [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not changed.
 
     Raises:
-        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind. `ValueError`: that of a
-            folder or Hub id is; a file is damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
+        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind. `ValueError`: that of
+            a folder or Hub id is; a file is damaged, lacks weights or contains NaN; the processor is of another model; or dtype or device
+            are given for a model that has its own.
     """
     is_name = isinstance(source, (str, os.PathLike))
     source = resolve_name(source) if is_name else source
@@ -86,7 +90,7 @@ def load(
         check_links(source)
         return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
-        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _usable(device or default_device())
         if dtype == "bfloat16" and device.type == "cpu":
             warn_of_slow_bfloat16()
         model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
@@ -97,6 +101,13 @@ def load(
             f"{type(source).__name__}: pass one of them."
         )
     return _explainable(*source)
+
+
+def default_device() -> torch.device:
+    """Returns the GPU if there is one, by CUDA or by MPS, and otherwise the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -110,6 +121,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 def _explainable(model, processor) -> ExplainableModel:
     if isinstance(model, ONNXModel):
+        check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
         kind = type(model.visual).__name__
@@ -123,7 +135,7 @@ def _explainable(model, processor) -> ExplainableModel:
             f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
         )
     if not hasattr(model, "visual"):
-        check_tokenizer(getattr(model.config, "_name_or_path", "") or kind, processor.tokenizer, model.config)
+        check_processor(getattr(model.config, "_name_or_path", "") or kind, processor, model.config)
     return _FAMILIES[kind](model, processor)
 
 
@@ -188,6 +200,7 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             shared["revision"] = resolve_revision(name)
             check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
         check_links(name, shared.get("revision"))
+        _check_depth(name, shared.get("revision"))
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, **shared, **options
         )
@@ -197,8 +210,27 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         if not isinstance(processor, ICLIPProcessor if isinstance(model, ICLIPModel) else ProcessorMixin):
             raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
         processor.image_processor(Image.new("RGB", (32, 32)))  # raises for damaged options
-    check_tokenizer(name, processor.tokenizer, model.config)
+    check_processor(name, processor, model.config)
     return model, processor
+
+
+def _check_depth(name: str | Path, revision: str | None) -> None:
+    """
+    Raises `ValueError` if a configuration has more layers than its files have tensors. A damaged one, of a million layers, would take
+    minutes to build.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
+    layers = max(getattr(part, "num_hidden_layers", 0) for part in (config.vision_config, config.text_config))
+    options, tensors = {"revision": revision, "_raise_exceptions_for_missing_entries": False}, layers
+    if weights := cached_file(name, _WEIGHTS_FILE, **options):
+        with safe_open(weights, framework="pt") as file:
+            tensors = len(file.keys())
+    elif index := cached_file(name, _WEIGHTS_INDEX, **options):
+        tensors = len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    if layers > tensors:
+        raise ValueError(
+            f"{name}: config.json has {layers} layers, but {tensors} tensors are there; download it again."
+        )
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:

@@ -23,8 +23,9 @@ class ExplainableModel(ABC):
     Attributes:
         network: the model itself. A model of PyTorch is a private copy that shares the weights of the given one.
         processor ([`ICLIPProcessor`]): prepares `pixel_values` of whole images, without a crop.
-        pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise it depends on
-            the output of one query of the last attention, which is that of the class token or of a pooling head.
+        pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
+            it depends on the output of one query of the last attention, which is that of the class token or of a
+            pooling head.
     """
 
     pools_patches = False
@@ -36,7 +37,10 @@ class ExplainableModel(ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all weights."""
+        """
+        Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all
+        weights.
+        """
         return identity(*self._given)
 
     @property
@@ -69,8 +73,8 @@ class ExplainableModel(ABC):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1]. None for a model
-        that was not trained with a sigmoid, see [`ICLIPModel.presence`].
+        Computes the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1].
+        None for a model that was not trained with a sigmoid, see [`ICLIPModel.presence`].
         """
         return None
 
@@ -117,7 +121,10 @@ class RecordableModel(ExplainableModel):
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
+        """
+        Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts,
+        `(B, N, P)`.
+        """
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
@@ -130,8 +137,8 @@ class RecordableModel(ExplainableModel):
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer.
-        Raises `ValueError` if there are none, or `depth` is below 1.
+        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower
+        has fewer. Raises `ValueError` if there are none, or `depth` is below 1.
         """
         if depth < 1:
             raise ValueError(f"depth is at least 1, not {depth}.")
@@ -154,8 +161,8 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
     """Returns the model if its layers can be recorded. Raises `ValueError` for an ONNX model."""
     if not isinstance(model, RecordableModel):
         raise ValueError(
-            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm, attention, attention_affinity and "
-            "random."
+            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm, attention, "
+            "attention_affinity and random."
         )
     return model
 

@@ -1,4 +1,6 @@
-"""Loading of models: `load` gives the object that explains; from folders and the Hub, without running code of the folder."""
+"""
+Loading of models: `load` gives the object that explains; from folders and the Hub, without running code of the folder.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def load(
     device: str | torch.device | None = None,
 ) -> ExplainableModel:
     """
-    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded model unchanged.
+    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded model
+    unchanged.
 
     Example:
 
@@ -61,20 +64,22 @@ def load(
     ```
 
     Args:
-        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a `CLIPModel`, `MetaClip2Model`, `SiglipModel`,
-            `Siglip2Model` or `Tipsv2Model` of transformers; an exported ONNX folder; a pair of a model, already on its device, and
-            its processor, or of a model of open_clip (its transformers with a class token and its ResNets) and its tokenizer; or
-            the result of an earlier call.
+        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a `CLIPModel`, `MetaClip2Model`,
+            `SiglipModel`, `Siglip2Model` or `Tipsv2Model` of transformers; an exported ONNX folder; a pair of a model,
+            already on its device, and its processor, or of a model of open_clip (its transformers with a class token
+            and its ResNets) and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
-        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the GPU if there is one (CUDA, or MPS on a Mac).
+        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the GPU if there is one (CUDA, or MPS
+            on a Mac).
 
     Returns:
-        [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not changed.
+        [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not
+        changed.
 
     Raises:
-        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind. `ValueError`: that of
-            a folder or Hub id is; a file is damaged, lacks weights or contains NaN; the processor is of another model; or dtype or device
-            are given for a model that has its own.
+        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind.
+            `ValueError`: that of a folder or Hub id is; a file is damaged, lacks weights or contains NaN; the
+            processor is of another model; or dtype or device are given for a model that has its own.
     """
     is_name = isinstance(source, (str, os.PathLike))
     source = resolve_name(source) if is_name else source
@@ -131,8 +136,9 @@ def _explainable(model, processor) -> ExplainableModel:
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     if kind not in _FAMILIES or not fits:
         raise TypeError(
-            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
-            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
+            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or "
+            "Tipsv2Model of transformers, or a model of open_clip with a class token or a ResNet, got "
+            f"{type(model).__name__}: load one of them."
         )
     if not hasattr(model, "visual"):
         check_processor(getattr(model.config, "_name_or_path", "") or kind, processor, model.config)
@@ -140,14 +146,18 @@ def _explainable(model, processor) -> ExplainableModel:
 
 
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
-    """Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name checked."""
+    """
+    Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name
+    checked.
+    """
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
 
 def check_links(name: str | Path, revision: str | None = None) -> None:
     """
-    Raises `ValueError` if the files of a folder or Hub id lead to others outside of it, which transformers would read, and an export then
-    publish: by a link, or by a name in a file. Links into the blobs of the Hub's cache stay inside; weights may be links to anywhere.
+    Raises `ValueError` if the files of a folder or Hub id lead to others outside of it, which transformers would read,
+    and an export then publish: by a link, or by a name in a file. Links into the blobs of the Hub's cache stay inside;
+    weights may be links to anywhere.
     """
     with loading_errors(name):
         if os.path.isdir(name):
@@ -182,21 +192,24 @@ def has_bfloat16() -> bool:
 
 
 def warn_of_slow_bfloat16() -> None:
-    """Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32."""
+    """
+    Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32.
+    """
     if torch.backends.mkldnn.is_available() and not has_bfloat16():
         logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
 
 
 def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **options):
     """
-    Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from safetensors. Code in the
-    folder is not run. `types` are the model types that are loaded; `options` override the model's configuration. Raises the errors of
-    [`load`].
+    Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from
+    safetensors. Code in the folder is not run. `types` are the model types that are loaded; `options` override the
+    model's configuration. Raises the errors of [`load`].
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
     with loading_errors(name):
         if not os.path.exists(name):
-            # Files of one commit. Fails at once without a network and a copy in the cache, where each download would be retried.
+            # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
+            # be retried.
             shared["revision"] = resolve_revision(name)
             check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
         check_links(name, shared.get("revision"))
@@ -216,8 +229,8 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
 
 def _check_depth(name: str | Path, revision: str | None) -> None:
     """
-    Raises `ValueError` if a configuration has more layers than its files have tensors. A damaged one, of a million layers, would take
-    minutes to build.
+    Raises `ValueError` if a configuration has more layers than its files have tensors. A damaged one, of a million
+    layers, would take minutes to build.
     """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
     layers = max(getattr(part, "num_hidden_layers", 0) for part in (config.vision_config, config.text_config))

@@ -48,18 +48,18 @@ def evaluate_model(
     """
     Measures a model and its maps over a data set.
 
-    Every image is resized as a whole, without a crop. Under `accelerate launch` the processes share the images, and every process
-    returns the same result.
+    Every image is resized as a whole, without a crop. Under `accelerate launch` the processes share the images, and
+    every process returns the same result.
 
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
-        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of `METRICS` and metrics
-            with options such as `Segmentation(window=224)`.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
-            [`ICLIPProcessor`]; if not given, what a metric prefers ([`Metric`]), and otherwise the processor's. mAP and presence always
-            come from the processor's.
+        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of
+            `METRICS` and metrics with options such as `Segmentation(window=224)`.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
+            or a `size` of [`ICLIPProcessor`]; if not given, what a metric prefers ([`Metric`]), and otherwise the
+            processor's. mAP and presence always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         limit (`int`, *optional*): evaluate only the first images.
@@ -70,8 +70,8 @@ def evaluate_model(
         [`EvaluationResult`].
 
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the model does not
-        have what a metric measures.
+        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the
+        model does not have what a metric measures.
     """
     start = time.perf_counter()
     for name, value in (("limit", limit), ("batch_size", batch_size)):
@@ -82,7 +82,8 @@ def evaluate_model(
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
     model, runs = load(model), {}
-    # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of another.
+    # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
+    # another.
     sizes = [metric.image_size if image_size is None else image_size for metric in metrics]
     for size in sizes:
         if str(size) not in runs:
@@ -120,7 +121,10 @@ def evaluate_model(
 
 
 def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
-    """Returns the protocol of the first run, with the options of each metric, and the size of images of a metric with another run."""
+    """
+    Returns the protocol of the first run, with the options of each metric, and the size of images of a metric with
+    another run.
+    """
     metrics = {}
     for metric, run in run_of.items():
         size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
@@ -129,7 +133,9 @@ def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict
 
 
 def _measurable(metric: Metric, run: EvaluationRun) -> bool:
-    """Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures."""
+    """
+    Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures.
+    """
     try:
         metric.prepare(run)
     except CannotMeasure:
@@ -152,7 +158,9 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
 
 
 def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
-    """Returns a Markdown table with a row for each method, what its columns mean, and the tables of the metrics' own."""
+    """
+    Returns a Markdown table with a row for each method, what its columns mean, and the tables of the metrics' own.
+    """
     in_table = [metric for metric in metrics if metric.columns]
     first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
     headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
@@ -197,8 +205,9 @@ class EvaluationRun:
 
     def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
         """
-        Measures all images of this process. Threads decode images and update metrics while this thread runs the model. Returns a metric
-        with its items by its name and the method, which is None for metrics that do not depend on the method.
+        Measures all images of this process. Threads decode images and update metrics while this thread runs the model.
+        Returns a metric with its items by its name and the method, which is None for metrics that do not depend on the
+        method.
         """
         needs = frozenset().union(*(metric.needs for metric in metrics))
         by_method = {
@@ -241,8 +250,8 @@ class EvaluationRun:
         encoder = self.engine if needs_scores or takes_features else next(iter(self.engines.values()))
 
         def run(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
-            # Encoded once for the scores and for methods that compute maps from features. Every other method runs the image tower
-            # itself, and so do metrics of maps of their own, such as those of windows.
+            # Encoded once for the scores and for methods that compute maps from features. Every other method runs the
+            # image tower itself, and so do metrics of maps of their own, such as those of windows.
             if needs:
                 for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
                     image.prepared = encoded
@@ -270,8 +279,8 @@ class EvaluationRun:
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
-        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
-        `(N, T, h, w)`, refined as those of the evaluation.
+        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image`
+        shows, `(N, T, h, w)`, refined as those of the evaluation.
         """
 
         def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:

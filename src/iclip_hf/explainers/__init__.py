@@ -28,7 +28,8 @@ from ..utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .explainer import Explainer
 
-# Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a command lists them.
+# Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a
+# command lists them.
 METHODS = {
     "itsm": ("Similarity map (ITSM)", "itsm:ITSM"),
     "reversed_itsm": ("Reversed similarity map", "itsm:ReversedITSM"),
@@ -59,15 +60,15 @@ _registered: dict[str, type[Explainer]] = {}
 
 def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
     """
-    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line too by an
-    entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
+    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line
+    too by an entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
 
     A method reaches the model through `self.model`, an [`ExplainableModel`], and gets T texts for each of B images.
 
     Examples:
 
-    A method that compares the patches `(B, h, w, P)` with the texts `(B, T, P)`. Both are unit vectors. `sharpness` is an option, as
-    in `explain(model, images, texts, "sharp", sharpness=20)`.
+    A method that compares the patches `(B, h, w, P)` with the texts `(B, T, P)`. Both are unit vectors. `sharpness` is
+    an option, as in `explain(model, images, texts, "sharp", sharpness=20)`.
 
     ```python
     >>> import torch
@@ -89,8 +90,9 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...         return (self.sharpness * cosines).exp(), features
     ```
 
-    A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that enter its block
-    as `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the last h * w tokens.
+    A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that
+    enter its block as `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the
+    last h * w tokens.
 
     ```python
     >>> import math

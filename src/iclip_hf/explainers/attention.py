@@ -10,8 +10,8 @@ from .explainer import Explainer
 
 class Attention(Explainer):
     """
-    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts have the
-    same map. For ICLIP, the attention is normalised (Eq. 9).
+    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts
+    have the same map. For ICLIP, the attention is normalised (Eq. 9).
     """
 
     sees_text = False
@@ -25,8 +25,8 @@ class Attention(Explainer):
 
 class AttentionAffinity(Explainer):
     """
-    The attention of [`Attention`], shared among similar patches, see `config.map_affinity`. This is the part of an ICLIP map that
-    does not depend on the text.
+    The attention of [`Attention`], shared among similar patches, see `config.map_affinity`. This is the part of an
+    ICLIP map that does not depend on the text.
     """
 
     sees_text = False

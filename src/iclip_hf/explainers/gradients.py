@@ -15,8 +15,8 @@ from .explainer import Explainer
 
 class GradientExplainer(Explainer):
     """
-    Runs one forward pass, with a graph from attention layer `layer` on, and one backward pass through this graph for each text, for
-    all images at once.
+    Runs one forward pass, with a graph from attention layer `layer` on, and one backward pass through this graph for
+    each text, for all images at once.
 
     Args:
         layer (`int`): index of an attention layer of the image tower; -1 is the last.

@@ -23,8 +23,8 @@ class ITSM(Explainer):
 
 class ReversedITSM(ITSM):
     """
-    The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. Its raw maps are those of [`ITSM`] with the
-    opposite sign.
+    The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. Its raw maps are those of
+    [`ITSM`] with the opposite sign.
     """
 
     def forward(

@@ -17,9 +17,9 @@ from .explainer import Explainer
 
 class LeGrad(Explainer):
     """
-    Each of the last blocks has a score: the cosine of the text and the projected mean token of the block. The map is the positive
-    part of the gradient of this score with respect to the attention weights of the block, averaged over heads and queries, and
-    summed over the blocks.
+    Each of the last blocks has a score: the cosine of the text and the projected mean token of the block. The map is
+    the positive part of the gradient of this score with respect to the attention weights of the block, averaged over
+    heads and queries, and summed over the blocks.
 
     Args:
         depth (`int`): number of last blocks; all if the tower has fewer.
@@ -60,8 +60,8 @@ class LeGrad(Explainer):
 
 def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
-    Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last layer, which is
-    linear. This halves the cost of each backward pass.
+    Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
+    layer, which is linear. This halves the cost of each backward pass.
     """
     copied = private_copy(mlp)
     *_, last = (module for module in copied.modules() if isinstance(module, nn.Linear))

@@ -12,8 +12,8 @@ from .explainer import Explainer
 
 class RandomMap(Explainer):
     """
-    Independent uniform values in [0, 1) on the patch grid, the same map for every text. The seed is a digest of the prepared
-    image, so that an image has the same map in every run and every batch.
+    Independent uniform values in [0, 1) on the patch grid, the same map for every text. The seed is a digest of the
+    prepared image, so that an image has the same map in every run and every batch.
     """
 
     sees_text = False

@@ -13,8 +13,8 @@ MAX_DOWNLOAD = 64 * 2**20  # largest size of a file, in bytes
 
 def download(url: str, timeout: float) -> bytes:
     """
-    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within `timeout` seconds, or
-    the URL is not valid.
+    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within
+    `timeout` seconds, or the URL is not valid.
     """
     answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
     end = time.monotonic() + timeout

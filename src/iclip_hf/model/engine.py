@@ -1,8 +1,9 @@
 """
-The engine computes explanations from a model, images and texts. `explain`, pipelines, evaluation, pictures and the demo use it.
+The engine computes explanations from a model, images and texts. `explain`, pipelines, evaluation, pictures and the
+demo use it.
 
-A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`, `similarity_maps` and
-`presence`, such as an [`ExplainableModel`].
+A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`,
+`similarity_maps` and `presence`, such as an [`ExplainableModel`].
 """
 
 from __future__ import annotations
@@ -47,11 +48,12 @@ class PreparedImage:
     Attributes:
         pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`): for the maps.
         size (`tuple[int, int]`): height and width of its maps in pixels.
-        score_pixel_values (`torch.Tensor` of shape `(1, 3, H', W')`, *optional*): for the scores, if the model's own size is another.
+        score_pixel_values (`torch.Tensor` of shape `(1, 3, H', W')`, *optional*): for the scores, if the model's own
+            size is another.
         text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
         image (`PIL.Image.Image`, *optional*): for the explanation.
-        features ([`ICLIPImageFeatures`], *optional*): of one image, from [`Engine.encode_images`]: `image_embeds` at the model's own size,
-            and, if maps are computed from features, the others of `pixel_values`.
+        features ([`ICLIPImageFeatures`], *optional*): of one image, from [`Engine.encode_images`]: `image_embeds` at
+            the model's own size, and, if maps are computed from features, the others of `pixel_values`.
     """
 
     pixel_values: torch.Tensor
@@ -73,7 +75,8 @@ class Engine:
     """
     Explains images with one model and one method.
 
-    Scores and presence always come from the model's own size of images, so a map of another size costs a second forward pass.
+    Scores and presence always come from the model's own size of images, so a map of another size costs a second
+    forward pass.
 
     Example:
 
@@ -89,15 +92,17 @@ class Engine:
 
     Args:
         model, processor: a model, see above, and its [`ICLIPProcessor`].
-        method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`, which may also take
-            `features` and `text_indices`, see [`Explainer.forward`]; the model's own maps if not given.
-        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes texts as they are.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
-            [`ICLIPProcessor`]; the processor's if not given.
+        method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`, which may
+            also take `features` and `text_indices`, see [`Explainer.forward`]; the model's own maps if not given.
+        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes
+            texts as they are.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
+            or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
 
     Attributes:
-        takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines can share.
+        takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
+            can share.
 
     Raises:
         `ValueError`: a template has no `{}`, or `refine` is no boolean.
@@ -123,8 +128,8 @@ class Engine:
 
     def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
         """
-        Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`. Raises
-        `ValueError` if one is empty.
+        Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape
+        `(T, P)`. Raises `ValueError` if one is empty.
         """
         step, parts = max(1, TEXT_BATCH // len(self.templates)), []
         for start in range(0, len(labels), step):
@@ -145,14 +150,16 @@ class Engine:
         text_indices: Sequence[int] | None = None,
     ) -> PreparedImage:
         """
-        Prepares an image without running the model, so threads can do it for the next images ([`~prefetch.prefetch_map`]).
+        Prepares an image without running the model, so threads can do it for the next images
+        ([`~prefetch.prefetch_map`]).
 
         Args:
             image (`PIL.Image.Image`): in RGB.
-            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not given.
-            text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that compare the texts
-                with each other still see all of them, and `Explanation.all_scores` has all scores. With no index, only these are
-                computed.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not
+                given.
+            text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
+                compare the texts with each other still see all of them, and `Explanation.all_scores` has all scores.
+                With no index, only these are computed.
         """
         pixel_values = self._pixel_values(image, self.image_size)
         score_pixel_values = None if self.image_size is None else self._pixel_values(image, None)
@@ -168,8 +175,9 @@ class Engine:
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
         """
-        Encodes images for several questions, or for several engines of one model, which then need not encode them again: the scores,
-        and the maps that are computed from features. Another method runs the image tower in any case.
+        Encodes images for several questions, or for several engines of one model, which then need not encode them
+        again: the scores, and the maps that are computed from features. Another method runs the image tower in any
+        case.
         """
 
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:
@@ -189,18 +197,20 @@ class Engine:
         Yields the explanations of images in their order.
 
         Args:
-            images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays None.
-            texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are "0", "1", ...;
-                or one list of labels for each image. Each text is encoded once.
-            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
-            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best first. A text that
-                resembles a better one, such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores. Presence is
-                that at a prior of 0.05.
+            images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays
+                None.
+            texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
+                "0", "1", ...; or one list of labels for each image. Each text is encoded once.
+            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many
+                texts.
+            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best
+                first. A text that resembles a better one, such as "puppy" after "dog", is skipped.
+                `Explanation.all_scores` has all scores. Presence is that at a prior of 0.05.
 
         Raises:
-            `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the numbers of images
-                and lists differ; `batch_size` or `best` is below 1; the model returns NaN or infinity; or the method returns another
-                number of maps.
+            `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the
+                numbers of images and lists differ; `batch_size` or `best` is below 1; the model returns NaN or
+                infinity; or the method returns another number of maps.
         """
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
@@ -258,7 +268,8 @@ class Engine:
         wants_maps = best is not None or any(map(len, indices))
         wanted = None if images[0].text_indices is None else indices
 
-        # Encode. A method that takes no features does so itself, as it computes the maps, unless the scores come first.
+        # Encode. A method that takes no features does so itself, as it computes the maps, unless the scores come
+        # first.
         features, maps = self._encode(images, wants_maps and self.takes_features), None
         if "image_embeds" not in features:
             if wants_maps and best is None:
@@ -299,8 +310,8 @@ class Engine:
 
     def _encode(self, images: Sequence[PreparedImage], for_maps: bool) -> ICLIPImageFeatures:
         """
-        Returns the features of images that have been encoded, with `image_embeds` of the model's own size if this is another than that of
-        the maps, and with `for_maps` all others.
+        Returns the features of images that have been encoded, with `image_embeds` of the model's own size if this is
+        another than that of the maps, and with `for_maps` all others.
         """
         features = _joined(images, "features") or ICLIPImageFeatures()
         image_embeds = features.image_embeds
@@ -326,11 +337,12 @@ class Engine:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from the processor.
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
             features ([`ICLIPImageFeatures`], *optional*): of the images, for a method that computes maps from them.
-            text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given. The S maps of
-                an image with fewer end with maps of any texts.
+            text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
+                The S maps of an image with fewer end with maps of any texts.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `text_indices`, float32, and the features of the images.
+            `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `text_indices`, float32, and the features of the
+            images.
 
         Raises:
             `ValueError`: the model returns NaN or infinity, or the method another number of maps.
@@ -347,8 +359,8 @@ class Engine:
         maps, features = self._forward(pixel_values, texts, **options)
         if maps.ndim != 4 or maps.shape[:2] != expected:
             raise ValueError(
-                f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images with {expected[1]} "
-                f"texts each, instead of {(*expected, 'h', 'w')}."
+                f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images "
+                f"with {expected[1]} texts each, instead of {(*expected, 'h', 'w')}."
             )
         maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
         _check_finite(maps)
@@ -369,7 +381,10 @@ class Engine:
 
 
 def input_device(network: torch.nn.Module) -> torch.device:
-    """Returns the device for the inputs of a model: that of its weights, or the CPU if they are offloaded, where hooks move them."""
+    """
+    Returns the device for the inputs of a model: that of its weights, or the CPU if they are offloaded, where hooks
+    move them.
+    """
     device = next(network.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -389,8 +404,8 @@ def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
 
 def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFeatures:
     """
-    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or among those of each
-    image, `(B, T, P)`.
+    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or
+    among those of each image, `(B, T, P)`.
     """
     place = indices if texts.text_embeds.ndim == 2 else (torch.arange(len(indices))[:, None], indices)
     return _map_texts([texts], lambda values: values[0][place])
@@ -408,8 +423,8 @@ def map_groups(
     function: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], keys: Iterable[Hashable]
 ) -> list[Any]:
     """
-    Calls a function from a list of items to their results once for all items with the same key, such as images of one shape. Returns
-    the results in the order of the items.
+    Calls a function from a list of items to their results once for all items with the same key, such as images of one
+    shape. Returns the results in the order of the items.
     """
     groups = defaultdict(list)
     for index, key in enumerate(keys):
@@ -427,8 +442,8 @@ def _check_finite(results: torch.Tensor) -> None:
 
 def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:
     """
-    Returns the indices of the texts of one image with the highest scores `(T,)`, first those that do not resemble a better one, in
-    their order.
+    Returns the indices of the texts of one image with the highest scores `(T,)`, first those that do not resemble a
+    better one, in their order.
     """
     ranked, chosen = scores.argsort(descending=True).tolist(), []
     for index in ranked:

@@ -1,4 +1,6 @@
-"""The explanation of one image: scores, presence, maps, masks and regions of its texts, and COCO annotations of them."""
+"""
+The explanation of one image: scores, presence, maps, masks and regions of its texts, and COCO annotations of them.
+"""
 
 from __future__ import annotations
 
@@ -24,27 +26,28 @@ _COVERED = 0.05
 @dataclass(frozen=True, repr=False, eq=False)
 class Explanation:
     """
-    The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
-    grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or `explanation.map("dog")`, and
-    `explanation["dog"]` is the explanation of this text alone.
+    The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory
+    does not grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or
+    `explanation.map("dog")`, and `explanation["dog"]` is the explanation of this text alone.
 
     Attributes:
         labels (`list[str]`): the T texts.
-        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is low for an
-            absent text, whose map is stretched to [0, 1] like any other.
-        presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], at the prior
-            `prior`, see [`ICLIPModel.presence`]; None for a model that has none. Then no text counts as absent.
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
-            height and width of the prepared image.
+        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is
+            low for an absent text, whose map is stretched to [0, 1] like any other.
+        presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], at
+            the prior `prior`, see [`ICLIPModel.presence`]; None for a model that has none. Then no text counts as
+            absent.
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at
+            half the height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for `label_map`
-            alone: texts compete for all pixels.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for
+            `label_map` alone: texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
-        prior (`float` in [0, 1]): share of the texts that is assumed to be shown: 0.5, and 0.05 for the best of many texts, such as
-            those of `explain` without texts.
+        prior (`float` in [0, 1]): share of the texts that is assumed to be shown: 0.5, and 0.05 for the best of many
+            texts, such as those of `explain` without texts.
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some of them only,
-            see [`Engine.prepare`].
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some
+            of them only, see [`Engine.prepare`].
 
     Raises:
         `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
@@ -100,7 +103,10 @@ class Explanation:
 
     @property
     def presences(self) -> list[float | None]:
-        """The presence of each text as a number, which `min_presence` is compared with and JSON has; None if the model has none."""
+        """
+        The presence of each text as a number, which `min_presence` is compared with and JSON has; None if the model
+        has none.
+        """
         return [None] * len(self) if self.presence is None else self.presence.tolist()
 
     @property
@@ -119,8 +125,8 @@ class Explanation:
 
     def mask(self, text: int | str = 0, threshold: float | None = None) -> torch.Tensor:
         """
-        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises `ValueError` if
-        `threshold` is outside [0, 1].
+        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises
+        `ValueError` if `threshold` is outside [0, 1].
         """
         return self.map_and_mask(text, threshold)[1]
 
@@ -138,9 +144,9 @@ class Explanation:
 
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
-        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the texts that are
-        present compete where their masks overlap. `background` are texts that describe the background. The default is the threshold of
-        the explanation. Raises `ValueError` if `threshold` is outside [0, 1].
+        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the
+        texts that are present compete where their masks overlap. `background` are texts that describe the background.
+        The default is the threshold of the explanation. Raises `ValueError` if `threshold` is outside [0, 1].
         """
         return segments(
             self.raw_maps,
@@ -153,8 +159,8 @@ class Explanation:
 
     def is_covered(self, text: int | str, segment: torch.Tensor | np.ndarray) -> bool:
         """
-        Returns whether the other texts cover a text in a label map: its segment, `(H, W)` boolean, holds less than 5 % of its own mask.
-        The mask is that of the threshold 0.5 if the explanation has none.
+        Returns whether the other texts cover a text in a label map: its segment, `(H, W)` boolean, holds less than 5 %
+        of its own mask. The mask is that of the threshold 0.5 if the explanation has none.
         """
         index, area = self.index(text), int(segment.sum())
         if not self.present[index] or area >= _COVERED * math.prod(self.size):
@@ -164,8 +170,8 @@ class Explanation:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """
-        Returns the explanation as arrays, for `np.savez`: `texts`, `scores` and `presence` `(T,)` (NaN for a model without), `prior`,
-        `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
+        Returns the explanation as arrays, for `np.savez`: `texts`, `scores` and `presence` `(T,)` (NaN for a model
+        without), `prior`, `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
         """
         return {
             "texts": np.array(self.labels),
@@ -181,15 +187,17 @@ class Explanation:
         Returns the explanation as plain values, for JSON.
 
         Returns:
-            `dict` with `height` and `width` of maps and masks in pixels, `prior` of the presence (None for a model that has none), and
-            `texts`, a list of T `dict`:
+            `dict` with `height` and `width` of maps and masks in pixels, `prior` of the presence (None for a model
+            that has none), and `texts`, a list of T `dict`:
 
             - **text** (`str`), **score** (`float`), **presence** (`float`, or None for a model that has none)
-            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in [0, 1]; `box`,
-              [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
+            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in
+              [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and
+              `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
-            Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the mask is empty.
+            Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the
+            mask is empty.
         """
         height, width = self.size
         prior = None if self.presence is None else self.prior
@@ -231,9 +239,9 @@ def coco_annotations(
         first_id (`int`): id of the first annotation. Ids are unique in a file.
 
     Returns:
-        list of `dict`, one for each region, by text, then best first: `id`, `image_id`, `category_id`, `segmentation` (run lengths, see
-        [`run_lengths`]), `area` in pixels, `bbox` ([x, y, width, height] in pixels), `iscrowd` (0), and `score`, the mean of the map over
-        the region, in [0, 1].
+        list of `dict`, one for each region, by text, then best first: `id`, `image_id`, `category_id`, `segmentation`
+        (run lengths, see [`run_lengths`]), `area` in pixels, `bbox` ([x, y, width, height] in pixels), `iscrowd` (0),
+        and `score`, the mean of the map over the region, in [0, 1].
 
     Raises:
         `ValueError`: the number of categories is not T.

@@ -11,14 +11,18 @@ from .presence import is_present
 
 
 def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
-    """Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in [0, 1]."""
+    """
+    Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in
+    [0, 1].
+    """
     try:
         thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # such as None or a string
         thresholds = torch.tensor(torch.nan)
     if thresholds.shape not in ((), (count,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
         raise ValueError(
-            f"A threshold is a number in [0, 1], or one for each text, of which there are {count}, not {threshold!r:.100}."
+            f"A threshold is a number in [0, 1], or one for each text, of which there are {count}, not "
+            f"{threshold!r:.100}."
         )
     return thresholds.expand(count)
 
@@ -37,7 +41,8 @@ def masks_of_maps(
     min_presence: float,
 ) -> torch.Tensor:
     """
-    Computes the masks of T texts: the pixels whose map is greater than the threshold of the text, if the text is present.
+    Computes the masks of T texts: the pixels whose map is greater than the threshold of the text, if the text is
+        present.
 
     Args:
         maps (`torch.Tensor` of shape `(T, H, W)`): in [0, 1].

@@ -30,8 +30,8 @@ def stretch(
     values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1, into `out` if given, which may be `values`. Where both are
-    equal, values become `values - low`: zeros if they are all equal. Shapes are broadcast.
+    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1, into `out` if given, which may be `values`.
+    Where both are equal, values become `values - low`: zeros if they are all equal. Shapes are broadcast.
     """
     span = high - low
     # Division instead of multiplication by the reciprocal, so that `high` becomes exactly 1.
@@ -46,11 +46,12 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in pixels (Eq. 4),
-    float32, into `out` if given.
+    Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in
+    pixels (Eq. 4), float32, into `out` if given.
 
-    Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the interpolation
-    is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster than the general kernel.
+    Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the
+    interpolation is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster
+    than the general kernel.
     """
     enlarged, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
     return enlarged.add_(low)
@@ -59,8 +60,9 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | N
 @torch.no_grad()
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: bool = False) -> torch.Tensor:
     """
-    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map at a time. One
-    full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
+    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map
+    at a time. One full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to
+    the last bit.
     """
     weights = _resize_weights(maps, size)
     enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
@@ -79,8 +81,8 @@ def _resize_above_lowest(
     maps: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max would stretch its
-    rounding errors.
+    Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max
+    would stretch its rounding errors.
     """
     rows, columns = weights
     maps = maps.float()
@@ -90,7 +92,10 @@ def _resize_above_lowest(
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Returns a tensor without values. On a CPU numpy allocates it, in huge pages: mapping small ones takes longer than the maps."""
+    """
+    Returns a tensor without values. On a CPU numpy allocates it, in huge pages: mapping small ones takes longer than
+    the maps.
+    """
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, device=device)

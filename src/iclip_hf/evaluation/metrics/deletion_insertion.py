@@ -1,6 +1,6 @@
 """
-Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises when they are
-inserted. The functions work with any model and any maps.
+Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises
+when they are inserted. The functions work with any model and any maps.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from .metric import ClassMeans, EvaluatedImage
 
 
 STEPS = 10  # of deletion and of insertion
-# Levels of a map between 0 and 1, in whose order pixels are changed. Without them, values that differ by rounding alone, which depends
-# on the batch, would be no ties.
+# Levels of a map between 0 and 1, in whose order pixels are changed. Without them, values that differ by rounding
+# alone, which depends on the batch, would be no ties.
 LEVELS = 2**12
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with
-    each text, and the probability of each text among all of them, the softmax of the model's logits.
+    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to
+    `(N, T, 2)`: the cosine with each text, and the probability of each text among all of them, the softmax of the
+    model's logits.
     """
 
     model = recordable(model, "deletion and insertion")
@@ -49,19 +50,20 @@ def deletion_insertion(
     batch_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each step
-    (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
+    Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each
+    step (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
 
-    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces pixels by values
-    from a standard normal distribution, because prepared images have mean 0 and standard deviation 1. Insertion starts from zeros,
-    the mean colour. Values of a map that is stretched to [0, 1] are rounded to multiples of 1 / 4096, and pixels of equal value are in
-    random order.
+    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces
+    pixels by values from a standard normal distribution, because prepared images have mean 0 and standard deviation 1.
+    Insertion starts from zeros, the mean colour. Values of a map that is stretched to [0, 1] are rounded to multiples
+    of 1 / 4096, and pixels of equal value are in random order.
 
     Args:
         score: function from images `(N, C, H, W)` to scores `(N, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
-        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 + 2 * M * steps.
+        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 +
+            2 * M * steps.
         seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
 
     Returns:
@@ -98,8 +100,8 @@ def area_under(curves: torch.Tensor) -> torch.Tensor:
 
 class DeletionInsertion(ClassMeans):
     """
-    Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and insertion minus
-    deletion.
+    Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and
+    insertion minus deletion.
 
     Args:
         steps (`int`): number of steps of each.
@@ -113,13 +115,13 @@ class DeletionInsertion(ClassMeans):
         for name in ("insertion", "deletion", "difference")
     }
     legend = (
-        "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by noise, in the order of the map. "
-        "High is better for insertion and for the difference, low for deletion."
+        "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by "
+        "noise, in the order of the map. High is better for insertion and for the difference, low for deletion."
     )
     names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
     definition = (
-        "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal noise, insertion starts "
-        "from zeros; probability among the class names"
+        "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
+        "noise, insertion starts from zeros; probability among the class names"
     )
 
     def __init__(self, steps: int = STEPS, seed: int = 0):

@@ -13,12 +13,12 @@ from .metric import ClassMeans, EvaluatedImage, rounded
 
 class LayerRandomization:
     """
-    The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the image tower
-    are randomised do not explain the model.
+    The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the
+    image tower are randomised do not explain the model.
 
-    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by values from a
-    normal distribution with its mean and standard deviation. The weights are restored after every call, also after an exception.
-    Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
+    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by
+    values from a normal distribution with its mean and standard deviation. The weights are restored after every call,
+    also after an exception. Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
 
     Args:
         model: the model that the explainers work on.
@@ -47,8 +47,8 @@ class LayerRandomization:
         self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Computes the [`rank_correlation`] `(L, N, M)` of maps with those after the last 1, ..., L layers are randomised. `explain` is
-        a function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
+        Computes the [`rank_correlation`] `(L, N, M)` of maps with those after the last 1, ..., L layers are
+        randomised. `explain` is a function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
         """
         maps, correlations, replaced = explain(pixel_values), [], []
         try:
@@ -65,8 +65,8 @@ class LayerRandomization:
 
 def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """
-    Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1], on the CPU. Equal values have their mean rank. NaN for a constant
-    map.
+    Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1], on the CPU. Equal values have their mean rank.
+    NaN for a constant map.
     """
     ranks = []
     for values in (maps.flatten(-2).contiguous().cpu(), others.flatten(-2).contiguous().cpu()):
@@ -86,13 +86,13 @@ class Randomization(ClassMeans):
     name = "randomization"
     columns = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
     legend = (
-        "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on what they "
-        "learned."
+        "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on "
+        "what they learned."
     )
     needs = frozenset()
     definition = (
-        "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on the grid of the "
-        "maps"
+        "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
+        "the grid of the maps"
     )
 
     def __init__(self, seed: int = 0):
@@ -114,7 +114,10 @@ class Randomization(ClassMeans):
         return {self.name: list(super().named(values).values())}
 
     def compute(self) -> dict:
-        """Returns the scores of [`ClassMeans`]: `randomization` is a list with a correlation for each depth, of a class the last of them."""
+        """
+        Returns the scores of [`ClassMeans`]: `randomization` is a list with a correlation for each depth, of a class
+        the last of them.
+        """
         scores = super().compute()
         last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}
         return scores | {"per_class": last}

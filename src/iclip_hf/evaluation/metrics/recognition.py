@@ -1,4 +1,7 @@
-"""Recognition: mAP of the scores of all classes, and how well presence separates the classes that an image shows from the others."""
+"""
+Recognition: mAP of the scores of all classes, and how well presence separates the classes that an image shows from the
+others.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,11 @@ class Rows:
 
 class MultiLabelAveragePrecision(Metric):
     """
-    mAP: average precision of each class over the images, averaged over the classes that occur in some image, as scikit-learn defines
-    it.
+    mAP: average precision of each class over the images, averaged over the classes that occur in some image, as
+    scikit-learn defines it.
 
-    Stores all scores, nine bytes for each image and class. Column k is class id k + 1. In [`evaluate_model`] the scores are cosines, and
-    mAP is the same for all methods.
+    Stores all scores, nine bytes for each image and class. Column k is class id k + 1. In [`evaluate_model`] the
+    scores are cosines, and mAP is the same for all methods.
 
     Example:
         >>> metric = MultiLabelAveragePrecision()
@@ -50,8 +53,8 @@ class MultiLabelAveragePrecision(Metric):
     name = "mAP"
     columns = {"map": ("mAP %", 2)}
     legend = (
-        "mAP: average precision of ranking the images by the score of a class, mean over the classes. It does not depend on the "
-        "method."
+        "mAP: average precision of ranking the images by the score of a class, mean over the classes. It does not "
+        "depend on the method."
     )
     rows = {"AP": "per_class"}
     needs = frozenset({"scores"})
@@ -60,7 +63,9 @@ class MultiLabelAveragePrecision(Metric):
     ranked_by = "scores"  # of an image, one number for each class
 
     def update(self, scores, shown) -> None:
-        """Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`."""
+        """
+        Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`.
+        """
         self.state.rows.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
 
     def update_from(self, image: EvaluatedImage, method: None, maps: None) -> None:
@@ -96,12 +101,12 @@ class MultiLabelAveragePrecision(Metric):
 
 class Presence(MultiLabelAveragePrecision):
     """
-    How well presence separates the classes that an image shows from the others. It is the same for all methods. In [`evaluate_model`],
-    `like`, `stuff` and `groups` are those of the data set.
+    How well presence separates the classes that an image shows from the others. It is the same for all methods. In
+    [`evaluate_model`], `like`, `stuff` and `groups` are those of the data set.
 
     Args:
-        like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`]. Without it there is no
-            `auc_hard` and no `passed_hard`.
+        like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`].
+            Without it there is no `auc_hard` and no `passed_hard`.
         stuff: the class ids of the background.
         groups (`dict`): the class ids of each group of classes that is measured by itself, by its name.
     """
@@ -135,22 +140,22 @@ class Presence(MultiLabelAveragePrecision):
         """
         Returns the scores of all pairs of an image and a class so far. A score without data is None.
 
-        - **auc**, **auc_hard** -- area under the ROC curve, in [0, 1]; of `auc_hard` the only absent classes are those like one that the
-          image shows.
-        - **auc_of_classes** -- mean over classes of the AUC of one class over the images. Classes that all images or none show are left
-          out.
-        - **auc_without_image** -- AUC of the mean logit of each class over all images, which all images then share: what frequent
-          classes contribute to `auc`.
-        - **kept**, **passed** -- share of the shown and of the absent classes whose presence is at least `min_presence`, percent;
-          **passed_hard** of the absent ones that are like a shown class, **kept_things** and **kept_stuff** of the shown ones of each
-          kind.
+        - **auc**, **auc_hard** -- area under the ROC curve, in [0, 1]; of `auc_hard` the only absent classes are those
+          like one that the image shows.
+        - **auc_of_classes** -- mean over classes of the AUC of one class over the images. Classes that all images or
+          none show are left out.
+        - **auc_without_image** -- AUC of the mean logit of each class over all images, which all images then share:
+          what frequent classes contribute to `auc`.
+        - **kept**, **passed** -- share of the shown and of the absent classes whose presence is at least
+          `min_presence`, percent; **passed_hard** of the absent ones that are like a shown class, **kept_things** and
+          **kept_stuff** of the shown ones of each kind.
         - **map** -- mAP of images ranked by presence, percent.
         - **groups** -- `auc`, `auc_of_classes`, `kept` and `passed` of the classes of each group alone.
         - **prior** -- share of pairs that is shown.
-        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]) its mean, the share of pairs that is shown
-          and the number of pairs; None where the prior is 0 or 1.
-        - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in [0, 1]; None
-          likewise.
+        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]) its mean, the share of
+          pairs that is shown and the number of pairs; None where the prior is 0 or 1.
+        - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in
+          [0, 1]; None likewise.
         """
         values, shown = self.state.joined()
         labels = np.arange(shown.shape[1]) + 1
@@ -240,7 +245,9 @@ class Presence(MultiLabelAveragePrecision):
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve of the pairs `shown` against the pairs `absent`; None without one of both."""
+    """
+    Returns the area under the ROC curve of the pairs `shown` against the pairs `absent`; None without one of both.
+    """
     pairs = shown | absent
     return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
 
@@ -251,7 +258,10 @@ def _share_present(values: np.ndarray) -> float | None:
 
 
 def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
-    """Returns the scores of [`Presence`] that any classes have, from presence and whether the class is shown, `(B, K)` each."""
+    """
+    Returns the scores of [`Presence`] that any classes have, from presence and whether the class is shown, `(B, K)`
+    each.
+    """
     varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
     of_classes = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
     return {
@@ -264,8 +274,8 @@ def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None
 
 def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str, list[int]]:
     """
-    Groups the class ids 1, ..., K of a data set that names stuff, without empty groups: the background, things that COCO names too, and
-    all others. No groups if there is no stuff.
+    Groups the class ids 1, ..., K of a data set that names stuff, without empty groups: the background, things that
+    COCO names too, and all others. No groups if there is no stuff.
     """
     groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
     for label, name in enumerate(class_names, 1) if stuff else ():
@@ -276,8 +286,9 @@ def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str
 
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:
     """
-    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise among the
-    nearest tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No class is like itself.
+    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise
+    among the nearest tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No
+    class is like itself.
     """
     number = len(text_embeds)
     if supercategories is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..explainers import METHODS
 from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
-from .options import MODEL, PROMPTS, add_shared, load_engine, load_named_image, method, option_type, share
+from .options import MODEL, PROMPTS, add_shared, load_engine, load_named_image, method, share
 from .output import (
     PICTURES,
     check_file,
@@ -48,11 +48,10 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     add_shared(command, "--refine", default=refine)
     command.add_argument(
         "--threshold",
-        type=_number_or_file,
+        type=share,
         default=0.5,
-        metavar="NUMBER_OR_FILE",
-        help="a mask holds the pixels whose map, stretched to [0, 1], is greater; a number in [0, 1], or the file of `iclip evaluate "
-        "--output` for the best threshold of each class (default: 0.5)",
+        metavar="NUMBER",
+        help="a mask holds the pixels whose map, stretched to [0, 1], is greater; 0 to 1 (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
@@ -67,15 +66,6 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     )
     add_shared(command, "--json", help=lines)
     add_shared(command, "--batch-size", default=4, help="images in one forward pass (default: 4)")
-
-
-@option_type
-def _number_or_file(text: str) -> float | Path:
-    try:
-        float(text)
-    except ValueError:
-        return Path(text)
-    return share(text)
 
 
 def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
@@ -107,9 +97,8 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     picture, folder = _places(options, ending, alone)
     is_writing = bool(picture or folder)
     if is_writing:
-        thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-        check_outputs([picture or new_file(folder / "new")], [*images, *thresholds, *model_files(options.model)])
-    engine, threshold = load_engine(options)
+        check_outputs([picture or new_file(folder / "new")], [*images, *model_files(options.model)])
+    engine = load_engine(options)
     # After the checks, because these import torch.
     from ..data.nouns import vocabulary
     from ..explainers.explain import NOUNS
@@ -126,7 +115,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
         (image, _), explanation = item
         if explanation is None:
             return {"problem": image}
-        explanation = replace(explanation, threshold=threshold, min_presence=options.min_presence)
+        explanation = replace(explanation, threshold=options.threshold, min_presence=options.min_presence)
         if not is_writing:
             return {"image": image, **write(image, explanation, None)}
         # Chosen when it is written, because two images may have the same name.

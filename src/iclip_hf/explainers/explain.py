@@ -48,10 +48,11 @@ def explain(
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
-        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
-            URLs, base64 text or bytes of files.
-        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a list of labels for
-            each; these may differ in length. If not given, the nouns of [`vocabulary`] that match each image best, at most `NOUNS`.
+        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for
+            [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
+        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
+            list of labels for each; these may differ in length. If not given, the nouns of [`vocabulary`] that match
+            each image best, at most `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
         templates, refine: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -64,8 +65,8 @@ def explain(
         [`Explanation`] of one image, or a list of B for a list of images.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes
-            differ.
+        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]; or the numbers of images,
+            texts and sizes differ.
         `OSError`: an image cannot be read.
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4

@@ -1,6 +1,5 @@
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -307,6 +306,14 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, given):
+    """The variable is read when torch is imported, which the commands do late."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert cli.main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+
+
 @pytest.mark.parametrize(
     ("command", "cure"),
     [
@@ -323,25 +330,6 @@ def test_a_full_gpu_is_one_sentence(monkeypatch, capsys, command, cure):
     assert cli.main(command) == 2
     line = f"iclip {command[0]}: the memory of the GPU is full; set a smaller {cure}\n"
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
-def test_freed_memory_is_kept_for_the_next_image():
-    """A page that is new to the process is a page fault, and 64 MiB are 16384 pages, or 32 huge ones."""
-    code = """
-import resource
-from iclip_hf.cli.options import keep_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    bytearray(b"x") * 2**26
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-assert min(faults() for _ in range(3)) > 16
-keep_memory()
-faults()
-assert max(faults() for _ in range(3)) < 16
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # Each in a process that has what transformers imports, and nothing of it

@@ -1,7 +1,10 @@
-"""A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists."""
+"""
+A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists.
+"""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,10 @@ from iclip_hf.evaluation.results import EvaluationResult
 
 # Files of the user: among them all names that a command would choose below.
 TAKEN = """
-    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png photo-comparison.png
-    photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py requirements.txt
-    config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
-    photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
+    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png
+    photo-comparison.png photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py
+    requirements.txt config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt
+    clip/checkpoint-500/trainer_state.json photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
 """.split()
 
 
@@ -90,6 +93,14 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
     assert typed(world, line) == 2
     assert contents(mine) == before and contents(world.folder) == model
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_is_in_a_subfolder_of_a_model_is_an_input(world, mine, capsys):
+    kept = shutil.copytree(world.folder / "model", mine / "tiny") / "sub" / "c.json"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert typed(world, f"evaluate --dataset folder --data-root . --model tiny --output {kept}") == 2
+    assert kept.read_text() == "mine" and "c.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

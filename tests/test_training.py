@@ -36,7 +36,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
 
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.lstrip().startswith(f"# {hub.name}") and "partial" not in card.text
-    training = json.loads((tmp_path / "model_card.json").read_text())["training"][-1]
+    training = json.loads((tmp_path / "model_card.json").read_text())["training"]
     assert training["epochs"] == 3 and training["data"] == ["pairs.tar"]
     assert str(hub) not in card.content
 
@@ -243,7 +243,7 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     last = torch.load(tmp_path / "run" / "checkpoint-0000012" / "training.pt")["weights"]  # which is not the best
     assert any(not torch.equal(after[name.removeprefix("model.")], weight) for name, weight in last.items())
     assert started == ("holds the model that you started from" in capsys.readouterr().out)
-    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"][-1]
+    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"]
     assert ("model" in card) != started  # the training of the start
 
 

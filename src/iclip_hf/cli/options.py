@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,9 +23,6 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-# Numbers of options in malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-
 
 def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     """Makes a type for argparse of a function that raises `ValueError` or `OSError` for a wrong text; its sentence is then printed."""
@@ -44,10 +39,10 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 @option_type
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
-    found = [check_text(text) for text in split_texts(typed) or [""]]
-    if files := [text for text in found if os.path.splitext(text)[1] and os.path.isfile(text)]:
+    parsed = [check_text(text) for text in split_texts(typed) or [""]]
+    if files := [text for text in parsed if os.path.splitext(text)[1] and os.path.isfile(text)]:
         raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
-    return found
+    return parsed
 
 
 @option_type
@@ -163,11 +158,10 @@ def refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> Non
 
 
 def load_model(name: str, options: argparse.Namespace):
-    """Like [`iclip_hf.load`], without output of Transformers, in a process that keeps its memory."""
+    """Like [`iclip_hf.load`], without output of Transformers."""
     from ..backends.loading import load
 
     silence_transformers()
-    keep_memory()
     return load(name, dtype=options.dtype, device=options.device)
 
 
@@ -208,18 +202,6 @@ def load_named_image(name: str) -> Image.Image:
     from ..model.images import load_image
 
     return load_image(name if is_url(name) else Path(name))
-
-
-def keep_memory() -> None:
-    """
-    Makes the GNU C library keep freed memory for the next image. By default it gives large blocks back to the system, which has to map
-    and clear them again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, 2**30)  # free bytes from which memory is given back
-        # Bytes from which a block is mapped by itself. Older versions allow 32 MiB at most.
-        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)
 
 
 def silence_transformers() -> None:

@@ -78,13 +78,13 @@ def _number_or_file(text: str) -> float | Path:
     return share(text)
 
 
-def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> int:
+def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
     """
     Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of several images
     are also written to a file of JSON lines, which grows by one line for each image.
 
     Args:
-        kind: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
+        ending: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
         write: function of the name of an image, its explanation and the path of its picture, None if none is asked for. It returns the
             entry of the report: a `dict` for each text in "texts" or "segments", the paths of other files that it wrote, and perhaps a
             "problem" for stderr.
@@ -104,7 +104,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     alone = images == options.images and len(images) == 1
     if alone and not is_url(images[0]):
         open_image(images[0], decode=False)
-    picture, folder = _places(options, kind, alone)
+    picture, folder = _places(options, ending, alone)
     is_writing = bool(picture or folder)
     if is_writing:
         thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
@@ -130,7 +130,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         if not is_writing:
             return {"image": image, **write(image, explanation, None)}
         # Chosen when it is written, because two images may have the same name.
-        path = picture or new_file(folder / name_for(image, f"{kind}.png"))
+        path = picture or new_file(folder / name_for(image, f"{ending}.png"))
         return {"image": image, "picture": str(path), **write(image, explanation, path)}
 
     explained = 0
@@ -151,7 +151,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
             text = json.dumps(entry, ensure_ascii=False)
             if entry and is_writing and not alone:
                 if lines is None:
-                    path = new_file(folder / f"{kind.removesuffix('s')}s.jsonl")
+                    path = new_file(folder / f"{ending.removesuffix('s')}s.jsonl")
                     # A byte of a name that is not UTF-8 is written as JSON escapes it.
                     lines = stack.enter_context(path.open("x", encoding="utf-8", errors="backslashreplace"))
                 print(text, file=lines, flush=True)
@@ -180,13 +180,13 @@ def _of_folder(folder: str) -> list[str]:
     return images
 
 
-def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path | None, Path | None]:
+def _places(options: argparse.Namespace, ending: str, alone: bool) -> tuple[Path | None, Path | None]:
     """Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for."""
     output = options.output
     if output is None and options.json and not options.npz:
         return None, None
     if output is None:
-        return None, Path() if alone else Path(f"{kind.removesuffix('s')}s")
+        return None, Path() if alone else Path(f"{ending.removesuffix('s')}s")
     if alone and output.suffix and not output.is_dir():
         check_file(output, PICTURES)
         return output, None
@@ -196,15 +196,15 @@ def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path |
 
 def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:
     """Returns the printed lines of an image. `headings` are those of texts and presence."""
-    files = ", ".join(entry[kind] for kind in ("picture", "labels", "arrays") if kind in entry)
-    of_segments = "segments" in entry
-    headings = [*headings, "score", "share of the image" if of_segments else "regions"]
+    files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
+    is_segmentation = "segments" in entry
+    headings = [*headings, "score", "share of the image" if is_segmentation else "regions"]
     rows = [
         [
             f"{row['text']} (background)" if row.get("id") == 0 else row["text"],
             presence_text(row["presence"], min_presence),
             f"{row['score']:.3f}",
-            f"{100 * row['area']:.1f} %" if of_segments else str(len(row["regions"])),
+            f"{100 * row['area']:.1f} %" if is_segmentation else str(len(row["regions"])),
         ]
         for row in entry.get("segments") or entry["texts"]
     ]

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.digests import content_digest, file_digest, file_state
+from ..utils.digests import LARGE, content_digest, file_digest, file_state, total_size
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import prefetch_map, spare_processors
@@ -264,11 +264,11 @@ class PairDataset:
     def fingerprint(self) -> str:
         """
         Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images that tables name,
-        and the names of the columns. The first call reads all files; later calls, also in other processes, only after a change.
+        and the names of the columns. Of more than a gigabyte, names, sizes and modification times of the files stand for the content.
         """
-        digest = hashlib.sha256(self._ranges[:, 1:].tobytes())
+        digest, read = hashlib.sha256(self._ranges[:, 1:].tobytes()), total_size(self.files()) <= LARGE
         for source, _, images in self._by_source():
-            content = content_digest([*source.files(), *filter(None, images)], source.root)
+            content = content_digest([*source.files(), *filter(None, images)], source.root, read)
             digest.update(f"{content}{[*source.columns]}".encode())
         return digest.hexdigest()[:16]
 

@@ -71,9 +71,8 @@ def test_the_loss_reads_representative_patches_shared_among_those_like_them():
     model, inputs = tiny_model(**options), tiny_inputs(size=(80, 72))
     with torch.no_grad():
         image = model.encode_image(inputs["pixel_values"])
-        attention = model.normalized_attention(image)
-        few, every = (model.image_inputs(image, attention, representative) for representative in (True, False))
-    chosen = representative_patches(image.patch_tokens, attention, image.grid, 6)
+        few, every = (model.image_inputs(image, representative) for representative in (True, False))
+    chosen = representative_patches(image.patch_tokens, model.normalized_attention(image), image.grid, 6)
     rows = torch.arange(2).unsqueeze(1)
     torch.testing.assert_close(few.patches, every.patches[rows, chosen])
     torch.testing.assert_close(few.attention, every.attention[rows, chosen])

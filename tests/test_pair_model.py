@@ -121,7 +121,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 
 
 def test_nouns_are_found_in_captions():
-    nouns = NounPrompts(["dog", "traffic light (rare)", "bus (background) (rare)", "man", "baby", "light", "Dog"])
+    nouns = NounPrompts(["dog", "traffic light (3)", "bus (background) (12)", "man", "baby", "light", "Dog"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
     found = nouns.nouns_in("Two men, three babies and dogs wait at the traffic lights; no business")
     assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby"}  # no "light"
@@ -186,7 +186,7 @@ def test_marks_say_where_a_noun_is():
         "floor (below) (background)",
         "lamp (above)",
         "wall (background)",
-        "dog (rare)",
+        "dog (19)",
     ]
     nouns = NounPrompts(lines)
     assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]

@@ -102,7 +102,6 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     # After the checks, because these import torch.
     from ..data.nouns import vocabulary
     from ..explainers.explain import NOUNS
-    from ..model.engine import BEST_PRIOR
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
@@ -129,9 +128,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
         # Without texts: what is in each image?
         texts, best = (options.texts + options.background, None) if options.texts else (vocabulary(), NOUNS)
         headings = (
-            ("text", "presence")
-            if options.texts
-            else (f"best of {len(texts):,} nouns", f"presence at prior {BEST_PRIOR}")
+            ("text", "presence") if options.texts else (f"best of {len(texts):,} nouns", "presence at its prior")
         )
         explanations = engine.run((image for _, image in prepared), texts, options.batch_size, best)
         entries, lines = prefetch_map(thread, written, zip(named, explanations), 4), None

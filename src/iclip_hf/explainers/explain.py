@@ -71,9 +71,8 @@ def explain(
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
-    best = NOUNS if texts is None else None
-    texts = vocabulary() if texts is None else split_texts(texts)
-    per_image = bool(texts) and isinstance(texts[0], (list, tuple))
+    best, texts = (NOUNS, vocabulary()) if texts is None else (None, split_texts(texts))
+    per_image = isinstance(next(iter(texts), None), (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
         lists = f", {len(texts)} lists of texts" if per_image else ""

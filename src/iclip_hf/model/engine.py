@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 TEXT_BATCH = 256
 # Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
 SIMILAR_TEXTS = 0.7
-# Prior of the presence of the `best` of many texts, most of which no image shows.
-BEST_PRIOR = 0.05
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
 # What scores and maps are computed from. The outputs of the tower take more memory.
 _IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention")
@@ -189,7 +187,7 @@ class Engine:
     def run(
         self,
         images: Iterable[Image.Image | PreparedImage | None],
-        texts: str | Sequence[str] | Sequence[Sequence[str]] | ICLIPTextFeatures,
+        texts: str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, float] | ICLIPTextFeatures,
         batch_size: int = 8,
         best: int | None = None,
     ) -> Iterator[Explanation | None]:
@@ -200,12 +198,13 @@ class Engine:
             images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays
                 None.
             texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
-                "0", "1", ...; or one list of labels for each image. Each text is encoded once.
+                "0", "1", ...; one list of labels for each image; or labels for all images with the prior of the
+                presence of each, which is 0.5 otherwise. Each text is encoded once.
             batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many
                 texts.
-            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best
-                first. A text that resembles a better one, such as "puppy" after "dog", is skipped.
-                `Explanation.all_scores` has all scores. Presence is that at a prior of 0.05.
+            best (`int`, *optional*): explains only so many texts of each image, those with the highest presence, or
+                score of a model without, best first. A text that resembles a better one, such as "puppy" after "dog",
+                is skipped. `Explanation.all_scores` has all scores.
 
         Raises:
             `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the
@@ -215,7 +214,9 @@ class Engine:
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is at least 1, not {number}.")
-        indices = itertools.repeat(None)
+        indices, priors = itertools.repeat(None), None
+        if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
+            texts, priors = [*texts], torch.tensor([*texts.values()])
         if isinstance(texts, ICLIPTextFeatures):
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
         else:
@@ -233,19 +234,19 @@ class Engine:
                 number = {label: index for index, label in enumerate(labels)}
                 indices = [[number[label] for label in image_labels] for image_labels in lists]
             encoded = self.encode(labels)
-        return self._explanations(images, labels, encoded, indices, batch_size, best)
+        return self._explanations(images, labels, encoded, indices, priors, batch_size, best)
 
     def _explanations(
-        self, images, labels: list[str], encoded: ICLIPTextFeatures, indices, batch_size: int, best: int | None
+        self, images, labels: list[str], encoded: ICLIPTextFeatures, indices, priors, batch_size: int, best: int | None
     ) -> Iterator[Explanation | None]:
         """`indices`: for each image those of its texts, or None for all."""
 
         def explain(group: list[tuple[PreparedImage, list[int] | None]]) -> list[Explanation]:
             images, indices = zip(*group)
             if indices[0] is None:
-                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), best)
+                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), priors, best)
             names = [[labels[index] for index in of_image] for of_image in indices]
-            return self._explain(images, names, select_texts(encoded, torch.tensor(indices)), best)
+            return self._explain(images, names, select_texts(encoded, torch.tensor(indices)), priors, best)
 
         pairs = zip(images, indices, strict=isinstance(indices, list))
         while batch := list(itertools.islice(pairs, batch_size)):
@@ -260,9 +261,17 @@ class Engine:
 
     @torch.no_grad()
     def _explain(
-        self, images: Sequence[PreparedImage], labels: Sequence[list[str]], texts: ICLIPTextFeatures, best: int | None
+        self,
+        images: Sequence[PreparedImage],
+        labels: Sequence[list[str]],
+        texts: ICLIPTextFeatures,
+        priors: torch.Tensor | None,
+        best: int | None,
     ) -> list[Explanation]:
-        """Explains B images of one `batch_key` with T texts each, `(B, T, P)`."""
+        """
+        Explains B images of one `batch_key` with T texts each, `(B, T, P)`. `priors`: those of
+        the presence of each text `(T,)`; 0.5 if not given.
+        """
         pixel_values = _joined(images, "pixel_values")
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
         wants_maps = best is not None or any(map(len, indices))
@@ -278,15 +287,16 @@ class Engine:
                 features = self._features(pixel_values)
 
         # Score.
-        scores, prior = cosines(features.image_embeds, texts.text_embeds), EVEN_PRIOR
+        scores = cosines(features.image_embeds, texts.text_embeds)
         _check_finite(scores)
         presence = self.model.presence(scores)
+        if presence is not None and priors is not None:
+            presence = at_prior(presence, priors.to(presence))
 
         # Select.
         if best is not None:
-            prior, wanted = BEST_PRIOR, None
-            presence = None if presence is None else at_prior(presence, prior)
-            indices = [_best_texts(*of_image, best) for of_image in zip(scores, texts.text_embeds)]
+            wanted, ranked = None, scores if presence is None else presence
+            indices = [_best_texts(*of_image, best) for of_image in zip(ranked, texts.text_embeds)]
             texts = select_texts(texts, torch.tensor(indices))
 
         # Map.
@@ -301,7 +311,7 @@ class Engine:
                 presence=None if presence is None else presence[number][list(of_image)],
                 raw_maps=maps[number, : len(of_image)],
                 size=image.size,
-                prior=prior,
+                prior=EVEN_PRIOR if priors is None else priors[list(of_image)],
                 image=image.image,
                 all_scores=scores[number],
             )
@@ -442,7 +452,7 @@ def _check_finite(results: torch.Tensor) -> None:
 
 def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:
     """
-    Returns the indices of the texts of one image with the highest scores `(T,)`, first those that do not resemble a
+    Returns the indices of the texts of one image with the highest values `(T,)`, first those that do not resemble a
     better one, in their order.
     """
     ranked, chosen = scores.argsort(descending=True).tolist(), []

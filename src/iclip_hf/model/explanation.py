@@ -43,8 +43,8 @@ class Explanation:
         threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for
             `label_map` alone: texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
-        prior (`float` in [0, 1]): share of the texts that is assumed to be shown: 0.5, and 0.05 for the best of many
-            texts, such as those of `explain` without texts.
+        prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): share of the images that is assumed to show a
+            text: 0.5, and for `explain` without texts that of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
         all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some
             of them only, see [`Engine.prepare`].
@@ -60,7 +60,7 @@ class Explanation:
     size: tuple[int, int]
     threshold: float | Sequence[float] | None = 0.5
     min_presence: float = MIN_PRESENCE
-    prior: float = EVEN_PRIOR
+    prior: float | torch.Tensor = EVEN_PRIOR
     image: Image.Image | None = None
     all_scores: torch.Tensor | None = None
 
@@ -171,13 +171,13 @@ class Explanation:
     def arrays(self) -> dict[str, np.ndarray]:
         """
         Returns the explanation as arrays, for `np.savez`: `texts`, `scores` and `presence` `(T,)` (NaN for a model
-        without), `prior`, `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
+        without), `prior` `(T,)`, `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
         """
         return {
             "texts": np.array(self.labels),
             "scores": self.scores.numpy(),
             "presence": np.array(self.presences, float),
-            "prior": np.array(self.prior),
+            "prior": np.broadcast_to(np.asarray(self.prior, np.float32), len(self)),
             "raw_maps": self.raw_maps.numpy(),
             "masks": np.stack([self.mask(index) for index in range(len(self))]),
         }
@@ -187,10 +187,10 @@ class Explanation:
         Returns the explanation as plain values, for JSON.
 
         Returns:
-            `dict` with `height` and `width` of maps and masks in pixels, `prior` of the presence (None for a model
-            that has none), and `texts`, a list of T `dict`:
+            `dict` with `height` and `width` of maps and masks in pixels, and `texts`, a list of T `dict`:
 
-            - **text** (`str`), **score** (`float`), **presence** (`float`, or None for a model that has none)
+            - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`, or None for a model that
+              has none)
             - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in
               [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and
               `negative_points`, [x, y] in pixels
@@ -200,9 +200,7 @@ class Explanation:
             mask is empty.
         """
         height, width = self.size
-        prior = None if self.presence is None else self.prior
-        texts = [self._text_to_dict(index) for index in range(len(self))]
-        return {"height": height, "width": width, "prior": prior, "texts": texts}
+        return {"height": height, "width": width, "texts": [self._text_to_dict(index) for index in range(len(self))]}
 
     def _text_to_dict(self, index: int) -> dict:
         heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
@@ -210,6 +208,9 @@ class Explanation:
             "text": self.labels[index],
             "score": round(self.scores[index].item(), 4),
             "presence": self.presences[index],
+            "prior": None
+            if self.presence is None
+            else round(float(torch.as_tensor(self.prior).expand(len(self))[index]), 4),
             "regions": [
                 {
                     "score": round(region.score, 4),

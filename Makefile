@@ -95,7 +95,7 @@ style: .venv/.installed
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The tables of docs/speed.md, which includes them: about 20 minutes on two idle cores. ICLIP_DATA is the folder of the data sets.
+# The tables of docs/speed.md: about 20 minutes on two idle cores. ICLIP_DATA is the folder of the data sets.
 bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	mkdir -p runs
@@ -103,4 +103,4 @@ bench: .venv/.installed
 		table=runs/$$(basename $$script .py).md; \
 		$(BIN)/python $$script > $$table && cat $$table && echo || exit 1; \
 	done
-	mv runs/bench_*.md docs/tables/
+	$(BIN)/python benchmarks/insert.py docs/speed.md runs/bench_*.md

@@ -2,10 +2,11 @@
 
     python benchmarks/bench_explainers.py [--texts 10] [--rounds 2]
 
-CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives need one
-forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock starts their maps are
-compared with ours, but for captum, which takes the mean gradient of each token instead of each channel. Last, what becomes of the
-maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of refined maps. Prints Markdown tables.
+CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives
+need one forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock
+starts their maps are compared with ours, but for captum, which takes the mean gradient of each token instead of each
+channel. Last, what becomes of the maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of
+refined maps. Prints Markdown tables.
 """
 
 import argparse
@@ -15,10 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from captum.attr import LayerGradCam
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
-from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 from torch.nn import functional as F
 from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -29,6 +27,11 @@ from iclip_hf.model.label_maps import segments
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
+
+with needed():
+    from captum.attr import LayerGradCam
+    from pytorch_grad_cam import GradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 SIZE = (480, 640)
 CLASSES = 21

@@ -1,4 +1,5 @@
-"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image tower's own growth.
+"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image tower's own
+growth.
 
     python benchmarks/bench_growth.py
 
@@ -12,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from bench_explain import SIZE, loaded, without_gradients
-from matplotlib.figure import Figure
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.model.engine import TEXT_BATCH, join_texts
 from iclip_hf.utils.files import atomic_write
 
+
+with needed():
+    from matplotlib.figure import Figure
 
 PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
 # One image, 20 texts and 224 pixels per side, but for what grows.

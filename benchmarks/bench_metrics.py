@@ -2,7 +2,8 @@
 
     python benchmarks/bench_metrics.py
 
-Prints three Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every value.
+Prints three Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every
+value.
 """
 
 import itertools
@@ -11,14 +12,16 @@ from functools import partial
 
 import numpy as np
 import torch
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
-from sklearn.metrics import roc_auc_score
-from torchmetrics.classification import BinaryPrecisionRecallCurve
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 
 from iclip_hf.evaluation.functional import THRESHOLDS, contrast_counts, threshold_counts
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground, MeanMaxIoU, TextContrast
 from iclip_hf.model.similarity import resize_and_normalize
 
+
+with needed():
+    from sklearn.metrics import roc_auc_score
+    from torchmetrics.classification import BinaryPrecisionRecallCurve
 
 SIZE = (480, 640)
 LABEL, VOID = 1, 255
@@ -73,7 +76,9 @@ CLASSES = 3
 
 
 def make_image(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, that they share with background."""
+    """
+    Smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, that they share with background.
+    """
     maps = np.stack([make_pair(3 * seed + k)[0] for k in range(CLASSES)])
     lowest = np.argmin([make_pair(10**6 + 4 * seed + k, grid=(6, 8))[0] for k in range(CLASSES + 1)], axis=0)
     return maps, lowest.astype(np.uint8)

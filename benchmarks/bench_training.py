@@ -2,9 +2,9 @@
 
     python benchmarks/bench_training.py --data DATA/flickr8k/dev-00000.tar
 
-Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
-MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Then a step
-with the similarity pooling against one with Eq. 10's.
+Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2
+ViT-S/14 and MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss
+and tokenizer. Then a step with the similarity pooling against one with Eq. 10's.
 """
 
 import argparse
@@ -16,22 +16,26 @@ import time
 from functools import partial
 from pathlib import Path
 
-import open_clip
 import torch
-from accelerate import Accelerator
-from measuring import command_line, cost, machine, medians, ratio, table, take_turns
-from open_clip.loss import ClipLoss
+from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import has_bfloat16
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
-from iclip_hf.training.features import POOLINGS, FeatureCache
-from iclip_hf.training.settings import Settings
-from iclip_hf.training.train import parameter_groups
+
+
+with needed():
+    import open_clip
+    from accelerate import Accelerator
+    from open_clip.loss import ClipLoss
+
+    from iclip_hf.training.contrastive import PairModel
+    from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
+    from iclip_hf.training.features import POOLINGS, FeatureCache
+    from iclip_hf.training.settings import Settings
+    from iclip_hf.training.train import parameter_groups
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:
@@ -215,8 +219,9 @@ def main() -> None:
     uncached, learning = "projections, without", "projections and text tower, without"
     print(
         f"\nThe cache makes an epoch {ratio(taken, uncached, 'projections, from the cache'):.0f} times faster, "
-        f"{ratio(taken, learning, 'projections and text tower, from the cache'):.1f} times with the text tower learning. open_clip "
-        f"takes {ratio(taken, 'open_clip, locked image tower', learning):.2f} times as long as `iclip train` without a cache."
+        f"{ratio(taken, learning, 'projections and text tower, from the cache'):.1f} times with the text tower "
+        f"learning. open_clip takes {ratio(taken, 'open_clip, locked image tower', learning):.2f} times as long as "
+        "`iclip train` without a cache."
     )
     if native:
         faster = [f"{ratio(taken, name, f'{name}, bf16'):.2f}" for name in (uncached, learning)]

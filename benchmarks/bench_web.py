@@ -2,7 +2,7 @@
 
     python benchmarks/bench_web.py
 
-The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Prints Markdown tables.
+The embedded model in 8 bits, headless Chromium, scikit-image's photograph of a cup. Needs npm. Prints Markdown tables.
 """
 
 import gzip
@@ -18,17 +18,20 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import onnxruntime
-from measuring import command_line, machine, memory, seconds, table
+from measuring import command_line, machine, memory, needed, seconds, table
+from npm_server import npm_server
 from PIL import Image, ImageOps
-from playwright.sync_api import Browser, Page, sync_playwright
-from skimage.data import coffee
 
 from iclip_hf import ICLIPProcessor
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.web.export import export_web
 from iclip_hf.web.server import web_server
 
+
+with needed():
+    import onnxruntime
+    from playwright.sync_api import Browser, Page, sync_playwright
+    from skimage.data import coffee
 
 # Times in milliseconds: when the download has ended, and when the first row of the table is there.
 CLOCK = """
@@ -55,7 +58,10 @@ def opened(browser: Browser, folder: Path) -> Iterator[Page]:
 
 
 def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float]:
-    """Seconds from the end of the download to the first map, and for a further text; MiB of the page's process at its peak."""
+    """
+    Seconds from the end of the download to the first map, and for a further text; MiB of the page's process at its
+    peak.
+    """
     with opened(browser, folder) as page:
         page.fill("#texts", "cup")
         page.click("#go")
@@ -110,8 +116,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         model, processor = load_iclip("embedded", dtype="float32")
-        page = export_web(model, processor, Path(scratch, "page"), vendor=True)
-        report(processor, page, options.rounds, options.picture)
+        with npm_server(Path(scratch)) as cdn:
+            page = export_web(model, processor, Path(scratch, "page"), cdn=cdn)
+            report(processor, page, options.rounds, options.picture)
 
 
 def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | None) -> None:

@@ -1,17 +1,19 @@
 """
 Fits `presence_bias`, the one number of presence, on photographs with complete labels, and measures the presence on others.
 
-    python benchmarks/presence.py --data-root DATA
+    python benchmarks/presence.py --data-root DATA --held-out runs/held_out
 
-`DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`). The number is fitted on
-these. The tables are of `coco100`, `ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability.
-Two columns tell what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all images.
+`DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`).
+`runs/held_out`, which `hold_out.py` writes, has rooms, streets and landscapes whose `json` also lists the names that the
+labels are complete for (`complete`). The number is fitted on both, which count equally. The tables are of `coco100`,
+`ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability. Two columns tell
+what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all images.
 """
 
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,18 +32,29 @@ from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE, PRESENT, at_prior
 
 
+# Names of the background that the labels of `hold_out.py`'s shards are complete for, each in some of them.
+BACKGROUND = """
+    bridge building carpet ceiling curtain door fence field floor grass ground hill house mountain path pavement plant
+    river road rock sand sea sky snow tree wall water window
+""".split()
 TEMPLATES = ["a photo of the {}"]
 EDGES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.001)
 
 
-def labelled(folder: Path) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """Yields the images of shards and whether they show each class of COCO, (80,) boolean."""
+def labelled(folder: Path, names: Sequence[str]) -> Iterator[tuple[Image.Image, np.ndarray]]:
+    """
+    Yields the images of shards and what is known of each name, (K,): 1 if it is shown, 0 if not, NaN if it is unknown. Where
+    the labels do not say what they are complete for, it is all names.
+    """
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as files:
             parts = {member.name: files.extractfile(member).read() for member in files}
         for name in sorted(name for name in parts if name.endswith(".json")):
             image = Image.open(io.BytesIO(parts[name.replace(".json", ".jpg")])).convert("RGB")
-            yield image, np.isin(COCO_THINGS, json.loads(parts[name])["labels"])
+            record = json.loads(parts[name])
+            complete = record["complete"] if isinstance(record.get("complete"), list) else names
+            known = np.isin(names, record["labels"] + list(complete))
+            yield image, np.where(known, np.isin(names, record["labels"]), np.nan)
 
 
 def masked(dataset) -> Iterator[tuple[Image.Image, np.ndarray]]:
@@ -70,22 +83,39 @@ def of_each_class(presence: np.ndarray, shown: np.ndarray) -> float:
     return float(np.mean([roc_auc_score(shown[:, one], presence[:, one]) for one in classes]))
 
 
-def fit(presence: np.ndarray, shown: np.ndarray) -> float:
-    """Returns what to add to the logit of the presence so that its mean is, at the prior of the pairs, the share that is shown."""
-    values, prior = logit(presence.clip(1e-12, 1 - 1e-12)), shown.mean()
-    return brentq(lambda bias: expit(values + bias + logit(prior)).mean() - prior, -20, 20)
+def fit(presences: Sequence[np.ndarray], shares: Sequence[float]) -> float:
+    """
+    Returns what to add to the logit of presences so that their mean is, at the prior of each part, the share of its pairs
+    that is shown, on average over the parts.
+    """
+    logits = [logit(presence.clip(1e-12, 1 - 1e-12)) for presence in presences]
+
+    def excess(bias: float) -> float:
+        return sum(expit(part + bias + logit(share)).mean() / share - 1 for part, share in zip(logits, shares))
+
+    return brentq(excess, -20, 20)
 
 
 def main():
     parser = command_line(__doc__)
     parser.add_argument("--data-root", type=Path, required=True, help="folder of coco80, coco100, ade20k and camvid")
+    parser.add_argument("--held-out", type=Path, required=True, help="folder of shards that `hold_out.py` wrote")
     parser.add_argument("--model", default="embedded", help="as for load")
     options = parser.parse_args()
     model, root = load(options.model), options.data_root
     if not hasattr(model.network.config, "presence_bias") or model.network.config.logit_bias_init_value is None:
         parser.error(f"{options.model} was not trained with a sigmoid, so it has no presence.")
 
-    bias = fit(*measure(model, labelled(root / "coco80"), COCO_THINGS))
+    presences, shares = [], []
+    for folder, names in ((root / "coco80", COCO_THINGS), (options.held_out, BACKGROUND)):
+        presence, shown = measure(model, labelled(folder, names), names)
+        known = ~np.isnan(shown)
+        presences.append(presence[known])
+        shares.append(shown[known].mean())
+        print(
+            f"{folder.name}: {known.sum()} pairs, {shares[-1]:.3f} shown, alone {fit([presences[-1]], [shares[-1]]):+.3f}"
+        )
+    bias = fit(presences, shares)
     model.network.config.presence_bias += bias
     print(f"presence_bias = {model.network.config.presence_bias:.3f}\n")
     coco = load_segmentation("coco2017", root / "coco100", "train2017")

@@ -1,4 +1,5 @@
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from iclip_hf.model.modeling_iclip import ICLIPImageFeatures
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import analyses
 from analyses import (
     channel_matches,
     foreground_tokens,
@@ -87,7 +89,8 @@ def test_semantic_shift_by_hand():
     ]
     rows, on_foreground = semantic_shift(by_hand(), iter(samples), after="class_token")
     assert rows == [(1, 1, 0, 3), (2, 0.5, 1, 2.5), (1, 0, 0, 4), (4, 0.5, 0.5, 3)]  # images, B2F, F2B, same
-    # On the foreground of the four images: by maximum 2, 1, 1, 4 channels, by class token 1, 1, 2, 4, by mean 0, 3, 1, 4.
+    # On the foreground of the four images: by maximum 2, 1, 1, 4 channels, by class token 1, 1, 2, 4, by mean 0, 3, 1,
+    # 4.
     assert on_foreground == {"class_token": 2, "average": 2, "max": 2, "own": 2}
     back, _ = semantic_shift(by_hand(), samples, before="class_token", after="max")
     assert [(b2f, f2b) for _, b2f, f2b, _ in back] == [(f2b, b2f) for _, b2f, f2b, _ in rows]
@@ -108,8 +111,8 @@ def test_foreground_tokens_are_a_majority_of_labelled_pixels(seed, h, w, tall, w
 @pytest.mark.parametrize("pooling", ["masked_max", "class_token"])
 def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
     """
-    On a real model and an image that is not square, against the model's own output. The class token is that of the branch that
-    draws: the recognition vector of a dual model is in another space than the patches.
+    On a real model and an image that is not square, against the model's own output. The class token is that of the
+    branch that draws: the recognition vector of a dual model is in another space than the patches.
     """
     model = tiny_model("dinov2", dual_projection=dual, pooling=pooling)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
@@ -148,3 +151,34 @@ def test_the_script_writes_the_tables_and_figures(labelled_folder, world, tmp_pa
     assert (tmp_path / "channels.png").stat().st_size and "correlation -1.00" in (
         tmp_path / "relation.svg"
     ).read_text()
+
+
+def test_a_script_names_the_package_that_it_needs():
+    code = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", code, analyses.__file__]
+    ended = subprocess.run(command, cwd=Path(analyses.__file__).parent, capture_output=True, text=True)
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 1 and line.startswith("matplotlib is not installed") and "[dev,bench]" in line
+
+
+class Anything(torch.nn.Linear):
+    """A model of any inputs."""
+
+    def forward(self, *args, **options):
+        pass
+
+
+class NoCompiler(Anything):
+    def forward(self, *args, **options):
+        raise RuntimeError("there is no compiler\nat the end of a long story")
+
+
+def test_a_row_that_cannot_be_measured_is_left_out_with_its_reason(monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra [demo]")
+    import bench_explain
+
+    monkeypatch.setattr(bench_explain, "loaded", lambda: Anything(1, 1))
+    monkeypatch.setattr(torch, "compile", lambda model: NoCompiler(1, 1))
+    shown = bench_explain.variants(1, 1)
+    assert "| float32 |" in shown and "| `torch.compile` |" not in shown
+    assert shown.splitlines()[-1] == "`torch.compile` is left out: RuntimeError: there is no compiler"

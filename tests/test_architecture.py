@@ -1,4 +1,6 @@
-"""The rule of rooms: imports point downwards and never in a circle, and what travels with a model needs nothing else."""
+"""
+The rule of rooms: imports point downwards and never in a circle, and what travels with a model needs nothing else.
+"""
 
 import ast
 from collections.abc import Iterator

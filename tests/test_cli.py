@@ -1,22 +1,23 @@
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import iclip
+from conftest import QuietHandler, iclip, served
 from PIL import Image
 
 from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.cli.options import texts as parse_texts
+from iclip_hf.cli.output import table
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
 
@@ -56,6 +57,31 @@ def test_a_folder_names_its_images(workspace, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert run(workspace, "images", "empty", "--text", "dog") == 2
     assert "empty: " in capsys.readouterr().err
+
+
+def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatch):
+    """One that cannot be had does not end the others."""
+    monkeypatch.chdir(tmp_path)
+    with served(partial(QuietHandler, directory=workspace)) as server:
+        site = f"http://127.0.0.1:{server.server_port}"
+        urls = [f"{site}/0/a.jpg?size=1.5", f"{site}/absent.jpg", f"{site}/1/a.jpg"]
+        assert run(workspace, *urls, "--text", "dog", "--json", "--output", "maps") == 2
+        out, err = capsys.readouterr()
+        answers = [json.loads(line) for line in out.splitlines()]
+        assert [answer["image"] for answer in answers] == [urls[0], urls[2]] and "absent.jpg" in err
+        assert run(workspace, urls[0], "--text", "dog") == 0
+        assert iclip("compare", urls[0], "--text", "dog", "--model", workspace / "model") == 0
+    assert sorted(path.name for path in tmp_path.glob("**/*.png")) == [
+        "a-comparison.png", "a-explanation-2.png", "a-explanation.png", "a-explanation.png"
+    ]  # fmt: skip
+    assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"] == answers[0]["texts"]
+
+
+def test_a_long_text_does_not_widen_the_table():
+    lines = table(["text", "score"], [["a dog " * 500, "0.5"], ["x" * 60, "0.25"]])
+    assert len({*map(len, lines)}) == 1 and len(lines[0]) == 2 + 60 + 2 + 5
+    assert lines[1].strip().startswith("a dog a dog") and "x" * 60 in lines[2]
 
 
 def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, capsys):
@@ -250,6 +276,14 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, given):
+    """The variable is read when torch is imported, which the commands do late."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert cli.main(["--version"]) == 0
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+
+
 @pytest.mark.parametrize(
     ("command", "cure"),
     [
@@ -266,25 +300,6 @@ def test_a_full_gpu_is_one_sentence(monkeypatch, capsys, command, cure):
     assert cli.main(command) == 2
     line = f"iclip {command[0]}: the memory of the GPU is full; set a smaller {cure}\n"
     assert capsys.readouterr().err == line
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the GNU C library")
-def test_freed_memory_is_kept_for_the_next_image():
-    """A page that is new to the process is a page fault, and 64 MiB are 16384 pages, or 32 huge ones."""
-    code = """
-import resource
-from iclip_hf.cli.options import keep_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    bytearray(b"x") * 2**26
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-assert min(faults() for _ in range(3)) > 16
-keep_memory()
-faults()
-assert max(faults() for _ in range(3)) < 16
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 # Each in a process that has what transformers imports, and nothing of it

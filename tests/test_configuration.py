@@ -45,6 +45,13 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("value_share", 1.5),
         ("center_tokens", True),
         ("max_over", "similarity"),
+        ("known_competition", 1.0),
+        ("known_competition", -0.5),
+        ("noun_weight", 1.1),
+        ("unknown_weight", -0.1),
+        ("noun_competition", 2),
+        ("map_tokens", 4),
+        ("map_tokens", 8.5),
         ("recognition_pooling", "class_and_average"),
         ("map_atention", "none"),
     ],
@@ -55,7 +62,15 @@ def test_bad_options_are_refused(option, value):
 
 
 @pytest.mark.parametrize(
-    "option", ["presence_bias", "logit_bias_init_value", "map_affinity", "max_sharpness", "recognition_share"]
+    "option",
+    [
+        "presence_bias",
+        "logit_bias_init_value",
+        "map_affinity",
+        "max_sharpness",
+        "recognition_share",
+        "known_competition",
+    ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_refused(tmp_path, option, value):

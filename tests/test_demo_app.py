@@ -1,4 +1,5 @@
 import base64
+import importlib.util
 import io
 import itertools
 import re
@@ -16,7 +17,7 @@ from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
 from gradio_client.exceptions import AppError
 from PIL import Image
 
-from iclip_hf import ICLIPModel, explain, load
+from iclip_hf import ICLIPModel, example_image, explain, load
 from iclip_hf.backends import explainable
 from iclip_hf.demo import app
 from iclip_hf.explainers import make_explainer
@@ -50,7 +51,10 @@ def explained(tiny_processor):
 
 
 def drawn_maps(value: dict) -> np.ndarray:
-    """The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as tests/test_web.py shows."""
+    """
+    The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as
+    tests/test_web.py shows.
+    """
     raw_maps = torch.tensor([row["map"] for row in value["texts"]]).unflatten(-1, value["grid"])
     return resize_and_normalize(raw_maps, value["size"][::-1]).numpy()
 
@@ -217,7 +221,7 @@ def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monk
 def test_what_else_an_upload_is_said_to_be_is_ignored_and_examples_are_open(server, folder):
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     said = {"url": "http://127.0.0.1:9/a.png", "inner": {"path": "/etc/passwd"}, "orig_name": "/etc/passwd"}
-    for photo in ({"path": own, **said}, {"path": str(viewer.example_files()[0])}):
+    for photo in ({"path": own, **said}, {"path": str(viewer.examples()[0].file)}):
         assert answer(ask(server, photo))[0] == "event: complete"
 
 
@@ -261,7 +265,15 @@ def test_the_image_of_another_question_is_not_encoded_again(client, folder, reco
 def test_the_command_prints_the_address_alone(world, monkeypatch, capsys):
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda demo: demo.close(verbose=False))
     assert iclip("demo", "--model", world.folder / "model") == 0
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/\n", printed.out)
+    assert f"loading Gradio and {world.folder / 'model'}" in printed.err  # a minute before
+
+
+def test_without_scikit_image_the_photograph_of_the_package_is_left(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (example,) = viewer.examples()
+    assert example.file.samefile(example_image())
 
 
 def test_without_gradio_a_sentence_names_the_extra(monkeypatch, capsys):
@@ -283,7 +295,7 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     monkeypatch.setattr(Explanation, "presence_words", words)
     # The first image is explained without any input, nothing comes from elsewhere, nothing is wider than the phone.
     first = page.locator("figcaption").all_inner_texts()
-    assert first == app.asked_texts(next(iter(viewer.EXAMPLES.values())).texts)
+    assert first == app.asked_texts(viewer.examples()[0].texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     boxes = page.locator(".controls .check input")  # Gradio's style would hide which one is chosen

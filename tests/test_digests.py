@@ -1,4 +1,4 @@
-"""Digests of files, read again only when they changed, and of weights."""
+"""Digests of files and of weights."""
 
 import os
 
@@ -7,15 +7,8 @@ import torch
 from conftest import tiny_model
 
 from iclip_hf.backends.identity import weights_digest
-from iclip_hf.utils import digests
+from iclip_hf.data import pairs
 from iclip_hf.utils.digests import content_digest
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch, recorded):
-    """A cache folder of the test's own, and the files that were read."""
-    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path / "cache"))
-    return recorded(digests, "file_digest", os.path.basename)
 
 
 def files(folder, *contents):
@@ -24,26 +17,43 @@ def files(folder, *contents):
     return [folder / str(number) for number in range(len(contents))]
 
 
-def test_files_are_read_once_until_one_changes(tmp_path, read):
+@pytest.mark.parametrize("read", [True, False])
+def test_what_a_digest_is_of(tmp_path, read):
+    """Content, or size and modification time; names in both."""
     both = files(tmp_path, b"a", b"b")
-    first = content_digest(both)
-    assert content_digest(both) == first and len(first) == 16 and read == ["0", "1"]
-    stat = both[1].stat()
-    both[1].write_bytes(b"cc")
-    os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as unpacking an archive does
-    assert content_digest(both) != first and read == ["0", "1"] * 2
+    first, stat = content_digest(both, read=read), both[1].stat()
+    assert content_digest(both, read=read) == first and len(first) == 16
+    both[1].write_bytes(b"c")
+    os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (content_digest(both, read=read) != first) == read
+    both[1].write_bytes(b"b")
+    os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert (content_digest(both, read=read) == first) == read
+    both[1].write_bytes(b"bb")
+    os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert content_digest(both, read=read) != first
+    both[1].write_bytes(b"b")
+    os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    renamed = both[1].rename(tmp_path / "other")
+    assert content_digest([both[0], renamed], read=read) != first
 
 
-@pytest.mark.parametrize("content", [b"", b"\0" * 16, b"12ab", b"\xff"])
-def test_a_damaged_digest_in_the_cache_is_computed_again(tmp_path, read, content):
-    both = files(tmp_path, b"a", b"b")
-    first = content_digest(both)
-    (kept,) = (tmp_path / "cache" / "digests").iterdir()
-    kept.write_bytes(content)
-    assert content_digest(both) == first == kept.read_text()
+def test_large_data_are_not_read(tmp_path, monkeypatch):
+    """Of all sources together."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"image": "1.jpg", "caption": "a"}')
+    (tmp_path / "1.jpg").write_bytes(b"0123456789")
+    monkeypatch.setattr(pairs, "LARGE", (tmp_path / "a.jsonl").stat().st_size + 10)
+    opened = [pairs.load_pairs([tmp_path / f"{name}.jsonl" for name in names]) for names in ("a", "ab")]
+    found = []
+    for content in (b"0123456789", b"9876543210"):
+        (tmp_path / "1.jpg").write_bytes(content)
+        os.utime(tmp_path / "1.jpg", (1, 1))
+        found.append([one.fingerprint() for one in opened])
+    assert [before != after for before, after in zip(*found)] == [True, False]
 
 
-def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path, read):
+def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path):
     one, two, three = files(tmp_path, b"ab", b"c", b"ab")
     assert len({content_digest(pair) for pair in ([one, two], [two, one], [three, two])}) == 3
     before, within = content_digest([one, two]), content_digest([one, two], tmp_path.parent)
@@ -54,7 +64,7 @@ def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path, read):
     assert content_digest([]) == ""
 
 
-def test_what_cannot_be_read_is_absent(tmp_path, read):
+def test_what_cannot_be_read_is_absent(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     names = ("dangling", "nothing", "nul\0", "n" * 300, "\ud800")
     assert len({content_digest([tmp_path / name]) for name in names}) == len(names)

@@ -71,7 +71,6 @@ ARGUMENTS = {
     "export": """
         {empty}/absent new
         {model} new --results {list}
-        {model} new --format onnx --vendor
         {model} new --format web --results r.json
     """,
     "push --dry-run": """

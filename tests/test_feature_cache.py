@@ -86,7 +86,9 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     folders += [fill(name="held_out.tar"), fill(processor=other_mean), fill(precision="bf16")]
     tokens = tiny_model(max_over="similarity")
     folders += [fill(tokens), fill(tokens, earlier_mean=[0.5])]
-    folders += [fill(tiny_model(max_over="similarity", **{option: 5})) for option in ("map_tokens", "known_competition")]
+    folders += [
+        fill(tiny_model(max_over="similarity", **{option: 5})) for option in ("map_tokens", "known_competition")
+    ]
     folders += [fill(tiny_model(max_over="similarity", map_affinity=2.0))]
     assert len(set(folders)) == len(folders) and fill(tiny_model(pooling="max", map_affinity=2.0)) == folders[0]
 

@@ -4,7 +4,6 @@ import base64
 import io
 import itertools
 import json
-import os
 import shutil
 import time
 from functools import partial
@@ -25,7 +24,6 @@ from iclip_hf.backends.explainable import RecordableModel
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
-from iclip_hf.hub.folders import _check_tower
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -118,61 +116,6 @@ def test_clips_text_tower_needs_its_end_token(tiny_processor):
     model.config.text_config.eos_token_id = 62
     with pytest.raises(ValueError, match="does not end a text with the token 62"):
         load((model, tiny_processor))
-
-
-@pytest.mark.parametrize(
-    ("stem", "entries"),
-    [
-        ("tokenizer_config", {"vocab": "{secret}"}),
-        ("tokenizer_config", {"vocab": "../secret.txt"}),  # from the working directory
-        ("special_tokens_map", {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}),
-        (
-            "model.safetensors.index",
-            {"metadata": {}, "weight_map": {"recognition.logit_scale": "../other.safetensors"}},
-        ),
-        ("model.safetensors.index", {"metadata": {}, "weight_map": {"recognition.logit_scale": "{other}"}}),
-    ],
-)
-def test_a_folder_names_no_files_outside_of_it(world, tmp_path, monkeypatch, stem, entries):
-    for name in ("secret.txt", "tokenizer.4.0.json"):
-        (tmp_path / name).write_text("\n".join(words(64)))
-    weights = shutil.copy(world.folder / "model" / "model.safetensors", tmp_path / "other.safetensors")
-    entries = json.loads(
-        json.dumps(entries).replace("{secret}", str(tmp_path / "secret.txt")).replace("{other}", str(weights))
-    )
-    folder = copied(world, tmp_path / "model", **{stem: entries})
-    (folder / ("model.safetensors" if "index" in stem else "tokenizer.json")).unlink()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for door in (load, load_iclip):
-        with pytest.raises(ValueError, match=f"model: {stem}.json names .* outside"):
-            door(folder)
-    if "index" not in stem:
-        with pytest.raises(ValueError, match=f"{stem}.json names"):
-            _check_tower(str(folder), "text_config", world.model.config)
-
-
-def test_links_out_of_a_folder_lead_to_weights_and_blobs_alone(world, offline, tmp_path):
-    def linked(file, target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
-        file.symlink_to(os.path.relpath(target, file.parent))
-
-    folder = copied(world, tmp_path / "model")
-    linked(folder / "model.safetensors", tmp_path / "weights" / "model.safetensors")
-    (folder / "cache").symlink_to(tmp_path / "weights")
-    load(folder)
-    linked(folder / "tokenizer.json", tmp_path / "elsewhere" / "tokenizer.json")
-    with pytest.raises(ValueError, match="tokenizer.json is a link to .*elsewhere"):
-        load(folder)
-    repository = offline / "models--org--tiny"
-    snapshot = copied(world, repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    for number, file in enumerate(sorted(snapshot.iterdir())):
-        linked(file, repository / "blobs" / str(number))
-    (tmp_path / "link").symlink_to(snapshot)
-    assert len({load(name).identity["weights"] for name in ("org/tiny", snapshot, tmp_path / "link")}) == 1
 
 
 def test_an_image_comes_in_any_form(world, tmp_path):

@@ -100,26 +100,30 @@ def test_a_place_prefers_the_lower_or_upper_patches_by_hand():
 
 def test_known_nouns_compete_where_labels_are_complete_for_the_background():
     """
-    Against plain loops: unknown nouns have no share, the places are in the mean over the patches, and images of which no
-    absent noun of the background is known count nothing, nor those that show nothing.
+    Against plain loops: unknown nouns have no share, the place is in the power mean over the patches, and
+    images of which no absent noun of the background is known count nothing, nor those that show nothing.
     """
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([[1, 1, -1, 0, 0], [1, -1, 0, 1, 0], [0, -1, -1, 1, 1], [0, 0, -1, 0, -1]])
     background, place = torch.tensor([False, False, True, True, False]), torch.tensor([0, 0, -1, 1, 0])
     nouns = BatchNouns(torch.arange(5), labels > 0, labels > 0, labels < 0, background, place)
-    logits = 3 * torch.randn(4, 64, 5, generator=generator)
+    patches, prompts = torch.randn(2, 64, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    logits = 1.5 * patches @ prompts.T
     total, heights = 0.0, even_heights().tolist()
-    for image in (0, 2):  # of image 1 only an object is known to be absent, and image 3 shows nothing
+    for patch_logits, image in zip(
+        logits.tolist(), (0, 2)
+    ):  # of image 1 only an object is known to be absent, and image 3 shows nothing
         known, losses = [noun for noun in range(5) if labels[image, noun] != 0], []
         for noun in range(5):
             if labels[image, noun] <= 0:
                 continue
             weights = [math.exp(3 * place[noun].item() * height) for height in heights]
             share = 0.0
-            for weight, patch in zip(weights, logits[image].tolist()):
-                share += weight / sum(weights) * math.exp(patch[noun]) / sum(math.exp(patch[other]) for other in known)
-            losses.append(-math.log(share))
+            for weight, patch in zip(weights, patch_logits):
+                own = math.exp(patch[noun]) / sum(math.exp(patch[other]) for other in known)
+                share += weight / sum(weights) * own**4
+            losses.append(-math.log(share) / 4)
         total += sum(losses) / len(losses)
-    assert known_competition_loss(lambda rows: logits[rows], nouns).item() == pytest.approx(total / 2, abs=1e-4)
+    assert known_competition_loss(patches, prompts, 1.5, nouns).item() == pytest.approx(total / 2, abs=1e-4)
     nothing = nouns._replace(absent=torch.zeros_like(nouns.absent))
-    assert known_competition_loss(lambda rows: logits[rows], nothing).item() == 0
+    assert known_competition_loss(patches[:0], prompts, 1.5, nothing).item() == 0

@@ -10,7 +10,8 @@ from iclip_hf.backends.embedded import embedded_model
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra [dev]")
 pytest.importorskip("nbclient", reason="needs the extra [dev]")
-sys.path.insert(0, str(Path(__file__).parents[1] / "notebooks"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "notebooks"))
 
 from execute import NOTEBOOK, executed  # noqa: E402
 
@@ -27,6 +28,9 @@ def check(notebook) -> None:
     accuracy = int(printed.split("recognises ")[1].split("%")[0])
     assert accuracy > 50  # by chance 12
     assert "3 held-out pairs" in printed
+    # What travels with an exported model: an output of another version lacks a module.
+    modules = {path.name for path in (ROOT / "src" / "iclip_hf" / "model").glob("*.py")} - {"__init__.py"}
+    assert modules == {name for name in printed.split() if name.endswith(".py")}
 
 
 def test_it_is_committed_with_its_outputs_and_without_paths_of_a_machine():

@@ -82,6 +82,18 @@ def test_onnxruntime_agrees_at_any_number_length_and_size(model, folder):
     check_agreement(model, folder, images_and_texts())
 
 
+@pytest.mark.parametrize(
+    ("available", "used"), [(["Tensorrt", "CUDA", "CPU"], ["CUDA", "CPU"]), (["Azure", "CPU"], ["CPU"])], ids=str
+)
+def test_graphs_run_by_cuda_or_on_the_cpu(folder, monkeypatch, available, used):
+    names = [f"{name}ExecutionProvider" for name in available]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
+    asked = []
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, providers: asked.append(providers))
+    ONNXModel(folder)
+    assert asked == 2 * [[f"{name}ExecutionProvider" for name in used]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("vision", "text", "tokens"),

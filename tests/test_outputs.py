@@ -1,7 +1,10 @@
-"""A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists."""
+"""
+A file that the user names is written, an input never, and a name that a command chooses gets a number if it exists.
+"""
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,10 @@ from iclip_hf.evaluation.results import EvaluationResult
 
 # Files of the user: among them all names that a command would choose below.
 TAKEN = """
-    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png photo-comparison.png
-    photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py requirements.txt
-    config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt clip/checkpoint-500/trainer_state.json
-    photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
+    photo-explanation.png photo-explanation.npz named.npz photo-segments.png photo-labels.png named-labels.png
+    photo-comparison.png photos/dog-explanation.png photos/explanations.jsonl scores.json pairs.csv README.md app.py
+    requirements.txt config.json results.json model.safetensors .lock run/notes.txt run/checkpoint-500/state.txt
+    clip/checkpoint-500/trainer_state.json photos/dog.png photos/dog.npz photos/DOG.PNG runs/table/notes.txt
 """.split()
 
 
@@ -92,6 +95,14 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_what_is_in_a_subfolder_of_a_model_is_an_input(world, mine, capsys):
+    kept = shutil.copytree(world.folder / "model", mine / "tiny") / "sub" / "c.json"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    assert typed(world, f"evaluate --dataset folder --data-root . --model tiny --output {kept}") == 2
+    assert kept.read_text() == "mine" and "c.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("line", "new", "again"),
     [
@@ -139,6 +150,39 @@ def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, m
     assert (mine / "twin.png").read_bytes() == twin
     assert typed(world, "evaluate DATA --output scores.json") == 0
     assert json.loads((mine / "scores.json").read_text())["protocol"]
+
+
+def test_the_folder_of_pictures_may_hold_anything(world, mine):
+    (mine / "out" / "new").mkdir(parents=True)
+    assert typed(world, "explain photos/cat.jpg photo.jpg SEE --output out") == 0
+    assert (mine / "out" / "cat-explanation.png").is_file()
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_an_image_with_a_long_name_has_outputs_with_a_shorter_one(world, mine, letter):
+    """A file system takes 255 bytes."""
+    stem = letter * (250 // len(letter.encode()))
+    PHOTO.save(mine / f"{stem}.jpg")
+    assert typed(world, f"explain {stem}.jpg photo.jpg SEE --output out") == 0
+    assert typed(world, f"segment {stem}.jpg SEE --output out") == 0
+    assert typed(world, f"compare {stem}.jpg SEE") == 0
+    kinds = {path.name[len(letter * 90) :].lstrip(letter) for path in [*mine.iterdir(), *(mine / "out").iterdir()]}
+    assert {"-explanation.png", "-segments.png", "-labels.png", "-comparison.png"} <= kinds
+    assert (mine / "out" / "photo-explanation.png").is_file()
+
+
+def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys):
+    for line in (
+        "explain photos/dog.jpg SEE --output photos/a.webp",
+        "explain photos/dog.jpg SEE --output photos/a.jpg",
+        "compare photos/dog.jpg SEE --output photos/b.png",
+        "segment photos SEE --output photos/maps",
+        "explain photos SEE --output photos --json",
+    ):
+        assert typed(world, line) == 0
+    named = {json.loads(line)["image"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")}
+    mine_own = "photos/cat.jpg photos/DOG.PNG photos/dog-explanation.png photos/dog.jpg photos/dog.png"
+    assert named == {*mine_own.split()}
 
 
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):

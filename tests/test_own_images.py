@@ -37,7 +37,7 @@ def here(tmp_path, monkeypatch):
 
 
 def choose_settings(given: dict) -> dict:
-    return preset.choose_settings(given, open_pairs(given["data"], given))
+    return preset.choose_settings(given, open_pairs(given["data"], given))[0]
 
 
 @pytest.mark.parametrize("count", [2, 19, 20, 21, 300])
@@ -72,13 +72,21 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     assert chosen["eval_steps"] <= 3 * (36 // 8)
     free = {name: value for name, value in given.items() if name != "epochs"}
     assert choose_settings(free)["epochs"] == round(STEPS / (36 // 8))  # 36 pairs are not held out
-    assert "validation_share" not in choose_settings({**given, "validation_data": ["x.tar"]})
     monkeypatch.setenv("WORLD_SIZE", "8")
     del given["batch_size"]
     assert choose_settings(given)["batch_size"] == 32  # a multiple of the processes
     chosen = choose_settings({"data": given["data"], "max_steps": 20, "batch_size": 8})
     assert "epochs" not in chosen and chosen["eval_steps"] == 4
     assert chosen["warmup_epochs"] * (36 // 8) == pytest.approx(2)  # steps
+
+
+@pytest.mark.parametrize("count", [99, 100])
+def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path, count):
+    """Also if they are named; a tenth of the pairs is fewer."""
+    table = write_table(tmp_path, count)
+    chosen = choose_settings({"data": [str(table)], "validation_data": [str(table)]})
+    assert chosen.get("best_metric") == ("val_loss" if count < 100 else None) and "validation_share" not in chosen
+    assert choose_settings({"data": [str(table)]})["best_metric"] == "val_loss"
 
 
 def test_no_cache_is_chosen_for_an_image_tower_that_learns(tmp_path):

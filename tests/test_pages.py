@@ -1,4 +1,7 @@
-"""README and pages: their commands parse, their Python runs, their links and paths exist, and the API reference is complete."""
+"""
+README and pages: their commands parse, their Python runs, their links and paths exist, and the API reference is
+complete.
+"""
 
 import json
 import re
@@ -15,7 +18,7 @@ from iclip_hf import cli, example_image
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-# Pages for readers, as Markdown that GitHub shows too; those in docs/ that only include another file say nothing themselves.
+# Pages for readers, as Markdown that GitHub shows too.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "hub_configs" / "README.md", *sorted(DOCS.rglob("*.md"))]
 # What a page writes for several words.
 ABBREVIATIONS = {"DATA": ["--dataset", "coco2017", "--data-root", "COCO"]}
@@ -26,7 +29,9 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """What the page tells to type, in blocks and in the cells of tables, as words; several commands of a line one by one."""
+    """
+    What the page tells to type, in blocks and in the cells of tables, as words; several commands of a line one by one.
+    """
     lines = "".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
     for row in re.findall(r"^\|.*", page.read_text(encoding="utf-8"), re.MULTILINE):
         lines += re.findall(r"`((?:iclip \S+|python|make) [^`]+)`", row)
@@ -86,6 +91,55 @@ def test_relative_links_and_named_paths_exist(page):
         assert (page.parent / target).exists(), target
     for path in re.findall(r"`((?:src|tests|docs|hub_configs|benchmarks|notebooks|evaluate_metrics)/[\w./-]+)`", text):
         assert (ROOT / path).exists() or "NAME" in path, path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_needs_no_builder(page):
+    """
+    GitHub shows the marks of included files, directives and references without a target. The API reference is built
+    alone.
+    """
+    text = re.sub(r"^```.*?^```|`[^`\n]*`(?!\])", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    marks = "--8<--" if page.parent.name == "api" else r"--8<--|^:::|\]\["
+    assert not re.search(marks, text, re.MULTILINE)
+
+
+LINKS = {
+    ("index.md", "[speed](docs/speed.md#growth)"): "[speed](speed.md#growth)",
+    ("index.md", "![x](docs/demo.jpg) [a notebook](notebooks/tutorial.ipynb)"): "![x](demo.jpg) a notebook",
+    ("index.md", "[changes](CHANGELOG.md)"): "[changes](changelog.md)",
+    ("guide/explain.md", "[start](../../README.md#quick-start)"): "[start](../index.md#quick-start)",
+    ("guide/explain.md", "[files](files.md) [web](https://a.b/c.md)"): "[files](files.md) [web](https://a.b/c.md)",
+    ("guide/explain.md", "[no](absent.md)"): "[no](absent.md)",
+    ("methods.md", "[`draw`](../src/iclip_hf/plots/sheets.py)"): "[`draw`][iclip_hf.plots.sheets.draw]",
+    ("methods.md", "[`load`](../src/iclip_hf/data/__init__.py)"): "[`load`][iclip_hf.data.load]",
+    ("methods.md", "[`iclip_hf.data`](../src/iclip_hf/data/__init__.py)"): "[`iclip_hf.data`][iclip_hf.data]",
+}
+
+
+@pytest.mark.parametrize(("page", "text"), LINKS)
+def test_links_of_the_site(page, text, monkeypatch):
+    pytest.importorskip("mkdocs", reason="needs the extra [docs]")
+    monkeypatch.syspath_prepend(DOCS)
+    from pages import relinked
+
+    assert relinked(f"See {text}.", page) == f"See {LINKS[page, text]}."
+
+
+def test_tables_of_benchmarks_are_put_into_a_page(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from insert import insert
+
+    page = tmp_path / "speed.md"
+    page.write_text("one\n<!-- a -->\n\nold\n\n<!-- end -->\ntwo\n<!-- b -->\n\nkept\n\n<!-- end -->\n")
+    for _ in range(2):
+        insert(page, "a", "new \\1\nrow\n")
+        expected = "one\n<!-- a -->\n\nnew \\1\nrow\n\n<!-- end -->\ntwo\n<!-- b -->\n\nkept\n\n<!-- end -->\n"
+        assert page.read_text() == expected
+    with pytest.raises(ValueError, match="speed.md"):
+        insert(page, "c", "new")
+    names = re.findall(r"^<!-- (bench_\w+) -->$", (DOCS / "speed.md").read_text(), re.MULTILINE)
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
 
 
 def test_every_module_is_in_the_api_reference():

@@ -33,13 +33,12 @@ def test_labels_go_into_the_template_and_texts_do_not(tiny_processor):
     assert decoded(tiny_processor, tiny_processor(text="a dog")) == ["a dog"]
 
 
-def test_the_prompts_of_a_label_are_averaged_branch_by_branch():
-    # Two labels in two templates; vectors of two branches with the lengths 0.8 and 0.6.
-    prompts = torch.tensor([[0.8, 0, 0, 0.6], [0, 0.8, 0, 0.6], [0, 0.8, 0.6, 0], [0, 0.8, -0.48, 0.36]])
-    half = 0.8 / 2**0.5
-    expected = torch.tensor([[half, half, 0, 0.6], [0, 0.8, 0.6 / 10**0.5, 1.8 / 10**0.5]])
-    torch.testing.assert_close(average_prompts(prompts, 2, 2), expected)
-    assert average_prompts(prompts, 1, 2) is prompts
+def test_the_prompts_of_a_label_are_averaged():
+    """Two labels in two templates: (1, 0) and (0, 1), and (1, 0) and (-0.8, 0.6), whose mean is (0.1, 0.3)."""
+    prompts = torch.tensor([[1.0, 0], [0, 1], [1, 0], [-0.8, 0.6]])
+    expected = torch.tensor([[0.5**0.5, 0.5**0.5], [1 / 10**0.5, 3 / 10**0.5]])
+    torch.testing.assert_close(average_prompts(prompts, 2), expected)
+    assert average_prompts(prompts, 1) is prompts
 
 
 def test_several_templates_are_the_prompts_of_one_label(tiny_processor):

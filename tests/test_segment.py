@@ -32,17 +32,20 @@ def test_one_photograph_becomes_a_picture_a_label_map_and_json(workspace, tmp_pa
 
     image = Image.open(photo)
     explanation = explain(load_pretrained(workspace / "model"), image, ["dog", "red ball", "sky"], refine=True)
-    expected = explanation.label_map(background=[2]).numpy() + 1
+    expected, competing = (explanation.label_map(background=texts).numpy() + 1 for texts in ([2], []))
     with Image.open(entry["labels"]) as labels:
         assert labels.mode == "P" and labels.size == image.size
         np.testing.assert_array_equal(np.asarray(labels), expected)
         colors = np.asarray(labels.convert("RGB"))
     np.testing.assert_array_equal(colors, label_colors(4)[expected])
-    assert [segment["text"] for segment in entry["segments"]] == ["dog", "red ball"]
-    for segment in entry["segments"]:
-        assert segment["area"] == pytest.approx((expected == segment["id"]).mean(), abs=1e-4)
-        assert segment["score"] == pytest.approx(explanation.scores[segment["id"] - 1].item(), abs=1e-4)
-        assert segment["mask"] == run_lengths(expected == segment["id"])
+    ids = [(segment["text"], segment["id"]) for segment in entry["segments"]]
+    assert ids == [("dog", 1), ("red ball", 2), ("sky", 0)]
+    for index, segment in enumerate(entry["segments"]):
+        assert segment["area"] == pytest.approx((competing == index + 1).mean(), abs=1e-4) and segment["area"] > 0
+        assert segment["score"] == pytest.approx(explanation.scores[index].item(), abs=1e-4)
+        assert segment["mask"] == run_lengths(competing == index + 1)
+    assert run(workspace, photo, *texts, "--output", output) == 0
+    assert "sky (background)" in capsys.readouterr().out
 
 
 def test_a_present_text_without_a_pixel_is_named(workspace, capsys):
@@ -137,6 +140,20 @@ def test_a_legend_names_presence_and_shares_of_the_whole_image_and_fades_absent_
     lines = np.asarray(sheet.crop((sheet.width - 354, sheet.height - 186, sheet.width - 100, sheet.height - 90)))
     darkest = lines.reshape(4, 24, *lines.shape[1:])[:, :, 40:].min((1, 2, 3))
     assert darkest[2] > darkest[[0, 1, 3]].max() + 20
+
+
+def test_the_sheet_shows_what_counted_as_background(shown, recorded):
+    legends = recorded(sheets, "_legend", lambda entries, *size: entries)
+    labels = np.full((200, 400), -1)
+    labels[:, 200:300], labels[:, 300:] = 1, 2
+    image = Image.new("RGB", (400, 200), "white")
+    label_sheet(image, labels, ["dog"], ["absent", "present", "unsure"], ["sky", "sea"], opacity=1)
+    ((_, painted, _),), (entries,) = shown, legends
+    names = [("sky (background)", "present · 25.0 %"), ("sea (background)", "unsure · 25.0 %"), ("dog", "absent")]
+    assert [entry[1:] for entry in entries] == names
+    middle = painted.shape[1] // 2
+    assert (painted[:, middle:] == ImageColor.getrgb(entries[0][0])).all() and entries[0][0] == entries[1][0]
+    assert (painted[:, :middle] != painted[0, -1]).all()
 
 
 @pytest.mark.parametrize("texts", [0, 1, 200])

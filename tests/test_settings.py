@@ -8,7 +8,7 @@ import pytest
 from fault_inputs import BAD_JSON, written
 
 from iclip_hf import cli
-from iclip_hf.training.settings import add_settings, parse_settings
+from iclip_hf.training.settings import add_settings, changed_settings, parse_settings
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
@@ -31,6 +31,7 @@ BAD_SETTINGS = [
     ("best_metric", "mAP", "best_metric: mAP"),
     ("learning_rate", 0, "learning_rate: 0"),
     ("epochs", 0, "epochs: 0"),
+    ("noun_weight", 0.7, "'noun_weight' is no setting"),  # an option of the model
     ("weight_decay", -1, "weight_decay: -1"),
 ]
 
@@ -115,3 +116,11 @@ def test_given_validation_replaces_that_of_the_file(tmp_path, own, typed, data, 
     file = written(tmp_path, f"vision: v\ntext: t\ndata: d\n{own}", "train.yaml")
     settings = parse_settings(["--config", str(file), *typed.split()])
     assert (settings.validation_data, settings.validation_share) == (data, share)
+
+
+def test_what_a_run_may_be_resumed_with():
+    """The evaluations decide which model is kept."""
+    began = parse_settings(["--config", "iclip-vit-b16", "--data", "a.csv"])
+    options = ["--log_steps=1", "--checkpoint_steps=2", "--eval_steps=3", "--num_workers=0", "--data=b.csv"]
+    now = parse_settings(["--config", "iclip-vit-b16", *options])
+    assert changed_settings(now, vars(began)) == ["eval_steps"]

@@ -36,7 +36,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
 
     card = ModelCard.load(tmp_path / "README.md")
     assert card.text.lstrip().startswith(f"# {hub.name}") and "partial" not in card.text
-    training = json.loads((tmp_path / "model_card.json").read_text())["training"][-1]
+    training = json.loads((tmp_path / "model_card.json").read_text())["training"]
     assert training["epochs"] == 3 and training["data"] == ["pairs.tar"]
     assert str(hub) not in card.content
 
@@ -143,7 +143,7 @@ def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypat
         outputs = forward(self, **batch)
         calls.append(1)
         factor = float("nan") if len(calls) in broken else 1.0
-        return {**outputs, "loss": outputs["loss"] * factor, "losses": outputs["losses"] * factor}
+        return {**outputs, "loss": outputs["loss"] * factor, "branch_losses": outputs["branch_losses"] * factor}
 
     monkeypatch.setattr(PairModel, "forward", sometimes_broken)
     run(hub, tmp_path / "skips")
@@ -243,7 +243,7 @@ def test_the_folder_holds_the_start_until_a_model_is_better(hub, tmp_path, monke
     last = torch.load(tmp_path / "run" / "checkpoint-0000012" / "training.pt")["weights"]  # which is not the best
     assert any(not torch.equal(after[name.removeprefix("model.")], weight) for name, weight in last.items())
     assert started == ("holds the model that you started from" in capsys.readouterr().out)
-    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"][-1]
+    card = json.loads((tmp_path / "run" / "model_card.json").read_text())["training"]
     assert ("model" in card) != started  # the training of the start
 
 
@@ -297,7 +297,7 @@ def test_a_run_whose_last_step_changed_nothing_fails(hub, tmp_path, monkeypatch)
     def broken_at_the_end(self, **batch):
         outputs = forward(self, **batch)
         calls.append(self.training)
-        return outputs | ({"losses": outputs["losses"] * float("nan")} if calls == [True, True] else {})
+        return outputs | ({"branch_losses": outputs["branch_losses"] * float("nan")} if calls == [True, True] else {})
 
     monkeypatch.setattr(PairModel, "forward", broken_at_the_end)
     with pytest.raises(FloatingPointError, match="at the last step, 2: lower learning_rate"):

@@ -1,20 +1,24 @@
 """Parts of training against slow or direct computation: schedule, batches, streams, augmentation."""
 
+import json
 import multiprocessing
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from timm.scheduler import CosineLRScheduler
 from torch.utils.data import IterableDataset
 from training_runs import accelerator, pair_model_of
 
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.data.streams import PairStream
 from iclip_hf.training import validation
-from iclip_hf.training.data import BatchLoader, GlobalBatches, TrainingPairs, augmentation
+from iclip_hf.training.data import BatchLoader, GlobalBatches, TrainingPairs, TrainingStream, augmentation
 from iclip_hf.training.train import cosine_schedule, parameter_groups
 from iclip_hf.training.validation import regressed_metrics
 from iclip_hf.utils.interrupts import Interrupts
@@ -38,7 +42,7 @@ def test_schedule_is_that_of_groupvit(total, warmup):
 
 
 def test_what_decays():
-    pair_model = pair_model_of(tiny_model(projection_bias=True))
+    pair_model = pair_model_of(tiny_model(image_hidden_size=8, logit_bias_init_value=0))
     decaying, others = parameter_groups(pair_model, 0.05)
     names = {id(parameter): name for name, parameter in pair_model.named_parameters()}
     assert decaying["weight_decay"] == 0.05 and others["weight_decay"] == 0
@@ -77,13 +81,16 @@ def test_batches_are_the_same_for_any_number_of_processes(rows, share, world_siz
 class Stream(IterableDataset):
     """Seven pairs, in an order of its epoch."""
 
-    collate = staticmethod(torch.tensor)
+    @staticmethod
+    def collate(items):
+        return torch.tensor([item["number"] for item in items])
 
     def set_epoch(self, epoch):
         self.epoch = epoch
 
     def __iter__(self):
-        return iter(np.random.default_rng(self.epoch).permutation(7).tolist())
+        for number in np.random.default_rng(self.epoch).permutation(7).tolist():
+            yield {"number": number, "read": (None, 1, 0)}
 
 
 def test_a_stream_goes_on_with_an_order_of_its_own():
@@ -102,6 +109,37 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
     assert seen(1, 4) == orders(9)[0][:1] != seen(1)[:1]  # not the beginning of the epoch again
     with pytest.raises(ValueError, match="batch_size"):
         list(BatchLoader(Stream(), accelerator(), 8, pairs_per_epoch=10).epoch(0))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_too_many_bad_pairs_that_loading_processes_read_stop_the_run(tmp_path, tiny_processor, streamed):
+    """Two of five are bad. Each of four processes reads 64 to 96 of the 300, and ends with the epoch."""
+    rows = [{"image": "a.jpg" if number % 5 > 1 else "absent.jpg", "caption": "a"} for number in range(300)]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def loader(max_bad_share):
+        if streamed:
+            images = [content if row["image"] == "a.jpg" else content[:9] for row in rows]
+            table = datasets.Dataset.from_dict({"image": images, "caption": ["a"] * 300})
+            table = table.cast_column("image", datasets.Image()).to_iterable_dataset(num_shards=4)
+            data = TrainingStream(PairStream(table, max_bad_share=max_bad_share), image_of, tiny_processor)
+        else:
+            data = TrainingPairs(
+                load_pairs(tmp_path / "a.jsonl", max_bad_share=max_bad_share), image_of, tiny_processor
+            )
+        return BatchLoader(data, accelerator(), 32, num_workers=4, pairs_per_epoch=160)
+
+    batches = loader(0.6)
+    assert [len(list(batches.epoch(epoch))) for epoch in range(2)] == [5 if streamed else 9] * 2
+    with pytest.raises(ValueError, match=r"of the \d+ pairs read so far are bad, .*5\.00%"):
+        list(loader(0.05).epoch(0))
+    assert not multiprocessing.active_children()
+
+
+def image_of(image):
+    return torch.zeros(3, 8, 8)
 
 
 class Broken(Stream):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -38,10 +38,6 @@ _FAMILIES: dict[str, type[ExplainableModel]] = {
 }
 # The weights of a model folder: in one file, or the index of several.
 _WEIGHTS_FILE, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
-# Files of a model folder in which transformers finds names of other files.
-_NAMING = (_WEIGHTS_INDEX, "tokenizer_config.json", "special_tokens_map.json")
-# Files that hold tensors and nothing else, so that they may be links to anywhere.
-_WEIGHTS = (".safetensors", ".onnx", ".data")
 
 
 def load(
@@ -92,7 +88,6 @@ def load(
     if isinstance(source, ExplainableModel):
         return source
     if is_onnx:
-        check_links(source)
         return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
         device = _usable(device or default_device())
@@ -153,39 +148,6 @@ def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str 
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
 
-def check_links(name: str | Path, revision: str | None = None) -> None:
-    """
-    Raises `ValueError` if the files of a folder or Hub id lead to others outside of it, which transformers would read,
-    and an export then publish: by a link, or by a name in a file. Links into the blobs of the Hub's cache stay inside;
-    weights may be links to anywhere.
-    """
-    with loading_errors(name):
-        if os.path.isdir(name):
-            place = Path(name).resolve()
-            inside = (place, place.parents[1] / "blobs") if place.parent.name == "snapshots" else (place,)
-            for path in (*place.iterdir(), *place.glob("additional_chat_templates/*")):
-                target = path.resolve()
-                if path.is_file() and path.suffix not in _WEIGHTS and not any(map(target.is_relative_to, inside)):
-                    raise ValueError(f"{name}: {path.name} is a link to {target}, outside of this folder; copy that.")
-        for file in _NAMING:
-            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
-            for text in _texts(json.loads(Path(found).read_text(encoding="utf-8"))) if found else ():
-                folder = os.path.dirname(os.path.abspath(found))
-                # Shards are looked up in the folder, vocabularies from the working directory.
-                for path in (os.path.join(folder, text), os.path.abspath(text)):
-                    if os.path.isfile(path) and not Path(os.path.normpath(path)).is_relative_to(folder):
-                        raise ValueError(f"{name}: {file} names {text}, which is outside of this folder; correct it.")
-
-
-def _texts(value) -> Iterator[str]:
-    """Yields all texts in a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-
-
 def has_bfloat16() -> bool:
     """Returns whether this processor has instructions for bfloat16."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -212,7 +174,6 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             # be retried.
             shared["revision"] = resolve_revision(name)
             check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
-        check_links(name, shared.get("revision"))
         _check_depth(name, shared.get("revision"))
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, **shared, **options

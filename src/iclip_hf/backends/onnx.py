@@ -28,15 +28,19 @@ logger = logging.getLogger(__name__)
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
 _IMAGE_OUTPUTS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 _TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
+# What runs the graphs, by the names of ONNX Runtime: those that it has, in this order. Others, such as TensorRT, are
+# untested.
+_PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
 def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, weights: str = "float32") -> Path:
     """
     Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, L, H and W are dynamic.
 
-    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors `image_embeds`
-      `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the `map_attention` `(B, N)` in
-      [0, 1], as in [`ICLIPImageFeatures`]; with `map_attention="signed"` also the `attention_direction` `(B, P)`.
+    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
+      `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the
+      `map_attention` `(B, N)` in [0, 1], as in [`ICLIPImageFeatures`]; with `map_attention="signed"` also the
+      `attention_direction` `(B, P)`.
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, L)`, to the unit vectors
       `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
@@ -46,14 +50,15 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
         folder: new or empty.
-        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the size, likewise.
+        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the
+            size, likewise.
 
     Returns:
         The folder.
 
     Raises:
-        `ValueError`: another value of `weights`, or the model is on another device or in another dtype. `FileExistsError`: the folder is
-            not empty. `ImportError`: a package of the extra `onnx` is missing.
+        `ValueError`: another value of `weights`, or the model is on another device or in another dtype.
+            `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     # Checks come before the export, which takes a minute.
     if weights not in _SMALLER:
@@ -73,7 +78,9 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
 
 
 def trained_config(model: ICLIPModel) -> ICLIPConfig:
-    """Returns the configuration with the trained logit scale and bias of the recognition branch, which presence needs."""
+    """
+    Returns the configuration with the trained logit scale and bias of the recognition branch, which presence needs.
+    """
     config, branch = copy.deepcopy(model.config), model.recognition
     config.logit_scale_init_value = min(branch.logit_scale.item(), math.log(100))
     config.logit_bias_init_value = None if branch.logit_bias is None else branch.logit_bias.item()
@@ -82,7 +89,8 @@ def trained_config(model: ICLIPModel) -> ICLIPConfig:
 
 class ONNXModel:
     """
-    An exported model in ONNX Runtime. It has the methods of [`ICLIPModel`] that the explainers call.
+    An exported model in ONNX Runtime, on the GPU if it was built for CUDA, otherwise on the CPU. It has the methods of
+    [`ICLIPModel`] that the explainers call.
 
     Args:
         folder: written by [`export_onnx`].
@@ -99,7 +107,7 @@ class ONNXModel:
             import onnxruntime
 
         self.folder = Path(folder)
-        providers = onnxruntime.get_available_providers()
+        providers = [name for name in _PROVIDERS if name in onnxruntime.get_available_providers()]
         with loading_errors(folder):
             self.config = ICLIPConfig.from_pretrained(folder)
             # For its logits alone, with the trained scale and bias that the configuration has.
@@ -110,7 +118,9 @@ class ONNXModel:
             )
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        """Like [`ICLIPModel.get_image_features`], with the fields that the graph returns. `pixel_values`: `(B, 3, H, W)`."""
+        """
+        Like [`ICLIPModel.get_image_features`], with the fields that the graph returns. `pixel_values`: `(B, 3, H, W)`.
+        """
         return ICLIPImageFeatures(**_run(self._vision, {"pixel_values": pixel_values.float()}))
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
@@ -190,7 +200,9 @@ def _round(number, ndigits=None):
 
 
 def _write(program, path: Path, weights: str) -> None:
-    """Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading."""
+    """
+    Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading.
+    """
     shrink = _SMALLER[weights]
     if shrink is None:
         program.save(path)
@@ -222,7 +234,9 @@ def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
 
 
 def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
-    """Stores a matrix in 8 bits, with one scale for each column. Returns its tensors, and the nodes that restore it."""
+    """
+    Stores a matrix in 8 bits, with one scale for each column. Returns its tensors, and the nodes that restore it.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127

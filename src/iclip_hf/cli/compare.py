@@ -9,13 +9,13 @@ from pathlib import Path
 
 from ..model.presence import presence_text
 from ..utils.files import new_file
-from .options import DATASET, MODEL, PROMPTS, add_shared, load_model
-from .output import PICTURES, check_file, model_files, print_lines, resolution, save_picture, table
+from .options import DATASET, MODEL, PROMPTS, add_shared, load_model, load_named_image
+from .output import PICTURES, check_file, model_files, name_for, print_lines, resolution, save_picture, table
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "image", metavar="IMAGE", help="image file, or with --dataset the name or path of one of its images"
+        "image", metavar="IMAGE", help="image file or URL, or with --dataset the name or path of one of its images"
     )
     models = (
         'ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)'
@@ -36,7 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    output = options.output or new_file(f"{Path(options.image).stem}-comparison.png")
+    output = options.output or new_file(name_for(options.image, "comparison.png"))
     check_file(output, PICTURES)
     models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
     image, truths, templates = _open(options, output, models)
@@ -72,10 +72,10 @@ def run(options: argparse.Namespace) -> None:
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
         figures = zip(rows, notes, explanation.scores.tolist(), explanation.presences)
-        for row, of_text, score, presence in figures:
+        for row, of_row, score, presence in figures:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
-            of_text.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
-    titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
+            of_row.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
+    titles = [f"{text}\n{', '.join(of_row)}" for text, of_row in zip(texts, notes)]
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     save_picture(sheet, output, dpi)
     if options.json:
@@ -98,11 +98,10 @@ def run(options: argparse.Namespace) -> None:
 
 def _open(options: argparse.Namespace, output: Path, models: list[str]):
     """
-    Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates. Checks that the output
-    is none of the files that are read.
+    Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates.
+    Checks that the output is none of the files that are read.
     """
     from ..data.segmentation import load_segmentation
-    from ..model.images import load_image
     from ..utils.files import check_outputs
 
     inputs = [options.image, options.overrides, *(file for model in models for file in model_files(model))]
@@ -115,12 +114,13 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         sample = next((sample for sample in dataset if sample.name in names), None)
         if sample is None or (os.path.isfile(options.image) and not sample.image_path.samefile(options.image)):
             raise ValueError(
-                f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of them."
+                f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one "
+                "of them."
             )
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return load_image(Path(options.image)), {}, options.templates
+        return load_named_image(options.image), {}, options.templates
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

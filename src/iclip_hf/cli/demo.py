@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import MODEL, add_shared, keep_memory, refuse, silence_transformers
-from .output import print_lines
+from .options import MODEL, add_shared, refuse, silence_transformers
+from .output import print_error, print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -27,12 +27,14 @@ def run(options: argparse.Namespace) -> None:
             print_lines(f"http://{options.host}:{server.server_port}/")
             server.serve_forever()
         return
+    print_error("demo", f"loading Gradio and {options.model or 'the embedded model'}, which may take a minute")
     from ..demo.app import launch
 
     silence_transformers()
-    keep_memory()
-    model, precision = options.model or "embedded", {"dtype": options.dtype, "device": options.device}
+    precision = {"dtype": options.dtype, "device": options.device}
     # Quiet, because Gradio names an option of Python that shares the demo.
-    app = launch(model, options.host, options.port, **precision, quiet=True, prevent_thread_lock=True)
+    app = launch(
+        options.model or "embedded", options.host, options.port, **precision, quiet=True, prevent_thread_lock=True
+    )
     print_lines(f"{app.local_url}")
     app.block_thread()

@@ -23,11 +23,12 @@ _FORMS = {
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
+    tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in TASKS.items())
     command.add_argument(
         "--task",
         choices=tuple(TASKS),
         default="interpretability",
-        help=f"metrics to compute: {'; '.join(f'{task}: ' + ', '.join(names) for task, names in TASKS.items())} (default: interpretability)",
+        help=f"metrics to compute: {tasks} (default: interpretability)",
     )
     add_shared(command, *DATASET[:2], required=True)
     add_shared(command, *DATASET[2:])
@@ -54,7 +55,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="JSON file to write; scores of the classes are written beside it as CSV, with a number if such a file exists",
+        help="JSON file to write; scores of the classes are written beside it as CSV, with a number if such a file "
+        "exists",
     )
     add_shared(command, "--json")
 

@@ -1,10 +1,13 @@
-"""`iclip export`: a model folder with its code for Transformers, an ONNX folder, or a page that runs the model in the browser."""
+"""
+`iclip export`: a model folder with its code for Transformers, an ONNX folder, or a page that runs the model in the
+browser.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,15 +24,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--format",
         choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8", "web", "web-bfloat16", "web-float32"),
         default="transformers",
-        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a page "
-        "that runs the model in the browser, with int8 weights unless the format names another type (default: "
+        help="onnx: two graphs for ONNX Runtime, with float32 weights unless the format names another type; web: a "
+        "page that runs the model in the browser, with int8 weights unless the format names another type (default: "
         "transformers)",
-    )
-    command.add_argument(
-        "--vendor",
-        action="store_true",
-        help="with a format of the web: put ONNX Runtime and the tokenizer into the folder, by npm, instead of a CDN's "
-        "addresses",
     )
 
 
@@ -53,11 +50,9 @@ def run(options: argparse.Namespace) -> None:
 
     check_new_folder(options.directory)
     kind, _, weights = options.format.partition("-")
-    if kind != "web":
-        refuse(options, ["vendor"], f"--format {options.format}")
     if kind == "transformers":
         folder = export(options, options.directory)
-        print_terms(trained_on(folder))
+        print_terms(**terms_of(folder))
         print_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     refuse(options, ["results"], f"--format {options.format}")
@@ -74,8 +69,7 @@ def run(options: argparse.Namespace) -> None:
         else:
             from ..web.export import export_web
 
-            vendor, source = options.vendor, options.model
-            folder = export_web(model, processor, options.directory, weights or "int8", vendor, source=source)
+            folder = export_web(model, processor, options.directory, weights or "int8", source=options.model)
             use = ("demo", "--web", str(folder))
     print_folder(folder, "iclip", *use)
 
@@ -109,22 +103,27 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
     model, processor = load_iclip(options.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; measure this model "
-            "by `iclip evaluate --output`."
+            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; "
+            "measure this model by `iclip evaluate --output`."
         )
     return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
 
 
-def trained_on(folder: Path) -> dict[str, str]:
-    """Returns the terms of the data that an exported model was trained on, by their names."""
-    from ..hub.record import data_terms, read_record
+def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:
+    """
+    Returns the `licence` on the card of an exported model, and `data_terms`, the terms of its training data by their
+    names.
+    """
+    from ..hub.model_card import card_licence
+    from ..hub.record import read_record
 
-    return data_terms(read_record(folder))
+    return {"licence": card_licence(folder), "data_terms": read_record(folder)["data"]}
 
 
-def print_terms(terms: dict[str, str]) -> None:
-    if terms:
+def print_terms(licence: str, data_terms: Mapping[str, str]) -> None:
+    print_lines(f"Licence on the model card: {licence}.")
+    if data_terms:
         print_lines(
-            "Weights and code: Apache-2.0. The model was trained on data with these terms:",
-            *(f"  {data}: {term}" for data, term in terms.items()),
+            "The model was trained on data with these terms:",
+            *(f"  {data}: {terms}" for data, terms in data_terms.items()),
         )

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from ..backends import DTYPES, check_model_name
 from ..data.class_names import DATASETS
 from ..explainers import METHODS, check_method
+from ..model.downloads import is_url
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
 
 
-Value = TypeVar("Value")
+if TYPE_CHECKING:
+    from PIL import Image
 
-# Numbers of options in malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+Value = TypeVar("Value")
 
 
 def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
@@ -38,10 +37,10 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 @option_type
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
-    found = [check_text(text) for text in split_texts(typed) or [""]]
-    if files := [text for text in found if os.path.splitext(text)[1] and os.path.isfile(text)]:
+    parsed = [check_text(text) for text in split_texts(typed) or [""]]
+    if files := [text for text in parsed if os.path.splitext(text)[1] and os.path.isfile(text)]:
         raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
-    return found
+    return parsed
 
 
 @option_type
@@ -116,7 +115,8 @@ SHARED = {
         "dest": "texts",
         "type": texts,
         "metavar": "TEXT",
-        "help": "what to look for, inserted into the prompts; several between commas, or by repeating the option; \\, is a comma within a text",
+        "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into the prompts; several "
+        "between commas, or by repeating the option; \\, is a comma within a text",
     },
     "--methods": {
         "nargs": "+",
@@ -154,11 +154,10 @@ def refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> Non
 
 
 def load_model(name: str, options: argparse.Namespace):
-    """Like [`iclip_hf.load`], without output of Transformers, in a process that keeps its memory."""
+    """Like [`iclip_hf.load`], without output of Transformers."""
     from ..backends.loading import load
 
     silence_transformers()
-    keep_memory()
     return load(name, dtype=options.dtype, device=options.device)
 
 
@@ -172,16 +171,11 @@ def load_engine(options: argparse.Namespace):
     return Engine(explainer.model, processor, explainer, options.templates, options.image_size, options.refine)
 
 
-def keep_memory() -> None:
-    """
-    Makes the GNU C library keep freed memory for the next image. By default it gives large blocks back to the system, which has to map
-    and clear them again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(_TRIM_THRESHOLD, 2**30)  # free bytes from which memory is given back
-        # Bytes from which a block is mapped by itself. Older versions allow 32 MiB at most.
-        mallopt(_MMAP_THRESHOLD, 2**30) or mallopt(_MMAP_THRESHOLD, 2**25)
+def load_named_image(name: str) -> Image.Image:
+    """Loads the image that a command line names, by a path or a URL. Raises as [`load_image`]."""
+    from ..model.images import load_image
+
+    return load_image(name if is_url(name) else Path(name))
 
 
 def silence_transformers() -> None:

@@ -11,12 +11,26 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..model.downloads import is_url
 
 
-# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction,
+# surrogates.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+# The field Software in the EXIF data of pictures that the commands write.
+_SOFTWARE = "iclip_hf"
+# Longest part of an image's name in the name of an output, in bytes; file systems allow 255 in all.
+_LONGEST_STEM = 200
+# Longest cell of a printed table, in characters.
+_LONGEST_CELL = 60
 
 
 def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -31,9 +45,22 @@ def check_folder(path: Path) -> None:
         raise ValueError(f"--output is a folder here, not the file name {path}: name a folder.")
 
 
+def name_for(image: str | Path, ending: str) -> str:
+    """
+    Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg". A name that would be too long
+    is cut.
+    """
+    if is_url(image):
+        image = re.split("[?#]", image)[0]
+    stem = Path(image).stem
+    if len(encoded := os.fsencode(stem)) > _LONGEST_STEM:
+        stem = encoded[:_LONGEST_STEM].decode(errors="ignore")
+    return f"{stem}-{ending}"
+
+
 def model_files(model: str) -> list[Path]:
-    """Returns the files of a model folder, which are inputs."""
-    return list(Path(model).glob("*"))
+    """Returns the files of a model folder and of its subfolders, which are inputs."""
+    return list(Path(model).rglob("*"))
 
 
 def resolution(picture: Path) -> int:
@@ -51,13 +78,33 @@ def save_picture(picture, path: Path, dpi: int) -> None:
     # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
     options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
     with atomic_write(path) as temporary:
-        picture.save(temporary, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), **options)
+        picture.save(temporary, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), exif=software(), **options)
+
+
+def software() -> Image.Exif:
+    """Returns the EXIF data of pictures that the commands write."""
+    from PIL import ExifTags, Image
+
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = _SOFTWARE
+    return exif
+
+
+def is_written_picture(path: Path) -> bool:
+    """Returns whether a command wrote a picture, by its EXIF data."""
+    from ..model.images import open_image
+
+    try:
+        return _SOFTWARE.encode() in open_image(path, decode=False).info.get("exif", b"")
+    except ValueError:  # it is named where it is read
+        return False
 
 
 def report_error(command: str, error: BaseException) -> None:
     """
-    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this process. They
-    end their own report with the line of the process that failed first. Of processes that are all interrupted, the first prints it.
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this
+    process. They end their own report with the line of the process that failed first. Of processes that are all
+    interrupted, the first prints it.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
@@ -71,10 +118,10 @@ def report_error(command: str, error: BaseException) -> None:
 
 def printable(text) -> str:
     """
-    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of writing
-    direction, and bytes of file names that are not UTF-8.
+    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of
+    writing direction, and bytes of file names that are not UTF-8.
     """
-    return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+    return _ACTING.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def print_lines(*lines: str) -> None:
@@ -94,10 +141,17 @@ def print_folder(folder: Path, *command: str) -> None:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are left out."""
-    columns = [[printable(cell) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
+    """
+    Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are
+    left out, and long cells are cut.
+    """
+    columns = [[_cut(printable(cell)) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     return [
         "  ".join(["", f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))])
         for first, *others in zip(*columns)
     ]
+
+
+def _cut(cell: str) -> str:
+    return cell if len(cell) <= _LONGEST_CELL else f"{cell[: _LONGEST_CELL - 3]}..."

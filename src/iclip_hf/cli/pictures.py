@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..explainers import METHODS
+from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
-from .options import MODEL, PROMPTS, add_shared, load_engine, method, share
-from .output import PICTURES, check_file, check_folder, model_files, print_error, print_lines, table
+from .options import MODEL, PROMPTS, add_shared, load_engine, load_named_image, method, share
+from .output import (
+    PICTURES,
+    check_file,
+    check_folder,
+    is_written_picture,
+    model_files,
+    name_for,
+    print_error,
+    print_lines,
+    table,
+)
 
 
 if TYPE_CHECKING:
@@ -28,7 +39,7 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     """Adds the shared options. `output` is the help of `--output`, and `text` changes the option of the texts."""
     command.set_defaults(npz=False, background=[])
     command.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, or folders of images with their subfolders"
+        "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )
     add_shared(command, "--text", **text)
     add_shared(command, *MODEL, *PROMPTS)
@@ -57,35 +68,36 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     add_shared(command, "--batch-size", default=4, help="images in one forward pass (default: 4)")
 
 
-def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> int:
+def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
     """
     Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of several images
     are also written to a file of JSON lines, which grows by one line for each image.
 
     Args:
-        kind: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
+        ending: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
         write: function of the name of an image, its explanation and the path of its picture, None if none is asked for. It returns the
             entry of the report: a `dict` for each text in "texts" or "segments", the paths of other files that it wrote, and perhaps a
             "problem" for stderr.
     """
     from tqdm import tqdm
 
-    from ..model.images import load_image, open_image
+    from ..model.images import open_image
     from ..utils.files import check_outputs, new_file
     from ..utils.prefetch import prefetch_map
 
-    if missing := [name for name in options.images if not Path(name).exists()]:  # before the model is loaded
+    # Before the model is loaded.
+    if missing := [name for name in options.images if not is_url(name) and not Path(name).exists()]:
         raise FileNotFoundError(
             f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
         )
     images = _image_files(options.images)
     alone = images == options.images and len(images) == 1
-    if alone:
-        open_image(images[0], decode=False)  # before the model is loaded
-    picture, folder = _places(options, kind, alone)
+    if alone and not is_url(images[0]):
+        open_image(images[0], decode=False)
+    picture, folder = _places(options, ending, alone)
     is_writing = bool(picture or folder)
     if is_writing:
-        check_outputs([picture or folder / "new"], [*images, *model_files(options.model)])
+        check_outputs([picture or new_file(folder / "new")], [*images, *model_files(options.model)])
     engine = load_engine(options)
     # After the checks, because these import torch.
     from ..data.nouns import vocabulary
@@ -95,8 +107,8 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
         try:
-            return path, engine.prepare(load_image(Path(path)))
-        except (ValueError, FileNotFoundError) as error:
+            return path, engine.prepare(load_named_image(path))
+        except (ValueError, OSError) as error:
             return " ".join(str(error).split()), None
 
     def written(item: tuple[tuple[str, PreparedImage | None], Explanation | None]) -> dict:
@@ -107,7 +119,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         if not is_writing:
             return {"image": image, **write(image, explanation, None)}
         # Chosen when it is written, because two images may have the same name.
-        path = picture or new_file(folder / f"{Path(image).stem}-{kind}.png")
+        path = picture or new_file(folder / name_for(image, f"{ending}.png"))
         return {"image": image, "picture": str(path), **write(image, explanation, path)}
 
     explained = 0
@@ -128,7 +140,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
             text = json.dumps(entry, ensure_ascii=False)
             if entry and is_writing and not alone:
                 if lines is None:
-                    path = new_file(folder / f"{kind.removesuffix('s')}s.jsonl")
+                    path = new_file(folder / f"{ending.removesuffix('s')}s.jsonl")
                     # A byte of a name that is not UTF-8 is written as JSON escapes it.
                     lines = stack.enter_context(path.open("x", encoding="utf-8", errors="backslashreplace"))
                 print(text, file=lines, flush=True)
@@ -144,26 +156,26 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
 
 
 def _image_files(names: Sequence[str]) -> list[str]:
-    """Returns the image files that the user named, with those of the folders among them."""
+    """Returns the images that the user named, with those of the folders among them but not the pictures that commands wrote there."""
     return [image for name in names for image in (_of_folder(name) if os.path.isdir(name) else [name])]
 
 
 def _of_folder(folder: str) -> list[str]:
     from ..data.sources import image_files
 
-    images = sorted(map(str, image_files(Path(folder))))
+    images = sorted(str(path) for path in image_files(Path(folder)) if not is_written_picture(path))
     if not images:
         raise FileNotFoundError(f"{folder}: there are no images in this folder.")
     return images
 
 
-def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path | None, Path | None]:
+def _places(options: argparse.Namespace, ending: str, alone: bool) -> tuple[Path | None, Path | None]:
     """Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for."""
     output = options.output
     if output is None and options.json and not options.npz:
         return None, None
     if output is None:
-        return None, Path() if alone else Path(f"{kind.removesuffix('s')}s")
+        return None, Path() if alone else Path(f"{ending.removesuffix('s')}s")
     if alone and output.suffix and not output.is_dir():
         check_file(output, PICTURES)
         return output, None
@@ -173,15 +185,15 @@ def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path |
 
 def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:
     """Returns the printed lines of an image. `headings` are those of texts and presence."""
-    files = ", ".join(entry[kind] for kind in ("picture", "labels", "arrays") if kind in entry)
-    of_segments = "segments" in entry
-    headings = [*headings, "score", "share of the image" if of_segments else "regions"]
+    files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
+    is_segmentation = "segments" in entry
+    headings = [*headings, "score", "share of the image" if is_segmentation else "regions"]
     rows = [
         [
-            row["text"],
+            f"{row['text']} (background)" if row.get("id") == 0 else row["text"],
             presence_text(row["presence"], min_presence),
             f"{row['score']:.3f}",
-            f"{100 * row['area']:.1f} %" if of_segments else str(len(row["regions"])),
+            f"{100 * row['area']:.1f} %" if is_segmentation else str(len(row["regions"])),
         ]
         for row in entry.get("segments") or entry["texts"]
     ]

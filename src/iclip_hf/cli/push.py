@@ -7,7 +7,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from .export import add_source_options, export, print_terms, trained_on
+from .export import add_source_options, export, print_terms, terms_of
 from .options import add_shared
 from .output import print_lines
 
@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> None:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-        report = {"repo_id": options.repo_id, "files": sizes, "data_terms": trained_on(folder)}
+        terms = terms_of(folder)
+        report = {"repo_id": options.repo_id, "files": sizes, **terms}
         if not options.dry_run:
             from ..hub.folders import push_model
 
@@ -43,5 +44,5 @@ def run(options: argparse.Namespace) -> None:
         print_lines(*json.dumps(report, indent=2).split("\n"))
     else:
         print_lines(*(f"{size:>13,}  {name}" for name, size in sizes.items()))
-        print_terms(report["data_terms"])
+        print_terms(**terms)
         print_lines(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")

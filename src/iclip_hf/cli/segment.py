@@ -6,15 +6,16 @@ import argparse
 from pathlib import Path
 
 from .options import texts
-from .output import resolution, save_picture
+from .output import name_for, resolution, save_picture, software
 from .pictures import add_image_options, explain_files
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a number if it exists; of "
-        "several images in the folder segments); the label map is written beside it, as photo-labels.png",
+        output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a "
+        "number if it exists; of several images in the folder segments); the label map is written beside it, as "
+        "photo-labels.png",
         refine=True,
         required=True,
     )
@@ -23,7 +24,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         action="extend",
         type=texts,
         metavar="TEXT",
-        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; several like --text",
+        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; "
+        "several like --text",
     )
 
 
@@ -32,18 +34,18 @@ def run(options: argparse.Namespace) -> int:
         from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
 
-        background = range(len(options.texts), len(explanation.labels))
-        labels = explanation.label_map(background=background).numpy()
+        # Of the texts and, after them, those of the background.
+        labels, num_texts = explanation.label_map().numpy(), len(options.texts)
         segments = [
             {
-                "id": index + 1,
+                "id": index + 1 if index < num_texts else 0,  # in the label map, where 0 is the background
                 "text": text,
                 "score": round(explanation.scores[index].item(), 4),
                 "presence": explanation.presences[index],
                 "area": round((labels == index).mean().item(), 4),
                 "mask": run_lengths(labels == index),
             }
-            for index, text in enumerate(options.texts)
+            for index, text in enumerate(explanation.labels)
         ]
         entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
         covered = [text for index, text in enumerate(options.texts) if explanation.is_covered(index, labels == index)]
@@ -54,9 +56,11 @@ def run(options: argparse.Namespace) -> int:
             return entry
         words = explanation.presence_words
         dpi = resolution(picture)
-        save_picture(label_sheet(explanation.image, labels, options.texts, words, dpi=dpi), picture, dpi)
-        stem = picture.stem if picture == options.output else Path(name).stem
-        label_file = _save_labels(labels, len(options.texts), picture.with_name(f"{stem}-labels.png"))
+        sheet = label_sheet(explanation.image, labels, options.texts, words, options.background, dpi=dpi)
+        save_picture(sheet, picture, dpi)
+        labels[labels >= num_texts] = -1
+        named = picture if picture == options.output else name
+        label_file = _save_labels(labels, num_texts, picture.with_name(name_for(named, "labels.png")))
         return {"labels": str(label_file), **entry}
 
     return explain_files(options, "segments", write)
@@ -64,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _save_labels(labels, num_texts: int, path: Path) -> Path:
     """
-    Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and
-    a palette, more have 16 bits. So the highest value, with which other programs mark void pixels, is never an id.
+    Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254
+    texts have 8 bits and a palette, more have 16 bits. So the highest value, with which other programs mark void
+    pixels, is never an id.
     """
     import numpy as np
     from PIL import Image
@@ -78,5 +83,5 @@ def _save_labels(labels, num_texts: int, path: Path) -> Path:
     if few:
         image.putpalette(label_colors(256).tobytes())
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", exif=software())
     return path

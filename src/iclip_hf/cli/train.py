@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from ..training.settings import Settings, add_settings, read_settings
@@ -26,8 +25,7 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     if given.get("model") and not (given.get("data") or given.get("config")):
         raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
-    with _main_process_first():  # it caches digests of the images and indexes of tar shards for the others
-        settings, inputs = _prepare(given)  # before torch is loaded
+    settings, inputs = _prepare(given)  # before torch is loaded, and before the processes of a run wait for each other
 
     from huggingface_hub.errors import StrictDataclassError
 
@@ -44,7 +42,7 @@ def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
     from ..training.inputs import check_run, open_inputs, open_pairs
     from ..training.preset import choose_settings
 
-    pairs, chosen = None, {}
+    opened, chosen = None, {}
     if given.get("config") or not given.get("data"):
         settings = read_settings(given)
     else:
@@ -53,19 +51,11 @@ def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
                 "config: name one for a stream, whose pairs are not counted, or leave pairs_per_epoch out."
             )
         pairs = open_pairs(given["data"], given, streaming=False)
-        chosen = choose_settings(given, pairs)
+        chosen, opened = choose_settings(given, pairs)
         settings = Settings(**{**chosen, **given})
     check_run(settings)
-    inputs = open_inputs(settings, pairs)
+    inputs = open_inputs(settings, opened)
     if chosen and os.environ.get("RANK", "0") == "0":
         print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
         print_lines(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
     return settings, inputs
-
-
-def _main_process_first() -> AbstractContextManager:
-    if os.environ.get("WORLD_SIZE", "1") == "1":  # without torch
-        return nullcontext()
-    from ..utils.distributed import partial_state
-
-    return partial_state("train").main_process_first()

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.digests import content_digest, file_digest, file_state
+from ..utils.digests import LARGE, content_digest, file_digest, file_state, total_size
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import prefetch_map, spare_processors
@@ -65,6 +65,7 @@ class PairDataset:
         sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
+            Loading processes count for themselves; `tally` of a data set can count what they read.
 
     Raises:
         `ValueError`: there are no pairs. During access, too many pairs are bad.
@@ -87,7 +88,7 @@ class PairDataset:
 
     def _select(self, ranges: np.ndarray) -> PairDataset:
         self._ranges = ranges  # (N, 3): number of the source, start and end of each pair
-        self._tally, self._epoch = BadPairTally(self.max_bad_share, len(ranges)), 0
+        self.tally, self._epoch = BadPairTally(self.max_bad_share, len(ranges)), 0
         return self
 
     def __len__(self) -> int:
@@ -97,9 +98,9 @@ class PairDataset:
         index, epoch, skipped = range(len(self))[index], self._epoch, 0
         try:
             pair = self.read(index)
-            self._tally.add(index)
+            self.tally.add(index)
         except BadPairError as error:
-            self._tally.add(index, error)
+            self.tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
         return {**pair, "caption": sample_caption(pair["captions"], self.seed, epoch, index), "skipped": skipped}
@@ -263,11 +264,11 @@ class PairDataset:
     def fingerprint(self) -> str:
         """
         Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images that tables name,
-        and the names of the columns. The first call reads all files; later calls, also in other processes, only after a change.
+        and the names of the columns. Of more than a gigabyte, names, sizes and modification times of the files stand for the content.
         """
-        digest = hashlib.sha256(self._ranges[:, 1:].tobytes())
+        digest, read = hashlib.sha256(self._ranges[:, 1:].tobytes()), total_size(self.files()) <= LARGE
         for source, _, images in self._by_source():
-            content = content_digest([*source.files(), *filter(None, images)], source.root)
+            content = content_digest([*source.files(), *filter(None, images)], source.root, read)
             digest.update(f"{content}{[*source.columns]}".encode())
         return digest.hexdigest()[:16]
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from ..model.images import IMAGE_SUFFIXES, load_image, open_image, upright
 from ..model.prompts import IMAGENET_TEMPLATES, check_templates
-from ..utils.digests import content_digest
+from ..utils.digests import LARGE, content_digest, total_size
 from ..utils.extras import require_extra
 from ..utils.files import parse_json
 from .class_names import (
@@ -304,10 +304,10 @@ class SegmentationDataset(Sequence):
 
     def fingerprint(self) -> str:
         """
-        Returns a digest, 16 hex digits, over names and content of images and annotations. The first call reads the files; later ones
-        only after a change.
+        Returns a digest, 16 hex digits, over names and content of images and annotations. Of more than a gigabyte, sizes and modification
+        times of the files stand for the content.
         """
-        return content_digest(self.files)
+        return content_digest(self.files, read=total_size(self.files) <= LARGE)
 
 
 def load_segmentation(

@@ -83,7 +83,7 @@ class PairStream(IterableDataset):
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
-        self._tally = BadPairTally(max_bad_share)
+        self.tally = BadPairTally(max_bad_share)
 
     def __iter__(self) -> Iterator[dict]:
         skipped = 0
@@ -104,9 +104,9 @@ class PairStream(IterableDataset):
                 raise
             except (ValueError, OSError) as error:
                 skipped += 1
-                self._tally.add(error=BadPairError(f"{key}: {error}"))
+                self.tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
-            self._tally.add()
+            self.tally.add()
             caption = sample_caption(texts.captions, self.seed, self._rows.epoch, key)
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "skipped": skipped}
             skipped = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..backends.explainable import ExplainableModel
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine, PreparedImage
@@ -21,10 +23,10 @@ from ..model.images import load_image
 from ..model.prompts import split_texts
 from ..utils.extras import require_extra
 from ..web.viewer import (
-    EXAMPLES,
     MAX_CHARACTERS,
     MAX_TEXTS,
-    example_files,
+    Example,
+    examples,
     introduction,
     read_asset,
     view_size,
@@ -80,7 +82,9 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
-    """Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges."""
+    """
+    Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges.
+    """
     return {
         **seen.view,
         "grid": list(explanation.raw_maps.shape[1:]),
@@ -113,16 +117,40 @@ def to_npz(explanation: Explanation) -> bytes:
 
 def build_app(model) -> gr.Blocks:
     """
-    Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser computes opacity,
-    outline and the value under the pointer.
+    Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser
+    computes opacity, outline and the value under the pointer.
     """
-    model = load(model)
+    model, photographs = load(model), examples()
     has_presence = model.presence(torch.zeros(1)) is not None
-    examples = [[str(path), EXAMPLES[path.name].texts] for path in example_files()]
-    first_photo, first_texts = examples[0] if examples else (None, "")
-    example_paths = [path for path, _ in examples]
-    gr.set_static_paths(example_paths)  # neither copied nor deleted
+    gr.set_static_paths([str(example.file) for example in photographs])  # neither copied nor deleted
+    options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
+    with gr.Blocks(title="ICLIP", **options) as app:
+        gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                photo, typed, method, refine, button, chosen = _question(photographs)
+            with gr.Column(scale=5, min_width=300):
+                viewer, download = _answer()
+        run = {
+            "fn": _explain_function(model, app, photographs, download.GRADIO_CACHE),
+            "inputs": [photo, typed, method, refine],
+            "outputs": [viewer, download],
+            "preprocess": False,  # `load_image` reads the uploaded file itself
+            "concurrency_id": "model",
+            "trigger_mode": "always_last",
+        }
+        triggers = [app.load, photo.upload, typed.submit, method.change, refine.change, button.click]
+        gr.on(triggers, **run, api_name="explain")
+        chosen.success(**run, api_visibility="private")
+    return app.queue(max_size=32)
 
+
+def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequence[Example], cache: str) -> Callable:
+    """
+    Returns the function that answers a question, with the data of the viewer and a file of the arrays in the folder
+    `cache`.
+    """
+    paths = {str(example.file) for example in photographs}
     explainer = functools.cache(functools.partial(make_explainer, model))
 
     # A visitor often asks about one image several times. An image takes two megabytes.
@@ -133,8 +161,9 @@ def build_app(model) -> gr.Blocks:
     def explain(photo: dict | None, typed: str, method: str, refine: bool):
         if photo is None:
             return gr.skip()
-        # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a keyed digest.
-        if not (photo["path"] in app.upload_file_set or photo["path"] in example_paths):
+        # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a
+        # keyed digest.
+        if not (photo["path"] in app.upload_file_set or photo["path"] in paths):
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
             texts = asked_texts(typed)
@@ -143,74 +172,55 @@ def build_app(model) -> gr.Blocks:
             (explanation,) = engine.run([seen.prepared], texts)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        npz = save_bytes_to_cache(to_npz(explanation), "explanation.npz", download.GRADIO_CACHE)
-        return viewer_value(seen, explanation), npz
+        return viewer_value(seen, explanation), save_bytes_to_cache(to_npz(explanation), "explanation.npz", cache)
 
-    options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
-    with gr.Blocks(title="ICLIP", **options) as app:
-        gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
-                photo = gr.Image(
-                    first_photo, label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo"
-                )
-                typed = gr.Textbox(
-                    first_texts,
-                    label="Texts",
-                    info="Between commas, or one a line (shift + enter).",
-                    max_lines=MAX_TEXTS,
-                )
-                method = gr.Dropdown(
-                    [(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method"
-                )
-                refine = gr.Checkbox(
-                    False, label="Refine", info="The maps follow the edges of the image.", elem_id="refine"
-                )
-                button = gr.Button("Explain", variant="primary")
-                if examples:
-                    thumbnails = gr.Dataset(
-                        components=[gr.Image(render=False)],
-                        samples=[[path] for path in example_paths],
-                        type="index",
-                        label="Photographs to try",
-                        elem_id="photographs",
-                    )
-                    chosen = thumbnails.click(
-                        examples.__getitem__,
-                        thumbnails,
-                        [photo, typed],
-                        show_progress="hidden",
-                        api_visibility="private",
-                    )
-            with gr.Column(scale=5, min_width=300):
-                viewer = gr.HTML(
-                    html_template="",
-                    css_template=read_asset("viewer.css"),
-                    # Modules for the page of `web`; Gradio runs a function's body.
-                    js_on_load=(read_asset("numerics.js") + read_asset("viewer.js")).replace(
-                        "export function", "function"
-                    )
-                    + Path(__file__).with_name("gradio_viewer.js").read_text(encoding="utf-8"),
-                    apply_default_css=False,
-                    theme=viewer_theme(),
-                )
-                with gr.Row():
-                    picture = gr.Button("Save picture (PNG)")
-                    download = gr.DownloadButton("Save scores and maps (NPZ)")
-        picture.click(None, js="() => window.dispatchEvent(new Event('iclip-save-picture'))")
-        run = {
-            "fn": explain,
-            "inputs": [photo, typed, method, refine],
-            "outputs": [viewer, download],
-            "preprocess": False,  # `load_image` reads the uploaded file itself
-            "concurrency_id": "model",
-            "trigger_mode": "always_last",
-        }
-        triggers = [app.load, photo.upload, typed.submit, method.change, refine.change, button.click]
-        gr.on(triggers, **run, api_name="explain")
-        if examples:
-            chosen.success(**run, api_visibility="private")
-    return app.queue(max_size=32)
+    return explain
+
+
+def _question(photographs: Sequence[Example]) -> tuple:
+    """
+    Adds the column of the question. Returns its fields, the button, and the event of a photograph that was chosen.
+    """
+    first = photographs[0]
+    photo = gr.Image(str(first.file), label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo")
+    typed = gr.Textbox(
+        first.texts,
+        label="Texts",
+        info="Between commas, or one a line (shift + enter).",
+        max_lines=MAX_TEXTS,
+    )
+    method = gr.Dropdown([(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method")
+    refine = gr.Checkbox(False, label="Refine", info="The maps follow the edges of the image.", elem_id="refine")
+    button = gr.Button("Explain", variant="primary")
+    questions = [[str(example.file), example.texts] for example in photographs]
+    thumbnails = gr.Dataset(
+        components=[gr.Image(render=False)],
+        samples=[[path] for path, _ in questions],
+        type="index",
+        label="Photographs to try",
+        elem_id="photographs",
+    )
+    options = {"show_progress": "hidden", "api_visibility": "private"}
+    chosen = thumbnails.click(questions.__getitem__, thumbnails, [photo, typed], **options)
+    return photo, typed, method, refine, button, chosen
+
+
+def _answer() -> tuple[gr.HTML, gr.DownloadButton]:
+    """Adds the column of the answer. Returns the viewer of the maps and the button for the file of the arrays."""
+    # Modules for the exported page; Gradio runs a function's body.
+    modules = (read_asset("numerics.js") + read_asset("viewer.js")).replace("export function", "function")
+    viewer = gr.HTML(
+        html_template="",
+        css_template=read_asset("viewer.css"),
+        js_on_load=modules + Path(__file__).with_name("gradio_viewer.js").read_text(encoding="utf-8"),
+        apply_default_css=False,
+        theme=viewer_theme(),
+    )
+    with gr.Row():
+        picture = gr.Button("Save picture (PNG)")
+        download = gr.DownloadButton("Save scores and maps (NPZ)")
+    picture.click(None, js="() => window.dispatchEvent(new Event('iclip-save-picture'))")
+    return viewer, download
 
 
 def launch(
@@ -223,8 +233,9 @@ def launch(
     **options,
 ) -> gr.Blocks:
     """
-    Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a Space. The options
-    are those of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at once.
+    Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a
+    Space. The options are those of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at
+    once.
     """
     app = build_app(load(model, dtype=dtype, device=device))
     app.launch(

@@ -1,4 +1,5 @@
-// What Gradio runs when the viewer is there, after numerics.js and viewer.js. It hands in `element`, `props` and `watch`.
+// What Gradio runs when the viewer is there, after numerics.js and viewer.js. It hands in `element`, `props` and
+// `watch`.
 
 const viewer = createViewer(element, props.theme);
 
@@ -6,7 +7,8 @@ watch("value", async () => {
   const value = props.value, photo = Object.assign(new Image(), { src: value.image });
   await photo.decode();
   if (value !== props.value) return; // a newer one came meanwhile
-  viewer.show({ photo, size: value.size, originalSize: value.original_size, texts: value.texts.map(({ text }) => text) });
+  const texts = value.texts.map(({ text }) => text);
+  viewer.show({ photo, size: value.size, originalSize: value.original_size, texts });
   value.texts.forEach((one, index) => viewer.add(index, { ...one, ...enlarge(one.map, value.grid, ...value.size) }));
 });
 window.addEventListener("iclip-save-picture", viewer.savePicture);

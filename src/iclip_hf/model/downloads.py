@@ -11,6 +11,11 @@ from http.client import HTTPException
 MAX_DOWNLOAD = 64 * 2**20  # largest size of a file, in bytes
 
 
+def is_url(name: object) -> bool:
+    """Returns whether an image is named by a URL that is downloaded."""
+    return isinstance(name, str) and name.startswith(("http://", "https://"))
+
+
 def download(url: str, timeout: float) -> bytes:
     """
     Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within

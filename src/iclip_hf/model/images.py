@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .downloads import download
+from .downloads import download, is_url
 
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
         name = name or repr(image[:100])
-        if image.startswith(("http://", "https://")):
+        if is_url(image):
             image = download(image, timeout)
         else:
             try:

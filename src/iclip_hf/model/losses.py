@@ -15,6 +15,7 @@ from .pooling import even_heights
 
 # Sharpness of the prior of place: a noun below prefers the lowest patches to the highest by exp(3).
 PLACE_SHARPNESS = 3.0
+SHARE_EXPONENT = 4.0  # of the power mean over patches that is the share of a known noun in an image
 
 
 # ------------------------------------------------------------------------------------------------------- of logits
@@ -74,37 +75,29 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
     rows, columns = positives.nonzero(as_tuple=True)  # positives are few
     own = logits[rows, columns]
     losses = torch.logaddexp(own, negatives[rows]) - own
-    return (losses / positives.sum(1)[rows]).sum() / max(1, len(logits))
+    return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
-def competition_loss(
-    logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor, competing: torch.Tensor | None = None
-) -> torch.Tensor:
+def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Loss of texts that compete for the patches of images. Each patch distributes itself over the competing texts by a
-    softmax. The share of a text in an image is the mean of its shares in the patches, and the loss is the negative
-    logarithm of the shares of the texts that the image has. So patches behind an object, which belong to some text of
-    the image, cannot stay with the object's.
+    Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax. The
+    share of a text in an image is the mean of its shares in the patches, and the loss is the negative logarithm of the
+    shares of the texts that the image has. So patches behind an object, which belong to some text of the image, cannot
+    stay with the object's.
 
     Args:
         logits (`torch.Tensor` of shape `(B, N, T)`): scaled cosines of N patches with the texts.
-        prior (`torch.Tensor` of shape `(B, N, T)` or `(N, T)`): weights of the patches in the mean, which add up to 1
-            over N.
+        prior (`torch.Tensor` of shape `(B, N, T)`): weights of the patches in the mean, which add up to 1 over N.
         positives (`torch.Tensor` of shape `(B, T)`): boolean.
-        competing (`torch.Tensor` of shape `(B, T)`, *optional*): the texts that compete in each image, boolean, at
-            least one of each image, all positives among them; all texts if not given.
 
     Returns:
         `torch.Tensor` scalar, float32: mean over the positives of an image, then over the images. An image without
         positives counts 0.
     """
-    logits = logits.float()
-    if competing is not None:
-        logits = logits.masked_fill(~competing.unsqueeze(1), -torch.inf)
-    shares = (prior * logits.softmax(-1)).sum(1)
+    shares = (prior * logits.float().softmax(-1)).sum(1)
     rows, columns = positives.nonzero(as_tuple=True)
     losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
-    return (losses / positives.sum(1)[rows]).sum() / max(1, len(logits))
+    return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
 def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
@@ -205,6 +198,14 @@ class BatchNouns(NamedTuple):
         own = noun_labels[:, nouns]
         return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, is_background > 0, place)
 
+    @property
+    def complete(self) -> torch.Tensor:
+        """
+        Whether the labels of the images of this process are complete for the background, because an absent noun of the
+        background is known, and something is shown, boolean (B,).
+        """
+        return (self.absent & self.is_background).any(1) & self.shown.any(1)
+
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
         """Returns the vector of a prompt of each noun (V, P), from those of this process's prompts (M - B, P)."""
         return gather_with_gradient(embeds)[self.first]
@@ -239,21 +240,38 @@ def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tenso
     return (multi_positive_loss(per_image, nouns.shown) + multi_positive_loss(per_noun, nouns.all_shown.mT)) / 2
 
 
-def known_competition_loss(logits: Callable[[torch.Tensor], torch.Tensor], nouns: BatchNouns) -> torch.Tensor:
+def known_competition_loss(
+    patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
+) -> torch.Tensor:
     """
-    Returns the [`competition_loss`] of the nouns that are known to be shown or absent, on images whose labels are complete
-    for the background, the mean over these images of all processes. All patches are equal, except that nouns have
-    their [`place_prior`]: two nouns that are always shown together, such as wall and floor, are the same to a loss of
-    whole images, and their places tell them apart.
+    Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels are
+    complete for the background, the mean over these images of all processes.
+
+    Each patch distributes itself over the known nouns of its image by a softmax. The share of a noun in the image is the
+    power mean of its shares in the patches, weighted by its [`place_prior`], and the loss is the negative logarithm of
+    the shares of the nouns shown. Two nouns that are always shown together, such as wall and floor, are the same to a
+    loss of whole images, and their places tell them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a
+    mean would give all nouns shown equal areas.
 
     Args:
-        logits: function that returns the scaled cosines (b, N, V) of the [`~pooling.even_patches`] of `b` of the images,
-            by their indices, with the nouns.
+        patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images that
+            are `nouns.complete`.
+        prompts (`torch.Tensor` of shape `(V, P)`): unit vectors of a prompt of each noun.
+        scale (`float`): of the cosines in the softmax.
         nouns ([`BatchNouns`]): the nouns.
+
+    Returns:
+        `torch.Tensor` scalar, float32.
     """
-    complete = (nouns.absent & nouns.is_background).any(1) & nouns.shown.any(1)
-    rows = complete.nonzero().squeeze(1)
-    of_all = gather_with_gradient(complete).sum().clamp(min=1) * len(complete) / len(nouns.all_shown)
-    prior = place_prior(even_heights().to(nouns.place.device), nouns.place)
-    shown, known = nouns.shown[rows], nouns.shown[rows] | nouns.absent[rows]
-    return competition_loss(logits(rows), prior, shown, known) * len(rows) / of_all
+    complete = nouns.complete
+    shown, known = nouns.shown[complete], (nouns.shown | nouns.absent)[complete]
+    columns = known.any(0).nonzero().squeeze(1)  # few of the nouns, all shown ones among them
+    shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
+    logits = scale * (patches.float() @ prompts[columns].float().mT)
+    # A large number instead of infinity, whose gradient would be NaN in a noun without known patches.
+    shares = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
+    prior = place_prior(even_heights().to(place.device), place).log()
+    log_shares = (SHARE_EXPONENT * shares + prior).logsumexp(1) / SHARE_EXPONENT
+    of_images = -(log_shares * shown).sum(1) / shown.sum(1)
+    of_all = gather_with_gradient(complete)
+    return of_images.sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)

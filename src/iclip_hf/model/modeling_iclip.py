@@ -41,7 +41,6 @@ from .losses import (
     softmax_noun_loss,
 )
 from .pooling import (
-    EVEN_PATCHES,
     even_patches,
     normalize_attention,
     pool,
@@ -130,10 +129,10 @@ class ImageInputs(NamedTuple):
     recognition: torch.Tensor  # (B, D), or (B, 2 D) with `recognition_pooling="class_and_average"`
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens of the map branch, centred and shared among similar patches, (B, K, D): all patches, row-major; or, to learn
-    # from, `representative_patches` and, with `known_competition`, `even_patches` behind them, None with
-    # `max_over="channels"`.
+    # from, `representative_patches`, None with `max_over="channels"`.
     patches: torch.Tensor | None
     attention: torch.Tensor | None  # of these patches, in [0, 1], (B, K), float32
+    even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D), to learn from with `known_competition`
 
 
 @dataclass
@@ -623,10 +622,12 @@ class ICLIPModel(PreTrainedModel):
             patches, attention = self._shared(tokens, attention)
             return ImageInputs(recognition, map_pooled, patches, attention)
         chosen = representative_patches(tokens, attention, image.grid, config.map_tokens)
+        patches, attention_of_patches = self._shared(tokens, attention, chosen)
+        even = None
         if config.known_competition:
-            even = even_patches(image.grid).to(chosen.device)
-            chosen = torch.cat([chosen, even.expand(len(chosen), -1)], 1)
-        return ImageInputs(recognition, map_pooled, *self._shared(tokens, attention, chosen))
+            chosen = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
+            even, _ = self._shared(tokens, attention, chosen)
+        return ImageInputs(recognition, map_pooled, patches, attention_of_patches, even)
 
     def _shared(
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
@@ -904,15 +905,19 @@ class ICLIPModel(PreTrainedModel):
                 f"{len(image.recognition)} images."
             )
         images, texts = self.recognition.embed_image(image.recognition), self.recognition.embed_text(text_inputs)
-        map_texts = texts
+        map_texts, even_patches = texts, None
         if branch := self.interpretability:
             map_images = branch.embed_image(image.patches if image.pooled is None else image.pooled)
             map_texts = branch.embed_text(text_inputs)
+            if nouns is not None and image.even_patches is not None:
+                even_patches = branch.embed_image(image.even_patches[nouns.complete])
         # In half precision, scaled cosines would be rounded to multiples of 1/16.
         with torch.autocast(images.device.type, enabled=False):
             losses, attention_loss = [self._recognition_loss(images, texts, nouns)], 0
             if branch:  # which can be on another device
-                losses.append(self._map_loss(map_images, image.attention, map_texts, nouns).to(images.device))
+                losses.append(
+                    self._map_loss(map_images, image.attention, even_patches, map_texts, nouns).to(images.device)
+                )
             if self.config.map_attention == "signed":
                 attention_loss = self._attention_loss(map_texts[len(images) :], nouns).to(images.device)
             losses = torch.stack(losses)
@@ -946,11 +951,17 @@ class ICLIPModel(PreTrainedModel):
         return torch.lerp(loss, noun_loss, float(self.config.noun_weight))
 
     def _map_loss(
-        self, images: torch.Tensor, attention: torch.Tensor | None, texts: torch.Tensor, nouns: BatchNouns | None
+        self,
+        images: torch.Tensor,
+        attention: torch.Tensor | None,
+        even_patches: torch.Tensor | None,
+        texts: torch.Tensor,
+        nouns: BatchNouns | None,
     ) -> torch.Tensor:
         """
         Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
-        (B, K, P) with their attention (B, K), and of their captions and noun prompts (M, P).
+        (B, K, P) with their attention (B, K), of the evenly spread patches of images with complete labels (b, 64, P), and
+        of the captions and noun prompts (M, P).
 
         Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
         objects from the background.
@@ -958,12 +969,6 @@ class ICLIPModel(PreTrainedModel):
         branch, config, count = self.interpretability, self.config, len(images)
         if config.max_over == "channels":
             return caption_loss(lambda of: branch(cosines(images, of)), texts[:count])
-        if config.known_competition:
-            even, images, attention = (
-                images[:, -EVEN_PATCHES:],
-                images[:, :-EVEN_PATCHES],
-                attention[:, :-EVEN_PATCHES],
-            )
         loss = caption_loss(lambda of: branch(self.pool_similarities(images, of, attention)), texts[:count])
         if nouns is None:
             return loss
@@ -975,12 +980,9 @@ class ICLIPModel(PreTrainedModel):
             competition = competition_loss(2 * sharpness * similarities, prior, nouns.shown)
             noun_loss = torch.lerp(noun_loss, competition, float(config.noun_competition))
         loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
-        if config.known_competition:
-
-            def logits(rows: torch.Tensor) -> torch.Tensor:
-                return 2 * sharpness * even[rows] @ prompts.mT
-
-            loss = loss + config.known_competition * known_competition_loss(logits, nouns)
+        if even_patches is not None:
+            known = known_competition_loss(even_patches, prompts, 2 * sharpness, nouns)
+            loss = loss + config.known_competition * known
         return loss
 
     def _attention_loss(self, prompts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:

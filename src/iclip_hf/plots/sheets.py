@@ -30,7 +30,9 @@ _TITLE, _NOTE = 15, 12.5
 # Distance of a title from what is below it.
 _SPACE = 7
 _INK, _PALE = "#1c2430", "#5b6472"
-# Opacity of the black over the background of a label map.
+# Colour of the texts of the background in a label map.
+_BACKGROUND = "#c9cdd4"
+# Opacity of the black over the pixels of a label map that have no text.
 _DIMMED = 0.4
 # Share of an absent text's picture that is left; the rest is white.
 _FADED = 0.35
@@ -46,9 +48,9 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the model has
-    one, as a word and a number, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
-    Notebooks show an explanation by this picture.
+    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the
+    model has one, as a word and a number, and the score. The picture of an absent text is faded, because its map is
+    stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
 
     Example:
 
@@ -62,7 +64,8 @@ def draw(
     Args:
         explanation ([`Explanation`]): of the image.
         image: the image, in any form that [`explain`] takes.
-        colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
+        colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the
+            paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
         dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
@@ -87,7 +90,9 @@ def draw(
 
 
 def png(explanation: Explanation) -> bytes | None:
-    """Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image."""
+    """
+    Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image.
+    """
     if explanation.image is None:
         return None
     file = io.BytesIO()
@@ -100,32 +105,37 @@ def label_sheet(
     labels: np.ndarray,
     texts: Sequence[str],
     words: Sequence[str | None],
+    background: Sequence[str] = (),
     *,
     opacity: float = 0.6,
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of the image, then
-    the others. Absent texts are faded.
+    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of
+    the image, then the others. Absent texts are faded, and texts of the background share a grey.
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, -1 for the background, which is dimmed.
+        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, also those of `background`, which
+            follow `texts`; -1 for pixels of no text, which are dimmed.
         texts: T texts.
-        words: presence of each text as a word, or None, see [`Explanation.presence_words`].
+        words: presence of each text and of those of `background` as a word, or None, see
+            [`Explanation.presence_words`].
+        background: texts that describe the background.
         opacity (`float`): of the colours, in [0, 1]; `ValueError` otherwise.
         dpi (`int`): resolution.
     """
     # Of the whole image, as in tables.
-    areas = np.bincount(labels.ravel() + 1, minlength=len(texts) + 1)[1:] / labels.size
+    names = [*texts, *(f"{text} (background)" for text in background)]
+    areas = np.bincount(labels.ravel() + 1, minlength=len(names) + 1)[1:] / labels.size
     image = at_picture_size(image, dpi)
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
-    inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))]
+    inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
     entries = [
-        (inks[index], texts[index], f"{f'{words[index]} · ' if words[index] else ''}{100 * areas[index]:.1f} %")
+        (inks[index], names[index], f"{f'{words[index]} · ' if words[index] else ''}{100 * areas[index]:.1f} %")
         for index in np.flatnonzero(areas)
     ]
-    entries += [("white", texts[index], words[index] or "") for index in np.flatnonzero(areas == 0)]
+    entries += [("white", names[index], words[index] or "") for index in np.flatnonzero(areas == 0)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
     strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * check_opacity(opacity)).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
@@ -145,14 +155,15 @@ def comparison_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an absent text are
-    faded. A single text has rows of at most five pictures.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an
+    absent text are faded. A single text has rows of at most five pictures.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
         row_titles: T titles.
-        words (*optional*): title of a column to the presence of each text as a word, or None, see [`Explanation.presence_words`].
+        words (*optional*): title of a column to the presence of each text as a word, or None, see
+            [`Explanation.presence_words`].
         colormap: see [`overlay`].
         dpi (`int`): resolution.
     """
@@ -241,7 +252,10 @@ def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
 
 
 def _aspect(pictures: Sequence[Image.Image | None]) -> float:
-    """Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of the page."""
+    """
+    Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of
+    the page.
+    """
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
 
@@ -264,7 +278,7 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
     """Draws a legend of a colour map."""
     size, gap = _NOTE * scale, round(8 * scale)
     levels = np.linspace(0, 1, round(140 * scale))[None].repeat(round(10 * scale), 0)
-    bar = overlay(Image.new("RGB", levels.shape[::-1], "#c9cdd4"), levels, colormap=colormap)
+    bar = overlay(Image.new("RGB", levels.shape[::-1], _BACKGROUND), levels, colormap=colormap)
     low, high = text_mask("low", size), text_mask("high, each map on its own scale", size)
     legend = Image.new("RGB", (low.width + bar.width + high.width + 2 * gap, low.height), "white")
     legend.paste(_PALE, (0, 0), low)
@@ -274,7 +288,9 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
-    """Draws colours with names and shares as a picture of a sheet. Those that do not fit are counted in the last line."""
+    """
+    Draws colours with names and shares as a picture of a sheet. Those that do not fit are counted in the last line.
+    """
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
     width = round(_PICTURE * scale)

@@ -150,8 +150,7 @@ def export(
             save_model(accelerator.unwrap_model(pair_model).model, processor, partial, **card)
             (folder / HUB_RESULTS).unlink(missing_ok=True)  # of the model before, if this one has none
             for file in [path for path in partial.rglob("*") if path.is_file()]:
-                target = folder / file.relative_to(partial)
-                target.parent.mkdir(exist_ok=True)
-                os.replace(file, target)
+                with atomic_write(folder / file.relative_to(partial)) as temporary:
+                    os.replace(file, temporary)
             shutil.rmtree(partial)
     accelerator.wait_for_everyone()

@@ -142,7 +142,8 @@ class TrainingPairs(PairBatches):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict:
-        return self.prepare(self.pairs[index], index)
+        pair = self.pairs[index]
+        return {**self.prepare(pair, index), "read": (index, 1, pair["skipped"])}
 
     def set_epoch(self, epoch: int) -> None:
         super().set_epoch(epoch)
@@ -169,7 +170,8 @@ class TrainingStream(TrainingPairs, IterableDataset):
     """Pairs of a [`PairStream`] as tensors."""
 
     def __iter__(self) -> Iterator[dict]:
-        return (self.prepare(pair, pair["key"]) for pair in self.pairs)
+        for pair in self.pairs:
+            yield {**self.prepare(pair, pair["key"]), "read": (None, 1 + pair["skipped"], pair["skipped"])}
 
 
 class CachedPairs(PairBatches):
@@ -353,7 +355,7 @@ class BatchLoader:
             dataset,
             **(in_order if self.streamed else {"batch_sampler": self.sampler}),
             num_workers=num_workers,
-            collate_fn=dataset.collate,
+            collate_fn=partial(_with_counts, dataset.collate),
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )
@@ -368,7 +370,10 @@ class BatchLoader:
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
         """Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass."""
-        for batch in self._stream(epoch, first) if self.streamed else self._rows(epoch, first):
+        for batch, read in self._stream(epoch, first) if self.streamed else self._rows(epoch, first):
+            if self.loader.num_workers:  # each has seen too few, and ends with the epoch
+                for counts in read:
+                    self.dataset.pairs.tally.count(*counts)
             yield send_to_device(batch, self.device, non_blocking=True)
 
     def _rows(self, epoch: int, first: int) -> DataLoader:
@@ -388,3 +393,8 @@ class BatchLoader:
                 step += 1
             if step == began:
                 raise ValueError("batch_size: this process's part of the stream has no whole batch; lower batch_size.")
+
+
+def _with_counts(collate: Callable, items: Sequence[dict] | dict) -> tuple[dict, list[tuple[int | None, int, int]]]:
+    """Returns the batch of these items, and for each that was read now what [`~sources.BadPairTally.count`] takes."""
+    return collate(items), [] if isinstance(items, dict) else [item["read"] for item in items]

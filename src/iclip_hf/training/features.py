@@ -26,7 +26,7 @@ from ..backends.identity import digest, software, tokenizer_digest, tower_digest
 from ..data.pairs import BadPairError, PairDataset
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, ImageInputs, ImageTokens
-from ..model.pooling import POOLINGS, normalize_attention, pool
+from ..model.pooling import EVEN_PATCHES, POOLINGS, normalize_attention, pool
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, shared_folder_lock
 from ..utils.files import atomic_write
@@ -46,7 +46,8 @@ def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
     """
     Converts images to a tensor to keep, from which [`unpack_inputs`] makes what the projections read: all `POOLINGS`
     (B, 5, D), which are the same for all models with this tower; with `max_over="similarity"` the first two of them and
-    the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column.
+    the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column; with `known_competition`
+    the evenly spread patches behind them, (B, 2 + K + 64, D + 1).
     """
     config = model.config
 
@@ -59,7 +60,10 @@ def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
         return torch.stack([pooled(mode) for mode in POOLINGS], 1)
     inputs = model.image_inputs(image, model.normalized_attention(image), representative=True)
     features = torch.cat([torch.stack([pooled(mode) for mode in POOLINGS[:2]], 1), inputs.patches], 1)
-    return torch.cat([features, F.pad(inputs.attention, (2, 0)).unsqueeze(-1)], -1)
+    features = torch.cat([features, F.pad(inputs.attention, (2, 0)).unsqueeze(-1)], -1)
+    if inputs.even_patches is not None:
+        features = torch.cat([features, F.pad(inputs.even_patches, (0, 1))], 1)
+    return features
 
 
 def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
@@ -69,11 +73,13 @@ def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
         return vectors[:, POOLINGS.index(f"masked_max/{config.attention_norm}" if mode == "masked_max" else mode)]
 
     recognised, of_map = config.poolings
-    vectors, patches, attention = features, None, None
+    vectors, patches, attention, even = features, None, None, None
     if config.max_over == "similarity":
+        if config.known_competition:
+            features, even = features[:, :-EVEN_PATCHES], features[:, -EVEN_PATCHES:, :-1]
         vectors, patches, attention = features[:, :2, :-1], features[:, 2:, :-1], features[:, 2:, -1]
     recognition = torch.cat([pooled(mode) for mode in recognised], -1)
-    return ImageInputs(recognition, of_map and pooled(of_map), patches, attention)
+    return ImageInputs(recognition, of_map and pooled(of_map), patches, attention, even)
 
 
 @torch.no_grad()
@@ -232,8 +238,7 @@ class FeatureCache:
         Raises:
             `OSError`: the folder cannot be written, or another run fills it.
         """
-        with self.accelerator.main_process_first():  # the first process caches the digests for the others
-            content = hashlib.sha256(b"".join(pairs.image_digests())).hexdigest()
+        content = hashlib.sha256(b"".join(pairs.image_digests())).hexdigest()
         shards = self._shards(
             "images",
             len(pairs),

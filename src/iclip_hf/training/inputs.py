@@ -47,41 +47,57 @@ def open_pairs(sources: Sequence[str], settings: Mapping, **options) -> PairData
     return load_pairs(sources[0] if len(sources) == 1 else sources, **options)
 
 
-def open_inputs(settings: Settings, pairs: PairDataset | None = None) -> Inputs:
+def hold_out(
+    pairs: PairDataset | PairStream, settings: Mapping
+) -> tuple[PairDataset | PairStream, PairDataset | None]:
     """
-    Opens what the settings name, unless the training pairs are open already.
+    Returns the training pairs and the held-out ones, which are `validation_data`, or a share of the pairs, or None.
 
     Raises:
-        `FileNotFoundError`: something does not exist. `ValueError`: it is not as described; a share of a stream is to be held out, or
-        `batch_size` does not fit.
+        `FileNotFoundError`: a file does not exist. `ValueError`: it is not as described, or a share of a stream is to be held out.
     """
-    rank, world_size = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
-    segmentation = held_out = None  # first, because it is quickly found to be missing
-    if settings.eval_dataset != "none":
-        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
-    if pairs is None:
-        streaming = settings.pairs_per_epoch > 0
-        if streaming and len(settings.data) > 1 and any(map(is_hub_id, settings.data)):
-            raise ValueError(
-                "pairs_per_epoch: only one Hub dataset can be streamed; name one, or set pairs_per_epoch to 0."
-            )
-        pairs = open_pairs(settings.data, vars(settings), streaming=streaming, rank=rank, world_size=world_size)
     streamed = not isinstance(pairs, PairDataset)
-    if settings.validation_data:
-        held_out = open_pairs(settings.validation_data, vars(settings), streaming=False)
+    if settings.get("validation_data"):
+        held_out = open_pairs(settings["validation_data"], settings, streaming=False)
         if not streamed and (common := pairs.files() & held_out.files()):
             logger.warning(
                 "%d files are in data and validation_data, such as %s: scores on them say nothing of other images.",
                 len(common),
                 min(common),
             )
-    if settings.validation_share:
+        return pairs, held_out
+    if settings.get("validation_share"):
         if streamed:
             raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
-        pairs, held_out = pairs.split(settings.validation_share)
+        return pairs.split(settings["validation_share"])
+    return pairs, None
+
+
+def open_inputs(settings: Settings, opened: tuple[PairDataset, PairDataset | None] | None = None) -> Inputs:
+    """
+    Opens what the settings name. `opened` are the result of [`hold_out`], if it is there already.
+
+    Raises:
+        `FileNotFoundError`: something does not exist. `ValueError`: it is not as described, or `batch_size` does not fit. Also as
+        [`hold_out`].
+    """
+    rank, world_size = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
+    segmentation = None
+    if settings.eval_dataset != "none":  # first, because it is quickly found to be missing
+        segmentation = load_segmentation(settings.eval_dataset, settings.eval_root, settings.eval_split or None)
+    if opened is None:
+        streaming = settings.pairs_per_epoch > 0
+        if streaming and len(settings.data) > 1 and any(map(is_hub_id, settings.data)):
+            raise ValueError(
+                "pairs_per_epoch: only one Hub dataset can be streamed; name one, or set pairs_per_epoch to 0."
+            )
+        options = {"streaming": streaming, "rank": rank, "world_size": world_size}
+        opened = hold_out(open_pairs(settings.data, vars(settings), **options), vars(settings))
+    pairs, held_out = opened
+    streamed = not isinstance(pairs, PairDataset)
     check_batch(settings.pairs_per_epoch if streamed else len(pairs), settings.batch_size, world_size)
     nouns = NounPrompts.from_file(settings.nouns, seed=settings.seed) if settings.nouns else None
-    if nouns and not streamed and os.environ.get("RANK", "0") == "0":
+    if nouns and not streamed and rank == 0:
         warn_of_unknown_labels(pairs, nouns)
     return Inputs(pairs, held_out, nouns, segmentation)
 

@@ -12,6 +12,7 @@ from ..data.pairs import BadPairError, PairDataset
 from ..utils.files import loading_errors, parse_json
 from ..utils.hub_ids import RUNS
 from ..utils.prefetch import spare_processors
+from .inputs import hold_out
 from .settings import parse_options
 
 
@@ -21,13 +22,18 @@ STEPS = 200
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 
-def choose_settings(given: Mapping, pairs: PairDataset) -> dict[str, object]:
+def choose_settings(
+    given: Mapping, pairs: PairDataset
+) -> tuple[dict[str, object], tuple[PairDataset, PairDataset | None]]:
     """
     Returns the preset for training on few pairs, those of `given["data"]`: the projections of a trained model are trained for 200 steps,
     with a low learning rate, and evaluated on a tenth of the pairs. Settings that are given take precedence, and others depend on them.
 
+    Returns:
+        `tuple`: the chosen settings, and the training and held-out pairs by them, see [`~inputs.hold_out`].
+
     Raises:
-        As [`check_pairs`].
+        As [`check_pairs`] and [`~inputs.hold_out`].
     """
     check_pairs(pairs)
     chosen: dict[str, object] = {}
@@ -40,15 +46,16 @@ def choose_settings(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     folder = choose("output_dir", f"{RUNS}/{stem}")
     if not (given.get("vision") or given.get("text")):
         choose("model", "embedded")
-    share = 0.0 if given.get("validation_data") else choose("validation_share", 0.1 if len(pairs) >= 20 else 0.0)
-    held_out = len(pairs.split(share)[1]) if share else 0
-    if 0 < held_out < 100:
+    if not given.get("validation_data"):
+        choose("validation_share", 0.1 if len(pairs) >= 20 else 0.0)
+    pairs, held_out = hold_out(pairs, {**chosen, **given})
+    if held_out is not None and len(held_out) < 100:
         choose("best_metric", "val_loss")  # a share of right answers is too coarse on so few
     choose("lock_text", True)
     if _locks_vision(given):
         choose("cache_features", f"{folder}/cache")
 
-    training, world = len(pairs) - held_out, int(os.environ.get("WORLD_SIZE", 1))
+    training, world = len(pairs), int(os.environ.get("WORLD_SIZE", 1))
     good = training - int(pairs.max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
     batch = choose("batch_size", max(min(good, 256) // world * world, world))
     choose("learning_rate", RATE)
@@ -60,7 +67,7 @@ def choose_settings(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     choose("eval_steps", max(1, steps // 5))
     choose("log_steps", max(1, steps // 100))
     choose("num_workers", min(training // 250, 4, spare_processors()))
-    return chosen
+    return chosen, (pairs, held_out)
 
 
 def _locks_vision(given: Mapping) -> bool:

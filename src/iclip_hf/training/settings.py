@@ -26,10 +26,8 @@ TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tenso
 
 POSITIVE = 1e-99  # the lowest value of what must not be 0
 
-# Settings that change no result, so that a run may resume with others.
-FREE = """
-    config output_dir resume num_workers report_to log_steps eval_steps pictures checkpoint_steps
-""".split()
+# Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
+FREE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
 # Places, which may change too: their content is compared.
 PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
 

@@ -35,6 +35,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state, shared_folder_lock
 from ..utils.files import atomic_write
 from ..utils.interrupts import Interrupts
+from .card import card_settings
 from .checkpoints import (
     RunState,
     export,
@@ -48,7 +49,7 @@ from .contrastive import PairModel
 from .data import BatchLoader, PairBatches, load_datasets, seed_everything
 from .inputs import STATE_FILE, Inputs, checkpoints, open_inputs
 from .settings import MAP_METRICS, Settings, parse_options
-from .validation import change_interval, common_labels, draw_examples, regressed_metrics, report, validate
+from .validation import change_interval, draw_examples, regressed_metrics, report, validate
 
 
 MAX_BAD_STEPS = 30  # in a row, after which the run stops
@@ -139,15 +140,15 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
 
 
 def fingerprints(inputs: Inputs, accelerator: Accelerator) -> dict[str, object]:
-    """Returns digests of the content of what a run reads, by the name of the setting."""
+    """Returns digests of what a run reads, by the name of the setting, as the first process finds it."""
     pairs, held_out, nouns, segmentation = inputs
-    with accelerator.main_process_first():  # the first process caches the digests of the files for the others
-        return {
-            "data": pairs.fingerprint(),
-            "validation_data": held_out and held_out.fingerprint(),
-            "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist(), nouns.place.tolist()]),
-            "eval_root": segmentation and segmentation.fingerprint(),
-        }
+    found = accelerator.is_main_process and {
+        "data": pairs.fingerprint(),
+        "validation_data": held_out and held_out.fingerprint(),
+        "nouns": nouns and digest([nouns.nouns, nouns.is_background.tolist(), nouns.place.tolist()]),
+        "eval_root": segmentation and segmentation.fingerprint(),
+    }
+    return broadcast_from_main(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -360,8 +361,8 @@ class Selection:
             state.best, state.metrics, state.evaluation = score, metrics, evaluation
             state.change, state.regressed = change, regressed
             if not kept_initial_model(settings, state):
-                labels = common_labels(self.inputs.held_out) if self.inputs.held_out is not None else None
-                self._export(metrics=evaluation, training=state.settings, start=state.content, labels=labels)
+                training, start = card_settings(state.settings), state.content
+                self._export(metrics=evaluation, training=training, source=settings.model, start=start)
         state.measured = True
 
     def _evaluate(self) -> tuple[dict[str, float], dict[str, list[float]], dict | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -30,8 +29,7 @@ def partial_state(needed_by: str) -> PartialState:
         from accelerate.utils import parse_flag_from_env
     # Without `cpu`, two processes on CPU would not form a group.
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    # The others wait while the first process reads and hashes the data; NCCL alone would end the run after 10 minutes.
-    return PartialState(cpu=cpu, timeout=timedelta(hours=12))
+    return PartialState(cpu=cpu)
 
 
 def broadcast_from_main(value: Value) -> Value:

@@ -23,12 +23,15 @@ _LOCK = ".iclip-hf.lock"
 
 
 def cache_folder() -> Path:
-    """Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME` (`~/.cache`)."""
+    """
+    Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME`
+    (`~/.cache`).
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
     return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None] = ()) -> None:
@@ -40,7 +43,8 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
         inputs: what is read: files, names that are no files, or None.
 
     Raises:
-        `FileExistsError`: an output is an input, a folder or a device. `PermissionError`: the folder of an output cannot be written.
+        `FileExistsError`: an output is an input, a folder or a device. `PermissionError`: the folder of an output
+            cannot be written.
     """
     read = {*map(_file_id, filter(None, inputs))} - {None}
     for path in map(Path, outputs):
@@ -55,8 +59,8 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
 
 def new_file(path: str | os.PathLike) -> Path:
     """
-    Returns the path of a file whose name the program chose: `path` or, if it exists, the first of `name-2.png`, `name-3.png`, ... that
-    does not. So no file is replaced that the user did not name.
+    Returns the path of a file whose name the program chose: `path` or, if it exists, the first of `name-2.png`,
+    `name-3.png`, ... that does not. So no file is replaced that the user did not name.
     """
     path = Path(path)
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
@@ -75,8 +79,8 @@ def _file_id(path: str | os.PathLike) -> tuple[int, int] | None:
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yields a temporary path; renamed to `path` on success, deleted on error. Creates the file's folder. A symbolic link stays one, and
-    its target is written. Several processes can write the same file.
+    Yields a temporary path; renamed to `path` on success, deleted on error. Creates the file's folder. A symbolic link
+    stays one, and its target is written. Several processes can write the same file.
     """
     path = Path(os.path.realpath(path))
     temporary = _temporary(path)
@@ -93,7 +97,10 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
-    """Writes files into a folder that may hold others. Raises `FileExistsError` if one of them exists, and not `overwrite`."""
+    """
+    Writes files into a folder that may hold others. Raises `FileExistsError` if one of them exists, and not
+    `overwrite`.
+    """
     paths = [folder / name for name in contents]
     check_outputs(paths)
     if not overwrite and (existing := next(filter(os.path.lexists, paths), None)):
@@ -104,7 +111,10 @@ def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = F
 
 
 def _temporary(path: Path) -> Path:
-    """Returns a new hidden name beside a file or folder. 50 characters of a long name have at most 200 bytes, of 255 that may be."""
+    """
+    Returns a new hidden name beside a file or folder. 50 characters of a long name have at most 200 bytes, of 255 that
+    may be.
+    """
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
@@ -119,7 +129,9 @@ def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing_errors(path: Path) -> Iterator[None]:
-    """Converts the errors that libraries raise for a full disk or missing permissions into an `OSError` with one message."""
+    """
+    Converts the errors that libraries raise for a full disk or missing permissions into an `OSError` with one message.
+    """
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -160,13 +172,14 @@ def parse_json(text: str | bytes) -> object:
         raise ValueError("its values are nested too deeply") from None
 
 
-# -------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------------------------- folders
 
 
 def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     """
-    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not count, nor what a
-    run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other files, and `NotADirectoryError`.
+    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not
+    count, nor what a run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other
+    files, and `NotADirectoryError`.
     """
     names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()
     if state_file:
@@ -180,9 +193,9 @@ def check_new_folder(folder: Path, state_file: str | None = None) -> None:
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """
-    Locks a folder against other runs. Creates the folder if it does not exist. The operating system releases the lock when the
-    process ends. For a run of several processes see [`iclip_hf.utils.distributed.shared_folder_lock`]. Raises `BlockingIOError` if
-    another run holds the lock.
+    Locks a folder against other runs. Creates the folder if it does not exist. The operating system releases the lock
+    when the process ends. For a run of several processes see [`iclip_hf.utils.distributed.shared_folder_lock`]. Raises
+    `BlockingIOError` if another run holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK, timeout=0)
@@ -201,10 +214,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yields a temporary folder of the same name, whose parent is temporary too; renamed to `folder` on success, deleted on error.
+    Yields a temporary folder of the same name, whose parent is temporary too; renamed to `folder` on success, deleted
+    on error.
 
-    An existing empty folder stays the same folder, because it may be a mount point or the working directory of a shell. The
-    temporary folder is then in it, and its content is renamed. Raises what [`check_new_folder`] raises.
+    An existing empty folder stays the same folder, because it may be a mount point or the working directory of a
+    shell. The temporary folder is then in it, and its content is renamed. Raises what [`check_new_folder`] raises.
     """
     folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
     check_new_folder(folder)
@@ -232,8 +246,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
-    Fills a model folder with `build`, unless it is complete. Of several processes, the first to end wins. Raises `FileExistsError` if the
-    folder is incomplete.
+    Fills a model folder with `build`, unless it is complete. Of several processes, the first to end wins. Raises
+    `FileExistsError` if the folder is incomplete.
     """
     files = [folder / "model.safetensors", folder / "config.json"]
     if not all(map(Path.is_file, files)):

@@ -11,8 +11,6 @@ import math
 import re
 import shutil
 import string
-import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -21,17 +19,17 @@ from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
 from ..hub.model_card import front_matter, write_model_card
-from ..hub.record import without_folders
+from ..hub.record import public_name
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
 from .viewer import (
-    EXAMPLES,
     MAX_CHARACTERS,
     MAX_TEXTS,
     VIEW_SIDE,
-    example_files,
+    Example,
+    examples,
     introduction,
     read_asset,
     view_size,
@@ -57,10 +55,11 @@ _STATIC_SPACE = {
         "cross-origin-resource-policy": "cross-origin",
     },
 }
-_CDN = "https://cdn.jsdelivr.net/npm"
-# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each the digest as browsers
-# check it, and the size in bytes as servers send it, compressed.
+CDN = "https://cdn.jsdelivr.net/npm"
+# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each
+# the digest as browsers check it, and the size in bytes as servers send it, compressed.
 _RUNTIME = json.loads(read_asset("runtime.json"))
+RUNTIME_FILES = [_RUNTIME["tokenizers"], *_RUNTIME["wasm"].values(), *_RUNTIME["webgpu"].values()]
 
 
 def export_web(
@@ -68,28 +67,29 @@ def export_web(
     processor: ICLIPProcessor,
     folder: str | Path,
     weights: str = "int8",
-    vendor: bool = False,
+    cdn: str = CDN,
     **card,
 ) -> Path:
     """
     Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
 
-    The page has the model's own maps and scores, and its presence if it has one. ONNX Runtime and the tokenizer are npm packages of
-    fixed versions; browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on WebGPU where there is one.
+    The page has the model's own maps and scores, and its presence if it has one. ONNX Runtime and the tokenizer are
+    npm packages of fixed versions; browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on
+    WebGPU where there is one.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
         folder: new or empty.
         weights (`str`): `"int8"`, `"bfloat16"` or `"float32"`, as for [`export_onnx`].
-        vendor (`bool`): whether to put the npm packages into the folder, by `npm`, instead of naming their addresses on a CDN.
+        cdn (`str`): address of a server of npm packages, from which the page loads them.
         card: options of [`write_model_card`].
 
     Returns:
         The folder.
 
     Raises:
-        `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`: the folder is
-            not empty. `ImportError`: a package of the extra `onnx` is missing. `OSError`: `vendor`, and npm is missing or fails.
+        `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`:
+            the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     folder = Path(folder)
     settings = {
@@ -103,20 +103,11 @@ def export_web(
         "theme": viewer_theme(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
-        runtime = {name: _RUNTIME[name] for name in (["wasm"] if weights == "int8" else ["wasm", "webgpu"])}
-        needed = [_RUNTIME["tokenizers"], *(file for files in runtime.values() for file in files.values())]
-        vendored = _npm_files(needed) if vendor else {}  # first, because the export takes a minute
-
-        def place(file: dict) -> dict:
-            if vendor:
-                return _compressed(built, Path(file["path"]).name, vendored[file["integrity"]])
-            url = f"{_CDN}/{file['package']}/{file['path']}"
-            return {"url": url, "integrity": file["integrity"], "bytes": file["bytes"]}
-
+        backends = ["wasm"] if weights == "int8" else ["wasm", "webgpu"]
         settings["runtime"] = {
-            name: {part: place(file) for part, file in files.items()} for name, files in runtime.items()
+            name: {part: _at_cdn(file, cdn) for part, file in _RUNTIME[name].items()} for name in backends
         }
-        settings["files"] = {"tokenizers": place(_RUNTIME["tokenizers"])}
+        settings["files"] = {"tokenizers": _at_cdn(_RUNTIME["tokenizers"], cdn)}
 
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
         logger.info("Compressing the graphs")
@@ -125,10 +116,10 @@ def export_web(
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
         first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in first)
-        settings["examples"] = [_example(path, built) for path in example_files()]
+        settings["examples"] = [_place_example(example, built) for example in examples()]
 
         values = {
-            "elsewhere": "" if vendor else " ".join(f"{_CDN}/{package}/" for package in _packages(needed)),
+            "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
             "introduction": introduction(settings["presence"] is not None),
         }
         texts = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
@@ -141,17 +132,27 @@ def export_web(
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")
         # The card names the model, which is not in this folder.
-        name = without_folders(model.name_or_path) or folder.resolve().name
+        name = public_name(model.name_or_path) or folder.resolve().name
         written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
-        (built / "README.md").write_text(_readme(written, folder.resolve().name, _packages(needed)), encoding="utf-8")
+        (built / "README.md").write_text(_readme(written, folder.resolve().name), encoding="utf-8")
     return folder
+
+
+def _packages() -> list[str]:
+    """Returns the npm packages that a page loads: the tokenizer, and ONNX Runtime."""
+    return sorted({file["package"] for file in RUNTIME_FILES})
+
+
+def _at_cdn(file: dict, cdn: str) -> dict:
+    """Returns what the page knows of a file of an npm package."""
+    return {"url": f"{cdn}/{file['package']}/{file['path']}", "integrity": file["integrity"], "bytes": file["bytes"]}
 
 
 def _with_version(texts: dict[str, str]) -> dict[str, str]:
     """
-    Returns the files of a page, by their names, with a version in the addresses by which they refer to each other. A browser may take a
-    file that it has for fresh; so a page and its modules are always of one export.
+    Returns the files of a page, by their names, with a version in the addresses by which they refer to each other. A
+    browser may take a file that it has for fresh; so a page and its modules are always of one export.
     """
     version = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
     reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, texts))})(?=")')
@@ -202,7 +203,10 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
-    """Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an old one."""
+    """
+    Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an
+    old one.
+    """
     packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {
@@ -218,49 +222,22 @@ def _integrity(data: bytes, algorithm: str) -> str:
     return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
 
 
-def _example(path: Path, folder: Path) -> dict:
-    example, name = EXAMPLES[path.name], f"{path.stem}.jpg"
-    with Image.open(path) as photo:
-        photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+def _place_example(example: Example, folder: Path) -> dict:
+    """Writes a photograph to try as JPEG, unchanged if it is a small one, and returns what the page knows of it."""
+    name = f"{example.file.stem}.jpg"
+    with Image.open(example.file) as photo:
+        if example.file.suffix == ".jpg" and view_size(photo) == photo.size:
+            shutil.copyfile(example.file, folder / name)
+        else:
+            photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC).save(folder / name, quality=90)
     return {"file": name, "title": example.title, "texts": example.texts}
 
 
-def _readme(card: Path, name: str, packages: list[str]) -> str:
+def _readme(card: Path, name: str) -> str:
     licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
-    photographs = [
-        f"| `{file.stem}.jpg`, from scikit-image | {EXAMPLES[file.name].origin} |" for file in example_files()
-    ]
-    tokenizers, ort = packages
+    photographs = [f"| photograph `{example.file.stem}.jpg` | {example.origin} |" for example in examples()]
+    tokenizers, ort = _packages()
     page = string.Template(read_asset("README.md")).substitute(
         name=name, ort=ort, tokenizers=tokenizers, photographs="\n".join(photographs)
     )
     return front_matter({"title": name, **_STATIC_SPACE, "license": licence}) + page
-
-
-# ------------------------------------------------------------------------------------------------------ npm packages
-
-
-def _packages(files: list[dict]) -> list[str]:
-    return sorted({file["package"] for file in files})
-
-
-def _npm_files(files: list[dict]) -> dict[str, bytes]:
-    """Returns the contents of files of npm packages by their digests. `npm` downloads or has them; no code of a package runs."""
-    logger.info("Getting ONNX Runtime and the tokenizer by npm")
-    contents = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for package in _packages(files):
-            npm = shutil.which("npm") or "npm"  # on Windows it has a suffix
-            command = [npm, "pack", package, "--prefer-offline", "--pack-destination", scratch, "--loglevel=error"]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, encoding="utf-8")
-            if done.returncode:
-                raise OSError(f"npm pack {package}: {' '.join(done.stderr.split())}")
-            with tarfile.open(Path(scratch, done.stdout.split()[-1])) as tar:
-                for file in files:
-                    if file["package"] == package:
-                        data = tar.extractfile(f"package/{file['path']}").read()
-                        digest = _integrity(data, "sha384")
-                        if digest != file["integrity"]:
-                            raise OSError(f"{package}: {file['path']} has the digest {digest}: clear npm's cache.")
-                        contents[digest] = data
-    return contents

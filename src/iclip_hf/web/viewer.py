@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..model.presence import MIN_PRESENCE, PRESENT
-from ..plots import COLORMAPS
+from ..plots import COLORMAPS, example_image
 from ..plots.colors import OPACITY, SEGMENTS, color_table
 
 
@@ -21,28 +21,29 @@ VIEW_SIDE = 640
 
 
 class Example(NamedTuple):
-    """A photograph to try: its `title`, `texts` of which the last is absent, and its `origin` with the licence."""
+    """
+    A photograph to try: its file and title, texts of which the last is absent, and where it is from, with the licence.
+    """
 
+    file: Path
     title: str
     texts: str
     origin: str
 
 
-# Photographs of scikit-image. Some answers of the embedded model are wrong: it calls the space shuttle absent and the cat a dog too, and
-# marks the lights below the rocket.
-EXAMPLES = {
-    "astronaut.png": Example("Astronaut", "woman, orange jacket, helmet, horse", "NASA, public domain"),
-    "coffee.png": Example("Cup of coffee", "cup of coffee, wooden table, dog", "Rachel Michetti, CC0"),
-    "chelsea.png": Example("Cat", "cat, dog, bicycle", "Stefan van der Walt, CC0"),
-    "rocket.jpg": Example("Rocket at night", "launch tower, rocket, dog", "SpaceX, public domain"),
-}
-
-
-def example_files() -> list[Path]:
-    """Returns the paths of the `EXAMPLES`; none where scikit-image is not installed."""
+def examples() -> list[Example]:
+    """Returns the photographs to try: that of this package, and three of scikit-image where it is installed."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).with_name("data") if package else Path()
-    return [folder / name for name in EXAMPLES if (folder / name).is_file()]
+    # Some answers of the embedded model are wrong: it calls the space shuttle absent and the cat a dog too, and marks
+    # the lights below the rocket.
+    all_of = [
+        Example(Path(example_image()), "Astronaut", "woman, orange jacket, helmet, horse", "NASA, public domain"),
+        Example(folder / "coffee.png", "Cup of coffee", "cup of coffee, wooden table, dog", "Rachel Michetti, CC0"),
+        Example(folder / "chelsea.png", "Cat", "cat, dog, bicycle", "Stefan van der Walt, CC0"),
+        Example(folder / "rocket.jpg", "Rocket at night", "launch tower, rocket, dog", "SpaceX, public domain"),
+    ]
+    return [example for example in all_of if example.file.is_file()]
 
 
 def view_size(image: Image.Image) -> tuple[int, int]:
@@ -53,18 +54,21 @@ def view_size(image: Image.Image) -> tuple[int, int]:
 
 def introduction(has_presence: bool) -> str:
     """Returns the text above the maps, as HTML. `has_presence`: whether the model computes presence."""
-    text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image lights up as well."""
+    text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image
+lights up as well. Most models know English texts only."""
     if has_presence:
         text += f"""
-<b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A text is <i>present</i> from
-{PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between. Texts that resemble what is shown often pass."""
+<b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A
+text is <i>present</i> from {PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between.
+Texts that resemble what is shown often pass."""
     return text
 
 
 def viewer_theme() -> dict:
     """
-    Returns the colours that `viewer.js` draws with: `colors`, for each name the red, green, blue and opacity, 0..255, of the 256
-    levels of a map; `opacity` of the maps at the start; and `segments`, colours of texts as hexadecimal numbers.
+    Returns the colours that `viewer.js` draws with: `colors`, for each name the red, green, blue and opacity, 0..255,
+    of the 256 levels of a map; `opacity` of the maps at the start; and `segments`, colours of texts as hexadecimal
+    numbers.
     """
     colors = {name: color_table(name).tolist() for name in COLORMAPS}
     return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS}

@@ -1,9 +1,9 @@
-// What the processor and the model do around the two graphs, as pure functions: the upright and resized image, similarities, presence,
-// enlarged maps. The tests compare each with its counterpart in Python.
+// What the processor and the model do around the two graphs, as pure functions: the upright and resized image,
+// similarities, presence, enlarged maps. The tests compare each with its counterpart in Python.
 
 /**
- * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because some browsers turn such
- * files and some do not. Other files come back as they are, with 1: all browsers turn JPEG files.
+ * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because some
+ * browsers turn such files and some do not. Other files come back as they are, with 1: all browsers turn JPEG files.
  */
 export function withoutOrientation(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -53,8 +53,8 @@ const KERNELS = { // weight at a distance, and the distance from which it is 0
 };
 
 /**
- * For each of `target` pixels along one side: its first source pixel and the weights from there on, integers of sum 2 ** bits. They
- * have the most bits with which the largest has 15, as torch's for 8-bit images do.
+ * For each of `target` pixels along one side: its first source pixel and the weights from there on, integers of sum
+ * 2 ** bits. They have the most bits with which the largest has 15, as torch's for 8-bit images do.
  */
 function antialiased(source, target, [kernel, support]) {
   const scale = source / target, stretch = Math.max(1, scale);
@@ -74,7 +74,8 @@ function antialiased(source, target, [kernel, support]) {
 }
 
 /**
- * Resizes with antialiasing exactly as torchvision does for 8 bits: along the rows, then along the columns, in integers.
+ * Resizes with antialiasing exactly as torchvision does for 8 bits: along the rows, then along the columns, in
+ * integers.
  *
  * @param rgba pixels of four bytes, row-major.
  * @param kernel "bilinear" or "bicubic".
@@ -139,8 +140,9 @@ export function dot(one, other) {
 }
 
 /**
- * The mean of the unit vectors of one label's prompts, as a unit vector. A vector joins one part of `width` numbers for each branch. Each
- * part is averaged alone, and keeps the length that it has in the prompts, which is the same in all.
+ * The mean of the unit vectors of one label's prompts, as a unit vector. A vector joins one part of `width` numbers
+ * for each branch. Each part is averaged alone, and keeps the length that it has in the prompts, which is the same in
+ * all.
  */
 export function unitMean(vectors, width) {
   const mean = new Float32Array(vectors[0].length);
@@ -193,8 +195,8 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }, wei
 }
 
 /**
- * The probability that the image shows the text, as `ICLIPModel.presence` computes it; null for a model that was trained with a softmax,
- * which has no settings of presence.
+ * The probability that the image shows the text, as `ICLIPModel.presence` computes it; null for a model that was
+ * trained with a softmax, which has no settings of presence.
  */
 export function presence(score, settings) {
   return settings && 1 / (1 + Math.exp(-(settings.scale * score + settings.bias)));

@@ -1,4 +1,5 @@
-// The page's service worker: keeps the page's own files, so that it also opens without a network. `worker.js` keeps the model.
+// The page's service worker: keeps the page's own files, so that it also opens without a network. `worker.js` keeps
+// the model.
 
 const FILES = $files; // name -> digest, as hexadecimal number
 const BASE = new URL(".", location), CACHE = "iclip page " + BASE.pathname;
@@ -8,7 +9,8 @@ addEventListener("install", (event) => {
   skipWaiting(); // the worker of a newer page takes over at once
   event.waitUntil(Promise.all([...digests.keys()].map(async (address) => {
     const response = await fetch(address, { cache: "no-cache" });
-    if (!await keep(address, response)) throw new Error(`$${address} is not the exported file`); // tried again at the next visit
+    // Tried again at the next visit.
+    if (!await keep(address, response)) throw new Error(`$${address} is not the exported file`);
   })));
 });
 
@@ -17,7 +19,10 @@ addEventListener("fetch", (event) => {
   if (digests.has(address)) event.respondWith(answer(address, event));
 });
 
-/** The file from the server, so that a newer page is seen at once; the kept one only where the server cannot be reached. */
+/**
+ * The file from the server, so that a newer page is seen at once; the kept one only where the server cannot be
+ * reached.
+ */
 async function answer(address, event) {
   try {
     const response = await fetch(event.request, { cache: "no-cache" });
@@ -30,7 +35,10 @@ async function answer(address, event) {
   }
 }
 
-/** Keeps a response if it is the exported file. An error page, a login page or an empty body is not; nor is a newer export. */
+/**
+ * Keeps a response if it is the exported file. An error page, a login page or an empty body is not; nor is a newer
+ * export.
+ */
 async function keep(address, response) {
   const content = await response.clone().arrayBuffer();
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", content));

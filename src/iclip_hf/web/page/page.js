@@ -69,7 +69,9 @@ function choose(file) {
   explain();
 }
 
-/** Chooses an example, unless it cannot be fetched or another image is chosen meanwhile; returns whether it was chosen. */
+/**
+ * Chooses an example, unless it cannot be fetched or another image is chosen meanwhile; returns whether it was chosen.
+ */
 async function chooseExample(button, { file, texts }) {
   const mine = ++choice;
   const blob = await fetch(file).then((response) => response.ok && response.blob()).catch(() => null);
@@ -116,7 +118,8 @@ const answers = {
     if (unseen) viewer.show({ ...picture, texts: pending });
     viewer.add(index, { ...result, word: presenceWord(result.presence, settings.presence) });
     // On a phone, the maps are below the question. They come into view if the visitor asked for them.
-    if (unseen && matchMedia(NARROW).matches && navigator.userActivation?.hasBeenActive) find("viewer").scrollIntoView();
+    const asked = navigator.userActivation?.hasBeenActive;
+    if (unseen && asked && matchMedia(NARROW).matches) find("viewer").scrollIntoView();
     unseen = false;
   },
   done() {
@@ -194,7 +197,7 @@ for (const [index, example] of settings.examples.entries()) {
   button.addEventListener("click", async () => await chooseExample(button, example) && explain());
   if (index === 0) await chooseExample(button, linked ? { file: example.file } : example);
 }
-find("photographs").hidden = !settings.examples.length;
+find("photographs").hidden = false;
 find("go").disabled = false;
 // A visitor who has the model already need not ask for it.
 if (photo && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();

@@ -1,5 +1,5 @@
-// Draws one overlay a text, for both demos: colours, opacity, outline, segments, the value under the pointer and the picture to save
-// are made here, from maps of 256 levels.
+// Draws one overlay a text, for both demos: colours, opacity, outline, segments, the value under the pointer and the
+// picture to save are made here, from maps of 256 levels.
 
 const WHITE = 0xffffffff, BLACK = 0xff000000; // alpha, blue, green, red
 const MIXED = 0.65; // opacity of segments
@@ -24,10 +24,12 @@ function paint(canvas, draw) {
 /**
  * Fills an element with the controls, the maps and the table of scores.
  *
- * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`: colours of texts.
+ * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`:
+ *   colours of texts.
  * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
- *   `add(index, {score, presence, word, levels, low, high})` adds what belongs to one: presence and its word, null for a model without;
- *   its map in 0..255, row-major, of `size` (width, height), and the raw values of 0 and 255; `savePicture()` downloads all overlays as they are seen.
+ *   `add(index, {score, presence, word, levels, low, high})` adds what belongs to one: presence and its word, null for
+ *   a model without; its map in 0..255, row-major, of `size` (width, height), and the raw values of 0 and 255;
+ *   `savePicture()` downloads all overlays as they are seen.
  */
 export function createViewer(element, theme) {
   element.innerHTML = `
@@ -36,9 +38,11 @@ export function createViewer(element, theme) {
         Opacity of the maps <output></output></label>
       <label><input name="threshold" type="range" min="0" max="1" step="0.01" value="1">
         Outline of values above <output></output></label>
-      <label class="check"><input name="segments" type="checkbox"> Segments: each pixel in the colour of its best text</label>
+      <label class="check"><input name="segments" type="checkbox">
+        Segments: each pixel in the colour of its best text</label>
       <fieldset><legend>Colours</legend>${Object.keys(theme.colors).map((name, index) =>
-        `<label class="check"><input name="colors" type="radio" value="${name}" ${index ? "" : "checked"}> ${NAMES[name]}</label>`
+        `<label class="check"><input name="colors" type="radio" value="${name}" ${index ? "" : "checked"}>
+          ${NAMES[name]}</label>`
       ).join("")}</fieldset>
     </div>
     <div class="maps"></div>
@@ -51,7 +55,8 @@ export function createViewer(element, theme) {
   const [opacity, threshold, segments, ...choices] = element.querySelectorAll("input");
   const [opacityOutput, thresholdOutput, spoken] = element.querySelectorAll("output");
   const gallery = element.querySelector(".maps"), table = element.querySelector("table");
-  const palettes = Object.fromEntries(Object.entries(theme.colors).map(([name, colors]) => [name, colors.map(packed)]));
+  const palettes = Object.fromEntries(
+    Object.entries(theme.colors).map(([name, colors]) => [name, colors.map(packed)]));
   let shown = null; // {photo, size, originalSize}
   let panels = []; // one a text: {text, heat, outline, ring, label, ...}, with `levels` and scores once they are there
   let overview = null; // the panel of segments
@@ -114,12 +119,14 @@ export function createViewer(element, theme) {
     });
   }
 
-  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest map, standardized over the image, plus a
-  // tenth of the logit of its presence, as `Explanation.label_map` finds it. Without an outline, the threshold is that of `iclip segment`.
+  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest map, standardized
+  // over the image, plus a tenth of the logit of its presence, as `Explanation.label_map` finds it. Without an
+  // outline, the threshold is that of `iclip segment`.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
-    const color = ({ text }) => theme.segments[panels.findIndex((panel) => panel.text === text) % theme.segments.length];
+    const place = ({ text }) => panels.findIndex((panel) => panel.text === text);
+    const color = (panel) => theme.segments[place(panel) % theme.segments.length];
     const inks = present.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
@@ -142,16 +149,17 @@ export function createViewer(element, theme) {
 
   function fillTable() {
     const rows = ready(), body = table.tBodies[0];
-    const presences = rows.some(({ word }) => word) ? '<th class="number">Presence</th><th></th><th class="bar"></th>' : "";
+    const presence = '<th class="number">Presence</th><th></th><th class="bar"></th>';
+    const headings = `<th>Text</th><th class="number">Score</th>${rows.some(({ word }) => word) ? presence : ""}`;
     table.hidden = false;
-    table.tHead.innerHTML = `<tr><th>Text</th><th class="number">Score</th>${presences}</tr>`;
+    table.tHead.innerHTML = `<tr>${headings}</tr>`;
     body.replaceChildren();
     for (const { text, score, presence, word } of rows) {
       const row = create("tr", body, { className: word ?? "" });
       create("td", row, { textContent: text });
       create("td", row, { className: "number", textContent: score.toFixed(3) });
       if (!word) continue;
-      create("td", row, { className: "number", textContent: `${Math.floor(100 * presence)} %` });
+      create("td", row, { className: "number", textContent: `${Math.round(100 * presence)} %` });
       create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
     }
@@ -181,7 +189,8 @@ export function createViewer(element, theme) {
     if (!at) return;
     const [x, y] = at.map((share, axis) => Math.floor(share * shown.size[axis]));
     const place = at.map((share, axis) => Math.floor(share * shown.originalSize[axis])).join(", ");
-    for (const { ring } of [...panels, overview]) Object.assign(ring.style, { left: `${100 * at[0]}%`, top: `${100 * at[1]}%` });
+    const [left, top] = at.map((share) => `${100 * share}%`);
+    for (const { ring } of [...panels, overview]) Object.assign(ring.style, { left, top });
     overview.label.textContent = place;
     for (const panel of ready()) {
       panel.value = (panel.levels[y * shown.size[0] + x] / 255).toFixed(2);

@@ -1,4 +1,5 @@
-// All work of the page: the download, both graphs, and the maps. The page stays responsive, and nothing leaves the machine.
+// All work of the page: the download, both graphs, and the maps. The page stays responsive, and nothing leaves the
+// machine.
 
 import * as numerics from "./numerics.js";
 
@@ -35,7 +36,8 @@ async function answerAll() {
     } catch (error) {
       console.warn(error);
       const sentence = error instanceof Sentence ? error.message
-        : `The model could not run here (${String(error?.message ?? error).slice(0, 200)}): reload the page, or try another browser.`;
+        : `The model could not run here (${String(error?.message ?? error).slice(0, 200)}): reload the page, or try ` +
+          "another browser.";
       tell({ kind: "error", sentence });
     }
   }
@@ -51,7 +53,8 @@ async function answer({ photo, photoId, texts, refine }, tell) {
     tell({ kind: "status", sentence: "Looking at the image …" });
     image = { ...await encodeImage(model, decoded), id: photoId };
     const { view, size, originalSize } = decoded;
-    postMessage({ kind: "photo", view, size, originalSize }, [view]); // also of an older question, because it is sent once
+    // Also of an older question, because it is sent once.
+    postMessage({ kind: "photo", view, size, originalSize }, [view]);
   }
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
@@ -82,9 +85,11 @@ async function decode(blob) {
     const stored = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
     orientation = stored.orientation;
     // The pixels that Python reads.
-    bitmap = await createImageBitmap(new Blob([stored.content], { type: blob.type }), { colorSpaceConversion: "none" });
+    const upright = new Blob([stored.content], { type: blob.type });
+    bitmap = await createImageBitmap(upright, { colorSpaceConversion: "none" });
   } catch {
-    throw new Sentence(`${file}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
+    throw new Sentence(
+      `${file}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
       (/hei[cf]/i.test(`${blob.type} ${file}`) ? " (of HEIC, only Safari shows the content)." : "."));
   }
   const originalSize = orientation > 4 ? [bitmap.height, bitmap.width] : [bitmap.width, bitmap.height];
@@ -94,7 +99,8 @@ async function decode(blob) {
   const { width, height } = reduced.canvas;
   const [newHeight, newWidth] = numerics.modelSize(settings.image, height, width);
   if (newHeight * newWidth > settings.image.max_pixels)
-    throw new Sentence(`${file}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
+    throw new Sentence(
+      `${file}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
   const rgba = reduced.getImageData(0, 0, width, height).data;
   const rgb = numerics.resize(rgba, width, height, newWidth, newHeight, settings.image.kernel);
   return {
@@ -124,7 +130,8 @@ function draw(bitmap, orientation, scale) {
 async function encodeImage({ ort, vision }, { rgb, shape, size }) {
   const pixels = numerics.normalize(rgb, settings.image);
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
-  const [embeds, patches, attention] = ["image_embeds", "patch_embeds", "map_attention"].map((name) => outputs[name].data);
+  const names = ["image_embeds", "patch_embeds", "map_attention"];
+  const [embeds, patches, attention] = names.map((name) => outputs[name].data);
   const direction = outputs.attention_direction?.data; // of a model with signed attention
   const grid = outputs.patch_embeds.dims.slice(1, 3);
   return { embeds, patches, attention, direction, rgb, shape, size, grid };
@@ -190,11 +197,12 @@ async function load() {
   const options = { executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"] };
   const vision = await ort.InferenceSession.create(content.vision, options);
   const text = await ort.InferenceSession.create(content.text, options);
-  const [tokens, tokensConfig] = [content.tokenizer, content.tokenizer_config].map((bytes) => JSON.parse(decodeText(bytes)));
+  const parse = (bytes) => JSON.parse(decodeText(bytes));
+  const tokenizer = new Tokenizer(parse(content.tokenizer), parse(content.tokenizer_config));
   await Promise.all((await cache?.keys() ?? []) // of earlier exports
     .filter(({ url }) => !all.some((file) => address(file) === url))
     .map((request) => cache.delete(request)));
-  return { ort, vision, text, tokenizer: new Tokenizer(tokens, tokensConfig) };
+  return { ort, vision, text, tokenizer };
 }
 
 const decodeText = (bytes) => new TextDecoder().decode(bytes);
@@ -224,7 +232,8 @@ async function download(file, cache, progress) {
     await cache?.put(address(file), new Response(bytes)).catch(() => null); // a full disk is no error
     return content;
   }
-  throw new Sentence(`The server sent something other than the file ${name(file)}. Try again later, or report it to the owner of this page.`);
+  throw new Sentence(`The server sent something other than the file ${name(file)}. Try again later, or report it to ` +
+    "the owner of this page.");
 }
 
 /** The content of what was downloaded as a file, if its length and digest are right; otherwise null. */
@@ -250,8 +259,9 @@ async function fetchBytes(file, progress, mode) {
     return new Uint8Array(await new Blob(parts).arrayBuffer());
   } catch {
     if (elsewhere)
-      throw new Sentence(`${address(file)} could not be fetched: check the connection and try again, or export the page with --vendor, which needs no other server.`);
-    throw new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has arrived is kept.`);
+      throw new Sentence(`${address(file)} could not be fetched: check the connection and try again.`);
+    throw new Sentence(`The download ended early at ${name(file)}. Check the connection and try again; what has ` +
+      "arrived is kept.");
   }
 }
 

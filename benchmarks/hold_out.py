@@ -1,0 +1,35 @@
+"""
+Divides webdataset shards into images to train on and every tenth image, which is held out.
+
+    python benchmarks/hold_out.py DATA/stuff/nyu.tar DATA/stuff/msrc.tar --train runs/stuff --held-out runs/held_out
+"""
+
+import tarfile
+from pathlib import Path
+
+from measuring import command_line
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("shards", type=Path, nargs="+", help="tar files, whose names the parts keep")
+    parser.add_argument("--train", type=Path, required=True, help="folder of the shards to train on")
+    parser.add_argument("--held-out", type=Path, required=True, help="folder of the shards with every tenth image")
+    options = parser.parse_args()
+    for folder in (options.train, options.held_out):
+        folder.mkdir(parents=True, exist_ok=True)
+    for shard in options.shards:
+        with (
+            tarfile.open(shard) as source,
+            tarfile.open(options.train / shard.name, "x", format=tarfile.USTAR_FORMAT) as train,
+            tarfile.open(options.held_out / shard.name, "x", format=tarfile.USTAR_FORMAT) as held_out,
+        ):
+            keys: dict[str, int] = {}
+            for member in source:
+                place = keys.setdefault(member.name.rsplit(".", 1)[0], len(keys))
+                (train if place % 10 else held_out).addfile(member, source.extractfile(member))
+        print(f"{shard.name}: {len(keys)} images, {(len(keys) + 9) // 10} of them held out")
+
+
+if __name__ == "__main__":
+    main()

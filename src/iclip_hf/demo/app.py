@@ -82,7 +82,9 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
-    """Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges."""
+    """
+    Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges.
+    """
     return {
         **seen.view,
         "grid": list(explanation.raw_maps.shape[1:]),

@@ -1,4 +1,5 @@
-"""The paper's analyses: semantic shift (Tables 6 and 7), pooled channels (Fig. 3), recognition against interpretability (Fig. 9).
+"""The paper's analyses: semantic shift (Tables 6 and 7), pooled channels (Fig. 3), recognition against
+interpretability (Fig. 9).
 
 python benchmarks/analyses.py shift --dataset voc2012 --data-root VOC
 python benchmarks/analyses.py channels dog.jpg cat.jpg --output channels.png
@@ -29,16 +30,19 @@ from iclip_hf.model.images import load_image
 with needed():
     from matplotlib.figure import Figure
 
-# Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images. The last
-# row of the paper is the mean of its other rows only if they have 3, 49 and 48 % of VOC's images, which fits shares of background.
-# So the first row of the paper corresponds to the third row here, and the third to the first.
+# Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images.
+# The last row of the paper is the mean of its other rows only if they have 3, 49 and 48 % of VOC's images, which fits
+# shares of background. So the first row of the paper corresponds to the third row here, and the third to the first.
 SHARES = ((0.0, 0.25), (0.25, 0.75), (0.75, 1.0), (0.0, 1.0))
 # Safe for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE = "#0072B2", "#D55E00"
 
 
 class ChannelMatch(NamedTuple):
-    """For each channel of a pooled vector, the index of the patch with the nearest value, row-major, and the pooled value, `(P,)`."""
+    """
+    For each channel of a pooled vector, the index of the patch with the nearest value, row-major, and the pooled
+    value, `(P,)`.
+    """
 
     tokens: np.ndarray
     values: np.ndarray
@@ -47,8 +51,8 @@ class ChannelMatch(NamedTuple):
 
 def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """
-    Finds the patch `(N, P)` whose value is nearest to the pooled value `(P,)`, for each channel (Section 3.1). Returns indices `(P,)`.
-    The first of equal patches counts.
+    Finds the patch `(N, P)` whose value is nearest to the pooled value `(P,)`, for each channel (Section 3.1). Returns
+    indices `(P,)`. The first of equal patches counts.
     """
     return (patches - pooled).abs().argmin(0)
 
@@ -56,10 +60,10 @@ def match_channels(pooled: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
     """
-    Matches the channels of one image for each pooling, in the space where patches and texts are compared: `"average"` and `"max"` of
-    the patch embeddings; `"own"`, the pooled vector of the map branch, unless this branch pools similarities; `"class_token"` (of
-    SigLIP and ResNets the output of the attention pooling), unless the map branch pools patch tokens, because the class token of
-    another branch is in another space.
+    Matches the channels of one image for each pooling, in the space where patches and texts are compared: `"average"`
+    and `"max"` of the patch embeddings; `"own"`, the pooled vector of the map branch, unless this branch pools
+    similarities; `"class_token"` (of SigLIP and ResNets the output of the attention pooling), unless the map branch
+    pools patch tokens, because the class token of another branch is in another space.
     """
     features = model.get_image_features(model.processor(images=[image])["pixel_values"])
     patches, own = features.patch_embeds[0], features.map_image_embeds
@@ -86,9 +90,10 @@ def semantic_shift(
     Counts the channels that move between foreground and background when one pooling replaces another (Section 3.1).
 
     Returns:
-        `tuple`: for each of `SHARES` the number of images and the mean number of channels whose patch moves from background to
-        foreground (B2F), from foreground to background (F2B), or does neither, NaN without images (Table 6); and for each pooling
-        the mean number of channels whose patch lies on the foreground (Table 7). Images without foreground are left out.
+        `tuple`: for each of `SHARES` the number of images and the mean number of channels whose patch moves from
+        background to foreground (B2F), from foreground to background (F2B), or does neither, NaN without images (Table
+        6); and for each pooling the mean number of channels whose patch lies on the foreground (Table 7). Images
+        without foreground are left out.
     """
     sums = np.zeros((len(SHARES), 4), np.int64)  # images, B2F, F2B, same
     on_foreground: dict[str, int] = {}
@@ -113,8 +118,8 @@ def semantic_shift(
 
 def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
-    Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the pixels of a class and
-    those that are not void, `(H, W)` boolean.
+    Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the
+    pixels of a class and those that are not void, `(H, W)` boolean.
     """
     pixels = torch.from_numpy(np.stack([foreground & labelled, labelled])).double()
     area, total = F.adaptive_avg_pool2d(pixels, grid).flatten(1).numpy()
@@ -123,8 +128,9 @@ def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[
 
 def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str, ChannelMatch]]) -> Figure:
     """
-    Draws the patches that the channels of pooled vectors match (Fig. 3). A row shows an image, a panel a pooling, and a point a
-    channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the pooled value.
+    Draws the patches that the channels of pooled vectors match (Fig. 3). A row shows an image, a panel a pooling, and
+    a point a channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the pooled
+    value.
     """
     heights = [image.height / image.width for image in images]
     figure = Figure(figsize=(2.8 * len(matches[0]), 2.8 * sum(heights) + 0.7), layout="constrained")
@@ -135,7 +141,8 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     for axis, (image, match) in zip(axes.flat, panels):
         axis.axis("off")
         axis.imshow(image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB"))
-        # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each other.
+        # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each
+        # other.
         places = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
         corners = np.stack(np.divmod(match.tokens, match.grid[1]), 1)
         y, x = ((corners + places) / match.grid * (image.height, image.width)).T - 0.5

@@ -1,4 +1,5 @@
-"""What commands cost beside the model's forward passes: `iclip explain` of many files, `iclip evaluate`, and their start.
+"""What commands cost beside the model's forward passes: `iclip explain` of many files, `iclip evaluate`, and their
+start.
 
     python benchmarks/bench_commands.py --data DATA
 
@@ -90,7 +91,9 @@ def evaluating(data: Path, images: int) -> str:
 
 
 def starting(rounds: int) -> str:
-    """A new process: imports, help, and the first map beside the least that transformers alone needs to load and run."""
+    """
+    A new process: imports, help, and the first map beside the least that transformers alone needs to load and run.
+    """
 
     def run(*command: str, fails: bool = False) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *command], check=not fails, capture_output=True)

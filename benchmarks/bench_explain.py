@@ -40,7 +40,9 @@ def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def contenders(model: ICLIPModel, images: int, texts: int) -> dict[str, Callable[[], object]]:
-    """From pixel values and token ids to finished maps, all of an image at once or one at a time; and the towers alone."""
+    """
+    From pixel values and token ids to finished maps, all of an image at once or one at a time; and the towers alone.
+    """
     pixel_values = torch.randn(images, 3, 224, 224)
     input_ids = torch.randint(1000, 20000, (texts, 8))
     mask = torch.ones_like(input_ids)
@@ -116,19 +118,21 @@ def pipelines(count: int, rounds: int) -> str:
 
 
 def asking_again(rounds: int) -> str:
-    """The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive."""
+    """
+    The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive.
+    """
     model = load("embedded")
     engine = Engine(model, model.processor)
     image = photograph(0)
     texts = examples()[0].texts.split(", ")
-    kept = encode_photo(engine, image)
+    encoded = encode_photo(engine, image)
 
     def answer(seen=None):
         seen = seen or encode_photo(engine, image)
         (explanation,) = engine.run([seen.prepared], texts)
         viewer_value(seen, explanation), to_npz(explanation)
 
-    contenders = {"first": answer, "again": lambda: answer(kept), "texts": lambda: engine.encode(texts)}
+    contenders = {"first": answer, "again": lambda: answer(encoded), "texts": lambda: engine.encode(texts)}
     taken = take_turns(contenders, rounds)
     first, again, encoding = medians(taken).values()
     headings = ["demo, first texts on an image, seconds", "other texts on it", "ratio", "of which encoding 3 texts"]

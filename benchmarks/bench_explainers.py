@@ -2,10 +2,11 @@
 
     python benchmarks/bench_explainers.py [--texts 10] [--rounds 2]
 
-CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives need one
-forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock starts their maps are
-compared with ours, but for captum, which takes the mean gradient of each token instead of each channel. Last, what becomes of the
-maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of refined maps. Prints Markdown tables.
+CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives
+need one forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock
+starts their maps are compared with ours, but for captum, which takes the mean gradient of each token instead of each
+channel. Last, what becomes of the maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of
+refined maps. Prints Markdown tables.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image tower's own growth.
+"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image tower's own
+growth.
 
     python benchmarks/bench_growth.py
 

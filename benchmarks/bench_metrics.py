@@ -2,7 +2,8 @@
 
     python benchmarks/bench_metrics.py
 
-Prints three Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every value.
+Prints three Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every
+value.
 """
 
 import itertools
@@ -75,7 +76,9 @@ CLASSES = 3
 
 
 def make_image(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, that they share with background."""
+    """
+    Smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, that they share with background.
+    """
     maps = np.stack([make_pair(3 * seed + k)[0] for k in range(CLASSES)])
     lowest = np.argmin([make_pair(10**6 + 4 * seed + k, grid=(6, 8))[0] for k in range(CLASSES + 1)], axis=0)
     return maps, lowest.astype(np.uint8)

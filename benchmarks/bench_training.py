@@ -2,9 +2,9 @@
 
     python benchmarks/bench_training.py --data DATA/flickr8k/dev-00000.tar
 
-Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2 ViT-S/14 and
-MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss and tokenizer. Then a step
-with the similarity pooling against one with Eq. 10's.
+Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2
+ViT-S/14 and MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss
+and tokenizer. Then a step with the similarity pooling against one with Eq. 10's.
 """
 
 import argparse
@@ -219,8 +219,9 @@ def main() -> None:
     uncached, learning = "projections, without", "projections and text tower, without"
     print(
         f"\nThe cache makes an epoch {ratio(taken, uncached, 'projections, from the cache'):.0f} times faster, "
-        f"{ratio(taken, learning, 'projections and text tower, from the cache'):.1f} times with the text tower learning. open_clip "
-        f"takes {ratio(taken, 'open_clip, locked image tower', learning):.2f} times as long as `iclip train` without a cache."
+        f"{ratio(taken, learning, 'projections and text tower, from the cache'):.1f} times with the text tower "
+        f"learning. open_clip takes {ratio(taken, 'open_clip, locked image tower', learning):.2f} times as long as "
+        "`iclip train` without a cache."
     )
     if native:
         faster = [f"{ratio(taken, name, f'{name}, bf16'):.2f}" for name in (uncached, learning)]

@@ -2,8 +2,8 @@
 
     python benchmarks/competitions.py voc21:DATA/voc_layout coco_object:DATA/coco100:train2017
 
-The embedded model, the data set's prompts and the presence gate. Prints a Markdown table: mIoU with the background over the images at even
-and at odd positions, and how many present classes that pass the gate have no pixel.
+The embedded model, the data set's prompts and the presence gate. Prints a Markdown table: mIoU with the background
+over the images at even and at odd positions, and how many present classes that pass the gate have no pixel.
 """
 
 import numpy as np

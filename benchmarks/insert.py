@@ -1,4 +1,7 @@
-"""Puts the tables of scripts into a page: python benchmarks/insert.py docs/speed.md runs/bench_explain.md runs/bench_growth.md"""
+"""Puts the tables of scripts into a page.
+
+python benchmarks/insert.py docs/speed.md runs/bench_explain.md runs/bench_growth.md
+"""
 
 import re
 import sys
@@ -8,7 +11,10 @@ from iclip_hf.utils.files import atomic_write
 
 
 def insert(page: Path, name: str, text: str) -> None:
-    """Replaces the text between `<!-- name -->` and `<!-- end -->` in a page. Raises `ValueError` if the page has no such lines."""
+    """
+    Replaces the text between `<!-- name -->` and `<!-- end -->` in a page. Raises `ValueError` if the page has no such
+    lines.
+    """
     place = re.compile(rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL)
     content, count = place.subn(lambda _: f"\n{text.strip()}\n\n", page.read_text(encoding="utf-8"))
     if count != 1:

@@ -1,7 +1,8 @@
-"""Functions that the benchmarks share: what they need, measuring time and memory, remembering the results of locked towers, and tables.
+"""Functions that the benchmarks share: what they need, measuring time and memory, remembering the results of locked
+towers, and tables.
 
-Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them. The ratio of two
-contenders is the median of their ratios over the rounds.
+Contenders take turns, round by round, so that a machine that is slower for a while is slower for all of them. The
+ratio of two contenders is the median of their ratios over the rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ import torch
 
 @contextmanager
 def needed() -> Iterator[None]:
-    """Wraps imports of packages that only benchmarks need. Ends the script with one sentence if one of them is not installed."""
+    """
+    Wraps imports of packages that only benchmarks need. Ends the script with one sentence if one of them is not
+    installed.
+    """
     try:
         yield
     except ImportError as error:
@@ -34,7 +38,10 @@ def needed() -> Iterator[None]:
 
 
 def machine(*packages: str) -> str:
-    """Returns a line with the processor, the number of cores, the device, and the versions of torch, transformers and `packages`."""
+    """
+    Returns a line with the processor, the number of cores, the device, and the versions of torch, transformers and
+    `packages`.
+    """
     names = [line.split(":")[1].strip() for line in _proc("cpuinfo").splitlines() if line.startswith("model name")]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *packages))
@@ -82,8 +89,8 @@ def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
 
 def cost(function: Callable[[], object]) -> tuple[float, float]:
     """
-    Returns the seconds of one call, and the MiB at its peak beyond what the process held before (Linux). Memory that was freed before is
-    given back to the system first, so that the call has to take it again.
+    Returns the seconds of one call, and the MiB at its peak beyond what the process held before (Linux). Memory that
+    was freed before is given back to the system first, so that the call has to take it again.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -124,7 +131,9 @@ def command_line(description: str) -> argparse.ArgumentParser:
 
 
 def mean_and_spread(values: list[float], digits: str) -> str:
-    """Returns the mean and, of several values, the standard deviation, both formatted as `digits`, for example `.1f`."""
+    """
+    Returns the mean and, of several values, the standard deviation, both formatted as `digits`, for example `.1f`.
+    """
     spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{digits}}{spread}"
 

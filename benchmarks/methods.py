@@ -3,8 +3,9 @@
     python benchmarks/methods.py coco2017:DATA/coco100:train2017 voc2012:DATA/voc_layout
     python benchmarks/insert.py docs/studies/methods.md runs/methods.md
 
-A cell has a value for each data set. The columns that cost most (label maps of all classes; deletion and insertion) are measured
-on the first --few images. Methods that the model does not support are named below the table. Prints and writes the table.
+A cell has a value for each data set. The columns that cost most (label maps of all classes; deletion and insertion)
+are measured on the first --few images. Methods that the model does not support are named below the table. Prints and
+writes the table.
 """
 
 import statistics
@@ -116,10 +117,11 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     counts = [min(len(dataset), options.limit or len(dataset)) for dataset in datasets]
     few = [min(count, options.few) for count in counts]
     lines = [
-        f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. mIoU, pointing game and "
-        f"insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the model, whatever the method: "
-        f"{' / '.join(rounded(of_data[CONSTANT]['map'], 1) for of_data in scores)} %. Seconds: raw maps of one image with "
-        f"{min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; {machine()}.",
+        f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. "
+        f"mIoU, pointing game and insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the "
+        f"model, whatever the method: {' / '.join(rounded(of_data[CONSTANT]['map'], 1) for of_data in scores)} %. "
+        f"Seconds: raw maps of one image with {min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; "
+        f"{machine()}.",
         "",
         table(headings, rows),
     ]
@@ -129,7 +131,9 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
 
 
 def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """Returns headings and rows: the best method of each column, the rank of `itsm`, and the best method without text."""
+    """
+    Returns headings and rows: the best method of each column, the rank of `itsm`, and the best method without text.
+    """
     rows = []
     for name, (heading, digits) in COLUMNS.items():
         best, rank, text_free = [], [], []

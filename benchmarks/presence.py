@@ -70,7 +70,7 @@ def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tupl
     def prepared():
         for image, shown in images:
             truth.append(shown)
-            yield engine.prepare(image, rows=[])
+            yield engine.prepare(image, text_indices=[])
 
     scores = [explanation.all_scores for explanation in engine.run(prepared(), names, batch_size=16)]
     presence = [model.presence(of_image) for of_image in scores]

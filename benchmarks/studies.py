@@ -47,8 +47,8 @@ def main() -> None:
         scores = []
         for seed in options.seeds:
             folder = options.output / f"{number}-seed{seed}"
-            kept = folder / "study.json"
-            if not kept.exists():
+            file = folder / "study.json"
+            if not file.exists():
                 command = [
                     "--config",
                     options.config / "train.yaml",
@@ -61,8 +61,8 @@ def main() -> None:
                 command += [f"--{name}={value}" for name, value in studies["settings"].items()]
                 command += ["--model_options", *studies["model_options"], *changes, *settings]
                 train(parse_settings([str(argument) for argument in command]))
-                kept.write_text(json.dumps(measure(folder, dataset, features), indent=2))
-            scores.append(json.loads(kept.read_text()))
+                file.write_text(json.dumps(measure(folder, dataset, features), indent=2))
+            scores.append(json.loads(file.read_text()))
         rows[name] = scores
         print(table(rows), flush=True)
     report = f"{table(rows)}\n\n{tower_facts(options.output / f'0-seed{options.seeds[0]}', dataset)}\n"

@@ -1,4 +1,6 @@
-"""A griffe extension: renders docstrings in the style of transformers, which none of griffe's parsers reads, as Markdown."""
+"""
+A griffe extension: renders docstrings in the style of transformers, which none of griffe's parsers reads, as Markdown.
+"""
 
 import inspect
 import re
@@ -37,7 +39,9 @@ def _objects(parent: griffe.Object) -> Iterator[griffe.Object]:
 
 
 def _as_list(section: re.Match) -> str:
-    """A bullet for each item. Indented lines continue the item above, and so do further lines of Returns and Raises."""
+    """
+    A bullet for each item. Indented lines continue the item above, and so do further lines of Returns and Raises.
+    """
     items: list[str] = []
     for line in inspect.cleandoc(section[2]).splitlines():
         continues = {"Returns": True, "Yields": True, "Raises": not _EXCEPTION.match(line)}.get(section[1], False)

@@ -1,4 +1,7 @@
-"""A hook of MkDocs: makes the site of pages that GitHub shows as they are, by changing their links to what is outside of `docs/`."""
+"""
+A hook of MkDocs: makes the site of pages that GitHub shows as they are, by changing their links to what is outside of
+`docs/`.
+"""
 
 import posixpath
 import re
@@ -25,8 +28,8 @@ def on_page_markdown(markdown, page, **kwargs):
 
 def relinked(markdown: str, page: str) -> str:
     """
-    Returns the text of a page with links of the site: to another page; to an object in the API reference, in place of a link with its
-    name to its module; and none to other files outside of `docs/`.
+    Returns the text of a page with links of the site: to another page; to an object in the API reference, in place of
+    a link with its name to its module; and none to other files outside of `docs/`.
     """
     sources = {name: source for source, name in OUTSIDE.items()}
     folder = posixpath.dirname(sources.get(page, f"docs/{page}"))

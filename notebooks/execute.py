@@ -1,4 +1,7 @@
-"""Executes the notebook and saves it with its outputs: `python notebooks/execute.py`. Pictures are JPEG files, a tenth of the size."""
+"""
+Executes the notebook and saves it with its outputs: `python notebooks/execute.py`. Pictures are JPEG files, a tenth of
+the size.
+"""
 
 import base64
 import io
@@ -28,24 +31,25 @@ def executed(timeout: int = 300):
 
 def cleaned(outputs: list) -> list:
     """
-    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, with one text in place of
-    consecutive ones, `/tmp/notebook` in place of temporary folders, and JPEG in place of PNG pictures.
+    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, with
+    one text in place of consecutive ones, `/tmp/notebook` in place of temporary folders, and JPEG in place of PNG
+    pictures.
     """
-    kept = []
+    result = []
     for output in outputs:
         if output.output_type == "stream":
             if output.name == "stderr":
                 continue
             output.text = TEMPORARY_FOLDER.sub("/tmp/notebook", output.text)
-            if kept and kept[-1].output_type == "stream":
-                kept[-1].text += output.text
+            if result and result[-1].output_type == "stream":
+                result[-1].text += output.text
                 continue
         if picture := output.get("data", {}).pop("image/png", None):
             file = io.BytesIO()
             Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").save(file, "JPEG", quality=85)
             output.data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
-        kept.append(output)
-    return kept
+        result.append(output)
+    return result
 
 
 if __name__ == "__main__":

@@ -37,7 +37,9 @@ from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarit
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
-    """A grey photograph of noise, (width, height) pixels, as `Image.effect_noise` draws it, but the same on every run."""
+    """
+    A grey photograph of noise, (width, height) pixels, as `Image.effect_noise` draws it, but the same on every run.
+    """
     grey = np.random.default_rng(seed).normal(128, spread, size[::-1]).clip(0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
 
@@ -181,8 +183,8 @@ def browser():
 @contextmanager
 def opened(browser, address: str, ready: str, script: str = "", **options) -> Iterator:
     """
-    A page of the browser, once a selector is there, which remembers what it asks for; it must end without an error in its scripts.
-    `script` runs before them.
+    A page of the browser, once a selector is there, which remembers what it asks for; it must end without an error in
+    its scripts. `script` runs before them.
     """
     context = browser.new_context(**options)
     page = context.new_page()
@@ -217,7 +219,9 @@ def recorded(monkeypatch) -> Callable:
 
 @pytest.fixture
 def sandbox(monkeypatch):
-    """A folder with that of the case; what is written without a name goes to an empty one beside it, caches to another."""
+    """
+    A folder with that of the case; what is written without a name goes to an empty one beside it, caches to another.
+    """
     # Not tmp_path: thousands of its numbered folders take longer than the cases.
     with tempfile.TemporaryDirectory() as name:
         for folder in ("here", "elsewhere", "case"):
@@ -261,7 +265,10 @@ def iclip_data() -> Path:
 
 @pytest.fixture(scope="module")
 def made(tiny_processor, tmp_path_factory):
-    """One model of each family for all tests of a module: nothing may change it. A tiny DINOv2 stands for the embedded one."""
+    """
+    One model of each family for all tests of a module: nothing may change it. A tiny DINOv2 stands for the embedded
+    one.
+    """
     from families import build
 
     proxy = tmp_path_factory.mktemp("proxy")
@@ -280,7 +287,10 @@ def made(tiny_processor, tmp_path_factory):
 
 
 def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
-    """Images of different shapes with index masks of these values in squares of 5 pixels, as `load_segmentation("folder")` takes them."""
+    """
+    Images of different shapes with index masks of these values in squares of 5 pixels, as
+    `load_segmentation("folder")` takes them.
+    """
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
     (root / "masks").mkdir()

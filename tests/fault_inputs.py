@@ -85,18 +85,6 @@ BAD_JSON = {
 FEW_JSON = {name: BAD_JSON[name] for name in ("truncated", "other object", "nested too deeply")}
 
 
-def evaluation(**changes) -> str:
-    row = {"name": "dog", "AP": 50.0, "MIoU": 20.0, "FMB": 0.1, "threshold": 0.4, **changes}
-    return json.dumps({"per_class": {"itsm": [row, {**row, "name": "cat"}]}})
-
-
-BAD_EVALUATIONS = FEW_JSON | {
-    "no methods": '{"per_class": {}}',
-    "threshold above 1": evaluation(threshold=7, AP="high"),
-    "no score at all": evaluation(AP=None, threshold=None),
-}
-
-
 def written(folder: Path, content: str | bytes, name: str = "written.json") -> Path:
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
     return folder / name

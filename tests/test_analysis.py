@@ -89,7 +89,8 @@ def test_semantic_shift_by_hand():
     ]
     rows, on_foreground = semantic_shift(by_hand(), iter(samples), after="class_token")
     assert rows == [(1, 1, 0, 3), (2, 0.5, 1, 2.5), (1, 0, 0, 4), (4, 0.5, 0.5, 3)]  # images, B2F, F2B, same
-    # On the foreground of the four images: by maximum 2, 1, 1, 4 channels, by class token 1, 1, 2, 4, by mean 0, 3, 1, 4.
+    # On the foreground of the four images: by maximum 2, 1, 1, 4 channels, by class token 1, 1, 2, 4, by mean 0, 3, 1,
+    # 4.
     assert on_foreground == {"class_token": 2, "average": 2, "max": 2, "own": 2}
     back, _ = semantic_shift(by_hand(), samples, before="class_token", after="max")
     assert [(b2f, f2b) for _, b2f, f2b, _ in back] == [(f2b, b2f) for _, b2f, f2b, _ in rows]
@@ -110,8 +111,8 @@ def test_foreground_tokens_are_a_majority_of_labelled_pixels(seed, h, w, tall, w
 @pytest.mark.parametrize("pooling", ["masked_max", "class_token"])
 def test_a_models_own_vectors_are_matched(dual, pooling, tiny_processor):
     """
-    On a real model and an image that is not square, against the model's own output. The class token is that of the branch that
-    draws: the recognition vector of a dual model is in another space than the patches.
+    On a real model and an image that is not square, against the model's own output. The class token is that of the
+    branch that draws: the recognition vector of a dual model is in another space than the patches.
     """
     model = tiny_model("dinov2", dual_projection=dual, pooling=pooling)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))

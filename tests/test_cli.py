@@ -92,10 +92,8 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     assert [row["text"] for row in entry["texts"]] == expected.labels == np.load(arrays)["texts"].tolist()
     assert run(workspace, photo, "--output", tmp_path / "a.png") == 0
     _, headings, *rows = capsys.readouterr().out.splitlines()
-    assert re.match(r"  best of [\d,]+ nouns +(presence at prior 0.05)? +score +regions", headings)
+    assert re.match(r"  best of [\d,]+ nouns +(presence at its prior)? +score +regions", headings)
     assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
-    assert run(workspace, photo, "--output", tmp_path / "b.png", "--threshold", tmp_path / "none.json") == 2
-    assert "--text" in capsys.readouterr().err
 
 
 def test_a_text_that_no_file_can_be_named_by_is_a_text():
@@ -201,51 +199,23 @@ def test_bfloat16_on_a_processor_that_emulates_it_is_warned_of(
 
 
 def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
-    results = tmp_path / "results.json"
-    rows = [{"name": name, "mMIoU": {"threshold": best}} for name, best in (("dog", 0.3), ("red ball", 0.8))]
-    protocol = load(str(workspace / "model")).identity
-    results.write_text(json.dumps({"per_class": {"itsm": rows}, "protocol": protocol}))
     image, output = workspace / "0" / "a.jpg", tmp_path / "out.png"
-    arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", results, "--min-presence", "0"]
+    arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", "0.8", "--min-presence", "0"]
     assert run(workspace, *arguments, "--output", output, "--npz", "--json") == 0
     entry = json.loads(capsys.readouterr().out)
     arrays = np.load(tmp_path / "out.npz")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.png", "results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.png"]
     assert arrays["texts"].tolist() == ["red ball", "dog"] and arrays["raw_maps"].shape == (2, 4, 4)
     assert arrays["masks"].shape == (2, 40, 60) and arrays["masks"].dtype == bool
-    for text, mask, raw, threshold in zip(entry["texts"], arrays["masks"], arrays["raw_maps"], (0.8, 0.3)):
+    assert [text["prior"] for text in entry["texts"]] == arrays["prior"].tolist() == [0.5] * len(entry["texts"])
+    for text, mask, raw in zip(entry["texts"], arrays["masks"], arrays["raw_maps"]):
         heatmap = resize_and_normalize(torch.from_numpy(raw)[None], (40, 60))[0].numpy()
-        assert np.array_equal(mask, heatmap > threshold)
+        assert np.array_equal(mask, heatmap > 0.8)
         assert text["mask"] == run_lengths(mask)
         assert [region["box"] for region in text["regions"]] == [
             list(found.box) for found in find_regions(heatmap, mask)
         ]
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
-
-
-def test_thresholds_of_other_maps_are_named(workspace, tmp_path, capsys):
-    """`iclip segment` refines by default and `iclip evaluate` does not."""
-    results, model = tmp_path / "results.json", load(str(workspace / "model"))
-    maps = {
-        "refine": False,
-        "templates": model.processor.templates,
-        "image_size": dict(model.processor.image_processor.size),
-    }
-    for other in (
-        {},
-        {"refine": True},
-        {"templates": ["a {}"]},
-        {"image_size": {"height": 64, "width": 64}},
-        {"metrics": {"mMIoU": {"aggregate": "pixel"}}},
-    ):
-        content = {"per_class": {"itsm": [{"name": "dog", "mMIoU": {"threshold": 0.3}}]}}
-        content["protocol"] = model.identity | maps | other
-        results.write_text(json.dumps(content))
-        assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--threshold", results, "--json") == 0
-        said = capsys.readouterr().err
-        assert ("has thresholds of other maps" in said) == bool(other)
-        named = ["aggregate" if name == "metrics" else name for name in other]
-        assert all(f"{name} " in said for name in named)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +246,7 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
         ["--help"],
         ["explain", photo, "--text", " "],
         ["explain", photo, "--text", "dog", "--output", "a.txt"],
-        ["explain", photo, "--text", "dog", "--threshold", "none.json"],
+        ["explain", photo, "--text", "dog", "--threshold", "7"],
         ["explain", photo, "--text", "dog", "--model", "bert"],
         ["explain", "pairs.csv", "--text", "dog"],
         ["compare", "none.jpg", "--text", "dog"],
@@ -389,7 +359,7 @@ def test_options_of_the_command_are_parameters_of_metrics():
     from iclip_hf.evaluation.metrics import METRICS, OPTIONS, make_metrics
 
     parameters = {name for metric in make_metrics([*METRICS]) for name in signature(type(metric)).parameters}
-    assert OPTIONS.keys() == parameters - {"ignore_index", "stuff", "like"}  # which the data set says
+    assert OPTIONS.keys() == parameters - {"ignore_index", "stuff", "like", "groups"}  # which the data set says
 
 
 def test_settings_take_dashes_and_underscores():

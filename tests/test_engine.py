@@ -154,10 +154,17 @@ def test_strings_and_lists_of_texts_are_not_mixed(tiny_processor, texts):
         explain((tiny_model(), tiny_processor), IMAGES[:2], texts)
 
 
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_a_batch_of_no_image_is_refused(tiny_processor, batch_size):
-    with pytest.raises(ValueError, match=f"batch_size is at least 1, not {batch_size}"):
-        explain((tiny_model(), tiny_processor), IMAGES, TEXTS, batch_size=batch_size)
+@pytest.mark.parametrize("name", ["batch_size", "best"])
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_batch_of_no_image_and_no_text_are_refused(tiny_processor, name, number):
+    with pytest.raises(ValueError, match=f"{name} is at least 1, not {number}"):
+        Engine(tiny_model(), tiny_processor).run(IMAGES, TEXTS, **{name: number})
+
+
+@pytest.mark.parametrize("refine", [3, "no", None])
+def test_refine_is_a_boolean(tiny_processor, refine):
+    with pytest.raises(ValueError, match="refine"):
+        explain((tiny_model(), tiny_processor), IMAGES[0], TEXTS, refine=refine)
 
 
 @pytest.mark.parametrize("method", ["itsm", "grad_cam", "clip_surgery"])
@@ -166,21 +173,35 @@ def test_maps_of_some_texts_and_the_scores_of_all(tiny_processor, method, size):
     """As an evaluation wants them: the other texts are still there for the method."""
     engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
     asked = [[2, 0], []]
-    found = list(engine.run([engine.prepare(image, rows=rows) for image, rows in zip(IMAGES, asked)], TEXTS))
-    for one, whole, rows in zip(found, engine.run(IMAGES, TEXTS), asked):
-        assert one.labels == [TEXTS[row] for row in rows] and len(one.raw_maps) == len(rows)
+    prepared = [engine.prepare(image, text_indices=indices) for image, indices in zip(IMAGES, asked)]
+    for one, whole, indices in zip(engine.run(prepared, TEXTS), engine.run(IMAGES, TEXTS), asked):
+        assert one.labels == [TEXTS[index] for index in indices] and len(one.raw_maps) == len(indices)
         torch.testing.assert_close(one.all_scores, whole.scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.scores, whole.scores[rows], atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.presence, whole.presence[rows], atol=1e-4, rtol=0)
-        if rows:
-            torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.scores, whole.scores[indices], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.presence, whole.presence[indices], atol=1e-4, rtol=0)
+        if indices:
+            torch.testing.assert_close(one.raw_maps, whole.raw_maps[indices], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["itsm", "grad_cam"])
+@pytest.mark.parametrize("size", [None, 48])
+def test_images_in_one_batch_differ_in_what_is_prepared(tiny_processor, method, size):
+    """All texts or some, encoded or not: each as if it were alone."""
+    engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
+    prepared = [engine.prepare(IMAGES[0], text_indices=indices) for indices in (None, [1], None, [1])]
+    prepared[2:] = engine.encode_images(prepared[2:])
+    together = list(engine.run(prepared, TEXTS, batch_size=4))
+    for one, image in zip(together, prepared):
+        (alone,) = engine.run([image], TEXTS)
+        assert_same(one, alone)
+    assert [one.labels for one in together] == [TEXTS, ["red ball"]] * 2
 
 
 def test_scores_alone_need_no_map(tiny_processor, recorded):
     engine = engine_of(sigmoid_model(), tiny_processor, image_size=48)
     maps = recorded(engine.model, "similarity_maps")
     forwards = recorded(engine.model, "get_image_features", lambda pixels: pixels.shape[2])
-    list(engine.run([engine.prepare(image, rows=[]) for image in IMAGES], TEXTS))
+    list(engine.run([engine.prepare(image, text_indices=[]) for image in IMAGES], TEXTS))
     assert (maps, forwards) == ([], [32])
 
 
@@ -200,7 +221,6 @@ def test_engines_share_the_features_of_images(tiny_processor, recorded, size):
     assert forwards == ([2, 2] if size is None else [2, 2, 2])  # of gem, which runs the image tower in any case
     for one, other in zip(itertools.chain(*found), itertools.chain(*expected)):
         assert_same(one, other)
-        assert one.reversed == other.reversed
     (again,) = own.run(images[1:], ["car"])
     torch.testing.assert_close(again.scores, expected[0][1].scores[2:], atol=1e-5, rtol=0)
 
@@ -216,32 +236,51 @@ def test_encoded_texts_are_asked_about_any_number_of_images(tiny_processor):
 @pytest.mark.parametrize("size", [None, 48])
 def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method, size, monkeypatch):
     """Without a text like a better one. All texts of the random model are rather like each other."""
-    monkeypatch.setattr("iclip_hf.model.engine.LIKE", 0.999)
+    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 0.999)
     engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
     texts = ["grass", "car", "dog", "sky", "grass", "car", "dog"]
     embeds = engine.encode(texts).text_embeds
     for one, whole in zip(engine.run(IMAGES, texts, best=2), engine.run(IMAGES, texts)):
-        ranked, distinct = sorted(range(7), key=lambda row: -whole.scores[row]), []
-        for row in ranked:
-            if all(embeds[row] @ embeds[other] < 0.999 for other in distinct):
-                distinct.append(row)
-        rows = [*distinct, *(row for row in ranked if row not in distinct)][:2]
-        assert one.labels == [texts[row] for row in rows] != [texts[row] for row in ranked[:2]]
+        ranked, distinct = sorted(range(7), key=lambda text: -whole.scores[text]), []
+        for text in ranked:
+            if all(embeds[text] @ embeds[other] < 0.999 for other in distinct):
+                distinct.append(text)
+        best = [*distinct, *(text for text in ranked if text not in distinct)][:2]
+        assert one.labels == [texts[text] for text in best] != [texts[text] for text in ranked[:2]]
         torch.testing.assert_close(one.all_scores, whole.scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.scores, whole.scores[rows], atol=1e-5, rtol=0)
-        odds = whole.presence[rows] / (1 - whole.presence[rows]) / 19  # one of twenty is shown
-        torch.testing.assert_close(one.presence, odds / (1 + odds), atol=1e-5, rtol=0)
-        torch.testing.assert_close(one.raw_maps, whole.raw_maps[rows], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(one.scores, whole.scores[best], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.presence, whole.presence[best], atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.raw_maps, whole.raw_maps[best], atol=1e-5, rtol=1e-4)
+
+
+def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny_processor, monkeypatch):
+    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    engine = engine_of(sigmoid_model(), tiny_processor)
+    priors = {"grass": 0.5, "car": 0.01, "dog": 0.9, "sky": 0.3}
+    for one, even in zip(engine.run(IMAGES, priors, best=3), engine.run(IMAGES, [*priors])):
+        expected = {}
+        for text, presence in zip(even.labels, even.presence.tolist()):
+            odds = presence / (1 - presence) * priors[text] / (1 - priors[text])
+            expected[text] = odds / (1 + odds)
+        assert one.labels == sorted(priors, key=lambda text: -expected[text])[:3]
+        entries = one.to_dict()["texts"]
+        assert [entry["presence"] for entry in entries] == pytest.approx(
+            [expected[text] for text in one.labels], abs=1e-5
+        )
+        assert [entry["prior"] for entry in entries] == pytest.approx([priors[text] for text in one.labels])
+        assert {entry["prior"] for entry in even.to_dict()["texts"]} == {0.5}
 
 
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():
     cosines = [1.0, 0.72, 0.68]
     embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
-    assert engine_module._best_rows(torch.tensor([0.3, 0.2, 0.1]), embeds, 2) == [0, 2]
+    assert engine_module._best_texts(torch.tensor([0.3, 0.2, 0.1]), embeds, 2) == [0, 2]
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
-    monkeypatch.setattr("iclip_hf.explainers.explain.vocabulary", lambda: ["dog", "ball", "car", "sky"])
+    monkeypatch.setattr(
+        "iclip_hf.explainers.explain.vocabulary", lambda: dict.fromkeys(["dog", "ball", "car", "sky"], 0.1)
+    )
     found = explain((tiny_model(), tiny_processor), IMAGES)
     assert [sorted(one.labels) for one in found] == [["ball", "car", "dog", "sky"]] * 2
     assert all(one.scores.diff().max() <= 1 for one in found) and found[0].maps.shape == (4, 40, 60)
@@ -249,14 +288,15 @@ def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkey
 
 def test_the_vocabulary_has_plain_nouns():
     nouns = vocabulary()
-    assert len(nouns) == len(set(nouns)) > 500 and {"dog", "sky", "water"} <= set(nouns)
+    assert len(nouns) > 500 and {"dog", "sky", "water"} <= nouns.keys()
     assert "yurt" not in nouns  # which few photographs show
     assert not [noun for noun in nouns if "(" in noun or noun != noun.strip()]
+    assert np.exp(np.log([*nouns.values()]).mean()) == pytest.approx(0.05) and max(nouns, key=nouns.get) == "person"
 
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image):
-    """Of an image of another size than the model's own, refined and reversed."""
+    """Of an image of another size than the model's own, refined, also reversed."""
     model = sigmoid_model(max_over="similarity", map_attention="signed", recognition_pooling="class_and_average")
     pair, size, shape = (model, tiny_processor), {"height": 48, "width": 40}, (image.height, image.width)
     options = {"size": size, "refine": True}
@@ -264,7 +304,8 @@ def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image):
     enough = straight.presence.median().item()
     straight, turned = (replace(one, min_presence=enough) for one in (straight, turned))
     assert sorted(straight.present) == [False, True, True]
-    assert torch.equal(turned.maps, 1 - straight.maps) and torch.equal(turned.scores, straight.scores)
+    torch.testing.assert_close(turned.maps, 1 - straight.maps, atol=1e-5, rtol=0)
+    assert torch.equal(turned.scores, straight.scores)
     maps, segment = (
         pipe(model=model, processor=tiny_processor, device="cpu")
         for pipe in (ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline)
@@ -280,7 +321,7 @@ def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image):
     for answer in segment(image, TEXTS, min_presence=enough, **options):
         assert np.array_equal(np.asarray(answer["mask"]) == 255, found == TEXTS.index(answer["label"]))
     for one in (straight, turned):
-        (processed,) = tiny_processor.post_process_similarity_maps(one.raw_maps[None], [shape], one.reversed)
+        (processed,) = tiny_processor.post_process_similarity_maps(one.raw_maps[None], [shape])
         (masks,) = tiny_processor.post_process_masks([processed], 0.5, one.presence[None], enough)
         assert torch.equal(processed, one.maps)
         assert all(torch.equal(mask, one.mask(index)) for index, mask in enumerate(masks))
@@ -292,7 +333,7 @@ def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image):
         assert boxes["boxes"].tolist() == [region["box"] for region in regions]
         prompts = [region["positive_points"] + region["negative_points"] for region in regions]
         assert points["points"].tolist() == prompts
-        outputs = SimpleNamespace(similarity_maps=-one.raw_maps[None] if one.reversed else one.raw_maps[None])
+        outputs = SimpleNamespace(similarity_maps=one.raw_maps[None])
         (labels,) = tiny_processor.post_process_semantic_segmentation(
             outputs, [shape], 0.5, presence=one.presence[None], min_presence=enough
         )
@@ -365,16 +406,15 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
 
 
-def test_the_reversed_map_is_one_minus_the_map_to_the_last_bit(tiny_processor):
+def test_the_reversed_map_is_one_minus_the_map(tiny_processor):
     model = tiny_model()
     (straight,), (turned,) = (
         explain((model, tiny_processor), IMAGES[:1], TEXTS, method) for method in ("itsm", "reversed_itsm")
     )
-    turned = replace(turned, min_presence=0)
     (processed,) = tiny_processor.post_process_similarity_maps(straight.raw_maps[None], [(40, 60)], reverse=True)
-    for maps in (turned.maps, torch.stack([turned.map(index) for index in range(3)])):
-        assert torch.equal(maps, 1 - straight.maps) and torch.equal(maps, processed)
-    assert torch.equal(turned.mask(1, 0.6), 1 - straight.map(1) > 0.6)
+    assert torch.equal(processed, 1 - straight.maps)
+    torch.testing.assert_close(turned.maps, processed, atol=1e-6, rtol=0)
+    assert torch.equal(turned.raw_maps, -straight.raw_maps)
 
 
 @pytest.mark.parametrize("method", ["itsm", "grad_cam"])
@@ -450,14 +490,18 @@ def test_a_notebook_shows_the_picture(tiny_processor):
     assert replace(found, image=None)._repr_png_() is None
 
 
-@pytest.mark.parametrize("presence", [0.79997, 0.8, 0.80003, np.nextafter(np.float32(0.8), np.float32(0))])
-def test_the_presence_in_json_decides_whether_the_mask_is_empty(tiny_processor, presence):
+@pytest.mark.parametrize("least", [0.7, 0.8])  # in float32, one is below this number and one above
+@pytest.mark.parametrize("apart", [-3e-5, 0, 3e-5])
+def test_the_presence_in_json_decides_everywhere_whether_a_text_is_shown(tiny_processor, least, apart):
     (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], ["dog"])
-    found = replace(found, presence=torch.tensor([presence], dtype=torch.float32), min_presence=0.8)
+    found = replace(found, presence=torch.tensor([least + apart], dtype=torch.float32), min_presence=least)
     (text,) = json.loads(json.dumps(found.to_dict()))["texts"]
-    shown = text["presence"] >= 0.8
+    shown = text["presence"] >= least
     assert shown == bool(text["regions"]) == bool(found.mask("dog").any()) == bool((found.label_map() == 0).any())
-    assert presence_text(text["presence"], 0.8) == ("present 0.80" if shown else "absent 0.80")
+    (masks,) = tiny_processor.post_process_masks([found.maps], 0.5, found.presence[None], least)
+    assert torch.equal(masks[0], found.mask("dog")) and found.present == [shown]
+    word, number = presence_text(text["presence"], least).split()
+    assert (word != "absent") == shown and number == f"{least:.2f}"
 
 
 def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):
@@ -498,6 +542,24 @@ class OneMap(Explainer):
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr("iclip_hf.explainers._registered", {})
+
+
+def test_a_subclass_of_a_method_is_called(tiny_processor, registry):
+    """Also where the images were encoded for other engines, and for the texts of each image that are wanted."""
+    from iclip_hf.explainers.itsm import ITSM
+
+    @register_explainer("squared")
+    class Squared(ITSM):
+        def forward(self, pixel_values, texts):
+            maps, features = super().forward(pixel_values, texts)
+            return maps.square(), features
+
+    model = load((tiny_model(), tiny_processor))
+    itsm, squared = (Engine(model, tiny_processor, make_explainer(model, name)) for name in ("itsm", "squared"))
+    images = itsm.encode_images([itsm.prepare(image, text_indices=[2, 0]) for image in IMAGES])
+    for one, other in zip(itsm.run(images, TEXTS), squared.run(images, TEXTS)):
+        torch.testing.assert_close(other.raw_maps, one.raw_maps.square(), atol=1e-6, rtol=0)
+        assert other.labels == one.labels == ["car", "dog"]
 
 
 def test_a_method_with_another_number_of_maps_is_named_with_both_shapes(tiny_processor, registry):
@@ -572,6 +634,31 @@ def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_pat
     peaks = torch.tensor([region["positive_points"][0] for region in regions]).to(points)
     assert torch.allclose(points[:, 0], peaks, atol=1)
     assert names["inputs"]["input_labels"].tolist() == [[[1, 0, 0, 0]] * len(regions)]
+
+
+def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp_path, monkeypatch):
+    coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text()
+    (code,) = re.findall(r"```py\n(import json.*?coco_annotations.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, image in zip(("a.png", "b.png"), IMAGES):
+        image.save(name)
+    names = {"model": (tiny_model(), tiny_processor)}
+    exec(code.replace(".jpg", ".png").replace('"embedded"', "model"), names)
+    read = coco.COCO("annotations.json")
+    assert [read.imgs[number]["height"] for number in (1, 2)] == [40, 50]
+    assert sorted(read.anns) == list(range(1, len(read.anns) + 1)) and len(read.anns) > 4
+    for number, explanation in enumerate(names["explanations"], 1):
+        for index, text in enumerate(names["texts"]):
+            annotations = read.loadAnns(read.getAnnIds(number, index + 1))
+            assert read.cats[index + 1]["name"] == text
+            for annotation, region in zip(annotations, explanation.regions(index), strict=True):
+                x0, y0, x1, y1 = region.box
+                mask = np.zeros(explanation.size, bool)
+                mask[y0:y1, x0:x1] = region.inside
+                assert np.array_equal(read.annToMask(annotation), mask) and annotation["area"] == mask.sum()
+                assert annotation["bbox"] == coco.maskUtils.toBbox(read.annToRLE(annotation)).tolist()
+                assert annotation["score"] == pytest.approx(region.score, abs=1e-4) and not annotation["iscrowd"]
 
 
 def test_arrays_and_pictures_are_one_image(tiny_processor):

@@ -207,6 +207,22 @@ def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_proce
         segment((tiny_model(), tiny_processor), dataset, window=32, stride=12)
 
 
+def test_a_metric_with_windows_changes_no_other(labelled_folder, tiny_processor):
+    """Its images keep their proportions, and those of the others are squares."""
+    dataset, windows = load_segmentation("folder", labelled_folder)[:3], Segmentation(window=224, threshold=0.5)
+    metrics = [["mMIoU", "presence"], [windows], ["mMIoU", windows, "presence"], [windows, "presence", "mMIoU"]]
+    model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
+    squares, windowed, *together = (evaluate_model(model, dataset, metrics=one, progress=False) for one in metrics)
+    expected = squares.results["itsm"] | windowed.results["itsm"]
+    for result in together:
+        assert result.results["itsm"] == expected and result.timing["images"] == len(dataset)
+        usual, square = result.protocol["image_size"], {"height": 32, "width": 32}
+        metrics = result.protocol["metrics"].items()
+        sizes = {name: of_metric.get("image_size", usual) for name, of_metric in metrics}
+        assert sizes == {"mMIoU": square, "segmentation": {"shortest_edge": 336}, "presence": square}
+        assert result.per_class["itsm"][1].keys() >= {"mMIoU", "segmentation"}
+
+
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
 def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
     dataset = load_segmentation("folder", labelled_folder)

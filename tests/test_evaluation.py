@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, tiny_model
+from conftest import NAMES, tiny_model, write_folder
 from families import raw_maps
 from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
@@ -26,7 +26,6 @@ from iclip_hf.evaluation.metrics import (
     make_metrics,
 )
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
-from iclip_hf.evaluation.results import class_thresholds
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.similarity import resize_and_normalize
@@ -134,7 +133,6 @@ def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_proce
             ap.update(scores, np.isin([1, 2, 3], sample.labels)[None])
             for label in sample.labels:
                 heatmap = resize_and_normalize(maps[0, label - 1 : label], sample.size)[0]
-                heatmap = 1 - heatmap if explainer.reversed else heatmap
                 miou.update(heatmap, sample.mask(label), label)
                 mfmb.update(heatmap, sample.mask(label), label)
         scores = result.results[method]
@@ -285,16 +283,13 @@ def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, w
         )
 
 
-def test_thresholds_of_classes(tmp_path):
-    path = tmp_path / "results.json"
-    best = {"dog": 0.31, "red ball": 0.55, "cat": None, "fish": 31}
-    rows = [{"name": name, "mMIoU": {"threshold": threshold}} for name, threshold in best.items()]
-    path.write_text(json.dumps({"per_class": {"itsm": rows, "gem": rows[:1]}}))
-    assert class_thresholds(path, ["red ball", "dog", "dog"]) == [0.55, 0.31, 0.31]
-    assert class_thresholds(path, ["dog"], "gem") == [0.31]
-    for labels, method in ((["dog", "cat"], "itsm"), (["dog", "fish"], "itsm"), (["dog"], "attention")):
-        with pytest.raises(ValueError, match="results.json"):
-            class_thresholds(path, labels, method)
+def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_processor):
+    dataset = load_segmentation("folder", write_folder(tmp_path, [[1, 3]] * 3 + [[1, 2]], 60))
+    for images, number in ((dataset, 1), (dataset[:3], 2)):
+        result = evaluate_model((tiny_model(), tiny_processor), images, metrics=["mAP"], progress=False)
+        assert result.results["itsm"]["mAP"]["always_shown"] == number
+        assert f"Every image shows {number} of 3 classes" in result.table()
+    assert result.results["itsm"]["mAP"]["map"] == 100
 
 
 # ---- what a metric gets, and where its scores stand ----

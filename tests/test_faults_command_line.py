@@ -35,7 +35,6 @@ ARGUMENTS = {
         --image-size 0.5
         --min-presence nan
         --threshold no.json
-        --threshold {list}
         --template photo
         --output a.exe
         --output /dev/null/a.png

@@ -12,7 +12,7 @@ from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.evaluation.results import class_thresholds
+from iclip_hf.evaluation.results import read_results
 from iclip_hf.model.images import load_image
 
 
@@ -82,8 +82,8 @@ def model(world, folder, damage):
     return load_pretrained(folder / "model")
 
 
-def thresholds(world, folder, content):
-    return class_thresholds(written(folder, content), ["dog"])
+def evaluation(world, folder, content):
+    return read_results(written(folder, content), "protocol", "results")
 
 
 def image(world, folder, content):
@@ -186,7 +186,7 @@ REFUSED = {
     },
     (nouns, "nouns.txt noun"): {"empty": "", "UTF-16": "dog".encode("utf-16")},
     (model, "model"): inputs.MODEL_FOLDERS,
-    (thresholds, "written.json"): inputs.BAD_EVALUATIONS,
+    (evaluation, "written.json"): inputs.FEW_JSON | {"results as a list": '{"protocol": {}, "results": []}'},
     (image, "image.png"): inputs.UNREADABLE_IMAGES,
 }
 

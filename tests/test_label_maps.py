@@ -147,19 +147,17 @@ def test_a_covered_text_keeps_less_than_a_twentieth_of_its_own_mask(share, cover
         assert explanation.is_covered("a", kept) == covered and not explanation.is_covered("b", kept)
 
 
-@pytest.mark.parametrize("is_reversed", [False, True])
-def test_an_explanation_segments_by_its_own_masks(is_reversed):
+def test_an_explanation_segments_by_its_own_masks():
     raw = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(4))
     presence, thresholds = torch.tensor([0.9, 0.2, 0.8]), [0.5, 0.5, 0.3]
-    explanation = Explanation(["a", "b", "c"], presence, presence, raw, SIZE, thresholds, reversed=is_reversed)
+    explanation = Explanation(["a", "b", "c"], presence, presence, raw, SIZE, thresholds)
     masks = torch.stack([explanation.mask(index) for index in range(3)])
     found = explanation.label_map()
     assert torch.equal(found >= 0, masks.any(0)) and found.unique().tolist() == [-1, 0, 2]
     assert all(masks[index][found == index].all() for index in range(3))
-    signed = -raw if is_reversed else raw
-    assert torch.equal(found, segments(signed, SIZE, presence, 0.7, thresholds))
+    assert torch.equal(found, segments(raw, SIZE, presence, 0.7, thresholds))
     assert torch.equal(explanation.label_map(background=[2]), found.masked_fill(found == 2, -1))
-    assert torch.equal(explanation.label_map(0.8), segments(signed, SIZE, presence, 0.7, 0.8))
+    assert torch.equal(explanation.label_map(0.8), segments(raw, SIZE, presence, 0.7, 0.8))
 
 
 def test_templates_by_name(tiny_processor):

@@ -162,17 +162,63 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
     command += ["--model", str(world.folder / "model"), "--output", str(tmp_path / "out.png")]
     assert cli.main(command) == 2
     point = EntryPoint("corner", f"{__name__}:Corner", "iclip_hf.explainers")
-    for module in (registry, cli.options):
-        monkeypatch.setattr(module, "entry_points", lambda group: EntryPoints([point]).select(group=group))
+    monkeypatch.setattr(registry, "entry_points", lambda group: EntryPoints([point]).select(group=group))
     assert cli.main(command) == 0 and (tmp_path / "out.png").is_file()
 
 
-def test_thresholds_are_those_of_the_model(world, dataset, tmp_path, capsys):
-    results = evaluate_model(world.folder / "model", dataset, metrics=["mMIoU"], progress=False)
-    results.save(tmp_path / "m.json")
-    copied(world, tmp_path / "other", config={"max_sharpness": 5.0})
-    PHOTO.save(tmp_path / "a.png")
-    command = ["explain", str(tmp_path / "a.png"), "--text", "dog", "--json", "--threshold", str(tmp_path / "m.json")]
-    assert cli.main([*command, "--model", str(world.folder / "model")]) == 0
-    assert cli.main([*command, "--model", str(tmp_path / "other")]) == 2
-    assert f"--threshold {tmp_path / 'm.json'}" in capsys.readouterr().err
+# ------------------------------------------------------------------------------------------- devices, sizes, processors
+
+
+@pytest.mark.parametrize(("cuda", "mps", "expected"), [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_the_gpu_is_the_default_where_there_is_one(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert loading.default_device().type == expected
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_depth_without_weights_is_refused_before_it_is_built(world, tmp_path, monkeypatch, files):
+    folder = copied(world, tmp_path / "model")
+    if files == 2:
+        world.model.save_pretrained(folder, max_shard_size="20KB")
+        (folder / "model.safetensors").unlink()
+        assert (folder / "model.safetensors.index.json").is_file()
+    load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 10**6
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(loading, "AutoModel", None)
+    with pytest.raises(ValueError, match="model: config.json has 1000000 layers"):
+        load(folder)
+
+
+def test_the_processor_has_the_patch_size_of_its_model(world, tmp_path):
+    folder = copied(world, tmp_path / "model", processor_config={"patch_size": 16})
+    processor = ICLIPProcessor(world.processor.image_processor, world.processor.tokenizer, patch_size=16)
+    doors = [
+        partial(load, folder),
+        partial(load_iclip, folder),
+        partial(load, (world.model, processor)),
+        partial(pipeline, "image-text-similarity-map", str(folder)),
+    ]
+    for door in doors:
+        with pytest.raises(ValueError, match="patch size 16, but the model 8"):
+            door()
+
+
+# ------------------------------------------------------------------------------------------- methods and their options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"methd": "gem"}, TypeError, "'methd'; did you mean 'method'"),
+        ({"method": "gem", "dept": 3}, TypeError, "'dept'; did you mean 'depth'"),
+        ({"sharpness": 3}, TypeError, "'sharpness': itsm has no options"),
+        ({"method": "gradcam"}, ValueError, "'gradcam'; did you mean 'grad_cam'"),
+        ({"method": "magic"}, ValueError, "'magic': choose one of itsm, .*, random"),
+    ],
+)
+def test_a_wrong_method_or_option_is_named_with_what_it_resembles(world, options, error, message):
+    with pytest.raises(error, match=message):
+        explain((world.model, world.processor), PHOTO, ["dog"], **options)

@@ -26,7 +26,7 @@ from iclip_hf.evaluation.metrics import (
     TextContrast,
     make_metrics,
 )
-from iclip_hf.evaluation.metrics.recognition import like_classes
+from iclip_hf.evaluation.metrics.recognition import class_groups, like_classes
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -477,6 +477,9 @@ def test_label_maps_by_hand_without_void_pixels():
         np.array([[1, -1]]), np.array([[[9, 9]], [[6, 0]]]), [5, 6]
     )  # no pixel counts that is void in a mask
     metric.update(np.array([[0, 0]]), np.zeros((0, 1, 2)), [])  # an image without a class
+    void = LabelMaps(ignore_index=9)
+    void.update(np.array([[0, 1, -1]]), np.array([[[5, 0, 0]], [[0, 9, 6]]]), [5, 6])
+    assert void.compute()["kept"] == 50.0  # the only pixel of the second segment is void
     found = metric.compute()
     assert (found["classes"], found["images"]) == (2, 1)
     other = LabelMaps(ignore_index=9)
@@ -514,7 +517,7 @@ def test_a_metric_without_data_computes(name):
 def test_presence_without_data_is_none():
     for metric in (Presence(), Presence(like=np.eye(3, dtype=bool), stuff=[1])):
         scores = metric.compute()
-        assert scores.pop("min_presence") == 0.5 and set(scores.values()) == {None}
+        assert (scores.pop("min_presence"), scores.pop("groups")) == (0.5, {}) and set(scores.values()) == {None}
 
 
 @pytest.mark.parametrize("name", ["mMIoU", "mFMB", "text_contrast", "stuff_contrast", "label_maps", "pointing_game"])
@@ -541,6 +544,42 @@ def test_presence_by_hand():
     plain = Presence()
     plain.merge(metric)
     assert plain.compute()["auc_hard"] is plain.compute()["passed_hard"] is plain.compute()["kept_things"] is None
+
+
+def above(values, others):
+    """The share of pairs whose first is greater, ties half."""
+    return np.mean([(value > other) + (value == other) / 2 for value in values for other in others])
+
+
+def test_presence_of_each_class_without_the_image_and_of_groups_in_loops():
+    draws = np.random.default_rng(0)
+    values, shown = draws.random((7, 5)), draws.random((7, 5)) < 0.4
+    shown[:, 0], shown[:, 1] = True, False  # classes without an AUC of their own
+    groups = {"stuff": [1, 3], "things": [2, 4, 5]}
+    metric = Presence(stuff=[1, 3], groups=groups)
+    for row in range(7):
+        metric.update(values[[row]], shown[[row]])
+    found = metric.compute()
+    of_class = {k + 1: above(values[shown[:, k], k], values[~shown[:, k], k]) for k in (2, 3, 4)}
+    assert found["auc_of_classes"] == pytest.approx(np.mean(list(of_class.values())))
+    means = np.log(values / (1 - values)).mean(0)
+    pairs = [[means[k] for row in range(7) for k in range(5) if shown[row, k] == which] for which in (True, False)]
+    assert found["auc_without_image"] == pytest.approx(above(*pairs)) and found["auc_without_image"] != found["auc"]
+    for name, labels in groups.items():
+        group, columns = found["groups"][name], [label - 1 for label in labels]
+        inside, absent = values[:, columns][shown[:, columns]], values[:, columns][~shown[:, columns]]
+        assert group["auc"] == pytest.approx(above(inside, absent))
+        assert group["auc_of_classes"] == pytest.approx(np.mean([of_class[k] for k in labels if k in of_class]))
+        shares = [100 * (pairs >= 0.5).mean() for pairs in (inside, absent)]
+        assert [group["kept"], group["passed"]] == pytest.approx(shares)
+    _, table, _ = metric.tables(found)
+    assert f"{found['groups']['stuff']['auc']:.3f}" in table.splitlines()[2]
+
+
+def test_groups_of_classes_of_a_data_set_with_stuff():
+    names = ["sky", "dog", "armchair", "car"]
+    expected = {"stuff": [1], "things that COCO names": [2, 4], "other things": [3]}
+    assert class_groups(names, [1]) == expected and class_groups(names, []) == {}
 
 
 @pytest.mark.parametrize("shown", [0, 1])

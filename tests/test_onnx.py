@@ -18,8 +18,8 @@ from iclip_hf.evaluation.metrics.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 
 
-IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention", "attention_direction")
-TEXT = ("text_embeds", "map_text_embeds")
+IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention")
+TEXT = ("text_embeds", "map_text_embeds", "attention_weights")
 
 
 @pytest.fixture(scope="module")
@@ -60,20 +60,23 @@ def images_and_texts(names=("input_ids", "attention_mask", "token_type_ids")):
     """Batches of other numbers and sizes than the graphs were made with."""
     for batch, size in [(1, (32, 32)), (3, (16, 80)), (2, (56, 24))]:
         yield {"pixel_values": torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))}
-    for texts, length in [(1, 5), (4, 7)]:
-        tokens = tiny_inputs(texts=texts)
+    for labels, prompts, length in [(1, 1, 5), (4, 1, 7), (1, 3, 4), (3, 4, 7)]:
+        tokens = tiny_inputs(texts=labels * prompts)
         tokens["token_type_ids"] = torch.zeros_like(tokens["input_ids"])
-        yield {name: tokens[name][:, :length] for name in names}
+        yield {name: tokens[name][:, :length].unflatten(0, (labels, prompts)) for name in names}
 
 
 @torch.no_grad()
 def check_agreement(model, folder, batches):
     for inputs in batches:
-        image = "pixel_values" in inputs
-        expected = model.get_image_features(**inputs) if image else model.get_text_features(**inputs)
-        outputs = run(folder / ("vision_model.onnx" if image else "text_model.onnx"), inputs)
-        signed = model.config.map_attention == "signed"
-        assert tuple(outputs) == (IMAGE[: None if signed else -1] if image else TEXT)
+        if "pixel_values" in inputs:
+            outputs, expected = run(folder / "vision_model.onnx", inputs), model.get_image_features(**inputs)
+            assert tuple(outputs) == IMAGE
+        else:
+            outputs, prompts = run(folder / "text_model.onnx", inputs), inputs["input_ids"].shape[1]
+            flat = {name: value.flatten(0, 1) for name, value in inputs.items()}
+            expected = model.get_text_features(**flat, num_templates=prompts)
+            assert tuple(outputs) == (TEXT if model.config.map_attention == "signed" else TEXT[:-1])
         for name, output in outputs.items():
             torch.testing.assert_close(output, expected[name], atol=1e-5, rtol=0)
 
@@ -124,6 +127,17 @@ def test_explanations_are_the_models(model, folder, processor, method, templates
     for one, other in zip(explain(folder, images, texts, **options), expected):
         torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_list_of_texts_for_each_image_keeps_its_shape(model, folder):
+    tokens = {name: value.view(2, 4, -1) for name, value in tiny_inputs(texts=8).items() if name != "pixel_values"}
+    tokens["token_type_ids"] = torch.zeros_like(tokens["input_ids"])
+    for num_templates in (1, 2):
+        found = ONNXModel(folder).get_text_features(**tokens, num_templates=num_templates)
+        expected = model.get_text_features(**tokens, num_templates=num_templates)
+        for name in TEXT:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

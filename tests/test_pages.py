@@ -1,4 +1,7 @@
-"""README and pages: their commands parse, their Python runs, their links and paths exist, and the API reference is complete."""
+"""
+README and pages: their commands parse, their Python runs, their links and paths exist, and the API reference is
+complete.
+"""
 
 import json
 import re
@@ -26,7 +29,9 @@ def code_blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """What the page tells to type, in blocks and in the cells of tables, as words; several commands of a line one by one."""
+    """
+    What the page tells to type, in blocks and in the cells of tables, as words; several commands of a line one by one.
+    """
     lines = "".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
     for row in re.findall(r"^\|.*", page.read_text(encoding="utf-8"), re.MULTILINE):
         lines += re.findall(r"`((?:iclip \S+|python|make) [^`]+)`", row)
@@ -90,7 +95,10 @@ def test_relative_links_and_named_paths_exist(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_needs_no_builder(page):
-    """GitHub shows the marks of included files, directives and references without a target. The API reference is built alone."""
+    """
+    GitHub shows the marks of included files, directives and references without a target. The API reference is built
+    alone.
+    """
     text = re.sub(r"^```.*?^```|`[^`\n]*`(?!\])", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     marks = "--8<--" if page.parent.name == "api" else r"--8<--|^:::|\]\["
     assert not re.search(marks, text, re.MULTILINE)

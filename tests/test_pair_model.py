@@ -71,9 +71,8 @@ def test_the_loss_reads_representative_patches_shared_among_those_like_them():
     model, inputs = tiny_model(**options), tiny_inputs(size=(80, 72))
     with torch.no_grad():
         image = model.encode_image(inputs["pixel_values"])
-        attention = model.normalized_attention(image)
-        few, every = (model.image_inputs(image, attention, representative) for representative in (True, False))
-    chosen = representative_patches(image.patch_tokens, attention, image.grid, 6)
+        few, every = (model.image_inputs(image, representative) for representative in (True, False))
+    chosen = representative_patches(image.patch_tokens, model.normalized_attention(image), image.grid, 6)
     rows = torch.arange(2).unsqueeze(1)
     torch.testing.assert_close(few.patches, every.patches[rows, chosen])
     torch.testing.assert_close(few.attention, every.attention[rows, chosen])
@@ -122,7 +121,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 
 
 def test_nouns_are_found_in_captions():
-    nouns = NounPrompts(["dog", "traffic light (rare)", "bus (background) (rare)", "man", "baby", "light", "Dog"])
+    nouns = NounPrompts(["dog", "traffic light (3)", "bus (background) (12)", "man", "baby", "light", "Dog"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
     found = nouns.nouns_in("Two men, three babies and dogs wait at the traffic lights; no business")
     assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby"}  # no "light"
@@ -187,7 +186,7 @@ def test_marks_say_where_a_noun_is():
         "floor (below) (background)",
         "lamp (above)",
         "wall (background)",
-        "dog (rare)",
+        "dog (19)",
     ]
     nouns = NounPrompts(lines)
     assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]

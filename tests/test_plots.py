@@ -16,7 +16,9 @@ from iclip_hf.plots.sheets import comparison_sheet, draw, label_sheet, picture_g
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
 def test_the_image_stays_visible_where_a_map_is_low(colormap):
-    """Half of the contrast is left at 0. It falls with the value, except with jet, which is equally opaque everywhere."""
+    """
+    Half of the contrast is left at 0. It falls with the value, except with jet, which is equally opaque everywhere.
+    """
     ramp = np.linspace(0, 1, 256)[None].repeat(2, 0)
     dark, light = (
         np.asarray(overlay(Image.new("RGB", (256, 2), color), ramp, colormap=colormap))[0].astype(int)
@@ -61,8 +63,8 @@ def written(recorded):
 def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):
     image = Image.new("RGB", (60, 40), "gray")
     sheet = iclip_hf.draw(explained([0.75, 0.99, 0.2]), image)
-    assert written[:8] == ["image", "60 x 40 pixels", "text 0", "unsure 0.75 · score 0.30", "text 1", "present 0.99 · score 0.30", "text 2",
-                           "absent 0.20 · score 0.30"]  # fmt: skip
+    titles = ["image", "60 x 40 pixels", "text 0", "unsure 0.75 · score 0.30", "text 1", "present 0.99 · score 0.30"]
+    assert written[:8] == [*titles, "text 2", "absent 0.20 · score 0.30"]
     pixels = np.asarray(sheet).astype(int)
     overlaid = overlay(Image.new("RGB", (2, 1), "gray"), np.array([[0.0, 1.0]]))
     faded = Image.blend(Image.new("RGB", (2, 1), "white"), overlaid, 0.35)

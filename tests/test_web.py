@@ -26,13 +26,11 @@ import torch
 from conftest import QuietHandler, noise, opened, served, tiny_model
 from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
-from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, trained_config
 from iclip_hf.model.label_maps import segments
-from iclip_hf.model.modeling_iclip import join_branches
 from iclip_hf.model.presence import presence_text, presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
@@ -143,10 +141,11 @@ def test_maps_are_the_models(map_attention):
         model.attention_direction.normal_(std=0.1, generator=generator)
     image = model.get_image_features(torch.randn(1, 3, 32, 40, generator=generator))
     text = model.get_text_features(torch.randint(2, 60, (1, 6), generator=generator))
-    features = (image.patch_embeds, image.map_attention, image.attention_direction, text.map_text_embeds)
-    raw_map = """({ similarities, attentionWeight, rawMap }, [patches, attention, direction, text], options) => rawMap(
-        similarities(patches, text), attention, options, direction && attentionWeight(direction, text, options))"""
-    found = numerics(raw_map, [part if part is None else part.flatten() for part in features], options)
+    features = [part.flatten() for part in (image.patch_embeds, image.map_attention, text.map_text_embeds)]
+    weight = None if text.attention_weights is None else text.attention_weights.item()
+    raw_map = """({ similarities, rawMap }, [patches, attention, text], options, weight) =>
+        rawMap(similarities(patches, text), attention, options, weight)"""
+    found = numerics(raw_map, features, options, weight)
     np.testing.assert_allclose(found, model.similarity_maps(image, text).flatten(), atol=1e-5)
 
 
@@ -187,15 +186,6 @@ def test_maps_are_refined_as_in_python(size):
     grid, found = numerics(refine, pixels, size, raw.flatten(), [3, 5])
     assert grid == list(expected.shape)
     np.testing.assert_allclose(found, expected.flatten(), atol=1e-4)
-
-
-@pytest.mark.parametrize("templates", [1, 2, 3])
-def test_prompts_are_averaged_as_unit_vectors_in_each_branch(templates):
-    generator = torch.Generator().manual_seed(3)
-    branches = [F.normalize(torch.randn(templates, 5, generator=generator), dim=-1) for _ in range(2)]
-    expected = join_branches(*(F.normalize(branch.mean(0), dim=0) for branch in branches), share=0.2)
-    rows = list(join_branches(*branches, share=0.2))
-    np.testing.assert_allclose(numerics("(numerics, rows) => numerics.unitMean(rows, 5)", rows), expected, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------- the page

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .evaluation.evaluate import evaluate_model
     from .explainers.explain import explain
     from .model.configuration_iclip import ICLIPConfig
-    from .model.explanation import Explanation
+    from .model.explanation import Explanation, coco_annotations
     from .model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
     from .model.pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
     from .model.processing_iclip import ICLIPProcessor
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 
 _MODULES = {
+    "coco_annotations": ".model.explanation",
     "draw": ".plots.sheets",
     "embedded_model": ".backends.embedded",
     "example_image": ".plots",

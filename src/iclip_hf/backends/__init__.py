@@ -1,4 +1,6 @@
-"""Models that explain. Their names are known and checked without torch, so that the help of a command does not load it."""
+"""
+Models that explain. Their names are known and checked without torch, so that the help of a command does not load it.
+"""
 
 import json
 import os
@@ -26,8 +28,8 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     Returns the name of a model: `"embedded"`, a folder, or a Hub id, which is checked when it is loaded.
 
     Raises:
-        `FileNotFoundError`: it is no path that exists, and cannot be a Hub id. `OSError`, `ValueError`: the folder has no readable
-            config.json, or holds a model of none of these types.
+        `FileNotFoundError`: it is no path that exists, and cannot be a Hub id. `OSError`, `ValueError`: the folder has
+            no readable config.json, or holds a model of none of these types.
     """
     if name == "embedded":
         return name
@@ -49,5 +51,6 @@ def check_model_type(name: str | Path, kind: str | None, types: Collection[str])
     """Raises `ValueError` unless the type of a model is one of these."""
     if kind not in types:
         raise ValueError(
-            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; join towers by `iclip init` first."
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; join towers by `iclip "
+            "init` first."
         )

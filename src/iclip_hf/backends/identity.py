@@ -1,4 +1,6 @@
-"""The identity of a model: digests of everything that its numbers depend on. Caches, cards, results and runs compare it."""
+"""
+The identity of a model: digests of everything that its numbers depend on. Caches, cards, results and runs compare it.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from ..utils.digests import content_digest
 from . import DTYPES
 
 
-# Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files (the loaded weights
-# have a dtype of their own, which counts).
+# Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files
+# (the loaded weights have a dtype of their own, which counts).
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
 # The classes of configurations and image processors, which count although they are the defaults of themselves.
@@ -29,16 +31,17 @@ _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "voca
 
 def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     """
-    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding, which also depends on
-    the software, the device, the number of threads and the size of batches. Reads all weights, 100 MB in 0.1 s.
+    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding, which
+    also depends on the software, the device, the number of threads and the size of batches. Reads all weights, 100 MB
+    in 0.1 s.
 
     Args:
         model, processor: a pair for [`load`].
         dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
-        `dict` with `model`, a name, which may be that of its folder; and what counts: `configuration`, `weights`, `dtype`,
-        `processor` (options and image processor) and `tokenizer`.
+        `dict` with `model`, a name, which may be that of its folder; and what counts: `configuration`, `weights`,
+        `dtype`, `processor` (options and image processor) and `tokenizer`.
     """
     if isinstance(model, torch.nn.Module):
         rounded = getattr(torch, dtype) if dtype in DTYPES else None
@@ -67,16 +70,19 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
 
 
 def changed(then: Mapping, now: Mapping, may_differ: Collection[str] = ()) -> list[str]:
-    """Returns the names of the entries that differ, sorted. `model`, the name, and the entries in `may_differ` do not count."""
+    """
+    Returns the names of the entries that differ, sorted. `model`, the name, and the entries in `may_differ` do not
+    count.
+    """
     compared = {**then, **now}.keys() - {"model", *may_differ}
     return sorted(name for name in compared if then.get(name) != now.get(name))
 
 
 def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
     """
-    Returns the parts of the identity in which a model differs from the one that results or a card describe. The described dtype may be
-    lower than the model's, whose weights are rounded to it. A model in a lower dtype than the described one differs in its weights. `start`
-    is the identity that the model had, if it was trained since.
+    Returns the parts of the identity in which a model differs from the one that results or a card describe. The
+    described dtype may be lower than the model's, whose weights are rounded to it. A model in a lower dtype than the
+    described one differs in its weights. `start` is the identity that the model had, if it was trained since.
     """
     now = start or identity(model, processor, described.get("dtype"))
     parts = ("configuration", "processor", "tokenizer", "weights")
@@ -89,7 +95,10 @@ def configuration_digest(config: PreTrainedConfig) -> str:
 
 
 def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """Returns 32 hex digits over names, shapes and values of weights, of which floating-point ones are first rounded to `dtype`."""
+    """
+    Returns 32 hex digits over names, shapes and values of weights, of which floating-point ones are first rounded to
+    `dtype`.
+    """
     result, weights = hashlib.sha256(), model.state_dict()
     if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
         from accelerate.utils.modeling import get_state_dict_offloaded_model
@@ -121,8 +130,8 @@ def tokenizer_digest(tokenizer) -> str:
 
 def software() -> str:
     """
-    Returns the version of the mathematics: this package's release, and the minor releases of torch and Transformers. Their patch
-    releases repair faults, and their builds differ in the device.
+    Returns the version of the mathematics: this package's release, and the minor releases of torch and Transformers.
+    Their patch releases repair faults, and their builds differ in the device.
     """
     libraries = (f"{name} {'.'.join(version(name).split('.')[:2])}" for name in ("torch", "transformers"))
     return ", ".join([f"iclip-hf {version('iclip-hf')}", *libraries])
@@ -135,8 +144,8 @@ def digest(value) -> str:
 
 def _options(part) -> dict:
     """
-    Returns the options of a configuration or image processor, and of configurations within it, that differ from the defaults of its
-    class. So a new version of Transformers, which adds options, does not make another model.
+    Returns the options of a configuration or image processor, and of configurations within it, that differ from the
+    defaults of its class. So a new version of Transformers, which adds options, does not make another model.
     """
     usual, options = type(part)().to_dict(), {}
     for name, value in part.to_dict().items():
@@ -149,7 +158,9 @@ def _options(part) -> dict:
 
 
 def _plain_options(layer: torch.nn.Module) -> dict:
-    """Returns the options of a layer without a configuration, such as the number of heads, which `str(model)` lacks."""
+    """
+    Returns the options of a layer without a configuration, such as the number of heads, which `str(model)` lacks.
+    """
     options = {name: value for name, value in vars(layer).items() if isinstance(value, (bool, int, float, str))}
     return {name: value for name, value in options.items() if not name.startswith("_") and name != "training"}
 

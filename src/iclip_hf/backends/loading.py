@@ -1,7 +1,10 @@
-"""Loading of models: `load` gives the object that explains; from folders and the Hub, without running code of the folder."""
+"""
+Loading of models: `load` gives the object that explains; from folders and the Hub, without running code of the folder.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Collection
@@ -10,10 +13,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import resolve_revision
 from PIL import Image
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
+from transformers.utils import cached_file
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
-from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
+from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..utils.files import loading_errors
 from . import MODEL_TYPES, check_model_name, check_model_type, families
 from .embedded import embedded_model
@@ -31,6 +36,8 @@ _FAMILIES: dict[str, type[ExplainableModel]] = {
     "VisionTransformer": ExplainableOpenCLIP,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
 }
+# The weights of a model folder: in one file, or the index of several.
+_WEIGHTS_FILE, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load(
@@ -40,7 +47,8 @@ def load(
     device: str | torch.device | None = None,
 ) -> ExplainableModel:
     """
-    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded model unchanged.
+    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded model
+    unchanged.
 
     Example:
 
@@ -52,19 +60,22 @@ def load(
     ```
 
     Args:
-        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a `CLIPModel`, `MetaClip2Model`, `SiglipModel`,
-            `Siglip2Model` or `Tipsv2Model` of transformers; an exported ONNX folder; a pair of a model, already on its device, and
-            its processor, or of a model of open_clip (its transformers with a class token and its ResNets) and its tokenizer; or
-            the result of an earlier call.
+        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a `CLIPModel`, `MetaClip2Model`,
+            `SiglipModel`, `Siglip2Model` or `Tipsv2Model` of transformers; an exported ONNX folder; a pair of a model,
+            already on its device, and its processor, or of a model of open_clip (its transformers with a class token
+            and its ResNets) and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
-        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; the GPU if there is one, if not given.
+        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the GPU if there is one (CUDA, or MPS
+            on a Mac).
 
     Returns:
-        [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not changed.
+        [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not
+        changed.
 
     Raises:
-        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind. `ValueError`: that of a
-            folder or Hub id is; a file is damaged, lacks weights or contains NaN; or dtype or device are given for a model that has its own.
+        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind.
+            `ValueError`: that of a folder or Hub id is; a file is damaged, lacks weights or contains NaN; the
+            processor is of another model; or dtype or device are given for a model that has its own.
     """
     is_name = isinstance(source, (str, os.PathLike))
     source = resolve_name(source) if is_name else source
@@ -79,7 +90,7 @@ def load(
     if is_onnx:
         return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
-        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _usable(device or default_device())
         if dtype == "bfloat16" and device.type == "cpu":
             warn_of_slow_bfloat16()
         model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
@@ -90,6 +101,13 @@ def load(
             f"{type(source).__name__}: pass one of them."
         )
     return _explainable(*source)
+
+
+def default_device() -> torch.device:
+    """Returns the GPU if there is one, by CUDA or by MPS, and otherwise the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -103,6 +121,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 def _explainable(model, processor) -> ExplainableModel:
     if isinstance(model, ONNXModel):
+        check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
         kind = type(model.visual).__name__
@@ -112,16 +131,20 @@ def _explainable(model, processor) -> ExplainableModel:
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     if kind not in _FAMILIES or not fits:
         raise TypeError(
-            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or Tipsv2Model of "
-            f"transformers, or a model of open_clip with a class token or a ResNet, got {type(model).__name__}: load one of them."
+            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or "
+            "Tipsv2Model of transformers, or a model of open_clip with a class token or a ResNet, got "
+            f"{type(model).__name__}: load one of them."
         )
     if not hasattr(model, "visual"):
-        check_tokenizer(getattr(model.config, "_name_or_path", "") or kind, processor.tokenizer, model.config)
+        check_processor(getattr(model.config, "_name_or_path", "") or kind, processor, model.config)
     return _FAMILIES[kind](model, processor)
 
 
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
-    """Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name checked."""
+    """
+    Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name
+    checked.
+    """
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
 
@@ -131,23 +154,27 @@ def has_bfloat16() -> bool:
 
 
 def warn_of_slow_bfloat16() -> None:
-    """Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32."""
+    """
+    Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32.
+    """
     if torch.backends.mkldnn.is_available() and not has_bfloat16():
         logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
 
 
 def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **options):
     """
-    Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from safetensors. Code in the
-    folder is not run. `types` are the model types that are loaded; `options` override the model's configuration. Raises the errors of
-    [`load`].
+    Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from
+    safetensors. Code in the folder is not run. `types` are the model types that are loaded; `options` override the
+    model's configuration. Raises the errors of [`load`].
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
     with loading_errors(name):
         if not os.path.exists(name):
-            # Files of one commit. Fails at once without a network and a copy in the cache, where each download would be retried.
+            # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
+            # be retried.
             shared["revision"] = resolve_revision(name)
             check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
+        _check_depth(name, shared.get("revision"))
         model, loading = AutoModel.from_pretrained(
             name, output_loading_info=True, use_safetensors=True, **shared, **options
         )
@@ -157,8 +184,27 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         if not isinstance(processor, ICLIPProcessor if isinstance(model, ICLIPModel) else ProcessorMixin):
             raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
         processor.image_processor(Image.new("RGB", (32, 32)))  # raises for damaged options
-    check_tokenizer(name, processor.tokenizer, model.config)
+    check_processor(name, processor, model.config)
     return model, processor
+
+
+def _check_depth(name: str | Path, revision: str | None) -> None:
+    """
+    Raises `ValueError` if a configuration has more layers than its files have tensors. A damaged one, of a million
+    layers, would take minutes to build.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
+    layers = max(getattr(part, "num_hidden_layers", 0) for part in (config.vision_config, config.text_config))
+    options, tensors = {"revision": revision, "_raise_exceptions_for_missing_entries": False}, layers
+    if weights := cached_file(name, _WEIGHTS_FILE, **options):
+        with safe_open(weights, framework="pt") as file:
+            tensors = len(file.keys())
+    elif index := cached_file(name, _WEIGHTS_INDEX, **options):
+        tensors = len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
+    if layers > tensors:
+        raise ValueError(
+            f"{name}: config.json has {layers} layers, but {tensors} tensors are there; download it again."
+        )
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:

@@ -8,16 +8,16 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from unittest import mock
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..model.configuration_iclip import ICLIPConfig, patch_side
-from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures, average_prompts
+from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder, loading_errors
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
 _IMAGE_OUTPUTS = ("image_embeds", "patch_embeds", "attention", "map_attention")
-_TEXT_OUTPUTS = ("text_embeds", "map_text_embeds")
+_TEXT_OUTPUTS = ("text_embeds", "map_text_embeds", "attention_weights")
 # What runs the graphs, by the names of ONNX Runtime: those that it has, in this order. Others, such as TensorRT, are
 # untested.
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -35,17 +35,17 @@ _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, weights: str = "float32") -> Path:
     """
-    Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, L, H and W are dynamic.
+    Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, K, L, H and W are dynamic.
 
     - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
       `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the
-      `map_attention` `(B, N)` in [0, 1], as in [`ICLIPImageFeatures`]; with `map_attention="signed"` also the
-      `attention_direction` `(B, P)`.
-    - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, L)`, to the unit vectors
-      `text_embeds` and `map_text_embeds` `(T, P)`, as in [`ICLIPTextFeatures`].
+      `map_attention` `(B, N)` in [0, 1], as in [`ICLIPImageFeatures`].
+    - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` of K prompts of
+      each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"` to
+      the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
-    `patch_embeds`, `map_text_embeds` and `attention_direction` have 2 P numbers with a `recognition_share`.
+    `patch_embeds` and `map_text_embeds` have 2 P numbers with a `recognition_share`.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
@@ -125,10 +125,10 @@ class ONNXModel:
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
-        texts = inputs["input_ids"].shape[:-1]
-        outputs = _run(self._text, {name: value.flatten(0, -2) for name, value in inputs.items()})
-        average = partial(average_prompts, num_templates=num_templates, width=self.config.projection_dim)
-        return ICLIPTextFeatures(**{name: average(value.unflatten(0, texts)) for name, value in outputs.items()})
+        labels = (*inputs["input_ids"].shape[:-2], -1)
+        prompts = {name: value.flatten(0, -2).unflatten(0, (-1, num_templates)) for name, value in inputs.items()}
+        outputs = _run(self._text, prompts)
+        return ICLIPTextFeatures(**{name: value.unflatten(0, labels) for name, value in outputs.items()})
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -144,35 +144,47 @@ def _vision_program(model: ICLIPModel):
     patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
     pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
-    signed = ("attention_direction",) if model.config.map_attention == "signed" else ()
     # Towers convert their grid to int, which would fix the size of images in the graph.
     tower = sys.modules[type(model.vision_model).__module__]
     keep_symbols = mock.patch.object(
         tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
     )
     with keep_symbols:
-        return _program(model, "get_image_features", {"pixel_values": pixel_values}, _IMAGE_OUTPUTS + signed, shape)
+        return _program(model, model.get_image_features, {"pixel_values": pixel_values}, _IMAGE_OUTPUTS, shape)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
-    inputs = processor(labels=["dog", "red ball"], templates=["{}"])
-    length = torch.export.Dim("length", min=2, max=processor.max_text_length)
-    return _program(model, "get_text_features", inputs, _TEXT_OUTPUTS, {0: torch.export.Dim("texts"), 1: length})
+    inputs, Dim = processor(text=["dog", "a dog", "red ball", "a red ball", "car", "a car"]), torch.export.Dim
+    prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}
+    # The least sizes are those that the export assumes; the graph takes one prompt, too.
+    shape = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: Dim("length", min=2, max=processor.max_text_length)}
+    outputs = _TEXT_OUTPUTS if model.config.map_attention == "signed" else _TEXT_OUTPUTS[:-1]
+
+    def encode(**prompts: torch.Tensor) -> ICLIPTextFeatures:
+        num_templates = prompts["input_ids"].shape[1]
+        tokens = {name: value.flatten(0, 1) for name, value in prompts.items()}
+        return model.get_text_features(**tokens, num_templates=num_templates)
+
+    return _program(model, encode, prompts, outputs, shape)
 
 
 @torch.no_grad()
 def _program(
-    model: ICLIPModel, method: str, inputs: Mapping[str, torch.Tensor], outputs: tuple[str, ...], shape: dict
+    model: ICLIPModel,
+    encode: Callable[..., ModelOutput],
+    inputs: Mapping[str, torch.Tensor],
+    outputs: tuple[str, ...],
+    shape: dict,
 ):
-    """Exports a method of a model. All inputs have the same dynamic sizes, `shape`."""
+    """Exports what `encode` does with a model. All inputs have the same dynamic sizes, `shape`."""
 
     class Side(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model
+            self.model = model  # whose weights the graph holds
 
         def forward(self, *tensors):
-            features = getattr(self.model, method)(**dict(zip(inputs, tensors)))
+            features = encode(**dict(zip(inputs, tensors)))
             return tuple(features[name] for name in outputs)
 
     with warnings.catch_warnings():

@@ -45,7 +45,8 @@ class ExplainableOpenCLIP(RecordableModel):
             tokens = None
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(
-                f"An open_clip model comes with the result of open_clip.get_tokenizer, not a {type(tokenizer).__name__}."
+                "An open_clip model comes with the result of open_clip.get_tokenizer, not a "
+                f"{type(tokenizer).__name__}."
             )
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
@@ -82,8 +83,8 @@ class ExplainableOpenCLIP(RecordableModel):
 
 class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     """
-    A ResNet, whose only attention layer is the pooling at its end. A position is projected into the space of the texts as the
-    pooling does with all attention on this position: by value and output projection.
+    A ResNet, whose only attention layer is the pooling at its end. A position is projected into the space of the texts
+    as the pooling does with all attention on this position: by value and output projection.
     """
 
     def _prepare_layers(self) -> None:

@@ -48,7 +48,10 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """An attention layer of an image tower, prepared to be recorded. It holds modules only, which `copy.deepcopy` follows."""
+    """
+    An attention layer of an image tower, prepared to be recorded. It holds modules only, which `copy.deepcopy`
+    follows.
+    """
 
     projection: nn.Module  # of the merged heads
     scale: nn.Module | None = None  # the layer scale, if the model has one
@@ -56,7 +59,10 @@ class AttentionLayer:
     mlp: nn.Module | None = None
 
     def output(self, heads: torch.Tensor) -> torch.Tensor:
-        """Computes from mixed values of the heads `(B, H, L, D / H)` what the layer adds to the residual stream, `(B, L, D)`."""
+        """
+        Computes from mixed values of the heads `(B, H, L, D / H)` what the layer adds to the residual stream,
+        `(B, L, D)`.
+        """
         projected = self.projection(merge_heads(heads))
         return projected if self.scale is None else self.scale(projected)
 
@@ -68,8 +74,8 @@ class AttentionLayer:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """
-    Copies a model in eval mode. The copy shares the weights, which have no gradients in it. Attributes, hooks and modules that are
-    set in the copy do not affect the model.
+    Copies a model in eval mode. The copy shares the weights, which have no gradients in it. Attributes, hooks and
+    modules that are set in the copy do not affect the model.
     """
     with torch.inference_mode(False):
         shared = {
@@ -81,9 +87,9 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> tuple[T, list[AttentionRecord]]:
     """
-    Runs `forward`, of a model that [`prepare`] was applied to, and returns its result with the records of the attention layers from
-    `start` on. `grad` keeps the graph from the input of layer `start` to the result. `weights` records the attention weights too,
-    which takes the memory that fused attention saves.
+    Runs `forward`, of a model that [`prepare`] was applied to, and returns its result with the records of the
+    attention layers from `start` on. `grad` keeps the graph from the input of layer `start` to the result. `weights`
+    records the attention weights too, which takes the memory that fused attention saves.
     """
     recording = _Recording(start, grad, weights)
     token = _recording.set(recording)
@@ -96,7 +102,8 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
 
 def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) -> None:
     """
-    Makes layer `index` of a private copy record the input of its block and, if given, of its attention. The copy of a copy does so already.
+    Makes layer `index` of a private copy record the input of its block and, if given, of its attention. The copy of a
+    copy does so already.
     """
     if getattr(block, "is_recorded", False):
         return
@@ -133,8 +140,8 @@ def attend(
     attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """
-    Computes the attention of the heads and records it. `attention` is a function of queries, keys and values to mixed values. Returns
-    these, `(B, H, Q, D / H)`. The forward pass must continue with them, for their gradients.
+    Computes the attention of the heads and records it. `attention` is a function of queries, keys and values to mixed
+    values. Returns these, `(B, H, Q, D / H)`. The forward pass must continue with them, for their gradients.
     """
     layer = _current_layer()
     if layer is None:

@@ -30,13 +30,13 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
-        self._given = args or []
+        self._arguments = args or []
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
         if "are required" in message or "unrecognized arguments: --" in message:  # it may be mistyped
             known = self._option_string_actions
-            typed = [word.split("=")[0] for word in self._given if word.startswith("--")]
+            typed = [word.split("=")[0] for word in self._arguments if word.startswith("--")]
             if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:
                 like = "".join(f"; did you mean {option}?" for option in get_close_matches(wrong[0], known, 1))
                 message = f"unrecognized arguments: {wrong[0]}{like}"
@@ -49,7 +49,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    # Read when torch is imported. Threads that wait sleep: beside other jobs, spinning makes an image ten times slower.
+    # Read when torch is imported. Threads that wait sleep: beside other jobs, spinning makes an image ten times
+    # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else None

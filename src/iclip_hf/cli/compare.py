@@ -72,10 +72,10 @@ def run(options: argparse.Namespace) -> None:
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
         figures = zip(rows, notes, explanation.scores.tolist(), explanation.presences)
-        for row, of_text, score, presence in figures:
+        for row, of_row, score, presence in figures:
             row["scores"][name], row["presence"][name] = round(score, 4), presence
-            of_text.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
-    titles = [f"{text}\n{', '.join(of_text)}" for text, of_text in zip(texts, notes)]
+            of_row.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
+    titles = [f"{text}\n{', '.join(of_row)}" for text, of_row in zip(texts, notes)]
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     save_picture(sheet, output, dpi)
     if options.json:
@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _open(options: argparse.Namespace, output: Path, models: list[str]):
     """
-    Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates. Checks that the output
-    is none of the files that are read.
+    Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates.
+    Checks that the output is none of the files that are read.
     """
     from ..data.segmentation import load_segmentation
     from ..utils.files import check_outputs
@@ -114,7 +114,8 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         sample = next((sample for sample in dataset if sample.name in names), None)
         if sample is None or (os.path.isfile(options.image) and not sample.image_path.samefile(options.image)):
             raise ValueError(
-                f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of them."
+                f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one "
+                "of them."
             )
         inputs += dataset.files
     check_outputs([output], inputs)

@@ -47,12 +47,5 @@ def _save_arrays(explanation, path: Path) -> Path:
     path = new_file(path)
     # An open file, because numpy would add a suffix to a file name.
     with atomic_write(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file,
-            texts=explanation.labels,
-            scores=explanation.scores.numpy(),
-            presence=np.array(explanation.presences, float),
-            raw_maps=explanation.raw_maps.numpy(),
-            masks=np.stack([explanation.mask(index) for index in range(len(explanation))]),
-        )
+        np.savez_compressed(file, **explanation.arrays())
     return path

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from ..backends import DTYPES, check_model_name
 from ..data.class_names import DATASETS
-from ..explainers import METHOD_GROUP, METHODS
+from ..explainers import METHODS, check_method
 from ..model.downloads import is_url
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
-from .output import print_error
 
 
 if TYPE_CHECKING:
@@ -39,10 +37,10 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 @option_type
 def texts(typed: str) -> list[str]:
     """Parses the texts of one option, see [`split_texts`]."""
-    found = [check_text(text) for text in split_texts(typed) or [""]]
-    if files := [text for text in found if os.path.splitext(text)[1] and os.path.isfile(text)]:
+    parsed = [check_text(text) for text in split_texts(typed) or [""]]
+    if files := [text for text in parsed if os.path.splitext(text)[1] and os.path.isfile(text)]:
         raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
-    return found
+    return parsed
 
 
 @option_type
@@ -55,9 +53,7 @@ def template(text: str) -> str:
 @option_type
 def method(name: str) -> str:
     """Returns the name of a method of this package or of another one."""
-    if name not in METHODS and name not in (added := entry_points(group=METHOD_GROUP).names):
-        raise ValueError(f"{name!r} is no method: choose from {', '.join([*METHODS, *sorted(added)])}")
-    return name
+    return check_method(name)
 
 
 @option_type
@@ -87,7 +83,7 @@ SHARED = {
         "help": 'ICLIP or CLIP-like model, or "embedded" (default: the embedded model)',
     },
     "--dtype": {"choices": DTYPES, "help": "number format of the model (default: as saved)"},
-    "--device": {"metavar": "NAME", "help": "cpu, cuda or mps (default: cuda if there is such a GPU, otherwise cpu)"},
+    "--device": {"metavar": "NAME", "help": "cpu, cuda or mps (default: the GPU if there is one, otherwise cpu)"},
     "--template": {
         "action": "append",
         "dest": "templates",
@@ -166,35 +162,13 @@ def load_model(name: str, options: argparse.Namespace):
 
 
 def load_engine(options: argparse.Namespace):
-    """Loads the model and returns the [`Engine`] of `iclip explain` and `iclip segment`, and the threshold of all texts or of each."""
-    from ..evaluation.results import class_thresholds, read_results, threshold_differences
-
-    threshold, results = options.threshold, None
-    if isinstance(threshold, Path):  # read before the model is loaded
-        if not options.texts:
-            raise ValueError(f"--threshold {threshold} has a threshold of each class: name classes by --text.")
-        results, texts = threshold, [*options.texts, *options.background]
-        threshold = class_thresholds(results, texts, options.method)
+    """Loads the model, and returns the [`Engine`] of `iclip explain` and `iclip segment`."""
     from ..explainers import make_explainer
     from ..model.engine import Engine
 
     explainer = make_explainer(load_model(options.model, options), options.method)
-    model = explainer.model
-    engine = Engine(model, model.processor, explainer, options.templates, options.image_size, options.refine)
-    if results:
-        protocol = read_results(results, "protocol")["protocol"]
-        if differing := model.differs_from(protocol):
-            raise ValueError(
-                f"--threshold {results} has thresholds of another model, by its {', '.join(differing)}: measure this one by `iclip "
-                "evaluate --output`."
-            )
-        if differing := threshold_differences(protocol, engine):
-            print_error(
-                options.command,
-                f"--threshold {results} has thresholds of other maps, with {'; '.join(differing)}: use the same options, or measure by "
-                "`iclip evaluate --output` with these.",
-            )
-    return engine, threshold
+    processor = explainer.model.processor
+    return Engine(explainer.model, processor, explainer, options.templates, options.image_size, options.refine)
 
 
 def load_named_image(name: str) -> Image.Image:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction, surrogates.
+# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction,
+# surrogates.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
@@ -45,7 +46,10 @@ def check_folder(path: Path) -> None:
 
 
 def name_for(image: str | Path, ending: str) -> str:
-    """Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg". A name that would be too long is cut."""
+    """
+    Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg". A name that would be too long
+    is cut.
+    """
     if is_url(image):
         image = re.split("[?#]", image)[0]
     stem = Path(image).stem
@@ -98,8 +102,9 @@ def is_written_picture(path: Path) -> bool:
 
 def report_error(command: str, error: BaseException) -> None:
     """
-    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this process. They
-    end their own report with the line of the process that failed first. Of processes that are all interrupted, the first prints it.
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this
+    process. They end their own report with the line of the process that failed first. Of processes that are all
+    interrupted, the first prints it.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
@@ -113,10 +118,10 @@ def report_error(command: str, error: BaseException) -> None:
 
 def printable(text) -> str:
     """
-    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of writing
-    direction, and bytes of file names that are not UTF-8.
+    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of
+    writing direction, and bytes of file names that are not UTF-8.
     """
-    return _ACTING.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+    return _ACTING.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def print_lines(*lines: str) -> None:
@@ -137,8 +142,8 @@ def print_folder(folder: Path, *command: str) -> None:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """
-    Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are left out, and long
-    cells are cut.
+    Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are
+    left out, and long cells are cut.
     """
     columns = [[_cut(printable(cell)) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ..explainers import METHODS
 from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
-from .options import MODEL, PROMPTS, add_shared, load_engine, load_named_image, method, option_type, share
+from .options import MODEL, PROMPTS, add_shared, load_engine, load_named_image, method, share
 from .output import (
     PICTURES,
     check_file,
@@ -48,11 +48,10 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     add_shared(command, "--refine", default=refine)
     command.add_argument(
         "--threshold",
-        type=_number_or_file,
+        type=share,
         default=0.5,
-        metavar="NUMBER_OR_FILE",
-        help="a mask holds the pixels whose map, stretched to [0, 1], is greater; a number in [0, 1], or the file of `iclip evaluate "
-        "--output` for the best threshold of each class (default: 0.5)",
+        metavar="NUMBER",
+        help="a mask holds the pixels whose map, stretched to [0, 1], is greater; 0 to 1 (default: 0.5)",
     )
     command.add_argument(
         "--min-presence",
@@ -69,22 +68,13 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     add_shared(command, "--batch-size", default=4, help="images in one forward pass (default: 4)")
 
 
-@option_type
-def _number_or_file(text: str) -> float | Path:
-    try:
-        float(text)
-    except ValueError:
-        return Path(text)
-    return share(text)
-
-
-def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> int:
+def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
     """
     Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of several images
     are also written to a file of JSON lines, which grows by one line for each image.
 
     Args:
-        kind: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
+        ending: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
         write: function of the name of an image, its explanation and the path of its picture, None if none is asked for. It returns the
             entry of the report: a `dict` for each text in "texts" or "segments", the paths of other files that it wrote, and perhaps a
             "problem" for stderr.
@@ -104,16 +94,14 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
     alone = images == options.images and len(images) == 1
     if alone and not is_url(images[0]):
         open_image(images[0], decode=False)
-    picture, folder = _places(options, kind, alone)
+    picture, folder = _places(options, ending, alone)
     is_writing = bool(picture or folder)
     if is_writing:
-        thresholds = [options.threshold] if isinstance(options.threshold, Path) else []
-        check_outputs([picture or new_file(folder / "new")], [*images, *thresholds, *model_files(options.model)])
-    engine, threshold = load_engine(options)
+        check_outputs([picture or new_file(folder / "new")], [*images, *model_files(options.model)])
+    engine = load_engine(options)
     # After the checks, because these import torch.
     from ..data.nouns import vocabulary
     from ..explainers.explain import NOUNS
-    from ..model.engine import BEST_PRIOR
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
@@ -126,11 +114,11 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         (image, _), explanation = item
         if explanation is None:
             return {"problem": image}
-        explanation = replace(explanation, threshold=threshold, min_presence=options.min_presence)
+        explanation = replace(explanation, threshold=options.threshold, min_presence=options.min_presence)
         if not is_writing:
             return {"image": image, **write(image, explanation, None)}
         # Chosen when it is written, because two images may have the same name.
-        path = picture or new_file(folder / name_for(image, f"{kind}.png"))
+        path = picture or new_file(folder / name_for(image, f"{ending}.png"))
         return {"image": image, "picture": str(path), **write(image, explanation, path)}
 
     explained = 0
@@ -140,9 +128,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
         # Without texts: what is in each image?
         texts, best = (options.texts + options.background, None) if options.texts else (vocabulary(), NOUNS)
         headings = (
-            ("text", "presence")
-            if options.texts
-            else (f"best of {len(texts):,} nouns", f"presence at prior {BEST_PRIOR}")
+            ("text", "presence") if options.texts else (f"best of {len(texts):,} nouns", "presence at its prior")
         )
         explanations = engine.run((image for _, image in prepared), texts, options.batch_size, best)
         entries, lines = prefetch_map(thread, written, zip(named, explanations), 4), None
@@ -151,7 +137,7 @@ def explain_files(options: argparse.Namespace, kind: str, write: Callable) -> in
             text = json.dumps(entry, ensure_ascii=False)
             if entry and is_writing and not alone:
                 if lines is None:
-                    path = new_file(folder / f"{kind.removesuffix('s')}s.jsonl")
+                    path = new_file(folder / f"{ending.removesuffix('s')}s.jsonl")
                     # A byte of a name that is not UTF-8 is written as JSON escapes it.
                     lines = stack.enter_context(path.open("x", encoding="utf-8", errors="backslashreplace"))
                 print(text, file=lines, flush=True)
@@ -180,13 +166,13 @@ def _of_folder(folder: str) -> list[str]:
     return images
 
 
-def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path | None, Path | None]:
+def _places(options: argparse.Namespace, ending: str, alone: bool) -> tuple[Path | None, Path | None]:
     """Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for."""
     output = options.output
     if output is None and options.json and not options.npz:
         return None, None
     if output is None:
-        return None, Path() if alone else Path(f"{kind.removesuffix('s')}s")
+        return None, Path() if alone else Path(f"{ending.removesuffix('s')}s")
     if alone and output.suffix and not output.is_dir():
         check_file(output, PICTURES)
         return output, None
@@ -196,15 +182,15 @@ def _places(options: argparse.Namespace, kind: str, alone: bool) -> tuple[Path |
 
 def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:
     """Returns the printed lines of an image. `headings` are those of texts and presence."""
-    files = ", ".join(entry[kind] for kind in ("picture", "labels", "arrays") if kind in entry)
-    of_segments = "segments" in entry
-    headings = [*headings, "score", "share of the image" if of_segments else "regions"]
+    files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
+    is_segmentation = "segments" in entry
+    headings = [*headings, "score", "share of the image" if is_segmentation else "regions"]
     rows = [
         [
             f"{row['text']} (background)" if row.get("id") == 0 else row["text"],
             presence_text(row["presence"], min_presence),
             f"{row['score']:.3f}",
-            f"{100 * row['area']:.1f} %" if of_segments else str(len(row["regions"])),
+            f"{100 * row['area']:.1f} %" if is_segmentation else str(len(row["regions"])),
         ]
         for row in entry.get("segments") or entry["texts"]
     ]

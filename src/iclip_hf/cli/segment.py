@@ -13,8 +13,9 @@ from .pictures import add_image_options, explain_files
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a number if it exists; of "
-        "several images in the folder segments); the label map is written beside it, as photo-labels.png",
+        output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a "
+        "number if it exists; of several images in the folder segments); the label map is written beside it, as "
+        "photo-labels.png",
         refine=True,
         required=True,
     )
@@ -67,8 +68,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _save_labels(labels, num_texts: int, path: Path) -> Path:
     """
-    Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254 texts have 8 bits and
-    a palette, more have 16 bits. So the highest value, with which other programs mark void pixels, is never an id.
+    Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254
+    texts have 8 bits and a palette, more have 16 bits. So the highest value, with which other programs mark void
+    pixels, is never an id.
     """
     import numpy as np
     from PIL import Image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Collection, Sequence
@@ -29,17 +30,27 @@ TEMPLATES = (
 )
 # In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
 _COLOUR = "orange"
-# A noun and its marks: "sky (background) (above)", "yurt (rare)".
-_LINE = re.compile(r"(.*?)\s*((?:\((?:background|above|below|rare)\)\s*)*)")
+# A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
+_LINE = re.compile(r"(.*?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
+# Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and the
+# power of the number of photographs that a prior is proportional to.
+_FEWEST, _MEAN_PRIOR, _PRIOR_POWER = 20, 0.05, 0.3
 
 
-def vocabulary() -> list[str]:
+def vocabulary() -> dict[str, float]:
     """
-    Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects, materials, places and
-    backgrounds. The model learned rarer ones too, but takes them for shown too often.
+    Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects,
+    materials, places and backgrounds. The model learned rarer ones too, but takes them for shown too often.
+
+    Returns:
+        `dict` from each noun to the prior of its presence: 0.05 for a noun of usual frequency, and more for frequent
+        ones, by the power 0.3 of the number of photographs.
     """
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
-    return [noun for noun, marks in _marks(text.splitlines()).items() if "rare" not in marks]
+    counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in _marks(text.splitlines()).items()}
+    logs = {noun: math.log(count) for noun, count in counts.items() if count >= _FEWEST}
+    mean = sum(logs.values()) / len(logs)
+    return {noun: _MEAN_PRIOR * math.exp(_PRIOR_POWER * (log - mean)) for noun, log in logs.items()}
 
 
 def _marks(lines: Sequence[str]) -> dict[str, str]:
@@ -69,7 +80,8 @@ class NounPrompts:
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
             objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most others: "sky (background) (above)",
-            "floor (background) (below)". The mark "(rare)" has no effect on prompts.
+            "floor (background) (below)". A number, "(3)", is how many training photographs show the noun, without
+            effect on prompts.
         count: number of prompts for each image.
         seed: seed of the prompts.
 

@@ -85,10 +85,9 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """
     Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges.
     """
-    raw_maps = -explanation.raw_maps if explanation.reversed else explanation.raw_maps
     return {
         **seen.view,
-        "grid": list(raw_maps.shape[1:]),
+        "grid": list(explanation.raw_maps.shape[1:]),
         "texts": [
             {
                 "text": text,
@@ -102,26 +101,17 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 explanation.scores.tolist(),
                 explanation.presences,
                 explanation.presence_words,
-                raw_maps.flatten(1).tolist(),
+                explanation.raw_maps.flatten(1).tolist(),
             )
         ],
     }
 
 
 def to_npz(explanation: Explanation) -> bytes:
-    """
-    Returns a NumPy archive: texts, scores and presence `(T,)` (NaN for a model without), raw maps `(T, h, w)`, and
-    maps `(T, H, W)` in [0, 1], float16.
-    """
+    """Returns a NumPy archive: the [`Explanation.arrays`], and `maps` `(T, H, W)` in [0, 1], float16."""
     archive = io.BytesIO()
-    np.savez(  # compression saves a third, and takes longer than the texts and maps of an image seen before
-        archive,
-        texts=explanation.labels,
-        scores=explanation.scores.numpy(),
-        presence=np.array(explanation.presences, float),
-        raw_maps=explanation.raw_maps.numpy(),
-        maps=explanation.maps.half().numpy(),
-    )
+    # Compression saves a third, and takes longer than the texts and maps of an image seen before.
+    np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
     return archive.getvalue()
 
 

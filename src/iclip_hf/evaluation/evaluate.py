@@ -48,17 +48,18 @@ def evaluate_model(
     """
     Measures a model and its maps over a data set.
 
-    Every image is resized as a whole, without a crop. Under `accelerate launch` the processes share the images, and every process
-    returns the same result.
+    Every image is resized as a whole, without a crop. Under `accelerate launch` the processes share the images, and
+    every process returns the same result.
 
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
         methods: names of explainers.
-        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of `METRICS` and metrics with
-            options such as `Segmentation(window=224)`.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
-            [`ICLIPProcessor`]; the processor's if not given. mAP and presence always come from the processor's.
+        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of
+            `METRICS` and metrics with options such as `Segmentation(window=224)`.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
+            or a `size` of [`ICLIPProcessor`]; if not given, what a metric prefers ([`Metric`]), and otherwise the
+            processor's. mAP and presence always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         limit (`int`, *optional*): evaluate only the first images.
@@ -69,8 +70,8 @@ def evaluate_model(
         [`EvaluationResult`].
 
     Raises:
-        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the model does not have
-        what a metric measures.
+        `ValueError`, `TypeError`, `FileNotFoundError`: an option or a file is not as described; or the data set or the
+        model does not have what a metric measures.
     """
     start = time.perf_counter()
     for name, value in (("limit", limit), ("batch_size", batch_size)):
@@ -80,12 +81,19 @@ def evaluate_model(
         raise ValueError(f'methods is a list of at least one name, such as ["itsm"], not {methods!r:.100}.')
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
-    size = image_size
-    if size is None:
-        size = next((metric.image_size for metric in metrics if metric.image_size), None)
-    run = EvaluationRun(model, dataset, methods, size, templates, refine, limit, batch_size, state)
-    metrics = [metric for metric in metrics if _measurable(metric, run)]
-    totals = run.measure(metrics, progress and state.is_main_process)
+    model, runs = load(model), {}
+    # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
+    # another.
+    sizes = [metric.image_size if image_size is None else image_size for metric in metrics]
+    for size in sizes:
+        if str(size) not in runs:
+            options = (size, templates, refine, limit, batch_size, state)
+            runs[str(size)] = EvaluationRun(model, dataset, methods, *options)
+    run_of = {metric: runs[str(size)] for metric, size in zip(metrics, sizes) if _measurable(metric, runs[str(size)])}
+    metrics, totals = list(run_of), {}
+    for run in runs.values():
+        of_run = [metric for metric in metrics if run_of[metric] is run]
+        totals |= run.measure(of_run, progress and state.is_main_process)
 
     first, *others = gather_object([[total.state for total in totals.values()]])  # alike on every process
     for total, of_all, *parts in zip(totals.values(), first, *others):
@@ -100,20 +108,34 @@ def evaluate_model(
         results[method] = {name: scores for name, (scores, _) in reports.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(
-        protocol=run.protocol() | {"metrics": {metric.name: metric.protocol() for metric in metrics}},
+        protocol=_protocol(next(iter(runs.values())), run_of),
         results=results,
         per_class=per_class,
         timing={
             "seconds": time.perf_counter() - start,
-            "seconds_in_model": run.seconds_in_model,
+            "seconds_in_model": sum(run.seconds_in_model for run in runs.values()),
             "images": len(run.indices),
         },
         tables=_tables(metrics, results, run.count, dataset.images_in_split),
     )
 
 
+def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
+    """
+    Returns the protocol of the first run, with the options of each metric, and the size of images of a metric with
+    another run.
+    """
+    metrics = {}
+    for metric, run in run_of.items():
+        size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
+        metrics[metric.name] = metric.protocol() | size
+    return first.protocol() | {"metrics": metrics}
+
+
 def _measurable(metric: Metric, run: EvaluationRun) -> bool:
-    """Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures."""
+    """
+    Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures.
+    """
     try:
         metric.prepare(run)
     except CannotMeasure:
@@ -136,7 +158,9 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
 
 
 def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
-    """Returns a Markdown table with a row for each method, what its columns mean, and the tables of the metrics' own."""
+    """
+    Returns a Markdown table with a row for each method, what its columns mean, and the tables of the metrics' own.
+    """
     in_table = [metric for metric in metrics if metric.columns]
     first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
     headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
@@ -181,8 +205,9 @@ class EvaluationRun:
 
     def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
         """
-        Measures all images of this process. Threads decode images and update metrics while this thread runs the model. Returns a metric
-        with its items by its name and the method, which is None for metrics that do not depend on the method.
+        Measures all images of this process. Threads decode images and update metrics while this thread runs the model.
+        Returns a metric with its items by its name and the method, which is None for metrics that do not depend on the
+        method.
         """
         needs = frozenset().union(*(metric.needs for metric in metrics))
         by_method = {
@@ -213,55 +238,54 @@ class EvaluationRun:
 
     def _prepared(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
-        rows = [label - 1 for label in sample.labels]
-        return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, rows))
+        shown = [label - 1 for label in sample.labels]
+        return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, shown))
 
     def _run_model(
         self, images: Iterator[EvaluatedImage], metrics: Sequence[Metric], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
         """Yields the images after the model has run."""
         needs_scores = bool(needs & {"scores", "presence"})
-        own = [engine for engine in self.engines.values() if engine.method.is_own_map]
-        encoder = self.engine if needs_scores or own else next(iter(self.engines.values()))
+        takes_features = any(engine.takes_features for engine in self.engines.values())
+        encoder = self.engine if needs_scores or takes_features else next(iter(self.engines.values()))
 
         def run(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
-            # Encoded once for the scores and for the maps of itsm and reversed_itsm. Every other method runs the image tower itself, and
-            # so do metrics of maps of their own, such as those of windows.
+            # Encoded once for the scores and for methods that compute maps from features. Every other method runs the
+            # image tower itself, and so do metrics of maps of their own, such as those of windows.
             if needs:
                 for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
                     image.prepared = encoded
             prepared = [image.prepared for image in images]
             if needs_scores:
-                without_maps = [replace(image, rows=()) for image in prepared]
-                for image, found in zip(images, self.engine.run(without_maps, self.texts, len(images))):
-                    image.scores = found.all_scores
-                    presence = self.model.presence(found.all_scores.to(self.texts.text_embeds.device))
+                without_maps = [replace(image, text_indices=()) for image in prepared]
+                for image, explanation in zip(images, self.engine.run(without_maps, self.texts, len(images))):
+                    image.scores = explanation.all_scores
+                    presence = self.model.presence(explanation.all_scores.to(self.texts.text_embeds.device))
                     image.presence = None if presence is None else presence.cpu()
             if "maps" in needs:
                 for method, engine in self.engines.items():
-                    for image, found in zip(images, engine.run(prepared, self.texts, len(images))):
-                        image.explanations[method] = found
+                    for image, explanation in zip(images, engine.run(prepared, self.texts, len(images))):
+                        image.explanations[method] = explanation
             for metric in metrics:
-                for image, found in zip(images, metric.run_model(images)):
-                    image.outputs[metric.name] = found
+                for image, output in zip(images, metric.run_model(images)):
+                    image.outputs[metric.name] = output
             return images
 
         while batch := list(itertools.islice(images, self.batch_size)):
             began = time.perf_counter()
-            batch = map_groups(run, batch, [image.prepared.kind for image in batch])
+            batch = map_groups(run, batch, [image.prepared.batch_key for image in batch])
             self.seconds_in_model += time.perf_counter() - began
             yield from batch
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
-        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image` shows,
-        `(N, T, h, w)`, refined as those of the evaluation and negated where the method's maps are reversed.
+        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image`
+        shows, `(N, T, h, w)`, refined as those of the evaluation.
         """
 
         def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:
-            rows = [image.prepared.rows] * len(pixel_values)
-            maps, _ = engine.raw_maps(pixel_values, self.texts, rows=rows)
-            return -maps if engine.method.reversed else maps
+            shown = [image.prepared.text_indices] * len(pixel_values)
+            return engine.raw_maps(pixel_values, self.texts, text_indices=shown)[0]
 
         return {method: partial(explain, engine) for method, engine in self.engines.items()}
 

@@ -1,6 +1,6 @@
 """
-Modules of the `evaluate` library from metrics. The scripts are in the folder `evaluate_metrics` of the repository, which is installed as
-`iclip_hf.evaluate_metrics`.
+Modules of the `evaluate` library from metrics. The scripts are in the folder `evaluate_metrics` of the repository,
+which is installed as `iclip_hf.evaluate_metrics`.
 """
 
 from abc import ABC, abstractmethod
@@ -24,10 +24,12 @@ _INPUTS = """
 An item is one image and {what}.
 
 Args:
-    predictions: maps {shape} in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; sizes may differ between items.
+    predictions: maps {shape} in [0, 1], numpy or torch, float16, bfloat16, float32 or float64; sizes may differ
+        between items.
     references: label masks of integers, {masks}.
     labels: {labels}; pixels of the mask equal to an id belong to its class.
-    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same call.{aggregate}
+    ignore_index: mask value of the pixels that are ignored, 255 by default; it applies to the items of the same
+        call.{aggregate}
 
 `add` also accepts the singular names. Options can also be set in `evaluate.load`.
 
@@ -37,7 +39,8 @@ _PAIRS = {
     "shape": "(H, W)",
     "masks": "(H, W)",
     "labels": "class ids",
-    "aggregate": '\n    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools their pixels.',
+    "aggregate": '\n    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools '
+    "their pixels.",
 }
 _IMAGES = {
     "what": "all of its K classes",
@@ -58,8 +61,8 @@ _CITATION = """
 
 class MetricModule(evaluate.Metric, ABC):
     """
-    A metric as a module of `evaluate`. It stores the counts of each item instead of its pixels. The script of a module has a subclass that
-    sets `metric`.
+    A metric as a module of `evaluate`. It stores the counts of each item instead of its pixels. The script of a module
+    has a subclass that sets `metric`.
     """
 
     @property
@@ -80,8 +83,8 @@ class MetricModule(evaluate.Metric, ABC):
         return {name: value for name in names if (value := given.pop(name)) is not None}
 
     def _info(self) -> evaluate.MetricInfo:
-        # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the inputs, because
-        # `evaluate.combine` passes no others.
+        # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the
+        # inputs, because `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
         per_pair = issubclass(self.metric, PairMetric)
         labels = label if per_pair else Sequence(label)
@@ -138,8 +141,9 @@ def metric_scripts() -> dict[str, Path]:
 
 def install_metrics() -> dict[str, Path]:
     """
-    Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds them by their bare
-    names in any working directory, also offline. Returns the folder of each script by the name of its metric.
+    Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds
+    them by their bare names in any working directory, also offline. Returns the folder of each script by the name of
+    its metric.
     """
     modules, installed = init_dynamic_modules(), {}
     for name, script in metric_scripts().items():

@@ -1,8 +1,9 @@
 """
 The arithmetic of the metrics on single images, in numpy.
 
-A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose pixels are the
-foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast compares all pairs of an image.
+A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose
+pixels are the foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast
+compares all pairs of an image.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ def to_numpy(array) -> np.ndarray:
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """Returns a map as an array of floats. Raises `ValueError` unless its values are in [0, 1], because others are counted wrongly."""
+    """
+    Returns a map as an array of floats. Raises `ValueError` unless its values are in [0, 1], because others are
+    counted wrongly.
+    """
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind != "f":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones
@@ -67,8 +71,8 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
         label (`int`), ignore_index (`int`): class id, and mask value of the pixels that are ignored.
 
     Returns:
-        `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M > 0,
-        M > 0.01, ..., M > 1.
+        `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M >
+        0, M > 0.01, ..., M > 1.
 
     Raises:
         `ValueError`: shapes differ, map values are NaN or outside [0, 1], or the class id is `ignore_index`.
@@ -85,8 +89,8 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
 
 def _thresholds_below(values: np.ndarray) -> np.ndarray:
     """Returns the number of thresholds below each value in [0, 1], uint8."""
-    # The index of the nearest threshold, or one more. The comparison is exact, because index / 100 in the dtype of the values is
-    # the threshold rounded to that dtype.
+    # The index of the nearest threshold, or one more. The comparison is exact, because index / 100 in the dtype of the
+    # values is the threshold rounded to that dtype.
     nearest = values * 100
     np.rint(nearest, out=nearest)
     codes = nearest.astype(np.uint8)
@@ -97,8 +101,8 @@ def _thresholds_below(values: np.ndarray) -> np.ndarray:
 
 def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
     """
-    Computes the number of pixels and the mean of the map (0 without pixels) for background and foreground, `(2, 2)` float64. Arguments
-    and errors are those of [`threshold_counts`].
+    Computes the number of pixels and the mean of the map (0 without pixels) for background and foreground, `(2, 2)`
+    float64. Arguments and errors are those of [`threshold_counts`].
     """
     sums = np.zeros((2, 2))
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -115,21 +119,22 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     """
     Compares each map of an image on the pixels of its own class and of the other classes.
 
-    For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij + a_ji) / 2.
-    Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and equal rounded values are
-    ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for smooth maps).
+    For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij +
+    a_ji) / 2. Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and
+    equal rounded values are ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for
+    smooth maps).
 
     Args:
         maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
-        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or one mask for
-            each class, whose pixels equal to the label belong to the class. These masks can overlap.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or
+            one mask for each class, whose pixels equal to the label belong to the class. These masks can overlap.
         labels (`Sequence[int]`): K different class ids.
         ignore_index (`int`): mask value of the pixels that are ignored, in the mask or in any of the K masks.
         both_maps (`bool`): whether to compare the maps of both classes, c; otherwise only that of the class itself, a.
 
     Returns:
-        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over them. Two
-        classes of the image are partners if each has a pixel that does not belong to the other.
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over
+        them. Two classes of the image are partners if each has a pixel that does not belong to the other.
 
     Raises:
         `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
@@ -145,7 +150,8 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
-    # Twice the number of pairs of a pixel of i and one of j where M_i is greater at i, plus the ties; and of all these pairs.
+    # Twice the number of pairs of a pixel of i and one of j where M_i is greater at i, plus the ties; and of all these
+    # pairs.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
@@ -162,13 +168,14 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
 
 def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
     """
-    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments and errors are those of
-    [`threshold_counts`].
+    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments and errors are
+    those of [`threshold_counts`].
 
     Returns:
-        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel belongs to the class (if several are equal,
-        the share that does); the share of the map's sum on the class; the share of the class in the image, which is the score of a
-        constant map in both games. Ignored pixels are not counted. NaN without a pixel of the class.
+        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel belongs to the class (if
+        several are equal, the share that does); the share of the map's sum on the class; the share of the class in the
+        image, which is the score of a constant map in both games. Ignored pixels are not counted. NaN without a pixel
+        of the class.
     """
     counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -191,8 +198,9 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
     """
-    Groups probabilities `(N,)` into bins of equal width, of which the last includes 1 (Guo et al. 2017). Returns the mean probability
-    (NaN in an empty bin), the share of `shown` (likewise) and the number of items of each bin, as `mean`, `shown` and `items`.
+    Groups probabilities `(N,)` into bins of equal width, of which the last includes 1 (Guo et al. 2017). Returns the
+    mean probability (NaN in an empty bin), the share of `shown` (likewise) and the number of items of each bin, as
+    `mean`, `shown` and `items`.
     """
     index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
     items = np.bincount(index, minlength=bins)
@@ -207,15 +215,16 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
 
     Args:
         prediction (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids 0..K-1; 0 is the background.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are ignored.
+        reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are
+            ignored.
         num_classes (`int`): K.
         ignore_index (`int`): value of the reference's pixels that are ignored.
-        confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the prediction is
-            counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
+        confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the
+            prediction is counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
 
     Returns:
-        `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the reference, at
-        L thresholds: 101, or 1 without confidence.
+        `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the
+        reference, at L thresholds: 101, or 1 without confidence.
     """
     prediction, reference = to_numpy(prediction), to_numpy(reference)
     confidence = None if confidence is None else to_numpy(confidence)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,11 +17,12 @@ class EvaluationResult:
     The result of [`evaluate_model`]. A score that the data cannot measure is None.
 
     Attributes:
-        protocol (`dict`): model, data set with its fingerprint, resolution, prompts, software versions; and `metrics`, for each metric its
-            options and definition.
-        results (`dict`): `results[method][metric]` are the scores of the metric as its `compute` returns them, without those of classes.
-        per_class (`dict`): for each method, a list with one `dict` for each class: `id`, `name`, and for each metric with scores of
-            classes a `dict` of them.
+        protocol (`dict`): model, data set with its fingerprint, resolution, prompts, software versions; and `metrics`,
+            for each metric its options and definition.
+        results (`dict`): `results[method][metric]` are the scores of the metric as its `compute` returns them, without
+            those of classes.
+        per_class (`dict`): for each method, a list with one `dict` for each class: `id`, `name`, and for each metric
+            with scores of classes a `dict` of them.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
         tables (`list[str]`): tables of `results` in Markdown, and what their columns mean.
     """
@@ -35,8 +35,8 @@ class EvaluationResult:
 
     def table(self) -> str:
         """
-        Returns the scores as a Markdown table, which says if they are of some images only, what its columns mean, and further tables of some
-        metrics.
+        Returns the scores as a Markdown table, which says if they are of some images only, what its columns mean, and
+        further tables of some metrics.
         """
         return "\n\n".join(self.tables)
 
@@ -47,7 +47,10 @@ class EvaluationResult:
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
-        """Returns `per_class` as CSV text, with a row for each method and class. The heading of a score is `metric.score`."""
+        """
+        Returns `per_class` as CSV text, with a row for each method and class. The heading of a score is
+        `metric.score`.
+        """
         rows = []
         for method, classes in self.per_class.items():
             for row in classes:
@@ -65,8 +68,8 @@ class EvaluationResult:
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """
-        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both paths. The second has
-        a number if such a file exists.
+        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both
+        paths. The second has a number if such a file exists.
         """
         path, table = Path(path), new_file(Path(path).with_suffix(".csv"))
         check_outputs([path])
@@ -78,8 +81,8 @@ class EvaluationResult:
 
 def read_results(path: str | Path, *parts: str) -> dict:
     """
-    Reads the JSON file of [`EvaluationResult.save`]. Raises `FileNotFoundError` if there is none, and `ValueError` unless each of `parts`
-    is a mapping.
+    Reads the JSON file of [`EvaluationResult.save`]. Raises `FileNotFoundError` if there is none, and `ValueError`
+    unless each of `parts` is a mapping.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -90,44 +93,14 @@ def read_results(path: str | Path, *parts: str) -> dict:
     return content
 
 
-def class_thresholds(path: str | Path, labels: Sequence[str], method: str = "itsm") -> list[float]:
-    """
-    Reads the best threshold of each class, by mMIoU, from the file of [`read_results`]. Raises also `ValueError` if the method is not
-    there, or a class has no threshold in [0, 1].
-    """
-    per_class = read_results(path, "per_class")["per_class"]
-    if method not in per_class:
-        raise ValueError(f"{path} has the methods {list(per_class)}, not {method!r}.")
-    try:
-        found = {row["name"]: row["mMIoU"]["threshold"] for row in per_class[method] if "mMIoU" in row}
-        found = {name: threshold for name, threshold in found.items() if threshold is not None}
-        lacking = [label for label in labels if not 0 <= found.get(label, -1) <= 1]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no JSON file of `iclip evaluate --output`: no thresholds of classes.") from error
-    if lacking:
-        raise ValueError(f"{path} has no threshold in [0, 1] for {lacking}, only {found}.")
-    return [found[label] for label in labels]
-
-
 def map_settings(engine) -> dict:
-    """Returns the settings that the maps of an [`Engine`] depend on, besides model and method, as in the protocol of a result."""
+    """
+    Returns the settings that the maps of an [`Engine`] depend on, besides model and method, as in the protocol of a
+    result.
+    """
     size = engine.image_size or dict(engine.processor.image_processor.size)
     return {
         "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
         "templates": list(engine.templates),
         "refine": engine.refine,
     }
-
-
-def threshold_differences(protocol: Mapping, engine) -> list[str]:
-    """
-    Compares the maps that thresholds were measured on, by the protocol of the result, with those of an [`Engine`]. Returns a sentence part
-    for each difference, also if the thresholds are not of the mean over images; empty if the thresholds apply.
-    """
-    measured = {**protocol, "aggregate": protocol.get("metrics", {}).get("mMIoU", {}).get("aggregate", "image")}
-    used = map_settings(engine) | {"aggregate": "image"}
-    return [
-        f"{name} {measured[name]} instead of {value}"
-        for name, value in used.items()
-        if name in measured and measured[name] != value
-    ]

@@ -16,8 +16,10 @@ docs/methods.md lists the methods, and what they do with models that have no cla
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib.metadata import entry_points
+from inspect import signature
 from typing import TYPE_CHECKING
 
 from ..utils.lazy import lazy_names
@@ -26,7 +28,8 @@ from ..utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .explainer import Explainer
 
-# Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a command lists them.
+# Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a
+# command lists them.
 METHODS = {
     "itsm": ("Similarity map (ITSM)", "itsm:ITSM"),
     "reversed_itsm": ("Reversed similarity map", "itsm:ReversedITSM"),
@@ -49,7 +52,7 @@ METHODS = {
 METHOD_GROUP = "iclip_hf.explainers"
 
 _MODULES = {"Explainer": ".explainer"}
-__all__ = ["METHODS", "explainer_class", "make_explainer", "register_explainer", *_MODULES]
+__all__ = ["METHODS", "check_method", "explainer_class", "make_explainer", "register_explainer", *_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 _registered: dict[str, type[Explainer]] = {}
@@ -57,15 +60,15 @@ _registered: dict[str, type[Explainer]] = {}
 
 def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
     """
-    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line too by an
-    entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
+    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line
+    too by an entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
 
     A method reaches the model through `self.model`, an [`ExplainableModel`], and gets T texts for each of B images.
 
     Examples:
 
-    A method that compares the patches `(B, h, w, P)` with the texts `(B, T, P)`. Both are unit vectors. `sharpness` is an option, as in
-    `explain(model, images, texts, "sharp", sharpness=20)`.
+    A method that compares the patches `(B, h, w, P)` with the texts `(B, T, P)`. Both are unit vectors. `sharpness` is
+    an option, as in `explain(model, images, texts, "sharp", sharpness=20)`.
 
     ```python
     >>> import torch
@@ -80,14 +83,16 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...         self.sharpness = sharpness
     ...
     ...     @torch.no_grad()
-    ...     def forward(self, pixel_values, texts):
-    ...         image = self.model.get_image_features(pixel_values)
-    ...         cosines = torch.einsum("bhwp,btp->bthw", image.patch_embeds, texts.map_text_embeds)
-    ...         return (self.sharpness * cosines).exp(), image
+    ...     def forward(self, pixel_values, texts, features=None):
+    ...         if features is None:  # else the images are encoded already, see `Explainer.forward`
+    ...             features = self.model.get_image_features(pixel_values)
+    ...         cosines = torch.einsum("bhwp,btp->bthw", features.patch_embeds, texts.map_text_embeds)
+    ...         return (self.sharpness * cosines).exp(), features
     ```
 
-    A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that enter its block as
-    `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the last h * w tokens.
+    A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that
+    enter its block as `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the
+    last h * w tokens.
 
     ```python
     >>> import math
@@ -98,9 +103,9 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...
     ...     @torch.no_grad()
     ...     def forward(self, pixel_values, texts):
-    ...         image, (layer,) = self.model.trace(pixel_values)
-    ...         maps = layer.stream[:, -math.prod(image.grid) :].norm(dim=-1).unflatten(1, image.grid)
-    ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), image
+    ...         features, (layer,) = self.model.trace(pixel_values)
+    ...         maps = layer.stream[:, -math.prod(features.grid) :].norm(dim=-1).unflatten(1, features.grid)
+    ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), features
     ```
     """
 
@@ -111,17 +116,22 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     return register
 
 
+def check_method(method: str) -> str:
+    """Returns the name of a method. Raises `ValueError` if it is unknown."""
+    known = [*METHODS, *sorted({*_registered, *entry_points(group=METHOD_GROUP).names} - {*METHODS})]
+    if method not in known:
+        otherwise = f": choose one of {', '.join(known)}."
+        raise ValueError(f"There is no method {method!r}{_hint(method, known, otherwise)}")
+    return method
+
+
 def explainer_class(method: str) -> type[Explainer]:
     """Returns the class of a method. Raises `ValueError` if it is unknown."""
     if method in _registered:
         return _registered[method]
-    if method in METHODS:
+    if check_method(method) in METHODS:
         return pkgutil.resolve_name(f"{__package__}.{METHODS[method][1]}")
-    added = entry_points(group=METHOD_GROUP)
-    if method not in added.names:
-        known = sorted({*METHODS, *_registered, *added.names})
-        raise ValueError(f"There is no method {method!r}, only {known}.")
-    return added[method].load()
+    return entry_points(group=METHOD_GROUP)[method].load()
 
 
 def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
@@ -137,4 +147,17 @@ def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
         `ValueError`: the method is unknown, the model does not support it, or a value of an option is not allowed.
         `TypeError`: an option is unknown, or the model is of another kind.
     """
-    return explainer_class(method)(model, **method_options)
+    explainer = explainer_class(method)
+    parameters = signature(explainer).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if not takes_any and (unknown := sorted(method_options.keys() - parameters.keys())):
+        options = [name for name in parameters if name != "model"]
+        otherwise = f": {method} has {', '.join(options) or 'no options'}."
+        raise TypeError(f"There is no option {unknown[0]!r}{_hint(unknown[0], ['method', *options], otherwise)}")
+    return explainer(model, **method_options)
+
+
+def _hint(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Ends a sentence on an unknown name with the known one that it resembles; with `otherwise` if there is none."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else otherwise

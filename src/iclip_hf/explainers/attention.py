@@ -10,8 +10,8 @@ from .explainer import Explainer
 
 class Attention(Explainer):
     """
-    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts have the
-    same map. For ICLIP, the attention is normalised (Eq. 9).
+    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts
+    have the same map. For ICLIP, the attention is normalised (Eq. 9).
     """
 
     sees_text = False
@@ -19,20 +19,18 @@ class Attention(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, attention = self._attention(pixel_values)
-        maps = attention.unflatten(-1, image.grid).unsqueeze(1)
-        return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), image
-
-    def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        """Returns the features of the images, and the value of each patch, `(B, N)`."""
-        return self.model.attention(pixel_values)
+        features, attention = self.model.attention(pixel_values)
+        return _of_all_texts(attention, features, texts), features
 
 
-class AttentionAffinity(Attention):
+class AttentionAffinity(Explainer):
     """
-    The attention of [`Attention`], shared among similar patches, see `config.map_affinity`. This is the part of an ICLIP map that
-    does not depend on the text.
+    The attention of [`Attention`], shared among similar patches, see `config.map_affinity`. This is the part of an
+    ICLIP map that does not depend on the text.
     """
+
+    sees_text = False
+    needs_layers = False
 
     def __init__(self, model):
         super().__init__(model)
@@ -40,6 +38,15 @@ class AttentionAffinity(Attention):
         if not hasattr(getattr(network, "config", None), "map_affinity"):
             raise ValueError(f"{type(network).__name__} has no affinity, only ICLIP: use attention.")
 
-    def _attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        image = self.model.get_image_features(pixel_values)
-        return image, image.map_attention
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        features = self.model.get_image_features(pixel_values) if features is None else features
+        return _of_all_texts(features.map_attention, features, texts), features
+
+
+def _of_all_texts(attention: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+    """Repeats attention over the patches `(B, N)` as the map of each of T texts, `(B, T, h, w)`."""
+    maps = attention.unflatten(-1, features.grid).unsqueeze(1)
+    return maps.expand(-1, texts.text_embeds.shape[1], -1, -1)

@@ -10,10 +10,11 @@ from .gradients import GradientExplainer
 
 class BiModal(GradientExplainer):
     """
-    The relevance A of a layer is the positive part of attention times its gradient, averaged over the heads. It is accumulated as
-    R <- R + A R over the layers from `layer` on. The default is the last layer only, as in the authors' notebook for CLIP. The map
-    is the class token's row of R. A pooling head (SigLIP, ResNets) is the last layer, and its query replaces the class token. If
-    the score depends on several tokens, the map is the sum of the rows of all tokens.
+    The relevance A of a layer is the positive part of attention times its gradient, averaged over the heads. It is
+    accumulated as R <- R + A R over the layers from `layer` on. The default is the last layer only, as in the authors'
+    notebook for CLIP. The map is the class token's row of R. A pooling head (SigLIP, ResNets) is the last layer, and
+    its query replaces the class token. If the score depends on several tokens, the map is the sum of the rows of all
+    tokens.
     """
 
     needs_weights = True
@@ -34,5 +35,7 @@ class BiModal(GradientExplainer):
 
 
 def attention_relevance(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Computes the positive part of attention times its gradient `(B, H, Q, L)`, averaged over the heads: `(B, Q, L)`."""
+    """
+    Computes the positive part of attention times its gradient `(B, H, Q, L)`, averaged over the heads: `(B, Q, L)`.
+    """
     return (weights * gradient).float().relu().mean(1)

@@ -13,9 +13,9 @@ from .replaced_attention import ReplacedAttention
 
 class CLIPSurgery(ReplacedAttention):
     """
-    Values attend to values (architecture surgery). The similarities of each text are weighted by how well it matches the image, and
-    their mean over the texts is subtracted (feature surgery), so a map depends on the other texts. A single text is compared with
-    a prompt without a class.
+    Values attend to values (architecture surgery). The similarities of each text are weighted by how well it matches
+    the image, and their mean over the texts is subtracted (feature surgery), so a map depends on the other texts. A
+    single text is compared with a prompt without a class.
     """
 
     def __init__(self, model, depth: int = 6):

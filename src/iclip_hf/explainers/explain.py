@@ -48,10 +48,11 @@ def explain(
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
-        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for [`ICLIPProcessor`], paths,
-            URLs, base64 text or bytes of files.
-        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a list of labels for
-            each; these may differ in length. If not given, the nouns of [`vocabulary`] that match each image best, at most `NOUNS`.
+        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for
+            [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
+        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
+            list of labels for each; these may differ in length. If not given, the nouns of [`vocabulary`] that match
+            each image best, at most `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
         templates, refine: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -64,15 +65,14 @@ def explain(
         [`Explanation`] of one image, or a list of B for a list of images.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]; or the numbers of images, texts and sizes
-            differ.
+        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]; or the numbers of images,
+            texts and sizes differ.
         `OSError`: an image cannot be read.
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
-    best = NOUNS if texts is None else None
-    texts = vocabulary() if texts is None else split_texts(texts)
-    per_image = bool(texts) and isinstance(texts[0], (list, tuple))
+    best, texts = (NOUNS, vocabulary()) if texts is None else (None, split_texts(texts))
+    per_image = isinstance(next(iter(texts), None), (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
         lists = f", {len(texts)} lists of texts" if per_image else ""

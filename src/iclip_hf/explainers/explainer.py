@@ -20,20 +20,15 @@ class Explainer(ABC):
 
     Attributes:
         model ([`ExplainableModel`]): encodes texts and prepares images.
-        reversed (`bool`): whether the method's maps are 1 - M (Eq. 5), where M is computed from the raw maps.
-        is_own_map (`bool`): whether the maps are those of `model.similarity_maps`, which encoded images are enough for.
         sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
-        backward_per_text (`bool`): whether each text needs a backward pass. If `False`, further texts cost little.
-        needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a [`RecordableModel`].
+        needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a
+            [`RecordableModel`].
 
     Raises:
         `TypeError`: the model is of another kind. `ValueError`: the model does not support the method.
     """
 
-    reversed = False
-    is_own_map = False
     sees_text = True
-    backward_per_text = False
     needs_layers = True
 
     def __init__(self, model):
@@ -44,7 +39,13 @@ class Explainer(ABC):
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
-        Computes the raw maps of a batch.
+        Computes the raw maps of a batch. A method may take more arguments, with these names and the default None:
+
+        - `features` ([`ICLIPImageFeatures`]): those of the images if they are encoded already, by
+          `model.get_image_features`. A method that computes its maps from them does not run the image tower again.
+        - `text_indices` (`torch.Tensor` of shape `(B, S)`): the texts whose maps are wanted, for a method whose cost
+          grows with their number, such as one with a backward pass for each text. It returns maps of these texts only,
+          `(B, S, h, w)`. Of other methods, the engine selects them from the maps of all texts.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.

@@ -10,9 +10,9 @@ from .gradients import GradientExplainer
 
 class GradCAM(GradientExplainer):
     """
-    The positive part of the activations of the patches, weighted by the mean gradient of each channel and summed over the channels.
-    The default activations are the patch tokens after the first norm of the last block, as is usual with pytorch-grad-cam. For a
-    pooling head (SigLIP, ResNets), they are its input, the last feature map.
+    The positive part of the activations of the patches, weighted by the mean gradient of each channel and summed over
+    the channels. The default activations are the patch tokens after the first norm of the last block, as is usual with
+    pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last feature map.
 
     Args:
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.

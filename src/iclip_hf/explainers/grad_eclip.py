@@ -6,17 +6,19 @@ import torch
 from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord, merge_heads
+from ..model.similarity import stretch
 from .gradients import GradientExplainer
 
 
 class GradECLIP(GradientExplainer):
     """
-    The map is the product of two factors. The first weights the channels of each patch's value by the gradient of the similarity
-    with respect to the class token's output of the last attention layer, sums them, and takes the positive part. The second is the
-    cosine of the patch's key and the class token's query, stretched to [0, 1]. A pooling head (SigLIP, ResNets) is the last layer,
-    and its query replaces the class token.
+    The map is the product of two factors. The first weights the channels of each patch's value by the gradient of the
+    similarity with respect to the class token's output of the last attention layer, sums them, and takes the positive
+    part. The second is the cosine of the patch's key and the class token's query, stretched to [0, 1]. A pooling head
+    (SigLIP, ResNets) is the last layer, and its query replaces the class token.
 
-    If the score depends on several tokens, the map is the sum over them, with the attention weights as the second factor.
+    If the score depends on several tokens, the map is the sum over them, with the attention weights as the second
+    factor.
     """
 
     def __init__(self, model):
@@ -40,11 +42,12 @@ def _one_query_relevance(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor:
     """
-    Computes the relevance of tokens for one query, `(B, N)` float32: ReLU(sum_c g_c v_c) minmax(cos(q, k)). `query`, and the gradient
-    with respect to its attention output, are `(B, H, 1, D / H)`, `key` and `value` `(B, H, N, D / H)`.
+    Computes the relevance of tokens for one query, `(B, N)` float32: ReLU(sum_c g_c v_c) minmax(cos(q, k)). `query`,
+    and the gradient with respect to its attention output, are `(B, H, 1, D / H)`, `key` and `value`
+    `(B, H, N, D / H)`.
     """
     query, key, value, gradient = (merge_heads(heads).float() for heads in (query, key, value, gradient))
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
     channels = (gradient @ value.mT)[:, 0].relu()
     low, high = torch.aminmax(cosines, dim=-1, keepdim=True)
-    return channels * torch.where(high > low, (cosines - low) / (high - low), 1)  # 1 for a single token
+    return channels * torch.where(high > low, stretch(cosines, low, high), 1)  # 1 for a single token

@@ -8,20 +8,20 @@ from abc import abstractmethod
 import torch
 
 from ..backends.recording import AttentionRecord
+from ..model.engine import select_texts
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .explainer import Explainer
 
 
 class GradientExplainer(Explainer):
     """
-    Runs one forward pass, with a graph from attention layer `layer` on, and one backward pass through this graph for each text, for
-    all images at once.
+    Runs one forward pass, with a graph from attention layer `layer` on, and one backward pass through this graph for
+    each text, for all images at once.
 
     Args:
         layer (`int`): index of an attention layer of the image tower; -1 is the last.
     """
 
-    backward_per_text = True
     needs_weights = False
 
     def __init__(self, model, layer: int = -1):
@@ -33,7 +33,10 @@ class GradientExplainer(Explainer):
             )
         self.layer = range(number)[layer]
 
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        texts = texts if text_indices is None else select_texts(texts, text_indices)
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[1]

@@ -11,16 +11,24 @@ from .explainer import Explainer
 class ITSM(Explainer):
     """Cosine of each projected patch token with the text; for ICLIP the model's own map."""
 
-    is_own_map = True
     needs_layers = False
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image = self.model.get_image_features(pixel_values)
-        return self.model.similarity_maps(image, texts), image
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        features = self.model.get_image_features(pixel_values) if features is None else features
+        return self.model.similarity_maps(features, texts), features
 
 
 class ReversedITSM(ITSM):
-    """The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. Its raw maps are those of [`ITSM`]."""
+    """
+    The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. Its raw maps are those of
+    [`ITSM`] with the opposite sign.
+    """
 
-    reversed = True
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        maps, features = super().forward(pixel_values, texts, features)
+        return -maps, features

@@ -24,8 +24,8 @@ class LastBlock(ReplacedAttention):
 
 class MaskCLIP(LastBlock):
     """
-    MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. With `residual=True`, this is the value trick of
-    TIPSv2.
+    MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. With `residual=True`, this is the
+    value trick of TIPSv2.
     """
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,9 @@ class MaskCLIP(LastBlock):
 
 
 class SCLIP(LastBlock):
-    """SCLIP (Wang et al. 2024): queries attend to queries and keys to keys; the sum of both attentions mixes the values."""
+    """
+    SCLIP (Wang et al. 2024): queries attend to queries and keys to keys; the sum of both attentions mixes the values.
+    """
 
     def __init__(self, model, residual: bool = True):
         super().__init__(model, residual)
@@ -63,8 +65,8 @@ class ClearCLIP(LastBlock):
 
 class NACLIP(LastBlock):
     """
-    NACLIP (Hajimiri et al. 2025): keys attend to keys. The logit of two patches is increased by exp(-d^2 / (2 sigma^2)), where d is their
-    distance on the grid. Logits of the class token and of registers are not changed.
+    NACLIP (Hajimiri et al. 2025): keys attend to keys. The logit of two patches is increased by exp(-d^2 / (2
+    sigma^2)), where d is their distance on the grid. Logits of the class token and of registers are not changed.
 
     Args:
         sigma (`float` or None): width of the window in patches, greater than 0; None for no window.
@@ -84,7 +86,10 @@ class NACLIP(LastBlock):
 
 
 def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:
-    """Computes exp(-d^2 / (2 sigma^2)) of all pairs of the patches, which are the last of `length` tokens; 0 for the others."""
+    """
+    Computes exp(-d^2 / (2 sigma^2)) of all pairs of the patches, which are the last of `length` tokens; 0 for the
+    others.
+    """
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
     others = length - len(places)

@@ -10,28 +10,30 @@ from torch.func import functional_call
 
 from ..backends.explainable import unit
 from ..backends.recording import AttentionRecord, private_copy
+from ..model.engine import select_texts
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .explainer import Explainer
 
 
 class LeGrad(Explainer):
     """
-    Each of the last blocks has a score: the cosine of the text and the projected mean token of the block. The map is the positive
-    part of the gradient of this score with respect to the attention weights of the block, averaged over heads and queries, and
-    summed over the blocks.
+    Each of the last blocks has a score: the cosine of the text and the projected mean token of the block. The map is
+    the positive part of the gradient of this score with respect to the attention weights of the block, averaged over
+    heads and queries, and summed over the blocks.
 
     Args:
         depth (`int`): number of last blocks; all if the tower has fewer.
     """
-
-    backward_per_text = True
 
     def __init__(self, model, depth: int = 2):
         super().__init__(model)
         self.blocks = self.model.self_attentions("LeGrad", depth)
         self._mean_mlps = {index: _mean_mlp(self.model.layers[index].mlp) for index in self.blocks}
 
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        texts = texts if text_indices is None else select_texts(texts, text_indices)
         image, layers = self.model.trace(pixel_values, self.blocks[0])
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
@@ -58,8 +60,8 @@ class LeGrad(Explainer):
 
 def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
-    Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last layer, which is
-    linear. This halves the cost of each backward pass.
+    Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
+    layer, which is linear. This halves the cost of each backward pass.
     """
     copied = private_copy(mlp)
     *_, last = (module for module in copied.modules() if isinstance(module, nn.Linear))

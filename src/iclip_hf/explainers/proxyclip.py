@@ -20,14 +20,14 @@ from .replaced_attention import ReplacedAttention
 
 class ProxyCLIP(ReplacedAttention):
     """
-    In the last block, the values of the patches are mixed by softmax(gamma (S - beta mean(S))), where S are the cosines of the
-    proxy's patch tokens. Entries whose logit is below 0 are masked. There is no residual connection and no MLP. The image is
-    resized for the proxy, so that both towers have the same grid.
+    In the last block, the values of the patches are mixed by softmax(gamma (S - beta mean(S))), where S are the
+    cosines of the proxy's patch tokens. Entries whose logit is below 0 are masked. There is no residual connection and
+    no MLP. The image is resized for the proxy, so that both towers have the same grid.
 
     Args:
-        proxy (`str`, *optional*): folder or Hub id, with an image processor, of an image tower such as DINO, DINOv2 or DINOv3, or of a
-            two-tower model, whose image tower is used. If not given, an ICLIP model is its own proxy, and other models use the DINOv2 tower
-            of the embedded model.
+        proxy (`str`, *optional*): folder or Hub id, with an image processor, of an image tower such as DINO, DINOv2 or
+            DINOv3, or of a two-tower model, whose image tower is used. If not given, an ICLIP model is its own proxy,
+            and other models use the DINOv2 tower of the embedded model.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
     """

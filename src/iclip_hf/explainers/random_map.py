@@ -12,19 +12,21 @@ from .explainer import Explainer
 
 class RandomMap(Explainer):
     """
-    Independent uniform values in [0, 1) on the patch grid, the same map for every text. The seed is a digest of the prepared
-    image, so that an image has the same map in every run and every batch.
+    Independent uniform values in [0, 1) on the patch grid, the same map for every text. The seed is a digest of the
+    prepared image, so that an image has the same map in every run and every batch.
     """
 
     sees_text = False
     needs_layers = False
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image = self.model.get_image_features(pixel_values)
-        maps = torch.stack([torch.rand(image.grid, generator=_generator(pixels)) for pixels in pixel_values])
-        maps = maps.to(image.image_embeds.device).unsqueeze(1)
-        return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), image
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        features = self.model.get_image_features(pixel_values) if features is None else features
+        maps = torch.stack([torch.rand(features.grid, generator=_generator(pixels)) for pixels in pixel_values])
+        maps = maps.to(features.image_embeds.device).unsqueeze(1)
+        return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), features
 
 
 def _generator(pixel_values: torch.Tensor) -> torch.Generator:

@@ -16,13 +16,14 @@ from .explainer import Explainer
 
 class ReplacedAttention(Explainer):
     """
-    Computes a second residual stream, which starts as a copy of the model's own, `depth` blocks before the end. In each of these
-    blocks, another attention mixes the values that the block computes from the model's stream. The maps are the cosines of texts
-    and projected patch tokens of the second stream.
+    Computes a second residual stream, which starts as a copy of the model's own, `depth` blocks before the end. In
+    each of these blocks, another attention mixes the values that the block computes from the model's stream. The maps
+    are the cosines of texts and projected patch tokens of the second stream.
 
     Args:
         depth (`int`): number of last blocks; all if the tower has fewer.
-        residual (`bool`): whether the output of the attention is added to the stream; otherwise it replaces the stream.
+        residual (`bool`): whether the output of the attention is added to the stream; otherwise it replaces the
+            stream.
         mlp (`bool`): whether the MLPs of the blocks are applied.
     """
 
@@ -46,4 +47,7 @@ class ReplacedAttention(Explainer):
 
     @abstractmethod
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Mixes the values of a block, `(B, H, L, D / H)`. Without residual connections, those of the patches are sufficient."""
+        """
+        Mixes the values of a block, `(B, H, L, D / H)`. Without residual connections, those of the patches are
+        sufficient.
+        """

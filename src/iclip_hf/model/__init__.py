@@ -1,1 +1,3 @@
-"""What travels with an exported model: `iclip export` copies these modules as they are, and they import only each other."""
+"""
+What travels with an exported model: `iclip export` copies these modules as they are, and they import only each other.
+"""

@@ -18,8 +18,8 @@ def is_url(name: object) -> bool:
 
 def download(url: str, timeout: float) -> bytes:
     """
-    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within `timeout` seconds, or
-    the URL is not valid.
+    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within
+    `timeout` seconds, or the URL is not valid.
     """
     answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
     end = time.monotonic() + timeout

@@ -1,8 +1,9 @@
 """
-The engine computes explanations from a model, images and texts. `explain`, pipelines, evaluation, pictures and the demo use it.
+The engine computes explanations from a model, images and texts. `explain`, pipelines, evaluation, pictures and the
+demo use it.
 
-A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`, `similarity_maps` and
-`presence`, such as an [`ExplainableModel`].
+A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`,
+`similarity_maps` and `presence`, such as an [`ExplainableModel`].
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .explanation import Explanation
 from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from .presence import at_prior
+from .presence import EVEN_PRIOR, at_prior
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
 
@@ -29,12 +31,10 @@ logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 TEXT_BATCH = 256
-# Texts whose features have a higher cosine are alike: of them, `best` takes one.
-LIKE = 0.7
-# Prior of the presence of the `best` of many texts, most of which no image shows.
-BEST_PRIOR = 0.05
+# Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
+SIMILAR_TEXTS = 0.7
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
-# What maps are computed from. The outputs of the tower take more memory.
+# What scores and maps are computed from. The outputs of the tower take more memory.
 _IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
 
@@ -46,33 +46,35 @@ class PreparedImage:
     Attributes:
         pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`): for the maps.
         size (`tuple[int, int]`): height and width of its maps in pixels.
-        own_pixel_values (`torch.Tensor` of shape `(1, 3, H', W')`, *optional*): for the scores, if the model's own size is another.
-        rows (`Sequence[int]`, *optional*): the texts whose maps are wanted, as indices; all if not given.
+        score_pixel_values (`torch.Tensor` of shape `(1, 3, H', W')`, *optional*): for the scores, if the model's own
+            size is another.
+        text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
         image (`PIL.Image.Image`, *optional*): for the explanation.
-        features ([`ICLIPImageFeatures`], *optional*): of `pixel_values`, from [`Engine.encode_images`].
-        image_embeds (`torch.Tensor` of shape `(1, P)`, *optional*): at the model's own size, from [`Engine.encode_images`].
+        features ([`ICLIPImageFeatures`], *optional*): of one image, from [`Engine.encode_images`]: `image_embeds` at
+            the model's own size, and, if maps are computed from features, the others of `pixel_values`.
     """
 
     pixel_values: torch.Tensor
     size: tuple[int, int]
-    own_pixel_values: torch.Tensor | None = None
-    rows: Sequence[int] | None = None
+    score_pixel_values: torch.Tensor | None = None
+    text_indices: Sequence[int] | None = None
     image: Image.Image | None = None
     features: ICLIPImageFeatures | None = None
-    image_embeds: torch.Tensor | None = None
 
     @property
-    def kind(self) -> tuple:
-        """Images of one kind can share a forward pass."""
-        shapes = [None if pixels is None else pixels.shape for pixels in (self.pixel_values, self.own_pixel_values)]
-        return *shapes, self.rows is None, self.features is None, self.image_embeds is None
+    def batch_key(self) -> tuple:
+        """Images with equal keys can share a forward pass."""
+        pixels = (self.pixel_values, self.score_pixel_values)
+        shapes = [None if values is None else values.shape for values in pixels]
+        return *shapes, self.text_indices is None, self.features and tuple(self.features)
 
 
 class Engine:
     """
     Explains images with one model and one method.
 
-    Scores and presence always come from the model's own size of images, so a map of another size costs a second forward pass.
+    Scores and presence always come from the model's own size of images, so a map of another size costs a second
+    forward pass.
 
     Example:
 
@@ -88,15 +90,20 @@ class Engine:
 
     Args:
         model, processor: a model, see above, and its [`ICLIPProcessor`].
-        method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`; the model's own maps if not
-            given.
-        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes texts as they are.
-        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps, or a `size` of
-            [`ICLIPProcessor`]; the processor's if not given.
+        method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`, which may
+            also take `features` and `text_indices`, see [`Explainer.forward`]; the model's own maps if not given.
+        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes
+            texts as they are.
+        image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
+            or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
 
+    Attributes:
+        takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
+            can share.
+
     Raises:
-        `ValueError`: a template has no `{}`.
+        `ValueError`: a template has no `{}`, or `refine` is no boolean.
     """
 
     def __init__(
@@ -108,15 +115,19 @@ class Engine:
         image_size: int | dict[str, int] | None = None,
         refine: bool = False,
     ):
+        if not isinstance(refine, bool):
+            raise ValueError(f"refine is True or False, not {refine!r:.100}.")
         self.model, self.processor, self.method = model, processor, method
         self.templates = check_templates(processor.templates if templates is None else templates)
         self.image_size, self.refine = image_size, refine
-        self._is_own_map = method is None or method.is_own_map
+        self._forward = self._own_maps if method is None else method.forward
+        parameters = signature(self._forward).parameters
+        self.takes_features, self._takes_text_indices = "features" in parameters, "text_indices" in parameters
 
     def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
         """
-        Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`. Raises
-        `ValueError` if one is empty.
+        Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape
+        `(T, P)`. Raises `ValueError` if one is empty.
         """
         step, parts = max(1, TEXT_BATCH // len(self.templates)), []
         for start in range(0, len(labels), step):
@@ -134,22 +145,27 @@ class Engine:
         self,
         image: Image.Image,
         size: tuple[int, int] | None = None,
-        rows: Sequence[int] | None = None,
+        text_indices: Sequence[int] | None = None,
     ) -> PreparedImage:
         """
-        Prepares an image without running the model, so threads can do it for the next images ([`~prefetch.prefetch_map`]).
+        Prepares an image without running the model, so threads can do it for the next images
+        ([`~prefetch.prefetch_map`]).
 
         Args:
             image (`PIL.Image.Image`): in RGB.
-            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not given.
-            rows (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that compare the texts with each
-                other still see all of them, and `Explanation.all_scores` has all scores. With no index, only these are computed.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not
+                given.
+            text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
+                compare the texts with each other still see all of them, and `Explanation.all_scores` has all scores.
+                With no index, only these are computed.
         """
         pixel_values = self._pixel_values(image, self.image_size)
-        own = None if self.image_size is None else self._pixel_values(image, None)
-        if own is not None and own.shape == pixel_values.shape:
-            own = None
-        return PreparedImage(pixel_values, size or (image.height, image.width), own, rows, image)
+        score_pixel_values = None if self.image_size is None else self._pixel_values(image, None)
+        if score_pixel_values is not None and score_pixel_values.shape == pixel_values.shape:
+            score_pixel_values = None
+        return PreparedImage(
+            pixel_values, size or (image.height, image.width), score_pixel_values, text_indices, image
+        )
 
     def _pixel_values(self, image: Image.Image, size: int | dict[str, int] | None) -> torch.Tensor:
         return self.processor(images=[image], size=size)["pixel_values"]
@@ -157,27 +173,21 @@ class Engine:
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
         """
-        Encodes images for several questions, or for several engines of one model, which then need not encode them again: the scores, and
-        the maps of `itsm` and `reversed_itsm`. Another method runs the image tower in any case.
+        Encodes images for several questions, or for several engines of one model, which then need not encode them
+        again: the scores, and the maps that are computed from features. Another method runs the image tower in any
+        case.
         """
 
-        def encode(images: list[PreparedImage]) -> list[PreparedImage]:
-            pixel_values, own_pixel_values = _joined(images, "pixel_values"), _joined(images, "own_pixel_values")
-            features = image_embeds = [None] * len(images)
-            if self._is_own_map:
-                features = _split(self._features(pixel_values))
-                image_embeds = [of_image.image_embeds for of_image in features]
-            if own_pixel_values is not None:
-                image_embeds = self._features(own_pixel_values).image_embeds.split(1)
-            found = zip(images, features, image_embeds)
-            return [replace(image, features=part, image_embeds=embed) for image, part, embed in found]
+        def encode(group: list[PreparedImage]) -> list[PreparedImage]:
+            features = self._encode(group, self.takes_features)
+            return [replace(image, features=part) for image, part in zip(group, _split(features, len(group)))]
 
-        return map_groups(encode, images, [image.kind for image in images])
+        return map_groups(encode, images, [image.batch_key for image in images])
 
     def run(
         self,
         images: Iterable[Image.Image | PreparedImage | None],
-        texts: str | Sequence[str] | Sequence[Sequence[str]] | ICLIPTextFeatures,
+        texts: str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, float] | ICLIPTextFeatures,
         batch_size: int = 8,
         best: int | None = None,
     ) -> Iterator[Explanation | None]:
@@ -185,114 +195,150 @@ class Engine:
         Yields the explanations of images in their order.
 
         Args:
-            images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays None.
-            texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are "0", "1", ...;
-                or one list of labels for each image. Each text is encoded once.
-            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many texts.
-            best (`int`, *optional*): explains only so many texts of each image, those with the highest scores, best first. A text that
-                resembles a better one, such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores. Presence is that at a
-                prior of 0.05.
+            images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays
+                None.
+            texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
+                "0", "1", ...; one list of labels for each image; or labels for all images with the prior of the
+                presence of each, which is 0.5 otherwise. Each text is encoded once.
+            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many
+                texts.
+            best (`int`, *optional*): explains only so many texts of each image, those with the highest presence, or
+                score of a model without, best first. A text that resembles a better one, such as "puppy" after "dog",
+                is skipped. `Explanation.all_scores` has all scores.
 
         Raises:
-            `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the numbers of images and
-            lists differ; `batch_size` is below 1; the model returns NaN or infinity; or the method returns another number of maps.
+            `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the
+                numbers of images and lists differ; `batch_size` or `best` is below 1; the model returns NaN or
+                infinity; or the method returns another number of maps.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, not {batch_size}.")
-        own = itertools.repeat(None)
+        for name, number in (("batch_size", batch_size), ("best", best)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is at least 1, not {number}.")
+        indices, priors = itertools.repeat(None), None
+        if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
+            texts, priors = [*texts], torch.tensor([*texts.values()])
         if isinstance(texts, ICLIPTextFeatures):
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
         else:
             labels = split_texts(texts)
-            listed = [isinstance(text, (list, tuple)) for text in labels]
-            if any(listed) and not all(listed):  # the letters of a string would be texts
+            are_lists = [isinstance(text, (list, tuple)) for text in labels]
+            if any(are_lists) and not all(are_lists):  # the letters of a string would be texts
                 raise ValueError(
                     "Texts are either strings for all images, or a list of strings for each image, not both."
                 )
-            lists = labels if any(listed) else [labels]
+            lists = labels if any(are_lists) else [labels]
             if not all(lists):
                 raise ValueError("There is no text: name what to look for, for each image.")
             if lists is labels:
                 labels = list(dict.fromkeys(itertools.chain(*lists)))
                 number = {label: index for index, label in enumerate(labels)}
-                own = [[number[label] for label in of_image] for of_image in lists]
+                indices = [[number[label] for label in image_labels] for image_labels in lists]
             encoded = self.encode(labels)
-        return self._explanations(images, labels, encoded, own, batch_size, best)
+        return self._explanations(images, labels, encoded, indices, priors, batch_size, best)
 
     def _explanations(
-        self, images, labels: list[str], encoded: ICLIPTextFeatures, own, batch_size: int, best: int | None
+        self, images, labels: list[str], encoded: ICLIPTextFeatures, indices, priors, batch_size: int, best: int | None
     ) -> Iterator[Explanation | None]:
-        """`own`: for each image the indices of its texts, or None for all."""
+        """`indices`: for each image those of its texts, or None for all."""
 
         def explain(group: list[tuple[PreparedImage, list[int] | None]]) -> list[Explanation]:
-            images, own = zip(*group)
-            if own[0] is None:
-                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), best)
-            names = [[labels[index] for index in of_image] for of_image in own]
-            return self._explain(images, names, select_texts(encoded, torch.tensor(own)), best)
+            images, indices = zip(*group)
+            if indices[0] is None:
+                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), priors, best)
+            names = [[labels[index] for index in of_image] for of_image in indices]
+            return self._explain(images, names, select_texts(encoded, torch.tensor(indices)), priors, best)
 
-        pairs = zip(images, own, strict=isinstance(own, list))
+        pairs = zip(images, indices, strict=isinstance(indices, list))
         while batch := list(itertools.islice(pairs, batch_size)):
             prepared = [
                 (self.prepare(image) if isinstance(image, Image.Image) else image, of_image)
                 for image, of_image in batch
                 if image is not None
             ]
-            keys = [(image.kind, of_image and len(of_image)) for image, of_image in prepared]
+            keys = [(image.batch_key, of_image and len(of_image)) for image, of_image in prepared]
             explanations = iter(map_groups(explain, prepared, keys))
             yield from (None if image is None else next(explanations) for image, _ in batch)
 
     @torch.no_grad()
     def _explain(
-        self, images: Sequence[PreparedImage], labels: Sequence[list[str]], texts: ICLIPTextFeatures, best: int | None
+        self,
+        images: Sequence[PreparedImage],
+        labels: Sequence[list[str]],
+        texts: ICLIPTextFeatures,
+        priors: torch.Tensor | None,
+        best: int | None,
     ) -> list[Explanation]:
-        """Explains B images of one kind with T texts each, `(B, T, P)`, in one forward pass."""
-        pixel_values, own_pixel_values = _joined(images, "pixel_values"), _joined(images, "own_pixel_values")
-        image, image_embeds = _joined(images, "features"), _joined(images, "image_embeds")
-        if image_embeds is None and own_pixel_values is not None:
-            image_embeds = self._features(own_pixel_values).image_embeds
-        all_scores = None
-        if best is not None:  # scores first, so that the other texts need no map
-            if image is None and (image_embeds is None or self._is_own_map):
-                image = self._features(pixel_values)
-            image_embeds = image.image_embeds if image_embeds is None else image_embeds
-            all_scores = cosines(image_embeds, texts.text_embeds)
-            found = [_best_rows(*of_image, best) for of_image in zip(all_scores, texts.text_embeds)]
-            labels = [[names[row] for row in of_image] for names, of_image in zip(labels, found)]
-            texts = select_texts(texts, torch.tensor(found))
-        rows = [range(len(of_image)) if one.rows is None else one.rows for one, of_image in zip(images, labels)]
-        maps = torch.zeros(len(images), 0, 1, 1)
-        if any(map(len, rows)):
-            maps, image = self.raw_maps(pixel_values, texts, image, None if images[0].rows is None else rows)
-        if image_embeds is None:
-            image_embeds = (self._features(pixel_values) if image is None else image).image_embeds
-        scores = cosines(image_embeds, texts.text_embeds)
-        presence = self.model.presence(scores)
-        if best is not None and presence is not None:
-            presence = at_prior(presence, BEST_PRIOR)
+        """
+        Explains B images of one `batch_key` with T texts each, `(B, T, P)`. `priors`: those of
+        the presence of each text `(T,)`; 0.5 if not given.
+        """
+        pixel_values = _joined(images, "pixel_values")
+        indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
+        wants_maps = best is not None or any(map(len, indices))
+        wanted = None if images[0].text_indices is None else indices
+
+        # Encode. A method that takes no features does so itself, as it computes the maps, unless the scores come
+        # first.
+        features, maps = self._encode(images, wants_maps and self.takes_features), None
+        if "image_embeds" not in features:
+            if wants_maps and best is None:
+                maps, features = self.raw_maps(pixel_values, texts, text_indices=wanted)
+            else:
+                features = self._features(pixel_values)
+
+        # Score.
+        scores = cosines(features.image_embeds, texts.text_embeds)
         _check_finite(scores)
-        all_scores = (scores if all_scores is None else all_scores).cpu()
-        maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
+        presence = self.model.presence(scores)
+        if presence is not None and priors is not None:
+            presence = at_prior(presence, priors.to(presence))
+
+        # Select.
+        if best is not None:
+            wanted, ranked = None, scores if presence is None else presence
+            indices = [_best_texts(*of_image, best) for of_image in zip(ranked, texts.text_embeds)]
+            texts = select_texts(texts, torch.tensor(indices))
+
+        # Map.
+        if maps is None and wants_maps:
+            maps, _ = self.raw_maps(pixel_values, texts, features, wanted)
+        maps = torch.zeros(len(images), 0, 1, 1) if maps is None else maps.cpu()
+        scores, presence = scores.cpu(), None if presence is None else presence.cpu()
         return [
             Explanation(
-                labels=[labels[index][row] for row in rows[index]],
-                scores=scores[index][list(rows[index])],
-                presence=None if presence is None else presence[index][list(rows[index])],
-                raw_maps=maps[index, : len(rows[index])],
-                size=one.size,
-                reversed=self.method is not None and self.method.reversed,
-                image=one.image,
-                all_scores=all_scores[index],
+                labels=[labels[number][index] for index in of_image],
+                scores=scores[number][list(of_image)],
+                presence=None if presence is None else presence[number][list(of_image)],
+                raw_maps=maps[number, : len(of_image)],
+                size=image.size,
+                prior=EVEN_PRIOR if priors is None else priors[list(of_image)],
+                image=image.image,
+                all_scores=scores[number],
             )
-            for index, one in enumerate(images)
+            for number, (image, of_image) in enumerate(zip(images, indices))
         ]
+
+    def _encode(self, images: Sequence[PreparedImage], for_maps: bool) -> ICLIPImageFeatures:
+        """
+        Returns the features of images that have been encoded, with `image_embeds` of the model's own size if this is
+        another than that of the maps, and with `for_maps` all others.
+        """
+        features = _joined(images, "features") or ICLIPImageFeatures()
+        image_embeds = features.image_embeds
+        if image_embeds is None and images[0].score_pixel_values is not None:
+            image_embeds = self._features(_joined(images, "score_pixel_values")).image_embeds
+        if for_maps and features.patch_embeds is None:
+            features = self._features(_joined(images, "pixel_values"))
+        if image_embeds is not None:
+            features = ICLIPImageFeatures(**{**features, "image_embeds": image_embeds})
+        return features
 
     def raw_maps(
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
         features: ICLIPImageFeatures | None = None,
-        rows: Sequence[Sequence[int]] | None = None,
+        text_indices: Sequence[Sequence[int]] | None = None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
         Computes the raw maps of prepared images, refined if the engine refines.
@@ -300,36 +346,43 @@ class Engine:
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from the processor.
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
-            features ([`ICLIPImageFeatures`], *optional*): of the images, which the model's own maps are computed from.
-            rows (*optional*): for each image the indices of the texts whose maps are wanted; all if not given. The S maps of an image
-                with fewer end with maps of any texts.
+            features ([`ICLIPImageFeatures`], *optional*): of the images, for a method that computes maps from them.
+            text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
+                The S maps of an image with fewer end with maps of any texts.
 
         Returns:
-            `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `rows`, float32, and the features of the images.
+            `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `text_indices`, float32, and the features of the
+            images.
 
         Raises:
             `ValueError`: the model returns NaN or infinity, or the method another number of maps.
         """
-        texts, chosen = for_images(texts, len(pixel_values)), None
-        if rows is not None:
-            chosen = pad_sequence([torch.tensor(list(of_image) or [0]) for of_image in rows], batch_first=True)
-        if self._is_own_map:
-            with torch.no_grad():
-                image = self._features(pixel_values) if features is None else features
-                maps = self.model.similarity_maps(image, texts)
-        else:
-            if chosen is not None and self.method.backward_per_text:  # each further text would cost
-                texts, chosen = select_texts(texts, chosen), None
-            maps, image = self.method.forward(pixel_values, texts)
-        expected = tuple(texts.text_embeds.shape[:2])
+        texts, options = for_images(texts, len(pixel_values)), {}
+        expected, selected = tuple(texts.text_embeds.shape[:2]), None
+        if self.takes_features:
+            options["features"] = features
+        if text_indices is not None:
+            padded = [torch.tensor(list(of_image) or [0]) for of_image in text_indices]
+            selected = pad_sequence(padded, batch_first=True)
+            if self._takes_text_indices:
+                options["text_indices"], expected, selected = selected, tuple(selected.shape), None
+        maps, features = self._forward(pixel_values, texts, **options)
         if maps.ndim != 4 or maps.shape[:2] != expected:
             raise ValueError(
-                f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images with {expected[1]} "
-                f"texts each, instead of {(*expected, 'h', 'w')}."
+                f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images "
+                f"with {expected[1]} texts each, instead of {(*expected, 'h', 'w')}."
             )
-        maps = maps.float() if chosen is None else maps[torch.arange(len(maps))[:, None], chosen].float()
+        maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
         _check_finite(maps)
-        return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps, image
+        return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps, features
+
+    @torch.no_grad()
+    def _own_maps(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        """Computes the model's own maps, as a method does."""
+        features = self._features(pixel_values) if features is None else features
+        return self.model.similarity_maps(features, texts), features
 
     def _features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if isinstance(self.model, torch.nn.Module):  # other models do this themselves
@@ -338,7 +391,10 @@ class Engine:
 
 
 def input_device(network: torch.nn.Module) -> torch.device:
-    """Returns the device for the inputs of a model: that of its weights, or the CPU if they are offloaded, where hooks move them."""
+    """
+    Returns the device for the inputs of a model: that of its weights, or the CPU if they are offloaded, where hooks
+    move them.
+    """
     device = next(network.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
@@ -356,12 +412,12 @@ def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
     return _map_texts(parts, lambda values: torch.cat(values, dim))
 
 
-def select_texts(texts: ICLIPTextFeatures, rows: torch.Tensor) -> ICLIPTextFeatures:
+def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFeatures:
     """
-    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or among those of each
-    image, `(B, T, P)`.
+    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or
+    among those of each image, `(B, T, P)`.
     """
-    place = rows if texts.text_embeds.ndim == 2 else (torch.arange(len(rows))[:, None], rows)
+    place = indices if texts.text_embeds.ndim == 2 else (torch.arange(len(indices))[:, None], indices)
     return _map_texts([texts], lambda values: values[0][place])
 
 
@@ -377,8 +433,8 @@ def map_groups(
     function: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], keys: Iterable[Hashable]
 ) -> list[Any]:
     """
-    Calls a function from a list of items to their results once for all items with the same key, such as images of one shape. Returns
-    the results in the order of the items.
+    Calls a function from a list of items to their results once for all items with the same key, such as images of one
+    shape. Returns the results in the order of the items.
     """
     groups = defaultdict(list)
     for index, key in enumerate(keys):
@@ -394,15 +450,18 @@ def _check_finite(results: torch.Tensor) -> None:
         raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
 
 
-def _best_rows(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:
-    """Returns the texts of one image with the highest scores `(T,)`, first those that are not like a better one, in their order."""
-    ranked, found = scores.argsort(descending=True).tolist(), []
-    for row in ranked:
-        if len(found) == count:
+def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:
+    """
+    Returns the indices of the texts of one image with the highest values `(T,)`, first those that do not resemble a
+    better one, in their order.
+    """
+    ranked, chosen = scores.argsort(descending=True).tolist(), []
+    for index in ranked:
+        if len(chosen) == count:
             break
-        if not found or (text_embeds[found] @ text_embeds[row]).max() < LIKE:
-            found.append(row)
-    return (found + [row for row in ranked if row not in found])[:count]
+        if not chosen or (text_embeds[chosen] @ text_embeds[index]).max() < SIMILAR_TEXTS:
+            chosen.append(index)
+    return (chosen + [index for index in ranked if index not in chosen])[:count]
 
 
 def _joined(images: Sequence[PreparedImage], name: str):
@@ -415,7 +474,8 @@ def _joined(images: Sequence[PreparedImage], name: str):
     return ICLIPImageFeatures(**{field: torch.cat([part[field] for part in parts]) for field in parts[0]})
 
 
-def _split(features: ICLIPImageFeatures) -> list[ICLIPImageFeatures]:
-    """Returns the features of each image that its maps are computed from."""
-    fields = {name: features[name].split(1) for name in _IMAGE_EMBEDS if features.get(name) is not None}
-    return [ICLIPImageFeatures(**dict(zip(fields, parts))) for parts in zip(*fields.values())]
+def _split(features: ICLIPImageFeatures, images: int) -> list[ICLIPImageFeatures | None]:
+    """Returns the features of each image that scores and maps are computed from; None without any."""
+    fields = {name: features[name].split(1) for name in _IMAGE_EMBEDS if name in features}
+    parts = zip(*fields.values()) if fields else [None] * images
+    return [part and ICLIPImageFeatures(**dict(zip(fields, part))) for part in parts]

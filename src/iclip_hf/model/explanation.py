@@ -1,4 +1,6 @@
-"""The explanation of one image: scores, presence, maps, masks and regions of its texts."""
+"""
+The explanation of one image: scores, presence, maps, masks and regions of its texts, and COCO annotations of them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ import torch
 from PIL import Image
 
 from .label_maps import segments
-from .presence import MIN_PRESENCE, check_min_presence, presence_word
-from .processing_iclip import check_threshold, check_thresholds
-from .regions import Region, find_regions, negative_points, positive_points, run_lengths
+from .masks import check_threshold, check_thresholds, masks_of_maps
+from .presence import EVEN_PRIOR, MIN_PRESENCE, check_min_presence, is_present, presence_word
+from .regions import Region, find_regions, point_prompts, run_lengths
 from .similarity import resize_and_normalize
 
 
@@ -24,26 +26,28 @@ _COVERED = 0.05
 @dataclass(frozen=True, repr=False, eq=False)
 class Explanation:
     """
-    The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory does not
-    grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or `explanation.map("dog")`, and
-    `explanation["dog"]` is the explanation of this text alone.
+    The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory
+    does not grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or
+    `explanation.map("dog")`, and `explanation["dog"]` is the explanation of this text alone.
 
     Attributes:
         labels (`list[str]`): the T texts.
-        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is low for an
-            absent text, whose map is stretched to [0, 1] like any other.
-        presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], see
-            [`ICLIPModel.presence`]; None for a model that has none. Then no text counts as absent.
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at half the
-            height and width of the prepared image.
+        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is
+            low for an absent text, whose map is stretched to [0, 1] like any other.
+        presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], at
+            the prior `prior`, see [`ICLIPModel.presence`]; None for a model that has none. Then no text counts as
+            absent.
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at
+            half the height and width of the prepared image.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for `label_map`
-            alone: texts compete for all pixels.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for
+            `label_map` alone: texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
-        reversed (`bool`): whether the maps are 1 - M (Eq. 5), where M is computed from the raw maps.
+        prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): share of the images that is assumed to show a
+            text: 0.5, and for `explain` without texts that of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some of them only, see
-            [`Engine.prepare`].
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some
+            of them only, see [`Engine.prepare`].
 
     Raises:
         `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
@@ -56,7 +60,7 @@ class Explanation:
     size: tuple[int, int]
     threshold: float | Sequence[float] | None = 0.5
     min_presence: float = MIN_PRESENCE
-    reversed: bool = False
+    prior: float | torch.Tensor = EVEN_PRIOR
     image: Image.Image | None = None
     all_scores: torch.Tensor | None = None
 
@@ -95,17 +99,20 @@ class Explanation:
     @property
     def maps(self) -> torch.Tensor:
         """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
-        return resize_and_normalize(self.raw_maps, self.size, self.reversed)
+        return resize_and_normalize(self.raw_maps, self.size)
 
     @property
     def presences(self) -> list[float | None]:
-        """The presence of each text as a number, with which `min_presence` is compared and JSON is written; None if the model has none."""
+        """
+        The presence of each text as a number, which `min_presence` is compared with and JSON has; None if the model
+        has none.
+        """
         return [None] * len(self) if self.presence is None else self.presence.tolist()
 
     @property
     def present(self) -> list[bool]:
-        """Whether each text is present: its presence is at least `min_presence`, or the model has none."""
-        return [value is None or value >= self.min_presence for value in self.presences]
+        """Whether each text is present, see [`is_present`]."""
+        return [is_present(presence, self.min_presence) for presence in self.presences]
 
     @property
     def presence_words(self) -> list[str | None]:
@@ -114,12 +121,12 @@ class Explanation:
 
     def map(self, text: int | str = 0) -> torch.Tensor:
         """Returns the map of one text, `(H, W)` float32 in [0, 1]: bicubic resize, then min-max (Eq. 4)."""
-        return resize_and_normalize(self.raw_maps[[self.index(text)]], self.size, self.reversed)[0]
+        return resize_and_normalize(self.raw_maps[[self.index(text)]], self.size)[0]
 
     def mask(self, text: int | str = 0, threshold: float | None = None) -> torch.Tensor:
         """
-        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises `ValueError` if
-        `threshold` is outside [0, 1].
+        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises
+        `ValueError` if `threshold` is outside [0, 1].
         """
         return self.map_and_mask(text, threshold)[1]
 
@@ -128,7 +135,7 @@ class Explanation:
         index = self.index(text)
         least = check_threshold(self._threshold(index) if threshold is None else threshold)
         heatmap = self.map(index)
-        return heatmap, (heatmap > least) & self.present[index]
+        return heatmap, masks_of_maps(heatmap[None], least, self.presences[index : index + 1], self.min_presence)[0]
 
     def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
         """Returns the connected parts of the mask of one text, best first. Raises as `mask`."""
@@ -137,12 +144,12 @@ class Explanation:
 
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
-        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the texts that are present
-        compete where their masks overlap. `background` are texts that describe the background. The default is the threshold of the
-        explanation. Raises `ValueError` if `threshold` is outside [0, 1].
+        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the
+        texts that are present compete where their masks overlap. `background` are texts that describe the background.
+        The default is the threshold of the explanation. Raises `ValueError` if `threshold` is outside [0, 1].
         """
         return segments(
-            -self.raw_maps if self.reversed else self.raw_maps,
+            self.raw_maps,
             self.size,
             self.presence,
             self.min_presence,
@@ -152,14 +159,28 @@ class Explanation:
 
     def is_covered(self, text: int | str, segment: torch.Tensor | np.ndarray) -> bool:
         """
-        Returns whether the other texts cover a text in a label map: its segment, `(H, W)` boolean, holds less than 5 % of its own mask. The
-        mask is that of the threshold 0.5 if the explanation has none.
+        Returns whether the other texts cover a text in a label map: its segment, `(H, W)` boolean, holds less than 5 %
+        of its own mask. The mask is that of the threshold 0.5 if the explanation has none.
         """
-        index, kept = self.index(text), int(segment.sum())
-        if not self.present[index] or kept >= _COVERED * math.prod(self.size):
+        index, area = self.index(text), int(segment.sum())
+        if not self.present[index] or area >= _COVERED * math.prod(self.size):
             return False  # without the cost of a mask, which is empty, or at most the whole image
         threshold = Explanation.threshold if self.threshold is None else None
-        return kept < _COVERED * int(self.mask(index, threshold).sum())
+        return area < _COVERED * int(self.mask(index, threshold).sum())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """
+        Returns the explanation as arrays, for `np.savez`: `texts`, `scores` and `presence` `(T,)` (NaN for a model
+        without), `prior` `(T,)`, `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
+        """
+        return {
+            "texts": np.array(self.labels),
+            "scores": self.scores.numpy(),
+            "presence": np.array(self.presences, float),
+            "prior": np.broadcast_to(np.asarray(self.prior, np.float32), len(self)),
+            "raw_maps": self.raw_maps.numpy(),
+            "masks": np.stack([self.mask(index) for index in range(len(self))]),
+        }
 
     def to_dict(self) -> dict:
         """
@@ -168,35 +189,81 @@ class Explanation:
         Returns:
             `dict` with `height` and `width` of maps and masks in pixels, and `texts`, a list of T `dict`:
 
-            - **text** (`str`), **score** (`float`), **presence** (`float`, or None for a model that has none)
-            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in [0, 1]; `box`,
-              [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and `negative_points`, [x, y] in pixels
+            - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`, or None for a model that
+              has none)
+            - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in
+              [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and
+              `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
-            Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the mask is empty.
+            Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the
+            mask is empty.
         """
         height, width = self.size
         return {"height": height, "width": width, "texts": [self._text_to_dict(index) for index in range(len(self))]}
 
     def _text_to_dict(self, index: int) -> dict:
         heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
-        regions = find_regions(heatmap, mask)
-        negative = negative_points(heatmap, mask).tolist() if regions else []
         return {
             "text": self.labels[index],
             "score": round(self.scores[index].item(), 4),
             "presence": self.presences[index],
+            "prior": None
+            if self.presence is None
+            else round(float(torch.as_tensor(self.prior).expand(len(self))[index]), 4),
             "regions": [
                 {
                     "score": round(region.score, 4),
                     "box": list(region.box),
-                    "positive_points": positive_points(heatmap, region).tolist(),
-                    "negative_points": negative,
+                    "positive_points": positive.tolist(),
+                    "negative_points": negative.tolist(),
                 }
-                for region in regions
+                for region, positive, negative in point_prompts(heatmap, mask)
             ],
             "mask": run_lengths(mask),
         }
 
     def _threshold(self, index: int) -> float:
         return self.threshold[index] if np.ndim(self.threshold) else self.threshold
+
+
+def coco_annotations(
+    explanation: Explanation, image_id: int, category_ids: Sequence[int] | None = None, first_id: int = 1
+) -> list[dict]:
+    """
+    Returns the regions of an explanation as annotations of COCO, for the list `annotations` of its JSON format.
+
+    Args:
+        explanation ([`Explanation`]): of one image.
+        image_id (`int`): id of the image in the list `images`.
+        category_ids (T `int`, *optional*): ids of the texts in the list `categories`; 1, ..., T if not given.
+        first_id (`int`): id of the first annotation. Ids are unique in a file.
+
+    Returns:
+        list of `dict`, one for each region, by text, then best first: `id`, `image_id`, `category_id`, `segmentation`
+        (run lengths, see [`run_lengths`]), `area` in pixels, `bbox` ([x, y, width, height] in pixels), `iscrowd` (0),
+        and `score`, the mean of the map over the region, in [0, 1].
+
+    Raises:
+        `ValueError`: the number of categories is not T.
+    """
+    category_ids = range(1, len(explanation) + 1) if category_ids is None else category_ids
+    annotations = []
+    for index, category in zip(range(len(explanation)), category_ids, strict=True):
+        for region in explanation.regions(index):
+            x0, y0, x1, y1 = region.box
+            mask = np.zeros(explanation.size, dtype=bool)
+            mask[y0:y1, x0:x1] = region.inside
+            annotations.append(
+                {
+                    "id": first_id + len(annotations),
+                    "image_id": image_id,
+                    "category_id": category,
+                    "segmentation": run_lengths(mask),
+                    "area": int(region.inside.sum()),
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "iscrowd": 0,
+                    "score": round(region.score, 4),
+                }
+            )
+    return annotations

@@ -69,21 +69,23 @@ def open_image(
 
 def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Image:
     """
-    Loads an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. A given image is not modified.
+    Loads an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. A given image
+        is not modified.
 
-    The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in XMP is ignored.
-    16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is above 255.
+    The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in
+    XMP is ignored. 16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is
+    above 255.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text, the bytes of a file, an image
-            of any mode, or the pixels, in the ranges of [`to_8_bit`]. A `str` that is no file is base64 text if it begins with "data:"
-            or decodes to an image; an `os.PathLike` is always a path.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text, the bytes
+            of a file, an image of any mode, or the pixels, in the ranges of [`to_8_bit`]. A `str` that is no file is
+            base64 text if it begins with "data:" or decodes to an image; an `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
         timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
 
     Raises:
-        `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the range of the pixels is
-        not defined (floats, or integers above 65535). `OSError`: the download fails.
+        `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the
+        range of the pixels is not defined (floats, or integers above 65535). `OSError`: the download fails.
     """
     if hasattr(image, "shape"):
         return _from_array(to_8_bit(image))
@@ -118,8 +120,8 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
             return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
         raise ValueError(
-            f"{name or _name(image)}: the pixels are floating-point or of more than 16 bits, so their range is not known; convert it to "
-            "RGB or to 8- or 16-bit grayscale."
+            f"{name or _name(image)}: the pixels are floating-point or of more than 16 bits, so their range is not "
+            "known; convert it to RGB or to 8- or 16-bit grayscale."
         )
     if image.has_transparency_data:
         canvas = Image.new("RGBA", image.size, "white")
@@ -133,13 +135,13 @@ def to_8_bit(image) -> torch.Tensor:
     Converts an array or tensor of pixels to the nearest values in 0..255, uint8, of the same device.
 
     Args:
-        image: of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. Where both ends of the shape could be channels, they are the last
-            of a numpy array, which becomes `(C, H, W)`, and the first of a tensor. White is 65535 in uint16, 127 in int8, 1 in floats
-            and booleans, and 255 in all other integers.
+        image: of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. Where both ends of the shape could be channels,
+            they are the last of a numpy array, which becomes `(C, H, W)`, and the first of a tensor. White is 65535 in
+            uint16, 127 in int8, 1 in floats and booleans, and 255 in all other integers.
 
     Raises:
-        `ValueError`: the shape is another, or a value is NaN, infinite or outside of the range of its type. `TypeError`: the
-        values are no real numbers.
+        `ValueError`: the shape is another, or a value is NaN, infinite or outside of the range of its type.
+        `TypeError`: the values are no real numbers.
     """
     import torch
 
@@ -154,8 +156,8 @@ def to_8_bit(image) -> torch.Tensor:
     levels = (pixels.double() * (255 / white)).round()
     if levels.min() < 0 or levels.max() > 255:
         raise ValueError(
-            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {pixels.min()} to {pixels.max()}: convert it to "
-            "uint8, or to uint16 if white is 65535."
+            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {pixels.min()} to "
+            f"{pixels.max()}: convert it to uint8, or to uint16 if white is 65535."
         )
     return levels.to(torch.uint8)
 

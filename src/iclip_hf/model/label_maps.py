@@ -1,12 +1,14 @@
-"""Label maps from the raw maps of any method: the segments of an image, and the competition that benchmarks measure."""
+"""
+Label maps from the raw maps of any method: the segments of an image, and the competition that benchmarks measure.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from .presence import MIN_PRESENCE, check_min_presence
-from .similarity import min_max_normalize, resize_maps
+from .presence import MIN_PRESENCE, check_min_presence, is_present
+from .similarity import min_max_normalize, resize_maps, stretch
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
@@ -24,22 +26,25 @@ def segments(
     background: Sequence[int] = (),
 ) -> torch.Tensor:
     """
-    Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of its own mask,
-    where its map is above the threshold. Where masks overlap, the pixel gets the text with the highest sum of its map, standardized to
-    mean 0 and standard deviation 1 over the image, and a tenth of the logit of its presence. Without standardization, a text whose cosines
-    are higher everywhere would cover the others.
+    Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of
+    its own mask, where its map is above the threshold. Where masks overlap, the pixel gets the text with the highest
+    sum of its map, standardized to mean 0 and standard deviation 1 over the image, and a tenth of the logit of its
+    presence. Without standardization, a text whose cosines are higher everywhere would cover the others.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
-        presence (`torch.Tensor` of shape `(T,)`, *optional*): presence of the texts in [0, 1]; all are present if not given.
+        presence (`torch.Tensor` of shape `(T,)`, *optional*): presence of the texts in [0, 1]; all are present if not
+            given.
         min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
-        threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1] (Eq. 4), is
-            greater. None makes each mask the whole image.
-        background: indices of texts that describe the background. They compete like any other, and their pixels are background.
+        threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1]
+            (Eq. 4), is greater. None makes each mask the whole image.
+        background: indices of texts that describe the background. They compete like any other, and their pixels are
+            background.
 
     Returns:
-        `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first text counts.
+        `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first
+        text counts.
 
     Raises:
         `ValueError`: `min_presence` is outside [0, 1], or the number of thresholds or presences is not T.
@@ -48,9 +53,9 @@ def segments(
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
         check_min_presence(min_presence)
-        present = [value >= min_presence for value in presence.tolist()]
+        present = [is_present(value, min_presence) for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
-    found = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
+    labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, device=raw_maps.device)
     texts = zip(raw_maps, present, offsets, thresholds, strict=True)
     for index, (raw_map, shown, offset, least) in enumerate(texts):
@@ -61,9 +66,9 @@ def segments(
             won = standardized > best
             if least is not None:
                 won &= min_max_normalize(values) > least
-            found.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
+            labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
             best = torch.where(won, standardized, best)
-    return found
+    return labels
 
 
 @torch.no_grad()
@@ -76,25 +81,25 @@ def label_map(
     logit_scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a data set, whether
-    an image shows them or not. For texts that were asked about one image see [`segments`]. Maps are enlarged one at a time (bicubic,
-    as in Eq. 4), so the memory does not grow with the number of texts.
+    Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a
+    data set, whether an image shows them or not. For texts that were asked about one image see [`segments`]. Maps are
+    enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of texts.
 
-    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. For a single text, this is the map of
-    Eq. 4. With `logit_scale`, the confidence is the probability of the best text: a softmax of the scaled values over all texts. It
-    needs raw maps of cosines.
+    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. For a single text, this
+    is the map of Eq. 4. With `logit_scale`, the confidence is the probability of the best text: a softmax of the
+    scaled values over all texts. It needs raw maps of cosines.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`, *optional*): height and width of the label map in pixels; (h, w) if not given.
-        classes (T integers, *optional*): class of each text; 0, ..., T - 1 if not given. Texts of one class are synonyms, the best
-            of which counts. [`BACKGROUND_LABEL`] marks texts that describe the background.
+        classes (T integers, *optional*): class of each text; 0, ..., T - 1 if not given. Texts of one class are
+            synonyms, the best of which counts. [`BACKGROUND_LABEL`] marks texts that describe the background.
         threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
         logit_scale (`float`, *optional*): factor of the values in the softmax, positive.
 
     Returns:
-        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values, the first text
-        counts. The confidence is 0 everywhere if the map of best texts is constant.
+        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values,
+        the first text counts. The confidence is 0 everywhere if the map of best texts is constant.
     """
     classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
     size = tuple(raw_maps.shape[1:] if size is None else size)
@@ -112,8 +117,7 @@ def label_map(
     if logit_scale is not None:
         confidence = 1 / total
     else:
-        low, high = best.aminmax()
-        confidence = best.sub_(low).div_((high - low).masked_fill(high == low, 1.0))
+        confidence = stretch(best, *best.aminmax(), out=best)
     labels = classes.to(best.device)[winner.long()]
     if threshold is not None:
         labels[confidence <= threshold] = BACKGROUND_LABEL

@@ -602,12 +602,12 @@ class ICLIPModel(PreTrainedModel):
         """Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9)."""
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
-    def image_inputs(self, image: ImageTokens, attention: torch.Tensor, representative: bool = False) -> ImageInputs:
+    def image_inputs(self, image: ImageTokens, representative: bool = False) -> ImageInputs:
         """
-        Computes what the projections read of images with this `normalized_attention`: pooled tokens, and tokens of the
-        map branch, centred and shared among similar patches. `representative` selects the patches that the loss reads.
+        Computes what the projections read of images: pooled tokens, and tokens of the map branch, centred and shared
+        among similar patches. `representative` selects the patches that the loss reads.
         """
-        config, tokens = self.config, image.patch_tokens
+        config, tokens, attention = self.config, image.patch_tokens, self.normalized_attention(image)
 
         def pooled(mode: str) -> torch.Tensor:
             return pool(tokens, image.class_token, attention, mode)
@@ -619,15 +619,12 @@ class ICLIPModel(PreTrainedModel):
             return ImageInputs(recognition, map_pooled, None, None)
         tokens = self.centered_tokens(tokens)
         if not representative:
-            patches, attention = self._shared(tokens, attention)
-            return ImageInputs(recognition, map_pooled, patches, attention)
-        chosen = representative_patches(tokens, attention, image.grid, config.map_tokens)
-        patches, attention_of_patches = self._shared(tokens, attention, chosen)
-        even = None
+            return ImageInputs(recognition, map_pooled, *self._shared(tokens, attention))
+        chosen, even = representative_patches(tokens, attention, image.grid, config.map_tokens), None
         if config.known_competition:
-            chosen = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
-            even, _ = self._shared(tokens, attention, chosen)
-        return ImageInputs(recognition, map_pooled, patches, attention_of_patches, even)
+            evenly = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
+            even, _ = self._shared(tokens, attention, evenly)
+        return ImageInputs(recognition, map_pooled, *self._shared(tokens, attention, chosen), even)
 
     def _shared(
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
@@ -636,11 +633,10 @@ class ICLIPModel(PreTrainedModel):
         Returns tokens `(B, K, D)` and attention `(B, K)` of the chosen patches `(B, K)`, or of all, after sharing among
         similar patches (`config.map_affinity`).
         """
-        rows = torch.arange(len(tokens), device=tokens.device).unsqueeze(1)
+        queries = tokens if chosen is None else tokens.take_along_dim(chosen.unsqueeze(-1), 1)
         if self.config.map_affinity == 0:
-            return (tokens, attention) if chosen is None else (tokens[rows, chosen], attention[rows, chosen])
+            return queries, attention if chosen is None else attention.take_along_dim(chosen, 1)
         values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
-        queries = tokens if chosen is None else tokens[rows, chosen]
         shared = share_among_like(values, tokens, self.config.map_affinity, queries)
         return shared[..., :-1], shared[..., -1].float()
 
@@ -700,8 +696,7 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: H or W is not a multiple of the patch size.
         """
         image = self.encode_image(pixel_values, **kwargs)
-        attention = self.normalized_attention(image)
-        inputs = self.image_inputs(image, attention)
+        inputs = self.image_inputs(image)
         projected = self.recognition.visual_projection(inputs.recognition)
         map_image_embeds = None
         if inputs.pooled is not None:
@@ -715,7 +710,7 @@ class ICLIPModel(PreTrainedModel):
             map_image_embeds=map_image_embeds,
             patch_embeds=self.embed_patches(inputs.patches).unflatten(1, image.grid),
             patch_tokens=image.patch_tokens,
-            attention=attention,
+            attention=self.normalized_attention(image),
             map_attention=inputs.attention,
         )
 
@@ -855,9 +850,8 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, there are fewer texts
                 than images with `return_loss`, or maps are asked for with it.
         """
-        has_image = pixel_values is not None or (return_loss and image_inputs is not None)
-        has_text = any(texts is not None for texts in (input_ids, text_features, text_inputs))
-        if not (has_image and has_text):
+        precomputed = (image_inputs, text_inputs) if return_loss else (None, text_features)
+        if any(one is other is None for one, other in zip((pixel_values, input_ids), precomputed)):
             raise ValueError(
                 "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
                 "get_text_features."
@@ -866,8 +860,7 @@ class ICLIPModel(PreTrainedModel):
             if output_similarity_maps:
                 raise ValueError("The loss reads few patches of an image: ask for maps without return_loss.")
             if image_inputs is None:
-                image = self.encode_image(pixel_values, **kwargs)
-                image_inputs = self.image_inputs(image, self.normalized_attention(image), representative=True)
+                image_inputs = self.image_inputs(self.encode_image(pixel_values, **kwargs), representative=True)
             if text_inputs is None:
                 optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
                 optional = {name: value for name, value in optional.items() if value is not None}

@@ -14,8 +14,9 @@ from transformers.utils import logging
 from .engine import Engine
 from .explanation import Explanation
 from .images import load_image
+from .masks import check_threshold
 from .presence import MIN_PRESENCE
-from .processing_iclip import check_threshold, check_tokenizer
+from .processing_iclip import check_processor
 from .prompts import split_texts
 from .regions import find_regions, run_lengths
 
@@ -27,7 +28,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     """
     Predicts which labels an image shows, and which of its pixels match them.
 
-    The labels are encoded once for each call, also for a data set or a generator of images, whose results are yielded one by one.
+    The labels are encoded once for each call, also for a data set or a generator of images, whose results are yielded
+    one by one.
 
     Example:
 
@@ -40,8 +42,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     ('dog', 0.27, torch.Size([480, 640]))
     ```
 
-    A model folder with its own code needs `trust_remote_code=True`. With `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline`
-    the code of the installed package is used instead.
+    A model folder with its own code needs `trust_remote_code=True`. With
+    `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline` the code of the installed package is used instead.
     """
 
     _load_processor = True
@@ -55,9 +57,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if self.model.config.model_type != "iclip":
             raise ValueError(
-                f"The pipeline takes ICLIP models, not {self.model.config.model_type!r}: call iclip_hf.explain for other models."
+                f"The pipeline takes ICLIP models, not {self.model.config.model_type!r}: call iclip_hf.explain for "
+                "other models."
             )
-        check_tokenizer(self.model.name_or_path, self.processor.tokenizer, self.model.config)
+        check_processor(self.model.name_or_path, self.processor, self.model.config)
 
     def __call__(
         self, images, candidate_labels: str | Sequence[str], template: str | Sequence[str] | None = None, **kwargs
@@ -66,37 +69,40 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         Explains images.
 
         Args:
-            images: an image as a path, a URL, base64 text, a PIL image or an array; or a list, a `Dataset` or a generator of them.
-            candidate_labels (`str` or T of them): class names or phrases. Commas separate the labels of one string, as in
-                transformers; in a list they belong to the label, see [`split_texts`].
-            template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged. Those of the
-                processor if not given; `"{}"` takes the labels as they are.
+            images: an image as a path, a URL, base64 text, a PIL image or an array; or a list, a `Dataset` or a
+                generator of them.
+            candidate_labels (`str` or T of them): class names or phrases. Commas separate the labels of one string, as
+                in transformers; in a list they belong to the label, see [`split_texts`].
+            template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged.
+                Those of the processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
-            refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see [`refine_maps`].
-            return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and `mask` as COCO's
-                uncompressed run lengths, see [`run_lengths`].
-            size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence always come from the
-                processor's size, so another one costs a second forward pass.
+            refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see
+                [`refine_maps`].
+            return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
+                `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
+            size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence
+                always come from the processor's size, so another one costs a second forward pass.
             timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
             batch_size (`int`, defaults to 1): largest number of images in one forward pass. These have one shape.
 
         Returns:
-            For one image, a list of T `dict`, best score first. For a list of images, a list of such lists. For a `Dataset` or a
-            generator, an iterator over such lists. The items are:
+            For one image, a list of T `dict`, best score first. For a list of images, a list of such lists. For a
+            `Dataset` or a generator, an iterator over such lists. The items are:
 
             - **label** (`str`)
             - **score** (`float`): cosine of image and label, in [-1, 1].
-            - **presence** (`float`): probability that the image shows the label, in [0, 1], see [`ICLIPModel.presence`]; None if the
-              model has none.
+            - **presence** (`float`): probability that the image shows the label, in [0, 1] at a prior of 0.5, see
+              [`ICLIPModel.presence`]; None if the model has none.
             - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
-            - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0 elsewhere.
-            - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the last two exclusive,
-              best part first.
+            - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0
+              elsewhere.
+            - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the
+              last two exclusive, best part first.
 
         Raises:
-            `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels or templates,
-                or [`Explanation`] thresholds or `min_presence`.
+            `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels or
+                templates, or [`Explanation`] thresholds or `min_presence`.
         """
         labels = _strings("candidate_labels", candidate_labels)
         encoded = Engine(self.model, self.processor, templates=template).encode(labels)
@@ -155,8 +161,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
 class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     """
-    Assigns each pixel of an image to one of the labels, or to the background, see [`segments`]. The answers have the form of
-    transformers' "image-segmentation".
+    Assigns each pixel of an image to one of the labels, or to the background, see [`segments`]. The answers have the
+    form of transformers' "image-segmentation".
 
     Example:
 
@@ -187,23 +193,25 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         Args:
             images, template: as for [`ImageTextSimilarityMapPipeline`].
             candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
-            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall", given like the labels. They
-                compete like the others, and their pixels are background.
-            threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is greater; None lets
-                it compete for all.
+            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall", given like
+                the labels. They compete like the others, and their pixels are background.
+            threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is
+                greater; None lets it compete for all.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets no pixel.
-            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see [`refine_maps`].
+            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
+                [`refine_maps`].
             return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 
         Returns:
-            For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning names present
-            labels that others cover. For several images, a list of such lists or an iterator over them, as
-            [`ImageTextSimilarityMapPipeline`]. The items are:
+            For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning
+            names present labels that others cover. For several images, a list of such lists or an iterator over them,
+            as [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
-            - **score** (`float`): presence of the label, in [0, 1], because the score of "image-segmentation" is a confidence; the
-              cosine if the model has no presence.
-            - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0 elsewhere.
+            - **score** (`float`): presence of the label, in [0, 1], because the score of "image-segmentation" is a
+              confidence; the cosine if the model has no presence.
+            - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0
+              elsewhere.
         """
         labels = _strings("candidate_labels", candidate_labels)
         background = _strings("background_labels", background_labels) if background_labels else []
@@ -224,10 +232,10 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             threshold=None if threshold is None else check_threshold(threshold),
             min_presence=min_presence,
         )
-        found, answers = explanation.label_map(background=background), []
+        label_map, answers = explanation.label_map(background=background), []
         scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences
         for index, (label, score) in enumerate(zip(candidate_labels, scores)):
-            mask = found == index
+            mask = label_map == index
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
             if index not in background and explanation.is_covered(index, mask):

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional as F
 
+from .similarity import stretch
+
 
 def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile: float = 0.9) -> torch.Tensor:
     """
@@ -22,8 +24,7 @@ def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile:
     else:
         rank = round(quantile * (attention.shape[-1] - 1))
         high = attention.sort(-1).values[:, rank, None]
-    span = high - low
-    return ((attention - low) / span.masked_fill(span == 0, 1.0)).clamp(max=1.0)
+    return stretch(attention, low, high).clamp(max=1.0)
 
 
 def share_among_like(

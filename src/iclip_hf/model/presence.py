@@ -6,6 +6,8 @@ it is stretched to [0, 1].
 from __future__ import annotations
 
 
+# Prior of the presence of a model: half of the texts are assumed to be shown.
+EVEN_PRIOR = 0.5
 # From this presence on, a text counts as shown; below, its mask is empty.
 MIN_PRESENCE = 0.5
 # From here on, a text is called present; between the two it is unsure.
@@ -16,10 +18,19 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 def at_prior(presence, prior: float):
     """
-    Converts presence, an array or tensor in [0, 1] at a prior of 0.5, to the prior `prior`, the share of the texts that is shown (Bayes'
-    rule).
+    Converts presence, an array or tensor in [0, 1] at a prior of 0.5, to the prior `prior`, the share of the texts
+    that is shown (Bayes' rule).
     """
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
+
+
+def is_present(presence: float | None, min_presence: float = MIN_PRESENCE) -> bool:
+    """
+    Returns whether a text counts as shown: its presence is at least `min_presence`, or None, of a model without
+    presence. NaN counts as absent. Both are compared in double precision, as JSON has them, so 0.7 in float32 is less
+    than 0.7.
+    """
+    return presence is None or presence >= min_presence
 
 
 def check_min_presence(min_presence: float) -> None:
@@ -30,12 +41,12 @@ def check_min_presence(min_presence: float) -> None:
 
 def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> str | None:
     """
-    Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.8 on, and otherwise `"unsure"`; None for None, of a model
-    without presence.
+    Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.8 on, and otherwise `"unsure"`; None for
+    None, of a model without presence.
     """
     if value is None:
         return None
-    if not value >= min_presence:  # also NaN
+    if not is_present(value, min_presence):
         return ABSENT
     return SURE if value >= PRESENT else UNSURE
 

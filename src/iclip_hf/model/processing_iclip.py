@@ -1,4 +1,7 @@
-"""Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and points."""
+"""
+Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and
+points.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,8 +16,9 @@ from transformers.processing_utils import ProcessorMixin
 from .configuration_iclip import ICLIPConfig, patch_side
 from .images import load_image, to_8_bit, to_pixels, to_rgb
 from .label_maps import segments
+from .masks import check_thresholds, masks_of_maps
 from .prompts import check_templates, check_text, split_texts
-from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
+from .regions import MIN_AREA, find_regions, point_prompts
 from .similarity import resize_and_normalize
 
 
@@ -24,10 +28,25 @@ MAX_PIXELS = 2**24
 _PROBE = "a photo of a dog"
 
 
+def check_processor(name, processor, config) -> None:
+    """
+    Raises `ValueError` unless a processor fits the configuration of a model: the tokenizer as [`check_tokenizer`]
+    says, and the patch size of an [`ICLIPProcessor`], by whose multiples images and windows have their sizes.
+    """
+    check_tokenizer(name, processor.tokenizer, config)
+    if config.model_type == "iclip":
+        expected = patch_side(config.vision_config)
+        if processor.patch_size != expected:
+            raise ValueError(
+                f"{name}: the processor has the patch size {processor.patch_size}, but the model {expected}; set "
+                "patch_size in processor_config.json, or create the processor with it."
+            )
+
+
 def check_tokenizer(name, tokenizer, config=None) -> None:
     """
-    Raises `ValueError` unless a tokenizer knows words, and fits the text tower of the configuration of a model. Without its files,
-    transformers makes a tokenizer that knows none; one of another model gives wrong numbers.
+    Raises `ValueError` unless a tokenizer knows words, and fits the text tower of the configuration of a model.
+    Without its files, transformers makes a tokenizer that knows none; one of another model gives wrong numbers.
     """
     tokens, problem = tokenizer(_PROBE)["input_ids"], None
     if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
@@ -52,10 +71,11 @@ class ICLIPProcessor(ProcessorMixin):
     Wraps an image processor and a tokenizer.
 
     Args:
-        image_processor: image processor of the image tower. It should resize the whole image without a crop, so that maps cover it.
+        image_processor: image processor of the image tower. It should resize the whole image without a crop, so that
+            maps cover it.
         tokenizer: tokenizer of the text tower.
-        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are averaged.
-            `"imagenet"` stands for CLIP's 80 templates of ImageNet.
+        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are
+            averaged. `"imagenet"` stands for CLIP's 80 templates of ImageNet.
         patch_size (`int`, defaults to 16): patch size of the image tower. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
@@ -88,8 +108,8 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
         """
-        Like the base class, but never asks on standard input whether code of a tokenizer or an image processor may run. It runs
-        only with `trust_remote_code=True`.
+        Like the base class, but never asks on standard input whether code of a tokenizer or an image processor may
+        run. It runs only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -101,12 +121,13 @@ class ICLIPProcessor(ProcessorMixin):
         cls, vision: str, text: str, image_size: int = 224, image_processor=None, **options
     ) -> "ICLIPProcessor":
         """
-        Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins the towers.
-        Raises `OSError` or `ValueError` if a folder or id has none of them.
+        Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins
+        the towers. Raises `OSError` or `ValueError` if a folder or id has none of them.
 
         Args:
             vision, text (`str`): folders or Hub ids of the towers.
-            image_size (`int`, defaults to 224): side in pixels of the square to which whole images are resized, without a crop.
+            image_size (`int`, defaults to 224): side in pixels of the square to which whole images are resized,
+                without a crop.
             image_processor (*optional*): instead of that of the image tower; `image_size` does not apply to it.
             options: arguments of [`ICLIPProcessor`]. Those that depend on the towers have their values by default.
         """
@@ -136,25 +157,25 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`], or other inputs
-                of [`load_image`]. The EXIF orientation of a PIL image is ignored.
-            text: texts without templates: one text, a list of T texts for all images, or one list for each image (shorter lists are
-                padded with their last text).
-            labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for each image, or
-                a string, which [`split_texts`] splits at commas.
+            images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`],
+                or other inputs of [`load_image`]. The EXIF orientation of a PIL image is ignored.
+            text: texts without templates: one text, a list of T texts for all images, or one list for each image
+                (shorter lists are padded with their last text).
+            labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for
+                each image, or a string, which [`split_texts`] splits at commas.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
-            kwargs: options of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`. `size=s` or
-                `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the proportions of the image.
-                Sizes are multiples of the patch size with at most `MAX_PIXELS` pixels.
+            kwargs: options of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`.
+                `size=s` or `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the
+                proportions of the image. Sizes are multiples of the patch size with at most `MAX_PIXELS` pixels.
 
         Returns:
             `BatchFeature` with `pixel_values` of shape `(B, 3, H, W)`, `input_ids` and `attention_mask` of shape
             `(T * num_templates, L)` or `(B, T * num_templates, L)`, and `num_templates` where there are several.
 
         Raises:
-            `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`; images have different
-            shapes with `shortest_edge`, or would be cropped; a keyword is given flat and in the dictionary of its side; or an image is invalid, not finite
-            or out of the range of its type.
+            `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`;
+                images have different shapes with `shortest_edge`, or would be cropped; a keyword is given flat and in
+                the dictionary of its side; or an image is invalid, not finite or out of the range of its type.
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
@@ -170,49 +191,63 @@ class ICLIPProcessor(ProcessorMixin):
             dict(kwargs.pop(name, None) or {}) for name in ("common_kwargs", "text_kwargs", "images_kwargs")
         )
         if images is not None:
-            is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-            names = ("do_rescale", "do_center_crop", "crop_size")
-            options = {name: getattr(self.image_processor, name, name == "do_rescale") for name in names}
-            options |= {**images_kwargs, **kwargs}
-            convert = to_8_bit if options["do_rescale"] else to_pixels
-            images = [_prepared(image, convert) for image in (images if is_batch else [images])]
-            if not images:
-                raise ValueError("There is no image.")
-            if per_image and len(text) != len(images):
-                raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
             # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
             sized = kwargs if "size" in kwargs else images_kwargs
-            size = sized["size"] = self._exact_size(images, sized.get("size"))
-            if options["do_center_crop"] and any(options["crop_size"][side] < size[side] for side in size):
-                raise ValueError(
-                    "The image processor crops the images, so their maps would not cover them: create it with do_center_crop=False."
-                )
-        usual = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
-        given = {**common_kwargs, **text_kwargs, **kwargs}
-        text_kwargs |= {name: value for name, value in usual.items() if name not in given}
+            images, sized["size"] = self._prepared(images, sized.get("size"), {**images_kwargs, **kwargs})
+            if per_image and len(text) != len(images):
+                raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
+        defaults = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
+        defaults = {name: defaults[name] for name in defaults.keys() - {*common_kwargs, *text_kwargs, *kwargs}}
         batch = super().__call__(
             images,
-            [t for texts in text for t in texts] if per_image else text,
+            [prompt for of_image in text for prompt in of_image] if per_image else text,
             common_kwargs={"return_tensors": "pt", **common_kwargs},
-            text_kwargs=text_kwargs,
+            text_kwargs=text_kwargs | defaults,
             images_kwargs=images_kwargs,
             **kwargs,
         )
-
         if per_image:
-            step = len(text[0])
-            for name in {*self.tokenizer.model_input_names} & batch.keys():
-                rows = batch[name]
-                if isinstance(rows, list):
-                    batch[name] = [rows[start : start + step] for start in range(0, len(rows), step)]
-                else:
-                    batch[name] = rows.reshape(len(text), step, -1)
+            self._divide(batch, len(text), len(text[0]))
         if len(prompts) > 1:
             batch["num_templates"] = len(prompts)
         return batch
 
+    def _prepared(self, images, size: int | dict[str, int] | None, options: dict) -> tuple[list, dict[str, int]]:
+        """
+        Returns images as a list of PIL images and tensors for the image processor, and their size. `options` are those
+        of the call, which replace the image processor's own.
+        """
+        is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
+        names = ("do_rescale", "do_center_crop", "crop_size")
+        options = {name: getattr(self.image_processor, name, name == "do_rescale") for name in names} | options
+        convert = to_8_bit if options["do_rescale"] else to_pixels
+        images = [_converted(image, convert) for image in (images if is_batch else [images])]
+        if not images:
+            raise ValueError("There is no image.")
+        size = self._exact_size(images, size)
+        if options["do_center_crop"] and any(options["crop_size"][side] < size[side] for side in size):
+            raise ValueError(
+                "The image processor crops the images, so their maps would not cover them: create it with "
+                "do_center_crop=False."
+            )
+        return images, size
+
+    def _divide(self, batch: BatchFeature, images: int, texts: int) -> None:
+        """
+        Divides the tokens of all texts, `(images * texts, L)`, among their images, `(images, texts, L)`, in place.
+        """
+        for name in {*self.tokenizer.model_input_names} & batch.keys():
+            tokens = batch[name]
+            if isinstance(tokens, list):
+                batch[name] = [tokens[start : start + texts] for start in range(0, len(tokens), texts)]
+            else:
+                batch[name] = tokens.reshape(images, texts, -1)
+
     def _exact_size(self, images: list, size: int | dict[str, int] | None) -> dict[str, int]:
-        """Converts a requested size, by default the image processor's, to height and width in multiples of the patch size."""
+        """
+        Converts a requested size, by default the image processor's, to height and width in multiples of the patch
+        size.
+        """
         size = self.image_processor.size if size is None else size
         size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
         size = {name: side for name, side in size.items() if side is not None}
@@ -265,26 +300,25 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are outside [0, 1], their number
-        is not T, or only one of `presence` and `min_presence` is given.
+        Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are
+        outside [0, 1], their number is not T, or only one of `presence` and `min_presence` is given.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            threshold (`float` in [0, 1], or T of them): such as the best threshold of each class, from
-                `evaluation.results.class_thresholds`.
-            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is higher for present
-                texts.
+            threshold (`float` in [0, 1], or T of them): such as the best threshold of each class.
+            presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is
+                higher for present texts.
             min_presence (`float`, *optional*): a text with a lower presence counts as absent and gets an empty mask.
 
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
         """
         _check_presence(presence, min_presence)
-        masks = [map_ > check_thresholds(threshold, len(map_)).float().view(-1, 1, 1).to(map_.device) for map_ in maps]
-        if presence is not None:
-            present = presence >= min_presence
-            masks = [mask & shown.view(-1, 1, 1) for mask, shown in zip(masks, present, strict=True)]
-        return masks
+        presences = [[None] * len(map_) for map_ in maps] if presence is None else presence.tolist()
+        return [
+            masks_of_maps(map_, threshold, of_image, min_presence)
+            for map_, of_image in zip(maps, presences, strict=True)
+        ]
 
     def post_process_semantic_segmentation(
         self,
@@ -296,14 +330,15 @@ class ICLIPProcessor(ProcessorMixin):
         min_presence: float | None = None,
     ) -> list[torch.Tensor]:
         """
-        Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises `ValueError` if outputs
-        have no maps, `min_presence` is outside [0, 1], and as `post_process_masks`.
+        Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises
+        `ValueError` if outputs have no maps, `min_presence` is outside [0, 1], and as `post_process_masks`.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
-            target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's if not given.
-            threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is greater, for all pixels
+            target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's
                 if not given.
+            threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is
+                greater, for all pixels if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`].
             min_presence (`float` in [0, 1], *optional*): a text with a lower presence gets no pixel.
@@ -341,13 +376,13 @@ class ICLIPProcessor(ProcessorMixin):
             `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
         """
         results = []
-        for texts in _regions(maps, masks, min_area):
-            found = [(label, region) for label, _, _, regions in texts for region in regions]
+        for texts in _arrays(maps, masks):
+            regions = [(label, region) for label, text in enumerate(texts) for region in find_regions(*text, min_area)]
             results.append(
                 {
-                    "scores": torch.tensor([region.score for _, region in found]),
-                    "labels": torch.tensor([label for label, _ in found], dtype=torch.long),
-                    "boxes": torch.tensor([region.box for _, region in found], dtype=torch.float32).view(-1, 4),
+                    "scores": torch.tensor([region.score for _, region in regions]),
+                    "labels": torch.tensor([label for label, _ in regions], dtype=torch.long),
+                    "boxes": torch.tensor([region.box for _, region in regions], dtype=torch.float32).view(-1, 4),
                 }
             )
         return results
@@ -371,19 +406,17 @@ class ICLIPProcessor(ProcessorMixin):
             num_negative (`int`): number of points at the lowest values of the text's map, outside of all its parts.
 
         Returns:
-            list of B `dict` with R objects of P = num_positive + num_negative points: `labels` `(R,)`: index of the text;
-            `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
+            list of B `dict` with R objects of P = num_positive + num_negative points: `labels` `(R,)`: index of the
+            text; `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
         """
         point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
         results = []
-        for texts in _regions(maps, masks, min_area):
+        for texts in _arrays(maps, masks):
             labels, points = [], []
-            for label, heatmap, mask, regions in texts:
-                negative = negative_points(heatmap, mask, num_negative)
-                labels += [label] * len(regions)
-                points += [
-                    np.concatenate([positive_points(heatmap, part, num_positive), negative]) for part in regions
-                ]
+            for label, text in enumerate(texts):
+                for _, positive, negative in point_prompts(*text, min_area, num_positive, num_negative):
+                    labels.append(label)
+                    points.append(np.concatenate([positive, negative]))
             results.append(
                 {
                     "labels": torch.tensor(labels, dtype=torch.long),
@@ -394,32 +427,10 @@ class ICLIPProcessor(ProcessorMixin):
         return results
 
 
-def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarray, np.ndarray, list[Region]]]]:
-    """Yields index, map, mask and regions of each text with a region, for each image."""
+def _arrays(maps, masks) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Yields map and mask of each text as arrays, for each image."""
     for image_maps, image_masks in zip(maps, masks, strict=True):
-        texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
-        found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
-        yield [text for text in found if text[-1]]
-
-
-def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
-    """Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in [0, 1]."""
-    try:
-        thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
-    except (TypeError, ValueError, RuntimeError):  # such as None or a string
-        thresholds = torch.tensor(torch.nan)
-    if thresholds.shape not in ((), (count,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
-        raise ValueError(
-            f"A threshold is a number in [0, 1], or one for each text, of which there are {count}, not {threshold!r:.100}."
-        )
-    return thresholds.expand(count)
-
-
-def check_threshold(threshold: float) -> float:
-    """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
-    if np.ndim(threshold):
-        raise ValueError(f"threshold is one number in [0, 1], not {threshold!r:.100}.")
-    return check_thresholds(threshold, 1).item()
+        yield list(zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True))
 
 
 def _check_presence(presence: torch.Tensor | None, min_presence: float | None) -> None:
@@ -427,7 +438,7 @@ def _check_presence(presence: torch.Tensor | None, min_presence: float | None) -
         raise ValueError("presence and min_presence go together.")
 
 
-def _prepared(image, convert: Callable) -> Image.Image | torch.Tensor:
+def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:
     """Returns a PIL image in RGB, or the pixels of an array or tensor by `convert`. Other forms are loaded."""
     if hasattr(image, "shape"):
         return convert(image)

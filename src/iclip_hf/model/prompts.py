@@ -5,13 +5,13 @@ from collections.abc import Iterable, Sequence
 
 
 _KINDS_OF_PHOTO = (
-    "bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated", "jpeg corrupted", "blurry",
-    "good",
+    "bad", "low resolution", "cropped", "bright", "dark", "close-up", "black and white", "pixelated", "jpeg corrupted",
+    "blurry", "good",
 )  # fmt: skip
 _KINDS_OF_OBJECT = ("", "hard to see ", "clean ", "dirty ", "cool ", "nice ", "weird ", "small ", "large ")
 _WORKS = (
-    "a sculpture", "a rendering", "a tattoo", "a drawing", "a painting", "a doodle", "a sketch", "a rendition", "graffiti", "art",
-    "itap",
+    "a sculpture", "a rendering", "a tattoo", "a drawing", "a painting", "a doodle", "a sketch", "a rendition",
+    "graffiti", "art", "itap",
 )  # fmt: skip
 _MATERIALS = ("embroidered", "plastic", "origami", "toy", "cartoon", "plushie")
 
@@ -32,8 +32,8 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 
 def split_texts(texts: str | Sequence[str]) -> list[str]:
     """
-    Returns the texts of a string: one in each line if it has several lines, otherwise separated by commas, where `\\,` is a comma within a text.
-    Items of a list are not split. Raises `ValueError` for another type.
+    Returns the texts of a string: one in each line if it has several lines, otherwise separated by commas, where `\\,`
+    is a comma within a text. Items of a list are not split. Raises `ValueError` for another type.
     """
     if not isinstance(texts, Iterable):
         raise ValueError(f"Texts are a string or a list of strings, not {texts!r:.100}.")
@@ -44,7 +44,9 @@ def split_texts(texts: str | Sequence[str]) -> list[str]:
 
 
 def check_text(text: str) -> str:
-    """Returns a text. Raises `ValueError` unless it is a string of valid Unicode with a character other than white space."""
+    """
+    Returns a text. Raises `ValueError` unless it is a string of valid Unicode with a character other than white space.
+    """
     if not isinstance(text, str):
         raise ValueError(f"A text is a string, not {text!r:.100}.")
     if not text.strip():
@@ -54,7 +56,9 @@ def check_text(text: str) -> str:
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
-    """Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`."""
+    """
+    Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`.
+    """
     is_list = isinstance(templates, Sequence) and not isinstance(templates, str)
     templates = list(templates) if is_list else [templates]
     for name, named in NAMED_TEMPLATES.items():

@@ -1,5 +1,7 @@
 """Conversion of masks to boxes, point prompts and run lengths."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +21,8 @@ class Region:
     Attributes:
         box (`tuple[int, int, int, int]`): (xmin, ymin, xmax, ymax) in pixels; xmax and ymax are exclusive.
         score (`float`): mean of the map over the region, in [0, 1].
-        runs (`np.ndarray` of shape `(R, 3)`): row, first column and end column (exclusive) of its horizontal runs, in pixels.
+        runs (`np.ndarray` of shape `(R, 3)`): row, first column and end column (exclusive) of its horizontal runs, in
+            pixels.
     """
 
     box: tuple[int, int, int, int]
@@ -53,9 +56,9 @@ def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AR
     areas = np.bincount(parts, weights=lengths)
     regions = []
     for part in np.flatnonzero((areas > 0) & (areas >= min_area * mask.size)):
-        own = parts == part
-        (y0, x0, _), (y1, _, x1) = runs[own].min(axis=0).tolist(), runs[own].max(axis=0).tolist()
-        regions.append(Region((x0, y0, x1, y1 + 1), float(sums[own].sum() / areas[part]), runs[own]))
+        in_part = parts == part
+        (y0, x0, _), (y1, _, x1) = runs[in_part].min(axis=0).tolist(), runs[in_part].max(axis=0).tolist()
+        regions.append(Region((x0, y0, x1, y1 + 1), float(sums[in_part].sum() / areas[part]), runs[in_part]))
     return sorted(regions, key=lambda region: -region.score)
 
 
@@ -77,8 +80,8 @@ def _sums(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
 def _connected(runs: np.ndarray, width: int) -> np.ndarray:
     """Returns the index of the first run of each run's part."""
     rows, starts, stops = runs.T
-    # Positions in one long row, with a gap between the rows, so that runs touch where they overlap those of the row below.
-    # Stops are exclusive, so corners connect.
+    # Positions in one long row, with a gap between the rows, so that runs touch where they overlap those of the row
+    # below. Stops are exclusive, so corners connect.
     starts, stops = (ends + rows * (width + 2) for ends in (starts, stops))
     first = np.searchsorted(stops, starts + width + 2)
     counts = (np.searchsorted(starts, stops + width + 2, side="right") - first).clip(0)
@@ -97,10 +100,22 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
         parts = merged
 
 
+def point_prompts(
+    heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA, num_positive: int = 1, num_negative: int = 3
+) -> list[tuple[Region, np.ndarray, np.ndarray]]:
+    """
+    Returns the regions of [`find_regions`], each with its [`positive_points`] and the [`negative_points`] of the mask,
+    which all regions share.
+    """
+    regions = find_regions(heatmap, mask, min_area)
+    negative = negative_points(heatmap, mask, num_negative) if regions else None
+    return [(region, positive_points(heatmap, region, num_positive), negative) for region in regions]
+
+
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:
     """
-    Returns the peak of a region of a map and its next highest points, at least half the box's shorter side apart: `(count, 2)`, (x, y) in
-    pixels. In a small region, points repeat.
+    Returns the peak of a region of a map and its next highest points, at least half the box's shorter side apart:
+    `(count, 2)`, (x, y) in pixels. In a small region, points repeat.
     """
     x0, y0, x1, y1 = region.box
     cost = np.where(region.inside, -heatmap[y0:y1, x0:x1], np.inf)
@@ -109,11 +124,11 @@ def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.n
 
 def negative_points(heatmap: np.ndarray, mask: np.ndarray, count: int = 3) -> np.ndarray:
     """
-    Returns the lowest points of a map outside its mask, at least a quarter of the image's shorter side apart: `(count, 2)`, (x, y) in
-    pixels. In a small image, points repeat.
+    Returns the lowest points of a map outside its mask, at least a quarter of the image's shorter side apart:
+    `(count, 2)`, (x, y) in pixels. In a small image, points repeat.
 
-    The map is averaged locally first, because bicubic enlargement undershoots next to bright areas. In a large image, points lie on a
-    grid that is an eighth as wide as the averaged squares, which is much faster.
+    The map is averaged locally first, because bicubic enlargement undershoots next to bright areas. In a large image,
+    points lie on a grid that is an eighth as wide as the averaged squares, which is much faster.
     """
     side = max(1, min(heatmap.shape) // 8)
     step = max(1, side // 8)
@@ -151,8 +166,8 @@ def _lowest_places(cost: np.ndarray, count: int, distance: float) -> np.ndarray:
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
     """
-    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: `size`, [H, W], and `counts`, alternating lengths of runs
-    of 0 and 1 in column-major order, beginning with 0.
+    Converts a mask to COCO's uncompressed run lengths, which pycocotools reads: `size`, [H, W], and `counts`,
+    alternating lengths of runs of 0 and 1 in column-major order, beginning with 0.
     """
     flat = np.asarray(mask, dtype=bool).ravel(order="F")
     changes = np.flatnonzero(np.diff(flat, prepend=False))

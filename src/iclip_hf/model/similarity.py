@@ -1,5 +1,7 @@
 """Image-text similarity maps (ITSM, Eq. 1-5) as pure functions: cosine map, min-max, resize and reversal."""
 
+from __future__ import annotations
+
 from functools import lru_cache
 
 import numpy as np
@@ -24,21 +26,32 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
+def stretch(
+    values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1, into `out` if given, which may be `values`.
+    Where both are equal, values become `values - low`: zeros if they are all equal. Shapes are broadcast.
+    """
+    span = high - low
+    # Division instead of multiplication by the reciprocal, so that `high` becomes exactly 1.
+    return torch.div(torch.sub(values, low, out=out), span.masked_fill(span == 0, 1.0), out=out)
+
+
 def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
     """Stretches each map `(..., H, W)` to [0, 1] (Eq. 4). A constant map becomes zeros."""
-    low, high = torch.aminmax(maps.flatten(-2), dim=-1, keepdim=True)
-    span = high - low
-    # Division instead of multiplication by the reciprocal, so that the largest value is exactly 1.
-    return ((maps.flatten(-2) - low) / span.masked_fill(span == 0, 1.0)).unflatten(-1, maps.shape[-2:])
+    low, high = torch.aminmax(maps.flatten(-2), dim=-1)
+    return stretch(maps, low[..., None, None], high[..., None, None])
 
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in pixels (Eq. 4),
-    float32, into `out` if given.
+    Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in
+    pixels (Eq. 4), float32, into `out` if given.
 
-    Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the interpolation
-    is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster than the general kernel.
+    Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the
+    interpolation is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster
+    than the general kernel.
     """
     enlarged, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
     return enlarged.add_(low)
@@ -47,16 +60,15 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | N
 @torch.no_grad()
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: bool = False) -> torch.Tensor:
     """
-    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map at a time. One
-    full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to the last bit.
+    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map
+    at a time. One full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to
+    the last bit.
     """
     weights = _resize_weights(maps, size)
     enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
     for raw_map, target in zip(maps, enlarged):
         _resize_above_lowest(raw_map, weights, large)
-        low, high = torch.aminmax(large)
-        span = high - low
-        torch.div(large.sub_(low), span.masked_fill(span == 0, 1.0), out=target)
+        stretch(large, *torch.aminmax(large), out=target)
     return 1 - enlarged if reverse else enlarged  # stretching the negative would round differently
 
 
@@ -69,8 +81,8 @@ def _resize_above_lowest(
     maps: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max would stretch its
-    rounding errors.
+    Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max
+    would stretch its rounding errors.
     """
     rows, columns = weights
     maps = maps.float()
@@ -80,7 +92,10 @@ def _resize_above_lowest(
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Returns a tensor without values. On a CPU numpy allocates it, in huge pages: mapping small ones takes longer than the maps."""
+    """
+    Returns a tensor without values. On a CPU numpy allocates it, in huge pages: mapping small ones takes longer than
+    the maps.
+    """
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
     return torch.empty(shape, device=device)

@@ -21,7 +21,8 @@ _TABLES = {
     # As in the paper's figures: blue is low and red is high, all of one opacity.
     "jet": ("000080 0000ff 0080ff 00ffff 80ff80 ffff00 ff8000 ff0000 800000", 0.6, 0.6),
 }
-# Of the segments of a label map in a picture. Colours that differ also for colour-blind readers come first (Okabe and Ito).
+# Of the segments of a label map in a picture. Colours that differ also for colour-blind readers come first (Okabe and
+# Ito).
 SEGMENTS = (
     *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00"),
     *("#cc79a7", "#7f3fbf", "#8c564b", "#17becf", "#9a9a9a", "#b5e61d"),
@@ -30,7 +31,10 @@ SEGMENTS = (
 
 @cache
 def color_table(colormap: str) -> np.ndarray:
-    """Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity. `ValueError` for another name."""
+    """
+    Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity. `ValueError` for
+    another name.
+    """
     if colormap not in _TABLES:
         raise ValueError(f"There is no colour map {colormap!r}, only {', '.join(_TABLES)}.")
     names, lowest, highest = _TABLES[colormap]
@@ -51,8 +55,8 @@ def overlay(
         image (`PIL.Image.Image`): RGB.
         heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): in [0, 1], of the image's size.
         opacity (`float`): of the map where it is 1, in [0, 1].
-        colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours
-            of the paper.
+        colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or
+            `"jet"`, the colours of the paper.
 
     Raises:
         `ValueError`: there is no such colour map, or `opacity` is outside [0, 1].
@@ -74,8 +78,8 @@ def check_opacity(opacity: float) -> float:
 
 def label_colors(number: int) -> np.ndarray:
     """
-    Returns the colours of class ids 0, 1, ..., as VOC numbers them: the bits of an id, in turn, are the highest bits of red, green and
-    blue. The background (0) is black.
+    Returns the colours of class ids 0, 1, ..., as VOC numbers them: the bits of an id, in turn, are the highest bits
+    of red, green and blue. The background (0) is black.
 
     Returns:
         `np.ndarray` of shape `(number, 3)`, uint8, RGB.

@@ -1,4 +1,7 @@
-"""Text rendered with Pillow, in the font DejaVu Sans of the folder `fonts`, and in installed fonts for scripts that it lacks."""
+"""
+Text rendered with Pillow, in the font DejaVu Sans of the folder `fonts`, and in installed fonts for scripts that it
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ _LINE_HEIGHT, _ASCENT = 1.25, 0.97
 _LONGEST = 250
 # Fonts for scripts that DejaVu lacks, by the names of their files on Linux, macOS and Windows; used if installed.
 _MORE_SCRIPTS = """
-    NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf Nirmala.ttf
+    NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf
+    Nirmala.ttf
 """.split()
 _FONTS = Path(__file__).with_name("fonts")
 # Is no character of any font.
@@ -54,7 +58,9 @@ def text_width(line: str, size: float, bold: bool = False) -> float:
 
 
 def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
-    """Breaks a text into at most `lines` lines that fit a width in pixels. An ellipsis stands for what does not fit."""
+    """
+    Breaks a text into at most `lines` lines that fit a width in pixels. An ellipsis stands for what does not fit.
+    """
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     rows = [""]
@@ -96,14 +102,14 @@ def _font_with(character: str, bold: bool) -> str:
 @cache
 def _installed() -> list[str]:
     """Returns the fonts of `_MORE_SCRIPTS` that this machine has."""
-    found = []
+    paths = []
     for name in _MORE_SCRIPTS:
         with suppress(OSError):  # Pillow looks for the name in the folders of the system
-            found.append(ImageFont.truetype(name.replace("\xa0", " ")).path)
-    return found
+            paths.append(ImageFont.truetype(name.replace("\xa0", " ")).path)
+    return paths
 
 
 def _has(path: str, character: str) -> bool:
     """Whether a font has a character: for those that it lacks, a font has one glyph."""
-    found, lacking = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
-    return (found.size, bytes(found)) != (lacking.size, bytes(lacking))
+    glyph, placeholder = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
+    return (glyph.size, bytes(glyph)) != (placeholder.size, bytes(placeholder))

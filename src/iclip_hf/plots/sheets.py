@@ -48,9 +48,9 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the model has
-    one, as a word and a number, and the score. The picture of an absent text is faded, because its map is stretched to [0, 1] like all others.
-    Notebooks show an explanation by this picture.
+    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the
+    model has one, as a word and a number, and the score. The picture of an absent text is faded, because its map is
+    stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
 
     Example:
 
@@ -64,7 +64,8 @@ def draw(
     Args:
         explanation ([`Explanation`]): of the image.
         image: the image, in any form that [`explain`] takes.
-        colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the paper.
+        colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the
+            paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
         dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
@@ -89,7 +90,9 @@ def draw(
 
 
 def png(explanation: Explanation) -> bytes | None:
-    """Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image."""
+    """
+    Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image.
+    """
     if explanation.image is None:
         return None
     file = io.BytesIO()
@@ -108,15 +111,16 @@ def label_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of the image, then
-    the others. Absent texts are faded, and texts of the background share a grey.
+    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of
+    the image, then the others. Absent texts are faded, and texts of the background share a grey.
 
     Args:
         image (`PIL.Image.Image`): RGB.
-        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, also those of `background`, which follow `texts`; -1 for
-            pixels of no text, which are dimmed.
+        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, also those of `background`, which
+            follow `texts`; -1 for pixels of no text, which are dimmed.
         texts: T texts.
-        words: presence of each text and of those of `background` as a word, or None, see [`Explanation.presence_words`].
+        words: presence of each text and of those of `background` as a word, or None, see
+            [`Explanation.presence_words`].
         background: texts that describe the background.
         opacity (`float`): of the colours, in [0, 1]; `ValueError` otherwise.
         dpi (`int`): resolution.
@@ -151,14 +155,15 @@ def comparison_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an absent text are
-    faded. A single text has rows of at most five pictures.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an
+    absent text are faded. A single text has rows of at most five pictures.
 
     Args:
         image (`PIL.Image.Image`): RGB.
         heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
         row_titles: T titles.
-        words (*optional*): title of a column to the presence of each text as a word, or None, see [`Explanation.presence_words`].
+        words (*optional*): title of a column to the presence of each text as a word, or None, see
+            [`Explanation.presence_words`].
         colormap: see [`overlay`].
         dpi (`int`): resolution.
     """
@@ -247,7 +252,10 @@ def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
 
 
 def _aspect(pictures: Sequence[Image.Image | None]) -> float:
-    """Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of the page."""
+    """
+    Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of
+    the page.
+    """
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
 
@@ -280,7 +288,9 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
-    """Draws colours with names and shares as a picture of a sheet. Those that do not fit are counted in the last line."""
+    """
+    Draws colours with names and shares as a picture of a sheet. Those that do not fit are counted in the last line.
+    """
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
     width = round(_PICTURE * scale)

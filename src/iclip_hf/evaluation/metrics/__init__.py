@@ -1,6 +1,6 @@
 """
-Metrics over a data set: recognition, maps, label maps and faithfulness. Their names and options are known without torch, so that
-the help of a command does not load it.
+Metrics over a data set: recognition, maps, label maps and faithfulness. Their names and options are known without
+torch, so that the help of a command does not load it.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ TASKS = {
     "segmentation": ("segmentation",),
     "faithfulness": ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game"),
 }
-# Parameters of metrics that are options of `iclip evaluate`: for each its form, and its help. The form is that of a number ("pixels" and "count"
-# from 1, "integer", "number", "share" in [0, 1]), "texts", or a tuple of choices.
+# Parameters of metrics that are options of `iclip evaluate`: for each its form, and its help. The form is that of a
+# number ("pixels" and "count" from 1, "integer", "number", "share" in [0, 1]), "texts", or a tuple of choices.
 OPTIONS = {
     "aggregate": (
         ("image", "pixel"),
-        "of mMIoU and mFMB: image is the mean over the images of a class, pixel pools the pixels of all its images (default: image)",
+        "of mMIoU and mFMB: image is the mean over the images of a class, pixel pools the pixels of all its images "
+        "(default: image)",
     ),
     "window": ("pixels", "of segmentation: side of sliding windows, for example 224 (default: the whole image)"),
     "stride": ("pixels", "of segmentation: distance of the windows (default: half of the window)"),
@@ -52,13 +53,14 @@ OPTIONS = {
     ),
     "threshold": (
         "share",
-        "of segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the images at even positions "
-        "is used for those at odd positions, and the reverse; none with texts for the background)",
+        "of segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the "
+        "images at even positions is used for those at odd positions, and the reverse; none with texts for the "
+        "background)",
     ),
     "logit_scale": (
         "number",
-        "of segmentation: take as confidence the softmax of similarities times this number, for example 40 (default: the map of the best "
-        "class, stretched to [0, 1])",
+        "of segmentation: take as confidence the softmax of similarities times this number, for example 40 "
+        "(default: the map of the best class, stretched to [0, 1])",
     ),
     "steps": ("count", "of deletion_insertion: number of steps (default: 10)"),
     "seed": ("integer", "seed of all random values (default: 0)"),

@@ -1,6 +1,6 @@
 """
-Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises when they are
-inserted. The functions work with any model and any maps.
+Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises
+when they are inserted. The functions work with any model and any maps.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import torch
 
 from ...backends.explainable import ExplainableModel, recordable
 from ...model.modeling_iclip import ICLIPTextFeatures, cosines
-from ...model.similarity import resize_maps
+from ...model.similarity import resize_and_normalize
 from .metric import ClassMeans, EvaluatedImage
 
 
 STEPS = 10  # of deletion and of insertion
+# Levels of a map between 0 and 1, in whose order pixels are changed. Without them, values that differ by rounding
+# alone, which depends on the batch, would be no ties.
+LEVELS = 2**12
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with
-    each text, and the probability of each text among all of them, the softmax of the model's logits.
+    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to
+    `(N, T, 2)`: the cosine with each text, and the probability of each text among all of them, the softmax of the
+    model's logits.
     """
 
     model = recordable(model, "deletion and insertion")
@@ -46,18 +50,20 @@ def deletion_insertion(
     batch_size: int = 32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each step
-    (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
+    Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each
+    step (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
 
-    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces pixels by values
-    from a standard normal distribution, because prepared images have mean 0 and standard deviation 1. Insertion starts from zeros,
-    the mean colour. Pixels of equal value are in random order.
+    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces
+    pixels by values from a standard normal distribution, because prepared images have mean 0 and standard deviation 1.
+    Insertion starts from zeros, the mean colour. Values of a map that is stretched to [0, 1] are rounded to multiples
+    of 1 / 4096, and pixels of equal value are in random order.
 
     Args:
         score: function from images `(N, C, H, W)` to scores `(N, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
-        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 + 2 * M * steps.
+        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 +
+            2 * M * steps.
         seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
 
     Returns:
@@ -67,8 +73,8 @@ def deletion_insertion(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(pixel_values.shape, generator=generator).to(pixel_values)
     shuffled = torch.randperm(size.numel(), generator=generator).to(device)
-    values = resize_maps(maps.to(device), size).flatten(1)[:, shuffled]
-    order = shuffled[values.argsort(dim=-1, descending=True, stable=True)]
+    levels = (resize_and_normalize(maps.to(device), size) * LEVELS).round().flatten(1)[:, shuffled]
+    order = shuffled[levels.argsort(dim=-1, descending=True, stable=True)]
     ranks = order.argsort(-1).unflatten(1, size)  # (M, H, W): 0 is the highest pixel
     counts = [round(size.numel() * step / (2 * steps)) for step in range(1, steps + 1)]
     starts = torch.stack([pixel_values, torch.zeros_like(pixel_values)])
@@ -94,8 +100,8 @@ def area_under(curves: torch.Tensor) -> torch.Tensor:
 
 class DeletionInsertion(ClassMeans):
     """
-    Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and insertion minus
-    deletion.
+    Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and
+    insertion minus deletion.
 
     Args:
         steps (`int`): number of steps of each.
@@ -109,13 +115,13 @@ class DeletionInsertion(ClassMeans):
         for name in ("insertion", "deletion", "difference")
     }
     legend = (
-        "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by noise, in the order of the map. "
-        "High is better for insertion and for the difference, low for deletion."
+        "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by "
+        "noise, in the order of the map. High is better for insertion and for the difference, low for deletion."
     )
     names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
     definition = (
-        "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal noise, insertion starts "
-        "from zeros; probability among the class names"
+        "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
+        "noise, insertion starts from zeros; probability among the class names"
     )
 
     def __init__(self, steps: int = STEPS, seed: int = 0):
@@ -127,14 +133,13 @@ class DeletionInsertion(ClassMeans):
         self.score = scorer(run.model, run.texts)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        rows = torch.tensor(image.sample.labels) - 1
+        shown = torch.tensor(image.sample.labels) - 1
         followed = []
         for method, engine in self.run.engines.items():
-            found = image.explanations[method]
-            maps = -found.raw_maps if found.reversed else found.raw_maps
+            maps = image.explanations[method].raw_maps
             followed.append(maps if engine.method.sees_text else maps[:1])  # one map for all texts is measured once
         prepared = image.prepared  # pixels of the model's own size, which scores come from
-        pixel_values = prepared.pixel_values if prepared.own_pixel_values is None else prepared.own_pixel_values
+        pixel_values = prepared.pixel_values if prepared.score_pixel_values is None else prepared.score_pixel_values
         curves = deletion_insertion(
             self.score,
             pixel_values[0].to(self.run.texts.text_embeds.device),
@@ -144,9 +149,12 @@ class DeletionInsertion(ClassMeans):
             batch_size=self.run.batch_size,
         )
         areas = torch.cat([area_under(curve) for curve in curves], -1)  # (maps, classes of the data set, 4)
-        own = torch.arange(len(rows)), rows  # the score of each map's own text
         parts = areas.split([len(maps) for maps in followed])
-        return {method: part.expand(len(rows), -1, -1)[own] for method, part in zip(self.run.engines, parts)}
+        # The score of each map's own text.
+        return {
+            method: part.expand(len(shown), -1, -1)[torch.arange(len(shown)), shown]
+            for method, part in zip(self.run.engines, parts)
+        }
 
     def named(self, values) -> dict:
         named = super().named(values)

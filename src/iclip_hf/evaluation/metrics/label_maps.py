@@ -1,4 +1,7 @@
-"""Label maps of typed texts: `Explanation.label_map` for the classes that an image shows and for two that it does not show."""
+"""
+Label maps of typed texts: `Explanation.label_map` for the classes that an image shows and for two that it does not
+show.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,15 @@ from .recognition import like_classes
 
 class LabelMaps(Metric):
     """
-    Label maps as [`Explanation.label_map`] computes them with its default thresholds, all texts competing: the classes that an image shows,
-    and two absent ones. One of these is like a shown class, see [`like_classes`], the other is any. Both are sampled by `seed` and the
-    position of the image. With refined maps, label maps are those of `iclip segment`.
+    Label maps as [`Explanation.label_map`] computes them with its default thresholds, all texts competing: the classes
+    that an image shows, and two absent ones. One of these is like a shown class, see [`like_classes`], the other is
+    any. Both are sampled by `seed` and the position of the image. With refined maps, label maps are those of
+    `iclip segment`.
 
     Args:
         seed (`int`): seed of the absent classes.
-        ignore_index (`int`): pixels with this value in any mask are ignored; in [`evaluate_model`] that of the data set.
+        ignore_index (`int`): pixels with this value in any mask are ignored; in [`evaluate_model`] that of the data
+            set.
 
     Example:
         >>> metric = LabelMaps()
@@ -36,7 +41,10 @@ class LabelMaps(Metric):
         "absent": ("area of absent classes %", 2),
         "kept": ("shown classes with a pixel %", 1),
     }
-    legend = "Label maps are those of the shown classes and two absent ones. IoU: overlap of the segment of a shown class and its mask."
+    legend = (
+        "Label maps are those of the shown classes and two absent ones. IoU: overlap of the segment of a shown class "
+        "and its mask."
+    )
     needs = frozenset()
     definition = "the shown classes and two absent ones; the default thresholds"
 
@@ -49,10 +57,10 @@ class LabelMaps(Metric):
         Adds one image.
 
         Args:
-            label_map (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): at each pixel the index of a text, of which the first T are the
-                shown classes and the others absent, or -1.
-            masks (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): one for each shown class, whose pixels equal to the label belong
-                to it.
+            label_map (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): at each pixel the index of a text, of which
+                the first T are the shown classes and the others absent, or -1.
+            masks (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): one for each shown class, whose pixels equal
+                to the label belong to it.
             labels (`Sequence[int]`): ids of the T classes. An image without a class is left out.
         """
         label_map, masks = to_numpy(label_map), to_numpy(masks)
@@ -60,9 +68,10 @@ class LabelMaps(Metric):
             return
         counted = (masks != self.ignore_index).all(0)
         for index, (label, mask) in enumerate(zip(labels, masks, strict=True)):
-            own, segment = (mask == label) & counted, (label_map == index) & counted
-            if own.any():
-                self.state.add(np.array([1, (own & segment).sum() / (own | segment).sum(), segment.any()]), "classes")
+            shown, segment = (mask == label) & counted, (label_map == index) & counted
+            if shown.any():
+                iou = (shown & segment).sum() / (shown | segment).sum()
+                self.state.add(np.array([1, iou, segment.any()]), "classes")
         absent = (label_map >= len(labels))[counted]
         if absent.size:
             self.state.add(np.array([1, absent.mean()]), "images")
@@ -71,7 +80,8 @@ class LabelMaps(Metric):
         """
         Returns the scores of all images so far, in percent; NaN without data.
 
-        - **iou** -- IoU of a shown class and its mask, mean over all pairs of an image and a shown class that has a pixel in its mask.
+        - **iou** -- IoU of a shown class and its mask, mean over all pairs of an image and a shown class that has a
+          pixel in its mask.
         - **absent** -- share of an image that the absent classes take, mean over the images.
         - **kept** -- share of these pairs whose class keeps a pixel.
         - **classes**, **images** -- numbers of pairs and of images.
@@ -90,7 +100,10 @@ class LabelMaps(Metric):
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
 
     def typed(self, image: EvaluatedImage) -> list[int]:
-        """Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the absent ones."""
+        """
+        Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the
+        absent ones.
+        """
         shown = np.isin(self.run.dataset.labels, image.sample.labels)
         generator = np.random.default_rng((self.seed, image.index))
         left, typed = ~shown, np.flatnonzero(shown).tolist()
@@ -102,7 +115,7 @@ class LabelMaps(Metric):
         return typed
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
-        prepared = [replace(image.prepared, rows=self.typed(image)) for image in images]
+        prepared = [replace(image.prepared, text_indices=self.typed(image)) for image in images]
         explained = [engine.run(prepared, self.run.texts, len(images)) for engine in self.run.engines.values()]
         return [dict(zip(self.run.engines, explanations)) for explanations in zip(*explained)]
 

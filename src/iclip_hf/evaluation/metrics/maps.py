@@ -1,7 +1,7 @@
 """
-Metrics of maps against masks: mMIoU (Eq. 7), overlap at the best threshold; mFMB (Eq. 8), mean of the map on the object minus its mean
-elsewhere; text contrast, whether the maps of different texts differ; stuff contrast, whether a map of "sky" marks the background; and
-the pointing game, whether the highest pixel lies on the object. Needs no torch.
+Metrics of maps against masks: mMIoU (Eq. 7), overlap at the best threshold; mFMB (Eq. 8), mean of the map on the
+object minus its mean elsewhere; text contrast, whether the maps of different texts differ; stuff contrast, whether a
+map of "sky" marks the background; and the pointing game, whether the highest pixel lies on the object. Needs no torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class MaskMetric(Metric):
     [`~evaluate_modules.MetricModule`].
 
     Args:
-        ignore_index (`int`, defaults to 255): pixels of the mask with this value are ignored; in [`evaluate_model`] that of the data set.
+        ignore_index (`int`, defaults to 255): pixels of the mask with this value are ignored; in [`evaluate_model`]
+            that of the data set.
     """
 
     count: Callable[..., np.ndarray]  # from the arguments of `update` and `ignore_index` to the counts of an item
@@ -40,7 +41,10 @@ class MaskMetric(Metric):
         self.ignore_index = ignore_index
 
     def update(self, maps, mask, labels) -> None:
-        """Adds one item. Arguments and errors are those of [`threshold_counts`] for a pair, of [`contrast_counts`] for an image."""
+        """
+        Adds one item. Arguments and errors are those of [`threshold_counts`] for a pair, of [`contrast_counts`] for an
+        image.
+        """
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
     def prepare(self, run) -> None:
@@ -57,8 +61,8 @@ class PairMetric(MaskMetric):
     Scores of pairs of an image and a class.
 
     Args:
-        aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"` pools the pixels
-            of a class over its images. Both average over the classes.
+        aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"`
+            pools the pixels of a class over its images. Both average over the classes.
         ignore_index (`int`): see [`MaskMetric`].
     """
 
@@ -86,8 +90,9 @@ class PairMetric(MaskMetric):
 
 class MeanMaxIoU(PairMetric):
     """
-    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes. With `aggregate="pixel"`,
-    intersections and unions are pooled over the images of a class. A pair without foreground is left out.
+    mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes. With
+    `aggregate="pixel"`, intersections and unions are pooled over the images of a class. A pair without foreground is
+    left out.
 
     Example:
         >>> metric = MeanMaxIoU()
@@ -98,7 +103,10 @@ class MeanMaxIoU(PairMetric):
 
     name = "mMIoU"
     columns = {"mmiou": ("mMIoU %", 2), "floor": ("floor %", 2)}
-    legend = "mMIoU: overlap of map and object, the IoU at the best threshold of each class. Floor: the mMIoU of a map that marks every pixel."
+    legend = (
+        "mMIoU: overlap of map and object, the IoU at the best threshold of each class. Floor: the mMIoU of a map "
+        "that marks every pixel."
+    )
     rows = {"IoU": "per_class", "threshold": "thresholds"}
     reasons = ("all_void", "no_foreground")
     count = staticmethod(threshold_counts)
@@ -136,8 +144,8 @@ class MeanMaxIoU(PairMetric):
 
 class MeanForegroundMinusBackground(PairMetric):
     """
-    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. A pair without
-    foreground or without background is left out. The score of the reversed maps 1 - M is the negative.
+    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. A
+    pair without foreground or without background is left out. The score of the reversed maps 1 - M is the negative.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -175,9 +183,9 @@ class TextContrast(MaskMetric):
     """
     Text contrast: how well the maps of the classes of an image rank their own pixels above those of the other classes.
 
-    The value of a class is the mean of c_ij, see [`contrast_counts`], over all its images and partners. The score is the mean over the
-    classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps. An image without two classes
-    that each have pixels of their own is left out.
+    The value of a class is the mean of c_ij, see [`contrast_counts`], over all its images and partners. The score is
+    the mean over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps.
+    An image without two classes that each have pixels of their own is left out.
 
     Example:
         >>> metric = TextContrast()
@@ -189,11 +197,14 @@ class TextContrast(MaskMetric):
 
     name = "text_contrast"
     columns = {"text_contrast": ("text contrast %", 2)}
-    legend = "Text contrast: how well the maps of two classes of one image separate their pixels. 50 for a map that does not depend on the text."
+    legend = (
+        "Text contrast: how well the maps of two classes of one image separate their pixels. 50 for a map that does "
+        "not depend on the text."
+    )
     rows = {"contrast": "per_class"}
     definition = (
-        "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, without pixels of both; "
-        "mean over a class's images and partners, then over classes"
+        "c_ij = (P(M_i at i > M_i at j) + P(M_j at j > M_j at i)) / 2 for classes i, j of an image, ties half, "
+        "without pixels of both; mean over a class's images and partners, then over classes"
     )
     reasons = ("fewer_than_two_classes",)
     count = staticmethod(contrast_counts)
@@ -214,7 +225,8 @@ class TextContrast(MaskMetric):
 
         - **text_contrast** -- mean over classes, percent (NaN without any image).
         - **per_class** -- {class id: mean over images and partners, percent}.
-        - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the others}.
+        - **images**, **left_out** -- number of images in the mean, and {"fewer_than_two_classes": number of the
+          others}.
         """
         sums = sorted(self.state.sums.items())
         per_class = {label: float(100 * total / number) for label, (number, total) in sums}
@@ -223,12 +235,13 @@ class TextContrast(MaskMetric):
 
 class StuffContrast(TextContrast):
     """
-    The share of a class's own pixels that its map ranks above the pixels of the other classes in the image, P(M_i at i > M_i at j), ties
-    half, mean over the images and partners of a class (the area under the ROC curve of two regions): the mean over the classes of the
-    background (`stuff_contrast`) and of objects (`thing_contrast`), in percent.
+    The share of a class's own pixels that its map ranks above the pixels of the other classes in the image,
+    P(M_i at i > M_i at j), ties half, mean over the images and partners of a class (the area under the ROC curve of
+    two regions): the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`), in
+    percent.
 
-    50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the text, is above
-    50 for things and equally far below for stuff; a good map has both scores above 50.
+    50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the
+    text, is above 50 for things and equally far below for stuff; a good map has both scores above 50.
 
     Args:
         stuff: the class ids of the background; in [`evaluate_model`] those of the data set.
@@ -238,13 +251,13 @@ class StuffContrast(TextContrast):
     name = "stuff_contrast"
     columns = {"stuff_contrast": ("stuff contrast %", 2), "thing_contrast": ("thing contrast %", 2)}
     legend = (
-        "Stuff and thing contrast: how well the map of a class of stuff (such as sky) or things ranks its own pixels above those of another "
-        "class. 50 is chance."
+        "Stuff and thing contrast: how well the map of a class of stuff (such as sky) or things ranks its own pixels "
+        "above those of another class. 50 is chance."
     )
     rows = {"ranking": "per_class"}
     definition = (
-        "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and partners, then over the classes "
-        "of each kind"
+        "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and partners, "
+        "then over the classes of each kind"
     )
     count = staticmethod(partial(contrast_counts, both_maps=False))
 
@@ -255,7 +268,8 @@ class StuffContrast(TextContrast):
     def prepare(self, run) -> None:
         if not run.dataset.stuff:
             raise CannotMeasure(
-                f"{self.name} needs a data set with classes of stuff, such as sky and road, and {run.dataset.name} has none."
+                f"{self.name} needs a data set with classes of stuff, such as sky and road, and {run.dataset.name} "
+                "has none."
             )
         super().prepare(run)
         self.stuff = run.dataset.stuff
@@ -292,8 +306,8 @@ class PointingGame(ClassMeans):
         "foreground": ("a constant map %", 1),
     }
     legend = (
-        "Pointing game: share of maps whose highest pixel is on the object. Energy-based: share of the sum of the map that is on the object. "
-        "A constant map has the share of the object in the image."
+        "Pointing game: share of maps whose highest pixel is on the object. Energy-based: share of the sum of the "
+        "map that is on the object. A constant map has the share of the object in the image."
     )
 
     def __init__(self, ignore_index: int = 255):

@@ -25,7 +25,8 @@ def max_sensitivity(
 ) -> torch.Tensor:
     """
     Max-sensitivity (Yeh et al. 2019): the largest relative change of a map under small noise on the image,
-    max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius], for maps stretched to [0, 1].
+    max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius], for maps stretched to
+    [0, 1].
 
     Args:
         explain: function from images `(N, C, H, W)` to maps `(N, M, h, w)`, which are stretched here; called twice.

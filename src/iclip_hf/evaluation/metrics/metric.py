@@ -48,7 +48,10 @@ class EvaluatedImage:
 
 
 class Sums:
-    """Sums of arrays by key, such as the class, in float64 or int64: they agree to about 1e-12 for any order of adding and merging."""
+    """
+    Sums of arrays by key, such as the class, in float64 or int64: they agree to about 1e-12 for any order of adding
+    and merging.
+    """
 
     def __init__(self):
         self.sums: dict[Hashable, np.ndarray] = {}
@@ -69,22 +72,27 @@ class CannotMeasure(ValueError):
 
 class Metric(ABC):
     """
-    A metric with `update` and `compute`. The parameters of a subclass are its options, and its attributes of the same names.
+    A metric with `update` and `compute`. The parameters of a subclass are its options, and its attributes of the same
+    names.
 
-    Alone, `update` adds items, `merge` adds those of another process, and `compute` returns the scores. In [`evaluate_model`], `prepare`
-    is called once; `run_model` for each batch of images of one shape, in the thread of the model; `update_from` for each image
-    and method, in any thread, on an empty copy; and these copies are merged in the order of the images.
+    Alone, `update` adds items, `merge` adds those of another process, and `compute` returns the scores. In
+    [`evaluate_model`], `prepare` is called once; `run_model` for each batch of images of one shape, in the thread of
+    the model; `update_from` for each image and method, in any thread, on an empty copy; and these copies are merged in
+    the order of the images.
 
     Attributes:
         name (`str`): its name in `metrics=`, in `--metrics` and in results.
         columns (`dict`): the scores of `compute` that tables show: for each its heading and its number of digits.
         legend (`str`): a line below the table that explains the columns.
-        rows (`dict`): the scores of a class: for each its name in the row of the class, and its name in `compute`, a `dict` by class id.
+        rows (`dict`): the scores of a class: for each its name in the row of the class, and its name in `compute`, a
+            `dict` by class id.
         needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
-        by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with the method None.
+        by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with
+            the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the metric prefers.
         definition (`str`): what the protocol of a result states besides the options.
-        optional (`bool`): whether it is left out where it raises [`CannotMeasure`], as a metric that a task takes by default.
+        optional (`bool`): whether it is left out where it raises [`CannotMeasure`], as a metric that a task takes by
+            default.
         state: what `update` adds to and `merge` merges.
     """
 
@@ -108,7 +116,10 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> dict:
-        """Returns the scores of all items so far. A score without data is NaN or None; `left_out` counts items without a score, by reason."""
+        """
+        Returns the scores of all items so far. A score without data is NaN or None; `left_out` counts items without a
+        score, by reason.
+        """
 
     def merge(self, other: Metric) -> None:
         """Adds the items of another metric with the same options."""
@@ -121,22 +132,31 @@ class Metric(ABC):
         return other
 
     def prepare(self, run) -> None:
-        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be measured."""
+        """
+        Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be
+        measured.
+        """
         self.run = run
 
     def run_model(self, images: list[EvaluatedImage]) -> list[Any]:
-        """Runs the model on images of one shape, if the metric needs more than `needs` offers. Returns `outputs` for each image."""
+        """
+        Runs the model on images of one shape, if the metric needs more than `needs` offers. Returns `outputs` for each
+        image.
+        """
         return [None] * len(images)
 
     @abstractmethod
     def update_from(self, image: EvaluatedImage, method: str | None, maps: torch.Tensor | None) -> None:
         """
-        Adds one image. `maps` are those of the method at the size of the image, stretched to [0, 1], `(T, height, width)`, if the metric
-        needs maps.
+        Adds one image. `maps` are those of the method at the size of the image, stretched to [0, 1],
+        `(T, height, width)`, if the metric needs maps.
         """
 
     def report(self) -> tuple[dict, dict[int, dict]]:
-        """Returns the scores of `compute` with None for NaN, and without those of classes, which are the row of each class id."""
+        """
+        Returns the scores of `compute` with None for NaN, and without those of classes, which are the row of each
+        class id.
+        """
         scores = self.compute()
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
         labels = dict.fromkeys(itertools.chain(*by_class.values()))
@@ -159,8 +179,9 @@ class Metric(ABC):
 
 class ClassMeans(Metric):
     """
-    A metric whose scores are means over the images of a class, then over the classes. A score that is NaN is left out. A subclass
-    implements `measure` if it runs the model itself, and otherwise `update_from`, which calls `update` for each shown class.
+    A metric whose scores are means over the images of a class, then over the classes. A score that is NaN is left out.
+    A subclass implements `measure` if it runs the model itself, and otherwise `update_from`, which calls `update` for
+    each shown class.
 
     Attributes:
         names (`tuple`): the names of the F scores of a pair of an image and a class; those of `columns` if not given.
@@ -180,7 +201,8 @@ class ClassMeans(Metric):
         Returns the scores of all pairs so far: for each name the mean over classes (None without any value).
 
         - **per_class** -- {class id: {name: mean over images}}.
-        - **pairs**, **left_out** -- number of pairs, and {"no_value": the largest number of pairs that have no value of a score}.
+        - **pairs**, **left_out** -- number of pairs, and {"no_value": the largest number of pairs that have no value
+          of a score}.
         """
         sums, width = self.state.sums, len(self.names or self.columns)
         per_class = {
@@ -211,7 +233,7 @@ class ClassMeans(Metric):
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
         found = [self.measure(image) if image.sample.labels else {} for image in images]
-        return [{method: part.double().cpu().numpy() for method, part in of_image.items()} for of_image in found]
+        return [{method: part.cpu().double().numpy() for method, part in of_image.items()} for of_image in found]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for scores, label in zip(image.outputs[self.name].get(method, ()), image.sample.labels):

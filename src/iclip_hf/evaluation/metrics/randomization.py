@@ -13,12 +13,12 @@ from .metric import ClassMeans, EvaluatedImage, rounded
 
 class LayerRandomization:
     """
-    The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the image tower
-    are randomised do not explain the model.
+    The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the
+    image tower are randomised do not explain the model.
 
-    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by values from a
-    normal distribution with its mean and standard deviation. The weights are restored after every call, also after an exception.
-    Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
+    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by
+    values from a normal distribution with its mean and standard deviation. The weights are restored after every call,
+    also after an exception. Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
 
     Args:
         model: the model that the explainers work on.
@@ -47,31 +47,34 @@ class LayerRandomization:
         self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Computes the [`rank_correlation`] `(L, N, M)` of maps with those after the last 1, ..., L layers are randomised. `explain` is a
-        function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
+        Computes the [`rank_correlation`] `(L, N, M)` of maps with those after the last 1, ..., L layers are
+        randomised. `explain` is a function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
         """
-        own, found, kept = explain(pixel_values), [], []
+        maps, correlations, replaced = explain(pixel_values), [], []
         try:
             for replacements in self._layers:
                 for module, name, sampled in replacements:
-                    kept.append((module, name, getattr(module, name)))
+                    replaced.append((module, name, getattr(module, name)))
                     setattr(module, name, sampled)
-                found.append(rank_correlation(own, explain(pixel_values)))
+                correlations.append(rank_correlation(maps, explain(pixel_values)))
         finally:
-            for module, name, weight in kept:
+            for module, name, weight in replaced:
                 setattr(module, name, weight)
-        return torch.stack(found)
+        return torch.stack(correlations)
 
 
 def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1]. Equal values have their mean rank. NaN for a constant map."""
+    """
+    Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1], on the CPU. Equal values have their mean rank.
+    NaN for a constant map.
+    """
     ranks = []
-    for values in (maps.flatten(-2).contiguous(), others.flatten(-2).contiguous()):
+    for values in (maps.flatten(-2).contiguous().cpu(), others.flatten(-2).contiguous().cpu()):
         ordered = values.sort(-1).values
         below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
         ranks.append((below + up_to).double())
-    own, other = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
-    return (own * other).sum(-1) / (own.norm(dim=-1) * other.norm(dim=-1))
+    first, second = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+    return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
 
 
 class Randomization(ClassMeans):
@@ -82,9 +85,15 @@ class Randomization(ClassMeans):
 
     name = "randomization"
     columns = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
-    legend = "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on what they learned."
+    legend = (
+        "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on "
+        "what they learned."
+    )
     needs = frozenset()
-    definition = "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on the grid of the maps"
+    definition = (
+        "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
+        "the grid of the maps"
+    )
 
     def __init__(self, seed: int = 0):
         super().__init__()
@@ -105,7 +114,10 @@ class Randomization(ClassMeans):
         return {self.name: list(super().named(values).values())}
 
     def compute(self) -> dict:
-        """Returns the scores of [`ClassMeans`]: `randomization` is a list with a correlation for each depth, of a class the last of them."""
+        """
+        Returns the scores of [`ClassMeans`]: `randomization` is a list with a correlation for each depth, of a class
+        the last of them.
+        """
         scores = super().compute()
         last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}
         return scores | {"per_class": last}

@@ -1,4 +1,7 @@
-"""Recognition: mAP of the scores of all classes, and how well presence separates the classes that an image shows from the others."""
+"""
+Recognition: mAP of the scores of all classes, and how well presence separates the classes that an image shows from the
+others.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import torch
 
-from ...model.presence import MIN_PRESENCE, at_prior
+from ...data.class_names import COCO_THINGS
+from ...model.presence import MIN_PRESENCE, at_prior, is_present
 from ...utils.extras import require_extra
 from ..functional import reliability, to_numpy
 from .metric import CannotMeasure, EvaluatedImage, Metric, markdown, mean, measured, rounded
@@ -33,10 +37,11 @@ class Rows:
 
 class MultiLabelAveragePrecision(Metric):
     """
-    mAP: average precision of each class over the images, averaged over the classes that occur in some image, as scikit-learn defines it.
+    mAP: average precision of each class over the images, averaged over the classes that occur in some image, as
+    scikit-learn defines it.
 
-    Stores all scores, nine bytes for each image and class. Column k is class id k + 1. In [`evaluate_model`] the scores are cosines, and mAP
-    is the same for all methods.
+    Stores all scores, nine bytes for each image and class. Column k is class id k + 1. In [`evaluate_model`] the
+    scores are cosines, and mAP is the same for all methods.
 
     Example:
         >>> metric = MultiLabelAveragePrecision()
@@ -47,7 +52,10 @@ class MultiLabelAveragePrecision(Metric):
 
     name = "mAP"
     columns = {"map": ("mAP %", 2)}
-    legend = "mAP: average precision of ranking the images by the score of a class, mean over the classes. It does not depend on the method."
+    legend = (
+        "mAP: average precision of ranking the images by the score of a class, mean over the classes. It does not "
+        "depend on the method."
+    )
     rows = {"AP": "per_class"}
     needs = frozenset({"scores"})
     by_method = False
@@ -55,7 +63,9 @@ class MultiLabelAveragePrecision(Metric):
     ranked_by = "scores"  # of an image, one number for each class
 
     def update(self, scores, shown) -> None:
-        """Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`."""
+        """
+        Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`.
+        """
         self.state.rows.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
 
     def update_from(self, image: EvaluatedImage, method: None, maps: None) -> None:
@@ -67,6 +77,7 @@ class MultiLabelAveragePrecision(Metric):
 
         - **map** -- mean over classes, percent (NaN without any positive).
         - **per_class** -- {class id: average precision in percent}.
+        - **always_shown** -- number of classes that every image shows. Their average precision is 100 for any scores.
         - **images**, **left_out** -- number of images, and {"no_positive": number of classes without an image}.
         """
         scores, shown = self.state.joined()
@@ -75,20 +86,29 @@ class MultiLabelAveragePrecision(Metric):
         return {
             "map": mean(per_class.values()),
             "per_class": per_class,
+            "always_shown": int(shown.all(axis=0).sum()),
             "images": len(scores),
             "left_out": {"no_positive": scores.shape[1] - len(classes)},
         }
 
+    def tables(self, scores: Mapping) -> list[str]:
+        """Returns a remark on classes that every image shows."""
+        number, classes = scores["always_shown"], len(self.run.dataset.labels)
+        if not number:
+            return []
+        return [f"Every image shows {number} of {classes} classes. Their average precision is 100 for any scores."]
+
 
 class Presence(MultiLabelAveragePrecision):
     """
-    How well presence separates the classes that an image shows from the others. It is the same for all methods. In [`evaluate_model`], `like`
-    and `stuff` are those of the data set.
+    How well presence separates the classes that an image shows from the others. It is the same for all methods. In
+    [`evaluate_model`], `like`, `stuff` and `groups` are those of the data set.
 
     Args:
-        like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`]. Without it there is no
-            `auc_hard` and no `passed_hard`.
+        like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`].
+            Without it there is no `auc_hard` and no `passed_hard`.
         stuff: the class ids of the background.
+        groups (`dict`): the class ids of each group of classes that is measured by itself, by its name.
     """
 
     name = "presence"
@@ -97,9 +117,14 @@ class Presence(MultiLabelAveragePrecision):
     needs = frozenset({"presence"})
     ranked_by = "presence"
 
-    def __init__(self, like: np.ndarray | None = None, stuff: Collection[int] = ()):
+    def __init__(
+        self,
+        like: np.ndarray | None = None,
+        stuff: Collection[int] = (),
+        groups: Mapping[str, Collection[int]] | None = None,
+    ):
         super().__init__()
-        self.like, self.stuff = like, stuff
+        self.like, self.stuff, self.groups = like, stuff, groups or {}
 
     def prepare(self, run) -> None:
         if run.model.presence(torch.zeros(1, 1)) is None:
@@ -109,31 +134,35 @@ class Presence(MultiLabelAveragePrecision):
         super().prepare(run)
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
         self.stuff = run.dataset.stuff or ()
+        self.groups = class_groups(run.dataset.class_names, self.stuff)
 
     def compute(self) -> dict:
         """
         Returns the scores of all pairs of an image and a class so far. A score without data is None.
 
-        - **auc**, **auc_hard** -- area under the ROC curve, in [0, 1]; of `auc_hard` the only absent classes are those like one that the
-          image shows.
-        - **kept**, **passed** -- share of the shown and of the absent classes whose presence is at least `min_presence`, percent;
-          **passed_hard** of the absent ones that are like a shown class, **kept_things** and **kept_stuff** of the shown ones of each kind.
+        - **auc**, **auc_hard** -- area under the ROC curve, in [0, 1]; of `auc_hard` the only absent classes are those
+          like one that the image shows.
+        - **auc_of_classes** -- mean over classes of the AUC of one class over the images. Classes that all images or
+          none show are left out.
+        - **auc_without_image** -- AUC of the mean logit of each class over all images, which all images then share:
+          what frequent classes contribute to `auc`.
+        - **kept**, **passed** -- share of the shown and of the absent classes whose presence is at least
+          `min_presence`, percent; **passed_hard** of the absent ones that are like a shown class, **kept_things** and
+          **kept_stuff** of the shown ones of each kind.
         - **map** -- mAP of images ranked by presence, percent.
+        - **groups** -- `auc`, `auc_of_classes`, `kept` and `passed` of the classes of each group alone.
         - **prior** -- share of pairs that is shown.
-        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]) its mean, the share of pairs that is shown and
-          the number of pairs; None where the prior is 0 or 1.
-        - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in [0, 1]; None likewise.
+        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]) its mean, the share of
+          pairs that is shown and the number of pairs; None where the prior is 0 or 1.
+        - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in
+          [0, 1]; None likewise.
         """
         values, shown = self.state.joined()
+        labels = np.arange(shown.shape[1]) + 1
         hard = np.zeros_like(shown) if self.like is None or not shown.size else (shown @ self.like) & ~shown
-        stuff = np.broadcast_to(np.isin(np.arange(shown.shape[1]) + 1, list(self.stuff)), shown.shape)
-
-        def auc(absent: np.ndarray) -> float | None:
-            pairs = shown | absent
-            return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
-
-        def share(pairs: np.ndarray) -> float | None:
-            return 100 * float((values[pairs] >= MIN_PRESENCE).mean()) if pairs.any() else None
+        stuff = np.broadcast_to(np.isin(labels, list(self.stuff)), shown.shape)
+        logits = np.log(values.clip(1e-12, 1 - 1e-12)) - np.log1p(-values.clip(1e-12, 1 - 1e-12))
+        without_image = np.broadcast_to(logits.mean(0) if len(logits) else 0.0, values.shape)
 
         prior, bins, error = float(shown.mean()) if shown.size else None, None, None
         if prior and prior < 1:
@@ -144,16 +173,20 @@ class Presence(MultiLabelAveragePrecision):
                 {"mean": measured(center), "shown": measured(of_bin), "pairs": int(items)}
                 for center, of_bin, items in zip(*bins.values())
             ]
+        of_groups = {}
+        for name, classes in self.groups.items():
+            columns = np.isin(labels, list(classes))
+            of_groups[name] = _separation(values[:, columns], shown[:, columns])
         return {
             "min_presence": MIN_PRESENCE,
-            "auc": auc(~shown),
-            "auc_hard": auc(hard),
-            "kept": share(shown),
-            "kept_things": share(shown & ~stuff) if self.stuff else None,
-            "kept_stuff": share(shown & stuff),
-            "passed": share(~shown),
-            "passed_hard": share(hard),
+            **_separation(values, shown),
+            "auc_hard": _auc(values, shown, hard),
+            "auc_without_image": _auc(without_image, shown, ~shown),
+            "kept_things": _share_present(values[shown & ~stuff]) if self.stuff else None,
+            "kept_stuff": _share_present(values[shown & stuff]),
+            "passed_hard": _share_present(values[hard]),
             "map": measured(super().compute()["map"]),
+            "groups": of_groups,
             "prior": prior,
             "calibration_error": error,
             "reliability": bins,
@@ -169,6 +202,8 @@ class Presence(MultiLabelAveragePrecision):
         names = {
             "auc": ("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
             "auc_hard": ("AUC against absent classes that resemble a shown one", 3),
+            "auc_of_classes": ("AUC of each class over the images, mean over the classes", 3),
+            "auc_without_image": ("AUC without the image: of the mean of each class over all images", 3),
             "kept": (f"kept: shown classes with a presence of at least {least}, %", 1),
             "kept_things": ("kept things, %", 1),
             "kept_stuff": ("kept stuff, %", 1),
@@ -186,6 +221,13 @@ class Presence(MultiLabelAveragePrecision):
             if scores[name] is not None
         ]
         tables = [markdown(["presence of the classes in the images", ""], rows)]
+        if scores["groups"]:
+            digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
+            rows = [
+                [group, *(rounded(of_group[name], number) for name, number in digits.items())]
+                for group, of_group in scores["groups"].items()
+            ]
+            tables.append(markdown(["presence of", "AUC", "AUC of each class", "kept %", "passed %"], rows))
         if bins := scores["reliability"]:
             rows = [
                 [
@@ -202,10 +244,51 @@ class Presence(MultiLabelAveragePrecision):
         return tables
 
 
+def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
+    """
+    Returns the area under the ROC curve of the pairs `shown` against the pairs `absent`; None without one of both.
+    """
+    pairs = shown | absent
+    return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
+
+
+def _share_present(values: np.ndarray) -> float | None:
+    """Returns the share of the pairs that count as shown, percent; None without pairs."""
+    return 100 * float(is_present(values).mean()) if len(values) else None
+
+
+def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
+    """
+    Returns the scores of [`Presence`] that any classes have, from presence and whether the class is shown, `(B, K)`
+    each.
+    """
+    varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
+    of_classes = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
+    return {
+        "auc": _auc(values, shown, ~shown),
+        "auc_of_classes": measured(mean(of_classes)),
+        "kept": _share_present(values[shown]),
+        "passed": _share_present(values[~shown]),
+    }
+
+
+def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str, list[int]]:
+    """
+    Groups the class ids 1, ..., K of a data set that names stuff, without empty groups: the background, things that
+    COCO names too, and all others. No groups if there is no stuff.
+    """
+    groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
+    for label, name in enumerate(class_names, 1) if stuff else ():
+        kind = "stuff" if label in stuff else "things that COCO names" if name in COCO_THINGS else "other things"
+        groups[kind].append(label)
+    return {kind: labels for kind, labels in groups.items() if labels}
+
+
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:
     """
-    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise among the nearest
-    tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No class is like itself.
+    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise
+    among the nearest tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No
+    class is like itself.
     """
     number = len(text_embeds)
     if supercategories is not None:

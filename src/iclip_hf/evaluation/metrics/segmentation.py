@@ -27,13 +27,14 @@ def windowed_maps(
     engine: Engine, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
 ) -> torch.Tensor:
     """
-    Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows that contain
-    it. The last window of a row or column ends at the image's edge, and a window is never larger than the image. The maps of the
-    whole image are refined if the engine refines.
+    Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows
+    that contain it. The last window of a row or column ends at the image's edge, and a window is never larger than the
+    image. The maps of the whole image are refined if the engine refines.
 
     Args:
         engine ([`Engine`]), pixel_values, texts: as for [`Engine.raw_maps`].
-        window, stride (`int`): side of the windows and their distance, multiples of the patch size in pixels; `stride <= window`.
+        window, stride (`int`): side of the windows and their distance, multiples of the patch size in pixels;
+            `stride <= window`.
 
     Returns:
         `torch.Tensor` of shape `(B, T, h, w)`, float32.
@@ -95,7 +96,8 @@ class MeanIoU:
 
         - **miou** -- mean over classes, percent (NaN without pixels).
         - **pixel_accuracy** -- share of the pixels with the right class, percent.
-        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left out.
+        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left
+          out.
         - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
         - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
         - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
@@ -125,16 +127,18 @@ class MeanIoU:
 
 class Segmentation(Metric):
     """
-    The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data set, see
-    [`label_map`]. It needs `prepare`, which takes classes and background from the data set. Alone, use [`MeanIoU`].
+    The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data
+    set, see [`label_map`]. It needs `prepare`, which takes classes and background from the data set. Alone, use
+    [`MeanIoU`].
 
-    If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those where a text
-    for the background is best. If neither a threshold nor such texts are given, the threshold is chosen on other images: the images
-    at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and the reverse.
+    If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those
+    where a text for the background is best. If neither a threshold nor such texts are given, the threshold is chosen
+    on other images: the images at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and
+    the reverse.
 
     Args:
-        window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given. Images then
-            keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
+        window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given.
+            Images then keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
         stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
         background: texts that describe the background; those of the data set's overrides if not given.
         threshold (`float` in [0, 1], *optional*): background threshold.
@@ -149,7 +153,10 @@ class Segmentation(Metric):
         "floor_class": ("floor's class", 0),
         "thresholds": ("background threshold", 0),
     }
-    legend = "mIoU: overlap of label maps and masks over the pixels of all images, mean over the classes. Floor: the mIoU of one class everywhere."
+    legend = (
+        "mIoU: overlap of label maps and masks over the pixels of all images, mean over the classes. Floor: the mIoU "
+        "of one class everywhere."
+    )
     rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
     needs = frozenset()
     definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
@@ -186,8 +193,8 @@ class Segmentation(Metric):
         patch = run.model.processor.patch_size
         if self.window and (self.window % patch or self.stride % patch or not 0 < self.stride <= self.window):
             raise ValueError(
-                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the window, not "
-                f"{self.window} and {self.stride}."
+                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
+                f"window, not {self.window} and {self.stride}."
             )
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
@@ -205,7 +212,7 @@ class Segmentation(Metric):
                 maps, _ = engine.raw_maps(pixel_values, self.encoded)
             else:
                 maps = windowed_maps(engine, pixel_values, self.encoded, self.window, self.stride)
-            by_method[method] = (-maps if engine.method.reversed else maps).cpu()
+            by_method[method] = maps.cpu()
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
@@ -221,8 +228,8 @@ class Segmentation(Metric):
 
     def compute(self) -> dict:
         """
-        Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds of the images at even
-        and at odd positions, or None.
+        Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds
+        of the images at even and at odd positions, or None.
         """
         whole, folds, thresholds, best = self.iou(), [self.iou(), self.iou()], None, [0, 0]
         for fold, areas in self.state.sums.items():

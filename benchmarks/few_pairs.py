@@ -2,9 +2,10 @@
 
     python benchmarks/few_pairs.py --data-root DATA
 
-For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is measured on
-the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv` chooses, except for the
-learning rate. Features of the locked towers are the same in all runs: they are computed once and kept in the folder `--output`.
+For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is
+measured on the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv`
+chooses, except for the learning rate. Features of the locked towers are the same in all runs: they are computed once
+and kept in the folder `--output`.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/studies.py --data-root DATA/coco100 --split train2017
 
-Every run is `iclip train` with other options of the model, once for each seed. Runs that `--output` already holds are not repeated.
-A sentence below the table gives what explains it: how similar the image tower's patch tokens are to its class token, and how far one
-patch dominates the attention.
+Every run is `iclip train` with other options of the model, once for each seed. Runs that `--output` already holds are
+not repeated. A sentence below the table gives what explains it: how similar the image tower's patch tokens are to its
+class token, and how far one patch dominates the attention.
 """
 
 import json
@@ -72,7 +72,9 @@ def main() -> None:
 
 
 def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, float]]:
-    """Returns mAP, mMIoU, mFMB and text contrast with each `map_attention`. `features` keeps the image tower's outputs."""
+    """
+    Returns mAP, mMIoU, mFMB and text contrast with each `map_attention`. `features` keeps the image tower's outputs.
+    """
     model, processor = load_iclip(model_folder)
     if torch.cuda.is_available():
         model.to("cuda")
@@ -87,7 +89,10 @@ def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, 
 
 @torch.inference_mode()
 def tower_facts(model_folder: Path, dataset) -> str:
-    """Returns a sentence on the image tower that explains the order of the poolings. Its figures are means over the images."""
+    """
+    Returns a sentence on the image tower that explains the order of the poolings. Its figures are means over the
+    images.
+    """
     model, processor = load_iclip(model_folder)
     facts = []
     for sample in dataset:
@@ -101,8 +106,9 @@ def tower_facts(model_folder: Path, dataset) -> str:
         facts.append([cosine, brightest, *(won[norm].max() / patches.shape[1] for norm in lit)])
     cosine, ratio, minmax, quantile = torch.tensor(facts).mean(0).tolist()
     return (
-        f"Over these images the cosine of patch and class tokens is {cosine:.2f}, the brightest patch has {ratio:.0f} times the "
-        f"median's attention, and under masked max one patch wins {minmax:.0%} of the channels ({quantile:.0%} with the quantile)."
+        f"Over these images the cosine of patch and class tokens is {cosine:.2f}, the brightest patch has {ratio:.0f} "
+        f"times the median's attention, and under masked max one patch wins {minmax:.0%} of the channels "
+        f"({quantile:.0%} with the quantile)."
     )
 
 

@@ -377,7 +377,7 @@ def test_without_a_command_the_help_lists_them(capsys):
 
 
 def test_a_text_without_its_option_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("iclip_hf.cli.pictures.load_engine", None)  # not reached
+    monkeypatch.setattr("iclip_hf.cli.pictures._load_engine", None)  # not reached
     Image.new("RGB", (20, 30)).save(tmp_path / "photo.png")
     assert iclip("explain", tmp_path / "photo.png", "dog") == 2
     error = capsys.readouterr().err

@@ -1,17 +1,24 @@
 """The model in the hands of Accelerate, Trainer and torch's parallelism: hooks, gathering, sharding."""
 
+import math
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.utils import pad_across_processes
-from conftest import TEXT, VISION, tiny_inputs, tiny_model
+from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
 from processes import run_script
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
+from training_runs import pair_model_of, write_table
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from iclip_hf import ICLIPModel
+from iclip_hf.data.nouns import NounPrompts
+from iclip_hf.training import PairCollator
 
 
 @pytest.mark.parametrize("vision", VISION)
@@ -74,6 +81,71 @@ def test_trainer_resumes_with_the_weights_of_its_checkpoint(vision, tmp_path):
     del weights["recognition.logit_scale"]
     loaded = resumed.load_state_dict({**weights, "other": torch.zeros(1)}, strict=False)
     assert (loaded.missing_keys, loaded.unexpected_keys) == (["recognition.logit_scale"], ["other"])
+
+
+NOUNS = ["dog", "cat", "red ball", "grass (background) (below)", "sky (background) (above)"]
+KNOWN = {"labels": ["dog", "grass"], "complete": ["dog", "cat", "grass", "sky"]}
+
+
+def rows_of_pairs() -> list[dict]:
+    """Two images whose labels are known, one with several captions, and two with a sentence alone."""
+    captions = [
+        {"captions": ["a dog", "a red dog"]},
+        {"caption": "grass"},
+        {"caption": "a red ball"},
+        {"text": "a car"},
+    ]
+    known = [KNOWN, KNOWN, {}, {}]
+    return [{"image": noise((40, 36), seed=i)} | captions[i] | known[i] for i in range(4)]
+
+
+@pytest.mark.parametrize("nouns", [None, NounPrompts(NOUNS)], ids=["captions", "nouns"])
+def test_the_model_has_the_loss_of_iclip_train_for_rows_of_a_trainer(tiny_processor, nouns):
+    options = {"max_over": "similarity", "map_attention": "signed", "logit_bias_init_value": -2.0}
+    model = tiny_model(**options, noun_competition=0.5, known_competition=0.7)
+    batch = PairCollator(tiny_processor, nouns)(rows_of_pairs())
+    assert batch.pop("return_loss") is True and len(batch["pixel_values"]) == 4
+    assert len(batch["input_ids"]) == (4 if nouns is None else 4 + 3 * 4)
+    if nouns is not None:
+        assert batch["noun_labels"].tolist() == [[1, -1, 0, 1, -1]] * 2 + [[0, 0, 1, 0, 0], [0] * 5]
+    with torch.no_grad():
+        loss, expected = model(**batch, return_loss=True).loss, pair_model_of(model).eval()(**batch)["loss"]
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    if nouns is not None:  # which have a part in it
+        captions = {name: batch[name][:4] for name in ("pixel_values", "input_ids", "attention_mask")}
+        assert (model(**captions, return_loss=True).loss - loss).abs() > 1e-3
+
+
+def test_rows_sample_captions_and_prompts_anew_for_each_batch(tiny_processor):
+    torch.manual_seed(0)
+    collator, rows = PairCollator(tiny_processor, NounPrompts(NOUNS)), rows_of_pairs()[:1]
+    batches = [collator(rows)["input_ids"].tolist() for _ in range(16)]
+    torch.manual_seed(0)
+    assert [collator(rows)["input_ids"].tolist() for _ in range(16)] == batches
+    assert len({str(texts[0][:4]) for texts in batches}) == 2 and len({str(texts) for texts in batches}) > 8
+    with pytest.raises(ValueError, match="caption.* image, title"):
+        collator([*rows, {"image": rows[0]["image"], "title": " "}])
+
+
+def test_the_recipe_for_a_trainer_trains(tiny_processor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model(max_over="similarity", logit_bias_init_value=-2.0)
+    for part in (model, tiny_processor):
+        part.save_pretrained("runs/pairs")
+    write_table(tmp_path, 8)
+    (tmp_path / "nouns.txt").write_text("\n".join(NOUNS))
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "train.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall("^```py\n(.*?PairCollator.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    names: dict = {}
+    exec(recipe.replace("128", "4"), names)
+    assert names["trainer"].state.global_step == 3 * 2
+    trained, before = ICLIPModel.from_pretrained("runs/trainer"), dict(model.named_parameters())
+    learned = {name for name, weight in trained.named_parameters() if not torch.equal(weight, before[name])}
+    assert {name.split(".")[0] for name in learned} == {"recognition", "interpretability", "text_model"}
+    assert "recognition.logit_bias" in learned  # of the nouns
+    for nouns in (None, NounPrompts(NOUNS)):  # the loss of held-out pairs
+        names["trainer"].data_collator = PairCollator(tiny_processor, nouns)
+        assert math.isfinite(names["trainer"].evaluate(names["pairs"])["eval_loss"])
 
 
 SHARDED = """

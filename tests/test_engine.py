@@ -26,8 +26,8 @@ from iclip_hf import (
     draw,
     explain,
 )
+from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
-from iclip_hf.data.nouns import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.model import engine as engine_module
 from iclip_hf.model.engine import Engine
@@ -269,6 +269,9 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
         )
         assert [entry["prior"] for entry in entries] == pytest.approx([priors[text] for text in one.labels])
         assert {entry["prior"] for entry in even.to_dict()["texts"]} == {0.5}
+        # The explanation of one text alone has the prior of this text.
+        assert [one[index].to_dict()["texts"][0] for index in range(3)] == entries
+        assert [one[text].arrays()["prior"].item() for text in one.labels] == one.arrays()["prior"].tolist()
 
 
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():

@@ -109,6 +109,21 @@ def test_without_a_presence_every_text_competes():
     assert torch.equal(segments(raw, SIZE, min_presence=0.9), segments(raw, SIZE, torch.full((3,), 0.95), 0.9))
 
 
+def test_maps_are_standardized_by_the_deviation_over_all_pixels():
+    """Of two pixels, 1 from their mean: the logits differ by 16.1, and a tenth of that is less than 2."""
+    raw, presence = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]), torch.tensor([0.001, 0.9999])
+    assert segments(raw, (1, 2), presence, 0.0, threshold=None).tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_each_text_has_one_presence_and_one_threshold(number):
+    raw = torch.rand(3, 3, 5, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="zip"):
+        segments(raw, SIZE, torch.full((number,), 0.9))
+    with pytest.raises(ValueError, match="zip"):
+        segments(raw, SIZE, threshold=[0.5] * number)
+
+
 def test_segments_of_constant_and_no_maps():
     constant = torch.full((2, 4, 4), 0.3)
     assert (segments(constant, SIZE) == -1).all()  # of a constant map, nothing is above the threshold

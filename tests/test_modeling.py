@@ -302,11 +302,18 @@ def test_texts_of_each_image_equal_shared_texts_run_alone():
         torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("given", [(), ("input_ids",), ("pixel_values",)])
+@pytest.mark.parametrize("given", [(), ("input_ids",), ("pixel_values",), ("pixel_values", "text_features")])
 def test_a_side_that_is_missing_is_named(given):
-    inputs = tiny_inputs()
+    """The loss needs texts to learn from, instead of encoded ones."""
+    model = tiny_model()
+    inputs = tiny_inputs() | {"text_features": model.get_text_features(tiny_inputs()["input_ids"])}
     with pytest.raises(ValueError, match="pixel_values and input_ids"):
-        tiny_model()(**{name: inputs[name] for name in given})
+        model(**{name: inputs[name] for name in given}, return_loss="text_features" in given)
+
+
+def test_the_loss_has_no_maps():
+    with pytest.raises(ValueError, match="without return_loss"):
+        tiny_model()(**tiny_inputs(texts=2), return_loss=True, output_similarity_maps=True)
 
 
 def test_features_follow_the_getters_of_transformers():
@@ -520,6 +527,16 @@ def test_a_siglip_text_is_the_same_however_far_it_is_padded(masked, pooling):
         with torch.no_grad():
             found.append(model.get_text_features(ids, **mask).text_embeds)
     torch.testing.assert_close(found, [found[-1]] * 3)
+
+
+def test_the_mean_of_a_siglip_text_leaves_out_its_padding():
+    """SigLIP's tokenizer ends a text with its padding token, and returns no mask."""
+    model, ids = tiny_model(text="siglip_text_model", text_pooling="mean"), torch.tensor([[5, 9, 12, 1], [7, 1, 1, 1]])
+    with torch.no_grad():
+        found, tower = model.encode_text(ids)
+        assert tower.last_hidden_state.shape[1] == 77
+        for row, count in ((0, 3), (1, 1)):
+            torch.testing.assert_close(found[row], tower.last_hidden_state[row, :count].mean(0))
 
 
 def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, tiny_processor):

@@ -42,15 +42,15 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     from ..utils.files import loading_errors  # which imports slower packages
 
     with loading_errors(name):
-        kind = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
-        check_model_type(name, kind, types)
+        model_type = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
+        check_model_type(name, model_type, types)
     return name
 
 
-def check_model_type(name: str | Path, kind: str | None, types: Collection[str]) -> None:
+def check_model_type(name: str | Path, model_type: str | None, types: Collection[str]) -> None:
     """Raises `ValueError` unless the type of a model is one of these."""
-    if kind not in types:
+    if model_type not in types:
         raise ValueError(
-            f"{name}: expected a model of type {', '.join(types)}, but got one of type {kind}; join towers by `iclip "
-            "init` first."
+            f"{name}: expected a model of type {', '.join(types)}, but got one of type {model_type}; join towers by "
+            "`iclip init` first."
         )

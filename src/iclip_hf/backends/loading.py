@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 # By the model type of a config, or by the image tower's class in open_clip.
 _FAMILIES: dict[str, type[ExplainableModel]] = {
-    **{kind: getattr(families, name) for kind, name in MODEL_TYPES.items()},
+    **{model_type: getattr(families, name) for model_type, name in MODEL_TYPES.items()},
     "VisionTransformer": ExplainableOpenCLIP,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
 }
@@ -81,10 +81,8 @@ def load(
     source = resolve_name(source) if is_name else source
     is_onnx = is_name and Path(source, VISION_FILE).is_file()
     if (is_onnx or not is_name) and (dtype or device):
-        given = source if is_onnx else type(source).__name__
-        raise ValueError(
-            f"{dtype or device} was given with {given}, which has its own dtype and device: leave it out."
-        )
+        name = source if is_onnx else type(source).__name__
+        raise ValueError(f"{dtype or device} was given with {name}, which has its own dtype and device: leave it out.")
     if isinstance(source, ExplainableModel):
         return source
     if is_onnx:
@@ -124,20 +122,20 @@ def _explainable(model, processor) -> ExplainableModel:
         check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
-        kind = type(model.visual).__name__
+        family = type(model.visual).__name__
         fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own
     else:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
+        family = getattr(getattr(model, "config", None), "model_type", None)
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
-    if kind not in _FAMILIES or not fits:
+    if family not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or "
             "Tipsv2Model of transformers, or a model of open_clip with a class token or a ResNet, got "
             f"{type(model).__name__}: load one of them."
         )
     if not hasattr(model, "visual"):
-        check_processor(getattr(model.config, "_name_or_path", "") or kind, processor, model.config)
-    return _FAMILIES[kind](model, processor)
+        check_processor(getattr(model.config, "_name_or_path", "") or family, processor, model.config)
+    return _FAMILIES[family](model, processor)
 
 
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:

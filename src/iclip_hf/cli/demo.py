@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import MODEL, add_shared, refuse, silence_transformers
+from .inputs import silence_transformers
+from .options import MODEL, add_shared, refuse
 from .output import print_error, print_lines
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..utils.files import check_outputs
-from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, load_model, share, texts
+from .inputs import load_model
+from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, share, texts
 from .output import check_file, model_files, print_error, print_lines
 
 

@@ -13,8 +13,8 @@ from .pictures import add_image_options, explain_files
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        output="picture to write, or the folder for pictures (default: photo-explanation.png for photo.jpg, with a number if it exists; of "
-        "several images in the folder explanations)",
+        output="picture to write, or the folder for pictures (default: photo-explanation.png for photo.jpg, with a "
+        "number if it exists; of several images in the folder explanations)",
         help=f"{SHARED['--text']['help']} (default: the nouns that match each image best)",
     )
     add_shared(command, "--colormap")

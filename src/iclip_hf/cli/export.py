@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from ..backends import check_model_name
-from .options import option_type, refuse, silence_transformers
+from .inputs import silence_transformers
+from .options import option_type, refuse
 from .output import print_folder, print_lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .options import silence_transformers
+from .inputs import silence_transformers
 from .output import print_folder
 
 

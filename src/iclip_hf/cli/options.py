@@ -1,4 +1,4 @@
-"""Options that several commands have, and the model that they name."""
+"""Options that several commands have."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ import argparse
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from ..backends import DTYPES, check_model_name
 from ..data.class_names import DATASETS
 from ..explainers import METHODS, check_method
-from ..model.downloads import is_url
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
 
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 Value = TypeVar("Value")
 
 
 def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
-    """Makes a type for argparse of a function that raises `ValueError` or `OSError` for a wrong text; its sentence is then printed."""
+    """
+    Makes a type for argparse of a function that raises `ValueError` or `OSError` for a wrong text; its sentence is
+    then printed.
+    """
 
     def parse_option(text: str) -> Value:
         try:
@@ -89,14 +88,14 @@ SHARED = {
         "dest": "templates",
         "type": template,
         "metavar": "PROMPT",
-        "help": 'prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, "imagenet" '
-        "averages CLIP's 80 templates of ImageNet (default: the prompts of the model or the data set)",
+        "help": 'prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, '
+        '"imagenet" averages CLIP\'s 80 templates of ImageNet (default: the prompts of the model or the data set)',
     },
     "--image-size": {
         "type": at_least_1,
         "metavar": "PIXELS",
-        "help": "height and width to which images are resized for the maps; scores and presence have the model's own size (default: that of its "
-        "processor)",
+        "help": "height and width to which images are resized for the maps; scores and presence have the model's own "
+        "size (default: that of its processor)",
     },
     "--dataset": {
         "choices": DATASETS,
@@ -108,15 +107,16 @@ SHARED = {
     "--overrides": {
         "type": Path,
         "metavar": "FILE",
-        "help": "other class names, synonyms and templates: a JSON or YAML file, or a text file with a line for each class",
+        "help": "other class names, synonyms and templates: a JSON or YAML file, or a text file with a line for each "
+        "class",
     },
     "--text": {
         "action": "extend",
         "dest": "texts",
         "type": texts,
         "metavar": "TEXT",
-        "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into the prompts; several "
-        "between commas, or by repeating the option; \\, is a comma within a text",
+        "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into "
+        "the prompts; several between commas, or by repeating the option; \\, is a comma within a text",
     },
     "--methods": {
         "nargs": "+",
@@ -128,7 +128,8 @@ SHARED = {
     "--refine": {
         "action": argparse.BooleanOptionalAction,
         "default": False,
-        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: on for `segment`, off for other commands)",
+        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: on for "
+        "`segment`, off for other commands)",
     },
     "--colormap": {
         "default": COLORMAPS[0],
@@ -151,36 +152,3 @@ def refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> Non
     for name in names:
         if getattr(options, name):
             raise ValueError(f"--{name.replace('_', '-')} does not apply to {where}: leave it out.")
-
-
-def load_model(name: str, options: argparse.Namespace):
-    """Like [`iclip_hf.load`], without output of Transformers."""
-    from ..backends.loading import load
-
-    silence_transformers()
-    return load(name, dtype=options.dtype, device=options.device)
-
-
-def load_engine(options: argparse.Namespace):
-    """Loads the model, and returns the [`Engine`] of `iclip explain` and `iclip segment`."""
-    from ..explainers import make_explainer
-    from ..model.engine import Engine
-
-    explainer = make_explainer(load_model(options.model, options), options.method)
-    processor = explainer.model.processor
-    return Engine(explainer.model, processor, explainer, options.templates, options.image_size, options.refine)
-
-
-def load_named_image(name: str) -> Image.Image:
-    """Loads the image that a command line names, by a path or a URL. Raises as [`load_image`]."""
-    from ..model.images import load_image
-
-    return load_image(name if is_url(name) else Path(name))
-
-
-def silence_transformers() -> None:
-    """Disables log messages and progress bars of Transformers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -16,12 +15,12 @@ from typing import TYPE_CHECKING
 from ..explainers import METHODS
 from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
-from .options import MODEL, PROMPTS, add_shared, load_engine, load_named_image, method, share
+from .inputs import image_names, load_image, load_model
+from .options import MODEL, PROMPTS, add_shared, method, share
 from .output import (
     PICTURES,
     check_file,
     check_folder,
-    is_written_picture,
     model_files,
     name_for,
     print_error,
@@ -31,7 +30,7 @@ from .output import (
 
 
 if TYPE_CHECKING:
-    from ..model.engine import PreparedImage
+    from ..model.engine import Engine, PreparedImage
     from ..model.explanation import Explanation
 
 
@@ -70,43 +69,33 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
 
 def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
     """
-    Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of several images
-    are also written to a file of JSON lines, which grows by one line for each image.
+    Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of
+    several images are also written to a file of JSON lines, which grows by one line for each image.
 
     Args:
         ending: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
-        write: function of the name of an image, its explanation and the path of its picture, None if none is asked for. It returns the
-            entry of the report: a `dict` for each text in "texts" or "segments", the paths of other files that it wrote, and perhaps a
-            "problem" for stderr.
+        write: function of the name of an image, its explanation and the path of its picture, None if none is asked
+            for. It returns the entry of the report: a `dict` for each text in "texts" or "segments", the paths of
+            other files that it wrote, and perhaps a "problem" for stderr.
     """
     from tqdm import tqdm
 
-    from ..model.images import open_image
-    from ..utils.files import check_outputs, new_file
+    from ..utils.files import new_file
     from ..utils.prefetch import prefetch_map
 
-    # Before the model is loaded.
-    if missing := [name for name in options.images if not is_url(name) and not Path(name).exists()]:
-        raise FileNotFoundError(
-            f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
-        )
-    images = _image_files(options.images)
+    images = image_names(options.images)
     alone = images == options.images and len(images) == 1
-    if alone and not is_url(images[0]):
-        open_image(images[0], decode=False)
-    picture, folder = _places(options, ending, alone)
+    picture, folder = _places(options, ending, images, alone)
     is_writing = bool(picture or folder)
-    if is_writing:
-        check_outputs([picture or new_file(folder / "new")], [*images, *model_files(options.model)])
-    engine = load_engine(options)
+    engine = _load_engine(options)
     # After the checks, because these import torch.
-    from ..data.nouns import vocabulary
+    from ..backends.embedded import vocabulary
     from ..explainers.explain import NOUNS
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
         try:
-            return path, engine.prepare(load_named_image(path))
+            return path, engine.prepare(load_image(path))
         except (ValueError, OSError) as error:
             return " ".join(str(error).split()), None
 
@@ -152,32 +141,40 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     return 0 if explained == len(images) else 2
 
 
-def _image_files(names: Sequence[str]) -> list[str]:
-    """Returns the images that the user named, with those of the folders among them but not the pictures that commands wrote there."""
-    return [image for name in names for image in (_of_folder(name) if os.path.isdir(name) else [name])]
+def _places(
+    options: argparse.Namespace, ending: str, images: list[str], alone: bool
+) -> tuple[Path | None, Path | None]:
+    """
+    Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for. Checks
+    the single image and what is written, before the model is loaded.
+    """
+    from ..model.images import open_image
+    from ..utils.files import check_outputs, new_file
 
-
-def _of_folder(folder: str) -> list[str]:
-    from ..data.sources import image_files
-
-    images = sorted(str(path) for path in image_files(Path(folder)) if not is_written_picture(path))
-    if not images:
-        raise FileNotFoundError(f"{folder}: there are no images in this folder.")
-    return images
-
-
-def _places(options: argparse.Namespace, ending: str, alone: bool) -> tuple[Path | None, Path | None]:
-    """Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for."""
+    if alone and not is_url(images[0]):
+        open_image(images[0], decode=False)
     output = options.output
     if output is None and options.json and not options.npz:
         return None, None
+    picture, folder = None, output
     if output is None:
-        return None, Path() if alone else Path(f"{ending.removesuffix('s')}s")
-    if alone and output.suffix and not output.is_dir():
+        folder = Path() if alone else Path(f"{ending.removesuffix('s')}s")
+    elif alone and output.suffix and not output.is_dir():
+        picture, folder = output, None
         check_file(output, PICTURES)
-        return output, None
-    check_folder(output)
-    return None, output
+    else:
+        check_folder(output)
+    check_outputs([picture or new_file(folder / "new")], [*images, *model_files(options.model)])
+    return picture, folder
+
+
+def _load_engine(options: argparse.Namespace) -> Engine:
+    from ..explainers import make_explainer
+    from ..model.engine import Engine
+
+    explainer = make_explainer(load_model(options.model, options), options.method)
+    processor = explainer.model.processor
+    return Engine(explainer.model, processor, explainer, options.templates, options.image_size, options.refine)
 
 
 def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:

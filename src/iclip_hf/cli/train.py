@@ -38,7 +38,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
-    """Returns the settings of a run, chosen by the number of its pairs unless a config is named, and its open inputs."""
+    """
+    Returns the settings of a run, chosen by the number of its pairs unless a config is named, and its open inputs.
+    """
     from ..training.inputs import check_run, open_inputs, open_pairs
     from ..training.preset import choose_settings
 

@@ -152,8 +152,9 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
     names = ({0: "background"} if has_background else {}) | dict(zip(dataset.labels, dataset.class_names))
     empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
     return [
-        {"id": label, "name": of_class} | {name: empty[name] | rows.get(label, {}) for name, rows in by_metric.items()}
-        for label, of_class in names.items()
+        {"id": label, "name": class_name}
+        | {name: empty[name] | rows.get(label, {}) for name, rows in by_metric.items()}
+        for label, class_name in names.items()
     ]
 
 
@@ -169,9 +170,9 @@ def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: 
         for method, scores in results.items()
     ]
     scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
-    own = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
+    further = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
     legends = "\n".join(f"- {metric.legend}" for metric in in_table if metric.legend)
-    return list(filter(None, [markdown(headings, rows) if in_table else "", legends, *own]))
+    return list(filter(None, [markdown(headings, rows) if in_table else "", legends, *further]))
 
 
 class EvaluationRun:
@@ -219,9 +220,9 @@ class EvaluationRun:
         def update(image: EvaluatedImage) -> list[Metric]:
             """Returns the metrics of `totals` with this image alone."""
             parts = []
-            for method, of_method in by_method.items():
+            for method, method_metrics in by_method.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
-                for metric in of_method:
+                for metric in method_metrics:
                     parts.append(metric.empty())
                     parts[-1].update_from(image, method, maps)
             return parts

@@ -77,10 +77,10 @@ class MetricModule(evaluate.Metric, ABC):
         super().__init__(*args, **kwargs)
         self.metric(**self.options)  # refuses a wrong option before any item is added
 
-    def _options(self, given: dict) -> dict:
+    def _options(self, keywords: dict) -> dict:
         """Takes the options of the metric out of keywords."""
-        names = signature(self.metric).parameters.keys() & given.keys()
-        return {name: value for name in names if (value := given.pop(name)) is not None}
+        names = signature(self.metric).parameters.keys() & keywords.keys()
+        return {name: value for name in names if (value := keywords.pop(name)) is not None}
 
     def _info(self) -> evaluate.MetricInfo:
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the

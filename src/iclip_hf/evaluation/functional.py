@@ -146,7 +146,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         _check_label(label, ignore_index)
     masks, number = np.broadcast_to(mask, maps.shape), len(maps)
     void = (masks == ignore_index).any(0)
-    regions = [(own_mask == label) & ~void for own_mask, label in zip(masks, labels, strict=True)]
+    regions = [(class_mask == label) & ~void for class_mask, label in zip(masks, labels, strict=True)]
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
@@ -155,13 +155,13 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
-        histograms = [_histogram(heatmap[of_class]) for of_class in pixels]
+        histograms = [_histogram(heatmap[region]) for region in pixels]
         for j in range(number):
             if i != j:
                 both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
-                own, other = histograms[i] - both, histograms[j] - both
-                wins[i, j] = own @ (2 * other.cumsum() - other)
-                pairs[i, j] = own.sum() * other.sum()
+                inside, outside = histograms[i] - both, histograms[j] - both
+                wins[i, j] = inside @ (2 * outside.cumsum() - outside)
+                pairs[i, j] = inside.sum() * outside.sum()
     wins = wins + wins.T if both_maps else 2 * wins  # integers, so that equal maps have exactly one half
     return np.stack([(pairs > 0).sum(1), (wins / (4 * pairs.clip(1))).sum(1)])
 

@@ -245,17 +245,17 @@ class Engine:
             images, indices = zip(*group)
             if indices[0] is None:
                 return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), priors, best)
-            names = [[labels[index] for index in of_image] for of_image in indices]
+            names = [[labels[index] for index in image_indices] for image_indices in indices]
             return self._explain(images, names, select_texts(encoded, torch.tensor(indices)), priors, best)
 
         pairs = zip(images, indices, strict=isinstance(indices, list))
         while batch := list(itertools.islice(pairs, batch_size)):
             prepared = [
-                (self.prepare(image) if isinstance(image, Image.Image) else image, of_image)
-                for image, of_image in batch
+                (self.prepare(image) if isinstance(image, Image.Image) else image, image_indices)
+                for image, image_indices in batch
                 if image is not None
             ]
-            keys = [(image.batch_key, of_image and len(of_image)) for image, of_image in prepared]
+            keys = [(image.batch_key, chosen and len(chosen)) for image, chosen in prepared]
             explanations = iter(map_groups(explain, prepared, keys))
             yield from (None if image is None else next(explanations) for image, _ in batch)
 
@@ -296,7 +296,7 @@ class Engine:
         # Select.
         if best is not None:
             wanted, ranked = None, scores if presence is None else presence
-            indices = [_best_texts(*of_image, best) for of_image in zip(ranked, texts.text_embeds)]
+            indices = [_best_texts(*pair, best) for pair in zip(ranked, texts.text_embeds)]
             texts = select_texts(texts, torch.tensor(indices))
 
         # Map.
@@ -306,16 +306,16 @@ class Engine:
         scores, presence = scores.cpu(), None if presence is None else presence.cpu()
         return [
             Explanation(
-                labels=[labels[number][index] for index in of_image],
-                scores=scores[number][list(of_image)],
-                presence=None if presence is None else presence[number][list(of_image)],
-                raw_maps=maps[number, : len(of_image)],
+                labels=[labels[number][index] for index in selected],
+                scores=scores[number][list(selected)],
+                presence=None if presence is None else presence[number][list(selected)],
+                raw_maps=maps[number, : len(selected)],
                 size=image.size,
-                prior=EVEN_PRIOR if priors is None else priors[list(of_image)],
+                prior=EVEN_PRIOR if priors is None else priors[list(selected)],
                 image=image.image,
                 all_scores=scores[number],
             )
-            for number, (image, of_image) in enumerate(zip(images, indices))
+            for number, (image, selected) in enumerate(zip(images, indices))
         ]
 
     def _encode(self, images: Sequence[PreparedImage], for_maps: bool) -> ICLIPImageFeatures:
@@ -362,7 +362,7 @@ class Engine:
         if self.takes_features:
             options["features"] = features
         if text_indices is not None:
-            padded = [torch.tensor(list(of_image) or [0]) for of_image in text_indices]
+            padded = [torch.tensor(list(indices) or [0]) for indices in text_indices]
             selected = pad_sequence(padded, batch_first=True)
             if self._takes_text_indices:
                 options["text_indices"], expected, selected = selected, tuple(selected.shape), None

@@ -88,6 +88,7 @@ class Explanation:
             presence=None if self.presence is None else self.presence[[index]],
             raw_maps=self.raw_maps[[index]],
             threshold=self._threshold(index),
+            prior=self.priors[index],
         )
 
     def index(self, text: int | str) -> int:
@@ -108,6 +109,11 @@ class Explanation:
         has none.
         """
         return [None] * len(self) if self.presence is None else self.presence.tolist()
+
+    @property
+    def priors(self) -> list[float]:
+        """The prior of the presence of each text."""
+        return torch.as_tensor(self.prior).expand(len(self)).tolist()
 
     @property
     def present(self) -> list[bool]:
@@ -177,7 +183,7 @@ class Explanation:
             "texts": np.array(self.labels),
             "scores": self.scores.numpy(),
             "presence": np.array(self.presences, float),
-            "prior": np.broadcast_to(np.asarray(self.prior, np.float32), len(self)),
+            "prior": np.array(self.priors, np.float32),
             "raw_maps": self.raw_maps.numpy(),
             "masks": np.stack([self.mask(index) for index in range(len(self))]),
         }
@@ -208,9 +214,7 @@ class Explanation:
             "text": self.labels[index],
             "score": round(self.scores[index].item(), 4),
             "presence": self.presences[index],
-            "prior": None
-            if self.presence is None
-            else round(float(torch.as_tensor(self.prior).expand(len(self))[index]), 4),
+            "prior": None if self.presence is None else round(self.priors[index], 4),
             "regions": [
                 {
                     "score": round(region.score, 4),

@@ -39,8 +39,8 @@ def open_image(
     name = name or _name(source)
     # Reading a pipe or a device may never end.
     if isinstance(source, (str, os.PathLike)) and not os.path.isfile(source):
-        found = "this is a folder instead of an image" if os.path.isdir(source) else "there is no such image file"
-        raise FileNotFoundError(f"{name}: {found}.")
+        problem = "this is a folder instead of an image" if os.path.isdir(source) else "there is no such image file"
+        raise FileNotFoundError(f"{name}: {problem}.")
     try:
         if isinstance(source, Image.Image):
             source.load()

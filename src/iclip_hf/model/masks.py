@@ -42,7 +42,7 @@ def masks_of_maps(
 ) -> torch.Tensor:
     """
     Computes the masks of T texts: the pixels whose map is greater than the threshold of the text, if the text is
-        present.
+    present.
 
     Args:
         maps (`torch.Tensor` of shape `(T, H, W)`): in [0, 1].

@@ -4,6 +4,7 @@ points.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -200,7 +201,7 @@ class ICLIPProcessor(ProcessorMixin):
         defaults = {name: defaults[name] for name in defaults.keys() - {*common_kwargs, *text_kwargs, *kwargs}}
         batch = super().__call__(
             images,
-            [prompt for of_image in text for prompt in of_image] if per_image else text,
+            list(chain(*text)) if per_image else text,
             common_kwargs={"return_tensors": "pt", **common_kwargs},
             text_kwargs=text_kwargs | defaults,
             images_kwargs=images_kwargs,
@@ -314,10 +315,10 @@ class ICLIPProcessor(ProcessorMixin):
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
         """
         _check_presence(presence, min_presence)
-        presences = [[None] * len(map_) for map_ in maps] if presence is None else presence.tolist()
+        presences = [[None] * len(one) for one in maps] if presence is None else presence.tolist()
         return [
-            masks_of_maps(map_, threshold, of_image, min_presence)
-            for map_, of_image in zip(maps, presences, strict=True)
+            masks_of_maps(image_maps, threshold, image_presences, min_presence)
+            for image_maps, image_presences in zip(maps, presences, strict=True)
         ]
 
     def post_process_semantic_segmentation(
@@ -355,8 +356,8 @@ class ICLIPProcessor(ProcessorMixin):
         if threshold is not None:
             threshold = check_thresholds(threshold, maps.shape[1]).tolist()
         return [
-            segments(raw_maps, tuple(size), of_image, min_presence, threshold, background)
-            for raw_maps, size, of_image in zip(maps, sizes, presence, strict=True)
+            segments(raw_maps, tuple(size), image_presence, min_presence, threshold, background)
+            for raw_maps, size, image_presence in zip(maps, sizes, presence, strict=True)
         ]
 
     def post_process_boxes(
@@ -451,7 +452,7 @@ def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
     if not texts:
         raise ValueError("There is no text.")
     if all(isinstance(text, (list, tuple)) for text in texts):
-        lists = [_nested(of_image, templates) for of_image in texts]
+        lists = [_nested(image_texts, templates) for image_texts in texts]
         longest, step = max(map(len, lists)), len(templates)
         return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
     texts = [check_text(text) for text in texts]

@@ -1,6 +1,6 @@
 """
-From pairs to batches: images and texts as tensors, or their cached features, in an order that any number of processes share. A batch is
-what [`~contrastive.PairModel.forward`] takes.
+From pairs to batches: images and texts as tensors, or their cached features, in an order that any number of processes
+share. A batch is what [`~contrastive.PairModel.forward`] takes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..data.nouns import ImageNouns, NounPrompts
 from ..data.pairs import BadPairError, PairDataset
-from ..data.sources import PairTexts, sample_caption
+from ..data.sources import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.streams import PairStream
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
@@ -77,13 +77,12 @@ def load_datasets(
     return training, held_out and TrainingPairs(held_out, partial(whole_image, processor), processor, seed)
 
 
-# --------------------------------------------------------------------------------------------------- pairs of an epoch
+# --------------------------------------------------------------------------------------------------- texts of a batch
 
 
-class PairBatches(Dataset):
+class TextSampler:
     """
-    Pairs in the batches of an epoch. Random choices depend only on (seed, epoch, pair), so a resumed run repeats them, and the captions of
-    cached features are those of the pairs themselves.
+    Samples the texts of pairs, a caption and noun prompts of each. Random choices depend only on (seed, epoch, pair).
 
     Args:
         processor: of the model.
@@ -96,10 +95,6 @@ class PairBatches(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
-
-    def sampled_captions(self) -> list[str]:
-        """Returns the caption of each pair in this epoch."""
-        raise NotImplementedError
 
     def captions_of(self, texts: PairTexts) -> Sequence[str]:
         """Returns the captions of a pair that one is sampled from."""
@@ -114,7 +109,10 @@ class PairBatches(Dataset):
         return None if self.nouns is None else self.nouns.known_nouns(*texts)
 
     def collate_texts(self, captions: list[str], image_nouns: Sequence[ImageNouns | None]) -> dict:
-        """Returns the texts of B pairs: tensors of the captions (B, L), or, with noun prompts behind them, (M, L), and the nouns."""
+        """
+        Returns the texts of B pairs: tensors of the captions (B, L), or, with noun prompts behind them, (M, L), and the
+        nouns.
+        """
         prompts, nouns = [], {}
         if self.nouns:
             prompts, nouns = self.nouns.sample(image_nouns, self.epoch)
@@ -122,6 +120,63 @@ class PairBatches(Dataset):
 
     def encode_texts(self, captions: list[str], prompts: list[str]) -> dict:
         return dict(self.processor(text=captions + prompts))
+
+
+class PairCollator(TextSampler):
+    """
+    Makes batches of rows for a `Trainer`, with the loss of `iclip train`: what [`ICLIPModel`] takes with `return_loss`.
+    Each batch samples its captions and noun prompts by torch's random numbers, which `Trainer` seeds.
+
+    Example:
+
+    ```python
+    >>> collator = PairCollator(processor, NounPrompts(["dog", "sofa", "floor (background) (below)"]))
+    >>> batch = collator([{"image": image, "caption": "A dog on a sofa.", "labels": ["dog", "sofa"]}])
+    >>> model(**batch).loss
+    ```
+
+    Args:
+        processor ([`ICLIPProcessor`]): of the model.
+        nouns ([`NounPrompts`], *optional*): of which prompts follow the captions of a batch.
+    """
+
+    def __init__(self, processor: ICLIPProcessor, nouns: NounPrompts | None = None):
+        super().__init__(processor, nouns=nouns)
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor | bool]:
+        """
+        Args:
+            rows: B `dict`s with an `image`, for the processor, a `caption` or a list of `captions`, and *optional*
+                `labels` and `complete`, see [`~data.sources.PairTexts`].
+
+        Returns:
+            `dict` of `pixel_values` (B, 3, H, W), the tokenizer's tensors (M, L) of captions and noun prompts, the nouns,
+            see [`~data.nouns.NounPrompts.sample`], and `return_loss`.
+
+        Raises:
+            `ValueError`: a row has no caption, or its labels are not as described.
+        """
+        self.set_epoch(int(torch.randint(2**31, ())))
+        texts = [USUAL_COLUMNS.texts(row) for row in rows]
+        if without := next((row for row, of_row in zip(rows, texts) if not of_row.captions), None):
+            raise ValueError(f"Expected a caption in each row, got one with {', '.join(without)} alone; leave it out.")
+        captions = [self.caption(self.captions_of(of_row), row) for row, of_row in enumerate(texts)]
+        images = self.processor(images=[row["image"] for row in rows])
+        return {**images, **self.collate_texts(captions, [*map(self.nouns_of, texts)]), "return_loss": True}
+
+
+# --------------------------------------------------------------------------------------------------- pairs of an epoch
+
+
+class PairBatches(TextSampler, Dataset):
+    """
+    Pairs in the batches of an epoch. A resumed run repeats them, and the captions of cached features are those of the
+    pairs themselves.
+    """
+
+    def sampled_captions(self) -> list[str]:
+        """Returns the caption of each pair in this epoch."""
+        raise NotImplementedError
 
 
 class TrainingPairs(PairBatches):

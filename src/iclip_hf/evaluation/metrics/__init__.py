@@ -92,11 +92,11 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
             if metric not in METRICS:
                 raise ValueError(f"{metric!r} is no metric: choose one of {', '.join(METRICS)}.")
             module, _, name = METRICS[metric].partition(":")
-            kind = getattr(import_module(f"{__name__}.{module}"), name)
-            own = options.keys() & signature(kind).parameters.keys()
-            metric = kind(**{option: options[option] for option in own})
+            metric_class = getattr(import_module(f"{__name__}.{module}"), name)
+            taken = options.keys() & signature(metric_class).parameters.keys()
+            metric = metric_class(**{option: options[option] for option in taken})
             metric.optional = of_task
-            used |= own
+            used |= taken
         made.append(metric)
     names = [metric.name for metric in made]
     if unused := [option for option in options if option not in used]:

@@ -110,8 +110,8 @@ class DeletionInsertion(ClassMeans):
 
     name = "deletion_insertion"
     columns = {
-        f"{name}_{kind}": (name + heading, 4)
-        for kind, heading in (("probability", ""), ("cosine", ", cosine"))
+        f"{name}_{score}": (name + heading, 4)
+        for score, heading in (("probability", ""), ("cosine", ", cosine"))
         for name in ("insertion", "deletion", "difference")
     }
     legend = (
@@ -158,7 +158,7 @@ class DeletionInsertion(ClassMeans):
 
     def named(self, values) -> dict:
         named = super().named(values)
-        for kind in ("cosine", "probability"):
-            insertion, deletion = named[f"insertion_{kind}"], named[f"deletion_{kind}"]
-            named[f"difference_{kind}"] = None if insertion is None else insertion - deletion
+        for score in ("cosine", "probability"):
+            insertion, deletion = named[f"insertion_{score}"], named[f"deletion_{score}"]
+            named[f"difference_{score}"] = None if insertion is None else insertion - deletion
         return named

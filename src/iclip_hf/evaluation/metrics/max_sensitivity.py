@@ -39,9 +39,9 @@ def max_sensitivity(
     """
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
-    own = min_max_normalize(explain(pixel_values[None])).flatten(2)
-    changes = min_max_normalize(explain(noisy)).flatten(2) - own
-    length = own.norm(dim=2)
+    maps = min_max_normalize(explain(pixel_values[None])).flatten(2)
+    changes = min_max_normalize(explain(noisy)).flatten(2) - maps
+    length = maps.norm(dim=2)
     return (changes.norm(dim=2) / length.where(length > 0, torch.nan)).amax(0)
 
 

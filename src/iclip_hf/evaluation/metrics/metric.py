@@ -161,7 +161,9 @@ class Metric(ABC):
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
         labels = dict.fromkeys(itertools.chain(*by_class.values()))
         rows = {label: {row: values.get(label) for row, values in by_class.items()} for label in labels}
-        return {name: measured(score) if isinstance(score, float) else score for name, score in scores.items()}, rows
+        return {
+            name: none_if_nan(score) if isinstance(score, float) else score for name, score in scores.items()
+        }, rows
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat the measurement: the options and the definition."""
@@ -225,15 +227,18 @@ class ClassMeans(Metric):
 
     def named(self, values: np.ndarray) -> dict:
         """Names F scores; None for those without data."""
-        return dict(zip(self.names or self.columns, map(measured, values)))
+        return dict(zip(self.names or self.columns, map(none_if_nan, values)))
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         """Returns the scores `(T, F)` of each method for an image that shows a class."""
         return {}
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
-        found = [self.measure(image) if image.sample.labels else {} for image in images]
-        return [{method: part.cpu().double().numpy() for method, part in of_image.items()} for of_image in found]
+        outputs = []
+        for image in images:
+            scores = self.measure(image) if image.sample.labels else {}
+            outputs.append({method: part.cpu().double().numpy() for method, part in scores.items()})
+        return outputs
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for scores, label in zip(image.outputs[self.name].get(method, ()), image.sample.labels):
@@ -246,7 +251,7 @@ def mean(values: Iterable[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def measured(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
     """Converts NaN, which JSON does not have, to None."""
     return None if math.isnan(value) else float(value)
 

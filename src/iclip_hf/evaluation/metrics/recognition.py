@@ -14,7 +14,7 @@ from ...data.class_names import COCO_THINGS
 from ...model.presence import MIN_PRESENCE, at_prior, is_present
 from ...utils.extras import require_extra
 from ..functional import reliability, to_numpy
-from .metric import CannotMeasure, EvaluatedImage, Metric, markdown, mean, measured, rounded
+from .metric import CannotMeasure, EvaluatedImage, Metric, markdown, mean, none_if_nan, rounded
 
 
 with require_extra("eval"):
@@ -170,7 +170,7 @@ class Presence(MultiLabelAveragePrecision):
             distance = np.abs(bins["mean"] - bins["shown"])
             error = float(np.nansum(distance * bins["items"]) / values.size)
             bins = [
-                {"mean": measured(center), "shown": measured(of_bin), "pairs": int(items)}
+                {"mean": none_if_nan(center), "shown": none_if_nan(of_bin), "pairs": int(items)}
                 for center, of_bin, items in zip(*bins.values())
             ]
         of_groups = {}
@@ -185,7 +185,7 @@ class Presence(MultiLabelAveragePrecision):
             "kept_things": _share_present(values[shown & ~stuff]) if self.stuff else None,
             "kept_stuff": _share_present(values[shown & stuff]),
             "passed_hard": _share_present(values[hard]),
-            "map": measured(super().compute()["map"]),
+            "map": none_if_nan(super().compute()["map"]),
             "groups": of_groups,
             "prior": prior,
             "calibration_error": error,
@@ -266,7 +266,7 @@ def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None
     of_classes = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
     return {
         "auc": _auc(values, shown, ~shown),
-        "auc_of_classes": measured(mean(of_classes)),
+        "auc_of_classes": none_if_nan(mean(of_classes)),
         "kept": _share_present(values[shown]),
         "passed": _share_present(values[~shown]),
     }

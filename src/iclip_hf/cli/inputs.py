@@ -1,0 +1,62 @@
+"""The model and the images that a command line names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..model.downloads import is_url
+from .output import is_written_picture
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..backends.explainable import ExplainableModel
+
+
+def load_model(name: str, options: argparse.Namespace) -> ExplainableModel:
+    """Like [`iclip_hf.load`], without output of Transformers."""
+    from ..backends.loading import load
+
+    silence_transformers()
+    return load(name, dtype=options.dtype, device=options.device)
+
+
+def silence_transformers() -> None:
+    """Disables log messages and progress bars of Transformers."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_image(name: str) -> Image.Image:
+    """Loads the image of a path or a URL. Raises as [`iclip_hf.model.images.load_image`]."""
+    from ..model import images
+
+    return images.load_image(name if is_url(name) else Path(name))
+
+
+def image_names(names: Sequence[str]) -> list[str]:
+    """
+    Returns the names with the images of a folder in its place, without pictures that the commands wrote. Raises
+    `FileNotFoundError` for a name of nothing, and for a folder without images.
+    """
+    if missing := [name for name in names if not is_url(name) and not Path(name).exists()]:
+        raise FileNotFoundError(
+            f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
+        )
+    return [image for name in names for image in (_of_folder(name) if os.path.isdir(name) else [name])]
+
+
+def _of_folder(folder: str) -> list[str]:
+    from ..data.sources import image_files
+
+    images = sorted(str(path) for path in image_files(Path(folder)) if not is_written_picture(path))
+    if not images:
+        raise FileNotFoundError(f"{folder}: there are no images in this folder.")
+    return images

@@ -89,7 +89,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     is_writing = bool(picture or folder)
     engine = _load_engine(options)
     # After the checks, because these import torch.
-    from ..data.nouns import vocabulary
+    from ..backends.embedded import vocabulary
     from ..explainers.explain import NOUNS
 
     def read(path: str) -> tuple[str, PreparedImage | None]:

@@ -143,6 +143,11 @@ class ICLIPConfig(PreTrainedConfig):
     map_tokens: int = 20
 
     def __post_init__(self, **kwargs):
+        # Of an earlier version. Transformers would drop the biases, and the model would compute other numbers.
+        if kwargs.pop("projection_bias", False):
+            raise ValueError(
+                "projection_bias=True: projections have no bias in this version; load the model with the one that saved it."
+            )
         # The base class accepts any key, so a misspelt option would have no effect.
         for key in kwargs:
             if meant := get_close_matches(key, ICLIPConfig.__annotations__, n=1, cutoff=0.85):

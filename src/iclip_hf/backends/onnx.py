@@ -41,8 +41,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
       `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the
       `map_attention` `(B, N)` in [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` of K prompts of
-      each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"` to
-      the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
+      each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"`
+      to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
     `patch_embeds` and `map_text_embeds` have 2 P numbers with a `recognition_share`.

@@ -91,8 +91,13 @@ def test_onnxruntime_agrees_at_any_number_length_and_size(model, folder):
 def test_graphs_run_by_cuda_or_on_the_cpu(folder, monkeypatch, available, used):
     names = [f"{name}ExecutionProvider" for name in available]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: names)
-    asked = []
-    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, providers: asked.append(providers))
+    asked, session = [], onnxruntime.InferenceSession
+
+    def opened(path, providers):
+        asked.append(providers)
+        return session(path, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
     ONNXModel(folder)
     assert asked == 2 * [[f"{name}ExecutionProvider" for name in used]]
 
@@ -191,6 +196,25 @@ def test_a_damaged_graph_is_refused(folder, tmp_path):
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".onnx" else content)
     with pytest.raises(ValueError, match=f"{tmp_path}: .* download it again"):
         load(tmp_path)
+
+
+def test_the_graphs_of_an_earlier_version_are_refused(folder, tmp_path):
+    """Their texts have no dimension of the prompts: `input_ids` (T, L)."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    tensors = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, ["texts", "length"])
+        for name in ("input_ids", "text_embeds")
+    ]
+    node = onnx.helper.make_node("Identity", ["input_ids"], ["text_embeds"])
+    graph = onnx.helper.make_graph([node], "text", tensors[:1], tensors[1:])
+    (tmp_path / "text_model.onnx").unlink()
+    onnx.save(
+        onnx.helper.make_model(graph, ir_version=9, opset_imports=[onnx.helper.make_opsetid("", 18)]),
+        tmp_path / "text_model.onnx",
+    )
+    with pytest.raises(ValueError, match=f"{tmp_path}: .* earlier version; export"):
+        ONNXModel(tmp_path)
 
 
 def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch):

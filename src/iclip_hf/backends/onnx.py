@@ -96,7 +96,8 @@ class ONNXModel:
         folder: written by [`export_onnx`].
 
     Raises:
-        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
+        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing, damaged or of an
+            earlier version.
     """
 
     similarity_maps, presence = ICLIPModel.similarity_maps, ICLIPModel.presence
@@ -116,6 +117,8 @@ class ONNXModel:
                 onnxruntime.InferenceSession(Path(folder, name), providers=providers)
                 for name in (VISION_FILE, TEXT_FILE)
             )
+        if len(self._text.get_inputs()[0].shape) != 3:  # (T, L) before 0.2
+            raise ValueError(f"{folder}: these graphs are of an earlier version; export the model again.")
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """

@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXAMPLE = "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')"
 EXPLAIN = $(BIN)/iclip explain $(EXAMPLE) --text $(TEXTS)
 # What the picture of the README shows.
-TEXTS := "smiling woman, orange jacket, helmet, horse"
+TEXTS := "person, spacesuit, orange jacket, horse"
 
 .PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs pictures bench
 

@@ -26,8 +26,8 @@ from iclip_hf import (
     draw,
     explain,
 )
+from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
-from iclip_hf.data.nouns import vocabulary
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
 from iclip_hf.model import engine as engine_module
 from iclip_hf.model.engine import Engine

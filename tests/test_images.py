@@ -8,7 +8,6 @@ import pytest
 import torch
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from iclip_hf.model.images import load_image
 
@@ -18,7 +17,7 @@ def photo() -> Image.Image:
     return Image.fromarray(noise(6, 9, 3))
 
 
-@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM"])
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 def test_every_format(format):
     Image.init()
     if format not in Image.SAVE:
@@ -76,8 +75,6 @@ def test_wide_integers_of_8_bits_are_not_black():
         assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 1, 128, 255]
     dark = encoded(Image.fromarray(values.astype(np.uint16)))  # a dark image of 16 bits
     assert np.asarray(load_image(dark)).max() == 1
-    of_10_bits = b"P2\n3 1\n1023\n0 1 3\n"  # scaled to 16 by Pillow
-    assert np.asarray(load_image(of_10_bits))[0, :, 0].tolist() == [0, 0, 1]
 
 
 def test_a_transparent_colour_of_16_bits_is_white():
@@ -143,31 +140,16 @@ def test_exif_orientation(orientation):
     np.testing.assert_array_equal(np.asarray(load_image(image)), upright)  # not turned twice
 
 
-XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
-
-
-def test_orientation_where_browsers_look_for_it():
-    """Of EXIF in JPEG, PNG and AVIF, but neither of WebP nor of XMP, as measured in Chromium 156."""
-    image, turned, plain = Image.new("RGB", (40, 20)), Image.Exif(), Image.Exif()
-    turned[0x0112], plain[0x010E] = 6, "a photo"
-    xmp_of_png = PngInfo()
-    xmp_of_png.add_itxt("XML:com.adobe.xmp", XMP.decode())
-    # As bytes, because saving an AVIF file takes the orientation out of `Image.Exif`.
-    upright, stored = (20, 40), (40, 20)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "AVIF", "WEBP", "TIFF"])
+def test_orientation_in_every_format(format):
     Image.init()
-    for format, options, size in (
-        ("JPEG", {"exif": turned.tobytes()}, upright),
-        ("PNG", {"exif": turned.tobytes()}, upright),
-        ("AVIF", {"exif": turned.tobytes()}, upright),
-        ("WEBP", {"exif": turned.tobytes()}, stored),
-        ("JPEG", {"xmp": XMP}, stored),
-        ("JPEG", {"xmp": XMP, "exif": plain}, stored),
-        ("WEBP", {"xmp": XMP}, stored),
-        ("PNG", {"pnginfo": xmp_of_png}, stored),
-    ):
-        if format in Image.SAVE:  # Pillow may be built without AVIF
-            data = encoded(image, format, **options)
-            assert load_image(data).size == load_image(Image.open(io.BytesIO(data))).size == size, (format, options)
+    if format not in Image.SAVE:
+        pytest.skip(f"this Pillow was built without {format}")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    # As bytes, because saving an AVIF file takes the orientation out of `Image.Exif`.
+    data = encoded(Image.new("RGB", (40, 20)), format, exif=turned.tobytes())
+    assert load_image(data).size == load_image(Image.open(io.BytesIO(data))).size == (20, 40)
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF.*")
@@ -220,12 +202,10 @@ def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
         load_image(encoded(photo))
 
 
-def test_base64_text_and_paths_of_letters_that_it_has(photo):
-    for path in ("data/dog", "dogs", "photos/2024/dogs/rex0"):
-        with pytest.raises(FileNotFoundError, match=path):
-            load_image(path)
-    text = base64.b64encode(encoded(photo)).decode()
-    for form in (text, f"data:image/png;base64,{text}", "\n".join([text[:60], text[60:]])):
+def test_base64_text(photo):
+    text = f"data:image/png;base64,{base64.b64encode(encoded(photo)).decode()}"
+    for form in (text, "\n".join([text[:60], text[60:]])):
         np.testing.assert_array_equal(np.asarray(load_image(form)), np.asarray(photo))
-    with pytest.raises(ValueError, match="data:image/png"):
-        load_image("data:image/png;base64,bm8gaW1hZ2U=")
+    for wrong in ("data:image/png;base64,bm8gaW1hZ2U=", "data:image/png;base64,bm8gaW1hZ2U"):
+        with pytest.raises(ValueError, match="data:image/png"):
+            load_image(wrong)

@@ -124,8 +124,8 @@ def test_an_image_comes_in_any_form(world, tmp_path):
     PHOTO.save(tmp_path / "a.png")
     file = io.BytesIO()
     PHOTO.save(file, format="PNG")
-    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), base64.b64encode(file.getvalue()).decode(), array]
-    forms.append(file.getvalue())
+    data = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), data, array, file.getvalue()]
     forms += [torch.from_numpy(array.copy()).movedim(-1, 0), array / 255]
     for found in [*(explain(model, form, "dog") for form in forms), *explain(model, forms, ["dog"])]:
         assert found.size == (40, 60)

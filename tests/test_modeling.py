@@ -197,7 +197,10 @@ def maps_with(model, map_attention):
 
 
 def test_attention_on_tokens_cancels_in_the_map():
-    """A positive factor of a token is undone by the token's normalisation, so Eq. 12 to the letter would leave the map as it is."""
+    """
+    A positive factor of a token is undone by the token's normalisation, so Eq. 12 to the letter would leave the map as
+    it is.
+    """
     model, tokens = tiny_model(), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     attention = torch.tensor([0.01, 0.2, 0.5, 0.9, 1.0]).unsqueeze(1)
     with torch.no_grad():
@@ -207,8 +210,8 @@ def test_attention_on_tokens_cancels_in_the_map():
 
 def test_signed_attention_raises_objects_and_lowers_the_background():
     """
-    The formula by hand. What a cosine has above the mean, of 1 / 20 at most, is added once more with the stretched attention times the
-    text's weight in [-1, 1]; what is below counts a tenth.
+    The formula by hand. What a cosine has above the mean, of 1 / 20 at most, is added once more with the stretched
+    attention times the text's weight in [-1, 1]; what is below counts a tenth.
     """
     model = tiny_model(map_attention="signed")
     with torch.no_grad():
@@ -302,11 +305,18 @@ def test_texts_of_each_image_equal_shared_texts_run_alone():
         torch.testing.assert_close(alone.logits_per_image[0], together.logits_per_image[i], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("given", [(), ("input_ids",), ("pixel_values",)])
+@pytest.mark.parametrize("given", [(), ("input_ids",), ("pixel_values",), ("pixel_values", "text_features")])
 def test_a_side_that_is_missing_is_named(given):
-    inputs = tiny_inputs()
+    """The loss needs texts to learn from, instead of encoded ones."""
+    model = tiny_model()
+    inputs = tiny_inputs() | {"text_features": model.get_text_features(tiny_inputs()["input_ids"])}
     with pytest.raises(ValueError, match="pixel_values and input_ids"):
-        tiny_model()(**{name: inputs[name] for name in given})
+        model(**{name: inputs[name] for name in given}, return_loss="text_features" in given)
+
+
+def test_the_loss_has_no_maps():
+    with pytest.raises(ValueError, match="without return_loss"):
+        tiny_model()(**tiny_inputs(texts=2), return_loss=True, output_similarity_maps=True)
 
 
 def test_features_follow_the_getters_of_transformers():
@@ -522,6 +532,16 @@ def test_a_siglip_text_is_the_same_however_far_it_is_padded(masked, pooling):
     torch.testing.assert_close(found, [found[-1]] * 3)
 
 
+def test_the_mean_of_a_siglip_text_leaves_out_its_padding():
+    """SigLIP's tokenizer ends a text with its padding token, and returns no mask."""
+    model, ids = tiny_model(text="siglip_text_model", text_pooling="mean"), torch.tensor([[5, 9, 12, 1], [7, 1, 1, 1]])
+    with torch.no_grad():
+        found, tower = model.encode_text(ids)
+        assert tower.last_hidden_state.shape[1] == 77
+        for row, count in ((0, 3), (1, 1)):
+            torch.testing.assert_close(found[row], tower.last_hidden_state[row, :count].mean(0))
+
+
 def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, tiny_processor):
     settings = {**tiny_processor.tokenizer.init_kwargs, "model_input_names": ["input_ids"], "pad_token_id": 1}
     tokenizer = type(tiny_processor.tokenizer)(vocab=tiny_processor.tokenizer.vocab, **settings)
@@ -543,7 +563,10 @@ def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, ti
 
 
 def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path):
-    """Hidden layers beside the projections, the share of the recognition branch in the map, and the presence, patch by patch."""
+    """
+    Hidden layers beside the projections, the share of the recognition branch in the map, and the presence, patch by
+    patch.
+    """
     share = 0.3
     options = {
         "max_over": "similarity",

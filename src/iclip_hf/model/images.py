@@ -7,7 +7,7 @@ import io
 import os
 from typing import TYPE_CHECKING
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .downloads import download, is_url
 
@@ -15,10 +15,10 @@ from .downloads import download, is_url
 if TYPE_CHECKING:
     import torch
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
 
 def open_image(
@@ -69,17 +69,14 @@ def open_image(
 
 def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Image:
     """
-    Loads an image as browsers display it: upright, 8-bit RGB, transparent parts on white, first frame. A given image
-    is not modified.
-
-    The orientation is that of EXIF in JPEG, PNG, TIFF and AVIF. As in browsers, an orientation in a WebP file or in
-    XMP is ignored. 16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is
-    above 255.
+    Loads an image upright, as 8-bit RGB, with transparent parts on white, the first frame. A given image is not
+    modified. 16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is above
+    255.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text, the bytes
-            of a file, an image of any mode, or the pixels, in the ranges of [`to_8_bit`]. A `str` that is no file is
-            base64 text if it begins with "data:" or decodes to an image; an `os.PathLike` is always a path.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text that
+            begins with "data:", the bytes of a file, an image of any mode, or the pixels, in the ranges of
+            [`to_8_bit`]. An `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
         timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
 
@@ -93,14 +90,11 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         name = name or repr(image[:100])
         if is_url(image):
             image = download(image, timeout)
-        else:
+        elif image.startswith("data:"):
             try:
-                content = base64.b64decode("".join(image.rpartition(",")[2].split()), validate=True)
-                return load_image(content, name)
-            except ValueError:
-                if image.startswith("data:"):
-                    raise
-            # A path that is not there can consist of letters that base64 has, such as data/dog.
+                image = base64.b64decode(image.partition(",")[2])
+            except ValueError as error:
+                raise ValueError(f"{name}: this is no base64 text ({error}).") from error
     return to_rgb(upright(open_image(image, name)), name)
 
 
@@ -113,8 +107,7 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
         values = np.asarray(image).astype(np.int64)
         if values.min() >= 0 and values.max() <= 65535:
-            # "I" is of 32 bits, whose white is not known; but Pillow scales a PPM file of more than 8 bits to 65535.
-            is_8_bit = image.mode == "I" and image.format != "PPM" and values.max() <= 255
+            is_8_bit = image.mode == "I" and values.max() <= 255  # "I" is of 32 bits, whose white is not known
             gray = values if is_8_bit else (values + 128) // 257  # rounded
             gray[values == image.info.get("transparency", -1)] = 255
             return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
@@ -201,16 +194,8 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turns an image of [`open_image`] by its orientation in EXIF, as browsers do."""
+    """Turns an image of [`open_image`] by its orientation in EXIF."""
     try:
-        exif = image.getexif()
-        if "exif" in image.info:  # else of a TIFF file, or given by the user
-            exif = Image.Exif()
-            exif.load(image.info["exif"])
-        # Elsewhere Pillow found it in XMP or in the text of a PNG file, where browsers do not look.
-        elif image.format not in (None, "TIFF"):
-            return image
-        is_turned = image.format != "WEBP" and exif.get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if is_turned else image
+        return ImageOps.exif_transpose(image)
     except Exception:  # damaged EXIF raises anything; like viewers, show the pixels as stored
         return image

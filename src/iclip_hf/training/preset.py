@@ -10,10 +10,9 @@ import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
 from ..utils.files import loading_errors, parse_json
-from ..utils.hub_ids import RUNS
 from ..utils.prefetch import spare_processors
 from .inputs import hold_out
-from .settings import parse_options
+from .settings import RUNS, parse_options
 
 
 # On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model mAP on other images.

@@ -15,12 +15,13 @@ import yaml
 
 from ..data.class_names import DATASETS
 from ..hub.configs import config_folder
-from ..utils.hub_ids import RUNS
 
 
 # Metrics of [`evaluate_model`] that a run logs and can select its best model by.
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")
 RETRIEVAL_METRICS = ("text_to_image", "image_to_text", "val_loss")
+
+RUNS = "runs"  # folder of the runs, if no other is named
 
 # Numbers with the lowest and the highest that they may be
 AtLeast0, AtLeast1 = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]

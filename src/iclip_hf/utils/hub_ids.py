@@ -4,10 +4,8 @@ import os
 import re
 
 
-# The folder of the runs of `iclip train`, if no other is named.
-RUNS = "runs"
 # Folders that a path of this machine, or of another one, usually begins with.
-_USUAL_FOLDERS = (RUNS, "data")
+_USUAL_FOLDERS = ("runs", "data")
 # Files of data and nouns.
 FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tqdm import tqdm
 
@@ -51,8 +51,9 @@ def explain(
         images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
-            list of labels for each; these may differ in length. If not given, the nouns of [`vocabulary`] that match
-            each image best, at most `NOUNS`.
+            list of labels for each, which may differ in length; or labels with the prior of the presence of each,
+            which is 0.5 otherwise. If not given, the nouns of [`vocabulary`] with the highest presence, at most
+            `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
         templates, refine: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
@@ -71,7 +72,8 @@ def explain(
     """
     is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
-    best, texts = (NOUNS, vocabulary()) if texts is None else (None, split_texts(texts))
+    best, texts = (NOUNS, vocabulary()) if texts is None else (None, texts)
+    texts = texts if isinstance(texts, Mapping) else split_texts(texts)
     per_image = isinstance(next(iter(texts), None), (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):

@@ -33,7 +33,7 @@ with needed():
 
     from iclip_hf.training.contrastive import PairModel
     from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
-    from iclip_hf.training.features import POOLINGS, FeatureCache
+    from iclip_hf.training.features import POOLINGS, FeatureCache, unpack_inputs
     from iclip_hf.training.settings import Settings
     from iclip_hf.training.train import parameter_groups
 
@@ -177,10 +177,10 @@ def steps(rounds: int) -> dict[str, list[float]]:
         features = torch.randn(PAIRS, len(POOLINGS), WIDTH)
         if max_over == "similarity":  # with the attention in the last column
             features = torch.rand(PAIRS, 2 + TOKENS, WIDTH + 1)
-        texts = torch.randn(PAIRS, WIDTH)
+        images, texts = unpack_inputs(features, model.config), torch.randn(PAIRS, WIDTH)
 
         def train() -> None:
-            pair_model(image_features=features, text_features=texts)["loss"].backward()
+            pair_model(image_inputs=images, text_inputs=texts)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
-from torch.nn import functional as F
 
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.pairs import load_pairs
@@ -27,7 +26,7 @@ from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import BatchLoader, CachedPairs
-from iclip_hf.training.features import FeatureCache, branch_features
+from iclip_hf.training.features import FeatureCache
 from iclip_hf.training.preset import RATE, STEPS
 from iclip_hf.training.settings import Settings
 from iclip_hf.training.train import cosine_schedule, parameter_groups
@@ -111,10 +110,8 @@ class Study:
         texts = list(itertools.chain.from_iterable(captions))
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
-        cosines = (
-            F.normalize(branch.visual_projection(branch_features(pairs["image_features"], model.config)[0][0]), dim=-1)
-            @ F.normalize(branch.text_projection(self.pairs.text_features[texts]), dim=-1).T
-        )
+        images = branch.embed_image(pairs["image_inputs"].recognition)
+        cosines = images @ branch.embed_text(self.pairs.text_features[texts]).mT
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()
             for name, values, hits in (("image to text", cosines, own), ("text to image", cosines.T, own.T))

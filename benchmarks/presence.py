@@ -1,13 +1,15 @@
 """
-Fits `presence_bias`, the one number of presence, on photographs with complete labels, and measures the presence on others.
+Fits `presence_bias`, the one number of presence, on photographs with complete labels, and measures the presence on
+others.
 
     python benchmarks/presence.py --data-root DATA --held-out runs/held_out
 
 `DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`).
-`runs/held_out`, which `hold_out.py` writes, has rooms, streets and landscapes whose `json` also lists the names that the
-labels are complete for (`complete`). The number is fitted on both, which count equally. The tables are of `coco100`,
-`ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability. Two columns tell
-what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all images.
+`runs/held_out`, which `hold_out.py` writes, has rooms, streets and landscapes whose `json` also lists the names that
+the labels are complete for (`complete`). The number is fitted on both, which count equally. The tables are of
+`coco100`, `ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability.
+Two columns tell what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all
+images.
 """
 
 import io
@@ -43,8 +45,8 @@ EDGES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.001)
 
 def labelled(folder: Path, names: Sequence[str]) -> Iterator[tuple[Image.Image, np.ndarray]]:
     """
-    Yields the images of shards and what is known of each name, (K,): 1 if it is shown, 0 if not, NaN if it is unknown. Where
-    the labels do not say what they are complete for, it is all names.
+    Yields the images of shards and what is known of each name, (K,): 1 if it is shown, 0 if not, NaN if it is unknown.
+    Where the labels do not say what they are complete for, it is all names.
     """
     for shard in sorted(folder.glob("*.tar")):
         with tarfile.open(shard) as files:
@@ -78,15 +80,18 @@ def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tupl
 
 
 def of_each_class(presence: np.ndarray, shown: np.ndarray) -> float:
-    """Returns the mean over classes of the AUC of a class over the images. Classes that all images or none show are left out."""
+    """
+    Returns the mean over classes of the AUC of a class over the images. Classes that all images or none show are left
+    out.
+    """
     classes = np.flatnonzero(shown.any(0) & ~shown.all(0))
     return float(np.mean([roc_auc_score(shown[:, one], presence[:, one]) for one in classes]))
 
 
 def fit(presences: Sequence[np.ndarray], shares: Sequence[float]) -> float:
     """
-    Returns what to add to the logit of presences so that their mean is, at the prior of each part, the share of its pairs
-    that is shown, on average over the parts.
+    Returns what to add to the logit of presences so that their mean is, at the prior of each part, the share of its
+    pairs that is shown, on average over the parts.
     """
     logits = [logit(presence.clip(1e-12, 1 - 1e-12)) for presence in presences]
 
@@ -113,7 +118,8 @@ def main():
         presences.append(presence[known])
         shares.append(shown[known].mean())
         print(
-            f"{folder.name}: {known.sum()} pairs, {shares[-1]:.3f} shown, alone {fit([presences[-1]], [shares[-1]]):+.3f}"
+            f"{folder.name}: {known.sum()} pairs, {shares[-1]:.3f} shown, alone "
+            f"{fit([presences[-1]], [shares[-1]]):+.3f}"
         )
     bias = fit(presences, shares)
     model.network.config.presence_bias += bias

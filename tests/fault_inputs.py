@@ -32,7 +32,9 @@ BY_FORMAT = {format: encoded(PHOTO, format) for format in ("JPEG", "PNG", "WEBP"
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes], bits: int = 8, kind: int = 2) -> bytes:
-    """A PNG whose header states a size that its content need not have, and bit depth and colour type, by default RGB."""
+    """
+    A PNG whose header states a size that its content need not have, and bit depth and colour type, by default RGB.
+    """
     header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
     parts = [b"\x89PNG\r\n\x1a\n"]
     for kind, data in ((b"IHDR", header), *chunks, (b"IEND", b"")):

@@ -6,8 +6,8 @@ import random
 
 def pairwise(factors: dict[str, list]) -> list[dict]:
     """
-    Rows with a value of each factor, so that any two values of two factors are together in a row. Takes the row that adds most
-    of these pairs, out of some that are drawn around a missing one. The same at each call.
+    Rows with a value of each factor, so that any two values of two factors are together in a row. Takes the row that
+    adds most of these pairs, out of some that are drawn around a missing one. The same at each call.
     """
     draws, names = random.Random(0), [*factors]
     columns = [range(len(values)) for values in factors.values()]

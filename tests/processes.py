@@ -1,4 +1,7 @@
-"""Scripts in processes of their own, forked from one that has imported the package, which takes most of the time of a new one."""
+"""
+Scripts in processes of their own, forked from one that has imported the package, which takes most of the time of a new
+one.
+"""
 
 import multiprocessing
 import os

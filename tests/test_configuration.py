@@ -54,6 +54,7 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("map_tokens", 8.5),
         ("recognition_pooling", "class_and_average"),
         ("map_atention", "none"),
+        ("projection_bias", True),  # of an earlier version; its biases would be dropped in silence
     ],
 )
 def test_bad_options_are_refused(option, value):

@@ -189,7 +189,7 @@ def test_images_in_one_batch_differ_in_what_is_prepared(tiny_processor, method, 
     """All texts or some, encoded or not: each as if it were alone."""
     engine = engine_of(sigmoid_model(), tiny_processor, method, image_size=size)
     prepared = [engine.prepare(IMAGES[0], text_indices=indices) for indices in (None, [1], None, [1])]
-    prepared[2:] = engine.encode_images(prepared[2:])
+    prepared[:2] = engine.encode_images(prepared[:2])
     together = list(engine.run(prepared, TEXTS, batch_size=4))
     for one, image in zip(together, prepared):
         (alone,) = engine.run([image], TEXTS)

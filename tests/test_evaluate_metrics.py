@@ -87,7 +87,9 @@ def output_of(process):
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory):
-    """A home into which the metrics were installed by another process, beside a broken script of an earlier version."""
+    """
+    A home into which the metrics were installed by another process, beside a broken script of an earlier version.
+    """
     home = tmp_path_factory.mktemp("home")
     stale = home / "modules" / "evaluate_modules" / "metrics" / "evaluate-metric--mmiou" / ("0" * 64)
     stale.mkdir(parents=True)

@@ -97,7 +97,9 @@ def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_process
 
 
 def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny_processor):
-    """In plain loops over pixels; the map of the first class alone is that of all classes for a method without text."""
+    """
+    In plain loops over pixels; the map of the first class alone is that of all classes for a method without text.
+    """
     model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
     dataset.stuff = (2,)
     result = evaluate_model(model, dataset, ["itsm", "attention"], progress=False)
@@ -120,7 +122,9 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
 
 
 def test_every_method_scores_its_maps_of_all_classes(labelled_folder, tiny_processor):
-    """Drawn for the shown classes alone where that saves time, they are those that a method gives when asked for all."""
+    """
+    Drawn for the shown classes alone where that saves time, they are those that a method gives when asked for all.
+    """
     model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
     result = evaluate_model((model, tiny_processor), dataset, list(METHODS), batch_size=3, progress=False)
     assert list(result.results) == list(METHODS)

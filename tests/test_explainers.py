@@ -1,4 +1,6 @@
-"""Explainers against slow independent implementations, on tiny random models of every family; images are never square."""
+"""
+Explainers against slow independent implementations, on tiny random models of every family; images are never square.
+"""
 
 import copy
 import itertools
@@ -143,7 +145,10 @@ def naflex(pixel_values):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_maps_of_both_branches(method, tiny_processor):
-    """With a share of the recognition branch, patches and texts are wider vectors, which every method that projects patches compares."""
+    """
+    With a share of the recognition branch, patches and texts are wider vectors, which every method that projects
+    patches compares.
+    """
     options = {"max_over": "similarity", "center_tokens": True, "recognition_pooling": "class_and_average"}
     found = []
     for share in (0.0, 0.4):
@@ -451,7 +456,9 @@ def test_gem_against_its_published_steps(made, iterations):
 
 @pytest.mark.parametrize("vision", ["vit", "dinov2", "dinov3_vit", "clip_vision_model"])
 def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
-    """With plain attention for the mix, and the MLPs added, the second stream would be the first: every part is in place."""
+    """
+    With plain attention for the mix, and the MLPs added, the second stream would be the first: every part is in place.
+    """
     family = make_explainer((tiny_model(vision), tiny_processor), "gem").model
     with torch.no_grad():
         image, (first, last) = family.trace(pixels(), -2, weights=True)

@@ -82,7 +82,9 @@ def test_curves_equal_those_of_plain_loops(tiny_processor):
 
 
 def test_rounding_errors_do_not_order_pixels():
-    """Of two bumps of one shape, and of a plateau, on a grid that is enlarged: mathematically, most pixels have an equal."""
+    """
+    Of two bumps of one shape, and of a plateau, on a grid that is enlarged: mathematically, most pixels have an equal.
+    """
     raw = torch.zeros(1, 8, 8)
     raw[0, 2, 2] = raw[0, 5, 5] = 1.0
     noise = torch.rand(raw.shape, generator=torch.Generator().manual_seed(0))
@@ -254,7 +256,8 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(roo
     seen = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
     metrics = [DeletionInsertion(steps=2, seed=3), MaxSensitivity(seed=3), Randomization(seed=3), PointingGame()]
     result = evaluate_model((model, tiny_processor), dataset, METHODS, metrics, batch_size=5, progress=False)
-    # The four images are encoded once, and by each of the three methods that run the tower; three of them show classes, six in all.
+    # The four images are encoded once, and by each of the three methods that run the tower; three of them show
+    # classes, six in all.
     assert sum(seen) == 4 * 4 + 3 * 6 * (11 + 3) + 3 * 2 + 4 * (6 * 4 + 3 * 2)
     for method in METHODS:
         by_metric = result.results[method]

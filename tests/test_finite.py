@@ -1,4 +1,6 @@
-"""Gradients are finite, whatever options, towers and parts that learn come together; a model that gives NaN is refused."""
+"""
+Gradients are finite, whatever options, towers and parts that learn come together; a model that gives NaN is refused.
+"""
 
 import pytest
 import torch

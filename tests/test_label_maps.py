@@ -74,7 +74,10 @@ def test_more_texts_than_16_bits_count():
 
 
 def segments_slowly(raw, size, presence, thresholds, background):
-    """Pixel by pixel: of the texts whose mask holds it, the one with the highest standardized map plus a tenth of its logit."""
+    """
+    Pixel by pixel: of the texts whose mask holds it, the one with the highest standardized map plus a tenth of its
+    logit.
+    """
     big = F.interpolate(raw[None].double(), size=size, mode="bicubic", align_corners=False)[0]
     low, high, mean, std = big.amin((1, 2)), big.amax((1, 2)), big.mean((1, 2)), big.std((1, 2), correction=0)
     found = torch.full(size, -1)
@@ -179,9 +182,16 @@ def test_templates_by_name(tiny_processor):
     assert len(set(IMAGENET_TEMPLATES)) == 80 and all(one.count("{}") == 1 for one in IMAGENET_TEMPLATES)
     # One of each group, as CLIP's authors write them.
     assert {
-        "a bad photo of a {}.", "a photo of the hard to see {}.", "itap of my {}.", "the origami {}.", "art of the {}.",
-        "a jpeg corrupted photo of the {}.", "a {} in a video game.", "a rendition of the {}.", "a photo of the {}.",
-    } < set(IMAGENET_TEMPLATES)  # fmt: skip
+        "a bad photo of a {}.",
+        "a photo of the hard to see {}.",
+        "itap of my {}.",
+        "the origami {}.",
+        "art of the {}.",
+        "a jpeg corrupted photo of the {}.",
+        "a {} in a video game.",
+        "a rendition of the {}.",
+        "a photo of the {}.",
+    } < set(IMAGENET_TEMPLATES)
     assert check_templates("imagenet") == check_templates(["imagenet"]) == list(IMAGENET_TEMPLATES)
     batch = tiny_processor(labels=["dog", "cat"], templates="imagenet")
     assert batch["num_templates"] == 80 and len(batch["input_ids"]) == 160

@@ -77,7 +77,7 @@ def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):
         load("org/clip")
 
 
-# ------------------------------------------------------------------------------------------- whole folders, and nothing else
+# ------------------------------------------------------------------------------------- whole folders, and nothing else
 
 
 def copied(world, folder, **edits):
@@ -95,7 +95,9 @@ def words(count: int, first: str = "a photo of dog [PAD] [UNK] [CLS] [SEP] [MASK
 
 @pytest.mark.parametrize("count", [0, 40, 1000])
 def test_a_tokenizer_fits_its_text_tower(world, tmp_path, count):
-    """One without words is what transformers makes of a folder that lacks tokenizer.json; the others are of other models."""
+    """
+    One without words is what transformers makes of a folder that lacks tokenizer.json; the others are of other models.
+    """
     folder = copied(world, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     if count:
@@ -166,7 +168,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
     assert cli.main(command) == 0 and (tmp_path / "out.png").is_file()
 
 
-# ------------------------------------------------------------------------------------------- devices, sizes, processors
+# ------------------------------------------------------------------------------------------ devices, sizes, processors
 
 
 @pytest.mark.parametrize(("cuda", "mps", "expected"), [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])

@@ -50,7 +50,9 @@ def test_half_precision_logits_lose_nothing_in_the_loss():
 
 
 def test_texts_compete_for_patches_by_hand():
-    """A patch is shared by all texts; the shares of an image's texts count by its prior; an image without texts counts 0."""
+    """
+    A patch is shared by all texts; the shares of an image's texts count by its prior; an image without texts counts 0.
+    """
     generator = torch.Generator().manual_seed(3)
     logits, prior = torch.randn(3, 4, 5, generator=generator) * 3, torch.rand(3, 4, 5, generator=generator)
     positives = torch.tensor([[True, False, True, False, False], [False] * 5, [False, True, False, False, False]])

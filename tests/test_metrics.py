@@ -199,7 +199,9 @@ def test_contrast_needs_masks_of_the_size_of_the_maps(shape):
 
 
 def test_the_lowest_of_thresholds_that_differ_by_rounding_alone():
-    """IoUs of three images: 0.3, 0.2 and 0.1 up to a threshold of 0.5, then 0.1, 0.2 and 0.3, whose sum is rounded up."""
+    """
+    IoUs of three images: 0.3, 0.2 and 0.1 up to a threshold of 0.5, then 0.1, 0.2 and 0.3, whose sum is rounded up.
+    """
     assert 0.1 + 0.2 + 0.3 > 0.3 + 0.2 + 0.1
     metric, low = MeanMaxIoU(), np.arange(102) <= 51
     for background, foreground in ((0, np.where(low, 3, 1)), (0, 2), (np.where(low, 20, 0), 3)):
@@ -468,7 +470,8 @@ def test_the_floor_of_miou_is_the_best_map_of_one_class_over_the_classes_that_ar
 
 def test_label_maps_by_hand_without_void_pixels():
     metric = LabelMaps(ignore_index=9)
-    # Of two shown classes the first has two of three pixels and one too many; the second, whose pixels are partly void, has none.
+    # Of two shown classes the first has two of three pixels and one too many; the second, whose pixels are partly
+    # void, has none.
     metric.update(torch.tensor([[0, 0, -1, 0, 2, 0]]), np.array([[[5, 5, 5, 0, 0, 0]], [[0, 0, 0, 6, 6, 9]]]), [5, 6])
     assert metric.compute() == pytest.approx(
         {"iou": 100 * (2 / 4 + 0) / 2, "absent": 20.0, "kept": 50.0, "classes": 2, "images": 1}

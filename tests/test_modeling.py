@@ -197,7 +197,10 @@ def maps_with(model, map_attention):
 
 
 def test_attention_on_tokens_cancels_in_the_map():
-    """A positive factor of a token is undone by the token's normalisation, so Eq. 12 to the letter would leave the map as it is."""
+    """
+    A positive factor of a token is undone by the token's normalisation, so Eq. 12 to the letter would leave the map as
+    it is.
+    """
     model, tokens = tiny_model(), torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     attention = torch.tensor([0.01, 0.2, 0.5, 0.9, 1.0]).unsqueeze(1)
     with torch.no_grad():
@@ -207,8 +210,8 @@ def test_attention_on_tokens_cancels_in_the_map():
 
 def test_signed_attention_raises_objects_and_lowers_the_background():
     """
-    The formula by hand. What a cosine has above the mean, of 1 / 20 at most, is added once more with the stretched attention times the
-    text's weight in [-1, 1]; what is below counts a tenth.
+    The formula by hand. What a cosine has above the mean, of 1 / 20 at most, is added once more with the stretched
+    attention times the text's weight in [-1, 1]; what is below counts a tenth.
     """
     model = tiny_model(map_attention="signed")
     with torch.no_grad():
@@ -560,7 +563,10 @@ def test_the_zero_shot_pipeline_scores_as_the_processor_with_siglip(tmp_path, ti
 
 
 def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path):
-    """Hidden layers beside the projections, the share of the recognition branch in the map, and the presence, patch by patch."""
+    """
+    Hidden layers beside the projections, the share of the recognition branch in the map, and the presence, patch by
+    patch.
+    """
     share = 0.3
     options = {
         "max_over": "similarity",

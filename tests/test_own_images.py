@@ -54,7 +54,9 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
 
 
 def test_captions_of_one_image_are_counted_together(tmp_path):
-    """Images with one to six captions: the part that is held out is not a tenth of the pairs, and no batch is too large."""
+    """
+    Images with one to six captions: the part that is held out is not a tenth of the pairs, and no batch is too large.
+    """
     table = write_table(tmp_path, 21)
     rows = [f"{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
     table.write_text("\n".join(["image,caption", *rows, ""]))
@@ -114,10 +116,17 @@ def test_bad_data_is_one_sentence(tmp_path, capsys):
     for content, shown in (
         ("image,caption\n0.png,a dog\n", "this has 1"),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "'a dog'"),
-        ("image,caption\nx.png,a dog\ny.png,a cat\n", f"2 of the 2 pairs looked at have no image or no caption. The first: {tmp_path}/x.png: there is no such image"),
-        ("image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n", f"1 of the 3 pairs looked at have no image or no caption. The first: {table}, row 2: no caption."),
+        (
+            "image,caption\nx.png,a dog\ny.png,a cat\n",
+            f"2 of the 2 pairs looked at have no image or no caption. The first: {tmp_path}/x.png: "
+            "there is no such image",
+        ),
+        (
+            "image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n",
+            f"1 of the 3 pairs looked at have no image or no caption. The first: {table}, row 2: no caption.",
+        ),
         ("image,caption\n0.png,a dog, a cat\n1.png,a cat\n", "pairs.csv, line 2: "),
-    ):  # fmt: skip
+    ):
         table.write_text(content)
         assert shown in said([table], capsys)
     two = write_table(tmp_path, 2).rename(tmp_path / "two.csv")
@@ -229,7 +238,8 @@ def test_the_choice_is_over_all_metrics():
     mixed = state_of(before, {"val_loss": loss - 0.5, "text_to_image": np.where(np.arange(15) > 0, 100.0, 0.0)})
     assert not mixed.regressed and not kept_initial_model(settings, mixed)
     assert state_of({"val_loss": loss}, {"val_loss": loss + 0.1}).regressed == ["val_loss"]
-    # On a few pairs, nothing can be told: the best metric alone decides, and a model that is not changed is not pushed.
+    # On a few pairs, nothing can be told: the best metric alone decides, and a model that is not changed is not
+    # pushed.
     few = {name: values[:9] for name, values in before.items()}
     kept = state_of(few, {"val_loss": loss[:9] - 0.5, "text_to_image": np.zeros(9)})
     assert not kept.regressed and not kept_initial_model(settings, kept)

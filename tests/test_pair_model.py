@@ -56,7 +56,9 @@ def test_patches_without_attention_have_a_twentieth_of_the_largest(attention, se
 
 
 def test_even_patches_cover_each_row_and_column():
-    """Of 16 x 16 patches every second row, and in them the even columns and the odd ones in turn; of others, 8 rows too."""
+    """
+    Of 16 x 16 patches every second row, and in them the even columns and the odd ones in turn; of others, 8 rows too.
+    """
     rows, columns = even_patches((16, 16)).view(8, 8) // 16, even_patches((16, 16)).view(8, 8) % 16
     assert rows[:, 0].tolist() == [1, 3, 5, 7, 9, 11, 13, 15] and (rows == rows[:, :1]).all()
     assert columns[0].tolist() == [0, 2, 4, 6, 8, 10, 12, 14] and columns[1].tolist() == [1, 3, 5, 7, 9, 11, 13, 15]
@@ -242,7 +244,10 @@ def test_noun_prompts_teach_the_recognition_branch():
 
 
 def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
-    """Against plain loops: what is shown or known to be absent counts 1, anything else its weight; captions keep the softmax."""
+    """
+    Against plain loops: what is shown or known to be absent counts 1, anything else its weight; captions keep the
+    softmax.
+    """
     model, batch = tiny_model(logit_bias_init_value=-1.5, max_over="similarity"), tiny_inputs(3, 9)
     noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
     nouns = {
@@ -274,7 +279,9 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
 
 
 def test_nouns_of_the_background_compete_for_patches_without_attention():
-    """Against plain sums over patches: priors, the competition of a share of the loss, and the attention's direction."""
+    """
+    Against plain sums over patches: priors, the competition of a share of the loss, and the attention's direction.
+    """
     options = {"max_over": "similarity", "map_attention": "signed"}
     model, batch = tiny_model(**options), tiny_inputs(3, 7)
     noun_labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.uint8)

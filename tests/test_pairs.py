@@ -491,7 +491,10 @@ def test_sampled_captions(tmp_path):
 
 
 def test_fingerprint_is_of_content(tmp_path):
-    """Whatever keeps its name, size and time: a shard with another caption in its padding, an image that a table or rows name."""
+    """
+    Whatever keeps its name, size and time: a shard with another caption in its padding, an image that a table or rows
+    name.
+    """
     (shard,) = write_shards(tmp_path / "a", 4, shards=1).iterdir()
     (tmp_path / "p.csv").write_text("image,caption\n0.png,dog\nabsent.png,cat\n\0.png,cat\n,cat\n")
     rows = {"image": ["0.png", "absent.png", None], "caption": ["dog", "cat", "cow"]}

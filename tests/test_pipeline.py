@@ -162,7 +162,8 @@ def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(pip
     forwards = recorded(pipe.model, "get_image_features", lambda pixels, **options: len(pixels))
     for answers, others in zip(pipe(images, LABELS, batch_size=batch_size, **options), expected, strict=True):
         assert_same(answers, others)
-    # Twice for images that the model sees at another size than its own, for maps and for scores; the last shape is its own.
+    # Twice for images that the model sees at another size than its own, for maps and for scores; the last shape is its
+    # own.
     assert forwards == ([2, 2, 1, 1, 1] if batch_size == 4 else [1] * 7)
 
 

@@ -83,7 +83,9 @@ def test_pooled_similarities_stay_precise_under_autocast(learning):
 
 @pytest.mark.parametrize("sharpness", [10.0, 1000.0])  # exp(1000) is infinite
 def test_the_gradient_of_pooled_similarities_is_that_of_the_formula(sharpness):
-    """300 x 5 x 200 similarities take several parts; one image has a patch without attention, one no attention at all."""
+    """
+    300 x 5 x 200 similarities take several parts; one image has a patch without attention, one no attention at all.
+    """
     draws = torch.Generator().manual_seed(0)
     attention = torch.rand(300, 5, generator=draws)
     attention[0, 1], attention[1] = 0, 0

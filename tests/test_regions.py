@@ -74,7 +74,10 @@ def test_regions_are_the_parts_of_a_flood_fill(seed):
 @pytest.mark.parametrize(("height", "side"), [(26, 3), (34, 4)])
 @pytest.mark.parametrize("seed", range(5))
 def test_negative_points_are_those_of_a_slow_search(seed, height, side):
-    """Means over squares with repeated edges; the lowest, then the lowest of those at least a quarter of the height away, and so on."""
+    """
+    Means over squares with repeated edges; the lowest, then the lowest of those at least a quarter of the height away,
+    and so on.
+    """
     heatmap, mask = random_maps(seed, (height, 37))
     padded = np.pad(heatmap.astype(np.float64), (side // 2, (side - 1) // 2), mode="edge")
     places = [(x, y) for y in range(height) for x in range(37) if not mask[y, x]]

@@ -62,14 +62,18 @@ def other_image(file: Path) -> None:
 
 CHANGES = {
     "pooling": ("towers", "configuration", lambda f: edit_json(f / "settings", CONFIG, "pooling", to="max")),
-    "tower": ("towers", "weights", lambda f: edit((m := f / "vision" / "model.safetensors"), m.read_bytes()[-8:], b"\0" * 8)),
+    "tower": (
+        "towers",
+        "weights",
+        lambda f: edit((m := f / "vision" / "model.safetensors"), m.read_bytes()[-8:], b"\0" * 8),
+    ),
     "words": ("towers", "tokenizer", lambda f: edit_json(f / "text", "tokenizer.json", "model", "vocab", to=swapped)),
     "weights of the model": ("model", "weights", lambda f: edit_weights(f / "model", lambda weight: weight + 1)),
     "an image": ("model", "data", lambda f: other_image(f / "pairs" / "3.bmp")),
     "a caption": ("model", "data", lambda f: edit(f / "pairs" / "pairs.csv", b"ball", b"wall")),
     "a held-out image": ("model", "validation_data", lambda f: other_image(f / "held_out" / "0.bmp")),
     "nouns": ("model", "nouns", lambda f: edit(f / "nouns.txt", b"cat", b"car")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)

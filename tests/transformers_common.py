@@ -1,8 +1,9 @@
 """
 Transformers' own common tests of a model, on ICLIP with every pair of towers, and of a processor.
 
-`make test-transformers` runs them: the tests come from the source distribution of the installed version, fetched by pip into
-`runs/`. What fails by design stands in `BY_DESIGN` with its reason, and must fail: the list stays short and true.
+`make test-transformers` runs them: the tests come from the source distribution of the installed version, fetched by
+pip into `runs/`. What fails by design stands in `BY_DESIGN` with its reason, and must fail: the list stays short and
+true.
 """
 
 import itertools
@@ -80,13 +81,15 @@ class Tester:
 
 
 BY_DESIGN = {
-    "test_can_set_attention_dynamically": "the image tower's fused attention is its own, which returns the class token's row",
+    "test_can_set_attention_dynamically": "the image tower's fused attention is its own, which returns the class "
+    "token's row",
     "test_can_set_attention_dynamically_composite_model": "the same",
     "test_sdpa_can_dispatch_composite_models": "the same",
     "test_hidden_states_output": "hidden states are those of a tower, in the outputs of either side",
     "test_attention_outputs": "and so are attentions",
     "test_retain_grad_hidden_states_attentions": "and so are attentions",
-    "test_model_weights_reload_no_missing_tied_weights": "a folder that lacks weights is refused, and not filled with random ones",
+    "test_model_weights_reload_no_missing_tied_weights": "a folder that lacks weights is refused, and not filled with "
+    "random ones",
 }
 BY_DESIGN_OF_SIGLIP = dict.fromkeys(
     ("test_get_text_features_output_0", "test_get_text_features_output_2"),
@@ -127,7 +130,8 @@ for vision, text in itertools.product(VISION, TEXT):
 
 
 PROCESSOR_BY_DESIGN = {
-    "test_subprocessor_defaults_preserved_by_kwargs_0_images": "texts are padded and cut as the processor says, not the tokenizer",
+    "test_subprocessor_defaults_preserved_by_kwargs_0_images": "texts are padded and cut as the processor says, not "
+    "the tokenizer",
     "test_call_arguments_not_in_attributes": "`templates` replaces the processor's own in one call",
 }
 

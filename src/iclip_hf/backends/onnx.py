@@ -41,8 +41,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
       `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the
       `map_attention` `(B, N)` in [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` of K prompts of
-      each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"` to
-      the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
+      each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"`
+      to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
     `patch_embeds` and `map_text_embeds` have 2 P numbers with a `recognition_share`.
@@ -96,7 +96,8 @@ class ONNXModel:
         folder: written by [`export_onnx`].
 
     Raises:
-        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
+        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing, damaged, or of an earlier
+            version.
     """
 
     similarity_maps, presence = ICLIPModel.similarity_maps, ICLIPModel.presence
@@ -116,6 +117,8 @@ class ONNXModel:
                 onnxruntime.InferenceSession(Path(folder, name), providers=providers)
                 for name in (VISION_FILE, TEXT_FILE)
             )
+        if len(self._text.get_inputs()[0].shape) != 3:
+            raise ValueError(f"{folder}: its {TEXT_FILE} is of an earlier version; export the model again.")
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """

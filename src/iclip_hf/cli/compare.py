@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..model.presence import presence_text
 from ..utils.files import new_file
-from .inputs import load_image, load_model
+from .inputs import load_model, load_named_image
 from .options import DATASET, MODEL, PROMPTS, add_shared
 from .output import PICTURES, check_file, model_files, name_for, print_lines, resolution, save_picture, table
 
@@ -121,7 +121,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return load_image(options.image), {}, options.templates
+        return load_named_image(options.image), {}, options.templates
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}

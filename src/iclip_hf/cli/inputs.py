@@ -34,7 +34,7 @@ def silence_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_image(name: str) -> Image.Image:
+def load_named_image(name: str) -> Image.Image:
     """Loads the image of a path or a URL. Raises as [`iclip_hf.model.images.load_image`]."""
     from ..model import images
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ..explainers import METHODS
 from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
-from .inputs import image_names, load_image, load_model
+from .inputs import image_names, load_model, load_named_image
 from .options import MODEL, PROMPTS, add_shared, method, share
 from .output import (
     PICTURES,
@@ -95,7 +95,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     def read(path: str) -> tuple[str, PreparedImage | None]:
         """Returns the name of an image and what the engine takes, or why it cannot be read and None."""
         try:
-            return path, engine.prepare(load_image(path))
+            return path, engine.prepare(load_named_image(path))
         except (ValueError, OSError) as error:
             return " ".join(str(error).split()), None
 

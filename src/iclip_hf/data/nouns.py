@@ -39,7 +39,8 @@ def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
 
 class ImageNouns(NamedTuple):
     """
-    What is known of the nouns of an image, as sorted indices in the vocabulary. Whether it shows the others is unknown.
+    What is known of the nouns of an image, as sorted indices in the vocabulary. Whether it shows the others is
+    unknown.
 
     Attributes:
         shown: nouns of its labels, and those that its captions name and complete labels do not deny.
@@ -57,9 +58,10 @@ class NounPrompts:
     Samples noun prompts for images. The prompts depend only on (seed, epoch, captions, nouns shown).
 
     Args:
-        nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind or below
-            objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most others: "sky (background) (above)",
-            "floor (background) (below)". A number, "(3)", is how many training photographs show the noun, without
+        nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind
+            or below objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most
+            others: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is how many training
+                photographs show the noun, without
             effect on prompts.
         count: number of prompts for each image.
         seed: seed of the prompts.
@@ -100,15 +102,16 @@ class NounPrompts:
 
     def sentences(self, captions: Sequence[str]) -> Sequence[str]:
         """
-        Returns the captions that are no noun prompts, such as "a photo of an oven", whose noun the noun loss has anyway. If there are
-        no others, returns all.
+        Returns the captions that are no noun prompts, such as "a photo of an oven", whose noun the noun loss has
+        anyway. If there are no others, returns all.
         """
         return [caption for caption in captions if caption.replace(" an ", " a ") not in self._prompts] or captions
 
     def nouns_in(self, caption: str, phrases: Collection[str] = ()) -> set[int]:
         """
-        Returns the indices of the nouns that a caption names, in the singular or plural. A longer noun takes its words: a hot dog is no
-        dog, and "laptop computer" no laptop. Of two that share a word, the one to the right takes it: a "city bus stop" is a bus stop.
+        Returns the indices of the nouns that a caption names, in the singular or plural. A longer noun takes its
+        words: a hot dog is no dog, and "laptop computer" no laptop. Of two that share a word, the one to the right
+        takes it: a "city bus stop" is a bus stop.
 
         Args:
             caption: the text.
@@ -130,9 +133,9 @@ class NounPrompts:
         self, captions: Sequence[str], labels: Sequence[str] = (), complete: Sequence[str] = ()
     ) -> ImageNouns:
         """
-        Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.sources.PairTexts`]. Labels precede captions: a noun
-        that a caption names and complete labels deny is unknown. Names of several words take theirs in captions, also if they are not in
-        the vocabulary.
+        Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.sources.PairTexts`]. Labels
+        precede captions: a noun that a caption names and complete labels deny is unknown. Names of several words take
+        theirs in captions, also if they are not in the vocabulary.
         """
         labelled, listed = ({" ".join(_words(name)) for name in names} for names in (labels, complete))
         others = (name for name in labelled | listed if " " in name and name not in self._by_form)
@@ -143,7 +146,9 @@ class NounPrompts:
         return ImageNouns(sorted(shown | named - denied), sorted(denied - named), captions)
 
     def unknown_labels(self, texts: PairTexts) -> set[str]:
-        """Returns the labels of an image that are neither in its `complete` nor in the vocabulary, and so teach nothing."""
+        """
+        Returns the labels of an image that are neither in its `complete` nor in the vocabulary, and so teach nothing.
+        """
         known = {_words(name) for name in texts.complete}
         return {
             name for name in texts.labels if " ".join(_words(name)) not in self._by_form and _words(name) not in known
@@ -154,10 +159,10 @@ class NounPrompts:
         Samples prompts for B images.
 
         Returns:
-            `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their nouns,
-            `is_background` (B * count,), 1 for those of the background, `place` (B * count,), -1 for those above, 1 for those below, else
-            0, and `noun_labels` (B, vocabulary), 1 for the nouns that an image shows, -1 for those that it is known not to show, else 0.
-            An image without nouns gets random prompts.
+            `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their
+            nouns, `is_background` (B * count,), 1 for those of the background, `place` (B * count,), -1 for those
+            above, 1 for those below, else 0, and `noun_labels` (B, vocabulary), 1 for the nouns that an image shows,
+            -1 for those that it is known not to show, else 0. An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)

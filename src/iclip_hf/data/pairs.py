@@ -1,9 +1,9 @@
 """
 Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
-Local images are neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One pass finds the
-ranges, and one array holds them, so any sampler can shuffle, split and resume exactly. Neither this module nor `sources` imports
-torch, so that data can be checked before a run.
+Local images are neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One
+pass finds the ranges, and one array holds them, so any sampler can shuffle, split and resume exactly. Neither this
+module nor `sources` imports torch, so that data can be checked before a run.
 """
 
 from __future__ import annotations
@@ -58,14 +58,15 @@ class PairDataset:
     - `key` (`str`): name of the pair in its source.
     - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
 
-    A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The choice depends
-    only on seed, epoch and index. `read` returns pairs without replacement. The data set can be pickled.
+    A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The
+    choice depends only on seed, epoch and index. `read` returns pairs without replacement. The data set can be
+    pickled.
 
     Args:
         sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
-        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this process read.
-            Loading processes count for themselves; `tally` of a data set can count what they read.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this
+            process read. Loading processes count for themselves; `tally` of a data set can count what they read.
 
     Raises:
         `ValueError`: there are no pairs. During access, too many pairs are bad.
@@ -153,8 +154,9 @@ class PairDataset:
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same. Pairs of one image stay together, also those of copies of its file or
-        of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the images, rounded up.
+        Splits off a part of the pairs, which is always the same. Pairs of one image stay together, also those of
+        copies of its file or of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the
+        images, rounded up.
 
         Returns:
             `tuple`: the other pairs, and the part, in which a pair of a repeated source is contained once.
@@ -177,8 +179,8 @@ class PairDataset:
 
     def readable(self) -> PairDataset:
         """
-        Returns the pairs that can be read, for measurements, in which a pair must not be replaced by another. Reads all pairs, and logs the
-        others.
+        Returns the pairs that can be read, for measurements, in which a pair must not be replaced by another. Reads
+        all pairs, and logs the others.
 
         Raises:
             `ValueError`: none can be read, or too many cannot.
@@ -201,16 +203,16 @@ class PairDataset:
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
-        Returns the pairs without the repetitions of sources that are named several times, in order, and for each pair its row among them,
-        `(N,)`.
+        Returns the pairs without the repetitions of sources that are named several times, in order, and for each pair
+        its row among them, `(N,)`.
         """
         ranges, rows = np.unique(self._ranges, axis=0, return_inverse=True)
         return copy(self)._select(ranges), rows.reshape(-1)
 
     def image_digests(self) -> list[bytes]:
         """
-        Returns a digest of the encoded image of each pair, which pairs of one image share. Reads all images that were opened, for all parts
-        once, and in other processes only after a change of a file.
+        Returns a digest of the encoded image of each pair, which pairs of one image share. Reads all images that were
+        opened, for all parts once, and in other processes only after a change of a file.
         """
         # A part has the rows of the opened pairs.
         ranges, rows = np.unique(np.concatenate([self._opened, self._ranges]), axis=0, return_inverse=True)
@@ -263,8 +265,9 @@ class PairDataset:
 
     def fingerprint(self) -> str:
         """
-        Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images that tables name,
-        and the names of the columns. Of more than a gigabyte, names, sizes and modification times of the files stand for the content.
+        Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images
+        that tables name, and the names of the columns. Of more than a gigabyte, names, sizes and modification times of
+        the files stand for the content.
         """
         digest, read = hashlib.sha256(self._ranges[:, 1:].tobytes()), total_size(self.files()) <= LARGE
         for source, _, images in self._by_source():
@@ -288,28 +291,29 @@ def load_pairs(
     """
     Opens image-text pairs for training. A source is one of these, or a list of local ones:
 
-    - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of shards, or a
-      pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text,
-      else `caption` in the JSON.
-    - An image folder with `metadata.jsonl` or `metadata.csv`, or such a file. Each line has one of `sources.IMAGE_COLUMNS`, a
-      path relative to the file, and one of `sources.CAPTION_COLUMNS`.
-    - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal, also "null".
-      Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
+    - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of
+      shards, or a pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in
+      the JSON, else the text, else `caption` in the JSON.
+    - An image folder with `metadata.jsonl` or `metadata.csv`, or such a file. Each line has one of
+      `sources.IMAGE_COLUMNS`, a path relative to the file, and one of `sources.CAPTION_COLUMNS`.
+    - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal,
+      also "null". Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
     - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
     - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
-    A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these labels are complete
-    for, as a list or as the name of one of [`~iclip_hf.data.class_names.CLASS_NAMES`].
+    A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these
+    labels are complete for, as a list or as the name of one of [`~iclip_hf.data.class_names.CLASS_NAMES`].
 
     Args:
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
         image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
         streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.
         seed (`int`, defaults to 0): seed of the sampled captions and of the order of a stream.
-        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no caption).
-        rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is split by its
-            sampler.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no
+            caption).
+        rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is
+            split by its sampler.
 
     Returns:
         [`PairDataset`], or [`PairStream`] for a streamed Hub dataset.

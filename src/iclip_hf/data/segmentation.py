@@ -2,8 +2,8 @@
 Segmentation data sets with one type of samples: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes, CamVid or a
 folder of index masks.
 
-Class ids are 1..K in the order of `class_names`. 0 is background. Void pixels, which are ignored, are the highest value of the masks'
-type: 255 of uint8, or 65535 of uint16, which more than 254 classes need.
+Class ids are 1..K in the order of `class_names`. 0 is background. Void pixels, which are ignored, are the highest
+value of the masks' type: 255 of uint8, or 65535 of uint16, which more than 254 classes need.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class SegmentationSample:
         image (`PIL.Image.Image`): image of mode "RGB".
         size (`tuple[int, int]`): height and width of image and masks in pixels.
         labels (`tuple[int, ...]`): ids of the classes in the image, ascending, without background and void.
-        label_map (`np.ndarray` of shape `(H, W)`): uint8, the class id of each pixel, 0 for background, `void` for ignored pixels;
-            uint16 if K > 254.
+        label_map (`np.ndarray` of shape `(H, W)`): uint8, the class id of each pixel, 0 for background, `void` for
+            ignored pixels; uint16 if K > 254.
         void (`int`): value of ignored pixels, 255; 65535 if K > 254.
     """
 
@@ -81,15 +81,16 @@ class SegmentationSample:
         image = load_image(self.image_path)
         if (image.height, image.width) != self.size:
             raise ValueError(
-                f"{self.image_path}: this image has {image.height}x{image.width} pixels (height x width), and its masks have "
-                f"{self.size[0]}x{self.size[1]}; use the image that was annotated."
+                f"{self.image_path}: this image has {image.height}x{image.width} pixels (height x width), and its "
+                f"masks have {self.size[0]}x{self.size[1]}; use the image that was annotated."
             )
         return image
 
     def mask(self, label: int) -> np.ndarray:
         """
-        Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of `label_map`, `label` on
-        the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError` if the file is not as described.
+        Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of
+        `label_map`, `label` on the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError`
+        if the file is not as described.
         """
         raise NotImplementedError
 
@@ -117,11 +118,13 @@ class _IndexSample(SegmentationSample):
         image = open_image(self.mask_path)
         if image.format != "PNG":  # others may be lossy, which changes ids at edges
             raise ValueError(
-                f"{self.mask_path}: a mask is a PNG, and this is a {image.format} in spite of its name; save the class ids again."
+                f"{self.mask_path}: a mask is a PNG, and this is a {image.format} in spite of its name; save the "
+                "class ids again."
             )
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
-                f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode {image.mode!r}; save class "
+                f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode "
+                f"{image.mode!r}; save class "
                 "ids, not colours."
             )
         values = np.asarray(upright(image)).astype(np.uint8)
@@ -131,7 +134,8 @@ class _IndexSample(SegmentationSample):
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         if unknown := present[self.table[present] == _UNKNOWN].tolist():
             raise ValueError(
-                f"{self.mask_path}: the data set has no classes with the ids {unknown}; correct the mask or the list of classes."
+                f"{self.mask_path}: the data set has no classes with the ids {unknown}; correct the mask or the list "
+                "of classes."
             )
         return self.table.astype(np.uint8)[values]
 
@@ -141,8 +145,8 @@ class _COCOSample(SegmentationSample):
     """
     A sample with COCO instances. The mask of a class is the union of its instances. Classes can overlap.
 
-    Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `labels`, but its mask has no
-    foreground.
+    Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `labels`, but its mask
+    has no foreground.
     """
 
     size: tuple[int, int]
@@ -179,15 +183,17 @@ class _COCOSample(SegmentationSample):
             return _decode_segmentation(annotation["segmentation"], *self.size)
         except Exception as error:  # pycocotools also raises plain `Exception`
             raise ValueError(
-                f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name} has no polygons or run lengths of "
-                f"{self.size[0]}x{self.size[1]} pixels (height x width), the stated size of the image: {error}."
+                f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name} has no polygons or "
+                f"run lengths of {self.size[0]}x{self.size[1]} pixels (height x width), the stated size of the image: "
+                f"{error}."
             ) from error
 
 
 def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) -> np.ndarray:
     """
-    Decodes a list of polygons [x1, y1, x2, y2, ...], or run lengths in column-major order, to `(height, width)` boolean. Raises
-    `ValueError`, `TypeError` or `KeyError` for others, of which pycocotools would decode undefined memory.
+    Decodes a list of polygons [x1, y1, x2, y2, ...], or run lengths in column-major order, to `(height, width)`
+    boolean. Raises `ValueError`, `TypeError` or `KeyError` for others, of which pycocotools would decode undefined
+    memory.
     """
     if isinstance(segmentation, list):
         polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
@@ -211,8 +217,9 @@ def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) 
 
 def _decompress_runs(text: str | bytes) -> list[int]:
     """
-    Decodes COCO's compressed run lengths. A number has 5 bits in each character, the lowest first, in two's complement; bit 6 says that
-    another character follows. From the fourth on, a number is the difference to the last but one.
+    Decodes COCO's compressed run lengths. A number has 5 bits in each character, the lowest first, in two's
+    complement; bit 6 says that another character follows. From the fourth on, a number is the difference to the last
+    but one.
     """
     runs, value, shift = [], 0, 0
     for character in text.encode() if isinstance(text, str) else text:
@@ -234,8 +241,8 @@ def _pycocotools_mask() -> ModuleType:
 
 class SegmentationDataset(Sequence):
     """
-    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet; a slice returns a
-    data set of these samples.
+    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet; a
+    slice returns a data set of these samples.
 
     Attributes:
         name (`str`): name of the data set.
@@ -244,15 +251,17 @@ class SegmentationDataset(Sequence):
         synonyms (`tuple[tuple[str, ...], ...]`): all names of each class.
         class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
-        stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others are things. None
-            if the data set does not tell them apart, as Pascal Context and folders.
-        supercategories (`tuple[str, ...]`, *optional*): that of each class, from COCO's files of instances; None in other data sets.
+        stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others
+            are things. None if the data set does not tell them apart, as Pascal Context and folders.
+        supercategories (`tuple[str, ...]`, *optional*): that of each class, from COCO's files of instances; None in
+            other data sets.
         void (`int`): value of ignored pixels in masks, 255; 65535 if K > 254.
         background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
         background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
         annotation_paths (`Sequence[Path]`): the files that hold masks and lists of classes.
-        templates (`tuple[str, ...]`): prompt templates, each with one "{}": "a photo of the {}" for `"voc2012"`, `"coco2017"` and
-            `"folder"`, CLIP's 80 templates of ImageNet for the data sets of open-vocabulary segmentation.
+        templates (`tuple[str, ...]`): prompt templates, each with one "{}": "a photo of the {}" for `"voc2012"`,
+            `"coco2017"` and `"folder"`, CLIP's 80 templates of ImageNet for the data sets of open-vocabulary
+            segmentation.
     """
 
     def __init__(
@@ -304,8 +313,8 @@ class SegmentationDataset(Sequence):
 
     def fingerprint(self) -> str:
         """
-        Returns a digest, 16 hex digits, over names and content of images and annotations. Of more than a gigabyte, sizes and modification
-        times of the files stand for the content.
+        Returns a digest, 16 hex digits, over names and content of images and annotations. Of more than a gigabyte,
+        sizes and modification times of the files stand for the content.
         """
         return content_digest(self.files, read=total_size(self.files) <= LARGE)
 
@@ -320,20 +329,22 @@ def load_segmentation(
     Opens a segmentation data set for evaluation.
 
     Args:
-        name (`str`): one of [`~iclip_hf.data.class_names.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes their files.
+        name (`str`): one of [`~iclip_hf.data.class_names.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes
+            their files.
         root (`str` or `os.PathLike`): folder of the data set.
         split (`str`, *optional*): split of the data set; the default split if not given.
-        overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a JSON or YAML
-            file, with optional keys: `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky",
-            "wall"], "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms
+        overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a
+            JSON or YAML file, with optional keys:
+            `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky", "wall"],
+            "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms
             separated by commas; if the data set has a background, a line with its texts can come first.
 
     Returns:
         [`SegmentationDataset`].
 
     Raises:
-        `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The content of
-        images and masks is checked when they are decoded.
+        `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The
+        content of images and masks is checked when they are decoded.
     """
     if name not in _LAYOUTS:
         raise ValueError(f"{name!r} is none of the data sets {', '.join(_LAYOUTS)}.")
@@ -356,16 +367,19 @@ class _Layout(NamedTuple):
     Files and mask values of a data set.
 
     Attributes:
-        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that finds files. `*` is
-            the same in both files of a pair. If the pattern of images ends with `*`, every image needs a mask, and its format is free.
-            Otherwise every mask needs an image, and an image without a mask is left out.
+        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that
+            finds files. `*` is the same in both files of a pair. If the pattern of images ends with `*`, every image
+            needs a mask, and its format is free. Otherwise every mask needs an image, and an image without a mask is
+            left out.
         classes: the names, by id; None if `classes.txt` holds them.
         split: the default.
         lists: pattern of the file that names the pairs, where the folders hold others too.
         instances: whether COCO's file of instances is read if there are no masks.
-        values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others are errors.
+        values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others
+            are errors.
         stuff: classes without instances; None if the data set does not tell.
-        templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on segmentation do.
+        templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on
+            segmentation do.
     """
 
     images: str
@@ -398,7 +412,8 @@ _CONTEXT = _Layout(
     stuff=None,
 )
 _WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are not used.
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are
+# not used.
 _STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
 _COCO_STUFF = _Layout(
     "{images/,}<split>/*.jpg",
@@ -471,8 +486,8 @@ def _alternatives(pattern: str, split: str | None) -> list[str]:
 
 def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, Path]]:
     """
-    Returns the first alternative of a pattern that finds files, else the last, and these files by what `*` is in them. They are listed,
-    because single look-ups are slow on network drives.
+    Returns the first alternative of a pattern that finds files, else the last, and these files by what `*` is in them.
+    They are listed, because single look-ups are slow on network drives.
     """
     for chosen in _alternatives(pattern, split):
         start, end = _around(chosen)
@@ -501,13 +516,14 @@ def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
         names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
     if not names:
         raise FileNotFoundError(
-            f"{root}: there are no pairs of {image_pattern} and {mask_pattern}; check the root, the split and the layout of the data."
+            f"{root}: there are no pairs of {image_pattern} and {mask_pattern}; check the root, the split and the "
+            "layout of the data."
         )
     for pattern, files in ((image_pattern, images), (mask_pattern, masks)):
         if missing := [name for name in names if name not in files]:
             raise FileNotFoundError(
-                f"{root / missing[0].join(_around(pattern))}: this file is missing ({len(missing)} of {len(names)} are); complete the "
-                "data."
+                f"{root / missing[0].join(_around(pattern))}: this file is missing ({len(missing)} of {len(names)} "
+                "are); complete the data."
             )
     listed = [] if layout.classes else [root / "classes.txt"]
     class_names = layout.classes or _read_class_names(listed[0])
@@ -559,13 +575,14 @@ def _instances(root: Path, split: str) -> _Content:
             annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: these are no COCO instance annotations (categories, images, annotations): {type(error).__name__}: {error}"
+            f"{path}: these are no COCO instance annotations (categories, images, annotations): "
+            f"{type(error).__name__}: {error}"
         ) from error
     present = {*os.listdir(root / split)}  # once, because single look-ups are slow on network drives
     if missing := [name for name in sizes if name not in present]:
         raise FileNotFoundError(
-            f"{root / split / missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(sizes)} are); complete the "
-            "data."
+            f"{root / split / missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(sizes)} "
+            "are); complete the data."
         )
     samples = [
         _COCOSample(Path(name).stem, root / split / name, len(class_names), size, path, of_image)
@@ -581,8 +598,8 @@ def _read_class_names(path: Path) -> list[str]:
     is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
     if is_background or not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
-            f"{path}: line 1 names class id 1, without the background; there are 1 to {_VOID - 1} lines with different names, and none is "
-            "blank."
+            f"{path}: line 1 names class id 1, without the background; there are 1 to {_VOID - 1} lines with "
+            "different names, and none is blank."
         )
     return names
 
@@ -606,7 +623,8 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
     known = {"names", "background", "templates"}, {*dataset.class_names}
     if unknown := [key for keys, of in zip((overrides, names), known) for key in keys if key not in of]:
         raise ValueError(
-            f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of {dataset.name!r}."
+            f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of "
+            f"{dataset.name!r}."
         )
     dataset.synonyms = tuple(texts(names.get(name, name)) for name in dataset.class_names)
     dataset.background_texts = texts(overrides["background"]) if "background" in overrides else ()
@@ -619,12 +637,16 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
 
 
 def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
-    """Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background before."""
+    """
+    Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background
+    before.
+    """
     lines = [[text.strip() for text in line.split(",")] for line in _read_text(path).rstrip().splitlines()]
     background = {"background": lines.pop(0)} if dataset.background and len(lines) == len(dataset.labels) + 1 else {}
     if len(lines) != len(dataset.labels):
         raise ValueError(
-            f"{path}: {dataset.name!r} has {len(dataset.labels)} classes with a line for each, and this file has {len(lines)}; if the data "
+            f"{path}: {dataset.name!r} has {len(dataset.labels)} classes with a line for each, and this file has "
+            f"{len(lines)}; if the data "
             "set has a background, a line with its texts may come first."
         )
     return {"names": dict(zip(dataset.class_names, lines)), **background}

@@ -1,8 +1,8 @@
 """
 Sources of image-text pairs on disk: tar shards, tables, image folders, folders of classes, Parquet, saved datasets.
 
-A source lists the ranges of its pairs and reads one range at a time. No image is decoded, and torch is not imported, so that data
-can be checked before a run.
+A source lists the ranges of its pairs and reads one range at a time. No image is decoded, and torch is not imported,
+so that data can be checked before a run.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Columns of the image's path and of the captions, in order of preference: the first column with a value is used. "captions" is a
-# list, all others are text. Members of a shard become the columns "txt" and "json".
+# Columns of the image's path and of the captions, in order of preference: the first column with a value is used.
+# "captions" is a list, all others are text. Members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 LABEL_COLUMNS = ("labels", "complete")  # lists of names, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`
@@ -65,14 +65,15 @@ class Columns(NamedTuple):
         for what, wanted in zip(("image", "caption"), self):
             if not set(wanted) & set(found):
                 raise ValueError(
-                    f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among {', '.join(map(repr, found))}; add a "
-                    f"header line, or name the column by --{what}_column."
+                    f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among "
+                    f"{', '.join(map(repr, found))}; add a header line, or name the column by --{what}_column."
                 )
 
     def texts(self, row: Mapping) -> PairTexts:
         """
-        Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if `complete` names
-        an unknown list, labels are text that is no JSON, or there is `complete` but no list of names as labels.
+        Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if
+        `complete` names an unknown list, labels are text that is no JSON, or there is `complete` but no list of names
+        as labels.
         """
         within = row["json"] if isinstance(row.get("json"), Mapping) else {}
         found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
@@ -91,7 +92,8 @@ class Columns(NamedTuple):
             listed = _parsed("labels", labels)
             if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
                 raise ValueError(
-                    f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows none of them is []"
+                    f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows "
+                    "none of them is []"
                 )
         return PairTexts(captions, _names("labels", labels), complete)
 
@@ -113,8 +115,8 @@ class PairTexts(NamedTuple):
 
 def _texts(column: str, value) -> list[str]:
     """
-    Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts. Raises `ValueError` for labels as
-    text that is no JSON.
+    Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts. Raises
+    `ValueError` for labels as text that is no JSON.
     """
     value = _parsed(column, value)
     texts = (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
@@ -167,8 +169,8 @@ class BadPairError(ValueError):
 
 class BadPairTally:
     """
-    Counts good and bad pairs. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data set counts once, in
-    whatever number of epochs it is read; those of a stream have no index and count each time.
+    Counts good and bad pairs. Logs bad pairs, and raises `ValueError` if their share is too large. A pair of a data
+    set counts once, in whatever number of epochs it is read; those of a stream have no index and count each time.
     """
 
     def __init__(self, max_bad_share: float, pairs: int | None = None):
@@ -196,8 +198,8 @@ class BadPairTally:
         self._bad += bad
         if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
             raise ValueError(
-                f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share ({self._max_bad_share:.2%}): fix the "
-                f"data, or raise it. The last one: {self._last_error}"
+                f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share "
+                f"({self._max_bad_share:.2%}): fix the data, or raise it. The last one: {self._last_error}"
             )
 
 
@@ -206,7 +208,10 @@ def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -
 
 
 class Source:
-    """`count` pairs in one place, each in a range of it, by default one row. Folders below `root`, if any, name what images show."""
+    """
+    `count` pairs in one place, each in a range of it, by default one row. Folders below `root`, if any, name what
+    images show.
+    """
 
     count: int
     root: Path | None = None
@@ -219,7 +224,10 @@ class Source:
         return np.arange(self.count, dtype=np.int64)[:, None] + [0, 1]
 
     def read(self, start: int, end: int) -> RawPair:
-        """Returns the pair in a range. Raises `OSError` if the source no longer exists, one of `BAD_PAIR` if the pair is unusable."""
+        """
+        Returns the pair in a range. Raises `OSError` if the source no longer exists, one of `BAD_PAIR` if the pair is
+        unusable.
+        """
         raise NotImplementedError
 
     def place(self, start: int) -> str:
@@ -240,8 +248,8 @@ _INDEX_VERSION = b"2"  # of the ranges that are kept on disk
 
 class TarShard(Source):
     """
-    A tar file in the form of webdataset. Adjacent members with the same key are a pair, and a member whose full name repeats begins
-    the next one. Their bytes are a small tar file.
+    A tar file in the form of webdataset. Adjacent members with the same key are a pair, and a member whose full name
+    repeats begins the next one. Their bytes are a small tar file.
 
     Nothing is extracted to disk, and links are ignored, so no member can refer to a path outside.
     """
@@ -287,7 +295,8 @@ class TarShard(Source):
                     raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
         except (tarfile.TarError, ValueError) as error:
             raise ValueError(
-                f"{self.path}: this is no whole tar file without compression ({error}); decompress it, or get it again."
+                f"{self.path}: this is no whole tar file without compression ({error}); decompress it, or get it "
+                "again."
             ) from error
         return np.array(ranges, np.int64).reshape(-1, 2)
 
@@ -315,7 +324,10 @@ class TarShard(Source):
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
-    """Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other members."""
+    """
+    Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other
+    members.
+    """
     folder, slash, name = member.name.rpartition("/")
     stem, dot, suffix = name.partition(".")
     if not member.isreg() or not stem or not dot:
@@ -325,8 +337,8 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
 
 class ImageList(Source):
     """
-    Image files by name, each with its texts. Names are relative to the table `path` that lists them, or to the folder `path`; an
-    empty one is a pair without an image.
+    Image files by name, each with its texts. Names are relative to the table `path` that lists them, or to the folder
+    `path`; an empty one is a pair without an image.
     """
 
     def __init__(self, path: Path, columns: Columns, names: Sequence[str], texts: Sequence[PairTexts]):
@@ -351,11 +363,12 @@ class ImageList(Source):
 
 def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
     """
-    Reads a text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv
-    are separated by the character of ",", ";" and tab that its first line has most of.
+    Reads a text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl.
+    Fields of a .csv are separated by the character of ",", ";" and tab that its first line has most of.
 
     Raises:
-        `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete for an unknown one.
+        `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
+        for an unknown one.
     """
     names, texts = [], []
     for row in _table_rows(path):
@@ -392,7 +405,8 @@ def _table_rows(path: Path) -> Iterator[dict]:
                 yield row
                 start = file.tell()
         except (ValueError, csv.Error) as error:
-            # Strict reading finds a stray quote lines later, where it would have joined rows: the first of these lines is named.
+            # Strict reading finds a stray quote lines later, where it would have joined rows: the first of these lines
+            # is named.
             file.seek(0)
             number = file.read(start).count(b"\n") + 1
             while not file.readline().strip():
@@ -404,7 +418,8 @@ def _table_rows(path: Path) -> Iterator[dict]:
 
 def read_class_folders(path: Path) -> ImageList:
     """
-    Reads a folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere in it are logged.
+    Reads a folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere
+    in it are logged.
 
     Raises:
         `FileNotFoundError`: there are no such images.
@@ -413,8 +428,8 @@ def read_class_folders(path: Path) -> ImageList:
     images = [image for image in all_paths if len(image.parts) == 2]
     if not images:
         raise FileNotFoundError(
-            f"{path}: there is neither metadata.jsonl, metadata.csv, a .tar or .parquet file, nor an image in a folder of its class, such "
-            "as dog/1.jpg; name another folder, or the table itself."
+            f"{path}: there is neither metadata.jsonl, metadata.csv, a .tar or .parquet file, nor an image in a "
+            "folder of its class, such as dog/1.jpg; name another folder, or the table itself."
         )
     if elsewhere := [image for image in all_paths if len(image.parts) != 2]:
         logger.warning(
@@ -426,7 +441,10 @@ def read_class_folders(path: Path) -> ImageList:
 
 
 class ArrowRows(Source):
-    """The rows of a dataset of the `datasets` library: a Parquet file, a folder of `save_to_disk`, or a downloaded Hub dataset."""
+    """
+    The rows of a dataset of the `datasets` library: a Parquet file, a folder of `save_to_disk`, or a downloaded Hub
+    dataset.
+    """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS, split: str = "train", hub: bool = False):
         with require_extra("train"):
@@ -453,7 +471,8 @@ class ArrowRows(Source):
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self._rows, self.count = rows, len(rows)
         self._image_column = next(name for name in columns.image if name in rows.features)
-        # Others wrote the rows of the Hub: they may name files that were downloaded, but no other file of this machine.
+        # Others wrote the rows of the Hub: they may name files that were downloaded, but no other file of this
+        # machine.
         downloaded = constants.HF_HUB_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
         self._allowed = [Path(folder).resolve() for folder in downloaded] if hub else None
 
@@ -496,8 +515,9 @@ class ArrowRows(Source):
 
 def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`. Raises `ConnectionError` at once if the Hub cannot be
-    reached and the dataset is not in the cache; `load_dataset` would retry for half a minute.
+    Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`. Raises `ConnectionError` at
+    once if the Hub cannot be reached and the dataset is not in the cache; `load_dataset` would retry for half a
+    minute.
     """
     with require_extra("train"):
         from datasets import load_dataset
@@ -509,8 +529,8 @@ def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | dat
         pass  # the Hub answers, and `load_dataset` says more
     except Exception as error:  # also of a proxy
         raise ConnectionError(
-            f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; check the name or the "
-            "connection."
+            f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; "
+            "check the name or the connection."
         ) from error
     return load_dataset(name, split=split, **options)
 
@@ -519,8 +539,8 @@ def open_sources(
     sources: Sequence[str | os.PathLike], columns: Columns = USUAL_COLUMNS, split: str = "train"
 ) -> list[Source]:
     """
-    Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded. A source that is named several times
-    is opened once and returned as often.
+    Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded. A source that is
+    named several times is opened once and returned as often.
     """
     opened: dict[str, list[Source]] = {}
     names = [*map(os.fspath, sources)]
@@ -559,7 +579,8 @@ def _local_paths(source: str) -> list[Path]:
     files = [file for pattern in expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise FileNotFoundError(
-            f"{missing[0]}: there is no such file or folder of pairs ({len(missing)} of {len(files)} are missing); check the path."
+            f"{missing[0]}: there is no such file or folder of pairs ({len(missing)} of {len(files)} are missing); "
+            "check the path."
         )
     return [Path(file) for file in files]
 
@@ -578,8 +599,8 @@ def expand_braces(pattern: str) -> list[str]:
 
 def image_files(folder: Path) -> Iterator[Path]:
     """
-    Yields the images of a folder and its subfolders, without hidden files and folders, such as `.ipynb_checkpoints`, and without
-    `__MACOSX`.
+    Yields the images of a folder and its subfolders, without hidden files and folders, such as `.ipynb_checkpoints`,
+    and without `__MACOSX`.
     """
     for root, folders, files in os.walk(folder, followlinks=True):
         here = Path(root)

@@ -25,22 +25,24 @@ class DroppedConnectionError(ConnectionError):
 
 class PairStream(IterableDataset):
     """
-    Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of [`~iclip_hf.data.pairs.PairDataset`].
+    Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of
+    [`~iclip_hf.data.pairs.PairDataset`].
 
-    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled through a buffer.
-    Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over processes and DataLoader workers,
-    so it must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
-    instead of passes. A resumed run begins a new pass.
+    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled
+    through a buffer. Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over
+    processes and DataLoader workers, so it must not be passed to `Accelerator.prepare`, which splits again. The parts
+    differ in length, so training counts steps instead of passes. A resumed run begins a new pass.
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
         seed, max_bad_share, rank, world_size: see [`~iclip_hf.data.pairs.load_pairs`].
         columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
-        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the bytes of their images.
+        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the
+            bytes of their images.
 
     Raises:
-        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`: during
-        iteration, the connection is lost.
+        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`:
+        during iteration, the connection is lost.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class PairStream(IterableDataset):
                 f"None of the columns {', '.join(features)} has images; name another dataset or image_column."
             )
         self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
-        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the stream.
+        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the
+        # stream.
         kept = [
             column
             for column in (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)

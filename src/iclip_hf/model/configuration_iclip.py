@@ -14,11 +14,11 @@ from transformers.configuration_utils import SubConfigSpec
 @strict
 class ICLIPConfig(PreTrainedConfig):
     r"""
-    Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP text
-    tower, masked max pooling and dual projections.
+    Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP
+    text tower, masked max pooling and dual projections.
 
-    The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability branch, or the
-    only branch without dual projections.
+    The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability
+    branch, or the only branch without dual projections.
 
     The options of the paper:
 
@@ -26,32 +26,32 @@ class ICLIPConfig(PreTrainedConfig):
         vision_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the image tower, a ViT with a class
             token.
         text_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the text tower.
-        lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients and
-            stays in eval mode.
-        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or SigLIP
-            tower, `"mean"` the mean over the attended tokens.
+        lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients
+            and stays in eval mode.
+        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or
+            SigLIP tower, `"mean"` the mean over the attended tokens.
         projection_dim (`int`, defaults to 512): width P of the shared image-text space.
         dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the
             recognition branch, which projects `recognition_pooling`, and the interpretability branch. If `False`, one
             branch does both (Table 3).
         pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector.
             `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
-        attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1]. `"minmax"`
-            over the patches is the paper's. `"quantile"` maps `attention_quantile` to 1 and clips above it, so that one
-            bright token cannot dim all others.
+        attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1].
+            `"minmax"` over the patches is the paper's. `"quantile"` maps `attention_quantile` to 1 and clips above it,
+            so that one bright token cannot dim all others.
         attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
-        logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the logit
-            scale, ln(1 / 0.07).
+        logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the
+            logit scale, ln(1 / 0.07).
 
         map_attention (`str`, defaults to `"similarity"`): how A weights the similarity map. `"similarity"` multiplies
             the cosines by A. `"none"` does not use A. `"additive"` raises a cosine by its excess over the mean of the
             patches, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. What is below the mean
-            counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned from
-            noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower them.
-            This and the options below are not in the paper.
-        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"` takes
-            it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in the
-            paper, takes it for each text over the similarities of the patches, after the projection
+            counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned
+            from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower
+            them. This and the options below are not in the paper.
+        max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"`
+            takes it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in
+            the paper, takes it for each text over the similarities of the patches, after the projection
             ([`~pooling.pool_similarities`]). The score that is trained is then the peak of the map. `"similarity"`
             requires `dual_projection`, because this branch has no image vector.
         max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The
@@ -71,32 +71,33 @@ class ICLIPConfig(PreTrainedConfig):
             `recognition_pooling="class_and_average"`.
 
         recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of
-            dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token followed
-            by the mean patch token, as in DINOv2's linear evaluation and dino.txt. It requires `dual_projection`.
-        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a projection,
-            see [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of the text
-            projections. 0 is the paper's linear projection.
-        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits, which
-            makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of the
-            noun loss. Without a bias, the model has no presence.
-        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a prior
-            of 0.5. The logit bias itself is that of the share of positives in training.
+            dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token
+            followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. It requires
+            `dual_projection`.
+        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
+            projection, see [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of
+            the text projections. 0 is the paper's linear projection.
+        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits,
+            which makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of
+            the noun loss. Without a bias, the model has no presence.
+        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a
+            prior of 0.5. The logit bias itself is that of the share of positives in training.
 
         noun_weight (`float` in [0, 1], defaults to 0.5): share of the nouns in the loss of a branch, where a batch has
             nouns. With `max_over="channels"` only the recognition branch learns from nouns.
-        unknown_weight (`float` in [0, 1], defaults to 0.1): weight of a noun that no text of an image names and no label
-            excludes, in the loss of a recognition branch with a bias.
+        unknown_weight (`float` in [0, 1], defaults to 0.1): weight of a noun that no text of an image names and no
+            label excludes, in the loss of a recognition branch with a bias.
         noun_competition (`float` in [0, 1], defaults to 0): share of the competition of all nouns of a batch for the
             patches in the noun loss of the map branch ([`~losses.competition_loss`]).
-        known_competition (`float`, defaults to 0): weight of the competition of the nouns that are known to be shown or
-            absent, on images whose labels are complete for the background ([`~losses.competition_loss`]). It is added to
-            the loss of the map branch, and requires `max_over="similarity"`.
-        map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the map
-            branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
+        known_competition (`float`, defaults to 0): weight of the competition of the nouns that are known to be shown
+            or absent, on images whose labels are complete for the background ([`~losses.known_competition_loss`]). It
+            is added to the loss of the map branch, and requires `max_over="similarity"`.
+        map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
+            map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 
     Raises:
-        `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type, is not one
-        of the listed names, or is out of range.
+        `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type,
+        is not one of the listed names, or is out of range.
     """
 
     model_type = "iclip"
@@ -143,6 +144,12 @@ class ICLIPConfig(PreTrainedConfig):
     map_tokens: int = 20
 
     def __post_init__(self, **kwargs):
+        # Of an earlier version. Transformers would drop the biases, and the model would compute other numbers.
+        if kwargs.pop("projection_bias", False):
+            raise ValueError(
+                "projection_bias=True: projections have no bias in this version; load the model with the one that "
+                "saved it."
+            )
         # The base class accepts any key, so a misspelt option would have no effect.
         for key in kwargs:
             if meant := get_close_matches(key, ICLIPConfig.__annotations__, n=1, cutoff=0.85):
@@ -161,8 +168,8 @@ class ICLIPConfig(PreTrainedConfig):
     @property
     def poolings(self) -> tuple[list[str], str | None]:
         """
-        The [`~pooling.pool`] modes whose vectors the recognition branch reads, one behind the other, and that of the map
-        branch, which is None with `max_over="similarity"`. Without dual projections both are the same.
+        The [`~pooling.pool`] modes whose vectors the recognition branch reads, one behind the other, and that of the
+        map branch, which is None with `max_over="similarity"`. Without dual projections both are the same.
         """
         of_map = self.pooling if self.max_over == "channels" else None
         if not self.dual_projection:
@@ -194,7 +201,8 @@ class ICLIPConfig(PreTrainedConfig):
             value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} is a finite number, not {value}.")
-        # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without centring.
+        # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without
+        # centring.
         if self.center_tokens and self.max_over == "channels":
             raise ValueError('center_tokens=True needs max_over="similarity".')
         if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):

@@ -275,14 +275,14 @@ class Engine:
         pixel_values = _joined(images, "pixel_values")
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
         wants_maps = best is not None or any(map(len, indices))
-        wanted = None if images[0].text_indices is None else indices
+        text_indices = None if images[0].text_indices is None else indices
 
         # Encode. A method that takes no features does so itself, as it computes the maps, unless the scores come
         # first.
         features, maps = self._encode(images, wants_maps and self.takes_features), None
         if "image_embeds" not in features:
             if wants_maps and best is None:
-                maps, features = self.raw_maps(pixel_values, texts, text_indices=wanted)
+                maps, features = self.raw_maps(pixel_values, texts, text_indices=text_indices)
             else:
                 features = self._features(pixel_values)
 
@@ -295,13 +295,13 @@ class Engine:
 
         # Select.
         if best is not None:
-            wanted, ranked = None, scores if presence is None else presence
+            text_indices, ranked = None, scores if presence is None else presence
             indices = [_best_texts(*pair, best) for pair in zip(ranked, texts.text_embeds)]
             texts = select_texts(texts, torch.tensor(indices))
 
         # Map.
         if maps is None and wants_maps:
-            maps, _ = self.raw_maps(pixel_values, texts, features, wanted)
+            maps, _ = self.raw_maps(pixel_values, texts, features, text_indices)
         maps = torch.zeros(len(images), 0, 1, 1) if maps is None else maps.cpu()
         scores, presence = scores.cpu(), None if presence is None else presence.cpu()
         return [

@@ -1,5 +1,6 @@
 """
-Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, and the loss of a branch.
+Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, and the loss of
+a branch.
 """
 
 from collections.abc import Callable
@@ -51,8 +52,8 @@ def sigmoid_loss(
     Args:
         logits (`torch.Tensor` of shape `(B, T)`): scaled cosines with a bias.
         positives (`torch.Tensor` of shape `(B, T)`): boolean.
-        negative_weights (`torch.Tensor` of shape `(B, T)`): weights of the pairs that are not positive; the others have
-            the weight 1.
+        negative_weights (`torch.Tensor` of shape `(B, T)`): weights of the pairs that are not positive; the others
+            have the weight 1.
         num_positives (`torch.Tensor` or `float`): divisor of the sum; with several processes their mean number of
             positives.
 
@@ -80,10 +81,10 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
 
 def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax. The
-    share of a text in an image is the mean of its shares in the patches, and the loss is the negative logarithm of the
-    shares of the texts that the image has. So patches behind an object, which belong to some text of the image, cannot
-    stay with the object's.
+    Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax.
+    The share of a text in an image is the mean of its shares in the patches, and the loss is the negative logarithm of
+    the shares of the texts that the image has. So patches behind an object, which belong to some text of the image,
+    cannot stay with the object's.
 
     Args:
         logits (`torch.Tensor` of shape `(B, N, T)`): scaled cosines of N patches with the texts.
@@ -216,9 +217,9 @@ class BatchNouns(NamedTuple):
 
 def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch.Tensor) -> torch.Tensor:
     """
-    Returns the contrastive loss of a branch for this process's captions (B, P). Each process scores its own images: `logits`
-    maps unit vectors of texts (T, P) to the logits (B, T). The logits of a text with all images are gathered, because
-    logits are smaller than the embeddings of patches.
+    Returns the contrastive loss of a branch for this process's captions (B, P). Each process scores its own images:
+    `logits` maps unit vectors of texts (T, P) to the logits (B, T). The logits of a text with all images are gathered,
+    because logits are smaller than the embeddings of patches.
     """
     pairs = len(captions)
     offset = pairs * (distributed.get_rank() if _is_distributed() else 0)
@@ -228,7 +229,9 @@ def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch
 
 
 def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight: float) -> torch.Tensor:
-    """Returns the loss of each noun by itself, in which nouns that an image may show have the weight `unknown_weight`."""
+    """
+    Returns the loss of each noun by itself, in which nouns that an image may show have the weight `unknown_weight`.
+    """
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
     num_positives = nouns.all_shown.sum().clamp(min=1) * len(nouns.shown) / len(nouns.all_shown)
     return sigmoid_loss(per_image, nouns.shown, negative_weights, num_positives)
@@ -244,18 +247,18 @@ def known_competition_loss(
     patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels are
-    complete for the background, the mean over these images of all processes.
+    Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels
+    are complete for the background, the mean over these images of all processes.
 
-    Each patch distributes itself over the known nouns of its image by a softmax. The share of a noun in the image is the
-    power mean of its shares in the patches, weighted by its [`place_prior`], and the loss is the negative logarithm of
-    the shares of the nouns shown. Two nouns that are always shown together, such as wall and floor, are the same to a
-    loss of whole images, and their places tell them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a
-    mean would give all nouns shown equal areas.
+    Each patch distributes itself over the known nouns of its image by a softmax. The share of a noun in the image is
+    the power mean of its shares in the patches, weighted by its [`place_prior`], and the loss is the negative
+    logarithm of the shares of the nouns shown. Two nouns that are always shown together, such as wall and floor, are
+    the same to a loss of whole images, and their places tell them apart. The exponent `SHARE_EXPONENT` makes a few
+    patches suffice: a mean would give all nouns shown equal areas.
 
     Args:
-        patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images that
-            are `nouns.complete`.
+        patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images
+            that are `nouns.complete`.
         prompts (`torch.Tensor` of shape `(V, P)`): unit vectors of a prompt of each noun.
         scale (`float`): of the cosines in the softmax.
         nouns ([`BatchNouns`]): the nouns.

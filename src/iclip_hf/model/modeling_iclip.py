@@ -76,11 +76,11 @@ _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 class LastAttention:
     """
-    Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention, and the class token's attention out of it:
-    `class_row` of shape (B, heads, 1, N).
+    Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention, and the class token's attention out of
+    it: `class_row` of shape (B, heads, 1, N).
 
-    It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those. A value that a layer
-    stores in a copy is lost.
+    It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those. A value
+    that a layer stores in a copy is lost.
     """
 
     def __init__(self, value_share: float):
@@ -89,8 +89,8 @@ class LastAttention:
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The class token is not
-        changed.
+        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The
+        class token is not changed.
         """
         if self.value_share == 0:
             return attended
@@ -128,8 +128,8 @@ class ImageInputs(NamedTuple):
 
     recognition: torch.Tensor  # (B, D), or (B, 2 D) with `recognition_pooling="class_and_average"`
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
-    # Tokens of the map branch, centred and shared among similar patches, (B, K, D): all patches, row-major; or, to learn
-    # from, `representative_patches`, None with `max_over="channels"`.
+    # Tokens of the map branch, centred and shared among similar patches, (B, K, D): all patches, row-major; or, to
+    # learn from, `representative_patches`, None with `max_over="channels"`.
     patches: torch.Tensor | None
     attention: torch.Tensor | None  # of these patches, in [0, 1], (B, K), float32
     even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D), to learn from with `known_competition`
@@ -185,30 +185,36 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Height and width of the patch grid. It is not a field, because fields are gathered over processes as tensors."""
+        """
+        Height and width of the patch grid. It is not a field, because fields are gathered over processes as tensors.
+        """
         return tuple(self.patch_embeds.shape[1:3])
 
 
 @dataclass
 class ICLIPOutput(ModelOutput):
     """
-    Output of [`ICLIPModel`] for B images and T texts. With `input_ids` of three dimensions, each image has T texts of its own.
+    Output of [`ICLIPModel`] for B images and T texts. With `input_ids` of three dimensions, each image has T texts of
+    its own.
 
     Attributes:
-        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13), plus
-            that of the weights of the attention with `map_attention="signed"`.
+        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13),
+            plus that of the weights of the attention with `map_attention="signed"`.
         branch_losses (`torch.Tensor` of shape `(branches,)`, with `return_loss=True`): the loss of each branch,
             recognition first, without gradient.
-        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias, float32.
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias,
+            float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch.
-        map_text_embeds, patch_embeds: unit vectors that maps are computed from, see [`ICLIPTextFeatures`] and [`ICLIPImageFeatures`].
-        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major, N = h * w.
+        map_text_embeds, patch_embeds: unit vectors that maps are computed from, see [`ICLIPTextFeatures`] and
+            [`ICLIPImageFeatures`].
+        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major,
+            N = h * w.
         similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, see
             [`ICLIPModel.similarity_maps`].
-        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): all features of the images and of
-            the texts.
+        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): all features of the
+            images and of the texts.
     """
 
     loss: torch.FloatTensor | None = None
@@ -244,7 +250,8 @@ class Projection(nn.Linear):
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
         """
-        Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`: the others are zero.
+        Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`:
+        the others are zero.
         """
         if linear:
             return F.linear(features, self.weight[:, -features.shape[-1] :])
@@ -254,8 +261,8 @@ class Projection(nn.Linear):
 
 class ICLIPBranch(nn.Module):
     """
-    One pair of projections into a shared image-text space (Eq. 12), with its temperature and, if its logits are trained by a sigmoid, its
-    bias.
+    One pair of projections into a shared image-text space (Eq. 12), with its temperature and, if its logits are
+    trained by a sigmoid, its bias.
 
     `logit_scale` is the logarithm of the scale. Both have the shape (1,), because FSDP cannot shard scalars.
     """
@@ -280,7 +287,9 @@ class ICLIPBranch(nn.Module):
         return normalize(self.text_projection(features).float())
 
     def forward(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of cosines: times the scale, which is at most 100 as in CLIP, plus the bias if there is one."""
+        """
+        Returns the logits of cosines: times the scale, which is at most 100 as in CLIP, plus the bias if there is one.
+        """
         logits = cosines * self.logit_scale.exp().clamp(max=100).squeeze().to(cosines.device)
         return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 
@@ -309,7 +318,9 @@ def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
-    """Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained."""
+    """
+    Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained.
+    """
     if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
         from transformers import SiglipTextModel as tower_class
     else:
@@ -318,7 +329,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
         return tower_class._from_config(config, **options)
-    # Without Transformers' report on weights that the tower does not have, such as a pooler's. Missing weights are checked below.
+    # Without Transformers' report on weights that the tower does not have, such as a pooler's. Missing weights are
+    # checked below.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -337,19 +349,22 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
 
 def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """
-    Raises `ValueError` if weights of a loaded model are missing, which `from_pretrained` fills with random numbers, or contain NaN or
-    infinity.
+    Raises `ValueError` if weights of a loaded model are missing, which `from_pretrained` fills with random numbers, or
+    contain NaN or infinity.
     """
     if missing := sorted(missing):
         raise ValueError(
-            f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; download it again."
+            f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; "
+            "download it again."
         )
     if name := non_finite_weight(model):
         raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
 
 
 def non_finite_weight(model: nn.Module) -> str | None:
-    """Returns the name of a parameter or buffer with NaN or infinity; None if there is none. Offloaded ones are not read."""
+    """
+    Returns the name of a parameter or buffer with NaN or infinity; None if there is none. Offloaded ones are not read.
+    """
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
@@ -359,11 +374,11 @@ def non_finite_weight(model: nn.Module) -> str | None:
 
 class ICLIPModel(PreTrainedModel):
     """
-    Contrastive image-text model that explains itself. One forward pass computes image and text embeddings and, for each text, a
-    map of the patches that match it.
+    Contrastive image-text model that explains itself. One forward pass computes image and text embeddings and, for
+    each text, a map of the patches that match it.
 
-    Any image tower with a class token (ViT/DINO, DINOv2 with or without registers, DINOv3, CLIP) can be combined with any text
-    tower (CLIP, SigLIP, BERT-like). The towers are used through their public outputs.
+    Any image tower with a class token (ViT/DINO, DINOv2 with or without registers, DINOv3, CLIP) can be combined with
+    any text tower (CLIP, SigLIP, BERT-like). The towers are used through their public outputs.
 
     Example:
 
@@ -427,7 +442,10 @@ class ICLIPModel(PreTrainedModel):
         self.train(self.training)
 
     def _find_last_attention(self):
-        """Makes the last attention layer of the image tower compute the class token's row, a product besides the fused attention."""
+        """
+        Makes the last attention layer of the image tower compute the class token's row, a product besides the fused
+        attention.
+        """
         name = VISION_TOWERS[self.config.vision_config.model_type].attention
         *_, last = (module for module in self.vision_model.modules() if type(module).__name__ == name)
         last.is_last_attention = True
@@ -437,7 +455,10 @@ class ICLIPModel(PreTrainedModel):
             raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
 
     def set_attn_implementation(self, *args, **kwargs):
-        """Like the base class. The image tower stays on SDPA or eager attention, which return the class token's attention."""
+        """
+        Like the base class. The image tower stays on SDPA or eager attention, which return the class token's
+        attention.
+        """
         super().set_attn_implementation(*args, **kwargs)
         self._find_last_attention()
 
@@ -490,7 +511,9 @@ class ICLIPModel(PreTrainedModel):
         return (model, loading) if output_loading_info else model
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """Like the base class. It also takes the names that files have, because Trainer loads its checkpoints with it."""
+        """
+        Like the base class. It also takes the names that files have, because Trainer loads its checkpoints with it.
+        """
         if state_dict.keys() - self.state_dict().keys():
             loaded, loading = type(self).from_pretrained(
                 None, config=self.config, state_dict=dict(state_dict), dtype=self.dtype, output_loading_info=True
@@ -507,10 +530,11 @@ class ICLIPModel(PreTrainedModel):
         Joins two pretrained towers with newly initialised projections, in float32.
 
         Args:
-            vision (`str`): folder or Hub id of the image tower, or of a two-tower model such as CLIP, whose image tower is used.
+            vision (`str`): folder or Hub id of the image tower, or of a two-tower model such as CLIP, whose image
+                tower is used.
             text (`str`): folder or Hub id of the text tower, or of a two-tower model, whose text tower is used.
-            config_options: options of [`ICLIPConfig`]. `vision_config` and `text_config` default to those of the checkpoints, and
-                `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
+            config_options: options of [`ICLIPConfig`]. `vision_config` and `text_config` default to those of the
+                checkpoints, and `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
 
         Returns:
             [`ICLIPModel`] in eval mode.
@@ -530,23 +554,26 @@ class ICLIPModel(PreTrainedModel):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * cosine + logit bias +
-        `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape, float32, in [0, 1]; None
-        if the model has no logit bias, because it was trained with a softmax.
+        Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * cosine + logit bias
+        + `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape,
+        float32, in [0, 1]; None if the model has no logit bias, because it was trained with a softmax.
         """
         if self.config.logit_bias_init_value is None:
             return None
         return (self.recognition(scores.float()) + self.config.presence_bias).sigmoid()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
-        # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's attention.
+        # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's
+        # attention.
         function = options.get("gradient_checkpointing_func")
         if getattr(function, "keywords", {}).get("use_reentrant"):
             options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
         super()._set_gradient_checkpointing(enable, **options)
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
-        """Runs the image tower on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size."""
+        """
+        Runs the image tower on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
+        """
         config = self.config.vision_config
         patch_size = patch_side(config)
         height, width = pixel_values.shape[-2:]
@@ -578,8 +605,8 @@ class ICLIPModel(PreTrainedModel):
 
     def encode_text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs):
         """
-        Runs the text tower on token ids `(M, L)`, and pools its tokens, see `config.text_pooling`. Returns text features `(M, Dt)`, and
-        the output of the tower.
+        Runs the text tower on token ids `(M, L)`, and pools its tokens, see `config.text_pooling`. Returns text
+        features `(M, Dt)`, and the output of the tower.
         """
         config = self.config.text_config
         if padded := config.model_type == "siglip_text_model":
@@ -599,7 +626,9 @@ class ICLIPModel(PreTrainedModel):
         return mean.to(tokens.dtype), outputs
 
     def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
-        """Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9)."""
+        """
+        Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9).
+        """
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
     def image_inputs(self, image: ImageTokens, representative: bool = False) -> ImageInputs:
@@ -630,8 +659,8 @@ class ICLIPModel(PreTrainedModel):
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Returns tokens `(B, K, D)` and attention `(B, K)` of the chosen patches `(B, K)`, or of all, after sharing among
-        similar patches (`config.map_affinity`).
+        Returns tokens `(B, K, D)` and attention `(B, K)` of the chosen patches `(B, K)`, or of all, after sharing
+        among similar patches (`config.map_affinity`).
         """
         queries = tokens if chosen is None else tokens.take_along_dim(chosen.unsqueeze(-1), 1)
         if self.config.map_affinity == 0:
@@ -641,7 +670,10 @@ class ICLIPModel(PreTrainedModel):
         return shared[..., :-1], shared[..., -1].float()
 
     def _own_tensor(self, name: str) -> torch.Tensor:
-        """Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook would load it for `forward` alone."""
+        """
+        Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook would load it for `forward`
+        alone.
+        """
         tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
         if tensor.is_meta and hook is not None:
             hook.pre_forward(self)
@@ -657,8 +689,8 @@ class ICLIPModel(PreTrainedModel):
 
     def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
-        Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map, `(..., P)`, or
-        `(..., 2 P)` with a `recognition_share`.
+        Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map,
+        `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
         """
         patch_embeds = self.map_branch.embed_image(patch_tokens)
         if share := self.config.recognition_share:
@@ -673,8 +705,9 @@ class ICLIPModel(PreTrainedModel):
 
     def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
         """
-        Computes the similarities of images and texts by the map branch with `max_over="similarity"`, `(B, T)` float32, see
-        [`~pooling.pool_similarities`]. `patch_embeds` may be `(B, h, w, P)`; the attention is ignored if `config.pooling` is `"max"`.
+        Computes the similarities of images and texts by the map branch with `max_over="similarity"`, `(B, T)` float32,
+        see [`~pooling.pool_similarities`]. `patch_embeds` may be `(B, h, w, P)`; the attention is ignored if
+        `config.pooling` is `"max"`.
         """
         if self.config.pooling == "max":
             attention = torch.ones_like(attention)
@@ -687,7 +720,8 @@ class ICLIPModel(PreTrainedModel):
         Encodes images.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`]. H and W are multiples of the patch size.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`]. H and W are multiples of
+            the patch size.
 
         Returns:
             [`ICLIPImageFeatures`].
@@ -727,10 +761,11 @@ class ICLIPModel(PreTrainedModel):
         Encodes texts. The result can be used with any number of images.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
+            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
+                ids.
             attention_mask, token_type_ids (`torch.Tensor` of the same shape, *optional*): of the tokens.
-            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label. Their unit vectors are
-                averaged, so there are T = M / num_templates labels.
+            num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label. Their unit
+                vectors are averaged, so there are T = M / num_templates labels.
 
         Returns:
             [`ICLIPTextFeatures`].
@@ -759,8 +794,8 @@ class ICLIPModel(PreTrainedModel):
 
     def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
         """
-        Returns the weights of the attention in the maps of texts, `(..., T)` float32, before they are limited to [-1, 1],
-        from unit vectors of the map branch `(..., T, P)`.
+        Returns the weights of the attention in the maps of texts, `(..., T)` float32, before they are limited to
+        [-1, 1], from unit vectors of the map branch `(..., T, P)`.
         """
         direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
@@ -770,16 +805,19 @@ class ICLIPModel(PreTrainedModel):
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
     ) -> torch.FloatTensor:
         """
-        Computes raw image-text similarity maps: the cosines of patches and texts (Eq. 1-3), weighted by the class token's attention.
-        See `config.map_attention` for the weighting, and `config.map_affinity` for sharing among similar patches.
+        Computes raw image-text similarity maps: the cosines of patches and texts (Eq. 1-3), weighted by the class
+        token's attention. See `config.map_attention` for the weighting, and `config.map_affinity` for sharing among
+        similar patches.
 
         Args:
-            image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]): pixel values, or the features of images.
+            image (`torch.Tensor` of shape `(B, 3, H, W)` or [`ICLIPImageFeatures`]): pixel values, or the features of
+                images.
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive and signed ones up to 1 / (2 `config.max_sharpness`) more.
-            [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches them.
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive and signed ones up to
+            1 / (2 `config.max_sharpness`) more. [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches
+            them.
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
@@ -822,8 +860,8 @@ class ICLIPModel(PreTrainedModel):
         Compares images with texts.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token ids.
-                With `return_loss`, the first B texts are the captions of the images, and the others noun prompts.
+            input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
+                ids. With `return_loss`, the first B texts are the captions of the images, and the others noun prompts.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
             attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
@@ -835,20 +873,20 @@ class ICLIPModel(PreTrainedModel):
                 `input_ids`, with `return_loss`.
             noun_ids (`torch.Tensor` of shape `(M - B,)`, *optional*): noun of each noun prompt, as an index of the
                 vocabulary.
-            noun_labels (`torch.Tensor` of shape `(B, vocabulary)`): 1 for the nouns that an image shows, -1 for those that
-                it is known not to show, else 0.
-            is_background, place (`torch.Tensor` of shape `(M - B,)`): of the noun of each noun prompt, 1 if it is of the
-                background; and 1 if it is below, such as a floor, -1 if it is above, such as the sky, else 0.
-            return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns, over
-                all processes.
+            noun_labels (`torch.Tensor` of shape `(B, vocabulary)`): 1 for the nouns that an image shows, -1 for those
+                that it is known not to show, else 0.
+            is_background, place (`torch.Tensor` of shape `(M - B,)`): of the noun of each noun prompt, 1 if it is of
+                the background; and 1 if it is below, such as a floor, -1 if it is above, such as the sky, else 0.
+            return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
+                over all processes.
             output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 
         Returns:
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, there are fewer texts
-                than images with `return_loss`, or maps are asked for with it.
+            `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, there are fewer
+                texts than images with `return_loss`, or maps are asked for with it.
         """
         precomputed = (image_inputs, text_inputs) if return_loss else (None, text_features)
         if any(one is other is None for one, other in zip((pixel_values, input_ids), precomputed)):
@@ -953,8 +991,8 @@ class ICLIPModel(PreTrainedModel):
     ) -> torch.Tensor:
         """
         Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
-        (B, K, P) with their attention (B, K), of the evenly spread patches of images with complete labels (b, 64, P), and
-        of the captions and noun prompts (M, P).
+        (B, K, P) with their attention (B, K), of the evenly spread patches of images with complete labels (b, 64, P),
+        and of the captions and noun prompts (M, P).
 
         Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
         objects from the background.
@@ -979,7 +1017,9 @@ class ICLIPModel(PreTrainedModel):
         return loss
 
     def _attention_loss(self, prompts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
-        """Returns the loss of the weights of the attention, which learn from nouns, for unit vectors of noun prompts."""
+        """
+        Returns the loss of the weights of the attention, which learn from nouns, for unit vectors of noun prompts.
+        """
         if nouns is None:
             return 0 * self.attention_direction.sum()  # DDP waits for its gradient
         return direction_loss(self.attention_weights(nouns.prompts(prompts).detach()), nouns.is_background)
@@ -992,22 +1032,24 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
 
 def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) -> torch.Tensor:
     """
-    Joins unit vectors `(..., P)` of the map branch and the recognition branch to unit vectors `(..., 2 P)`. Their product is (1 - share)
-    times that of the map branch plus `share` times that of the recognition branch.
+    Joins unit vectors `(..., P)` of the map branch and the recognition branch to unit vectors `(..., 2 P)`. Their
+    product is (1 - share) times that of the map branch plus `share` times that of the recognition branch.
     """
     return torch.cat([(1 - share) ** 0.5 * map_embeds, share**0.5 * embeds], -1)
 
 
 def average_prompts(embeds: torch.Tensor, num_templates: int) -> torch.Tensor:
     """
-    Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to unit vectors `(..., T, P)`. With
-    one template, the vectors are returned unchanged.
+    Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to unit vectors `(..., T, P)`.
+    With one template, the vectors are returned unchanged.
     """
     return embeds if num_templates == 1 else normalize(embeds.unflatten(-2, (-1, num_templates)).mean(-2))
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`."""
+    """
+    Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`.
+    """
     # Autocast is disabled: bfloat16 would change scaled cosines, and the loss, by up to 0.5.
     with torch.autocast(image_embeds.device.type, enabled=False):
         image_embeds = image_embeds.float()

@@ -12,7 +12,8 @@ def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile:
 
     Args:
         attention (`torch.Tensor` of shape `(B, N)`): softmax weights of the class token over the N patches.
-        norm (`str`): `"minmax"` maps the largest weight to 1; `"quantile"` maps the `quantile` in (0, 1] to 1 and clips above it.
+        norm (`str`): `"minmax"` maps the largest weight to 1; `"quantile"` maps the `quantile` in (0, 1] to 1 and
+            clips above it.
 
     Returns:
         `torch.Tensor` of shape `(B, N)`, float32, in [0, 1]; zeros where all weights are equal.
@@ -31,13 +32,15 @@ def share_among_like(
     values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Averages the values of all patches, weighted by the similarity of their tokens: softmax(affinity * cosine) over the patches.
+    Averages the values of all patches, weighted by the similarity of their tokens: softmax(affinity * cosine) over the
+    patches.
 
     Args:
         values (`torch.Tensor` of shape `(B, N, C)`).
         tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the patches.
         affinity (`float`): sharpness of the weights; 0 gives every patch the mean of all.
-        queries (`torch.Tensor` of shape `(B, K, D)`, *optional*): tokens of the patches to average for; all N if not given.
+        queries (`torch.Tensor` of shape `(B, K, D)`, *optional*): tokens of the patches to average for; all N if not
+        given.
 
     Returns:
         `torch.Tensor` of shape `(B, K, C)`. Memory does not hold an N x N matrix.
@@ -55,21 +58,23 @@ def pool_similarities(
     patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0
 ) -> torch.Tensor:
     """
-    Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities s with each
-    text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
+    Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities
+    s with each text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
 
-    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. For a tower trained
-    with a patch objective, this maximum is similar for all images.
+    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. For a tower
+    trained with a patch objective, this maximum is similar for all images.
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of N patches.
         text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
-        attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative. If all are 0, the patches have equal
-            weights.
-        sharpness (`float`): b. Near 0 the result is the weighted mean, at infinity the maximum over patches with attention.
+        attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative. If all are 0, the patches
+            have equal weights.
+        sharpness (`float`): b. Near 0 the result is the weighted mean, at infinity the maximum over patches with
+            attention.
 
     Returns:
-        `torch.Tensor` of shape `(B, T)`, float32, between the least and the greatest similarity of each image and text.
+        `torch.Tensor` of shape `(B, T)`, float32, between the least and the greatest similarity of each image and
+        text.
     """
     attention = attention.float()
     attention = attention.where(attention.sum(-1, keepdim=True) > 0, 1.0)
@@ -79,7 +84,8 @@ def pool_similarities(
         return _SmoothMaximum.apply(patch_embeds, text_embeds, prior, sharpness)
     with torch.autocast(patch_embeds.device.type, enabled=False):
         similarities = text_embeds.float() @ patch_embeds.mT.float()
-    # The gradient of log 0 is infinite, and times the share of 0 in the maximum, NaN. A patch without attention takes no part.
+    # The gradient of log 0 is infinite, and times the share of 0 in the maximum, NaN. A patch without attention takes
+    # no part.
     absent = prior == 0
     logarithms = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
     return (logarithms.unsqueeze(1) + sharpness * similarities).logsumexp(-1) / sharpness
@@ -87,8 +93,9 @@ def pool_similarities(
 
 class _SmoothMaximum(torch.autograd.Function):
     """
-    The formula of [`pool_similarities`] with its gradient, a few images at a time, whose B x N x T similarities stay in the cache of
-    a processor. The forward pass keeps each patch's share in the maximum, which is all that the gradient needs.
+    The formula of [`pool_similarities`] with its gradient, a few images at a time, whose B x N x T similarities stay
+    in the cache of a processor. The forward pass keeps each patch's share in the maximum, which is all that the
+    gradient needs.
     """
 
     @staticmethod
@@ -136,11 +143,11 @@ def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch
     Pools the tokens of each image into one vector.
 
     Args:
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the image
-            tower.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the
+            image tower.
         attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
-        mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; or `"masked_max"`, the
-            maximum of the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from
+        mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; or `"masked_max"`,
+            the maximum of the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from
             winning a channel.
 
     Returns:
@@ -171,7 +178,8 @@ def representative_patches(
         count (`int`): number of patches to select, at least 5.
 
     Returns:
-        `torch.Tensor` of shape `(B, count)`: indices of patches; all N in their order if there are no more than `count`.
+        `torch.Tensor` of shape `(B, count)`: indices of patches; all N in their order if there are no more than
+        `count`.
     """
     number, patches = len(tokens), tokens.shape[1]
     if count >= patches:

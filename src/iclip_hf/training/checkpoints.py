@@ -1,4 +1,6 @@
-"""What a run writes into its folder: its state, checkpoints to resume from, and the model. Each is written atomically."""
+"""
+What a run writes into its folder: its state, checkpoints to resume from, and the model. Each is written atomically.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,19 @@ _TRAINING = "training.pt"  # weights and optimizer in a checkpoint
 
 @dataclass
 class RunState:
-    """The state of a run that a checkpoint contains besides weights and optimizer, and with its results after the run."""
+    """
+    The state of a run that a checkpoint contains besides weights and optimizer, and with its results after the run.
+    """
 
     step: int = 0  # number of completed steps
     bad_steps: int = 0  # number of steps without a finite loss and gradient
     bad_in_a_row: int = 0  # of them, since the last good step
-    # Results of the model that the run started from, if it was trained already, and its results for each held-out pair.
+    # Results of the model that the run started from, if it was trained already, and its results for each held-out
+    # pair.
     before: dict = field(default_factory=dict)
     before_by_pair: dict = field(default_factory=dict)
-    # The best model of the training so far, or the last one without validation. One that lost in no metric goes before one that did.
+    # The best model of the training so far, or the last one without validation. One that lost in no metric goes before
+    # one that did.
     best: float | None = None  # its value of `best_metric`
     metrics: dict = field(default_factory=dict)  # its results
     change: dict = field(default_factory=dict)  # 95 % intervals of the differences to `before`, see `change_interval`
@@ -53,8 +59,8 @@ class RunState:
 
 def kept_initial_model(settings: Settings, state: RunState) -> bool:
     """
-    Whether the run's folder holds the model that the run started from, because no evaluation was better: in `best_metric`, without a
-    loss in another metric of the held-out pairs.
+    Whether the run's folder holds the model that the run started from, because no evaluation was better: in
+    `best_metric`, without a loss in another metric of the held-out pairs.
     """
     start = state.before.get(settings.best_metric)
     return start is not None and (
@@ -64,8 +70,8 @@ def kept_initial_model(settings: Settings, state: RunState) -> bool:
 
 def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
     """
-    Returns the last checkpoint of a run and its state; None and a new state without one. Raises `ValueError` if a setting has changed
-    that must not change.
+    Returns the last checkpoint of a run and its state; None and a new state without one. Raises `ValueError` if a
+    setting has changed that must not change.
     """
     folder = Path(settings.output_dir)
     *_, last = [None, *checkpoints(folder)]
@@ -81,8 +87,8 @@ def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
     if others := changed_settings(settings, state.settings):
         changes = (f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others)
         raise ValueError(
-            f"{folder}: the run to resume has other settings, which change {', '.join(changes)}; repeat the command that began it, on "
-            "the same pairs, with --resume, or name another output_dir."
+            f"{folder}: the run to resume has other settings, which change {', '.join(changes)}; repeat the command "
+            "that began it, on the same pairs, with --resume, or name another output_dir."
         )
     return last, state
 
@@ -91,8 +97,8 @@ def save_checkpoint(
     accelerator: Accelerator, pair_model: nn.Module, optimizer: Optimizer, output_dir: Path, state: RunState
 ) -> None:
     """
-    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. It holds the weights that learn, `token_mean` and the
-    optimizer, which are the same on all processes.
+    Saves `checkpoint-<state.step>` atomically, and deletes all but the last `_KEPT`. It holds the weights that learn,
+    `token_mean` and the optimizer, which are the same on all processes.
     """
     if accelerator.is_main_process:
         target = output_dir / f"checkpoint-{state.step:07d}"
@@ -140,8 +146,8 @@ def export(
     accelerator: Accelerator, pair_model: nn.Module, processor: ICLIPProcessor, folder: Path, **card: object
 ) -> None:
     """
-    Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`. Replaces the files
-    of an earlier model one by one, each atomically, and leaves others, such as checkpoints.
+    Writes the model, its processor and its card (see [`write_model_card`]) into a folder, for `from_pretrained`.
+    Replaces the files of an earlier model one by one, each atomically, and leaves others, such as checkpoints.
     """
     if accelerator.is_main_process:
         partial = folder / "model.partial"

@@ -19,9 +19,9 @@ class PairModel(nn.Module):
     [`ICLIPModel`] with `return_loss`.
 
     Memory holds the towers' activations of `chunk_size` pairs only; those of the others are recomputed in the backward
-    pass (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same number
-    of pairs. The mean of losses and gradients over the processes equals that of one process with all pairs. Chunks and
-    processes change no result, except for dropout, which is sampled for each chunk and process.
+    pass (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same
+    number of pairs. The mean of losses and gradients over the processes equals that of one process with all pairs.
+    Chunks and processes change no result, except for dropout, which is sampled for each chunk and process.
     """
 
     def __init__(self, model: ICLIPModel, settings: Settings):
@@ -48,14 +48,15 @@ class PairModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """
         Args:
-            texts: the tokenizer's tensors (M, L), if there are no `text_inputs`. The first B texts are the captions, the
-                others noun prompts.
+            texts: the tokenizer's tensors (M, L), if there are no `text_inputs`. The first B texts are the captions,
+                the others noun prompts.
             pixel_values, image_inputs, text_inputs, noun_ids, noun_labels, is_background, place: see
                 [`ICLIPModel.forward`].
 
         Returns:
             `dict` with `loss` and, without gradient, the `branch_losses` and `logit_scales` (branches,), recognition
-            first, and the unit vectors `image_embeds` and `text_embeds` (B, P) of the recognition branch. All are float32.
+            first, and the unit vectors `image_embeds` and `text_embeds` (B, P) of the recognition branch. All are
+            float32.
         """
         if image_inputs is None:
             image_inputs = ImageInputs(*self._in_chunks(self._encode_images, pixel_values))
@@ -102,6 +103,9 @@ class PairModel(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scales(self) -> None:
-        """Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease again."""
+        """
+        Keeps the scales just below 100. Above, the clamp in the model has no gradient, so a scale could not decrease
+        again.
+        """
         for branch in self.branches:
             branch.logit_scale.clamp_(max=math.log(100) - 1e-6)

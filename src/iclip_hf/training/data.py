@@ -42,8 +42,8 @@ def load_datasets(
     settings: Settings, inputs: Inputs, model: ICLIPModel, processor: ICLIPProcessor, accelerator: Accelerator
 ) -> tuple[PairBatches, PairBatches | None]:
     """
-    Prepares the pairs for training and validation, and computes the feature cache if the settings have one. The model is moved to the
-    device; its `token_mean` is set if it centers tokens.
+    Prepares the pairs for training and validation, and computes the feature cache if the settings have one. The model
+    is moved to the device; its `token_mean` is set if it centers tokens.
 
     Raises:
         `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
@@ -57,7 +57,8 @@ def load_datasets(
     if not streamed:
         distinct, _ = pairs.distinct()
         few = (distinct[i] for i in range(0, len(distinct), max(1, len(distinct) // 256)))
-    # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew by each run.
+    # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew
+    # by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     set_token_mean(model, (whole_image(processor, pair["image"]) for pair in few))
     seed = settings.seed
@@ -110,8 +111,8 @@ class TextSampler:
 
     def collate_texts(self, captions: list[str], image_nouns: Sequence[ImageNouns | None]) -> dict:
         """
-        Returns the texts of B pairs: tensors of the captions (B, L), or, with noun prompts behind them, (M, L), and the
-        nouns.
+        Returns the texts of B pairs: tensors of the captions (B, L), or, with noun prompts behind them, (M, L), and
+        the nouns.
         """
         prompts, nouns = [], {}
         if self.nouns:
@@ -124,8 +125,8 @@ class TextSampler:
 
 class PairCollator(TextSampler):
     """
-    Makes batches of rows for a `Trainer`, with the loss of `iclip train`: what [`ICLIPModel`] takes with `return_loss`.
-    Each batch samples its captions and noun prompts by torch's random numbers, which `Trainer` seeds.
+    Makes batches of rows for a `Trainer`, with the loss of `iclip train`: what [`ICLIPModel`] takes with
+    `return_loss`. Each batch samples its captions and noun prompts by torch's random numbers, which `Trainer` seeds.
 
     Example:
 
@@ -150,8 +151,8 @@ class PairCollator(TextSampler):
                 `labels` and `complete`, see [`~data.sources.PairTexts`].
 
         Returns:
-            `dict` of `pixel_values` (B, 3, H, W), the tokenizer's tensors (M, L) of captions and noun prompts, the nouns,
-            see [`~data.nouns.NounPrompts.sample`], and `return_loss`.
+            `dict` of `pixel_values` (B, 3, H, W), the tokenizer's tensors (M, L) of captions and noun prompts, the
+            nouns, see [`~data.nouns.NounPrompts.sample`], and `return_loss`.
 
         Raises:
             `ValueError`: a row has no caption, or its labels are not as described.
@@ -231,8 +232,8 @@ class TrainingStream(TrainingPairs, IterableDataset):
 
 class CachedPairs(PairBatches):
     """
-    Pairs of a [`PairDataset`] as cached features. Those of a pair that repeats are computed once. Pairs with a broken image or no caption
-    are left out.
+    Pairs of a [`PairDataset`] as cached features. Those of a pair that repeats are computed once. Pairs with a broken
+    image or no caption are left out.
 
     Args:
         pairs: the pairs.
@@ -318,8 +319,9 @@ def augmentation(
     random_erasing: float = Settings.random_erasing,
 ) -> Callable[[Image.Image], torch.Tensor]:
     """
-    Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by timm's transforms.
-    The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe. Raises `ValueError` for an unknown policy.
+    Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by
+    timm's transforms. The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe. Raises
+    `ValueError` for an unknown policy.
     """
     with require_extra("train"):
         from timm.data import create_transform
@@ -355,9 +357,9 @@ def seed_everything(*key) -> None:
 
 class GlobalBatches(Sampler):
     """
-    Yields this process's share of each batch of an epoch. The batches are the same for any number of processes and contain each
-    of the `rows` pairs at most once. An incomplete last batch is left out. `batch_size` is that of all processes together, a multiple
-    of their number.
+    Yields this process's share of each batch of an epoch. The batches are the same for any number of processes and
+    contain each of the `rows` pairs at most once. An incomplete last batch is left out. `batch_size` is that of all
+    processes together, a multiple of their number.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1):
@@ -386,7 +388,8 @@ class BatchLoader:
         pairs_per_epoch: number of pairs in an epoch of a stream, whose length is unknown.
 
     Raises:
-        `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a stream lost its connection.
+        `ValueError`: the processes cannot share a batch, or an epoch has none. During iteration, `OSError`: a stream
+            lost its connection.
     """
 
     def __init__(
@@ -416,7 +419,9 @@ class BatchLoader:
         )
 
     def steps(self, first: int, end: int) -> Iterator[dict]:
-        """Yields the batches of the steps from `first` to before `end`, counted from the beginning of the first epoch."""
+        """
+        Yields the batches of the steps from `first` to before `end`, counted from the beginning of the first epoch.
+        """
         while first < end:
             epoch, skipped = divmod(first, self.steps_per_epoch)
             for batch in itertools.islice(self.epoch(epoch, skipped), end - first):
@@ -424,7 +429,9 @@ class BatchLoader:
                 yield batch
 
     def epoch(self, epoch: int, first: int = 0) -> Iterator[dict]:
-        """Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass."""
+        """
+        Yields the batches of one epoch, starting with batch `first`. A stream does not skip; it begins another pass.
+        """
         for batch, read in self._stream(epoch, first) if self.streamed else self._rows(epoch, first):
             if self.loader.num_workers:  # each has seen too few, and ends with the epoch
                 for counts in read:
@@ -438,7 +445,8 @@ class BatchLoader:
 
     def _stream(self, epoch: int, first: int) -> Iterator[dict]:
         """Yields the batches of one epoch, from several passes if the process's part of the stream is short."""
-        # The order of a pass depends on its first step: a resumed run would see the beginning of its epoch again, but never the end.
+        # The order of a pass depends on its first step: a resumed run would see the beginning of its epoch again, but
+        # never the end.
         step = first
         while step < self.steps_per_epoch:
             began = step

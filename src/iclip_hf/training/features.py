@@ -45,9 +45,9 @@ logger = logging.getLogger(__name__)
 def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
     """
     Converts images to a tensor to keep, from which [`unpack_inputs`] makes what the projections read: all `POOLINGS`
-    (B, 5, D), which are the same for all models with this tower; with `max_over="similarity"` the first two of them and
-    the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column; with `known_competition`
-    the evenly spread patches behind them, (B, 2 + K + 64, D + 1).
+    (B, 5, D), which are the same for all models with this tower; with `max_over="similarity"` the first two of them
+    and the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column; with
+    `known_competition` the evenly spread patches behind them, (B, 2 + K + 64, D + 1).
     """
     config = model.config
 
@@ -85,7 +85,8 @@ def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
 @torch.no_grad()
 def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
     """
-    Sets `token_mean` of a model with `center_tokens`. Keeps the mean of an earlier training, which its branches learned with.
+    Sets `token_mean` of a model with `center_tokens`. Keeps the mean of an earlier training, which its branches
+    learned with.
 
     Args:
         model: model on its device.
@@ -106,12 +107,12 @@ _VERSION = 2
 
 
 # Options of a model that [`pack_inputs`] does not depend on: of the towers, which have digests, of the projections, of
-# what they compute and of their loss, and of the choice among the poolings. Other options count, also those that a later
-# version adds.
+# what they compute and of their loss, and of the choice among the poolings. Other options count, also those that a
+# later version adds.
 _OPTIONS_NOT_CACHED = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection logit_scale_init_value
-    max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value presence_bias
-    pooling recognition_pooling noun_weight unknown_weight noun_competition known_competition
+    max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value
+    presence_bias pooling recognition_pooling noun_weight unknown_weight noun_competition known_competition
 """.split()
 # With `max_over="channels"` the features hold both norms, and the patch tokens as they are.
 _OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity", "map_tokens")
@@ -126,8 +127,8 @@ def image_settings(config: ICLIPConfig) -> dict:
 
 class FeatureShards:
     """
-    Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue and
-    several processes can share the folder, whose name stands for all that the features depend on.
+    Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue
+    and several processes can share the folder, whose name stands for all that the features depend on.
     """
 
     def __init__(self, folder: Path, rows: int):
@@ -217,7 +218,10 @@ class _PairReader(Dataset):
 
 @dataclass(eq=False, repr=False)
 class FeatureCache:
-    """The features of locked towers in a folder, computed unless they are there already. Parts of it belong to other models or data."""
+    """
+    The features of locked towers in a folder, computed unless they are there already. Parts of it belong to other
+    models or data.
+    """
 
     folder: Path
     model: ICLIPModel
@@ -232,8 +236,8 @@ class FeatureCache:
         num_workers: int = 0,
     ) -> FeatureShards:
         """
-        Computes [`pack_inputs`] of the image of each pair. The captions do not count. `earlier_mean` is the model's `token_mean` if it is not
-        that of these pairs. `num_workers` is for each process.
+        Computes [`pack_inputs`] of the image of each pair. The captions do not count. `earlier_mean` is the model's
+        `token_mean` if it is not that of these pairs. `num_workers` is for each process.
 
         Raises:
             `OSError`: the folder cannot be written, or another run fills it.
@@ -294,7 +298,10 @@ class FeatureCache:
         batch_size: int,
         num_workers: int = 0,
     ) -> None:
-        """Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can read it."""
+        """
+        Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can
+        read it.
+        """
         accelerator = self.accelerator
         if not broadcast_from_main(shards.missing()):
             return

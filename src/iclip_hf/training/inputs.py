@@ -52,7 +52,8 @@ def hold_out(
     Returns the training pairs and the held-out ones, which are `validation_data`, or a share of the pairs, or None.
 
     Raises:
-        `FileNotFoundError`: a file does not exist. `ValueError`: it is not as described, or a share of a stream is to be held out.
+        `FileNotFoundError`: a file does not exist. `ValueError`: it is not as described, or a share of a stream is to
+        be held out.
     """
     streamed = not isinstance(pairs, PairDataset)
     if settings.get("validation_data"):
@@ -76,8 +77,8 @@ def open_inputs(settings: Settings, opened: tuple[PairDataset, PairDataset | Non
     Opens what the settings name. `opened` are the result of [`hold_out`], if it is there already.
 
     Raises:
-        `FileNotFoundError`: something does not exist. `ValueError`: it is not as described, or `batch_size` does not fit. Also as
-        [`hold_out`].
+        `FileNotFoundError`: something does not exist. `ValueError`: it is not as described, or `batch_size` does not
+        fit. Also as [`hold_out`].
     """
     rank, world_size = (int(os.environ.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1)))
     segmentation = None
@@ -101,7 +102,10 @@ def open_inputs(settings: Settings, opened: tuple[PairDataset, PairDataset | Non
 
 
 def warn_of_unknown_labels(pairs: PairDataset, nouns: NounPrompts) -> None:
-    """Logs the labels that are neither in `complete` nor in the vocabulary, of 2000 to 4000 pairs evenly spaced over all, or of fewer."""
+    """
+    Logs the labels that are neither in `complete` nor in the vocabulary, of 2000 to 4000 pairs evenly spaced over all,
+    or of fewer.
+    """
     looked_at, counts = range(0, len(pairs), max(1, len(pairs) // 2000)), Counter()
     for index in looked_at:
         try:
@@ -132,13 +136,13 @@ def check_run(settings: Settings) -> None:
     Checks what a run needs besides its data.
 
     Raises:
-        `FileNotFoundError`: a file or folder does not exist. `PermissionError`: the feature cache cannot be written. `ValueError`:
-        something is not as described.
+        `FileNotFoundError`: a file or folder does not exist. `PermissionError`: the feature cache cannot be written.
+        `ValueError`: something is not as described.
     """
     if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":  # Accelerate would divide the gradients
         raise ValueError(
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: all pairs of a batch contrast, so gradients are not accumulated; leave it out, and "
-            "limit the memory by chunk_size."
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: all pairs of a batch contrast, so gradients are not accumulated; "
+            "leave it out, and limit the memory by chunk_size."
         )
     check_output_dir(settings)
     features = Path(settings.cache_features, "training")
@@ -157,8 +161,8 @@ def check_output_dir(settings: Settings) -> None:
     Checks that a run can begin in its folder, or continue there with `resume`.
 
     Raises:
-        `FileExistsError`: the folder holds files of others. `ValueError`: it is that of the model; it holds a run, but not `resume`; or a
-        run that has ended and whose checkpoints are gone, so that it would be made anew.
+        `FileExistsError`: the folder holds files of others. `ValueError`: it is that of the model; it holds a run, but
+        not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be made anew.
     """
     folder = Path(settings.output_dir)
     if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):

@@ -25,8 +25,9 @@ def choose_settings(
     given: Mapping, pairs: PairDataset
 ) -> tuple[dict[str, object], tuple[PairDataset, PairDataset | None]]:
     """
-    Returns the preset for training on few pairs, those of `given["data"]`: the projections of a trained model are trained for 200 steps,
-    with a low learning rate, and evaluated on a tenth of the pairs. Settings that are given take precedence, and others depend on them.
+    Returns the preset for training on few pairs, those of `given["data"]`: the projections of a trained model are
+    trained for 200 steps, with a low learning rate, and evaluated on a tenth of the pairs. Settings that are given
+    take precedence, and others depend on them.
 
     Returns:
         `tuple`: the chosen settings, and the training and held-out pairs by them, see [`~inputs.hold_out`].
@@ -70,7 +71,9 @@ def choose_settings(
 
 
 def _locks_vision(given: Mapping) -> bool:
-    """Whether the image tower is locked: by the options or, without them, by the configuration of a model in a folder."""
+    """
+    Whether the image tower is locked: by the options or, without them, by the configuration of a model in a folder.
+    """
     options, model = parse_options(given.get("model_options", ())), given.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):
@@ -79,7 +82,9 @@ def _locks_vision(given: Mapping) -> bool:
 
 
 def check_pairs(pairs: PairDataset) -> None:
-    """Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used."""
+    """
+    Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used.
+    """
     count, where = len(pairs), pairs.sources[0].path
     if count < 2:
         raise ValueError(f"{where}: training contrasts pairs, and this has {count}; add more.")
@@ -98,7 +103,8 @@ def check_pairs(pairs: PairDataset) -> None:
             )
     if len(bad) > pairs.max_bad_share * len(looked_at):
         raise ValueError(
-            f"{where}: {len(bad)} of the {len(looked_at)} pairs looked at have no image or no caption. The first: {bad[0]}."
+            f"{where}: {len(bad)} of the {len(looked_at)} pairs looked at have no image or no caption. The first: "
+            f"{bad[0]}."
         )
     if len(texts) == 1:
         raise ValueError(f"{where}: all captions are {texts.pop()!r:.100}; describe what each image shows.")

@@ -44,12 +44,14 @@ def setting(default, help: str):
 
 @dataclass
 class Settings:
-    """Settings of a run. The defaults are the recipe of the paper, and of GroupViT and DeiT, to which the paper refers."""
+    """
+    Settings of a run. The defaults are the recipe of the paper, and of GroupViT and DeiT, to which the paper refers.
+    """
 
     config: str = setting(
         "",
-        "name of a shipped configuration, or a train.yaml beside the model's config.json; without one, settings are chosen by the "
-        "number of pairs, and without data it is iclip-vit-b16",
+        "name of a shipped configuration, or a train.yaml beside the model's config.json; without one, settings are "
+        "chosen by the number of pairs, and without data it is iclip-vit-b16",
     )
     output_dir: str = setting("", "folder of the run and the model; runs/<name of configuration or data> if not given")
     resume: bool = setting(False, "resume from the last checkpoint in output_dir, if there is one")
@@ -67,8 +69,9 @@ class Settings:
     # data
     data: list[str] = setting(
         [],
-        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with metadata.jsonl or "
-        "metadata.csv, or with a subfolder for each class, tar shards, Parquet, a saved dataset, or a Hub dataset",
+        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with "
+        "metadata.jsonl or metadata.csv, or with a subfolder for each class, tar shards, Parquet, a saved dataset, or "
+        "a Hub dataset",
     )
     image_column: str = setting("", "column of the images, if it has no usual name")
     caption_column: str = setting("", "column of the captions, if it has no usual name")
@@ -84,7 +87,8 @@ class Settings:
     random_erasing: Share = setting(0.25, "probability of erasing a rectangle")
     nouns: str = setting(
         "",
-        "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become prompts",
+        "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become "
+        "prompts",
     )
     num_workers: AtLeast0 = setting(4, "number of loading processes for each training process")
     cache_features: str = setting("", "folder for features of locked towers, which are computed once")
@@ -136,7 +140,8 @@ class Settings:
             raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
         if bool(self.model) == bool(self.vision and self.text):
             raise ValueError(
-                f"model={self.model!r}, vision={self.vision!r}, text={self.text!r}: set either model, or vision and text."
+                f"model={self.model!r}, vision={self.vision!r}, text={self.text!r}: set either model, or vision and "
+                "text."
             )
         if self.model and self.image_size:
             raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
@@ -172,8 +177,8 @@ def parse_options(model_options: Sequence[str]) -> dict[str, object]:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """
-    Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that are not given
-    are absent from the result. As `HfArgumentParser` of Transformers does, which imports torch.
+    Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that
+    are not given are absent from the result. As `HfArgumentParser` of Transformers does, which imports torch.
     """
     for name, kind in get_type_hints(Settings).items():
         options = {"type": kind}
@@ -199,8 +204,8 @@ def true_or_false(text: str) -> bool:
 
 def read_settings(given: Mapping) -> Settings:
     """
-    Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over the `train.yaml` that
-    `config` names, and this over the defaults. Raises `ValueError` for an invalid setting.
+    Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over
+    the `train.yaml` that `config` names, and this over the defaults. Raises `ValueError` for an invalid setting.
     """
     file = _config_file(given.get("config") or "iclip-vit-b16")
     named = read_file(file)
@@ -223,7 +228,9 @@ def parse_settings(arguments: Sequence[str]) -> Settings:
 
 
 def _config_file(config: str) -> Path:
-    """Returns the `train.yaml` that `config` names: a file, the one in a folder, or the one of a shipped configuration."""
+    """
+    Returns the `train.yaml` that `config` names: a file, the one in a folder, or the one of a shipped configuration.
+    """
     file = Path(config)
     if not file.is_file():
         file = config_folder(config) / "train.yaml"

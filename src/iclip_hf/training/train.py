@@ -1,5 +1,6 @@
 """
-The training program: `iclip train`, which `accelerate launch train.py` is too. It reads from set-up and loop to evaluations.
+The training program: `iclip train`, which `accelerate launch train.py` is too. It reads from set-up and loop to
+evaluations.
 """
 
 from __future__ import annotations
@@ -61,16 +62,16 @@ MAX_BAD_STEPS = 30  # in a row, after which the run stops
 
 def train(settings: Settings, inputs: Inputs | None = None) -> dict[str, float]:
     """
-    Trains a model in the folder `settings.output_dir`, which `from_pretrained` then loads. With validation, this is the best
-    model of the evaluations, which may be the one that the run started from; otherwise the last.
+    Trains a model in the folder `settings.output_dir`, which `from_pretrained` then loads. With validation, this is
+    the best model of the evaluations, which may be the one that the run started from; otherwise the last.
 
     Returns:
         The metrics of this model.
 
     Raises:
         `ValueError`: a setting or the data is not as described. `OSError`: something cannot be read or written.
-        `FloatingPointError`: too many steps in a row have no finite loss, or weights are not finite. `KeyboardInterrupt`: the run
-        was interrupted; its message names the checkpoint to resume from.
+        `FloatingPointError`: too many steps in a row have no finite loss, or weights are not finite.
+        `KeyboardInterrupt`: the run was interrupted; its message names the checkpoint to resume from.
     """
     transformers_logging.disable_progress_bar()
     set_seed(settings.seed)
@@ -115,8 +116,8 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     installed = [tracker.value for tracker in get_available_trackers()]
     if settings.report_to not in ("none", *installed):  # Accelerate would go on without a log
         raise ValueError(
-            f"report_to: {settings.report_to!r} is no tracker of Accelerate that is installed here ({', '.join(installed) or 'none is'}); "
-            "install it, or set report_to."
+            f"report_to: {settings.report_to!r} is no tracker of Accelerate that is installed here "
+            f"({', '.join(installed) or 'none is'}); install it, or set report_to."
         )
     on_gpu = partial_state("train").device.type == "cuda"
     precision = settings.mixed_precision
@@ -140,8 +141,8 @@ def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         raise ValueError(
-            f"Each process holds the whole model, so {kind} is not supported: use a configuration of Accelerate such as those in "
-            "hub_configs/accelerate."
+            f"Each process holds the whole model, so {kind} is not supported: use a configuration of Accelerate such "
+            "as those in hub_configs/accelerate."
         )
     return accelerator
 
@@ -175,15 +176,7 @@ def run(
 
     # 1. The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
-    content = identity(model, processor) | fingerprints(inputs, accelerator)
-    if checkpoint and (differing := changed(state.content, content)):  # the places may differ
-        raise ValueError(
-            f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name another output_dir."
-        )
-    if accelerator.is_main_process:  # a run that may not go on leaves the folder as it is
-        with atomic_write(output_dir / STATE_FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(settings), indent=2))
-    state.settings, state.content = asdict(settings), content
+    begin(settings, identity(model, processor) | fingerprints(inputs, accelerator), checkpoint, state, accelerator)
     training, validation = load_datasets(settings, inputs, model, processor, accelerator)
     workers = 0 if settings.cache_features else settings.num_workers
     loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
@@ -207,7 +200,8 @@ def run(
     batches = loader.steps(state.step, total_steps)
     with tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process) as bar:
         while True:
-            # 3. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a checkpoint.
+            # 3. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a
+            # checkpoint.
             if not state.measured:
                 with interrupts.at_once():
                     selection.measure(state.step == total_steps)
@@ -231,28 +225,15 @@ def run(
                 torch.cat([outputs["branch_losses"], mine.float()]), "mean"
             ).tolist()
 
-            # 6. Step, unless loss or gradient are not finite. The scaler of float16 skips by itself, and lowers its scale.
-            norm = math.nan
-            if all(map(math.isfinite, losses)):
-                accelerator.backward(outputs["loss"])
-                norm = accelerator.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm).item()
-                if math.isfinite(norm) or accelerator.scaler is not None:
-                    optimizer.step()
-                    accelerator.unwrap_model(pair_model).clamp_logit_scales()
-            optimizer.zero_grad()
+            # 6. Step
+            norm = step(accelerator, pair_model, optimizer, outputs["loss"], losses, settings.clip_grad_norm)
             finite = math.isfinite(norm)
-            state.step += 1
-            state.bad_steps += not finite
-            state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
-            if state.bad_in_a_row == min(MAX_BAD_STEPS, total_steps):
-                raise FloatingPointError(
-                    f"No loss and gradient was finite in the last {state.bad_in_a_row} steps, up to step {state.step}: lower "
-                    "learning_rate, or set mixed_precision to bf16 or no"
-                )
+            count_step(state, finite, total_steps)
             times.append((loaded - began, time.perf_counter() - loaded))
             bar.update()
 
-            # 7. A run whose weights or, in the end, losses are not finite has failed. The scaler of float16 may skip the last step.
+            # 7. A run whose weights or, in the end, losses are not finite has failed. The scaler of float16 may skip
+            # the last step.
             last = state.step == total_steps
             state.measured = not (last or state.step % settings.eval_steps == 0)
             saves = interrupted or not state.measured or state.step % settings.checkpoint_steps == 0
@@ -263,20 +244,10 @@ def run(
 
             # 8. Log
             if last or state.step % settings.log_steps == 0:
-                loading, computing = map(sum, zip(*times))
-                speed = len(times) * settings.batch_size / (loading + computing)
-                row = {
-                    "loss": sum(losses) / len(losses),
-                    **dict(zip(("recognition_loss", "map_loss"), losses)),
-                    **dict(zip(("logit_scale", "map_logit_scale"), outputs["logit_scales"].tolist())),
-                    "learning_rate": learning_rate,
-                    "gradient_norm": norm,
-                    "pairs_per_second": speed,
-                    "share_of_time_loading": loading / (loading + computing),
-                    "bad_steps": state.bad_steps,
-                }
+                row = log_row(losses, outputs["logit_scales"].tolist(), times, settings.batch_size)
+                row |= {"learning_rate": learning_rate, "gradient_norm": norm, "bad_steps": state.bad_steps}
                 accelerator.log(row, state.step)
-                bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{speed:.0f}")
+                bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
                 times.clear()
 
             # 9. Checkpoint, also before an evaluation, which may take long or fail
@@ -291,6 +262,76 @@ def run(
         print(report(settings, state, inputs.held_out))
     accelerator.end_training()
     return state.before if kept_initial_model(settings, state) else state.metrics
+
+
+def begin(
+    settings: Settings, content: dict[str, object], checkpoint: Path | None, state: RunState, accelerator: Accelerator
+) -> None:
+    """
+    Writes the settings of a run into its folder, and notes what it reads in its state. Raises `ValueError` if that is
+    not what the run of the checkpoint read. The places may differ.
+    """
+    if checkpoint and (differing := changed(state.content, content)):  # leaves the folder as it is
+        raise ValueError(
+            f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name "
+            "another output_dir."
+        )
+    if accelerator.is_main_process:
+        with atomic_write(Path(settings.output_dir, STATE_FILE)) as temporary:
+            temporary.write_text(json.dumps(asdict(settings), indent=2))
+    state.settings, state.content = asdict(settings), content
+
+
+def step(
+    accelerator: Accelerator,
+    pair_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    branch_losses: list[float],
+    clip_grad_norm: float,
+) -> float:
+    """
+    Makes a step of the optimizer, unless a loss of a branch or the gradient are not finite. The scaler of float16
+    skips by itself, and lowers its scale. Returns the norm of the gradient; NaN if a loss is not finite.
+    """
+    norm = math.nan
+    if all(map(math.isfinite, branch_losses)):
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(pair_model.parameters(), clip_grad_norm).item()
+        if math.isfinite(norm) or accelerator.scaler is not None:
+            optimizer.step()
+            accelerator.unwrap_model(pair_model).clamp_logit_scales()
+    optimizer.zero_grad()
+    return norm
+
+
+def count_step(state: RunState, finite: bool, total_steps: int) -> None:
+    """Counts a step. Raises `FloatingPointError` after too many in a row whose loss or gradient is not finite."""
+    state.step += 1
+    state.bad_steps += not finite
+    state.bad_in_a_row = 0 if finite else state.bad_in_a_row + 1
+    if state.bad_in_a_row == min(MAX_BAD_STEPS, total_steps):
+        raise FloatingPointError(
+            f"No loss and gradient was finite in the last {state.bad_in_a_row} steps, up to step {state.step}: lower "
+            "learning_rate, or set mixed_precision to bf16 or no"
+        )
+
+
+def log_row(
+    branch_losses: list[float], logit_scales: list[float], times: list[tuple[float, float]], batch_size: int
+) -> dict[str, float]:
+    """
+    Returns what is logged of the last step, and of the speed since the last log, from seconds of loading and
+    computing.
+    """
+    loading, computing = map(sum, zip(*times))
+    return {
+        "loss": sum(branch_losses) / len(branch_losses),
+        **dict(zip(("recognition_loss", "map_loss"), branch_losses)),
+        **dict(zip(("logit_scale", "map_logit_scale"), logit_scales)),
+        "pairs_per_second": len(times) * batch_size / (loading + computing),
+        "share_of_time_loading": loading / (loading + computing),
+    }
 
 
 def check_finite(model: nn.Module) -> None:
@@ -309,7 +350,9 @@ def loss_is_finite(accelerator: Accelerator, pair_model: nn.Module, batch: dict)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Returns trained parameters in two groups: matrices with weight decay; vectors, biases and logit scales without."""
+    """
+    Returns trained parameters in two groups: matrices with weight decay; vectors, biases and logit scales without.
+    """
     learning = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     decays = [p for name, p in learning if p.ndim > 1 and not name.endswith("bias")]
     others = [p for name, p in learning if p.ndim <= 1 or name.endswith("bias")]
@@ -318,9 +361,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:
     """
-    Returns the learning rate of a step: linear from `start` towards `peak` during the warm-up, then half a cosine to `end`. The
-    cosine spans all steps including the warm-up, so the rate after the warm-up is slightly below `peak`. This is GroupViT's
-    recipe and timm's default (`warmup_prefix=False`).
+    Returns the learning rate of a step: linear from `start` towards `peak` during the warm-up, then half a cosine to
+    `end`. The cosine spans all steps including the warm-up, so the rate after the warm-up is slightly below `peak`.
+    This is GroupViT's recipe and timm's default (`warmup_prefix=False`).
     """
     if step < warmup:
         return start + (peak - start) * step / warmup
@@ -333,8 +376,8 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: floa
 @dataclass(eq=False, repr=False)
 class Selection:
     """
-    Evaluates the model of a run, and keeps in the run's folder the best model so far. `validation` are the held-out pairs; None without
-    any.
+    Evaluates the model of a run, and keeps in the run's folder the best model so far. `validation` are the held-out
+    pairs; None without any.
     """
 
     settings: Settings
@@ -383,8 +426,8 @@ class Selection:
             by_pair = {name: values.tolist() for name, values in scores.items()}
             if not math.isfinite(metrics["val_loss"]):  # no later loss would be better
                 raise FloatingPointError(
-                    f"The loss of the held-out pairs is not finite at step {self.state.step}: lower learning_rate, or set "
-                    "mixed_precision to bf16 or no"
+                    f"The loss of the held-out pairs is not finite at step {self.state.step}: lower learning_rate, or "
+                    "set mixed_precision to bf16 or no"
                 )
         model = self.accelerator.unwrap_model(self.pair_model).model.eval()
         if self.inputs.segmentation is not None:

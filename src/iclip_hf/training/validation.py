@@ -1,4 +1,6 @@
-"""The measures of a training on held-out pairs: retrieval, pictures of maps, and the report of what the training changed."""
+"""
+The measures of a training on held-out pairs: retrieval, pictures of maps, and the report of what the training changed.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,9 @@ def validate(
     Measures retrieval with the recognition branch, and its loss over all pairs of a validation set at once.
 
     Returns:
-        `dict` of `torch.Tensor` of shape `(N,)`, a value for each pair, whose mean is the metric: `val_loss`, and `image_to_text`
-        and `text_to_image`, 100 if the nearest text (image) of the image (text) is its own, or has the same caption, and else 0.
+        `dict` of `torch.Tensor` of shape `(N,)`, a value for each pair, whose mean is the metric: `val_loss`, and
+        `image_to_text` and `text_to_image`, 100 if the nearest text (image) of the image (text) is its own, or has the
+        same caption, and else 0.
     """
     dataset.set_epoch(0)
     # Contiguous parts, padded to equal length because each forward pass gathers.
@@ -74,8 +77,8 @@ def validate(
 
 def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
     """
-    Returns the result of [`validate`] for scaled vectors of images (N, P) and vectors of their captions (N, P). The logits are computed in
-    blocks, so that memory does not grow with N squared.
+    Returns the result of [`validate`] for scaled vectors of images (N, P) and vectors of their captions (N, P). The
+    logits are computed in blocks, so that memory does not grow with N squared.
     """
     # Pairs with one caption have one number, because they cannot be told apart.
     numbers = {caption: number for number, caption in enumerate(captions)}
@@ -99,8 +102,8 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, captions: Sequen
 
 def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
     """
-    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled, with their
-    scores before and after, by a fixed seed.
+    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled,
+    with their scores before and after, by a fixed seed.
     """
     changes, rng = np.subtract(after, before), np.random.default_rng(0)
     means = [changes[rng.integers(len(changes), size=len(changes))].mean() for _ in range(_BOOTSTRAPS)]
@@ -109,8 +112,8 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> list[flo
 
 def regressed_metrics(change: Mapping[str, Sequence[float]], pairs: int) -> list[str]:
     """
-    Returns the metrics that got worse, by their intervals of [`change_interval`] over so many pairs: the interval holds a loss and no
-    gain. None on fewer than `FEWEST` pairs.
+    Returns the metrics that got worse, by their intervals of [`change_interval`] over so many pairs: the interval
+    holds a loss and no gain. None on fewer than `FEWEST` pairs.
     """
     if pairs < FEWEST:
         return []
@@ -122,8 +125,8 @@ def draw_examples(
     model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int, folder: Path, step: int
 ) -> None:
     """
-    Draws the first pairs of a data set as `<step>.png`: each image beside the map of its caption, after the map that the model of
-    step 0 had. Its maps are kept in the folder.
+    Draws the first pairs of a data set as `<step>.png`: each image beside the map of its caption, after the map that
+    the model of step 0 had. Its maps are kept in the folder.
     """
     shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
@@ -147,7 +150,9 @@ def draw_examples(
 
 
 def common_labels(pairs: PairDataset, count: int = 2) -> list[str]:
-    """Returns the labels that most of the first captions have: classes, if all captions are made of them, else nouns."""
+    """
+    Returns the labels that most of the first captions have: classes, if all captions are made of them, else nouns.
+    """
     captions = [caption for row in range(min(len(pairs), _LOOKED_AT)) for caption in pairs.captions(row)]
     start, end = CLASS_CAPTION.split("{}")
     if all(caption.startswith(start) for caption in captions) and len(set(captions)) < len(captions):
@@ -160,8 +165,8 @@ def common_labels(pairs: PairDataset, count: int = 2) -> list[str]:
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
     """
-    Returns the end of a run as text: a table of the metrics before and after with the 95 % interval of their change, the folder of the model,
-    and the command that explains an image with it.
+    Returns the end of a run as text: a table of the metrics before and after with the 95 % interval of their change,
+    the folder of the model, and the command that explains an image with it.
     """
     lines = [""]
     if state.metrics:
@@ -183,7 +188,8 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
     folder = shlex.quote(settings.output_dir)
     if kept_initial_model(settings, state):
         lines.append(
-            f"No evaluation was better than the start: {folder} holds the model that you started from ({settings.model})."
+            f"No evaluation was better than the start: {folder} holds the model that you started from "
+            f"({settings.model})."
         )
     else:
         lines.append(f"The trained model is in {folder}.")

@@ -17,9 +17,9 @@ def content_digest(
     files: Sequence[str | os.PathLike], folder: str | os.PathLike | None = None, read: bool = True
 ) -> str:
     """
-    Computes a digest, 16 hex digits, over names and content of files, in the given order. Names are relative to `folder`, by default the
-    innermost one that holds all files, whose own place does not count. A file that cannot be read counts as absent. Without `read`, size
-    and modification time of a file stand for its content.
+    Computes a digest, 16 hex digits, over names and content of files, in the given order. Names are relative to
+    `folder`, by default the innermost one that holds all files, whose own place does not count. A file that cannot be
+    read counts as absent. Without `read`, size and modification time of a file stand for its content.
     """
     if not files:
         return ""
@@ -50,7 +50,10 @@ def file_state(file: str | os.PathLike) -> bytes:
 
 
 def file_digest(file: str | os.PathLike) -> bytes | None:
-    """Returns a digest of the content of a file, 32 bytes; None if it cannot be read, or is a device or a pipe, which may never end."""
+    """
+    Returns a digest of the content of a file, 32 bytes; None if it cannot be read, or is a device or a pipe, which may
+    never end.
+    """
     digest = hashlib.sha256()
     try:
         if not os.path.isfile(file):

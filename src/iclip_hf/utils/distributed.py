@@ -21,8 +21,8 @@ Value = TypeVar("Value")
 
 def partial_state(needed_by: str) -> PartialState:
     """
-    Returns the state of this process. The first call also selects its device, so call it before loading a model. Raises `ImportError`
-    without Accelerate, which the extra `needed_by` installs.
+    Returns the state of this process. The first call also selects its device, so call it before loading a model.
+    Raises `ImportError` without Accelerate, which the extra `needed_by` installs.
     """
     with require_extra(needed_by):
         from accelerate import PartialState
@@ -42,8 +42,8 @@ def broadcast_from_main(value: Value) -> Value:
 @contextmanager
 def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
     """
-    [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all; its `OSError` is
-    raised on every process.
+    [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all;
+    its `OSError` is raised on every process.
     """
     with ExitStack() as claim:
         refusal = None

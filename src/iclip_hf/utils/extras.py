@@ -9,7 +9,10 @@ from importlib.metadata import PackageNotFoundError, requires
 
 
 def not_installed(package: str, extra: str) -> ImportError:
-    """Returns the error for a missing package. It names the command that installs all packages of the extra, from a clone or a wheel."""
+    """
+    Returns the error for a missing package. It names the command that installs all packages of the extra, from a clone
+    or a wheel.
+    """
     needed = []
     with suppress(PackageNotFoundError):
         marked = (requirement.partition(";") for requirement in requires("iclip-hf") or ())
@@ -22,7 +25,10 @@ def not_installed(package: str, extra: str) -> ImportError:
 
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
-    """Wraps imports of optional packages. The `ImportError` for a missing package names the command that installs the extra."""
+    """
+    Wraps imports of optional packages. The `ImportError` for a missing package names the command that installs the
+    extra.
+    """
     try:
         yield
     except ModuleNotFoundError as error:

@@ -11,16 +11,19 @@ from contextlib import contextmanager
 
 
 def ignore_signals(worker: int) -> None:
-    """Ignores signals to every process of a terminal or job, in a worker of a `DataLoader`, which the training process ends."""
+    """
+    Ignores signals to every process of a terminal or job, in a worker of a `DataLoader`, which the training process
+    ends.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Interrupts:
     """
-    Context manager in which SIGINT and SIGTERM raise `KeyboardInterrupt`. If `deferred` is set, they only set `requested`.
-    Another Ctrl-C, more than one second after the first signal, always raises. Within this second, launchers repeat a signal
-    that a process already got from the terminal.
+    Context manager in which SIGINT and SIGTERM raise `KeyboardInterrupt`. If `deferred` is set, they only set
+    `requested`. Another Ctrl-C, more than one second after the first signal, always raises. Within this second,
+    launchers repeat a signal that a process already got from the terminal.
     """
 
     def __init__(self):

@@ -861,7 +861,8 @@ class ICLIPModel(PreTrainedModel):
 
         Args:
             input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
-                ids. With `return_loss`, the first B texts are the captions of the images, and the others noun prompts.
+                ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, and the others
+                noun prompts.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
             attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.

@@ -211,7 +211,7 @@ def test_the_report_shows_what_changed_and_where_the_model_is(tmp_path):
 
     def said_of(after: int) -> str:
         state = state_of({"text_to_image": hits[6]}, {"text_to_image": hits[after]})
-        return report(settings, state, held_out)
+        return "\n".join(report(settings, state, held_out))
 
     better = said_of(12).splitlines()
     low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
@@ -221,9 +221,9 @@ def test_the_report_shows_what_changed_and_where_the_model_is(tmp_path):
     assert "'runs/my pairs' holds the model that you started from (m)" in said_of(0)
     few = load_pairs(write_table(tmp_path, 6))
     state = state_of({"val_loss": np.ones(6)}, {"val_loss": np.zeros(6)})
-    said = report(settings, state, few)
+    said = "\n".join(report(settings, state, few))
     assert "6 held-out pairs, too few for an interval" in said and "95 %" not in said and " to " not in said
-    said = report(settings, RunState(step=40, bad_steps=3), None)
+    said = "\n".join(report(settings, RunState(step=40, bad_steps=3), None))
     assert "\n3 of 40 steps had no finite loss" in said and "Nothing was measured" in said
 
 

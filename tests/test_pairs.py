@@ -248,7 +248,7 @@ def test_a_folder_for_each_class(tmp_path, caplog, monkeypatch):
     (tmp_path / "cat").symlink_to(tmp_path / "wolf", target_is_directory=True)  # as subsets of ImageNet are made
     monkeypatch.chdir(tmp_path)
     assert keys(load_pairs(".")) == ["cat/1.jpg", "cat/2.png", "golden_retriever/1.jpg", "wolf/1.jpg", "wolf/2.png"]
-    assert "3 images in no folder of a class, such as cat/puppies/2.jpg" in caplog.text
+    assert "3 images in no folder of a class, such as 'cat/puppies/2.jpg'" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["parquet", "folder", "split"])

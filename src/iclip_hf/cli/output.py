@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..model.downloads import is_url
+from ..utils.terminal import printable
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
 
-# Characters that control a terminal or cannot be printed: controls, line separators, marks of writing direction,
-# surrogates.
-_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 # The field Software in the EXIF data of pictures that the commands write.
@@ -114,14 +112,6 @@ def report_error(command: str, error: BaseException) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"iclip {command}: {printable(text)}", "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(report))
-
-
-def printable(text) -> str:
-    """
-    Escapes characters that control a terminal, as in JSON: control characters (escape sequences, new lines), marks of
-    writing direction, and bytes of file names that are not UTF-8.
-    """
-    return _ACTING.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def print_lines(*lines: str) -> None:

@@ -433,7 +433,7 @@ def read_class_folders(path: Path) -> ImageList:
         )
     if elsewhere := [image for image in all_paths if len(image.parts) != 2]:
         logger.warning(
-            "%s: left out %d images in no folder of a class, such as %s", path, len(elsewhere), elsewhere[0]
+            "%s: left out %d images in no folder of a class, such as %r", path, len(elsewhere), str(elsewhere[0])
         )
     labels = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
     texts = [PairTexts([CLASS_CAPTION.format(label)]) for label in labels]

@@ -60,7 +60,7 @@ def hold_out(
         held_out = open_pairs(settings["validation_data"], settings, streaming=False)
         if not streamed and (common := pairs.files() & held_out.files()):
             logger.warning(
-                "%d files are in data and validation_data, such as %s: scores on them say nothing of other images.",
+                "%d files are in data and validation_data, such as %r: scores on them say nothing of other images.",
                 len(common),
                 min(common),
             )

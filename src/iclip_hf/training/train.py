@@ -37,6 +37,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state, shared_folder_lock
 from ..utils.files import atomic_write
 from ..utils.interrupts import Interrupts
+from ..utils.terminal import printable
 from .card import card_settings
 from .checkpoints import (
     RunState,
@@ -259,7 +260,7 @@ def run(
     # 10. Report
     write_state(accelerator, output_dir, state, "results.json")
     if accelerator.is_main_process:
-        print(report(settings, state, inputs.held_out))
+        print(*map(printable, report(settings, state, inputs.held_out)), sep="\n")
     accelerator.end_training()
     return state.before if kept_initial_model(settings, state) else state.metrics
 

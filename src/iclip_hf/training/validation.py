@@ -163,10 +163,10 @@ def common_labels(pairs: PairDataset, count: int = 2) -> list[str]:
     return [label for label, _ in Counter(labels).most_common(count)]
 
 
-def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> str:
+def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> list[str]:
     """
-    Returns the end of a run as text: a table of the metrics before and after with the 95 % interval of their change,
-    the folder of the model, and the command that explains an image with it.
+    Returns the last lines that a run prints: a table of the metrics before and after with the 95 % interval of their
+    change, the folder of the model, and the command that explains an image with it.
     """
     lines = [""]
     if state.metrics:
@@ -195,7 +195,7 @@ def report(settings: Settings, state: RunState, held_out: PairDataset | None) ->
         lines.append(f"The trained model is in {folder}.")
     labels = common_labels(held_out) if held_out is not None else []
     lines.append(f"Next: iclip explain PHOTO --text {shlex.quote(', '.join(labels) or '...')} --model {folder}")
-    return "\n".join(lines)
+    return lines
 
 
 def _number(value: float) -> str:

@@ -22,6 +22,7 @@ from iclip_hf import explainers as registry
 from iclip_hf.backends import loading
 from iclip_hf.backends.explainable import RecordableModel
 from iclip_hf.backends.loading import load_iclip
+from iclip_hf.backends.onnx import ONNXModel
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 
@@ -197,10 +198,13 @@ def test_a_depth_without_weights_is_refused_before_it_is_built(world, tmp_path, 
 def test_the_processor_has_the_patch_size_of_its_model(world, tmp_path):
     folder = copied(world, tmp_path / "model", processor_config={"patch_size": 16})
     processor = ICLIPProcessor(world.processor.image_processor, world.processor.tokenizer, patch_size=16)
+    onnx = ONNXModel.__new__(ONNXModel)  # without its files
+    onnx.folder, onnx.config = folder, world.model.config
     doors = [
         partial(load, folder),
         partial(load_iclip, folder),
         partial(load, (world.model, processor)),
+        partial(load, (onnx, processor)),
         partial(pipeline, "image-text-similarity-map", str(folder)),
     ]
     for door in doors:

@@ -200,8 +200,8 @@ class ICLIPOutput(ModelOutput):
     Attributes:
         loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13),
             plus that of the weights of the attention with `map_attention="signed"`.
-        branch_losses (`torch.Tensor` of shape `(branches,)`, with `return_loss=True`): the loss of each branch,
-            recognition first, without gradient.
+        branch_losses (`tuple[torch.Tensor]`, with `return_loss=True`): the loss of each branch, a scalar, recognition
+            first, without gradient.
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias,
             float32.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
@@ -218,7 +218,7 @@ class ICLIPOutput(ModelOutput):
     """
 
     loss: torch.FloatTensor | None = None
-    branch_losses: torch.FloatTensor | None = None
+    branch_losses: tuple[torch.FloatTensor, ...] | None = None
     logits_per_image: torch.FloatTensor | None = None
     logits_per_text: torch.FloatTensor | None = None
     image_embeds: torch.FloatTensor | None = None
@@ -956,7 +956,7 @@ class ICLIPModel(PreTrainedModel):
             logits_per_image = self.recognition(cosines(images, texts))
         return ICLIPOutput(
             loss=losses.mean() + attention_loss,
-            branch_losses=losses.detach(),
+            branch_losses=losses.detach().unbind(),
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.mT,
             image_embeds=images,

@@ -75,7 +75,7 @@ class PairModel(nn.Module):
         )
         return {
             "loss": outputs.loss,
-            "branch_losses": outputs.branch_losses,
+            "branch_losses": torch.stack(outputs.branch_losses),
             "logit_scales": torch.cat([branch.logit_scale.exp() for branch in self.branches]).detach(),
             "image_embeds": outputs.image_embeds.detach(),
             "text_embeds": outputs.text_embeds[: len(outputs.image_embeds)].detach(),

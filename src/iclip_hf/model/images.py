@@ -95,7 +95,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
                 image = base64.b64decode(image.partition(",")[2])
             except ValueError as error:
                 raise ValueError(f"{name}: this is no base64 text ({error}).") from error
-    return to_rgb(upright(open_image(image, name)), name)
+    return to_rgb(upright(open_image(image, name)), name or _name(image))
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:

@@ -22,10 +22,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
-    if given.get("model") and not (given.get("data") or given.get("config")):
-        raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
-    settings, inputs = _prepare(given)  # before torch is loaded, and before the processes of a run wait for each other
+    overrides = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    if overrides.get("model") and not (overrides.get("data") or overrides.get("config")):
+        raise ValueError(
+            f"data: name pairs to train {overrides['model']} on, as in `iclip train pairs.csv`, or a config."
+        )
+    settings, inputs = _prepare(overrides)  # before torch is loaded and processes wait for each other
 
     from huggingface_hub.errors import StrictDataclassError
 
@@ -37,27 +39,27 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(str(error)) from error
 
 
-def _prepare(given: Mapping) -> tuple[Settings, Inputs]:
+def _prepare(overrides: Mapping) -> tuple[Settings, Inputs]:
     """
     Returns the settings of a run, chosen by the number of its pairs unless a config is named, and its open inputs.
     """
     from ..training.inputs import check_run, open_inputs, open_pairs
     from ..training.preset import choose_settings
 
-    opened, chosen = None, {}
-    if given.get("config") or not given.get("data"):
-        settings = read_settings(given)
+    opened, preset = None, {}
+    if overrides.get("config") or not overrides.get("data"):
+        settings = read_settings(overrides)
     else:
-        if given.get("pairs_per_epoch") and any(map(is_hub_id, given["data"])):
+        if overrides.get("pairs_per_epoch") and any(map(is_hub_id, overrides["data"])):
             raise ValueError(
                 "config: name one for a stream, whose pairs are not counted, or leave pairs_per_epoch out."
             )
-        pairs = open_pairs(given["data"], given, streaming=False)
-        chosen, opened = choose_settings(given, pairs)
-        settings = Settings(**{**chosen, **given})
+        pairs = open_pairs(overrides["data"], overrides, streaming=False)
+        preset, opened = choose_settings(overrides, pairs)
+        settings = Settings(**{**preset, **overrides})
     check_run(settings)
     inputs = open_inputs(settings, opened)
-    if chosen and os.environ.get("RANK", "0") == "0":
+    if preset and os.environ.get("RANK", "0") == "0":
         print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
-        print_lines(*(f"  {name:<20}  {value}" for name, value in chosen.items()))
+        print_lines(*(f"  {name:<20}  {value}" for name, value in preset.items()))
     return settings, inputs

@@ -118,16 +118,16 @@ class NounPrompts:
             phrases: more nouns of several words that take theirs, as words in lower case.
         """
         words = _words(caption)
-        free, found = set(range(len(words))), set()
+        free_words, nouns = set(range(len(words))), set()
         for length in range(max([self._longest, *(len(phrase.split()) for phrase in phrases)]), 0, -1):
             for start in range(len(words) - length, -1, -1):
                 phrase, end = " ".join(words[start : start + length]), start + length
-                named = phrase in self._by_form and (phrase != _COLOUR or end == len(words))
-                if (named or phrase in phrases) and free.issuperset(range(start, end)):
-                    free.difference_update(range(start, end))
-                    if named:
-                        found.add(self._by_form[phrase])
-        return found
+                is_noun = phrase in self._by_form and (phrase != _COLOUR or end == len(words))
+                if (is_noun or phrase in phrases) and free_words.issuperset(range(start, end)):
+                    free_words.difference_update(range(start, end))
+                    if is_noun:
+                        nouns.add(self._by_form[phrase])
+        return nouns
 
     def known_nouns(
         self, captions: Sequence[str], labels: Sequence[str] = (), complete: Sequence[str] = ()

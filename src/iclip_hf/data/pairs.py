@@ -218,20 +218,20 @@ class PairDataset:
         ranges, rows = np.unique(np.concatenate([self._opened, self._ranges]), axis=0, return_inverse=True)
         if not self._digests:
             self._digests.append(copy(self)._select(ranges)._all_image_digests())
-        (found,) = self._digests
-        return [found[32 * row : 32 * row + 32] for row in rows.reshape(-1)[len(self._opened) :].tolist()]
+        (digests,) = self._digests
+        return [digests[32 * row : 32 * row + 32] for row in rows.reshape(-1)[len(self._opened) :].tolist()]
 
     def _all_image_digests(self) -> bytes:
         sources, state = self._by_source(), hashlib.sha256(self._ranges.tobytes())
         for source, _, files in sources:
             for file in dict.fromkeys([*source.files(), *filter(None, files)]):
                 state.update(file_state(file))
-        kept = cache_folder() / "images" / f"{state.hexdigest()[:32]}.bin"
-        found = kept.read_bytes() if kept.is_file() else b""
-        if len(found) != 32 * len(self):
-            found = b"".join(self._compute_image_digests(sources))
-            keep_in_cache(kept, lambda temporary: temporary.write_bytes(found))
-        return found
+        cached = cache_folder() / "images" / f"{state.hexdigest()[:32]}.bin"
+        digests = cached.read_bytes() if cached.is_file() else b""
+        if len(digests) != 32 * len(self):
+            digests = b"".join(self._compute_image_digests(sources))
+            keep_in_cache(cached, lambda temporary: temporary.write_bytes(digests))
+        return digests
 
     def _compute_image_digests(
         self, sources: Sequence[tuple[Source, np.ndarray, list[Path | None]]]
@@ -257,7 +257,7 @@ class PairDataset:
     def _by_source(self) -> list[tuple[Source, np.ndarray, list[Path | None]]]:
         """Returns the sources with the ranges (start, end) of their pairs, and the image files of these."""
         ranges = (self._ranges[self._ranges[:, 0] == number, 1:] for number in range(len(self.sources)))
-        return [(source, own, source.image_files(own)) for source, own in zip(self.sources, ranges)]
+        return [(source, of_source, source.image_files(of_source)) for source, of_source in zip(self.sources, ranges)]
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which random choices depend."""

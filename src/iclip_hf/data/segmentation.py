@@ -571,8 +571,8 @@ def _instances(root: Path, split: str) -> _Content:
                 raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
             if item["iscrowd"] not in (0, 1):
                 raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {item['iscrowd']!r}")
-            kept = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
-            annotations[item["image_id"]].append(kept | {"segmentation": item["segmentation"]})
+            annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
+            annotations[item["image_id"]].append(annotation | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
@@ -611,11 +611,11 @@ def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mappi
         where = Path(overrides)
         overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
 
-    def texts(given: str | Sequence[str]) -> tuple[str, ...]:
-        listed = (given,) if isinstance(given, str) else given
-        if not (isinstance(listed, Sequence) and listed and all(isinstance(t, str) and t.strip() for t in listed)):
-            raise ValueError(f"{where}: {given!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
-        return tuple(listed)
+    def texts(value: str | Sequence[str]) -> tuple[str, ...]:
+        items = (value,) if isinstance(value, str) else value
+        if not (isinstance(items, Sequence) and items and all(isinstance(t, str) and t.strip() for t in items)):
+            raise ValueError(f"{where}: {value!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
+        return tuple(items)
 
     names = overrides.get("names") or {}
     if not isinstance(names, Mapping):

@@ -60,13 +60,13 @@ class Columns(NamedTuple):
         """Returns the usual columns, or only the given one."""
         return cls((image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS)
 
-    def check(self, where: str | os.PathLike, found: Iterable[str]) -> None:
+    def check(self, where: str | os.PathLike, names: Iterable[str]) -> None:
         """Raises `ValueError` if a table has no column for the image or none for the captions."""
         for what, wanted in zip(("image", "caption"), self):
-            if not set(wanted) & set(found):
+            if not set(wanted) & set(names):
                 raise ValueError(
                     f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among "
-                    f"{', '.join(map(repr, found))}; add a header line, or name the column by --{what}_column."
+                    f"{', '.join(map(repr, names))}; add a header line, or name the column by --{what}_column."
                 )
 
     def texts(self, row: Mapping) -> PairTexts:
@@ -75,10 +75,10 @@ class Columns(NamedTuple):
         `complete` names an unknown list, labels are text that is no JSON, or there is `complete` but no list of names
         as labels.
         """
-        within = row["json"] if isinstance(row.get("json"), Mapping) else {}
-        found = (_texts(column, of.get(column)) for column in self.caption for of in (row, within))
-        captions = next(filter(None, found), [])
-        stored = ([of[name] for of in (row, within) if of.get(name) not in (None, "")] for name in LABEL_COLUMNS)
+        nested = row["json"] if isinstance(row.get("json"), Mapping) else {}
+        captions_of_columns = (_texts(column, of.get(column)) for column in self.caption for of in (row, nested))
+        captions = next(filter(None, captions_of_columns), [])
+        stored = ([of[name] for of in (row, nested) if of.get(name) not in (None, "")] for name in LABEL_COLUMNS)
         labels, complete = (next(iter(values), None) for values in stored)
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete not in CLASS_NAMES:

@@ -69,18 +69,18 @@ class PairStream(IterableDataset):
         self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the
         # stream.
-        kept = [
+        names = [
             column
             for column in (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
             if column in features
         ]
         if isinstance(features.get("json"), Mapping):
-            wanted = (*columns.caption, *LABEL_COLUMNS)
+            text_columns = (*columns.caption, *LABEL_COLUMNS)
             dataset = dataset.cast_column(
-                "json", {name: kind for name, kind in features["json"].items() if name in wanted}
+                "json", {name: kind for name, kind in features["json"].items() if name in text_columns}
             )
-            kept.append("json")
-        dataset = dataset.select_columns(kept)
+            names.append("json")
+        dataset = dataset.select_columns(names)
         # Without decoding, because one bad image would end the stream.
         dataset = dataset.cast_column(self._image_column, Image(decode=False))
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
@@ -146,8 +146,8 @@ def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
         return stored.get("bytes") or b""
     # Whoever wrote the rows could name any file of this machine and its network. A zip file may hold the images.
     *archives, file = path.split("::")
-    own = file.startswith(f"hf://datasets/{hub_id}@") and all(archive.startswith("zip://") for archive in archives)
-    if hub_id is None or not own or ".." in path.split("/"):
+    is_own = file.startswith(f"hf://datasets/{hub_id}@") and all(archive.startswith("zip://") for archive in archives)
+    if hub_id is None or not is_own or ".." in path.split("/"):
         raise ValueError(f"the row holds no image and names no file of the data set itself, but {path!r:.200}")
     import fsspec
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from ..hub.record import public_name
-from .settings import FREE, Settings
+from .settings import MAY_CHANGE, Settings
 
 
 # How pairs are read, and what the results on the card tell.
@@ -25,7 +25,7 @@ def card_settings(settings: Mapping) -> dict[str, object]:
     Args:
         settings: values of [`Settings`], by their names.
     """
-    names = [field.name for field in fields(Settings) if field.name not in {*FREE, *_NOT_SHOWN}]
+    names = [field.name for field in fields(Settings) if field.name not in {*MAY_CHANGE, *_NOT_SHOWN}]
     idle = {name for name in names if settings.get(name) in (None, "", [], {}) or settings[name] is False}
     idle |= {name for name in _OFF_AT_0 if settings.get(name) == 0}
     if settings.get("cache_features"):  # of whole images

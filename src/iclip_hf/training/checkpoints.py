@@ -130,8 +130,8 @@ def load_checkpoint(accelerator: Accelerator, pair_model: nn.Module, optimizer: 
 
 
 def _learning_weights(accelerator: Accelerator, pair_model: nn.Module) -> dict[str, torch.Tensor]:
-    named = accelerator.unwrap_model(pair_model).named_parameters()
-    return {name: weight.detach() for name, weight in named if weight.requires_grad}
+    parameters = accelerator.unwrap_model(pair_model).named_parameters()
+    return {name: weight.detach() for name, weight in parameters if weight.requires_grad}
 
 
 def write_state(accelerator: Accelerator, folder: Path, state: RunState, name: str = "state.json") -> None:

@@ -167,14 +167,14 @@ def check_output_dir(settings: Settings) -> None:
     folder = Path(settings.output_dir)
     if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):
         raise ValueError(f"{folder}: output_dir is the folder of model; name a new one.")
-    kept = checkpoints(folder)
-    if not kept:
+    saved = checkpoints(folder)
+    if not saved:
         check_new_folder(folder, STATE_FILE)
-    if not settings.resume and (kept or (folder / "model.safetensors").is_file()):
+    if not settings.resume and (saved or (folder / "model.safetensors").is_file()):
         raise ValueError(
             f"{folder}: this folder holds a run already; add --resume to continue it, or name another output_dir."
         )
-    if not kept and (folder / "results.json").is_file():
+    if not saved and (folder / "results.json").is_file():
         raise ValueError(f"{folder}: the run has ended and its checkpoints are gone; name another output_dir.")
 
 

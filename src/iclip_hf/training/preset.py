@@ -22,10 +22,10 @@ _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 
 def choose_settings(
-    given: Mapping, pairs: PairDataset
+    overrides: Mapping, pairs: PairDataset
 ) -> tuple[dict[str, object], tuple[PairDataset, PairDataset | None]]:
     """
-    Returns the preset for training on few pairs, those of `given["data"]`: the projections of a trained model are
+    Returns the preset for training on few pairs, those of `overrides["data"]`: the projections of a trained model are
     trained for 200 steps, with a low learning rate, and evaluated on a tenth of the pairs. Settings that are given
     take precedence, and others depend on them.
 
@@ -36,45 +36,47 @@ def choose_settings(
         As [`check_pairs`] and [`~inputs.hold_out`].
     """
     check_pairs(pairs)
-    chosen: dict[str, object] = {}
+    preset: dict[str, object] = {}
 
-    def choose(name: str, value):
+    def set_default(name: str, value):
         """Sets a value unless the setting is given; returns the effective value."""
-        return given[name] if name in given else chosen.setdefault(name, value)
+        return overrides[name] if name in overrides else preset.setdefault(name, value)
 
-    stem = Path(given["data"][0]).absolute().name.partition(".")[0]
-    folder = choose("output_dir", f"{RUNS}/{stem}")
-    if not (given.get("vision") or given.get("text")):
-        choose("model", "embedded")
-    if not given.get("validation_data"):
-        choose("validation_share", 0.1 if len(pairs) >= 20 else 0.0)
-    pairs, held_out = hold_out(pairs, {**chosen, **given})
+    stem = Path(overrides["data"][0]).absolute().name.partition(".")[0]
+    folder = set_default("output_dir", f"{RUNS}/{stem}")
+    if not (overrides.get("vision") or overrides.get("text")):
+        set_default("model", "embedded")
+    if not overrides.get("validation_data"):
+        set_default("validation_share", 0.1 if len(pairs) >= 20 else 0.0)
+    pairs, held_out = hold_out(pairs, {**preset, **overrides})
     if held_out is not None and len(held_out) < 100:
-        choose("best_metric", "val_loss")  # a share of right answers is too coarse on so few
-    choose("lock_text", True)
-    if _locks_vision(given):
-        choose("cache_features", f"{folder}/cache")
+        set_default("best_metric", "val_loss")  # a share of right answers is too coarse on so few
+    set_default("lock_text", True)
+    if _locks_vision(overrides):
+        set_default("cache_features", f"{folder}/cache")
 
     training, world = len(pairs), int(os.environ.get("WORLD_SIZE", 1))
     good = training - int(pairs.max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
-    batch = choose("batch_size", max(min(good, 256) // world * world, world))
-    choose("learning_rate", RATE)
-    choose("warmup_learning_rate", 0.0)
-    choose("min_learning_rate", 0.0)
+    batch = set_default("batch_size", max(min(good, 256) // world * world, world))
+    set_default("learning_rate", RATE)
+    set_default("warmup_learning_rate", 0.0)
+    set_default("min_learning_rate", 0.0)
     steps_per_epoch = max(training // max(batch, 1), 1)  # `Settings` refuses a batch of 0
-    steps = given.get("max_steps") or steps_per_epoch * choose("epochs", max(1, round(STEPS / steps_per_epoch)))
-    choose("warmup_epochs", steps / steps_per_epoch / 10)
-    choose("eval_steps", max(1, steps // 5))
-    choose("log_steps", max(1, steps // 100))
-    choose("num_workers", min(training // 250, 4, spare_processors()))
-    return chosen, (pairs, held_out)
+    steps = overrides.get("max_steps") or steps_per_epoch * set_default(
+        "epochs", max(1, round(STEPS / steps_per_epoch))
+    )
+    set_default("warmup_epochs", steps / steps_per_epoch / 10)
+    set_default("eval_steps", max(1, steps // 5))
+    set_default("log_steps", max(1, steps // 100))
+    set_default("num_workers", min(training // 250, 4, spare_processors()))
+    return preset, (pairs, held_out)
 
 
-def _locks_vision(given: Mapping) -> bool:
+def _locks_vision(overrides: Mapping) -> bool:
     """
     Whether the image tower is locked: by the options or, without them, by the configuration of a model in a folder.
     """
-    options, model = parse_options(given.get("model_options", ())), given.get("model", "")
+    options, model = parse_options(overrides.get("model_options", ())), overrides.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):
             options = parse_json(file.read_text(encoding="utf-8")) | options

@@ -29,9 +29,9 @@ NotNegative, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-99, 1e30]
 
 # Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
-FREE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
+MAY_CHANGE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
 # Places, which may change too: their content is compared.
-PLACES = "model vision text data validation_data nouns cache_features eval_root".split()
+PATHS = "model vision text data validation_data nouns cache_features eval_root".split()
 
 
 def setting(default, help: str):
@@ -124,8 +124,8 @@ class Settings:
 
     def __post_init__(self):
         self.output_dir = self.output_dir or f"{RUNS}/{self.name}"
-        for name, kind in get_type_hints(Settings, include_extras=True).items():
-            value, (low, high) = getattr(self, name), getattr(kind, "__metadata__", (-math.inf, math.inf))
+        for name, annotation in get_type_hints(Settings, include_extras=True).items():
+            value, (low, high) = getattr(self, name), getattr(annotation, "__metadata__", (-math.inf, math.inf))
             if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{name}: {value} is not a number from {low} to {high}.")
         parse_options(self.model_options)
@@ -180,14 +180,14 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     Adds every setting as an option, with underscores or dashes, and `data` also as positional arguments. Settings that
     are not given are absent from the result. As `HfArgumentParser` of Transformers does, which imports torch.
     """
-    for name, kind in get_type_hints(Settings).items():
-        options = {"type": kind}
-        if kind is bool:
+    for name, annotation in get_type_hints(Settings).items():
+        options = {"type": annotation}
+        if annotation is bool:
             options = {"type": true_or_false, "nargs": "?", "const": True}
-        elif get_origin(kind) is list:
+        elif get_origin(annotation) is list:
             options = {"nargs": "+", "action": "extend"}
-        elif get_origin(kind) is Literal:
-            options = {"choices": get_args(kind)}
+        elif get_origin(annotation) is Literal:
+            options = {"choices": get_args(annotation)}
         names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
         text = Settings.__dataclass_fields__[name].metadata["help"]
         parser.add_argument(*names, default=argparse.SUPPRESS, help=text, **options)
@@ -202,22 +202,22 @@ def true_or_false(text: str) -> bool:
     return text.lower() == "true"
 
 
-def read_settings(given: Mapping) -> Settings:
+def read_settings(overrides: Mapping) -> Settings:
     """
-    Merges the settings of a run. `given`, such as the result of the parser of [`add_settings`], has precedence over
-    the `train.yaml` that `config` names, and this over the defaults. Raises `ValueError` for an invalid setting.
+    Merges the settings of a run. `overrides`, such as the result of the parser of [`add_settings`], has precedence
+    over the `train.yaml` that `config` names, and this over the defaults. Raises `ValueError` for an invalid setting.
     """
-    file = _config_file(given.get("config") or "iclip-vit-b16")
-    named = read_file(file)
-    if given.get("model"):  # instead of the towers that the file names, and their size
-        named = {name: value for name, value in named.items() if name not in ("vision", "text", "image_size")}
-    if given.get("vision") or given.get("text"):
-        named.pop("model", None)
-    if given.get("validation_share"):
-        named.pop("validation_data", None)
-    elif given.get("validation_data"):
-        named.pop("validation_share", None)
-    return Settings(**{**named, **given, "config": str(file)})
+    file = _config_file(overrides.get("config") or "iclip-vit-b16")
+    from_file = read_file(file)
+    if overrides.get("model"):  # instead of the towers that the file names, and their size
+        from_file = {name: value for name, value in from_file.items() if name not in ("vision", "text", "image_size")}
+    if overrides.get("vision") or overrides.get("text"):
+        from_file.pop("model", None)
+    if overrides.get("validation_share"):
+        from_file.pop("validation_data", None)
+    elif overrides.get("validation_data"):
+        from_file.pop("validation_share", None)
+    return Settings(**{**from_file, **overrides, "config": str(file)})
 
 
 def parse_settings(arguments: Sequence[str]) -> Settings:
@@ -274,7 +274,7 @@ def changed_settings(settings: Settings, before: Mapping) -> list[str]:
         # of a setting that the run began without
         usual = entry.default_factory() if entry.default is MISSING else entry.default
         now, then = getattr(settings, entry.name), before.get(entry.name, usual)
-        differs = bool(now) != bool(then) if entry.name in PLACES else now != then
-        if differs and entry.name not in FREE:
+        differs = bool(now) != bool(then) if entry.name in PATHS else now != then
+        if differs and entry.name not in MAY_CHANGE:
             changed.append(entry.name)
     return changed

@@ -86,10 +86,10 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, captions: Sequen
 
     def of_each(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, hits = [], []
-        for own in torch.arange(len(queries), device=queries.device).split(_BLOCK):
-            logits = queries[own] @ candidates.T
-            losses.append(F.cross_entropy(logits, own, reduction="none"))
-            hits.append(100 * (same[logits.argmax(1)] == same[own]).float())
+        for rows in torch.arange(len(queries), device=queries.device).split(_BLOCK):
+            logits = queries[rows] @ candidates.T
+            losses.append(F.cross_entropy(logits, rows, reduction="none"))
+            hits.append(100 * (same[logits.argmax(1)] == same[rows]).float())
         return torch.cat(losses), torch.cat(hits)
 
     (image_loss, image_to_text), (text_loss, text_to_image) = of_each(images, texts), of_each(texts, images)
@@ -133,12 +133,12 @@ def draw_examples(
     model.eval()
     explanations = Engine(model, processor, templates="{}").run(images, [[caption] for caption in captions])
     columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
-    kept = folder / "before.npz"
+    file = folder / "before.npz"
     if step == 0:
-        with atomic_write(kept) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
+        with atomic_write(file) as partial, open(partial, "wb") as opened:  # numpy would add a suffix to a file name
             np.savez_compressed(opened, *(map_.astype(np.float16) for map_ in columns["step 0"]))
-    elif kept.is_file():
-        with np.load(kept) as before:
+    elif file.is_file():
+        with np.load(file) as before:
             columns = {"before": [before[name].astype(np.float32) for name in before.files], **columns}
     pictures = []
     for image, *maps in zip(images, *columns.values()):

@@ -19,7 +19,7 @@ from .metric import ClassMeans, EvaluatedImage
 STEPS = 10  # of deletion and of insertion
 # Levels of a map between 0 and 1, in whose order pixels are changed. Without them, values that differ by rounding
 # alone, which depends on the batch, would be no ties.
-LEVELS = 2**12
+LEVELS = 2**16
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -56,7 +56,7 @@ def deletion_insertion(
     Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces
     pixels by values from a standard normal distribution, because prepared images have mean 0 and standard deviation 1.
     Insertion starts from zeros, the mean colour. Values of a map that is stretched to [0, 1] are rounded to multiples
-    of 1 / 4096, and pixels of equal value are in random order.
+    of 1 / 65536, and pixels of equal value are in random order.
 
     Args:
         score: function from images `(N, C, H, W)` to scores `(N, ...)`.

@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import SegmentationDataset, load_segmentation
+from iclip_hf.data import SegmentationDataset, load_segmentation, segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, VOC
 from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample, _decode_segmentation
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
@@ -314,6 +314,18 @@ def test_fingerprint_is_of_the_content_of_images_and_masks(voc):
     assert load_segmentation("voc2012", voc).fingerprint() == before
     write_index_mask(dataset[1].mask_path, [[0, 1, 1], [20, 255, 20]])
     assert load_segmentation("voc2012", voc).fingerprint() != before
+
+
+def test_a_large_data_set_is_known_by_sizes_and_times(voc, monkeypatch):
+    monkeypatch.setattr(segmentation, "LARGE", 0)
+    dataset = load_segmentation("voc2012", voc)
+    before, image = dataset.fingerprint(), dataset[1].image_path
+    content, stat = image.read_bytes(), image.stat()
+    image.write_bytes(content[:-9] + bytes(9))
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert dataset.fingerprint() == before
+    os.utime(image, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert dataset.fingerprint() != before
 
 
 def test_an_image_that_a_list_names_twice_counts_once(voc):

@@ -284,8 +284,9 @@ def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     script = written(tmp_path, HOOKED.format(hook=stop, setup=""), "hooked.py")
     command = [*"-m torch.distributed.run --standalone --nproc_per_node 2".split(), script]  # plain torchrun
     command += ["--config", hub / "train.yaml", "--output_dir", tmp_path / "two", *arguments]
-    options = {"capture_output": True, "text": True, "timeout": 240}
+    options = {"capture_output": True, "text": True, "timeout": 240, "env": {**os.environ, "ACCELERATE_USE_CPU": "1"}}
     stopped = subprocess.run([sys.executable, *map(str, command)], **options)
+    assert "Training with 2 processes" in stopped.stdout
     checkpoint = tmp_path / "two" / "checkpoint-0000003"
     said = f"iclip train: interrupted; --resume continues from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]

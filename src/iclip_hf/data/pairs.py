@@ -303,7 +303,8 @@ def load_pairs(
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these
-    labels are complete for, as a list or as the name of one of [`~iclip_hf.data.class_names.CLASS_NAMES`].
+    labels are complete for, as a list or as the name of one of [`~iclip_hf.data.class_names.CLASS_NAMES`]. With
+    `complete`, `labels` is a list, which may be empty.
 
     Args:
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.

@@ -36,7 +36,7 @@ from iclip_hf.data.class_names import COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers, push_model
-from iclip_hf.hub.model_card import describe_tower, write_model_card
+from iclip_hf.hub.model_card import card_licence, describe_tower, write_model_card
 from iclip_hf.hub.record import read_record
 from iclip_hf.training import checkpoints
 from iclip_hf.training.card import card_settings
@@ -623,10 +623,11 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     assert card.data.base_model == ["facebook/dino-vitb16", "openai/clip-vit-base-patch16"]
     assert card.data.license == "apache-2.0" and card.data.model_name == "org/one"
     assert "| DINO ViT-B/16 (Meta AI) | Apache-2.0 |" in card.text and "(OpenAI) | MIT |" in card.text
-    for name, licence in (("facebook/dinov3-vitb16-pretrain-lvd1689m", "other"), ("someone/vit", "unknown")):
+    dinov3 = "facebook/dinov3-vitb16-pretrain-lvd1689m"
+    for name, licence, printed in ((dinov3, "other", "dinov3-license"), ("someone/vit", "unknown", "unknown")):
         model.config.vision_config.name_or_path = name
         card = card_of(tmp_path, tiny_processor, model, overwrite=True)
-        assert (card.data.license, card.data.base_model[0]) == (licence, name)
+        assert (card.data.license, card.data.base_model[0]) == (licence, name) and card_licence(tmp_path) == printed
 
 
 def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor, monkeypatch):

@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> None:
     from ..utils.files import check_new_folder
 
     check_new_folder(options.directory)
-    kind, _, weights = options.format.partition("-")
-    if kind == "transformers":
+    target, _, weights = options.format.partition("-")
+    if target == "transformers":
         folder = export(options, options.directory)
         print_terms(**terms_of(folder))
         print_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     silence_transformers()
     model, processor = load_iclip(options.model, dtype="float32")
     with _shown_steps():
-        if kind == "onnx":
+        if target == "onnx":
             from ..backends.onnx import export_onnx
 
             folder = export_onnx(model, processor, options.directory, weights or "float32")

@@ -96,27 +96,27 @@ def join_towers(
     if embedded:
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
-    known, of_processor = {}, {}
+    model_options, processor_options = {}, {}
     if (source / "config.json").is_file():
-        known, _ = ICLIPConfig.get_config_dict(source)
+        model_options, _ = ICLIPConfig.get_config_dict(source)
     if (source / "processor_config.json").is_file():
-        of_processor, _ = ICLIPProcessor.get_processor_dict(source)
-        of_processor.pop("processor_class", None)
-    if "image_processor" in of_processor:
+        processor_options, _ = ICLIPProcessor.get_processor_dict(source)
+        processor_options.pop("processor_class", None)
+    if "image_processor" in processor_options:
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        of_processor["image_processor"] = AutoImageProcessor.from_pretrained(source, **size)
+        processor_options["image_processor"] = AutoImageProcessor.from_pretrained(source, **size)
     elif image_size is not None:
-        of_processor["image_size"] = image_size
-    config = ICLIPConfig(**{**known, **options})
-    _check_tower(vision, "vision_config", config if "vision_config" in known else None)
-    _check_tower(text, "text_config", config if "text_config" in known else None)
-    model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**known, **options})
+        processor_options["image_size"] = image_size
+    config = ICLIPConfig(**{**model_options, **options})
+    _check_tower(vision, "vision_config", config if "vision_config" in model_options else None)
+    _check_tower(text, "text_config", config if "text_config" in model_options else None)
+    model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**model_options, **options})
     name_towers(model, *embedded)
-    if "image_processor" not in of_processor:
+    if "image_processor" not in processor_options:
         with loading_errors(vision):
             AutoImageProcessor.from_pretrained(vision)  # what fails here would be said of the text tower
     with loading_errors(text):
-        processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **of_processor)
+        processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
     check_tokenizer(text, processor.tokenizer, model.config)
     return model, processor
 

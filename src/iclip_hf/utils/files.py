@@ -158,8 +158,8 @@ def loading_errors(name: str | Path) -> Iterator[None]:
         problem = f"loading failed ({' '.join(str(error).split()) or type(error).__name__})"
         if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable
             problem = "its weights have other shapes than its config.json says"
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(
+        error_type = OSError if isinstance(error, OSError) else ValueError
+        raise error_type(
             f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or download it again."
         ) from error
 

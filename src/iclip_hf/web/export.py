@@ -126,8 +126,8 @@ def export_web(
         texts["index.html"] = string.Template(texts["index.html"]).substitute(values)
         for name, text in _with_version(texts).items():
             (built / name).write_text(text, encoding="utf-8")
-        kept = [*texts, *(example["file"] for example in settings["examples"])]
-        digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in kept}
+        page_files = [*texts, *(example["file"] for example in settings["examples"])]
+        digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in page_files}
         offline = string.Template(read_asset("offline.js"))
         offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
         (built / "offline.js").write_text(offline, encoding="utf-8")

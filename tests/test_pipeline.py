@@ -14,11 +14,17 @@ import torch
 from conftest import TEXT, VISION, QuietHandler, served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from transformers import CLIPConfig, CLIPModel
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPConfig, CLIPModel
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from iclip_hf import ICLIPModel, ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, __version__
+from iclip_hf import (
+    ICLIPConfig,
+    ICLIPModel,
+    ImageTextSimilarityMapPipeline,
+    ZeroShotImageSegmentationPipeline,
+    __version__,
+)
 from iclip_hf.backends import embedded
 from iclip_hf.hub.folders import export_model
 from iclip_hf.model import pipeline_iclip
@@ -199,6 +205,15 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
     assert_same(after(str(photographs[0]), LABELS), before(str(photographs[0]), LABELS))
 
 
+@pytest.fixture
+def restored_classes():
+    """Registers the classes of the package again after a test that loads the code of a folder, which replaces them."""
+    yield
+    for auto_class in (AutoModel, AutoModelForZeroShotImageClassification):
+        auto_class.register(ICLIPConfig, ICLIPModel, exist_ok=True)
+
+
+@pytest.mark.usefixtures("restored_classes")
 def test_pipelines_take_a_folder_that_an_exported_model_was_saved_to(world, photographs, tmp_path):
     """It has a configuration without the code of pipelines, which the exported one names."""
     exported = export_model(world.model, world.processor, tmp_path / "exported")

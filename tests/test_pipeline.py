@@ -14,13 +14,21 @@ import torch
 from conftest import TEXT, VISION, QuietHandler, served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, CLIPConfig, CLIPModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+)
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from iclip_hf import (
     ICLIPConfig,
     ICLIPModel,
+    ICLIPProcessor,
     ImageTextSimilarityMapPipeline,
     ZeroShotImageSegmentationPipeline,
     __version__,
@@ -209,6 +217,8 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
 def restored_classes():
     """Registers the classes of the package again after a test that loads the code of a folder, which replaces them."""
     yield
+    AutoConfig.register("iclip", ICLIPConfig, exist_ok=True)
+    AutoProcessor.register(ICLIPConfig, ICLIPProcessor, exist_ok=True)
     for auto_class in (AutoModel, AutoModelForZeroShotImageClassification):
         auto_class.register(ICLIPConfig, ICLIPModel, exist_ok=True)
 

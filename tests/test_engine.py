@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import json
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -274,6 +275,12 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
         assert [one[text].arrays()["prior"].item() for text in one.labels] == one.arrays()["prior"].tolist()
     alone = explain((sigmoid_model(), tiny_processor), IMAGES[0], {"dog": 0.9, "car": 0.2})["car"]
     assert alone.to_dict()["texts"][0]["prior"] == 0.2
+
+
+@pytest.mark.parametrize("prior", [0, 1, -0.5, math.nan, None, "0.5"])
+def test_a_prior_is_a_number_between_0_and_1(tiny_processor, prior):
+    with pytest.raises(ValueError, match="prior of 'dog'"):
+        explain((sigmoid_model(), tiny_processor), IMAGES[0], {"sky": 0.5, "dog": prior})
 
 
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():

@@ -349,3 +349,12 @@ def test_clamped_scale_can_come_back():
     assert scale.exp().item() == pytest.approx(100, abs=1e-3)
     gradients(pair_model, tiny_inputs(4, 4))
     assert scale.grad != 0
+
+
+def test_other_numbers_of_noun_prompts_are_refused():
+    """Otherwise each noun would be matched with the prompt of another."""
+    model, batch = tiny_model(), tiny_inputs(3, 9)
+    nouns = {"is_background": torch.zeros(6), "place": torch.zeros(6), "noun_labels": torch.zeros(2, 4)}
+    batch["pixel_values"] = batch["pixel_values"][:2]
+    with pytest.raises(ValueError, match="9 texts for 2 images"):
+        model(**batch, **nouns, noun_ids=torch.tensor([0, 1, 1, 1, 3, 2]), return_loss=True)

@@ -216,6 +216,9 @@ class Engine:
                 raise ValueError(f"{name} is at least 1, not {number}.")
         indices, priors = itertools.repeat(None), None
         if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
+            for text, prior in texts.items():
+                if not (isinstance(prior, (int, float)) and 0 < prior < 1):
+                    raise ValueError(f"The prior of {text!r:.100} is a number between 0 and 1, not {prior!r:.100}.")
             texts, priors = [*texts], torch.tensor([*texts.values()])
         if isinstance(texts, ICLIPTextFeatures):
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts

@@ -906,6 +906,12 @@ class ICLIPModel(PreTrainedModel):
                 text_inputs, _ = self.encode_text(input_ids, **optional, **kwargs)
             nouns = None
             if noun_ids is not None:
+                captions, prompts = len(image_inputs.recognition), len(noun_ids)
+                if len(text_inputs) != captions + prompts:
+                    raise ValueError(
+                        f"There are {len(text_inputs)} texts for {captions} images with a caption each and {prompts} "
+                        "noun prompts."
+                    )
                 nouns = BatchNouns.gathered(noun_ids, noun_labels, is_background, place)
             return self._compare(image_inputs, text_inputs, nouns)
 

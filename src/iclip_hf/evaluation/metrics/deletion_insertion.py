@@ -12,14 +12,11 @@ import torch
 
 from ...backends.explainable import ExplainableModel, recordable
 from ...model.modeling_iclip import ICLIPTextFeatures, cosines
-from ...model.similarity import resize_and_normalize
+from ...model.similarity import resize_maps
 from .metric import ClassMeans, EvaluatedImage
 
 
 STEPS = 10  # of deletion and of insertion
-# Levels of a map between 0 and 1, in whose order pixels are changed. Without them, values that differ by rounding
-# alone, which depends on the batch, would be no ties.
-LEVELS = 2**16
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -55,8 +52,7 @@ def deletion_insertion(
 
     Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces
     pixels by values from a standard normal distribution, because prepared images have mean 0 and standard deviation 1.
-    Insertion starts from zeros, the mean colour. Values of a map that is stretched to [0, 1] are rounded to multiples
-    of 1 / 65536, and pixels of equal value are in random order.
+    Insertion starts from zeros, the mean colour. Pixels of equal value are in random order.
 
     Args:
         score: function from images `(N, C, H, W)` to scores `(N, ...)`.
@@ -73,8 +69,8 @@ def deletion_insertion(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(pixel_values.shape, generator=generator).to(pixel_values)
     shuffled = torch.randperm(size.numel(), generator=generator).to(device)
-    levels = (resize_and_normalize(maps.to(device), size) * LEVELS).round().flatten(1)[:, shuffled]
-    order = shuffled[levels.argsort(dim=-1, descending=True, stable=True)]
+    values = resize_maps(maps.to(device), size).flatten(1)[:, shuffled]
+    order = shuffled[values.argsort(dim=-1, descending=True, stable=True)]
     ranks = order.argsort(-1).unflatten(1, size)  # (M, H, W): 0 is the highest pixel
     counts = [round(size.numel() * step / (2 * steps)) for step in range(1, steps + 1)]
     starts = torch.stack([pixel_values, torch.zeros_like(pixel_values)])
@@ -118,6 +114,7 @@ class DeletionInsertion(ClassMeans):
         "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by "
         "noise, in the order of the map. High is better for insertion and for the difference, low for deletion."
     )
+    needs = frozenset()
     names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
     definition = (
         "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "
@@ -134,11 +131,13 @@ class DeletionInsertion(ClassMeans):
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         shown = torch.tensor(image.sample.labels) - 1
-        followed = []
-        for method, engine in self.run.engines.items():
-            maps = image.explanations[method].raw_maps
-            followed.append(maps if engine.method.sees_text else maps[:1])  # one map for all texts is measured once
-        prepared = image.prepared  # pixels of the model's own size, which scores come from
+        prepared, followed = image.prepared, []
+        # Maps of the image alone: in a batch, rounding would order equal pixels in another way.
+        for method, explain in self.run.map_functions(image).items():
+            maps = explain(prepared.pixel_values)[0]
+            sees_text = self.run.engines[method].method.sees_text
+            followed.append(maps if sees_text else maps[:1])  # one map for all texts is measured once
+        # Scores come from the model's own size.
         pixel_values = prepared.pixel_values if prepared.score_pixel_values is None else prepared.score_pixel_values
         curves = deletion_insertion(
             self.score,

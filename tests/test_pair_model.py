@@ -10,7 +10,7 @@ from training_runs import eight_pairs, gradients, pair_model_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.losses import contrastive_loss, multi_positive_loss
+from iclip_hf.model.losses import BatchNouns, contrastive_loss, known_competition_loss, multi_positive_loss
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
 from iclip_hf.training import contrastive as module
 from iclip_hf.training.features import set_token_mean
@@ -358,3 +358,26 @@ def test_other_numbers_of_noun_prompts_are_refused():
     batch["pixel_values"] = batch["pixel_values"][:2]
     with pytest.raises(ValueError, match="9 texts for 2 images"):
         model(**batch, **nouns, noun_ids=torch.tensor([0, 1, 1, 1, 3, 2]), return_loss=True)
+
+
+def test_the_competition_of_known_nouns_is_added_to_the_loss_of_the_map():
+    """With its weight, over the evenly spread patches of the images whose labels are complete, which are not the first."""
+    options = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
+    model, batch = tiny_model(**options), tiny_inputs(3, 7, size=(80, 72))
+    labels = torch.tensor([[1, 0, 0], [1, -1, 0], [0, -1, 1]], dtype=torch.int8)
+    marks = {"is_background": torch.tensor([0, 1, 0, 0]), "place": torch.tensor([0, 1, -1, 0])}
+    nouns = {"noun_ids": torch.arange(4) % 3, "noun_labels": labels, **marks}
+    losses = {}
+    for weight in (0, 0.4):
+        model.config.known_competition = weight
+        with torch.no_grad():
+            losses[weight] = pair_model_of(model).eval()(**batch, **nouns)["branch_losses"]
+    with torch.no_grad():
+        image = model.get_image_features(batch["pixel_values"])
+        texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
+    patches = image.patch_embeds.flatten(1, 2)[1:, even_patches(image.grid)]
+    known = BatchNouns.gathered(*nouns.values())
+    expected = known_competition_loss(patches, texts, 20, known)
+    assert expected > 0.1
+    torch.testing.assert_close(losses[0.4][1] - losses[0][1], 0.4 * expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses[0.4][0], losses[0][0])

@@ -475,7 +475,7 @@ def test_presence_compares_images_and_is_calibrated(iclip_data):
     # Of the shown texts at least four of five reach 0.5 (0.95 of these), of the absent ones one in eleven.
     assert (presences[truth] >= 0.5).mean() > 0.8
     assert (presences[~truth] >= 0.5).mean() == pytest.approx(0.094, abs=0.04)
-    # The presence is fitted on rooms, streets and landscapes too, which lowers its logit by 0.355 beside a fit on COCO.
+    # The presence is fitted on rooms, streets and landscapes too. A fit on COCO alone would raise its logit by 0.355.
     odds = presences / (1 - presences) * math.exp(0.355)
     probable = at_prior(odds / (1 + odds), truth.mean())
     for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 1.0)):

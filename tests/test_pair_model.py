@@ -361,7 +361,7 @@ def test_other_numbers_of_noun_prompts_are_refused():
 
 
 def test_the_competition_of_known_nouns_is_added_to_the_loss_of_the_map():
-    """With its weight, over the evenly spread patches of the images whose labels are complete, which are not the first."""
+    """With its weight, over the evenly spread patches of images whose labels are complete, here the last two."""
     options = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
     model, batch = tiny_model(**options), tiny_inputs(3, 7, size=(80, 72))
     labels = torch.tensor([[1, 0, 0], [1, -1, 0], [0, -1, 1]], dtype=torch.int8)

@@ -58,7 +58,7 @@ def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
 
     if config.max_over == "channels":
         return torch.stack([pooled(mode) for mode in POOLINGS], 1)
-    inputs = model.image_inputs(image, representative=True)
+    inputs = model.image_inputs(image)
     features = torch.cat([torch.stack([pooled(mode) for mode in POOLINGS[:2]], 1), inputs.patches], 1)
     features = torch.cat([features, F.pad(inputs.attention, (2, 0)).unsqueeze(-1)], -1)
     if inputs.even_patches is not None:

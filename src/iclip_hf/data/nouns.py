@@ -31,15 +31,32 @@ TEMPLATES = (
 # In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
-_LINE = re.compile(r"(.*?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
+_LINE = re.compile(r"([^()#,;\x00-\x1f]+?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
 
 # By each of its names, the names of a class.
 _SAME_CLASS = {name: frozenset(names) for names in SAME_CLASS for name in names}
 
 
 def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
-    """Returns the nouns of a vocabulary in lower case, each with its marks."""
-    return dict(_LINE.fullmatch(line.strip().lower()).groups() for line in lines if line.strip())
+    """
+    Returns the nouns of a vocabulary in lower case, each with its marks. Blank lines do not count. Raises `ValueError`
+    for a line that is not a noun with its marks, a noun above and below others, and one that stands twice.
+    """
+    marks = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        found = _LINE.fullmatch(line.strip().lower())
+        noun, of_noun = found.groups() if found else ("", "")
+        if not _name(noun) or ("above" in of_noun and "below" in of_noun):
+            raise ValueError(
+                f'line {number}: {line!r:.100} is not a noun with its marks, such as "sky (background) (above)"; '
+                "correct or remove it."
+            )
+        if noun in marks:
+            raise ValueError(f"line {number}: {noun!r} is there already; remove one of them.")
+        marks[noun] = of_noun
+    return marks
 
 
 class ImageNouns(NamedTuple):
@@ -66,13 +83,12 @@ class NounPrompts:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind
             or below objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most
             others: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is how many training
-                photographs show the noun, without
-            effect on prompts.
+            photographs show the noun, without effect on prompts.
         count: number of prompts for each image.
         seed: seed of the prompts.
 
     Raises:
-        `ValueError`: the vocabulary is empty.
+        `ValueError`: the vocabulary is empty, or as [`marked_nouns`].
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
@@ -94,12 +110,15 @@ class NounPrompts:
 
     @classmethod
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
-        """Reads the vocabulary from a text file with one noun in each line."""
+        """Reads the vocabulary from a text file with one noun in each line. Raises `ValueError`, which names it."""
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: nouns are text in UTF-8, but: {error}") from error
-        return cls(lines, count, seed)
+        try:
+            return cls(lines, count, seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def all_prompts(self) -> list[str]:
         """Returns all possible prompts."""

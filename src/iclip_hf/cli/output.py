@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..model.downloads import is_url
-from ..utils.terminal import printable
+from ..utils.terminal import file_name, printable
 
 
 if TYPE_CHECKING:
@@ -46,11 +46,11 @@ def check_folder(path: Path) -> None:
 def name_for(image: str | Path, ending: str) -> str:
     """
     Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg". A name that would be too long
-    is cut.
+    is cut, and one that would control a terminal is changed.
     """
     if is_url(image):
         image = re.split("[?#]", image)[0]
-    stem = Path(image).stem
+    stem = file_name(Path(image).stem)
     if len(encoded := os.fsencode(stem)) > _LONGEST_STEM:
         stem = encoded[:_LONGEST_STEM].decode(errors="ignore")
     return f"{stem}-{ending}"

@@ -30,6 +30,7 @@ from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache, parse_json
 from ..utils.hub_ids import is_hub_id
+from ..utils.terminal import printable
 from .class_names import CLASS_NAMES
 
 
@@ -211,7 +212,7 @@ class BadPairTally:
         if error is not None and not (index is not None and self._seen[index]):
             self._last_error, bad = error, self._bad + 1
             if bad <= 10 or bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, error)
+                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, printable(error))
         self.count(index, 1, int(error is not None))
 
     def count(self, index: int | None, read: int, bad: int) -> None:

@@ -57,8 +57,9 @@ def name_for(image: str | Path, ending: str) -> str:
 
 
 def model_files(model: str) -> list[Path]:
-    """Returns the files of a model folder and of its subfolders, which are inputs."""
-    return list(Path(model).rglob("*"))
+    """Returns a model folder with its subfolders and files, which are inputs; nothing for another name of a model."""
+    folder = Path(model)
+    return [folder, *folder.rglob("*")] if model != "embedded" and folder.is_dir() else []
 
 
 def resolution(picture: Path) -> int:

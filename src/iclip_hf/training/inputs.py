@@ -16,7 +16,7 @@ from ..backends import check_model_name
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
-from ..utils.files import check_new_folder, check_outputs
+from ..utils.files import check_new_folder, check_outputs, check_outside
 from ..utils.hub_ids import is_hub_id
 from .settings import Settings
 
@@ -155,12 +155,12 @@ def check_output_dir(settings: Settings) -> None:
     Checks that a run can begin in its folder, or continue there with `resume`.
 
     Raises:
-        `FileExistsError`: the folder holds files of others. `ValueError`: it is that of the model; it holds a run, but
-        not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be made anew.
+        `FileExistsError`: the folder is in that of the model, or holds files of others. `ValueError`: it holds a run,
+        but not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be made anew.
     """
     folder = Path(settings.output_dir)
-    if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):
-        raise ValueError(f"{folder}: output_dir is the folder of model; name a new one.")
+    if settings.model != "embedded":
+        check_outside(folder, settings.model)
     saved = checkpoints(folder)
     if not saved:
         check_new_folder(folder, STATE_FILE)

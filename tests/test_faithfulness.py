@@ -194,6 +194,9 @@ def test_means_over_images_then_classes_merge():
     class Two(ClassMeans):
         columns = {"a": ("a", 1), "b": ("b", 1)}
 
+        def update_from(self, image, method, maps):
+            self.update([maps.mean(), math.nan], 7)
+
     values = [([1.0, math.nan], 7), ([0.0, 4.0], 7), ([1.0, math.nan], 8)]
     whole, parts = Two(), [Two(), Two()]
     for number, (scores, label) in enumerate(values):
@@ -203,6 +206,16 @@ def test_means_over_images_then_classes_merge():
     for one in (whole.compute(), parts[0].compute()):
         assert (one["a"], one["b"], one["pairs"], one["left_out"]) == (0.75, 4.0, 3, {"no_value": 2})
         assert one["per_class"] == {7: {"a": 0.5, "b": 4.0}, 8: {"a": 1.0, "b": None}}
+
+
+def test_means_that_take_nothing_of_an_image_are_no_metric():
+    """Such a metric would give no scores, silently."""
+
+    class Nothing(ClassMeans):
+        columns = {"a": ("a", 1)}
+
+    with pytest.raises(TypeError, match="update_from"):
+        Nothing()
 
 
 # A data set

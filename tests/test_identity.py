@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEXT, VISION, tiny_model
+from conftest import TEXT, VISION, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPImageProcessor, Dinov2Config, PreTrainedConfig
 
@@ -113,7 +113,7 @@ def test_all_weights_of_an_onnx_folder_count(tmp_path, tiny_processor):
         assert changed(before, identity(OnDisk(tmp_path / file), tiny_processor)) == parts
 
 
-@pytest.mark.parametrize(("vision", "text"), zip(VISION, itertools.cycle(TEXT)))
+@pytest.mark.parametrize(("vision", "text"), [*zip(VISION, itertools.cycle(TEXT))])
 def test_a_saved_and_exported_model_is_the_same(tmp_path, tiny_processor, vision, text):
     """Wherever it lies, whoever wrote its files, and however often it was used."""
     model = tiny_model(vision, text)
@@ -144,19 +144,38 @@ def test_options_that_a_later_transformers_adds_do_not_count_unless_used(saved, 
     assert changed(before, identity(*load_pretrained(tmp_path / "model"))) == ["configuration", "processor"]
 
 
-def test_every_option_of_the_model_counts_for_a_configuration():
-    usual = ICLIPConfig()
+def other_value(name: str):
+    """A value of an option of the model that is not its default."""
     others = {"pooling": "max", "max_over": "similarity", "text_pooling": "mean"}
     others |= {"recognition_pooling": "class_and_average", "map_attention": "none", "attention_norm": "quantile"}
-    others |= {"map_branches": "both"}
-    seen = {module.configuration_digest(usual)}
+    usual = getattr(ICLIPConfig(), name)
+    if isinstance(usual, (str, bool)):
+        return others[name] if isinstance(usual, str) else not usual
+    return type(usual)(usual / 2) if usual else 1
+
+
+def test_options_of_the_model_count_for_a_configuration_unless_only_training_reads_them():
+    digests = {}
     for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
-        value = getattr(usual, name)
-        other = others[name] if isinstance(value, str) else not value if isinstance(value, bool) else (value or 0) + 1
         config = ICLIPConfig()
-        setattr(config, name, other)  # also where two options are checked against each other
-        seen.add(module.configuration_digest(config))
-    assert len(seen) == len(ICLIPConfig.__annotations__) - 1
+        setattr(config, name, other_value(name))  # also where two options are checked against each other
+        digests[name] = module.configuration_digest(config)
+    usual = module.configuration_digest(ICLIPConfig())
+    assert {name for name in digests if digests[name] == usual} == {*module.TRAINING_OPTIONS}
+    counted = [value for value in digests.values() if value != usual]
+    assert len({*counted}) == len(counted) > 10
+
+
+@pytest.mark.parametrize("name", module.TRAINING_OPTIONS)
+def test_no_output_depends_on_an_option_that_does_not_count(name):
+    kind = {"max_over": "similarity", "map_attention": "signed", "logit_bias_init_value": -2}
+    model = tiny_model(**kind)
+    other = tiny_model(**kind, **{name: other_value(name)})
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        outputs = [one(**tiny_inputs(), output_similarity_maps=True) for one in (model, other)]
+    assert torch.equal(outputs[0].similarity_maps, outputs[1].similarity_maps)
+    assert torch.equal(outputs[0].logits_per_image, outputs[1].logits_per_image)
 
 
 def test_models_of_open_clip_by_weights_layers_images_and_tokens():

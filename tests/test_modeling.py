@@ -12,6 +12,7 @@ from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.loading import load_pretrained
+from iclip_hf.model.modeling_iclip import VISION_TOWERS, VisionTower
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -52,6 +53,18 @@ def test_attention_is_the_class_tokens_row_of_the_last_layer(vision, tmp_path):
     row = attentions[-1][:, :, 0, 1 + registers :].mean(1)
     torch.testing.assert_close(tokens.attention, row, atol=1e-6, rtol=0)
     torch.testing.assert_close(tokens.patch_tokens, reference.patch_tokens, atol=1e-5, rtol=0)
+
+
+def test_patches_are_the_last_tokens_of_a_tower(monkeypatch):
+    """A tower with a token of another kind before its patches, such as DeiT's of distillation, needs a row only."""
+    monkeypatch.setitem(VISION_TOWERS, "deit", VisionTower("DeiTAttention", interpolates=True))
+    monkeypatch.setitem(VISION, "deit", VISION["vit"] | {"model_type": "deit"})
+    model, pixel_values = tiny_model("deit"), tiny_inputs(size=(32, 48))["pixel_values"]
+    with torch.no_grad():
+        tokens = model.encode_image(pixel_values)
+    assert tokens.tower_output.last_hidden_state.shape[1] == 2 + 24
+    assert torch.equal(tokens.patch_tokens, tokens.tower_output.last_hidden_state[:, 2:])
+    assert tokens.attention.shape == (2, 24) and run(model).similarity_maps.shape == (2, 3, *GRID)
 
 
 def test_attention_row_stays_after_switching_the_implementation():

@@ -62,6 +62,7 @@ def other_image(file: Path) -> None:
 
 CHANGES = {
     "pooling": ("towers", "configuration", lambda f: edit_json(f / "settings", CONFIG, "pooling", to="max")),
+    "the loss": ("towers", "unknown_weight", lambda f: edit_json(f / "settings", CONFIG, "unknown_weight", to=0.3)),
     "tower": (
         "towers",
         "weights",

@@ -7,20 +7,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..model.configuration_iclip import LOSS_OPTIONS
 from ..utils.digests import content_digest
 from . import DTYPES
 
 
-# Options that change no number: the place of the files, the code that wrote or loads them, and the dtype of the files
-# (the loaded weights have a dtype of their own, which counts).
+# Options that only training reads. The weights hold what it made of them.
+TRAINING_OPTIONS = (*LOSS_OPTIONS, "map_tokens", "lock_vision", "logit_scale_init_value")
+# Options that change no number: these, the place of the files, the code that wrote or loads them, and the dtype of the
+# files (the loaded weights have a dtype of their own, which counts).
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
-_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype"}
+_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *TRAINING_OPTIONS}
 # The classes of configurations and image processors, which count although they are the defaults of themselves.
 _KINDS = ("model_type", "image_processor_type")
 # What transformers adds to a tokenizer of the tokenizers library.
@@ -69,12 +72,9 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     }
 
 
-def changed(then: Mapping, now: Mapping, may_differ: Collection[str] = ()) -> list[str]:
-    """
-    Returns the names of the entries that differ, sorted. `model`, the name, and the entries in `may_differ` do not
-    count.
-    """
-    compared = {**then, **now}.keys() - {"model", *may_differ}
+def changed(then: Mapping, now: Mapping) -> list[str]:
+    """Returns the names of the entries that differ, sorted. `model`, the name, does not count."""
+    compared = {**then, **now}.keys() - {"model"}
     return sorted(name for name in compared if then.get(name) != now.get(name))
 
 

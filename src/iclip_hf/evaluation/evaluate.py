@@ -6,11 +6,12 @@ import copy
 import itertools
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -30,6 +31,11 @@ from .results import EvaluationResult, map_settings
 
 with require_extra("eval"):
     from accelerate.utils import gather_object
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from ..backends.explainable import ExplainableModel
 
 
 def evaluate_model(
@@ -81,43 +87,46 @@ def evaluate_model(
         raise ValueError(f'methods is a list of at least one name, such as ["itsm"], not {methods!r:.100}.')
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
-    model, runs = load(model), {}
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
     # another.
-    sizes = [metric.image_size if image_size is None else image_size for metric in metrics]
-    for size in sizes:
-        if str(size) not in runs:
-            options = (size, templates, refine, limit, batch_size, state)
-            runs[str(size)] = EvaluationRun(model, dataset, methods, *options)
-    run_of = {metric: runs[str(size)] for metric, size in zip(metrics, sizes) if _measurable(metric, runs[str(size)])}
-    metrics, totals = list(run_of), {}
+    sizes = {metric: metric.image_size if image_size is None else image_size for metric in metrics}
+    new_run = partial(EvaluationRun, load(model), dataset, methods, templates, refine, limit, batch_size, state)
+    runs = {name: new_run(size) for name, size in {str(size): size for size in sizes.values()}.items()}
+    run_of = {metric: runs[str(size)] for metric, size in sizes.items() if _measurable(metric, runs[str(size)])}
+    totals = {}
     for run in runs.values():
-        of_run = [metric for metric in metrics if run_of[metric] is run]
+        of_run = [metric for metric in run_of if run_of[metric] is run]
         totals |= run.measure(of_run, progress and state.is_main_process)
+    _join_processes(totals)
 
-    first, *others = gather_object([[total.state for total in totals.values()]])  # alike on every process
-    for total, of_all, *parts in zip(totals.values(), first, *others):
-        for part in parts:
-            of_all.merge(part)
-        total.state = of_all
+    first, metrics = next(iter(runs.values())), list(run_of)
     results, per_class = {}, {}
-    for method in run.methods:
+    for method in first.methods:
         reports = {
             metric.name: totals[metric.name, method if metric.by_method else None].report() for metric in metrics
         }
         results[method] = {name: scores for name, (scores, _) in reports.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(
-        protocol=_protocol(next(iter(runs.values())), run_of),
+        protocol=_protocol(first, run_of),
         results=results,
         per_class=per_class,
         timing={
             "seconds": time.perf_counter() - start,
             "seconds_in_model": sum(run.seconds_in_model for run in runs.values()),
-            "images": len(run.indices),
+            "images": len(first.indices),
         },
-        tables=_tables(metrics, results, run.count, dataset.images_in_split),
+        tables=_tables(metrics, results, first.count, dataset.images_in_split),
     )
+
+
+def _join_processes(totals: Mapping[tuple, Metric]) -> None:
+    """Merges the items that each process measured, so that the metrics are alike on every process."""
+    first, *others = gather_object([[total.state for total in totals.values()]])
+    for total, of_all, *parts in zip(totals.values(), first, *others):
+        for part in parts:
+            of_all.merge(part)
+        total.state = of_all
 
 
 def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
@@ -187,8 +196,19 @@ class EvaluationRun:
         indices (`range`): positions of the images of this process.
     """
 
-    def __init__(self, model, dataset, methods, image_size, templates, refine, limit, batch_size, state):
-        self.model, self.dataset, self.methods = load(model), dataset, list(dict.fromkeys(methods))
+    def __init__(
+        self,
+        model: ExplainableModel,
+        dataset: SegmentationDataset,
+        methods: Sequence[str],
+        templates: Sequence[str] | None,
+        refine: bool,
+        limit: int | None,
+        batch_size: int,
+        state: PartialState,
+        image_size: int | dict[str, int] | None,
+    ):
+        self.model, self.dataset, self.methods = model, dataset, list(dict.fromkeys(methods))
         templates = dataset.templates if templates is None else templates
         options = {"templates": templates, "image_size": image_size, "refine": refine}
         new_engine = partial(Engine, self.model, self.model.processor, **options)
@@ -211,18 +231,18 @@ class EvaluationRun:
         method.
         """
         needs = frozenset().union(*(metric.needs for metric in metrics))
-        by_method = {
+        metrics_of = {
             method: [metric for metric in metrics if metric.by_method == bool(method)]
             for method in (None, *self.methods)
         }
-        totals = {(metric.name, method): metric.empty() for method, of in by_method.items() for metric in of}
+        totals = {(metric.name, method): metric.empty() for method, of in metrics_of.items() for metric in of}
 
         def update(image: EvaluatedImage) -> list[Metric]:
             """Returns the metrics of `totals` with this image alone."""
             parts = []
-            for method, method_metrics in by_method.items():
+            for method, of_method in metrics_of.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
-                for metric in method_metrics:
+                for metric in of_method:
                     parts.append(metric.empty())
                     parts[-1].update_from(image, method, maps)
             return parts

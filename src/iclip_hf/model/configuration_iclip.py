@@ -11,6 +11,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
+# Options that only the loss reads. The outputs of a model do not depend on them, nor do cached features of images.
+LOSS_OPTIONS = ("noun_weight", "unknown_weight", "noun_competition", "known_competition")
+
+
 @strict
 class ICLIPConfig(PreTrainedConfig):
     r"""

@@ -58,15 +58,17 @@ class VisionTower(NamedTuple):
     attention: str
     # Whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
     interpolates: bool = False
+    # Its final norm, if it returns patch tokens without it.
+    final_norm: str | None = None
 
 
-# Supported image towers, which have a class token, by model type.
+# Supported image towers by model type. Their first token is the class token, and the patches are their last tokens.
 VISION_TOWERS = {
     "vit": VisionTower("ViTAttention", interpolates=True),
     "dinov2": VisionTower("Dinov2Attention"),
     "dinov2_with_registers": VisionTower("Dinov2WithRegistersAttention"),
     "dinov3_vit": VisionTower("DINOv3ViTAttention"),
-    "clip_vision_model": VisionTower("CLIPAttention", interpolates=True),
+    "clip_vision_model": VisionTower("CLIPAttention", interpolates=True, final_norm="post_layernorm"),
 }
 # Factor of what is below the mean of a map with additive or signed attention: it stays low, and in its order.
 BELOW_MEAN = 0.1
@@ -574,13 +576,14 @@ class ICLIPModel(PreTrainedModel):
         """
         Runs the image tower on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
         """
-        config = self.config.vision_config
-        patch_size = patch_side(config)
+        kind, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config.vision_config)
         height, width = pixel_values.shape[-2:]
         if height % patch_size or width % patch_size:  # towers would leave out the rest
             raise ValueError(f"Images of {height}x{width} pixels are not in multiples of the patch size {patch_size}.")
-        if VISION_TOWERS[config.model_type].interpolates:
+        if kind.interpolates:
             kwargs["interpolate_pos_encoding"] = True
+        grid = height // patch_size, width // patch_size
+        patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
         last_attention = LastAttention(self.config.value_share)
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
@@ -589,17 +592,16 @@ class ICLIPModel(PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             outputs = self.vision_model(pixel_values, **kwargs)
             tokens = outputs.last_hidden_state
-            if config.model_type == "clip_vision_model":
-                tokens = self.vision_model.post_layernorm(tokens)  # CLIP applies it to the class token only
-            first_patch = 1 + getattr(config, "num_register_tokens", 0)
+            if kind.final_norm:
+                tokens = getattr(self.vision_model, kind.final_norm)(tokens)
             row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
             # Layers may be on several devices.
-            attention = row[:, :, 0, first_patch:].float().mean(1).to(tokens.device)
+            attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
         return ImageTokens(
             class_token=tokens[:, 0],
-            patch_tokens=tokens[:, first_patch:],
+            patch_tokens=tokens[:, patches],
             attention=attention,
-            grid=(height // patch_size, width // patch_size),
+            grid=grid,
             tower_output=outputs,
         )
 

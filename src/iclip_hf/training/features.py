@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..backends.identity import digest, software, tokenizer_digest, tower_digest
 from ..data.pairs import BadPairError, PairDataset
-from ..model.configuration_iclip import ICLIPConfig
+from ..model.configuration_iclip import LOSS_OPTIONS, ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, ImageInputs, ImageTokens
 from ..model.pooling import EVEN_PATCHES, POOLINGS, normalize_attention, pool
 from ..model.processing_iclip import ICLIPProcessor
@@ -113,7 +113,7 @@ _VERSION = 2
 _OPTIONS_NOT_CACHED = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection logit_scale_init_value
     max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value
-    presence_bias pooling recognition_pooling noun_weight unknown_weight noun_competition known_competition
+    presence_bias pooling recognition_pooling
 """.split()
 # With `max_over="channels"` the features hold both norms, and the patch tokens as they are.
 _OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity", "map_tokens")
@@ -122,7 +122,8 @@ _OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity", "map_t
 def image_settings(config: ICLIPConfig) -> dict:
     """Returns the options of a model that [`pack_inputs`] depends on, besides its image tower."""
     channels = config.max_over == "channels"
-    names = {*type(config).__annotations__}.difference(_OPTIONS_NOT_CACHED, _OPTIONS_NOT_POOLED if channels else ())
+    without_effect = {*_OPTIONS_NOT_CACHED, *LOSS_OPTIONS, *(_OPTIONS_NOT_POOLED if channels else ())}
+    names = type(config).__annotations__.keys() - without_effect
     return {name: getattr(config, name) for name in names} | {"even_patches": config.known_competition > 0}
 
 

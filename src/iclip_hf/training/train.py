@@ -27,7 +27,7 @@ with require_extra("train"):
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import ProjectConfiguration, set_seed
 
-from ..backends.identity import changed, digest, identity
+from ..backends.identity import TRAINING_OPTIONS, changed, digest, identity
 from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import join_towers
@@ -177,7 +177,8 @@ def run(
 
     # 1. The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
-    begin(settings, identity(model, processor) | fingerprints(inputs, accelerator), checkpoint, state, accelerator)
+    content = identity(model, processor) | {name: getattr(model.config, name) for name in TRAINING_OPTIONS}
+    begin(settings, content | fingerprints(inputs, accelerator), checkpoint, state, accelerator)
     training, validation = load_datasets(settings, inputs, model, processor, accelerator)
     workers = 0 if settings.cache_features else settings.num_workers
     loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)

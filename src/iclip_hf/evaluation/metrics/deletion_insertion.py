@@ -13,7 +13,7 @@ import torch
 from ...backends.explainable import ExplainableModel, recordable
 from ...model.modeling_iclip import ICLIPTextFeatures, cosines
 from ...model.similarity import resize_maps
-from .metric import ClassMeans, EvaluatedImage
+from .metric import EvaluatedImage, MeasuredClassMeans
 
 
 STEPS = 10  # of deletion and of insertion
@@ -94,7 +94,7 @@ def area_under(curves: torch.Tensor) -> torch.Tensor:
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
 
-class DeletionInsertion(ClassMeans):
+class DeletionInsertion(MeasuredClassMeans):
     """
     Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and
     insertion minus deletion.
@@ -114,7 +114,6 @@ class DeletionInsertion(ClassMeans):
         "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by "
         "noise, in the order of the map. High is better for insertion and for the difference, low for deletion."
     )
-    needs = frozenset()
     names = ("deletion_cosine", "deletion_probability", "insertion_cosine", "insertion_probability")
     definition = (
         "pixels by the map, highest first, in steps of 1 / (2 * steps) of the image; deletion fills with normal "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from ...model.similarity import min_max_normalize
-from .metric import ClassMeans, EvaluatedImage
+from .metric import EvaluatedImage, MeasuredClassMeans
 
 
 SAMPLES = 10  # noisy images
@@ -45,13 +45,12 @@ def max_sensitivity(
     return (changes.norm(dim=2) / length.where(length > 0, torch.nan)).amax(0)
 
 
-class MaxSensitivity(ClassMeans):
+class MaxSensitivity(MeasuredClassMeans):
     """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is that of the noise."""
 
     name = "max_sensitivity"
     columns = {"max_sensitivity": ("max-sensitivity", 3)}
     legend = "Max-sensitivity: largest relative change of the map under noise of one grey level. 0 is stable."
-    needs = frozenset()
     definition = f"noise of radius {RADIUS}, {SAMPLES} samples; maps stretched to [0, 1] on their own grid"
 
     def __init__(self, seed: int = 0):

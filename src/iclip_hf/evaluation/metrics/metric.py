@@ -182,8 +182,7 @@ class Metric(ABC):
 class ClassMeans(Metric):
     """
     A metric whose scores are means over the images of a class, then over the classes. A score that is NaN is left out.
-    A subclass implements `measure` if it runs the model itself, and otherwise `update_from`, which calls `update` for
-    each shown class.
+    A subclass implements `update_from`, which calls `update` for each shown class.
 
     Attributes:
         names (`tuple`): the names of the F scores of a pair of an image and a class; those of `columns` if not given.
@@ -229,9 +228,15 @@ class ClassMeans(Metric):
         """Names F scores; None for those without data."""
         return dict(zip(self.names or self.columns, map(none_if_nan, values)))
 
+
+class MeasuredClassMeans(ClassMeans):
+    """[`ClassMeans`] of a metric that runs the model itself, in `measure`, and needs nothing else of an image."""
+
+    needs = frozenset()
+
+    @abstractmethod
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         """Returns the scores `(T, F)` of each method for an image that shows a class."""
-        return {}
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
         outputs = []
@@ -240,7 +245,7 @@ class ClassMeans(Metric):
             outputs.append({method: part.cpu().double().numpy() for method, part in scores.items()})
         return outputs
 
-    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+    def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
         for scores, label in zip(image.outputs[self.name].get(method, ()), image.sample.labels):
             self.update(scores, label)
 

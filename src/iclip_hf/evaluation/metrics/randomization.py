@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...backends.explainable import ExplainableModel, recordable
-from .metric import ClassMeans, EvaluatedImage, rounded
+from .metric import EvaluatedImage, MeasuredClassMeans, rounded
 
 
 class LayerRandomization:
@@ -77,7 +77,7 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
 
 
-class Randomization(ClassMeans):
+class Randomization(MeasuredClassMeans):
     """
     Rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised, see
     [`LayerRandomization`]. `seed` is that of the random weights.
@@ -89,7 +89,6 @@ class Randomization(ClassMeans):
         "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on "
         "what they learned."
     )
-    needs = frozenset()
     definition = (
         "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "
         "the grid of the maps"

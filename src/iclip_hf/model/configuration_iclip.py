@@ -95,7 +95,8 @@ class ICLIPConfig(PreTrainedConfig):
             patches in the noun loss of the map branch ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of the competition of the nouns that are known to be shown
             or absent, on images whose labels are complete for the background ([`~losses.known_competition_loss`]). It
-            is added to the loss of the map branch, and requires `max_over="similarity"`.
+            is added to the loss of the map branch, and requires `max_over="similarity"`. With it, nouns that are above
+            or below others also compete by their place among all nouns ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 

@@ -78,6 +78,16 @@ def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatc
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"] == answers[0]["texts"]
 
 
+def test_names_of_outputs_do_not_control_a_terminal(workspace, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(workspace / "0" / "a.jpg", "a\x1b]0;owned\x07.jpg")
+    shutil.copy(workspace / "0" / "a.jpg", b"b\xff\xe2\x80\xae.jpg")
+    assert run(workspace, ".", "--text", "dog") == 0
+    assert not re.search("[\x1b\x07\u202e]", "".join(capsys.readouterr()))
+    written = [path.name for path in (tmp_path / "explanations").iterdir()]
+    assert sorted(written) == ["a_]0;owned_-explanation.png", "b__-explanation.png", "explanations.jsonl"]
+
+
 def test_a_long_text_does_not_widen_the_table():
     lines = table(["text", "score"], [["a dog " * 500, "0.5"], ["x" * 60, "0.25"]])
     assert len({*map(len, lines)}) == 1 and len(lines[0]) == 2 + 60 + 2 + 5

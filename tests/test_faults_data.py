@@ -184,7 +184,28 @@ REFUSED = {
         **inputs.FEW_JSON,
         "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
     },
-    (nouns, "nouns.txt noun"): {"empty": "", "UTF-16": "dog".encode("utf-16")},
+    (nouns, "nouns.txt"): {
+        "empty": "\n",
+        "UTF-16": "dog".encode("utf-16"),
+        "UTF-16 without a mark": "dog".encode("utf-16-le"),
+        "Latin-1": "café".encode("latin-1"),
+    },
+    (nouns, "3:"): {  # of the line, after two good ones
+        name: f"dog\nsky (background) (above)\n{line}\n"
+        for name, line in {
+            "marks alone": "(above)",
+            "two marks in one": "floor (background, below)",
+            "comment": "# animals",
+            "comment behind a noun": "cat # an animal",
+            "unknown mark": "cat (foo)",
+            "unclosed mark": "cat (above",
+            "above and below": "lamp (above) (below)",
+            "several nouns": "cat, mouse",
+            "no word": "---",
+            "one twice": "Dog (3)",
+            "one twice, with other marks": "sky",
+        }.items()
+    },
     (model, "model"): inputs.MODEL_FOLDERS,
     (evaluation, "written.json"): inputs.FEW_JSON | {"results as a list": '{"protocol": {}, "results": []}'},
     (image, "image.png"): inputs.UNREADABLE_IMAGES,

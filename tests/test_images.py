@@ -2,10 +2,12 @@
 
 import base64
 import io
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import QuietHandler, iclip, served
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 
@@ -209,3 +211,39 @@ def test_base64_text(photo):
     for wrong in ("data:image/png;base64,bm8gaW1hZ2U=", "data:image/png;base64,bm8gaW1hZ2U"):
         with pytest.raises(ValueError, match="data:image/png"):
             load_image(wrong)
+
+
+class Redirecting(QuietHandler):
+    """Sends to another protocol, from the path."""
+
+    def do_GET(self):
+        self.send_response(302)
+        self.send_header("Location", f"{self.path[1:]}://127.0.0.1:{self.server.server_port}/photo.png")
+        self.end_headers()
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "file", "FTP", "data"])
+def test_a_url_is_redirected_to_no_other_protocol(scheme):
+    with served(Redirecting) as server, pytest.raises(OSError, match="redirect|Redirect"):
+        load_image(f"http://127.0.0.1:{server.server_port}/{scheme}")
+
+
+def test_a_scheme_in_capitals_is_one(world, tmp_path):
+    with served(partial(QuietHandler, directory=world.folder)) as server:
+        for scheme in ("HTTP", "Http"):
+            name = f"{scheme}://127.0.0.1:{server.server_port}/photo.png"
+            assert load_image(name).tobytes() == load_image(world.photo).tobytes()
+            assert (
+                iclip("explain", name, "--text", "dog", "--model", world.folder / "model", "--output", tmp_path) == 0
+            )
+
+
+@pytest.mark.parametrize(
+    "place", ["user:secret@127.0.0.1:1/a.png", "secret@127.0.0.1:1/a.png", "a:secret@b:c@127.0.0.1/"]
+)
+def test_a_password_in_a_url_is_not_printed(place, world, capsys):
+    with pytest.raises(OSError, match="password") as error:
+        load_image(f"https://{place}")
+    assert "secret" not in str(error.value) and "127.0.0.1" in str(error.value)
+    assert iclip("explain", f"HTTPS://{place}", "--text", "dog", "--model", world.folder / "model") == 2
+    assert "secret" not in "".join(capsys.readouterr())

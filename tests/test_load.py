@@ -13,9 +13,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import TEXT, VISION, tiny_model
 from PIL import Image
-from transformers import AutoProcessor, BertConfig, BertTokenizer, pipeline
+from transformers import AutoProcessor, BertConfig, BertTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, pipeline
 
 from iclip_hf import ICLIPProcessor, cli, evaluate_model, explain, load
 from iclip_hf import explainers as registry
@@ -210,6 +210,16 @@ def test_the_processor_has_the_patch_size_of_its_model(world, tmp_path):
     for door in doors:
         with pytest.raises(ValueError, match="patch size 16, but the model 8"):
             door()
+
+
+def test_a_processor_of_another_kind_is_refused(world):
+    parts = {"image_processor": world.processor.image_processor, "tokenizer": world.processor.tokenizer}
+    for processor in (CLIPProcessor(**parts), *parts.values()):
+        with pytest.raises(ValueError, match=f"expected an ICLIPProcessor, got {type(processor).__name__}"):
+            load((world.model, processor))
+    clip = CLIPModel(CLIPConfig(vision_config=VISION["clip_vision_model"], text_config=TEXT["clip_text_model"]))
+    with pytest.raises(ValueError, match="expected the processor of the model, got CLIPImageProcessor"):
+        load((clip, parts["image_processor"]))
 
 
 # ------------------------------------------------------------------------------------------- methods and their options

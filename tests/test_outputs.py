@@ -44,6 +44,7 @@ def mine(world, tmp_path, monkeypatch) -> Path:
     (folder / "clip" / "config.json").write_text('{"model_type": "iclip"}')
     (folder / "config.png").symlink_to("clip/config.json")
     (folder / "image.json").symlink_to("images/image.png")
+    (folder / "inside").symlink_to(world.folder / "model")
     monkeypatch.chdir(folder)
     return folder
 
@@ -71,6 +72,11 @@ INPUTS = [
     "compare photo.jpg --text dog --output config.png --model clip",
     "evaluate DATA --output MODEL/config.json",
     "evaluate DATA --output image.json",
+    # In a folder of a model, also what does not exist
+    "explain photo.jpg SEE --output MODEL/sub/a.png",
+    "explain photos SEE --output MODEL/maps",
+    "compare photo.jpg SEE --output inside/new.png",
+    "evaluate DATA --output MODEL/sub/new.json",
 ]
 FOLDERS = [
     "train table.csv --output_dir run",
@@ -78,6 +84,8 @@ FOLDERS = [
     "train table.csv --output_dir clip --resume",
     "train table.csv --output_dir photos",
     "train table.csv --model MODEL --output_dir MODEL",
+    "train table.csv --model MODEL --output_dir inside/run",
+    "export MODEL MODEL/new",
     "train table.csv --model MODEL",  # into runs/table
     "train --model MODEL",
     "init --config iclip-dinov2-s14-minilm --output .",

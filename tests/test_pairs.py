@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
-from iclip_hf.training.inputs import open_inputs
+from iclip_hf.training.data import PairCollator
+from iclip_hf.training.inputs import open_inputs, warn_of_unknown_labels
 from iclip_hf.training.settings import parse_settings
 from iclip_hf.utils import digests
 
@@ -659,19 +660,55 @@ def test_labels_in_every_form(tmp_path):
         load_pairs(tmp_path / "b.jsonl")
 
 
-@pytest.mark.parametrize("labels", [[3, 4], 3, "[3]", ["dog", 3], None, "", 0, "null", "absent"])
+NUMBERS = [[3, 4], 3, "[3]", np.array([3]), float("nan")]
+
+
+@pytest.mark.parametrize("labels", [*({"labels": value} for value in (*NUMBERS, None, "", "null")), {}])
 @pytest.mark.parametrize("complete", ["voc2012", ["dog", "cat"]])
 def test_complete_needs_a_list_of_names(labels, complete):
     """The image would count as one that shows none of the names."""
-    row = {"caption": "a", "complete": complete} | ({} if labels == "absent" else {"labels": labels})
+    row = {"caption": "a", "complete": complete, **labels}
     for of_row in (row, {"txt": "a", "json": row}):
         with pytest.raises(ValueError, match="labels: .* is no list of names"):
             sources.Columns().texts(of_row)
     for empty in ([], "[]"):
         texts = sources.Columns().texts(row | {"labels": empty})
         assert not texts.labels and texts.complete
-    if labels != "absent":  # of another meaning
-        assert sources.Columns().texts(row | {"complete": True}).captions == ["a"]
+
+
+@pytest.mark.parametrize("column", ["labels", "complete"])
+@pytest.mark.parametrize("value", NUMBERS)
+def test_numbers_in_a_column_of_labels_have_another_meaning(column, value):
+    """Such as ids of classes, in data sets of the Hub."""
+    assert sources.Columns().texts({"caption": "a", column: value}) == (["a"], [], [])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [("dog", "cat"), np.array(["dog", "cat"]), np.array(["dog", "cat"], object), ["dog, cat"], '["dog", "cat"]'],
+)
+def test_labels_are_any_sequence_of_names(value):
+    row = {"captions": ("a", "b"), "labels": value, "complete": value}
+    assert sources.Columns().texts(row) == (["a", "b"], ["dog", "cat"], ["dog", "cat"])
+
+
+@pytest.mark.parametrize(
+    "value", [{"dog": 1}, b"dog", [["dog"]], ["dog", 3], ["dog", None], np.array([["dog"]]), {"dog"}, "dog", '"dog"']
+)
+@pytest.mark.parametrize("column", ["labels", "complete"])
+def test_labels_that_are_no_list_of_names_are_refused(column, value, tiny_processor):
+    rows = [{"image": Image.new("RGB", (9, 9)), "caption": "a"}, {"caption": "a", "labels": [], column: value}]
+    with pytest.raises(ValueError, match=f"^Row 2 of the batch: {column}: "):
+        PairCollator(tiny_processor)(rows)
+
+
+@pytest.mark.parametrize(
+    ("complete", "expected"),
+    [(["coco2017"], class_names.COCO_THINGS), ('["voc2012", "sky"]', [*class_names.VOC, "sky"])],
+)
+def test_a_list_of_complete_names_may_name_a_data_set(complete, expected):
+    texts = sources.Columns().texts({"caption": "a", "labels": [], "complete": complete})
+    assert [*texts.complete] == [*expected]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "tar", "parquet"])
@@ -713,6 +750,36 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     (tmp_path / "nouns.txt").write_text("dog\nsportsball\nkite")
     open_inputs(settings)
     assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["TVmonitor", "sofa", "motorbike", "aeroplane", "diningtable", "pottedplant"])
+def test_a_class_has_the_names_of_other_data_sets(name):
+    """VOC's are not those of COCO: an image with a sofa would train that it shows no couch."""
+    nouns = NounPrompts([*class_names.COCO_THINGS, "sofa"])
+    texts = sources.PairTexts(["a"], [name], class_names.COCO_THINGS)
+    shown, absent, _ = nouns.known_nouns(*texts)
+    known = {"TVmonitor": "tv", "sofa": "couch", "motorbike": "motorcycle"}
+    known |= {"aeroplane": "airplane", "diningtable": "dining table", "pottedplant": "potted plant"}
+    assert {nouns.nouns[noun] for noun in shown} == {known[name], name} & {*nouns.nouns}
+    assert len(absent) == 79 and not nouns.unknown_labels(texts)
+    assert nouns.unknown_labels(texts._replace(complete=["dog"])) == {name} - {*nouns.nouns}
+
+
+def test_names_of_bad_pairs_do_not_control_a_terminal(tmp_path, caplog):
+    write_tar(
+        tmp_path / "a.tar", [("\x1b[2J.jpg", b"no image"), ("\x1b[2J.txt", "a"), ("1.jpg", jpeg(1)), ("1.txt", "a")]
+    )
+    assert len([*stream(tmp_path, max_bad_share=1.0)]) == 1
+    (message,) = caplog.messages
+    assert "u001b[2J" in message and "\x1b" not in message
+
+
+def test_unknown_labels_of_a_stream_are_counted_too(tmp_path, caplog):
+    row = {"caption": "a", "labels": ["dog", "sportsball"]}
+    write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0)), ("0.json", json.dumps(row)), ("1.jpg", b""), ("1.json", "{}")])
+    warn_of_unknown_labels(stream(tmp_path), NounPrompts(["dog"]))
+    (message,) = caplog.messages
+    assert "1 names" in message and "2 pairs" in message and "'sportsball' (1)" in message
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):

@@ -31,7 +31,7 @@ BAD_SETTINGS = [
     ("best_metric", "mAP", "best_metric: mAP"),
     ("learning_rate", 0, "learning_rate: 0"),
     ("epochs", 0, "epochs: 0"),
-    ("noun_weight", 0.7, "'noun_weight' is no setting"),  # an option of the model
+    ("noun_weight", 0.7, "model_options: [noun_weight=0.7]"),  # an option of the model, once a setting
     ("weight_decay", -1, "weight_decay: -1"),
 ]
 

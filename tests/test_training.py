@@ -298,6 +298,18 @@ def test_a_run_that_ends_without_a_finite_loss_fails(hub, tmp_path, capsys, step
     assert not list(tmp_path.glob("*.safetensors")) and "Training with 1 process on cpu" in capsys.readouterr().out
 
 
+def test_the_logged_loss_is_the_trained_one(hub, tmp_path, monkeypatch):
+    """With that of the weights of the attention, which is no branch's."""
+    (tmp_path / "nouns.txt").write_text("dog\nball\nsky (background)\ngrass (background)")
+    rows, trained, step = [], [], program.step
+    monkeypatch.setattr(Accelerator, "log", lambda self, row, step: rows.append(row))
+    monkeypatch.setattr(program, "step", lambda *args: trained.append(args[3].item()) or step(*args))
+    options = ["--model_options", "max_over=similarity", "map_attention=signed", "--nouns", tmp_path / "nouns.txt"]
+    run(hub, tmp_path / "run", *options, "--max_steps", 2, "--log_steps", 1, "--eval_steps", 9)
+    assert [row["loss"] for row in rows if row] == pytest.approx(trained) and len(trained) == 2
+    assert all(row["loss"] > (row["recognition_loss"] + row["map_loss"]) / 2 + 0.01 for row in rows if row)
+
+
 def test_a_run_whose_last_gradient_is_not_finite_fails(hub, tmp_path, monkeypatch):
     """Its loss is finite, but the last step changed nothing."""
     norms = iter([1.0, float("nan")])

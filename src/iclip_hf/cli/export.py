@@ -47,8 +47,10 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..utils.files import check_new_folder
+    from ..utils.files import check_new_folder, check_outside
 
+    if options.model != "embedded":
+        check_outside(options.directory, options.model)
     check_new_folder(options.directory)
     target, _, weights = options.format.partition("-")
     if target == "transformers":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..model.downloads import is_url
-from ..utils.terminal import printable
+from ..utils.terminal import file_name, printable
 
 
 if TYPE_CHECKING:
@@ -46,19 +46,20 @@ def check_folder(path: Path) -> None:
 def name_for(image: str | Path, ending: str) -> str:
     """
     Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg". A name that would be too long
-    is cut.
+    is cut, and one that would control a terminal is changed.
     """
     if is_url(image):
         image = re.split("[?#]", image)[0]
-    stem = Path(image).stem
+    stem = file_name(Path(image).stem)
     if len(encoded := os.fsencode(stem)) > _LONGEST_STEM:
         stem = encoded[:_LONGEST_STEM].decode(errors="ignore")
     return f"{stem}-{ending}"
 
 
 def model_files(model: str) -> list[Path]:
-    """Returns the files of a model folder and of its subfolders, which are inputs."""
-    return list(Path(model).rglob("*"))
+    """Returns a model folder with its subfolders and files, which are inputs; nothing for another name of a model."""
+    folder = Path(model)
+    return [folder, *folder.rglob("*")] if model != "embedded" and folder.is_dir() else []
 
 
 def resolution(picture: Path) -> int:

@@ -113,6 +113,19 @@ CLASS_NAMES = {
     "voc2012": VOC,
 }
 
+# Names of one class in several data sets, of which the first of VOC's are those of its files.
+SAME_CLASS = [
+    _names(names)
+    for names in (
+        "aeroplane, airplane",
+        "diningtable, dining table",
+        "motorbike, motorcycle",
+        "pottedplant, potted plant",
+        "sofa, couch",
+        "tvmonitor, tv, television",
+    )
+]
+
 # Classes without instances, as ADE20K (panoptic) defines them; those of CamVid are chosen by COCO's panoptic
 # convention.
 ADE20K_STUFF = _names("""

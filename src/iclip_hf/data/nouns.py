@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from .class_names import SAME_CLASS
 
 
 if TYPE_CHECKING:
@@ -29,12 +31,32 @@ TEMPLATES = (
 # In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
-_LINE = re.compile(r"(.*?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
+_LINE = re.compile(r"([^()#,;\x00-\x1f]+?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
+
+# By each of its names, the names of a class.
+_SAME_CLASS = {name: frozenset(names) for names in SAME_CLASS for name in names}
 
 
 def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
-    """Returns the nouns of a vocabulary in lower case, each with its marks."""
-    return dict(_LINE.fullmatch(line.strip().lower()).groups() for line in lines if line.strip())
+    """
+    Returns the nouns of a vocabulary in lower case, each with its marks. Blank lines do not count. Raises `ValueError`
+    for a line that is not a noun with its marks, a noun above and below others, and one that stands twice.
+    """
+    marks = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        found = _LINE.fullmatch(line.strip().lower())
+        noun, of_noun = found.groups() if found else ("", "")
+        if not _name(noun) or ("above" in of_noun and "below" in of_noun):
+            raise ValueError(
+                f'line {number}: {line!r:.100} is not a noun with its marks, such as "sky (background) (above)"; '
+                "correct or remove it."
+            )
+        if noun in marks:
+            raise ValueError(f"line {number}: {noun!r} is there already; remove one of them.")
+        marks[noun] = of_noun
+    return marks
 
 
 class ImageNouns(NamedTuple):
@@ -61,13 +83,12 @@ class NounPrompts:
         nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind
             or below objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most
             others: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is how many training
-                photographs show the noun, without
-            effect on prompts.
+            photographs show the noun, without effect on prompts.
         count: number of prompts for each image.
         seed: seed of the prompts.
 
     Raises:
-        `ValueError`: the vocabulary is empty.
+        `ValueError`: the vocabulary is empty, or as [`marked_nouns`].
     """
 
     def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
@@ -79,7 +100,7 @@ class NounPrompts:
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
         # As captions are read: "carpenter's kit" is three words.
-        singular = [" ".join(_words(noun)) for noun in self.nouns]
+        singular = [*map(_name, self.nouns)]
         self._by_form = {noun: number for number, noun in enumerate(singular)}
         for number, noun in enumerate(singular):
             for plural in _plurals(noun):
@@ -89,12 +110,15 @@ class NounPrompts:
 
     @classmethod
     def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
-        """Reads the vocabulary from a text file with one noun in each line."""
+        """Reads the vocabulary from a text file with one noun in each line. Raises `ValueError`, which names it."""
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: nouns are text in UTF-8, but: {error}") from error
-        return cls(lines, count, seed)
+        try:
+            return cls(lines, count, seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def all_prompts(self) -> list[str]:
         """Returns all possible prompts."""
@@ -135,9 +159,11 @@ class NounPrompts:
         """
         Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.sources.PairTexts`]. Labels
         precede captions: a noun that a caption names and complete labels deny is unknown. Names of several words take
-        theirs in captions, also if they are not in the vocabulary.
+        theirs in captions, also if they are not in the vocabulary. A label by the name of its class in another data
+        set, such as VOC's "tvmonitor" with the names of COCO, has the name in `complete` too.
         """
-        labelled, listed = ({" ".join(_words(name)) for name in names} for names in (labels, complete))
+        listed = {*map(_name, complete)}
+        labelled = {name for label in labels for name in _names_of(label, listed)}
         others = (name for name in labelled | listed if " " in name and name not in self._by_form)
         phrases = {form for name in others for form in (name, *_plurals(name))}
         named = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
@@ -149,9 +175,11 @@ class NounPrompts:
         """
         Returns the labels of an image that are neither in its `complete` nor in the vocabulary, and so teach nothing.
         """
-        known = {_words(name) for name in texts.complete}
+        listed = {*map(_name, texts.complete)}
         return {
-            name for name in texts.labels if " ".join(_words(name)) not in self._by_form and _words(name) not in known
+            label
+            for label in texts.labels
+            if not any(name in listed or name in self._by_form for name in _names_of(label, listed))
         }
 
     def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, np.ndarray]]:
@@ -176,6 +204,17 @@ class NounPrompts:
         sampled = np.array(sampled)
         of_prompts = {"is_background": self.is_background[sampled], "place": self.place[sampled]}
         return prompts, {"noun_ids": sampled, **of_prompts, "noun_labels": noun_labels}
+
+
+def _name(text: str) -> str:
+    """Returns a name as vocabularies are looked up by: words in lower case."""
+    return " ".join(_words(text))
+
+
+def _names_of(label: str, listed: Set[str]) -> set[str]:
+    """Returns the name of a label, and those of the same class in other data sets that are `listed`."""
+    name = _name(label)
+    return {name, *(_SAME_CLASS.get(name, frozenset()) & listed)}
 
 
 @lru_cache(2**12)  # many images have the same names

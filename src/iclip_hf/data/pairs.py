@@ -31,6 +31,7 @@ from .sources import (
     BadPairError,
     BadPairTally,
     Columns,
+    PairTexts,
     RawPair,
     Source,
     open_hub_dataset,
@@ -141,6 +142,14 @@ class PairDataset:
             return pair
         except BAD_PAIR as error:
             raise BadPairError(f"{source.place(start)}: {error}") from error
+
+    def some_texts(self) -> Iterator[PairTexts]:
+        """Yields captions and labels of 2000 to 4000 pairs evenly spread over all, or of fewer, without bad ones."""
+        for index in range(0, len(self), max(1, len(self) // 2000)):
+            try:
+                yield self.raw(index).texts
+            except BadPairError:  # is counted when it is read for training
+                continue
 
     def _replacement(self, rng: random.Random) -> tuple[int, dict]:
         """Samples a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
@@ -303,8 +312,8 @@ def load_pairs(
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these
-    labels are complete for, as a list or as the name of one of [`~iclip_hf.data.class_names.CLASS_NAMES`]. With
-    `complete`, `labels` is a list, which may be empty.
+    labels are complete for: a list, or one of [`~iclip_hf.data.class_names.CLASS_NAMES`], which a list may name too.
+    With `complete`, `labels` is a list, which may be empty.
 
     Args:
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.

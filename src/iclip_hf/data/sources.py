@@ -19,6 +19,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,7 @@ from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache, parse_json
 from ..utils.hub_ids import is_hub_id
+from ..utils.terminal import printable
 from .class_names import CLASS_NAMES
 
 
@@ -72,30 +74,30 @@ class Columns(NamedTuple):
     def texts(self, row: Mapping) -> PairTexts:
         """
         Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if
-        `complete` names an unknown list, labels are text that is no JSON, or there is `complete` but no list of names
-        as labels.
+        `labels` or `complete` are neither lists of names nor numbers, if `complete` names an unknown list, and if
+        there is `complete` without a list of names as labels.
         """
         nested = row["json"] if isinstance(row.get("json"), Mapping) else {}
         captions_of_columns = (_texts(column, of.get(column)) for column in self.caption for of in (row, nested))
         captions = next(filter(None, captions_of_columns), [])
-        stored = ([of[name] for of in (row, nested) if of.get(name) not in (None, "")] for name in LABEL_COLUMNS)
+        stored = ([of[name] for of in (row, nested) if not _is_empty(of.get(name))] for name in LABEL_COLUMNS)
         labels, complete = (next(iter(values), None) for values in stored)
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete not in CLASS_NAMES:
                 raise ValueError(
                     f"complete: {complete!r:.100} is neither a list of names nor one of {', '.join(CLASS_NAMES)}"
                 )
-            complete = CLASS_NAMES[complete]
-        else:
-            complete = _names("complete", complete)
-        if complete:  # without labels, all of these would count as absent
-            listed = _parsed("labels", labels)
-            if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+            complete = [complete]
+        names, listed = _names("labels", labels), _names("complete", complete)
+        if listed:
+            if names is None:  # all of these would count as absent
                 raise ValueError(
                     f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows "
                     "none of them is []"
                 )
-        return PairTexts(captions, _names("labels", labels), complete)
+            lists = [CLASS_NAMES.get(name, (name,)) for name in listed]
+            listed = lists[0] if len(lists) == 1 else [name for of_entry in lists for name in of_entry]
+        return PairTexts(captions, names or [], listed or [])
 
 
 class PairTexts(NamedTuple):
@@ -114,25 +116,50 @@ class PairTexts(NamedTuple):
 
 
 def _texts(column: str, value) -> list[str]:
-    """
-    Returns the texts in a value of a column, stripped; none if it is neither text nor a list of texts. Raises
-    `ValueError` for labels as text that is no JSON.
-    """
+    """Returns the texts in a value of a column of captions, stripped; none if it is neither text nor has texts."""
     value = _parsed(column, value)
-    texts = (text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str))
-    # JSON escapes can contain lone surrogates, which tokenizers refuse, and text files of Windows a byte order mark.
-    texts = [text.encode(errors="ignore").decode("utf-8-sig").strip() for text in texts]
-    return [text for text in texts if text]
+    items = _items(value)
+    texts = (text for text in ([value] if items is None else items) if isinstance(text, str))
+    return [text for text in map(_stripped, texts) if text]
 
 
-def _names(column: str, value) -> list[str]:
-    """Returns the names in a value of a column of labels; "dog, cat" are two. Raises as [`_texts`]."""
-    names = (name.strip() for text in _texts(column, value) for name in text.split(","))
+def _names(column: str, value) -> list[str] | None:
+    """
+    Returns the names in a value of a column of labels; "dog, cat" are two. None without a list, and for numbers, which
+    have another meaning, such as ids of classes. Raises `ValueError` for anything else.
+    """
+    parsed = _parsed(column, value)
+    items = _items(parsed)
+    of_value = [parsed] if items is None else items
+    if _is_empty(parsed) or (of_value and all(isinstance(item, Number) for item in of_value)):
+        return None
+    if items is None or not all(isinstance(item, str) for item in items):
+        raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
+    names = (_stripped(name) for item in items for name in item.split(","))
     return [name for name in names if name]
 
 
+def _items(value) -> list | None:
+    """Returns the items of a list, a tuple or an array; None of anything else."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return [*value] if isinstance(value, (list, tuple)) else None
+
+
+def _is_empty(value) -> bool:
+    return value is None or (isinstance(value, str) and value == "")
+
+
+def _stripped(text: str) -> str:
+    # JSON escapes can contain lone surrogates, which tokenizers refuse, and text files of Windows a byte order mark.
+    return text.encode(errors="ignore").decode("utf-8-sig").strip()
+
+
 def _parsed(column: str, value):
-    """Returns a value of a column; that of a list in a .csv or .tsv is parsed. Raises as [`_texts`]."""
+    """
+    Returns a value of a column; that of a list in a .csv or .tsv is parsed. Raises `ValueError` for labels as text
+    that is no JSON.
+    """
     if column in ("captions", *LABEL_COLUMNS) and isinstance(value, str):
         try:
             return parse_json(value)
@@ -185,7 +212,7 @@ class BadPairTally:
         if error is not None and not (index is not None and self._seen[index]):
             self._last_error, bad = error, self._bad + 1
             if bad <= 10 or bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, error)
+                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, printable(error))
         self.count(index, 1, int(error is not None))
 
     def count(self, index: int | None, read: int, bad: int) -> None:

@@ -10,13 +10,14 @@ from torch.utils.data import IterableDataset
 
 from ..model.downloads import MAX_DOWNLOAD
 from ..model.images import load_image
-from .sources import LABEL_COLUMNS, USUAL_COLUMNS, BadPairError, BadPairTally, Columns, sample_caption
+from .sources import LABEL_COLUMNS, USUAL_COLUMNS, BadPairError, BadPairTally, Columns, PairTexts, sample_caption
 
 
 if TYPE_CHECKING:
     import datasets
 
 _SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
+_FIRST = 256  # pairs whose labels are looked at before a training
 
 
 class DroppedConnectionError(ConnectionError):
@@ -83,6 +84,7 @@ class PairStream(IterableDataset):
         dataset = dataset.select_columns(names)
         # Without decoding, because one bad image would end the stream.
         dataset = dataset.cast_column(self._image_column, Image(decode=False))
+        self._first_rows = dataset.take(_FIRST)
         dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
@@ -90,12 +92,7 @@ class PairStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         skipped = 0
-        rows = iter(self._rows)
-        while True:
-            with _connection_errors():
-                row = next(rows, None)
-            if row is None:
-                return
+        for row in _read(self._rows):
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
@@ -114,6 +111,14 @@ class PairStream(IterableDataset):
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "skipped": skipped}
             skipped = 0
 
+    def some_texts(self) -> Iterator[PairTexts]:
+        """Yields captions and labels of the first 256 pairs of the data set, without bad ones."""
+        for row in _read(self._first_rows):
+            try:
+                yield self._columns.texts(row)
+            except ValueError:  # is counted when it is read for training
+                continue
+
     def fingerprint(self) -> str:
         """Returns the id of the Hub dataset, all that is known of a stream."""
         return str(self._hub_id)
@@ -121,6 +126,17 @@ class PairStream(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the order of the next pass and the sampled captions depend."""
         self._rows.set_epoch(epoch)
+
+
+def _read(rows: datasets.IterableDataset) -> Iterator[dict]:
+    """Yields rows. Raises `DroppedConnectionError`."""
+    rows = iter(rows)
+    while True:
+        with _connection_errors():
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
 
 
 # Libraries that streams read with. Their errors have no common base class.

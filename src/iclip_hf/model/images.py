@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .downloads import download, is_url
+from .downloads import download, is_url, without_password
 
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     if hasattr(image, "shape"):
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
-        name = name or repr(image[:100])
+        name = name or repr(without_password(image)[:100])
         if is_url(image):
             image = download(image, timeout)
         elif image.startswith("data:"):

@@ -126,15 +126,15 @@ class ImageTokens(NamedTuple):
 
 
 class ImageInputs(NamedTuple):
-    """What the projections read of B images. With a locked tower it can be computed once and kept."""
+    """What the loss reads of B images. With a locked tower it can be computed once and kept."""
 
     recognition: torch.Tensor  # (B, D), or (B, 2 D) with `recognition_pooling="class_and_average"`
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
-    # Tokens of the map branch, centred and shared among similar patches, (B, K, D): all patches, row-major; or, to
-    # learn from, `representative_patches`, None with `max_over="channels"`.
-    patches: torch.Tensor | None
-    attention: torch.Tensor | None  # of these patches, in [0, 1], (B, K), float32
-    even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D), to learn from with `known_competition`
+    # Tokens of the map branch, centred and shared among similar patches, of `representative_patches`, (B, K, D), and
+    # their attention in [0, 1], (B, K), float32. None with `max_over="channels"`.
+    patches: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D); None without `known_competition`
 
 
 @dataclass
@@ -605,7 +605,13 @@ class ICLIPModel(PreTrainedModel):
             tower_output=outputs,
         )
 
-    def encode_text(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs):
+    def encode_text(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
         """
         Runs the text tower on token ids `(M, L)`, and pools its tokens, see `config.text_pooling`. Returns text
         features `(M, Dt)`, and the output of the tower.
@@ -616,6 +622,8 @@ class ICLIPModel(PreTrainedModel):
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)
+        if token_type_ids is not None:  # which CLIP's tower does not take
+            kwargs["token_type_ids"] = token_type_ids
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self.config.text_pooling == "eos":
             return outputs.pooler_output, outputs
@@ -633,29 +641,30 @@ class ICLIPModel(PreTrainedModel):
         """
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
-    def image_inputs(self, image: ImageTokens, representative: bool = False) -> ImageInputs:
-        """
-        Computes what the projections read of images: pooled tokens, and tokens of the map branch, centred and shared
-        among similar patches. `representative` selects the patches that the loss reads.
-        """
-        config, tokens, attention = self.config, image.patch_tokens, self.normalized_attention(image)
+    def _pooled(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns `recognition` and `pooled` of [`ImageInputs`], from tokens and their normalised attention."""
 
         def pooled(mode: str) -> torch.Tensor:
-            return pool(tokens, image.class_token, attention, mode)
+            return pool(image.patch_tokens, image.class_token, attention, mode)
 
-        recognised, of_map = config.poolings
-        recognition = torch.cat([pooled(mode) for mode in recognised], -1)
-        map_pooled = None if of_map is None else pooled(of_map)
-        if representative and config.max_over == "channels":
-            return ImageInputs(recognition, map_pooled, None, None)
-        tokens = self.centered_tokens(tokens)
-        if not representative:
-            return ImageInputs(recognition, map_pooled, *self._shared(tokens, attention))
-        chosen, even = representative_patches(tokens, attention, image.grid, config.map_tokens), None
+        recognised, of_map = self.config.poolings
+        return torch.cat([pooled(mode) for mode in recognised], -1), None if of_map is None else pooled(of_map)
+
+    def image_inputs(self, image: ImageTokens) -> ImageInputs:
+        """
+        Computes what the loss reads of images: pooled tokens, and few tokens of the map branch, centred and shared
+        among similar patches.
+        """
+        config, attention = self.config, self.normalized_attention(image)
+        pooled, even = self._pooled(image, attention), None
+        if config.max_over == "channels":
+            return ImageInputs(*pooled)
+        tokens = self.centered_tokens(image.patch_tokens)
+        chosen = representative_patches(tokens, attention, image.grid, config.map_tokens)
         if config.known_competition:
             evenly = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
             even, _ = self._shared(tokens, attention, evenly)
-        return ImageInputs(recognition, map_pooled, *self._shared(tokens, attention, chosen), even)
+        return ImageInputs(*pooled, *self._shared(tokens, attention, chosen), even)
 
     def _shared(
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
@@ -732,11 +741,12 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: H or W is not a multiple of the patch size.
         """
         image = self.encode_image(pixel_values, **kwargs)
-        inputs = self.image_inputs(image)
-        projected = self.recognition.visual_projection(inputs.recognition)
-        map_image_embeds = None
-        if inputs.pooled is not None:
-            map_image_embeds = self.map_branch.embed_image(inputs.pooled).to(projected.dtype)
+        attention = self.normalized_attention(image)
+        recognition, map_pooled = self._pooled(image, attention)
+        patches, map_attention = self._shared(self.centered_tokens(image.patch_tokens), attention)
+        projected, map_image_embeds = self.recognition.visual_projection(recognition), None
+        if map_pooled is not None:
+            map_image_embeds = self.map_branch.embed_image(map_pooled).to(projected.dtype)
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,
@@ -744,10 +754,10 @@ class ICLIPModel(PreTrainedModel):
             pooler_output=projected,
             image_embeds=normalize(projected),
             map_image_embeds=map_image_embeds,
-            patch_embeds=self.embed_patches(inputs.patches).unflatten(1, image.grid),
+            patch_embeds=self.embed_patches(patches).unflatten(1, image.grid),
             patch_tokens=image.patch_tokens,
-            attention=self.normalized_attention(image),
-            map_attention=inputs.attention,
+            attention=attention,
+            map_attention=map_attention,
         )
 
     @can_return_tuple
@@ -773,9 +783,8 @@ class ICLIPModel(PreTrainedModel):
             [`ICLIPTextFeatures`].
         """
         texts = input_ids.shape[:-1]
-        optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-        kwargs.update({name: value.flatten(0, -2) for name, value in optional.items() if value is not None})
-        features, outputs = self.encode_text(input_ids.flatten(0, -2), **kwargs)
+        tokens = [None if of is None else of.flatten(0, -2) for of in (input_ids, attention_mask, token_type_ids)]
+        features, outputs = self.encode_text(*tokens, **kwargs)
         projected = self.recognition.text_projection(features).unflatten(0, texts)
         text_embeds = average_prompts(normalize(projected), num_templates)
         map_text_embeds = average_prompts(self.map_branch.embed_text(features).unflatten(0, texts), num_templates)
@@ -870,14 +879,12 @@ class ICLIPModel(PreTrainedModel):
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
             num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see
                 `get_text_features`.
-            image_inputs ([`ImageInputs`], *optional*): precomputed by `image_inputs`, instead of `pixel_values`, with
-                `return_loss`.
-            text_inputs (`torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed by `encode_text`, instead of
-                `input_ids`, with `return_loss`.
+            image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed
+                by `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
             noun_ids (`torch.Tensor` of shape `(M - B,)`, *optional*): noun of each noun prompt, as an index of the
                 vocabulary.
             noun_labels (`torch.Tensor` of shape `(B, vocabulary)`): 1 for the nouns that an image shows, -1 for those
-                that it is known not to show, else 0.
+                that it is known not to show, else 0; of a signed type.
             is_background, place (`torch.Tensor` of shape `(M - B,)`): of the noun of each noun prompt, 1 if it is of
                 the background; and 1 if it is below, such as a floor, -1 if it is above, such as the sky, else 0.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
@@ -888,40 +895,66 @@ class ICLIPModel(PreTrainedModel):
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: images or texts are missing, H or W is not a multiple of the patch size, there are fewer
-                texts than images with `return_loss`, or maps are asked for with it.
+            `ValueError`: images or texts are missing or given twice, or H or W is not a multiple of the patch size;
+                with `return_loss`, there are fewer texts than images, the arguments of nouns are not as described, or
+                maps are asked for.
         """
-        precomputed = (image_inputs, text_inputs) if return_loss else (None, text_features)
-        if any(one is other is None for one, other in zip((pixel_values, input_ids), precomputed)):
+        nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
+        images = {"pixel_values": pixel_values, "image_inputs": image_inputs}
+        texts = {"input_ids": input_ids, "text_inputs": text_inputs, "text_features": text_features}
+        self._check_arguments(images, texts, nouns, return_loss, output_similarity_maps)
+        if return_loss:
+            if image_inputs is None:
+                image_inputs = self.image_inputs(self.encode_image(pixel_values, **kwargs))
+            if text_inputs is None:
+                text_inputs, _ = self.encode_text(input_ids, attention_mask, token_type_ids, **kwargs)
+            return self._losses(image_inputs, text_inputs, None if noun_ids is None else BatchNouns.gathered(**nouns))
+        kwargs["return_dict"] = True
+        image = self.get_image_features(pixel_values, **kwargs)
+        if text_features is None:
+            tokens = (input_ids, attention_mask, token_type_ids)
+            text_features = self.get_text_features(*tokens, num_templates, **kwargs)
+        return self._compare(image, text_features, output_similarity_maps)
+
+    def _check_arguments(
+        self, images: dict, texts: dict, nouns: dict, return_loss: bool | None, output_similarity_maps: bool
+    ) -> None:
+        """Checks arguments of `forward`, by their names. Raises `ValueError` as it says."""
+        usable = ("image_inputs", "text_inputs") if return_loss else ("text_features",)
+        names = [[name for name, value in of_kind.items() if value is not None] for of_kind in (images, texts)]
+        if two := next((of_kind for of_kind in names if len(of_kind) > 1), None):
+            raise ValueError(f"{' and '.join(two)} were given: leave out one of them.")
+        if any(of_kind == [] or of_kind[0] not in ("pixel_values", "input_ids", *usable) for of_kind in names):
             raise ValueError(
                 "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
                 "get_text_features."
             )
-        if return_loss:
-            if output_similarity_maps:
-                raise ValueError("The loss reads few patches of an image: ask for maps without return_loss.")
-            if image_inputs is None:
-                image_inputs = self.image_inputs(self.encode_image(pixel_values, **kwargs), representative=True)
-            if text_inputs is None:
-                optional = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
-                optional = {name: value for name, value in optional.items() if value is not None}
-                text_inputs, _ = self.encode_text(input_ids, **optional, **kwargs)
-            nouns = None
-            if noun_ids is not None:
-                captions, prompts = len(image_inputs.recognition), len(noun_ids)
-                if len(text_inputs) != captions + prompts:
-                    raise ValueError(
-                        f"There are {len(text_inputs)} texts for {captions} images with a caption each and {prompts} "
-                        "noun prompts."
-                    )
-                nouns = BatchNouns.gathered(noun_ids, noun_labels, is_background, place)
-            return self._compare(image_inputs, text_inputs, nouns)
+        if not return_loss:
+            return
+        if output_similarity_maps:
+            raise ValueError("The loss reads few patches of an image: ask for maps without return_loss.")
+        inputs = images["image_inputs"]
+        read = ["pooled" if self.config.max_over == "channels" else "patches"]
+        read += ["even_patches"] * (self.config.known_competition > 0)
+        if inputs and (lacking := next((name for name in read if getattr(inputs, name) is None), None)):
+            raise ValueError(
+                f"image_inputs: the loss of this model reads their {lacking}; compute them by this model."
+            )
+        count = len(images["pixel_values"] if inputs is None else inputs.recognition)
+        num_texts = next(len(value) for value in texts.values() if value is not None)
+        if num_texts < count:
+            raise ValueError(
+                f"The contrastive loss needs a caption for each image: {num_texts} texts are fewer than the {count} "
+                "images."
+            )
+        absent = [name for name, value in nouns.items() if value is None]
+        if 0 < len(absent) < len(nouns):
+            raise ValueError(f"{', '.join(nouns)} belong together, and {', '.join(absent)} is missing: give it too.")
+        if not absent:
+            _check_nouns(**nouns, captions=count, prompts=num_texts - count)
 
-        kwargs["return_dict"] = True
-        image = self.get_image_features(pixel_values, **kwargs)
-        text = text_features
-        if text is None:
-            text = self.get_text_features(input_ids, attention_mask, token_type_ids, num_templates, **kwargs)
+    def _compare(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures, output_maps: bool) -> ICLIPOutput:
+        """Returns the output for encoded images and texts."""
         logits_per_image = self.recognition(cosines(image.image_embeds, text.text_embeds))
         return ICLIPOutput(
             logits_per_image=logits_per_image,
@@ -932,18 +965,13 @@ class ICLIPModel(PreTrainedModel):
             map_text_embeds=text.map_text_embeds,
             patch_embeds=image.patch_embeds,
             attention=image.attention,
-            similarity_maps=self.similarity_maps(image, text) if output_similarity_maps else None,
+            similarity_maps=self.similarity_maps(image, text) if output_maps else None,
             vision_model_output=image,
             text_model_output=text,
         )
 
-    def _compare(self, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None) -> ICLIPOutput:
+    def _losses(self, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None) -> ICLIPOutput:
         """Returns the losses of images with their captions, the first of the texts, and with nouns (Eq. 13)."""
-        if len(text_inputs) < len(image.recognition):
-            raise ValueError(
-                f"The contrastive loss needs a caption for each image: {len(text_inputs)} texts are fewer than the "
-                f"{len(image.recognition)} images."
-            )
         images, texts = self.recognition.embed_image(image.recognition), self.recognition.embed_text(text_inputs)
         map_texts, even_patches = texts, None
         if branch := self.interpretability:
@@ -1032,6 +1060,37 @@ class ICLIPModel(PreTrainedModel):
         if nouns is None:
             return 0 * self.attention_direction.sum()  # DDP waits for its gradient
         return direction_loss(self.attention_weights(nouns.prompts(prompts).detach()), nouns.is_background)
+
+
+def _check_nouns(
+    noun_ids: torch.Tensor,
+    noun_labels: torch.Tensor,
+    is_background: torch.Tensor,
+    place: torch.Tensor,
+    captions: int,
+    prompts: int,
+) -> None:
+    """Checks the nouns of so many captions and noun prompts. Raises `ValueError` as [`ICLIPModel.forward`] says."""
+    if len(noun_ids) != prompts:
+        raise ValueError(
+            f"There are {captions + prompts} texts for {captions} images with a caption each and {len(noun_ids)} noun "
+            "prompts."
+        )
+    if not prompts:
+        raise ValueError("noun_ids: there are no noun prompts; leave the arguments of nouns out.")
+    if not noun_labels.dtype.is_signed:
+        raise ValueError(f"noun_labels: {noun_labels.dtype} cannot hold -1, an absent noun; give them as int8.")
+    shapes, expected = (
+        (noun_labels.shape[:-1], is_background.shape, place.shape),
+        ((captions,), (prompts,), (prompts,)),
+    )
+    if shapes != expected:
+        raise ValueError(
+            f"noun_labels has a row for each of {captions} images, and is_background and place a value for each of "
+            f"{prompts} noun prompts, not the shapes {', '.join(map(str, map(tuple, shapes)))}."
+        )
+    if noun_ids.min() < 0 or noun_ids.max() >= noun_labels.shape[-1]:
+        raise ValueError(f"noun_ids: they are columns of noun_labels, from 0 to {noun_labels.shape[-1] - 1}.")
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:

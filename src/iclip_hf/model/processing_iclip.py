@@ -31,11 +31,18 @@ _PROBE = "a photo of a dog"
 
 def check_processor(name, processor, config) -> None:
     """
-    Raises `ValueError` unless a processor fits the configuration of a model: the tokenizer as [`check_tokenizer`]
-    says, and the patch size of an [`ICLIPProcessor`], by whose multiples images and windows have their sizes.
+    Raises `ValueError` unless a processor is of images and texts and fits the configuration of a model: the tokenizer
+    as [`check_tokenizer`] says, and the patch size of an [`ICLIPProcessor`], by whose multiples images and windows
+    have their sizes.
     """
+    is_iclip = config.model_type == "iclip"
+    if not all(hasattr(processor, part) for part in ("image_processor", "tokenizer", *["patch_size"] * is_iclip)):
+        expected = "an ICLIPProcessor" if is_iclip else "the processor of the model"
+        raise ValueError(
+            f"{name}: expected {expected}, got {type(processor).__name__}; load it from the model's folder."
+        )
     check_tokenizer(name, processor.tokenizer, config)
-    if config.model_type == "iclip":
+    if is_iclip:
         expected = patch_side(config.vision_config)
         if processor.patch_size != expected:
             raise ValueError(

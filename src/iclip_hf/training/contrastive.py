@@ -87,7 +87,7 @@ class PairModel(nn.Module):
         return [branch for branch in (self.model.recognition, self.model.interpretability) if branch is not None]
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ImageInputs:
-        return self.model.image_inputs(self.model.encode_image(pixel_values), representative=True)
+        return self.model.image_inputs(self.model.encode_image(pixel_values))
 
     def _encode_texts(self, texts: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
         return (self.model.encode_text(**texts)[0],)

@@ -26,6 +26,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
 from ..utils.interrupts import ignore_signals
+from ..utils.terminal import printable
 from .features import FeatureCache, set_token_mean, unpack_inputs
 from .inputs import Inputs, check_batch
 from .settings import Settings
@@ -128,6 +129,10 @@ class PairCollator(TextSampler):
     Makes batches of rows for a `Trainer`, with the loss of `iclip train`: what [`ICLIPModel`] takes with
     `return_loss`. Each batch samples its captions and noun prompts by torch's random numbers, which `Trainer` seeds.
 
+    The arguments of the `Trainer` have `remove_unused_columns=False`, because the collator reads the columns of rows,
+    and `label_names=[]`, because a `Trainer` takes `noun_labels` for labels of its own: its evaluations would have no
+    loss without nouns, and gather them with nouns.
+
     Example:
 
     ```python
@@ -158,12 +163,22 @@ class PairCollator(TextSampler):
             `ValueError`: a row has no caption, or its labels are not as described.
         """
         self.set_epoch(int(torch.randint(2**31, ())))
-        texts = [USUAL_COLUMNS.texts(row) for row in rows]
-        if without := next((row for row, of_row in zip(rows, texts) if not of_row.captions), None):
-            raise ValueError(f"Expected a caption in each row, got one with {', '.join(without)} alone; leave it out.")
+        texts = [_texts_of_row(number, row) for number, row in enumerate(rows, 1)]
         captions = [self.caption(self.captions_of(of_row), row) for row, of_row in enumerate(texts)]
         images = self.processor(images=[row["image"] for row in rows])
         return {**images, **self.collate_texts(captions, [*map(self.nouns_of, texts)]), "return_loss": True}
+
+
+def _texts_of_row(number: int, row: Mapping) -> PairTexts:
+    try:
+        texts = USUAL_COLUMNS.texts(row)
+    except ValueError as error:
+        raise ValueError(f"Row {number} of the batch: {error}") from error
+    if not texts.captions:
+        raise ValueError(
+            f"Row {number} of the batch: expected a caption, got {', '.join(row)} alone; leave the row out."
+        )
+    return texts
 
 
 # --------------------------------------------------------------------------------------------------- pairs of an epoch
@@ -303,7 +318,7 @@ def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
     try:
         return pairs.raw(row).texts
     except BadPairError as error:
-        logger.warning("Left out: %s", error)
+        logger.warning("Left out: %s", printable(error))
         return PairTexts([])
 
 

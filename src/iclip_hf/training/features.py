@@ -31,6 +31,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, shared_folder_lock
 from ..utils.files import atomic_write
 from ..utils.interrupts import ignore_signals
+from ..utils.terminal import printable
 
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
 
     if config.max_over == "channels":
         return torch.stack([pooled(mode) for mode in POOLINGS], 1)
-    inputs = model.image_inputs(image, representative=True)
+    inputs = model.image_inputs(image)
     features = torch.cat([torch.stack([pooled(mode) for mode in POOLINGS[:2]], 1), inputs.patches], 1)
     features = torch.cat([features, F.pad(inputs.attention, (2, 0)).unsqueeze(-1)], -1)
     if inputs.even_patches is not None:
@@ -212,7 +213,7 @@ class _PairReader(Dataset):
         try:
             image, usable = self.pairs.image(index), True
         except BadPairError as error:
-            logger.warning("Left out: %s", error)
+            logger.warning("Left out: %s", printable(error))
             image, usable = Image.new("RGB", (64, 64)), False
         return self.processor(images=image)["pixel_values"][0], usable
 

@@ -8,14 +8,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends import check_model_name
 from ..data.nouns import NounPrompts
-from ..data.pairs import BadPairError, PairDataset, load_pairs
+from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
-from ..utils.files import check_new_folder, check_outputs
+from ..utils.files import check_new_folder, check_outputs, check_outside
 from ..utils.hub_ids import is_hub_id
 from .settings import Settings
 
@@ -96,28 +97,21 @@ def open_inputs(settings: Settings, opened: tuple[PairDataset, PairDataset | Non
     streamed = not isinstance(pairs, PairDataset)
     check_batch(settings.pairs_per_epoch if streamed else len(pairs), settings.batch_size, world_size)
     nouns = NounPrompts.from_file(settings.nouns, seed=settings.seed) if settings.nouns else None
-    if nouns and not streamed and rank == 0:
+    if nouns and rank == 0:
         warn_of_unknown_labels(pairs, nouns)
     return Inputs(pairs, held_out, nouns, segmentation)
 
 
-def warn_of_unknown_labels(pairs: PairDataset, nouns: NounPrompts) -> None:
-    """
-    Logs the labels that are neither in `complete` nor in the vocabulary, of 2000 to 4000 pairs evenly spaced over all,
-    or of fewer.
-    """
-    looked_at, counts = range(0, len(pairs), max(1, len(pairs) // 2000)), Counter()
-    for index in looked_at:
-        try:
-            counts.update(nouns.unknown_labels(pairs.raw(index).texts))
-        except BadPairError:  # is counted when it is read for training
-            continue
+def warn_of_unknown_labels(pairs: PairDataset | PairStream, nouns: NounPrompts) -> None:
+    """Logs the labels that are neither in `complete` nor in the vocabulary, of some of the pairs."""
+    of_pairs = [nouns.unknown_labels(texts) for texts in pairs.some_texts()]
+    counts = Counter(chain.from_iterable(of_pairs))
     if counts:
         most = ", ".join(f"{label!r:.50} ({count})" for label, count in counts.most_common(5))
         logger.warning(
             "labels: %d names are neither in complete nor in nouns, and teach nothing; of %d pairs, they are of %s%s",
             len(counts),
-            len(looked_at),
+            len(of_pairs),
             most,
             ", ..." if len(counts) > 5 else "",
         )
@@ -161,12 +155,12 @@ def check_output_dir(settings: Settings) -> None:
     Checks that a run can begin in its folder, or continue there with `resume`.
 
     Raises:
-        `FileExistsError`: the folder holds files of others. `ValueError`: it is that of the model; it holds a run, but
-        not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be made anew.
+        `FileExistsError`: the folder is in that of the model, or holds files of others. `ValueError`: it holds a run,
+        but not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be made anew.
     """
     folder = Path(settings.output_dir)
-    if settings.model and os.path.realpath(settings.model) == os.path.realpath(folder):
-        raise ValueError(f"{folder}: output_dir is the folder of model; name a new one.")
+    if settings.model != "embedded":
+        check_outside(folder, settings.model)
     saved = checkpoints(folder)
     if not saved:
         check_new_folder(folder, STATE_FILE)

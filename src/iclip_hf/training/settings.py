@@ -250,7 +250,7 @@ def read_file(file: Path) -> dict:
     arguments = []
     for name, value in content.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
-            raise ValueError(f"{file}: {name!r:.100} is no setting.")
+            raise ValueError(f"{file}: {name!r:.100} is no setting{_cure(name, value)}.")
         is_list = Settings.__dataclass_fields__[name].default is MISSING
         values = value if is_list and isinstance(value, list) else [value]
         if wrong := next((item for item in values if isinstance(item, (list, dict))), None):
@@ -265,6 +265,13 @@ def read_file(file: Path) -> dict:
     if (nouns := file.parent / settings.get("nouns", "")).is_file():
         settings["nouns"] = str(nouns)
     return settings
+
+
+def _cure(name: str, value: object) -> str:
+    """Returns how to set an option of the model, some of which were settings before; nothing for other names."""
+    from ..model.configuration_iclip import ICLIPConfig  # imports transformers
+
+    return f"; write it as model_options: [{name}={value}]" if name in ICLIPConfig.__annotations__ else ""
 
 
 def changed_settings(settings: Settings, before: Mapping) -> list[str]:

@@ -248,9 +248,8 @@ def take_steps(
             # 3. Losses, averaged over the processes, so that all decide by the same numbers
             outputs = pair_model(**batch)
             mine = torch.tensor([interrupts.requested], device=accelerator.device)
-            *losses, interrupted = accelerator.reduce(
-                torch.cat([outputs["branch_losses"], mine.float()]), "mean"
-            ).tolist()
+            losses = torch.cat([outputs["loss"].detach().unsqueeze(0), outputs["branch_losses"]])
+            *losses, interrupted = accelerator.reduce(torch.cat([losses, mine.float()]), "mean").tolist()
 
             # 4. Step
             norm = step(accelerator, pair_model, optimizer, outputs["loss"], losses, settings.clip_grad_norm)
@@ -307,15 +306,15 @@ def step(
     pair_model: nn.Module,
     optimizer: torch.optim.Optimizer,
     loss: torch.Tensor,
-    branch_losses: list[float],
+    losses: list[float],
     clip_grad_norm: float,
 ) -> float:
     """
-    Makes a step of the optimizer, unless a loss of a branch or the gradient are not finite. The scaler of float16
+    Makes a step of the optimizer, unless one of the `losses` or the gradient are not finite. The scaler of float16
     skips by itself, and lowers its scale. Returns the norm of the gradient; NaN if a loss is not finite.
     """
     norm = math.nan
-    if all(map(math.isfinite, branch_losses)):
+    if all(map(math.isfinite, losses)):
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(pair_model.parameters(), clip_grad_norm).item()
         if math.isfinite(norm) or accelerator.scaler is not None:
@@ -338,16 +337,16 @@ def count_step(state: RunState, finite: bool, total_steps: int) -> None:
 
 
 def log_row(
-    branch_losses: list[float], logit_scales: list[float], times: list[tuple[float, float]], batch_size: int
+    losses: list[float], logit_scales: list[float], times: list[tuple[float, float]], batch_size: int
 ) -> dict[str, float]:
     """
     Returns what is logged of the last step, and of the speed since the last log, from seconds of loading and
-    computing.
+    computing. The `losses` are the trained one and those of the branches; it is their mean, plus the loss of the
+    weights of the attention if these learn.
     """
     loading, computing = map(sum, zip(*times))
     return {
-        "loss": sum(branch_losses) / len(branch_losses),
-        **dict(zip(("recognition_loss", "map_loss"), branch_losses)),
+        **dict(zip(("loss", "recognition_loss", "map_loss"), losses)),
         **dict(zip(("logit_scale", "map_logit_scale"), logit_scales)),
         "pairs_per_second": len(times) * batch_size / (loading + computing),
         "share_of_time_loading": loading / (loading + computing),

@@ -40,21 +40,30 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
 
     Args:
         outputs: files to write; they may exist.
-        inputs: what is read: files, names that are no files, or None.
+        inputs: what is read: files, folders, names that are neither, or None.
 
     Raises:
-        `FileExistsError`: an output is an input, a folder or a device. `PermissionError`: the folder of an output
-            cannot be written.
+        `FileExistsError`: an output is an input or in one, a folder or a device. `PermissionError`: the folder of an
+            output cannot be written.
     """
-    read = {*map(_file_id, filter(None, inputs))} - {None}
+    inputs = [*filter(None, inputs)]
+    read = {*map(_file_id, inputs)} - {None}
     for path in map(Path, outputs):
         if _file_id(path) in read:
             raise FileExistsError(f"{path}: this output is an input too; name another.")
+        for place in inputs:
+            check_outside(path, place)
         if path.exists() and not path.is_file():
             raise FileExistsError(f"{path}: this output is a folder or a device; name a file.")
         place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise PermissionError(f"{path}: {place} is not a folder that can be written; name another output.")
+
+
+def check_outside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Raises `FileExistsError` if an output is a folder that is read, or in it, by whatever links."""
+    if os.path.isdir(folder) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise FileExistsError(f"{path}: this output is in {folder}, which is an input; name another.")
 
 
 def new_file(path: str | os.PathLike) -> Path:

@@ -124,8 +124,7 @@ class _IndexSample(SegmentationSample):
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode "
-                f"{image.mode!r}; save class "
-                "ids, not colours."
+                f"{image.mode!r}; save class ids, not colours."
             )
         values = np.asarray(upright(image)).astype(np.uint8)
         if image.mode == "L":  # which Pillow scales to 255
@@ -646,8 +645,7 @@ def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
     if len(lines) != len(dataset.labels):
         raise ValueError(
             f"{path}: {dataset.name!r} has {len(dataset.labels)} classes with a line for each, and this file has "
-            f"{len(lines)}; if the data "
-            "set has a background, a line with its texts may come first."
+            f"{len(lines)}; if the data set has a background, a line with its texts may come first."
         )
     return {"names": dict(zip(dataset.class_names, lines)), **background}
 

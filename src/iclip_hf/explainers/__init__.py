@@ -92,7 +92,7 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
 
     A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that
     enter its block as `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the
-    last h * w tokens.
+    last h * w tokens. A ResNet has no blocks: `self_attentions` raises an error for it.
 
     ```python
     >>> import math
@@ -101,9 +101,13 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ... class TokenNorm(Explainer):
     ...     sees_text = False  # all texts have one map
     ...
+    ...     def __init__(self, model):
+    ...         super().__init__(model)
+    ...         (self.last,) = self.model.self_attentions("norm", 1)
+    ...
     ...     @torch.no_grad()
     ...     def forward(self, pixel_values, texts):
-    ...         features, (layer,) = self.model.trace(pixel_values)
+    ...         features, (layer, *_) = self.model.trace(pixel_values, self.last)
     ...         maps = layer.stream[:, -math.prod(features.grid) :].norm(dim=-1).unflatten(1, features.grid)
     ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), features
     ```

@@ -140,9 +140,9 @@ def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None
 
 
 def code_files() -> list[Path]:
-    """Returns the modules that an exported model contains: the room `model`."""
-    room = Path(__file__).parents[1] / "model"
-    return sorted(path for path in room.glob("*.py") if path.name != "__init__.py")
+    """Returns the modules that an exported model contains: those of the subpackage `model`."""
+    modules = (Path(__file__).parents[1] / "model").glob("*.py")
+    return sorted(path for path in modules if path.name != "__init__.py")
 
 
 def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:

@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-# Options that only the loss reads. The outputs of a model do not depend on them, nor do cached features of images.
+# Options that only the loss reads. The outputs of a model do not depend on them, nor do cached features of images, but
+# for whether there is `known_competition`.
 LOSS_OPTIONS = ("noun_weight", "unknown_weight", "noun_competition", "known_competition")
 
 
@@ -91,12 +92,13 @@ class ICLIPConfig(PreTrainedConfig):
             nouns. With `max_over="channels"` only the recognition branch learns from nouns.
         unknown_weight (`float` in [0, 1], defaults to 0.1): weight of a noun that no text of an image names and no
             label excludes, in the loss of a recognition branch with a bias.
-        noun_competition (`float` in [0, 1], defaults to 0): share of the competition of all nouns of a batch for the
-            patches in the noun loss of the map branch ([`~losses.competition_loss`]).
-        known_competition (`float`, defaults to 0): weight of the competition of the nouns that are known to be shown
-            or absent, on images whose labels are complete for the background ([`~losses.known_competition_loss`]). It
-            is added to the loss of the map branch, and requires `max_over="similarity"`. With it, nouns that are above
-            or below others also compete by their place among all nouns ([`~losses.shares_by_place`]).
+        noun_competition (`float` in [0, 1], defaults to 0): share, in the noun loss of the map branch, of a loss in
+            which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
+        known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, those that
+            it shows or is known not to show, compete for its patches, of the images whose labels are complete for the
+            background ([`~losses.known_competition_loss`]). It is added to the loss of the map branch, and requires
+            `max_over="similarity"`. With it, nouns that are above or below others also compete by their place among
+            all nouns ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 

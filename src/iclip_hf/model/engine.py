@@ -272,8 +272,8 @@ class Engine:
         best: int | None,
     ) -> list[Explanation]:
         """
-        Explains B images of one `batch_key` with T texts each, `(B, T, P)`. `priors`: those of
-        the presence of each text `(T,)`; 0.5 if not given.
+        Explains B images of one `batch_key` with T texts each, `(B, T, P)`. `priors` are those of the presence of each
+        text, `(T,)`, 0.5 if not given.
         """
         pixel_values = _joined(images, "pixel_values")
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]

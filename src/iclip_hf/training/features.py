@@ -107,9 +107,9 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
 _VERSION = 2
 
 
-# Options of a model that [`pack_inputs`] does not depend on: of the towers, which have digests, of the projections, of
-# what they compute and of their loss, and of the choice among the poolings. Other options count, also those that a
-# later version adds.
+# Options of a model that [`pack_inputs`] does not depend on, besides those of the loss: of the towers, which have
+# digests, of the projections and what they compute, and of the choice among the poolings. Other options count, also
+# those that a later version adds.
 _OPTIONS_NOT_CACHED = """
     vision_config text_config lock_vision text_pooling projection_dim dual_projection logit_scale_init_value
     max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value

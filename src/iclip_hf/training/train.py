@@ -1,5 +1,5 @@
 """
-The training program: `iclip train`, which `accelerate launch train.py` is too. It reads from set-up and loop to
+The training program: `iclip train`, which `accelerate launch train.py` is too. It reads from set-up to steps and
 evaluations.
 """
 
@@ -160,7 +160,7 @@ def fingerprints(inputs: Inputs, accelerator: Accelerator) -> dict[str, object]:
     return broadcast_from_main(found)
 
 
-# ---------------------------------------------------------------------------------------------------------------- loop
+# --------------------------------------------------------------------------------------------------------------- steps
 
 
 def run(
@@ -175,7 +175,7 @@ def run(
     output_dir = Path(settings.output_dir)
     pair_model = PairModel(model, settings)
 
-    # 1. The state of the run, a new one or that of the last checkpoint, and what it reads
+    # The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
     content = identity(model, processor) | {name: getattr(model.config, name) for name in TRAINING_OPTIONS}
     begin(settings, content | fingerprints(inputs, accelerator), checkpoint, state, accelerator)
@@ -183,35 +183,60 @@ def run(
     workers = 0 if settings.cache_features else settings.num_workers
     loader = BatchLoader(training, accelerator, settings.batch_size, settings.seed, workers, settings.pairs_per_epoch)
 
-    # 2. Optimizer and schedule
+    # Optimizer
     pair_model.train()
     optimizer = torch.optim.AdamW(parameter_groups(pair_model, settings.weight_decay))
     pair_model, optimizer = accelerator.prepare(pair_model, optimizer)
-    total_steps = settings.max_steps or settings.epochs * loader.steps_per_epoch
-    warmup_steps = min(round(settings.warmup_epochs * loader.steps_per_epoch), total_steps - 1)
-    rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
     if checkpoint:
         load_checkpoint(accelerator, pair_model, optimizer, checkpoint)
     accelerator.init_trackers("iclip-hf", {name: str(value) for name, value in state.settings.items()})
 
+    # Steps, between evaluations of the start and of the end
     selection = Selection(settings, state, inputs, validation, pair_model, processor, accelerator)
     if settings.model and state.step == 0:
         selection.measure_start()
     interrupts.deferred = True
+    take_steps(settings, state, loader, pair_model, optimizer, selection, accelerator, interrupts)
+
+    # Report
+    write_state(accelerator, output_dir, state, "results.json")
+    if accelerator.is_main_process:
+        print(*map(printable, report(settings, state, inputs.held_out)), sep="\n")
+    accelerator.end_training()
+    return state.before if kept_initial_model(settings, state) else state.metrics
+
+
+def take_steps(
+    settings: Settings,
+    state: RunState,
+    loader: BatchLoader,
+    pair_model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    selection: Selection,
+    accelerator: Accelerator,
+    interrupts: Interrupts,
+) -> None:
+    """
+    Takes the steps of a run from that of its state to the last, with evaluations, checkpoints and the log. Raises
+    `FloatingPointError` if the run has failed, and `KeyboardInterrupt` after a signal, with a checkpoint.
+    """
+    total_steps = settings.max_steps or settings.epochs * loader.steps_per_epoch
+    warmup_steps = min(round(settings.warmup_epochs * loader.steps_per_epoch), total_steps - 1)
+    rates = (settings.learning_rate, settings.warmup_learning_rate, settings.min_learning_rate)
     times: list[tuple[float, float]] = []  # seconds of loading and of computing a step, since the last log
     batches = loader.steps(state.step, total_steps)
     with tqdm(total=total_steps, initial=state.step, desc="Training", disable=not accelerator.is_main_process) as bar:
         while True:
-            # 3. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a
+            # 1. Evaluation, if it is due after the last step, or was interrupted. A signal acts at once, as there is a
             # checkpoint.
             if not state.measured:
                 with interrupts.at_once():
                     selection.measure(state.step == total_steps)
-                    write_state(accelerator, checkpoints(output_dir)[-1], state)
+                    write_state(accelerator, checkpoints(Path(settings.output_dir))[-1], state)
             if state.step == total_steps:
-                break
+                return
 
-            # 4. Batch, and learning rate. Dropout is seeded by the step, so that a resumed step is the same.
+            # 2. Batch, and learning rate. Dropout is seeded by the step, so that a resumed step is the same.
             began = time.perf_counter()
             batch = next(batches)
             loaded = time.perf_counter()
@@ -220,20 +245,20 @@ def run(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            # 5. Losses, averaged over the processes, so that all decide by the same numbers
+            # 3. Losses, averaged over the processes, so that all decide by the same numbers
             outputs = pair_model(**batch)
             mine = torch.tensor([interrupts.requested], device=accelerator.device)
             losses = torch.cat([outputs["loss"].detach().unsqueeze(0), outputs["branch_losses"]])
             *losses, interrupted = accelerator.reduce(torch.cat([losses, mine.float()]), "mean").tolist()
 
-            # 6. Step
+            # 4. Step
             norm = step(accelerator, pair_model, optimizer, outputs["loss"], losses, settings.clip_grad_norm)
             finite = math.isfinite(norm)
             count_step(state, finite, total_steps)
             times.append((loaded - began, time.perf_counter() - loaded))
             bar.update()
 
-            # 7. A run whose weights or, in the end, losses are not finite has failed. The scaler of float16 may skip
+            # 5. A run whose weights or, in the end, losses are not finite has failed. The scaler of float16 may skip
             # the last step.
             last = state.step == total_steps
             state.measured = not (last or state.step % settings.eval_steps == 0)
@@ -243,7 +268,7 @@ def run(
             if last and not ((finite or accelerator.scaler) and loss_is_finite(accelerator, pair_model, batch)):
                 raise FloatingPointError(f"The loss is not finite at the last step, {state.step}: lower learning_rate")
 
-            # 8. Log
+            # 6. Log
             if last or state.step % settings.log_steps == 0:
                 row = log_row(losses, outputs["logit_scales"].tolist(), times, settings.batch_size)
                 row |= {"learning_rate": learning_rate, "gradient_norm": norm, "bad_steps": state.bad_steps}
@@ -251,18 +276,11 @@ def run(
                 bar.set_postfix(loss=f"{row['loss']:.3f}", pairs_per_s=f"{row['pairs_per_second']:.0f}")
                 times.clear()
 
-            # 9. Checkpoint, also before an evaluation, which may take long or fail
+            # 7. Checkpoint, also before an evaluation, which may take long or fail
             if saves:
-                save_checkpoint(accelerator, pair_model, optimizer, output_dir, state)
+                save_checkpoint(accelerator, pair_model, optimizer, Path(settings.output_dir), state)
             if interrupted:
                 raise KeyboardInterrupt
-
-    # 10. Report
-    write_state(accelerator, output_dir, state, "results.json")
-    if accelerator.is_main_process:
-        print(*map(printable, report(settings, state, inputs.held_out)), sep="\n")
-    accelerator.end_training()
-    return state.before if kept_initial_model(settings, state) else state.metrics
 
 
 def begin(

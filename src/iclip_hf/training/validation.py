@@ -149,9 +149,9 @@ def draw_examples(
         sheet.save(partial, format="png")
 
 
-def common_labels(pairs: PairDataset, count: int = 2) -> list[str]:
+def common_labels(pairs: PairDataset) -> list[str]:
     """
-    Returns the labels that most of the first captions have: classes, if all captions are made of them, else nouns.
+    Returns the two labels that most of the first captions have: classes, if all captions are made of them, else nouns.
     """
     captions = [caption for row in range(min(len(pairs), _LOOKED_AT)) for caption in pairs.captions(row)]
     start, end = CLASS_CAPTION.split("{}")
@@ -160,7 +160,7 @@ def common_labels(pairs: PairDataset, count: int = 2) -> list[str]:
     else:
         nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
         labels = [nouns.nouns[number] for caption in captions for number in sorted(nouns.nouns_in(caption))]
-    return [label for label, _ in Counter(labels).most_common(count)]
+    return [label for label, _ in Counter(labels).most_common(2)]
 
 
 def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> list[str]:

@@ -662,7 +662,7 @@ def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text()
     (code,) = re.findall(r"```py\n(import json.*?coco_annotations.*?)```", guide, re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    for name, image in zip(("a.png", "b.png"), IMAGES):
+    for name, image in zip(("dog.png", "street.png"), IMAGES):
         image.save(name)
     names = {"model": (tiny_model(), tiny_processor)}
     exec(code.replace(".jpg", ".png").replace('"embedded"', "model"), names)

@@ -310,7 +310,9 @@ def committed(stand_in, kind: str) -> list[dict]:
 
 def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys):
     assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
-    listed = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    listed = json.loads(printed.out)
+    assert str(source / "model") in printed.err  # what takes the time
     assert set(listed) == {"repo_id", "files", "licence", "data_terms"} and not stand_in.requests
     assert listed["data_terms"]["pixparse/cc3m-wds"].startswith("Conceptual Captions")
     assert listed["licence"] == "unknown"  # of its towers

@@ -12,6 +12,8 @@ from iclip_hf.model.losses import (
     known_competition_loss,
     multi_positive_loss,
     place_prior,
+    shares_by_place,
+    shares_of_texts,
 )
 from iclip_hf.model.pooling import even_heights
 
@@ -67,13 +69,14 @@ def test_texts_compete_for_patches_by_hand():
             if positives[image, text]:
                 losses.append(-math.log(share))
         total += sum(losses) / len(losses) if losses else 0.0
-    assert competition_loss(logits, prior, positives).item() == pytest.approx(total / 3, abs=1e-5)
+    shares = shares_of_texts(logits, prior)
+    assert competition_loss(shares, positives).item() == pytest.approx(total / 3, abs=1e-5)
 
 
 def test_a_text_without_a_share_has_a_finite_loss():
     """Where another text wins a patch by so much that the share is 0 in float32."""
     logits = torch.tensor([[[0.0, 200.0]]], requires_grad=True)
-    loss = competition_loss(logits, torch.ones(1, 1, 2), torch.tensor([[True, False]]))
+    loss = competition_loss(shares_of_texts(logits, torch.ones(1, 1, 2)), torch.tensor([[True, False]]))
     assert loss.item() == pytest.approx(126 * math.log(2))  # the smallest normal number is 2 ** -126
     loss.backward()
     assert torch.isfinite(logits.grad).all()
@@ -98,6 +101,28 @@ def test_a_place_prefers_the_lower_or_upper_patches_by_hand():
     below = [weight / sum(weights) for weight in weights]
     expected = torch.tensor([[1 / 3, below[0], below[2]], [1 / 3, below[1], below[1]], [1 / 3, below[2], below[0]]])
     torch.testing.assert_close(prior, expected)
+
+
+def test_nouns_with_a_place_have_their_share_in_even_patches():
+    """
+    Against plain loops: in images that show one, nouns below or above have the mean over evenly spread patches,
+    weighted by their place. All other shares stay.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shown = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]]) > 0
+    place, background = torch.tensor([0, 1, -1, 0]), torch.tensor([False, True, True, False])
+    nouns = BatchNouns(torch.arange(4), shown, shown, torch.zeros_like(shown), background, place)
+    shares = torch.rand(3, 4, generator=generator)
+    patches, prompts = torch.randn(2, 64, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    expected, heights = shares.tolist(), even_heights().tolist()
+    for patch_logits, image in zip((1.5 * patches @ prompts.T).tolist(), (0, 2)):
+        for noun in (1, 2):
+            weights = [math.exp(3 * place[noun].item() * height) for height in heights]
+            expected[image][noun] = sum(
+                weight / sum(weights) * math.exp(patch[noun]) / sum(math.exp(value) for value in patch)
+                for weight, patch in zip(weights, patch_logits)
+            )
+    torch.testing.assert_close(shares_by_place(shares, patches, prompts, 1.5, nouns), torch.tensor(expected))
 
 
 def test_known_nouns_compete_where_labels_are_complete_for_the_background():

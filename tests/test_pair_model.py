@@ -10,7 +10,16 @@ from training_runs import eight_pairs, gradients, pair_model_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model.losses import BatchNouns, contrastive_loss, known_competition_loss, multi_positive_loss
+from iclip_hf.model.losses import (
+    BatchNouns,
+    attention_prior,
+    competition_loss,
+    contrastive_loss,
+    known_competition_loss,
+    multi_positive_loss,
+    shares_by_place,
+    shares_of_texts,
+)
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
 from iclip_hf.training import contrastive as module
 from iclip_hf.training.features import set_token_mean
@@ -403,3 +412,31 @@ def test_the_competition_of_known_nouns_is_added_to_the_loss_of_the_map():
     assert expected > 0.1
     torch.testing.assert_close(losses[0.4][1] - losses[0][1], 0.4 * expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(losses[0.4][0], losses[0][0])
+
+
+def test_nouns_with_a_place_compete_for_evenly_spread_patches():
+    """
+    Where an image shows one, here the second and third, also if their labels are complete. Against the shares of all
+    patches, by the noun loss with and without the competition.
+    """
+    model, batch = tiny_model(max_over="similarity", center_tokens=True, known_competition=1e-9), tiny_inputs(3, 7)
+    labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, -1, 1]], dtype=torch.int8)
+    marks = {"is_background": torch.tensor([0, 1, 0, 0]), "place": torch.tensor([0, 1, -1, 0])}
+    nouns = {"noun_ids": torch.arange(4) % 3, "noun_labels": labels, **marks}
+    model.config.noun_weight, losses = 1, {}
+    for share in (0, 1):
+        model.config.noun_competition = share
+        with torch.no_grad():
+            losses[share] = pair_model_of(model).eval()(**batch, **nouns)["branch_losses"][1]
+    known = BatchNouns.gathered(*nouns.values())
+    with torch.no_grad():
+        inputs = model.image_inputs(model.encode_image(batch["pixel_values"]))
+        texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
+        patches, even = (
+            model.interpretability.embed_image(tokens) for tokens in (inputs.patches, inputs.even_patches[1:])
+        )
+        prior = attention_prior(inputs.attention, known.is_background)
+        shares = shares_of_texts(20 * patches @ texts.T, prior)
+        expected = competition_loss(shares_by_place(shares, even, texts, 20, known), known.shown)
+    torch.testing.assert_close(losses[1], expected, atol=1e-5, rtol=0)
+    assert (losses[0] - losses[1]).abs() > 0.01 and (competition_loss(shares, known.shown) - expected).abs() > 0.01

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from ..backends import check_model_name
+from ..utils.terminal import printable
 from .inputs import silence_transformers
 from .options import option_type, refuse
 from .output import print_folder, print_lines
@@ -98,6 +100,8 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
         from ..evaluation.results import read_results
 
         metrics = read_results(options.results, "protocol", "results")
+    # Not as an error of the command, which is one line.
+    print(f"Loading {printable(options.model)} and writing its files, which may take a minute.", file=sys.stderr)
     from ..backends.identity import changed_model
     from ..backends.loading import load_iclip
     from ..hub.folders import export_model

@@ -97,7 +97,8 @@ class ICLIPConfig(PreTrainedConfig):
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, those that
             it shows or is known not to show, compete for its patches, of the images whose labels are complete for the
             background ([`~losses.known_competition_loss`]). It is added to the loss of the map branch, and requires
-            `max_over="similarity"`.
+            `max_over="similarity"`. With it, nouns that are above or below others also compete by their place among
+            all nouns ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 

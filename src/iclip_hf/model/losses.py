@@ -79,26 +79,31 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
     return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
-def competition_loss(logits: torch.Tensor, prior: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
+def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Loss of texts that compete for the patches of images. Each patch distributes itself over all texts by a softmax.
-    The share of a text in an image is the mean of its shares in the patches, and the loss is the negative logarithm of
-    the shares of the texts that the image has. So patches behind an object, which belong to some text of the image,
-    cannot stay with the object's.
+    Loss of texts that compete for the patches of images: the negative logarithm of the shares of the texts that an
+    image has. So patches behind an object, which belong to some text of the image, cannot stay with the object's.
 
     Args:
-        logits (`torch.Tensor` of shape `(B, N, T)`): scaled cosines of N patches with the texts.
-        prior (`torch.Tensor` of shape `(B, N, T)`): weights of the patches in the mean, which add up to 1 over N.
+        shares (`torch.Tensor` of shape `(B, T)`): of the texts in the images ([`shares_of_texts`]), in [0, 1].
         positives (`torch.Tensor` of shape `(B, T)`): boolean.
 
     Returns:
         `torch.Tensor` scalar, float32: mean over the positives of an image, then over the images. An image without
         positives counts 0.
     """
-    shares = (prior * logits.float().softmax(-1)).sum(1)
     rows, columns = positives.nonzero(as_tuple=True)
     losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
-    return (losses / positives.sum(1)[rows]).sum() / len(logits)
+    return (losses / positives.sum(1)[rows]).sum() / len(shares)
+
+
+def shares_of_texts(logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the share of each text in images `(B, T)`, float32, in [0, 1]. Each patch distributes itself over all texts
+    by a softmax of the logits `(B, N, T)`, and the share of a text is the mean over the N patches, with the weights
+    `prior`, `(B, N, T)` or `(N, T)`, which add up to 1 over N.
+    """
+    return (prior * logits.float().softmax(-1)).sum(1)
 
 
 def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
@@ -200,12 +205,22 @@ class BatchNouns(NamedTuple):
         return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, is_background > 0, place)
 
     @property
+    def shows_place(self) -> torch.Tensor:
+        """Whether the images of this process show a noun that is above or below others, boolean (B,)."""
+        return (self.shown & (self.place != 0)).any(1)
+
+    @property
     def complete(self) -> torch.Tensor:
         """
         Whether the labels of the images of this process are complete for the background, because an absent noun of the
         background is known, and something is shown, boolean (B,).
         """
         return (self.absent & self.is_background).any(1) & self.shown.any(1)
+
+    @property
+    def spread_evenly(self) -> torch.Tensor:
+        """Whether losses read the evenly spread patches of the images of this process, boolean (B,)."""
+        return self.complete | self.shows_place
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
         """Returns the vector of a prompt of each noun (V, P), from those of this process's prompts (M - B, P)."""
@@ -241,6 +256,30 @@ def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tenso
     """Returns the loss of nouns that compete with all nouns that the image is not said to show."""
     per_noun = gather_with_gradient(per_image).mT
     return (multi_positive_loss(per_image, nouns.shown) + multi_positive_loss(per_noun, nouns.all_shown.mT)) / 2
+
+
+def shares_by_place(
+    shares: torch.Tensor, patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
+) -> torch.Tensor:
+    """
+    Replaces the shares of the nouns that are above or below others, in the images that show one, by their shares in
+    evenly spread patches, weighted by their [`place_prior`].
+
+    Args:
+        shares (`torch.Tensor` of shape `(B, V)`): of the nouns in the images of this process.
+        patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images
+            that [`~BatchNouns.shows_place`].
+        prompts (`torch.Tensor` of shape `(V, P)`): unit vectors of a prompt of each noun.
+        scale (`float`): of the cosines in the softmax.
+        nouns ([`BatchNouns`]): the nouns.
+
+    Returns:
+        `torch.Tensor` of shape `(B, V)`, float32.
+    """
+    prior = place_prior(even_heights().to(patches.device), nouns.place)
+    by_place = shares_of_texts(scale * (patches.float() @ prompts.float().mT), prior)
+    rows, columns = nouns.shows_place.nonzero(), nouns.place.nonzero().squeeze(1)
+    return shares.index_put((rows, columns), by_place[:, columns])
 
 
 def known_competition_loss(

@@ -37,6 +37,8 @@ from .losses import (
     competition_loss,
     direction_loss,
     known_competition_loss,
+    shares_by_place,
+    shares_of_texts,
     sigmoid_noun_loss,
     softmax_noun_loss,
 )
@@ -978,7 +980,7 @@ class ICLIPModel(PreTrainedModel):
             map_images = branch.embed_image(image.patches if image.pooled is None else image.pooled)
             map_texts = branch.embed_text(text_inputs)
             if nouns is not None and image.even_patches is not None:
-                even_patches = branch.embed_image(image.even_patches[nouns.complete])
+                even_patches = branch.embed_image(image.even_patches[nouns.spread_evenly])
         # In half precision, scaled cosines would be rounded to multiples of 1/16.
         with torch.autocast(images.device.type, enabled=False):
             losses, attention_loss = [self._recognition_loss(images, texts, nouns)], 0
@@ -1028,8 +1030,8 @@ class ICLIPModel(PreTrainedModel):
     ) -> torch.Tensor:
         """
         Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
-        (B, K, P) with their attention (B, K), of the evenly spread patches of images with complete labels (b, 64, P),
-        and of the captions and noun prompts (M, P).
+        (B, K, P) with their attention (B, K), of the evenly spread patches of the images that are
+        `nouns.spread_evenly` (b, 64, P), and of the captions and noun prompts (M, P).
 
         Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
         objects from the background.
@@ -1045,11 +1047,15 @@ class ICLIPModel(PreTrainedModel):
         pooled = (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
         noun_loss = softmax_noun_loss(branch(pooled), nouns)
         if config.noun_competition:
-            competition = competition_loss(2 * sharpness * similarities, prior, nouns.shown)
-            noun_loss = torch.lerp(noun_loss, competition, float(config.noun_competition))
+            shares = shares_of_texts(2 * sharpness * similarities, prior)
+            if even_patches is not None:
+                placed = even_patches[nouns.shows_place[nouns.spread_evenly]]
+                shares = shares_by_place(shares, placed, prompts, 2 * sharpness, nouns)
+            noun_loss = torch.lerp(noun_loss, competition_loss(shares, nouns.shown), float(config.noun_competition))
         loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
         if even_patches is not None:
-            known = known_competition_loss(even_patches, prompts, 2 * sharpness, nouns)
+            complete = even_patches[nouns.complete[nouns.spread_evenly]]
+            known = known_competition_loss(complete, prompts, 2 * sharpness, nouns)
             loss = loss + config.known_competition * known
         return loss
 

@@ -30,10 +30,16 @@ if not Path(iclip_hf.__file__).resolve().is_relative_to(Path(__file__).resolve()
     pytest.exit(f"{iclip_hf.__file__} is not of this clone: install it by `pip install -e .`.", returncode=4)
 
 from fault_inputs import PHOTO
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
+
+
+# Tests of properties on a machine of any speed.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:

@@ -96,7 +96,7 @@ def test_semantic_shift_by_hand():
     assert [(b2f, f2b) for _, b2f, f2b, _ in back] == [(f2b, b2f) for _, b2f, f2b, _ in rows]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
 def test_foreground_tokens_are_a_majority_of_labelled_pixels(seed, h, w, tall, wide):
     index = np.random.default_rng(seed).choice([0, 1, 255], (h * tall, w * wide))

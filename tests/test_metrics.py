@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -136,7 +136,6 @@ def test_counts_of_a_map_longer_than_a_block():
     assert high == pytest.approx(heatmap[mask == 1].mean(dtype=np.float64), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(random_pairs(), st.sampled_from(["image", "pixel"]))
 def test_mmiou_equals_loops(pairs, aggregate):
     result = filled(MeanMaxIoU(aggregate), pairs).compute()
@@ -215,7 +214,6 @@ def test_the_lowest_of_thresholds_that_differ_by_rounding_alone():
 # --- mFMB ------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(random_pairs(), st.sampled_from(["image", "pixel"]))
 def test_mfmb_equals_loops(pairs, aggregate):
     result = filled(MeanForegroundMinusBackground(aggregate), pairs).compute()
@@ -229,7 +227,6 @@ def test_mfmb_equals_loops(pairs, aggregate):
 # --- what both share -------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(random_pairs(least=2, most=8), st.randoms(use_true_random=False), st.sampled_from(["image", "pixel"]))
 def test_any_order_and_any_merge_give_the_same(pairs, random, aggregate):
     for metric in PAIR_METRICS:
@@ -318,7 +315,6 @@ def test_text_contrast_by_hand():
     assert result.compute()["text_contrast"] == (37.5 + 25) / 2
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES))
 def test_a_map_that_does_not_see_the_text_has_exactly_50(seed, dtype):
     random = np.random.default_rng(seed)
@@ -352,7 +348,6 @@ def test_images_with_fewer_than_two_classes_are_left_out_and_counted():
 # --- mAP -------------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(1, 5), st.integers(1, 12))
 def test_average_precision_equals_sklearn_with_ties(seed, images, classes, levels):
     random = np.random.default_rng(seed)

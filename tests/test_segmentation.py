@@ -194,7 +194,7 @@ def test_compressed_run_lengths_are_those_of_pycocotools(mask):
         np.testing.assert_array_equal(decoded, mask)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(INSTANCES)
 def test_coco_union_equals_a_pixel_loop(instances):
     size = instances[0][3].shape

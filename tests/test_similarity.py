@@ -8,7 +8,7 @@ from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.tuples(*[st.integers(1, 9)] * 2), st.tuples(*[st.integers(1, 60)] * 2), st.integers(0, 99))
 def test_resize_equals_the_general_kernel(grid, size, seed):
     maps = torch.randn(2, 3, *grid, generator=torch.Generator().manual_seed(seed))

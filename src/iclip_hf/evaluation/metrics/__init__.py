@@ -67,7 +67,7 @@ OPTIONS = {
 }
 
 _MODULES = {name: f".{module}" for module, _, name in (place.partition(":") for place in METRICS.values())}
-_MODULES |= {"Metric": ".metric", "ClassMeans": ".metric", "MeanIoU": ".segmentation"}
+_MODULES |= dict.fromkeys(["Metric", "ClassMeans", "MeasuredClassMeans"], ".metric") | {"MeanIoU": ".segmentation"}
 __all__ = ["METRICS", "OPTIONS", "TASKS", "make_metrics", *_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 

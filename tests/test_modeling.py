@@ -332,6 +332,13 @@ def test_the_loss_has_no_maps():
         tiny_model()(**tiny_inputs(texts=2), return_loss=True, output_similarity_maps=True)
 
 
+@pytest.mark.parametrize("texts", [1, 4])
+def test_the_loss_without_nouns_needs_one_text_of_each_image(texts):
+    """Two captions of each image in one list would be taken for those of other images."""
+    with pytest.raises(ValueError, match=f"{texts} texts"):
+        tiny_model()(**tiny_inputs(batch=2, texts=texts), return_loss=True)
+
+
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():

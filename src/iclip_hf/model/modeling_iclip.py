@@ -898,8 +898,8 @@ class ICLIPModel(PreTrainedModel):
 
         Raises:
             `ValueError`: images or texts are missing or given twice, or H or W is not a multiple of the patch size;
-                with `return_loss`, there are fewer texts than images, the arguments of nouns are not as described, or
-                maps are asked for.
+                with `return_loss`, there are fewer texts than images, or more without the arguments of nouns, these
+                are not as described, or maps are asked for.
         """
         nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
         images = {"pixel_values": pixel_values, "image_inputs": image_inputs}
@@ -944,12 +944,12 @@ class ICLIPModel(PreTrainedModel):
             )
         count = len(images["pixel_values"] if inputs is None else inputs.recognition)
         num_texts = next(len(value) for value in texts.values() if value is not None)
-        if num_texts < count:
-            raise ValueError(
-                f"The contrastive loss needs a caption for each image: {num_texts} texts are fewer than the {count} "
-                "images."
-            )
         absent = [name for name, value in nouns.items() if value is None]
+        if num_texts < count or (num_texts > count and len(absent) == len(nouns)):
+            raise ValueError(
+                f"The contrastive loss needs a caption for each image: {num_texts} texts are not those of {count} "
+                f"images; more texts are noun prompts, with {', '.join(nouns)}."
+            )
         if 0 < len(absent) < len(nouns):
             raise ValueError(f"{', '.join(nouns)} belong together, and {', '.join(absent)} is missing: give it too.")
         if not absent:

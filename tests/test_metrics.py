@@ -446,6 +446,14 @@ def test_miou_equals_a_loop_over_pixels(background):
         assert at_threshold.compute()["per_class"] == pytest.approx(iou)
 
 
+@pytest.mark.parametrize("confidence", [1.5, -0.1, math.nan])
+def test_a_confidence_beyond_0_and_1_is_refused(confidence):
+    """It would be counted for the class with the next id."""
+    labels = np.array([[1, 2]])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        MeanIoU(5).update(labels, labels, np.array([[confidence, 0.2]]))
+
+
 def test_miou_without_pixels_is_nan():
     metric = MeanIoU(3)
     metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))

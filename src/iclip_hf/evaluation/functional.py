@@ -225,9 +225,12 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
     Returns:
         `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the
         reference, at L thresholds: 101, or 1 without confidence.
+
+    Raises:
+        `ValueError`: a confidence is NaN or outside [0, 1].
     """
     prediction, reference = to_numpy(prediction), to_numpy(reference)
-    confidence = None if confidence is None else to_numpy(confidence)
+    confidence = None if confidence is None else _check_map(confidence)
     counted = reference != ignore_index
     prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
     levels = 1 if confidence is None else LEVELS

@@ -227,6 +227,15 @@ def test_an_image_without_any_class_gives_valid_json_and_a_table_without_nan(lab
     assert "presence of at least 0.5" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
 
 
+def test_images_without_any_class_are_remarked(labelled_folder, tiny_processor, caplog):
+    """As those with binary masks of 0 and 255, which is void."""
+    dataset = load_segmentation("folder", labelled_folder)
+    for images, remarks in ((slice(4, 5), 1), (slice(4, 6), 0)):
+        caplog.clear()
+        evaluate_model((tiny_model(), tiny_processor), dataset[images], metrics=["mMIoU"], progress=False)
+        assert sum(record.name == "iclip_hf.evaluation.evaluate" for record in caplog.records) == remarks
+
+
 def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
     names = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
     from ..backends.explainable import ExplainableModel
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate_model(
@@ -100,6 +103,13 @@ def evaluate_model(
     _join_processes(totals)
 
     first, metrics = next(iter(runs.values())), list(run_of)
+    if not any(gather_object([first.shows_classes])):
+        logger.warning(
+            "None of the %d images shows a class, so there are no scores: a mask holds the ids of classes, and %d is "
+            "void.",
+            first.count,
+            dataset.void,
+        )
     results, per_class = {}, {}
     for method in first.methods:
         reports = {
@@ -194,6 +204,7 @@ class EvaluationRun:
         engines (`dict`): for each method an [`Engine`], which computes its maps.
         count (`int`): number of images of all processes.
         indices (`range`): positions of the images of this process.
+        shows_classes (`bool`): whether one of the measured images of this process shows a class.
     """
 
     def __init__(
@@ -217,7 +228,7 @@ class EvaluationRun:
         self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
         self.indices = range(state.process_index, self.count, state.num_processes)
-        self.seconds_in_model = 0.0
+        self.seconds_in_model, self.shows_classes = 0.0, False
 
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
@@ -296,6 +307,7 @@ class EvaluationRun:
             began = time.perf_counter()
             batch = map_groups(run, batch, [image.prepared.batch_key for image in batch])
             self.seconds_in_model += time.perf_counter() - began
+            self.shows_classes |= any(image.sample.labels for image in batch)
             yield from batch
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

@@ -13,6 +13,8 @@ from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
 
 from iclip_hf.evaluation.results import EvaluationResult
+from iclip_hf.training.inputs import check_run
+from iclip_hf.training.settings import Settings
 
 
 # Files of the user: among them all names that a command would choose below.
@@ -101,6 +103,20 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
     assert typed(world, line) == 2
     assert contents(mine) == before and contents(world.folder) == model
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("read", "written"),
+    [
+        ({"model": "model"}, {"cache_features": "model/cache"}),
+        ({"vision": "model", "text": "embedded", "config": "c"}, {"output_dir": "model/run"}),
+        ({"vision": "embedded", "text": "model", "config": "c"}, {"cache_features": "model"}),
+    ],
+)
+def test_a_training_writes_nothing_into_a_model_or_a_tower(world, monkeypatch, read, written):
+    monkeypatch.chdir(world.folder)
+    with pytest.raises(FileExistsError, match="model"):
+        check_run(Settings(data=["d"], **read, **written))
 
 
 def test_what_is_in_a_subfolder_of_a_model_is_an_input(world, mine, capsys):

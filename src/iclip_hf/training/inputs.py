@@ -141,7 +141,7 @@ def check_run(settings: Settings) -> None:
     check_output_dir(settings)
     features = Path(settings.cache_features, "training")
     if settings.cache_features and not features.is_dir():  # a complete cache may be read-only
-        check_outputs([features])
+        check_outputs([features], _model_folders(settings))
     if settings.model:
         check_model_name(settings.model, ("iclip",))
     if settings.nouns and not Path(settings.nouns).is_file():
@@ -155,12 +155,13 @@ def check_output_dir(settings: Settings) -> None:
     Checks that a run can begin in its folder, or continue there with `resume`.
 
     Raises:
-        `FileExistsError`: the folder is in that of the model, or holds files of others. `ValueError`: it holds a run,
-        but not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be made anew.
+        `FileExistsError`: the folder is in that of the model or of a tower, or holds files of others. `ValueError`: it
+            holds a run, but not `resume`; or a run that has ended and whose checkpoints are gone, so that it would be
+            made anew.
     """
     folder = Path(settings.output_dir)
-    if settings.model != "embedded":
-        check_outside(folder, settings.model)
+    for read in _model_folders(settings):
+        check_outside(folder, read)
     saved = checkpoints(folder)
     if not saved:
         check_new_folder(folder, STATE_FILE)
@@ -170,6 +171,11 @@ def check_output_dir(settings: Settings) -> None:
         )
     if not saved and (folder / "results.json").is_file():
         raise ValueError(f"{folder}: the run has ended and its checkpoints are gone; name another output_dir.")
+
+
+def _model_folders(settings: Settings) -> list[str]:
+    """Returns the names of the model or the towers that a run begins with."""
+    return [name for name in (settings.model, settings.vision, settings.text) if name and name != "embedded"]
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -59,6 +59,15 @@ def test_a_folder_names_its_images(workspace, tmp_path, capsys, monkeypatch):
     assert "empty: " in capsys.readouterr().err
 
 
+def test_a_link_to_nothing_does_not_end_the_others_of_a_folder(workspace, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(workspace / "1", "images")
+    Path("images/0.jpg").symlink_to("nowhere.jpg")
+    assert run(workspace, "images", "--text", "dog", "--json") == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["image"] == "images/a.jpg" and "images/0.jpg" in err
+
+
 def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatch):
     """One that cannot be had does not end the others."""
     monkeypatch.chdir(tmp_path)

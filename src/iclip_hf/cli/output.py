@@ -95,7 +95,7 @@ def is_written_picture(path: Path) -> bool:
 
     try:
         return _SOFTWARE.encode() in open_image(path, decode=False).info.get("exif", b"")
-    except ValueError:  # it is named where it is read
+    except (ValueError, FileNotFoundError):  # it is named where it is read, also a link to nothing
         return False
 
 

@@ -278,6 +278,11 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
     assert alone.to_dict()["texts"][0]["prior"] == 0.2
 
 
+def test_a_prior_may_be_a_number_of_numpy(tiny_processor):
+    (found,) = explain((sigmoid_model(), tiny_processor), IMAGES[:1], {"dog": np.float32(0.25)})
+    assert found.priors == [0.25]
+
+
 @pytest.mark.parametrize("prior", [0, 1, -0.5, math.nan, None, "0.5"])
 def test_a_prior_is_a_number_between_0_and_1(tiny_processor, prior):
     with pytest.raises(ValueError, match="prior of 'dog'"):

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class Engine:
         indices, priors = itertools.repeat(None), None
         if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
             for text, prior in texts.items():
-                if not (isinstance(prior, (int, float)) and 0 < prior < 1):
+                if not (isinstance(prior, Real) and 0 < prior < 1):
                     raise ValueError(f"The prior of {text!r:.100} is a number between 0 and 1, not {prior!r:.100}.")
             texts, priors = [*texts], torch.tensor([*texts.values()])
         if isinstance(texts, ICLIPTextFeatures):

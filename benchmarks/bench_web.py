@@ -97,7 +97,8 @@ def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]
     options.intra_op_num_threads = 1
 
     def encode(text: str) -> None:
-        sessions[1].run(None, {name: value.numpy() for name, value in processor(labels=[text]).items()})
+        prompts = {name: value.unsqueeze(1).numpy() for name, value in processor(labels=[text]).items()}  # (T, K, L)
+        sessions[1].run(None, prompts)
 
     def first() -> None:
         sessions.extend(onnxruntime.InferenceSession(graph, options) for graph in graphs)

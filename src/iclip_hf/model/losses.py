@@ -1,6 +1,6 @@
 """
-Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, and the loss of
-a branch.
+Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, the losses of a
+branch, and their sums.
 """
 
 from collections.abc import Callable
@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.nn import functional as F
 
-from .pooling import even_heights
+from .configuration_iclip import ICLIPConfig
+from .pooling import even_heights, pool_similarities
+from .similarity import cosines
 
 
 # Sharpness of the prior of place: a noun below prefers the lowest patches to the highest by exp(3).
@@ -317,3 +319,70 @@ def known_competition_loss(
     of_images = -(log_shares * shown).sum(1) / shown.sum(1)
     of_all = gather_with_gradient(complete)
     return of_images.sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------ sums of a branch
+
+
+def recognition_loss(
+    branch: nn.Module, images: torch.Tensor, texts: torch.Tensor, nouns: BatchNouns | None, config: ICLIPConfig
+) -> torch.Tensor:
+    """
+    Returns the loss of the recognition branch for unit vectors of B images (B, P), and of their captions and noun
+    prompts (M, P). With a bias, each noun has a loss by itself, otherwise nouns compete.
+    """
+
+    def logits(of: torch.Tensor) -> torch.Tensor:
+        return branch(cosines(images, of))
+
+    loss = caption_loss(logits, texts[: len(images)])
+    if nouns is None:
+        return loss
+    per_image = logits(nouns.prompts(texts[len(images) :]))
+    if branch.logit_bias is None:
+        noun_loss = softmax_noun_loss(per_image, nouns)
+    else:
+        noun_loss = sigmoid_noun_loss(per_image, nouns, config.unknown_weight)
+    return torch.lerp(loss, noun_loss, float(config.noun_weight))
+
+
+def map_loss(
+    branch: nn.Module,
+    images: torch.Tensor,
+    attention: torch.Tensor | None,
+    even_patches: torch.Tensor | None,
+    texts: torch.Tensor,
+    nouns: BatchNouns | None,
+    config: ICLIPConfig,
+) -> torch.Tensor:
+    """
+    Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
+    (B, K, P) with their attention (B, K), of the evenly spread patches of the images that are
+    `nouns.spread_evenly` (b, 64, P), and of the captions and noun prompts (M, P).
+
+    Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
+    objects from the background.
+    """
+    count, sharpness = len(images), config.max_sharpness
+    if config.max_over == "channels":
+        return caption_loss(lambda of: branch(cosines(images, of)), texts[:count])
+    weights = torch.ones_like(attention) if config.pooling == "max" else attention
+    loss = caption_loss(lambda of: branch(pool_similarities(images, of, weights, sharpness)), texts[:count])
+    if nouns is None:
+        return loss
+    prompts = nouns.prompts(texts[count:])
+    similarities, prior = images @ prompts.mT, attention_prior(attention, nouns.is_background)
+    pooled = (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
+    noun_loss = softmax_noun_loss(branch(pooled), nouns)
+    if config.noun_competition:
+        shares = shares_of_texts(2 * sharpness * similarities, prior)
+        if even_patches is not None:
+            placed = even_patches[nouns.shows_place[nouns.spread_evenly]]
+            shares = shares_by_place(shares, placed, prompts, 2 * sharpness, nouns)
+        noun_loss = torch.lerp(noun_loss, competition_loss(shares, nouns.shown), float(config.noun_competition))
+    loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
+    if even_patches is not None:
+        complete = even_patches[nouns.complete[nouns.spread_evenly]]
+        known = known_competition_loss(complete, prompts, 2 * sharpness, nouns)
+        loss = loss + config.known_competition * known
+    return loss

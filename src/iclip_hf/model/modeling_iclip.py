@@ -30,27 +30,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .losses import (
-    BatchNouns,
-    attention_prior,
-    caption_loss,
-    competition_loss,
-    direction_loss,
-    known_competition_loss,
-    shares_by_place,
-    shares_of_texts,
-    sigmoid_noun_loss,
-    softmax_noun_loss,
-)
+from .losses import BatchNouns, direction_loss, map_loss, recognition_loss
 from .pooling import (
     even_patches,
     normalize_attention,
     pool,
-    pool_similarities,
     representative_patches,
     share_among_like,
 )
-from .similarity import cosine_similarity_map, min_max_normalize
+from .similarity import cosine_similarity_map, cosines, min_max_normalize
 
 
 class VisionTower(NamedTuple):
@@ -716,17 +704,6 @@ class ICLIPModel(PreTrainedModel):
             patch_embeds = join_branches(patch_embeds, recognised, share)
         return patch_embeds.to(patch_tokens.dtype)
 
-    def pool_similarities(self, patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor):
-        """
-        Computes the similarities of images and texts by the map branch with `max_over="similarity"`, `(B, T)` float32,
-        see [`~pooling.pool_similarities`]. `patch_embeds` may be `(B, h, w, P)`; the attention is ignored if
-        `config.pooling` is `"max"`.
-        """
-        if self.config.pooling == "max":
-            attention = torch.ones_like(attention)
-        patches = patch_embeds.flatten(1, -2)
-        return pool_similarities(patches, text_embeds.to(patches), attention, self.config.max_sharpness)
-
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> ICLIPImageFeatures:
         """
@@ -983,11 +960,10 @@ class ICLIPModel(PreTrainedModel):
                 even_patches = branch.embed_image(image.even_patches[nouns.spread_evenly])
         # In half precision, scaled cosines would be rounded to multiples of 1/16.
         with torch.autocast(images.device.type, enabled=False):
-            losses, attention_loss = [self._recognition_loss(images, texts, nouns)], 0
+            losses, attention_loss = [recognition_loss(self.recognition, images, texts, nouns, self.config)], 0
             if branch:  # which can be on another device
-                losses.append(
-                    self._map_loss(map_images, image.attention, even_patches, map_texts, nouns).to(images.device)
-                )
+                of_map = map_loss(branch, map_images, image.attention, even_patches, map_texts, nouns, self.config)
+                losses.append(of_map.to(images.device))
             if self.config.map_attention == "signed":
                 attention_loss = self._attention_loss(map_texts[len(images) :], nouns).to(images.device)
             losses = torch.stack(losses)
@@ -1000,64 +976,6 @@ class ICLIPModel(PreTrainedModel):
             image_embeds=images,
             text_embeds=texts,
         )
-
-    def _recognition_loss(self, images: torch.Tensor, texts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
-        """
-        Returns the loss of the recognition branch for unit vectors of B images (B, P), and of their captions and noun
-        prompts (M, P). With a bias, each noun has a loss by itself, otherwise nouns compete.
-        """
-
-        def logits(of: torch.Tensor) -> torch.Tensor:
-            return self.recognition(cosines(images, of))
-
-        loss = caption_loss(logits, texts[: len(images)])
-        if nouns is None:
-            return loss
-        per_image = logits(nouns.prompts(texts[len(images) :]))
-        if self.recognition.logit_bias is None:
-            noun_loss = softmax_noun_loss(per_image, nouns)
-        else:
-            noun_loss = sigmoid_noun_loss(per_image, nouns, self.config.unknown_weight)
-        return torch.lerp(loss, noun_loss, float(self.config.noun_weight))
-
-    def _map_loss(
-        self,
-        images: torch.Tensor,
-        attention: torch.Tensor | None,
-        even_patches: torch.Tensor | None,
-        texts: torch.Tensor,
-        nouns: BatchNouns | None,
-    ) -> torch.Tensor:
-        """
-        Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
-        (B, K, P) with their attention (B, K), of the evenly spread patches of the images that are
-        `nouns.spread_evenly` (b, 64, P), and of the captions and noun prompts (M, P).
-
-        Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
-        objects from the background.
-        """
-        branch, config, count = self.interpretability, self.config, len(images)
-        if config.max_over == "channels":
-            return caption_loss(lambda of: branch(cosines(images, of)), texts[:count])
-        loss = caption_loss(lambda of: branch(self.pool_similarities(images, of, attention)), texts[:count])
-        if nouns is None:
-            return loss
-        prompts, sharpness = nouns.prompts(texts[count:]), config.max_sharpness
-        similarities, prior = images @ prompts.mT, attention_prior(attention, nouns.is_background)
-        pooled = (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
-        noun_loss = softmax_noun_loss(branch(pooled), nouns)
-        if config.noun_competition:
-            shares = shares_of_texts(2 * sharpness * similarities, prior)
-            if even_patches is not None:
-                placed = even_patches[nouns.shows_place[nouns.spread_evenly]]
-                shares = shares_by_place(shares, placed, prompts, 2 * sharpness, nouns)
-            noun_loss = torch.lerp(noun_loss, competition_loss(shares, nouns.shown), float(config.noun_competition))
-        loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
-        if even_patches is not None:
-            complete = even_patches[nouns.complete[nouns.spread_evenly]]
-            known = known_competition_loss(complete, prompts, 2 * sharpness, nouns)
-            loss = loss + config.known_competition * known
-        return loss
 
     def _attention_loss(self, prompts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
         """
@@ -1118,19 +1036,6 @@ def average_prompts(embeds: torch.Tensor, num_templates: int) -> torch.Tensor:
     With one template, the vectors are returned unchanged.
     """
     return embeds if num_templates == 1 else normalize(embeds.unflatten(-2, (-1, num_templates)).mean(-2))
-
-
-def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`.
-    """
-    # Autocast is disabled: bfloat16 would change scaled cosines, and the loss, by up to 0.5.
-    with torch.autocast(image_embeds.device.type, enabled=False):
-        image_embeds = image_embeds.float()
-        text_embeds = text_embeds.to(image_embeds)
-        if text_embeds.ndim == 3:
-            return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)
-        return image_embeds @ text_embeds.mT
 
 
 __all__ = ["ICLIPModel", "ICLIPOutput", "ICLIPImageFeatures", "ICLIPTextFeatures"]

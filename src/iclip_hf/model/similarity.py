@@ -9,6 +9,19 @@ import torch
 from torch.nn import functional as F
 
 
+def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """
+    Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`.
+    """
+    # Autocast is disabled: bfloat16 would change scaled cosines, and the loss, by up to 0.5.
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        image_embeds = image_embeds.float()
+        text_embeds = text_embeds.to(image_embeds)
+        if text_embeds.ndim == 3:
+            return (text_embeds @ image_embeds.unsqueeze(-1)).squeeze(-1)
+        return image_embeds @ text_embeds.mT
+
+
 def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
     Cosine of every patch with every text (Eq. 1-3).

@@ -244,7 +244,7 @@ def test_the_app_serves_only_its_own_files(server, folder, world):
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, recorded):
     photo = upload(server, (folder / "small.png").read_bytes()).json()[0]
     assert answer(ask(server, photo, "dog", "gem"))[0] == "event: complete"
-    encoded = recorded(ICLIPModel, "encode_text", lambda model, input_ids, **options: len(input_ids))
+    encoded = recorded(ICLIPModel, "encode_text", lambda model, input_ids, *_, **options: len(input_ids))
     copied = recorded(explainable, "private_copy")
     assert answer(ask(server, photo, "sky, red ball", "gem"))[0] == "event: complete"
     assert encoded == [2] and copied == []

@@ -145,7 +145,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
     for arguments, shown in {
         "pairs.csv --output_dir runs/pairs": "runs/pairs: this folder holds a run already",
         "pairs.csv --output_dir clip": "clip: ",
-        "pairs.csv --output_dir x --model x": "x: output_dir is the folder of model",
+        "pairs.csv --output_dir clip/new --model clip": "clip, which is an input",
         "pairs.csv --caption_column label": "'label'",
         "pairs.csv --model clip": "clip: ",
         "--config iclip-dinov2-s14-minilm --data pairs.csv": "data/flickr8k/dev-00000.tar: ",

@@ -90,7 +90,7 @@ CLASS_NAMES = {
     "voc2012": VOC,
 }
 
-# Names of one class in several data sets, of which the first of VOC's are those of its files.
+# Names of the same class in several data sets. The first of each is the name in VOC's files.
 SAME_CLASS = [
     _names(names)
     for names in (

@@ -127,7 +127,7 @@ def test_lines_of_an_interrupted_run_stay(workspace, tmp_path, monkeypatch):
         seen.append(picture)
         if len(seen) == 9:
             raise KeyboardInterrupt
-        save(sheet, picture, *options)
+        return save(sheet, picture, *options)
 
     monkeypatch.setattr(explain_command, "save_picture", interrupted)
     images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
@@ -145,7 +145,7 @@ def test_an_error_leaves_the_reports_before_it(workspace, tmp_path, capsys, monk
         seen.append(picture)
         if len(seen) == len(images):
             raise OSError("writing failed")
-        save(sheet, picture, *options)
+        return save(sheet, picture, *options)
 
     monkeypatch.setattr(explain_command, "save_picture", full_disk)
     assert run(workspace, *images, "--text", "dog", "--output", tmp_path / "maps") == 2

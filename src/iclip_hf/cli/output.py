@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,17 +68,24 @@ def resolution(picture: Path) -> int:
     return 300 if picture.suffix.lower() == ".pdf" else 120
 
 
-def save_picture(picture, path: Path, dpi: int) -> None:
-    """Writes a PIL image in the format of the file name's suffix."""
+def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
+    """
+    Writes a PIL image in the format of the file name's suffix, and returns its path. With `replace`, for a file that
+    the user named, an existing one is replaced.
+    """
     from PIL import Image
 
-    from ..utils.files import atomic_write
+    from ..utils.files import atomic_write, write_new
 
     form = path.suffix[1:].lower()
     # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
     options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+    options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi), "exif": software()}
+    if not replace:
+        return write_new(path, partial(picture.save, **options))
     with atomic_write(path) as temporary:
-        picture.save(temporary, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), exif=software(), **options)
+        picture.save(temporary, **options)
+    return path
 
 
 def software() -> Image.Exif:

@@ -568,24 +568,28 @@ def _instances(root: Path, split: str) -> _Content:
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
                 raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
-            if item["iscrowd"] not in (0, 1):
-                raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {item['iscrowd']!r}")
-            annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
+            crowd = item.get("iscrowd", 0)
+            if crowd not in (0, 1):
+                raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
+            annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
             annotations[item["image_id"]].append(annotation | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
             f"{type(error).__name__}: {error}"
         ) from error
-    present = {*os.listdir(root / split)}  # once, because single look-ups are slow on network drives
-    if missing := [name for name in sizes if name not in present]:
+    # Some name files as in the folder of the data set, with that of the split.
+    paths = [root / split / name.removeprefix(f"{split}/") for name in sizes]
+    # Folders are listed once, because single look-ups are slow on network drives.
+    present = {file for folder in {file.parent for file in paths} if folder.is_dir() for file in folder.iterdir()}
+    if missing := [file for file in paths if file not in present]:
         raise FileNotFoundError(
-            f"{root / split / missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(sizes)} "
-            "are); complete the data."
+            f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(paths)} are); complete "
+            "the data."
         )
     samples = [
-        _COCOSample(Path(name).stem, root / split / name, len(class_names), size, path, of_image)
-        for (name, size), of_image in zip(sizes.items(), annotations.values(), strict=True)
+        _COCOSample(file.stem, file, len(class_names), size, path, of_image)
+        for file, size, of_image in zip(paths, sizes.values(), annotations.values(), strict=True)
     ]
     supercategories = [category.get("supercategory") for category in categories]
     return class_names, samples, [path], supercategories if all(supercategories) else None

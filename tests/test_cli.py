@@ -364,12 +364,11 @@ def test_the_package_lists_what_it_imports_late():
 def test_data_sets_of_the_command_are_those_of_the_package():
     from typing import get_args, get_type_hints
 
-    from iclip_hf.data.class_names import DATASETS
-    from iclip_hf.data.segmentation import _LAYOUTS
+    from iclip_hf.data.layouts import DATASETS
     from iclip_hf.training.settings import Settings
 
     evaluated = {*get_args(get_type_hints(Settings)["eval_dataset"])}
-    assert set(DATASETS) == {*_LAYOUTS} == evaluated - {"none"}
+    assert set(DATASETS) == evaluated - {"none"}
 
 
 def test_options_of_the_command_are_parameters_of_metrics():

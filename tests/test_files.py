@@ -18,8 +18,8 @@ from iclip_hf.utils.files import (
     check_outputs,
     folder_lock,
     free_name,
-    write_new,
     write_files,
+    write_new,
 )
 
 

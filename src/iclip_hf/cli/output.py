@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -131,6 +133,20 @@ def print_lines(*lines: str) -> None:
 def print_error(command: str, text: str) -> None:
     """Prints a line of a command on stderr."""
     print(f"iclip {command}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def shown_steps() -> Iterator[None]:
+    """Prints the steps that functions log at the level INFO, on stderr."""
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def print_folder(folder: Path, *command: str) -> None:

@@ -415,6 +415,12 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("side", ["config", "vision", "text"])
+def test_init_writes_into_no_folder_that_it_reads(towers, capsys, side):
+    assert init(towers, towers / side / "new") == 2
+    assert str(towers / side / "new") in capsys.readouterr().err and not (towers / side / "new").exists()
+
+
 def test_init_says_what_it_downloads_before_it_waits(towers, tmp_path, capsys, monkeypatch):
     said = []
 

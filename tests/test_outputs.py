@@ -92,8 +92,6 @@ FOLDERS = [
     "train table.csv --model MODEL",  # into runs/table
     "train --model MODEL",
     "init --config iclip-dinov2-s14-minilm --output .",
-    "init --config MODEL --vision v --text t --output MODEL/new",
-    "init --config iclip-vit-b16 --vision MODEL --output inside/new",
     "export MODEL MODEL",
     "export MODEL . --format onnx",
     "export MODEL . --format web",

@@ -530,6 +530,27 @@ def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_proces
             pipeline(task, model=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        ({"logit_bias_init_value": -2.0}, "recognition.logit_bias"),  # the model would have no presence
+        ({"max_over": "similarity", "center_tokens": True}, "token_mean"),
+        ({"dual_projection": True}, "interpretability.logit_scale"),
+    ],
+)
+def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, tiny_processor, options, weight):
+    tiny_model(**options).save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    without = {"logit_bias_init_value": None, "center_tokens": False, "dual_projection": False}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {name: without[name] for name in options if name in without})
+    )
+    for load in (ICLIPModel.from_pretrained, load_pretrained):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: .*config.json.*{weight}"):
+            load(tmp_path)
+
+
 def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)

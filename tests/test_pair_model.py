@@ -379,6 +379,11 @@ def test_clamped_scale_can_come_back():
         ({"noun_labels": torch.zeros(3, 4, dtype=torch.uint8)}, "noun_labels"),  # -1 would be 255, which is shown
         ({"noun_labels": torch.zeros(3, 4, dtype=torch.bool)}, "noun_labels"),
         ({"noun_labels": torch.zeros(2, 4)}, "noun_labels"),
+        ({"noun_labels": torch.full((3, 4), math.nan)}, "noun_labels"),
+        ({"noun_labels": torch.full((3, 4), 0.5)}, "noun_labels"),
+        ({"noun_labels": [[0, 0, 0, 0]] * 3}, "noun_labels: .* list"),
+        ({"noun_ids": [0, 1, 1, 1, 3, 2]}, "noun_ids: .* list"),
+        ({"place": [0] * 6}, "place: .* list"),
         ({"noun_labels": torch.zeros(3, 3)}, "noun_ids"),
         ({"noun_ids": torch.full((6,), -1)}, "noun_ids"),
         ({"place": torch.zeros(5)}, "place"),

@@ -238,7 +238,7 @@ class Projection(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, hidden_size: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.weight = nn.Linear(in_features, out_features, bias=False).weight
         self.hidden = None
         if hidden_size:
             layers = nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_features, bias=False)

@@ -14,6 +14,7 @@ from iclip_hf.utils.files import (
     atomic_folder,
     atomic_write,
     build_once,
+    cache_folder,
     check_new_folder,
     check_outputs,
     folder_lock,
@@ -293,3 +294,10 @@ def test_a_killed_run_frees_its_folder_although_its_workers_live(tmp_path):
     )
     with folder_lock(tmp_path):
         pass
+
+
+def test_a_cache_below_no_home_is_named(monkeypatch):
+    """As of a user of a container, whose number no file of users has."""
+    monkeypatch.setenv("ICLIP_CACHE", "~nobody here/cache")
+    with pytest.raises(FileNotFoundError, match="~nobody here/cache.*ICLIP_CACHE"):
+        cache_folder()

@@ -1,6 +1,7 @@
 """The loss of pairs and its gradients, salient tokens, nouns, and what learns."""
 
 import math
+import unicodedata
 
 import numpy as np
 import pytest
@@ -182,6 +183,16 @@ def test_labels_say_what_an_image_shows_and_what_it_does_not(captions, labels, c
     nouns = NounPrompts(["dog", "person", "man", "bear", "traffic light"])
     known = nouns.known_nouns(captions, labels, complete)
     assert [{nouns.nouns[number] for number in found} for found in known[:2]] == [shown, absent]
+
+
+def test_letters_and_marks_of_all_scripts_are_parts_of_words():
+    """Vowels of Thai and Hindi are marks, and so are accents in the names of files of macOS, which are decomposed."""
+    nouns = NounPrompts(["หมี", "หมู", "काल", "कील", "café"])  # bear and pig; time and nail
+    for number, noun in enumerate(nouns.nouns):
+        decomposed = unicodedata.normalize("NFD", noun)
+        known = nouns.known_nouns([f"a photo of a {decomposed}"], [decomposed], nouns.nouns)
+        assert known.shown == [number] and len(known.absent) == 4
+        assert nouns.nouns_in(f"a {noun}, {decomposed}") == {number}
 
 
 def test_sampled_prompts_are_of_nouns_shown():

@@ -228,14 +228,17 @@ class ICLIPOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class Projection(nn.Linear):
+class Projection(nn.Module):
     """
     Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
+
+    It is no `nn.Linear`, because libraries that replace these, to quantize them or for adapters, would lose the MLP.
     """
 
     def __init__(self, in_features: int, out_features: int, hidden_size: int = 0):
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__()
+        self.weight = nn.Linear(in_features, out_features, bias=False).weight
         self.hidden = None
         if hidden_size:
             layers = nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_features, bias=False)
@@ -248,7 +251,7 @@ class Projection(nn.Linear):
         """
         if linear:
             return F.linear(features, self.weight[:, -features.shape[-1] :])
-        projected = super().forward(features)
+        projected = F.linear(features, self.weight)
         return projected if self.hidden is None else projected + self.hidden(features)
 
 
@@ -459,9 +462,9 @@ class ICLIPModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Projection):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             if module.hidden is not None:
-                init.normal_(module.hidden[0].weight, std=module.in_features**-0.5)
+                init.normal_(module.hidden[0].weight, std=module.weight.shape[1] ** -0.5)
                 init.zeros_(module.hidden[-1].weight)
         elif isinstance(module, ICLIPBranch):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))

@@ -25,10 +25,14 @@ _LOCK = ".iclip-hf.lock"
 def cache_folder() -> Path:
     """
     Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME`
-    (`~/.cache`).
+    (`~/.cache`). Raises `FileNotFoundError` if there is no home folder.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
-    return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
+    folder = Path(os.environ.get("ICLIP_CACHE") or default)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{folder}: this user has no home folder; set ICLIP_CACHE to another one.") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- files

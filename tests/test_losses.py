@@ -125,35 +125,33 @@ def test_nouns_with_a_place_have_their_share_in_even_patches():
     torch.testing.assert_close(shares_by_place(shares, patches, prompts, 1.5, nouns), torch.tensor(expected))
 
 
-def test_known_nouns_compete_for_patches():
+def test_known_nouns_compete_where_labels_are_complete_for_the_background():
     """
-    Against plain loops, of images 0 and 2, whose labels are complete for the background, 1 and 3, of which an absent
-    noun is known, and 4, of which none is. Image 3 shows nothing.
+    Against plain loops: unknown nouns have no share, the place is in the power mean over the patches, and
+    images of which no absent noun of the background is known count nothing, nor those that show nothing.
     """
     generator = torch.Generator().manual_seed(0)
-    labels = [[1, 1, -1, 0, 0], [1, -1, 0, 1, 0], [0, -1, -1, 1, 1], [0, 0, -1, 0, -1], [1, 0, 0, 1, 0]]
-    shown, absent = torch.tensor(labels) > 0, torch.tensor(labels) < 0
+    labels = torch.tensor([[1, 1, -1, 0, 0], [1, -1, 0, 1, 0], [0, -1, -1, 1, 1], [0, 0, -1, 0, -1]])
     background, place = torch.tensor([False, False, True, True, False]), torch.tensor([0, 0, -1, 1, 0])
-    nouns = BatchNouns(torch.arange(5), shown, shown, absent, background, place)
-    patches, prompts = torch.randn(4, 64, 8, generator=generator), torch.randn(5, 8, generator=generator)
-    heights, of_nouns, of_patches = even_heights().tolist(), [], {True: [], False: []}
-    for image, patch_logits in enumerate((1.5 * patches @ prompts.T).tolist()):
-        own, complete = labels[image], image in (0, 2)
-        competing = [noun for noun in range(5) if own[noun] != 0 or not complete]
-        shares = []
-        for logits in patch_logits:
-            total = sum(math.exp(logits[noun]) for noun in competing)
-            shares.append({noun: math.exp(logits[noun]) / total for noun in competing})
-        allowed = [sum(share for noun, share in of_patch.items() if own[noun] >= 0) for of_patch in shares]
-        of_patches[complete].append(-sum(map(math.log, allowed)) / 64)
-        if complete:
-            losses = []
-            for noun in (noun for noun in range(5) if own[noun] > 0):
-                weights = [math.exp(3 * place[noun].item() * height) for height in heights]
-                powers = [weight * of_patch[noun] ** 4 for weight, of_patch in zip(weights, shares)]
-                losses.append(-math.log(sum(powers) / sum(weights)) / 4)
-            of_nouns.append(sum(losses) / len(losses))
-    expected = sum(sum(losses) / 2 for losses in (of_nouns, *of_patches.values()))
-    assert known_competition_loss(patches, prompts, 1.5, nouns).item() == pytest.approx(expected, abs=1e-4)
+    nouns = BatchNouns(torch.arange(5), labels > 0, labels > 0, labels < 0, background, place)
+    patches, prompts = torch.randn(2, 64, 8, generator=generator), torch.randn(5, 8, generator=generator)
+    logits = 1.5 * patches @ prompts.T
+    total, heights = 0.0, even_heights().tolist()
+    for patch_logits, image in zip(
+        logits.tolist(), (0, 2)
+    ):  # of image 1 only an object is known to be absent, and image 3 shows nothing
+        of_image = labels[image].tolist()
+        known, shown = ([noun for noun in range(5) if of_image[noun] in kinds] for kinds in ((1, -1), (1,)))
+        shares, losses = [], []
+        for patch in patch_logits:
+            denominator = sum(math.exp(patch[noun]) for noun in known)
+            shares.append({noun: math.exp(patch[noun]) / denominator for noun in known})
+        for noun in shown:
+            weights = [math.exp(3 * place[noun].item() * height) for height in heights]
+            mean = sum(weight * of_patch[noun] ** 4 for weight, of_patch in zip(weights, shares)) / sum(weights)
+            losses.append(-math.log(mean) / 4)
+        of_patches = [-math.log(sum(of_patch[noun] for noun in shown)) for of_patch in shares]
+        total += sum(losses) / len(losses) + sum(of_patches) / 64
+    assert known_competition_loss(patches, prompts, 1.5, nouns).item() == pytest.approx(total / 2, abs=1e-4)
     nothing = nouns._replace(absent=torch.zeros_like(nouns.absent))
     assert known_competition_loss(patches[:0], prompts, 1.5, nothing).item() == 0

@@ -408,7 +408,7 @@ def test_arguments_of_the_loss_that_do_not_belong_together_are_refused(changes, 
 
 
 def test_the_competition_of_known_nouns_is_added_to_the_loss_of_the_map():
-    """With its weight, over the evenly spread patches of images with a noun known to be absent, here the last two."""
+    """With its weight, over the evenly spread patches of images whose labels are complete, here the last two."""
     options = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
     model, batch = tiny_model(**options), tiny_inputs(3, 7, size=(80, 72))
     labels = torch.tensor([[1, 0, 0], [1, -1, 0], [0, -1, 1]], dtype=torch.int8)

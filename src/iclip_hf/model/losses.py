@@ -220,14 +220,9 @@ class BatchNouns(NamedTuple):
         return (self.absent & self.is_background).any(1) & self.shown.any(1)
 
     @property
-    def known_absent(self) -> torch.Tensor:
-        """Whether a noun is known to be absent from the images of this process, boolean (B,)."""
-        return self.absent.any(1)
-
-    @property
     def spread_evenly(self) -> torch.Tensor:
         """Whether losses read the evenly spread patches of the images of this process, boolean (B,)."""
-        return self.known_absent | self.shows_place
+        return self.complete | self.shows_place
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
         """Returns the vector of a prompt of each noun (V, P), from those of this process's prompts (M - B, P)."""
@@ -293,49 +288,42 @@ def known_competition_loss(
     patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Returns the loss of nouns that compete for patches by what is known of them, in two directions: a patch shows no
-    noun that is known to be absent, and a noun that is shown has patches.
+    Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels
+    are complete for the background, the mean over these images of all processes.
 
-    Each patch distributes itself by a softmax over the nouns of the batch, and where the labels of an image are
-    complete for the background, over those that are known to be shown or absent.
+    Each patch distributes itself over the known nouns of its image by a softmax. The loss is the sum of two:
 
-    - Patches: the loss is the negative logarithm of the sum of a patch's shares in nouns that are not absent. It gives
-      a noun no area, so a small thing does not take the patches of a large one.
-    - Nouns, where labels are complete for the background: the share of a noun in the image is the power mean of its
-      shares in the patches, weighted by its [`place_prior`], and the loss is the negative logarithm of the shares of
-      the nouns shown. Two nouns that are always shown together, such as wall and floor, are the same to a loss of
-      whole images, and their places tell them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a
-      mean would give all nouns shown equal areas.
+    - A noun that is shown has patches. Its share in the image is the power mean of its shares in the patches, weighted
+      by its [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. Two nouns that
+      are always shown together, such as wall and floor, are the same to a loss of whole images, and their places tell
+      them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a mean would give all nouns shown equal
+      areas.
+    - A patch shows a noun that is shown. The loss is the negative logarithm of the sum of its shares in these nouns,
+      the mean over the patches. It gives no noun an area, so the nouns of other images decide what a patch shows.
 
     Args:
         patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images
-            that have [`~BatchNouns.known_absent`].
+            that are `nouns.complete`.
         prompts (`torch.Tensor` of shape `(V, P)`): unit vectors of a prompt of each noun.
         scale (`float`): of the cosines in the softmax.
         nouns ([`BatchNouns`]): the nouns.
 
     Returns:
-        `torch.Tensor` scalar, float32: the sum of the loss of nouns and of those of patches, with complete labels and
-        with others, each the mean over these images of all processes.
+        `torch.Tensor` scalar, float32.
     """
-    rows = nouns.known_absent
-    shown, absent, complete = nouns.shown[rows], nouns.absent[rows], nouns.complete[rows]
-    logits = scale * (patches.float() @ prompts.float().mT)
+    complete = nouns.complete
+    shown, known = nouns.shown[complete], (nouns.shown | nouns.absent)[complete]
+    columns = known.any(0).nonzero().squeeze(1)  # few of the nouns, all shown ones among them
+    shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
+    logits = scale * (patches.float() @ prompts[columns].float().mT)
     # A large number instead of infinity, whose gradient would be NaN in a noun without known patches.
-    unknown = complete.unsqueeze(1) & ~(shown | absent)
-    shares = logits.masked_fill(unknown.unsqueeze(1), -1e4).log_softmax(-1)
-    of_patches = -shares.masked_fill(absent.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
-    shares, shown = shares[complete], shown[complete]
-    prior = place_prior(even_heights().to(nouns.place.device), nouns.place).log()
+    shares = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
+    prior = place_prior(even_heights().to(place.device), place).log()
     log_shares = (SHARE_EXPONENT * shares + prior).logsumexp(1) / SHARE_EXPONENT
     of_nouns = -(log_shares * shown).sum(1) / shown.sum(1)
-    return sum(map(_mean_of_all, (of_nouns, of_patches[complete], of_patches[~complete])))
-
-
-def _mean_of_all(losses: torch.Tensor) -> torch.Tensor:
-    """Returns the mean of losses (b,) over all processes, for gradients that are averaged over them."""
-    counts = gather_with_gradient(losses.new_tensor([len(losses)]))
-    return losses.sum() * len(counts) / counts.sum().clamp(min=1)
+    of_patches = -shares.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
+    of_all = gather_with_gradient(complete)
+    return (of_nouns + of_patches).sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------ sums of a branch
@@ -399,7 +387,7 @@ def map_loss(
         noun_loss = torch.lerp(noun_loss, competition_loss(shares, nouns.shown), float(config.noun_competition))
     loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
     if even_patches is not None:
-        patches = even_patches[nouns.known_absent[nouns.spread_evenly]]
-        known = known_competition_loss(patches, prompts, 2 * sharpness, nouns)
+        complete = even_patches[nouns.complete[nouns.spread_evenly]]
+        known = known_competition_loss(complete, prompts, 2 * sharpness, nouns)
         loss = loss + config.known_competition * known
     return loss

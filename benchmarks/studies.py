@@ -16,7 +16,7 @@ from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.data.class_names import DATASETS
+from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.pooling import normalize_attention

@@ -470,6 +470,17 @@ def test_recorded_layers_rebuild_the_towers_own_output(vision, tiny_processor):
         torch.testing.assert_close(middle + scale(block.mlp(norm(middle))), last.stream, atol=1e-5, rtol=1e-4)
 
 
+def test_what_enters_the_pooling_of_a_resnet_is_recorded_as_tokens(made):
+    model, tokenizer, size = made("open_clip_resnet")
+    visual = model.visual
+    with torch.no_grad():
+        _, (layer,) = make_explainer((model, tokenizer), "itsm").model.trace(pixels(size), 0)
+        features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size))))))
+    batch, width, height, _ = features.shape
+    assert layer.stream.shape == (batch, layer.key.shape[2] - 1, width)  # without the mean, which the pooling adds
+    torch.testing.assert_close(layer.stream[:, height], features[:, :, 1, 0], atol=1e-5, rtol=1e-4)
+
+
 # explain: the short form
 
 

@@ -84,6 +84,7 @@ ARGUMENTS = {
     "train {table} --model {model}": """
         --sharpness 3
         --learning_rat 1
+        --noun_weight 0.5
         --batch_size 0
         --config absent.yaml
         --nouns absent.txt
@@ -130,6 +131,11 @@ def test_a_wrong_argument(world, table, sandbox, start, rest):
     typed = [word.format(**places) for word in rest.split()]
     line = refused(*(word.format(**places) for word in start.split()), *typed)
     assert any(os.path.basename(word).lstrip("-") in line for word in typed), line
+
+
+@pytest.mark.parametrize("option", ["--noun_weight=0.5", "--noun-weight"])
+def test_an_option_of_the_model_is_no_setting(sandbox, option):
+    assert "--model_options noun_weight=VALUE" in refused("train", "pairs.csv", option)
 
 
 def test_an_empty_argument(sandbox):

@@ -133,6 +133,7 @@ REFUSED = {
         "polygon far away": annotation(segmentation=[[0, 0, 1e9, 0, 1e9, 1e9]]),  # pycocotools would crash
         "polygon of NaN": annotation(segmentation=[[0, 0, float("nan"), 0, 9, 9]]),
         "crowd as text": annotation(iscrowd="0"),
+        "absent image in the folder of the split": {"images": [PICTURE | {"file_name": "val2017/absent.png"}]},
         "size as text": {"images": [PICTURE | {"height": "24"}]},
         "size without an end": {"images": [PICTURE | {"height": 10**9, "width": 10**9}]},
         "number as a file": {"images": [PICTURE | {"file_name": 3}]},
@@ -180,6 +181,7 @@ REFUSED = {
         "URL": HEADER + b"https://127.0.0.1:9/a.png,a dog\n",
         "UTF-16": (HEADER + ROW).decode().encode("utf-16"),
     },
+    (pairs("a.csv"), "caption"): {"two columns of one name": b"file_name,caption,caption\nphoto.png,a dog,a cat\n"},
     (pairs("a.jsonl"), "a.jsonl"): {
         **inputs.FEW_JSON,
         "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
@@ -215,6 +217,7 @@ BORNE = [
     (mask, index_mask(np.full((24, 30), 255, np.uint8))),
     (classes, "\ufeffdog\r\ncat\r\n"),
     (coco, annotation(segmentation=[])),
+    (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
     (pairs("a.tar"), inputs.tar(("../../a.png", GOOD_TAR[0][1]), ("../../a.txt", "a dog"))),
 ]
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from iclip_hf.utils.files import (
     atomic_folder,
     atomic_write,
     build_once,
+    cache_folder,
     check_new_folder,
     check_outputs,
     folder_lock,
-    new_file,
+    free_name,
     write_files,
+    write_new,
 )
 
 
@@ -59,9 +62,9 @@ def test_a_named_file_may_exist_and_a_chosen_one_gets_a_number(folder):
     check_outputs([folder / "photo.png"], [folder / "other.png"])
     (folder / "dangling.png").symlink_to("nowhere.png")
     for name in ("photo", "link", "dangling", "sub"):
-        assert new_file(folder / f"{name}.png").name == (f"{name}.png" if name == "sub" else f"{name}-2.png")
+        assert free_name(folder / f"{name}.png").name == (f"{name}.png" if name == "sub" else f"{name}-2.png")
     (folder / "photo-2.png").touch()
-    assert new_file(folder / "photo.png").name == "photo-3.png" and new_file("a.b.png") == Path("a.b.png")
+    assert free_name(folder / "photo.png").name == "photo-3.png" and free_name("a.b.png") == Path("a.b.png")
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
@@ -142,6 +145,37 @@ def test_a_run_that_is_killed_before_the_renaming_leaves_the_file_that_was_there
     with atomic_write(file) as temporary:
         temporary.write_text("new")
     assert file.read_text() == "new" and len(names(tmp_path)) == 2  # nothing is deleted that this run did not make
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_name_that_another_process_takes_meanwhile_is_left_to_it(folder, monkeypatch, has_links):
+    """Between the choice of a name and its use, another process uses it, also on a file system without hard links."""
+    link = os.link
+
+    def late(source, name) -> None:
+        if name.name == "new.png":
+            name.write_text("other")
+        if not has_links:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        link(source, name)
+
+    monkeypatch.setattr(os, "link", late)
+    before = names(folder)
+    assert write_new(folder / "new.png", lambda temporary: temporary.write_text("mine")) == folder / "new-2.png"
+    assert (folder / "new.png").read_text() == "other" and (folder / "new-2.png").read_text() == "mine"
+    assert names(folder) == sorted([*before, "new.png", "new-2.png"])
+    with pytest.raises(OSError, match=r"new\.png: writing failed"):
+        write_new(folder / "new.png", lambda temporary: temporary.rename(folder / "gone"))
+
+
+def test_writers_that_choose_one_name_at_once_lose_no_file(tmp_path):
+    def write(number: int) -> Path:
+        return write_new(tmp_path / "a.png", lambda temporary: temporary.write_text(str(number)))
+
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(write, range(100)))
+    assert [path.read_text() for path in written] == [str(number) for number in range(100)]
+    assert len(names(tmp_path)) == 100
 
 
 @pytest.mark.parametrize("way", ["file", "new folder", "empty folder"])
@@ -260,3 +294,10 @@ def test_a_killed_run_frees_its_folder_although_its_workers_live(tmp_path):
     )
     with folder_lock(tmp_path):
         pass
+
+
+def test_a_cache_below_no_home_is_named(monkeypatch):
+    """As of a user of a container, whose number no file of users has."""
+    monkeypatch.setenv("ICLIP_CACHE", "~nobody here/cache")
+    with pytest.raises(FileNotFoundError, match="~nobody here/cache.*ICLIP_CACHE"):
+        cache_folder()

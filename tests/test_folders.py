@@ -415,6 +415,24 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("side", ["config", "vision", "text"])
+def test_init_writes_into_no_folder_that_it_reads(towers, capsys, side):
+    assert init(towers, towers / side / "new") == 2
+    assert str(towers / side / "new") in capsys.readouterr().err and not (towers / side / "new").exists()
+
+
+def test_init_says_what_it_downloads_before_it_waits(towers, tmp_path, capsys, monkeypatch):
+    said = []
+
+    def unreachable(name):
+        said.append(capsys.readouterr().err)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("iclip_hf.hub.folders.resolve_revision", unreachable)
+    assert init(towers, tmp_path / "new", text="org/text-tower") == 2
+    assert len(said) == 1 and "org/text-tower" in said[0] and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
     try:

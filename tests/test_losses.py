@@ -140,17 +140,18 @@ def test_known_nouns_compete_where_labels_are_complete_for_the_background():
     for patch_logits, image in zip(
         logits.tolist(), (0, 2)
     ):  # of image 1 only an object is known to be absent, and image 3 shows nothing
-        known, losses = [noun for noun in range(5) if labels[image, noun] != 0], []
-        for noun in range(5):
-            if labels[image, noun] <= 0:
-                continue
+        of_image = labels[image].tolist()
+        known, shown = ([noun for noun in range(5) if of_image[noun] in kinds] for kinds in ((1, -1), (1,)))
+        shares, losses = [], []
+        for patch in patch_logits:
+            denominator = sum(math.exp(patch[noun]) for noun in known)
+            shares.append({noun: math.exp(patch[noun]) / denominator for noun in known})
+        for noun in shown:
             weights = [math.exp(3 * place[noun].item() * height) for height in heights]
-            share = 0.0
-            for weight, patch in zip(weights, patch_logits):
-                own = math.exp(patch[noun]) / sum(math.exp(patch[other]) for other in known)
-                share += weight / sum(weights) * own**4
-            losses.append(-math.log(share) / 4)
-        total += sum(losses) / len(losses)
+            mean = sum(weight * of_patch[noun] ** 4 for weight, of_patch in zip(weights, shares)) / sum(weights)
+            losses.append(-math.log(mean) / 4)
+        of_patches = [-math.log(sum(of_patch[noun] for noun in shown)) for of_patch in shares]
+        total += sum(losses) / len(losses) + sum(of_patches) / 64
     assert known_competition_loss(patches, prompts, 1.5, nouns).item() == pytest.approx(total / 2, abs=1e-4)
     nothing = nouns._replace(absent=torch.zeros_like(nouns.absent))
     assert known_competition_loss(patches[:0], prompts, 1.5, nothing).item() == 0

@@ -454,6 +454,16 @@ def test_a_confidence_beyond_0_and_1_is_refused(confidence):
         MeanIoU(5).update(labels, labels, np.array([[confidence, 0.2]]))
 
 
+@pytest.mark.parametrize(
+    ("prediction", "reference", "named"),
+    [([[0, 5]], [[0, 1]], "prediction: .*0 to 4, got 5"), ([[0, 1]], [[-1, 0]], "reference: .*0 to 4, got -1")],
+)
+def test_a_class_id_that_miou_does_not_have_is_named(prediction, reference, named):
+    with pytest.raises(ValueError, match=named):
+        MeanIoU(5).update(np.array(prediction), np.array(reference))
+    MeanIoU(5).update(np.array([[0, 255]]), np.array([[0, 255]]))  # where it is ignored, any
+
+
 def test_miou_without_pixels_is_nan():
     metric = MeanIoU(3)
     metric.update(np.zeros((2, 2), int), np.full((2, 2), 255))

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import logging
@@ -123,8 +124,7 @@ def slow_unit(vector):
 
 
 def slow_linear(layer, vector):
-    bias = layer.bias.tolist() if layer.bias is not None else [0.0] * layer.out_features
-    return [b + sum(w * x for w, x in zip(row, vector)) for row, b in zip(layer.weight.tolist(), bias)]
+    return [sum(w * x for w, x in zip(row, vector)) for row in layer.weight.tolist()]
 
 
 def slow_cosines(branch, images, texts):
@@ -529,6 +529,27 @@ def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_proces
             pipeline(task, model=str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        ({"logit_bias_init_value": -2.0}, "recognition.logit_bias"),  # the model would have no presence
+        ({"max_over": "similarity", "center_tokens": True}, "token_mean"),
+        ({"dual_projection": True}, "interpretability.logit_scale"),
+    ],
+)
+def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, tiny_processor, options, weight):
+    tiny_model(**options).save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    without = {"logit_bias_init_value": None, "center_tokens": False, "dual_projection": False}
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {name: without[name] for name in options if name in without})
+    )
+    for load in (ICLIPModel.from_pretrained, load_pretrained):
+        with pytest.raises(ValueError, match=f"^{tmp_path}: .*config.json.*{weight}"):
+            load(tmp_path)
+
+
 def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):
     model = tiny_model()
     model.save_pretrained(tmp_path)
@@ -673,3 +694,19 @@ def test_a_share_of_the_recognition_branch_in_the_map_leaves_the_loss():
         with torch.no_grad():
             losses.append(model(**inputs, return_loss=True).loss)
     torch.testing.assert_close(losses[1], losses[0])
+
+
+@torch.no_grad()
+def test_linear_layers_can_be_replaced_one_by_one():
+    """As libraries of quantization and of adapters do, by the class."""
+    options = {"max_over": "similarity", "recognition_pooling": "class_and_average", "recognition_share": 0.3}
+    model = tiny_model(**options, image_hidden_size=8, text_hidden_size=12)
+    replaced = copy.deepcopy(model)
+    for name, layer in [*replaced.named_modules()]:
+        if isinstance(layer, torch.nn.Linear):
+            other = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            other.load_state_dict(layer.state_dict())
+            replaced.set_submodule(name, other)
+    expected, outputs = (one(**tiny_inputs(), output_similarity_maps=True) for one in (model, replaced))
+    torch.testing.assert_close(outputs.logits_per_image, expected.logits_per_image)
+    torch.testing.assert_close(outputs.similarity_maps, expected.similarity_maps)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
@@ -165,6 +166,33 @@ def test_a_command_may_be_repeated_and_replaces_only_what_the_user_named(world, 
     assert {name: second[name] for name in before} == before
     added = second.keys() - first.keys()
     assert any(again in name for name in added) if again else not added
+
+
+@pytest.mark.parametrize(
+    ("line", "new"),
+    [
+        ("explain photo.jpg SEE --npz", "photo-explanation-3.png photo-explanation-3.npz"),
+        ("segment photo.jpg SEE", "photo-segments-3.png photo-labels-3.png"),
+        ("compare photo.jpg SEE", "photo-comparison-3.png"),
+    ],
+)
+def test_commands_at_once_keep_their_pictures_apart_and_name_what_belongs_together(world, mine, capsys, line, new):
+    """While a picture is drawn, another command takes its name."""
+    drawn, before = [], contents(mine)
+    save = PIL.Image.Image.save
+
+    def late(picture, path, *arguments, **options):
+        save(picture, path, *arguments, **options)
+        if not drawn:
+            drawn.append(mine / new.split()[0].replace("-3", "-2"))
+            drawn[0].write_text("another command's")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PIL.Image.Image, "save", late)
+        assert typed(world, line) == 0, capsys.readouterr().err
+    after = contents(mine)
+    assert after.keys() - before.keys() == {drawn[0].name, *new.split()}
+    assert after[drawn[0].name] == b"another command's" and new.split()[0] in capsys.readouterr().out
 
 
 def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, mine):

@@ -1,6 +1,7 @@
 """The loss of pairs and its gradients, salient tokens, nouns, and what learns."""
 
 import math
+import unicodedata
 
 import numpy as np
 import pytest
@@ -182,6 +183,16 @@ def test_labels_say_what_an_image_shows_and_what_it_does_not(captions, labels, c
     nouns = NounPrompts(["dog", "person", "man", "bear", "traffic light"])
     known = nouns.known_nouns(captions, labels, complete)
     assert [{nouns.nouns[number] for number in found} for found in known[:2]] == [shown, absent]
+
+
+def test_letters_and_marks_of_all_scripts_are_parts_of_words():
+    """Vowels of Thai and Hindi are marks, and so are accents in the names of files of macOS, which are decomposed."""
+    nouns = NounPrompts(["หมี", "หมู", "काल", "कील", "café"])  # bear and pig; time and nail
+    for number, noun in enumerate(nouns.nouns):
+        decomposed = unicodedata.normalize("NFD", noun)
+        known = nouns.known_nouns([f"a photo of a {decomposed}"], [decomposed], nouns.nouns)
+        assert known.shown == [number] and len(known.absent) == 4
+        assert nouns.nouns_in(f"a {noun}, {decomposed}") == {number}
 
 
 def test_sampled_prompts_are_of_nouns_shown():
@@ -368,6 +379,11 @@ def test_clamped_scale_can_come_back():
         ({"noun_labels": torch.zeros(3, 4, dtype=torch.uint8)}, "noun_labels"),  # -1 would be 255, which is shown
         ({"noun_labels": torch.zeros(3, 4, dtype=torch.bool)}, "noun_labels"),
         ({"noun_labels": torch.zeros(2, 4)}, "noun_labels"),
+        ({"noun_labels": torch.full((3, 4), math.nan)}, "noun_labels"),
+        ({"noun_labels": torch.full((3, 4), 0.5)}, "noun_labels"),
+        ({"noun_labels": [[0, 0, 0, 0]] * 3}, "noun_labels: .* list"),
+        ({"noun_ids": [0, 1, 1, 1, 3, 2]}, "noun_ids: .* list"),
+        ({"place": [0] * 6}, "place: .* list"),
         ({"noun_labels": torch.zeros(3, 3)}, "noun_ids"),
         ({"noun_ids": torch.full((6,), -1)}, "noun_ids"),
         ({"place": torch.zeros(5)}, "place"),

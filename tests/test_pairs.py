@@ -704,7 +704,11 @@ def test_labels_that_are_no_list_of_names_are_refused(column, value, tiny_proces
 
 @pytest.mark.parametrize(
     ("complete", "expected"),
-    [(["coco2017"], class_names.COCO_THINGS), ('["voc2012", "sky"]', [*class_names.VOC, "sky"])],
+    [
+        (["COCO2017"], class_names.COCO_THINGS),
+        ("COCO2017", class_names.COCO_THINGS),
+        ('["voc2012", "sky"]', [*class_names.VOC, "sky"]),
+    ],
 )
 def test_a_list_of_complete_names_may_name_a_data_set(complete, expected):
     texts = sources.Columns().texts({"caption": "a", "labels": [], "complete": complete})

@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from iclip_hf.data import SegmentationDataset, load_segmentation, segmentation
-from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, DATASETS, VOC
-from iclip_hf.data.segmentation import _LAYOUTS, _COCOSample, _decode_segmentation
+from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
+from iclip_hf.data.layouts import DATASETS
+from iclip_hf.data.segmentation import _COCOSample, _decode_segmentation
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES
@@ -174,6 +175,22 @@ def test_coco(coco):
         # classes overlap each other; crowd regions count nowhere, also where instances lie
         np.testing.assert_array_equal(sample.mask(label), np.where(CROWD, 255, instances * label))
         assert sample.mask(label).flags.c_contiguous
+
+
+@pytest.mark.parametrize("subfolder", ["val2017", "trip", "val2017/trip"])
+def test_coco_files_of_other_programs(tmp_path, subfolder):
+    """They name images in subfolders, or with the folder of the split, and do not say that nothing is a crowd."""
+    write_coco(tmp_path, [{"category_id": 17, "segmentation": plain_runs(CAT)}])
+    path = tmp_path / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    del content["annotations"][0]["iscrowd"]
+    content["images"][0]["file_name"] = f"{subfolder}/1.jpg"
+    path.write_text(json.dumps(content))
+    image = tmp_path / "val2017" / subfolder.replace("val2017", "").strip("/") / "1.jpg"
+    write_image(image, 6, 8)
+    (sample,) = load_segmentation("coco2017", tmp_path)
+    assert sample.name == "1" and sample.image_path == image and sample.image.size == (8, 6)
+    np.testing.assert_array_equal(sample.mask(2), 2 * CAT)
 
 
 # Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
@@ -425,13 +442,13 @@ def test_which_classes_are_stuff(tmp_path, voc):
     for name, count in counts.items():
         dataset = SegmentationDataset(name, None, names[name], [], [])
         stuff = {names[name][label - 1] for label in dataset.stuff}
-        assert len(stuff) == count and stuff == set(_LAYOUTS[name].stuff), name
+        assert len(stuff) == count and stuff == set(DATASETS[name].stuff), name
         assert stuff & {"sky", "sky-other"} and not stuff & {"person", "pedestrian", "car", "bicycle"}
     dataset = load_segmentation("voc21", voc, overrides={"names": {"sofa": "sky"}})  # the kind is not the name's
     assert dataset.stuff == () and load_segmentation("voc2012", voc).stuff == ()
     assert SegmentationDataset("folder", None, ["sky"], [], []).stuff is None
-    unknown = {name for name, layout in _LAYOUTS.items() if layout.stuff is None}
-    assert unknown == {"folder", "context59", "context60"} and set(_LAYOUTS) == set(DATASETS)
+    unknown = {name for name, layout in DATASETS.items() if layout.stuff is None}
+    assert unknown == {"folder", "context59", "context60"}
 
 
 def test_a_mask_with_values_of_another_data_set_or_without_an_image_is_named(tmp_path):

@@ -97,9 +97,8 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
         return pool.c_proj(pool.v_proj(stream + pool.positional_embedding[1:]))
 
 
-def _attention_pool(pool: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """Pools features `(B, D, h, w)` by attention with their mean as the query, and records it."""
-    tokens = features.flatten(2).mT
+def _attention_pool(pool: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Pools the tokens `(B, L, D)` of a feature map by attention with their mean as the query, and records it."""
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
     query, key, value = (
         projection(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)

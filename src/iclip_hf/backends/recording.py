@@ -24,8 +24,7 @@ T = TypeVar("T")
 class AttentionRecord:
     """An attention layer in a forward pass: Q queries attend to L tokens in H heads."""
 
-    # (B, L, D), input of the layer's block, before its norm; for the pooling of a ResNet, a feature map (B, D, h, w).
-    stream: torch.Tensor
+    stream: torch.Tensor  # (B, L, D), input of the layer's block, before its norm
     tokens: torch.Tensor | None = None  # (B, L, D), input of the attention
     query: torch.Tensor | None = None  # (B, H, Q, D / H)
     key: torch.Tensor | None = None  # (B, H, L, D / H)
@@ -110,11 +109,13 @@ def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) ->
     block.is_recorded = True
 
     def enter_block(module, args, kwargs):
-        recording = _recording.get()
-        if recording is None or index < recording.start:
-            return None
-        stream = args[0].detach().requires_grad_() if recording.grad and index == recording.start else args[0]
-        recording.layers.append(AttentionRecord(stream))
+        recording, stream = _recording.get(), args[0]
+        if stream.ndim == 4:  # the feature map (B, D, h, w) of a ResNet
+            stream = stream.flatten(2).mT
+        if recording is not None and index >= recording.start:
+            if recording.grad and index == recording.start:
+                stream = stream.detach().requires_grad_()
+            recording.layers.append(AttentionRecord(stream))
         return (stream, *args[1:]), kwargs
 
     def enter_attention(module, args, kwargs):

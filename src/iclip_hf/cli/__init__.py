@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from .. import __version__
@@ -38,13 +38,21 @@ class _Parser(argparse.ArgumentParser):
             known = self._option_string_actions
             typed = [word.split("=")[0] for word in self._arguments if word.startswith("--")]
             if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:
-                like = "".join(f"; did you mean {option}?" for option in get_close_matches(wrong[0], known, 1))
-                message = f"unrecognized arguments: {wrong[0]}{like}"
+                message = f"unrecognized arguments: {wrong[0]}{self._cure(wrong[0], known)}"
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message and unknown[:1] != "-" and any(action.dest == "texts" for action in self._actions):
             message += "; several texts stand between commas, as in --text 'dog, red ball'"
         print(f"{self.prog}: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+    def _cure(self, wrong: str, known: Iterable[str]) -> str:
+        """Returns what may be meant by an option that is not known."""
+        if self.get_default("command") == "train":
+            from ..training.settings import is_model_option
+
+            if is_model_option(name := wrong[2:].replace("-", "_")):
+                return f"; an option of the model is set by --model_options {name}=VALUE"
+        return "".join(f"; did you mean {option}?" for option in get_close_matches(wrong, known, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..model.presence import presence_text
-from ..utils.files import new_file
+from ..utils.files import free_name
 from .inputs import load_model, load_named_image
 from .options import DATASET, MODEL, PROMPTS, add_shared
 from .output import PICTURES, check_file, model_files, name_for, print_lines, resolution, save_picture, table
@@ -37,10 +37,10 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    output = options.output or new_file(name_for(options.image, "comparison.png"))
+    output = options.output or Path(name_for(options.image, "comparison.png"))
     check_file(output, PICTURES)
     models, methods = options.models or ["embedded"], list(dict.fromkeys(options.methods))
-    image, truths, templates = _open(options, output, models)
+    image, truths, templates = _open(options, options.output or free_name(output), models)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
         raise ValueError("There is nothing to look for: give --text, or a --dataset whose IMAGE shows a class.")
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
             of_row.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
     titles = [f"{text}\n{', '.join(of_row)}" for text, of_row in zip(texts, notes)]
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
-    save_picture(sheet, output, dpi)
+    output = save_picture(sheet, output, dpi, output == options.output)
     if options.json:
         report = {"image": options.image, "picture": str(output), "texts": rows}
         print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))

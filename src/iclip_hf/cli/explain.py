@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from .options import SHARED, add_shared
@@ -26,26 +27,25 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     def write(name: str, explanation, picture: Path | None) -> dict:
         from ..plots.sheets import draw
+        from ..utils.files import write_new
 
         files = {}
         if picture is not None:
             dpi = resolution(picture)
-            save_picture(draw(explanation, explanation.image, colormap=options.colormap, dpi=dpi), picture, dpi)
+            sheet = draw(explanation, explanation.image, colormap=options.colormap, dpi=dpi)
+            picture = save_picture(sheet, picture, dpi, picture == options.output)
+            files["picture"] = str(picture)
             if options.npz:
-                files = {"arrays": str(_save_arrays(explanation, picture.with_suffix(".npz")))}
+                arrays = write_new(picture.with_suffix(".npz"), partial(_save_arrays, explanation))
+                files["arrays"] = str(arrays)
         return files | explanation.to_dict()
 
     return explain_files(options, "explanation", write)
 
 
-def _save_arrays(explanation, path: Path) -> Path:
-    """Writes scores, raw maps and masks to a new file, and returns its path."""
+def _save_arrays(explanation, path: Path) -> None:
+    """Writes scores, raw maps and masks."""
     import numpy as np
 
-    from ..utils.files import atomic_write, new_file
-
-    path = new_file(path)
-    # An open file, because numpy would add a suffix to a file name.
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
+    with path.open("wb") as file:  # numpy would add a suffix to a file name
         np.savez_compressed(file, **explanation.arrays())
-    return path

@@ -6,10 +6,8 @@ browser.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from ..backends import check_model_name
 from ..utils.terminal import printable
 from .inputs import silence_transformers
 from .options import option_type, refuse
-from .output import print_folder, print_lines
+from .output import print_folder, print_lines, shown_steps
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -65,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
 
     silence_transformers()
     model, processor = load_iclip(options.model, dtype="float32")
-    with _shown_steps():
+    with shown_steps():
         if target == "onnx":
             from ..backends.onnx import export_onnx
 
@@ -77,20 +75,6 @@ def run(options: argparse.Namespace) -> None:
             folder = export_web(model, processor, options.directory, weights or "int8", source=options.model)
             use = ("demo", "--web", str(folder))
     print_folder(folder, "iclip", *use)
-
-
-@contextmanager
-def _shown_steps() -> Iterator[None]:
-    """Prints the steps that functions log at the level INFO, on stderr."""
-    logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:

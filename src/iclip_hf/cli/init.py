@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from .inputs import silence_transformers
-from .output import print_folder
+from .output import print_folder, shown_steps
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -24,12 +24,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub.configs import config_folder
-    from ..utils.files import check_new_folder
+    from ..utils.files import check_new_folder, check_outside
 
-    config_folder(options.config)  # both before torch is loaded
+    # Before torch is loaded.
+    for read in filter(None, (config_folder(options.config), options.vision, options.text)):
+        check_outside(options.output, read)
     check_new_folder(options.output)
     from ..hub.folders import init_model
 
     silence_transformers()
-    folder = init_model(options.config, options.output, options.vision, options.text)
+    with shown_steps():
+        folder = init_model(options.config, options.output, options.vision, options.text)
     print_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..backends import DTYPES, check_model_name
-from ..data.class_names import DATASETS
+from ..data.layouts import DATASETS
 from ..explainers import METHODS, check_method
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS

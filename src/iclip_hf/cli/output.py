@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,17 +70,24 @@ def resolution(picture: Path) -> int:
     return 300 if picture.suffix.lower() == ".pdf" else 120
 
 
-def save_picture(picture, path: Path, dpi: int) -> None:
-    """Writes a PIL image in the format of the file name's suffix."""
+def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
+    """
+    Writes a PIL image in the format of the file name's suffix, and returns its path. With `replace`, for a file that
+    the user named, an existing one is replaced.
+    """
     from PIL import Image
 
-    from ..utils.files import atomic_write
+    from ..utils.files import atomic_write, write_new
 
     form = path.suffix[1:].lower()
     # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
     options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+    options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi), "exif": software()}
+    if not replace:
+        return write_new(path, partial(picture.save, **options))
     with atomic_write(path) as temporary:
-        picture.save(temporary, Image.registered_extensions()[f".{form}"], dpi=(dpi, dpi), exif=software(), **options)
+        picture.save(temporary, **options)
+    return path
 
 
 def software() -> Image.Exif:
@@ -123,6 +133,20 @@ def print_lines(*lines: str) -> None:
 def print_error(command: str, text: str) -> None:
     """Prints a line of a command on stderr."""
     print(f"iclip {command}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def shown_steps() -> Iterator[None]:
+    """Prints the steps that functions log at the level INFO, on stderr."""
+    logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def print_folder(folder: Path, *command: str) -> None:

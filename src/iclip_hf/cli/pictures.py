@@ -75,12 +75,13 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     Args:
         ending: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
         write: function of the name of an image, its explanation and the path of its picture, None if none is asked
-            for. It returns the entry of the report: a `dict` for each text in "texts" or "segments", the paths of
-            other files that it wrote, and perhaps a "problem" for stderr.
+            for. Unless the user named the picture, it gets a number if it exists. The function returns the entry of
+            the report: the paths of the picture and of other files that it wrote, a `dict` for each text in "texts" or
+            "segments", and perhaps a "problem" for stderr.
     """
     from tqdm import tqdm
 
-    from ..utils.files import new_file
+    from ..utils.files import write_new
     from ..utils.prefetch import prefetch_map
 
     images = image_names(options.images)
@@ -106,9 +107,8 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
         explanation = replace(explanation, threshold=options.threshold, min_presence=options.min_presence)
         if not is_writing:
             return {"image": image, **write(image, explanation, None)}
-        # Chosen when it is written, because two images may have the same name.
-        path = picture or new_file(folder / name_for(image, f"{ending}.png"))
-        return {"image": image, "picture": str(path), **write(image, explanation, path)}
+        path = picture or folder / name_for(image, f"{ending}.png")
+        return {"image": image, **write(image, explanation, path)}
 
     explained = 0
     with ExitStack() as stack:
@@ -126,9 +126,9 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
             text = json.dumps(entry, ensure_ascii=False)
             if entry and is_writing and not alone:
                 if lines is None:
-                    path = new_file(folder / f"{ending.removesuffix('s')}s.jsonl")
+                    path = write_new(folder / f"{ending.removesuffix('s')}s.jsonl")
                     # A byte of a name that is not UTF-8 is written as JSON escapes it.
-                    lines = stack.enter_context(path.open("x", encoding="utf-8", errors="backslashreplace"))
+                    lines = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
                 print(text, file=lines, flush=True)
             with tqdm.external_write_mode():  # above the bar
                 if problem:
@@ -149,7 +149,7 @@ def _places(
     the single image and what is written, before the model is loaded.
     """
     from ..model.images import open_image
-    from ..utils.files import check_outputs, new_file
+    from ..utils.files import check_outputs, free_name
 
     if alone and not is_url(images[0]):
         open_image(images[0], decode=False)
@@ -164,7 +164,7 @@ def _places(
         check_file(output, PICTURES)
     else:
         check_folder(output)
-    check_outputs([picture or new_file(folder / "new")], [*images, *model_files(options.model)])
+    check_outputs([picture or free_name(folder / "new")], [*images, *model_files(options.model)])
     return picture, folder
 
 

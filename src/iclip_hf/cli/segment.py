@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from .options import texts
@@ -57,11 +58,14 @@ def run(options: argparse.Namespace) -> int:
         words = explanation.presence_words
         dpi = resolution(picture)
         sheet = label_sheet(explanation.image, labels, options.texts, words, options.background, dpi=dpi)
-        save_picture(sheet, picture, dpi)
+        is_named = picture == options.output
+        picture = save_picture(sheet, picture, dpi, is_named)
+        # photo-segments-2.png has photo-labels-2.png.
+        stem = "labels".join(picture.stem.rsplit("segments", 1))
+        label_name = name_for(picture, "labels.png") if is_named else f"{stem}.png"
         labels[labels >= num_texts] = -1
-        named = picture if picture == options.output else name
-        label_file = _save_labels(labels, num_texts, picture.with_name(name_for(named, "labels.png")))
-        return {"labels": str(label_file), **entry}
+        label_file = _save_labels(labels, num_texts, picture.with_name(label_name))
+        return {"picture": str(picture), "labels": str(label_file), **entry}
 
     return explain_files(options, "segments", write)
 
@@ -76,12 +80,10 @@ def _save_labels(labels, num_texts: int, path: Path) -> Path:
     from PIL import Image
 
     from ..plots.colors import label_colors
-    from ..utils.files import atomic_write, new_file
+    from ..utils.files import write_new
 
-    path, few = new_file(path), num_texts < 255
+    few = num_texts < 255
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", exif=software())
-    return path
+    return write_new(path, partial(image.save, format="PNG", exif=software()))

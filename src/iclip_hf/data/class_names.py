@@ -1,23 +1,6 @@
 """
-Names of the segmentation data sets, their class names in the order of their ids, written as in a prompt, and which are
-stuff.
+Class names of the segmentation data sets, in the order of their ids, written as in a prompt, and which are stuff.
 """
-
-# The data sets and their titles. Separate from their readers, so that the help of commands does not import these.
-DATASETS = {
-    "voc2012": "PASCAL VOC 2012",
-    "coco2017": "COCO 2017",
-    "folder": "folder",
-    "voc21": "PASCAL VOC 2012",
-    "voc20": "PASCAL VOC 2012, without background",
-    "context60": "PASCAL Context",
-    "context59": "PASCAL Context, without background",
-    "coco_object": "COCO-Object",
-    "coco_stuff": "COCO-Stuff 164k",
-    "ade20k": "ADE20K",
-    "cityscapes": "Cityscapes",
-    "camvid": "CamVid",
-}
 
 
 def _names(text: str) -> tuple[str, ...]:

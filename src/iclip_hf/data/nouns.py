@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import unicodedata
 from collections.abc import Collection, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
@@ -219,7 +220,9 @@ def _names_of(label: str, listed: Set[str]) -> set[str]:
 
 @lru_cache(2**12)  # many images have the same names
 def _words(text: str) -> tuple[str, ...]:
-    return (*re.findall(r"[^\W_]+", text.lower()),)
+    # Composed, because macOS names files by decomposed letters. Vowels of Thai and Hindi are marks.
+    composed = unicodedata.normalize("NFC", text.lower())
+    return (*"".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in composed).split(),)
 
 
 def _plurals(noun: str) -> list[str]:

@@ -312,8 +312,8 @@ def load_pairs(
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these
-    labels are complete for: a list, or one of [`~iclip_hf.data.class_names.CLASS_NAMES`], which a list may name too.
-    With `complete`, `labels` is a list, which may be empty.
+    labels are complete for: a list, or one of [`~iclip_hf.data.class_names.CLASS_NAMES`], which a list may name too,
+    in upper or lower case. With `complete`, `labels` is a list, which may be empty.
 
     Args:
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.

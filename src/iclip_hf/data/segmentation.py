@@ -17,31 +17,19 @@ from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ..model.images import IMAGE_SUFFIXES, load_image, open_image, upright
-from ..model.prompts import IMAGENET_TEMPLATES, check_templates
+from ..model.prompts import check_templates
 from ..utils.digests import LARGE, content_digest, total_size
 from ..utils.extras import require_extra
 from ..utils.files import parse_json
-from .class_names import (
-    ADE20K,
-    ADE20K_STUFF,
-    CAMVID,
-    CAMVID_STUFF,
-    CITYSCAPES,
-    COCO_STUFF,
-    COCO_THINGS,
-    CONTEXT,
-    VOC,
-)
+from .layouts import DATASETS, VOID, Layout
 from .sources import expand_braces
 
 
-_VOID = 255  # in files of index masks
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
 _UNKNOWN = -1
 
@@ -108,10 +96,10 @@ class _IndexSample(SegmentationSample):
 
     @cached_property
     def labels(self) -> tuple[int, ...]:
-        return tuple(np.setdiff1d(self.label_map, (0, _VOID)).tolist())
+        return tuple(np.setdiff1d(self.label_map, (0, VOID)).tolist())
 
     def mask(self, label: int) -> np.ndarray:
-        return self.label_map * ((self.label_map == label) | (self.label_map == _VOID))
+        return self.label_map * ((self.label_map == label) | (self.label_map == VOID))
 
     @cached_property
     def label_map(self) -> np.ndarray:
@@ -272,7 +260,7 @@ class SegmentationDataset(Sequence):
         annotation_paths: Sequence[Path],
         supercategories: Sequence[str] | None = None,
     ):
-        layout = _LAYOUTS[name]
+        layout = DATASETS[name]
         self.name, self.split, self.background, self.templates = name, split, bool(layout.background), layout.templates
         self.annotation_paths, self._samples, self.images_in_split = annotation_paths, samples, len(samples)
         self.synonyms = tuple((name,) for name in class_names)
@@ -328,7 +316,7 @@ def load_segmentation(
     Opens a segmentation data set for evaluation.
 
     Args:
-        name (`str`): one of [`~iclip_hf.data.class_names.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes
+        name (`str`): one of [`~iclip_hf.data.layouts.DATASETS`]. The guide (`docs/guide/evaluate.md`) describes
             their files.
         root (`str` or `os.PathLike`): folder of the data set.
         split (`str`, *optional*): split of the data set; the default split if not given.
@@ -345,9 +333,9 @@ def load_segmentation(
         `FileNotFoundError`: a folder, list, image or mask is missing. `ValueError`: the data is not as described. The
         content of images and masks is checked when they are decoded.
     """
-    if name not in _LAYOUTS:
-        raise ValueError(f"{name!r} is none of the data sets {', '.join(_LAYOUTS)}.")
-    layout, root = _LAYOUTS[name], Path(root)
+    if name not in DATASETS:
+        raise ValueError(f"{name!r} is none of the data sets {', '.join(DATASETS)}.")
+    layout, root = DATASETS[name], Path(root)
     if split and layout.split is None:
         raise ValueError(f"{name} has no splits, such as {split!r}: name the folder of that split as root.")
     split = split or layout.split
@@ -360,116 +348,6 @@ def load_segmentation(
         _override(dataset, overrides)
     return dataset
 
-
-class _Layout(NamedTuple):
-    """
-    Files and mask values of a data set.
-
-    Attributes:
-        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that
-            finds files. `*` is the same in both files of a pair. If the pattern of images ends with `*`, every image
-            needs a mask, and its format is free. Otherwise every mask needs an image, and an image without a mask is
-            left out.
-        classes: the names, by id; None if `classes.txt` holds them.
-        split: the default.
-        lists: pattern of the file that names the pairs, where the folders hold others too.
-        instances: whether COCO's file of instances is read if there are no masks.
-        values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others
-            are errors.
-        stuff: classes without instances; None if the data set does not tell.
-        templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on
-            segmentation do.
-    """
-
-    images: str
-    masks: str
-    classes: Sequence[str] | None
-    split: str | None
-    lists: str = ""
-    instances: bool = False
-    values: Sequence[int] | None = None
-    background: Sequence[int] = (0,)
-    void: Sequence[int] = ()
-    stuff: Sequence[str] | None = ()
-    templates: tuple[str, ...] = IMAGENET_TEMPLATES
-
-
-_PHOTO = ("a photo of the {}",)
-_VOC = _Layout(
-    "{VOCdevkit/VOC2012/,VOC2012/,}JPEGImages/*.jpg",
-    "{VOCdevkit/VOC2012/,VOC2012/,}SegmentationClass/*.png",
-    VOC,
-    "val",
-    "{VOCdevkit/VOC2012/,VOC2012/,}ImageSets/Segmentation/<split>.txt",
-)
-_CONTEXT = _Layout(
-    "{VOCdevkit/VOC2010/,VOC2010/,}JPEGImages/*.jpg",
-    "{VOCdevkit/VOC2010/,VOC2010/,}SegmentationClassContext/*.png",
-    CONTEXT,
-    "val",
-    "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
-    stuff=None,
-)
-_WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are
-# not used.
-_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
-_COCO_STUFF = _Layout(
-    "{images/,}<split>/*.jpg",
-    "{stuffthingmaps,annotations}/<split>/*.png",
-    COCO_STUFF,
-    "val2017",
-    values=_STUFF_VALUES,
-    background=(),
-    stuff=COCO_STUFF[len(COCO_THINGS) :],
-)
-# Label ids of Cityscapes' 19 classes.
-_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-_FOLDER = _Layout("images/*", "masks/*.png", None, None, stuff=None, templates=_PHOTO)
-_LAYOUTS = {
-    "voc2012": _VOC._replace(templates=_PHOTO),
-    "coco2017": _Layout("", "", None, "val2017", instances=True, templates=_PHOTO),
-    "folder": _FOLDER,
-    "voc21": _VOC,
-    "voc20": _VOC._replace(**_WITHOUT_BACKGROUND),
-    "context60": _CONTEXT,
-    "context59": _CONTEXT._replace(**_WITHOUT_BACKGROUND),
-    # The background is all that is no thing, also unlabelled, as in GroupViT's conversion.
-    "coco_object": _COCO_STUFF._replace(
-        classes=COCO_THINGS,
-        instances=True,
-        values=_STUFF_VALUES[:80],
-        background=(*_STUFF_VALUES[80:], _VOID),
-        stuff=(),
-    ),
-    "coco_stuff": _COCO_STUFF,
-    "ade20k": _Layout(
-        "{ADEChallengeData2016/,}images/<split>/*.jpg",
-        "{ADEChallengeData2016/,}annotations/<split>/*.png",
-        ADE20K,
-        "validation",
-        stuff=ADE20K_STUFF,
-        **_WITHOUT_BACKGROUND,
-    ),
-    "cityscapes": _Layout(
-        "leftImg8bit/<split>/**/*_leftImg8bit.png",
-        "gtFine/<split>/**/*_gtFine_labelIds.png",
-        CITYSCAPES,
-        "val",
-        values=_CITYSCAPES_VALUES,
-        background=(),
-        void=range(35),
-        stuff=CITYSCAPES[: CITYSCAPES.index("person")],
-    ),
-    "camvid": _FOLDER._replace(
-        classes=CAMVID,
-        values=range(11),
-        background=(),
-        void=(11,),
-        stuff=CAMVID_STUFF,
-        templates=IMAGENET_TEMPLATES,
-    ),
-}
 
 _Content = tuple  # class names, samples, annotation paths and perhaps supercategories of a `SegmentationDataset`
 
@@ -505,7 +383,7 @@ def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, 
     return chosen, files
 
 
-def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
+def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
     image_pattern, images = _found(root, layout.images, split)
     mask_pattern, masks = _found(root, layout.masks, split)
     names = sorted({*images, *masks}) if image_pattern.endswith("*") else [*masks]
@@ -528,7 +406,7 @@ def _index_masks(layout: _Layout, root: Path, split: str | None) -> _Content:
     class_names = layout.classes or _read_class_names(listed[0])
     count = len(class_names)
     table = np.full(256, _UNKNOWN, np.int16)
-    table[[_VOID, *layout.void]] = _VOID
+    table[[VOID, *layout.void]] = VOID
     table[list(layout.background)] = 0
     table[list(layout.values or range(1, count + 1))] = range(1, count + 1)
     samples = [_IndexSample(images[name].stem, images[name], count, masks[name], table) for name in names]
@@ -568,24 +446,28 @@ def _instances(root: Path, split: str) -> _Content:
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
                 raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
-            if item["iscrowd"] not in (0, 1):
-                raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {item['iscrowd']!r}")
-            annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(item["iscrowd"])}
+            crowd = item.get("iscrowd", 0)
+            if crowd not in (0, 1):
+                raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
+            annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
             annotations[item["image_id"]].append(annotation | {"segmentation": item["segmentation"]})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
             f"{type(error).__name__}: {error}"
         ) from error
-    present = {*os.listdir(root / split)}  # once, because single look-ups are slow on network drives
-    if missing := [name for name in sizes if name not in present]:
+    # Some name files as in the folder of the data set, with that of the split.
+    paths = [root / split / name.removeprefix(f"{split}/") for name in sizes]
+    # Folders are listed once, because single look-ups are slow on network drives.
+    present = {file for folder in {file.parent for file in paths} if folder.is_dir() for file in folder.iterdir()}
+    if missing := [file for file in paths if file not in present]:
         raise FileNotFoundError(
-            f"{root / split / missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(sizes)} "
-            "are); complete the data."
+            f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(paths)} are); complete "
+            "the data."
         )
     samples = [
-        _COCOSample(Path(name).stem, root / split / name, len(class_names), size, path, of_image)
-        for (name, size), of_image in zip(sizes.items(), annotations.values(), strict=True)
+        _COCOSample(file.stem, file, len(class_names), size, path, of_image)
+        for file, size, of_image in zip(paths, sizes.values(), annotations.values(), strict=True)
     ]
     supercategories = [category.get("supercategory") for category in categories]
     return class_names, samples, [path], supercategories if all(supercategories) else None
@@ -595,9 +477,9 @@ def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
     is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
-    if is_background or not 1 <= len(names) < _VOID or "" in names or len({*names}) < len(names):
+    if is_background or not 1 <= len(names) < VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
-            f"{path}: line 1 names class id 1, without the background; there are 1 to {_VOID - 1} lines with "
+            f"{path}: line 1 names class id 1, without the background; there are 1 to {VOID - 1} lines with "
             "different names, and none is blank."
         )
     return names

@@ -83,7 +83,7 @@ class Columns(NamedTuple):
         stored = ([of[name] for of in (row, nested) if not _is_empty(of.get(name))] for name in LABEL_COLUMNS)
         labels, complete = (next(iter(values), None) for values in stored)
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
-            if complete not in CLASS_NAMES:
+            if complete.lower() not in CLASS_NAMES:
                 raise ValueError(
                     f"complete: {complete!r:.100} is neither a list of names nor one of {', '.join(CLASS_NAMES)}"
                 )
@@ -95,7 +95,7 @@ class Columns(NamedTuple):
                     f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows "
                     "none of them is []"
                 )
-            lists = [CLASS_NAMES.get(name, (name,)) for name in listed]
+            lists = [CLASS_NAMES.get(name.lower(), (name,)) for name in listed]
             listed = lists[0] if len(lists) == 1 else [name for of_entry in lists for name in of_entry]
         return PairTexts(captions, names or [], listed or [])
 
@@ -422,7 +422,9 @@ def _table_rows(path: Path) -> Iterator[dict]:
         lines = map(bytes.decode, file)
         rows = map(parse_json, filter(str.strip, lines)) if is_json else csv.DictReader(lines, **form)
         try:
-            header = [] if is_json else rows.fieldnames
+            header = [] if is_json else rows.fieldnames or []
+            if twice := next((name for name in filter(None, header) if header.count(name) > 1), None):
+                raise ValueError(f"two columns are named {twice!r}; rename or remove one")
             start = file.tell()
             for row in rows:
                 if not isinstance(row, dict):

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..utils.files import atomic_write, check_outputs, new_file
+from ..utils.files import atomic_write, check_outputs, write_new
 
 
 @dataclass
@@ -71,11 +71,12 @@ class EvaluationResult:
         Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both
         paths. The second has a number if such a file exists.
         """
-        path, table = Path(path), new_file(Path(path).with_suffix(".csv"))
+        path = Path(path)
         check_outputs([path])
-        with atomic_write(table) as rows, atomic_write(path) as result:  # both are whole before one is renamed
+        with atomic_write(path) as result:  # both are whole before one is renamed
             result.write_text(self.to_json(), encoding="utf-8")
-            rows.write_text(self.per_class_csv(), encoding="utf-8")
+            rows = self.per_class_csv()
+            table = write_new(path.with_suffix(".csv"), lambda temporary: temporary.write_text(rows, encoding="utf-8"))
         return path, table
 
 

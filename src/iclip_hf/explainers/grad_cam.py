@@ -29,7 +29,5 @@ class GradCAM(GradientExplainer):
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
         (activations,), (gradient,) = self.differentiated(layers), gradients
-        if activations.ndim == 4:  # a ResNet's feature map
-            activations, gradient = activations.flatten(2).mT, gradient.flatten(2).mT
         weights = gradient[:, -patches:].mean(1, keepdim=True)  # (B, 1, D)
         return (activations[:, -patches:] * weights).sum(-1).relu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from ..utils.files import atomic_folder, loading_errors
 from .configs import EMBEDDED, config_folder
 from .model_card import HUB_RESULTS, describe_tower, write_model_card
 
+
+logger = logging.getLogger(__name__)
 
 # Maps the Auto classes to the classes in a folder with code.
 _AUTO_MAP = {
@@ -128,6 +131,7 @@ def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None
     """
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
+            logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
             resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
         found, expected = tower_config(checkpoint, side), getattr(config, side, None)
         sizes = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE}

@@ -13,7 +13,7 @@ from jinja2 import Template
 from transformers import PreTrainedConfig
 
 from ..backends.identity import identity
-from ..data.class_names import DATASETS
+from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
@@ -120,7 +120,7 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
         "has_restricted_data": any("research" in terms or "none stated" in terms for terms in record["data"].values()),
         "datasets": [data for data in record["data"] if is_hub_id(data)],
         "evaluation": record.get("evaluation"),
-        "titles": DATASETS,
+        "titles": {name: layout.title for name, layout in DATASETS.items()},
     }
 
 

@@ -96,7 +96,8 @@ class ICLIPConfig(PreTrainedConfig):
             which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, those that
             it shows or is known not to show, compete for its patches, of the images whose labels are complete for the
-            background ([`~losses.known_competition_loss`]). It is added to the loss of the map branch, and requires
+            background: a noun shown has patches, and a patch shows one of these nouns
+            ([`~losses.known_competition_loss`]). It is added to the loss of the map branch, and requires
             `max_over="similarity"`. With it, nouns that are above or below others also compete by their place among
             all nouns ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the

@@ -291,11 +291,15 @@ def known_competition_loss(
     Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels
     are complete for the background, the mean over these images of all processes.
 
-    Each patch distributes itself over the known nouns of its image by a softmax. The share of a noun in the image is
-    the power mean of its shares in the patches, weighted by its [`place_prior`], and the loss is the negative
-    logarithm of the shares of the nouns shown. Two nouns that are always shown together, such as wall and floor, are
-    the same to a loss of whole images, and their places tell them apart. The exponent `SHARE_EXPONENT` makes a few
-    patches suffice: a mean would give all nouns shown equal areas.
+    Each patch distributes itself over the known nouns of its image by a softmax. The loss is the sum of two:
+
+    - A noun that is shown has patches. Its share in the image is the power mean of its shares in the patches, weighted
+      by its [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. Two nouns that
+      are always shown together, such as wall and floor, are the same to a loss of whole images, and their places tell
+      them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a mean would give all nouns shown equal
+      areas.
+    - A patch shows a noun that is shown. The loss is the negative logarithm of the sum of its shares in these nouns,
+      the mean over the patches. It gives no noun an area, so the nouns of other images decide what a patch shows.
 
     Args:
         patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images
@@ -316,9 +320,10 @@ def known_competition_loss(
     shares = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
     prior = place_prior(even_heights().to(place.device), place).log()
     log_shares = (SHARE_EXPONENT * shares + prior).logsumexp(1) / SHARE_EXPONENT
-    of_images = -(log_shares * shown).sum(1) / shown.sum(1)
+    of_nouns = -(log_shares * shown).sum(1) / shown.sum(1)
+    of_patches = -shares.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
     of_all = gather_with_gradient(complete)
-    return of_images.sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)
+    return (of_nouns + of_patches).sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------------------------------------ sums of a branch

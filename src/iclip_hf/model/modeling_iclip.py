@@ -29,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .arguments import check_arguments
 from .configuration_iclip import ICLIPConfig, patch_side
 from .losses import BatchNouns, direction_loss, map_loss, recognition_loss
 from .pooling import (
@@ -227,14 +228,17 @@ class ICLIPOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class Projection(nn.Linear):
+class Projection(nn.Module):
     """
     Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
+
+    It is no `nn.Linear`, because libraries that replace these, to quantize them or for adapters, would lose the MLP.
     """
 
     def __init__(self, in_features: int, out_features: int, hidden_size: int = 0):
-        super().__init__(in_features, out_features, bias=False)
+        super().__init__()
+        self.weight = nn.Linear(in_features, out_features, bias=False).weight
         self.hidden = None
         if hidden_size:
             layers = nn.Linear(in_features, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_features, bias=False)
@@ -247,7 +251,7 @@ class Projection(nn.Linear):
         """
         if linear:
             return F.linear(features, self.weight[:, -features.shape[-1] :])
-        projected = super().forward(features)
+        projected = F.linear(features, self.weight)
         return projected if self.hidden is None else projected + self.hidden(features)
 
 
@@ -458,9 +462,9 @@ class ICLIPModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Projection):
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             if module.hidden is not None:
-                init.normal_(module.hidden[0].weight, std=module.in_features**-0.5)
+                init.normal_(module.hidden[0].weight, std=module.weight.shape[1] ** -0.5)
                 init.zeros_(module.hidden[-1].weight)
         elif isinstance(module, ICLIPBranch):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
@@ -494,12 +498,22 @@ class ICLIPModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """Like the base class. Raises `ValueError` if weights are missing, or contain NaN or infinity."""
+        """
+        Like the base class. Raises `ValueError` if weights are missing, contain NaN or infinity, or are of a part that
+        the configuration does not have, such as the bias of a model with presence.
+        """
         model, loading = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         if pretrained_model_name_or_path is not None:  # otherwise the caller passed a `state_dict` and checks it
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
+            towers = ("vision_model.", "text_model.")  # may have parts that are not used, such as a pooler
+            unused = sorted(name for name in loading["unexpected_keys"] if not name.startswith(towers))
+            if unused:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "
+                    "which is among the weights; use the config.json that was saved with them."
+                )
         return (model, loading) if output_loading_info else model
 
     def load_state_dict(self, state_dict, *args, **kwargs):
@@ -881,7 +895,7 @@ class ICLIPModel(PreTrainedModel):
         nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
         images = {"pixel_values": pixel_values, "image_inputs": image_inputs}
         texts = {"input_ids": input_ids, "text_inputs": text_inputs, "text_features": text_features}
-        self._check_arguments(images, texts, nouns, return_loss, output_similarity_maps)
+        check_arguments(self.config, images, texts, nouns, return_loss, output_similarity_maps)
         if return_loss:
             if image_inputs is None:
                 image_inputs = self.image_inputs(self.encode_image(pixel_values, **kwargs))
@@ -894,43 +908,6 @@ class ICLIPModel(PreTrainedModel):
             tokens = (input_ids, attention_mask, token_type_ids)
             text_features = self.get_text_features(*tokens, num_templates, **kwargs)
         return self._compare(image, text_features, output_similarity_maps)
-
-    def _check_arguments(
-        self, images: dict, texts: dict, nouns: dict, return_loss: bool | None, output_similarity_maps: bool
-    ) -> None:
-        """Checks arguments of `forward`, by their names. Raises `ValueError` as it says."""
-        usable = ("image_inputs", "text_inputs") if return_loss else ("text_features",)
-        names = [[name for name, value in of_kind.items() if value is not None] for of_kind in (images, texts)]
-        if two := next((of_kind for of_kind in names if len(of_kind) > 1), None):
-            raise ValueError(f"{' and '.join(two)} were given: leave out one of them.")
-        if any(of_kind == [] or of_kind[0] not in ("pixel_values", "input_ids", *usable) for of_kind in names):
-            raise ValueError(
-                "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
-                "get_text_features."
-            )
-        if not return_loss:
-            return
-        if output_similarity_maps:
-            raise ValueError("The loss reads few patches of an image: ask for maps without return_loss.")
-        inputs = images["image_inputs"]
-        read = ["pooled" if self.config.max_over == "channels" else "patches"]
-        read += ["even_patches"] * (self.config.known_competition > 0)
-        if inputs and (lacking := next((name for name in read if getattr(inputs, name) is None), None)):
-            raise ValueError(
-                f"image_inputs: the loss of this model reads their {lacking}; compute them by this model."
-            )
-        count = len(images["pixel_values"] if inputs is None else inputs.recognition)
-        num_texts = next(len(value) for value in texts.values() if value is not None)
-        absent = [name for name, value in nouns.items() if value is None]
-        if num_texts < count or (num_texts > count and len(absent) == len(nouns)):
-            raise ValueError(
-                f"The contrastive loss needs a caption for each image: {num_texts} texts are not those of {count} "
-                f"images; more texts are noun prompts, with {', '.join(nouns)}."
-            )
-        if 0 < len(absent) < len(nouns):
-            raise ValueError(f"{', '.join(nouns)} belong together, and {', '.join(absent)} is missing: give it too.")
-        if not absent:
-            _check_nouns(**nouns, captions=count, prompts=num_texts - count)
 
     def _compare(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures, output_maps: bool) -> ICLIPOutput:
         """Returns the output for encoded images and texts."""
@@ -984,37 +961,6 @@ class ICLIPModel(PreTrainedModel):
         if nouns is None:
             return 0 * self.attention_direction.sum()  # DDP waits for its gradient
         return direction_loss(self.attention_weights(nouns.prompts(prompts).detach()), nouns.is_background)
-
-
-def _check_nouns(
-    noun_ids: torch.Tensor,
-    noun_labels: torch.Tensor,
-    is_background: torch.Tensor,
-    place: torch.Tensor,
-    captions: int,
-    prompts: int,
-) -> None:
-    """Checks the nouns of so many captions and noun prompts. Raises `ValueError` as [`ICLIPModel.forward`] says."""
-    if len(noun_ids) != prompts:
-        raise ValueError(
-            f"There are {captions + prompts} texts for {captions} images with a caption each and {len(noun_ids)} noun "
-            "prompts."
-        )
-    if not prompts:
-        raise ValueError("noun_ids: there are no noun prompts; leave the arguments of nouns out.")
-    if not noun_labels.dtype.is_signed:
-        raise ValueError(f"noun_labels: {noun_labels.dtype} cannot hold -1, an absent noun; give them as int8.")
-    shapes, expected = (
-        (noun_labels.shape[:-1], is_background.shape, place.shape),
-        ((captions,), (prompts,), (prompts,)),
-    )
-    if shapes != expected:
-        raise ValueError(
-            f"noun_labels has a row for each of {captions} images, and is_background and place a value for each of "
-            f"{prompts} noun prompts, not the shapes {', '.join(map(str, map(tuple, shapes)))}."
-        )
-    if noun_ids.min() < 0 or noun_ids.max() >= noun_labels.shape[-1]:
-        raise ValueError(f"noun_ids: they are columns of noun_labels, from 0 to {noun_labels.shape[-1] - 1}.")
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ..data.class_names import DATASETS
+from ..data.layouts import DATASETS
 from ..hub.configs import config_folder
 
 
@@ -250,7 +250,8 @@ def read_file(file: Path) -> dict:
     arguments = []
     for name, value in content.items():
         if name not in Settings.__dataclass_fields__ or name == "config":
-            raise ValueError(f"{file}: {name!r:.100} is no setting{_cure(name, value)}.")
+            cure = f"; write it as model_options: [{name}={value}]" if is_model_option(name) else ""
+            raise ValueError(f"{file}: {name!r:.100} is no setting{cure}.")
         is_list = Settings.__dataclass_fields__[name].default is MISSING
         values = value if is_list and isinstance(value, list) else [value]
         if wrong := next((item for item in values if isinstance(item, (list, dict))), None):
@@ -267,11 +268,11 @@ def read_file(file: Path) -> dict:
     return settings
 
 
-def _cure(name: str, value: object) -> str:
-    """Returns how to set an option of the model, some of which were settings before; nothing for other names."""
+def is_model_option(name: str) -> bool:
+    """Returns whether this is an option of the model, some of which were settings before."""
     from ..model.configuration_iclip import ICLIPConfig  # imports transformers
 
-    return f"; write it as model_options: [{name}={value}]" if name in ICLIPConfig.__annotations__ else ""
+    return name in ICLIPConfig.__annotations__
 
 
 def changed_settings(settings: Settings, before: Mapping) -> list[str]:

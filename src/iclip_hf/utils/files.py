@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -25,10 +25,14 @@ _LOCK = ".iclip-hf.lock"
 def cache_folder() -> Path:
     """
     Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME`
-    (`~/.cache`).
+    (`~/.cache`). Raises `FileNotFoundError` if there is no home folder.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
-    return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
+    folder = Path(os.environ.get("ICLIP_CACHE") or default)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{folder}: this user has no home folder; set ICLIP_CACHE to another one.") from error
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -66,11 +70,8 @@ def check_outside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
         raise FileExistsError(f"{path}: this output is in {folder}, which is an input; name another.")
 
 
-def new_file(path: str | os.PathLike) -> Path:
-    """
-    Returns the path of a file whose name the program chose: `path` or, if it exists, the first of `name-2.png`,
-    `name-3.png`, ... that does not. So no file is replaced that the user did not name.
-    """
+def free_name(path: str | os.PathLike) -> Path:
+    """Returns `path` or, if it exists, the first of `name-2.png`, `name-3.png`, ... that does not."""
     path = Path(path)
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
     return next(one for one in itertools.chain([path], numbered) if not os.path.lexists(one))
@@ -92,15 +93,41 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     stays one, and its target is written. Several processes can write the same file.
     """
     path = Path(os.path.realpath(path))
-    temporary = _temporary(path)
+    with _temporary_file(path) as temporary:
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # only the owner can read what safetensors writes
+        os.replace(temporary, path)
+
+
+def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda temporary: None) -> Path:
+    """
+    Writes a file whose name the program chose, by default an empty one: `write` writes to a temporary path, which then
+    gets the [`free_name`] of `path`. So no file is replaced that the user did not name, also if several processes
+    choose the same name at once. Creates the file's folder. Returns the path of the file.
+    """
+    with _temporary_file(Path(path)) as temporary:
+        write(temporary)
+        while True:
+            name = free_name(path)
+            with suppress(FileExistsError):  # another process took the name
+                try:
+                    os.link(temporary, name)
+                except OSError:  # also of a file system without hard links
+                    name.touch(exist_ok=False)
+                    os.replace(temporary, name)
+                return name
+
+
+@contextmanager
+def _temporary_file(path: Path) -> Iterator[Path]:
+    """Yields an empty temporary file beside `path`, which is deleted at the end, and creates its folder."""
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
         temporary.touch(exist_ok=False)
         try:
-            mode = temporary.stat().st_mode
             yield temporary
-            temporary.chmod(mode)  # only the owner can read what safetensors writes
-            os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from ...model.engine import Engine
 from ...model.label_maps import BACKGROUND_LABEL, label_map
 from ...model.modeling_iclip import ICLIPTextFeatures
 from ...model.refinement import refine_maps
-from ..functional import THRESHOLDS, area_counts
+from ..functional import THRESHOLDS, area_counts, to_numpy
 from .metric import EvaluatedImage, Metric
 
 
@@ -77,7 +77,18 @@ class MeanIoU:
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def update(self, prediction, reference, confidence=None) -> None:
-        """Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none."""
+        """
+        Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none. Raises
+        `ValueError` for a class id outside of 0..K-1, except `ignore_index` in the reference.
+        """
+        prediction, reference = to_numpy(prediction), to_numpy(reference)
+        counted = reference != self.ignore_index
+        for name, ids in (("prediction", prediction[counted]), ("reference", reference[counted])):
+            if (wrong := ids[(ids < 0) | (ids >= self.num_classes)]).size:
+                raise ValueError(
+                    f"{name}: expected class ids from 0 to {self.num_classes - 1}, got {wrong[0]}; correct it, or "
+                    "num_classes."
+                )
         self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
 
     def add_counts(self, areas: np.ndarray) -> None:

@@ -1,0 +1,145 @@
+"""
+The segmentation data sets: titles, files, class names and mask values. Separate from their readers, so that the help
+of commands does not import these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..model.prompts import IMAGENET_TEMPLATES
+from .class_names import (
+    ADE20K,
+    ADE20K_STUFF,
+    CAMVID,
+    CAMVID_STUFF,
+    CITYSCAPES,
+    COCO_STUFF,
+    COCO_THINGS,
+    CONTEXT,
+    VOC,
+)
+
+
+VOID = 255  # in files of index masks
+
+
+class Layout(NamedTuple):
+    """
+    Title, files and mask values of a data set.
+
+    Attributes:
+        title: as on model cards.
+        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that
+            finds files. `*` is the same in both files of a pair. If the pattern of images ends with `*`, every image
+            needs a mask, and its format is free. Otherwise every mask needs an image, and an image without a mask is
+            left out.
+        classes: the names, by id; None if `classes.txt` holds them.
+        split: the default.
+        lists: pattern of the file that names the pairs, where the folders hold others too.
+        instances: whether COCO's file of instances is read if there are no masks.
+        values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others
+            are errors.
+        stuff: classes without instances; None if the data set does not tell.
+        templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on
+            segmentation do.
+    """
+
+    title: str
+    images: str
+    masks: str
+    classes: Sequence[str] | None
+    split: str | None
+    lists: str = ""
+    instances: bool = False
+    values: Sequence[int] | None = None
+    background: Sequence[int] = (0,)
+    void: Sequence[int] = ()
+    stuff: Sequence[str] | None = ()
+    templates: tuple[str, ...] = IMAGENET_TEMPLATES
+
+
+_PHOTO = ("a photo of the {}",)
+_VOC = Layout(
+    "PASCAL VOC 2012",
+    "{VOCdevkit/VOC2012/,VOC2012/,}JPEGImages/*.jpg",
+    "{VOCdevkit/VOC2012/,VOC2012/,}SegmentationClass/*.png",
+    VOC,
+    "val",
+    "{VOCdevkit/VOC2012/,VOC2012/,}ImageSets/Segmentation/<split>.txt",
+)
+_CONTEXT = Layout(
+    "PASCAL Context",
+    "{VOCdevkit/VOC2010/,VOC2010/,}JPEGImages/*.jpg",
+    "{VOCdevkit/VOC2010/,VOC2010/,}SegmentationClassContext/*.png",
+    CONTEXT,
+    "val",
+    "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
+    stuff=None,
+)
+_WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are
+# not used.
+_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+_COCO_STUFF = Layout(
+    "COCO-Stuff 164k",
+    "{images/,}<split>/*.jpg",
+    "{stuffthingmaps,annotations}/<split>/*.png",
+    COCO_STUFF,
+    "val2017",
+    values=_STUFF_VALUES,
+    background=(),
+    stuff=COCO_STUFF[len(COCO_THINGS) :],
+)
+# Label ids of Cityscapes' 19 classes.
+_CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_FOLDER = Layout("folder", "images/*", "masks/*.png", None, None, stuff=None, templates=_PHOTO)
+DATASETS = {
+    "voc2012": _VOC._replace(templates=_PHOTO),
+    "coco2017": Layout("COCO 2017", "", "", None, "val2017", instances=True, templates=_PHOTO),
+    "folder": _FOLDER,
+    "voc21": _VOC,
+    "voc20": _VOC._replace(title=f"{_VOC.title}, without background", **_WITHOUT_BACKGROUND),
+    "context60": _CONTEXT,
+    "context59": _CONTEXT._replace(title=f"{_CONTEXT.title}, without background", **_WITHOUT_BACKGROUND),
+    # The background is all that is no thing, also unlabelled, as in GroupViT's conversion.
+    "coco_object": _COCO_STUFF._replace(
+        title="COCO-Object",
+        classes=COCO_THINGS,
+        instances=True,
+        values=_STUFF_VALUES[:80],
+        background=(*_STUFF_VALUES[80:], VOID),
+        stuff=(),
+    ),
+    "coco_stuff": _COCO_STUFF,
+    "ade20k": Layout(
+        "ADE20K",
+        "{ADEChallengeData2016/,}images/<split>/*.jpg",
+        "{ADEChallengeData2016/,}annotations/<split>/*.png",
+        ADE20K,
+        "validation",
+        stuff=ADE20K_STUFF,
+        **_WITHOUT_BACKGROUND,
+    ),
+    "cityscapes": Layout(
+        "Cityscapes",
+        "leftImg8bit/<split>/**/*_leftImg8bit.png",
+        "gtFine/<split>/**/*_gtFine_labelIds.png",
+        CITYSCAPES,
+        "val",
+        values=_CITYSCAPES_VALUES,
+        background=(),
+        void=range(35),
+        stuff=CITYSCAPES[: CITYSCAPES.index("person")],
+    ),
+    "camvid": _FOLDER._replace(
+        title="CamVid",
+        classes=CAMVID,
+        values=range(11),
+        background=(),
+        void=(11,),
+        stuff=CAMVID_STUFF,
+        templates=IMAGENET_TEMPLATES,
+    ),
+}

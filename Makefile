@@ -18,12 +18,12 @@ endif
 	@echo "Installing the package into .venv, which takes some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --editable .
 	touch $@
 
 # With all extras and what the tests need.
 .venv/.installed: .venv/.package
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 
 # Explains the photograph of the package with the embedded model: the picture that the README shows.

@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
     )
     if state.is_main_process:
-        print_lines(*(result.to_json() if options.json else result.table()).split("\n"))
-        if options.output:
+        if options.output:  # before the table, whose reader may have gone
             written = " and ".join(map(str, result.save(options.output)))
             print_error("evaluate", f"wrote {written}")
+        print_lines(*(result.to_json() if options.json else result.table()).split("\n"))
     state.destroy_process_group()

@@ -120,6 +120,9 @@ REFUSED = {
         "name twice": {"categories": [CATEGORY, CATEGORY | {"id": 0}]},
         "image of another size": {"images": [PICTURE | {"height": 23}]},
         "image twice": {"images": [PICTURE, PICTURE | {"file_name": "other.png"}]},
+        "file twice": {
+            "images": [PICTURE, {**PICTURE, "id": 6, "file_name": f"val2017/{PICTURE['file_name']}"}],
+        },
         "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
         "unlisted category": annotation(category_id=4),
         "unlisted image": annotation(image_id=6),

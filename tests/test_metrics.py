@@ -456,7 +456,12 @@ def test_a_confidence_beyond_0_and_1_is_refused(confidence):
 
 @pytest.mark.parametrize(
     ("prediction", "reference", "named"),
-    [([[0, 5]], [[0, 1]], "prediction: .*0 to 4, got 5"), ([[0, 1]], [[-1, 0]], "reference: .*0 to 4, got -1")],
+    [
+        ([[0, 5]], [[0, 1]], "prediction: .*0 to 4, got 5"),
+        ([[0, 1]], [[-1, 0]], "reference: .*0 to 4, got -1"),
+        ([[0.7, 1]], [[1, 1]], "prediction: .*0 to 4, got 0.7"),  # a map
+        ([[0, 1, 1]], [[0, 1]], "prediction and reference .*(1, 3)"),
+    ],
 )
 def test_a_class_id_that_miou_does_not_have_is_named(prediction, reference, named):
     with pytest.raises(ValueError, match=named):

@@ -8,10 +8,16 @@ import pytest
 import torch
 from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForZeroShotImageClassification, BertModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    BertModel,
+    PreTrainedModel,
+    pipeline,
+)
 from transformers.utils.logging import get_verbosity
 
-from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.model.modeling_iclip import VISION_TOWERS, VisionTower
 
@@ -548,6 +554,22 @@ def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, ti
     for load in (ICLIPModel.from_pretrained, load_pretrained):
         with pytest.raises(ValueError, match=f"^{tmp_path}: .*config.json.*{weight}"):
             load(tmp_path)
+
+
+def test_a_model_is_loaded_from_one_with_a_head(tmp_path):
+    class WithHead(PreTrainedModel):
+        config_class, base_model_prefix = ICLIPConfig, "iclip"
+        _supports_sdpa = _supports_attention_backend = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.iclip, self.head = ICLIPModel(config), torch.nn.Linear(2, 2)
+            self.post_init()
+
+    saved = WithHead(tiny_model().config)
+    saved.save_pretrained(tmp_path)
+    loaded = ICLIPModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(saved.iclip.state_dict()))
 
 
 def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):

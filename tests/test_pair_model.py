@@ -195,6 +195,13 @@ def test_letters_and_marks_of_all_scripts_are_parts_of_words():
         assert nouns.nouns_in(f"a {noun}, {decomposed}") == {number}
 
 
+@pytest.mark.parametrize("caption", ["\u2600\ufe0fbeach", "1\ufe0f\u20e3beach", "an orange, a beach \u2764\ufe0f"])
+def test_marks_of_emoji_are_no_letters(caption):
+    nouns = NounPrompts(["beach"])
+    assert nouns.nouns_in(caption) == nouns.nouns_in("\u2764\ufe0f beach\ufe0f!") == {0}
+    assert NounPrompts(["orange"]).nouns_in("an orange \u2764\ufe0f") == {0}  # the fruit, at the end
+
+
 def test_sampled_prompts_are_of_nouns_shown():
     nouns = NounPrompts(["dog", "person", "man"])
     images = [nouns.known_nouns(["a man eats"], ["person"], ["person", "dog"]), nouns.known_nouns(["a man eats"])]
@@ -387,6 +394,7 @@ def test_clamped_scale_can_come_back():
         ({"noun_labels": torch.zeros(3, 3)}, "noun_ids"),
         ({"noun_ids": torch.full((6,), -1)}, "noun_ids"),
         ({"place": torch.zeros(5)}, "place"),
+        ({"place": torch.full((6,), 255, dtype=torch.uint8)}, "place"),  # -1, above
         ({"noun_labels": None}, "noun_labels"),
         ({"noun_ids": None}, "noun_ids"),
         ({"input_ids": torch.ones(3, 7, dtype=torch.long), "noun_ids": torch.zeros(0)}, "noun_ids"),

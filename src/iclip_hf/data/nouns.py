@@ -220,9 +220,15 @@ def _names_of(label: str, listed: Set[str]) -> set[str]:
 
 @lru_cache(2**12)  # many images have the same names
 def _words(text: str) -> tuple[str, ...]:
-    # Composed, because macOS names files by decomposed letters. Vowels of Thai and Hindi are marks.
+    # Composed, because macOS names files by decomposed letters.
     composed = unicodedata.normalize("NFC", text.lower())
-    return (*"".join(one if unicodedata.category(one)[0] in "LMN" else " " for one in composed).split(),)
+    return (*"".join(one if _is_of_word(one) else " " for one in composed).split(),)
+
+
+def _is_of_word(character: str) -> bool:
+    """Returns whether a character is a letter, a digit or a mark, such as a vowel of Thai, but not one of an emoji."""
+    kind = unicodedata.category(character)
+    return kind[0] in "LN" or (kind in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f")
 
 
 def _plurals(noun: str) -> list[str]:

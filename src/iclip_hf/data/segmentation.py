@@ -435,13 +435,15 @@ def _instances(root: Path, split: str) -> _Content:
             raise ValueError("there are no images or no categories")
         if not all(isinstance(name, str) and name.strip() for name in (*class_names, *sizes)):
             raise ValueError("a name of a category or a file is no text")
+        # Some name files as in the folder of the data set, with that of the split.
+        paths = [root / split / name.removeprefix(f"{split}/") for name in sizes]
         most_pixels = Image.MAX_IMAGE_PIXELS or np.inf
         for name, (height, width) in sizes.items():
             if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= most_pixels):
                 raise ValueError(f"{name} has the size {height} x {width}")
         if not len(labels) == len({*class_names}) == len(categories):
             raise ValueError("two categories have the same id or name")
-        if not len(annotations) == len(sizes) == len(images):
+        if not len(annotations) == len({*paths}) == len(images):
             raise ValueError("two images have the same id or file")
         for item in content["annotations"]:
             if item["category_id"] not in labels or item["image_id"] not in annotations:
@@ -456,8 +458,6 @@ def _instances(root: Path, split: str) -> _Content:
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
             f"{type(error).__name__}: {error}"
         ) from error
-    # Some name files as in the folder of the data set, with that of the split.
-    paths = [root / split / name.removeprefix(f"{split}/") for name in sizes]
     # Folders are listed once, because single look-ups are slow on network drives.
     present = {file for folder in {file.parent for file in paths} if folder.is_dir() for file in folder.iterdir()}
     if missing := [file for file in paths if file not in present]:

@@ -1,8 +1,14 @@
 """Checks of the arguments of `ICLIPModel.forward`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 
-from .configuration_iclip import ICLIPConfig
+
+if TYPE_CHECKING:  # as in `losses.py`
+    from .configuration_iclip import ICLIPConfig
 
 
 def check_arguments(
@@ -79,5 +85,6 @@ def _check_nouns(
         )
     if noun_ids.min() < 0 or noun_ids.max() >= noun_labels.shape[-1]:
         raise ValueError(f"noun_ids: they are columns of noun_labels, from 0 to {noun_labels.shape[-1] - 1}.")
-    if (noun_labels != noun_labels.sign()).any():  # NaN neither
-        raise ValueError("noun_labels: they are 1 for shown nouns, -1 for absent ones, else 0, and not other numbers.")
+    for name in ("noun_labels", "place"):
+        if (given[name] != given[name].sign()).any():  # NaN neither
+            raise ValueError(f"{name}: expected 1, 0 or -1, as `forward` describes, got other numbers.")

@@ -3,17 +3,22 @@ Contrastive losses over all processes: pure functions of logits, what is known o
 branch, and their sums.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from .configuration_iclip import ICLIPConfig
 from .pooling import even_heights, pool_similarities
 from .similarity import cosines
+
+
+if TYPE_CHECKING:  # it imports transformers, with which the model is imported, which needs this module
+    from .configuration_iclip import ICLIPConfig
 
 
 # Sharpness of the prior of place: a noun below prefers the lowest patches to the highest by exp(3).
@@ -196,7 +201,7 @@ class BatchNouns(NamedTuple):
     @classmethod
     def gathered(
         cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, is_background: torch.Tensor, place: torch.Tensor
-    ) -> "BatchNouns":
+    ) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are those of [`ICLIPModel.forward`]."""
         noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
         # Sorted by noun; `torch.unique` does not return where each stands first.

@@ -507,8 +507,9 @@ class ICLIPModel(PreTrainedModel):
         )
         if pretrained_model_name_or_path is not None:  # otherwise the caller passed a `state_dict` and checks it
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
-            towers = ("vision_model.", "text_model.")  # may have parts that are not used, such as a pooler
-            unused = sorted(name for name in loading["unexpected_keys"] if not name.startswith(towers))
+            # Towers may have parts that are not used, such as a pooler, and models that hold this one heads.
+            parts = ("recognition.", "interpretability.", "token_mean", "attention_direction")
+            unused = sorted(name for name in loading["unexpected_keys"] if name.startswith(parts))
             if unused:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "

@@ -79,12 +79,16 @@ class MeanIoU:
     def update(self, prediction, reference, confidence=None) -> None:
         """
         Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none. Raises
-        `ValueError` for a class id outside of 0..K-1, except `ignore_index` in the reference.
+        `ValueError` if the shapes differ, and for values other than 0..K-1, except `ignore_index` in the reference.
         """
         prediction, reference = to_numpy(prediction), to_numpy(reference)
+        if prediction.shape != reference.shape:
+            raise ValueError(
+                f"prediction and reference must have one shape, not {prediction.shape} and {reference.shape}."
+            )
         counted = reference != self.ignore_index
         for name, ids in (("prediction", prediction[counted]), ("reference", reference[counted])):
-            if (wrong := ids[(ids < 0) | (ids >= self.num_classes)]).size:
+            if (wrong := ids[~np.isin(ids, np.arange(self.num_classes))]).size:
                 raise ValueError(
                     f"{name}: expected class ids from 0 to {self.num_classes - 1}, got {wrong[0]}; correct it, or "
                     "num_classes."

@@ -75,23 +75,25 @@ def test_more_texts_than_16_bits_count():
 
 def segments_slowly(raw, size, presence, thresholds, background):
     """
-    Pixel by pixel: of the texts whose mask holds it, the one with the highest standardized map plus a tenth of its
-    logit.
+    Pixel by pixel: of the texts whose mask holds it, the one with the highest mean of its map standardized by its own
+    values and by those of all texts that are present, plus a tenth of its logit.
     """
     big = F.interpolate(raw[None].double(), size=size, mode="bicubic", align_corners=False)[0]
     low, high, mean, std = big.amin((1, 2)), big.amax((1, 2)), big.mean((1, 2)), big.std((1, 2), correction=0)
-    found = torch.full(size, -1)
+    found, competing = torch.full(size, -1), [t for t in range(len(raw)) if presence[t] >= 0.5]
+    mean_of_all = sum(mean[t] for t in competing) / max(1, len(competing))
+    std_of_all = (sum(std[t] ** 2 for t in competing) / max(1, len(competing))) ** 0.5
     for y in range(size[0]):
         for x in range(size[1]):
             inside = [
                 t
-                for t in range(len(raw))
-                if presence[t] >= 0.5
-                and (thresholds is None or (big[t, y, x] - low[t]) / (high[t] - low[t]) > thresholds[t])
+                for t in competing
+                if thresholds is None or (big[t, y, x] - low[t]) / (high[t] - low[t]) > thresholds[t]
             ]
             if inside:
                 odds = [math.log(p / (1 - p)) for p in presence]
-                best = max(inside, key=lambda t: ((big[t, y, x] - mean[t]) / std[t]).item() + 0.1 * odds[t])
+                by_own, by_all = (big[:, y, x] - mean) / std, (big[:, y, x] - mean_of_all) / std_of_all
+                best = max(inside, key=lambda t: (by_own[t] + by_all[t]).item() / 2 + 0.1 * odds[t])
                 found[y, x] = -1 if best in background else best
     return found
 
@@ -101,7 +103,8 @@ def segments_slowly(raw, size, presence, thresholds, background):
 @pytest.mark.parametrize("presence", [[0.6, 0.7, 0.99, 0.5], [0.1, 0.9, 0.8, 0.7], [0.9, 0.1, 0.999, 0.2], [0.1] * 4])
 def test_segments_equal_a_loop_over_pixels(presence, thresholds, background):
     raw = torch.rand(4, 3, 5, generator=torch.Generator().manual_seed(0)) * 0.2 + 0.1
-    raw[1] += 0.1  # higher everywhere, which does not count
+    raw[1] += 0.1  # higher everywhere, which counts half
+    raw[2] *= 0.3
     found = segments(raw, SIZE, torch.tensor(presence), 0.5, thresholds, background)
     expected = segments_slowly(raw, SIZE, presence, thresholds, background)
     assert found.dtype == torch.int64 and torch.equal(found, expected)

@@ -28,8 +28,12 @@ def segments(
     """
     Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of
     its own mask, where its map is above the threshold. Where masks overlap, the pixel gets the text with the highest
-    sum of its map, standardized to mean 0 and standard deviation 1 over the image, and a tenth of the logit of its
-    presence. Without standardization, a text whose cosines are higher everywhere would cover the others.
+    sum of its standardized map and a tenth of the logit of its presence.
+
+    The standardized map is the mean of two: by the mean and the standard deviation of the text's own values over the
+    image, and by the mean and the root mean square of these of all texts that are present. By the first alone, a small
+    thing would take as many pixels as a large one. By the second alone, a text whose cosines are higher everywhere
+    would cover the others.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
@@ -57,17 +61,21 @@ def segments(
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, device=raw_maps.device)
-    texts = zip(raw_maps, present, offsets, thresholds, strict=True)
-    for index, (raw_map, shown, offset, least) in enumerate(texts):
-        if shown:  # one map at a time, so the memory does not grow with the number of texts
-            values = resize_maps(raw_map, size)
-            std, mean = torch.std_mean(values, correction=0)
-            standardized = (values - mean) / std.clamp(min=1e-12) + offset
-            won = standardized > best
-            if least is not None:
-                won &= min_max_normalize(values) > least
-            labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
-            best = torch.where(won, standardized, best)
+    texts = [
+        text for text in zip(range(len(raw_maps)), raw_maps, offsets, thresholds, present, strict=True) if text[-1]
+    ]
+    # Maps are enlarged one at a time, and twice, so the memory does not grow with the number of texts.
+    moments = [torch.std_mean(resize_maps(raw_map, size), correction=0) for _, raw_map, *_ in texts]
+    stds, means = torch.tensor(moments).reshape(-1, 2).unbind(1)
+    mean_of_all, std_of_all = means.mean(), stds.square().mean().sqrt().clamp(min=1e-12)
+    for (index, raw_map, offset, least, _), std, mean in zip(texts, stds.clamp(min=1e-12), means):
+        values = resize_maps(raw_map, size)
+        standardized = ((values - mean) / std + (values - mean_of_all) / std_of_all) / 2 + offset
+        won = standardized > best
+        if least is not None:
+            won &= min_max_normalize(values) > least
+        labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
+        best = torch.where(won, standardized, best)
     return labels
 
 

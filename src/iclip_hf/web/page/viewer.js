@@ -119,9 +119,9 @@ export function createViewer(element, theme) {
     });
   }
 
-  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest map, standardized
-  // over the image, plus a tenth of the logit of its presence, as `Explanation.label_map` finds it. Without an
-  // outline, the threshold is that of `iclip segment`.
+  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest map, standardized by
+  // its own values and by those of all these texts, plus a tenth of the logit of its presence, as
+  // `Explanation.label_map` finds it. Without an outline, the threshold is that of `iclip segment`.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
@@ -131,12 +131,19 @@ export function createViewer(element, theme) {
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
     const limit = (threshold.value === "1" ? 0.5 : threshold.value) * 255;
-    paint(overview.heat, (pixels) => present.forEach(({ levels, presence }, index) => {
-      const mean = levels.reduce((sum, level) => sum + level, 0) / levels.length;
-      const std = Math.sqrt(levels.reduce((sum, level) => sum + (level - mean) ** 2, 0) / levels.length) || 1;
+    const average = (values, of = (value) => value) => values.reduce((sum, value) => sum + of(value), 0) / values.length;
+    const moments = present.map(({ levels, low, high }) => {
+      const step = (high - low) / 255, mean = average(levels);
+      return { step, mean: low + step * mean, std: step * Math.sqrt(average(levels, (level) => (level - mean) ** 2)) };
+    });
+    const meanOfAll = average(moments, ({ mean }) => mean);
+    const stdOfAll = Math.sqrt(average(moments, ({ std }) => std ** 2)) || 1;
+    paint(overview.heat, (pixels) => present.forEach(({ levels, low, presence }, index) => {
+      const { step, mean, std } = moments[index];
       const share = Math.min(Math.max(presence ?? 0.5, 1e-4), 1 - 1e-4), offset = 0.1 * Math.log(share / (1 - share));
       levels.forEach((level, pixel) => {
-        const value = (level - mean) / std + offset;
+        const raw = low + step * level;
+        const value = ((raw - mean) / (std || 1) + (raw - meanOfAll) / stdOfAll) / 2 + offset;
         if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];
       });
     }));

@@ -295,6 +295,18 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
+@pytest.mark.parametrize("writes", ["help", "maps"])
+def test_a_closed_pipe_ends_a_command_silently(workspace, writes):
+    image = ["explain", workspace / "0" / "a.jpg", "--text", "dog", "--json", "--model", workspace / "model"]
+    command = [sys.executable, "-m", "iclip_hf.cli", *(["--help"] if writes == "help" else map(str, image))]
+    unread, output = os.pipe()
+    os.close(unread)
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # without a buffer, argparse hides the error
+    done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(output)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, given):
     """The variable is read when torch is imported, which the commands do late."""

@@ -7,7 +7,7 @@ from conftest import NAMES, iclip, noise, tiny_model
 from PIL import Image
 
 from iclip_hf import explain
-from iclip_hf.model.presence import presence_word
+from iclip_hf.model.presence import presence_text, presence_word
 from iclip_hf.plots import sheets
 
 
@@ -107,9 +107,9 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
     assert np.abs(one - other).max() > 0.05
     columns = {f"{model}\n{method}": words[model] for model in words for method in ("itsm", "attention")}
     assert sheet["words"] == columns and list(sheet["heatmaps"]) == list(columns)
-    for row, title, *of_text in zip(rows, sheet["row_titles"], *words.values()):
-        found = zip(of_text, row["presence"].values(), row["scores"].values())
-        notes = [f"{word} {presence:.2f} · score {score:.2f}" for word, presence, score in found]
+    for row, title in zip(rows, sheet["row_titles"]):
+        found = zip(row["presence"].values(), row["scores"].values())
+        notes = [f"{presence_text(presence)} · score {score:.2f}" for presence, score in found]
         assert title == f"{row['text']}\n{', '.join(notes)}"
     assert run(folder, image, *command, models=(0, 1)) == 0
     _, headings, *lines = capsys.readouterr().out.splitlines()

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import NAMES, tiny_model
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation import evaluate
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import LabelMaps
 from iclip_hf.evaluation.metrics.recognition import like_classes
@@ -226,6 +228,18 @@ def test_a_metric_with_windows_changes_no_other(labelled_folder, tiny_processor)
         sizes = {name: of_metric.get("image_size", usual) for name, of_metric in metrics}
         assert sizes == {"mMIoU": square, "segmentation": {"shortest_edge": 336}, "presence": square}
         assert result.per_class["itsm"][1].keys() >= {"mMIoU", "segmentation"}
+
+
+def test_texts_are_encoded_in_parts_under_a_bar(labelled_folder, tiny_processor, monkeypatch, capsys):
+    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder)
+    at_once = segment(model, dataset)
+    monkeypatch.setattr(evaluate, "TEXT_BATCH", 2)
+    monkeypatch.setattr(evaluate, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "delay": 0}))
+    in_parts = evaluate_model(model, dataset, ["itsm"], [Segmentation()])
+    assert "Encoding texts" in capsys.readouterr().err
+    assert in_parts.results["itsm"]["segmentation"]["miou"] == pytest.approx(
+        at_once.results["itsm"]["segmentation"]["miou"]
+    )
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])

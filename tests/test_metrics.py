@@ -525,7 +525,7 @@ def test_a_metric_without_data_computes(name):
                 dataset=dataset,
                 count=2,
                 model=SimpleNamespace(processor=SimpleNamespace(patch_size=8)),
-                engine=SimpleNamespace(encode=len),
+                encode=len,
             )
         )
     scores, rows = metric.report()

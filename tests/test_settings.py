@@ -1,6 +1,8 @@
 """Settings of `iclip train` from a train.yaml and the command line: what is taken, and what is refused by its name."""
 
 import argparse
+import subprocess
+import sys
 from contextlib import ExitStack
 from unittest.mock import patch
 
@@ -116,6 +118,15 @@ def test_given_validation_replaces_that_of_the_file(tmp_path, own, typed, data, 
     file = written(tmp_path, f"vision: v\ntext: t\ndata: d\n{own}", "train.yaml")
     settings = parse_settings(["--config", str(file), *typed.split()])
     assert (settings.validation_data, settings.validation_share) == (data, share)
+
+
+def test_no_more_loading_processes_than_processors_by_default():
+    code = (
+        "import os; os.sched_getaffinity = lambda _: {0, 1, 2}\n"
+        "from iclip_hf.training.settings import Settings; print(Settings(model='m', data=['d']).num_workers)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr  # two are left to the model
 
 
 def test_what_a_run_may_be_resumed_with():

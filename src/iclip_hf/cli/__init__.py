@@ -57,10 +57,19 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at exit
+        return 141  # as of a program that SIGPIPE ends
+
+
+def _run(arguments: Sequence[str]) -> int:
     # Read when torch is imported. Threads that wait sleep: beside other jobs, spinning makes an image ten times
     # slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = sys.argv[1:] if arguments is None else arguments
     command = arguments[0] if arguments else None
     try:
         options = parser(command).parse_args(arguments[1:] if command in COMMANDS else arguments or ["--help"])
@@ -68,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.code
     try:
         return options.run(options) or 0
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
         report_error(command, error)
         return 2
@@ -96,7 +107,8 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     program = _Parser(
         prog="iclip",
         description="Contrastive image-text models that explain themselves.",
-        epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted.",
+        epilog="Exit codes: 0 success; 2 invalid or unreadable input, with one line on stderr; 130 interrupted; "
+        "141 if the output is a pipe that was closed.",
     )
     program.add_argument("--version", action="version", version=f"iclip {__version__}")
     commands = program.add_subparsers(metavar="COMMAND", required=True)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
 from ..explainers import make_explainer
-from ..model.engine import Engine, map_groups
+from ..model.engine import TEXT_BATCH, Engine, join_texts, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
 from ..utils.distributed import partial_state
 from ..utils.extras import require_extra
@@ -93,13 +93,15 @@ def evaluate_model(
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
     # another.
     sizes = {metric: metric.image_size if image_size is None else image_size for metric in metrics}
-    new_run = partial(EvaluationRun, load(model), dataset, methods, templates, refine, limit, batch_size, state)
+    progress = progress and state.is_main_process
+    options = (methods, templates, refine, limit, batch_size, state, progress)
+    new_run = partial(EvaluationRun, load(model), dataset, *options)
     runs = {name: new_run(size) for name, size in {str(size): size for size in sizes.values()}.items()}
     run_of = {metric: runs[str(size)] for metric, size in sizes.items() if _measurable(metric, runs[str(size)])}
     totals = {}
     for run in runs.values():
         of_run = [metric for metric in run_of if run_of[metric] is run]
-        totals |= run.measure(of_run, progress and state.is_main_process)
+        totals |= run.measure(of_run)
     _join_processes(totals)
 
     first, metrics = next(iter(runs.values())), list(run_of)
@@ -217,6 +219,7 @@ class EvaluationRun:
         limit: int | None,
         batch_size: int,
         state: PartialState,
+        progress: bool,
         image_size: int | dict[str, int] | None,
     ):
         self.model, self.dataset, self.methods = model, dataset, list(dict.fromkeys(methods))
@@ -228,14 +231,20 @@ class EvaluationRun:
         self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
         self.indices = range(state.process_index, self.count, state.num_processes)
-        self.seconds_in_model, self.shows_classes = 0.0, False
+        self.progress, self.seconds_in_model, self.shows_classes = progress, 0.0, False
 
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
         """The encoded class names, `(K, P)`, on the device of the model."""
-        return self.engine.encode(self.dataset.class_names)
+        return self.encode(self.dataset.class_names)
 
-    def measure(self, metrics: Sequence[Metric], progress: bool) -> dict[tuple, Metric]:
+    def encode(self, texts: Sequence[str]) -> ICLIPTextFeatures:
+        """Encodes texts as [`Engine.encode`], with a progress bar: 150 classes of 80 prompts may take minutes."""
+        starts = range(0, len(texts), step := max(1, TEXT_BATCH // len(self.engine.templates)))
+        with tqdm(starts, "Encoding texts", delay=3, leave=False, disable=not self.progress) as bar:
+            return join_texts([self.engine.encode(texts[start : start + step]) for start in bar])
+
+    def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
         """
         Measures all images of this process. Threads decode images and update metrics while this thread runs the model.
         Returns a metric with its items by its name and the method, which is None for metrics that do not depend on the
@@ -258,7 +267,7 @@ class EvaluationRun:
                     parts[-1].update_from(image, method, maps)
             return parts
 
-        bar = tqdm(total=len(self.indices), unit="image", disable=not progress)
+        bar = tqdm(total=len(self.indices), unit="image", disable=not self.progress)
         with ThreadPoolExecutor(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
             images = self._run_model(images, metrics, needs)

@@ -52,5 +52,8 @@ def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> st
 
 
 def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> str:
-    """Returns the word and the number of a presence, such as "present 0.93"; an empty string for None."""
-    return "" if value is None else f"{presence_word(value, min_presence)} {value:.2f}"
+    """
+    Returns the word and the number of a presence, such as "present 0.93"; an empty string for None. The number is
+    rounded down, so that 0.499 is "absent 0.49".
+    """
+    return "" if value is None else f"{presence_word(value, min_presence)} {100 * value // 1 / 100:.2f}"

@@ -15,6 +15,7 @@ import yaml
 
 from ..data.layouts import DATASETS
 from ..hub.configs import config_folder
+from ..utils.prefetch import spare_processors
 
 
 # Metrics of [`evaluate_model`] that a run logs and can select its best model by.
@@ -90,7 +91,7 @@ class Settings:
         "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become "
         "prompts",
     )
-    num_workers: AtLeast0 = setting(4, "number of loading processes for each training process")
+    num_workers: AtLeast0 = setting(min(4, spare_processors()), "number of loading processes of each training process")
     cache_features: str = setting("", "folder for features of locked towers, which are computed once")
 
     # optimisation

@@ -56,4 +56,5 @@ def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> st
     Returns the word and the number of a presence, such as "present 0.93"; an empty string for None. The number is
     rounded down, so that 0.499 is "absent 0.49".
     """
-    return "" if value is None else f"{presence_word(value, min_presence)} {100 * value // 1 / 100:.2f}"
+    # In floating point, 100 times 0.29 is less than 29.
+    return "" if value is None else f"{presence_word(value, min_presence)} {(100 * value + 1e-9) // 1 / 100:.2f}"

@@ -166,7 +166,7 @@ export function createViewer(element, theme) {
       create("td", row, { textContent: text });
       create("td", row, { className: "number", textContent: score.toFixed(3) });
       if (!word) continue;
-      create("td", row, { className: "number", textContent: `${Math.floor(100 * presence)} %` });
+      create("td", row, { className: "number", textContent: `${Math.floor(100 * presence + 1e-9)} %` });
       create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
     }

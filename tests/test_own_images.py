@@ -306,7 +306,7 @@ def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
             pair["image"].save(tmp_path / "photos" / f"{number}.jpg")
             table.writerow([f"photos/{number}.jpg", pair["captions"][0]])
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "own-images.md").read_text(encoding="utf-8")
-    commands = [shlex.split(line) for line in re.findall(r"^iclip (.*)", guide, re.MULTILINE)]
+    commands = [shlex.split(line, comments=True) for line in re.findall(r"^iclip (.*)", guide, re.MULTILINE)]
     assert [words[0] for words in commands] == ["train", "explain", "push"]
     try:
         embedded_model()

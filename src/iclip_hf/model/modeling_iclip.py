@@ -462,6 +462,9 @@ class ICLIPModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Projection):
+            # Drawn twice, so that a seed gives the model that it gave while this was an `nn.Linear`, as the base class
+            # draws those.
+            init.normal_(module.weight)
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             if module.hidden is not None:
                 init.normal_(module.hidden[0].weight, std=module.weight.shape[1] ** -0.5)

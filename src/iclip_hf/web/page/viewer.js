@@ -136,14 +136,13 @@ export function createViewer(element, theme) {
       const step = (high - low) / 255, mean = average(levels);
       return { step, mean: low + step * mean, std: step * Math.sqrt(average(levels, (level) => (level - mean) ** 2)) };
     });
-    const meanOfAll = average(moments, ({ mean }) => mean);
     const stdOfAll = Math.sqrt(average(moments, ({ std }) => std ** 2)) || 1;
     paint(overview.heat, (pixels) => present.forEach(({ levels, low, presence }, index) => {
       const { step, mean, std } = moments[index];
       const share = Math.min(Math.max(presence ?? 0.5, 1e-4), 1 - 1e-4), offset = 0.1 * Math.log(share / (1 - share));
       levels.forEach((level, pixel) => {
         const raw = low + step * level;
-        const value = ((raw - mean) / (std || 1) + (raw - meanOfAll) / stdOfAll) / 2 + offset;
+        const value = ((raw - mean) / (std || 1) + raw / stdOfAll) / 2 + offset;
         if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];
       });
     }));

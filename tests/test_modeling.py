@@ -566,10 +566,14 @@ def test_a_model_is_loaded_from_one_with_a_head(tmp_path):
             self.iclip, self.head = ICLIPModel(config), torch.nn.Linear(2, 2)
             self.post_init()
 
-    saved = WithHead(tiny_model().config)
+    saved = WithHead(tiny_model(logit_bias_init_value=-2.0).config)
     saved.save_pretrained(tmp_path)
     loaded = ICLIPModel.from_pretrained(tmp_path)
     torch.testing.assert_close(dict(loaded.state_dict()), dict(saved.iclip.state_dict()))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"logit_bias_init_value": None}))
+    with pytest.raises(ValueError, match="config.json.*without recognition.logit_bias"):  # it would have no presence
+        ICLIPModel.from_pretrained(tmp_path)
 
 
 def test_what_is_loaded_is_told_as_by_the_base_class(tmp_path):

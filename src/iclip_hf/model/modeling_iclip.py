@@ -512,7 +512,8 @@ class ICLIPModel(PreTrainedModel):
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
             # Towers may have parts that are not used, such as a pooler, and models that hold this one heads.
             parts = ("recognition.", "interpretability.", "token_mean", "attention_direction")
-            unused = sorted(name for name in loading["unexpected_keys"] if name.startswith(parts))
+            names = (name.removeprefix(f"{cls.base_model_prefix}.") for name in loading["unexpected_keys"])
+            unused = sorted(name for name in names if name.startswith(parts))
             if unused:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "

@@ -307,6 +307,26 @@ def test_a_closed_pipe_ends_a_command_silently(workspace, writes):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_an_output_that_cannot_be_written_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        command, environment = [sys.executable, "-m", "iclip_hf.cli", "--help"], {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_a_pipe_that_is_not_the_output_is_an_error(monkeypatch, capsys):
+    """And what runs the commands keeps its output."""
+
+    def broken(options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("iclip_hf.cli.explain.run", broken)
+    assert cli.main(["explain", "photo.jpg", "--text", "dog"]) == 2
+    print("still here")
+    assert capsys.readouterr() == ("still here\n", "iclip explain: [Errno 32] Broken pipe\n")
+
+
 @pytest.mark.parametrize("given", [None, "ACTIVE"])
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, given):
     """The variable is read when torch is imported, which the commands do late."""

@@ -304,6 +304,9 @@ def test_results_are_written_if_nobody_reads_the_table(labelled_folder, world, t
         def write(self, text):
             raise BrokenPipeError
 
+        def fileno(self):
+            return 1
+
     monkeypatch.setattr("sys.stdout", Closed())
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)  # of this process, not of a command
     output = tmp_path / "results.json"

@@ -57,13 +57,27 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
+    arguments, code = sys.argv[1:] if arguments is None else arguments, 0
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        code = _run(arguments)
         print(end="", flush=True)
         return code
-    except BrokenPipeError:  # the reader of the output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at exit
-        return 141  # as of a program that SIGPIPE ends
+    except OSError as error:
+        if _drop_output() and isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
+            return 141  # as of a program that SIGPIPE ends
+        if not code:
+            report_error(arguments[0] if arguments else None, error)
+        return code or 2
+
+
+def _drop_output() -> bool:
+    """Returns whether the output cannot be written. If so, what is left of it goes nowhere, also at exit."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _run(arguments: Sequence[str]) -> int:

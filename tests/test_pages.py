@@ -55,7 +55,7 @@ ICLIP = [(page, arguments) for page, words in COMMANDS if (arguments := iclip_ar
 @pytest.mark.parametrize(("page", "arguments"), ICLIP, ids=lambda part: part.name if isinstance(part, Path) else None)
 def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
     # As the pages' trainings and exports leave them.
-    for folder in ("runs/pairs", "runs/iclip-vit-b16", "runs/iclip-dinov2-s14-minilm", "onnx"):
+    for folder in ("runs/pairs", "runs/iclip-vit-b16", "runs/iclip-dinov2-s14-minilm", "onnx", "my-export"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text('{"model_type": "iclip"}')
     monkeypatch.chdir(tmp_path)

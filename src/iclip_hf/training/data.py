@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from tqdm import tqdm
 
 from ..data.nouns import ImageNouns, NounPrompts
 from ..data.pairs import BadPairError, PairDataset
@@ -61,7 +62,9 @@ def load_datasets(
     # Of an earlier training; otherwise it depends on the tower and the images, as the features do, and is rounded anew
     # by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
-    set_token_mean(model, (whole_image(processor, pair["image"]) for pair in few))
+    images = (whole_image(processor, pair["image"]) for pair in few)
+    is_silent = not accelerator.is_main_process
+    set_token_mean(model, tqdm(images, "Mean token", delay=3, unit="image", leave=False, disable=is_silent))
     seed = settings.seed
     if settings.cache_features:
 

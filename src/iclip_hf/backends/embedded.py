@@ -35,7 +35,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from ..data.nouns import marked_nouns
-from ..model.modeling_iclip import ICLIPModel
+from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, build_once, cache_folder
 
@@ -126,8 +126,7 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     with the options of the model, an ICLIP model with locked towers.
     """
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
-    learned = ("recognition.", "interpretability.", "token_mean", "attention_direction")
-    weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(learned)}
+    weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(OWN_WEIGHTS)}
     names = [name for name in type(model.config).__annotations__ if name not in ("vision_config", "text_config")]
     config = json.dumps({name: getattr(model.config, name) for name in names})
     metadata = {"format": "pt", "config": config, "processor": json.dumps({"templates": processor.templates})}

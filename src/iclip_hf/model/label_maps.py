@@ -67,8 +67,9 @@ def segments(
     # Maps are enlarged one at a time, and twice, so the memory does not grow with the number of texts.
     moments = [torch.std_mean(resize_maps(raw_map, size), correction=0) for _, raw_map, *_ in texts]
     stds, means = torch.tensor(moments).reshape(-1, 2).unbind(1)
-    std_of_all = stds.square().mean().sqrt().clamp(min=1e-12)
-    for (index, raw_map, offset, least, _), std, mean in zip(texts, stds.clamp(min=1e-12), means):
+    stds = stds.clamp(min=1e-12)
+    std_of_all = stds.square().mean().sqrt()
+    for (index, raw_map, offset, least, _), std, mean in zip(texts, stds, means):
         values = resize_maps(raw_map, size)
         # The mean of all texts is left out: it is the same for each.
         standardized = ((values - mean) / std + values / std_of_all) / 2 + offset

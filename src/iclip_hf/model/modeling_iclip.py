@@ -228,6 +228,10 @@ class ICLIPOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
+# How the names of the weights begin that are the model's own, and of no tower.
+OWN_WEIGHTS = ("recognition.", "interpretability.", "token_mean", "attention_direction")
+
+
 class Projection(nn.Module):
     """
     Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
@@ -511,9 +515,8 @@ class ICLIPModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:  # otherwise the caller passed a `state_dict` and checks it
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
             # Towers may have parts that are not used, such as a pooler, and models that hold this one heads.
-            parts = ("recognition.", "interpretability.", "token_mean", "attention_direction")
             names = (name.removeprefix(f"{cls.base_model_prefix}.") for name in loading["unexpected_keys"])
-            unused = sorted(name for name in names if name.startswith(parts))
+            unused = sorted(name for name in names if name.startswith(OWN_WEIGHTS))
             if unused:
                 raise ValueError(
                     f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "

@@ -22,7 +22,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         'ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)'
     )
     add_shared(command, "--model", action="append", dest="models", default=None, help=models)
-    add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine")
+    add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine", "--multi-scale")
     truth = command.add_argument_group(
         "ground truth", "a data set that contains IMAGE adds the masks of its classes, which are the default of --text"
     )
@@ -67,6 +67,7 @@ def run(options: argparse.Namespace) -> None:
                 target_sizes=[(small.height, small.width)],
                 size=options.image_size,
                 refine=options.refine,
+                multi_scale=options.multi_scale,
             )[0]
             title = method if len(models) < 2 else f"{name}\n{method}"
             columns[title] = explanation.maps.numpy()

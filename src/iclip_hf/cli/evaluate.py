@@ -34,7 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, *DATASET[:2], required=True)
     add_shared(command, *DATASET[2:])
     command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
-    add_shared(command, *MODEL, *PROMPTS, "--methods", "--refine")
+    add_shared(command, *MODEL, *PROMPTS, "--methods", "--refine", "--multi-scale")
     command.add_argument(
         "--short-side",
         type=at_least_1,
@@ -88,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
         image_size=size,
         templates=options.templates,
         refine=options.refine,
+        multi_scale=options.multi_scale,
         limit=options.limit,
         batch_size=options.batch_size,
     )

@@ -131,6 +131,11 @@ SHARED = {
         "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: on for "
         "`segment`, off for other commands)",
     },
+    "--multi-scale": {
+        "action": "store_true",
+        "help": "compute the maps of the whole image and of 3x3 windows at twice the scale, which is finer and takes "
+        "ten times as long; scores and presence are those of the whole image",
+    },
     "--colormap": {
         "default": COLORMAPS[0],
         "choices": COLORMAPS,

@@ -45,6 +45,7 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     methods = f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)"
     command.add_argument("--method", type=method, default="itsm", metavar="METHOD", help=methods)
     add_shared(command, "--refine", default=refine)
+    add_shared(command, "--multi-scale")
     command.add_argument(
         "--threshold",
         type=share,
@@ -174,7 +175,15 @@ def _load_engine(options: argparse.Namespace) -> Engine:
 
     explainer = make_explainer(load_model(options.model, options), options.method)
     processor = explainer.model.processor
-    return Engine(explainer.model, processor, explainer, options.templates, options.image_size, options.refine)
+    return Engine(
+        explainer.model,
+        processor,
+        explainer,
+        options.templates,
+        options.image_size,
+        options.refine,
+        options.multi_scale,
+    )
 
 
 def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:

@@ -50,6 +50,7 @@ def evaluate_model(
     image_size: int | dict[str, int] | None = None,
     templates: Sequence[str] | None = None,
     refine: bool = False,
+    multi_scale: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
@@ -71,6 +72,7 @@ def evaluate_model(
             processor's. mAP and presence always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
+        multi_scale (`bool`): whether to compute the maps at two scales, see [`Engine`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): number of images in one forward pass.
         progress (`bool`): whether the first process shows a progress bar.
@@ -94,7 +96,7 @@ def evaluate_model(
     # another.
     sizes = {metric: metric.image_size if image_size is None else image_size for metric in metrics}
     progress = progress and state.is_main_process
-    options = (methods, templates, refine, limit, batch_size, state, progress)
+    options = (methods, templates, refine, multi_scale, limit, batch_size, state, progress)
     new_run = partial(EvaluationRun, load(model), dataset, *options)
     runs = {name: new_run(size) for name, size in {str(size): size for size in sizes.values()}.items()}
     run_of = {metric: runs[str(size)] for metric, size in sizes.items() if _measurable(metric, runs[str(size)])}
@@ -216,6 +218,7 @@ class EvaluationRun:
         methods: Sequence[str],
         templates: Sequence[str] | None,
         refine: bool,
+        multi_scale: bool,
         limit: int | None,
         batch_size: int,
         state: PartialState,
@@ -224,7 +227,7 @@ class EvaluationRun:
     ):
         self.model, self.dataset, self.methods = model, dataset, list(dict.fromkeys(methods))
         templates = dataset.templates if templates is None else templates
-        options = {"templates": templates, "image_size": image_size, "refine": refine}
+        options = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
         new_engine = partial(Engine, self.model, self.model.processor, **options)
         self.engine = new_engine()
         self.engines = {method: new_engine(method=make_explainer(self.model, method)) for method in self.methods}

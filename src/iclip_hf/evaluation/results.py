@@ -104,4 +104,5 @@ def map_settings(engine) -> dict:
         "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
         "templates": list(engine.templates),
         "refine": engine.refine,
+        "multi_scale": engine.multi_scale,
     }

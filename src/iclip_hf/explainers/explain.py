@@ -29,6 +29,7 @@ def explain(
     size: int | dict[str, int] | None = None,
     batch_size: int = 8,
     refine: bool = False,
+    multi_scale: bool = False,
     timeout: float = 60,
     progress: bool = False,
     **method_options,
@@ -55,7 +56,7 @@ def explain(
             which is 0.5 otherwise. If not given, the nouns of [`vocabulary`] with the highest presence, at most
             `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
-        templates, refine: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
+        templates, refine, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
         target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
         size: the size of images for the maps, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): as for [`Engine.run`].
@@ -80,7 +81,7 @@ def explain(
         lists = f", {len(texts)} lists of texts" if per_image else ""
         raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
     explainer = make_explainer(model, method, **method_options)
-    engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine)
+    engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine, multi_scale)
     explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best)
     explanations = list(tqdm(explanations, total=len(images), unit="image", disable=not progress))
     return explanations[0] if is_one else explanations

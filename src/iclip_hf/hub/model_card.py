@@ -156,7 +156,9 @@ def _figures(evaluation: Mapping) -> list[dict]:
 def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
     """Returns figures in the Hub's newer format, from which the page of a data set makes its table."""
     data = protocol["dataset"]
-    notes = f"{data['images']} images of {data['split']}{', refined maps' if protocol.get('refine') else ''}"
+    notes = f"{data['images']} images of {data['split']}"
+    notes += ", refined maps" if protocol.get("refine") else ""
+    notes += ", maps at two scales" if protocol.get("multi_scale") else ""
     return [
         {
             "dataset": {"id": _DATASET_IDS[data["name"]], "task_id": f"{figure['config']}_{figure['type']}"},

@@ -129,7 +129,7 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
         names = ("name", "split", "fingerprint", "images", "images_in_split")
         shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
         shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
-        shown |= {name: protocol[name] for name in ("refine", "note", "own_names") if name in protocol}
+        shown |= {name: protocol[name] for name in ("refine", "multi_scale", "note", "own_names") if name in protocol}
         options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
         shown["metrics"] = {name: {"aggregate": of["aggregate"]} for name, of in options.items() if "aggregate" in of}
         usual = _CLASS_NAMES.get(data["name"])

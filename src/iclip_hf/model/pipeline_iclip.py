@@ -79,6 +79,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
             refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
+            multi_scale (`bool`, defaults to `False`): whether to compute the maps at two scales, see [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
                 `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
             size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence
@@ -114,20 +115,26 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        steps = {"size": 0, "timeout": 0, "text_features": 1, "refine": 1, "candidate_labels": 2}
-        steps |= dict.fromkeys(self._postprocess_options, 2)
-        if unknown := kwargs.keys() - steps:
+        steps = (
+            {"size", "multi_scale", "timeout"},
+            {"text_features", "refine", "multi_scale"},
+            {"candidate_labels", *self._postprocess_options},
+        )
+        if unknown := kwargs.keys() - set().union(*steps):
             raise TypeError(f"There is no option {sorted(unknown)}.")
-        return tuple({name: value for name, value in kwargs.items() if steps[name] == step} for step in range(3))
+        return tuple({name: value for name, value in kwargs.items() if name in step} for step in steps)
 
-    def preprocess(self, image, size: dict | None = None, timeout: float = 60) -> dict:
-        engine = Engine(self.model, self.processor, image_size=size)
+    def preprocess(self, image, size: dict | None = None, multi_scale: bool = False, timeout: float = 60) -> dict:
+        engine = Engine(self.model, self.processor, image_size=size, multi_scale=multi_scale)
         return {"image": replace(engine.prepare(load_image(image, timeout=timeout)), image=None)}
 
-    def _forward(self, model_inputs: dict, text_features, refine: bool | None = None) -> dict:
+    def _forward(
+        self, model_inputs: dict, text_features, refine: bool | None = None, multi_scale: bool = False
+    ) -> dict:
         image = model_inputs["image"]
         images = image if isinstance(image, list) else [image]
-        engine = Engine(self.model, self.processor, refine=self._refine if refine is None else refine)
+        refine = self._refine if refine is None else refine
+        engine = Engine(self.model, self.processor, refine=refine, multi_scale=multi_scale)
         explanations = list(engine.run(images, text_features, len(images)))
         return {"explanation": explanations if isinstance(image, list) else explanations[0]}
 
@@ -200,7 +207,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets no pixel.
             refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
-            return_json, size, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
+            return_json, size, multi_scale, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
 
         Returns:
             For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning

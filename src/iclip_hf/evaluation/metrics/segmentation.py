@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,49 +10,13 @@ from functools import partial
 import numpy as np
 import torch
 
-from ...model.engine import Engine
 from ...model.label_maps import BACKGROUND_LABEL, label_map
-from ...model.modeling_iclip import ICLIPTextFeatures
-from ...model.refinement import refine_maps
 from ..functional import THRESHOLDS, area_counts, to_numpy
 from .metric import EvaluatedImage, Metric
 
 
 # Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
 SHORT_SIDE = 336
-
-
-def windowed_maps(
-    engine: Engine, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
-) -> torch.Tensor:
-    """
-    Computes raw maps from square windows that slide over the images. The value of a patch is its mean over the windows
-    that contain it. The last window of a row or column ends at the image's edge, and a window is never larger than the
-    image. The maps of the whole image are refined if the engine refines.
-
-    Args:
-        engine ([`Engine`]), pixel_values, texts: as for [`Engine.raw_maps`].
-        window, stride (`int`): side of the windows and their distance, multiples of the patch size in pixels;
-            `stride <= window`.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, h, w)`, float32.
-    """
-    of_windows = copy.copy(engine)
-    of_windows.refine = False
-    patch, total = engine.processor.patch_size, None
-    edges = [max(side - window, 0) for side in pixel_values.shape[2:]]
-    for top, left in itertools.product(*([*range(0, edge, stride), edge] for edge in edges)):
-        maps, _ = of_windows.raw_maps(pixel_values[..., top : top + window, left : left + window], texts)
-        if total is None:
-            total = maps.new_zeros(*maps.shape[:2], *(side // patch for side in pixel_values.shape[2:]))
-            number = torch.zeros_like(total[0, 0])
-        rows = slice(top // patch, top // patch + maps.shape[2])
-        columns = slice(left // patch, left // patch + maps.shape[3])
-        total[..., rows, columns] += maps
-        number[rows, columns] += 1
-    maps = total / number
-    return refine_maps(maps, pixel_values.to(maps.device)) if engine.refine else maps
 
 
 class MeanIoU:
@@ -207,6 +170,8 @@ class Segmentation(Metric):
             raise ValueError(
                 "The background threshold cannot be chosen on other images than this one: give a threshold."
             )
+        if self.window and run.engine.multi_scale:
+            raise ValueError("Leave out window or multi_scale: each has windows of its own.")
         patch = run.model.processor.patch_size
         if self.window and (self.window % patch or self.stride % patch or not 0 < self.stride <= self.window):
             raise ValueError(
@@ -228,7 +193,7 @@ class Segmentation(Metric):
             if self.window is None:
                 maps, _ = engine.raw_maps(pixel_values, self.encoded)
             else:
-                maps = windowed_maps(engine, pixel_values, self.encoded, self.window, self.stride)
+                maps = engine.windowed_maps(pixel_values, self.encoded, self.window, self.stride)
             by_method[method] = maps.cpu()
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 

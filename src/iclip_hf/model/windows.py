@@ -1,0 +1,52 @@
+"""Windows that slide over prepared images."""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+
+def windowed_maps(
+    raw_maps: Callable[[torch.Tensor], torch.Tensor],
+    pixel_values: torch.Tensor,
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    patch_size: int,
+) -> torch.Tensor:
+    """
+    Computes raw maps from windows that slide over the images. The value of a patch is its mean over the windows that
+    contain it. The last window of a row or column ends at the image's edge, and a window is never larger than the
+    image.
+
+    Args:
+        raw_maps: function from pixel values `(B, 3, H', W')` to raw maps with a value for each patch.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from the processor.
+        window, stride (`tuple[int, int]`): height and width of the windows, and their distance along each side,
+            multiples of the patch size in pixels; strides are at most the window.
+        patch_size (`int`): side of a patch in pixels.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, H / patch_size, W / patch_size)`, float32.
+    """
+    total = None
+    edges = [max(side - length, 0) for side, length in zip(pixel_values.shape[2:], window)]
+    for top, left in itertools.product(*([*range(0, edge, step), edge] for edge, step in zip(edges, stride))):
+        maps = raw_maps(pixel_values[..., top : top + window[0], left : left + window[1]])
+        if total is None:
+            total = maps.new_zeros(*maps.shape[:2], *(side // patch_size for side in pixel_values.shape[2:]))
+            number = torch.zeros_like(total[0, 0])
+        rows = slice(top // patch_size, top // patch_size + maps.shape[2])
+        columns = slice(left // patch_size, left // patch_size + maps.shape[3])
+        total[..., rows, columns] += maps
+        number[rows, columns] += 1
+    return total / number
+
+
+def half_windows(size: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """
+    Returns window and stride, as [`windowed_maps`] takes them, of 3x3 windows of half the height and half the width of
+    an image `(H, W)` in pixels, in whole patches, each of which shares half with the next.
+    """
+    patches = [side // patch_size for side in size]
+    window = tuple(patch_size * -(-number // 2) for number in patches)
+    return window, tuple(patch_size * max(1, -(-number // 4)) for number in patches)

@@ -1,0 +1,159 @@
+"""Maps at two scales against loops over windows and patches, and their doors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import iclip, tiny_model
+from test_engine import IMAGES, TEXTS, engine_of, sigmoid_model
+from torch.nn import functional as F
+
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
+from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics.segmentation import Segmentation
+from iclip_hf.model.engine import Engine
+from iclip_hf.model.label_maps import segments
+from iclip_hf.model.windows import half_windows, windowed_maps
+
+
+METHODS = ["itsm", "reversed_itsm", "gem", "clip_surgery", "grad_cam"]
+
+
+def by_hand(engine, image, size, texts):
+    """
+    Raw maps of one image at twice the `size` (height, width): patch by patch, the mean over the windows that contain
+    it, and its mean with the map of the whole.
+    """
+    side = engine.processor.patch_size
+    pixels = engine.processor(images=[image], size={"height": 2 * size[0], "width": 2 * size[1]})["pixel_values"]
+    window = [-(-2 * length // side // 2) * side for length in size]
+    starts = [(0, -(-2 * length // side // 4) * side, 2 * length - of) for length, of in zip(size, window)]
+    rows, columns = (2 * length // side for length in size)
+    cells = [[[] for _ in range(columns)] for _ in range(rows)]
+    for top in starts[0]:
+        for left in starts[1]:
+            maps, _ = engine.raw_maps(pixels[..., top : top + window[0], left : left + window[1]], texts)
+            for y in range(window[0] // side):
+                for x in range(window[1] // side):
+                    cells[top // side + y][left // side + x].append(maps[0, :, y, x])
+    of_windows = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in cells], -2)
+    whole, _ = engine.raw_maps(F.interpolate(pixels, window, mode="bicubic", antialias=True), texts)
+    return (F.interpolate(whole, (rows, columns), mode="bicubic")[0] + of_windows) / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", [None, 40, {"height": 24, "width": 40}])
+def test_maps_are_the_mean_of_the_whole_and_its_windows(tiny_processor, method, size):
+    model = sigmoid_model()
+    plain = engine_of(model, tiny_processor, method)
+    engine = engine_of(model, tiny_processor, method, image_size=size, multi_scale=True)
+    texts, own = engine.encode(TEXTS), tuple(dict(tiny_processor.image_processor.size).values())
+    height_and_width = own if size is None else (size, size) if size == 40 else (24, 40)
+    for image, found, usual in zip(IMAGES, engine.run(IMAGES, TEXTS), plain.run(IMAGES, TEXTS), strict=True):
+        expected = by_hand(plain, image, height_and_width, texts)
+        assert expected.std() > 0
+        torch.testing.assert_close(found.raw_maps, expected, atol=1e-4, rtol=1e-3)
+        # Scores and presence are those of the whole image at the model's own size.
+        torch.testing.assert_close(found.scores, usual.scores, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.presence, usual.presence, atol=1e-5, rtol=0)
+
+
+def test_the_whole_is_never_taken_for_the_models_own_size(tiny_processor):
+    """Twice half of the model's own size is its own size, whose scores are not those of the half."""
+    own = tiny_processor.image_processor.size["height"]
+    engine = Engine(sigmoid_model(), tiny_processor, image_size=own // 2, multi_scale=True)
+    usual = Engine(engine.model, tiny_processor)
+    for found, expected in zip(engine.run(IMAGES, TEXTS), usual.run(IMAGES, TEXTS), strict=True):
+        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("patches", [*range(1, 20), 28, 32, 37, 74])
+def test_windows_of_half_a_side_cover_it(patches):
+    (window, _), (stride, _) = half_windows((8 * patches, 8), 8)
+    seen = []
+
+    def raw_maps(pixels):
+        seen.append(pixels.shape[2])
+        return pixels[:, :, ::8, ::8].float()
+
+    rows = torch.arange(8 * patches)[None, None, :, None].expand(1, 1, -1, 8)
+    found = windowed_maps(raw_maps, rows, (window, 8), (stride, 8), 8)
+    assert found.flatten().tolist() == [8 * row for row in range(patches)]  # each patch at its place
+    assert set(seen) == {window} and window == 8 * ((patches + 1) // 2)
+    assert len(seen) == 3 or patches in (1, 2, 3, 5)
+
+
+def test_some_texts_and_refined_maps(tiny_processor):
+    model = sigmoid_model()
+    engine = engine_of(model, tiny_processor, multi_scale=True)
+    everything = list(engine.run(IMAGES, TEXTS))
+    some = list(engine.run([engine.prepare(image, text_indices=[2]) for image in IMAGES], TEXTS))
+    best = list(engine.run(IMAGES, TEXTS, best=2))
+    for whole, part, top in zip(everything, some, best, strict=True):
+        torch.testing.assert_close(part.raw_maps, whole.raw_maps[2:], atol=1e-5, rtol=0)
+        places = [TEXTS.index(label) for label in top.labels]
+        torch.testing.assert_close(top.raw_maps, whole.raw_maps[places], atol=1e-5, rtol=0)
+    refined = next(engine_of(model, tiny_processor, multi_scale=True, refine=True).run(IMAGES, TEXTS))
+    pixels = engine.prepare(IMAGES[0]).pixel_values
+    assert refined.raw_maps.shape[1:] == tuple(side // 2 for side in pixels.shape[2:])
+
+
+@pytest.mark.parametrize("value", [None, 1, "yes"])
+def test_multi_scale_is_a_boolean(tiny_processor, value):
+    with pytest.raises(ValueError, match="multi_scale"):
+        Engine(tiny_model(), tiny_processor, multi_scale=value)
+
+
+def test_pipelines_compute_maps_at_two_scales(tiny_processor):
+    model = tiny_model()
+    given = {"candidate_labels": TEXTS, "min_presence": 0, "refine": False, "multi_scale": True}
+    found = (explain((model, tiny_processor), IMAGES[0], TEXTS, multi_scale=value) for value in (False, True))
+    plain, expected = found
+    pipe = ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu")
+    for answer in pipe(IMAGES[0], **given):
+        torch.testing.assert_close(answer["map"], expected.map(TEXTS.index(answer["label"])), atol=1e-4, rtol=0)
+    assert (plain.maps - expected.maps).abs().max() > 0.05
+    pipe = ZeroShotImageSegmentationPipeline(model=model, processor=tiny_processor, device="cpu")
+    labels = segments(expected.raw_maps, expected.size, expected.presence, 0)
+    for answer in pipe(IMAGES[0], **given):
+        wanted = labels == TEXTS.index(answer["label"])
+        assert ((torch.from_numpy(np.array(answer["mask"]) == 255) != wanted).float().mean()) < 0.01
+
+
+def test_commands_compute_maps_at_two_scales(labelled_folder, world, tmp_path, capsys):
+    photo, model = next((labelled_folder / "images").iterdir()), ["--model", world.folder / "model"]
+    asked = [photo, "--text", "dog", "--min-presence", 0, "--json", *model]
+    for command in ("explain", "segment"):
+        answers = []
+        for option in ([], ["--multi-scale"]):
+            assert iclip(command, *asked, *option) == 0
+            answers.append(capsys.readouterr().out)
+        assert answers[0] != answers[1]
+    pictures = [tmp_path / "usual.png", tmp_path / "two.png"]
+    for picture, option in zip(pictures, ([], ["--multi-scale"])):
+        assert iclip("compare", photo, "--text", "dog", "--output", picture, *model, *option) == 0
+    assert pictures[0].read_bytes() != pictures[1].read_bytes()
+
+
+def test_evaluation_measures_maps_at_two_scales(labelled_folder, world, capsys, tiny_processor):
+    command = ["evaluate", "--dataset", "folder", "--data-root", labelled_folder, "--limit", 3, "--json"]
+    results = []
+    for option in ([], ["--multi-scale"]):
+        capsys.readouterr()
+        assert iclip(*command, "--model", world.folder / "model", *option) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    usual, found = results
+    assert (usual["protocol"]["multi_scale"], found["protocol"]["multi_scale"]) == (False, True)
+    assert usual["results"]["itsm"]["mAP"] == found["results"]["itsm"]["mAP"]
+    assert usual["results"]["itsm"]["mFMB"] != found["results"]["itsm"]["mFMB"]
+    dataset = load_segmentation("folder", labelled_folder)
+    with pytest.raises(ValueError, match="window or multi_scale"):
+        evaluate_model(
+            (tiny_model(), tiny_processor),
+            dataset,
+            metrics=[Segmentation(window=32)],
+            multi_scale=True,
+            progress=False,
+        )

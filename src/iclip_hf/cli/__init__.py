@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -74,10 +75,22 @@ def _drop_output() -> bool:
     """Returns whether the output cannot be written. If so, what is left of it goes nowhere, also at exit."""
     try:
         print(end="", flush=True)
+        if not _is_closed_pipe():
+            return False
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
+def _is_closed_pipe() -> bool:
+    """Returns whether nobody reads the output. Python drops a long text that failed, so flushing it may succeed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError):  # on Windows; of an output without a file
+        return False
+    return bool(poll.poll(0))
 
 
 def _run(arguments: Sequence[str]) -> int:

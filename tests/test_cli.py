@@ -317,6 +317,17 @@ def test_an_output_that_cannot_be_written_is_one_sentence():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
 
 
+def test_an_output_in_another_encoding_escapes_what_it_lacks(workspace):
+    """As a file on Windows; the text of JSON stays the same."""
+    texts = ["Hündin", "狗", "🐕"]
+    options = ["--text", ",".join(texts), "--model", str(workspace / "model"), "--json"]
+    command = [sys.executable, "-m", "iclip_hf.cli", "explain", str(workspace / "0" / "a.jpg"), *options]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.decode("cp1252")
+    assert "Hündin" in printed and [row["text"] for row in json.loads(printed)["texts"]] == texts
+
+
 def test_a_pipe_that_is_not_the_output_is_an_error(monkeypatch, capsys):
     """And what runs the commands keeps its output."""
 

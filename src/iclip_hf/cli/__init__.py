@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from .. import __version__
-from .output import printable, report_error
+from .output import escape_what_the_output_lacks, printable, report_error
 
 
 # Each is a module here, which is imported when the command is used.
@@ -59,6 +59,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments, code = sys.argv[1:] if arguments is None else arguments, 0
+    escape_what_the_output_lacks()
     try:
         code = _run(arguments)
         print(end="", flush=True)

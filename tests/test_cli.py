@@ -309,6 +309,24 @@ def test_a_closed_pipe_ends_a_command_silently(workspace, writes):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no list of open files")
+def test_a_closed_output_leaves_no_file_open():
+    code = """
+import os
+from iclip_hf import cli
+cli.parser(None)
+before = os.listdir("/proc/self/fd")
+assert cli.main(["--help"]) == 141
+assert os.listdir("/proc/self/fd") == before
+"""
+    unread, output = os.pipe()
+    os.close(unread)
+    command, environment = [sys.executable, "-c", code], {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(output)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
 def test_an_output_that_cannot_be_written_is_one_sentence():
     with open("/dev/full", "w") as full:

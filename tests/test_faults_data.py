@@ -166,6 +166,8 @@ REFUSED = {
         "damaged header of a later pair": inputs.tar(*GOOD_TAR, ("b.png", b""), ("b.txt", "")).replace(
             b"b.png", b"\xff" * 5
         ),
+        "another archive behind its end": inputs.tar(*GOOD_TAR)
+        + inputs.tar(("b.png", GOOD_TAR[0][1]), ("b.txt", "a cat")),
         "attributes that are none": inputs.tar(("a", "9 size=b\n"), ("a.png", ""), type=b"x"),
         "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
         "caption in UTF-16": inputs.tar(GOOD_TAR[0], ("a.txt", "a dog".encode("utf-16"))),
@@ -221,6 +223,10 @@ BORNE = [
     (classes, "\ufeffdog\r\ncat\r\n"),
     (coco, annotation(segmentation=[])),
     (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
+    (
+        pairs("a.csv"),
+        b"\xef\xbb\xbf\r\n\nfile_name;caption\nphoto.png;a dog, a cat\n",
+    ),  # blank lines before the header
     (pairs("a.tar"), inputs.tar(("../../a.png", GOOD_TAR[0][1]), ("../../a.txt", "a dog"))),
 ]
 

@@ -70,6 +70,16 @@ def test_more_texts_than_16_bits_count():
     assert label_map(raw)[0].item() == 2**15 + 1
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("function", [label_map, segments])
+def test_maps_that_are_not_finite_are_refused(function, value):
+    """All their pixels would be background, or the first text."""
+    raw = torch.rand(2, 4, 5)
+    raw[1, 2, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        function(raw, SIZE)
+
+
 # ---- segments ----
 
 

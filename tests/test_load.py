@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+import pickle
 import shutil
 import time
 from functools import partial
@@ -45,6 +46,13 @@ def test_every_source_gives_the_same_model(world):
         torch.testing.assert_close(found.raw_maps.cpu(), expected.raw_maps, atol=1e-4, rtol=0)
     assert by_name.identity["weights"] == loaded.identity["weights"]
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
+
+
+def test_a_loaded_model_can_be_pickled(world):
+    """As `torch.save` and processes that are spawned do."""
+    loaded = load((world.model, world.processor))
+    expected, found = (explain(one, PHOTO, "dog", "grad_cam") for one in (loaded, pickle.loads(pickle.dumps(loaded))))
+    torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-6, rtol=0)
 
 
 @pytest.fixture

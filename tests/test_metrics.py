@@ -454,6 +454,12 @@ def test_a_confidence_beyond_0_and_1_is_refused(confidence):
         MeanIoU(5).update(labels, labels, np.array([[confidence, 0.2]]))
 
 
+def test_a_confidence_of_another_shape_is_named():
+    labels = np.array([[1, 2]])
+    with pytest.raises(ValueError, match=r"confidence .*\(1, 2\) and \(1, 3\)"):
+        MeanIoU(5).update(labels, labels, torch.tensor([[0.1, 0.2, 0.3]]))
+
+
 @pytest.mark.parametrize(
     ("prediction", "reference", "named"),
     [

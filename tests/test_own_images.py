@@ -157,6 +157,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
         "pairs.csv --vision v --text t": "config: ",
     }.items():
         assert shown in said(["--output_dir", "new", *arguments.split()], capsys)
+    assert "--output_dir" in said(["pairs.csv"], capsys)  # of runs/pairs, which another run may need
     assert not (tmp_path / "new").exists()
 
 

@@ -55,7 +55,14 @@ ICLIP = [(page, arguments) for page, words in COMMANDS if (arguments := iclip_ar
 @pytest.mark.parametrize(("page", "arguments"), ICLIP, ids=lambda part: part.name if isinstance(part, Path) else None)
 def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
     # As the pages' trainings and exports leave them.
-    for folder in ("runs/pairs", "runs/iclip-vit-b16", "runs/iclip-dinov2-s14-minilm", "onnx", "my-export"):
+    for folder in (
+        "runs/pairs",
+        "runs/own",
+        "runs/iclip-vit-b16",
+        "runs/iclip-dinov2-s14-minilm",
+        "onnx",
+        "my-export",
+    ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text('{"model_type": "iclip"}')
     monkeypatch.chdir(tmp_path)
@@ -65,6 +72,26 @@ def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
 
 def test_commands_are_found():
     assert {arguments[0] for _, arguments in ICLIP} >= set("explain compare demo evaluate init export push".split())
+
+
+def written_folder(words: list[str]) -> str | None:
+    """The folder that a command of a page writes, which must be new."""
+    scripted = ["train", *words[words.index("train.py") + 1 :]] if "train.py" in words else [""]
+    command, *arguments = iclip_arguments(words) or scripted
+    if command == "train":
+        options = vars(cli.parser("train").parse_args(arguments))
+        return options.get("output_dir") or f"runs/{Path(options.get('config') or options['data'][0]).stem}"
+    return {"export": arguments[1:2], "init": arguments[-1:]}.get(command, [None])[0]
+
+
+def test_all_pages_can_be_typed_in_one_folder():
+    """In the order of the README, whose trainings and exports would otherwise be refused."""
+    readme = ROOT / "README.md"
+    guides = dict.fromkeys(re.findall(r"\]\((docs/guide/[\w-]+\.md)\)", readme.read_text(encoding="utf-8")))
+    pages = [readme, *(ROOT / guide for guide in guides)]
+    folders = [folder for page in pages for words in commands(page) if (folder := written_folder(words))]
+    assert {"runs/pairs", "runs/own", "my-model", "onnx", "page"} <= {*folders}
+    assert len({*folders}) == len(folders), folders
 
 
 def test_make_targets_and_scripts_exist():

@@ -24,7 +24,9 @@ def test_results_are_in_order_and_no_more_items_are_drawn_than_allowed():
     assert taken == 20
 
 
-@pytest.mark.parametrize(("usable", "processes", "spare"), [(64, 4, 14), (16, 1, 14), (2, 1, 1), (4, 8, 1)])
+@pytest.mark.parametrize(
+    ("usable", "processes", "spare"), [(64, 4, 14), (16, 1, 14), (16, "", 14), (2, 1, 1), (4, 8, 1)]
+)
 def test_processes_of_one_machine_share_its_processors(monkeypatch, usable, processes, spare):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(usable)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))

@@ -193,6 +193,15 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
     np.testing.assert_array_equal(sample.mask(2), 2 * CAT)
 
 
+@pytest.mark.parametrize("name", ["../1.jpg", "val2017/../../1.jpg", "{root}/1.jpg", "val2017/{root}/1.jpg"])
+def test_coco_names_no_file_outside_of_the_split(tmp_path, name):
+    name = name.format(root=tmp_path)
+    write_image(tmp_path / "1.jpg", 6, 8)
+    write_coco(tmp_path, [], [{"id": 7, "file_name": name, "height": 6, "width": 8}])
+    with pytest.raises(ValueError, match=r"instances_val2017.json: .*1\.jpg' is no path in"):
+        load_segmentation("coco2017", tmp_path)
+
+
 # Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
 INSTANCES = st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
     lambda size: st.lists(

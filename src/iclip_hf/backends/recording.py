@@ -107,26 +107,28 @@ def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) ->
     if getattr(block, "is_recorded", False):
         return
     block.is_recorded = True
-
-    def enter_block(module, args, kwargs):
-        recording, stream = _recording.get(), args[0]
-        if stream.ndim == 4:  # the feature map (B, D, h, w) of a ResNet
-            stream = stream.flatten(2).mT
-        if recording is not None and index >= recording.start:
-            if recording.grad and index == recording.start:
-                stream = stream.detach().requires_grad_()
-            recording.layers.append(AttentionRecord(stream))
-        return (stream, *args[1:]), kwargs
-
-    def enter_attention(module, args, kwargs):
-        if layer := _current_layer():
-            layer.tokens = args[0] if args else kwargs["hidden_states"]
-
-    block.register_forward_pre_hook(enter_block, with_kwargs=True)
+    # Functions of this module, so that a model can be pickled.
+    block.register_forward_pre_hook(partial(_enter_block, index), with_kwargs=True)
     if attention is not None:
-        attention.register_forward_pre_hook(enter_attention, with_kwargs=True)
+        attention.register_forward_pre_hook(_enter_attention, with_kwargs=True)
     if isinstance(attention, nn.MultiheadAttention):
         attention.forward = partial(_multihead_attention, attention)
+
+
+def _enter_block(index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    recording, stream = _recording.get(), args[0]
+    if stream.ndim == 4:  # the feature map (B, D, h, w) of a ResNet
+        stream = stream.flatten(2).mT
+    if recording is not None and index >= recording.start:
+        if recording.grad and index == recording.start:
+            stream = stream.detach().requires_grad_()
+        recording.layers.append(AttentionRecord(stream))
+    return (stream, *args[1:]), kwargs
+
+
+def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
+    if layer := _current_layer():
+        layer.tokens = args[0] if args else kwargs["hidden_states"]
 
 
 def merge_heads(heads: torch.Tensor) -> torch.Tensor:

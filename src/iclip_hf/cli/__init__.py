@@ -80,7 +80,8 @@ def _drop_output() -> bool:
             return False
     except OSError:
         pass
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return True
 
 

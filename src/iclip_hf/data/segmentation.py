@@ -436,7 +436,10 @@ def _instances(root: Path, split: str) -> _Content:
         if not all(isinstance(name, str) and name.strip() for name in (*class_names, *sizes)):
             raise ValueError("a name of a category or a file is no text")
         # Some name files as in the folder of the data set, with that of the split.
-        paths = [root / split / name.removeprefix(f"{split}/") for name in sizes]
+        names = [name.removeprefix(f"{split}/") for name in sizes]
+        if outside := next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None):
+            raise ValueError(f"file_name {outside!r:.200} is no path in {root / split}")
+        paths = [root / split / name for name in names]
         most_pixels = Image.MAX_IMAGE_PIXELS or np.inf
         for name, (height, width) in sizes.items():
             if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= most_pixels):

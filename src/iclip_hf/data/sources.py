@@ -19,6 +19,7 @@ import re
 import tarfile
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -317,9 +318,14 @@ class TarShard(Source):
                         ranges[-1] = tar.offset  # start of the next member
                         last_key = key
                     tar.members.clear()  # tarfile would keep all members
+                # tarfile ends silently at a damaged header, and before an archive that was appended to this one.
                 tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile ends silently at a damaged header
-                    raise tarfile.ReadError(f"no member begins at byte {tar.offset}")
+                while block := tar.fileobj.read(2**20):
+                    if block.strip(b"\0"):
+                        raise tarfile.ReadError(
+                            f"its members end at byte {tar.offset}, but more bytes follow; `tar --concatenate` joins "
+                            "archives"
+                        )
         except (tarfile.TarError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: this is no whole tar file without compression ({error}); decompress it, or get it "
@@ -391,7 +397,8 @@ class ImageList(Source):
 def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
     """
     Reads a text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl.
-    Fields of a .csv are separated by the character of ",", ";" and tab that its first line has most of.
+    Fields of a .csv are separated by the character of ",", ";" and tab that its header has most of. Blank lines
+    do not count.
 
     Raises:
         `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
@@ -413,13 +420,14 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
 def _table_rows(path: Path) -> Iterator[dict]:
     is_json = path.suffix.lower() == ".jsonl"
     with open(path, "rb") as file:
+        start = file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
         form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
         if path.suffix.lower() == ".csv":
-            delimiter = max(",;\t", key=file.readline().decode(errors="replace").count)
+            first = next(filter(bytes.strip, file), b"").decode(errors="replace")
+            delimiter = max(",;\t", key=first.count)
             form = {"delimiter": delimiter, "skipinitialspace": True, "strict": True}
-        file.seek(0)
-        start = file.seek(3 if file.read(3) == codecs.BOM_UTF8 else 0)
-        lines = map(bytes.decode, file)
+            file.seek(start)
+        lines = dropwhile(lambda line: not line.strip(), map(bytes.decode, file))
         rows = map(parse_json, filter(str.strip, lines)) if is_json else csv.DictReader(lines, **form)
         try:
             header = [] if is_json else rows.fieldnames or []

@@ -51,8 +51,10 @@ def segments(
         text counts.
 
     Raises:
-        `ValueError`: `min_presence` is outside [0, 1], or the number of thresholds or presences is not T.
+        `ValueError`: `min_presence` is outside [0, 1], the number of thresholds or presences is not T, or a raw map
+        holds NaN or infinity.
     """
+    _check_finite(raw_maps)
     thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
@@ -110,7 +112,11 @@ def label_map(
     Returns:
         `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values,
         the first text counts. The confidence is 0 everywhere if the map of best texts is constant.
+
+    Raises:
+        `ValueError`: a raw map holds NaN or infinity.
     """
+    _check_finite(raw_maps)
     classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
     size = tuple(raw_maps.shape[1:] if size is None else size)
     best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
@@ -132,3 +138,9 @@ def label_map(
     if threshold is not None:
         labels[confidence <= threshold] = BACKGROUND_LABEL
     return labels, confidence
+
+
+def _check_finite(raw_maps: torch.Tensor) -> None:
+    """Raises `ValueError` for values that no comparison finds, so that their pixels would go to any text or none."""
+    if not raw_maps.isfinite().all():
+        raise ValueError("The raw maps hold NaN or infinity: check the model that computed them.")

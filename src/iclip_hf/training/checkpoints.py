@@ -88,7 +88,7 @@ def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
         changes = (f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others)
         raise ValueError(
             f"{folder}: the run to resume has other settings, which change {', '.join(changes)}; repeat the command "
-            "that began it, on the same pairs, with --resume, or name another output_dir."
+            "that began it, on the same pairs, with --resume, or name another folder by --output_dir."
         )
     return last, state
 

@@ -167,10 +167,10 @@ def check_output_dir(settings: Settings) -> None:
         check_new_folder(folder, STATE_FILE)
     if not settings.resume and (saved or (folder / "model.safetensors").is_file()):
         raise ValueError(
-            f"{folder}: this folder holds a run already; add --resume to continue it, or name another output_dir."
+            f"{folder}: this folder holds a run already; add --resume to continue it, or name another by --output_dir."
         )
     if not saved and (folder / "results.json").is_file():
-        raise ValueError(f"{folder}: the run has ended and its checkpoints are gone; name another output_dir.")
+        raise ValueError(f"{folder}: the run has ended and its checkpoints are gone; name another by --output_dir.")
 
 
 def _model_folders(settings: Settings) -> list[str]:

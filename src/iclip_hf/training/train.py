@@ -293,7 +293,7 @@ def begin(
     if checkpoint and (differing := changed(state.content, content)):  # leaves the folder as it is
         raise ValueError(
             f"{checkpoint}: the run began with other {', '.join(differing)}; restore what has changed, or name "
-            "another output_dir."
+            "another folder by --output_dir."
         )
     if accelerator.is_main_process:
         with atomic_write(Path(settings.output_dir, STATE_FILE)) as temporary:

@@ -31,5 +31,5 @@ def spare_processors() -> int:
     one.
     """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun and `accelerate launch`
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # set by torchrun and `accelerate launch`
     return max(1, usable // processes - 2)

@@ -82,10 +82,12 @@ class MeanIoU:
         `ValueError` if the shapes differ, and for values other than 0..K-1, except `ignore_index` in the reference.
         """
         prediction, reference = to_numpy(prediction), to_numpy(reference)
-        if prediction.shape != reference.shape:
-            raise ValueError(
-                f"prediction and reference must have one shape, not {prediction.shape} and {reference.shape}."
-            )
+        confidence = None if confidence is None else to_numpy(confidence)
+        for name, other in (("reference", reference), ("confidence", confidence)):
+            if other is not None and other.shape != prediction.shape:
+                raise ValueError(
+                    f"prediction and {name} must have one shape, not {prediction.shape} and {other.shape}."
+                )
         counted = reference != self.ignore_index
         for name, ids in (("prediction", prediction[counted]), ("reference", reference[counted])):
             if (wrong := ids[~np.isin(ids, np.arange(self.num_classes))]).size:

@@ -295,9 +295,11 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
-@pytest.mark.parametrize("writes", ["help", "maps"])
+@pytest.mark.parametrize("writes", ["help", "maps", "maps of many texts"])
 def test_a_closed_pipe_ends_a_command_silently(workspace, writes):
-    image = ["explain", workspace / "0" / "a.jpg", "--text", "dog", "--json", "--model", workspace / "model"]
+    """Python keeps what was not written in the buffer, but nothing of a text that is longer."""
+    text = ",".join(map(str, range(200))) if writes == "maps of many texts" else "dog"
+    image = ["explain", workspace / "0" / "a.jpg", "--text", text, "--json", "--model", workspace / "model"]
     command = [sys.executable, "-m", "iclip_hf.cli", *(["--help"] if writes == "help" else map(str, image))]
     unread, output = os.pipe()
     os.close(unread)
@@ -331,6 +333,17 @@ def test_an_output_that_cannot_be_written_is_one_sentence():
         command, environment = [sys.executable, "-m", "iclip_hf.cli", "--help"], {**os.environ, "PYTHONUNBUFFERED": ""}
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+
+
+def test_an_output_in_another_encoding_escapes_what_it_lacks(workspace):
+    """As a file on Windows; the text of JSON stays the same."""
+    texts = ["Hündin", "狗", "🐕"]
+    options = ["--text", ",".join(texts), "--model", str(workspace / "model"), "--json"]
+    command = [sys.executable, "-m", "iclip_hf.cli", "explain", str(workspace / "0" / "a.jpg"), *options]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout.decode("cp1252")
+    assert "Hündin" in printed and [row["text"] for row in json.loads(printed)["texts"]] == texts
 
 
 def test_a_pipe_that_is_not_the_output_is_an_error(monkeypatch, capsys):

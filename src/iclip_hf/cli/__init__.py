@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from .. import __version__
-from .output import printable, report_error
+from .output import escape_what_the_output_lacks, printable, report_error
 
 
 # Each is a module here, which is imported when the command is used.
@@ -58,6 +59,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     arguments, code = sys.argv[1:] if arguments is None else arguments, 0
+    escape_what_the_output_lacks()
     try:
         code = _run(arguments)
         print(end="", flush=True)
@@ -74,11 +76,23 @@ def _drop_output() -> bool:
     """Returns whether the output cannot be written. If so, what is left of it goes nowhere, also at exit."""
     try:
         print(end="", flush=True)
+        if not _is_closed_pipe():
+            return False
     except OSError:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return True
-    return False
+        pass
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return True
+
+
+def _is_closed_pipe() -> bool:
+    """Returns whether nobody reads the output. Python drops a long text that failed, so flushing it may succeed."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (AttributeError, OSError):  # on Windows; of an output without a file
+        return False
+    return bool(poll.poll(0))
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 import os
@@ -123,6 +124,16 @@ def report_error(command: str, error: BaseException) -> None:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"iclip {command}: {printable(text)}", "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(report))
+
+
+def escape_what_the_output_lacks() -> None:
+    """
+    Lets the output escape, as in JSON, letters that its encoding lacks, such as Chinese ones in a file on Windows. By
+    default they are an error, also after hours.
+    """
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="json")
 
 
 def print_lines(*lines: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from conftest import iclip, tiny_model
 from test_engine import IMAGES, TEXTS, engine_of, sigmoid_model
 from torch.nn import functional as F
+from transformers.image_utils import SizeDict
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
@@ -98,6 +99,20 @@ def test_some_texts_and_refined_maps(tiny_processor):
     refined = next(engine_of(model, tiny_processor, multi_scale=True, refine=True).run(IMAGES, TEXTS))
     pixels = engine.prepare(IMAGES[0]).pixel_values
     assert refined.raw_maps.shape[1:] == tuple(side // 2 for side in pixels.shape[2:])
+
+
+@pytest.mark.parametrize("size", [0, {}])
+def test_a_wrong_size_is_not_taken_for_none(tiny_processor, size):
+    engine = Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=True)
+    with pytest.raises(ValueError, match="size is a number"):
+        engine.prepare(IMAGES[0])
+
+
+def test_a_size_as_transformers_keeps_it(tiny_processor):
+    sizes = {"height": 24, "width": 40}, SizeDict(height=24, width=40)
+    engines = [Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=True) for size in sizes]
+    assert engines[1].image_size == sizes[0]
+    assert torch.equal(*(engine.prepare(IMAGES[0]).pixel_values for engine in engines))
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])

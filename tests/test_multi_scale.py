@@ -25,7 +25,7 @@ METHODS = ["itsm", "reversed_itsm", "gem", "clip_surgery", "grad_cam"]
 def by_hand(engine, image, size, texts):
     """
     Raw maps of one image at twice the `size` (height, width): patch by patch, the mean over the windows that contain
-    it, and its mean with the map of the whole.
+    it, weighted by the distances to the edges of the window, and its mean with the map of the whole.
     """
     side = engine.processor.patch_size
     pixels = engine.processor(images=[image], size={"height": 2 * size[0], "width": 2 * size[1]})["pixel_values"]
@@ -38,8 +38,13 @@ def by_hand(engine, image, size, texts):
             maps, _ = engine.raw_maps(pixels[..., top : top + window[0], left : left + window[1]], texts)
             for y in range(window[0] // side):
                 for x in range(window[1] // side):
-                    cells[top // side + y][left // side + x].append(maps[0, :, y, x])
-    of_windows = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in cells], -2)
+                    weight = min(y + 1, window[0] // side - y) * min(x + 1, window[1] // side - x)
+                    cells[top // side + y][left // side + x].append((weight, maps[0, :, y, x]))
+
+    def mean(cell):
+        return sum(weight * value for weight, value in cell) / sum(weight for weight, _ in cell)
+
+    of_windows = torch.stack([torch.stack([mean(cell) for cell in row], -1) for row in cells], -2)
     whole, _ = engine.raw_maps(F.interpolate(pixels, window, mode="bicubic", antialias=True), texts)
     return (F.interpolate(whole, (rows, columns), mode="bicubic")[0] + of_windows) / 2
 
@@ -80,10 +85,12 @@ def test_windows_of_half_a_side_cover_it(patches):
         return pixels[:, :, ::8, ::8].float()
 
     rows = torch.arange(8 * patches)[None, None, :, None].expand(1, 1, -1, 8)
-    found = windowed_maps(raw_maps, rows, (window, 8), (stride, 8), 8)
-    assert found.flatten().tolist() == [8 * row for row in range(patches)]  # each patch at its place
-    assert set(seen) == {window} and window == 8 * ((patches + 1) // 2)
-    assert len(seen) == 3 or patches in (1, 2, 3, 5)
+    for tapered in (False, True):
+        seen.clear()
+        found = windowed_maps(raw_maps, rows, (window, 8), (stride, 8), 8, tapered).flatten()
+        torch.testing.assert_close(found, 8.0 * torch.arange(patches))  # each patch at its place
+        assert set(seen) == {window} and window == 8 * ((patches + 1) // 2)
+        assert len(seen) == 3 or patches in (1, 2, 3, 5)
 
 
 def test_some_texts_and_refined_maps(tiny_processor):

@@ -102,8 +102,8 @@ class Engine:
             or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         multi_scale (`bool`): whether the maps are computed at two scales: of the whole image, and of 3x3 windows of
-            half its height and width, enlarged to the size of the whole. The value of a patch is the mean of both, on
-            a grid that is twice as fine. An image takes ten times as long.
+            half its height and width, enlarged to the size of the whole, whose weights fall towards their edges. The
+            value of a patch is the mean of both, on a grid that is twice as fine. An image takes ten times as long.
 
     Attributes:
         takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
@@ -393,6 +393,7 @@ class Engine:
                 window,
                 stride,
                 self.processor.patch_size,
+                tapered=True,
             )
             maps = (resize_maps(maps, of_windows.shape[2:]) + of_windows) / 2
         return self._refined(maps, pixel_values), features

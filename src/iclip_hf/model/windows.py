@@ -12,6 +12,7 @@ def windowed_maps(
     window: tuple[int, int],
     stride: tuple[int, int],
     patch_size: int,
+    tapered: bool = False,
 ) -> torch.Tensor:
     """
     Computes raw maps from windows that slide over the images. The value of a patch is its mean over the windows that
@@ -24,6 +25,8 @@ def windowed_maps(
         window, stride (`tuple[int, int]`): height and width of the windows, and their distance along each side,
             multiples of the patch size in pixels; strides are at most the window.
         patch_size (`int`): side of a patch in pixels.
+        tapered (`bool`): whether a window's weight in the mean falls linearly from its middle to its edges, so that
+            the maps have no seams where windows end. All have the same weight otherwise.
 
     Returns:
         `torch.Tensor` of shape `(B, T, H / patch_size, W / patch_size)`, float32.
@@ -34,12 +37,22 @@ def windowed_maps(
         maps = raw_maps(pixel_values[..., top : top + window[0], left : left + window[1]])
         if total is None:
             total = maps.new_zeros(*maps.shape[:2], *(side // patch_size for side in pixel_values.shape[2:]))
-            number = torch.zeros_like(total[0, 0])
+            weights = torch.zeros_like(total[0, 0])
+            weight = _tent(maps) if tapered else torch.ones_like(maps[0, 0])
         rows = slice(top // patch_size, top // patch_size + maps.shape[2])
         columns = slice(left // patch_size, left // patch_size + maps.shape[3])
-        total[..., rows, columns] += maps
-        number[rows, columns] += 1
-    return total / number
+        total[..., rows, columns] += weight * maps
+        weights[rows, columns] += weight
+    return total / weights
+
+
+def _tent(maps: torch.Tensor) -> torch.Tensor:
+    """Returns weights `(h, w)` that fall linearly from the middle of maps `(..., h, w)` to their edges, positive."""
+    rows, columns = (
+        torch.minimum(torch.arange(1, side + 1, device=maps.device), torch.arange(side, 0, -1, device=maps.device))
+        for side in maps.shape[-2:]
+    )
+    return torch.outer(rows, columns).to(maps.dtype)
 
 
 def half_windows(size: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:

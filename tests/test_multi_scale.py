@@ -93,6 +93,19 @@ def test_windows_of_half_a_side_cover_it(patches):
         assert len(seen) == 3 or patches in (1, 2, 3, 5)
 
 
+@pytest.mark.parametrize("tapered", [False, True])
+@pytest.mark.parametrize("patches", [7, 20, 37])
+def test_a_constant_map_stays_constant(patches, tapered):
+    """Rounding errors would be stretched to a map."""
+    values, size = torch.linspace(0.1, 0.9, 50), (8 * patches, 8 * patches)
+
+    def raw_maps(pixels):
+        return values[None, :, None, None].expand(1, -1, *(side // 8 for side in pixels.shape[2:]))
+
+    found = windowed_maps(raw_maps, torch.zeros(1, 3, *size), *half_windows(size, 8), 8, tapered)
+    assert torch.equal(found, raw_maps(torch.zeros(1, 3, *size)))
+
+
 def test_some_texts_and_refined_maps(tiny_processor):
     model = sigmoid_model()
     engine = engine_of(model, tiny_processor, multi_scale=True)

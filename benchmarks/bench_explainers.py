@@ -5,8 +5,8 @@
 CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives
 need one forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock
 starts their maps are compared with ours, but for captum, which takes the mean gradient of each token instead of each
-channel. Last, what becomes of the maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, and both of
-refined maps. Prints Markdown tables.
+channel. Last, what becomes of the maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, both of refined
+maps, and maps at two scales. Prints Markdown tables.
 """
 
 import argparse
@@ -121,14 +121,17 @@ def uses_of_maps() -> dict[str, Callable[[], object]]:
     model, processor, texts, pixel_values = clip(CLASSES)
     loaded = load((model, processor))
 
-    def drawn(refine: bool) -> torch.Tensor:
-        return Engine(loaded, loaded.processor, refine=refine).raw_maps(pixel_values, texts)[0][0]
+    def drawn(refine: bool, multi_scale: bool = False) -> torch.Tensor:
+        engine = Engine(loaded, loaded.processor, refine=refine, multi_scale=multi_scale)
+        return engine.raw_maps(twice_as_large if multi_scale else pixel_values, texts)[0][0]
 
+    twice_as_large = torch.randn(1, 3, 448, 448)
     return {
         "explaining": lambda: resize_and_normalize(drawn(False), SIZE),
         "segmenting": lambda: segments(drawn(False), SIZE),
         "explaining, refined": lambda: resize_and_normalize(drawn(True), SIZE),
         "segmenting, refined": lambda: segments(drawn(True), SIZE),
+        "explaining, at two scales": lambda: resize_and_normalize(drawn(False, multi_scale=True), SIZE),
     }
 
 

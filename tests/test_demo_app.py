@@ -131,12 +131,12 @@ def test_the_archive_holds_scores_and_maps(explained):
     assert np.isnan(without["presence"]).all() and len(without["presence"]) == len(TEXTS)
 
 
-def test_maps_are_refined_on_request(client, folder, world):
+def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
     photo = gradio_client.handle_file(folder / "small.png")
-    for refine in (True, False):  # also of a photograph that was seen before
-        value, npz = client.predict(photo, "dog, red ball", "itsm", refine, api_name="/explain")
-        image = Image.open(folder / "small.png")
-        expected = explain((world.model, world.processor), image, ["dog", "red ball"], refine=refine)
+    for refine, multi_scale in ((True, False), (False, True), (False, False)):  # also of a photograph seen before
+        value, npz = client.predict(photo, "dog, red ball", "itsm", refine, multi_scale, api_name="/explain")
+        image, options = Image.open(folder / "small.png"), {"refine": refine, "multi_scale": multi_scale}
+        expected = explain((world.model, world.processor), image, ["dog", "red ball"], **options)
         assert value["grid"] == list(expected.raw_maps.shape[1:])
         np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
         assert [row["text"] for row in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
@@ -160,7 +160,8 @@ META = {"meta": {"_type": "gradio.FileData"}}
 def ask(server, photo, texts="dog", method="itsm", refine=False):
     """Asks the server; a photo is a path or a payload of any form."""
     photo = {"path": photo, "orig_name": "photo.png", **META} if isinstance(photo, str) else photo
-    return httpx.post(f"{server}gradio_api/call/explain", json={"data": [photo, texts, method, refine]}, timeout=60)
+    data = [photo, texts, method, refine, False]
+    return httpx.post(f"{server}gradio_api/call/explain", json={"data": data}, timeout=60)
 
 
 def answer(asked):

@@ -117,8 +117,8 @@ def to_npz(explanation: Explanation) -> bytes:
 
 def build_app(model) -> gr.Blocks:
     """
-    Builds the app for a model, or anything that [`load`] takes. An explanation runs the model once; the browser
-    computes opacity, outline and the value under the pointer.
+    Builds the app for a model, or anything that [`load`] takes. The model runs once for an explanation, or at two
+    scales; the browser computes opacity, outline and the value under the pointer.
     """
     model, photographs = load(model), examples()
     has_presence = model.presence(torch.zeros(1)) is not None
@@ -128,18 +128,19 @@ def build_app(model) -> gr.Blocks:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo, typed, method, refine, button, chosen = _question(photographs)
+                photo, typed, method, refine, multi_scale, button, chosen = _question(photographs)
             with gr.Column(scale=5, min_width=300):
                 viewer, download = _answer()
         run = {
             "fn": _explain_function(model, app, photographs, download.GRADIO_CACHE),
-            "inputs": [photo, typed, method, refine],
+            "inputs": [photo, typed, method, refine, multi_scale],
             "outputs": [viewer, download],
             "preprocess": False,  # `load_image` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
-        triggers = [app.load, photo.upload, typed.submit, method.change, refine.change, button.click]
+        changes = [method.change, refine.change, multi_scale.change]
+        triggers = [app.load, photo.upload, typed.submit, *changes, button.click]
         gr.on(triggers, **run, api_name="explain")
         chosen.success(**run, api_visibility="private")
     return app.queue(max_size=32)
@@ -155,10 +156,10 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
 
     # A visitor often asks about one image several times. An image takes two megabytes.
     @functools.lru_cache(maxsize=MAX_SESSIONS)
-    def seen_image(path: str) -> SeenImage:
-        return encode_photo(Engine(model, model.processor), load_image(path, Path(path).name))
+    def seen_image(path: str, multi_scale: bool) -> SeenImage:
+        return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), load_image(path, Path(path).name))
 
-    def explain(photo: dict | None, typed: str, method: str, refine: bool):
+    def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
         if photo is None:
             return gr.skip()
         # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a
@@ -167,8 +168,9 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
             texts = asked_texts(typed)
-            engine = Engine(model, model.processor, explainer(method), refine=bool(refine))
-            seen = seen_image(photo["path"])
+            options = {"refine": bool(refine), "multi_scale": bool(multi_scale)}
+            engine = Engine(model, model.processor, explainer(method), **options)
+            seen = seen_image(photo["path"], engine.multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -191,6 +193,9 @@ def _question(photographs: Sequence[Example]) -> tuple:
     )
     method = gr.Dropdown([(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method")
     refine = gr.Checkbox(False, label="Refine", info="The maps follow the edges of the image.", elem_id="refine")
+    multi_scale = gr.Checkbox(
+        False, label="Two scales", info="Finer maps, in ten times the time.", elem_id="multi-scale"
+    )
     button = gr.Button("Explain", variant="primary")
     questions = [[str(example.file), example.texts] for example in photographs]
     thumbnails = gr.Dataset(
@@ -202,7 +207,7 @@ def _question(photographs: Sequence[Example]) -> tuple:
     )
     options = {"show_progress": "hidden", "api_visibility": "private"}
     chosen = thumbnails.click(questions.__getitem__, thumbnails, [photo, typed], **options)
-    return photo, typed, method, refine, button, chosen
+    return photo, typed, method, refine, multi_scale, button, chosen
 
 
 def _answer() -> tuple[gr.HTML, gr.DownloadButton]:

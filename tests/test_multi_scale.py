@@ -8,6 +8,7 @@ import torch
 from conftest import iclip, tiny_model
 from test_engine import IMAGES, TEXTS, engine_of, sigmoid_model
 from torch.nn import functional as F
+from transformers.image_utils import SizeDict
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
@@ -92,6 +93,19 @@ def test_windows_of_half_a_side_cover_it(patches):
         assert len(seen) == 3 or patches in (1, 2, 3, 5)
 
 
+@pytest.mark.parametrize("tapered", [False, True])
+@pytest.mark.parametrize("patches", [7, 20, 37])
+def test_a_constant_map_stays_constant(patches, tapered):
+    """Rounding errors would be stretched to a map."""
+    values, size = torch.linspace(0.1, 0.9, 50), (8 * patches, 8 * patches)
+
+    def raw_maps(pixels):
+        return values[None, :, None, None].expand(1, -1, *(side // 8 for side in pixels.shape[2:]))
+
+    found = windowed_maps(raw_maps, torch.zeros(1, 3, *size), *half_windows(size, 8), 8, tapered)
+    assert torch.equal(found, raw_maps(torch.zeros(1, 3, *size)))
+
+
 def test_some_texts_and_refined_maps(tiny_processor):
     model = sigmoid_model()
     engine = engine_of(model, tiny_processor, multi_scale=True)
@@ -105,6 +119,20 @@ def test_some_texts_and_refined_maps(tiny_processor):
     refined = next(engine_of(model, tiny_processor, multi_scale=True, refine=True).run(IMAGES, TEXTS))
     pixels = engine.prepare(IMAGES[0]).pixel_values
     assert refined.raw_maps.shape[1:] == tuple(side // 2 for side in pixels.shape[2:])
+
+
+@pytest.mark.parametrize("size", [0, {}])
+def test_a_wrong_size_is_not_taken_for_none(tiny_processor, size):
+    engine = Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=True)
+    with pytest.raises(ValueError, match="size is a number"):
+        engine.prepare(IMAGES[0])
+
+
+def test_a_size_as_transformers_keeps_it(tiny_processor):
+    sizes = {"height": 24, "width": 40}, SizeDict(height=24, width=40)
+    engines = [Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=True) for size in sizes]
+    assert engines[1].image_size == sizes[0]
+    assert torch.equal(*(engine.prepare(IMAGES[0]).pixel_values for engine in engines))
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])

@@ -301,6 +301,18 @@ def test_a_crop_is_refused(tiny_processor):
     assert processor(photo(), size=64, do_center_crop=False)["pixel_values"].shape == (1, 3, 64, 64)
 
 
+def test_images_that_are_not_resized_have_the_size_that_is_asked_for(tiny_processor):
+    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False, do_resize=False)
+    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
+    image = Image.new("RGB", (48, 40))
+    assert processor(image)["pixel_values"].shape == (1, 3, 40, 48)
+    assert processor(image, size={"height": 40, "width": 48})["pixel_values"].shape == (1, 3, 40, 48)
+    for other, size in ((image, 32), (image, {"shortest_edge": 64}), (Image.new("RGB", (48, 41)), None)):
+        with pytest.raises(ValueError, match="do_resize=True"):
+            processor(other, size=size)
+    assert processor(image, size=64, do_resize=True)["pixel_values"].shape == (1, 3, 64, 64)
+
+
 @pytest.mark.parametrize("auto_class", [ICLIPProcessor, AutoProcessor])
 @pytest.mark.parametrize("options", [{}, {"trust_remote_code": None}], ids=["not said", "None"])
 def test_code_beside_a_tokenizer_is_refused_without_a_question(

@@ -128,7 +128,8 @@ class Engine:
                 raise ValueError(f"{name} is True or False, not {value!r:.100}.")
         self.model, self.processor, self.method = model, processor, method
         self.templates = check_templates(processor.templates if templates is None else templates)
-        self.image_size, self.refine, self.multi_scale = image_size, refine, multi_scale
+        self.image_size = image_size if image_size is None or isinstance(image_size, int) else dict(image_size)
+        self.refine, self.multi_scale = refine, multi_scale
         self._forward = self._own_maps if method is None else method.forward
         parameters = signature(self._forward).parameters
         self._takes_features, self._takes_text_indices = "features" in parameters, "text_indices" in parameters
@@ -186,7 +187,7 @@ class Engine:
         return self.processor(images=[image], size=size)["pixel_values"]
 
     def _twice_the_size(self) -> int | dict[str, int]:
-        size = self.image_size or dict(self.processor.image_processor.size)
+        size = dict(self.processor.image_processor.size) if self.image_size is None else self.image_size
         return {side: 2 * pixels for side, pixels in size.items()} if isinstance(size, dict) else 2 * size
 
     @torch.no_grad()

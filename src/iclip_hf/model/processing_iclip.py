@@ -182,8 +182,9 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`;
-                images have different shapes with `shortest_edge`, or would be cropped; a keyword is given flat and in
-                the dictionary of its side; or an image is invalid, not finite or out of the range of its type.
+                images have different shapes with `shortest_edge`, would be cropped, or are of another size with
+                `do_resize=False`; a keyword is given flat and in the dictionary of its side; or an image is invalid,
+                not finite or out of the range of its type.
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
@@ -226,13 +227,21 @@ class ICLIPProcessor(ProcessorMixin):
         of the call, which replace the image processor's own.
         """
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-        names = ("do_rescale", "do_center_crop", "crop_size")
-        options = {name: getattr(self.image_processor, name, name == "do_rescale") for name in names} | options
+        names, given = ("do_resize", "do_rescale", "do_center_crop", "crop_size"), size
+        options = {name: getattr(self.image_processor, name, name.startswith("do_re")) for name in names} | options
         convert = to_8_bit if options["do_rescale"] else to_pixels
         images = [_converted(image, convert) for image in (images if is_batch else [images])]
         if not images:
             raise ValueError("There is no image.")
-        size = self._exact_size(images, size)
+        size = self._exact_size(images, given)
+        if not options["do_resize"]:
+            for height, width in map(get_image_size, images):
+                is_asked = given is None or size == {"height": height, "width": width}
+                if not is_asked or height % self.patch_size or width % self.patch_size:
+                    raise ValueError(
+                        f"An image of {height}x{width} pixels needs to be resized: set do_resize=True of the image "
+                        "processor."
+                    )
         if options["do_center_crop"] and any(options["crop_size"][side] < size[side] for side in size):
             raise ValueError(
                 "The image processor crops the images, so their maps would not cover them: create it with "

@@ -31,19 +31,20 @@ def windowed_maps(
     Returns:
         `torch.Tensor` of shape `(B, T, H / patch_size, W / patch_size)`, float32.
     """
-    total = None
+    mean = None
     edges = [max(side - length, 0) for side, length in zip(pixel_values.shape[2:], window)]
     for top, left in itertools.product(*([*range(0, edge, step), edge] for edge, step in zip(edges, stride))):
         maps = raw_maps(pixel_values[..., top : top + window[0], left : left + window[1]])
-        if total is None:
-            total = maps.new_zeros(*maps.shape[:2], *(side // patch_size for side in pixel_values.shape[2:]))
-            weights = torch.zeros_like(total[0, 0])
+        if mean is None:
+            mean = maps.new_zeros(*maps.shape[:2], *(side // patch_size for side in pixel_values.shape[2:]))
+            weights = torch.zeros_like(mean[0, 0])
             weight = _tent(maps) if tapered else torch.ones_like(maps[0, 0])
         rows = slice(top // patch_size, top // patch_size + maps.shape[2])
         columns = slice(left // patch_size, left // patch_size + maps.shape[3])
-        total[..., rows, columns] += weight * maps
         weights[rows, columns] += weight
-    return total / weights
+        # A running mean keeps a constant map exactly constant. Min-max would stretch the rounding errors of a sum.
+        mean[..., rows, columns] += (maps - mean[..., rows, columns]) * (weight / weights[rows, columns])
+    return mean
 
 
 def _tent(maps: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 # Pages for readers, as Markdown that GitHub shows too.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "hub_configs" / "README.md", *sorted(DOCS.rglob("*.md"))]
 # What a page writes for several words.
-ABBREVIATIONS = {"DATA": ["--dataset", "coco2017", "--data-root", "COCO"]}
+ABBREVIATIONS = {"DATASET": ["--dataset", "coco2017", "--data-root", "COCO"]}
 
 
 def code_blocks(page: Path, language: str) -> list[str]:

@@ -9,7 +9,6 @@ python benchmarks/analyses.py relation results.json --output relation.png    # r
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from iclip_hf import ICLIPConfig, load
 from iclip_hf.data.segmentation import SegmentationSample, load_segmentation
+from iclip_hf.evaluation.results import read_results
 from iclip_hf.model.images import load_image
 
 
@@ -183,10 +183,17 @@ def channels(options: argparse.Namespace) -> None:
 
 
 def relation(options: argparse.Namespace) -> None:
-    per_class = json.loads(options.evaluation.read_text())["per_class"]
+    try:
+        per_class = read_results(options.evaluation, "per_class")["per_class"]
+    except (OSError, ValueError) as error:
+        options.refuse(str(error))
     method = next(iter(per_class))
-    rows = [(row["name"], row["mAP"]["AP"], row["mMIoU"]["IoU"]) for row in per_class[method]]
-    names, x, y = zip(*(row for row in rows if None not in row))
+    # A file of other metrics lacks these two.
+    rows = [(row["name"], row.get("mAP", {}).get("AP"), row.get("mMIoU", {}).get("IoU")) for row in per_class[method]]
+    rows = [row for row in rows if None not in row]
+    if len(rows) < 2:
+        options.refuse(f"{options.evaluation}: fewer than two classes have an AP and an IoU; measure mAP and mMIoU.")
+    names, x, y = zip(*rows)
     relation_plot(names, np.array(x), np.array(y), method).savefig(options.output, dpi=120)
     print(options.output)
 
@@ -196,7 +203,7 @@ def main():
     analyses = parser.add_subparsers(required=True)
     for run in (shift, channels, relation):
         analysis = analyses.add_parser(run.__name__)
-        analysis.set_defaults(run=run)
+        analysis.set_defaults(run=run, refuse=analysis.error)
         if run is shift:
             for name in ("--dataset", "--data-root"):
                 analysis.add_argument(name, required=True)

@@ -26,14 +26,15 @@ def executed(timeout: int = 300):
         if cell.cell_type == "code":
             cell.outputs = cleaned(cell.outputs)
     notebook.metadata["language_info"] = {"name": "python"}  # without its version
+    notebook.metadata.pop("widgets", None)  # the progress bars of ipywidgets
     return notebook
 
 
 def cleaned(outputs: list) -> list:
     """
-    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, with
-    one text in place of consecutive ones, `/tmp/notebook` in place of temporary folders, and JPEG in place of PNG
-    pictures.
+    Returns the outputs of a cell without stderr, which has progress bars and warnings with paths of the machine, and
+    without the progress bars of ipywidgets, with one text in place of consecutive ones, `/tmp/notebook` in place of
+    temporary folders, and JPEG in place of PNG pictures.
     """
     result = []
     for output in outputs:
@@ -44,6 +45,8 @@ def cleaned(outputs: list) -> list:
             if result and result[-1].output_type == "stream":
                 result[-1].text += output.text
                 continue
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
         if picture := output.get("data", {}).pop("image/png", None):
             file = io.BytesIO()
             Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB").save(file, "JPEG", quality=85)

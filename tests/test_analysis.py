@@ -153,6 +153,25 @@ def test_the_script_writes_the_tables_and_figures(labelled_folder, world, tmp_pa
     ).read_text()
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "[]",
+        json.dumps({"per_class": {"itsm": [{"name": name, "mMIoU": {"IoU": 9}} for name in ("dog", "cat")]}}),
+    ],
+    ids=["absent", "no_results", "another_metric"],
+)
+def test_relation_refuses_a_file_without_ap_and_iou(content, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["analyses.py", "relation", str(path), "--output", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and str(path) in capsys.readouterr().err and not (tmp_path / "a.png").exists()
+
+
 def test_a_script_names_the_package_that_it_needs():
     code = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
     command = [sys.executable, "-c", code, analyses.__file__]

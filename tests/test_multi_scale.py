@@ -128,11 +128,15 @@ def test_a_wrong_size_is_not_taken_for_none(tiny_processor, size):
         engine.prepare(IMAGES[0])
 
 
-def test_a_size_as_transformers_keeps_it(tiny_processor):
-    sizes = {"height": 24, "width": 40}, SizeDict(height=24, width=40)
-    engines = [Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=True) for size in sizes]
-    assert engines[1].image_size == sizes[0]
+@pytest.mark.parametrize(
+    ("size", "plain"), [(SizeDict(height=24, width=40), {"height": 24, "width": 40}), (np.int64(40), 40)]
+)
+def test_a_size_as_transformers_or_numpy_keep_it(tiny_processor, size, plain):
+    engines = [Engine(tiny_model(), tiny_processor, image_size=of, multi_scale=True) for of in (size, plain)]
+    assert engines[0].image_size == plain
     assert torch.equal(*(engine.prepare(IMAGES[0]).pixel_values for engine in engines))
+    pixels = (tiny_processor(images=IMAGES[0], size=of)["pixel_values"] for of in (size, plain))
+    assert torch.equal(*pixels)
 
 
 @pytest.mark.parametrize("value", [None, 1, "yes"])

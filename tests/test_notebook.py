@@ -13,7 +13,7 @@ pytest.importorskip("nbclient", reason="needs the extra [dev]")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
 
-from execute import NOTEBOOK, executed  # noqa: E402
+from execute import NOTEBOOK, cleaned, executed  # noqa: E402
 
 
 def check(notebook) -> None:
@@ -36,6 +36,18 @@ def check(notebook) -> None:
 def test_it_is_committed_with_its_outputs_and_without_paths_of_a_machine():
     check(nbformat.read(NOTEBOOK, as_version=4))
     assert NOTEBOOK.stat().st_size < 2e6 and "/home/" not in NOTEBOOK.read_text(encoding="utf-8")
+
+
+def test_progress_bars_are_no_outputs():
+    """On stderr, or as widgets where ipywidgets is installed."""
+    text = {"output_type": "stream", "name": "stdout", "text": "a table"}
+    bar = {"text/plain": "Loading: 0%", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}
+    outputs = [
+        {"output_type": "stream", "name": "stderr", "text": "0%"},
+        {"output_type": "display_data", "data": bar, "metadata": {}},
+        text,
+    ]
+    assert cleaned([nbformat.from_dict(output) for output in outputs]) == [text]
 
 
 @pytest.mark.slow

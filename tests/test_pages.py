@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 # Pages for readers, as Markdown that GitHub shows too.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "hub_configs" / "README.md", *sorted(DOCS.rglob("*.md"))]
 # What a page writes for several words.
-ABBREVIATIONS = {"DATA": ["--dataset", "coco2017", "--data-root", "COCO"]}
+ABBREVIATIONS = {"DATASET": ["--dataset", "coco2017", "--data-root", "COCO"]}
 
 
 def code_blocks(page: Path, language: str) -> list[str]:
@@ -60,8 +60,9 @@ def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
         "runs/own",
         "runs/iclip-vit-b16",
         "runs/iclip-dinov2-s14-minilm",
+        "runs/export",
+        "runs/onnx",
         "onnx",
-        "my-export",
     ):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text('{"model_type": "iclip"}')
@@ -90,7 +91,7 @@ def test_all_pages_can_be_typed_in_one_folder():
     guides = dict.fromkeys(re.findall(r"\]\((docs/guide/[\w-]+\.md)\)", readme.read_text(encoding="utf-8")))
     pages = [readme, *(ROOT / guide for guide in guides)]
     folders = [folder for page in pages for words in commands(page) if (folder := written_folder(words))]
-    assert {"runs/pairs", "runs/own", "my-model", "onnx", "page"} <= {*folders}
+    assert {"runs/pairs", "runs/own", "my-model", "runs/onnx", "page"} <= {*folders}
     assert len({*folders}) == len(folders), folders
 
 
@@ -101,6 +102,14 @@ def test_make_targets_and_scripts_exist():
             assert words[1] in targets, (page.name, words)
         for script in (word for word in words if word.endswith((".py", ".yaml"))):
             assert (ROOT / script).is_file(), (page.name, script)
+
+
+def test_selected_tests_exist():
+    selections = [words for _, words in COMMANDS if "pytest" in words and "-k" in words]
+    assert selections
+    for words in selections:
+        (file,) = (ROOT / word for word in words if word.endswith(".py"))
+        assert re.search(rf"^def test_\w*{words[words.index('-k') + 1]}", file.read_text(), re.MULTILINE), words
 
 
 def test_test_files_that_the_makefile_names_exist():

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -128,7 +128,9 @@ class Engine:
                 raise ValueError(f"{name} is True or False, not {value!r:.100}.")
         self.model, self.processor, self.method = model, processor, method
         self.templates = check_templates(processor.templates if templates is None else templates)
-        self.image_size = image_size if image_size is None or isinstance(image_size, int) else dict(image_size)
+        if image_size is not None:
+            image_size = int(image_size) if isinstance(image_size, Integral) else dict(image_size)
+        self.image_size = image_size
         self.refine, self.multi_scale = refine, multi_scale
         self._forward = self._own_maps if method is None else method.forward
         parameters = signature(self._forward).parameters

@@ -5,6 +5,7 @@ points.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -268,7 +269,7 @@ class ICLIPProcessor(ProcessorMixin):
         size.
         """
         size = self.image_processor.size if size is None else size
-        size = {"height": size, "width": size} if isinstance(size, int) else dict(size)
+        size = {"height": int(size), "width": int(size)} if isinstance(size, Integral) else dict(size)
         size = {name: side for name, side in size.items() if side is not None}
         if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or min(size.values()) < 1:
             raise ValueError(f"size is a number, or has the keys height and width, or shortest_edge, not {size}.")

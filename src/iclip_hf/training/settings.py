@@ -51,7 +51,7 @@ class Settings:
 
     config: str = setting(
         "",
-        "name of a shipped configuration, or a train.yaml beside the model's config.json; without one, settings are "
+        "name of a shipped configuration, or a folder with a train.yaml, or this file; without one, settings are "
         "chosen by the number of pairs, and without data it is iclip-vit-b16",
     )
     output_dir: str = setting("", "folder of the run and the model; runs/<name of configuration or data> if not given")

@@ -3,6 +3,8 @@ README and pages: their commands parse, their Python runs, their links and paths
 complete.
 """
 
+import ast
+import builtins
 import json
 import re
 import shlex
@@ -313,6 +315,23 @@ def embedded():
 
 
 PYTHON = [page for page in PAGES if code_blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_examples_define_their_names(page):
+    """A reader copies one example into a file of its own."""
+    for block in code_blocks(page, "(?:py|python)"):
+        used, defined = set(), set(dir(builtins))
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+            elif isinstance(node, ast.alias):
+                defined.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.arg):
+                defined.add(node.arg)
+        assert used <= defined, (used - defined, block)
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ def test_the_recipe_for_a_trainer_trains(tiny_processor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model(max_over="similarity", logit_bias_init_value=-2.0)
     for part in (model, tiny_processor):
-        part.save_pretrained("runs/pairs")
+        part.save_pretrained("runs/tuned")
     write_table(tmp_path, 8)
     (tmp_path / "nouns.txt").write_text("\n".join(NOUNS))
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "train.md").read_text(encoding="utf-8")

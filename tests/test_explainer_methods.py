@@ -221,6 +221,31 @@ def test_legrads_mean_token_is_that_of_the_block(vision, gated):
         assert block.mlp(stream).shape == stream.shape
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with a low-rank adapter, as PEFT builds it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.base_layer = layer
+        self.lora_A = torch.nn.Linear(layer.in_features, 2, bias=False)
+        self.lora_B = torch.nn.Linear(2, layer.out_features, bias=False)
+
+    def forward(self, tokens):
+        return self.base_layer(tokens) + self.lora_B(self.lora_A(tokens))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", [["fc1"], ["fc2"], ["fc1", "fc2"]])
+def test_legrads_mean_token_with_adapters(names):
+    torch.manual_seed(0)
+    mlp = load_tower(AutoConfig.for_model(**VISION["clip_vision_model"])).encoder.layers[0].mlp
+    for name in names:
+        setattr(mlp, name, Adapted(getattr(mlp, name)))
+    stream = torch.randn(2, 5, 32)
+    torch.testing.assert_close(_mean_mlp(mlp)(stream), mlp(stream).mean(1, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["clip", "metaclip_2", "iclip"])
 def test_grad_eclip_channel_by_channel(made, family):
     model, processor, explainer, texts, maps = drawn(made, family, "grad_eclip", templates=["{}"])

@@ -296,8 +296,10 @@ def test_a_crop_is_refused(tiny_processor):
     image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
     processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
     assert processor(photo())["pixel_values"].shape == (1, 3, 32, 32)  # of the whole image
-    with pytest.raises(ValueError, match="do_center_crop=False"):
-        processor(photo(), size=64)
+    for options in ({"size": 64}, {"size": 24}, {"size": {"height": 32, "width": 24}}, {"do_resize": False}):
+        with pytest.raises(ValueError, match="do_center_crop=False"):  # 24 pixels would have a black frame
+            processor(photo().resize((48, 40)), **options)
+    assert processor(photo().resize((32, 32)), do_resize=False)["pixel_values"].shape == (1, 3, 32, 32)
     assert processor(photo(), size=64, do_center_crop=False)["pixel_values"].shape == (1, 3, 64, 64)
 
 

@@ -63,7 +63,10 @@ def _mean_mlp(mlp: nn.Module) -> nn.Module:
     Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
     layer, which is linear. This halves the cost of each backward pass.
     """
-    copied = private_copy(mlp)
-    *_, last = (module for module in copied.modules() if isinstance(module, nn.Linear))
-    last.register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
+    copied, last = private_copy(mlp), ""
+    for name, module in copied.named_modules():
+        # A layer with an adapter of PEFT is linear as a whole, and has other linear layers inside.
+        if hasattr(module, "out_features") and not name.startswith(f"{last}."):
+            last = name
+    copied.get_submodule(last).register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
     return copied

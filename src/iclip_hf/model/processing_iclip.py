@@ -235,15 +235,17 @@ class ICLIPProcessor(ProcessorMixin):
         if not images:
             raise ValueError("There is no image.")
         size = self._exact_size(images, given)
+        sizes = [size]
         if not options["do_resize"]:
-            for height, width in map(get_image_size, images):
-                is_asked = given is None or size == {"height": height, "width": width}
-                if not is_asked or height % self.patch_size or width % self.patch_size:
+            sizes = [dict(zip(("height", "width"), get_image_size(image))) for image in images]
+            for own in sizes:
+                if (given is not None and own != size) or any(side % self.patch_size for side in own.values()):
+                    shape = f"{own['height']}x{own['width']}"
                     raise ValueError(
-                        f"An image of {height}x{width} pixels needs to be resized: set do_resize=True of the image "
-                        "processor."
+                        f"An image of {shape} pixels needs to be resized: set do_resize=True of the image processor."
                     )
-        if options["do_center_crop"] and any(options["crop_size"][side] < size[side] for side in size):
+        # A crop that is larger than the image surrounds it with black pixels.
+        if options["do_center_crop"] and any(options["crop_size"][side] != own[side] for own in sizes for side in own):
             raise ValueError(
                 "The image processor crops the images, so their maps would not cover them: create it with "
                 "do_center_crop=False."

@@ -147,7 +147,7 @@ def check_run(settings: Settings) -> None:
     if settings.nouns and not Path(settings.nouns).is_file():
         raise FileNotFoundError(f"{settings.nouns}: there is no such file of nouns.")
     if settings.eval_dataset != "none" and not (settings.eval_root and Path(settings.eval_root).is_dir()):
-        raise FileNotFoundError(f"eval_root: {settings.eval_root!r} is not the folder of {settings.eval_dataset}.")
+        raise FileNotFoundError(f"eval_root: {settings.eval_root!r} is no folder; name that of the data set.")
 
 
 def check_output_dir(settings: Settings) -> None:

@@ -240,7 +240,7 @@ def test_images_without_any_class_are_remarked(labelled_folder, tiny_processor, 
 def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "evaluate.md").read_text(encoding="utf-8")
     names = {}
-    exec(re.search(r"```py\n(import math.*?)\nprint", guide, re.DOTALL)[1], names)
+    exec(re.search(r"```py\n(import math.*?)\ndataset =", guide, re.DOTALL)[1], names)
     masks = np.array([[[1, 1]], [[0, 255]]])
     image = EvaluatedImage(0, SimpleNamespace(labels=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1]), None)
     metric = names["AreaRatio"]()

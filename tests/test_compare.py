@@ -93,6 +93,31 @@ def test_another_file_with_the_name_of_an_image_is_refused(folder, tmp_path, cap
     assert "is none of the images in" in capsys.readouterr().err
 
 
+def test_images_of_one_name_are_told_apart_by_their_paths(folder, tmp_path, sheet, capsys):
+    """In two folders of a COCO data set, the first of which shows a dog and the second a car."""
+    images = [
+        {"id": number, "file_name": f"{sub}/a.png", "height": 40, "width": 60} for number, sub in enumerate("xy")
+    ]
+    square = {"segmentation": [[0, 0, 30, 0, 30, 20, 0, 20]], "bbox": [0, 0, 30, 20], "area": 600, "iscrowd": 0}
+    annotations = [{"id": number + 1, "image_id": number, "category_id": number + 1, **square} for number in (0, 1)]
+    categories = [{"id": 1, "name": "dog"}, {"id": 2, "name": "car"}]
+    for seed, image in enumerate(images):
+        path = tmp_path / "mine" / image["file_name"]
+        path.parent.mkdir(parents=True)
+        noise((60, 40), seed=seed).save(path)
+    (tmp_path / "annotations").mkdir()
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "annotations" / "instances_mine.json").write_text(json.dumps(content))
+    data = ["--dataset", "coco2017", "--data-root", tmp_path, "--split", "mine", "--output", tmp_path / "out.png"]
+    for name, shown in (("x/a.png", "dog"), ("y/a.png", "car"), (tmp_path / "mine" / "y" / "a.png", "car")):
+        assert run(folder, name, *data) == 0
+        assert [title.split("\n")[0] for title in sheet["row_titles"]] == [shown]
+    capsys.readouterr()
+    for name, sentence in (("a", "2 images"), ("a.png", "2 images"), ("z/a.png", "none of the images")):
+        assert run(folder, name, *data) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsys):
     """In the titles of the rows, in the table, and for the pictures, which fade by it."""
     image, texts = folder / "images" / "b.png", ["dog", "cat", "red ball", "car", "tree", "sky"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from ..model.presence import presence_text
@@ -112,13 +111,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         raise ValueError("--dataset and --data-root belong together: give both.")
     if options.dataset is not None:
         dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
-        names = (options.image, Path(options.image).stem)
-        sample = next((sample for sample in dataset if sample.name in names), None)
-        if sample is None or (os.path.isfile(options.image) and not sample.image_path.samefile(options.image)):
-            raise ValueError(
-                f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one "
-                "of them."
-            )
+        sample = _named_sample(dataset, options)
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
@@ -127,6 +120,31 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
     return sample.image, truths, options.templates or dataset.templates
+
+
+def _named_sample(dataset, options: argparse.Namespace):
+    """
+    Returns the sample of a file, of a name or of the end of a path. Raises `ValueError` if there is none, or several.
+    """
+    path = Path(options.image)
+    if path.is_file():
+        found = [sample for sample in dataset if sample.image_path.samefile(path)]
+    else:
+        end = len(path.parts)
+        found = [
+            sample
+            for sample in dataset
+            if sample.name == options.image or sample.image_path.parts[-end:] == path.parts
+        ]
+    if not found:
+        raise ValueError(
+            f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of "
+            "them."
+        )
+    if len(found) > 1:
+        paths = " and ".join(str(sample.image_path) for sample in found[:2])
+        raise ValueError(f"{options.image} is the name of {len(found)} images, such as {paths}: name the path of one.")
+    return found[0]
 
 
 def _shrunk(mask, image):

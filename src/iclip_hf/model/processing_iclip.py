@@ -228,18 +228,18 @@ class ICLIPProcessor(ProcessorMixin):
         of the call, which replace the image processor's own.
         """
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-        names, given = ("do_resize", "do_rescale", "do_center_crop", "crop_size"), size
-        options = {name: getattr(self.image_processor, name, name.startswith("do_re")) for name in names} | options
+        usual = {"do_resize": True, "do_rescale": True, "do_center_crop": False, "crop_size": None}
+        options = {name: getattr(self.image_processor, name, value) for name, value in usual.items()} | options
         convert = to_8_bit if options["do_rescale"] else to_pixels
         images = [_converted(image, convert) for image in (images if is_batch else [images])]
         if not images:
             raise ValueError("There is no image.")
-        size = self._exact_size(images, given)
-        sizes = [size]
+        exact = self._exact_size(images, size)
+        sizes = [exact]
         if not options["do_resize"]:
             sizes = [dict(zip(("height", "width"), get_image_size(image))) for image in images]
             for own in sizes:
-                if (given is not None and own != size) or any(side % self.patch_size for side in own.values()):
+                if (size is not None and own != exact) or any(side % self.patch_size for side in own.values()):
                     shape = f"{own['height']}x{own['width']}"
                     raise ValueError(
                         f"An image of {shape} pixels needs to be resized: set do_resize=True of the image processor."
@@ -250,7 +250,7 @@ class ICLIPProcessor(ProcessorMixin):
                 "The image processor crops the images, so their maps would not cover them: create it with "
                 "do_center_crop=False."
             )
-        return images, size
+        return images, exact
 
     def _divide(self, batch: BatchFeature, images: int, texts: int) -> None:
         """

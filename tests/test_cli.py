@@ -18,6 +18,8 @@ from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.cli.options import texts as parse_texts
 from iclip_hf.cli.output import table
+from iclip_hf.data import load_pairs
+from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
 
@@ -42,6 +44,28 @@ def test_many_photographs_and_one_that_is_broken(workspace, tmp_path, capsys, co
     assert {f"a-{kind}.png", f"a-{kind}-2.png"} <= {path.name for path in (tmp_path / "maps").iterdir()}
     (line,) = err.splitlines()
     assert line.startswith(f"iclip {command}: ") and "broken.jpg" in line
+
+
+def test_pictures_of_the_commands_are_no_images_of_data(workspace, tmp_path, monkeypatch):
+    """Beside images of a class, in a folder of their own, and beside images with masks; a name alone is no mark."""
+    for folder, source in (("classes/dog", "0"), ("masked/images", "1")):
+        shutil.copytree(workspace / source, tmp_path / folder)
+        monkeypatch.chdir(tmp_path / folder)
+        more = ["a.jpg", "--text", "dog", "--model", workspace / "model"]
+        assert [iclip(command, *more) for command in ("explain", "explain", "segment", "compare")] == [0] * 4
+        assert len(list(Path().iterdir())) == 6
+    monkeypatch.chdir(tmp_path / "classes")
+    assert run(workspace, "dog", "--text", "dog") == 0
+    assert [path.name for path in Path("explanations").glob("*.png")] == ["a-explanation.png"]
+    shutil.copy("dog/a.jpg", "dog/b-labels.jpg")
+    pairs = load_pairs(".")
+    assert [pairs.raw(index).key for index in range(len(pairs))] == ["dog/a.jpg", "dog/b-labels.jpg"]
+
+    monkeypatch.chdir(tmp_path / "masked")
+    Path("masks").mkdir()
+    Image.new("L", (30, 90), 1).save("masks/a.png")
+    Path("classes.txt").write_text("dog")
+    assert [sample.name for sample in load_segmentation("folder", ".")] == ["a"]
 
 
 def test_a_folder_names_its_images(workspace, tmp_path, capsys, monkeypatch):

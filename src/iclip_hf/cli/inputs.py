@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..model.downloads import is_url
-from .output import is_written_picture
 
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ def image_names(names: Sequence[str]) -> list[str]:
 
 
 def _of_folder(folder: str) -> list[str]:
-    from ..data.sources import image_files
+    from ..data.sources import image_files, is_written_picture
 
     images = sorted(str(path) for path in image_files(Path(folder)) if not is_written_picture(path))
     if not images:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-# The field Software in the EXIF data of pictures that the commands write.
-_SOFTWARE = "iclip_hf"
 # Longest part of an image's name in the name of an output, in bytes; file systems allow 255 in all.
 _LONGEST_STEM = 200
 # Longest cell of a printed table, in characters.
@@ -95,19 +93,11 @@ def software() -> Image.Exif:
     """Returns the EXIF data of pictures that the commands write."""
     from PIL import ExifTags, Image
 
+    from ..data.sources import WRITTEN_BY
+
     exif = Image.Exif()
-    exif[ExifTags.Base.Software] = _SOFTWARE
+    exif[ExifTags.Base.Software] = WRITTEN_BY
     return exif
-
-
-def is_written_picture(path: Path) -> bool:
-    """Returns whether a command wrote a picture, by its EXIF data."""
-    from ..model.images import open_image
-
-    try:
-        return _SOFTWARE.encode() in open_image(path, decode=False).info.get("exif", b"")
-    except (ValueError, FileNotFoundError):  # it is named where it is read, also a link to nothing
-        return False
 
 
 def report_error(command: str, error: BaseException) -> None:

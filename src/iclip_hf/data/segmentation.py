@@ -27,7 +27,7 @@ from ..utils.digests import LARGE, content_digest, total_size
 from ..utils.extras import require_extra
 from ..utils.files import parse_json
 from .layouts import DATASETS, VOID, Layout
-from .sources import expand_braces
+from .sources import expand_braces, is_written_picture
 
 
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
@@ -386,7 +386,10 @@ def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, 
 def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
     image_pattern, images = _found(root, layout.images, split)
     mask_pattern, masks = _found(root, layout.masks, split)
-    names = sorted({*images, *masks}) if image_pattern.endswith("*") else [*masks]
+    names = [*masks]
+    if image_pattern.endswith("*"):
+        images = {name: path for name, path in images.items() if name in masks or not is_written_picture(path)}
+        names = sorted({*images, *masks})
     if layout.lists:
         lists = [root / path for path in _alternatives(layout.lists, split)]
         lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..model.images import IMAGE_SUFFIXES
+from ..model.images import IMAGE_SUFFIXES, open_image
 from ..utils.digests import file_state
 from ..utils.extras import require_extra
 from ..utils.files import cache_folder, keep_in_cache, parse_json
@@ -47,6 +47,10 @@ CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 LABEL_COLUMNS = ("labels", "complete")  # lists of names, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`
 
 CLASS_CAPTION = "a photo of a {}"  # of the images in a folder that is named by their class
+
+# The field Software in the EXIF data of pictures and label maps that the commands write, and their names by default.
+WRITTEN_BY = "iclip_hf"
+_WRITTEN_NAME = re.compile(r"-(explanation|segments|labels|comparison)(-\d+)?\.[a-z]+$", re.IGNORECASE)
 
 # What `Source.read` may raise for a pair that cannot be used.
 BAD_PAIR = (ValueError, tarfile.TarError)
@@ -456,12 +460,17 @@ def _table_rows(path: Path) -> Iterator[dict]:
 def read_class_folders(path: Path) -> ImageList:
     """
     Reads a folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere
-    in it are logged.
+    in it are logged. Pictures that the commands wrote under a name by default are left out; reading the header of each
+    image would take long.
 
     Raises:
         `FileNotFoundError`: there are no such images.
     """
-    all_paths = sorted(image.relative_to(path) for image in image_files(path))
+    all_paths = sorted(
+        image.relative_to(path)
+        for image in image_files(path)
+        if not (_WRITTEN_NAME.search(image.name) and is_written_picture(image))
+    )
     images = [image for image in all_paths if len(image.parts) == 2]
     if not images:
         raise FileNotFoundError(
@@ -646,6 +655,14 @@ def image_files(folder: Path) -> Iterator[Path]:
             name for name in folders if not _is_hidden(name) and (here == folder or not (here / name).is_symlink())
         )
         yield from (here / name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name))
+
+
+def is_written_picture(path: Path) -> bool:
+    """Returns whether a command wrote a picture, by its EXIF data."""
+    try:
+        return WRITTEN_BY.encode() in open_image(path, decode=False).info.get("exif", b"")
+    except (ValueError, FileNotFoundError):  # it is named where it is read, also a link to nothing
+        return False
 
 
 def _is_hidden(name: str) -> bool:

@@ -500,6 +500,7 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
             assert one.map().equal(found.map(text)) and one.regions() == found.regions(text) == found.regions(index)
             assert one.to_dict()["texts"] == [found.to_dict()["texts"][index]]
     assert found.label_map(background=["car"]).equal(found.label_map(background=[2]))
+    assert "car" in found and "horse" not in found
     with pytest.raises(KeyError, match="horse"):
         found["horse"]
     for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):

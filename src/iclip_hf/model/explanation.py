@@ -78,6 +78,10 @@ class Explanation:
         """Number of texts."""
         return len(self.labels)
 
+    def __contains__(self, text: str) -> bool:
+        """Whether this is one of the texts."""
+        return text in self.labels
+
     def __getitem__(self, text: int | str) -> Explanation:
         """Returns the explanation of one text. Raises `IndexError` or `KeyError` if there is no such text."""
         index = self.index(text)

@@ -35,6 +35,28 @@ def here(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------- plan
 
 
+@pytest.mark.parametrize(
+    "data, name",
+    {
+        "pets.v2.csv": "pets",
+        "..": "photos",
+        ".": "sub",
+        "../cc3m/{00..31}.tar": "cc3m",
+        "../cc3m/*.tar": "cc3m",
+        "../cc3m/train-*.tar": "cc3m",
+        ".pairs.csv": "sub",
+        "/": "pairs",
+        "my pets (1)": "my pets (1)",
+    }.items(),
+)
+def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch, data, name):
+    """Or of their folder: one in `runs/` itself, or in `runs/*`, would go with others."""
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos" / "sub")
+    pairs = open_pairs([str(write_table(tmp_path / "table", 4))], {})
+    assert preset.choose_settings({"data": [data]}, pairs)[0]["output_dir"] == f"runs/{name}"
+
+
 def choose_settings(given: dict) -> dict:
     return preset.choose_settings(given, open_pairs(given["data"], given))[0]
 

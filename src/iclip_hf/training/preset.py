@@ -42,8 +42,7 @@ def choose_settings(
         """Sets a value unless the setting is given; returns the effective value."""
         return overrides[name] if name in overrides else preset.setdefault(name, value)
 
-    stem = Path(overrides["data"][0]).absolute().name.partition(".")[0]
-    folder = set_default("output_dir", f"{RUNS}/{stem}")
+    folder = set_default("output_dir", f"{RUNS}/{_stem(overrides['data'][0])}")
     if not (overrides.get("vision") or overrides.get("text")):
         set_default("model", "embedded")
     if not overrides.get("validation_data"):
@@ -70,6 +69,15 @@ def choose_settings(
     set_default("log_steps", max(1, steps // 100))
     set_default("num_workers", min(training // 250, 4, spare_processors()))
     return preset, (pairs, held_out)
+
+
+def _stem(data: str) -> str:
+    """
+    Returns the name of a file or folder up to the first dot. For a pattern and for a hidden file, it is that of the
+    folder: a run in a folder `*` would be deleted with all others.
+    """
+    stems = [part.partition(".")[0] for part in Path(os.path.abspath(data)).parts[1:]]
+    return next((stem for stem in reversed(stems) if stem and not set(stem) & set("*?[]{}")), "pairs")
 
 
 def _locks_vision(overrides: Mapping) -> bool:

@@ -70,7 +70,7 @@ def load(
 
     Returns:
         [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not
-        changed.
+        changed. Load a model again after it was moved to another device or number format, which replaces its weights.
 
     Raises:
         `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind.

@@ -189,6 +189,7 @@ def test_pairs_and_their_features_have_the_same_captions(tmp_path, tiny_processo
     cached = CachedPairs(source, cache, 7, nouns)
     pairs = TrainingPairs(source, lambda image: image, tiny_processor, 7, nouns)
     kept, epochs = [place for place in range(80) if place % 40 != 3], []
+    assert cached.image_digests() == [pairs.image_digests()[place] for place in kept]
     for epoch in (0, 1, 0):
         pairs.set_epoch(epoch)
         cached.set_epoch(epoch)

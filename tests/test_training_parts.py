@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import noise, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,7 +18,14 @@ from training_runs import accelerator, pair_model_of
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.streams import PairStream
 from iclip_hf.training import validation
-from iclip_hf.training.data import BatchLoader, GlobalBatches, TrainingPairs, TrainingStream, augmentation
+from iclip_hf.training.data import (
+    BatchLoader,
+    GlobalBatches,
+    TrainingPairs,
+    TrainingStream,
+    augmentation,
+    whole_image,
+)
 from iclip_hf.training.train import cosine_schedule, parameter_groups
 from iclip_hf.training.validation import regressed_metrics
 from iclip_hf.utils.interrupts import Interrupts
@@ -156,22 +163,29 @@ def test_an_error_of_a_worker_ends_the_workers():
 
 
 def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):
-    """Against one matrix of logits; a caption that two pairs have is right for both images."""
+    """Against one matrix of logits; a caption that two pairs have is right for both images, and so is an image."""
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(2, 11, 4, generator=generator)
     captions = [f"caption {row}" for row in range(11)]
     captions[6], texts[6], images[6] = captions[2], texts[2], texts[2]
+    digests = [bytes([row]) for row in range(11)]
+    digests[9], images[9], texts[3] = digests[3], images[3], images[3]  # its two captions in two rows
     texts /= texts.norm(dim=1, keepdim=True)
     logits = images.double() @ texts.double().T
-    right = [captions[logits[row].argmax()] == captions[row] for row in range(11)]
+
+    def same(row: int, other: int) -> bool:
+        return captions[row] == captions[other] or digests[row] == digests[other]
+
+    right = [same(row, logits[row].argmax()) for row in range(11)]
     losses = -(logits.log_softmax(1).diag() + logits.log_softmax(0).diag()) / 2
-    reached = [captions[logits[:, row].argmax()] == captions[row] for row in range(11)]
+    reached = [same(row, logits[:, row].argmax()) for row in range(11)]
     monkeypatch.setattr(validation, "_BLOCK", 4)
     shapes = recorded(validation.F, "cross_entropy", lambda logits, *args, **options: tuple(logits.shape))
-    scores = validation.retrieval_scores(images, texts, captions)
+    scores = validation.retrieval_scores(images, texts, captions, digests)
     assert shapes == [(4, 11), (4, 11), (3, 11)] * 2
     torch.testing.assert_close(scores["val_loss"].double(), losses, atol=1e-5, rtol=0)
-    assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right] and scores["image_to_text"][6] == 100
+    assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right]
+    assert scores["image_to_text"][[6, 9]].tolist() == [100, 100]
     assert scores["text_to_image"].tolist() == [100.0 * hit for hit in reached]
 
 
@@ -191,3 +205,8 @@ def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
     assert not torch.equal(dataset[3]["image"], first)
     with pytest.raises(ValueError, match="auto_augment: 'rand-m9-xyz3'"):
         augmentation(tiny_processor, auto_augment="rand-m9-xyz3")
+
+
+def test_without_augmentation_the_image_is_whole_and_not_mirrored(tiny_processor):
+    wide, transform = noise((90, 40)), augmentation(tiny_processor, crop_scale=1, auto_augment="", random_erasing=0)
+    assert all(torch.equal(transform(wide), whole_image(tiny_processor, wide)) for _ in range(8))

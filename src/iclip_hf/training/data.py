@@ -197,6 +197,10 @@ class PairBatches(TextSampler, Dataset):
         """Returns the caption of each pair in this epoch."""
         raise NotImplementedError
 
+    def image_digests(self) -> list[bytes]:
+        """Returns a digest of the image of each pair, which pairs of one image share, see [`PairDataset`]."""
+        raise NotImplementedError
+
 
 class TrainingPairs(PairBatches):
     """Pairs of a [`PairDataset`] as tensors; the images by `transform`."""
@@ -225,6 +229,9 @@ class TrainingPairs(PairBatches):
 
     def sampled_captions(self) -> list[str]:
         return [self.caption(self.pairs.captions(index), index) for index in range(len(self))]
+
+    def image_digests(self) -> list[bytes]:
+        return self.pairs.image_digests()
 
     def prepare(self, pair: dict, key: int | str) -> dict:
         texts = PairTexts(*map(pair.get, PairTexts._fields))
@@ -273,7 +280,7 @@ class CachedPairs(PairBatches):
         **options,
     ):
         super().__init__(cache.processor, seed, nouns)
-        self.config = cache.model.config
+        self.pairs, self.config = pairs, cache.model.config
         distinct, rows = pairs.distinct()
         self.features = cache.images(distinct, **options)
         texts = {row: _texts_of(distinct, row) for row, usable in enumerate(self.features.usable()) if usable}
@@ -298,6 +305,10 @@ class CachedPairs(PairBatches):
 
     def sampled_captions(self) -> list[str]:
         return [*map(self.caption, self.captions, self.keys.tolist())]
+
+    def image_digests(self) -> list[bytes]:
+        digests = self.pairs.image_digests()
+        return [digests[key] for key in self.keys.tolist()]
 
     def __getitems__(self, indices: Sequence[int]) -> dict:
         """Returns the features (B, ...) of these pairs, the sampled captions and the nouns."""
@@ -338,9 +349,12 @@ def augmentation(
 ) -> Callable[[Image.Image], torch.Tensor]:
     """
     Returns the conversion of an image to `pixel_values` (3, H, W) of the processor's size, cropped and augmented by
-    timm's transforms. The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe. Raises
+    timm's transforms. The options are those of [`~settings.Settings`]; their defaults are DeiT's recipe. With all of
+    them off, it is that of [`whole_image`], because timm would still mirror images and crop wide ones. Raises
     `ValueError` for an unknown policy.
     """
+    if crop_scale == 1 and not (auto_augment or random_erasing):
+        return partial(whole_image, processor)
     with require_extra("train"):
         from timm.data import create_transform
 

@@ -54,8 +54,8 @@ def validate(
 
     Returns:
         `dict` of `torch.Tensor` of shape `(N,)`, a value for each pair, whose mean is the metric: `val_loss`, and
-        `image_to_text` and `text_to_image`, 100 if the nearest text (image) of the image (text) is its own, or has the
-        same caption, and else 0.
+        `image_to_text` and `text_to_image`, 100 if the nearest text (image) of the image (text) is its own, or of a
+        pair with the same image or caption, and else 0.
     """
     dataset.set_epoch(0)
     # Contiguous parts, padded to equal length because each forward pass gathers.
@@ -72,24 +72,31 @@ def validate(
         scale = outputs["logit_scales"][0]
     pair_model.train()
     images, texts = (accelerator.gather(torch.cat(parts))[: len(dataset)] for parts in (images, texts))
-    return retrieval_scores(scale * images, texts, dataset.sampled_captions())
+    return retrieval_scores(scale * images, texts, dataset.sampled_captions(), dataset.image_digests())
 
 
-def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str]) -> dict[str, torch.Tensor]:
+def retrieval_scores(
+    images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], image_digests: Sequence[bytes]
+) -> dict[str, torch.Tensor]:
     """
     Returns the result of [`validate`] for scaled vectors of images (N, P) and vectors of their captions (N, P). The
     logits are computed in blocks, so that memory does not grow with N squared.
     """
-    # Pairs with one caption have one number, because they cannot be told apart.
-    numbers = {caption: number for number, caption in enumerate(captions)}
-    same = torch.tensor([numbers[caption] for caption in captions], device=images.device)
+
+    def numbers(names: Sequence) -> list[int]:
+        last = {name: number for number, name in enumerate(names)}
+        return [last[name] for name in names]
+
+    # Pairs with one caption have one number, and those with one image, because they cannot be told apart: many tables
+    # have a row for each of several captions.
+    same = torch.tensor([numbers(captions), numbers(image_digests)], device=images.device)
 
     def of_each(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, hits = [], []
         for rows in torch.arange(len(queries), device=queries.device).split(_BLOCK):
             logits = queries[rows] @ candidates.T
             losses.append(F.cross_entropy(logits, rows, reduction="none"))
-            hits.append(100 * (same[logits.argmax(1)] == same[rows]).float())
+            hits.append(100 * (same[:, logits.argmax(1)] == same[:, rows]).any(0).float())
         return torch.cat(losses), torch.cat(hits)
 
     (image_loss, image_to_text), (text_loss, text_to_image) = of_each(images, texts), of_each(texts, images)

@@ -127,6 +127,7 @@ REFUSED = {
         "unlisted category": annotation(category_id=4),
         "unlisted image": annotation(image_id=6),
         "no segmentation": annotation(segmentation=None),
+        "boxes without masks": annotation(segmentation=[]),
         "polygon of two points": annotation(segmentation=[[1, 1, 2, 2]]),
         "runs of another size": runs([720], (30, 24)),
         "runs that are too short": runs([700]),
@@ -221,7 +222,7 @@ REFUSED = {
 BORNE = [
     (mask, index_mask(np.full((24, 30), 255, np.uint8))),
     (classes, "\ufeffdog\r\ncat\r\n"),
-    (coco, annotation(segmentation=[])),
+    (coco, {"annotations": [POLYGON, {**POLYGON, "id": 8, "segmentation": []}]}),
     (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
     (
         pairs("a.csv"),

@@ -456,6 +456,8 @@ def _instances(root: Path, split: str) -> _Content:
                 raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
             annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
             annotations[item["image_id"]].append(annotation | {"segmentation": item["segmentation"]})
+        if content["annotations"] and not any(item["segmentation"] for item in content["annotations"]):
+            raise ValueError("the annotations are boxes without a mask")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "

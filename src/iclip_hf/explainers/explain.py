@@ -49,7 +49,7 @@ def explain(
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
-        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for
+        images: an image, or a list or column of B images of any shapes: PIL images, numpy arrays or tensors as for
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
             list of labels for each, which may differ in length; or labels with the prior of the presence of each,
@@ -71,7 +71,8 @@ def explain(
             texts and sizes differ.
         `OSError`: an image cannot be read.
     """
-    is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
+    dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
+    is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
     best, texts = (NOUNS, vocabulary()) if texts is None else (None, texts)
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)

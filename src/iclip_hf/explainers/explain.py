@@ -57,7 +57,8 @@ def explain(
             `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
         templates, refine, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
-        target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
+        target_sizes: `(height, width)` in pixels of each image's maps, as a list, array or tensor; the image's size if
+            not given.
         size: the size of images for the maps, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): as for [`Engine.run`].
         timeout (`float`): time limit in seconds for the download of an image.

@@ -315,7 +315,7 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
-            target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
+            target_sizes (list, array or tensor of B `(height, width)`): sizes of the original images in pixels.
             reverse (`bool`): whether to return 1 - M, which corrects CLIP's opposite maps without training.
 
         Returns:
@@ -367,8 +367,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
-            target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's
-                if not given.
+            target_sizes (list, array or tensor of B `(height, width)`, *optional*): sizes of the label maps in pixels;
+                the patch grid's if not given.
             threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is
                 greater, for all pixels if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".

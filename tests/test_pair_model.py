@@ -144,6 +144,11 @@ def test_nouns_are_found_in_captions():
     assert all(nouns.nouns[number] in prompt for number, prompt in zip(sampled["noun_ids"], prompts))
     assert set(sampled["noun_ids"][:3].tolist()) <= {2, 3}
     assert sampled["is_background"].tolist() == [int(number == 2) for number in sampled["noun_ids"]]
+    irregular = {"children": "child", "people": "person", "feet": "foot", "teeth": "tooth", "geese": "goose"}
+    for plural, noun in {**irregular, "mice": "mouse", "salespeople": "salesperson"}.items():
+        nouns_of_one = NounPrompts([noun, "dog"])
+        assert nouns_of_one.nouns_in(f"two {plural}") == nouns_of_one.nouns_in(f"a {noun}") == {0}
+    assert NounPrompts(["person", "people"]).nouns_in("two people") == {1}  # which is a noun itself
     assert NounPrompts(["carpenter's kit"]).nouns_in("a photo of the carpenter's kits") == {0}
     assert nouns.sample(images[:1], epoch=0)[0] == prompts[:3]
     assert any(nouns.sample(images[:1], epoch)[0] != prompts[:3] for epoch in range(1, 4))

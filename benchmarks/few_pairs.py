@@ -3,14 +3,15 @@
     python benchmarks/few_pairs.py --data-root DATA
 
 For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is
-measured on the other half, with five. Maps are measured on coco100. Settings are those that `iclip train pairs.csv`
-chooses, except for the learning rate. Features of the locked towers are the same in all runs: they are computed once
-and kept in the folder `--output`.
+measured on the other half, with five. Maps and presence are measured on coco100. Settings are those that `iclip train
+pairs.csv` chooses, except for the learning rate and `keep_presence`. Features of the locked towers are the same in
+all runs: they are computed once and kept in the folder `--output`.
 """
 
 import argparse
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,15 @@ from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import BatchLoader, CachedPairs
 from iclip_hf.training.features import FeatureCache
-from iclip_hf.training.preset import RATE, STEPS
+from iclip_hf.training.preset import KEEP_PRESENCE, RATE, STEPS
 from iclip_hf.training.settings import Settings
-from iclip_hf.training.train import cosine_schedule, parameter_groups
+from iclip_hf.training.train import cosine_schedule, kept_presence, parameter_groups
 
 
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]
-COLUMNS = dict.fromkeys([*RECALLS, "mAP", "mMIoU"], ".1f") | {"mFMB": ".3f", "text_contrast": ".1f"}
+MAPS = {"mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}
+PRESENCE = {"auc": ".3f", "kept": ".1f", "passed": ".1f"}
+COLUMNS = dict.fromkeys([*RECALLS, "mAP"], ".1f") | PRESENCE | MAPS
 
 
 def main() -> None:
@@ -43,14 +46,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4], help="peaks, for the batch")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0, KEEP_PRESENCE], help="values of keep_presence")
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
 
     study = Study(options)
     rows = {"the embedded model": [study.run(seed) for seed in options.seeds]}
     print(table(rows), flush=True)
-    for count, rate in itertools.product(options.pairs, options.rates):
-        rows[f"{count} pairs, rate {rate:.0e}"] = [study.run(seed, count, rate) for seed in options.seeds]
+    for count, rate, keep in itertools.product(options.pairs, options.rates, options.keep):
+        runs = [study.run(seed, count, rate, keep) for seed in options.seeds]
+        rows[f"{count} pairs, rate {rate:.0e}, keep_presence {keep:g}"] = runs
         print(table(rows).splitlines()[-1], flush=True)
     print(f"\n{options.output}: the features")
 
@@ -60,6 +65,7 @@ class Study:
 
     def __init__(self, options: argparse.Namespace):
         self.steps = options.steps
+        self.settings = Settings(model="embedded", data=[""], output_dir=".", lock_text=True)
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
         pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
@@ -69,25 +75,26 @@ class Study:
         self.start.encode_image = remembered(self.start.encode_image, {})
         self.start.encode_text = remembered(self.start.encode_text, {})
 
-    def run(self, seed: int, count: int = 0, rate: float = RATE) -> dict[str, float]:
+    def run(self, seed: int, count: int = 0, rate: float = RATE, keep: float = 0) -> dict[str, float]:
         """Returns the scores after fine-tuning on `count` pairs; with 0 pairs those of the embedded model itself."""
         model = copy.deepcopy(self.start)
         own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
         if count:
-            self.fine_tune(model, own[:count], seed, rate)
-        result = evaluate_model((model.eval(), self.processor), self.maps, progress=False).results["itsm"]
-        maps = {name: scores[name.lower()] for name, scores in result.items() if name.lower() in scores}
-        return {**self.retrieval(model, unseen), **maps}
+            self.fine_tune(model, own[:count], seed, rate, keep)
+        explainable, metrics = (model.eval(), self.processor), ["mAP", "presence", *MAPS]
+        result = evaluate_model(explainable, self.maps, metrics=metrics, progress=False).results["itsm"]
+        maps = {name: result[name][name.lower()] for name in ("mAP", *MAPS)}
+        return {**self.retrieval(model, unseen), **maps, **{name: result["presence"][name] for name in PRESENCE}}
 
-    def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float) -> None:
+    def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float, keep: float) -> None:
         training = copy.copy(self.pairs)
         training.rows, training.keys = self.pairs.rows[rows], self.pairs.keys[rows]
         training.captions = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        defaults = Settings(model="embedded", data=[""], output_dir=".", lock_text=True)
-        pair_model = PairModel(model, defaults)
-        optimizer = torch.optim.AdamW(parameter_groups(pair_model, defaults.weight_decay), lr=rate)
+        settings = replace(self.settings, keep_presence=keep)
+        pair_model = PairModel(model, settings, kept_presence(settings, model, self.processor))
+        optimizer = torch.optim.AdamW(parameter_groups(pair_model, settings.weight_decay), lr=rate)
         step = 0
         for epoch in itertools.count():
             for batch in loader.epoch(epoch):
@@ -96,7 +103,7 @@ class Study:
                 for group in optimizer.param_groups:
                     group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, 0.0, 0.0)
                 pair_model(**batch)["loss"].backward()
-                torch.nn.utils.clip_grad_norm_(pair_model.parameters(), defaults.clip_grad_norm)
+                torch.nn.utils.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
                 pair_model.clamp_logit_scales()

@@ -86,10 +86,11 @@ def test_the_data_set_gives_texts_and_their_pixels(folder, tmp_path, sheet, caps
     assert absent.max() == 0 and unknown is None
 
 
-def test_another_file_with_the_name_of_an_image_is_refused(folder, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["a.png", "a" * 300])
+def test_another_file_or_name_than_those_of_the_images_is_refused(folder, tmp_path, capsys, name):
     noise((60, 40), seed=5).save(tmp_path / "a.png")
     data = ["--dataset", "folder", "--data-root", folder, "--output", tmp_path / "out.png"]
-    assert run(folder, tmp_path / "a.png", *data) == 2
+    assert run(folder, tmp_path / name, *data) == 2
     assert "is none of the images in" in capsys.readouterr().err
 
 

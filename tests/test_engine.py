@@ -24,6 +24,7 @@ from iclip_hf import (
     ICLIPProcessor,
     ImageTextSimilarityMapPipeline,
     ZeroShotImageSegmentationPipeline,
+    coco_annotations,
     draw,
     explain,
 )
@@ -506,6 +507,9 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):
         with pytest.raises(IndexError):
             ask(index)
+    for several in (slice(0, 2), ["dog", "car"], None, 1.0):
+        with pytest.raises(TypeError, match="named by itself or by its index"):
+            found[several]
     with pytest.raises(ValueError, match="threshold"):
         found.mask("dog", float("nan"))
 
@@ -686,6 +690,13 @@ def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp
                 assert np.array_equal(read.annToMask(annotation), mask) and annotation["area"] == mask.sum()
                 assert annotation["bbox"] == coco.maskUtils.toBbox(read.annToRLE(annotation)).tolist()
                 assert annotation["score"] == pytest.approx(region.score, abs=1e-4) and not annotation["iscrowd"]
+
+
+def test_annotations_with_ids_of_numpy_are_json(tiny_processor):
+    found = explain((tiny_model(), tiny_processor), IMAGES[0], TEXTS)
+    ids = 7, [5, 3, 9], 20
+    annotations = coco_annotations(found, *map(np.array, ids))
+    assert annotations and json.loads(json.dumps(annotations)) == coco_annotations(found, *ids)
 
 
 def test_arrays_and_pictures_are_one_image(tiny_processor):

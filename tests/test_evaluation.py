@@ -393,6 +393,7 @@ def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_ha
         ({"batch_size": 0}, "batch_size is at least 1"),
         ({"methods": []}, "methods is a list"),
         ({"methods": "itsm"}, "methods is a list"),
+        ({"metrics": []}, "There is no metric"),
     ],
 )
 def test_an_evaluation_of_nothing_is_refused(labelled_folder, tiny_processor, options, message):

@@ -106,6 +106,9 @@ def test_a_folder_is_new_or_empty_or_has_the_state_file(tmp_path):
     check_new_folder(folder, ".state")
     with pytest.raises(FileExistsError):
         check_new_folder(folder, ".state-of-another-command")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link: this link leads nowhere"):
+        check_new_folder(tmp_path / "link", ".state")
 
 
 # ---- whole files ----

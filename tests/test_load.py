@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 
 import huggingface_hub
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import TEXT, VISION, tiny_model
@@ -73,6 +74,15 @@ def test_models_of_other_types_are_refused_by_their_config(offline, tmp_path):
     for name, loader in itertools.product((tmp_path / "bert", "org/bert"), (load, load_iclip)):
         with pytest.raises(ValueError, match=f"{name}: expected a model of type iclip.*, but got one of type bert"):
             loader(name)
+
+
+def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
+    folder = copied(world, tmp_path / "adapter", adapter_config={"peft_type": "LORA"})
+    load(folder)  # a whole model beside it
+    (folder / "config.json").unlink()
+    for loader in (load, load_iclip):
+        with pytest.raises(ValueError, match=r"adapter: this folder holds an adapter.*pair \(model, processor\)"):
+            loader(folder)
 
 
 def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):
@@ -142,6 +152,11 @@ def test_an_image_comes_in_any_form(world, tmp_path):
         assert found.size == (40, 60)
         torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
     assert len(explain(model, np.stack([array] * 2), [["dog"], ["cat", "sky"]])) == 2
+    paths = [str(tmp_path / "a.png")] * 2
+    for column in (np.array(paths), np.array(paths, object), pd.Series(paths), pd.Series(forms)):
+        for found in explain(model, column, ["dog"]):
+            torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=0)
+        assert len(explain(model, column, ["dog"])) == len(column)
     gray = explain(model, array[..., :1], ["dog"])
     torch.testing.assert_close(gray.raw_maps, explain(model, PHOTO.getchannel(0), ["dog"]).raw_maps)
 

@@ -112,13 +112,15 @@ def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path, count):
     assert choose_settings({"data": [str(table)]})["best_metric"] == "val_loss"
 
 
-def test_no_cache_is_chosen_for_an_image_tower_that_learns(tmp_path):
+def test_what_needs_locked_towers_is_not_chosen_for_towers_that_learn(tmp_path):
     given = {"data": [str(write_table(tmp_path, 4))]}
     tiny_model(lock_vision=False).save_pretrained(tmp_path / "unlocked")
     unlocked = {**given, "model": str(tmp_path / "unlocked")}
-    assert "cache_features" not in choose_settings({**given, "model_options": ["lock_vision=false"]})
-    assert "cache_features" not in choose_settings(unlocked)
-    assert "cache_features" in choose_settings({**unlocked, "model_options": ["lock_vision=true"]})
+    of_locked = {"cache_features", "keep_presence"}
+    assert of_locked.isdisjoint(choose_settings({**given, "model_options": ["lock_vision=false"]}))
+    assert of_locked.isdisjoint(choose_settings(unlocked))
+    assert of_locked <= choose_settings({**unlocked, "model_options": ["lock_vision=true"]}).keys()
+    assert of_locked & choose_settings({**given, "lock_text": False}).keys() == {"cache_features"}
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -144,6 +144,11 @@ def test_nouns_are_found_in_captions():
     assert all(nouns.nouns[number] in prompt for number, prompt in zip(sampled["noun_ids"], prompts))
     assert set(sampled["noun_ids"][:3].tolist()) <= {2, 3}
     assert sampled["is_background"].tolist() == [int(number == 2) for number in sampled["noun_ids"]]
+    irregular = {"children": "child", "people": "person", "feet": "foot", "teeth": "tooth", "geese": "goose"}
+    for plural, noun in {**irregular, "mice": "mouse", "salespeople": "salesperson"}.items():
+        nouns_of_one = NounPrompts([noun, "dog"])
+        assert nouns_of_one.nouns_in(f"two {plural}") == nouns_of_one.nouns_in(f"a {noun}") == {0}
+    assert NounPrompts(["person", "people"]).nouns_in("two people") == {1}  # which is a noun itself
     assert NounPrompts(["carpenter's kit"]).nouns_in("a photo of the carpenter's kits") == {0}
     assert nouns.sample(images[:1], epoch=0)[0] == prompts[:3]
     assert any(nouns.sample(images[:1], epoch)[0] != prompts[:3] for epoch in range(1, 4))
@@ -377,6 +382,46 @@ def test_clamped_scale_can_come_back():
     assert scale.exp().item() == pytest.approx(100, abs=1e-3)
     gradients(pair_model, tiny_inputs(4, 4))
     assert scale.grad != 0
+
+
+def test_kept_presence_is_the_divergence_from_that_at_the_start():
+    """By hand, over images and texts; its gradient goes to the branch alone."""
+    branch, draws = tiny_model(logit_bias_init_value=-2).recognition, torch.Generator().manual_seed(0)
+    projections = (branch.visual_projection, branch.text_projection)
+    images, texts = (
+        torch.randn(count, projection.weight.shape[1], generator=draws)
+        for count, projection in zip((3, 5), projections)
+    )
+    kept = module.KeptPresence(branch, texts)
+    assert kept(branch, images).item() == pytest.approx(0, abs=1e-6)
+
+    def probabilities() -> list[float]:
+        return branch(branch.embed_image(images) @ branch.embed_text(texts).mT).sigmoid().flatten().tolist()
+
+    before = probabilities()
+    with torch.no_grad():
+        branch.visual_projection.weight.mul_(torch.randn(branch.visual_projection.weight.shape, generator=draws))
+        branch.logit_bias.sub_(0.5)
+    expected = 0
+    for old, new in zip(before, probabilities()):
+        expected += old * math.log(old / new) + (1 - old) * math.log((1 - old) / (1 - new))
+    loss = kept(branch, images)
+    assert loss.item() == pytest.approx(expected / 3, rel=1e-4) and expected > 0.1
+    loss.backward()
+    assert branch.logit_bias.grad != 0 and all(parameter.grad is None for parameter in kept.parameters())
+
+
+def test_the_loss_has_its_share_of_kept_presence():
+    model, inputs = tiny_model(logit_bias_init_value=-2), tiny_inputs(4, 4)
+    pair_model = pair_model_of(model, lock_text=True, keep_presence=3.0).eval()
+    alone = pair_model(**inputs)["loss"]
+    pair_model.kept = module.KeptPresence(model.recognition, torch.randn(5, model.config.text_config.hidden_size))
+    with torch.no_grad():
+        model.recognition.logit_bias.add_(1)
+    features = model.image_inputs(model.encode_image(inputs["pixel_values"])).recognition
+    divergence = pair_model.kept(model.recognition, features)
+    # The loss of captions does not depend on the bias.
+    assert (pair_model(**inputs)["loss"] - alone).item() == pytest.approx(3 * divergence.item(), rel=1e-4) != 0
 
 
 @pytest.mark.parametrize(

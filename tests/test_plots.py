@@ -101,6 +101,14 @@ def test_an_opacity_outside_0_and_1_is_refused(opacity):
             call()
 
 
+@pytest.mark.parametrize("option", [{"columns": 0}, {"columns": -2}, {"dpi": 0}, {"dpi": 1}, {"dpi": 4}])
+def test_a_sheet_without_columns_or_pixels_is_refused(option):
+    image, (name,) = Image.new("RGB", (60, 40)), option
+    with pytest.raises(ValueError, match=f"{name} is at least"):
+        draw(explained([0.9]), image, **option)
+    assert draw(explained([0.9]), image, columns=1, dpi=5).width < 30
+
+
 def test_an_unknown_colour_map_is_refused():
     with pytest.raises(ValueError, match="no colour map 'viridis', only heat, cividis, jet"):
         draw(explained([0.9]), Image.new("RGB", (60, 40)), colormap="viridis")

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
 
-from iclip_hf import ICLIPProcessor
+from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.modeling_iclip import average_prompts
@@ -74,11 +74,11 @@ def test_what_is_no_text_and_no_image_is_named(tiny_processor, inputs):
 
 def test_a_size_of_nothing_is_refused(tiny_processor):
     """Not taken for the usual one."""
-    for size in (0, {}, {"height": 0, "width": 8}):
+    for size in (0, {}, {"height": 0, "width": 8}, "32", 32.0, (32, 32), {"shortest_edge": "32"}):
         with pytest.raises(ValueError, match="size is a number"):
             tiny_processor(photo(), size=size)
         with pytest.raises(ValueError, match="size is a number"):
-            Engine(tiny_model(), tiny_processor, image_size=size).prepare(photo())
+            Engine(tiny_model(), tiny_processor, image_size=size)
 
 
 def test_saving_keeps_every_option(tiny_processor, tmp_path):
@@ -127,6 +127,24 @@ def test_maps_are_resized_then_stretched(tiny_processor):
         for text in range(3):
             low, high = big[text].min(), big[text].max()
             torch.testing.assert_close(done[text], (big[text] - low) / (high - low), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", [np.array, torch.tensor])
+def test_sizes_of_maps_are_numbers_in_any_form(tiny_processor, form):
+    outputs = SimpleNamespace(similarity_maps=torch.randn(2, 3, 4, 4))
+    sizes, model, images = [(8, 12), (5, 6)], (tiny_model(), tiny_processor), [photo(), photo(seed=1)]
+    answers = (
+        lambda sizes: tiny_processor.post_process_similarity_maps(outputs.similarity_maps, sizes),
+        lambda sizes: tiny_processor.post_process_semantic_segmentation(outputs, sizes),
+        lambda sizes: [one.maps for one in explain(model, images, "dog", target_sizes=sizes)],
+    )
+    for answer in answers:
+        expected = answer(sizes)
+        assert all(found.equal(one) for found, one in zip(answer(form(sizes)), expected, strict=True))
+        assert [one.shape[-2:] for one in expected] == sizes
+        for wrong in ((0, 5), (-3, 5), (5.5, 6), (5, 6, 7), 5, "56"):
+            with pytest.raises(ValueError, match="size of a map"):
+                answer([(8, 12), wrong])
 
 
 def test_masks_by_hand(tiny_processor):
@@ -301,6 +319,12 @@ def test_a_crop_is_refused(tiny_processor):
             processor(photo().resize((48, 40)), **options)
     assert processor(photo().resize((32, 32)), do_resize=False)["pixel_values"].shape == (1, 3, 32, 32)
     assert processor(photo(), size=64, do_center_crop=False)["pixel_values"].shape == (1, 3, 64, 64)
+    for crop_size in (32, {"height": 32, "width": 32}):
+        whole = tiny_processor(photo(), size=32, do_center_crop=True, crop_size=crop_size)
+        assert whole["pixel_values"].equal(tiny_processor(photo(), size=32)["pixel_values"])
+    for crop_size, message in ((24, "do_center_crop=False"), (None, "crop_size"), ("32", "crop_size")):
+        with pytest.raises(ValueError, match=message):
+            tiny_processor(photo(), size=32, do_center_crop=True, crop_size=crop_size)
 
 
 def test_images_that_are_not_resized_have_the_size_that_is_asked_for(tiny_processor):

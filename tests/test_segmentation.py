@@ -193,6 +193,16 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
     np.testing.assert_array_equal(sample.mask(2), 2 * CAT)
 
 
+def test_a_coco_file_of_the_very_name_comes_before_one_without_the_split(tmp_path):
+    names = ["val2017/1.jpg", "val2017/2.jpg", "1.jpg"]
+    images = [{"id": number, "file_name": name, "height": 6, "width": 8} for number, name in enumerate(names)]
+    write_coco(tmp_path, [], images)
+    split = tmp_path / "val2017"
+    (split / "val2017" / "2.jpg").rename(split / "2.jpg")
+    found = [sample.image_path for sample in load_segmentation("coco2017", tmp_path)]
+    assert found == [split / "val2017" / "1.jpg", split / "2.jpg", split / "1.jpg"]
+
+
 @pytest.mark.parametrize("name", ["../1.jpg", "val2017/../../1.jpg", "{root}/1.jpg", "val2017/{root}/1.jpg"])
 def test_coco_names_no_file_outside_of_the_split(tmp_path, name):
     name = name.format(root=tmp_path)

@@ -8,15 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
+from conftest import tiny_model
 from fault_inputs import written
+from PIL import Image
 from processes import run_script
 from training_runs import assert_same_weights, eight_pairs, gradients, run, weights
 
+from iclip_hf import explain
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import TrainingStream
@@ -186,6 +190,39 @@ def test_a_resumed_stream_keeps_the_mean_that_its_branches_learned_with(hub, tmp
 
 
 # Kills its own process before or after the work of one call that changes files
+def test_a_resumed_run_keeps_the_presence_of_its_start(hub, tmp_path, tiny_processor, monkeypatch):
+    """With `keep_presence`, that of nouns moves less; a run that was interrupted still knows the start."""
+    start = tiny_model(logit_bias_init_value=-1)
+    start.save_pretrained(tmp_path / "start")
+    tiny_processor.save_pretrained(tmp_path / "start")
+    arguments = ["--model", tmp_path / "start", "--lock_text", "--learning_rate", 0.02, "--warmup_epochs", 0]
+    keep = [*arguments, "--max_steps", 6, "--keep_presence", 10]
+    run(hub, tmp_path / "free", *arguments, "--max_steps", 6)
+    run(hub, tmp_path / "kept", *keep)
+
+    def presences(folder: Path) -> torch.Tensor:
+        explanation = explain(folder, Image.new("RGB", (32, 32), "red"), ["dog", "cat", "ball", "man", "woman"])
+        return explanation.presence
+
+    moved = {name: (presences(tmp_path / name) - presences(tmp_path / "start")).abs() for name in ("free", "kept")}
+    assert moved["kept"].mean() < moved["free"].mean() / 2
+
+    forward, steps = PairModel.forward, 0
+
+    def interrupted(self, **batch):
+        nonlocal steps
+        steps += self.training
+        if self.training and steps == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, **batch)
+
+    monkeypatch.setattr(PairModel, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="resume continues"):
+        run(hub, tmp_path / "again", *keep)
+    run(hub, tmp_path / "again", *keep, "--resume")
+    assert_same_weights(tmp_path / "again", tmp_path / "kept")
+
+
 DEADLY = """
 import shutil
 

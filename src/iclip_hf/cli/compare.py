@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 from ..model.presence import presence_text
@@ -129,7 +130,7 @@ def _named_sample(dataset, options: argparse.Namespace):
     Returns the sample of a file, of a name or of the end of a path. Raises `ValueError` if there is none, or several.
     """
     path = Path(options.image)
-    if path.is_file():
+    if os.path.isfile(path):  # False also for a name that no file may have
         found = [sample for sample in dataset if sample.image_path.samefile(path)]
     else:
         end = len(path.parts)

@@ -233,5 +233,6 @@ def _is_of_word(character: str) -> bool:
 
 def _plurals(noun: str) -> list[str]:
     """Returns possible plurals of a noun. Forms that are not words do not occur in captions."""
-    endings = (("", "s"), ("", "es"), ("y", "ies"), ("man", "men"), ("f", "ves"), ("fe", "ves"))
+    endings = (("", "s"), ("", "es"), ("y", "ies"), ("man", "men"), ("f", "ves"), ("fe", "ves"), ("child", "children"))
+    endings += (("person", "people"), ("foot", "feet"), ("tooth", "teeth"), ("goose", "geese"), ("mouse", "mice"))
     return [noun.removesuffix(single) + plural for single, plural in endings if noun.endswith(single)]

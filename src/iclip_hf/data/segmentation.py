@@ -442,7 +442,12 @@ def _instances(root: Path, split: str) -> _Content:
         names = [name.removeprefix(f"{split}/") for name in sizes]
         if outside := next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None):
             raise ValueError(f"file_name {outside!r:.200} is no path in {root / split}")
-        paths = [root / split / name for name in names]
+        # A file of the very name in the folder of the split comes first.
+        literal, without_split = ([root / split / name for name in given] for given in (sizes, names))
+        # Folders are listed once, because single look-ups are slow on network drives.
+        folders = {file.parent for file in (*literal, *without_split)}
+        present = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
+        paths = [first if first in present else second for first, second in zip(literal, without_split)]
         most_pixels = Image.MAX_IMAGE_PIXELS or np.inf
         for name, (height, width) in sizes.items():
             if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= most_pixels):
@@ -466,8 +471,6 @@ def _instances(root: Path, split: str) -> _Content:
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
             f"{type(error).__name__}: {error}"
         ) from error
-    # Folders are listed once, because single look-ups are slow on network drives.
-    present = {file for folder in {file.parent for file in paths} if folder.is_dir() for file in folder.iterdir()}
     if missing := [file for file in paths if file not in present]:
         raise FileNotFoundError(
             f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(paths)} are); complete "

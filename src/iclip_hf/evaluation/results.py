@@ -99,9 +99,8 @@ def map_settings(engine) -> dict:
     Returns the settings that the maps of an [`Engine`] depend on, besides model and method, as in the protocol of a
     result.
     """
-    size = engine.image_size or dict(engine.processor.image_processor.size)
     return {
-        "image_size": {"height": size, "width": size} if isinstance(size, int) else size,
+        "image_size": engine.image_size or dict(engine.processor.image_processor.size),
         "templates": list(engine.templates),
         "refine": engine.refine,
         "multi_scale": engine.multi_scale,

@@ -49,7 +49,7 @@ def explain(
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
-        images: an image, or a list of B images of any shapes: PIL images, numpy arrays or tensors as for
+        images: an image, or a list or column of B images of any shapes: PIL images, numpy arrays or tensors as for
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
             list of labels for each, which may differ in length; or labels with the prior of the presence of each,
@@ -57,7 +57,8 @@ def explain(
             `NOUNS`.
         method (`str`), method_options: as for [`make_explainer`].
         templates, refine, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
-        target_sizes: `(height, width)` in pixels of each image's maps; the size of the image if not given.
+        target_sizes: `(height, width)` in pixels of each image's maps, as a list, array or tensor; the image's size if
+            not given.
         size: the size of images for the maps, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): as for [`Engine.run`].
         timeout (`float`): time limit in seconds for the download of an image.
@@ -71,7 +72,8 @@ def explain(
             texts and sizes differ.
         `OSError`: an image cannot be read.
     """
-    is_one = isinstance(images, (str, bytes)) or not isinstance(images, Iterable) or getattr(images, "ndim", 4) < 4
+    dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
+    is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
     best, texts = (NOUNS, vocabulary()) if texts is None else (None, texts)
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)

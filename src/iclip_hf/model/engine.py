@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from torch.nn.utils.rnn import pad_sequence
 from .explanation import Explanation
 from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .presence import EVEN_PRIOR, at_prior
+from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
-from .similarity import resize_maps
+from .similarity import check_map_size, resize_maps
 from .windows import half_windows, windowed_maps
 
 
@@ -110,7 +111,7 @@ class Engine:
             can share.
 
     Raises:
-        `ValueError`: a template has no `{}`, or `refine` or `multi_scale` is no boolean.
+        `ValueError`: a template has no `{}`, `image_size` is no size, or `refine` or `multi_scale` is no boolean.
     """
 
     def __init__(
@@ -128,9 +129,7 @@ class Engine:
                 raise ValueError(f"{name} is True or False, not {value!r:.100}.")
         self.model, self.processor, self.method = model, processor, method
         self.templates = check_templates(processor.templates if templates is None else templates)
-        if image_size is not None:
-            image_size = int(image_size) if isinstance(image_size, Integral) else dict(image_size)
-        self.image_size = image_size
+        self.image_size = None if image_size is None else size_dict(image_size)
         self.refine, self.multi_scale = refine, multi_scale
         self._forward = self._own_maps if method is None else method.forward
         parameters = signature(self._forward).parameters
@@ -181,16 +180,15 @@ class Engine:
             pixel_values = self._pixel_values(image, self.image_size)
             if score_pixel_values.shape == pixel_values.shape:
                 score_pixel_values = None
-        return PreparedImage(
-            pixel_values, size or (image.height, image.width), score_pixel_values, text_indices, image
-        )
+        size = (image.height, image.width) if size is None else check_map_size(size)
+        return PreparedImage(pixel_values, size, score_pixel_values, text_indices, image)
 
-    def _pixel_values(self, image: Image.Image, size: int | dict[str, int] | None) -> torch.Tensor:
+    def _pixel_values(self, image: Image.Image, size: dict[str, int] | None) -> torch.Tensor:
         return self.processor(images=[image], size=size)["pixel_values"]
 
-    def _twice_the_size(self) -> int | dict[str, int]:
-        size = dict(self.processor.image_processor.size) if self.image_size is None else self.image_size
-        return {side: 2 * pixels for side, pixels in size.items()} if isinstance(size, dict) else 2 * size
+    def _twice_the_size(self) -> dict[str, int]:
+        size = self.image_size or size_dict(self.processor.image_processor.size)
+        return {side: 2 * pixels for side, pixels in size.items()}
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:

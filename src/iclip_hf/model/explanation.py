@@ -5,6 +5,7 @@ The explanation of one image: scores, presence, maps, masks and regions of its t
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -96,9 +97,14 @@ class Explanation:
         )
 
     def index(self, text: int | str) -> int:
-        """Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text."""
+        """
+        Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text, `TypeError`
+        for what names none, such as a slice.
+        """
         if isinstance(text, str) and text not in self.labels:
             raise KeyError(f"{text!r} is none of the texts {self.labels}")
+        if not (isinstance(text, str) or hasattr(text, "__index__")):
+            raise TypeError(f"A text is named by itself or by its index, one at a time, not by {text!r:.100}.")
         return self.labels.index(text) if isinstance(text, str) else range(len(self))[text]
 
     @property
@@ -253,9 +259,10 @@ def coco_annotations(
         and `score`, the mean of the map over the region, in [0, 1].
 
     Raises:
-        `ValueError`: the number of categories is not T.
+        `ValueError`: the number of categories is not T. `TypeError`: an id is no integer.
     """
     category_ids = range(1, len(explanation) + 1) if category_ids is None else category_ids
+    image_id, first_id = operator.index(image_id), operator.index(first_id)  # JSON takes no integers of numpy
     annotations = []
     for index, category in zip(range(len(explanation)), category_ids, strict=True):
         for region in explanation.regions(index):
@@ -266,7 +273,7 @@ def coco_annotations(
                 {
                     "id": first_id + len(annotations),
                     "image_id": image_id,
-                    "category_id": category,
+                    "category_id": operator.index(category),
                     "segmentation": run_lengths(mask),
                     "area": int(region.inside.sum()),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],

@@ -84,7 +84,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the
         range of the pixels is not defined (floats, or integers above 65535). `OSError`: the download fails.
     """
-    if hasattr(image, "shape"):
+    if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # a text of numpy has a shape
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
         name = name or repr(without_password(image)[:100])

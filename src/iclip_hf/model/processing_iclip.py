@@ -21,7 +21,7 @@ from .label_maps import segments
 from .masks import check_thresholds, masks_of_maps
 from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, find_regions, point_prompts
-from .similarity import resize_and_normalize
+from .similarity import check_map_size, resize_and_normalize
 
 
 # Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` makes a narrow image very large.
@@ -73,6 +73,19 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
         raise ValueError(
             f"{name}: expected the tokenizer of the model, but it {problem}; add files such as tokenizer.json."
         )
+
+
+def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
+    """Returns a size of images as a dictionary, a number as that of a square. Raises `ValueError` for others."""
+    try:
+        sides = dict.fromkeys(("height", "width"), int(size)) if isinstance(size, Integral) else dict(size)
+        sides = {side: pixels for side, pixels in sides.items() if pixels is not None}
+        is_size = sides.keys() in ({"height", "width"}, {"shortest_edge"}) and min(sides.values()) >= 1
+    except (TypeError, ValueError):  # such as a string
+        is_size = False
+    if not is_size:
+        raise ValueError(f"{name} is a number, or has the keys height and width, or shortest_edge, not {size!r:.100}.")
+    return sides
 
 
 class ICLIPProcessor(ProcessorMixin):
@@ -245,11 +258,13 @@ class ICLIPProcessor(ProcessorMixin):
                         f"An image of {shape} pixels needs to be resized: set do_resize=True of the image processor."
                     )
         # A crop that is larger than the image surrounds it with black pixels.
-        if options["do_center_crop"] and any(options["crop_size"][side] != own[side] for own in sizes for side in own):
-            raise ValueError(
-                "The image processor crops the images, so their maps would not cover them: create it with "
-                "do_center_crop=False."
-            )
+        if options["do_center_crop"]:
+            crop = size_dict(options["crop_size"], "crop_size")
+            if any(crop.get(side) != own[side] for own in sizes for side in own):
+                raise ValueError(
+                    "The image processor crops the images, so their maps would not cover them: create it with "
+                    "do_center_crop=False."
+                )
         return images, exact
 
     def _divide(self, batch: BatchFeature, images: int, texts: int) -> None:
@@ -268,11 +283,7 @@ class ICLIPProcessor(ProcessorMixin):
         Converts a requested size, by default the image processor's, to height and width in multiples of the patch
         size.
         """
-        size = self.image_processor.size if size is None else size
-        size = {"height": int(size), "width": int(size)} if isinstance(size, Integral) else dict(size)
-        size = {name: side for name, side in size.items() if side is not None}
-        if size.keys() not in ({"height", "width"}, {"shortest_edge"}) or min(size.values()) < 1:
-            raise ValueError(f"size is a number, or has the keys height and width, or shortest_edge, not {size}.")
+        size = size_dict(self.image_processor.size if size is None else size)
         patch = self.patch_size
         if "shortest_edge" in size:
             shapes = {get_image_size(image) for image in images}
@@ -304,13 +315,14 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
-            target_sizes (list of B `(height, width)`): sizes of the original images in pixels.
+            target_sizes (list, array or tensor of B `(height, width)`): sizes of the original images in pixels.
             reverse (`bool`): whether to return 1 - M, which corrects CLIP's opposite maps without training.
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
         """
-        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, target_sizes, strict=True)]
+        sizes = map(check_map_size, target_sizes)
+        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, sizes, strict=True)]
 
     def post_process_masks(
         self,
@@ -355,8 +367,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
-            target_sizes (list of B `(height, width)`, *optional*): sizes of the label maps in pixels; the patch grid's
-                if not given.
+            target_sizes (list, array or tensor of B `(height, width)`, *optional*): sizes of the label maps in pixels;
+                the patch grid's if not given.
             threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is
                 greater, for all pixels if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
@@ -375,7 +387,7 @@ class ICLIPProcessor(ProcessorMixin):
         if threshold is not None:
             threshold = check_thresholds(threshold, maps.shape[1]).tolist()
         return [
-            segments(raw_maps, tuple(size), image_presence, min_presence, threshold, background)
+            segments(raw_maps, check_map_size(size), image_presence, min_presence, threshold, background)
             for raw_maps, size, image_presence in zip(maps, sizes, presence, strict=True)
         ]
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+
+def check_map_size(size: Sequence[int]) -> tuple[int, int]:
+    """Returns the height and width of a map as integers. Raises `ValueError` unless they are two, of at least 1."""
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(f"The size of a map is its height and width in pixels, at least 1, not {size!r:.100}.")
+    return height, width
 
 
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:

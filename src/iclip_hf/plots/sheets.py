@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Resolution of a sheet in dots per inch. All lengths are in pixels at this resolution.
 DPI = 120
+# Below it, FreeType draws no letters.
+_LEAST_DPI = 5
 # Width of a picture.
 _PICTURE = 336
 _MARGIN, _GAP = 18, 14
@@ -67,15 +69,19 @@ def draw(
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the
             paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
-        columns (`int`): largest number of pictures in a row.
-        dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
+        columns (`int`): largest number of pictures in a row, at least 1.
+        dpi (`int`): resolution of the picture, at least 5; 120 gives pictures of 336 pixels' width.
 
     Returns:
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`: the image cannot be read, there is no such colour map, or `opacity` is outside [0, 1].
+        `ValueError`: the image cannot be read, there is no such colour map, `opacity` is outside [0, 1], or `columns`
+            or `dpi` is too small.
     """
+    for name, value, least in (("columns", columns, 1), ("dpi", dpi, _LEAST_DPI)):
+        if value < least:
+            raise ValueError(f"{name} is at least {least}, not {value}.")
     image = load_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
     image = at_picture_size(image, dpi)

@@ -14,7 +14,7 @@ _NOT_SHOWN = """
     image_column caption_column split max_bad_share chunk_size validation_data eval_dataset eval_root eval_split
 """.split()
 # Settings that are off at 0.
-_OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size".split()
+_OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size keep_presence".split()
 
 
 def card_settings(settings: Mapping) -> dict[str, object]:

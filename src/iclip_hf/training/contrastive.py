@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ..model.modeling_iclip import ICLIPModel, ImageInputs
+from ..model.modeling_iclip import ICLIPModel, ImageInputs, cosines
 from .settings import Settings
+
+
+class KeptPresence(nn.Module):
+    """
+    Computes the loss that keeps the presence of some texts as a recognition branch has it now, while the branch learns
+    further (Learning without Forgetting, https://arxiv.org/abs/1606.09282). The loss of captions alone only compares
+    cosines with each other, so on few pairs the presence would drift.
+
+    Args:
+        branch: recognition branch with a bias, of which a copy is kept.
+        texts (`torch.Tensor` of shape `(K, D)`): features of the texts from the text tower.
+    """
+
+    def __init__(self, branch: nn.Module, texts: torch.Tensor):
+        super().__init__()
+        self.before = copy.deepcopy(branch).requires_grad_(False)
+        self.register_buffer("texts", texts, persistent=False)
+
+    def forward(self, branch: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the Kullback-Leibler divergence from the probabilities before to those of the branch, summed over the
+        texts, the mean over images with the features (B, D'). It is 0 at the start.
+        """
+        before, now = (
+            one(cosines(one.embed_image(images), one.embed_text(self.texts))) for one in (self.before, branch)
+        )
+        entropy, cross_entropy = (
+            F.binary_cross_entropy_with_logits(logits, before.sigmoid(), reduction="sum") for logits in (before, now)
+        )
+        return (cross_entropy - entropy) / len(images)
 
 
 class PairModel(nn.Module):
@@ -22,11 +54,16 @@ class PairModel(nn.Module):
     pass (gradient checkpointing). A large batch costs time but keeps all its negatives. Each process has the same
     number of pairs. The mean of losses and gradients over the processes equals that of one process with all pairs.
     Chunks and processes change no result, except for dropout, which is sampled for each chunk and process.
+
+    Args:
+        model: the model that learns.
+        settings: of the run.
+        kept: of which `settings.keep_presence` times the loss is added.
     """
 
-    def __init__(self, model: ICLIPModel, settings: Settings):
+    def __init__(self, model: ICLIPModel, settings: Settings, kept: KeptPresence | None = None):
         super().__init__()
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.kept = model, settings, kept
         self.train()
 
     def train(self, mode: bool = True) -> PairModel:
@@ -73,8 +110,11 @@ class PairModel(nn.Module):
             place=place,
             return_loss=True,
         )
+        loss = outputs.loss
+        if self.kept is not None:
+            loss = loss + self.settings.keep_presence * self.kept(self.model.recognition, image_inputs.recognition)
         return {
-            "loss": outputs.loss,
+            "loss": loss,
             "branch_losses": torch.stack(outputs.branch_losses),
             "logit_scales": torch.cat([branch.logit_scale.exp() for branch in self.branches]).detach(),
             "image_embeds": outputs.image_embeds.detach(),

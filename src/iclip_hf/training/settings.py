@@ -63,6 +63,9 @@ class Settings:
     text: str = setting("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     model_options: list[str] = setting([], "options that override those of config.json, as name=value")
     lock_text: bool = setting(False, "freeze the text tower")
+    keep_presence: NotNegative = setting(
+        0.0, "weight of a loss that keeps the presence of common nouns as `model` has it, with locked towers"
+    )
     image_size: AtLeast0 = setting(
         0, "height and width of images in pixels; 0 for those of processor_config.json; a model has its own size"
     )
@@ -144,6 +147,8 @@ class Settings:
                 f"model={self.model!r}, vision={self.vision!r}, text={self.text!r}: set either model, or vision and "
                 "text."
             )
+        if self.keep_presence and not (self.model and self.lock_text):
+            raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
         if self.model and self.image_size:
             raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
         if not self.model and not self.config:

@@ -27,6 +27,7 @@ with require_extra("train"):
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import ProjectConfiguration, set_seed
 
+from ..backends.embedded import vocabulary
 from ..backends.identity import TRAINING_OPTIONS, changed, digest, identity
 from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..evaluation.evaluate import evaluate_model
@@ -48,7 +49,7 @@ from .checkpoints import (
     state_to_resume,
     write_state,
 )
-from .contrastive import PairModel
+from .contrastive import KeptPresence, PairModel
 from .data import BatchLoader, PairBatches, load_datasets, seed_everything
 from .inputs import STATE_FILE, Inputs, checkpoints, open_inputs
 from .settings import MAP_METRICS, Settings, parse_options
@@ -56,6 +57,7 @@ from .validation import change_interval, draw_examples, regressed_metrics, repor
 
 
 MAX_BAD_STEPS = 30  # in a row, after which the run stops
+KEPT_NOUNS = 256  # of which `keep_presence` keeps the presence
 
 
 # -------------------------------------------------------------------------------------------------------------- set-up
@@ -110,6 +112,19 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
             "nouns: a logit bias learns from nouns alone; name a file of nouns, or set logit_bias_init_value to null."
         )
     return model, processor
+
+
+@torch.no_grad()
+def kept_presence(settings: Settings, model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence | None:
+    """Returns the loss that keeps the presence of the commonest nouns; None without one, or for a model without it."""
+    if not settings.keep_presence or model.recognition.logit_bias is None:
+        return None
+    if not model.config.lock_vision:
+        raise ValueError("keep_presence: it needs a locked image tower; leave it out.")
+    prior = vocabulary()
+    nouns = sorted(prior, key=prior.get, reverse=True)[:KEPT_NOUNS]
+    prompts = [template.format(noun) for noun in nouns for template in processor.templates]
+    return KeptPresence(model.recognition, model.encode_text(**processor(text=prompts))[0])
 
 
 def start_accelerator(settings: Settings, model: ICLIPModel) -> Accelerator:
@@ -173,7 +188,7 @@ def run(
 ) -> dict[str, float]:
     """Runs a training from its data to its report, in a folder that is locked. See [`train`]."""
     output_dir = Path(settings.output_dir)
-    pair_model = PairModel(model, settings)
+    pair_model = PairModel(model, settings, kept_presence(settings, model, processor))
 
     # The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)

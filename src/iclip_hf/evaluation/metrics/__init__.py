@@ -81,7 +81,8 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
         options: parameters of metrics that are given by name. Each goes to all metrics that have it.
 
     Raises:
-        `ValueError`: a name is unknown, two metrics have one name, no metric has an option, or a value is not allowed.
+        `ValueError`: there is no metric, a name is unknown, two metrics have one name, no metric has an option, or a
+            value is not allowed.
     """
     of_task = isinstance(metrics, str)
     if of_task and metrics not in TASKS:
@@ -98,6 +99,8 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
             metric.optional = of_task
             used |= taken
         made.append(metric)
+    if not made:
+        raise ValueError(f"There is no metric: choose some of {', '.join(METRICS)}.")
     names = [metric.name for metric in made]
     if unused := [option for option in options if option not in used]:
         raise ValueError(f"{unused[0]} is no option of {', '.join(names)}: leave it out, or choose other metrics.")

@@ -212,6 +212,13 @@ def test_coco_names_no_file_outside_of_the_split(tmp_path, name):
         load_segmentation("coco2017", tmp_path)
 
 
+def test_boxes_among_masks_are_counted_in_a_warning(tmp_path, caplog):
+    annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [], [])]
+    (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
+    assert ((sample.mask(sample.labels[0]) > 0) == (DOG > 0)).all()
+    assert "instances_val2017.json: 2 of 3 annotations have no mask" in caplog.text
+
+
 # Instances of one image: label, whether it is a crowd, whether its run lengths are compressed, and its mask
 INSTANCES = st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
     lambda size: st.lists(

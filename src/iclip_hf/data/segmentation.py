@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,8 @@ from ..utils.files import parse_json
 from .layouts import DATASETS, VOID, Layout
 from .sources import expand_braces, is_written_picture
 
+
+logger = logging.getLogger(__name__)
 
 # Value of an id that a data set does not have, in the tables from the values of mask files to class ids.
 _UNKNOWN = -1
@@ -464,8 +467,11 @@ def _instances(root: Path, split: str) -> _Content:
                 raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
             annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
             annotations[item["image_id"]].append(annotation | {"segmentation": item["segmentation"]})
-        if content["annotations"] and not any(item["segmentation"] for item in content["annotations"]):
+        boxes, count = sum(not item["segmentation"] for item in content["annotations"]), len(content["annotations"])
+        if 0 < boxes == count:
             raise ValueError("the annotations are boxes without a mask")
+        if boxes:
+            logger.warning("%s: %d of %d annotations have no mask and are background", path, boxes, count)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "

@@ -11,7 +11,6 @@ all runs: they are computed once and kept in the folder `--output`.
 import argparse
 import copy
 import itertools
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,6 @@ class Study:
 
     def __init__(self, options: argparse.Namespace):
         self.steps = options.steps
-        self.settings = Settings(model="embedded", data=[""], output_dir=".", lock_text=True)
         self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
         pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
@@ -92,7 +90,7 @@ class Study:
         training.captions = [self.pairs.captions[row][:1] for row in rows]
         batch_size = min(len(rows), 256)
         loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        settings = replace(self.settings, keep_presence=keep)
+        settings = Settings(model="embedded", data=[""], output_dir=".", lock_text=True, keep_presence=keep)
         pair_model = PairModel(model, settings, kept_presence(settings, model, self.processor))
         optimizer = torch.optim.AdamW(parameter_groups(pair_model, settings.weight_decay), lr=rate)
         step = 0

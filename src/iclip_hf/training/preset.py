@@ -15,10 +15,10 @@ from .inputs import hold_out
 from .settings import RUNS, parse_options
 
 
-# On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model mAP on other images.
+# On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model retrieval.
 RATE = 1e-5
 STEPS = 200
-# Without it, 50 pairs make every tenth class that an image shows absent.
+# Without it, of the classes that images show, 50 pairs make every tenth absent.
 KEEP_PRESENCE = 1.0
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 

@@ -135,19 +135,30 @@ def test_modules_without_their_extra_say_its_name(files):
         assert f"the extra [{extra}] with `pip install " in said[name], said[name]
 
 
+# A training that evaluates maps: refused before a model is loaded or features are computed.
+EVALUATED_TRAINING = """
+from iclip_hf.training.inputs import Inputs
+from iclip_hf.training.settings import Settings
+from iclip_hf.training.train import train
+
+train(Settings(data=["pairs"], model="missing"), Inputs([], None, None, segmentation=[]))
+"""
+
+
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
         ("accelerate", "train"): "import iclip_hf.training.train",
         ("timm", "train"): "from iclip_hf.training.data import augmentation; augmentation(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
+        ("sklearn", "eval"): EVALUATED_TRAINING,
         ("evaluate", "eval"): "from iclip_hf.evaluation.evaluate_modules import install_metrics; install_metrics()",
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])
     for (package, extra), sentence in zip(doors, said):
         assert sentence.startswith(f"{package} is not installed: install the extra [{extra}] with `pip install ")
         # The requirements themselves, so that the command works for a wheel too.
-        assert f"'{package}>=" in sentence
+        assert f"'{'scikit-learn' if package == 'sklearn' else package}>=" in sentence
 
 
 def test_a_copy_of_the_package_is_not_tested(tmp_path):

@@ -31,6 +31,7 @@ from ..backends.embedded import vocabulary
 from ..backends.identity import TRAINING_OPTIONS, changed, digest, identity
 from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..evaluation.evaluate import evaluate_model
+from ..evaluation.metrics import make_metrics
 from ..hub.folders import join_towers
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, non_finite_weight
@@ -82,6 +83,8 @@ def train(settings: Settings, inputs: Inputs | None = None) -> dict[str, float]:
     try:
         with Interrupts() as interrupts:
             inputs = inputs or open_inputs(settings)
+            if inputs.segmentation is not None:
+                make_metrics(MAP_METRICS)  # raises now, not after the features, if a package is missing
             model, processor = build_model(settings)
             accelerator = start_accelerator(settings, model)
             settings = copy.copy(settings)

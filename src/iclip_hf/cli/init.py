@@ -14,7 +14,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="NAME_OR_FOLDER",
-        help="name of a shipped configuration, for example iclip-vit-b16, or a folder with a train.yaml or config.json",
+        help="name of a shipped configuration, such as iclip-vit-b16, or a folder with a train.yaml or config.json",
     )
     tower = {"metavar": "FOLDER_OR_ID"}
     command.add_argument("--vision", **tower, help="image tower (default: the configuration's)")

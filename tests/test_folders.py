@@ -366,8 +366,10 @@ def init(towers: Path, output: Path, **options) -> int:
     return cli.main(["init", *arguments, "--output", str(output)])
 
 
-def test_init_joins_towers_as_the_configuration_says(towers, tmp_path):
+def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new") == 0
+    # The command to train a new model has none of the defaults for a trained one.
+    assert {"--learning_rate", "--keep_presence"} <= set(capsys.readouterr().out.split())
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     expected = tiny_model().state_dict()
     kept = [name for name in expected if name.startswith(("vision_model", "text_model"))]

@@ -30,9 +30,12 @@ def run(options: argparse.Namespace) -> None:
     for read in filter(None, (config_folder(options.config), options.vision, options.text)):
         check_outside(options.output, read)
     check_new_folder(options.output)
-    from ..hub.folders import init_model
+    from ..hub.folders import init_model, is_embedded
 
     silence_transformers()
     with shown_steps():
         folder = init_model(options.config, options.output, options.vision, options.text)
-    print_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder))
+    # The defaults of a training are those for a trained model.
+    trained = is_embedded(options.config, options.vision, options.text)
+    new = () if trained else ("--learning_rate", "2e-3", "--keep_presence", "0")
+    print_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder), *new)

@@ -47,6 +47,11 @@ _TOWER_SHAPE = """
 # ------------------------------------------------------------ a new model
 
 
+def is_embedded(config: str | Path, vision: str | None, text: str | None) -> bool:
+    """Whether [`init_model`] writes the embedded model, which is trained."""
+    return vision is None and text is None and config_folder(config).resolve() == EMBEDDED.resolve()
+
+
 def init_model(config: str | Path, output: str | Path, vision: str | None = None, text: str | None = None) -> Path:
     """
     Writes the folder of a new model: two pretrained towers, untrained projections, processor and tokenizer.
@@ -71,7 +76,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     source = config_folder(config)
     settings = source / "train.yaml"
     named = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    trained = vision is None and text is None and source.resolve() == EMBEDDED.resolve()
+    trained = is_embedded(config, vision, text)
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")

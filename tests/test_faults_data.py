@@ -222,7 +222,16 @@ REFUSED = {
 BORNE = [
     (mask, index_mask(np.full((24, 30), 255, np.uint8))),
     (classes, "\ufeffdog\r\ncat\r\n"),
-    (coco, {"annotations": [POLYGON, {**POLYGON, "id": 8, "segmentation": []}]}),
+    (
+        coco,
+        {
+            "annotations": [
+                POLYGON,
+                {**POLYGON, "id": 8, "segmentation": []},
+                {**POLYGON, "id": 9, "segmentation": None},
+            ]
+        },
+    ),
     (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
     (
         pairs("a.csv"),

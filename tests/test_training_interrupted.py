@@ -20,10 +20,12 @@ from PIL import Image
 from processes import run_script
 from training_runs import assert_same_weights, eight_pairs, gradients, run, weights
 
-from iclip_hf import explain
+from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import TrainingStream
+from iclip_hf.training.settings import Settings
+from iclip_hf.training.train import KEPT_NOUNS, kept_presence
 from iclip_hf.utils.files import folder_lock
 from iclip_hf.utils.interrupts import Interrupts
 
@@ -206,6 +208,8 @@ def test_a_resumed_run_keeps_the_presence_of_its_start(hub, tmp_path, tiny_proce
 
     moved = {name: (presences(tmp_path / name) - presences(tmp_path / "start")).abs() for name in ("free", "kept")}
     assert moved["kept"].mean() < moved["free"].mean() / 2
+    shown = [json.loads((tmp_path / name / "model_card.json").read_text())["training"] for name in ("free", "kept")]
+    assert [training.get("keep_presence") for training in shown] == [None, 10.0]
 
     forward, steps = PairModel.forward, 0
 
@@ -221,6 +225,23 @@ def test_a_resumed_run_keeps_the_presence_of_its_start(hub, tmp_path, tiny_proce
         run(hub, tmp_path / "again", *keep)
     run(hub, tmp_path / "again", *keep, "--resume")
     assert_same_weights(tmp_path / "again", tmp_path / "kept")
+
+
+def test_presence_is_kept_of_a_model_that_has_one_and_a_locked_tower(tmp_path, hub, tiny_processor):
+    """Nothing is kept of another, which the card does not claim; each noun has one prompt."""
+    for name, options in (("without", {}), ("with", {"logit_bias_init_value": -1})):
+        tiny_model(**options).save_pretrained(tmp_path / name)
+        tiny_processor.save_pretrained(tmp_path / name)
+    arguments = ["--lock_text", "--max_steps", 1, "--keep_presence", 1]
+    run(hub, tmp_path / "run", "--model", tmp_path / "without", *arguments)
+    assert "keep_presence" not in json.loads((tmp_path / "run" / "model_card.json").read_text())["training"]
+    with pytest.raises(ValueError, match="keep_presence: it needs a locked image tower"):
+        run(hub, tmp_path / "no", "--model", tmp_path / "with", *arguments, "--model_options", "lock_vision=false")
+    assert not (tmp_path / "no").exists()
+    settings = Settings(model="with", data=["pairs"], lock_text=True, keep_presence=1)
+    processor = ICLIPProcessor.from_pretrained(tmp_path / "with", templates=["a {}", "the {}"])
+    kept = kept_presence(settings, ICLIPModel.from_pretrained(tmp_path / "with"), processor)
+    assert len(kept.texts) == KEPT_NOUNS
 
 
 DEADLY = """

@@ -185,6 +185,8 @@ def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) 
     boolean. Raises `ValueError`, `TypeError` or `KeyError` for others, of which pycocotools would decode undefined
     memory.
     """
+    if not segmentation:  # a box
+        return np.zeros((height, width), bool)
     if isinstance(segmentation, list):
         polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
         for points in polygons:
@@ -192,8 +194,6 @@ def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) 
                 raise ValueError("a polygon is a list of x1, y1, x2, y2, ..., of at least 3 points")
             if not np.all(np.abs(points) <= 10 * max(height, width)):  # NaN neither
                 raise ValueError("a point lies far outside of the image")
-        if not polygons:
-            return np.zeros((height, width), bool)
         coco_mask = _pycocotools_mask()
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).view(bool)
     counts = segmentation["counts"]

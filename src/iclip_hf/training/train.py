@@ -107,7 +107,10 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     if unknown := options.keys() - ICLIPConfig.__annotations__:
         raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
     if settings.model:
-        return load_iclip(settings.model, dtype="float32", **options)  # small steps are lost in half precision
+        model, processor = load_iclip(settings.model, dtype="float32", **options)  # small steps are lost in half
+        if settings.keep_presence and not model.config.lock_vision:
+            raise ValueError("keep_presence: it needs a locked image tower; leave it out.")
+        return model, processor
     folder = Path(settings.config).parent
     model, processor = join_towers(folder, settings.vision, settings.text, settings.image_size or None, **options)
     if model.recognition.logit_bias is not None and not settings.nouns:
@@ -122,11 +125,9 @@ def kept_presence(settings: Settings, model: ICLIPModel, processor: ICLIPProcess
     """Returns the loss that keeps the presence of the commonest nouns; None without one, or for a model without it."""
     if not settings.keep_presence or model.recognition.logit_bias is None:
         return None
-    if not model.config.lock_vision:
-        raise ValueError("keep_presence: it needs a locked image tower; leave it out.")
     prior = vocabulary()
     nouns = sorted(prior, key=prior.get, reverse=True)[:KEPT_NOUNS]
-    prompts = [template.format(noun) for noun in nouns for template in processor.templates]
+    prompts = [processor.templates[0].format(noun) for noun in nouns]
     return KeptPresence(model.recognition, model.encode_text(**processor(text=prompts))[0])
 
 
@@ -191,7 +192,10 @@ def run(
 ) -> dict[str, float]:
     """Runs a training from its data to its report, in a folder that is locked. See [`train`]."""
     output_dir = Path(settings.output_dir)
-    pair_model = PairModel(model, settings, kept_presence(settings, model, processor))
+    kept = kept_presence(settings, model, processor)
+    if kept is None:
+        settings.keep_presence = 0.0  # as it is, also on the card
+    pair_model = PairModel(model, settings, kept)
 
     # The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
@@ -360,7 +364,7 @@ def log_row(
     """
     Returns what is logged of the last step, and of the speed since the last log, from seconds of loading and
     computing. The `losses` are the trained one and those of the branches; it is their mean, plus the loss of the
-    weights of the attention if these learn.
+    weights of the attention if these learn, and that of the kept presence.
     """
     loading, computing = map(sum, zip(*times))
     return {

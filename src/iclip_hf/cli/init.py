@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 from .inputs import silence_transformers
@@ -37,5 +38,8 @@ def run(options: argparse.Namespace) -> None:
         folder = init_model(options.config, options.output, options.vision, options.text)
     # The defaults of a training are those for a trained model.
     trained = is_embedded(options.config, options.vision, options.text)
-    new = () if trained else ("--learning_rate", "2e-3", "--keep_presence", "0")
+    new = [] if trained else ["--learning_rate", "2e-3", "--keep_presence", "0"]
+    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    if new and config.get("logit_bias_init_value") is not None:  # which learns from nouns alone
+        new += ["--nouns", "nouns.txt"]
     print_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder), *new)

@@ -471,7 +471,12 @@ def _instances(root: Path, split: str) -> _Content:
         if 0 < boxes == count:
             raise ValueError("the annotations are boxes without a mask")
         if boxes:
-            logger.warning("%s: %d of %d annotations have no mask and are background", path, boxes, count)
+            logger.warning(
+                "%s: %d of %d annotations have no mask: shown, without a pixel",
+                path,
+                boxes,
+                count,
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "

@@ -1,9 +1,12 @@
-"""The model configurations that the package ships, by name."""
+"""The model configurations that the package ships, by name, and options that override them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+
+import yaml
 
 
 SHIPPED = Path(str(files("iclip_hf.hub_configs")))
@@ -27,3 +30,15 @@ def config_folder(name: str | Path) -> Path:
         f"{name}: expected a folder with a config.json or a train.yaml, or one of {', '.join(names)}, but got "
         "neither; name one."
     )
+
+
+def parse_options(model_options: Sequence[str]) -> dict[str, object]:
+    """Returns `model_options` by name."""
+    parsed = {}
+    for option in model_options:
+        try:
+            name, value = option.split("=", 1)
+            parsed[name] = yaml.safe_load(value)
+        except (ValueError, yaml.YAMLError):
+            raise ValueError(f"model_options: {option!r} is not name=value.") from None
+    return parsed

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -20,7 +20,7 @@ from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
 from ..utils.files import atomic_folder, loading_errors
-from .configs import EMBEDDED, config_folder
+from .configs import EMBEDDED, config_folder, parse_options
 from .model_card import HUB_RESULTS, describe_tower, write_model_card
 
 
@@ -80,10 +80,23 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     vision, text = vision or named.get("vision"), text or named.get("text")
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
+    given = named.get("model_options") or []
+    options = options_of_model([given] if isinstance(given, str) else given)
+    image_size = named.get("image_size") or None
     with atomic_folder(output) as folder:
-        model, processor = load_iclip("embedded") if trained else join_towers(source, vision, text)
+        model, processor = (
+            load_iclip("embedded") if trained else join_towers(source, vision, text, image_size, **options)
+        )
         save_model(model, processor, folder, **({"source": "embedded"} if trained else {"training": {}}))
     return Path(output)
+
+
+def options_of_model(model_options: Sequence[str]) -> dict[str, object]:
+    """Returns `model_options` by name. Raises `ValueError` for one that is not name=value, or unknown."""
+    options = parse_options(model_options)
+    if unknown := options.keys() - ICLIPConfig.__annotations__:
+        raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
+    return options
 
 
 def join_towers(

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
+from ..hub.configs import parse_options
 from ..utils.files import loading_errors, parse_json
 from ..utils.prefetch import spare_processors
 from .inputs import hold_out
-from .settings import RUNS, parse_options
+from .settings import RUNS
 
 
 # On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model retrieval.

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from ..data.layouts import DATASETS
-from ..hub.configs import config_folder
+from ..hub.configs import config_folder, parse_options
 from ..utils.prefetch import spare_processors
 
 
@@ -164,18 +164,6 @@ class Settings:
     def name(self) -> str:
         """The name of the model: that of its configuration, or of the run's folder."""
         return Path(self.config).resolve().parent.name if self.config else Path(self.output_dir).name
-
-
-def parse_options(model_options: Sequence[str]) -> dict[str, object]:
-    """Returns `model_options` by name."""
-    parsed = {}
-    for option in model_options:
-        try:
-            name, value = option.split("=", 1)
-            parsed[name] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
-            raise ValueError(f"model_options: {option!r} is not name=value.") from None
-    return parsed
 
 
 # --------------------------------------------------------------------------------------------------------- sources

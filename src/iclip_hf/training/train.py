@@ -32,8 +32,7 @@ from ..backends.identity import TRAINING_OPTIONS, changed, digest, identity
 from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.metrics import make_metrics
-from ..hub.folders import join_towers
-from ..model.configuration_iclip import ICLIPConfig
+from ..hub.folders import join_towers, options_of_model
 from ..model.modeling_iclip import ICLIPModel, non_finite_weight
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state, shared_folder_lock
@@ -53,7 +52,7 @@ from .checkpoints import (
 from .contrastive import KeptPresence, PairModel
 from .data import BatchLoader, PairBatches, load_datasets, seed_everything
 from .inputs import STATE_FILE, Inputs, checkpoints, open_inputs
-from .settings import MAP_METRICS, Settings, parse_options
+from .settings import MAP_METRICS, Settings
 from .validation import change_interval, draw_examples, regressed_metrics, report, validate
 
 
@@ -103,9 +102,7 @@ def train(settings: Settings, inputs: Inputs | None = None) -> dict[str, float]:
 
 def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
-    options = parse_options(settings.model_options)
-    if unknown := options.keys() - ICLIPConfig.__annotations__:
-        raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
+    options = options_of_model(settings.model_options)
     if settings.model:
         model, processor = load_iclip(settings.model, dtype="float32", **options)  # small steps are lost in half
         if settings.keep_presence and not model.config.lock_vision:

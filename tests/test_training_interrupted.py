@@ -21,6 +21,7 @@ from processes import run_script
 from training_runs import assert_same_weights, eight_pairs, gradients, run, weights
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, explain
+from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training.contrastive import PairModel
 from iclip_hf.training.data import TrainingStream
@@ -241,8 +242,12 @@ def test_presence_is_kept_of_a_model_that_has_one_and_a_locked_tower(tmp_path, h
     assert not (tmp_path / "no").exists()
     settings = Settings(model="with", data=["pairs"], lock_text=True, keep_presence=1)
     processor = ICLIPProcessor.from_pretrained(tmp_path / "with", templates=["a {}", "the {}"])
-    kept = kept_presence(settings, ICLIPModel.from_pretrained(tmp_path / "with"), processor)
+    model, prior = ICLIPModel.from_pretrained(tmp_path / "with"), vocabulary()
+    kept = kept_presence(settings, model, processor)
+    with torch.no_grad():
+        commonest, _ = model.encode_text(**processor(text=[f"a {max(prior, key=prior.get)}"]))
     assert len(kept.texts) == KEPT_NOUNS
+    torch.testing.assert_close(kept.texts[:1], commonest)
 
 
 DEADLY = """

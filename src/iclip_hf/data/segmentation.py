@@ -185,7 +185,7 @@ def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) 
     boolean. Raises `ValueError`, `TypeError` or `KeyError` for others, of which pycocotools would decode undefined
     memory.
     """
-    if not segmentation:  # a box
+    if not segmentation:  # a box alone, which is counted as the file is read
         return np.zeros((height, width), bool)
     if isinstance(segmentation, list):
         polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]

@@ -104,7 +104,8 @@ def build_model(settings: Settings) -> tuple[ICLIPModel, ICLIPProcessor]:
     """The model to train and its processor: a trained one, or fresh projections on two towers."""
     options = options_of_model(settings.model_options)
     if settings.model:
-        model, processor = load_iclip(settings.model, dtype="float32", **options)  # small steps are lost in half
+        # Small steps are lost in half precision.
+        model, processor = load_iclip(settings.model, dtype="float32", **options)
         if settings.keep_presence and not model.config.lock_vision:
             raise ValueError("keep_presence: it needs a locked image tower; leave it out.")
         return model, processor
@@ -191,7 +192,7 @@ def run(
     output_dir = Path(settings.output_dir)
     kept = kept_presence(settings, model, processor)
     if kept is None:
-        settings.keep_presence = 0.0  # as it is, also on the card
+        settings.keep_presence = 0.0  # without effect, so the card does not claim it
     pair_model = PairModel(model, settings, kept)
 
     # The state of the run, a new one or that of the last checkpoint, and what it reads

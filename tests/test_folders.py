@@ -736,7 +736,8 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
     run(hub, tmp_path / "first", "--max_steps", 1, "--data", data)
     more = ["--model", tmp_path / "first", "--max_steps", 1, "--pictures", 0]
     run(hub, tmp_path / "second", *more)
-    run(hub, tmp_path / "kept", *more, "--learning_rate", 1e-30, "--validation_data", hub / "held_out.tar")
+    rates = [f"--{name}learning_rate={rate}" for name, rate in (("", 1e-30), ("warmup_", 0), ("min_", 0))]
+    run(hub, tmp_path / "kept", *more, *rates, "--validation_data", hub / "held_out.tar")
     assert cli.main(["export", str(tmp_path / "second"), str(tmp_path / "exported")]) == 0
     told = capsys.readouterr().out
     first, of_first = recorded(tmp_path / "first")

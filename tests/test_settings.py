@@ -35,6 +35,10 @@ BAD_SETTINGS = [
     ("epochs", 0, "epochs: 0"),
     ("noun_weight", 0.7, "model_options: [noun_weight=0.7]"),  # an option of the model, once a setting
     ("weight_decay", -1, "weight_decay: -1"),
+    ("min_learning_rate", 1, "min_learning_rate: 1"),  # the rate would rise
+    ("warmup_learning_rate", 1, "warmup_learning_rate: 1"),
+    ("seed", -1, "seed: -1"),
+    ("seed", 2**32, f"seed: {2**32}"),
     ("keep_presence", 1, "keep_presence: "),  # of no model to train further
 ]
 

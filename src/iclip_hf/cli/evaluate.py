@@ -8,7 +8,7 @@ from pathlib import Path
 from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..utils.files import check_outputs
 from .inputs import load_model
-from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, share, texts
+from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, seed, share, texts
 from .output import check_file, model_files, print_error, print_lines
 
 
@@ -16,7 +16,7 @@ from .output import check_file, model_files, print_error, print_lines
 _FORMS = {
     "pixels": {"type": at_least_1, "metavar": "PIXELS"},
     "count": {"type": at_least_1, "metavar": "N"},
-    "integer": {"type": int, "metavar": "N"},
+    "seed": {"type": seed, "metavar": "N"},
     "share": {"type": share, "metavar": "NUMBER"},
     "number": {"type": float, "metavar": "NUMBER"},
     "texts": {"action": "extend", "type": texts, "metavar": "TEXT"},

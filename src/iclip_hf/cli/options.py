@@ -71,6 +71,14 @@ def at_least_1(text: str) -> int:
     return int(text)
 
 
+@option_type
+def seed(text: str) -> int:
+    """Parses a seed in the range of numpy's."""
+    if not 0 <= int(text) < 2**32:
+        raise ValueError(f"{text} is not in [0, {2**32 - 1}]")
+    return int(text)
+
+
 # Options that several commands have, for [`add_shared`].
 MODEL, PROMPTS = ("--model", "--dtype", "--device"), ("--template", "--image-size")
 DATASET = ("--dataset", "--data-root", "--split", "--overrides")

@@ -28,6 +28,7 @@ RUNS = "runs"  # folder of the runs, if no other is named
 AtLeast0, AtLeast1 = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]
 NotNegative, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-99, 1e30]
+Seed = Annotated[int, 0, 2**32 - 1]  # as numpy's
 
 # Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
 MAY_CHANGE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
@@ -111,7 +112,7 @@ class Settings:
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = setting(
         "auto", "auto: the choice of `accelerate launch`; without one, bf16 or fp16 on a GPU and no on a CPU"
     )
-    seed: int = setting(0, "random seed")
+    seed: Seed = setting(0, "random seed")
 
     # monitoring
     report_to: str = setting("tensorboard", "tracker of Accelerate, or none")
@@ -132,6 +133,9 @@ class Settings:
             value, (low, high) = getattr(self, name), getattr(annotation, "__metadata__", (-math.inf, math.inf))
             if isinstance(value, (int, float)) and not (low <= value <= high and math.isfinite(value)):
                 raise ValueError(f"{name}: {value} is not a number from {low} to {high}.")
+        for name in ("warmup_learning_rate", "min_learning_rate"):
+            if (rate := getattr(self, name)) > self.learning_rate:
+                raise ValueError(f"{name}: {rate} is above the learning_rate of {self.learning_rate}; lower it.")
         parse_options(self.model_options)
         if self.validation_data and self.validation_share:
             raise ValueError("validation_data, validation_share: give one of them.")

@@ -38,7 +38,7 @@ TASKS = {
     "faithfulness": ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game"),
 }
 # Parameters of metrics that are options of `iclip evaluate`: for each its form, and its help. The form is that of a
-# number ("pixels" and "count" from 1, "integer", "number", "share" in [0, 1]), "texts", or a tuple of choices.
+# number ("pixels" and "count" from 1, "seed" from 0, "number", "share" in [0, 1]), "texts", or a tuple of choices.
 OPTIONS = {
     "aggregate": (
         ("image", "pixel"),
@@ -63,7 +63,7 @@ OPTIONS = {
         "(default: the map of the best class, stretched to [0, 1])",
     ),
     "steps": ("count", "of deletion_insertion: number of steps (default: 10)"),
-    "seed": ("integer", "seed of all random values (default: 0)"),
+    "seed": ("seed", "seed of all random values (default: 0)"),
 }
 
 _MODULES = {name: f".{module}" for module, _, name in (place.partition(":") for place in METRICS.values())}

@@ -71,6 +71,7 @@ ARGUMENTS = {
     """,
     "export": """
         {empty}/absent new
+        {model} embedded
         {model} new --results {list}
         {model} new --format web --results r.json
     """,

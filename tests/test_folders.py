@@ -430,6 +430,10 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert "hidden_size is 32 instead of 384" in error and "num_attention_heads is 4 instead of 6" in error
     assert cli.main(["init", "--config", str(towers / "config"), "--output", str(tmp_path / "new")]) == 2
     assert "give vision and text" in capsys.readouterr().err
+    for side in ("vision", "text"):
+        assert init(towers, tmp_path / "new", **{side: towers / "config"}) == 2
+        error = capsys.readouterr().err
+        assert f"{towers / 'config'}: this is an ICLIP model" in error and "iclip train --model" in error
     assert list(tmp_path.iterdir()) == []
 
 

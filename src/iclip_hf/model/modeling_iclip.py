@@ -312,8 +312,15 @@ register_checkpoint_conversion_mapping(
 
 
 def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
-    """Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint."""
+    """
+    Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint. Raises `ValueError` for
+    an ICLIP model, whose weights have other names than a tower's.
+    """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if config.model_type == ICLIPConfig.model_type:
+        raise ValueError(
+            f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
+        )
     return getattr(config, side, config)
 
 

@@ -215,8 +215,10 @@ def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     """
     Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not
     count, nor what a run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other
-    files or is a link that leads nowhere, and `NotADirectoryError`.
+    files, is a link that leads nowhere, or is named as the embedded model is, and `NotADirectoryError`.
     """
+    if str(folder) == "embedded":
+        raise FileExistsError(f"{folder}: as a model, this is the name of the embedded one; name another folder.")
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(f"{folder}: this link leads nowhere; remove it, or name another folder.")
     names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()

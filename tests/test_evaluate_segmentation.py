@@ -102,6 +102,8 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
         0
     }  # equal maps: the first text
     assert result.results["itsm"]["segmentation"]["thresholds"] == [0.25, 0.25]
+    with pytest.raises(ValueError, match="logit_scale"):  # which then changes nothing
+        segment((model, tiny_processor), dataset, background=["sky"], logit_scale=5.0)
     result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)  # of probabilities
     pairs = []
     for sample in dataset:
@@ -242,11 +244,11 @@ def test_texts_are_encoded_in_parts_under_a_bar(labelled_folder, tiny_processor,
     )
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}, {"logit_scale": 40}])
 def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
     dataset = load_segmentation("folder", labelled_folder)
     dataset.background = False
-    with pytest.raises(ValueError, match="background of 'folder', which is void"):
+    with pytest.raises(ValueError, match="Leave out .* of the background"):
         segment((tiny_model(), tiny_processor), dataset, **options)
     result = segment((tiny_model(), tiny_processor), dataset)
     assert [row["id"] for row in result.per_class["itsm"]] == [1, 2, 3]

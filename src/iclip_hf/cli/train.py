@@ -57,9 +57,23 @@ def _prepare(overrides: Mapping) -> tuple[Settings, Inputs]:
         pairs = open_pairs(overrides["data"], overrides, streaming=False)
         preset, opened = choose_settings(overrides, pairs)
         settings = Settings(**{**preset, **overrides})
+    _check_effects(overrides, settings)
     check_run(settings)
     inputs = open_inputs(settings, opened)
     if preset and os.environ.get("RANK", "0") == "0":
         print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
         print_lines(*(f"  {name:<20}  {value}" for name, value in preset.items()))
     return settings, inputs
+
+
+def _check_effects(given: Mapping, settings: Settings) -> None:
+    """Raises `ValueError` for a given setting that has no effect by the others."""
+    for names, has_effect, where in (
+        ("eval_root eval_split", settings.eval_dataset != "none", "without eval_dataset"),
+        ("pictures", settings.validation_data or settings.validation_share, "without validation pairs"),
+        ("crop_scale auto_augment random_erasing", not settings.cache_features, "on cached features of whole images"),
+        ("pairs_per_epoch", any(map(is_hub_id, settings.data)), "on local pairs"),
+        ("epochs", not settings.max_steps, "with max_steps"),
+    ):
+        if not has_effect and (name := next(filter(given.get, names.split()), None)):
+            raise ValueError(f"{name}: it has no effect {where}; leave it out.")

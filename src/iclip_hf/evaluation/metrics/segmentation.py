@@ -166,6 +166,8 @@ class Segmentation(Metric):
             raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
         # Whether the background threshold is chosen on other images.
         self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
+        if self.logit_scale is not None and not self.sweeps and self.threshold is None:
+            raise ValueError("Leave out logit_scale: it has no effect without a threshold of the background.")
         if self.sweeps and run.count < 2:
             raise ValueError(
                 "The background threshold cannot be chosen on other images than this one: give a threshold."

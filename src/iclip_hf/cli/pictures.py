@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +82,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     from tqdm import tqdm
 
     from ..utils.files import write_new
-    from ..utils.prefetch import prefetch_map
+    from ..utils.prefetch import ThreadPool, prefetch_map
 
     images = image_names(options.images)
     alone = images == options.images and len(images) == 1
@@ -113,7 +112,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
 
     explained = 0
     with ExitStack() as stack:
-        thread = stack.enter_context(ThreadPoolExecutor(1))  # loads images and writes pictures while the model runs
+        thread = stack.enter_context(ThreadPool(1))  # loads images and writes pictures while the model runs
         named, prepared = itertools.tee(prefetch_map(thread, read, images, options.batch_size))
         # Without texts: what is in each image?
         texts, best = (options.texts + options.background, None) if options.texts else (vocabulary(), NOUNS)

@@ -13,7 +13,6 @@ import math
 import os
 import random
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ from ..model.images import load_image
 from ..utils.digests import LARGE, content_digest, file_digest, file_state, total_size
 from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
-from ..utils.prefetch import prefetch_map, spare_processors
+from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .sources import (
     BAD_PAIR,
     BadPairError,
@@ -202,7 +201,7 @@ class PairDataset:
                 return error
 
         tally, good = BadPairTally(self.max_bad_share, len(self)), []
-        with ThreadPoolExecutor(spare_processors()) as pool:
+        with ThreadPool(spare_processors()) as pool:
             for index, error in enumerate(prefetch_map(pool, error_of, range(len(self)), 64)):
                 tally.add(index, error)
                 good.append(error is None)

@@ -8,7 +8,6 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -24,7 +23,7 @@ from ..model.engine import TEXT_BATCH, Engine, join_texts, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
 from ..utils.distributed import partial_state
 from ..utils.extras import require_extra
-from ..utils.prefetch import prefetch_map, spare_processors
+from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .metrics import make_metrics
 from .metrics.metric import CannotMeasure, EvaluatedImage, Metric, markdown
 from .results import EvaluationResult, map_settings
@@ -271,7 +270,7 @@ class EvaluationRun:
             return parts
 
         bar = tqdm(total=len(self.indices), unit="image", disable=not self.progress)
-        with ThreadPoolExecutor(spare_processors()) as pool, bar:
+        with ThreadPool(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
             images = self._run_model(images, metrics, needs)
             for parts in prefetch_map(pool, update, images, 2 * self.batch_size):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from .prefetch import prefetch_map
+from .prefetch import ThreadPool, prefetch_map
 
 
 LARGE = 2**30  # bytes of data; of more, sizes and times stand for the content
@@ -27,7 +26,7 @@ def content_digest(
     folder = os.path.abspath(folder or os.path.commonpath({os.path.dirname(path) for path in paths}))
     before_names = os.path.join(folder, "")
     content = hashlib.sha256()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
+    with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         digests = prefetch_map(pool, file_digest, paths, 64) if read else map(_size_and_time, paths)
         for path, of_file in zip(paths, digests):
             content.update(path.removeprefix(before_names).encode(errors="surrogatepass") + b"\0")

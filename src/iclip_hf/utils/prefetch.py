@@ -12,6 +12,13 @@ from typing import TypeVar
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
+class ThreadPool(ThreadPoolExecutor):
+    """A thread pool that drops what waits in it when its context ends, as by Ctrl-C."""
+
+    def __exit__(self, *error) -> None:
+        self.shutdown(cancel_futures=True)
+
+
 def prefetch_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
 ) -> Iterator[Result]:

@@ -164,6 +164,7 @@ REFUSED = {
         "empty": b"",
         "compressed": inputs.tar(*GOOD_TAR, mode="w:gz"),
         "truncated": inputs.tar(*GOOD_TAR)[:700],
+        "truncated between two pairs": inputs.tar(*GOOD_TAR, ("b.png", b""), ("b.txt", "")).partition(b"b.png")[0],
         "damaged header of a later pair": inputs.tar(*GOOD_TAR, ("b.png", b""), ("b.txt", "")).replace(
             b"b.png", b"\xff" * 5
         ),

@@ -322,6 +322,8 @@ class TarShard(Source):
                         ranges[-1] = tar.offset  # start of the next member
                         last_key = key
                     tar.members.clear()  # tarfile would keep all members
+                if tar.offset == size:  # cut between two members, of which tarfile says nothing
+                    raise tarfile.ReadError("the zeros at its end are missing")
                 # tarfile ends silently at a damaged header, and before an archive that was appended to this one.
                 tar.fileobj.seek(tar.offset)
                 while block := tar.fileobj.read(2**20):

@@ -144,7 +144,8 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
         found = zip(row["presence"].values(), row["scores"].values())
         notes = [f"{presence_text(presence)} · score {score:.2f}" for presence, score in found]
         assert title == f"{row['text']}\n{', '.join(notes)}"
-    assert run(folder, image, *command, models=(0, 1, 0)) == 0  # a model that is given twice is compared once
+    twice = ["--model", f"{folder}/./model0"]  # is compared once
+    assert run(folder, image, *command, *twice, models=(0, 1, 0)) == 0
     _, headings, *lines = capsys.readouterr().out.splitlines()
     assert headings.split() == ["text", "presence", "score", "model"]
     shown = [re.search("present|unsure|absent", line)[0] for line in lines]

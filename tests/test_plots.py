@@ -101,10 +101,12 @@ def test_an_opacity_outside_0_and_1_is_refused(opacity):
             call()
 
 
-@pytest.mark.parametrize("option", [{"columns": 0}, {"columns": -2}, {"dpi": 0}, {"dpi": 1}, {"dpi": 4}])
+@pytest.mark.parametrize(
+    "option", [{"columns": 0}, {"columns": -2}, {"columns": 2.5}, {"columns": "2"}, {"dpi": 0}, {"dpi": 4}]
+)
 def test_a_sheet_without_columns_or_pixels_is_refused(option):
     image, (name,) = Image.new("RGB", (60, 40)), option
-    with pytest.raises(ValueError, match=f"{name} is at least"):
+    with pytest.raises(ValueError, match=f"{name} is an integer of at least"):
         draw(explained([0.9]), image, **option)
     assert draw(explained([0.9]), image, columns=1, dpi=5).width < 30
 

@@ -39,7 +39,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     output = options.output or Path(name_for(options.image, "comparison.png"))
     check_file(output, PICTURES)
-    models, methods = (list(dict.fromkeys(given)) for given in (options.models or ["embedded"], options.methods))
+    models = list({os.path.realpath(name): name for name in options.models or ["embedded"]}.values())
+    methods = list(dict.fromkeys(options.methods))
     image, truths, templates = _open(options, options.output or free_name(output), models)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:

@@ -77,11 +77,11 @@ def draw(
 
     Raises:
         `ValueError`: the image cannot be read, there is no such colour map, `opacity` is outside [0, 1], or `columns`
-            or `dpi` is too small.
+            or `dpi` is no integer or too small.
     """
     for name, value, least in (("columns", columns, 1), ("dpi", dpi, _LEAST_DPI)):
-        if value < least:
-            raise ValueError(f"{name} is at least {least}, not {value}.")
+        if not (hasattr(value, "__index__") and value >= least):
+            raise ValueError(f"{name} is an integer of at least {least}, not {value!r:.100}.")
     image = load_image(image)
     titles = [f"image\n{image.width} x {image.height} pixels"]
     image = at_picture_size(image, dpi)

@@ -191,13 +191,41 @@ def test_a_line_that_is_no_row_is_an_error_with_its_number(tmp_path, rows, line)
 
 
 def test_caption_lists(tmp_path):
-    (tmp_path / "0.jpg").write_bytes(jpeg(0))
-    (tmp_path / "p.csv").write_text('image,captions\n0.jpg,"[""null"", ""b""]"\n0.jpg,"[\'a\']"\n0.jpg,3\n')
+    write_images(tmp_path, ["0.jpg", "1.jpg", "2.jpg"])
+    (tmp_path / "p.csv").write_text('image,captions\n0.jpg,"[""null"", ""b""]"\n1.jpg,"[\'a\']"\n2.jpg,3\n')
     dataset = load_pairs(tmp_path / "p.csv")
     assert dataset.captions(0) == ["null", "b"]
     for bad in (1, 2):
         with pytest.raises(BadPairError, match=rf"p\.csv, row {bad + 1}: no caption"):
             dataset.captions(bad)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_rows_of_an_image_are_one_pair(tmp_path, form):
+    """In a batch, the captions of other pairs count as wrong."""
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    rows = [
+        ("0.jpg", "a dog", ["dog"], ["dog", "cat"]),
+        ("1.jpg", "a cat", ["cat"], []),
+        ("", "no image", [], []),
+        ("0.jpg", "a dog", ["ball"], ["ball"]),
+        ("0.jpg", "", [], []),
+        ("", "no image", [], []),
+        ("0.jpg", "a ball", ["dog"], []),
+    ]
+    table, names = tmp_path / f"pairs.{form}", ("image", "caption", "labels", "complete")
+    if form == "csv":
+        with open(table, "w", newline="") as file:
+            csv.writer(file).writerows([names, *((*row[:2], *map(json.dumps, row[2:])) for row in rows)])
+    else:
+        table.write_text("\n".join(json.dumps(dict(zip(names, row))) for row in rows))
+    dataset = load_pairs(table)
+    assert len(dataset) == 4
+    assert dataset.raw(0).texts == (["a dog", "a ball"], ["dog", "ball"], ["dog", "cat", "ball"])
+    assert dataset.raw(1).texts == (["a cat"], ["cat"], [])
+    for index, row in ((2, 3), (3, 6)):
+        with pytest.raises(BadPairError, match=f"row {row}: "):
+            dataset.raw(index)
 
 
 def test_image_folder(tmp_path):
@@ -331,13 +359,13 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out_up_to_a_share(tmp_path)
 
 
 def test_a_part_is_split_off_by_images(tmp_path):
-    """Several captions of an image in rows of their own, after a shard."""
+    """Several captions of an image under other names, after a shard."""
     shards = write_shards(tmp_path / "shards", 9)
-    rows = [f"{number // 3}.jpg,caption {number}" for number in range(30)]
+    rows = [f"{number % 3 * './'}{number // 3}.jpg,caption {number}" for number in range(30)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows, ""]))
     dataset = load_pairs([shards, tmp_path / "pairs.csv"])
     training, part = dataset.split(0.25)
-    images = [{part.raw(row).key for row in range(len(part))} for part in (training, part)]
+    images = [{os.path.normpath(part.raw(row).key) for row in range(len(part))} for part in (training, part)]
     assert images[0].isdisjoint(images[1]) and len(images[0] | images[1]) == 19 and len(images[1]) == 5
     assert len(training) + len(part) == 39
     again = dataset.split(0.25)[1]
@@ -741,8 +769,13 @@ def test_labels_in_one_string_are_several():
 def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     labels = [["dog", "Traffic_Light", "sportsball"], ["sportsball", "kite"], ["dogs", "new_thing"]]
     rows = [
-        {"image": "0.jpg", "caption": "a", "labels": names, "complete": ["traffic light", "sports ball", "new thing"]}
-        for names in labels
+        {
+            "image": f"{number}.jpg",
+            "caption": "a",
+            "labels": names,
+            "complete": ["traffic light", "sports ball", "new thing"],
+        }
+        for number, names in enumerate(labels)
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "nouns.txt").write_text("dog")

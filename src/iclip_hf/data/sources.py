@@ -119,6 +119,10 @@ class PairTexts(NamedTuple):
     labels: Sequence[str] = ()
     complete: Sequence[str] = ()
 
+    def joined(self, other: PairTexts) -> PairTexts:
+        """Returns the texts of both, each once."""
+        return PairTexts(*([*dict.fromkeys([*own, *others])] for own, others in zip(self, other)))
+
 
 def _texts(column: str, value) -> list[str]:
     """Returns the texts in a value of a column of captions, stripped; none if it is neither text nor has texts."""
@@ -376,15 +380,19 @@ def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
 
 class ImageList(Source):
     """
-    Image files by name, each with its texts. Names are relative to the table `path` that lists them, or to the folder
-    `path`; an empty one is a pair without an image.
+    Image files by name, each with its texts, which are None for a row that is part of an earlier one. Names are
+    relative to the table `path` that lists them, or to the folder `path`; an empty one is a pair without an image.
     """
 
-    def __init__(self, path: Path, columns: Columns, names: Sequence[str], texts: Sequence[PairTexts]):
+    def __init__(self, path: Path, columns: Columns, names: Sequence[str], texts: Sequence[PairTexts | None]):
         super().__init__(path, columns)
         self.root = path if path.is_dir() else None
         self._folder = self.root or path.parent
         self._names, self._texts, self.count = names, texts, len(names)
+
+    def ranges(self) -> np.ndarray:
+        """Returns the range of each row with texts of its own."""
+        return super().ranges()[[texts is not None for texts in self._texts]]
 
     def read(self, start: int, end: int) -> RawPair:
         name = self._names[start]
@@ -404,22 +412,27 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
     """
     Reads a text file in UTF-8 with one pair in each row: .csv or .tsv (without quoting) with a header line, or .jsonl.
     Fields of a .csv are separated by the character of ",", ";" and tab that its header has most of. Blank lines
-    do not count.
+    do not count. Rows of one image are one pair with the captions and labels of all, because in a batch the captions
+    of other pairs count as wrong.
 
     Raises:
         `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
         for an unknown one.
     """
-    names, texts = [], []
-    for row in _table_rows(path):
+    names, texts, first_rows = [], [], {}
+    for number, row in enumerate(_table_rows(path)):
         if not names:
             columns.check(path, row)
         name = next((row[column] for column in columns.image if row.get(column)), "")
         names.append(name if isinstance(name, str) else "")
         try:
-            texts.append(columns.texts(row))
+            of_row = columns.texts(row)
         except ValueError as error:
-            raise ValueError(f"{path}, row {len(names)}: {error}") from error
+            raise ValueError(f"{path}, row {number + 1}: {error}") from error
+        first = first_rows.setdefault(names[-1], number) if names[-1] else number
+        if first < number:
+            texts[first], of_row = texts[first].joined(of_row), None
+        texts.append(of_row)
     return ImageList(path, columns, names, texts)
 
 

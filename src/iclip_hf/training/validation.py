@@ -87,8 +87,8 @@ def retrieval_scores(
         last = {name: number for number, name in enumerate(names)}
         return [last[name] for name in names]
 
-    # Pairs with one caption have one number, and those with one image, because they cannot be told apart: many tables
-    # have a row for each of several captions.
+    # Pairs with one caption have one number, and those with one image, because they cannot be told apart: some data
+    # sets have a row for each of several captions.
     same = torch.tensor([numbers(captions), numbers(image_digests)], device=images.device)
 
     def of_each(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -218,7 +218,7 @@ def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     files, is a link that leads nowhere, or is named as the embedded model is, and `NotADirectoryError`.
     """
     if str(folder) == "embedded":
-        raise FileExistsError(f"{folder}: as a model, this is the name of the embedded one; name another folder.")
+        raise FileExistsError(f"{folder}: this is the name of the embedded model; name another folder.")
     if folder.is_symlink() and not folder.exists():
         raise FileExistsError(f"{folder}: this link leads nowhere; remove it, or name another folder.")
     names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()

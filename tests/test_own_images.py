@@ -80,7 +80,11 @@ def test_captions_of_one_image_are_counted_together(tmp_path):
     Images under one to six names: the part that is held out is not a tenth of the pairs, and no batch is too large.
     """
     table = write_table(tmp_path, 21)
-    rows = [f"{number * './'}{image}.png,caption {image} {number}" for image in range(21) for number in range(1 + image % 6)]
+    rows = [
+        f"{number * './'}{image}.png,caption {image} {number}"
+        for image in range(21)
+        for number in range(1 + image % 6)
+    ]
     table.write_text("\n".join(["image,caption", *rows, ""]))
     training, held_out = load_pairs(table).split(0.1)
     batch = choose_settings({"data": [str(table)], "max_bad_share": 0.0})["batch_size"]

@@ -114,7 +114,7 @@ def cosine_map(patches, texts, grid):
 def raw_maps(explainer, pixel_values, texts):
     """Raw maps of a method, `(B, T, h, w)`, and scores `(B, T)`, at one size of images."""
     texts = for_images(texts, len(pixel_values))
-    maps, image = Engine(explainer.model, explainer.model.processor, explainer).raw_maps(pixel_values, texts)
+    maps, (image,) = Engine(explainer.model, explainer.model.processor, explainer).raw_maps(pixel_values, texts)
     return maps, cosines(image.image_embeds, texts.text_embeds)
 
 

@@ -71,7 +71,11 @@ def _check_effects(given: Mapping, settings: Settings) -> None:
     for names, has_effect, where in (
         ("eval_root eval_split", settings.eval_dataset != "none", "without eval_dataset"),
         ("pictures", settings.validation_data or settings.validation_share, "without validation pairs"),
-        ("crop_scale auto_augment random_erasing", not settings.cache_features, "on cached features of whole images"),
+        (
+            "crop_scale auto_augment random_erasing",
+            not settings.cache_features,
+            "on cached features of whole images, which --cache_features '' turns off",
+        ),
         ("pairs_per_epoch", any(map(is_hub_id, settings.data)), "on local pairs"),
         ("epochs", not settings.max_steps, "with max_steps"),
     ):

@@ -7,7 +7,7 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 >>> model = load("embedded")
 >>> engine = Engine(model, model.processor, make_explainer(model, method="gem"))
 >>> pixel_values = model.processor(images=[image])["pixel_values"]
->>> maps, features = engine.raw_maps(pixel_values, engine.encode(["dog", "ball"]))  # (B, T, h, w)
+>>> maps, _ = engine.raw_maps(pixel_values, engine.encode(["dog", "ball"]))  # (B, T, h, w)
 ```
 
 docs/methods.md lists the methods, and what they do with models that have no class token.

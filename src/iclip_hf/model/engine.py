@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
 from .similarity import check_map_size, resize_maps
-from .windows import half_windows, windowed_maps
+from .windows import half_windows, mean_of_windows, sliding_windows
 
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ TEXT_BATCH = 256
 # Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
 SIMILAR_TEXTS = 0.7
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
+# Sharpness of the smooth maximum of the scores of windows, near the scale of logits: the mean of the odds.
+WINDOW_SHARPNESS = 20.0
 # What scores and maps are computed from. The outputs of the tower take more memory.
 _IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
@@ -55,8 +58,9 @@ class PreparedImage:
             size is another.
         text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
         image (`PIL.Image.Image`, *optional*): for the explanation.
-        features ([`ICLIPImageFeatures`], *optional*): of one image, from [`Engine.encode_images`]: `image_embeds` at
-            the model's own size, and, if maps are computed from features, the others of `pixel_values`.
+        features (`list[ICLIPImageFeatures]`, *optional*): of the image and, at two scales, of each of its windows,
+            from [`Engine.encode_images`]: `image_embeds`, of the whole image at the model's own size, and, if maps
+            are computed from features, the others of `pixel_values`.
     """
 
     pixel_values: torch.Tensor
@@ -64,22 +68,22 @@ class PreparedImage:
     score_pixel_values: torch.Tensor | None = None
     text_indices: Sequence[int] | None = None
     image: Image.Image | None = None
-    features: ICLIPImageFeatures | None = None
+    features: list[ICLIPImageFeatures] | None = None
 
     @property
     def batch_key(self) -> tuple:
         """Images with equal keys can share a forward pass."""
         pixels = (self.pixel_values, self.score_pixel_values)
         shapes = [None if values is None else values.shape for values in pixels]
-        return *shapes, self.text_indices is None, self.features and tuple(self.features)
+        return *shapes, self.text_indices is None, self.features and tuple(self.features[0])
 
 
 class Engine:
     """
     Explains images with one model and one method.
 
-    Scores and presence always come from the model's own size of images, so a map of another size costs a second
-    forward pass.
+    Scores and presence of the whole image always come from the model's own size of images, so a map of another size
+    costs a second forward pass.
 
     Example:
 
@@ -102,9 +106,11 @@ class Engine:
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
-        multi_scale (`bool`): whether the maps are computed at two scales: of the whole image, and of 3x3 windows of
-            half its height and width, enlarged to the size of the whole, whose weights fall towards their edges. The
-            value of a patch is the mean of both, on a grid that is twice as fine. An image takes ten times as long.
+        multi_scale (`bool`): whether maps and scores are computed at two scales: of the whole image, and of 3x3
+            windows of half its height and width, enlarged to the size of the whole. The value of a patch is the mean
+            of both, on a grid that is twice as fine, where the weight of a window falls towards its edges. The score
+            is the mean of that of the whole and the smooth maximum of those of the windows. An image takes ten times
+            as long.
 
     Attributes:
         takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
@@ -133,8 +139,7 @@ class Engine:
         self.refine, self.multi_scale = refine, multi_scale
         self._forward = self._own_maps if method is None else method.forward
         parameters = signature(self._forward).parameters
-        self._takes_features, self._takes_text_indices = "features" in parameters, "text_indices" in parameters
-        self.takes_features = self._takes_features and not multi_scale
+        self.takes_features, self._takes_text_indices = "features" in parameters, "text_indices" in parameters
 
     def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
         """
@@ -199,6 +204,8 @@ class Engine:
         """
 
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:
+            if not self.takes_features and (self.multi_scale or group[0].score_pixel_values is None):
+                return group  # the scores come with the maps
             features = self._encode(group, self.takes_features)
             return [replace(image, features=part) for image, part in zip(group, _split(features, len(group)))]
 
@@ -302,15 +309,15 @@ class Engine:
 
         # Encode. A method that takes no features does so itself, as it computes the maps, unless the scores come
         # first.
-        features, maps = self._encode(images, wants_maps and self.takes_features), None
-        if "image_embeds" not in features:
-            if wants_maps and best is None:
-                maps, features = self.raw_maps(pixel_values, texts, text_indices=text_indices)
-            else:
-                features = self._features(pixel_values)
+        maps = None
+        if self.takes_features or images[0].features is not None or not wants_maps or best is not None:
+            features = self._encode(images, wants_maps and self.takes_features)
+        else:
+            maps, features = self.raw_maps(pixel_values, texts, text_indices=text_indices)
+            features = self._scored_at_own_size(images, features)
 
         # Score.
-        scores = cosines(features.image_embeds, texts.text_embeds)
+        scores = _score([cosines(view.image_embeds, texts.text_embeds) for view in features])
         _check_finite(scores)
         presence = self.model.presence(scores)
         if presence is not None and priors is not None:
@@ -341,79 +348,92 @@ class Engine:
             for number, (image, selected) in enumerate(zip(images, indices))
         ]
 
-    def _encode(self, images: Sequence[PreparedImage], for_maps: bool) -> ICLIPImageFeatures:
+    def _encode(self, images: Sequence[PreparedImage], for_maps: bool) -> list[ICLIPImageFeatures]:
         """
-        Returns the features of images that have been encoded, with `image_embeds` of the model's own size if this is
-        another than that of the maps, and with `for_maps` all others.
+        Returns the features of each view of images, those that have been encoded if they suffice: `image_embeds`, and
+        with `for_maps` all others.
         """
-        features = _joined(images, "features") or ICLIPImageFeatures()
-        image_embeds = features.image_embeds
-        if image_embeds is None and images[0].score_pixel_values is not None:
+        features = _joined(images, "features")
+        if features is not None and not (for_maps and features[0].patch_embeds is None):
+            return features
+        if for_maps or self.multi_scale or images[0].score_pixel_values is None:
+            views = [self._features(view) for view in self._views(_joined(images, "pixel_values"))]
+        else:
+            views = [ICLIPImageFeatures()]
+        return self._scored_at_own_size(images, views)
+
+    def _scored_at_own_size(
+        self, images: Sequence[PreparedImage], views: list[ICLIPImageFeatures]
+    ) -> list[ICLIPImageFeatures]:
+        """Replaces `image_embeds` of the whole images by those at the model's own size, if this is another."""
+        encoded = _joined(images, "features")
+        if encoded is not None:
+            image_embeds = encoded[0].image_embeds
+        elif images[0].score_pixel_values is not None:
             image_embeds = self._features(_joined(images, "score_pixel_values")).image_embeds
-        if for_maps and features.patch_embeds is None:
-            features = self._features(_joined(images, "pixel_values"))
-        if image_embeds is not None:
-            features = ICLIPImageFeatures(**{**features, "image_embeds": image_embeds})
-        return features
+        else:
+            return views
+        whole, *windows = views
+        return [ICLIPImageFeatures(**{**whole, "image_embeds": image_embeds}), *windows]
+
+    def _views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the pixel values of what the model sees of images: the whole and, at two scales, its windows."""
+        if not self.multi_scale:
+            return [pixel_values]
+        size = pixel_values.shape[2:]
+        window, stride = half_windows(size, self.processor.patch_size)
+        whole = F.interpolate(pixel_values, window, mode="bicubic", antialias=True)
+        return [whole, *(pixel_values[..., rows, columns] for rows, columns in sliding_windows(size, window, stride))]
 
     def raw_maps(
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
-        features: ICLIPImageFeatures | None = None,
+        features: Sequence[ICLIPImageFeatures] | None = None,
         text_indices: Sequence[Sequence[int]] | None = None,
-    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+    ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
         Computes the raw maps of prepared images, at two scales and refined as the engine says.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`Engine.prepare`].
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
-            features ([`ICLIPImageFeatures`], *optional*): of the images, for a method that computes maps from them.
+            features (`list[ICLIPImageFeatures]`, *optional*): of the images and, at two scales, of each of their
+                windows, for a method that computes maps from them.
             text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
                 The S maps of an image with fewer end with maps of any texts.
 
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `text_indices`, float32, and the features of the
-            images.
+            images, as above.
 
         Raises:
             `ValueError`: the model returns NaN or infinity, or the method another number of maps.
         """
-        texts = for_images(texts, len(pixel_values))
-        if not self.multi_scale:
-            maps, features = self._maps_of_method(pixel_values, texts, features, text_indices)
-        else:
-            window, stride = half_windows(pixel_values.shape[2:], self.processor.patch_size)
-            whole = F.interpolate(pixel_values, window, mode="bicubic", antialias=True)
-            maps, features = self._maps_of_method(whole, texts, None, text_indices)
-            of_windows = windowed_maps(
-                lambda pixels: self._maps_of_method(pixels, texts, None, text_indices)[0],
-                pixel_values,
-                window,
-                stride,
-                self.processor.patch_size,
-                tapered=True,
-            )
+        texts, found = for_images(texts, len(pixel_values)), []
+        for view, of_view in zip(self._views(pixel_values), features or itertools.repeat(None)):
+            found.append(self._maps_of_method(view, texts, of_view, text_indices))
+        (maps, *of_windows), features = zip(*found)
+        if self.multi_scale:
+            size = pixel_values.shape[2:]
+            windows = sliding_windows(size, *half_windows(size, self.processor.patch_size))
+            of_windows = mean_of_windows(of_windows, windows, size, self.processor.patch_size, tapered=True)
             maps = (resize_maps(maps, of_windows.shape[2:]) + of_windows) / 2
-        return self._refined(maps, pixel_values), features
+        return self._refined(maps, pixel_values), [*features]
 
     def windowed_maps(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
     ) -> torch.Tensor:
         """
         Computes the raw maps `(B, T, h, w)` of square windows that slide over prepared images `(B, 3, H, W)`, see
-        [`windowed_maps`], refined if the engine refines. `texts` are as for `raw_maps`.
+        [`mean_of_windows`], refined if the engine refines. `texts` are as for `raw_maps`.
         """
-        texts = for_images(texts, len(pixel_values))
-        maps = windowed_maps(
-            lambda pixels: self._maps_of_method(pixels, texts, None, None)[0],
-            pixel_values,
-            (window, window),
-            (stride, stride),
-            self.processor.patch_size,
+        texts, size = for_images(texts, len(pixel_values)), pixel_values.shape[2:]
+        windows = sliding_windows(size, (window, window), (stride, stride))
+        maps = (
+            self._maps_of_method(pixel_values[..., rows, columns], texts, None, None)[0] for rows, columns in windows
         )
-        return self._refined(maps, pixel_values)
+        return self._refined(mean_of_windows(maps, windows, size, self.processor.patch_size), pixel_values)
 
     def _refined(self, maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps
@@ -427,7 +447,7 @@ class Engine:
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """Computes the maps of the method, checks them, and returns them with the features of the images."""
         expected, selected, options = tuple(texts.text_embeds.shape[:2]), None, {}
-        if self._takes_features:
+        if self.takes_features:
             options["features"] = features
         if text_indices is not None:
             padded = [torch.tensor(list(indices) or [0]) for indices in text_indices]
@@ -442,7 +462,7 @@ class Engine:
             )
         maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
         _check_finite(maps)
-        return maps, features
+        return maps, _embeds(features)
 
     @torch.no_grad()
     def _own_maps(
@@ -532,18 +552,40 @@ def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> 
     return (chosen + [index for index in ranked if index not in chosen])[:count]
 
 
+def _score(views: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    Returns the scores `(B, T)` of images from the cosines of the whole image `(B, T)` and, at two scales, of each of
+    its windows: the mean of that of the whole and log mean exp(20 s) / 20 over the windows.
+    """
+    whole, *windows = views
+    if not windows:
+        return whole
+    smooth_maximum = (WINDOW_SHARPNESS * torch.stack(windows)).logsumexp(0) - math.log(len(windows))
+    return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
+
+
 def _joined(images: Sequence[PreparedImage], name: str):
-    """Joins a tensor or the features of images; None if they have none."""
+    """Joins a tensor, or the features of each view, of images; None if they have none."""
     parts = [getattr(image, name) for image in images]
     if len(parts) == 1 or parts[0] is None:
         return parts[0]
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
-    return ICLIPImageFeatures(**{field: torch.cat([part[field] for part in parts]) for field in parts[0]})
+    return [
+        ICLIPImageFeatures(**{field: torch.cat([part[field] for part in of_view]) for field in of_view[0]})
+        for of_view in zip(*parts)
+    ]
 
 
-def _split(features: ICLIPImageFeatures, images: int) -> list[ICLIPImageFeatures | None]:
-    """Returns the features of each image that scores and maps are computed from; None without any."""
-    fields = {name: features[name].split(1) for name in _IMAGE_EMBEDS if name in features}
-    parts = zip(*fields.values()) if fields else [None] * images
-    return [part and ICLIPImageFeatures(**dict(zip(fields, part))) for part in parts]
+def _embeds(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
+    """Returns the features that scores and maps are computed from, without gradient."""
+    return ICLIPImageFeatures(**{name: features[name].detach() for name in _IMAGE_EMBEDS if name in features})
+
+
+def _split(views: Sequence[ICLIPImageFeatures], images: int) -> list[list[ICLIPImageFeatures]]:
+    """Returns the features of each view of each image that scores and maps are computed from."""
+    parts = [{name: tensor.split(1) for name, tensor in _embeds(view).items()} for view in views]
+    return [
+        [ICLIPImageFeatures(**{name: tensors[image] for name, tensors in view.items()}) for view in parts]
+        for image in range(images)
+    ]

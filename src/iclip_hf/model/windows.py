@@ -1,29 +1,41 @@
 """Windows that slide over prepared images."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 
-def windowed_maps(
-    raw_maps: Callable[[torch.Tensor], torch.Tensor],
-    pixel_values: torch.Tensor,
-    window: tuple[int, int],
-    stride: tuple[int, int],
+def sliding_windows(
+    size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
+) -> list[tuple[slice, slice]]:
+    """
+    Returns the rows and the columns of each window that slides over an image `(H, W)`. The last window of a row or
+    column ends at the image's edge, and a window is never larger than the image.
+
+    Args:
+        size, window, stride (`tuple[int, int]`): height and width of the image and of the windows, and their distance
+            along each side, in pixels; strides are at most the window.
+    """
+    last = (max(side - length, 0) for side, length in zip(size, window))
+    starts = ([*range(0, end, step), end] for end, step in zip(last, stride))
+    return [(slice(top, top + window[0]), slice(left, left + window[1])) for top, left in itertools.product(*starts)]
+
+
+def mean_of_windows(
+    maps: Iterable[torch.Tensor],
+    windows: Sequence[tuple[slice, slice]],
+    size: tuple[int, int],
     patch_size: int,
     tapered: bool = False,
 ) -> torch.Tensor:
     """
-    Computes raw maps from windows that slide over the images. The value of a patch is its mean over the windows that
-    contain it. The last window of a row or column ends at the image's edge, and a window is never larger than the
-    image.
+    Joins the raw maps of windows. The value of a patch is its mean over the windows that contain it.
 
     Args:
-        raw_maps: function from pixel values `(B, 3, H', W')` to raw maps with a value for each patch.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from the processor.
-        window, stride (`tuple[int, int]`): height and width of the windows, and their distance along each side,
-            multiples of the patch size in pixels; strides are at most the window.
+        maps: raw map of each window, `(B, T, h', w')`, with a value for each patch.
+        windows: rows and columns of each window in pixels, from [`sliding_windows`].
+        size (`tuple[int, int]`): height and width of the images in pixels, multiples of the patch size.
         patch_size (`int`): side of a patch in pixels.
         tapered (`bool`): whether a window's weight in the mean falls linearly from its middle to its edges, so that
             the maps have no seams where windows end. All have the same weight otherwise.
@@ -32,18 +44,16 @@ def windowed_maps(
         `torch.Tensor` of shape `(B, T, H / patch_size, W / patch_size)`, float32.
     """
     mean = None
-    edges = [max(side - length, 0) for side, length in zip(pixel_values.shape[2:], window)]
-    for top, left in itertools.product(*([*range(0, edge, step), edge] for edge, step in zip(edges, stride))):
-        maps = raw_maps(pixel_values[..., top : top + window[0], left : left + window[1]])
+    for of_window, (rows, columns) in zip(maps, windows, strict=True):
         if mean is None:
-            mean = maps.new_zeros(*maps.shape[:2], *(side // patch_size for side in pixel_values.shape[2:]))
+            mean = of_window.new_zeros(*of_window.shape[:2], *(side // patch_size for side in size))
             weights = torch.zeros_like(mean[0, 0])
-            weight = _tent(maps) if tapered else torch.ones_like(maps[0, 0])
-        rows = slice(top // patch_size, top // patch_size + maps.shape[2])
-        columns = slice(left // patch_size, left // patch_size + maps.shape[3])
-        weights[rows, columns] += weight
+            weight = _tent(of_window) if tapered else torch.ones_like(of_window[0, 0])
+        top, left = rows.start // patch_size, columns.start // patch_size
+        place = (..., slice(top, top + of_window.shape[2]), slice(left, left + of_window.shape[3]))
+        weights[place] += weight
         # A running mean keeps a constant map exactly constant. Min-max would stretch the rounding errors of a sum.
-        mean[..., rows, columns] += (maps - mean[..., rows, columns]) * (weight / weights[rows, columns])
+        mean[place] += (of_window - mean[place]) * (weight / weights[place])
     return mean
 
 
@@ -58,8 +68,8 @@ def _tent(maps: torch.Tensor) -> torch.Tensor:
 
 def half_windows(size: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """
-    Returns window and stride, as [`windowed_maps`] takes them, of 3x3 windows of half the height and half the width of
-    an image `(H, W)` in pixels, in whole patches, each of which shares half with the next.
+    Returns window and stride, as [`sliding_windows`] takes them, of 3x3 windows of half the height and half the width
+    of an image `(H, W)` in pixels, in whole patches, each of which shares half with the next.
     """
     patches = [side // patch_size for side in size]
     window = tuple(patch_size * -(-number // 2) for number in patches)

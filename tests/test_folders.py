@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[1]
 METRICS = {
     "protocol": {
         "model": "/home/someone/model",
-        "dataset": {"name": "voc2012", "split": "val", "images": 77, "fingerprint": "0123456789abcdef"},
+        "dataset": {"name": "voc2012", "split": "val", "images": 1449, "fingerprint": "0123456789abcdef"},
         "image_size": {"height": 224, "width": 160},
         "resize": "whole image, no crop",
         "templates": ["a photo of the {}"],
@@ -229,7 +229,7 @@ def files_of(folder: Path) -> dict[str, Path]:
 def test_figures_are_where_the_hub_looks_for_them(exported):
     entries = parse_eval_result_entries(yaml.safe_load((exported / ".eval_results" / "iclip.yaml").read_text()))
     assert {entry.dataset_id for entry in entries} == {"nateraw/pascal-voc-2012"}
-    assert {entry.notes for entry in entries} == {"77 images of val"}
+    assert {entry.notes for entry in entries} == {"1449 images of val"}
     values = {entry.task_id: entry.value for entry in entries}
     assert len(values) == 5 and (values["itsm_mmiou"], values["reversed_itsm_mfmb"]) == (50.31, -0.3055)
 
@@ -396,9 +396,19 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, t
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     assert (model.config.max_over, model.config.logit_bias_init_value) == ("similarity", -3)
     assert processor.image_processor.size["height"] == 64
-    file.write_text(f"{given}model_options: pooling_x=1\n")
-    assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "other")]) == 2
-    assert "'pooling_x'" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    for content, named in (
+        (f"{given}model_options: pooling_x=1\n", "'pooling_x'"),
+        (f"{given}model_options: [{{max_over: similarity}}]\n", "model_options"),
+        (f"{given}image_size: -3\n", "image_size"),
+        ("- vision\n", "train.yaml"),
+        ("", "train.yaml"),
+    ):
+        file.write_text(content)
+        assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "other")]) == 2
+        assert named in capsys.readouterr().err and not (tmp_path / "other").exists()
+    file.write_text(f'{given}image_size: "64"\n')
+    assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "other")]) == 0
+    assert ICLIPProcessor.from_pretrained(tmp_path / "other").image_processor.size["height"] == 64
 
 
 def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path, tiny_processor):
@@ -497,7 +507,7 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.library_name == "transformers"
     assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
     assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | - | 21.50 |" in card.text
-    assert "77 images at 224x160 pixels" in card.text and "refined" not in card.text
+    assert "1449 images at 224x160 pixels" in card.text and "refined" not in card.text
 
 
 def test_the_first_lines_of_the_card_name_the_model(exported, tmp_path, tiny_processor):
@@ -512,25 +522,26 @@ def test_the_first_lines_of_the_card_name_the_model(exported, tmp_path, tiny_pro
 
 def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics = copy.deepcopy(METRICS)
-    metrics["protocol"]["dataset"] |= {"name": "coco2017", "images_in_split": 5000}
+    metrics["protocol"]["dataset"] |= {"name": "coco2017", "split": "val2017"}  # not all images are there
     card = card_of(tmp_path, tiny_processor, metrics=metrics)
-    assert "| COCO 2017 val, 77 of 5000 images | `itsm` |" in card.text
+    assert "| COCO 2017 val2017, 1449 of 5000 images | `itsm` |" in card.text
     # Neither the Hub's page of the model nor that of the data set can say so.
     assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
-    assert "val, 77 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
+    assert "val2017, 1449 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
 
 
-@pytest.mark.parametrize(("name", "names"), [("coco2017", COCO_THINGS), ("voc2012", VOC)])
-def test_a_card_says_that_class_names_are_not_those_of_the_data_set(tmp_path, tiny_processor, name, names):
-    """Such as those of own data in COCO's form, which are not COCO."""
-    metrics = copy.deepcopy(METRICS)
-    metrics["protocol"]["dataset"]["name"] = name
-    for number, used in enumerate((names, ["screw", "nut"])):
-        folder, own = tmp_path / str(number), number == 1
+@pytest.mark.parametrize(
+    ("name", "split", "count", "names"), [("coco2017", "val2017", 5000, COCO_THINGS), ("voc2012", "val", 1449, VOC)]
+)
+def test_a_card_says_that_data_are_not_the_data_set_of_that_form(tmp_path, tiny_processor, name, split, count, names):
+    """Such as own data in COCO's form, which are not COCO."""
+    for number, (in_split, used) in enumerate(((split, names), (split, ["screw", "nut"]), ("mine", names))):
+        folder, own, metrics = tmp_path / str(number), number > 0, copy.deepcopy(METRICS)
+        metrics["protocol"]["dataset"] |= {"name": name, "split": in_split, "images": count}
         metrics["protocol"]["class_names"] = list(used)
         for options in ({"metrics": metrics}, {"source": folder, "overwrite": True}):  # the record keeps it
             card = card_of(folder, tiny_processor, **options)
-            assert (" val, with other class names | `itsm` |" in card.text) == own
+            assert (f" {in_split}, own data in its form | `itsm` |" in card.text) == own
             assert (card.data.eval_results is None) == own == (not (folder / ".eval_results").exists())
 
 
@@ -540,7 +551,7 @@ def test_the_card_tells_how_maps_were_measured_and_leaves_out_what_was_not(tmp_p
     assert [result.metric_name for result in card.data.eval_results] == ["mMIoU", "mFMB"] and "None" not in card.text
     assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.text
     entries = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "iclip.yaml").read_text()))
-    assert {entry.notes for entry in entries} == {"77 images of val, refined maps"}
+    assert {entry.notes for entry in entries} == {"1449 images of val, refined maps"}
 
 
 def test_the_card_tells_configuration_training_and_terms(source):

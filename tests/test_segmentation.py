@@ -213,7 +213,7 @@ def test_coco_names_no_file_outside_of_the_split(tmp_path, name):
 
 
 def test_boxes_among_masks_are_counted_in_a_warning(tmp_path, caplog):
-    annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [], [])]
+    annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [])] + [{"category_id": 1}]
     (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
     assert ((sample.mask(sample.labels[0]) > 0) == (DOG > 0)).all()
     assert "instances_val2017.json: 2 of 3 annotations have no mask" in caplog.text

@@ -25,12 +25,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub.configs import config_folder
+    from ..training.settings import read_settings
     from ..utils.files import check_new_folder, check_outside
 
     # Before torch is loaded.
-    for read in filter(None, (config_folder(options.config), options.vision, options.text)):
+    source = config_folder(options.config)
+    for read in filter(None, (source, options.vision, options.text)):
         check_outside(options.output, read)
     check_new_folder(options.output)
+    if (source / "train.yaml").is_file():
+        given = {side: tower for side in ("vision", "text") if (tower := getattr(options, side))}
+        read_settings({"config": options.config, "data": ["pairs.csv"], **given})  # raises for a wrong setting
     from ..hub.folders import init_model, is_embedded
 
     silence_transformers()

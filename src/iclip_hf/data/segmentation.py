@@ -466,17 +466,15 @@ def _instances(root: Path, split: str) -> _Content:
             if crowd not in (0, 1):
                 raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
             annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
-            annotations[item["image_id"]].append(annotation | {"segmentation": item["segmentation"]})
-        boxes, count = sum(not item["segmentation"] for item in content["annotations"]), len(content["annotations"])
+            annotations[item["image_id"]].append(annotation | {"segmentation": item.get("segmentation")})
+        boxes, count = (
+            sum(not item.get("segmentation") for item in content["annotations"]),
+            len(content["annotations"]),
+        )
         if 0 < boxes == count:
             raise ValueError("the annotations are boxes without a mask")
         if boxes:
-            logger.warning(
-                "%s: %d of %d annotations have no mask: shown, without a pixel",
-                path,
-                boxes,
-                count,
-            )
+            logger.warning("%s: %d of %d annotations have no mask: shown, without a pixel", path, boxes, count)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "

@@ -82,7 +82,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     given = named.get("model_options") or []
     options = options_of_model([given] if isinstance(given, str) else given)
-    image_size = named.get("image_size") or None
+    image_size = int(named.get("image_size") or 0) or None
     with atomic_folder(output) as folder:
         model, processor = (
             load_iclip("embedded") if trained else join_towers(source, vision, text, image_size, **options)

@@ -135,11 +135,11 @@ def _plain(value):
 
 def _figures(evaluation: Mapping) -> list[dict]:
     """
-    Returns the figures for the front matter; none of an evaluation of some images only, or with other class names than
-    those of the data set, which the pages of the Hub could not say.
+    Returns the figures for the front matter; none of an evaluation of some images only, or of own data in the form of
+    the data set, which the pages of the Hub could not say.
     """
     data = evaluation["protocol"]["dataset"]
-    if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_names"):
+    if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_data"):
         return []
     figures = []
     for method, by_metric in evaluation["results"].items():

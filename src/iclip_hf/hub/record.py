@@ -36,8 +36,12 @@ _DATA_TERMS = {"pixparse/cc3m-wds": "Conceptual Captions: free for any purpose; 
 NOT_KNOWN = "not known here"
 # Of a model whose training is not recorded.
 _UNKNOWN = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
-# Class names of the data sets that the Hub has pages of. Own data in their form, or `--overrides`, have others.
-_CLASS_NAMES = {"coco2017": COCO_THINGS, "voc2012": VOC}
+# Class names of the data sets that the Hub has pages of, and the images of their splits. Own data in their form, or
+# `--overrides`, have others.
+_ON_HUB = {
+    "coco2017": (COCO_THINGS, {"train2017": 118_287, "val2017": 5000}),
+    "voc2012": (VOC, {"train": 1464, "val": 1449, "trainval": 2913}),
+}
 
 
 def read_record(source: str | Path) -> dict:
@@ -126,18 +130,19 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
             }
         if not any(results.values()):
             raise ValueError
+        classes, splits = _ON_HUB.get(data["name"], (None, {}))
+        data["images_in_split"] = splits.get(data["split"], data["images_in_split"])
         names = ("name", "split", "fingerprint", "images", "images_in_split")
         shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
         shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
-        shown |= {name: protocol[name] for name in ("refine", "multi_scale", "note", "own_names") if name in protocol}
+        shown |= {name: protocol[name] for name in ("refine", "multi_scale", "note", "own_data") if name in protocol}
         options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
         shown["metrics"] = {name: {"aggregate": of["aggregate"]} for name, of in options.items() if "aggregate" in of}
-        usual = _CLASS_NAMES.get(data["name"])
-        if usual and "class_names" in protocol and tuple(protocol["class_names"]) != usual:
-            shown["own_names"] = True
+        if classes and (data["split"] not in splits or tuple(protocol.get("class_names", classes)) != classes):
+            shown["own_data"] = True
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{str(metrics)[:100]}: expected the interpretability of a model as `iclip evaluate --output` writes it."
+            "These results are not the interpretability of a model, as `iclip evaluate --output` writes it."
         ) from error
     return {"protocol": shown, "results": results}
 

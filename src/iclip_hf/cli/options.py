@@ -141,8 +141,8 @@ SHARED = {
     },
     "--multi-scale": {
         "action": "store_true",
-        "help": "compute the maps of the whole image and of 3x3 windows at twice the scale, which is finer and takes "
-        "ten times as long; scores and presence are those of the whole image",
+        "help": "compute maps and scores of the whole image and of 3x3 windows at twice the scale, which is finer and "
+        "takes ten times as long",
     },
     "--colormap": {
         "default": COLORMAPS[0],

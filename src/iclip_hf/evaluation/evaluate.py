@@ -71,7 +71,7 @@ def evaluate_model(
             processor's. mAP and presence always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
-        multi_scale (`bool`): whether to compute the maps at two scales, see [`Engine`].
+        multi_scale (`bool`): whether to compute maps and scores at two scales, see [`Engine`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): number of images in one forward pass.
         progress (`bool`): whether the first process shows a progress bar.

@@ -158,7 +158,7 @@ def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
     data = protocol["dataset"]
     notes = f"{data['images']} images of {data['split']}"
     notes += ", refined maps" if protocol.get("refine") else ""
-    notes += ", maps at two scales" if protocol.get("multi_scale") else ""
+    notes += ", at two scales" if protocol.get("multi_scale") else ""
     return [
         {
             "dataset": {"id": _DATASET_IDS[data["name"]], "task_id": f"{figure['config']}_{figure['type']}"},

@@ -79,7 +79,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
             refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
-            multi_scale (`bool`, defaults to `False`): whether to compute maps and scores at two scales, see [`Engine`].
+            multi_scale (`bool`, defaults to `False`): whether maps and scores are at two scales, see [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
                 `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
             size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence

@@ -211,6 +211,14 @@ def test_base64_text(photo):
     for wrong in ("data:image/png;base64,bm8gaW1hZ2U=", "data:image/png;base64,bm8gaW1hZ2U"):
         with pytest.raises(ValueError, match="data:image/png"):
             load_image(wrong)
+    for form in ("PNG", "JPEG", "GIF", "WEBP"):  # alone, as transformers takes it
+        file = io.BytesIO()
+        photo.save(file, form)
+        expected = np.asarray(load_image(file.getvalue()))
+        found = load_image(base64.b64encode(file.getvalue()).decode())
+        np.testing.assert_array_equal(np.asarray(found), expected)
+    with pytest.raises(FileNotFoundError, match="bm8gaW1hZ2U"):  # a path
+        load_image("bm8gaW1hZ2U=")
 
 
 class Redirecting(QuietHandler):

@@ -114,7 +114,7 @@ def _usable(device: str | torch.device) -> torch.device:
         tensor.cpu()  # "meta" has no values
         return tensor.device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"Expected a device of this machine, such as cpu, cuda or mps, got {device}.") from error
+        raise ValueError(f"This machine has no device {str(device)!r}; name one that it has, such as cpu.") from error
 
 
 def _explainable(model, processor) -> ExplainableModel:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 
+# The first characters of a JPEG, PNG, GIF and WebP file in base64.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
@@ -74,9 +76,9 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     255.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text that
-            begins with "data:", the bytes of a file, an image of any mode, or the pixels, in the ranges of
-            [`to_8_bit`]. An `os.PathLike` is always a path.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text of a JPEG,
+            PNG, GIF or WebP file or after "data:", the bytes of a file, an image of any mode, or the pixels, in the
+            ranges of [`to_8_bit`]. An `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
         timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
 
@@ -90,9 +92,9 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         name = name or repr(without_password(image)[:100])
         if is_url(image):
             image = download(image, timeout)
-        elif image.startswith("data:"):
+        elif image.startswith(("data:", *_BASE64)):
             try:
-                image = base64.b64decode(image.partition(",")[2])
+                image = base64.b64decode(image.partition(",")[2] or image)
             except ValueError as error:
                 raise ValueError(f"{name}: this is no base64 text ({error}).") from error
     name = name or _name(image)

@@ -366,14 +366,10 @@ class Engine:
         self, images: Sequence[PreparedImage], views: list[ICLIPImageFeatures]
     ) -> list[ICLIPImageFeatures]:
         """Replaces `image_embeds` of the whole images by those at the model's own size, if this is another."""
-        encoded = _joined(images, "features")
-        if encoded is not None:
-            image_embeds = encoded[0].image_embeds
-        elif images[0].score_pixel_values is not None:
-            image_embeds = self._features(_joined(images, "score_pixel_values")).image_embeds
-        else:
+        if images[0].score_pixel_values is None:
             return views
         whole, *windows = views
+        image_embeds = self._features(_joined(images, "score_pixel_values")).image_embeds
         return [ICLIPImageFeatures(**{**whole, "image_embeds": image_embeds}), *windows]
 
     def _views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.backends.embedded import embedded_folder
 from iclip_hf.backends.identity import identity
-from iclip_hf.data.class_names import COCO_THINGS, VOC
+from iclip_hf.data.class_names import ADE20K, COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers, push_model
@@ -399,6 +399,7 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, t
     for content, named in (
         (f"{given}model_options: pooling_x=1\n", "'pooling_x'"),
         (f"{given}model_options: [{{max_over: similarity}}]\n", "model_options"),
+        (f"{given}model_options: max_over=banana\n", "'max_over'"),
         (f"{given}image_size: -3\n", "image_size"),
         ("- vision\n", "train.yaml"),
         ("", "train.yaml"),
@@ -525,13 +526,21 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics["protocol"]["dataset"] |= {"name": "coco2017", "split": "val2017"}  # not all images are there
     card = card_of(tmp_path, tiny_processor, metrics=metrics)
     assert "| COCO 2017 val2017, 1449 of 5000 images | `itsm` |" in card.text
+    metrics["protocol"]["dataset"] |= {"name": "voc21", "split": "val", "images": 77}
+    assert "val, 77 of 1449 images" in card_of(tmp_path / "voc", tiny_processor, metrics=metrics).text
     # Neither the Hub's page of the model nor that of the data set can say so.
     assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
     assert "val2017, 1449 of 5000 images" in card_of(tmp_path / "again", tiny_processor, source=tmp_path).text
 
 
 @pytest.mark.parametrize(
-    ("name", "split", "count", "names"), [("coco2017", "val2017", 5000, COCO_THINGS), ("voc2012", "val", 1449, VOC)]
+    ("name", "split", "count", "names"),
+    [
+        ("coco2017", "val2017", 5000, COCO_THINGS),
+        ("voc2012", "val", 1449, VOC),
+        ("voc21", "val", 1449, VOC),
+        ("ade20k", "validation", 2000, ADE20K),
+    ],
 )
 def test_a_card_says_that_data_are_not_the_data_set_of_that_form(tmp_path, tiny_processor, name, split, count, names):
     """Such as own data in COCO's form, which are not COCO."""
@@ -541,8 +550,9 @@ def test_a_card_says_that_data_are_not_the_data_set_of_that_form(tmp_path, tiny_
         metrics["protocol"]["class_names"] = list(used)
         for options in ({"metrics": metrics}, {"source": folder, "overwrite": True}):  # the record keeps it
             card = card_of(folder, tiny_processor, **options)
-            assert (f" {in_split}, own data in its form | `itsm` |" in card.text) == own
-            assert (card.data.eval_results is None) == own == (not (folder / ".eval_results").exists())
+            assert (f" {in_split}, with names or images of its own | `itsm` |" in card.text) == own
+            assert (card.data.eval_results is None) == own
+            assert (folder / ".eval_results").exists() == (not own and name in ("coco2017", "voc2012"))  # pages there
 
 
 def test_the_card_tells_how_maps_were_measured_and_leaves_out_what_was_not(tmp_path, tiny_processor):

@@ -217,8 +217,9 @@ def test_base64_text(photo):
         expected = np.asarray(load_image(file.getvalue()))
         found = load_image(base64.b64encode(file.getvalue()).decode())
         np.testing.assert_array_equal(np.asarray(found), expected)
-    with pytest.raises(FileNotFoundError, match="bm8gaW1hZ2U"):  # a path
-        load_image("bm8gaW1hZ2U=")
+    for path in ("bm8gaW1hZ2U=", "/9j/photo.jpg"):
+        with pytest.raises(FileNotFoundError, match=path):
+            load_image(path)
 
 
 class Redirecting(QuietHandler):

@@ -10,7 +10,8 @@ import pytest
 from fault_inputs import BAD_JSON, written
 
 from iclip_hf import cli
-from iclip_hf.training.settings import add_settings, changed_settings, parse_settings
+from iclip_hf.cli.train import _check_effects
+from iclip_hf.training.settings import Settings, add_settings, changed_settings, parse_settings
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
@@ -140,3 +141,12 @@ def test_what_a_run_may_be_resumed_with():
     options = ["--log_steps=1", "--checkpoint_steps=2", "--eval_steps=3", "--num_workers=0", "--data=b.csv"]
     now = parse_settings(["--config", "iclip-vit-b16", *options])
     assert changed_settings(now, vars(began)) == ["eval_steps"]
+
+
+def test_cached_features_are_of_whole_images():
+    """Which may be asked for, but cannot be changed."""
+    settings = Settings(model="embedded", data=["pairs.csv"], cache_features="cache")
+    _check_effects({"crop_scale": 1, "auto_augment": "", "random_erasing": 0}, settings)
+    for name, value in (("crop_scale", 0.5), ("auto_augment", "rand-m9-n3-mstd0.5"), ("random_erasing", 0.1)):
+        with pytest.raises(ValueError, match=rf"{name}: .*--cache_features ''"):
+            _check_effects({name: value}, settings)

@@ -36,11 +36,16 @@ def run(options: argparse.Namespace) -> None:
     if (source / "train.yaml").is_file():
         given = {side: tower for side in ("vision", "text") if (tower := getattr(options, side))}
         read_settings({"config": options.config, "data": ["pairs.csv"], **given})  # raises for a wrong setting
+    from huggingface_hub.errors import StrictDataclassError
+
     from ..hub.folders import init_model, is_embedded
 
     silence_transformers()
-    with shown_steps():
-        folder = init_model(options.config, options.output, options.vision, options.text)
+    try:
+        with shown_steps():
+            folder = init_model(options.config, options.output, options.vision, options.text)
+    except StrictDataclassError as error:  # of a model option
+        raise ValueError(str(error)) from error
     # The defaults of a training are those for a trained model.
     trained = is_embedded(options.config, options.vision, options.text)
     new = [] if trained else ["--learning_rate", "2e-3", "--keep_presence", "0"]

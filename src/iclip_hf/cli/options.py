@@ -102,8 +102,8 @@ SHARED = {
     "--image-size": {
         "type": at_least_1,
         "metavar": "PIXELS",
-        "help": "height and width to which images are resized for the maps; scores and presence have the model's own "
-        "size (default: that of its processor)",
+        "help": "height and width to which images are resized for the maps; scores and presence of whole images have "
+        "the model's own size (default: that of its processor)",
     },
     "--dataset": {
         "choices": DATASETS,

@@ -72,7 +72,7 @@ def _check_effects(given: Mapping, settings: Settings) -> None:
         ("eval_root eval_split", settings.eval_dataset != "none", "without eval_dataset"),
         ("pictures", settings.validation_data or settings.validation_share, "without validation pairs"),
         (
-            "crop_scale auto_augment random_erasing",
+            f"{'crop_scale' if given.get('crop_scale') != 1 else ''} auto_augment random_erasing",  # 1: whole images
             not settings.cache_features,
             "on cached features of whole images, which --cache_features '' turns off",
         ),

@@ -5,7 +5,8 @@ of commands does not import these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..model.prompts import IMAGENET_TEMPLATES
@@ -37,6 +38,7 @@ class Layout(NamedTuple):
             left out.
         classes: the names, by id; None if `classes.txt` holds them.
         split: the default.
+        split_sizes: numbers of images of the splits with public masks; empty for own data.
         lists: pattern of the file that names the pairs, where the folders hold others too.
         instances: whether COCO's file of instances is read if there are no masks.
         values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others
@@ -51,6 +53,7 @@ class Layout(NamedTuple):
     masks: str
     classes: Sequence[str] | None
     split: str | None
+    split_sizes: Mapping[str | None, int] = MappingProxyType({})
     lists: str = ""
     instances: bool = False
     values: Sequence[int] | None = None
@@ -67,6 +70,7 @@ _VOC = Layout(
     "{VOCdevkit/VOC2012/,VOC2012/,}SegmentationClass/*.png",
     VOC,
     "val",
+    {"train": 1464, "val": 1449, "trainval": 2913},
     "{VOCdevkit/VOC2012/,VOC2012/,}ImageSets/Segmentation/<split>.txt",
 )
 _CONTEXT = Layout(
@@ -75,10 +79,12 @@ _CONTEXT = Layout(
     "{VOCdevkit/VOC2010/,VOC2010/,}SegmentationClassContext/*.png",
     CONTEXT,
     "val",
+    {"train": 4998, "val": 5105},
     "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
     stuff=None,
 )
 _WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
+_COCO_SIZES = {"train2017": 118_287, "val2017": 5000}
 # Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are
 # not used.
 _STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
@@ -88,6 +94,7 @@ _COCO_STUFF = Layout(
     "{stuffthingmaps,annotations}/<split>/*.png",
     COCO_STUFF,
     "val2017",
+    _COCO_SIZES,
     values=_STUFF_VALUES,
     background=(),
     stuff=COCO_STUFF[len(COCO_THINGS) :],
@@ -97,7 +104,7 @@ _CITYSCAPES_VALUES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 
 _FOLDER = Layout("folder", "images/*", "masks/*.png", None, None, stuff=None, templates=_PHOTO)
 DATASETS = {
     "voc2012": _VOC._replace(templates=_PHOTO),
-    "coco2017": Layout("COCO 2017", "", "", None, "val2017", instances=True, templates=_PHOTO),
+    "coco2017": Layout("COCO 2017", "", "", None, "val2017", _COCO_SIZES, instances=True, templates=_PHOTO),
     "folder": _FOLDER,
     "voc21": _VOC,
     "voc20": _VOC._replace(title=f"{_VOC.title}, without background", **_WITHOUT_BACKGROUND),
@@ -119,6 +126,7 @@ DATASETS = {
         "{ADEChallengeData2016/,}annotations/<split>/*.png",
         ADE20K,
         "validation",
+        {"training": 20_210, "validation": 2000},
         stuff=ADE20K_STUFF,
         **_WITHOUT_BACKGROUND,
     ),
@@ -128,6 +136,7 @@ DATASETS = {
         "gtFine/<split>/**/*_gtFine_labelIds.png",
         CITYSCAPES,
         "val",
+        {"train": 2975, "val": 500},
         values=_CITYSCAPES_VALUES,
         background=(),
         void=range(35),
@@ -135,6 +144,7 @@ DATASETS = {
     ),
     "camvid": _FOLDER._replace(
         title="CamVid",
+        split_sizes={None: 701},
         classes=CAMVID,
         values=range(11),
         background=(),

@@ -18,8 +18,9 @@ import random
 import re
 import tarfile
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import dropwhile
+from itertools import chain, dropwhile
 from numbers import Number
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -119,9 +120,10 @@ class PairTexts(NamedTuple):
     labels: Sequence[str] = ()
     complete: Sequence[str] = ()
 
-    def joined(self, other: PairTexts) -> PairTexts:
-        """Returns the texts of both, each once."""
-        return PairTexts(*([*dict.fromkeys([*own, *others])] for own, others in zip(self, other)))
+    @classmethod
+    def joined(cls, parts: Iterable[PairTexts]) -> PairTexts:
+        """Returns the texts of all parts, each once."""
+        return cls(*([*dict.fromkeys(chain(*of_parts))] for of_parts in zip(*parts)))
 
 
 def _texts(column: str, value) -> list[str]:
@@ -279,7 +281,7 @@ class Source:
         return [self.path]
 
 
-_INDEX_VERSION = b"2"  # of the ranges that are kept on disk
+_INDEX_VERSION = b"3"  # of the ranges that are kept on disk
 
 
 class TarShard(Source):
@@ -419,7 +421,7 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
         `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
         for an unknown one.
     """
-    names, texts, first_rows = [], [], {}
+    names, texts, first_rows, more = [], [], {}, defaultdict(list)
     for number, row in enumerate(_table_rows(path)):
         if not names:
             columns.check(path, row)
@@ -431,8 +433,10 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
             raise ValueError(f"{path}, row {number + 1}: {error}") from error
         first = first_rows.setdefault(names[-1], number) if names[-1] else number
         if first < number:
-            texts[first], of_row = texts[first].joined(of_row), None
-        texts.append(of_row)
+            more[first].append(of_row)
+        texts.append(of_row if first == number else None)
+    for first, others in more.items():
+        texts[first] = PairTexts.joined([texts[first], *others])
     return ImageList(path, columns, names, texts)
 
 

@@ -68,7 +68,7 @@ def evaluate_model(
             `METRICS` and metrics with options such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; if not given, what a metric prefers ([`Metric`]), and otherwise the
-            processor's. mAP and presence always come from the processor's.
+            processor's. mAP and presence of whole images always come from the processor's.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         multi_scale (`bool`): whether to compute maps and scores at two scales, see [`Engine`].
@@ -346,7 +346,7 @@ class EvaluationRun:
                 "fingerprint": dataset.fingerprint(),
             },
             **map_settings(self.engine),
-            "resize": "whole image, no crop; scores at the model's own size",
+            "resize": "whole image, no crop; scores of the whole at the model's own size",
             "class_names": list(dataset.class_names),
             "versions": {name: version(name).split("+")[0] for name in ("iclip-hf", "torch", "transformers")},
             "python": platform.python_version(),

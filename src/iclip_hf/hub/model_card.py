@@ -135,8 +135,8 @@ def _plain(value):
 
 def _figures(evaluation: Mapping) -> list[dict]:
     """
-    Returns the figures for the front matter; none of an evaluation of some images only, or of own data in the form of
-    the data set, which the pages of the Hub could not say.
+    Returns the figures for the front matter; none of an evaluation of some images only, or with names or images
+    other than those of the data set, which the pages of the Hub could not say.
     """
     data = evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_data"):

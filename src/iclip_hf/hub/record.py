@@ -17,7 +17,8 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionResolutionError
 
 from ..backends.embedded import embedded_folder
 from ..backends.identity import changed_model
-from ..data.class_names import COCO_THINGS, VOC
+from ..data.class_names import COCO_THINGS
+from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
@@ -36,12 +37,6 @@ _DATA_TERMS = {"pixparse/cc3m-wds": "Conceptual Captions: free for any purpose; 
 NOT_KNOWN = "not known here"
 # Of a model whose training is not recorded.
 _UNKNOWN = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
-# Class names of the data sets that the Hub has pages of, and the images of their splits. Own data in their form, or
-# `--overrides`, have others.
-_ON_HUB = {
-    "coco2017": (COCO_THINGS, {"train2017": 118_287, "val2017": 5000}),
-    "voc2012": (VOC, {"train": 1464, "val": 1449, "trainval": 2913}),
-}
 
 
 def read_record(source: str | Path) -> dict:
@@ -117,7 +112,7 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
     """
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
-        protocol, results = metrics["protocol"], {}
+        protocol, results, own = metrics["protocol"], {}, {}
         data = {"images_in_split": protocol["dataset"]["images"], **protocol["dataset"]}
         for method, by_metric in metrics["results"].items():
             shown = {name: by_metric[name] for name in DIGITS if name in by_metric}
@@ -130,16 +125,20 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
             }
         if not any(results.values()):
             raise ValueError
-        classes, splits = _ON_HUB.get(data["name"], (None, {}))
-        data["images_in_split"] = splits.get(data["split"], data["images_in_split"])
         names = ("name", "split", "fingerprint", "images", "images_in_split")
+        layout = DATASETS.get(data["name"])
+        if layout and layout.split_sizes:
+            usual = tuple(layout.classes or COCO_THINGS)
+            if data["split"] not in layout.split_sizes or tuple(protocol.get("class_names", usual)) != usual:
+                own = {"own_data": True}
+            elif "own_data" not in protocol:
+                data["images_in_split"] = layout.split_sizes[data["split"]]
         shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
         shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
         shown |= {name: protocol[name] for name in ("refine", "multi_scale", "note", "own_data") if name in protocol}
         options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
         shown["metrics"] = {name: {"aggregate": of["aggregate"]} for name, of in options.items() if "aggregate" in of}
-        if classes and (data["split"] not in splits or tuple(protocol.get("class_names", classes)) != classes):
-            shown["own_data"] = True
+        shown |= own
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             "These results are not the interpretability of a model, as `iclip evaluate --output` writes it."

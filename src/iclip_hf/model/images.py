@@ -92,7 +92,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         name = name or repr(without_password(image)[:100])
         if is_url(image):
             image = download(image, timeout)
-        elif image.startswith(("data:", *_BASE64)):
+        elif image.startswith("data:") or (image.startswith(_BASE64) and "." not in image):  # no file's name
             try:
                 image = base64.b64decode(image.partition(",")[2] or image)
             except ValueError as error:

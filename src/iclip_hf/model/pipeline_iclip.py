@@ -82,8 +82,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             multi_scale (`bool`, defaults to `False`): whether maps and scores are at two scales, see [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
                 `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
-            size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence
-                always come from the processor's size, so another one costs a second forward pass.
+            size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence of
+                the whole image always come from the processor's size, so another one costs a second forward pass.
             timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
             batch_size (`int`, defaults to 1): largest number of images in one forward pass. These have one shape.
 

@@ -558,6 +558,10 @@ def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor
         assert tiny_processor(labels=texts)["input_ids"].equal(tiny_processor(labels=labels)["input_ids"])
         assert load(model).encode_texts(split_texts(texts)).text_embeds.shape[0] == len(labels)
     assert len(tiny_processor(text="dog, cat")["input_ids"]) == 1  # not a label: a text as it is
+    pipe = ImageTextSimilarityMapPipeline(model=model[0], processor=tiny_processor, device="cpu")
+    for ignores_priors in (pipe, lambda _, candidate_labels: tiny_processor(labels=candidate_labels)):
+        with pytest.raises(ValueError, match="priors"):
+            ignores_priors(image, candidate_labels={"dog": 0.1})
 
 
 class OneMap(Explainer):

@@ -1,7 +1,7 @@
 """Prompt templates by name, texts in a string, and checks of texts and templates."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 _KINDS_OF_PHOTO = (
@@ -33,8 +33,11 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 def split_texts(texts: str | Sequence[str]) -> list[str]:
     """
     Returns the texts of a string: one in each line if it has several lines, otherwise separated by commas, where `\\,`
-    is a comma within a text. Items of a list are not split. Raises `ValueError` for another type.
+    is a comma within a text. Items of a list are not split. Raises `ValueError` for another type, also for a `dict` of
+    texts with priors, which `explain` and [`Engine.run`] alone take.
     """
+    if isinstance(texts, Mapping):
+        raise ValueError("Texts are a list here; priors of texts are taken by iclip_hf.explain alone.")
     if not isinstance(texts, Iterable):
         raise ValueError(f"Texts are a string or a list of strings, not {texts!r:.100}.")
     if not isinstance(texts, str):

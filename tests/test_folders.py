@@ -526,6 +526,11 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics["protocol"]["dataset"] |= {"name": "coco2017", "split": "val2017"}  # not all images are there
     card = card_of(tmp_path, tiny_processor, metrics=metrics)
     assert "| COCO 2017 val2017, 1449 of 5000 images | `itsm` |" in card.text
+    more = metrics["protocol"]["dataset"] | {"images_in_split": 5001, "images": 5000}  # so it is another data set
+    text = card_of(
+        tmp_path / "more", tiny_processor, metrics={**metrics, "protocol": metrics["protocol"] | {"dataset": more}}
+    ).text
+    assert "| COCO 2017 val2017, with names or images of its own, 5000 of 5001 images | `itsm` |" in text
     metrics["protocol"]["dataset"] |= {"name": "voc21", "split": "val", "images": 77}
     assert "val, 77 of 1449 images" in card_of(tmp_path / "voc", tiny_processor, metrics=metrics).text
     # Neither the Hub's page of the model nor that of the data set can say so.

@@ -79,7 +79,7 @@ _CONTEXT = Layout(
     "{VOCdevkit/VOC2010/,VOC2010/,}SegmentationClassContext/*.png",
     CONTEXT,
     "val",
-    {"train": 4998, "val": 5105},
+    {"train": 4996, "val": 5104},  # as MMSegmentation converts it
     "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
     stuff=None,
 )

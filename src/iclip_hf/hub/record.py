@@ -112,7 +112,7 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
     """
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
-        protocol, results, own = metrics["protocol"], {}, {}
+        protocol, results = metrics["protocol"], {}
         data = {"images_in_split": protocol["dataset"]["images"], **protocol["dataset"]}
         for method, by_metric in metrics["results"].items():
             shown = {name: by_metric[name] for name in DIGITS if name in by_metric}
@@ -128,17 +128,16 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
         names = ("name", "split", "fingerprint", "images", "images_in_split")
         layout = DATASETS.get(data["name"])
         if layout and layout.split_sizes:
-            usual = tuple(layout.classes or COCO_THINGS)
-            if data["split"] not in layout.split_sizes or tuple(protocol.get("class_names", usual)) != usual:
-                own = {"own_data": True}
+            usual, size = tuple(layout.classes or COCO_THINGS), layout.split_sizes.get(data["split"], 0)
+            if data["images_in_split"] > size or tuple(protocol.get("class_names", usual)) != usual:
+                protocol = {**protocol, "own_data": True}
             elif "own_data" not in protocol:
-                data["images_in_split"] = layout.split_sizes[data["split"]]
+                data["images_in_split"] = size
         shown = {"dataset": {name: data[name] for name in names}, "templates": list(protocol["templates"])}
         shown |= {name: dict(protocol[name]) for name in ("image_size", "versions")}
         shown |= {name: protocol[name] for name in ("refine", "multi_scale", "note", "own_data") if name in protocol}
         options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
         shown["metrics"] = {name: {"aggregate": of["aggregate"]} for name, of in options.items() if "aggregate" in of}
-        shown |= own
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             "These results are not the interpretability of a model, as `iclip evaluate --output` writes it."

@@ -367,6 +367,10 @@ def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
     tiny_model(lock_vision=lock).save_pretrained(tmp_path)
     model = ICLIPModel.from_pretrained(tmp_path).train()
     assert model.vision_model.training is (not lock) and model.text_model.training
+    model.text_model.requires_grad_(False)
+    assert not model.train().text_model.training and model.vision_model.training is (not lock)  # no dropout
+    model.text_model.requires_grad_(True)
+    assert model.train().text_model.training
     assert all(parameter.requires_grad is (not lock) for parameter in model.vision_model.parameters())
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)

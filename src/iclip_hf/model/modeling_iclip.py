@@ -490,8 +490,13 @@ class ICLIPModel(PreTrainedModel):
                     init.zeros_(getattr(module, name))
 
     def train(self, mode: bool = True):
-        """Sets the training mode. A locked image tower stays in eval mode and without gradients."""
+        """
+        Sets the training mode. A locked image tower stays in eval mode and without gradients, and a text tower of
+        which no parameter has a gradient in eval mode, without dropout.
+        """
         super().train(mode)
+        if hasattr(self, "text_model") and not any(weight.requires_grad for weight in self.text_model.parameters()):
+            self.text_model.eval()
         # `from_pretrained` replaces the parameters and then calls `eval()`, so they are locked here.
         if hasattr(self, "vision_model"):
             if self.config.lock_vision:

@@ -68,16 +68,17 @@ def _prepare(overrides: Mapping) -> tuple[Settings, Inputs]:
 
 def _check_effects(given: Mapping, settings: Settings) -> None:
     """Raises `ValueError` for a given setting that has no effect by the others."""
+    asked = {name for name, value in given.items() if value and (name, value) != ("crop_scale", 1)}  # whole images
     for names, has_effect, where in (
         ("eval_root eval_split", settings.eval_dataset != "none", "without eval_dataset"),
         ("pictures", settings.validation_data or settings.validation_share, "without validation pairs"),
         (
-            f"{'crop_scale' if given.get('crop_scale') != 1 else ''} auto_augment random_erasing",  # 1: whole images
+            "crop_scale auto_augment random_erasing",
             not settings.cache_features,
             "on cached features of whole images, which --cache_features '' turns off",
         ),
         ("pairs_per_epoch", any(map(is_hub_id, settings.data)), "on local pairs"),
         ("epochs", not settings.max_steps, "with max_steps"),
     ):
-        if not has_effect and (name := next(filter(given.get, names.split()), None)):
+        if not has_effect and (name := next(filter(asked.__contains__, names.split()), None)):
             raise ValueError(f"{name}: it has no effect {where}; leave it out.")

@@ -467,10 +467,8 @@ def _instances(root: Path, split: str) -> _Content:
                 raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
             annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
             annotations[item["image_id"]].append(annotation | {"segmentation": item.get("segmentation")})
-        boxes, count = (
-            sum(not item.get("segmentation") for item in content["annotations"]),
-            len(content["annotations"]),
-        )
+        boxes = sum(not item.get("segmentation") for item in content["annotations"])
+        count = len(content["annotations"])
         if 0 < boxes == count:
             raise ValueError("the annotations are boxes without a mask")
         if boxes:

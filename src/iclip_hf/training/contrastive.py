@@ -64,13 +64,9 @@ class PairModel(nn.Module):
     def __init__(self, model: ICLIPModel, settings: Settings, kept: KeptPresence | None = None):
         super().__init__()
         self.model, self.settings, self.kept = model, settings, kept
+        if settings.lock_text:
+            model.text_model.requires_grad_(False)  # so the model keeps it in eval mode
         self.train()
-
-    def train(self, mode: bool = True) -> PairModel:
-        super().train(mode)
-        if self.settings.lock_text:
-            self.model.text_model.eval().requires_grad_(False)
-        return self
 
     def forward(
         self,

@@ -200,7 +200,7 @@ def test_caption_lists(tmp_path):
             dataset.captions(bad)
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "saved"])
 def test_rows_of_an_image_are_one_pair(tmp_path, form):
     """In a batch, the captions of other pairs count as wrong."""
     write_images(tmp_path, ["0.jpg", "1.jpg"])
@@ -217,6 +217,9 @@ def test_rows_of_an_image_are_one_pair(tmp_path, form):
     if form == "csv":
         with open(table, "w", newline="") as file:
             csv.writer(file).writerows([names, *((*row[:2], *map(json.dumps, row[2:])) for row in rows)])
+    elif form in ("parquet", "saved"):
+        stored = datasets.Dataset.from_list([dict(zip(names, row)) for row in rows])
+        stored.to_parquet(table) if form == "parquet" else stored.save_to_disk(table)
     else:
         table.write_text("\n".join(json.dumps(dict(zip(names, row))) for row in rows))
     dataset = load_pairs(table)

@@ -306,7 +306,7 @@ def load_pairs(
       `sources.IMAGE_COLUMNS`, a path relative to the file, and one of `sources.CAPTION_COLUMNS`.
     - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal,
       also "null". Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
-      Rows of one image, here and in an image folder, are one pair with all their captions.
+      Rows of one image file, here, in an image folder and in Parquet with paths, are one pair with all their captions.
     - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
     - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".

@@ -421,23 +421,30 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
         `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
         for an unknown one.
     """
-    names, texts, first_rows, more = [], [], {}, defaultdict(list)
+    names, texts = [], []
     for number, row in enumerate(_table_rows(path)):
         if not names:
             columns.check(path, row)
         name = next((row[column] for column in columns.image if row.get(column)), "")
         names.append(name if isinstance(name, str) else "")
         try:
-            of_row = columns.texts(row)
+            texts.append(columns.texts(row))
         except ValueError as error:
             raise ValueError(f"{path}, row {number + 1}: {error}") from error
-        first = first_rows.setdefault(names[-1], number) if names[-1] else number
-        if first < number:
-            more[first].append(of_row)
-        texts.append(of_row if first == number else None)
-    for first, others in more.items():
-        texts[first] = PairTexts.joined([texts[first], *others])
+    for first, others in _later_rows(names).items():
+        texts[first] = PairTexts.joined(texts[row] for row in (first, *others))
+        for row in others:
+            texts[row] = None
     return ImageList(path, columns, names, texts)
+
+
+def _later_rows(names: Iterable[str | None]) -> dict[int, list[int]]:
+    """Returns the later rows of each image that several rows name, by the first of its rows."""
+    first_rows, later = {}, defaultdict(list)
+    for row, name in enumerate(names):
+        if name and (first := first_rows.setdefault(name, row)) < row:
+            later[first].append(row)
+    return later
 
 
 def _table_rows(path: Path) -> Iterator[dict]:
@@ -508,7 +515,8 @@ def read_class_folders(path: Path) -> ImageList:
 class ArrowRows(Source):
     """
     The rows of a dataset of the `datasets` library: a Parquet file, a folder of `save_to_disk`, or a downloaded Hub
-    dataset.
+    dataset. Rows that name one image file are one pair, as in a table. Each row with the bytes of its image is a pair:
+    all images would have to be read to compare them.
     """
 
     def __init__(self, path: Path, columns: Columns = USUAL_COLUMNS, split: str = "train", hub: bool = False):
@@ -540,10 +548,16 @@ class ArrowRows(Source):
         # machine.
         downloaded = constants.HF_HUB_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
         self._allowed = [Path(folder).resolve() for folder in downloaded] if hub else None
+        self._later_rows = _later_rows(self._names())
+
+    def ranges(self) -> np.ndarray:
+        """Returns the range of the first row of each pair."""
+        return np.delete(super().ranges(), [*chain(*self._later_rows.values())], axis=0)
 
     def read(self, start: int, end: int) -> RawPair:
-        row = self._rows[start]
-        texts, stored, key = self.columns.texts(row), row[self._image_column], f"{self.path.name} row {start}"
+        row, *others = map(self._rows.__getitem__, (start, *self._later_rows.get(start, ())))
+        texts = PairTexts.joined(map(self.columns.texts, (row, *others)))
+        stored, key = row[self._image_column], f"{self.path.name} row {start}"
         if isinstance(stored, Mapping):
             stored, key = stored.get("bytes") or stored.get("path"), stored.get("path") or key
         if isinstance(stored, bytes):
@@ -554,6 +568,11 @@ class ArrowRows(Source):
         return RawPair(image, None, texts, key)
 
     def image_files(self, ranges: np.ndarray) -> list[Path | None]:
+        names = self._names()
+        return [self._file(names[row]) for row in ranges[:, 0]]
+
+    def _names(self) -> list[str | None]:
+        """Returns the name of the image file in each row, None for an image within the row."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -562,10 +581,8 @@ class ArrowRows(Source):
         if pa.types.is_struct(column.type):
             names = pc.struct_field(column, "path").to_pylist()
             within = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
-            names = [None if inside else name for inside, name in zip(within, names)]
-        else:
-            names = [None] * len(column) if pa.types.is_binary(column.type) else column.to_pylist()
-        return [self._file(names[row]) for row in ranges[:, 0]]
+            return [None if inside else name for inside, name in zip(within, names)]
+        return column.to_pylist() if str(column.type).endswith(("string", "string_view")) else [None] * len(column)
 
     def _file(self, name: str | None) -> Path | None:
         """Returns the path of an image; None without a name, and for a file that may not be read."""

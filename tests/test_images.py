@@ -206,7 +206,7 @@ def test_the_death_of_a_worker_is_no_damaged_image(photo, monkeypatch):
 
 def test_base64_text(photo):
     text = f"data:image/png;base64,{base64.b64encode(encoded(photo)).decode()}"
-    for form in (text, "\n".join([text[:60], text[60:]])):
+    for form in (text, "\n".join([text[:60], text[60:]]), f"\n {text}\n"):
         np.testing.assert_array_equal(np.asarray(load_image(form)), np.asarray(photo))
     for wrong in ("data:image/png;base64,bm8gaW1hZ2U=", "data:image/png;base64,bm8gaW1hZ2U"):
         with pytest.raises(ValueError, match="data:image/png"):
@@ -215,8 +215,9 @@ def test_base64_text(photo):
         file = io.BytesIO()
         photo.save(file, form)
         expected = np.asarray(load_image(file.getvalue()))
-        found = load_image(base64.b64encode(file.getvalue()).decode())
-        np.testing.assert_array_equal(np.asarray(found), expected)
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            found = load_image(f" {encode(file.getvalue()).decode()}\n")
+            np.testing.assert_array_equal(np.asarray(found), expected)
     for path in ("bm8gaW1hZ2U=", "/9j/photo.jpg"):
         with pytest.raises(FileNotFoundError, match=path):
             load_image(path)

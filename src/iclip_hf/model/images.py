@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
 
-# The first characters of a JPEG, PNG, GIF and WebP file in base64.
-_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+# The first characters of a JPEG, PNG, GIF and WebP file in base64, that of a JPEG also in the letters for URLs.
+_BASE64 = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR")
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
@@ -89,12 +89,12 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # a text of numpy has a shape
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
-        name = name or repr(without_password(image)[:100])
+        name, text = name or repr(without_password(image)[:100]), image.strip()
         if is_url(image):
             image = download(image, timeout)
-        elif image.startswith("data:") or (image.startswith(_BASE64) and "." not in image):  # no file's name
+        elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # no file's name
             try:
-                image = base64.b64decode(image.partition(",")[2] or image)
+                image = base64.b64decode((text.partition(",")[2] or text).replace("-", "+").replace("_", "/"))
             except ValueError as error:
                 raise ValueError(f"{name}: this is no base64 text ({error}).") from error
     name = name or _name(image)

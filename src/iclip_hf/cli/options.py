@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ..backends import DTYPES, check_model_name
 from ..data.layouts import DATASETS
+from ..evaluation.metrics import MAX_SEED
 from ..explainers import METHODS, check_method
 from ..model.prompts import check_templates, check_text, split_texts
 from ..plots import COLORMAPS
@@ -73,9 +74,9 @@ def at_least_1(text: str) -> int:
 
 @option_type
 def seed(text: str) -> int:
-    """Parses a seed in the range of numpy's."""
-    if not 0 <= int(text) < 2**32:
-        raise ValueError(f"{text} is not in [0, {2**32 - 1}]")
+    """Parses a seed."""
+    if not 0 <= int(text) <= MAX_SEED:
+        raise ValueError(f"{text} is not in [0, {MAX_SEED}]")
     return int(text)
 
 

@@ -37,8 +37,11 @@ TASKS = {
     "segmentation": ("segmentation",),
     "faithfulness": ("deletion_insertion", "max_sensitivity", "randomization", "pointing_game"),
 }
+MAX_SEED = 2**32 - 1  # as numpy's
+
 # Parameters of metrics that are options of `iclip evaluate`: for each its form, and its help. The form is that of a
-# number ("pixels" and "count" from 1, "seed" from 0, "number", "share" in [0, 1]), "texts", or a tuple of choices.
+# number ("pixels" and "count" from 1, "seed" from 0 to `MAX_SEED`, "number", "share" in [0, 1]), "texts", or a tuple
+# of choices.
 OPTIONS = {
     "aggregate": (
         ("image", "pixel"),

@@ -97,6 +97,7 @@ ARGUMENTS = {
         --eval_root {masks}
         --eval_split val
         --pairs_per_epoch 9
+        --split train
         --pictures 2 --validation_share 0
         --random_erasing 0.5
         --epochs 2 --max_steps 3

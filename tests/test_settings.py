@@ -140,7 +140,21 @@ def test_what_a_run_may_be_resumed_with():
     began = parse_settings(["--config", "iclip-vit-b16", "--data", "a.csv"])
     options = ["--log_steps=1", "--checkpoint_steps=2", "--eval_steps=3", "--num_workers=0", "--data=b.csv"]
     now = parse_settings(["--config", "iclip-vit-b16", *options])
-    assert changed_settings(now, vars(began)) == ["eval_steps"]
+    assert changed_settings(now, vars(began)) == {"eval_steps": 1000}
+    began = vars(began) | {"max_steps": 5, "epochs": 7}
+    del began["keep_presence"]  # of a version that had no such setting
+    now = parse_settings(["--config", "iclip-vit-b16", "--data", "a.csv", "--max_steps", "5"])
+    assert changed_settings(now, began) == {}
+    now.keep_presence = 1.0
+    assert changed_settings(now, began) == {"keep_presence": 0.0}
+
+
+def test_a_split_is_that_of_a_dataset_with_splits(tmp_path):
+    (tmp_path / "dataset_dict.json").touch()
+    for named in ({"data": ["org/pairs"]}, {"data": ["a.csv"], "validation_data": [str(tmp_path)]}):
+        _check_effects({"split": "test"}, Settings(model="embedded", **named))
+    with pytest.raises(ValueError, match="^split: "):
+        _check_effects({"split": "test"}, Settings(model="embedded", data=["a.csv"]))
 
 
 def test_cached_features_are_of_whole_images():

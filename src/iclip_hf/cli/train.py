@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..training.settings import Settings, add_settings, read_settings
@@ -68,6 +69,7 @@ def _prepare(overrides: Mapping) -> tuple[Settings, Inputs]:
 
 def _check_effects(given: Mapping, settings: Settings) -> None:
     """Raises `ValueError` for a given setting that has no effect by the others."""
+    sources = (*settings.data, *settings.validation_data)
     asked = {name for name, value in given.items() if value and (name, value) != ("crop_scale", 1)}  # whole images
     for names, has_effect, where in (
         ("eval_root eval_split", settings.eval_dataset != "none", "without eval_dataset"),
@@ -78,6 +80,11 @@ def _check_effects(given: Mapping, settings: Settings) -> None:
             "on cached features of whole images, which --cache_features '' turns off",
         ),
         ("pairs_per_epoch", any(map(is_hub_id, settings.data)), "on local pairs"),
+        (
+            "split",
+            any(is_hub_id(name) or Path(name, "dataset_dict.json").is_file() for name in sources),
+            "without a dataset that has splits: one of the Hub, or a saved one",
+        ),
         ("epochs", not settings.max_steps, "with max_steps"),
     ):
         if not has_effect and (name := next(filter(asked.__contains__, names.split()), None)):

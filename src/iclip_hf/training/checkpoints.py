@@ -85,10 +85,11 @@ def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
             f"{last}: state.json is damaged; delete this checkpoint to resume from an earlier one."
         ) from error
     if others := changed_settings(settings, state.settings):
-        changes = (f"{name} from {state.settings.get(name)} to {getattr(settings, name)}" for name in others)
+        changes = (f"{name} from {then} to {getattr(settings, name)}" for name, then in others.items())
         raise ValueError(
             f"{folder}: the run to resume has other settings, which change {', '.join(changes)}; repeat the command "
-            "that began it, on the same pairs, with --resume, or name another folder by --output_dir."
+            "that began it, on the same pairs, with --resume and these settings as they were, or name another folder "
+            "by --output_dir."
         )
     return last, state
 

@@ -14,6 +14,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from ..data.layouts import DATASETS
+from ..evaluation.metrics import MAX_SEED
 from ..hub.configs import config_folder, parse_options
 from ..utils.prefetch import spare_processors
 
@@ -28,7 +29,7 @@ RUNS = "runs"  # folder of the runs, if no other is named
 AtLeast0, AtLeast1 = Annotated[int, 0, math.inf], Annotated[int, 1, math.inf]
 NotNegative, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-99, 1e30]
-Seed = Annotated[int, 0, 2**32 - 1]  # as numpy's
+Seed = Annotated[int, 0, MAX_SEED]
 
 # Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
 MAY_CHANGE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
@@ -82,7 +83,7 @@ class Settings:
     caption_column: str = setting("", "column of the captions, if it has no usual name")
     validation_data: list[str] = setting([], "validation pairs, local")
     validation_share: Share = setting(0.0, "share of the pairs to validate on instead, which are not trained on")
-    split: str = setting("train", "split of a Hub dataset")
+    split: str = setting("train", "split of a Hub dataset or of a saved one")
     pairs_per_epoch: AtLeast0 = setting(
         0, "pairs in an epoch of a single Hub dataset, which then is streamed; without effect on local pairs"
     )
@@ -273,14 +274,14 @@ def is_model_option(name: str) -> bool:
     return name in ICLIPConfig.__annotations__
 
 
-def changed_settings(settings: Settings, before: Mapping) -> list[str]:
-    """Returns the names of settings that must not change on resume, but differ from `before`."""
-    changed = []
+def changed_settings(settings: Settings, before: Mapping) -> dict[str, object]:
+    """Returns the settings that must not change on resume, but differ from `before`, as they were before."""
+    changed, without_effect = {}, ["epochs"] if settings.max_steps else []
     for entry in fields(settings):
         # of a setting that the run began without
         usual = entry.default_factory() if entry.default is MISSING else entry.default
         now, then = getattr(settings, entry.name), before.get(entry.name, usual)
         differs = bool(now) != bool(then) if entry.name in PATHS else now != then
-        if differs and entry.name not in MAY_CHANGE:
-            changed.append(entry.name)
+        if differs and entry.name not in (*MAY_CHANGE, *without_effect):
+            changed[entry.name] = then
     return changed

@@ -29,7 +29,7 @@ from .presence import EVEN_PRIOR, at_prior
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
-from .similarity import check_map_size, resize_maps
+from .similarity import check_finite, check_map_size, resize_maps
 from .windows import half_windows, mean_of_windows, sliding_windows
 
 
@@ -318,7 +318,7 @@ class Engine:
 
         # Score.
         scores = _score([cosines(view.image_embeds, texts.text_embeds) for view in features])
-        _check_finite(scores)
+        check_finite(scores)
         presence = self.model.presence(scores)
         if presence is not None and priors is not None:
             presence = at_prior(presence, priors.to(presence))
@@ -457,7 +457,7 @@ class Engine:
                 f"with {expected[1]} texts each, instead of {(*expected, 'h', 'w')}."
             )
         maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
-        _check_finite(maps)
+        check_finite(maps)
         return maps, _embeds(features)
 
     @torch.no_grad()
@@ -527,11 +527,6 @@ def map_groups(
     for group in groups.values():
         results.update(zip(group, function([items[index] for index in group]), strict=True))
     return [results[index] for index in range(len(items))]
-
-
-def _check_finite(results: torch.Tensor) -> None:
-    if not results.isfinite().all():
-        raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
 
 
 def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:

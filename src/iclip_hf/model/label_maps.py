@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .presence import MIN_PRESENCE, check_min_presence, is_present
-from .similarity import min_max_normalize, resize_maps, stretch
+from .similarity import check_finite, min_max_normalize, resize_maps, stretch
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
@@ -54,7 +54,7 @@ def segments(
         `ValueError`: `min_presence` is outside [0, 1], the number of thresholds or presences is not T, or a raw map
         holds NaN or infinity.
     """
-    _check_finite(raw_maps)
+    check_finite(raw_maps)
     thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
@@ -116,7 +116,7 @@ def label_map(
     Raises:
         `ValueError`: a raw map holds NaN or infinity.
     """
-    _check_finite(raw_maps)
+    check_finite(raw_maps)
     classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
     size = tuple(raw_maps.shape[1:] if size is None else size)
     best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
@@ -138,9 +138,3 @@ def label_map(
     if threshold is not None:
         labels[confidence <= threshold] = BACKGROUND_LABEL
     return labels, confidence
-
-
-def _check_finite(raw_maps: torch.Tensor) -> None:
-    """Raises `ValueError` for values that no comparison finds, so that their pixels would go to any text or none."""
-    if not raw_maps.isfinite().all():
-        raise ValueError("The raw maps hold NaN or infinity: check the model that computed them.")

@@ -22,6 +22,12 @@ def check_map_size(size: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def check_finite(values: torch.Tensor) -> None:
+    """Raises `ValueError` if scores or maps of a model hold NaN or infinity, which comparisons do not find."""
+    if not values.isfinite().all():
+        raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
+
+
 def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
     Computes the cosines `(B, T)`, float32, of unit vectors of images `(B, P)` and of texts `(T, P)` or `(B, T, P)`.

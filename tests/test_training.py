@@ -152,6 +152,15 @@ def test_model_options_reach_the_model(hub, tmp_path):
         run(hub, tmp_path / "other", "--model_options", "sharpness=3")
 
 
+@pytest.mark.parametrize("option", ["map_attention=foo", "recognition_share=5", "projection_dim=7"])
+def test_a_wrong_option_of_a_model_to_train_further(world, hub, tmp_path, option):
+    """Also one that is only wrong by its range, before the first step."""
+    model = world.folder / "model"
+    with pytest.raises(ValueError, match="configuration says" if "dim" in option else option.split("=")[0]) as raised:
+        run(hub, tmp_path / "run", "--model", model, "--model_options", option)
+    assert str(raised.value).endswith("correct model_options.") and not (tmp_path / "run").exists()
+
+
 def test_bad_steps_are_skipped_counted_and_stop_the_run(hub, tmp_path, monkeypatch):
     forward, broken = PairModel.forward, {3}
     calls = []

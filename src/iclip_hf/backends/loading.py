@@ -173,9 +173,11 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             shared["revision"] = resolve_revision(name)
             check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
         _check_depth(name, shared.get("revision"))
-        model, loading = AutoModel.from_pretrained(
-            name, output_loading_info=True, use_safetensors=True, **shared, **options
-        )
+        # The configuration without options has been read.
+        with loading_errors(name, **({"cure": "correct model_options"} if options.keys() - {"dtype"} else {})):
+            model, loading = AutoModel.from_pretrained(
+                name, output_loading_info=True, use_safetensors=True, **shared, **options
+            )
         if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
         processor = AutoProcessor.from_pretrained(name, **shared)

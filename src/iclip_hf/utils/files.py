@@ -180,7 +180,7 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def loading_errors(name: str | Path) -> Iterator[None]:
+def loading_errors(name: str | Path, cure: str = "correct the name, or download it again") -> Iterator[None]:
     """Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message."""
     try:
         yield
@@ -193,11 +193,9 @@ def loading_errors(name: str | Path) -> Iterator[None]:
             raise
         problem = f"loading failed ({' '.join(str(error).split()) or type(error).__name__})"
         if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable
-            problem = "its weights have other shapes than its config.json says"
+            problem = "its weights have other shapes than its configuration says"
         error_type = OSError if isinstance(error, OSError) else ValueError
-        raise error_type(
-            f"{name}: expected a whole folder or a Hub id, but {problem}; correct the name, or download it again."
-        ) from error
+        raise error_type(f"{name}: expected a whole folder or a Hub id, but {problem}; {cure}.") from error
 
 
 def parse_json(text: str | bytes) -> object:

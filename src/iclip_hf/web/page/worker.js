@@ -161,6 +161,8 @@ async function encodeText({ ort, text: graph, tokenizer }, text) {
 
 /** The tokens of a prompt, at most as many as the model reads. */
 function tokenIds(tokenizer, prompt) {
+  // At the end of a word, JavaScript makes ς of Σ where Python's tokenizers make σ.
+  if (String(tokenizer.encode("Σ").ids) === String(tokenizer.encode("σ").ids)) prompt = prompt.replaceAll("Σ", "σ");
   const { max_length } = settings.text, { ids } = tokenizer.encode(prompt);
   if (ids.length <= max_length) return ids;
   // Keeps the special tokens at the end, as Python's tokenizers do.

@@ -418,7 +418,7 @@ class ICLIPModel(PreTrainedModel):
         vision_model: PreTrainedModel | None = None,
         text_model: PreTrainedModel | None = None,
     ):
-        config.validate()  # `from_pretrained` sets options after the configuration was checked
+        config.validate_architecture()  # `from_pretrained` sets options after the configuration was checked
         vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
         if vision_type not in VISION_TOWERS:
             raise ValueError(
@@ -532,8 +532,8 @@ class ICLIPModel(PreTrainedModel):
             unused = sorted(name for name in names if name.startswith(OWN_WEIGHTS))
             if unused:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path}: its configuration describes a model without "
-                    f"{', '.join(unused)}, which is among the weights; use the one that was saved with them."
+                    f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "
+                    "which is among the weights; use the config.json that was saved with them."
                 )
         return (model, loading) if output_loading_info else model
 

@@ -445,6 +445,7 @@ def test_the_loss_has_its_share_of_kept_presence():
         ({"input_ids": torch.ones(3, 7, dtype=torch.long), "noun_ids": torch.zeros(0)}, "noun_ids"),
         ({"image_inputs": "computed"}, "pixel_values and image_inputs"),
         ({"text_inputs": torch.zeros(9, 24)}, "input_ids and text_inputs"),
+        ({"input_ids": torch.ones(9, 7)}, "input_ids: .*float32"),
         ({"pixel_values": None, "image_inputs": "of another model"}, "even_patches"),
     ],
 )

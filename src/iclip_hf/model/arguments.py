@@ -29,6 +29,8 @@ def check_arguments(
             "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
             "get_text_features."
         )
+    if (ids := texts["input_ids"]) is not None and ids.is_floating_point():
+        raise ValueError(f"input_ids: token ids are integers, not {ids.dtype}.")
     if not return_loss:
         return
     if output_similarity_maps:

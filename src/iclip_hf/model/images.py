@@ -77,8 +77,8 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
 
     Args:
         image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text of a JPEG,
-            PNG, GIF or WebP file or after "data:", the bytes of a file, an image of any mode, or the pixels, in the
-            ranges of [`to_8_bit`]. An `os.PathLike` is always a path.
+            PNG, GIF or WebP file or after "data:", also with the letters for URLs, the bytes of a file, an image of
+            any mode, or the pixels, in the ranges of [`to_8_bit`]. An `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
         timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
 

@@ -21,7 +21,8 @@ from transformers import Siglip2ImageProcessor
 from iclip_hf import explain
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.engine import for_images
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures, cosines
 from iclip_hf.model.similarity import min_max_normalize
 
 
@@ -399,6 +400,44 @@ def second_stream(model, depth, mix, image):
         heads = [mix(q, k, v, seen) for q, k, v in zip(query, key, value)]
         stream = stream + attention.out_proj(torch.cat(heads, -1))
     return F.normalize(model.visual_projection(model.vision_model.post_layernorm(stream[1:])), dim=-1)
+
+
+@pytest.mark.parametrize("family", ["iclip", "clip"])
+def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor):
+    """Each noun lowers the map by its presence at its prior, or fully in a model without presence."""
+    if family == "iclip":
+        options = {"map_attention": "signed", "max_over": "similarity", "logit_bias_init_value": -0.3}
+        given = tiny_model(**options, presence_bias=0.2), tiny_processor
+        nn.init.normal_(given[0].attention_direction, generator=torch.Generator().manual_seed(0))
+    else:
+        given = made("clip")[:2]
+    priors = {"cat": 0.1, "tree": 0.9, "dog": 0.8}
+    explainer, texts, maps = maps_by(given, "competing_itsm", rivals=priors)
+    model = explainer.model
+    nouns, image = model.encode_texts([*priors]), model.get_image_features(pixels())
+    (own, others), scale = (
+        (cosine_map(image.patch_embeds.flatten(1, 2), one.map_text_embeds, GRID) for one in (texts, nouns)),
+        (model.logits(torch.ones(1)) - model.logits(torch.zeros(1))).item(),
+    )
+    shown = model.presence(cosines(image.image_embeds, nouns.text_embeds))
+    mean = nouns.text_embeds.mean(0)
+    expected, left_out = own.clone(), 0
+    for batch, text in itertools.product(range(2), range(3)):
+        total = (scale * own[batch, text]).exp()
+        for noun, prior in enumerate(priors.values()):
+            if F.cosine_similarity(texts.text_embeds[text] - mean, nouns.text_embeds[noun] - mean, 0) >= 0.5:
+                left_out += 1
+                continue
+            weight = 1.0
+            if shown is not None:
+                odds = shown[batch, noun] / (1 - shown[batch, noun]) * prior / (1 - prior)
+                weight = odds / (1 + odds)
+            total = total + weight * (scale * others[batch, noun]).exp()
+        expected[batch, text] -= total.log() / (2 * scale)
+    assert (shown is not None) == (family == "iclip") and 2 <= left_out < 18  # "dog" is a rival of other texts only
+    expected = model.weigh_maps(expected, image, for_images(texts, 2))
+    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(maps, model.similarity_maps(image, texts), atol=1e-2)
 
 
 def value_value(query, key, value, seen):

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +7,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from iclip_hf.model.label_maps import label_map
-from iclip_hf.model.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps
+from iclip_hf.model.similarity import (
+    compete,
+    cosine_similarity_map,
+    min_max_normalize,
+    resize_and_normalize,
+    resize_maps,
+)
 
 
 @settings(max_examples=30)
@@ -54,6 +62,23 @@ def test_cosine_map_is_row_major_and_not_square():
     maps = cosine_similarity_map(patches, texts)
     assert maps.shape == (1, 2, 2, 3)
     assert maps[0, 0].nonzero().tolist() == [[1, 1]] and maps[0, 1].nonzero().tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("scale", [3.0, 100.0])
+def test_rivals_lower_a_map_where_they_match(scale):
+    draws = torch.Generator().manual_seed(0)
+    maps, rivals = (2 * torch.rand(2, number, 3, 4, generator=draws) - 1 for number in (2, 5))
+    weights = torch.rand(2, 2, 5, generator=draws)
+    weights[:, 1] = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        competing = compete(maps, rivals, weights, scale)
+
+    exact = maps.double(), rivals.double(), weights.double()
+    for image, text, y, x in itertools.product(range(2), range(2), range(3), range(4)):
+        own, others, shares = exact[0][image, text, y, x], exact[1][image, :, y, x], exact[2][image, text]
+        total = (scale * own).exp() + sum(share * (scale * other).exp() for share, other in zip(shares, others))
+        assert competing[image, text, y, x].item() == pytest.approx((own - total.log() / (2 * scale)).item(), abs=1e-5)
+    torch.testing.assert_close(competing[:, 1], maps[:, 1] / 2)  # without rivals, half of the map
 
 
 finite = st.floats(-(2.0**59), 2.0**59, width=32)

@@ -68,8 +68,16 @@ class ExplainableModel(ABC):
         """Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`."""
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3)."""
-        return cosine_similarity_map(image.patch_embeds, texts.map_text_embeds)
+        """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3), weighed."""
+        return self.weigh_maps(cosine_similarity_map(image.patch_embeds, texts.map_text_embeds), image, texts)
+
+    def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Weighs maps of cosines by attention, for a model that does so, see [`ICLIPModel.weigh_maps`]."""
+        return maps
+
+    @abstractmethod
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
@@ -127,7 +135,6 @@ class RecordableModel(ExplainableModel):
         """
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
         logits = cosines * self.network.logit_scale.float().exp().to(cosines.device)
         bias = getattr(self.network, "logit_bias", None)  # of SigLIP
         return logits if bias is None else logits + bias.float().to(cosines.device)
@@ -161,8 +168,8 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
     """Returns the model if its layers can be recorded. Raises `ValueError` for an ONNX model."""
     if not isinstance(model, RecordableModel):
         raise ValueError(
-            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, reversed_itsm, attention, "
-            "attention_affinity and random."
+            f"{purpose} needs the layers of a PyTorch model: an ONNX model has itsm, competing_itsm, "
+            "reversed_itsm, attention, attention_affinity and random."
         )
     return model
 

@@ -51,8 +51,11 @@ class _ICLIP(ExplainableModel):
         image = self.get_image_features(pixel_values)
         return image, image.attention
 
-    def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        return self.network.similarity_maps(image, texts)
+    def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.network.weigh_maps(maps, image, texts)
+
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        return self.network.recognition(cosines)
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         return self.network.presence(scores)
@@ -67,9 +70,6 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.embed_patches(self.network.centered_tokens(self._final_norm(stream)))
-
-    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
-        return self.network.recognition(cosines)
 
 
 class ExplainableONNX(_ICLIP):

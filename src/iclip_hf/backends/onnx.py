@@ -100,7 +100,8 @@ class ONNXModel:
             version.
     """
 
-    similarity_maps, presence = ICLIPModel.similarity_maps, ICLIPModel.presence
+    similarity_maps, weigh_maps = ICLIPModel.similarity_maps, ICLIPModel.weigh_maps
+    presence = ICLIPModel.presence
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, folder: str | Path):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # command lists them.
 METHODS = {
     "itsm": ("Similarity map (ITSM)", "itsm:ITSM"),
+    "competing_itsm": ("Similarity map among other nouns", "competing_itsm:CompetingITSM"),
     "reversed_itsm": ("Reversed similarity map", "itsm:ReversedITSM"),
     "attention": ("Attention, the same for every text", "attention:Attention"),
     "attention_affinity": ("Attention spread by affinity, the same for every text", "attention:AttentionAffinity"),

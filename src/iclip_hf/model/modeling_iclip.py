@@ -848,6 +848,15 @@ class ICLIPModel(PreTrainedModel):
             image = self.get_image_features(image)
         # Towers and branches can be on several devices.
         maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds.to(image.patch_embeds.device))
+        return self.weigh_maps(maps, image, text)
+
+    def weigh_maps(
+        self, maps: torch.FloatTensor, image: ICLIPImageFeatures, text: ICLIPTextFeatures
+    ) -> torch.FloatTensor:
+        """
+        Weighs maps of cosines `(B, T, h, w)` by the class token's attention, as `config.map_attention` says. Returns
+        raw maps of the same shape.
+        """
         attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention

@@ -58,6 +58,27 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
+def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+    """
+    Lowers maps where other texts, the rivals, match too: a value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) /
+    (2 k), the mean of s and of what it exceeds the smooth maximum of itself and the rivals by.
+
+    Args:
+        maps (`torch.Tensor` of shape `(B, T, h, w)`): cosines of patches and texts.
+        rivals (`torch.Tensor` of shape `(B, V, h, w)`): cosines of patches and rivals.
+        weights (`torch.Tensor` of shape `(B, T, V)`): w, weight of each rival of each text in [0, 1].
+        scale (`float`): k, positive.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, h, w)`.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        highest = rivals.amax(1, keepdim=True)  # so that no power is 0 or infinity
+        powers = weights.float() @ (scale * (rivals - highest)).exp().flatten(2)
+        of_rivals = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
+        return maps - torch.logaddexp(scale * maps, of_rivals) / (2 * scale)
+
+
 def stretch(
     values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""Image-text similarity maps in competition with the nouns that an image may show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..backends.embedded import vocabulary
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines, normalize
+from ..model.presence import EVEN_PRIOR, at_prior
+from ..model.similarity import compete, cosine_similarity_map
+from .explainer import Explainer
+
+
+# A noun does not compete with a text if their features, less the mean of all nouns, have this cosine or a higher one.
+ALIKE = 0.5
+
+
+class CompetingITSM(Explainer):
+    """
+    The map of [`ITSM`], lowered where other nouns match the patch too, see [`~similarity.compete`]. Each noun competes
+    by the presence that it has in the image at its prior, or fully if the model has no presence. Nouns that mean much
+    the same as the text do not compete.
+
+    Args:
+        rivals (`Mapping[str, float]` or an iterable of `str`, *optional*): the nouns, with their priors if given, which
+            are 0.5 otherwise; [`vocabulary`] if not given.
+    """
+
+    needs_layers = False
+
+    def __init__(self, model, rivals: Mapping[str, float] | Iterable[str] | None = None):
+        super().__init__(model)
+        if rivals is None:
+            rivals = vocabulary()
+        elif not isinstance(rivals, Mapping):
+            rivals = dict.fromkeys(rivals, EVEN_PRIOR)
+        self.rivals, self.priors = self.model.encode_texts([*rivals]), torch.tensor([*rivals.values()])
+        no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0])).tolist()
+        self.scale = full_cosine - no_cosine
+
+    @torch.no_grad()
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        features = self.model.get_image_features(pixel_values) if features is None else features
+        scores = cosines(features.image_embeds, self.rivals.text_embeds)
+        presence = self.model.presence(scores)
+        weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
+        rivals = self.rivals.text_embeds.float()
+        mean = rivals.mean(0)
+        alike = normalize(texts.text_embeds.float() - mean) @ normalize(rivals - mean).mT
+        maps, of_rivals = (
+            cosine_similarity_map(features.patch_embeds, embeds)
+            for embeds in (texts.map_text_embeds, self.rivals.map_text_embeds)
+        )
+        maps = compete(maps, of_rivals, weights.unsqueeze(1) * (alike < ALIKE), self.scale)
+        return self.model.weigh_maps(maps, features, texts), features

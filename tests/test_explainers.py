@@ -440,6 +440,17 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     assert not torch.allclose(maps, model.similarity_maps(image, texts), atol=1e-2)
 
 
+def test_rivals_in_one_string(made):
+    given = made("iclip")[:2]
+    *_, listed = maps_by(given, "competing_itsm", rivals=["cat", "tree"])
+    *_, typed = maps_by(given, "competing_itsm", rivals="cat, tree")
+    torch.testing.assert_close(typed, listed)
+    with pytest.raises(ValueError, match="prior of 'cat' .* not 1.0"):
+        make_explainer(given, "competing_itsm", rivals={"cat": 1.0})
+    with pytest.raises(ValueError, match="rivals"):
+        make_explainer(given, "competing_itsm", rivals=[])
+
+
 def value_value(query, key, value, seen):
     return (value @ value.T / 8**0.5).softmax(-1) @ value
 

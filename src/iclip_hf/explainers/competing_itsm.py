@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ..backends.embedded import vocabulary
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines, normalize
-from ..model.presence import EVEN_PRIOR, at_prior
+from ..model.presence import EVEN_PRIOR, at_prior, check_priors
+from ..model.prompts import split_texts
 from ..model.similarity import compete, cosine_similarity_map
 from .explainer import Explainer
 
@@ -24,18 +25,24 @@ class CompetingITSM(Explainer):
     the same as the text do not compete.
 
     Args:
-        rivals (`Mapping[str, float]` or an iterable of `str`, *optional*): the nouns, with their priors if given, which
-            are 0.5 otherwise; [`vocabulary`] if not given.
+        rivals (`str`, a list or `Mapping[str, float]`, *optional*): the nouns, in one string ([`split_texts`]), as a
+            list, or with the prior of each, which is 0.5 otherwise; [`vocabulary`] if not given.
+
+    Raises:
+        `ValueError`: there is no noun, or a prior is not between 0 and 1.
     """
 
     needs_layers = False
 
-    def __init__(self, model, rivals: Mapping[str, float] | Iterable[str] | None = None):
+    def __init__(self, model, rivals: str | Sequence[str] | Mapping[str, float] | None = None):
         super().__init__(model)
         if rivals is None:
             rivals = vocabulary()
         elif not isinstance(rivals, Mapping):
-            rivals = dict.fromkeys(rivals, EVEN_PRIOR)
+            rivals = dict.fromkeys(split_texts(rivals), EVEN_PRIOR)
+        if not rivals:
+            raise ValueError(f"rivals is at least one noun, not {[*rivals]}.")
+        check_priors(rivals)
         self.rivals, self.priors = self.model.encode_texts([*rivals]), torch.tensor([*rivals.values()])
         no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0])).tolist()
         self.scale = full_cosine - no_cosine

@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from numbers import Real
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .explanation import Explanation
 from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
-from .presence import EVEN_PRIOR, at_prior
+from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
@@ -243,9 +242,7 @@ class Engine:
                 raise ValueError(f"{name} is at least 1, not {number}.")
         indices, priors = itertools.repeat(None), None
         if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
-            for text, prior in texts.items():
-                if not (isinstance(prior, Real) and 0 < prior < 1):
-                    raise ValueError(f"The prior of {text!r:.100} is a number between 0 and 1, not {prior!r:.100}.")
+            check_priors(texts)
             texts, priors = [*texts], torch.tensor([*texts.values()])
         if isinstance(texts, ICLIPTextFeatures):
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts

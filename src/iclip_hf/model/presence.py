@@ -5,6 +5,9 @@ it is stretched to [0, 1].
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from numbers import Real
+
 
 # Prior of the presence of a model: half of the texts are assumed to be shown.
 EVEN_PRIOR = 0.5
@@ -22,6 +25,13 @@ def at_prior(presence, prior: float):
     that is shown (Bayes' rule).
     """
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
+
+
+def check_priors(priors: Mapping[str, float]) -> None:
+    """Raises `ValueError` unless the prior of each text is a number between 0 and 1."""
+    for text, prior in priors.items():
+        if not (isinstance(prior, Real) and 0 < prior < 1):
+            raise ValueError(f"The prior of {text!r:.100} is a number between 0 and 1, not {prior!r:.100}.")
 
 
 def is_present(presence: float | None, min_presence: float = MIN_PRESENCE) -> bool:

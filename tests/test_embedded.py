@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from iclip_hf import ICLIPModel, ICLIPProcessor
+from iclip_hf import ICLIPModel, ICLIPProcessor, example_image, explain
 from iclip_hf.backends.embedded import PROJECTIONS, embedded_model, save_projections
 from iclip_hf.backends.identity import changed_model
 from iclip_hf.backends.loading import load, load_iclip, load_pretrained
@@ -90,6 +90,18 @@ def test_a_cat_is_found_where_it_is(folder):
     heatmap = processor.post_process_similarity_maps(outputs.similarity_maps, [(image.height, image.width)])[0][0]
     face, corner = heatmap[60:220, 120:300].mean(), heatmap[:60, 400:].mean()
     assert face > corner + 0.1
+
+
+@pytest.mark.slow
+def test_the_same_by_another_name_is_no_rival(folder):
+    def raw_map(method, **options):
+        return explain(str(folder), example_image(), ["puppy"], method, **options).raw_maps.flatten()
+
+    own = raw_map("itsm")
+    close, far = (
+        torch.corrcoef(torch.stack([own, raw_map("competing_itsm", rivals=[noun])]))[0, 1] for noun in ("dog", "person")
+    )
+    assert close > 0.97 > far
 
 
 @pytest.mark.slow

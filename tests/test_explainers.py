@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
 
 from iclip_hf import explain
+from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import for_images
@@ -420,7 +421,7 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
         (model.logits(torch.ones(1)) - model.logits(torch.zeros(1))).item(),
     )
     shown = model.presence(cosines(image.image_embeds, nouns.text_embeds))
-    mean = nouns.text_embeds.mean(0)
+    mean = model.encode_texts([*vocabulary()]).text_embeds.mean(0)
     expected, left_out = own.clone(), 0
     for batch, text in itertools.product(range(2), range(3)):
         total = (scale * own[batch, text]).exp()

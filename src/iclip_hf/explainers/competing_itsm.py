@@ -9,12 +9,13 @@ import torch
 from ..backends.embedded import vocabulary
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines, normalize
 from ..model.presence import EVEN_PRIOR, at_prior, check_priors
-from ..model.prompts import split_texts
+from ..model.prompts import check_text, split_texts
 from ..model.similarity import compete, cosine_similarity_map
 from .explainer import Explainer
 
 
-# A noun does not compete with a text if their features, less the mean of all nouns, have this cosine or a higher one.
+# A noun does not compete with a text if their features, less the mean of the vocabulary, have this cosine or a higher
+# one.
 ALIKE = 0.5
 
 
@@ -36,14 +37,18 @@ class CompetingITSM(Explainer):
 
     def __init__(self, model, rivals: str | Sequence[str] | Mapping[str, float] | None = None):
         super().__init__(model)
+        nouns = vocabulary()
         if rivals is None:
-            rivals = vocabulary()
+            rivals = nouns
         elif not isinstance(rivals, Mapping):
-            rivals = dict.fromkeys(split_texts(rivals), EVEN_PRIOR)
+            rivals = dict.fromkeys(map(check_text, split_texts(rivals)), EVEN_PRIOR)
         if not rivals:
             raise ValueError(f"rivals is at least one noun, not {[*rivals]}.")
         check_priors(rivals)
-        self.rivals, self.priors = self.model.encode_texts([*rivals]), torch.tensor([*rivals.values()])
+        known = self.model.encode_texts([*nouns])
+        self.mean = known.text_embeds.float().mean(0)
+        self.rivals = known if rivals is nouns else self.model.encode_texts([*rivals])
+        self.priors = torch.tensor([*rivals.values()])
         no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0])).tolist()
         self.scale = full_cosine - no_cosine
 
@@ -55,9 +60,10 @@ class CompetingITSM(Explainer):
         scores = cosines(features.image_embeds, self.rivals.text_embeds)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
-        rivals = self.rivals.text_embeds.float()
-        mean = rivals.mean(0)
-        alike = normalize(texts.text_embeds.float() - mean) @ normalize(rivals - mean).mT
+        asked, rivals = (
+            normalize(embeds.float() - self.mean) for embeds in (texts.text_embeds, self.rivals.text_embeds)
+        )
+        alike = asked @ rivals.mT
         maps, of_rivals = (
             cosine_similarity_map(features.patch_embeds, embeds)
             for embeds in (texts.map_text_embeds, self.rivals.map_text_embeds)

@@ -94,7 +94,8 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
             image = download(image, timeout)
         elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # no file's name
             try:
-                image = base64.b64decode((text.partition(",")[2] or text).replace("-", "+").replace("_", "/"))
+                letters = (text.partition(",")[2] or text).replace("-", "+").replace("_", "/")
+                image = base64.b64decode(letters + "==")  # padding may be left out, and more of it is ignored
             except ValueError as error:
                 raise ValueError(f"{name}: this is no base64 text ({error}).") from error
     name = name or _name(image)

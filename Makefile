@@ -31,8 +31,8 @@ demo: .venv/.package
 	$(EXPLAIN) --output "$(CURDIR)/demo.jpg"
 
 # The pictures of the README and of the methods, and the outputs of the notebook, made anew, as after a change of the embedded model.
-METHODS := itsm reversed_itsm attention attention_affinity grad_cam grad_eclip legrad bi_modal clip_surgery gem maskclip sclip clearclip
-METHODS += naclip proxyclip
+METHODS := itsm competing_itsm reversed_itsm attention attention_affinity grad_cam grad_eclip legrad bi_modal clip_surgery gem maskclip sclip
+METHODS += clearclip naclip proxyclip
 pictures: .venv/.installed
 	$(EXPLAIN) --output docs/demo.jpg
 	$(BIN)/iclip compare $(EXAMPLE) --text "orange jacket" --methods $(METHODS) --output docs/methods.jpg

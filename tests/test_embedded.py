@@ -99,7 +99,8 @@ def test_the_same_by_another_name_is_no_rival(folder):
 
     own = raw_map("itsm")
     close, far = (
-        torch.corrcoef(torch.stack([own, raw_map("competing_itsm", rivals=[noun])]))[0, 1] for noun in ("dog", "person")
+        torch.corrcoef(torch.stack([own, raw_map("competing_itsm", rivals=[noun])]))[0, 1]
+        for noun in ("dog", "person")
     )
     assert close > 0.97 > far
 

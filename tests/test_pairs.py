@@ -283,7 +283,7 @@ def test_a_folder_for_each_class(tmp_path, caplog, monkeypatch):
     assert "3 images in no folder of a class, such as 'cat/puppies/2.jpg'" in caplog.text
 
 
-@pytest.mark.parametrize("form", ["parquet", "folder", "split"])
+@pytest.mark.parametrize("form", ["parquet", "folder", "split", "formatted"])
 def test_saved_datasets(tmp_path, form):
     """Bytes of images as `datasets` and pandas store them, and paths."""
     rows = {
@@ -296,7 +296,9 @@ def test_saved_datasets(tmp_path, form):
     if form == "parquet":
         saved.to_parquet(source)
     else:
-        (saved if form == "folder" else datasets.DatasetDict(train=saved)).save_to_disk(source)
+        if form == "formatted":
+            saved = saved.with_format("arrow", columns=["report"])
+        (datasets.DatasetDict(train=saved) if form == "split" else saved).save_to_disk(source)
     dataset = load_pairs(source, caption_column="report")
     assert [dataset[i]["caption"] for i in range(3)] == ["caption 0", "caption 1", "caption 2"]
     assert [dataset[i]["image"].getpixel((0, 0))[0] for i in range(3)] == pytest.approx([0, 1, 2], abs=1)

@@ -542,7 +542,7 @@ class ArrowRows(Source):
         super().__init__(path, columns)
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
-        self._rows, self.count = rows, len(rows)
+        self._rows, self.count = rows.with_format(None), len(rows)  # some formats hide columns, or return no dict
         self._image_column = next(name for name in columns.image if name in rows.features)
         # Others wrote the rows of the Hub: they may name files that were downloaded, but no other file of this
         # machine.

@@ -73,7 +73,7 @@ def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, sca
         `torch.Tensor` of shape `(B, T, h, w)`.
     """
     with torch.autocast(maps.device.type, enabled=False):
-        highest = rivals.amax(1, keepdim=True)  # so that no power is 0 or infinity
+        highest = rivals.amax(1, keepdim=True)  # so that no power is infinite
         powers = weights.float() @ (scale * (rivals - highest)).exp().flatten(2)
         of_rivals = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
         return maps - torch.logaddexp(scale * maps, of_rivals) / (2 * scale)

@@ -505,7 +505,7 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     with pytest.raises(KeyError, match="horse"):
         found["horse"]
     for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"3 texts, none with the index {index}"):
             ask(index)
     for several in (slice(0, 2), ["dog", "car"], None, 1.0):
         with pytest.raises(TypeError, match="named by itself or by its index"):
@@ -533,6 +533,17 @@ def test_the_presence_in_json_decides_everywhere_whether_a_text_is_shown(tiny_pr
     assert torch.equal(masks[0], found.mask("dog")) and found.present == [shown]
     word, number = presence_text(text["presence"], least).split()
     assert (word != "absent") == shown and (float(number) >= least) == shown
+
+
+def test_explain_takes_the_limits_of_masks(tiny_processor):
+    given = sigmoid_model(), tiny_processor
+    usual = explain(given, IMAGES[0], TEXTS)
+    least = max(usual.presences) + 1e-3
+    assert explain(given, IMAGES[0], TEXTS, threshold=0.2, min_presence=0).mask(0).equal(usual.map(0) > 0.2)
+    assert not explain(given, IMAGES[0], TEXTS, min_presence=least).mask(0).any()
+    for limits in ({"threshold": 1.5}, {"threshold": [0.2, 0.3, 0.4]}, {"min_presence": -0.1}):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            explain(given, IMAGES[0], TEXTS, **limits)
 
 
 def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):

@@ -100,6 +100,7 @@ def test_arrays(dtype):
     [
         (np.full((4, 5, 3), 256), ValueError),
         (np.full((4, 5, 3), -1, np.int32), ValueError),
+        (np.full((4, 5, 3), 256, np.uint32), ValueError),
         (np.full((4, 5, 3), 255.0), ValueError),
         (np.full((4, 5, 3), np.nan), ValueError),
         (np.zeros((4, 5)), ValueError),

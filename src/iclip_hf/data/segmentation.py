@@ -425,7 +425,7 @@ def _instances(root: Path, split: str) -> _Content:
     if not path.is_file():
         others = sorted(one.stem.removeprefix("instances_") for one in path.parent.glob("instances_*.json"))
         named = (
-            f"name another split by --split, or --eval_split of a training: {', '.join(others)}"
+            f"name another split (--split, or --eval_split of a training): {', '.join(others)}"
             if others
             else "the data set's folder has annotations/instances_SPLIT.json"
         )

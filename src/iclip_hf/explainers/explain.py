@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from tqdm import tqdm
 
@@ -10,6 +11,8 @@ from ..backends.embedded import vocabulary
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import load_image
+from ..model.masks import check_threshold
+from ..model.presence import MIN_PRESENCE, check_min_presence
 from ..model.prompts import split_texts
 from . import make_explainer
 
@@ -30,6 +33,8 @@ def explain(
     batch_size: int = 8,
     refine: bool = False,
     multi_scale: bool = False,
+    threshold: float = 0.5,
+    min_presence: float = MIN_PRESENCE,
     timeout: float = 60,
     progress: bool = False,
     **method_options,
@@ -61,6 +66,7 @@ def explain(
             not given.
         size: the size of images for the maps, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): as for [`Engine.run`].
+        threshold, min_presence (`float` in [0, 1]): of the masks, as for [`Explanation`].
         timeout (`float`): time limit in seconds for the download of an image.
         progress (`bool`): whether to show a progress bar, for many images.
 
@@ -72,6 +78,8 @@ def explain(
             texts and sizes differ.
         `OSError`: an image cannot be read.
     """
+    check_threshold(threshold)
+    check_min_presence(min_presence)
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
     is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
@@ -85,5 +93,8 @@ def explain(
     explainer = make_explainer(model, method, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine, multi_scale)
     explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best)
-    explanations = list(tqdm(explanations, total=len(images), unit="image", disable=not progress))
+    explanations = [
+        replace(explanation, threshold=threshold, min_presence=min_presence)
+        for explanation in tqdm(explanations, total=len(images), unit="image", disable=not progress)
+    ]
     return explanations[0] if is_one else explanations

@@ -105,7 +105,12 @@ class Explanation:
             raise KeyError(f"{text!r} is none of the texts {self.labels}")
         if not (isinstance(text, str) or hasattr(text, "__index__")):
             raise TypeError(f"A text is named by itself or by its index, one at a time, not by {text!r:.100}.")
-        return self.labels.index(text) if isinstance(text, str) else range(len(self))[text]
+        if isinstance(text, str):
+            return self.labels.index(text)
+        try:
+            return range(len(self))[text]
+        except IndexError as error:
+            raise IndexError(f"There are {len(self)} texts, none with the index {text}.") from error
 
     @property
     def maps(self) -> torch.Tensor:

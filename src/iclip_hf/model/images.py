@@ -152,9 +152,10 @@ def to_8_bit(image) -> torch.Tensor:
     )
     levels = (pixels.double() * (255 / white)).round()
     if levels.min() < 0 or levels.max() > 255:
+        low, high = pixels.double().aminmax()  # some integer types have no minimum
         raise ValueError(
-            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {pixels.min()} to "
-            f"{pixels.max()}: convert it to uint8, or to uint16 if white is 65535."
+            f"An image of {pixels.dtype} has values in [0, {white}], but this one has {low:g} to {high:g}: convert it "
+            "to uint8, or to uint16 if white is 65535."
         )
     return levels.to(torch.uint8)
 

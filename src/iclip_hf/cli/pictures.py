@@ -137,7 +137,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
                     explained += 1
                     print_lines(*([text] if options.json else _report(entry, headings, options.min_presence)))
         if lines is not None and not options.json:
-            print_lines(f"{explained} images -> {lines.name}")
+            print_lines(f"{explained} image{'s' if explained > 1 else ''} -> {lines.name}")
     return 0 if explained == len(images) else 2
 
 

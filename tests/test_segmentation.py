@@ -259,7 +259,9 @@ def test_coco_union_equals_a_pixel_loop(instances):
 
 def test_a_split_without_a_file_names_the_others(tmp_path):
     write_coco(tmp_path, [])
-    with pytest.raises(FileNotFoundError, match="name another split .*: val2017.$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"name another split \(--split, or --eval_split of a training\): val2017.$"
+    ):
         load_segmentation("coco2017", tmp_path, "train2017")
 
 

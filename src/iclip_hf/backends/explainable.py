@@ -68,7 +68,7 @@ class ExplainableModel(ABC):
         """Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`."""
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Computes raw maps `(B, T, h, w)`: the cosine of every patch with every text (Eq. 1-3), weighed."""
+        """Computes raw maps `(B, T, h, w)`: the cosine of patch and text (Eq. 1-3), after `weigh_maps`."""
         return self.weigh_maps(cosine_similarity_map(image.patch_embeds, texts.map_text_embeds), image, texts)
 
     def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:

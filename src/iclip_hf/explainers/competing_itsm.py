@@ -48,6 +48,7 @@ class CompetingITSM(Explainer):
         known = self.model.encode_texts([*nouns])
         self.mean = known.text_embeds.float().mean(0)
         self.rivals = known if rivals is nouns else self.model.encode_texts([*rivals])
+        self.directions = self._directions(self.rivals)
         self.priors = torch.tensor([*rivals.values()])
         no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0])).tolist()
         self.scale = full_cosine - no_cosine
@@ -60,13 +61,14 @@ class CompetingITSM(Explainer):
         scores = cosines(features.image_embeds, self.rivals.text_embeds)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
-        asked, rivals = (
-            normalize(embeds.float() - self.mean) for embeds in (texts.text_embeds, self.rivals.text_embeds)
-        )
-        alike = asked @ rivals.mT
+        alike = self._directions(texts) @ self.directions.mT
         maps, of_rivals = (
             cosine_similarity_map(features.patch_embeds, embeds)
             for embeds in (texts.map_text_embeds, self.rivals.map_text_embeds)
         )
         maps = compete(maps, of_rivals, weights.unsqueeze(1) * (alike < ALIKE), self.scale)
         return self.model.weigh_maps(maps, features, texts), features
+
+    def _directions(self, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Returns the features of texts less the mean of the vocabulary, as unit vectors `(..., T, P)`."""
+        return normalize(texts.text_embeds.float() - self.mean)

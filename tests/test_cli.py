@@ -16,6 +16,7 @@ from PIL import Image
 from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
+from iclip_hf.cli.options import MAX_SEED, at_least_1, seed, share
 from iclip_hf.cli.options import texts as parse_texts
 from iclip_hf.cli.output import table
 from iclip_hf.data import load_pairs
@@ -466,6 +467,10 @@ def test_options_of_the_command_are_parameters_of_metrics():
 
     parameters = {name for metric in make_metrics([*METRICS]) for name in signature(type(metric)).parameters}
     assert OPTIONS.keys() == parameters - {"ignore_index", "stuff", "like", "groups"}  # which the data set says
+
+
+def test_limits_of_numbers_are_allowed():
+    assert [share("0"), share("1"), at_least_1("1"), seed("0"), seed(str(MAX_SEED))] == [0, 1, 1, 0, MAX_SEED]
 
 
 def test_settings_take_dashes_and_underscores():

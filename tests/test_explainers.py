@@ -601,6 +601,7 @@ def test_the_copy_shares_the_weights(tiny_processor):
     explainer = make_explainer((model, tiny_processor))
     pairs = list(zip(explainer.model.network.parameters(), model.parameters(), strict=True))
     assert all(own.data_ptr() == given.data_ptr() and own is not given for own, given in pairs if given.requires_grad)
+    assert not any(own.requires_grad for own, _ in pairs)
     texts = explainer.model.encode_texts(LABELS)
     before = raw_maps(explainer, pixels(), texts)[0]
     with torch.no_grad():

@@ -49,6 +49,13 @@ def test_every_source_gives_the_same_model(world):
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
 
 
+def test_a_model_in_memory_keeps_its_dtype_and_device(world):
+    for source in ((world.model, world.processor), load((world.model, world.processor))):
+        for option, value in (("dtype", "float16"), ("device", "cpu")):
+            with pytest.raises(ValueError, match=f"{value} was given"):
+                load(source, **{option: value})
+
+
 def test_a_loaded_model_can_be_pickled(world):
     """As `torch.save` and processes that are spawned do."""
     loaded = load((world.model, world.processor))

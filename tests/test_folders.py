@@ -369,7 +369,8 @@ def init(towers: Path, output: Path, **options) -> int:
 def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new") == 0
     # The command to train a new model has none of the defaults for a trained one.
-    assert {"--learning_rate", "--keep_presence"} <= set(capsys.readouterr().out.split())
+    printed = set(capsys.readouterr().out.split())
+    assert {"--learning_rate", "--keep_presence"} <= printed and "--nouns" not in printed
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     expected = tiny_model().state_dict()
     kept = [name for name in expected if name.startswith(("vision_model", "text_model"))]
@@ -820,8 +821,11 @@ def test_without_the_hub_a_record_is_not_waited_for(monkeypatch, caplog):
     assert read_record("org/old")["training"] is None and not caplog.records
 
 
-def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):
-    """Also that a model was changed since; nothing calls trained weights random."""
+def test_what_is_not_recorded_is_said(tmp_path, tiny_processor, monkeypatch):
+    """
+    Also that a model was changed since; nothing calls trained weights random. A model of no folder has no record, also
+    where the working directory holds one.
+    """
     model, training = tiny_model(), {"data": ["pairs.csv"], "epochs": 7}
     model.save_pretrained(tmp_path / "model")
     loaded = ICLIPModel.from_pretrained(tmp_path / "model")
@@ -831,7 +835,9 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor):
     with torch.no_grad():
         loaded.recognition.visual_projection.weight.add_(1)
     export_model(loaded, tiny_processor, tmp_path / "changed")
-    assert recorded(tmp_path / "unknown") == (None, ["(not recorded)"])
+    monkeypatch.chdir(tmp_path / "model")
+    export_model(model, tiny_processor, tmp_path / "in memory")
+    assert recorded(tmp_path / "unknown") == recorded(tmp_path / "in memory") == (None, ["(not recorded)"])
     assert recorded(tmp_path / "known") == (training, ["pairs.csv"])
     assert recorded(tmp_path / "changed") == (None, ["pairs.csv", "(not recorded)"])
     cards = {name: (tmp_path / name / "README.md").read_text() for name in ("unknown", "known", "changed")}

@@ -301,6 +301,17 @@ def test_arrays_of_every_agreed_range_are_the_photograph(tiny_processor, make):
     assert (pixels == before).all()
 
 
+@pytest.mark.parametrize("do_rescale", [True, False])
+def test_one_channel_is_gray_with_any_image_processor(tiny_processor, do_rescale):
+    image_processor = CLIPImageProcessor(do_center_crop=False, do_convert_rgb=False, do_rescale=do_rescale)
+    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
+    gray = np.array(photo(32, 32, "L"))[..., None]
+    expected = processor(images=gray.repeat(3, 2), size=32)["pixel_values"]
+    for image in (gray, gray.transpose(2, 0, 1), torch.from_numpy(gray)):
+        assert processor(images=image, size=32)["pixel_values"].equal(expected)
+        assert processor(images=image, size=32, do_resize=False)["pixel_values"].equal(expected)
+
+
 def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
     scaled = (np.array(photo()) / 255).astype(np.float32)
     expected = tiny_processor(images=scaled)["pixel_values"]

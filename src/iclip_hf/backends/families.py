@@ -98,7 +98,7 @@ class ExplainableCLIP(TransformersModel):
     def _whole_image_processor(self, vision_config, image_processor):
         """Copies an image processor so that it resizes the whole image to the size of the model's training images."""
         side = vision_config.image_size
-        options = {"size": {"height": side, "width": side}, "do_center_crop": False, "do_convert_rgb": True}
+        options = {"size": {"height": side, "width": side}, "do_center_crop": False}
         return type(image_processor)(**(image_processor.to_dict() | options))
 
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
@@ -183,5 +183,5 @@ class ExplainableSiglip2(ExplainableSiglip):
 def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
     """Creates an image processor that resizes whole images to a square of `side` pixels."""
     return SiglipImageProcessor(
-        size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample, do_convert_rgb=True
+        size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample
     )

@@ -181,8 +181,6 @@ AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
     """Computes `nn.MultiheadAttention.forward` for batch-first input without masks, and records it."""
-    projections = zip(
-        (query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
-    )
+    projections = zip((query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
     heads = [F.linear(x, w, b).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x, w, b in projections]
     return attention.out_proj(merge_heads(attend(*heads))), None

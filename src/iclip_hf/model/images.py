@@ -161,7 +161,7 @@ def to_8_bit(image) -> torch.Tensor:
 
 
 def to_pixels(image) -> torch.Tensor:
-    """Returns the pixels of an array or tensor as a tensor, in any range. Raises as [`to_8_bit`]."""
+    """Returns the pixels of an array or tensor as a tensor with 3 channels, in any range. Raises as [`to_8_bit`]."""
     import numpy as np
     import torch
 
@@ -177,13 +177,13 @@ def to_pixels(image) -> torch.Tensor:
     pixels = torch.as_tensor(image)
     if not torch.isfinite(pixels).all():
         raise ValueError("The image holds NaN or infinity.")
-    return pixels
+    return pixels.expand(3, -1, -1) if pixels.shape[0] in (1, 3) else pixels.expand(-1, -1, 3)
 
 
 def _from_array(pixels: torch.Tensor) -> Image.Image:
     """Returns the RGB image of pixels from [`to_8_bit`]."""
-    pixels = pixels.movedim(0, -1) if pixels.shape[0] in (1, 3) else pixels
-    return to_rgb(Image.fromarray(pixels.squeeze(-1).numpy(force=True)))
+    pixels = pixels.movedim(0, -1) if pixels.shape[0] == 3 else pixels
+    return Image.fromarray(pixels.numpy(force=True))
 
 
 def _name(source: str | os.PathLike | bytes | Image.Image) -> str:

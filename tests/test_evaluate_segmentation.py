@@ -212,8 +212,9 @@ def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_proce
     assert alone.results["itsm"]["segmentation"]["miou"] == pytest.approx(
         result.results["itsm"]["segmentation"]["miou"], abs=0.1
     )
-    with pytest.raises(ValueError, match="multiples of the patch size of 8 pixels"):
-        segment((tiny_model(), tiny_processor), dataset, window=32, stride=12)
+    for window, stride in ((32, 12), (20, 8), (32, 40), (32, -8)):
+        with pytest.raises(ValueError, match="multiples of the patch size of 8 pixels"):
+            segment((tiny_model(), tiny_processor), dataset, window=window, stride=stride)
 
 
 def test_a_metric_with_windows_changes_no_other(labelled_folder, tiny_processor):

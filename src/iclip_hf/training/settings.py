@@ -256,7 +256,7 @@ def read_file(file: Path) -> dict:
         if wrong := next((item for item in values if isinstance(item, (list, dict))), None):
             raise ValueError(f"{file}: {name}: this is a {type(wrong).__name__} instead of one value.")
         arguments += [f"--{name}={item}" for item in values if item is not None]
-    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    parser = argparse.ArgumentParser(exit_on_error=False)
     add_settings(parser)
     try:
         settings = vars(parser.parse_args(arguments))

@@ -361,6 +361,10 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out_up_to_a_share(tmp_path)
     assert captions == [[f"dog {number}"] for number in range(8) if number != 3]
     with pytest.raises(ValueError, match="max_bad_share"):
         load_pairs(tmp_path / "a.csv", max_bad_share=0.1).readable()
+    for number in range(8):
+        (tmp_path / f"{number}.jpg").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="a.csv"):  # none is left
+        load_pairs(tmp_path / "a.csv", max_bad_share=1).readable()
 
 
 def test_a_part_is_split_off_by_images(tmp_path):

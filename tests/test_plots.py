@@ -83,6 +83,8 @@ def test_a_drawing_takes_what_explain_takes_and_is_as_large_as_asked(tmp_path):
     assert abs(large.width - 2 * small.width) < 9 and abs(large.height - 2 * small.height) < 9
     assert large.height > 2 * 224  # two rows
     assert large.mode == "RGB" and np.asarray(large)[:, 0].min() == 255
+    # The maps are as large as the picture, whatever size they had.
+    assert draw(explained([0.9] * 4, (400, 600)), tmp_path / "a.png", columns=3, dpi=120) == large
     image = np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8)
     expected = draw(explained([0.9]), Image.fromarray(image.transpose(1, 2, 0)))
     for array in (image, torch.from_numpy(image), image.transpose(1, 2, 0)):

@@ -32,6 +32,7 @@ from iclip_hf import (
     ImageTextSimilarityMapPipeline,
     ZeroShotImageSegmentationPipeline,
     __version__,
+    explain,
 )
 from iclip_hf.backends import embedded
 from iclip_hf.hub.folders import export_model
@@ -140,6 +141,12 @@ def test_a_server_without_an_end_is_left(pipe, monkeypatch, pause, header, messa
         with pytest.raises(OSError, match=message):
             pipe(f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5 if pause else 30)
         assert time.monotonic() - began < (5 if pause else 20)
+
+
+def test_explain_leaves_a_slow_server_too(pipe, monkeypatch):
+    monkeypatch.setattr(Endless, "pause", 0.05)
+    with served(Endless) as server, pytest.raises(OSError, match=LATE):
+        explain((pipe.model, pipe.processor), f"http://127.0.0.1:{server.server_port}/a.png", LABELS, timeout=0.5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

@@ -79,7 +79,6 @@ def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
     """Returns a size of images as a dictionary, a number as that of a square. Raises `ValueError` for others."""
     try:
         sides = dict.fromkeys(("height", "width"), int(size)) if isinstance(size, Integral) else dict(size)
-        sides = {side: pixels for side, pixels in sides.items() if pixels is not None}
         is_size = sides.keys() in ({"height", "width"}, {"shortest_edge"}) and min(sides.values()) >= 1
     except (TypeError, ValueError):  # such as a string
         is_size = False

@@ -78,6 +78,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
     """A tiny trained model with its card, and a photograph."""
     folder = tmp_path_factory.mktemp("source")
     model = tiny_model()
+    model.config.vision_config.name_or_path = "/home/someone/vit"
     model.save_pretrained(folder / "model")
     tiny_processor.save_pretrained(folder / "model")
     training = {

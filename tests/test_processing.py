@@ -9,7 +9,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
 
-from iclip_hf import ICLIPProcessor, explain
+from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.modeling_iclip import average_prompts
@@ -364,4 +364,20 @@ def test_code_beside_a_tokenizer_is_refused_without_a_question(
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked: {question}"))
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         auto_class.from_pretrained(tmp_path, **options)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("side", ["vision", "text"])
+@pytest.mark.parametrize("joined", [ICLIPProcessor, ICLIPModel])
+def test_code_beside_a_tower_is_refused_without_a_question(tiny_processor, tmp_path, monkeypatch, joined, side):
+    model = tiny_model()
+    for name, part in (("vision", tiny_processor.image_processor), ("text", tiny_processor.tokenizer)):
+        getattr(model, f"{name}_model").save_pretrained(tmp_path / name)
+        part.save_pretrained(tmp_path / name)
+    config = {"model_type": "other", "auto_map": {"AutoConfig": "other.Config"}}
+    (tmp_path / side / "config.json").write_text(json.dumps(config))
+    (tmp_path / side / "other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked: {question}"))
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        joined.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
     assert not (tmp_path / "ran").exists()

@@ -134,7 +134,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
 
 
 def test_nouns_are_found_in_captions():
-    nouns = NounPrompts(["dog", "traffic light (3)", "bus (background) (12)", "man", "baby", "light"])
+    nouns = NounPrompts(["dog", "traffic light (3)", "", "bus (background) (12)", "man", " ", "baby", "light"])
     assert nouns.nouns == ["dog", "traffic light", "bus", "man", "baby", "light"]
     found = nouns.nouns_in("Two men, three babies and dogs wait at the traffic lights; no business")
     assert {nouns.nouns[number] for number in found} == {"dog", "traffic light", "man", "baby"}  # no "light"

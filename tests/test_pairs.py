@@ -1009,6 +1009,12 @@ def test_a_stream_opens_only_files_of_its_data_set(tmp_path, monkeypatch):
         _image_bytes({"path": own[1]}, "org/name")
 
 
+def test_a_column_of_numbers_holds_no_images(tmp_path):
+    datasets.Dataset.from_dict({"image": [5, 6], "caption": ["a", "b"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(BadPairError, match="no image of the data set in 'image'"):
+        load_pairs(tmp_path / "a.parquet").read(0)
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypatch, streaming):
     secret = tmp_path / "secret.jpg"

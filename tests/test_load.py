@@ -115,6 +115,14 @@ def copied(world, folder, **edits):
     return folder
 
 
+def test_a_tower_may_have_a_few_embeddings_more_than_its_tokenizer_tokens(world, tmp_path):
+    folder = copied(world, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "vocab.txt").write_text("\n".join(words(63)))
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    assert len(load(folder).processor.tokenizer) == 63
+
+
 def words(count: int, first: str = "a photo of dog [PAD] [UNK] [CLS] [SEP] [MASK]") -> list[str]:
     return [*first.split(), *(f"word{number}" for number in range(count))][:count]
 

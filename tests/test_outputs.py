@@ -13,6 +13,7 @@ import pytest
 from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
 
+from iclip_hf.cli.output import model_files
 from iclip_hf.evaluation.results import EvaluationResult
 from iclip_hf.training.inputs import check_run
 from iclip_hf.training.settings import Settings
@@ -247,3 +248,13 @@ def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
     assert contents(tmp_path) == before
     assert result.save(tmp_path / "a.json") == (tmp_path / "a.json", tmp_path / "a.csv")
     assert result.save(tmp_path / "a.json") == (tmp_path / "a.json", tmp_path / "a-2.csv")
+
+
+def test_only_folders_of_models_are_inputs(tmp_path, monkeypatch):
+    """By the name "embedded", the model is the package's, and a folder of the user may hold earlier pictures."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "embedded"):
+        Path(name).mkdir()
+        Path(name, "config.json").touch()
+    assert set(model_files("model")) == {Path("model"), Path("model", "config.json")}
+    assert model_files("embedded") == model_files("org/clip") == []

@@ -96,8 +96,9 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, las
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if last_attention is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # float32 before the product: its logits can overflow float16
-        last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
+        # float32 in the product, also under autocast: its logits can overflow float16, and bfloat16 rounds them
+        with torch.autocast(query.device.type, enabled=False):
+            last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
         attended = last_attention.mix(attended, value)
     return attended, None
 

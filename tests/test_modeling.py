@@ -346,6 +346,14 @@ def test_the_loss_without_nouns_needs_one_text_of_each_image(texts):
         tiny_model()(**tiny_inputs(batch=2, texts=texts), return_loss=True)
 
 
+def test_the_loss_takes_no_list_of_texts_for_each_image():
+    """CLIP's tower would flatten the lists, and the second caption of the first image would be the second image's."""
+    inputs = tiny_inputs(batch=2, texts=4)
+    input_ids = inputs["input_ids"].view(2, 2, -1)
+    with pytest.raises(ValueError, match=r"input_ids: .*\(2, 2, 7\)"):
+        tiny_model(text="clip_text_model")(input_ids, inputs["pixel_values"], return_loss=True)
+
+
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():

@@ -921,7 +921,7 @@ class ICLIPModel(PreTrainedModel):
         Raises:
             `ValueError`: images or texts are missing or given twice, token ids are no integers, or H or W is not a
                 multiple of the patch size; with `return_loss`, there are fewer texts than images, or more without the
-                arguments of nouns, these are not as described, or maps are asked for.
+                arguments of nouns, these are not as described, images have lists of texts, or maps are asked for.
         """
         nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
         images = {"pixel_values": pixel_values, "image_inputs": image_inputs}

@@ -663,6 +663,13 @@ def test_open_clip_takes_its_one_size(made):
         explain((model, tokenizer), images(), LABELS, size=WIDE)
 
 
+@pytest.mark.parametrize(("text", "says"), [("  ", "at least one character"), (5, "A text is a string")])
+def test_open_clip_takes_the_texts_that_other_models_take(made, text, says):
+    model, tokenizer, _ = made("open_clip")
+    with pytest.raises(ValueError, match=says):
+        explain((model, tokenizer), images()[0], ["dog", text])
+
+
 def test_open_clip_needs_its_tokenizer(made):
     model, _, _ = made("open_clip")
     preprocess = torchvision.transforms.Compose([torchvision.transforms.ToTensor()])

@@ -410,6 +410,7 @@ class ICLIPModel(PreTrainedModel):
     base_model_prefix = "iclip"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _no_split_modules = ["Projection"]  # which adds what its two parts compute; the towers name their own
     _supports_sdpa = True
     _supports_attention_backend = True
 

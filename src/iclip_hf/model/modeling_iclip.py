@@ -848,9 +848,7 @@ class ICLIPModel(PreTrainedModel):
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
-        # Towers and branches can be on several devices.
-        maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds.to(image.patch_embeds.device))
-        return self.weigh_maps(maps, image, text)
+        return self.weigh_maps(cosine_similarity_map(image.patch_embeds, text.map_text_embeds), image, text)
 
     def weigh_maps(
         self, maps: torch.FloatTensor, image: ICLIPImageFeatures, text: ICLIPTextFeatures

@@ -43,7 +43,7 @@ def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tens
 
 def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cosine of every patch with every text (Eq. 1-3).
+    Cosine of every patch with every text (Eq. 1-3), on the device of the patches.
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
@@ -54,7 +54,8 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     """
     # In half precision, as under autocast, several patches would have the same value.
     with torch.autocast(patch_embeds.device.type, enabled=False):
-        maps = text_embeds.float() @ patch_embeds.flatten(1, 2).mT.float()
+        patches = patch_embeds.flatten(1, 2).mT.float()
+        maps = text_embeds.to(patches) @ patches
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 

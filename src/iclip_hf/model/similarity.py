@@ -119,7 +119,8 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: boo
     the last bit.
     """
     weights = _resize_weights(maps, size)
-    enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
+    enlarged = _empty((len(maps), *size), maps.device)
+    large = torch.empty(size, dtype=torch.float32, device=maps.device)
     for raw_map, target in zip(maps, enlarged):
         _resize_above_lowest(raw_map, weights, large)
         stretch(large, *torch.aminmax(large), out=target)
@@ -152,12 +153,12 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(shape, device=device)
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # may later be part of a graph
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
-    identity = torch.eye(source, device=device)[None, None]
+    identity = torch.eye(source, dtype=torch.float32, device=device)[None, None]
     return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

@@ -437,6 +437,16 @@ def test_images_are_compared_once(tmp_path, recorded):
     assert load_pairs(tmp_path / "pairs.csv").image_digests() != dataset.image_digests() and computed == [4, 4]
 
 
+def test_the_images_of_another_column_are_others(tmp_path):
+    """The feature cache would give the features of the first column for the second."""
+    rows = [{"photo": jpeg(i), "drawing": jpeg(i // 2), "caption": str(i)} for i in range(4)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    photos, drawings = (load_pairs(tmp_path / "a.parquet", image_column=name) for name in ("photo", "drawing"))
+    for pairs, distinct in ((photos, 4), (drawings, 2)):
+        expected = [hashlib.sha256(pairs.raw(row).image).digest() for row in range(4)]
+        assert pairs.image_digests() == expected and len(set(expected)) == distinct
+
+
 def test_a_split_reads_no_devices(tmp_path):
     names = ["/dev/zero", "/dev/full", "absent.jpg", "empty.jpg", "also empty.jpg", "1.jpg"]
     write_images(tmp_path, ["0.jpg", "1.jpg"])

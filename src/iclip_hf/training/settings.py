@@ -31,8 +31,9 @@ NotNegative, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-99, 1e30]
 Seed = Annotated[int, 0, MAX_SEED]
 
-# Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
-MAY_CHANGE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
+# Settings that change no result, so that a run may resume with others, such as one that `max_bad_share` has stopped.
+# `eval_steps` decides which model is kept.
+MAY_CHANGE = "config output_dir resume max_bad_share num_workers report_to log_steps pictures checkpoint_steps".split()
 # Places, which may change too: their content is compared.
 PATHS = "model vision text data validation_data nouns cache_features eval_root".split()
 

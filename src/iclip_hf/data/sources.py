@@ -540,10 +540,12 @@ class ArrowRows(Source):
             columns = Columns((images[0],), columns.caption)
         columns.check(path, rows.features)
         super().__init__(path, columns)
+        self._image_column = next(name for name in columns.image if name in rows.features)
+        if isinstance(rows.features[self._image_column], dict):  # of pandas, which may lack the bytes or the paths
+            images.append(self._image_column)
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self._rows, self.count = rows.with_format(None), len(rows)  # some formats hide columns, or return no dict
-        self._image_column = next(name for name in columns.image if name in rows.features)
         # Others wrote the rows of the Hub: they may name files that were downloaded, but no other file of this
         # machine.
         downloaded = constants.HF_HUB_CACHE, datasets.config.EXTRACTED_DATASETS_PATH

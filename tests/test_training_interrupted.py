@@ -39,9 +39,17 @@ def test_a_folder_holds_one_run(hub, tmp_path):
         run(hub, tmp_path, "--max_steps", 2, "--resume", "--weight_decay", 0.1)
     with folder_lock(tmp_path), pytest.raises(BlockingIOError, match="another run is writing here"):
         run(hub, tmp_path, "--max_steps", 2, "--resume")
-    for content in ("{", "[]"):
-        (max(tmp_path.glob("checkpoint-*")) / "state.json").write_text(content)
-        with pytest.raises(ValueError, match="state.json is damaged"):
+    last = max(tmp_path.glob("checkpoint-*"))
+    whole = (last / "training.pt").read_bytes()
+    for name, content in (
+        ("training.pt", whole[:-100]),
+        ("training.pt", b"{"),
+        ("training.pt", b""),
+        ("state.json", b"{"),
+        ("state.json", b"[]"),
+    ):
+        (last / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged; delete this checkpoint"):
             run(hub, tmp_path, "--max_steps", 2, "--resume")
     for checkpoint in tmp_path.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

@@ -124,7 +124,7 @@ class Settings:
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[("auto", *RETRIEVAL_METRICS, *MAP_METRICS)] = setting(
-        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
+        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation pairs"
     )
     pictures: AtLeast0 = setting(4, "number of validation images whose maps are drawn at each evaluation")
     checkpoint_steps: AtLeast1 = setting(1000, "number of steps between checkpoints")
@@ -145,7 +145,7 @@ class Settings:
         if self.best_metric == "auto":
             self.best_metric = "mMIoU" if maps and not validated else "text_to_image"
         elif not (validated if self.best_metric in RETRIEVAL_METRICS else maps):
-            raise ValueError(f"best_metric: {self.best_metric} needs validation_data, or eval_dataset for maps.")
+            raise ValueError(f"best_metric: {self.best_metric} needs validation pairs, or eval_dataset for maps.")
         if not self.data:
             raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
         if bool(self.model) == bool(self.vision and self.text):

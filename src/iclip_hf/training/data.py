@@ -25,6 +25,7 @@ from ..data.sources import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.streams import PairStream
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.distributed import broadcast_from_main
 from ..utils.extras import require_extra
 from ..utils.interrupts import ignore_signals
 from ..utils.terminal import printable
@@ -45,7 +46,7 @@ def load_datasets(
 ) -> tuple[PairBatches, PairBatches | None]:
     """
     Prepares the pairs for training and validation, and computes the feature cache if the settings have one. The model
-    is moved to the device; its `token_mean` is set if it centers tokens.
+    is moved to the device; its `token_mean` is set if it centers tokens, on all processes that of the first.
 
     Raises:
         `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
@@ -63,8 +64,10 @@ def load_datasets(
     # by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     images = (whole_image(processor, pair["image"]) for pair in few)
-    is_silent = not accelerator.is_main_process
-    set_token_mean(model, tqdm(images, "Mean token", delay=3, unit="image", leave=False, disable=is_silent))
+    if accelerator.is_main_process:
+        set_token_mean(model, tqdm(images, "Mean token", delay=3, unit="image", leave=False))
+    if model.config.center_tokens:  # other devices would round it in another way, and caches are keyed by it
+        model.token_mean.copy_(broadcast_from_main(model.token_mean.cpu()))
     seed = settings.seed
     if settings.cache_features:
 

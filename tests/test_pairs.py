@@ -319,14 +319,14 @@ def test_parquet_with_plain_bytes_and_without_an_image(tmp_path):
         dataset.read(1)
 
 
-@pytest.mark.parametrize("field", ["bytes", "path"])
-def test_parquet_with_bytes_or_paths_in_structs(tmp_path, field):
+@pytest.mark.parametrize("stored", [{"bytes": jpeg(7)}, {"path": "7.jpg"}, {"bytes": b"", "path": "7.jpg"}])
+def test_parquet_with_bytes_or_paths_in_structs(tmp_path, stored):
     """As pandas writes dictionaries."""
     (tmp_path / "7.jpg").write_bytes(jpeg(7))
-    stored = {"bytes": jpeg(7), "path": "7.jpg"}[field]
-    pq.write_table(pa.table({"image": [{field: stored}], "text": ["a dog"]}), tmp_path / "pairs.parquet")
+    pq.write_table(pa.table({"image": [stored], "text": ["a dog"]}), tmp_path / "pairs.parquet")
     dataset = load_pairs(tmp_path / "pairs.parquet")
     assert len(dataset) == 1 and dataset[0]["image"].size == (12, 8)
+    assert dataset.image_digests() == [hashlib.sha256(jpeg(7)).digest()]
 
 
 def test_named_columns(tmp_path):

@@ -582,8 +582,8 @@ class ArrowRows(Source):
         column = self._rows.select_columns([self._image_column]).with_format("arrow")[:][self._image_column]
         if pa.types.is_struct(column.type):
             names = pc.struct_field(column, "path").to_pylist()
-            within = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
-            return [None if inside else name for inside, name in zip(within, names)]
+            lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+            return [None if length else name for length, name in zip(lengths, names)]
         return column.to_pylist() if str(column.type).endswith(("string", "string_view")) else [None] * len(column)
 
     def _file(self, name: str | None) -> Path | None:

@@ -288,10 +288,15 @@ class CachedPairs(PairBatches):
         self.features = cache.images(distinct, **options)
         texts = {row: _texts_of(distinct, row) for row, usable in enumerate(self.features.usable()) if usable}
         texts = {row: of_row for row, of_row in texts.items() if of_row.captions}
-        bad = len(distinct) - len(texts)
+        bad, filled = len(distinct) - len(texts), self.features.folder
+        if bad:
+            logger.warning(
+                "%d of %d pairs are left out, as logged here or by the run that filled %s", bad, len(distinct), filled
+            )
         if bad > pairs.max_bad_share * len(distinct):
             raise ValueError(
-                f"max_bad_share: {bad} of {len(distinct)} pairs are bad, as the log says; fix the data or raise it."
+                f"max_bad_share: {bad} of {len(distinct)} pairs are bad; fix the data or raise it, or delete {filled} "
+                "if images were out of reach as it was filled."
             )
         self.keys = np.flatnonzero(np.isin(rows, [*texts]))  # places among all pairs
         self.rows = rows[self.keys]

@@ -247,6 +247,16 @@ def test_image_folder(tmp_path):
         assert keys(dataset)[:2] == ["0.jpg", "sub/1.jpg"]
 
 
+def test_the_first_row_may_lack_its_caption(tmp_path):
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    rows = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "a dog"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = load_pairs(tmp_path)
+    assert dataset.captions(1) == ["a dog"]
+    with pytest.raises(BadPairError, match="row 1: no caption"):
+        dataset.read(0)
+
+
 def test_the_metadata_of_a_folder_of_classes_is_not_ignored(tmp_path):
     write_images(tmp_path, ["dog/1.jpg", "cat/1.jpg"])
     (tmp_path / "metadata.csv").write_text("file_name,text\ndog/1.jpg,a brown dog\ncat/1.jpg,a cat asleep\n")

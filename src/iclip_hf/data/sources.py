@@ -421,16 +421,17 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
         `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
         for an unknown one.
     """
-    names, texts = [], []
+    names, texts, found = [], [], {}
     for number, row in enumerate(_table_rows(path)):
-        if not names:
-            columns.check(path, row)
+        found |= dict.fromkeys(row)  # a row of a .jsonl may lack some
         name = next((row[column] for column in columns.image if row.get(column)), "")
         names.append(name if isinstance(name, str) else "")
         try:
             texts.append(columns.texts(row))
         except ValueError as error:
             raise ValueError(f"{path}, row {number + 1}: {error}") from error
+    if names:
+        columns.check(path, found)
     for first, others in _later_rows(names).items():
         texts[first] = PairTexts.joined(texts[row] for row in (first, *others))
         for row in others:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
+from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from accelerate.utils import pad_across_processes
 from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
 from processes import run_script
@@ -36,6 +36,14 @@ def test_offloaded_weights_give_the_same(vision, tmp_path):
                 torch.testing.assert_close(
                     offloaded(**inputs, **{option: True})[name], expected(**inputs, **{option: True})[name]
                 )
+
+
+def test_a_device_map_splits_no_projection():
+    """It adds the outputs of two layers, which must be on one device, wherever the memory of the first one ends."""
+    model = tiny_model(image_hidden_size=64, text_hidden_size=64, recognition_pooling="class_and_average")
+    for limit in range(0, sum(4 * weight.numel() for weight in model.parameters()), 2000):
+        devices = infer_auto_device_map(model, {"cpu": limit, "disk": 10**9}, model._no_split_modules)
+        assert not [name for name in devices if "_projection." in name]
 
 
 def test_outputs_gather(tmp_path):

@@ -15,6 +15,7 @@ from conftest import tiny_model
 from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels, raw_maps
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
 
@@ -131,6 +132,14 @@ def test_logits_are_the_models_own(made, family):
         embeds = [F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds")]
     logits = load((model, processor)).logits(embeds[0] @ embeds[1].T).detach()
     torch.testing.assert_close(logits, outputs.logits_per_image, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_of_tipsv2_are_those_of_cosines_on_another_device(made):
+    """As `competing_itsm` asks for them. Fake tensors have a device that this machine may lack."""
+    model = load(made("tipsv2")[:2])
+    with FakeTensorMode(), torch.no_grad():
+        model.network.temperature = nn.Parameter(torch.empty((), device="cuda"), requires_grad=False)
+        assert model.logits(torch.empty(2)).device.type == "cpu"
 
 
 def naflex(pixel_values):
@@ -653,6 +662,13 @@ def test_open_clip_takes_its_one_size(made):
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="32x32 pixels"):
         explain((model, tokenizer), images(), LABELS, size=WIDE)
+
+
+@pytest.mark.parametrize(("text", "says"), [("  ", "at least one character"), (5, "A text is a string")])
+def test_open_clip_takes_the_texts_that_other_models_take(made, text, says):
+    model, tokenizer, _ = made("open_clip")
+    with pytest.raises(ValueError, match=says):
+        explain((model, tokenizer), images()[0], ["dog", text])
 
 
 def test_open_clip_needs_its_tokenizer(made):

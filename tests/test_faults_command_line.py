@@ -63,6 +63,7 @@ ARGUMENTS = {
         --dataset voc2012 --data-root {empty}/absent
         --dataset coco2017 --split ../../etc
         --metrics luck
+        --metrics mAP --task segmentation
         --metrics label_maps --seed -1
     """,
     "init --output new": """

@@ -159,16 +159,19 @@ def test_texts_and_repeated_sources_cost_no_features(tmp_path, tiny_processor, m
     assert calls == [12] and changed.sampled_captions()[7:] == ["a red dog"] * 5
 
 
-def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor):
+def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor, caplog):
     write_pairs(tmp_path / "pairs.tar", 40, broken=(0, 7))
     pairs, model = load_pairs(str(tmp_path / "pairs.tar")), tiny_model()
     model.config.pooling, model.config.dual_projection = "max", False
     cache = FeatureCache(tmp_path, model, tiny_processor, accelerator())
     with pytest.raises(ValueError, match="max_bad_share: 2 of 40"):
         CachedPairs(load_pairs(str(tmp_path / "pairs.tar"), max_bad_share=0.01), cache)
+    caplog.clear()
     dataset = CachedPairs(pairs, cache, lock_text=True)
     images = cache.images(pairs)
     assert len(dataset) == 38
+    (said,) = caplog.messages  # by every run, although the images are not read again
+    assert said.startswith("2 of 40 pairs are left out") and str(images.folder) in said
     for index, row in ((0, 1), (6, 8), (37, 39)):  # rows of the data without the bad ones
         batch = dataset.collate(dataset.__getitems__([index]))
         captions = tiny_processor(text=pairs.captions(row))

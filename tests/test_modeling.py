@@ -9,6 +9,7 @@ import torch
 from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
 from transformers import (
+    AttentionInterface,
     AutoModel,
     AutoModelForZeroShotImageClassification,
     BertModel,
@@ -19,7 +20,7 @@ from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.loading import load_pretrained
-from iclip_hf.model.modeling_iclip import VISION_TOWERS, VisionTower
+from iclip_hf.model.modeling_iclip import VISION_TOWERS, LastAttention, VisionTower
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -345,6 +346,14 @@ def test_the_loss_without_nouns_needs_one_text_of_each_image(texts):
         tiny_model()(**tiny_inputs(batch=2, texts=texts), return_loss=True)
 
 
+def test_the_loss_takes_no_list_of_texts_for_each_image():
+    """CLIP's tower would flatten the lists, and the second caption of the first image would be the second image's."""
+    inputs = tiny_inputs(batch=2, texts=4)
+    input_ids = inputs["input_ids"].view(2, 2, -1)
+    with pytest.raises(ValueError, match=r"input_ids: .*\(2, 2, 7\)"):
+        tiny_model(text="clip_text_model")(input_ids, inputs["pixel_values"], return_loss=True)
+
+
 def test_features_follow_the_getters_of_transformers():
     model, inputs = tiny_model(), tiny_inputs()
     with torch.no_grad():
@@ -481,6 +490,17 @@ def test_autocast_rounds_no_logit_and_no_loss():
     logits = model.recognition(outputs.image_embeds.float() @ outputs.text_embeds.float().T)
     torch.testing.assert_close(outputs.logits_per_image, logits, atol=1e-4, rtol=0)
     assert outputs.loss.dtype == torch.float32
+
+
+def test_autocast_rounds_no_logit_of_the_attention():
+    """bfloat16 has steps of a half where logits are above 64, before they are scaled."""
+    query, key, value = (4 * torch.randn(3, 2, 4, 25, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
+    last, layer = LastAttention(0.0), torch.nn.Module()
+    layer.is_last_attention = True
+    with torch.autocast("cpu", torch.bfloat16):
+        AttentionInterface()["sdpa_class_row"](layer, query, key, value, None, last_attention=last)
+    expected = (query[:, :, :1].double() @ key.double().mT * 8**-0.5).softmax(-1)
+    torch.testing.assert_close(last.class_row, expected.float())
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers

@@ -247,6 +247,16 @@ def test_image_folder(tmp_path):
         assert keys(dataset)[:2] == ["0.jpg", "sub/1.jpg"]
 
 
+def test_the_first_row_may_lack_its_caption(tmp_path):
+    write_images(tmp_path, ["a.jpg", "b.jpg"])
+    rows = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "a dog"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    dataset = load_pairs(tmp_path)
+    assert dataset.captions(1) == ["a dog"]
+    with pytest.raises(BadPairError, match="row 1: no caption"):
+        dataset.read(0)
+
+
 def test_the_metadata_of_a_folder_of_classes_is_not_ignored(tmp_path):
     write_images(tmp_path, ["dog/1.jpg", "cat/1.jpg"])
     (tmp_path / "metadata.csv").write_text("file_name,text\ndog/1.jpg,a brown dog\ncat/1.jpg,a cat asleep\n")
@@ -317,6 +327,16 @@ def test_parquet_with_plain_bytes_and_without_an_image(tmp_path):
     assert dataset[0]["image"].size == (12, 8) and dataset[0]["caption"] == "a dog"
     with pytest.raises(BadPairError, match="row 2: no image .*in 'image'"):
         dataset.read(1)
+
+
+@pytest.mark.parametrize("stored", [{"bytes": jpeg(7)}, {"path": "7.jpg"}, {"bytes": b"", "path": "7.jpg"}])
+def test_parquet_with_bytes_or_paths_in_structs(tmp_path, stored):
+    """As pandas writes dictionaries."""
+    (tmp_path / "7.jpg").write_bytes(jpeg(7))
+    pq.write_table(pa.table({"image": [stored], "text": ["a dog"]}), tmp_path / "pairs.parquet")
+    dataset = load_pairs(tmp_path / "pairs.parquet")
+    assert len(dataset) == 1 and dataset[0]["image"].size == (12, 8)
+    assert dataset.image_digests() == [hashlib.sha256(jpeg(7)).digest()]
 
 
 def test_named_columns(tmp_path):
@@ -439,6 +459,16 @@ def test_images_are_compared_once(tmp_path, recorded):
     write_images(tmp_path, ["other/0.jpg", "other/1.jpg"])
     (tmp_path / "other" / "1.jpg").replace(tmp_path / "0.jpg")
     assert load_pairs(tmp_path / "pairs.csv").image_digests() != dataset.image_digests() and computed == [4, 4]
+
+
+def test_the_images_of_another_column_are_others(tmp_path):
+    """The feature cache would give the features of the first column for the second."""
+    rows = [{"photo": jpeg(i), "drawing": jpeg(i // 2), "caption": str(i)} for i in range(4)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    photos, drawings = (load_pairs(tmp_path / "a.parquet", image_column=name) for name in ("photo", "drawing"))
+    for pairs, distinct in ((photos, 4), (drawings, 2)):
+        expected = [hashlib.sha256(pairs.raw(row).image).digest() for row in range(4)]
+        assert pairs.image_digests() == expected and len(set(expected)) == distinct
 
 
 def test_a_split_reads_no_devices(tmp_path):

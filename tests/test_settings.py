@@ -139,7 +139,7 @@ def test_what_a_run_may_be_resumed_with():
     """The evaluations decide which model is kept."""
     began = parse_settings(["--config", "iclip-vit-b16", "--data", "a.csv"])
     options = ["--log_steps=1", "--checkpoint_steps=2", "--eval_steps=3", "--num_workers=0", "--data=b.csv"]
-    now = parse_settings(["--config", "iclip-vit-b16", *options])
+    now = parse_settings(["--config", "iclip-vit-b16", "--max_bad_share=0.5", *options])
     assert changed_settings(now, vars(began)) == {"eval_steps": 1000}
     began = vars(began) | {"max_steps": 5, "epochs": 7}
     del began["keep_presence"]  # of a version that had no such setting

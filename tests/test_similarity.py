@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from iclip_hf.model.label_maps import label_map
@@ -46,6 +47,13 @@ def test_maps_stay_precise_under_autocast():
     expected = [resize(maps, (33, 50)) for resize in (resize_maps, resize_and_normalize)]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(confidence, label_map(maps, (33, 50))[1], atol=1e-5, rtol=0)
+
+
+def test_patches_and_texts_may_be_on_two_devices():
+    """As the towers of a model can be. Fake tensors have a device that this machine may lack."""
+    with FakeTensorMode():
+        maps = cosine_similarity_map(torch.empty(1, 2, 3, 6), torch.empty(4, 6, device="cuda"))
+    assert maps.device.type == "cpu" and maps.shape == (1, 4, 2, 3)
 
 
 def test_weights_kept_from_inference_serve_a_gradient():

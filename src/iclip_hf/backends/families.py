@@ -159,7 +159,7 @@ class ExplainableTipsv2(ExplainableCLIP):
         return self._final_norm(stream)
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
-        return cosines / self.network.temperature
+        return cosines / self.network.temperature.to(cosines.device)
 
 
 class ExplainableSiglip2(ExplainableSiglip):

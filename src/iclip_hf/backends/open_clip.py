@@ -12,6 +12,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
+from ..model.prompts import check_text
 from .explainable import RecordableModel, block_mlp, text_features, unit
 from .families import whole_image_processor
 from .recording import attend, merge_heads
@@ -31,8 +32,8 @@ class _OpenCLIPProcessor(ICLIPProcessor):
     def __call__(self, images=None, labels=None, templates=("{}",), **kwargs) -> BatchFeature:
         if labels is None:
             return super().__call__(images, **kwargs)
-        tokens = self.tokenize([template.replace("{}", label) for label in labels for template in templates])
-        return BatchFeature({"input_ids": tokens, "num_templates": len(templates)})
+        prompts = [template.replace("{}", check_text(label)) for label in labels for template in templates]
+        return BatchFeature({"input_ids": self.tokenize(prompts), "num_templates": len(templates)})
 
 
 class ExplainableOpenCLIP(RecordableModel):

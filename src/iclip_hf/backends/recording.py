@@ -99,18 +99,17 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
         _recording.reset(token)
 
 
-def prepare(index: int, block: nn.Module, attention: nn.Module | None = None) -> None:
+def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
     """
-    Makes layer `index` of a private copy record the input of its block and, if given, of its attention. The copy of a
-    copy does so already.
+    Makes layer `index` of a private copy record the inputs of its block and of its attention. The copy of a copy does
+    so already.
     """
     if getattr(block, "is_recorded", False):
         return
     block.is_recorded = True
     # Functions of this module, so that a model can be pickled.
     block.register_forward_pre_hook(partial(_enter_block, index), with_kwargs=True)
-    if attention is not None:
-        attention.register_forward_pre_hook(_enter_attention, with_kwargs=True)
+    attention.register_forward_pre_hook(_enter_attention, with_kwargs=True)
     if isinstance(attention, nn.MultiheadAttention):
         attention.forward = partial(_multihead_attention, attention)
 

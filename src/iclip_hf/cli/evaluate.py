@@ -25,7 +25,8 @@ _FORMS = {
 
 def add_options(command: argparse.ArgumentParser) -> None:
     tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in TASKS.items())
-    command.add_argument(
+    measured = command.add_mutually_exclusive_group()
+    measured.add_argument(
         "--task",
         choices=tuple(TASKS),
         default="interpretability",
@@ -41,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="short side of images that keep their proportions (default: a square; with --window 336)",
     )
-    command.add_argument(
+    measured.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,

@@ -29,6 +29,7 @@ TEMPLATES = (
     "a photo of a large {}",
     "there is a {} in the photo",
 )
+PROMPTS = 3  # of each image, as in GroupViT
 # In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
@@ -85,19 +86,18 @@ class NounPrompts:
             or below objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most
             others: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is how many training
             photographs show the noun, without effect on prompts.
-        count: number of prompts for each image.
         seed: seed of the prompts.
 
     Raises:
         `ValueError`: the vocabulary is empty, or as [`marked_nouns`].
     """
 
-    def __init__(self, nouns: Sequence[str], count: int = 3, seed: int = 0):
+    def __init__(self, nouns: Sequence[str], seed: int = 0):
         marks = marked_nouns(nouns)
         self.nouns = list(marks)
         self.is_background = np.array(["background" in of_noun for of_noun in marks.values()], np.uint8)
         self.place = np.array([("below" in of_noun) - ("above" in of_noun) for of_noun in marks.values()], np.int8)
-        self.count, self.seed = count, seed
+        self.seed = seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
         # As captions are read: "carpenter's kit" is three words.
@@ -110,14 +110,14 @@ class NounPrompts:
         self._prompts = frozenset(self.all_prompts())
 
     @classmethod
-    def from_file(cls, path: str | Path, count: int = 3, seed: int = 0) -> NounPrompts:
+    def from_file(cls, path: str | Path, seed: int = 0) -> NounPrompts:
         """Reads the vocabulary from a text file with one noun in each line. Raises `ValueError`, which names it."""
         try:
             lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: nouns are text in UTF-8, but: {error}") from error
         try:
-            return cls(lines, count, seed)
+            return cls(lines, seed)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -188,17 +188,17 @@ class NounPrompts:
         Samples prompts for B images.
 
         Returns:
-            `tuple`: B * count prompts, grouped by image, and a `dict` of `noun_ids` (B * count,), the indices of their
-            nouns, `is_background` (B * count,), 1 for those of the background, `place` (B * count,), -1 for those
-            above, 1 for those below, else 0, and `noun_labels` (B, vocabulary), 1 for the nouns that an image shows,
-            -1 for those that it is known not to show, else 0. An image without nouns gets random prompts.
+            `tuple`: 3 B prompts, grouped by image, and a `dict` of `noun_ids` (3 B,), the indices of their nouns,
+            `is_background` (3 B,), 1 for those of the background, `place` (3 B,), -1 for those above, 1 for those
+            below, else 0, and `noun_labels` (B, vocabulary), 1 for the nouns that an image shows, -1 for those that
+            it is known not to show, else 0. An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
         for image, row in zip(images, noun_labels):
             rng = random.Random(f"{self.seed}/{epoch}/{image.captions}")
             row[image.shown], row[image.absent] = 1, -1
-            for _ in range(self.count):
+            for _ in range(PROMPTS):
                 noun = rng.choice(image.shown or range(len(self.nouns)))
                 sampled.append(noun)
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))

@@ -232,6 +232,7 @@ class PairDataset:
     def _all_image_digests(self) -> bytes:
         sources, state = self._by_source(), hashlib.sha256(self._ranges.tobytes())
         for source, _, files in sources:
+            state.update(repr(source.columns.image).encode())  # rows may hold several images
             for file in dict.fromkeys([*source.files(), *filter(None, files)]):
                 state.update(file_state(file))
         cached = cache_folder() / "images" / f"{state.hexdigest()[:32]}.bin"

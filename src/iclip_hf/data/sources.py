@@ -421,16 +421,17 @@ def read_table(path: Path, columns: Columns = USUAL_COLUMNS) -> ImageList:
         `ValueError`: there are no columns of images and captions, a line is no row, labels are no list, or complete
         for an unknown one.
     """
-    names, texts = [], []
+    names, texts, found = [], [], {}
     for number, row in enumerate(_table_rows(path)):
-        if not names:
-            columns.check(path, row)
+        found |= dict.fromkeys(row)  # a row of a .jsonl may lack some
         name = next((row[column] for column in columns.image if row.get(column)), "")
         names.append(name if isinstance(name, str) else "")
         try:
             texts.append(columns.texts(row))
         except ValueError as error:
             raise ValueError(f"{path}, row {number + 1}: {error}") from error
+    if names:
+        columns.check(path, found)
     for first, others in _later_rows(names).items():
         texts[first] = PairTexts.joined(texts[row] for row in (first, *others))
         for row in others:
@@ -540,10 +541,12 @@ class ArrowRows(Source):
             columns = Columns((images[0],), columns.caption)
         columns.check(path, rows.features)
         super().__init__(path, columns)
+        self._image_column = next(name for name in columns.image if name in rows.features)
+        if isinstance(rows.features[self._image_column], dict):  # of pandas, which may lack the bytes or the paths
+            images.append(self._image_column)
         for name in images:
             rows = rows.cast_column(name, datasets.Image(decode=False))
         self._rows, self.count = rows.with_format(None), len(rows)  # some formats hide columns, or return no dict
-        self._image_column = next(name for name in columns.image if name in rows.features)
         # Others wrote the rows of the Hub: they may name files that were downloaded, but no other file of this
         # machine.
         downloaded = constants.HF_HUB_CACHE, datasets.config.EXTRACTED_DATASETS_PATH
@@ -580,8 +583,8 @@ class ArrowRows(Source):
         column = self._rows.select_columns([self._image_column]).with_format("arrow")[:][self._image_column]
         if pa.types.is_struct(column.type):
             names = pc.struct_field(column, "path").to_pylist()
-            within = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
-            return [None if inside else name for inside, name in zip(within, names)]
+            lengths = pc.binary_length(pc.struct_field(column, "bytes")).to_pylist()
+            return [None if length else name for length, name in zip(lengths, names)]
         return column.to_pylist() if str(column.type).endswith(("string", "string_view")) else [None] * len(column)
 
     def _file(self, name: str | None) -> Path | None:

@@ -49,8 +49,8 @@ class CompetingITSM(Explainer):
         self.mean = known.text_embeds.float().mean(0)
         self.rivals = known if rivals is nouns else self.model.encode_texts([*rivals])
         self.directions = self._directions(self.rivals)
-        self.priors = torch.tensor([*rivals.values()])
-        no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0])).tolist()
+        self.priors = torch.tensor([*rivals.values()], dtype=torch.float32)
+        no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist()
         self.scale = full_cosine - no_cosine
 
     @torch.no_grad()

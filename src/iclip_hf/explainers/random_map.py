@@ -24,7 +24,8 @@ class RandomMap(Explainer):
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         features = self.model.get_image_features(pixel_values) if features is None else features
-        maps = torch.stack([torch.rand(features.grid, generator=_generator(pixels)) for pixels in pixel_values])
+        draws = (_generator(pixels) for pixels in pixel_values)
+        maps = torch.stack([torch.rand(features.grid, dtype=torch.float32, generator=draw) for draw in draws])
         maps = maps.to(features.image_embeds.device).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), features
 

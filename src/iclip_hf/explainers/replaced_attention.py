@@ -43,7 +43,7 @@ class ReplacedAttention(Explainer):
             if self.mlp:
                 stream = stream + block.mlp(stream)
         patch_embeds = unit(self.model.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
-        return cosine_similarity_map(patch_embeds, texts.map_text_embeds.float()), image
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
 
     @abstractmethod
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,10 @@ def check_arguments(
         raise ValueError(f"input_ids: token ids are integers, not {ids.dtype}.")
     if not return_loss:
         return
+    if ids is not None and ids.ndim != 2:  # some towers would flatten them, and take the first B for the captions
+        raise ValueError(
+            f"input_ids: the loss takes the texts of all images in one list, (M, L), not {tuple(ids.shape)}."
+        )
     if output_similarity_maps:
         raise ValueError("The loss reads few patches of an image: ask for maps without return_loss.")
     inputs = images["image_inputs"]

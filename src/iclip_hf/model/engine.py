@@ -243,7 +243,7 @@ class Engine:
         indices, priors = itertools.repeat(None), None
         if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
             check_priors(texts)
-            texts, priors = [*texts], torch.tensor([*texts.values()])
+            texts, priors = [*texts], torch.tensor([*texts.values()], dtype=torch.float32)
         if isinstance(texts, ICLIPTextFeatures):
             labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
         else:

@@ -62,13 +62,13 @@ def segments(
         present = [is_present(value, min_presence) for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
-    best = torch.full(size, -torch.inf, device=raw_maps.device)
+    best = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
     texts = [
         text for text in zip(range(len(raw_maps)), raw_maps, offsets, thresholds, present, strict=True) if text[-1]
     ]
     # Maps are enlarged one at a time, and twice, so the memory does not grow with the number of texts.
     moments = [torch.std_mean(resize_maps(raw_map, size), correction=0) for _, raw_map, *_ in texts]
-    stds, means = torch.tensor(moments).reshape(-1, 2).unbind(1)
+    stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)
     stds = stds.clamp(min=1e-12)
     std_of_all = stds.square().mean().sqrt()
     for (index, raw_map, offset, least, _), std, mean in zip(texts, stds, means):

@@ -96,8 +96,9 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, las
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if last_attention is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # float32 before the product: its logits can overflow float16
-        last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
+        # float32 in the product, also under autocast: its logits can overflow float16, and bfloat16 rounds them
+        with torch.autocast(query.device.type, enabled=False):
+            last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
         attended = last_attention.mix(attended, value)
     return attended, None
 
@@ -409,6 +410,7 @@ class ICLIPModel(PreTrainedModel):
     base_model_prefix = "iclip"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
+    _no_split_modules = ["Projection"]  # which adds what its two parts compute; the towers name their own
     _supports_sdpa = True
     _supports_attention_backend = True
 
@@ -846,9 +848,7 @@ class ICLIPModel(PreTrainedModel):
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
-        # Towers and branches can be on several devices.
-        maps = cosine_similarity_map(image.patch_embeds, text.map_text_embeds.to(image.patch_embeds.device))
-        return self.weigh_maps(maps, image, text)
+        return self.weigh_maps(cosine_similarity_map(image.patch_embeds, text.map_text_embeds), image, text)
 
     def weigh_maps(
         self, maps: torch.FloatTensor, image: ICLIPImageFeatures, text: ICLIPTextFeatures
@@ -920,7 +920,7 @@ class ICLIPModel(PreTrainedModel):
         Raises:
             `ValueError`: images or texts are missing or given twice, token ids are no integers, or H or W is not a
                 multiple of the patch size; with `return_loss`, there are fewer texts than images, or more without the
-                arguments of nouns, these are not as described, or maps are asked for.
+                arguments of nouns, these are not as described, images have lists of texts, or maps are asked for.
         """
         nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
         images = {"pixel_values": pixel_values, "image_inputs": image_inputs}

@@ -43,7 +43,7 @@ def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tens
 
 def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cosine of every patch with every text (Eq. 1-3).
+    Cosine of every patch with every text (Eq. 1-3), on the device of the patches.
 
     Args:
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
@@ -54,7 +54,8 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     """
     # In half precision, as under autocast, several patches would have the same value.
     with torch.autocast(patch_embeds.device.type, enabled=False):
-        maps = text_embeds.float() @ patch_embeds.flatten(1, 2).mT.float()
+        patches = patch_embeds.flatten(1, 2).mT.float()
+        maps = text_embeds.to(patches) @ patches
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
@@ -118,7 +119,8 @@ def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: boo
     the last bit.
     """
     weights = _resize_weights(maps, size)
-    enlarged, large = _empty((len(maps), *size), maps.device), torch.empty(size, device=maps.device)
+    enlarged = _empty((len(maps), *size), maps.device)
+    large = torch.empty(size, dtype=torch.float32, device=maps.device)
     for raw_map, target in zip(maps, enlarged):
         _resize_above_lowest(raw_map, weights, large)
         stretch(large, *torch.aminmax(large), out=target)
@@ -151,12 +153,12 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
-    return torch.empty(shape, device=device)
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=32)
 @torch.inference_mode(False)  # may later be part of a graph
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
-    identity = torch.eye(source, device=device)[None, None]
+    identity = torch.eye(source, dtype=torch.float32, device=device)[None, None]
     return F.interpolate(identity, size=(target, source), mode="bicubic", align_corners=False)[0, 0]

@@ -11,7 +11,7 @@ from .settings import MAY_CHANGE, Settings
 
 # How pairs are read, and what the results on the card tell.
 _NOT_SHOWN = """
-    image_column caption_column split max_bad_share chunk_size validation_data eval_dataset eval_root eval_split
+    image_column caption_column split chunk_size validation_data eval_dataset eval_root eval_split
 """.split()
 # Settings that are off at 0.
 _OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size keep_presence".split()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -81,9 +82,7 @@ def state_to_resume(settings: Settings) -> tuple[Path | None, RunState]:
         saved = json.loads((last / "state.json").read_text())
         state = RunState(**{name: value for name, value in saved.items() if name in RunState.__dataclass_fields__})
     except (ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{last}: state.json is damaged; delete this checkpoint to resume from an earlier one."
-        ) from error
+        raise _damaged(last, "state.json") from error
     if others := changed_settings(settings, state.settings):
         changes = (f"{name} from {then} to {getattr(settings, name)}" for name, then in others.items())
         raise ValueError(
@@ -119,8 +118,11 @@ def save_checkpoint(
 
 
 def load_checkpoint(accelerator: Accelerator, pair_model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> None:
-    """Loads what [`save_checkpoint`] saved, apart from the state."""
-    saved = torch.load(checkpoint / _TRAINING, map_location="cpu", weights_only=True)
+    """Loads what [`save_checkpoint`] saved, apart from the state. Raises `ValueError` if it is damaged."""
+    try:
+        saved = torch.load(checkpoint / _TRAINING, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise _damaged(checkpoint, _TRAINING) from error
     for name, weight in _learning_weights(accelerator, pair_model).items():
         weight.copy_(saved["weights"][name])
     if saved.get("token_mean") is not None:  # another number of processes reads another part of a stream first
@@ -128,6 +130,10 @@ def load_checkpoint(accelerator: Accelerator, pair_model: nn.Module, optimizer: 
     optimizer.load_state_dict(saved["optimizer"])
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(saved["scaler"])
+
+
+def _damaged(checkpoint: Path, name: str) -> ValueError:
+    return ValueError(f"{checkpoint}: {name} is damaged; delete this checkpoint to resume from an earlier one.")
 
 
 def _learning_weights(accelerator: Accelerator, pair_model: nn.Module) -> dict[str, torch.Tensor]:

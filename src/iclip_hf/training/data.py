@@ -25,6 +25,7 @@ from ..data.sources import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.streams import PairStream
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.distributed import broadcast_from_main
 from ..utils.extras import require_extra
 from ..utils.interrupts import ignore_signals
 from ..utils.terminal import printable
@@ -45,7 +46,7 @@ def load_datasets(
 ) -> tuple[PairBatches, PairBatches | None]:
     """
     Prepares the pairs for training and validation, and computes the feature cache if the settings have one. The model
-    is moved to the device; its `token_mean` is set if it centers tokens.
+    is moved to the device; its `token_mean` is set if it centers tokens, on all processes that of the first.
 
     Raises:
         `ValueError`: `cache_features` with an image tower that learns or with a stream, or too many pairs are bad.
@@ -63,8 +64,10 @@ def load_datasets(
     # by each run.
     earlier_mean = model.token_mean.tolist() if model.config.center_tokens and model.token_mean.any() else None
     images = (whole_image(processor, pair["image"]) for pair in few)
-    is_silent = not accelerator.is_main_process
-    set_token_mean(model, tqdm(images, "Mean token", delay=3, unit="image", leave=False, disable=is_silent))
+    if accelerator.is_main_process:
+        set_token_mean(model, tqdm(images, "Mean token", delay=3, unit="image", leave=False))
+    if model.config.center_tokens:  # other devices would round it in another way, and caches are keyed by it
+        model.token_mean.copy_(broadcast_from_main(model.token_mean.cpu()))
     seed = settings.seed
     if settings.cache_features:
 
@@ -285,10 +288,15 @@ class CachedPairs(PairBatches):
         self.features = cache.images(distinct, **options)
         texts = {row: _texts_of(distinct, row) for row, usable in enumerate(self.features.usable()) if usable}
         texts = {row: of_row for row, of_row in texts.items() if of_row.captions}
-        bad = len(distinct) - len(texts)
+        bad, filled = len(distinct) - len(texts), self.features.folder
+        if bad:
+            logger.warning(
+                "%d of %d pairs are left out, as logged here or by the run that filled %s", bad, len(distinct), filled
+            )
         if bad > pairs.max_bad_share * len(distinct):
             raise ValueError(
-                f"max_bad_share: {bad} of {len(distinct)} pairs are bad, as the log says; fix the data or raise it."
+                f"max_bad_share: {bad} of {len(distinct)} pairs are bad; fix the data or raise it, or delete {filled} "
+                "if images were out of reach as it was filled."
             )
         self.keys = np.flatnonzero(np.isin(rows, [*texts]))  # places among all pairs
         self.rows = rows[self.keys]

@@ -31,8 +31,9 @@ NotNegative, Share = Annotated[float, 0, math.inf], Annotated[float, 0, 1]
 Positive = Annotated[float, 1e-99, 1e30]
 Seed = Annotated[int, 0, MAX_SEED]
 
-# Settings that change no result, so that a run may resume with others. `eval_steps` decides which model is kept.
-MAY_CHANGE = "config output_dir resume num_workers report_to log_steps pictures checkpoint_steps".split()
+# Settings that change no result, so that a run may resume with others, such as one that `max_bad_share` has stopped.
+# `eval_steps` decides which model is kept.
+MAY_CHANGE = "config output_dir resume max_bad_share num_workers report_to log_steps pictures checkpoint_steps".split()
 # Places, which may change too: their content is compared.
 PATHS = "model vision text data validation_data nouns cache_features eval_root".split()
 
@@ -123,7 +124,7 @@ class Settings:
     eval_root: str = setting("", "folder of eval_dataset")
     eval_split: str = setting("", "split of eval_dataset; the validation split if not given")
     best_metric: Literal[("auto", *RETRIEVAL_METRICS, *MAP_METRICS)] = setting(
-        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation_data"
+        "auto", "metric that selects the best model; auto: text_to_image, or mMIoU without validation pairs"
     )
     pictures: AtLeast0 = setting(4, "number of validation images whose maps are drawn at each evaluation")
     checkpoint_steps: AtLeast1 = setting(1000, "number of steps between checkpoints")
@@ -144,7 +145,7 @@ class Settings:
         if self.best_metric == "auto":
             self.best_metric = "mMIoU" if maps and not validated else "text_to_image"
         elif not (validated if self.best_metric in RETRIEVAL_METRICS else maps):
-            raise ValueError(f"best_metric: {self.best_metric} needs validation_data, or eval_dataset for maps.")
+            raise ValueError(f"best_metric: {self.best_metric} needs validation pairs, or eval_dataset for maps.")
         if not self.data:
             raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
         if bool(self.model) == bool(self.vision and self.text):

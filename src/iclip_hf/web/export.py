@@ -118,25 +118,30 @@ def export_web(
         settings["bytes"] = sum(file["bytes"] for file in first)
         settings["examples"] = [_place_example(example, built) for example in examples()]
 
-        values = {
-            "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
-            "introduction": introduction(settings["presence"] is not None),
-        }
-        texts = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
-        texts["index.html"] = string.Template(texts["index.html"]).substitute(values)
-        for name, text in _with_version(texts).items():
-            (built / name).write_text(text, encoding="utf-8")
-        page_files = [*texts, *(example["file"] for example in settings["examples"])]
-        digests = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in page_files}
-        offline = string.Template(read_asset("offline.js"))
-        offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
-        (built / "offline.js").write_text(offline, encoding="utf-8")
+        _write_page(built, settings, cdn)
         # The card names the model, which is not in this folder.
         name = public_name(model.name_or_path) or folder.resolve().name
         written = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(written, built / "model_card.md")
         (built / "README.md").write_text(_readme(written, folder.resolve().name), encoding="utf-8")
     return folder
+
+
+def _write_page(folder: Path, settings: dict, cdn: str) -> None:
+    """Writes the files of the page itself, and the service worker that keeps them and the examples."""
+    values = {
+        "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
+        "introduction": introduction(settings["presence"] is not None),
+    }
+    texts = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
+    texts["index.html"] = string.Template(texts["index.html"]).substitute(values)
+    for name, text in _with_version(texts).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    page_files = [*texts, *(example["file"] for example in settings["examples"])]
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in page_files}
+    offline = string.Template(read_asset("offline.js"))
+    offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
+    (folder / "offline.js").write_text(offline, encoding="utf-8")
 
 
 def _packages() -> list[str]:

@@ -6,11 +6,9 @@ map of "sky" marks the background; and the pointing game, whether the highest pi
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -286,7 +284,7 @@ class StuffContrast(TextContrast):
         of_kinds = {}
         for name, is_stuff in (("stuff_contrast", True), ("thing_contrast", False)):
             values = [score for label, score in scores["per_class"].items() if (label in self.stuff) == is_stuff]
-            of_kinds[name] = fmean(values) if values else math.nan
+            of_kinds[name] = mean(values)
         return of_kinds | scores
 
 

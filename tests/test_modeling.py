@@ -159,14 +159,16 @@ def slow_pool(tokens, class_token, attention, mode):
 
 
 @pytest.mark.parametrize(
-    ("pooling", "dual", "recognition"),
+    ("pooling", "dual", "recognition", "layers"),
     [
-        *itertools.product(POOLINGS, [True, False], ["class_token"]),
-        ("masked_max", True, "class_and_average"),
+        *itertools.product(POOLINGS, [True, False], ["class_token"], [1]),
+        ("masked_max", True, "class_and_average", 1),
+        ("masked_max", True, "class_token", 2),
+        ("masked_max", True, "class_and_average", 2),
     ],
 )
-def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, recognition):
-    options = {"dual_projection": dual, "recognition_pooling": recognition}
+def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, recognition, layers):
+    options = {"dual_projection": dual, "recognition_pooling": recognition, "recognition_layers": layers}
     model = tiny_model(pooling=pooling, map_attention="similarity", **options)
     with torch.no_grad():
         model.recognition.logit_scale.fill_(1.3)
@@ -175,7 +177,9 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
     pixels = {"pixel_values": inputs["pixel_values"], "interpolate_pos_encoding": True}
     with torch.no_grad():
         outputs, with_loss = model(**inputs, output_similarity_maps=True), model(**inputs, return_loss=True)
-        hidden = model.vision_model(**pixels).last_hidden_state.tolist()
+        tower = model.vision_model(**pixels, output_hidden_states=True)
+        hidden, before = tower.last_hidden_state.tolist(), tower.hidden_states[-2]
+        before = model.vision_model.layernorm(before).tolist()
         text_hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
         model.set_attn_implementation("eager")
         rows = model.vision_model(**pixels, output_attentions=True).attentions[-1][:, :, 0, 1:]
@@ -192,6 +196,9 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
     recognised = [h[0] for h in hidden] if dual else pooled
     if recognition == "class_and_average":
         recognised = [h[0] + slow_pool(h[1:], h[0], None, "average") for h in hidden]
+        before = [[h[0] + slow_pool(h[1:], h[0], None, "average")] for h in before]
+    if layers == 2:
+        recognised = [earlier[0] + last for earlier, last in zip(before, recognised)]
 
     recognition = slow_cosines(model.recognition, recognised, texts)  # Eq. 12
     logits = [[math.exp(model.recognition.logit_scale.item()) * cosine for cosine in row] for row in recognition]

@@ -79,6 +79,9 @@ class ICLIPConfig(PreTrainedConfig):
             dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token
             followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. It requires
             `dual_projection`.
+        recognition_layers (`int`, defaults to 1): number of the image tower's last layers whose vectors the
+            recognition branch projects, one behind the other, each after the tower's final norm, as in DINOv2's linear
+            evaluation. More than 1 require `dual_projection`.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
             projection, see [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of
             the text projections. 0 is the paper's linear projection.
@@ -139,6 +142,7 @@ class ICLIPConfig(PreTrainedConfig):
 
     # recognition and presence
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
+    recognition_layers: int = 1
     image_hidden_size: int = 0
     text_hidden_size: int = 0
     logit_bias_init_value: int | float | None = None
@@ -189,6 +193,11 @@ class ICLIPConfig(PreTrainedConfig):
         """Checks ranges and combinations of options. `@strict` checks their types before."""
         for name, allowed, fits in (
             ("projection_dim", "from 1", self.projection_dim >= 1),
+            (
+                "recognition_layers",
+                f"from 1 to {self.vision_config.num_hidden_layers}, the number of the image tower's layers",
+                1 <= self.recognition_layers <= self.vision_config.num_hidden_layers,
+            ),
             ("image_hidden_size", "from 0", self.image_hidden_size >= 0),
             ("text_hidden_size", "from 0", self.text_hidden_size >= 0),
             ("recognition_share", "in [0, 1)", 0 <= self.recognition_share < 1),
@@ -217,8 +226,9 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max".')
         if self.known_competition > 0 and self.max_over == "channels":
             raise ValueError('known_competition needs max_over="similarity".')
-        if self.recognition_pooling != "class_token" and not self.dual_projection:
-            raise ValueError(f"recognition_pooling={self.recognition_pooling!r} needs dual_projection=True.")
+        for name, own in (("recognition_pooling", "class_token"), ("recognition_layers", 1)):
+            if getattr(self, name) != own and not self.dual_projection:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs dual_projection=True.")
         if self.recognition_share > 0 and self.recognition_pooling != "class_and_average":
             raise ValueError('recognition_share needs recognition_pooling="class_and_average".')
 

@@ -47,10 +47,11 @@ class VisionTower(NamedTuple):
 
     # Class of its attention layers, the last of which computes the class token's attention.
     attention: str
+    # Its final norm, and whether the patch tokens that it returns have passed it.
+    final_norm: str = "layernorm"
+    normed: bool = True
     # Whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
     interpolates: bool = False
-    # Its final norm, if it returns patch tokens without it.
-    final_norm: str | None = None
 
 
 # Supported image towers by model type. Their first token is the class token, and the patches are their last tokens.
@@ -58,8 +59,8 @@ VISION_TOWERS = {
     "vit": VisionTower("ViTAttention", interpolates=True),
     "dinov2": VisionTower("Dinov2Attention"),
     "dinov2_with_registers": VisionTower("Dinov2WithRegistersAttention"),
-    "dinov3_vit": VisionTower("DINOv3ViTAttention"),
-    "clip_vision_model": VisionTower("CLIPAttention", interpolates=True, final_norm="post_layernorm"),
+    "dinov3_vit": VisionTower("DINOv3ViTAttention", "norm"),
+    "clip_vision_model": VisionTower("CLIPAttention", "post_layernorm", normed=False, interpolates=True),
 }
 # Factor of what is below the mean of a map with additive or signed attention: it stays low, and in its order.
 BELOW_MEAN = 0.1
@@ -115,12 +116,15 @@ class ImageTokens(NamedTuple):
     attention: torch.Tensor  # (B, N), class token's in the last layer, mean over the heads, not normalised, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
+    # (B, L - 1, 2, D), class token and mean patch token of the layers before the last, with L `recognition_layers`
+    earlier: torch.Tensor | None = None
 
 
 class ImageInputs(NamedTuple):
     """What the loss reads of B images. With a locked tower it can be computed once and kept."""
 
-    recognition: torch.Tensor  # (B, D), or (B, 2 D) with `recognition_pooling="class_and_average"`
+    # (B, L D) with L `recognition_layers`, or (B, 2 L D) with `recognition_pooling="class_and_average"`
+    recognition: torch.Tensor
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens of the map branch, centred and shared among similar patches, of `representative_patches`, (B, K, D), and
     # their attention in [0, 1], (B, K), float32. None with `max_over="channels"`.
@@ -438,6 +442,7 @@ class ICLIPModel(PreTrainedModel):
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
         widths = 2 if config.recognition_pooling == "class_and_average" else 1
+        widths *= config.recognition_layers
         self.recognition = ICLIPBranch(config, widths * image_dim, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
@@ -611,16 +616,29 @@ class ICLIPModel(PreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
         patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
-        last_attention = LastAttention(self.config.value_share)
+        last_attention, earlier = LastAttention(self.config.value_share), None
+        wants_layers = kwargs.get("output_hidden_states", self.vision_model.config.output_hidden_states)
+        if self.config.recognition_layers > 1:
+            kwargs["output_hidden_states"] = True
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
         else:
             kwargs["last_attention"] = last_attention
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             outputs = self.vision_model(pixel_values, **kwargs)
-            tokens = outputs.last_hidden_state
-            if kind.final_norm:
-                tokens = getattr(self.vision_model, kind.final_norm)(tokens)
+            tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
+            if not kind.normed:
+                tokens = norm(tokens)
+            if self.config.recognition_layers > 1:
+                earlier = torch.stack(
+                    [
+                        torch.stack([layer[:, 0], layer[:, patches].mean(1)], 1).to(tokens.device)
+                        for layer in map(norm, outputs.hidden_states[-self.config.recognition_layers : -1])
+                    ],
+                    1,
+                )
+            if not wants_layers:
+                outputs.hidden_states = None
             row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
             # Layers may be on several devices.
             attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
@@ -630,6 +648,7 @@ class ICLIPModel(PreTrainedModel):
             attention=attention,
             grid=grid,
             tower_output=outputs,
+            earlier=earlier,
         )
 
     def encode_text(
@@ -675,7 +694,10 @@ class ICLIPModel(PreTrainedModel):
             return pool(image.patch_tokens, image.class_token, attention, mode)
 
         recognised, of_map = self.config.poolings
-        return torch.cat([pooled(mode) for mode in recognised], -1), None if of_map is None else pooled(of_map)
+        vectors = [pooled(mode) for mode in recognised]
+        if image.earlier is not None:
+            vectors.insert(0, image.earlier[:, :, : len(recognised)].flatten(1))
+        return torch.cat(vectors, -1), None if of_map is None else pooled(of_map)
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
         """

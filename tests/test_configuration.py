@@ -53,8 +53,8 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("map_tokens", 4),
         ("map_tokens", 8.5),
         ("recognition_pooling", "class_and_average"),
-        ("recognition_layers", 0),
-        ("recognition_layers", 2),
+        ("average_layers", 0),
+        ("average_layers", 2),
         ("map_atention", "none"),
         ("projection_bias", True),  # of an earlier version; its biases would be dropped in silence
     ],

@@ -26,8 +26,8 @@ POOLED = [
     {"pooling": "masked_max", "recognition_pooling": "class_and_average"},
     TOKENS,
     {**TOKENS, "recognition_pooling": "class_and_average"},
-    {"recognition_layers": 2},
-    {**TOKENS, "recognition_pooling": "class_and_average", "recognition_layers": 2},
+    {"recognition_pooling": "class_and_average", "average_layers": 2},
+    {**TOKENS, "recognition_pooling": "class_and_average", "average_layers": 2},
 ]
 
 
@@ -38,7 +38,7 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
     first = FeatureCache(folder, tiny_model(), tiny_processor, accelerator()).images(pairs)
     dataset = CachedPairs(pairs, FeatureCache(folder, model, tiny_processor, accelerator()))
-    assert (dataset.features.folder == first.folder) == (not {"max_over", "recognition_layers"} & options.keys())
+    assert (dataset.features.folder == first.folder) == (not {"max_over", "average_layers"} & options.keys())
     cached = dataset.__getitems__([5, 60])["image_inputs"]
     pixel_values = tiny_processor(images=[pairs.read(index)["image"] for index in (5, 60)])["pixel_values"]
     with torch.no_grad():

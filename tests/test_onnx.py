@@ -27,7 +27,7 @@ TEXT = ("text_embeds", "map_text_embeds", "attention_weights")
 def model():
     """As the embedded model, with trained values that are not those of its configuration."""
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
-    options |= {"recognition_pooling": "class_and_average", "recognition_layers": 2, "recognition_share": 0.4}
+    options |= {"recognition_pooling": "class_and_average", "average_layers": 2, "recognition_share": 0.4}
     options |= {"image_hidden_size": 12, "text_hidden_size": 20, "logit_bias_init_value": -6.0, "presence_bias": 0.5}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
     with torch.no_grad():

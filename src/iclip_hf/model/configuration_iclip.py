@@ -79,9 +79,8 @@ class ICLIPConfig(PreTrainedConfig):
             dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token
             followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. It requires
             `dual_projection`.
-        recognition_layers (`int`, defaults to 1): number of the image tower's last layers whose vectors the
-            recognition branch projects, one behind the other, each after the tower's final norm, as in DINOv2's linear
-            evaluation. More than 1 require `dual_projection`.
+        average_layers (`int`, defaults to 1): number of the image tower's last layers whose mean patch tokens
+            `"class_and_average"` takes, each after the tower's final norm. The class token is that of the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
             projection, see [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of
             the text projections. 0 is the paper's linear projection.
@@ -142,7 +141,7 @@ class ICLIPConfig(PreTrainedConfig):
 
     # recognition and presence
     recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
-    recognition_layers: int = 1
+    average_layers: int = 1
     image_hidden_size: int = 0
     text_hidden_size: int = 0
     logit_bias_init_value: int | float | None = None
@@ -194,9 +193,9 @@ class ICLIPConfig(PreTrainedConfig):
         for name, allowed, fits in (
             ("projection_dim", "from 1", self.projection_dim >= 1),
             (
-                "recognition_layers",
+                "average_layers",
                 f"from 1 to {self.vision_config.num_hidden_layers}, the number of the image tower's layers",
-                1 <= self.recognition_layers <= self.vision_config.num_hidden_layers,
+                1 <= self.average_layers <= self.vision_config.num_hidden_layers,
             ),
             ("image_hidden_size", "from 0", self.image_hidden_size >= 0),
             ("text_hidden_size", "from 0", self.text_hidden_size >= 0),
@@ -226,11 +225,11 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('max_over="similarity" needs dual_projection=True and pooling "masked_max" or "max".')
         if self.known_competition > 0 and self.max_over == "channels":
             raise ValueError('known_competition needs max_over="similarity".')
-        for name, own in (("recognition_pooling", "class_token"), ("recognition_layers", 1)):
-            if getattr(self, name) != own and not self.dual_projection:
-                raise ValueError(f"{name}={getattr(self, name)!r} needs dual_projection=True.")
-        if self.recognition_share > 0 and self.recognition_pooling != "class_and_average":
-            raise ValueError('recognition_share needs recognition_pooling="class_and_average".')
+        if self.recognition_pooling != "class_token" and not self.dual_projection:
+            raise ValueError(f"recognition_pooling={self.recognition_pooling!r} needs dual_projection=True.")
+        for name, off in (("recognition_share", 0), ("average_layers", 1)):
+            if getattr(self, name) > off and self.recognition_pooling != "class_and_average":
+                raise ValueError(f'{name} needs recognition_pooling="class_and_average".')
 
 
 def patch_side(vision_config: PreTrainedConfig) -> int:

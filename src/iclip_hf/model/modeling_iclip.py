@@ -116,14 +116,15 @@ class ImageTokens(NamedTuple):
     attention: torch.Tensor  # (B, N), class token's in the last layer, mean over the heads, not normalised, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
-    # (B, L - 1, 2, D), class token and mean patch token of the layers before the last, with L `recognition_layers`
-    earlier: torch.Tensor | None = None
+    # (B, L - 1, D), mean patch tokens of the layers before the last, with L `average_layers`; None with L = 1
+    earlier_averages: torch.Tensor | None = None
 
 
 class ImageInputs(NamedTuple):
     """What the loss reads of B images. With a locked tower it can be computed once and kept."""
 
-    # (B, L D) with L `recognition_layers`, or (B, 2 L D) with `recognition_pooling="class_and_average"`
+    # (B, D), or (B, (1 + L) D) with `recognition_pooling="class_and_average"` and L `average_layers`: averages of the
+    # layers before the last, class token, average of the last
     recognition: torch.Tensor
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens of the map branch, centred and shared among similar patches, of `representative_patches`, (B, K, D), and
@@ -441,8 +442,7 @@ class ICLIPModel(PreTrainedModel):
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
-        widths = 2 if config.recognition_pooling == "class_and_average" else 1
-        widths *= config.recognition_layers
+        widths = 1 + config.average_layers if config.recognition_pooling == "class_and_average" else 1
         self.recognition = ICLIPBranch(config, widths * image_dim, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
@@ -616,9 +616,9 @@ class ICLIPModel(PreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
         patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
-        last_attention, earlier = LastAttention(self.config.value_share), None
+        last_attention, averages = LastAttention(self.config.value_share), None
         wants_layers = kwargs.get("output_hidden_states", self.vision_model.config.output_hidden_states)
-        if self.config.recognition_layers > 1:
+        if self.config.average_layers > 1:
             kwargs["output_hidden_states"] = True
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
@@ -629,14 +629,9 @@ class ICLIPModel(PreTrainedModel):
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
-            if self.config.recognition_layers > 1:
-                earlier = torch.stack(
-                    [
-                        torch.stack([layer[:, 0], layer[:, patches].mean(1)], 1).to(tokens.device)
-                        for layer in map(norm, outputs.hidden_states[-self.config.recognition_layers : -1])
-                    ],
-                    1,
-                )
+            if self.config.average_layers > 1:
+                earlier = outputs.hidden_states[-self.config.average_layers : -1]
+                averages = torch.stack([norm(layer.to(tokens.device))[:, patches].mean(1) for layer in earlier], 1)
             if not wants_layers:
                 outputs.hidden_states = None
             row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
@@ -648,7 +643,7 @@ class ICLIPModel(PreTrainedModel):
             attention=attention,
             grid=grid,
             tower_output=outputs,
-            earlier=earlier,
+            earlier_averages=averages,
         )
 
     def encode_text(
@@ -695,8 +690,8 @@ class ICLIPModel(PreTrainedModel):
 
         recognised, of_map = self.config.poolings
         vectors = [pooled(mode) for mode in recognised]
-        if image.earlier is not None:
-            vectors.insert(0, image.earlier[:, :, : len(recognised)].flatten(1))
+        if image.earlier_averages is not None:
+            vectors.insert(0, image.earlier_averages.flatten(1))
         return torch.cat(vectors, -1), None if of_map is None else pooled(of_map)
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:

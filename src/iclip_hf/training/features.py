@@ -48,8 +48,8 @@ def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
     Converts images to a tensor to keep, from which [`unpack_inputs`] makes what the projections read: all `POOLINGS`
     (B, 5, D), which are the same for all models with this tower; with `max_over="similarity"` the first two of them
     and the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column; with
-    `known_competition` the evenly spread patches behind them, (B, 2 + K + 64, D + 1). Before all of these are class
-    token and mean patch of each layer before the last of `recognition_layers`.
+    `known_competition` the evenly spread patches behind them, (B, 2 + K + 64, D + 1). Before all of these are the
+    averages of earlier layers with `average_layers`.
     """
     config = model.config
 
@@ -58,7 +58,7 @@ def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
         attention = normalize_attention(image.attention, norm or "minmax", config.attention_quantile)
         return pool(image.patch_tokens, image.class_token, attention, mode)
 
-    earlier = [] if image.earlier is None else [image.earlier.flatten(1, 2)]
+    earlier = [] if image.earlier_averages is None else [image.earlier_averages]
     if config.max_over == "channels":
         return torch.cat([*earlier, torch.stack([pooled(mode) for mode in POOLINGS], 1)], 1)
     inputs = model.image_inputs(image)
@@ -77,16 +77,14 @@ def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
         return vectors[:, POOLINGS.index(f"masked_max/{config.attention_norm}" if mode == "masked_max" else mode)]
 
     recognised, of_map = config.poolings
-    layers = config.recognition_layers - 1
-    before = 2 * layers
-    vectors, patches, attention, even = features, None, None, None
+    vectors, patches, attention, even, earlier = features, None, None, None, config.average_layers - 1
     if config.max_over == "similarity":
         if config.known_competition:
             features, even = features[:, :-EVEN_PATCHES], features[:, -EVEN_PATCHES:, :-1]
-        vectors, patches = features[:, : before + 2, :-1], features[:, before + 2 :, :-1]
-        attention = features[:, before + 2 :, -1]
-    earlier, vectors = vectors[:, :before].unflatten(1, (layers, 2)), vectors[:, before:]
-    recognition = torch.cat([earlier[:, :, : len(recognised)].flatten(1), *map(pooled, recognised)], -1)
+        vectors, patches = features[:, : earlier + 2, :-1], features[:, earlier + 2 :, :-1]
+        attention = features[:, earlier + 2 :, -1]
+    averages, vectors = vectors[:, :earlier].flatten(1), vectors[:, earlier:]
+    recognition = torch.cat([averages, *map(pooled, recognised)], -1)
     return ImageInputs(recognition, of_map and pooled(of_map), patches, attention, even)
 
 

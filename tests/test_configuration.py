@@ -4,7 +4,7 @@ import math
 import pytest
 from conftest import TEXT, VISION, tiny_config
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig
+from transformers import AutoConfig, ConvNextConfig, ViTConfig
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 
@@ -92,3 +92,11 @@ def test_towers_that_do_not_fit_are_refused():
         ICLIPModel(ICLIPConfig(vision_config=no_class_token, text_config=TEXT["clip_text_model"]))
     with pytest.raises(ValueError, match='text_pooling="eos".*bert'):
         ICLIPModel(ICLIPConfig(vision_config=VISION["vit"], text_config=TEXT["bert"]))
+
+
+def test_averages_are_of_layers_that_the_tower_has():
+    options = {"recognition_pooling": "class_and_average", "vision_config": ViTConfig(num_hidden_layers=3)}
+    assert ICLIPConfig(**options, average_layers=3).average_layers == 3
+    with pytest.raises(StrictDataclassError, match="average_layers"):
+        ICLIPConfig(**options, average_layers=4)
+    assert ICLIPConfig(vision_config=ConvNextConfig()).average_layers == 1  # which has no such number

@@ -177,6 +177,7 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
     with torch.no_grad():
         outputs, with_loss = model(**inputs, output_similarity_maps=True), model(**inputs, return_loss=True)
         tower = model.vision_model(**pixels, output_hidden_states=True)
+        assert outputs.vision_model_output.hidden_states is None  # of which nobody asked
         hidden, before = tower.last_hidden_state.tolist(), tower.hidden_states[-2]
         before = model.vision_model.layernorm(before).tolist()
         text_hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state

@@ -618,7 +618,7 @@ class ICLIPModel(PreTrainedModel):
         patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
         last_attention, averages = LastAttention(self.config.value_share), None
         wants_layers = kwargs.get("output_hidden_states", self.vision_model.config.output_hidden_states)
-        if self.config.average_layers > 1:
+        if (layers := self.config.average_layers) > 1:
             kwargs["output_hidden_states"] = True
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
@@ -629,11 +629,11 @@ class ICLIPModel(PreTrainedModel):
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
-            if self.config.average_layers > 1:
-                earlier = outputs.hidden_states[-self.config.average_layers : -1]
-                averages = torch.stack([norm(layer.to(tokens.device))[:, patches].mean(1) for layer in earlier], 1)
-            if not wants_layers:
-                outputs.hidden_states = None
+            if layers > 1:
+                earlier = (norm(layer.to(tokens.device)) for layer in outputs.hidden_states[-layers:-1])
+                averages = torch.stack([layer[:, patches].mean(1) for layer in earlier], 1)
+                if not wants_layers:
+                    outputs.hidden_states = None
             row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
             # Layers may be on several devices.
             attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)

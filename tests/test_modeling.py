@@ -20,7 +20,7 @@ from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.loading import load_pretrained
-from iclip_hf.model.modeling_iclip import VISION_TOWERS, LastAttention, VisionTower
+from iclip_hf.model.modeling_iclip import VISION_TOWERS, LastLayers, VisionTower
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -501,10 +501,10 @@ def test_autocast_rounds_no_logit_and_no_loss():
 def test_autocast_rounds_no_logit_of_the_attention():
     """bfloat16 has steps of a half where logits are above 64, before they are scaled."""
     query, key, value = (4 * torch.randn(3, 2, 4, 25, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
-    last, layer = LastAttention(0.0), torch.nn.Module()
+    last, layer = LastLayers(0.0), torch.nn.Module()
     layer.is_last_attention = True
     with torch.autocast("cpu", torch.bfloat16):
-        AttentionInterface()["sdpa_class_row"](layer, query, key, value, None, last_attention=last)
+        AttentionInterface()["sdpa_class_row"](layer, query, key, value, None, last_layers=last)
     expected = (query[:, :, :1].double() @ key.double().mT * 8**-0.5).softmax(-1)
     torch.testing.assert_close(last.class_row, expected.float())
 

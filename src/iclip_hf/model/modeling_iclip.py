@@ -68,10 +68,11 @@ BELOW_MEAN = 0.1
 _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 
-class LastAttention:
+class LastLayers:
     """
-    Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention, and the class token's attention out of
-    it: `class_row` of shape (B, heads, 1, N).
+    Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention. Out of the tower it carries the class
+    token's attention there, `class_row` of shape (B, heads, 1, N), and the `earlier` layers' outputs (B, N, D) that
+    `average_layers` reads.
 
     It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those. A value
     that a layer stores in a copy is lost.
@@ -80,6 +81,7 @@ class LastAttention:
     def __init__(self, value_share: float):
         self.value_share = value_share
         self.class_row: torch.Tensor | None = None
+        self.earlier: list[torch.Tensor] = []
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
@@ -92,16 +94,21 @@ class LastAttention:
         return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], own[:, 1:], self.value_share)], 1)
 
 
-def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_attention=None, **kwargs):
-    """Fused attention, which returns no weights. In the tower's last layer, it fills and applies `last_attention`."""
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_layers=None, **kwargs):
+    """Fused attention, which returns no weights. In the tower's last layer, it fills and applies `last_layers`."""
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if last_attention is not None and getattr(module, "is_last_attention", False):
+    if last_layers is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # float32 in the product, also under autocast: its logits can overflow float16, and bfloat16 rounds them
         with torch.autocast(query.device.type, enabled=False):
-            last_attention.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
-        attended = last_attention.mix(attended, value)
+            last_layers.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
+        attended = last_layers.mix(attended, value)
     return attended, None
+
+
+def _keep_output(layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+    if last_layers := kwargs.get("last_layers"):
+        last_layers.earlier.append(output)
 
 
 AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
@@ -453,6 +460,11 @@ class ICLIPModel(PreTrainedModel):
             self.attention_direction = nn.Parameter(torch.zeros(config.projection_dim))
 
         self._find_last_attention()
+        if (layers := config.average_layers) > 1:
+            depth = config.vision_config.num_hidden_layers
+            stack = next(m for m in self.vision_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+            for layer in stack[-layers:-1]:
+                layer.register_forward_hook(_keep_output, with_kwargs=True)
         self.post_init()
         self.train(self.training)
 
@@ -616,25 +628,18 @@ class ICLIPModel(PreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
         patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
-        last_attention, averages = LastAttention(self.config.value_share), None
-        wants_layers = kwargs.get("output_hidden_states", self.vision_model.config.output_hidden_states)
-        if (layers := self.config.average_layers) > 1:
-            kwargs["output_hidden_states"] = True
+        last_layers, averages = LastLayers(self.config.value_share), None
         if self.vision_model.config._attn_implementation == "eager":
             kwargs["output_attentions"] = True
-        else:
-            kwargs["last_attention"] = last_attention
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
-            outputs = self.vision_model(pixel_values, **kwargs)
+            outputs = self.vision_model(pixel_values, last_layers=last_layers, **kwargs)
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
-            if layers > 1:
-                earlier = (norm(layer.to(tokens.device)) for layer in outputs.hidden_states[-layers:-1])
+            if last_layers.earlier:
+                earlier = (norm(layer.to(tokens.device)) for layer in last_layers.earlier)
                 averages = torch.stack([layer[:, patches].mean(1) for layer in earlier], 1)
-                if not wants_layers:
-                    outputs.hidden_states = None
-            row = outputs.attentions[-1] if last_attention.class_row is None else last_attention.class_row
+            row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
             attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
         return ImageTokens(

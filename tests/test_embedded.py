@@ -52,6 +52,7 @@ def test_saved_projections_are_near_the_trained_ones(folder, tmp_path, monkeypat
     model = ICLIPModel.from_pretrained(folder)
     weight = model.recognition.visual_projection.weight.data
     weight.normal_().mul_(torch.logspace(-2, 1, len(weight))[:, None])
+    weight[0] = 127 * 10.49 * 2**-24  # half precision rounds the scale to 10 * 2**-24, so 133 steps would be needed
     model.save_pretrained(tmp_path / "trained")
     ICLIPProcessor.from_pretrained(folder).save_pretrained(tmp_path / "trained")
     monkeypatch.setattr(embedded, "PROJECTIONS", tmp_path / "projections.safetensors")
@@ -59,7 +60,8 @@ def test_saved_projections_are_near_the_trained_ones(folder, tmp_path, monkeypat
     embedded._join(tmp_path / "joined")
     joined = ICLIPModel.from_pretrained(tmp_path / "joined").recognition
     half_step = weight.abs().amax(1, keepdim=True) / 254
-    assert ((joined.visual_projection.weight - weight).abs() <= 1.05 * half_step).all()
+    assert ((joined.visual_projection.weight - weight).abs() <= 1.05 * half_step)[1:].all()
+    assert torch.allclose(joined.visual_projection.weight[0], weight[0], rtol=0.05, atol=0)
     assert torch.allclose(joined.logit_scale, model.recognition.logit_scale, rtol=1e-3)
 
 

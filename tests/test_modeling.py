@@ -183,6 +183,7 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
         text_hidden = model.text_model(inputs["input_ids"], inputs["attention_mask"]).last_hidden_state
         model.set_attn_implementation("eager")
         rows = model.vision_model(**pixels, output_attentions=True).attentions[-1][:, :, 0, 1:]
+        torch.testing.assert_close(model(**inputs).logits_per_image, outputs.logits_per_image)
 
     attention = []
     for heads in rows.tolist():
@@ -215,6 +216,21 @@ def test_model_equals_a_slow_implementation_of_equations_9_to_13(pooling, dual, 
         expected = [[cosines[n][t] * attention[image][n] for n in range(24)] for t in range(3)]
         actual = outputs.similarity_maps[image].flatten(1)
         torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_tower_serves_models_that_read_other_layers():
+    towers = {"vision_config": {**VISION["vit"], "num_hidden_layers": 4}, "text_config": TEXT["bert"]}
+    options = {**towers, "text_pooling": "mean", "recognition_pooling": "class_and_average"}
+    models = [ICLIPModel(ICLIPConfig(**options, average_layers=layers)).eval() for layers in (3, 3, 2, 1)]
+    tower = copy.deepcopy(models[0].vision_model)
+    for parameter in tower.parameters():  # at the initial scale, the tokens of all layers would be nearly equal
+        parameter.normal_(std=parameter[0].numel() ** -0.5)
+    shared = [ICLIPModel(model.config, tower).eval() for model in models]
+    for model, with_shared in zip(models, shared):
+        model.vision_model.load_state_dict(tower.state_dict())
+        with_shared.load_state_dict(model.state_dict())
+        torch.testing.assert_close(run(with_shared).logits_per_image, run(model).logits_per_image)
 
 
 def maps_with(model, map_attention):

@@ -71,8 +71,8 @@ _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 class LastLayers:
     """
     Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention. Out of the tower it carries the class
-    token's attention there, `class_row` of shape (B, heads, 1, N), and the `earlier` layers' outputs (B, N, D) that
-    `average_layers` reads.
+    token's attention there, `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the `earlier` layers
+    that `average_layers` reads, of a shared tower those that any of its models reads.
 
     It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those. A value
     that a layer stores in a copy is lost.
@@ -81,7 +81,7 @@ class LastLayers:
     def __init__(self, value_share: float):
         self.value_share = value_share
         self.class_row: torch.Tensor | None = None
-        self.earlier: list[torch.Tensor] = []
+        self.earlier: dict[nn.Module, torch.Tensor] = {}
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
@@ -108,7 +108,7 @@ def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, las
 
 def _keep_output(layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
     if last_layers := kwargs.get("last_layers"):
-        last_layers.earlier.append(output)
+        last_layers.earlier[layer] = output
 
 
 AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
@@ -636,9 +636,9 @@ class ICLIPModel(PreTrainedModel):
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
-            if last_layers.earlier:
-                earlier = (norm(layer.to(tokens.device)) for layer in last_layers.earlier)
-                averages = torch.stack([layer[:, patches].mean(1) for layer in earlier], 1)
+            if (layers := self.config.average_layers) > 1:
+                earlier = list(last_layers.earlier.values())[1 - layers :]
+                averages = torch.stack([norm(output.to(tokens.device))[:, patches].mean(1) for output in earlier], 1)
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
             attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)

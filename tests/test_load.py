@@ -17,16 +17,27 @@ import pytest
 import torch
 from conftest import TEXT, VISION, tiny_model
 from PIL import Image
-from transformers import AutoProcessor, BertConfig, BertTokenizer, CLIPConfig, CLIPModel, CLIPProcessor, pipeline
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    BertConfig,
+    BertTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
+    pipeline,
+)
 
-from iclip_hf import ICLIPProcessor, cli, evaluate_model, explain, load
+from iclip_hf import ICLIPModel, ICLIPProcessor, cli, evaluate_model, explain, load
 from iclip_hf import explainers as registry
-from iclip_hf.backends import loading
+from iclip_hf.backends import check_model_name, loading
 from iclip_hf.backends.explainable import RecordableModel
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import ONNXModel
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
+from iclip_hf.hub.folders import init_model
+from iclip_hf.utils.hub_ids import is_hub_id
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
@@ -81,6 +92,42 @@ def test_models_of_other_types_are_refused_by_their_config(offline, tmp_path):
     for name, loader in itertools.product((tmp_path / "bert", "org/bert"), (load, load_iclip)):
         with pytest.raises(ValueError, match=f"{name}: expected a model of type iclip.*, but got one of type bert"):
             loader(name)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_a_folder_names_no_kernel_of_the_hub(world, tmp_path, monkeypatch, name):
+    """Transformers would download its code and run it."""
+    from transformers import modeling_utils
+
+    fetched = []
+    monkeypatch.setattr(
+        modeling_utils, "lazy_import_flash_attention", lambda kernel, **options: fetched.append(kernel)
+    )
+    sides = {"vision_config": VISION["clip_vision_model"], "text_config": TEXT["clip_text_model"]}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(**sides)).save_pretrained(tmp_path / "clip")
+    parts = {"image_processor": world.processor.image_processor, "tokenizer": world.processor.tokenizer}
+    CLIPProcessor(**parts).save_pretrained(tmp_path / "clip")
+    shutil.copytree(world.folder / "model", tmp_path / "iclip")
+    for folder in ("clip", "iclip"):
+        file = tmp_path / folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {name: "org/kernel"}))
+        load(tmp_path / folder)
+    AutoModel.from_pretrained(tmp_path / "iclip")
+    ICLIPModel.from_vision_text_pretrained(str(tmp_path / "clip"), str(tmp_path / "clip"))
+    vision, text = tmp_path / "vision", tmp_path / "text"
+    world.model.vision_model.save_pretrained(vision)
+    world.model.text_model.save_pretrained(text)
+    world.processor.tokenizer.save_pretrained(text)
+    init_model(tmp_path / "iclip", tmp_path / "new", str(vision), str(text))
+    assert not fetched
+
+
+def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai" / "local").mkdir(parents=True)
+    assert is_hub_id("openai/clip-vit-base-patch16") and not is_hub_id("openai/local")
+    assert check_model_name("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
 
 
 def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
@@ -215,22 +262,6 @@ def test_the_gpu_is_the_default_where_there_is_one(monkeypatch, cuda, mps, expec
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert loading.default_device().type == expected
-
-
-@pytest.mark.parametrize("files", [1, 2])
-def test_a_depth_without_weights_is_refused_before_it_is_built(world, tmp_path, monkeypatch, files):
-    folder = copied(world, tmp_path / "model")
-    if files == 2:
-        world.model.save_pretrained(folder, max_shard_size="20KB")
-        (folder / "model.safetensors").unlink()
-        assert (folder / "model.safetensors.index.json").is_file()
-    load(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 10**6
-    (folder / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(loading, "AutoModel", None)
-    with pytest.raises(ValueError, match="model: config.json has 1000000 layers"):
-        load(folder)
 
 
 def test_the_processor_has_the_patch_size_of_its_model(world, tmp_path):

@@ -107,8 +107,13 @@ def test_value_share_mixes_what_the_last_attention_gives_a_patch_with_its_own_va
 
 def test_eager_attention_is_refused_where_it_would_ignore_value_share():
     model = tiny_model(value_share=0.5)
-    with pytest.raises(ValueError, match="value_share=0.5"):
-        model.set_attn_implementation("eager")
+    before = run(model)
+    model.set_attn_implementation("eager")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="value_share=0.5"):
+            run(model)
+    model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(run(model).similarity_maps, before.similarity_maps)
 
 
 def test_tokens_of_clip_carry_its_final_norm():

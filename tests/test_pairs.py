@@ -1110,7 +1110,7 @@ def test_hub_ids_are_streamed(tmp_path, monkeypatch):
     write_shards(tmp_path / "org" / "name", 4)
     assert len(load_pairs("org/name")) == 4  # a local path goes first
 
-    for mistyped in ("org/other", "other/name.tar"):  # not asked for on the Hub
+    for mistyped in ("data/other", "other/name.tar"):  # not asked for on the Hub
         with pytest.raises(FileNotFoundError, match=mistyped):
             load_pairs(mistyped)
 

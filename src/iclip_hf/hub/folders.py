@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 from ..backends.embedded import embedded_towers, name_towers
 from ..backends.loading import load_iclip
-from ..model.configuration_iclip import ICLIPConfig
+from ..model.configuration_iclip import ICLIPConfig, without_attention
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
@@ -119,13 +119,16 @@ def join_towers(
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     model_options, processor_options = {}, {}
     if (source / "config.json").is_file():
-        model_options, _ = ICLIPConfig.get_config_dict(source)
+        content, _ = ICLIPConfig.get_config_dict(source)
+        model_options = without_attention(content)
     if (source / "processor_config.json").is_file():
         processor_options, _ = ICLIPProcessor.get_processor_dict(source)
         processor_options.pop("processor_class", None)
     if "image_processor" in processor_options:
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
-        processor_options["image_processor"] = AutoImageProcessor.from_pretrained(source, **size)
+        processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
+            source, trust_remote_code=False, **size
+        )
     elif image_size is not None:
         processor_options["image_size"] = image_size
     config = ICLIPConfig(**{**model_options, **options})
@@ -134,8 +137,8 @@ def join_towers(
     model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**model_options, **options})
     name_towers(model, *embedded)
     if "image_processor" not in processor_options:
-        with loading_errors(vision):
-            AutoImageProcessor.from_pretrained(vision)  # what fails here would be said of the text tower
+        with loading_errors(vision):  # what fails here would be said of the text tower
+            AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
     with loading_errors(text):
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
     check_tokenizer(text, processor.tokenizer, model.config)

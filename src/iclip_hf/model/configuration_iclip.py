@@ -167,6 +167,11 @@ class ICLIPConfig(PreTrainedConfig):
                 raise ValueError(f"ICLIPConfig has no option {key!r}: correct it to {meant[0]!r}, or remove it.")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """Like the base class, without the attention of a file."""
+        return super().from_dict(without_attention(config_dict), **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
         config = copy(self)
@@ -230,6 +235,11 @@ class ICLIPConfig(PreTrainedConfig):
         if self.average_layers > 1 and self.average_layers > self.vision_config.num_hidden_layers:
             number = self.vision_config.num_hidden_layers
             raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")
+
+
+def without_attention(content: dict) -> dict:
+    """Returns the content of a config.json without its choice of attention, which could name code of the Hub."""
+    return {name: value for name, value in content.items() if not name.endswith("attn_implementation")}
 
 
 def patch_side(vision_config: PreTrainedConfig) -> int:

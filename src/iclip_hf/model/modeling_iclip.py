@@ -334,6 +334,7 @@ def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
         raise ValueError(
             f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
         )
+    config._attn_implementation = None  # of the file, which could name code of the Hub
     return getattr(config, side, config)
 
 
@@ -478,8 +479,6 @@ class ICLIPModel(PreTrainedModel):
         last.is_last_attention = True
         if self.vision_model.config._attn_implementation != "eager":
             self.vision_model.set_attn_implementation("sdpa_class_row")
-        elif self.config.value_share > 0:
-            raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
 
     def set_attn_implementation(self, *args, **kwargs):
         """
@@ -630,6 +629,8 @@ class ICLIPModel(PreTrainedModel):
         patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
         last_layers, averages = LastLayers(self.config.value_share), None
         if self.vision_model.config._attn_implementation == "eager":
+            if self.config.value_share:
+                raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
             kwargs["output_attentions"] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             outputs = self.vision_model(pixel_values, last_layers=last_layers, **kwargs)

@@ -12,8 +12,7 @@ FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
 
 def is_hub_id(name: str) -> bool:
     """
-    Whether this can name a repository of the Hub, as `org/name`: it is no file of data, and `org` is no folder here.
+    Whether this can name a repository of the Hub, as `org/name`: it is no file of data, and no folder here.
     """
-    owner = os.path.dirname(name)
     is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.lower().endswith(FILES)
-    return is_form and owner not in _USUAL_FOLDERS and not os.path.exists(owner)
+    return is_form and os.path.dirname(name) not in _USUAL_FOLDERS and not os.path.exists(name)

@@ -117,11 +117,11 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     counts = [min(len(dataset), options.limit or len(dataset)) for dataset in datasets]
     few = [min(count, options.few) for count in counts]
     lines = [
-        f"Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}. "
-        f"mIoU, pointing game and insertion minus deletion: the first {' / '.join(map(str, few))} images. mAP of the "
-        f"model, whatever the method: {' / '.join(rounded(of_data[CONSTANT]['map'], 1) for of_data in scores)} %. "
-        f"Seconds: raw maps of one image with {min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds; "
-        f"{machine()}.",
+        f"- Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}.",
+        f"- mIoU, pointing game and insertion minus deletion: the first {' / '.join(map(str, few))} images.",
+        f"- mAP with all methods: {' / '.join(rounded(of_data[CONSTANT]['map'], 1) for of_data in scores)} %.",
+        f"- Seconds: raw maps of one image, {min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds.",
+        f"- Machine: {machine()}.",
         "",
         table(headings, rows),
     ]

@@ -4,7 +4,7 @@ import math
 import pytest
 from conftest import TEXT, VISION, tiny_config
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, ConvNextConfig, ViTConfig
+from transformers import AutoConfig, ViTConfig
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 
@@ -56,7 +56,6 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("average_layers", 0),
         ("average_layers", 2),
         ("map_atention", "none"),
-        ("projection_bias", True),  # of an earlier version; its biases would be dropped in silence
     ],
 )
 def test_bad_options_are_refused(option, value):
@@ -99,4 +98,3 @@ def test_averages_are_of_layers_that_the_tower_has():
     assert ICLIPConfig(**options, average_layers=3).average_layers == 3
     with pytest.raises(StrictDataclassError, match="average_layers"):
         ICLIPConfig(**options, average_layers=4)
-    assert ICLIPConfig(vision_config=ConvNextConfig()).average_layers == 1  # which has no such number

@@ -84,7 +84,7 @@ def test_attention_row_stays_after_switching_the_implementation():
 
 
 @pytest.mark.parametrize("vision", VISION)
-def test_value_share_mixes_what_the_last_attention_gives_a_patch_with_its_own_value(vision):
+def test_value_share_mixes_what_the_last_layers_gives_a_patch_with_its_own_value(vision):
     model = tiny_model(vision)
     attention = [module for module in model.vision_model.modules() if hasattr(module, "v_proj")][-1]
     project = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
@@ -361,15 +361,10 @@ def test_a_side_that_is_missing_is_named(given):
         model(**{name: inputs[name] for name in given}, return_loss="text_features" in given)
 
 
-def test_the_loss_has_no_maps():
-    with pytest.raises(ValueError, match="without return_loss"):
-        tiny_model()(**tiny_inputs(texts=2), return_loss=True, output_similarity_maps=True)
-
-
 @pytest.mark.parametrize("texts", [1, 4])
 def test_the_loss_without_nouns_needs_one_text_of_each_image(texts):
     """Two captions of each image in one list would be taken for those of other images."""
-    with pytest.raises(ValueError, match=f"{texts} texts"):
+    with pytest.raises(ValueError, match=f"2 images, not {texts}"):
         tiny_model()(**tiny_inputs(batch=2, texts=texts), return_loss=True)
 
 
@@ -377,7 +372,7 @@ def test_the_loss_takes_no_list_of_texts_for_each_image():
     """CLIP's tower would flatten the lists, and the second caption of the first image would be the second image's."""
     inputs = tiny_inputs(batch=2, texts=4)
     input_ids = inputs["input_ids"].view(2, 2, -1)
-    with pytest.raises(ValueError, match=r"input_ids: .*\(2, 2, 7\)"):
+    with pytest.raises(ValueError, match="2 images, not 4"):
         tiny_model(text="clip_text_model")(input_ids, inputs["pixel_values"], return_loss=True)
 
 
@@ -416,7 +411,7 @@ def test_locked_tower_stays_locked_after_loading_and_training(lock, tmp_path):
     assert changed == {"text_model", "recognition", "interpretability"} | (set() if lock else {"vision_model"})
 
 
-def test_scales_are_a_branchs_own_and_clamped(tmp_path):
+def test_scales_are_a_branchs_own_and_clamped():
     model = tiny_model()
     with torch.no_grad():
         model.recognition.logit_scale.fill_(9.0)
@@ -425,12 +420,6 @@ def test_scales_are_a_branchs_own_and_clamped(tmp_path):
     torch.testing.assert_close(
         torch.cat([model.recognition(one), model.interpretability(one)]), torch.tensor([100, math.e])
     )
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "logit_scales": "per_branch"})
-    )  # of an earlier version
-    torch.testing.assert_close(ICLIPModel.from_pretrained(tmp_path).recognition(one), model.recognition(one))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])

@@ -1,7 +1,6 @@
 import copy
 import json
 import math
-import shutil
 from functools import partial
 
 import onnx
@@ -194,20 +193,6 @@ def test_a_damaged_graph_is_refused(folder, tmp_path):
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".onnx" else content)
     with pytest.raises(ValueError, match=f"{tmp_path}: .* download it again"):
         load(tmp_path)
-
-
-def test_a_graph_of_an_earlier_version_is_refused(folder, tmp_path):
-    """It takes one text a row, without the prompts of a label."""
-    earlier, sizes = shutil.copytree(folder, tmp_path / "onnx"), ("texts", "length")
-    ends = [
-        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, sizes) for name in ("input_ids", "embeds")
-    ]
-    node = onnx.helper.make_node("Identity", ["input_ids"], ["embeds"])
-    graph = onnx.helper.make_graph([node], "text", ends[:1], ends[1:])
-    opset = onnx.helper.make_opsetid("", 18)
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), earlier / "text_model.onnx")
-    with pytest.raises(ValueError, match=f"{earlier}: .*text_model.onnx"):
-        load(earlier)
 
 
 def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch):

@@ -424,43 +424,6 @@ def test_the_loss_has_its_share_of_kept_presence():
     assert (pair_model(**inputs)["loss"] - alone).item() == pytest.approx(3 * divergence.item(), rel=1e-4) != 0
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"pixel_values": torch.zeros(2, 3, 32, 32)}, "9 texts for 2 images"),  # nouns would have prompts of others
-        ({"noun_labels": torch.zeros(3, 4, dtype=torch.uint8)}, "noun_labels"),  # -1 would be 255, which is shown
-        ({"noun_labels": torch.zeros(3, 4, dtype=torch.bool)}, "noun_labels"),
-        ({"noun_labels": torch.zeros(2, 4)}, "noun_labels"),
-        ({"noun_labels": torch.full((3, 4), math.nan)}, "noun_labels"),
-        ({"noun_labels": torch.full((3, 4), 0.5)}, "noun_labels"),
-        ({"noun_labels": [[0, 0, 0, 0]] * 3}, "noun_labels: .* list"),
-        ({"noun_ids": [0, 1, 1, 1, 3, 2]}, "noun_ids: .* list"),
-        ({"place": [0] * 6}, "place: .* list"),
-        ({"noun_labels": torch.zeros(3, 3)}, "noun_ids"),
-        ({"noun_ids": torch.full((6,), -1)}, "noun_ids"),
-        ({"place": torch.zeros(5)}, "place"),
-        ({"place": torch.full((6,), 255, dtype=torch.uint8)}, "place"),  # -1, above
-        ({"noun_labels": None}, "noun_labels"),
-        ({"noun_ids": None}, "noun_ids"),
-        ({"input_ids": torch.ones(3, 7, dtype=torch.long), "noun_ids": torch.zeros(0)}, "noun_ids"),
-        ({"image_inputs": "computed"}, "pixel_values and image_inputs"),
-        ({"text_inputs": torch.zeros(9, 24)}, "input_ids and text_inputs"),
-        ({"input_ids": torch.ones(9, 7)}, "input_ids: .*float32"),
-        ({"pixel_values": None, "image_inputs": "of another model"}, "even_patches"),
-    ],
-)
-def test_arguments_of_the_loss_that_do_not_belong_together_are_refused(changes, named):
-    model, batch = tiny_model(max_over="similarity", known_competition=0.5), tiny_inputs(3, 9)
-    nouns = {"is_background": torch.zeros(6), "place": torch.zeros(6), "noun_labels": torch.zeros(3, 4)}
-    batch |= nouns | {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2])}
-    assert model(**batch, return_loss=True).loss.isfinite()
-    if "image_inputs" in changes:
-        inputs = model.image_inputs(model.encode_image(batch["pixel_values"]))
-        changes = changes | {"image_inputs": inputs._replace(even_patches=None)}
-    with pytest.raises(ValueError, match=named):
-        model(**{**batch, **changes}, return_loss=True)
-
-
 def test_the_competition_of_known_nouns_is_added_to_the_loss_of_the_map():
     """With its weight, over the evenly spread patches of images whose labels are complete, here the last two."""
     options = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}

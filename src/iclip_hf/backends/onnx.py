@@ -96,8 +96,7 @@ class ONNXModel:
         folder: written by [`export_onnx`].
 
     Raises:
-        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing, damaged, or of an earlier
-            version.
+        `ImportError`: ONNX Runtime is missing. `OSError`, `ValueError`: a file is missing or damaged.
     """
 
     similarity_maps, weigh_maps = ICLIPModel.similarity_maps, ICLIPModel.weigh_maps
@@ -118,8 +117,6 @@ class ONNXModel:
                 onnxruntime.InferenceSession(Path(folder, name), providers=providers)
                 for name in (VISION_FILE, TEXT_FILE)
             )
-        if len(self._text.get_inputs()[0].shape) != 3:
-            raise ValueError(f"{folder}: its {TEXT_FILE} is of an earlier version; export the model again.")
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """

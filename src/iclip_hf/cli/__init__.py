@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
-import select
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from .. import __version__
-from .output import escape_what_the_output_lacks, printable, report_error
+from .output import report_error
 
 
 # Each is a module here, which is imported when the command is used.
@@ -43,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message and unknown[:1] != "-" and any(action.dest == "texts" for action in self._actions):
             message += "; several texts stand between commas, as in --text 'dog, red ball'"
-        print(f"{self.prog}: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
     def _cure(self, wrong: str, known: Iterable[str]) -> str:
@@ -58,41 +57,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    arguments, code = sys.argv[1:] if arguments is None else arguments, 0
-    escape_what_the_output_lacks()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and texts may not fit its encoding
     try:
-        code = _run(arguments)
-        print(end="", flush=True)
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
         return code
-    except OSError as error:
-        if _drop_output() and isinstance(error, BrokenPipeError):  # the reader, such as `head`, has seen enough
-            return 141  # as of a program that SIGPIPE ends
-        if not code:
-            report_error(arguments[0] if arguments else None, error)
-        return code or 2
-
-
-def _drop_output() -> bool:
-    """Returns whether the output cannot be written. If so, what is left of it goes nowhere, also at exit."""
-    try:
-        print(end="", flush=True)
-        if not _is_closed_pipe():
-            return False
-    except OSError:
-        pass
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    return True
-
-
-def _is_closed_pipe() -> bool:
-    """Returns whether nobody reads the output. Python drops a long text that failed, so flushing it may succeed."""
-    try:
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-    except (AttributeError, OSError):  # on Windows; of an output without a file
-        return False
-    return bool(poll.poll(0))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
+        return 141  # as of a program that SIGPIPE ends, which servers and downloads must not be
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 from ..backends import check_model_name
-from ..utils.terminal import printable
 from .inputs import silence_transformers
 from .options import option_type, refuse
 from .output import print_folder, print_lines, shown_steps
@@ -85,7 +84,7 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
 
         metrics = read_results(options.results, "protocol", "results")
     # Not as an error of the command, which is one line.
-    print(f"Loading {printable(options.model)} and writing its files, which may take a minute.", file=sys.stderr)
+    print(f"Loading {options.model} and writing its files, which may take a minute.", file=sys.stderr)
     from ..backends.identity import changed_model
     from ..backends.loading import load_iclip
     from ..hub.folders import export_model

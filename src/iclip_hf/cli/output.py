@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..model.downloads import is_url
-from ..utils.terminal import file_name, printable
 
 
 if TYPE_CHECKING:
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
 
 # Files of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-# Longest part of an image's name in the name of an output, in bytes; file systems allow 255 in all.
-_LONGEST_STEM = 200
 # Longest cell of a printed table, in characters.
 _LONGEST_CELL = 60
 
@@ -47,21 +43,15 @@ def check_folder(path: Path) -> None:
 
 def name_for(image: str | Path, ending: str) -> str:
     """
-    Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg". A name that would be too long
-    is cut, and one that would control a terminal is changed.
+    Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg" and for "http://a.b/photo.jpg?c".
     """
-    if is_url(image):
-        image = re.split("[?#]", image)[0]
-    stem = file_name(Path(image).stem)
-    if len(encoded := os.fsencode(stem)) > _LONGEST_STEM:
-        stem = encoded[:_LONGEST_STEM].decode(errors="ignore")
-    return f"{stem}-{ending}"
+    path = re.split("[?#]", image)[0] if is_url(image) else image
+    return f"{Path(path).stem}-{ending}"
 
 
 def model_files(model: str) -> list[Path]:
-    """Returns a model folder with its subfolders and files, which are inputs; nothing for another name of a model."""
-    folder = Path(model)
-    return [folder, *folder.rglob("*")] if model != "embedded" and folder.is_dir() else []
+    """Returns the folder of a model, which is an input; nothing for another name of a model."""
+    return [Path(model)] if model != "embedded" and Path(model).is_dir() else []
 
 
 def resolution(picture: Path) -> int:
@@ -112,28 +102,18 @@ def report_error(command: str, error: BaseException) -> None:
     if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
         print_error(command, text)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        report = {"message": f"iclip {command}: {printable(text)}", "timestamp": int(time.time())}
+        report = {"message": f"iclip {command}: {text}", "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(report))
 
 
-def escape_what_the_output_lacks() -> None:
-    """
-    Lets the output escape, as in JSON, letters that its encoding lacks, such as Chinese ones in a file on Windows. By
-    default they are an error, also after hours.
-    """
-    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="json")
-
-
 def print_lines(*lines: str) -> None:
-    """Prints lines with [`printable`] characters, also into a pipe at once. The value of JSON text does not change."""
-    print("\n".join(map(printable, lines)), flush=True)
+    """Prints lines, also into a pipe at once."""
+    print("\n".join(lines), flush=True)
 
 
 def print_error(command: str, text: str) -> None:
     """Prints a line of a command on stderr."""
-    print(f"iclip {command}: {printable(text)}", file=sys.stderr, flush=True)
+    print(f"iclip {command}: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -161,7 +141,7 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are
     left out, and long cells are cut.
     """
-    columns = [[_cut(printable(cell)) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
+    columns = [[_cut(cell) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
     return [
         "  ".join(["", f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))])

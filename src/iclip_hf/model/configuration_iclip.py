@@ -155,12 +155,6 @@ class ICLIPConfig(PreTrainedConfig):
     map_tokens: int = 20
 
     def __post_init__(self, **kwargs):
-        # Of an earlier version. Transformers would drop the biases, and the model would compute other numbers.
-        if kwargs.pop("projection_bias", False):
-            raise ValueError(
-                "projection_bias=True: projections have no bias in this version; load the model with the one that "
-                "saved it."
-            )
         # The base class accepts any key, so a misspelt option would have no effect.
         for key in kwargs:
             if meant := get_close_matches(key, ICLIPConfig.__annotations__, n=1, cutoff=0.85):
@@ -231,7 +225,6 @@ class ICLIPConfig(PreTrainedConfig):
         for name, off in (("recognition_share", 0), ("average_layers", 1)):
             if getattr(self, name) > off and self.recognition_pooling != "class_and_average":
                 raise ValueError(f'{name} needs recognition_pooling="class_and_average".')
-        # Kinds of towers that the model refuses may not have this number.
         if self.average_layers > 1 and self.average_layers > self.vision_config.num_hidden_layers:
             number = self.vision_config.num_hidden_layers
             raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")

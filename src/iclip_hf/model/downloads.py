@@ -1,11 +1,8 @@
 """Downloads with a limit of time and size."""
 
-import re
-import threading
 import time
 import urllib.parse
 import urllib.request
-from concurrent import futures
 from http.client import HTTPException
 
 
@@ -15,11 +12,6 @@ MAX_DOWNLOAD = 64 * 2**20  # largest size of a file, in bytes
 def is_url(name: object) -> bool:
     """Returns whether an image is named by a URL that is downloaded."""
     return isinstance(name, str) and name.lower().startswith(("http://", "https://"))
-
-
-def without_password(name: str) -> str:
-    """Returns a name for messages: a URL without its user name and password, and anything else unchanged."""
-    return re.sub(r"(?<=://)[^/?#]*@", "", name) if is_url(name) else name
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -34,37 +26,20 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 def download(url: str, timeout: float) -> bytes:
     """
     Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within
-    `timeout` seconds, or the URL is not valid or holds a password.
+    `timeout` seconds, or the URL is not valid.
     """
-    answer, late = futures.Future(), TimeoutError(f"it did not end within {timeout:g} seconds")
-    end = time.monotonic() + timeout
-
-    def fetch() -> None:
-        content = bytearray()
-        try:
-            if without_password(url) != url:  # urllib would ask for a host of this name, and name it in its error
-                raise ValueError("a URL with a user name or a password is not supported; download it yourself")
-            address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
-            # Some sites refuse Python's default.
-            request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})
-            opener = urllib.request.build_opener(_Redirects)
-            with opener.open(request, timeout=timeout + 1) as opened:  # the thread is left before that
-                while part := opened.read1(2**16):
-                    content += part
-                    if len(content) > MAX_DOWNLOAD:
-                        raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
-                    if time.monotonic() > end:
-                        raise late
-            answer.set_result(bytes(content))
-        except Exception as error:
-            answer.set_exception(error)
-
-    # A thread, because the timeout of a socket restarts with every byte, also of the headers.
-    threading.Thread(target=fetch, daemon=True).start()
+    content, end = bytearray(), time.monotonic() + timeout
+    address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
+    # Some sites refuse Python's default.
+    request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})
     try:
-        return answer.result(timeout)
-    except futures.TimeoutError:
-        problem = late
+        with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as opened:
+            while part := opened.read1(2**16):
+                content += part
+                if len(content) > MAX_DOWNLOAD:
+                    raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
+                if time.monotonic() > end:
+                    raise TimeoutError(f"it did not end within {timeout:g} seconds")
     except (OSError, HTTPException, ValueError) as error:
-        problem = error
-    raise OSError(f"{without_password(url)[:100]!r}: the image cannot be downloaded: {problem}") from problem
+        raise OSError(f"{url[:100]!r}: the image cannot be downloaded: {error}") from error
+    return bytes(content)

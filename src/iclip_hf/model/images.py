@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .downloads import download, is_url, without_password
+from .downloads import download, is_url
 
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # a text of numpy has a shape
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
-        name, text = name or repr(without_password(image)[:100]), image.strip()
+        name, text = name or repr(image[:100]), image.strip()
         if is_url(image):
             image = download(image, timeout)
         elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # no file's name

@@ -22,14 +22,11 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .arguments import check_arguments
 from .configuration_iclip import ICLIPConfig, patch_side
 from .losses import BatchNouns, direction_loss, map_loss, recognition_loss
 from .pooling import (
@@ -307,23 +304,6 @@ class ICLIPBranch(nn.Module):
         return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 
 
-class _AsVector(ConversionOps):
-    """Converts scalar logit scales of older checkpoints to shape (1,). Saving keeps this shape."""
-
-    def convert(self, input_dict: dict, source_patterns: list[str], target_patterns: list[str], **kwargs) -> dict:
-        (tensors,) = input_dict.values()
-        return {target_patterns[0]: (tensors[0] if isinstance(tensors, list) else tensors).reshape(1)}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return self
-
-
-register_checkpoint_conversion_mapping(
-    "iclip", [WeightConverter("logit_scale", "logit_scale", operations=[_AsVector()])], overwrite=True
-)
-
-
 def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     """
     Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint. Raises `ValueError` for
@@ -492,9 +472,6 @@ class ICLIPModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, Projection):
-            # Drawn twice, so that a seed gives the model that it gave while this was an `nn.Linear`, as the base class
-            # draws those.
-            init.normal_(module.weight)
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             if module.hidden is not None:
                 init.normal_(module.hidden[0].weight, std=module.weight.shape[1] ** -0.5)
@@ -941,14 +918,16 @@ class ICLIPModel(PreTrainedModel):
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: images or texts are missing or given twice, token ids are no integers, or H or W is not a
-                multiple of the patch size; with `return_loss`, there are fewer texts than images, or more without the
-                arguments of nouns, these are not as described, images have lists of texts, or maps are asked for.
+            `ValueError`: images or texts are missing, or H or W is not a multiple of the patch size; with
+                `return_loss` and without nouns, there is not one text for each image.
         """
         nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
-        images = {"pixel_values": pixel_values, "image_inputs": image_inputs}
-        texts = {"input_ids": input_ids, "text_inputs": text_inputs, "text_features": text_features}
-        check_arguments(self.config, images, texts, nouns, return_loss, output_similarity_maps)
+        texts = (input_ids, text_inputs if return_loss else text_features)
+        if (pixel_values is None and image_inputs is None) or all(given is None for given in texts):
+            raise ValueError(
+                "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
+                "get_text_features."
+            )
         if return_loss:
             if image_inputs is None:
                 image_inputs = self.image_inputs(self.encode_image(pixel_values, **kwargs))
@@ -981,6 +960,10 @@ class ICLIPModel(PreTrainedModel):
 
     def _losses(self, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None) -> ICLIPOutput:
         """Returns the losses of images with their captions, the first of the texts, and with nouns (Eq. 13)."""
+        if nouns is None and len(text_inputs) != len(image.recognition):  # more texts would be left out in silence
+            raise ValueError(
+                f"The loss needs a caption for each of {len(image.recognition)} images, not {len(text_inputs)}."
+            )
         images, texts = self.recognition.embed_image(image.recognition), self.recognition.embed_text(text_inputs)
         map_texts, even_patches = texts, None
         if branch := self.interpretability:

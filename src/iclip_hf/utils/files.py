@@ -25,14 +25,10 @@ _LOCK = ".iclip-hf.lock"
 def cache_folder() -> Path:
     """
     Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME`
-    (`~/.cache`). Raises `FileNotFoundError` if there is no home folder.
+    (`~/.cache`).
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
-    folder = Path(os.environ.get("ICLIP_CACHE") or default)
-    try:
-        return folder.expanduser()
-    except RuntimeError as error:
-        raise FileNotFoundError(f"{folder}: this user has no home folder; set ICLIP_CACHE to another one.") from error
+    return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -47,27 +43,24 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
         inputs: what is read: files, folders, names that are neither, or None.
 
     Raises:
-        `FileExistsError`: an output is an input or in one, a folder or a device. `PermissionError`: the folder of an
-            output cannot be written.
+        `FileExistsError`: an output is an input or in one, or a folder. `PermissionError`: the folder of an output
+            cannot be written.
     """
     inputs = [*filter(None, inputs)]
-    read = {*map(_file_id, inputs)} - {None}
     for path in map(Path, outputs):
-        if _file_id(path) in read:
-            raise FileExistsError(f"{path}: this output is an input too; name another.")
-        for place in inputs:
-            check_outside(path, place)
-        if path.exists() and not path.is_file():
-            raise FileExistsError(f"{path}: this output is a folder or a device; name a file.")
+        for read in inputs:
+            check_outside(path, read)
+        if path.is_dir():
+            raise FileExistsError(f"{path}: this output is a folder; name a file.")
         place = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise PermissionError(f"{path}: {place} is not a folder that can be written; name another output.")
 
 
 def check_outside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
-    """Raises `FileExistsError` if an output is a folder that is read, or in it, by whatever links."""
-    if os.path.isdir(folder) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise FileExistsError(f"{path}: this output is in {folder}, which is an input; name another.")
+    """Raises `FileExistsError` if an output is a file or folder that is read, or in it, also by symbolic links."""
+    if os.path.exists(folder) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise FileExistsError(f"{path}: this output is an input, or in one, {folder}; name another.")
 
 
 def free_name(path: str | os.PathLike) -> Path:
@@ -75,15 +68,6 @@ def free_name(path: str | os.PathLike) -> Path:
     path = Path(path)
     numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
     return next(one for one in itertools.chain([path], numbered) if not os.path.lexists(one))
-
-
-def _file_id(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Returns what all paths and links of a file share; None if there is no file."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):  # a name may hold any characters
-        return None
-    return found.st_dev, found.st_ino
 
 
 @contextmanager
@@ -111,11 +95,8 @@ def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda 
         while True:
             name = free_name(path)
             with suppress(FileExistsError):  # another process took the name
-                try:
-                    os.link(temporary, name)
-                except OSError:  # also of a file system without hard links
-                    name.touch(exist_ok=False)
-                    os.replace(temporary, name)
+                name.touch(exist_ok=False)
+                os.replace(temporary, name)
                 return name
 
 
@@ -213,12 +194,10 @@ def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     """
     Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not
     count, nor what a run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other
-    files, is a link that leads nowhere, or is named as the embedded model is, and `NotADirectoryError`.
+    files, or is named as the embedded model is, and `NotADirectoryError`.
     """
     if str(folder) == "embedded":
         raise FileExistsError(f"{folder}: this is the name of the embedded model; name another folder.")
-    if folder.is_symlink() and not folder.exists():
-        raise FileExistsError(f"{folder}: this link leads nowhere; remove it, or name another folder.")
     names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()
     if state_file:
         names = {name for name in names if not name.startswith(f".{state_file}.")}
@@ -258,7 +237,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     An existing empty folder stays the same folder, because it may be a mount point or the working directory of a
     shell. The temporary folder is then in it, and its content is renamed. Raises what [`check_new_folder`] raises.
     """
-    folder = Path(os.path.realpath(folder))  # of a link that leads to itself, the link
+    folder = Path(os.path.realpath(folder))
     check_new_folder(folder)
     exists = folder.exists()
     work = _temporary(folder / folder.name if exists else folder)

@@ -14,8 +14,3 @@ def printable(text) -> str:
     writing direction, and bytes of file names that are not UTF-8.
     """
     return _ACTING.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
-
-
-def file_name(text: str) -> str:
-    """Replaces the characters that [`printable`] escapes, for the name of a file."""
-    return _ACTING.sub("_", text)

@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXAMPLE = "$$($(BIN)/python -c 'import iclip_hf; print(iclip_hf.example_image())')"
 EXPLAIN = $(BIN)/iclip explain $(EXAMPLE) --text $(TEXTS)
 # What the picture of the README shows.
-TEXTS := "person, spacesuit, orange jacket, horse"
+TEXTS := "tower, tree, sky, horse"
 
 .PHONY: demo test test-lowest test-newest test-kernels test-sse4 test-avx2 test-avx512 test-transformers style docs pictures bench
 
@@ -35,7 +35,7 @@ METHODS := itsm competing_itsm reversed_itsm attention attention_affinity grad_c
 METHODS += clearclip naclip proxyclip
 pictures: .venv/.installed
 	$(EXPLAIN) --output docs/demo.jpg
-	$(BIN)/iclip compare $(EXAMPLE) --text "orange jacket" --methods $(METHODS) --output docs/methods.jpg
+	$(BIN)/iclip compare $(EXAMPLE) --text tower --methods $(METHODS) --output docs/methods.jpg
 	$(BIN)/python notebooks/execute.py
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.

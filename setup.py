@@ -63,7 +63,7 @@ setup(
     package_data={
         "iclip_hf": [
             "py.typed",
-            "plots/astronaut.*",
+            "plots/tower.*",
             "demo/*.js",
             "web/page/*",
             "backends/*.safetensors",

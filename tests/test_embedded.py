@@ -138,6 +138,25 @@ def test_a_cat_is_found_where_it_is(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_the_model_is_right_about_the_photograph_of_the_package(folder, multi_scale):
+    """With the texts that the README names, and without texts."""
+    image = example_image()
+    asked = explain(str(folder), image, ["tower", "tree", "sky", "horse"], multi_scale=multi_scale)
+    assert asked.presence_words == ["present", "present", "present", "absent"]
+    tower, tree, sky, _ = asked.maps
+    height, width = asked.size
+    above, below = slice(0, int(0.6 * height)), slice(int(0.75 * height), int(0.9 * height))
+    beside, at_tower = slice(int(0.6 * width), width), (slice(int(0.4 * height), height * 3 // 4), slice(225, 285))
+    assert tower[at_tower].mean() > 2 * tower[above, beside].mean()
+    assert tree[below, beside].mean() > 2 * tree[above, beside].mean()
+    assert sky[above].mean() > 1.2 * sky[below].mean()
+    named = explain(str(folder), image, multi_scale=multi_scale)
+    present = [label for label, word in zip(named.labels, named.presence_words) if word == "present"]
+    assert {"cloud", "sky", "tower"} <= {*present} <= {"cloud", "sky", "tower", "building"}
+
+
+@pytest.mark.slow
 def test_the_same_by_another_name_is_no_rival(folder):
     def raw_map(method, **options):
         return explain(str(folder), example_image(), ["puppy"], method, **options).raw_maps.flatten()

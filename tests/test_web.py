@@ -516,7 +516,7 @@ def test_an_image_is_drawn_under_its_own_maps_though_the_texts_change_meanwhile(
 def test_an_example_that_comes_late_replaces_no_image(browser, url, photos):
     context = browser.new_context(service_workers="block")
     page, held = context.new_page(), []
-    page.route("**/astronaut.jpg", lambda route: held.append(route))  # the first, which the page chooses itself
+    page.route("**/tower.jpg", lambda route: held.append(route))  # the first, which the page chooses itself
     page.set_default_timeout(120_000)
     page.goto(url)
     page.locator("#examples button").first.wait_for(state="attached")

@@ -90,6 +90,19 @@ def test_a_model_trained_by_a_softmax_has_no_presence(tiny_processor):
     assert np.array_equal(draw(found, IMAGES[0]), draw(replace(found, min_presence=1.0), IMAGES[0]))
 
 
+def test_a_turned_photograph_is_that_of_its_file(tiny_processor, tmp_path):
+    """An image of PIL keeps the pixels as the camera stores them."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    IMAGES[0].save(tmp_path / "turned.png", exif=exif)
+    engine = engine_of(sigmoid_model(), tiny_processor)
+    with Image.open(tmp_path / "turned.png") as image:
+        (found,) = engine.run([image], TEXTS)
+    expected = explain(engine.model, tmp_path / "turned.png", TEXTS, refine=False)
+    assert found.size == (60, 40) and found.image.size == (40, 60)
+    assert_same(found, expected)
+
+
 def assert_same(one, other):
     assert (one.labels, one.size) == (other.labels, other.size)
     torch.testing.assert_close(one.raw_maps, other.raw_maps, atol=1e-5, rtol=0)
@@ -309,7 +322,7 @@ def test_a_prior_is_a_number_between_0_and_1(tiny_processor, prior):
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():
     cosines = [1.0, 0.72, 0.68]
     embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
-    assert engine_module._best_texts(torch.tensor([0.3, 0.2, 0.1]), embeds, 2) == [0, 2]
+    assert engine_module._best_texts(torch.tensor([[0.3, 0.2, 0.1]]), embeds[None], 2) == [[0, 2]]
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):

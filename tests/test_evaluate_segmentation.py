@@ -19,6 +19,7 @@ from iclip_hf.evaluation.metrics.segmentation import Segmentation
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.refinement import refine_maps
+from iclip_hf.model.windows import SlidingWindows
 
 
 def enlarged(model, processor, sample, texts):
@@ -184,7 +185,7 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     engine = Engine(tiny_model(), tiny_processor)
     texts = engine.encode(NAMES)
     pixels = torch.randn(2, 3, 48, 56, generator=torch.Generator().manual_seed(0))
-    found = engine.windowed_maps(pixels, texts, window=32, stride=16)
+    found = engine.raw_maps(pixels, texts, scales=SlidingWindows(32, 16, 8))[0]
     assert found.shape == (2, 3, 6, 7)
     values = [[[] for _ in range(7)] for _ in range(6)]
     for top in (0, 16):
@@ -196,7 +197,7 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in values], -2)
     assert torch.allclose(found, expected, atol=1e-5)
     whole, _ = engine.raw_maps(pixels, texts)
-    assert torch.equal(engine.windowed_maps(pixels, texts, window=64, stride=8), whole)
+    assert torch.equal(engine.raw_maps(pixels, texts, scales=SlidingWindows(64, 8, 8))[0], whole)
 
 
 def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):

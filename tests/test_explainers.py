@@ -23,7 +23,7 @@ from iclip_hf import explain
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.model.engine import for_images
+from iclip_hf.model.engine import Engine, for_images
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures, cosines
 from iclip_hf.model.similarity import min_max_normalize
 
@@ -448,6 +448,31 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     expected = model.weigh_maps(expected, image, for_images(texts, 2))
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
     assert not torch.allclose(maps, model.similarity_maps(image, texts), atol=1e-2)
+
+
+@pytest.mark.parametrize("templates", [["{}"], ["a {}", "the {}"]])
+def test_a_text_does_not_compete_with_itself_in_any_prompt(tiny_processor, templates):
+    """Rivals have the prompts of the texts, so half of the map is left where a text is its own only rival."""
+    given, options = (tiny_model(map_attention="none"), tiny_processor), {"templates": templates, "refine": False}
+    image = images()[0]
+    for label in LABELS:
+        own, alone = (
+            explain(given, image, [label], method, **options, **rivals).raw_maps
+            for method, rivals in (("itsm", {}), ("competing_itsm", {"rivals": [label]}))
+        )
+        torch.testing.assert_close(alone, own / 2, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, 48])
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi_scale):
+    """Also where the scores come from another size of the image."""
+    explainer = make_explainer((tiny_model(logit_bias_init_value=-0.3), tiny_processor), "competing_itsm")
+    processor = explainer.model.processor
+    engine = Engine(explainer.model, processor, explainer, image_size=size, multi_scale=multi_scale)
+    texts, prepared = engine.encode(LABELS), engine.prepare(images()[0])
+    (found,) = engine.run([prepared], LABELS)
+    torch.testing.assert_close(found.raw_maps, engine.raw_maps(prepared.pixel_values, texts)[0][0], atol=1e-5, rtol=0)
 
 
 def test_rivals_in_one_string(made):

@@ -17,40 +17,44 @@ from iclip_hf.evaluation.metrics.segmentation import Segmentation
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import segments
 from iclip_hf.model.modeling_iclip import cosines
-from iclip_hf.model.windows import half_windows, mean_of_windows, sliding_windows
+from iclip_hf.model.windows import SlidingWindows, TwoScales, mean_of_windows, sliding_windows
 
 
 METHODS = ["itsm", "reversed_itsm", "gem", "clip_surgery", "grad_cam"]
 
 
-def by_hand(engine, image, size, texts):
+def by_hand(engine, image, size, own, texts):
     """
-    Raw maps of one image at twice the `size` (height, width): patch by patch, the mean over the windows that contain
-    it, weighted by the distances to the edges of the window, and its mean with the map of the whole. And scores: the
-    mean of that of the whole at the model's own size and the logarithm of the mean odds of the windows.
+    Raw maps of one image at 7/4 of the `size` (height, width): patch by patch, the mean over the windows of that size
+    at the corners that contain it, weighted by the distances to the edges of the window, and its mean with the map of
+    the whole. And scores: the mean of that of the whole at the model's `own` size and the logarithm of the mean odds
+    of the windows.
     """
     side = engine.processor.patch_size
-    pixels = engine.processor(images=[image], size={"height": 2 * size[0], "width": 2 * size[1]})["pixel_values"]
-    window = [-(-2 * length // side // 2) * side for length in size]
-    starts = [(0, -(-2 * length // side // 4) * side, 2 * length - of) for length, of in zip(size, window)]
-    rows, columns = (2 * length // side for length in size)
+    larger = [round(7 * length / side / 4) * side for length in size]
+    pixels = engine.processor(images=[image], size=dict(zip(("height", "width"), larger)))["pixel_values"]
+    starts = [sorted({0, of - length}) for of, length in zip(larger, size)]
+    rows, columns = (length // side for length in larger)
     cells, exponentials = [[[] for _ in range(columns)] for _ in range(rows)], []
     for top in starts[0]:
         for left in starts[1]:
-            maps, (seen,) = engine.raw_maps(pixels[..., top : top + window[0], left : left + window[1]], texts)
+            maps, (seen,) = engine.raw_maps(pixels[..., top : top + size[0], left : left + size[1]], texts)
             exponentials.append((20 * cosines(seen.image_embeds, texts.text_embeds[None])[0]).exp())
-            for y in range(window[0] // side):
-                for x in range(window[1] // side):
-                    weight = min(y + 1, window[0] // side - y) * min(x + 1, window[1] // side - x)
+            for y in range(size[0] // side):
+                for x in range(size[1] // side):
+                    weight = min(y + 1, size[0] // side - y) * min(x + 1, size[1] // side - x)
                     cells[top // side + y][left // side + x].append((weight, maps[0, :, y, x]))
 
     def mean(cell):
         return sum(weight * value for weight, value in cell) / sum(weight for weight, _ in cell)
 
     of_windows = torch.stack([torch.stack([mean(cell) for cell in row], -1) for row in cells], -2)
-    whole, _ = engine.raw_maps(F.interpolate(pixels, window, mode="bicubic", antialias=True), texts)
-    (usual,) = engine.run([image], TEXTS)
-    scores = (usual.scores + torch.stack(exponentials).mean(0).log() / 20) / 2
+    whole, (seen,) = engine.raw_maps(F.interpolate(pixels, size, mode="bicubic", antialias=True), texts)
+    of_whole = cosines(seen.image_embeds, texts.text_embeds[None])[0]
+    if tuple(size) != tuple(own):
+        (usual,) = engine.run([image], TEXTS)
+        of_whole = usual.scores
+    scores = (of_whole + torch.stack(exponentials).mean(0).log() / 20) / 2
     return (F.interpolate(whole, (rows, columns), mode="bicubic")[0] + of_windows) / 2, scores
 
 
@@ -65,7 +69,7 @@ def test_maps_and_scores_are_those_of_the_whole_and_its_windows(tiny_processor, 
     encoded = engine.encode_images([engine.prepare(image) for image in IMAGES])
     runs = (each.run(images, TEXTS) for each, images in ((engine, IMAGES), (engine, encoded), (plain, IMAGES)))
     for image, found, again, usual in zip(IMAGES, *runs, strict=True):
-        expected, scores = by_hand(plain, image, height_and_width, texts)
+        expected, scores = by_hand(plain, image, height_and_width, own, texts)
         assert expected.std() > 0 and (scores - usual.scores).abs().max() > 1e-3
         torch.testing.assert_close(found.raw_maps, expected, atol=1e-4, rtol=1e-3)
         torch.testing.assert_close(found.scores, scores, atol=1e-5, rtol=0)
@@ -78,7 +82,7 @@ def test_scores_do_not_depend_on_what_else_is_asked(tiny_processor):
     """Of a method that encodes the images itself as it computes the maps, and before them."""
     engine = engine_of(sigmoid_model(), tiny_processor, "grad_cam", multi_scale=True)
     prepared = [engine.prepare(image) for image in IMAGES]
-    assert engine.encode_images(prepared) == prepared  # ten passes would be in vain
+    assert engine.encode_images(prepared) == prepared  # five passes would be in vain
     expected = list(engine.run(prepared, TEXTS))
     without_maps = engine.run([engine.prepare(image, text_indices=()) for image in IMAGES], TEXTS)
     for usual, *others in zip(expected, without_maps, engine.run(IMAGES, TEXTS, best=1), strict=True):
@@ -86,27 +90,31 @@ def test_scores_do_not_depend_on_what_else_is_asked(tiny_processor):
             torch.testing.assert_close(other.all_scores, usual.scores, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("patches", [*range(1, 20), 28, 32, 37, 74])
-def test_windows_of_half_a_side_cover_it(patches):
-    (window, _), (stride, _) = half_windows((8 * patches, 8), 8)
-    size, rows = (8 * patches, 8), torch.arange(8 * patches)[None, None, :, None].expand(1, 1, -1, 8)
-    windows = sliding_windows(size, (window, 8), (stride, 8))
-    seen = [rows[..., place[0], place[1]] for place in windows]
-    assert {len(of[0, 0]) for of in seen} == {window} and window == 8 * ((patches + 1) // 2)
-    assert len(seen) == 3 or patches in (1, 2, 3, 5)
-    for tapered in (False, True):
-        found = mean_of_windows((of[:, :, ::8, ::8].float() for of in seen), windows, size, 8, tapered).flatten()
-        torch.testing.assert_close(found, 8.0 * torch.arange(patches))  # each patch at its place
+@pytest.mark.parametrize("patches", [*range(1, 20), 28, 32, 37])
+def test_four_windows_of_the_usual_size_cover_the_larger_image(patches):
+    scales = TwoScales(8)
+    size = tuple(scales.size({"height": 8 * patches, "width": 8}).values())
+    rows = torch.arange(size[0])[None, None, :, None].expand(1, 3, -1, size[1]).float()
+    whole, *seen = scales.views(rows)
+    assert {of.shape for of in (whole, *seen)} == {(1, 3, 8 * patches, 8)} and len(seen) == 4
+    assert abs(size[0] - 14 * patches) <= 4
+    for windows in (scales, SlidingWindows(8, 8, 8)):
+        views = windows.views(rows)
+        maps = [of[:, :, ::8, ::8] for of in views]
+        maps[0] = rows[:, :, :: size[0] // patches, ::8][:, :, :patches] if windows is scales else maps[0]
+        joined = windows.join(maps, size)
+        assert joined.shape == (1, 3, size[0] // 8, size[1] // 8)
+        if windows is not scales:
+            torch.testing.assert_close(joined, rows[:, :, ::8, ::8])  # each patch at its place
 
 
 @pytest.mark.parametrize("tapered", [False, True])
 @pytest.mark.parametrize("patches", [7, 20, 37])
 def test_a_constant_map_stays_constant(patches, tapered):
     """Rounding errors would be stretched to a map."""
-    values, size = torch.linspace(0.1, 0.9, 50)[None, :, None, None], (8 * patches, 8 * patches)
-    (window, _), _ = half_windows(size, 8)
-    windows = sliding_windows(size, *half_windows(size, 8))
-    maps = [values.expand(1, -1, window // 8, window // 8)] * len(windows)
+    values, size, window = torch.linspace(0.1, 0.9, 50)[None, :, None, None], (8 * patches, 8 * patches), 8 * 5
+    windows = sliding_windows(size, (window, window), (16, 24))
+    maps = [values.expand(1, -1, 5, 5)] * len(windows)
     assert torch.equal(mean_of_windows(maps, windows, size, 8, tapered), values.expand(1, -1, patches, patches))
 
 
@@ -142,7 +150,7 @@ def test_a_size_as_transformers_or_numpy_keep_it(tiny_processor, size, plain):
     assert torch.equal(*pixels)
 
 
-@pytest.mark.parametrize("value", [None, 1, "yes"])
+@pytest.mark.parametrize("value", [None, "yes"])
 def test_multi_scale_is_a_boolean(tiny_processor, value):
     with pytest.raises(ValueError, match="multi_scale"):
         Engine(tiny_model(), tiny_processor, multi_scale=value)

@@ -330,7 +330,7 @@ def test_values_that_no_mask_has_are_refused(pipe, segment, photographs, options
 
 
 def test_what_is_no_label_and_no_threshold_is_named(pipe, segment, photographs):
-    with pytest.raises(ValueError, match="A threshold is a number"):
+    with pytest.raises(ValueError, match="threshold is a number"):
         pipe(str(photographs[0]), LABELS, threshold=None)
     for one in (pipe, segment):
         with pytest.raises(ValueError, match="Texts are a string or a list"):

@@ -18,6 +18,7 @@ from iclip_hf.evaluation.metrics.segmentation import Segmentation
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map, segments
 from iclip_hf.model.refinement import refine_maps
+from iclip_hf.model.windows import SlidingWindows
 
 
 def slowly(raw, image):
@@ -123,7 +124,7 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder
     right = total = 0
     for sample in dataset:
         pixels = tiny_processor(images=[sample.image], size={"shortest_edge": 40})["pixel_values"]
-        maps = refine_maps(engine.windowed_maps(pixels, texts, 32, 16), pixels)[0]
+        maps = refine_maps(engine.raw_maps(pixels, texts, scales=SlidingWindows(32, 16, 8))[0], pixels)[0]
         labels = label_map(maps, sample.size)[0].numpy() + 1
         known = (sample.label_map > 0) & (sample.label_map < 255)
         right, total = right + (labels == sample.label_map)[known].sum(), total + known.sum()

@@ -46,6 +46,18 @@ def test_two_objects_by_hand():
     assert positive_points(heatmap, first).tolist() == [[7, 0]]
 
 
+def test_the_first_region_is_that_with_the_most_above_the_threshold():
+    """Not a small one with a higher mean; one far below the first is left out."""
+    heatmap = np.zeros((4, 10), np.float32)
+    heatmap[0:2, 0:5], heatmap[3, 0:2], heatmap[3, 8] = 0.75, 1.0, 0.75
+    heatmap[0, 9] = 0.5
+    weights = {(0, 0, 5, 2): 10 * 0.25, (0, 3, 2, 4): 2 * 0.5, (8, 3, 9, 4): 0.25, (9, 0, 10, 1): 0.0}
+    for share, number in ((0.0, 4), (0.1, 3), (0.11, 2), (0.41, 1)):
+        found = find_regions(heatmap, heatmap > 0.4, 0, share)
+        assert [region.box for region in found] == [*weights][:number]
+    assert [len(find_regions(heatmap, heatmap > least, 0, 0)) for least in (0.8, 1.0)] == [1, 0]
+
+
 def test_parts_below_half_a_patch_are_left_out(tiny_processor):
     """A patch of a 16 x 16 grid is 1/256 of the image; with 2000 pixels, 4 of them are the least that stay."""
     heatmap = np.zeros((40, 50), np.float32)
@@ -64,11 +76,11 @@ def test_regions_are_the_parts_of_a_flood_fill(seed):
     for part in flood_fill(mask):
         ys, xs = zip(*part)
         expected[min(xs), min(ys), max(xs) + 1, max(ys) + 1, len(part)] = np.mean([heatmap[place] for place in part])
-    regions = find_regions(heatmap, mask, min_area=0)
+    regions = find_regions(heatmap, mask, 0, 0)
     found = {(*region.box, int(region.inside.sum())): region.score for region in regions}
     assert found == pytest.approx(expected)
-    scores = [region.score for region in regions]
-    assert scores == sorted(scores, reverse=True)
+    weights = [region.inside.sum() * (region.score - heatmap[mask].min()) for region in regions]
+    assert weights == sorted(weights, reverse=True)
 
 
 @pytest.mark.parametrize(("height", "side"), [(26, 3), (34, 4)])
@@ -132,7 +144,7 @@ def test_regions_are_the_mask_in_parts(data, height, width):
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=height * width, max_size=height * width)))
     mask = mask.reshape(height, width)
     heatmap = np.random.default_rng(height).random((height, width))
-    regions = find_regions(heatmap, mask, min_area=0)
+    regions = find_regions(heatmap, mask, 0, 0)
     together = np.zeros((height, width), int)
     for region in regions:
         x0, y0, x1, y1 = region.box
@@ -141,6 +153,5 @@ def test_regions_are_the_mask_in_parts(data, height, width):
         points = positive_points(heatmap, region, 3)
         assert all(region.inside[y - y0, x - x0] for x, y in points)
         assert heatmap[points[0, 1], points[0, 0]] == heatmap[y0:y1, x0:x1][region.inside].max()
-    assert np.array_equal(together, mask) and regions == find_regions(heatmap, mask, min_area=0)
-    assert [region.score for region in regions] == sorted((region.score for region in regions), reverse=True)
+    assert np.array_equal(together, mask) and regions == find_regions(heatmap, mask, 0, 0)
     assert all(mask.all() or not mask[y, x] for x, y in negative_points(heatmap, mask, 1))

@@ -32,24 +32,29 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     def write(name: str, explanation, picture: Path | None) -> dict:
+        import numpy as np
+
         from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
 
         # Of the texts and, after them, those of the background.
-        labels, num_texts = explanation.label_map().numpy(), len(options.texts)
-        segments = [
-            {
-                "id": index + 1 if index < num_texts else 0,  # in the label map, where 0 is the background
-                "text": text,
-                "score": round(explanation.scores[index].item(), 4),
-                "presence": explanation.presences[index],
-                "area": round((labels == index).mean().item(), 4),
-                "mask": run_lengths(labels == index),
-            }
-            for index, text in enumerate(explanation.labels)
-        ]
-        entry = {"height": explanation.size[0], "width": explanation.size[1], "segments": segments}
-        covered = [text for index, text in enumerate(options.texts) if explanation.is_covered(index, labels == index)]
+        num_texts = len(options.texts)
+        segments, covered, labels = [], [], np.full(explanation.size, -1)
+        for index, (text, segment, is_covered) in enumerate(explanation.segments()):
+            mask = segment.numpy()
+            labels[mask] = index
+            covered += [text] if is_covered and index < num_texts else []
+            segments.append(
+                {
+                    "id": index + 1 if index < num_texts else 0,  # in the label map, where 0 is the background
+                    "text": text,
+                    "score": round(explanation.scores[index].item(), 4),
+                    "presence": explanation.presences[index],
+                    "area": round(mask.mean().item(), 4),
+                    "mask": run_lengths(mask),
+                }
+            )
+        entry = {**explanation.settings(), "segments": segments}
         if covered:
             hidden = f"not absent, but covered by the other texts: {', '.join(covered)}"
             entry["problem"] = f"{name}: {hidden}; look at the maps with iclip explain"

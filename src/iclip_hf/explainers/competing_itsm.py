@@ -45,30 +45,43 @@ class CompetingITSM(Explainer):
         if not rivals:
             raise ValueError(f"rivals is at least one noun, not {[*rivals]}.")
         check_priors(rivals)
-        known = self.model.encode_texts([*nouns])
-        self.mean = known.text_embeds.float().mean(0)
-        self.rivals = known if rivals is nouns else self.model.encode_texts([*rivals])
-        self.directions = self._directions(self.rivals)
+        self.nouns, self.rivals = [*nouns], [*rivals]
+        # Nouns and rivals in the prompts of the texts, which would not resemble them in others.
+        self._encoded: dict[tuple[str, ...], tuple[torch.Tensor, ICLIPTextFeatures]] = {}
         self.priors = torch.tensor([*rivals.values()], dtype=torch.float32)
         no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist()
         self.scale = full_cosine - no_cosine
 
     @torch.no_grad()
     def forward(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+        self,
+        pixel_values: torch.Tensor,
+        texts: ICLIPTextFeatures,
+        features: ICLIPImageFeatures | None = None,
+        templates: Sequence[str] | None = None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         features = self.model.get_image_features(pixel_values) if features is None else features
-        scores = cosines(features.image_embeds, self.rivals.text_embeds)
+        mean, rivals = self._encode(tuple(templates or self.model.processor.templates))
+        scores = cosines(features.image_embeds, rivals.text_embeds)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
-        alike = self._directions(texts) @ self.directions.mT
+        alike = _directions(texts, mean) @ _directions(rivals, mean).mT
         maps, of_rivals = (
             cosine_similarity_map(features.patch_embeds, embeds)
-            for embeds in (texts.map_text_embeds, self.rivals.map_text_embeds)
+            for embeds in (texts.map_text_embeds, rivals.map_text_embeds)
         )
         maps = compete(maps, of_rivals, weights.unsqueeze(1) * (alike < ALIKE), self.scale)
         return self.model.weigh_maps(maps, features, texts), features
 
-    def _directions(self, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Returns the features of texts less the mean of the vocabulary, as unit vectors `(..., T, P)`."""
-        return normalize(texts.text_embeds.float() - self.mean)
+    def _encode(self, templates: tuple[str, ...]) -> tuple[torch.Tensor, ICLIPTextFeatures]:
+        """Returns the mean of the vocabulary `(P,)` and the encoded rivals, in these prompts."""
+        if templates not in self._encoded:
+            known = self.model.encode_texts(self.nouns, templates)
+            rivals = known if self.rivals == self.nouns else self.model.encode_texts(self.rivals, templates)
+            self._encoded[templates] = known.text_embeds.float().mean(0), rivals
+        return self._encoded[templates]
+
+
+def _directions(texts: ICLIPTextFeatures, mean: torch.Tensor) -> torch.Tensor:
+    """Returns the features of texts less the mean of the vocabulary, as unit vectors `(..., T, P)`."""
+    return normalize(texts.text_embeds.float() - mean)

@@ -9,9 +9,8 @@ from tqdm import tqdm
 
 from ..backends.embedded import vocabulary
 from ..model.engine import Engine
-from ..model.explanation import Explanation
+from ..model.explanation import Explanation, check_threshold
 from ..model.images import load_image
-from ..model.masks import check_threshold
 from ..model.presence import MIN_PRESENCE, check_min_presence
 from ..model.prompts import split_texts
 from . import make_explainer

@@ -46,6 +46,7 @@ class Explainer(ABC):
         - `text_indices` (`torch.Tensor` of shape `(B, S)`): the texts whose maps are wanted, for a method whose cost
           grows with their number, such as one with a backward pass for each text. It returns maps of these texts only,
           `(B, S, h, w)`. Of other methods, the engine selects them from the maps of all texts.
+        - `templates` (`list[str]`): the prompts of the texts, for a method that encodes texts of its own.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.

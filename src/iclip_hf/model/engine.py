@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,17 +18,17 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .explanation import Explanation
+from .images import load_image
 from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
 from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
-from .similarity import check_finite, check_map_size, resize_maps
-from .windows import half_windows, mean_of_windows, sliding_windows
+from .similarity import check_finite, check_map_size
+from .windows import TwoScales, WholeImage
 
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,6 @@ TEXT_BATCH = 256
 # Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
 SIMILAR_TEXTS = 0.7
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
-# Sharpness of the smooth maximum of the scores of windows, near the scale of logits: the mean of the odds.
-WINDOW_SHARPNESS = 20.0
 # What scores and maps are computed from. The outputs of the tower take more memory.
 _IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
@@ -57,9 +54,9 @@ class PreparedImage:
             size is another.
         text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
         image (`PIL.Image.Image`, *optional*): for the explanation.
-        features (`list[ICLIPImageFeatures]`, *optional*): of the image and, at two scales, of each of its windows,
-            from [`Engine.encode_images`]: `image_embeds`, of the whole image at the model's own size, and, if maps
-            are computed from features, the others of `pixel_values`.
+        image_embeds (`list[torch.Tensor]`, *optional*): unit vectors of the views of the image, `(1, P)`, for the
+            scores, from [`Engine.encode_images`]: of the whole at the model's own size and, at two scales, of windows.
+        features (`list[ICLIPImageFeatures]`, *optional*): of the views of `pixel_values`, for the maps, likewise.
     """
 
     pixel_values: torch.Tensor
@@ -67,6 +64,7 @@ class PreparedImage:
     score_pixel_values: torch.Tensor | None = None
     text_indices: Sequence[int] | None = None
     image: Image.Image | None = None
+    image_embeds: list[torch.Tensor] | None = None
     features: list[ICLIPImageFeatures] | None = None
 
     @property
@@ -74,7 +72,7 @@ class PreparedImage:
         """Images with equal keys can share a forward pass."""
         pixels = (self.pixel_values, self.score_pixel_values)
         shapes = [None if values is None else values.shape for values in pixels]
-        return *shapes, self.text_indices is None, self.features and tuple(self.features[0])
+        return *shapes, self.text_indices is None, self.image_embeds is None, self.features is None
 
 
 class Engine:
@@ -99,17 +97,15 @@ class Engine:
     Args:
         model, processor: a model, see above, and its [`ICLIPProcessor`].
         method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`, which may
-            also take `features` and `text_indices`, see [`Explainer.forward`]; the model's own maps if not given.
+            also take `features`, `text_indices` and `templates`, see [`Explainer.forward`]; the model's own maps if
+            not given, which for CLIP are the opposite of what the text shows: see [`make_explainer`].
         templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes
             texts as they are.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
-        multi_scale (`bool`): whether maps and scores are computed at two scales: of the whole image, and of 3x3
-            windows of half its height and width, enlarged to the size of the whole. The value of a patch is the mean
-            of both, on a grid that is twice as fine, where the weight of a window falls towards its edges. The score
-            is the mean of that of the whole and the smooth maximum of those of the windows. An image takes ten times
-            as long.
+        multi_scale (`bool`): whether maps and scores are computed at two scales, see [`TwoScales`], which takes five
+            times as long.
 
     Attributes:
         takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
@@ -136,9 +132,10 @@ class Engine:
         self.templates = check_templates(processor.templates if templates is None else templates)
         self.image_size = None if image_size is None else size_dict(image_size)
         self.refine, self.multi_scale = refine, multi_scale
+        self.scales = TwoScales(processor.patch_size) if multi_scale else WholeImage()
         self._forward = self._own_maps if method is None else method.forward
-        parameters = signature(self._forward).parameters
-        self.takes_features, self._takes_text_indices = "features" in parameters, "text_indices" in parameters
+        self._arguments = signature(self._forward).parameters.keys()
+        self.takes_features = "features" in self._arguments
 
     def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
         """
@@ -168,31 +165,23 @@ class Engine:
         ([`~prefetch.prefetch_map`]).
 
         Args:
-            image (`PIL.Image.Image`): in RGB.
+            image (`PIL.Image.Image`): of any mode and EXIF orientation.
             size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not
                 given.
             text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
                 compare the texts with each other still see all of them, and `Explanation.all_scores` has all scores.
                 With no index, only these are computed.
         """
-        score_pixel_values = self._pixel_values(image, None)
-        if self.multi_scale:
-            pixel_values = self._pixel_values(image, self._twice_the_size())
-        elif self.image_size is None:
-            pixel_values, score_pixel_values = score_pixel_values, None
-        else:
-            pixel_values = self._pixel_values(image, self.image_size)
-            if score_pixel_values.shape == pixel_values.shape:
-                score_pixel_values = None
+        image = load_image(image)
+        own = pixel_values = self.processor(images=[image])["pixel_values"]
+        if self.multi_scale or self.image_size is not None:
+            size_of_views = self.image_size or size_dict(self.processor.image_processor.size)
+            size_of_views = self.scales.size(size_of_views) if self.multi_scale else size_of_views
+            pixel_values = self.processor(images=[image], size=size_of_views)["pixel_values"]
+        # At two scales the whole image is one of the views.
+        is_view = self.image_size is None or pixel_values.shape == own.shape
         size = (image.height, image.width) if size is None else check_map_size(size)
-        return PreparedImage(pixel_values, size, score_pixel_values, text_indices, image)
-
-    def _pixel_values(self, image: Image.Image, size: dict[str, int] | None) -> torch.Tensor:
-        return self.processor(images=[image], size=size)["pixel_values"]
-
-    def _twice_the_size(self) -> dict[str, int]:
-        size = self.image_size or size_dict(self.processor.image_processor.size)
-        return {side: 2 * pixels for side, pixels in size.items()}
+        return PreparedImage(pixel_values, size, None if is_view else own, text_indices, image)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
@@ -203,10 +192,15 @@ class Engine:
         """
 
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:
-            if not self.takes_features and (self.multi_scale or group[0].score_pixel_values is None):
+            if not self.takes_features and group[0].score_pixel_values is None:
                 return group  # the scores come with the maps
-            features = self._encode(group, self.takes_features)
-            return [replace(image, features=part) for image, part in zip(group, _split(features, len(group)))]
+            embeds, features = self._encode(group, self.takes_features)
+            features = itertools.repeat(None) if features is None else _split(features, len(group))
+            embeds = zip(*(view.split(1) for view in embeds))
+            return [
+                replace(image, image_embeds=[*of_image], features=part)
+                for image, of_image, part in zip(group, embeds, features)
+            ]
 
         return map_groups(encode, images, [image.batch_key for image in images])
 
@@ -221,8 +215,7 @@ class Engine:
         Yields the explanations of images in their order.
 
         Args:
-            images: PIL images in RGB, or results of `prepare`. None, such as for an image that cannot be read, stays
-                None.
+            images: PIL images, or results of `prepare`. None, such as for an image that cannot be read, stays None.
             texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
                 "0", "1", ...; one list of labels for each image; or labels for all images with the prior of the
                 presence of each, which is 0.5 otherwise. Each text is encoded once.
@@ -299,34 +292,22 @@ class Engine:
         Explains B images of one `batch_key` with T texts each, `(B, T, P)`. `priors` are those of the presence of each
         text, `(T,)`, 0.5 if not given.
         """
-        pixel_values = _joined(images, "pixel_values")
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
-        wants_maps = best is not None or any(map(len, indices))
         text_indices = None if images[0].text_indices is None else indices
-
-        # Encode. A method that takes no features does so itself, as it computes the maps, unless the scores come
-        # first.
-        maps = None
-        if self.takes_features or images[0].features is not None or not wants_maps or best is not None:
-            features = self._encode(images, wants_maps and self.takes_features)
-        else:
+        wants_maps = best is not None or any(map(len, indices))
+        pixel_values, maps = _joined(images, "pixel_values"), None
+        if self.takes_features or not wants_maps or best is not None or images[0].image_embeds is not None:
+            embeds, features = self._encode(images, wants_maps and self.takes_features)
+        else:  # the method encodes the images itself
             maps, features = self.raw_maps(pixel_values, texts, text_indices=text_indices)
-            features = self._scored_at_own_size(images, features)
-
-        # Score.
-        scores = _score([cosines(view.image_embeds, texts.text_embeds) for view in features])
-        check_finite(scores)
-        presence = self.model.presence(scores)
-        if presence is not None and priors is not None:
-            presence = at_prior(presence, priors.to(presence))
-
-        # Select.
+            embeds = self._score_embeds(images, features)
+        scores, presence = self._score(embeds, texts, priors)
         if best is not None:
-            text_indices, ranked = None, scores if presence is None else presence
-            indices = [_best_texts(*pair, best) for pair in zip(ranked, texts.text_embeds)]
+            text_indices, indices = (
+                None,
+                _best_texts(scores if presence is None else presence, texts.text_embeds, best),
+            )
             texts = select_texts(texts, torch.tensor(indices))
-
-        # Map.
         if maps is None and wants_maps:
             maps, _ = self.raw_maps(pixel_values, texts, features, text_indices)
         maps = torch.zeros(len(images), 0, 1, 1) if maps is None else maps.cpu()
@@ -341,42 +322,44 @@ class Engine:
                 prior=EVEN_PRIOR if priors is None else priors[list(selected)],
                 image=image.image,
                 all_scores=scores[number],
+                method=getattr(self.method, "name", "itsm"),
+                refined=self.refine,
             )
             for number, (image, selected) in enumerate(zip(images, indices))
         ]
 
-    def _encode(self, images: Sequence[PreparedImage], for_maps: bool) -> list[ICLIPImageFeatures]:
-        """
-        Returns the features of each view of images, those that have been encoded if they suffice: `image_embeds`, and
-        with `for_maps` all others.
-        """
-        features = _joined(images, "features")
-        if features is not None and not (for_maps and features[0].patch_embeds is None):
-            return features
-        if for_maps or self.multi_scale or images[0].score_pixel_values is None:
-            views = [self._features(view) for view in self._views(_joined(images, "pixel_values"))]
+    def _encode(
+        self, images: Sequence[PreparedImage], for_maps: bool
+    ) -> tuple[list[torch.Tensor], list[ICLIPImageFeatures] | None]:
+        """Returns `image_embeds` and, with `for_maps`, `features` of images as [`PreparedImage`] has them, joined."""
+        features, embeds = _joined(images, "features"), _joined(images, "image_embeds")
+        if for_maps and features is None:
+            features = [self._features(view) for view in self.scales.views(_joined(images, "pixel_values"))]
+        return self._score_embeds(images, features) if embeds is None else embeds, features
+
+    def _score_embeds(
+        self, images: Sequence[PreparedImage], features: Sequence[ICLIPImageFeatures] | None
+    ) -> list[torch.Tensor]:
+        """Returns `image_embeds` of images as [`PreparedImage`] has them, from the features of the views if given."""
+        own = _joined(images, "score_pixel_values")
+        replaced = int(own is not None)  # the whole image, of the size of the maps
+        if features is None:
+            views = self.scales.views(_joined(images, "pixel_values"))
+            of_views = [self._features(view).image_embeds for view in views[replaced:]]
         else:
-            views = [ICLIPImageFeatures()]
-        return self._scored_at_own_size(images, views)
+            of_views = [view.image_embeds for view in features[replaced:]]
+        return of_views if own is None else [self._features(own).image_embeds, *of_views]
 
-    def _scored_at_own_size(
-        self, images: Sequence[PreparedImage], views: list[ICLIPImageFeatures]
-    ) -> list[ICLIPImageFeatures]:
-        """Replaces `image_embeds` of the whole images by those at the model's own size, if this is another."""
-        if images[0].score_pixel_values is None:
-            return views
-        whole, *windows = views
-        image_embeds = self._features(_joined(images, "score_pixel_values")).image_embeds
-        return [ICLIPImageFeatures(**{**whole, "image_embeds": image_embeds}), *windows]
-
-    def _views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """Returns the pixel values of what the model sees of images: the whole and, at two scales, its windows."""
-        if not self.multi_scale:
-            return [pixel_values]
-        size = pixel_values.shape[2:]
-        window, stride = half_windows(size, self.processor.patch_size)
-        whole = F.interpolate(pixel_values, window, mode="bicubic", antialias=True)
-        return [whole, *(pixel_values[..., rows, columns] for rows, columns in sliding_windows(size, window, stride))]
+    def _score(
+        self, embeds: Sequence[torch.Tensor], texts: ICLIPTextFeatures, priors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Computes the scores `(B, T)` and the presence, which is None for a model without."""
+        scores = self.scales.score([cosines(view, texts.text_embeds) for view in embeds])
+        check_finite(scores)
+        presence = self.model.presence(scores)
+        if presence is not None and priors is not None:
+            presence = at_prior(presence, priors.to(presence))
+        return scores, presence
 
     def raw_maps(
         self,
@@ -384,6 +367,7 @@ class Engine:
         texts: ICLIPTextFeatures,
         features: Sequence[ICLIPImageFeatures] | None = None,
         text_indices: Sequence[Sequence[int]] | None = None,
+        scales: WholeImage | None = None,
     ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
         Computes the raw maps of prepared images, at two scales and refined as the engine says.
@@ -391,10 +375,11 @@ class Engine:
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`Engine.prepare`].
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
-            features (`list[ICLIPImageFeatures]`, *optional*): of the images and, at two scales, of each of their
-                windows, for a method that computes maps from them.
+            features (`list[ICLIPImageFeatures]`, *optional*): of the views of the images, for a method that computes
+                maps from them.
             text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
                 The S maps of an image with fewer end with maps of any texts.
+            scales ([`WholeImage`], *optional*): what the model sees of the images, such as [`SlidingWindows`].
 
         Returns:
             `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `text_indices`, float32, and the features of the
@@ -403,33 +388,11 @@ class Engine:
         Raises:
             `ValueError`: the model returns NaN or infinity, or the method another number of maps.
         """
-        texts, found = for_images(texts, len(pixel_values)), []
-        for view, of_view in zip(self._views(pixel_values), features or itertools.repeat(None)):
-            found.append(self._maps_of_method(view, texts, of_view, text_indices))
-        (maps, *of_windows), features = zip(*found)
-        if self.multi_scale:
-            size = pixel_values.shape[2:]
-            windows = sliding_windows(size, *half_windows(size, self.processor.patch_size))
-            of_windows = mean_of_windows(of_windows, windows, size, self.processor.patch_size, tapered=True)
-            maps = (resize_maps(maps, of_windows.shape[2:]) + of_windows) / 2
-        return self._refined(maps, pixel_values), [*features]
-
-    def windowed_maps(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, window: int, stride: int
-    ) -> torch.Tensor:
-        """
-        Computes the raw maps `(B, T, h, w)` of square windows that slide over prepared images `(B, 3, H, W)`, see
-        [`mean_of_windows`], refined if the engine refines. `texts` are as for `raw_maps`.
-        """
-        texts, size = for_images(texts, len(pixel_values)), pixel_values.shape[2:]
-        windows = sliding_windows(size, (window, window), (stride, stride))
-        maps = (
-            self._maps_of_method(pixel_values[..., rows, columns], texts, None, None)[0] for rows, columns in windows
-        )
-        return self._refined(mean_of_windows(maps, windows, size, self.processor.patch_size), pixel_values)
-
-    def _refined(self, maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps
+        texts, scales = for_images(texts, len(pixel_values)), scales or self.scales
+        views = zip(scales.views(pixel_values), features or itertools.repeat(None))
+        maps, found = zip(*(self._maps_of_method(view, texts, of_view, text_indices) for view, of_view in views))
+        maps = scales.join(maps, pixel_values.shape[2:])
+        return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps, [*found]
 
     def _maps_of_method(
         self,
@@ -442,10 +405,12 @@ class Engine:
         expected, selected, options = tuple(texts.text_embeds.shape[:2]), None, {}
         if self.takes_features:
             options["features"] = features
+        if "templates" in self._arguments:
+            options["templates"] = self.templates
         if text_indices is not None:
             padded = [torch.tensor(list(indices) or [0]) for indices in text_indices]
             selected = pad_sequence(padded, batch_first=True)
-            if self._takes_text_indices:
+            if "text_indices" in self._arguments:
                 options["text_indices"], expected, selected = selected, tuple(selected.shape), None
         maps, features = self._forward(pixel_values, texts, **options)
         if maps.ndim != 4 or maps.shape[:2] != expected:
@@ -526,39 +491,30 @@ def map_groups(
     return [results[index] for index in range(len(items))]
 
 
-def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[int]:
+def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[list[int]]:
     """
-    Returns the indices of the texts of one image with the highest values `(T,)`, first those that do not resemble a
-    better one, in their order.
+    Returns for each image the indices of the texts `(B, T, P)` with the highest values `(B, T)`, first those that do
+    not resemble a better one, in their order.
     """
-    ranked, chosen = scores.argsort(descending=True).tolist(), []
-    for index in ranked:
-        if len(chosen) == count:
-            break
-        if not chosen or (text_embeds[chosen] @ text_embeds[index]).max() < SIMILAR_TEXTS:
-            chosen.append(index)
-    return (chosen + [index for index in ranked if index not in chosen])[:count]
-
-
-def _score(views: Sequence[torch.Tensor]) -> torch.Tensor:
-    """
-    Returns the scores `(B, T)` of images from the cosines of the whole image `(B, T)` and, at two scales, of each of
-    its windows: the mean of that of the whole and log mean exp(20 s) / 20 over the windows.
-    """
-    whole, *windows = views
-    if not windows:
-        return whole
-    smooth_maximum = (WINDOW_SHARPNESS * torch.stack(windows)).logsumexp(0) - math.log(len(windows))
-    return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
+    best = []
+    for ranked, embeds in zip(scores.argsort(descending=True).tolist(), text_embeds):
+        chosen = []
+        for index in ranked:
+            if len(chosen) < count and not (chosen and (embeds[chosen] @ embeds[index]).max() >= SIMILAR_TEXTS):
+                chosen.append(index)
+        best.append((chosen + [index for index in ranked if index not in chosen])[:count])
+    return best
 
 
 def _joined(images: Sequence[PreparedImage], name: str):
-    """Joins a tensor, or the features of each view, of images; None if they have none."""
+    """Joins a tensor, or the tensor or features of each view, of images; None if they have none."""
     parts = [getattr(image, name) for image in images]
     if len(parts) == 1 or parts[0] is None:
         return parts[0]
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(parts)
+    if isinstance(parts[0][0], torch.Tensor):
+        return [torch.cat(of_view) for of_view in zip(*parts)]
     return [
         ICLIPImageFeatures(**{field: torch.cat([part[field] for part in of_view]) for field in of_view[0]})
         for of_view in zip(*parts)

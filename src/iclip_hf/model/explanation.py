@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 from .label_maps import segments
-from .masks import check_threshold, check_thresholds, masks_of_maps
 from .presence import EVEN_PRIOR, MIN_PRESENCE, check_min_presence, is_present, presence_word
-from .regions import Region, find_regions, point_prompts, run_lengths
+from .regions import Region, find_regions, negative_points, positive_points, run_lengths
 from .similarity import resize_and_normalize
 
 
@@ -49,6 +48,9 @@ class Explanation:
         image (`PIL.Image.Image`, *optional*): the image.
         all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some
             of them only, see [`Engine.prepare`].
+        method (`str`, *optional*): name of the method that computed the maps.
+        refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps
+            have edges that the model may not use.
 
     Raises:
         `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
@@ -64,6 +66,8 @@ class Explanation:
     prior: float | torch.Tensor = EVEN_PRIOR
     image: Image.Image | None = None
     all_scores: torch.Tensor | None = None
+    method: str | None = None
+    refined: bool = False
 
     def __post_init__(self):
         if self.threshold is not None:
@@ -159,9 +163,8 @@ class Explanation:
         return heatmap, masks_of_maps(heatmap[None], least, self.presences[index : index + 1], self.min_presence)[0]
 
     def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
-        """Returns the connected parts of the mask of one text, best first. Raises as `mask`."""
-        heatmap, mask = self.map_and_mask(text, threshold)
-        return find_regions(heatmap.numpy(), mask.numpy())
+        """Returns the connected parts of the mask of one text, best first, see [`find_regions`]. Raises as `mask`."""
+        return find_regions(*(part.numpy() for part in self.map_and_mask(text, threshold)))
 
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
@@ -189,6 +192,16 @@ class Explanation:
         threshold = Explanation.threshold if self.threshold is None else None
         return area < _COVERED * int(self.mask(index, threshold).sum())
 
+    def segments(self, background: Sequence[int | str] = ()) -> Iterator[tuple[str, torch.Tensor, bool]]:
+        """
+        Yields each text with its segment in the [`Explanation.label_map`], `(H, W)` boolean, and whether the other
+        texts cover it.
+        """
+        label_map, hidden = self.label_map(background=background), [self.index(text) for text in background]
+        for index, text in enumerate(self.labels):
+            segment = label_map == index
+            yield text, segment, index not in hidden and self.is_covered(index, segment)
+
     def arrays(self) -> dict[str, np.ndarray]:
         """
         Returns the explanation as arrays, for `np.savez`: `texts`, `scores` and `presence` `(T,)` (NaN for a model
@@ -208,7 +221,8 @@ class Explanation:
         Returns the explanation as plain values, for JSON.
 
         Returns:
-            `dict` with `height` and `width` of maps and masks in pixels, and `texts`, a list of T `dict`:
+            `dict` with `height` and `width` of maps and masks in pixels, `method` and `refined` of the maps, and
+            `texts`, a list of T `dict`:
 
             - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`, or None for a model that
               has none)
@@ -220,11 +234,17 @@ class Explanation:
             Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the
             mask is empty.
         """
+        return {**self.settings(), "texts": [self._text_to_dict(index) for index in range(len(self))]}
+
+    def settings(self) -> dict:
+        """Returns `height` and `width` of maps and masks in pixels, and `method` and `refined` of the maps."""
         height, width = self.size
-        return {"height": height, "width": width, "texts": [self._text_to_dict(index) for index in range(len(self))]}
+        return {"height": height, "width": width, "method": self.method, "refined": self.refined}
 
     def _text_to_dict(self, index: int) -> dict:
         heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
+        regions = find_regions(heatmap, mask)
+        negative = negative_points(heatmap, mask).tolist() if regions else None
         return {
             "text": self.labels[index],
             "score": round(self.scores[index].item(), 4),
@@ -234,10 +254,10 @@ class Explanation:
                 {
                     "score": round(region.score, 4),
                     "box": list(region.box),
-                    "positive_points": positive.tolist(),
-                    "negative_points": negative.tolist(),
+                    "positive_points": positive_points(heatmap, region).tolist(),
+                    "negative_points": negative,
                 }
-                for region, positive, negative in point_prompts(heatmap, mask)
+                for region in regions
             ],
             "mask": run_lengths(mask),
         }
@@ -287,3 +307,41 @@ def coco_annotations(
                 }
             )
     return annotations
+
+
+def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
+    """
+    Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in
+    [0, 1].
+    """
+    try:
+        thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
+    except (TypeError, ValueError, RuntimeError):  # such as None or a string
+        thresholds = torch.tensor(torch.nan)
+    if thresholds.shape not in ((), (count,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
+        several = f", or a list of {count}, one for each text" if count > 1 else ""
+        raise ValueError(f"threshold is a number in [0, 1]{several}, not {threshold!r:.100}.")
+    return thresholds.expand(count)
+
+
+def check_threshold(threshold: float) -> float:
+    """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
+    if np.ndim(threshold):
+        raise ValueError(f"threshold is one number in [0, 1], not {threshold!r:.100}.")
+    return check_thresholds(threshold, 1).item()
+
+
+def masks_of_maps(
+    maps: torch.Tensor,
+    threshold: float | Sequence[float],
+    presences: Sequence[float | None],
+    min_presence: float,
+) -> torch.Tensor:
+    """
+    Computes the masks of T texts, `(T, H, W)` boolean: the pixels whose map, in [0, 1], is greater than the threshold
+    of the text, if the text is present, see [`is_present`].
+    """
+    thresholds = check_thresholds(threshold, len(maps)).float().to(maps.device)
+    present = [is_present(presence, min_presence) for presence in presences]
+    present = torch.tensor(present, dtype=torch.bool, device=maps.device)
+    return (maps > thresholds.view(-1, 1, 1)) & present.view(-1, 1, 1)

@@ -7,7 +7,7 @@ import io
 import os
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from .downloads import download, is_url
 
@@ -201,6 +201,7 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
 def upright(image: Image.Image) -> Image.Image:
     """Turns an image of [`open_image`] by its orientation in EXIF."""
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image  # no copy of it
     except Exception:  # damaged EXIF raises anything; like viewers, show the pixels as stored
         return image

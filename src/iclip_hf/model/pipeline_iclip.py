@@ -12,9 +12,8 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .engine import Engine
-from .explanation import Explanation
+from .explanation import Explanation, check_threshold
 from .images import load_image
-from .masks import check_threshold
 from .presence import MIN_PRESENCE
 from .processing_iclip import check_processor
 from .prompts import split_texts
@@ -152,7 +151,6 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         answers = []
         for index, (label, presence) in enumerate(zip(candidate_labels, explanation.presences)):
             heatmap, mask = explanation.map_and_mask(index)
-            regions = find_regions(heatmap.numpy(), mask.numpy())
             answers.append(
                 {
                     "label": label,
@@ -160,7 +158,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                     "presence": presence,
                     **({} if return_json else {"map": heatmap}),
                     "mask": _mask(mask, return_json),
-                    "boxes": [list(region.box) for region in regions],
+                    "boxes": [list(region.box) for region in find_regions(heatmap.numpy(), mask.numpy())],
                 }
             )
         return sorted(answers, key=lambda answer: -answer["score"])
@@ -236,16 +234,16 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     ) -> list[dict]:
         explanation: Explanation = replace(
             model_outputs["explanation"],
+            labels=candidate_labels,
             threshold=None if threshold is None else check_threshold(threshold),
             min_presence=min_presence,
         )
-        label_map, answers = explanation.label_map(background=background), []
         scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences
-        for index, (label, score) in enumerate(zip(candidate_labels, scores)):
-            mask = label_map == index
+        answers = []
+        for score, (label, mask, is_covered) in zip(scores, explanation.segments(background)):
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
-            if index not in background and explanation.is_covered(index, mask):
+            if is_covered:
                 logger.warning(f"{label!r} is present, but other labels match better nearly everywhere in its mask.")
         return answers
 

@@ -16,11 +16,10 @@ from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
 
 from .configuration_iclip import ICLIPConfig, patch_side
+from .explanation import Explanation, masks_of_maps
 from .images import load_image, to_8_bit, to_pixels, to_rgb
-from .label_maps import segments
-from .masks import check_thresholds, masks_of_maps
 from .prompts import check_templates, check_text, split_texts
-from .regions import MIN_AREA, find_regions, point_prompts
+from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import check_map_size, resize_and_normalize
 
 
@@ -383,11 +382,13 @@ class ICLIPProcessor(ProcessorMixin):
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
         _check_presence(presence, min_presence)
         presence = [None] * len(maps) if presence is None else presence
-        if threshold is not None:
-            threshold = check_thresholds(threshold, maps.shape[1]).tolist()
+        options = {"threshold": threshold, "min_presence": 0 if min_presence is None else min_presence}
+        texts = [str(number) for number in range(maps.shape[1])]
         return [
-            segments(raw_maps, check_map_size(size), image_presence, min_presence, threshold, background)
-            for raw_maps, size, image_presence in zip(maps, sizes, presence, strict=True)
+            Explanation(texts, raw_maps[:, 0, 0], of_image, raw_maps, check_map_size(size), **options).label_map(
+                background=background
+            )
+            for raw_maps, size, of_image in zip(maps, sizes, presence, strict=True)
         ]
 
     def post_process_boxes(
@@ -407,8 +408,8 @@ class ICLIPProcessor(ProcessorMixin):
             `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
         """
         results = []
-        for texts in _arrays(maps, masks):
-            regions = [(label, region) for label, text in enumerate(texts) for region in find_regions(*text, min_area)]
+        for texts in _regions(maps, masks, min_area):
+            regions = [(label, region) for label, *_, of_text in texts for region in of_text]
             results.append(
                 {
                     "scores": torch.tensor([region.score for _, region in regions]),
@@ -442,12 +443,12 @@ class ICLIPProcessor(ProcessorMixin):
         """
         point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
         results = []
-        for texts in _arrays(maps, masks):
+        for texts in _regions(maps, masks, min_area):
             labels, points = [], []
-            for label, text in enumerate(texts):
-                for _, positive, negative in point_prompts(*text, min_area, num_positive, num_negative):
-                    labels.append(label)
-                    points.append(np.concatenate([positive, negative]))
+            for label, heatmap, mask, regions in texts:
+                outside = negative_points(heatmap, mask, num_negative)
+                points += [np.concatenate([positive_points(heatmap, one, num_positive), outside]) for one in regions]
+                labels += [label] * len(regions)
             results.append(
                 {
                     "labels": torch.tensor(labels, dtype=torch.long),
@@ -458,10 +459,12 @@ class ICLIPProcessor(ProcessorMixin):
         return results
 
 
-def _arrays(maps, masks) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
-    """Yields map and mask of each text as arrays, for each image."""
+def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarray, np.ndarray, list[Region]]]]:
+    """Yields index, map, mask and regions of each text that has any, for each image."""
     for image_maps, image_masks in zip(maps, masks, strict=True):
-        yield list(zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True))
+        texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
+        found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
+        yield [text for text in found if text[-1]]
 
 
 def _check_presence(presence: torch.Tensor | None, min_presence: float | None) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 
 # Half a patch of a 16x16 grid. Smaller parts result from the enlargement of the map, not from the image.
 MIN_AREA = 0.002
+# Parts with a smaller share of the first one's weight are left out, chosen on the even images of COCO and ADE20K.
+MIN_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,34 @@ class Region:
         return inside
 
 
-def find_regions(heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA) -> list[Region]:
+def find_regions(
+    heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA, min_weight: float = MIN_WEIGHT
+) -> list[Region]:
     """
-    Finds the connected parts of a mask, best score first. Pixels that share a corner are connected.
+    Finds the connected parts of a mask, best first: by their weight, the sum of what the map exceeds its lowest value
+    in the mask by, which is nearly the threshold. Pixels that share a corner are connected.
 
     Args:
         heatmap (`np.ndarray` of shape `(H, W)`): the map of the mask, in [0, 1].
         mask (`np.ndarray` of shape `(H, W)`): boolean.
         min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
+        min_weight (`float`): parts of a smaller weight are left out, as a share of the first one's, in [0, 1].
     """
     if heatmap.shape != mask.shape:
         raise ValueError(f"The map has the shape {heatmap.shape}, but the mask {mask.shape}.")
     runs = _runs(mask)
     parts = _connected(runs, mask.shape[1])
     lengths, sums = runs[:, 2] - runs[:, 1], _sums(heatmap, runs)
-    areas = np.bincount(parts, weights=lengths)
+    areas, totals = np.bincount(parts, weights=lengths), np.bincount(parts, weights=sums)
+    weights = totals - areas * heatmap.min(where=mask, initial=1)
+    large = np.flatnonzero((areas > 0) & (areas >= min_area * mask.size))
+    ranked = large[np.argsort(-weights[large], kind="stable")]
     regions = []
-    for part in np.flatnonzero((areas > 0) & (areas >= min_area * mask.size)):
-        in_part = parts == part
-        (y0, x0, _), (y1, _, x1) = runs[in_part].min(axis=0).tolist(), runs[in_part].max(axis=0).tolist()
-        regions.append(Region((x0, y0, x1, y1 + 1), float(sums[in_part].sum() / areas[part]), runs[in_part]))
-    return sorted(regions, key=lambda region: -region.score)
+    for part in ranked[weights[ranked] >= min_weight * weights[ranked].max(initial=0)]:
+        of_part = runs[parts == part]
+        (y0, x0, _), (y1, _, x1) = of_part.min(axis=0).tolist(), of_part.max(axis=0).tolist()
+        regions.append(Region((x0, y0, x1, y1 + 1), float(totals[part] / areas[part]), of_part))
+    return regions
 
 
 def _runs(mask: np.ndarray) -> np.ndarray:
@@ -98,18 +107,6 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
         if np.array_equal(merged, parts):
             return parts
         parts = merged
-
-
-def point_prompts(
-    heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA, num_positive: int = 1, num_negative: int = 3
-) -> list[tuple[Region, np.ndarray, np.ndarray]]:
-    """
-    Returns the regions of [`find_regions`], each with its [`positive_points`] and the [`negative_points`] of the mask,
-    which all regions share.
-    """
-    regions = find_regions(heatmap, mask, min_area)
-    negative = negative_points(heatmap, mask, num_negative) if regions else None
-    return [(region, positive_points(heatmap, region, num_positive), negative) for region in regions]
 
 
 def positive_points(heatmap: np.ndarray, region: Region, count: int = 1) -> np.ndarray:

@@ -1,9 +1,103 @@
-"""Windows that slide over prepared images."""
+"""What a model sees of prepared images, the whole or windows of it, and how the maps and scores become one."""
+
+from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch.nn import functional as F
+
+from .similarity import resize_maps
+
+
+# Sharpness of the smooth maximum of the scores of windows, near the scale of logits: the mean of the odds.
+WINDOW_SHARPNESS = 20.0
+
+
+class WholeImage:
+    """The whole image, as it is prepared."""
+
+    def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the pixel values of each view of images `(B, 3, H, W)`."""
+        return [pixel_values]
+
+    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        """Joins the raw maps `(B, T, h, w)` of the views of images of a size in pixels, float32."""
+        return maps[0]
+
+    def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Joins the cosines `(B, T)` of the views and texts."""
+        return cosines[0]
+
+
+class SlidingWindows(WholeImage):
+    """
+    Square windows, as benchmarks of segmentation have them. The value of a patch is its mean over the windows that
+    contain it.
+
+    Args:
+        window, stride (`int`): side and distance of the windows in pixels, multiples of `patch_size`.
+        patch_size (`int`): side of a patch in pixels.
+    """
+
+    def __init__(self, window: int, stride: int, patch_size: int):
+        self.window, self.stride, self.patch_size = window, stride, patch_size
+
+    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+        return sliding_windows(size, (self.window,) * 2, (self.stride,) * 2)
+
+    def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        return [pixel_values[..., rows, columns] for rows, columns in self._places(pixel_values.shape[2:])]
+
+    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        return mean_of_windows(maps, self._places(size), size, self.patch_size)
+
+
+class TwoScales(WholeImage):
+    """
+    The whole image, and four windows of that size on the image at 7/4 of its height and width. Two neighbours share a
+    quarter of a window, where the weight of each falls towards its edge, so that there are no seams. The value of a
+    patch is the mean of both scales. The score is the mean of that of the whole and log mean exp(20 s) / 20 over the
+    windows.
+
+    Args:
+        patch_size (`int`): side of a patch in pixels.
+    """
+
+    def __init__(self, patch_size: int):
+        self.patch_size = patch_size
+
+    def size(self, usual: dict[str, int]) -> dict[str, int]:
+        """Returns the size of the larger image, whose windows have the usual size, in whole patches."""
+        if "shortest_edge" in usual:
+            return {"shortest_edge": round(7 * usual["shortest_edge"] / 4)}
+        # A size that is no multiple of the patch size stays none, for the processor's error.
+        sides = {name: divmod(side, self.patch_size) for name, side in usual.items()}
+        return {name: round(7 * patches / 4) * self.patch_size + rest for name, (patches, rest) in sides.items()}
+
+    def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        size = pixel_values.shape[2:]
+        whole = F.interpolate(pixel_values, self._window(size), mode="bicubic", antialias=True)
+        return [whole, *(pixel_values[..., rows, columns] for rows, columns in self._places(size))]
+
+    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        of_windows = mean_of_windows(maps[1:], self._places(size), size, self.patch_size, tapered=True)
+        return (resize_maps(maps[0], of_windows.shape[2:]) + of_windows) / 2
+
+    def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole, *windows = cosines
+        smooth_maximum = (WINDOW_SHARPNESS * torch.stack(windows)).logsumexp(0) - math.log(len(windows))
+        return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
+
+    def _window(self, size: tuple[int, int]) -> tuple[int, int]:
+        return tuple(max(1, round(4 * side / self.patch_size / 7)) * self.patch_size for side in size)
+
+    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+        window = self._window(size)
+        stride = tuple(max(side - length, self.patch_size) for side, length in zip(size, window))
+        return sliding_windows(size, window, stride)
 
 
 def sliding_windows(
@@ -12,10 +106,6 @@ def sliding_windows(
     """
     Returns the rows and the columns of each window that slides over an image `(H, W)`. The last window of a row or
     column ends at the image's edge, and a window is never larger than the image.
-
-    Args:
-        size, window, stride (`tuple[int, int]`): height and width of the image and of the windows, and their distance
-            along each side, in pixels; strides are at most the window.
     """
     last = (max(side - length, 0) for side, length in zip(size, window))
     starts = ([*range(0, end, step), end] for end, step in zip(last, stride))
@@ -30,18 +120,8 @@ def mean_of_windows(
     tapered: bool = False,
 ) -> torch.Tensor:
     """
-    Joins the raw maps of windows. The value of a patch is its mean over the windows that contain it.
-
-    Args:
-        maps: raw map of each window, `(B, T, h', w')`, with a value for each patch.
-        windows: rows and columns of each window in pixels, from [`sliding_windows`].
-        size (`tuple[int, int]`): height and width of the images in pixels, multiples of the patch size.
-        patch_size (`int`): side of a patch in pixels.
-        tapered (`bool`): whether a window's weight in the mean falls linearly from its middle to its edges, so that
-            the maps have no seams where windows end. All have the same weight otherwise.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, H / patch_size, W / patch_size)`, float32.
+    Joins the raw maps `(B, T, h', w')` of windows: the value of a patch is its mean over the windows that contain it,
+    with equal weights or, if `tapered`, weights that fall linearly from the middle of a window to its edges.
     """
     mean = None
     for of_window, (rows, columns) in zip(maps, windows, strict=True):
@@ -64,13 +144,3 @@ def _tent(maps: torch.Tensor) -> torch.Tensor:
         for side in maps.shape[-2:]
     )
     return torch.outer(rows, columns).to(maps.dtype)
-
-
-def half_windows(size: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """
-    Returns window and stride, as [`sliding_windows`] takes them, of 3x3 windows of half the height and half the width
-    of an image `(H, W)` in pixels, in whole patches, each of which shares half with the next.
-    """
-    patches = [side // patch_size for side in size]
-    window = tuple(patch_size * -(-number // 2) for number in patches)
-    return window, tuple(patch_size * max(1, -(-number // 4)) for number in patches)

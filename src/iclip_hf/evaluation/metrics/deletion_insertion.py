@@ -136,8 +136,10 @@ class DeletionInsertion(MeasuredClassMeans):
             maps = explain(prepared.pixel_values)[0]
             sees_text = self.run.engines[method].method.sees_text
             followed.append(maps if sees_text else maps[:1])  # one map for all texts is measured once
-        # Scores come from the model's own size.
-        pixel_values = prepared.pixel_values if prepared.score_pixel_values is None else prepared.score_pixel_values
+        # Scores come from the whole image at the model's own size.
+        pixel_values = prepared.score_pixel_values
+        if pixel_values is None:
+            pixel_values = self.run.engine.scales.views(prepared.pixel_values)[0]
         curves = deletion_insertion(
             self.score,
             pixel_values[0].to(self.run.texts.text_embeds.device),

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...model.label_maps import BACKGROUND_LABEL, label_map
+from ...model.windows import SlidingWindows
 from ..functional import THRESHOLDS, area_counts, to_numpy
 from .metric import EvaluatedImage, Metric
 
@@ -190,13 +191,11 @@ class Segmentation(Metric):
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
         """Returns raw maps of all texts `(T, h, w)` by method for each image."""
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
-        by_method = {}
-        for method, engine in self.run.engines.items():
-            if self.window is None:
-                maps, _ = engine.raw_maps(pixel_values, self.encoded)
-            else:
-                maps = engine.windowed_maps(pixel_values, self.encoded, self.window, self.stride)
-            by_method[method] = maps.cpu()
+        windows = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
+        by_method = {
+            method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0].cpu()
+            for method, engine in self.run.engines.items()
+        }
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:

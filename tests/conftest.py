@@ -35,11 +35,15 @@ from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
+from iclip_hf.backends import embedded
 
 
 # Tests of properties on a machine of any speed.
 settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any speed")
+
+# The nouns that random models encode stay out of the user's cache too.
+embedded.nouns_folder = lambda: Path(_MODULES.name, "nouns")
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:

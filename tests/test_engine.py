@@ -326,9 +326,9 @@ def test_texts_are_alike_from_a_cosine_of_seven_tenths():
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
-    monkeypatch.setattr(
-        "iclip_hf.explainers.explain.vocabulary", lambda: dict.fromkeys(["dog", "ball", "car", "sky"], 0.1)
-    )
+    nouns = dict.fromkeys(["dog", "ball", "car", "sky"], 0.1)
+    for module in ("backends.embedded", "explainers.explain"):
+        monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)
     found = explain((tiny_model(), tiny_processor), IMAGES)
     assert [sorted(one.labels) for one in found] == [["ball", "car", "dog", "sky"]] * 2
     assert all(one.scores.diff().max() <= 1 for one in found) and found[0].maps.shape == (4, 40, 60)

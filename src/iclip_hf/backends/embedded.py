@@ -22,23 +22,28 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
+from weakref import WeakKeyDictionary
 from zipfile import ZipFile
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file as save_arrays
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ..data.nouns import marked_nouns
-from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
+from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.files import atomic_write, build_once, cache_folder
+from ..model.prompts import check_templates
+from ..utils.files import atomic_write, build_once, cache_folder, keep_in_cache
+from .explainable import ExplainableModel
+from .families import ExplainableICLIP
+from .identity import digest
 
 
 logger = logging.getLogger(__name__)
@@ -55,6 +60,8 @@ _TOWER_IDS = {"vision_config": "facebook/dinov2-small", "text_config": "sentence
 # Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and
 # the power of the number of photographs that a prior is proportional to.
 _FEWEST, _MEAN_PRIOR, _PRIOR_POWER = 20, 0.05, 0.3
+# The encoded nouns of each loaded model, by the templates.
+_ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFeatures]] = WeakKeyDictionary()
 
 
 def vocabulary() -> dict[str, float]:
@@ -71,6 +78,30 @@ def vocabulary() -> dict[str, float]:
     logs = {noun: math.log(count) for noun, count in counts.items() if count >= _FEWEST}
     mean = sum(logs.values()) / len(logs)
     return {noun: _MEAN_PRIOR * math.exp(_PRIOR_POWER * (log - mean)) for noun, log in logs.items()}
+
+
+def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
+    """
+    Returns the nouns of [`vocabulary`] as [`ExplainableModel.encode_texts`] encodes them. A model encodes them once:
+    they are kept with the loaded model, and in the cache folder by the identity of the model. Load a model again after
+    a change of its weights.
+    """
+    templates = check_templates(model.processor.templates if templates is None else templates)
+    encoded = _ENCODED.setdefault(model, {})
+    if tuple(templates) not in encoded:
+        nouns = [*vocabulary()]
+        file = nouns_folder() / f"{digest([model.identity | {'model': ''}, templates, nouns])}.safetensors"
+        if file.is_file():
+            encoded[tuple(templates)] = ICLIPTextFeatures(**load_file(file, str(model.device)))
+        else:
+            encoded[tuple(templates)] = features = model.encode_texts(nouns, templates)
+            keep_in_cache(file, partial(save_file, {name: tensor.clone() for name, tensor in features.items()}))
+    return encoded[tuple(templates)]
+
+
+def nouns_folder() -> Path:
+    """Returns the folder of encoded nouns, which may not exist yet."""
+    return cache_folder() / "nouns"
 
 
 def embedded_folder() -> Path:
@@ -120,9 +151,9 @@ def _join(folder: Path) -> None:
     model.load_state_dict({**model.state_dict(), **weights})
     name_towers(model, *_TOWER_IDS)
     model.save_pretrained(folder)
-    ICLIPProcessor.from_vision_text_pretrained(vision, text, **json.loads(metadata["processor"])).save_pretrained(
-        folder
-    )
+    processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **json.loads(metadata["processor"]))
+    processor.save_pretrained(folder)
+    encoded_vocabulary(ExplainableICLIP(model.eval(), processor))
 
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:

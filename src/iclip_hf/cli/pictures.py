@@ -90,7 +90,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     is_writing = bool(picture or folder)
     engine = _load_engine(options)
     # After the checks, because these import torch.
-    from ..backends.embedded import vocabulary
+    from ..backends.embedded import encoded_vocabulary, vocabulary
     from ..explainers.explain import NOUNS
 
     def read(path: str) -> tuple[str, PreparedImage | None]:
@@ -119,7 +119,8 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
         headings = (
             ("text", "presence") if options.texts else (f"best of {len(texts):,} nouns", "presence at its prior")
         )
-        explanations = engine.run((image for _, image in prepared), texts, options.batch_size, best)
+        encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
+        explanations = engine.run((image for _, image in prepared), texts, options.batch_size, best, encoded)
         entries, lines = prefetch_map(thread, written, zip(named, explanations), 4), None
         for entry in tqdm(entries, total=len(images), unit="image", disable=alone or None):
             problem = entry.pop("problem", None)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..backends.embedded import vocabulary
+from ..backends.embedded import encoded_vocabulary, vocabulary
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines, normalize
 from ..model.presence import EVEN_PRIOR, at_prior, check_priors
 from ..model.prompts import check_text, split_texts
@@ -76,7 +76,7 @@ class CompetingITSM(Explainer):
     def _encode(self, templates: tuple[str, ...]) -> tuple[torch.Tensor, ICLIPTextFeatures]:
         """Returns the mean of the vocabulary `(P,)` and the encoded rivals, in these prompts."""
         if templates not in self._encoded:
-            known = self.model.encode_texts(self.nouns, templates)
+            known = encoded_vocabulary(self.model, templates)
             rivals = known if self.rivals == self.nouns else self.model.encode_texts(self.rivals, templates)
             self._encoded[templates] = known.text_embeds.float().mean(0), rivals
         return self._encoded[templates]

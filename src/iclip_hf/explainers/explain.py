@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
-from ..backends.embedded import vocabulary
+from ..backends.embedded import encoded_vocabulary, vocabulary
 from ..model.engine import Engine
 from ..model.explanation import Explanation, check_threshold
 from ..model.images import load_image
@@ -91,7 +91,8 @@ def explain(
         raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
     explainer = make_explainer(model, method, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine, multi_scale)
-    explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best)
+    encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
+    explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best, encoded)
     explanations = [
         replace(explanation, threshold=threshold, min_presence=min_presence)
         for explanation in tqdm(explanations, total=len(images), unit="image", disable=not progress)

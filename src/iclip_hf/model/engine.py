@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from .explanation import Explanation
 from .images import load_image
@@ -34,7 +35,7 @@ from .windows import TwoScales, WholeImage
 logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
-TEXT_BATCH = 256
+TEXT_BATCH = 64
 # Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
 SIMILAR_TEXTS = 0.7
 _TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
@@ -143,7 +144,7 @@ class Engine:
         `(T, P)`. Raises `ValueError` if one is empty.
         """
         step, parts = max(1, TEXT_BATCH // len(self.templates)), []
-        for start in range(0, len(labels), step):
+        for start in tqdm(range(0, len(labels), step), "Encoding texts", leave=False, unit="batch", delay=2):
             prompts = self.processor(labels=labels[start : start + step], templates=self.templates)
             mask = prompts.get("attention_mask")
             if mask is not None and mask.shape[1] == self.processor.max_text_length and mask[:, -1].any():
@@ -210,6 +211,7 @@ class Engine:
         texts: str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, float] | ICLIPTextFeatures,
         batch_size: int = 8,
         best: int | None = None,
+        encoded: ICLIPTextFeatures | None = None,
     ) -> Iterator[Explanation | None]:
         """
         Yields the explanations of images in their order.
@@ -224,6 +226,7 @@ class Engine:
             best (`int`, *optional*): explains only so many texts of each image, those with the highest presence, or
                 score of a model without, best first. A text that resembles a better one, such as "puppy" after "dog",
                 is skipped. `Explanation.all_scores` has all scores.
+            encoded ([`ICLIPTextFeatures`], *optional*): the result of [`Engine.encode`] for `texts`, if there is one.
 
         Raises:
             `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the
@@ -253,7 +256,7 @@ class Engine:
                 labels = list(dict.fromkeys(itertools.chain(*lists)))
                 number = {label: index for index, label in enumerate(labels)}
                 indices = [[number[label] for label in image_labels] for image_labels in lists]
-            encoded = self.encode(labels)
+            encoded = self.encode(labels) if encoded is None else encoded
         return self._explanations(images, labels, encoded, indices, priors, batch_size, best)
 
     def _explanations(

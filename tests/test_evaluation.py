@@ -161,7 +161,7 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, t
 @pytest.mark.parametrize("supercategories", [("animal", "toy", "animal"), None])
 def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tiny_processor, supercategories):
     """In prompts of the caller's. Of three classes, the nearest tenth is one."""
-    model = load((tiny_model(logit_bias_init_value=0.0), tiny_processor))
+    model = load((tiny_model(seed=1, logit_bias_init_value=0.0), tiny_processor))
     dataset = load_segmentation("folder", labelled_folder)
     dataset.supercategories, dataset.stuff, templates = supercategories, (2,), ["the dog {}"]
     texts = model.encode_texts(NAMES, templates)
@@ -375,7 +375,7 @@ def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_ha
     assert "presence" not in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
     with pytest.raises(ValueError, match="no presence of its own"):
         evaluate_model(model, dataset, metrics=["presence"], progress=False)
-    model = load((tiny_model(logit_bias_init_value=0.0), tiny_processor))
+    model = load((tiny_model(seed=1, logit_bias_init_value=0.0), tiny_processor))
     assert "presence" in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
     encoded = []
     encode_texts = type(model).get_text_features

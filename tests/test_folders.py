@@ -679,7 +679,7 @@ def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
     results, command = tmp_path / "results.json", ["export", str(exported), str(tmp_path / "a"), "--results"]
     for protocol, parts in (
         (identity(tiny_model(seed=1), other_mean), "processor, weights"),
-        ({}, "configuration, processor, tokenizer, weights"),
+        ({}, "configuration, processor, weights"),
     ):
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}}))
         assert cli.main([*command, str(results)]) == 2

@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,8 +57,8 @@ CHANGES = {
     "image_mean": ("processor", lambda f: edit_json(f, PROCESSOR, "image_processor", "image_mean", to=[0.5] * 3)),
     "text_padding": ("processor", lambda f: edit_json(f, PROCESSOR, "text_padding", to="max_length")),
     "templates": ("processor", lambda f: edit_json(f, PROCESSOR, "templates", to=["a {}"])),
-    "two words": ("tokenizer", lambda f: edit_json(f, "tokenizer.json", "model", "vocab", to=swapped)),
-    "case": ("tokenizer", lambda f: edit_json(f, "tokenizer_config.json", "do_lower_case", to=False)),
+    "two words": ("processor", lambda f: edit_json(f, "tokenizer.json", "model", "vocab", to=swapped)),
+    "case": ("processor", lambda f: edit_json(f, "tokenizer_config.json", "do_lower_case", to=False)),
 }
 
 
@@ -93,24 +92,15 @@ class OnDisk:
         self.folder, self.config = folder, tiny_model().config
 
 
-def test_all_weights_of_an_onnx_folder_count(tmp_path, tiny_processor):
-    """Graphs may name files of any name that hold their weights."""
-    folder = tmp_path / "model"
-    for file in ("vision_model.onnx", "text_model.onnx", "weights.bin", "data/more", "config.json", "README.md"):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(file)
-    before = identity(OnDisk(folder), tiny_processor)
-    for file, parts in (
-        ("text_model.onnx", ["weights"]),
-        ("weights.bin", ["weights"]),
-        ("data/more", ["weights"]),
-        ("README.md", []),
-        (".cache/huggingface/download.lock", []),
-    ):
-        shutil.copytree(folder, tmp_path / file)
-        (tmp_path / file / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file / file).write_text("else")
-        assert changed(before, identity(OnDisk(tmp_path / file), tiny_processor)) == parts
+def test_both_graphs_of_an_onnx_folder_count(tmp_path, tiny_processor):
+    files = ("vision_model.onnx", "text_model.onnx", "config.json", "README.md")
+    for file in files:
+        (tmp_path / file).write_text(file)
+    before = identity(OnDisk(tmp_path), tiny_processor)
+    for file in files:
+        (tmp_path / file).write_text("else")
+        assert changed(before, identity(OnDisk(tmp_path), tiny_processor)) == ["weights"] * file.endswith("onnx")
+        (tmp_path / file).write_text(file)
 
 
 @pytest.mark.parametrize(("vision", "text"), [*zip(VISION, itertools.cycle(TEXT))])
@@ -151,26 +141,54 @@ def other_value(name: str):
     usual = getattr(ICLIPConfig(), name)
     if isinstance(usual, (str, bool)):
         return others[name] if isinstance(usual, str) else not usual
-    return type(usual)(usual / 2) if usual else 1
+    return (usual / 2 or 0.5) if isinstance(usual, float) else 2 * (usual or 1)
+
+
+WITHOUT_EFFECT = ICLIPConfig.option_names("training", "weights")
+
+
+def test_every_option_says_what_depends_on_it():
+    """The lists as they were kept by hand."""
+    assert {*ICLIPConfig.option_names()} == {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}
+    loss = {"noun_weight", "unknown_weight", "noun_competition", "known_competition"}
+    assert {*ICLIPConfig.option_names("training")} == loss | {"map_tokens", "lock_vision"}
+    assert ICLIPConfig.option_names("weights") == ["logit_scale_init_value", "logit_bias_init_value"]
+    always = {"max_over", "attention_quantile", "value_share", "average_layers", "even_patches"}
+    assert ICLIPConfig().feature_options.keys() == always
+    patches = {"attention_norm", "center_tokens", "map_affinity", "map_tokens"}
+    assert ICLIPConfig(max_over="similarity").feature_options.keys() == always | patches
+    known = [ICLIPConfig(max_over="similarity", known_competition=weight).feature_options for weight in (0, 0.1, 0.2)]
+    assert known[0] != known[1] == known[2]
 
 
 def test_options_of_the_model_count_for_a_configuration_unless_only_training_reads_them():
     digests = {}
-    for name in {*ICLIPConfig.__annotations__} - {"vision_config", "text_config"}:
+    for name in ICLIPConfig.option_names():
         config = ICLIPConfig()
         setattr(config, name, other_value(name))  # also where two options are checked against each other
-        digests[name] = module.configuration_digest(config)
-    usual = module.configuration_digest(ICLIPConfig())
-    assert {name for name in digests if digests[name] == usual} == {*module.TRAINING_OPTIONS}
+        digests[name] = module.digest(config)
+    usual = module.digest(ICLIPConfig())
+    assert {name for name in digests if digests[name] == usual} == {*WITHOUT_EFFECT}
     counted = [value for value in digests.values() if value != usual]
     assert len({*counted}) == len(counted) > 10
 
 
-@pytest.mark.parametrize("name", module.TRAINING_OPTIONS)
+def test_presence_of_an_onnx_folder_counts(tmp_path, tiny_processor):
+    """It is computed from the configuration, which has the trained scale and bias."""
+    (tmp_path / "vision_model.onnx").touch()
+    options, found = {"logit_bias_init_value": -2.0}, []
+    for change in ({}, {"logit_scale_init_value": 1.0}, {"logit_bias_init_value": -3.0}, {"noun_weight": 0.1}):
+        model = OnDisk(tmp_path)
+        model.config = tiny_model(**{**options, **change}).config
+        found.append(identity(model, tiny_processor))
+    assert [changed(found[0], one) for one in found] == [[], ["weights"], ["weights"], []]
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_no_output_depends_on_an_option_that_does_not_count(name):
     kind = {"max_over": "similarity", "map_attention": "signed", "logit_bias_init_value": -2}
     model = tiny_model(**kind)
-    other = tiny_model(**kind, **{name: other_value(name)})
+    other = tiny_model(**{**kind, name: other_value(name)})
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         outputs = [one(**tiny_inputs(), output_similarity_maps=True) for one in (model, other)]
@@ -197,27 +215,11 @@ def test_models_of_open_clip_by_weights_layers_images_and_tokens():
     other.visual.preprocess_cfg = {"mean": (0.4, 0.5, 0.5)}
     assert changed(before, identity(other, open_clip.SimpleTokenizer(context_length=20))) == [
         "configuration",
-        "tokenizer",
+        "processor",
     ]
     other = made(quick_gelu=True)
     other.visual.preprocess_cfg = model.visual.preprocess_cfg
     assert changed(before, identity(other, tokenizer)) == ["configuration"]
-
-
-def test_heads_of_a_model_of_open_clip_count():
-    attention = torch.nn.MultiheadAttention(8, 2)
-    before = module._plain_options(attention)
-    assert module.digest(before) == module.digest(module._plain_options(attention.eval()))
-    attention.num_heads = 4
-    assert before != module._plain_options(attention)
-
-
-def test_a_vocabulary_of_sentencepiece_counts():
-    def tokenizer(model: bytes) -> SimpleNamespace:
-        return SimpleNamespace(sp_model=SimpleNamespace(serialized_model_proto=lambda: model))
-
-    assert module.tokenizer_digest(tokenizer(b"1")) == module.tokenizer_digest(tokenizer(b"1"))
-    assert module.tokenizer_digest(tokenizer(b"1")) != module.tokenizer_digest(tokenizer(b"2"))
 
 
 def test_weights_that_accelerate_offloads_count(tiny_processor):

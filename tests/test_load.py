@@ -56,7 +56,7 @@ def test_every_source_gives_the_same_model(world):
     for source in (by_name, str(world.folder / "model"), (world.model, world.processor)):
         found = explain(source, PHOTO, ["dog", "cat"])
         torch.testing.assert_close(found.raw_maps.cpu(), expected.raw_maps, atol=1e-4, rtol=0)
-    assert by_name.identity["weights"] == loaded.identity["weights"]
+    assert by_name.identity["weights"] == loaded.identity["weights"] and loaded.identity is loaded.identity
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
 
 

@@ -68,7 +68,7 @@ CHANGES = {
         "weights",
         lambda f: edit((m := f / "vision" / "model.safetensors"), m.read_bytes()[-8:], b"\0" * 8),
     ),
-    "words": ("towers", "tokenizer", lambda f: edit_json(f / "text", "tokenizer.json", "model", "vocab", to=swapped)),
+    "words": ("towers", "processor", lambda f: edit_json(f / "text", "tokenizer.json", "model", "vocab", to=swapped)),
     "weights of the model": ("model", "weights", lambda f: edit_weights(f / "model", lambda weight: weight + 1)),
     "an image": ("model", "data", lambda f: other_image(f / "pairs" / "3.bmp")),
     "a caption": ("model", "data", lambda f: edit(f / "pairs" / "pairs.csv", b"ball", b"wall")),

@@ -171,8 +171,7 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
             weights[name] = (weight / scales).round().clamp(-127, 127).to(torch.int8)
         elif name.startswith(OWN_WEIGHTS):
             weights[name] = weight.half()
-    names = [name for name in type(model.config).__annotations__ if name not in ("vision_config", "text_config")]
-    config = json.dumps({name: getattr(model.config, name) for name in names})
+    config = json.dumps({name: getattr(model.config, name) for name in model.config.option_names()})
     metadata = {"format": "pt", "config": config, "processor": json.dumps({"templates": processor.templates})}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=metadata)

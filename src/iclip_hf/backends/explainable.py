@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -35,12 +36,9 @@ class ExplainableModel(ABC):
         self.network = model
         self.processor = processor
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, str]:
-        """
-        Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]. Reads all
-        weights.
-        """
+        """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]."""
         return identity(*self._given)
 
     @property

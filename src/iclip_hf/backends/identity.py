@@ -1,6 +1,4 @@
-"""
-The identity of a model: digests of everything that its numbers depend on. Caches, cards, results and runs compare it.
-"""
+"""The identity of a model: digests of weights, configuration and processor, which cards, results and runs compare."""
 
 from __future__ import annotations
 
@@ -9,66 +7,55 @@ import json
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
-from ..model.configuration_iclip import LOSS_OPTIONS
-from ..utils.digests import content_digest
+from ..model.configuration_iclip import ICLIPConfig
+from ..utils.digests import file_digest
 from . import DTYPES
 
 
-# Options that only training reads. The weights hold what it made of them.
-TRAINING_OPTIONS = (*LOSS_OPTIONS, "map_tokens", "lock_vision", "logit_scale_init_value")
-# Options that change no number: these, the place of the files, the code that wrote or loads them, and the dtype of the
-# files (the loaded weights have a dtype of their own, which counts).
+# Options that change no number: those that training alone reads or that the weights hold, the place of the files, the
+# code that wrote or loads them, and the dtype of the files.
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
-_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *TRAINING_OPTIONS}
+_WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *ICLIPConfig.option_names("training", "weights")}
 # The classes of configurations and image processors, which count although they are the defaults of themselves.
 _KINDS = ("model_type", "image_processor_type")
-# What transformers adds to a tokenizer of the tokenizers library.
-_TOKENIZER_OPTIONS = ("model_input_names", "padding_side", "special_tokens_map", "truncation_side")
-# Of other tokenizers: what they have met, and the place of their files.
+# Of a tokenizer of open_clip: what it has met, and the place of its files.
 _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
 
 
 def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     """
-    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding, which
-    also depends on the software, the device, the number of threads and the size of batches. Reads all weights, 100 MB
-    in 0.1 s.
+    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding. Reads
+    all weights, 100 MB in 0.1 s.
 
     Args:
         model, processor: a pair for [`load`].
         dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
-        `dict` with `model`, a name, which may be that of its folder; and what counts: `configuration`, `weights`,
-        `dtype`, `processor` (options and image processor) and `tokenizer`.
+        `dict` with `model`, a name, which may be that of its folder; and what counts: digests of `configuration`,
+        `weights` and `processor` (options, image processor and tokenizer), and `dtype`.
     """
-    if isinstance(model, torch.nn.Module):
-        rounded = getattr(torch, dtype) if dtype in DTYPES else None
-        used, weights = rounded or next(model.parameters()).dtype, weights_digest(model, rounded)
-    else:  # ONNX, any of whose files can hold weights, but for what the other parts describe
-        files = [file for file in model.folder.rglob("*") if file.is_file() and file.suffix not in (".json", ".md")]
-        hidden = {file for file in files if "/." in f"/{file.relative_to(model.folder).as_posix()}"}
-        used, weights = model.dtype, content_digest(sorted({*files} - hidden), model.folder)
     config = getattr(model, "config", None)
+    if isinstance(model, torch.nn.Module):
+        used = getattr(torch, dtype) if dtype in DTYPES else next(model.parameters()).dtype
+        weights = {name: w.to(used) if w.is_floating_point() and dtype else w for name, w in _weights(model).items()}
+    else:  # ONNX, whose logit scale and bias are in its configuration
+        trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
+        used, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
     if config is None:  # of open_clip
-        layers = {name: _plain_options(layer) for name, layer in model.named_modules()}
-        configuration = digest([str(model), model.visual.preprocess_cfg, model.visual.image_size, layers])
-    else:
-        configuration = configuration_digest(config)
-    options, tokenizer = {}, processor
-    if images := getattr(processor, "image_processor", None):
-        options, tokenizer = processor.to_dict() | {"image_processor": _options(images)}, processor.tokenizer
+        config = [str(model), model.visual.preprocess_cfg, model.visual.image_size]
     return {
         "model": getattr(config, "_name_or_path", "") or type(model).__name__,
-        "configuration": configuration,
-        "weights": weights,
+        "configuration": digest(config),
+        "weights": digest(weights),
         "dtype": str(used).removeprefix("torch."),
-        "processor": digest({name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}),
-        "tokenizer": tokenizer_digest(tokenizer),
+        "processor": digest(processor),
     }
 
 
@@ -81,51 +68,11 @@ def changed(then: Mapping, now: Mapping) -> list[str]:
 def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
     """
     Returns the parts of the identity in which a model differs from the one that results or a card describe. The
-    described dtype may be lower than the model's, whose weights are rounded to it. A model in a lower dtype than the
-    described one differs in its weights. `start` is the identity that the model had, if it was trained since.
+    described dtype may be lower than the model's, whose weights are rounded to it. `start` is the identity that the
+    model had, if it was trained since.
     """
     now = start or identity(model, processor, described.get("dtype"))
-    parts = ("configuration", "processor", "tokenizer", "weights")
-    return [part for part in parts if described.get(part) != now[part]]
-
-
-def configuration_digest(config: PreTrainedConfig) -> str:
-    """Returns 16 hex digits over the options of a configuration, and of those within it, that can change a number."""
-    return digest(_options(config))
-
-
-def weights_digest(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
-    """
-    Returns 32 hex digits over names, shapes and values of weights, of which floating-point ones are first rounded to
-    `dtype`.
-    """
-    result, weights = hashlib.sha256(), model.state_dict()
-    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
-        from accelerate.utils.modeling import get_state_dict_offloaded_model
-
-        weights = get_state_dict_offloaded_model(model)
-    for name, weight in sorted(weights.items()):
-        weight = weight.to(dtype) if dtype is not None and weight.is_floating_point() else weight
-        result.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        result.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return result.hexdigest()[:32]
-
-
-def tower_digest(tower: PreTrainedModel) -> str:
-    """Returns 16 hex digits over the weights and the configuration of a tower."""
-    return digest([configuration_digest(tower.config), weights_digest(tower)])
-
-
-def tokenizer_digest(tokenizer) -> str:
-    """Returns 16 hex digits over vocabulary, rules and special tokens of a tokenizer."""
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        rules = json.loads(backend.to_str())
-        for of_last_call in ("truncation", "padding"):
-            rules.pop(of_last_call, None)
-        return digest([rules, {name: getattr(tokenizer, name) for name in _TOKENIZER_OPTIONS}])
-    parts = {name: part for name, part in vars(tokenizer).items() if name not in _TOKENIZER_STATE}
-    # Keys of JSON are texts, but those of the merges are pairs.
-    return digest({name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()})
+    return [part for part in ("configuration", "processor", "weights") if described.get(part) != now[part]]
 
 
 def software() -> str:
@@ -138,39 +85,47 @@ def software() -> str:
 
 
 def digest(value) -> str:
-    """Returns 16 hex digits over a value as canonical JSON. The order of mappings does not count."""
+    """
+    Returns 16 hex digits over a value: what JSON has, tensors, files (as `Path`), configurations, processors and
+    tokenizers. The order of mappings does not count.
+    """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
-def _options(part) -> dict:
-    """
-    Returns the options of a configuration or image processor, and of configurations within it, that differ from the
-    defaults of its class. So a new version of Transformers, which adds options, does not make another model.
-    """
-    usual, options = type(part)().to_dict(), {}
-    for name, value in part.to_dict().items():
-        within = getattr(part, name, None)
-        if isinstance(within, PreTrainedConfig):
-            options[name] = _options(within)
-        elif name in _KINDS or (value != usual.get(name) and name not in _WITHOUT_EFFECT):
-            options[name] = value
-    return options
+def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    weights = model.state_dict()
+    if any(weight.is_meta for weight in weights.values()):  # offloaded by Accelerate, which is then installed
+        from accelerate.utils.modeling import get_state_dict_offloaded_model
 
-
-def _plain_options(layer: torch.nn.Module) -> dict:
-    """
-    Returns the options of a layer without a configuration, such as the number of heads, which `str(model)` lacks.
-    """
-    options = {name: value for name, value in vars(layer).items() if isinstance(value, (bool, int, float, str))}
-    return {name: value for name, value in options.items() if not name.startswith("_") and name != "training"}
+        weights = get_state_dict_offloaded_model(model)
+    return weights
 
 
 def _plain(value):
-    """Converts a value to what JSON has."""
-    if hasattr(value, "backend_tokenizer"):  # within a tokenizer of open_clip
-        return tokenizer_digest(value)
-    if hasattr(value, "serialized_model_proto"):  # of sentencepiece
-        return hashlib.sha256(value.serialized_model_proto()).hexdigest()
+    """Converts a value to what JSON has, or to values that can be converted."""
+    if isinstance(value, torch.Tensor):
+        content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return [*value.shape, str(value.dtype), hashlib.sha256(content).hexdigest()]
+    if isinstance(value, Path):
+        return [value.name, file_digest(value).hex()]
+    if isinstance(value, ProcessorMixin):
+        parts = {name: getattr(value, name) for name in value.get_attributes()}
+        return {**_counted(value.to_dict()), **parts}
+    if isinstance(value, (PreTrainedConfig, ImageProcessingMixin)):
+        # Without defaults, so that a new version of Transformers, which adds options, does not make another model.
+        usual, options = type(value)().to_dict(), {**value.to_dict()}
+        options |= {name: part for name in options if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
+        return _counted({name: of for name, of in options.items() if name in _KINDS or of != usual.get(name)})
+    if backend := getattr(value, "backend_tokenizer", None):
+        rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # of the last call
+        return [rules, value.special_tokens_map, value.padding_side, value.truncation_side, value.model_input_names]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
+    if parts := {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in _TOKENIZER_STATE}:
+        # Keys of JSON are texts, but those of the merges are pairs.
+        return {name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()}
     return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value
+
+
+def _counted(options: Mapping) -> dict:
+    return {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}

@@ -21,7 +21,7 @@ from ..data.segmentation import SegmentationDataset
 from ..explainers import make_explainer
 from ..model.engine import TEXT_BATCH, Engine, join_texts, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
-from ..utils.distributed import partial_state
+from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .metrics import make_metrics
@@ -121,7 +121,7 @@ def evaluate_model(
         results[method] = {name: scores for name, (scores, _) in reports.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
     return EvaluationResult(
-        protocol=_protocol(first, run_of),
+        protocol=broadcast_from_main(_protocol(first, run_of) if state.is_main_process else None),
         results=results,
         per_class=per_class,
         timing={
@@ -343,7 +343,7 @@ class EvaluationRun:
                 "split": dataset.split,
                 "images": self.count,
                 "images_in_split": dataset.images_in_split,
-                "fingerprint": dataset.fingerprint(),
+                "fingerprint": dataset[: self.count].fingerprint(),
             },
             **map_settings(self.engine),
             "resize": "whole image, no crop; scores of the whole at the model's own size",

@@ -94,7 +94,7 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
 def options_of_model(model_options: Sequence[str]) -> dict[str, object]:
     """Returns `model_options` by name. Raises `ValueError` for one that is not name=value, or unknown."""
     options = parse_options(model_options)
-    if unknown := options.keys() - ICLIPConfig.__annotations__:
+    if unknown := options.keys() - ICLIPConfig.option_names():
         raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
     return options
 

@@ -107,7 +107,7 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     """Returns what the template is filled with, but for the name and the figures."""
     sides = {side: getattr(model.config, side) for side in ("vision_config", "text_config")}
     shape = ("model_type", "num_hidden_layers", "hidden_size", "patch_size")
-    names = sorted({*type(model.config).__annotations__} - {*sides})
+    names = sorted(model.config.option_names())
     options = {name: value for name in names if (value := getattr(model.config, name)) is not None}
     return {
         "towers": [describe_tower(config) for config in sides.values()],

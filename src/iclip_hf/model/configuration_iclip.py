@@ -3,17 +3,36 @@
 import math
 import os
 from copy import copy
+from dataclasses import fields
 from difflib import get_close_matches
+from functools import partial
 from typing import Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
-# Options that only the loss reads. The outputs of a model do not depend on them, nor do cached features of images, but
-# for whether there is `known_competition`.
-LOSS_OPTIONS = ("noun_weight", "unknown_weight", "noun_competition", "known_competition")
+def _check_within(interval: str, value: float | None) -> None:
+    low, high = map(float, interval[1:-1].split(", "))
+    fits = value is None or (
+        low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
+    )
+    if not fits:  # NaN neither
+        raise ValueError(f"it is in {interval}, not {value}.")
+
+
+def _option(default, interval: str | None = None, *, cached: bool | str = False, read_by: str = "outputs"):
+    """
+    Defines an option of the model with its interval, such as "[0, 1)", and what depends on it.
+
+    Args:
+        cached: whether precomputed features of images do; `"patches"` if they do with `max_over="similarity"`.
+        read_by: `"outputs"` of the model; `"training"` alone; `"weights"`, which begin with its value and then hold
+            what training made of it.
+    """
+    checks = [] if interval is None else [partial(_check_within, interval)]
+    return validated_field(checks, default=default, metadata={"cached": cached, "read_by": read_by})
 
 
 @strict
@@ -121,38 +140,38 @@ class ICLIPConfig(PreTrainedConfig):
     # the paper's
     vision_config: PreTrainedConfig | dict | None = None
     text_config: PreTrainedConfig | dict | None = None
-    lock_vision: bool = True
-    text_pooling: Literal["eos", "mean"] = "eos"
-    projection_dim: int = 512
-    dual_projection: bool = True
-    pooling: Literal["masked_max", "max", "average", "class_token"] = "masked_max"
-    attention_norm: Literal["minmax", "quantile"] = "minmax"
-    attention_quantile: int | float = 0.9
-    logit_scale_init_value: int | float = 2.6592
+    lock_vision: bool = _option(True, read_by="training")
+    text_pooling: Literal["eos", "mean"] = _option("eos")
+    projection_dim: int = _option(512, "[1, inf)")
+    dual_projection: bool = _option(True)
+    pooling: Literal["masked_max", "max", "average", "class_token"] = _option("masked_max")
+    attention_norm: Literal["minmax", "quantile"] = _option("minmax", cached="patches")
+    attention_quantile: int | float = _option(0.9, "(0, 1]", cached=True)
+    logit_scale_init_value: int | float = _option(2.6592, f"[0, {math.log(100)}]", read_by="weights")
 
     # the map
-    map_attention: Literal["similarity", "additive", "signed", "none"] = "similarity"
-    max_over: Literal["channels", "similarity"] = "channels"
-    max_sharpness: int | float = 10.0
-    center_tokens: bool = False
-    value_share: int | float = 0.0
-    map_affinity: int | float = 0.0
-    recognition_share: int | float = 0.0
+    map_attention: Literal["similarity", "additive", "signed", "none"] = _option("similarity")
+    max_over: Literal["channels", "similarity"] = _option("channels", cached=True)
+    max_sharpness: int | float = _option(10.0, "(0, inf)")
+    center_tokens: bool = _option(False, cached="patches")
+    value_share: int | float = _option(0.0, "[0, 1]", cached=True)
+    map_affinity: int | float = _option(0.0, "[0, inf)", cached="patches")
+    recognition_share: int | float = _option(0.0, "[0, 1)")
 
     # recognition and presence
-    recognition_pooling: Literal["class_token", "class_and_average"] = "class_token"
-    average_layers: int = 1
-    image_hidden_size: int = 0
-    text_hidden_size: int = 0
-    logit_bias_init_value: int | float | None = None
-    presence_bias: int | float = 0.0
+    recognition_pooling: Literal["class_token", "class_and_average"] = _option("class_token")
+    average_layers: int = _option(1, "[1, inf)", cached=True)
+    image_hidden_size: int = _option(0, "[0, inf)")
+    text_hidden_size: int = _option(0, "[0, inf)")
+    logit_bias_init_value: int | float | None = _option(None, "(-inf, inf)", read_by="weights")
+    presence_bias: int | float = _option(0.0, "(-inf, inf)")
 
     # the loss of nouns
-    noun_weight: int | float = 0.5
-    unknown_weight: int | float = 0.1
-    noun_competition: int | float = 0.0
-    known_competition: int | float = 0.0
-    map_tokens: int = 20
+    noun_weight: int | float = _option(0.5, "[0, 1]", read_by="training")
+    unknown_weight: int | float = _option(0.1, "[0, 1]", read_by="training")
+    noun_competition: int | float = _option(0.0, "[0, 1]", read_by="training")
+    known_competition: int | float = _option(0.0, "[0, inf)", read_by="training")
+    map_tokens: int = _option(20, "[5, inf)", cached="patches", read_by="training")
 
     def __post_init__(self, **kwargs):
         # The base class accepts any key, so a misspelt option would have no effect.
@@ -175,6 +194,19 @@ class ICLIPConfig(PreTrainedConfig):
             del config.custom_pipelines
         super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
 
+    @classmethod
+    def option_names(cls, *read_by: str) -> list[str]:
+        """Returns the names of the options besides those of the towers; with `read_by`, of those alone, see above."""
+        marks = {option.name: option.metadata for option in fields(cls) if "read_by" in option.metadata}
+        return [name for name, mark in marks.items() if not read_by or mark["read_by"] in read_by]
+
+    @property
+    def feature_options(self) -> dict[str, object]:
+        """The options that precomputed features of images depend on, and whether these have evenly spread patches."""
+        kinds = (True,) if self.max_over == "channels" else (True, "patches")
+        names = [option.name for option in fields(self) if option.metadata.get("cached") in kinds]
+        return {name: getattr(self, name) for name in names} | {"even_patches": self.known_competition > 0}
+
     @property
     def poolings(self) -> tuple[list[str], str | None]:
         """
@@ -188,30 +220,7 @@ class ICLIPConfig(PreTrainedConfig):
         return ["class_token", *average], of_map
 
     def validate_architecture(self):
-        """Checks ranges and combinations of options. `@strict` checks their types before."""
-        for name, allowed, fits in (
-            ("projection_dim", "from 1", self.projection_dim >= 1),
-            ("average_layers", "from 1", self.average_layers >= 1),
-            ("image_hidden_size", "from 0", self.image_hidden_size >= 0),
-            ("text_hidden_size", "from 0", self.text_hidden_size >= 0),
-            ("recognition_share", "in [0, 1)", 0 <= self.recognition_share < 1),
-            ("value_share", "in [0, 1]", 0 <= self.value_share <= 1),
-            ("map_affinity", "from 0", self.map_affinity >= 0),
-            ("max_sharpness", "above 0", self.max_sharpness > 0),
-            ("attention_quantile", "in (0, 1]", 0 < self.attention_quantile <= 1),
-            ("logit_scale_init_value", "in [0, ln 100]", 0 <= self.logit_scale_init_value <= math.log(100)),
-            ("noun_weight", "in [0, 1]", 0 <= self.noun_weight <= 1),
-            ("unknown_weight", "in [0, 1]", 0 <= self.unknown_weight <= 1),
-            ("noun_competition", "in [0, 1]", 0 <= self.noun_competition <= 1),
-            ("known_competition", "from 0", self.known_competition >= 0),
-            ("map_tokens", "from 5", self.map_tokens >= 5),
-        ):
-            if not fits:  # NaN fails too
-                raise ValueError(f"{name} is {allowed}, not {getattr(self, name)}.")
-        for name in ICLIPConfig.__annotations__:
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} is a finite number, not {value}.")
+        """Checks combinations of options. `@strict` checks types and ranges before."""
         # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without
         # centring.
         if self.center_tokens and self.max_over == "channels":

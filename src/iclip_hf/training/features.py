@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..backends.identity import digest, software, tokenizer_digest, tower_digest
+from ..backends.identity import digest, software
 from ..data.pairs import BadPairError, PairDataset
-from ..model.configuration_iclip import LOSS_OPTIONS, ICLIPConfig
+from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, ImageInputs, ImageTokens
 from ..model.pooling import EVEN_PATCHES, POOLINGS, normalize_attention, pool
 from ..model.processing_iclip import ICLIPProcessor
@@ -110,26 +110,6 @@ def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
 
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
 _VERSION = 2
-
-
-# Options of a model that [`pack_inputs`] does not depend on, besides those of the loss: of the towers, which have
-# digests, of the projections and what they compute, and of the choice among the poolings. Other options count, also
-# those that a later version adds.
-_OPTIONS_NOT_CACHED = """
-    vision_config text_config lock_vision text_pooling projection_dim dual_projection logit_scale_init_value
-    max_sharpness map_attention recognition_share image_hidden_size text_hidden_size logit_bias_init_value
-    presence_bias pooling recognition_pooling
-""".split()
-# With `max_over="channels"` the features hold both norms, and the patch tokens as they are.
-_OPTIONS_NOT_POOLED = ("attention_norm", "center_tokens", "map_affinity", "map_tokens")
-
-
-def image_settings(config: ICLIPConfig) -> dict:
-    """Returns the options of a model that [`pack_inputs`] depends on, besides its image tower."""
-    channels = config.max_over == "channels"
-    without_effect = {*_OPTIONS_NOT_CACHED, *LOSS_OPTIONS, *(_OPTIONS_NOT_POOLED if channels else ())}
-    names = type(config).__annotations__.keys() - without_effect
-    return {name: getattr(config, name) for name in names} | {"even_patches": config.known_competition > 0}
 
 
 class FeatureShards:
@@ -253,8 +233,8 @@ class FeatureCache:
         shards = self._shards(
             "images",
             len(pairs),
-            tower=tower_digest(self.model.vision_model),
-            options=image_settings(self.model.config),
+            tower=[self.model.vision_model.config, self.model.vision_model.state_dict()],
+            options=self.model.config.feature_options,
             token_mean=earlier_mean,
             images=content,
             image_processor=json.loads(self.processor.image_processor.to_json_string()),
@@ -276,9 +256,9 @@ class FeatureCache:
         shards = self._shards(
             name,
             len(texts),
-            tower=tower_digest(self.model.text_model),
+            tower=[self.model.text_model.config, self.model.text_model.state_dict()],
             text_pooling=self.model.config.text_pooling,
-            tokenizer=[tokenizer_digest(self.processor.tokenizer), probe],
+            tokenizer=[self.processor.tokenizer, probe],
             texts=texts,
         )
 

@@ -28,7 +28,7 @@ with require_extra("train"):
     from accelerate.utils import ProjectConfiguration, set_seed
 
 from ..backends.embedded import vocabulary
-from ..backends.identity import TRAINING_OPTIONS, changed, digest, identity
+from ..backends.identity import changed, digest, identity
 from ..backends.loading import load_iclip, warn_of_slow_bfloat16
 from ..evaluation.evaluate import evaluate_model
 from ..evaluation.metrics import make_metrics
@@ -197,7 +197,8 @@ def run(
 
     # The state of the run, a new one or that of the last checkpoint, and what it reads
     checkpoint, state = state_to_resume(settings)
-    content = identity(model, processor) | {name: getattr(model.config, name) for name in TRAINING_OPTIONS}
+    only_read_here = model.config.option_names("training", "weights")
+    content = identity(model, processor) | {name: getattr(model.config, name) for name in only_read_here}
     begin(settings, content | fingerprints(inputs, accelerator), checkpoint, state, accelerator)
     training, validation = load_datasets(settings, inputs, model, processor, accelerator)
     workers = 0 if settings.cache_features else settings.num_workers

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import noise, tiny_model
+from conftest import WORDS, noise, tiny_image_processor, tiny_model
 from families import LABELS, pixels, raw_maps
 from PIL import Image
-from transformers import CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
+from transformers import BertTokenizer, CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from iclip_hf import (
     ICLIPProcessor,
@@ -765,3 +765,18 @@ def test_a_text_that_is_cut_is_told(tiny_processor, caplog):
     assert not caplog.records
     engine.encode(["dog", "dog " * 100])
     assert "77 tokens or more; the others are cut off" in caplog.text
+
+
+def test_a_text_in_another_script_is_said_to_be_unknown(tmp_path, caplog):
+    """By a tokenizer of English words and their parts. Others may read it: of bytes, or with words of any script."""
+
+    def warned(text: str, *tokens: str) -> bool:
+        caplog.clear()
+        (tmp_path / "vocab.txt").write_text("\n".join([*WORDS, *tokens]))
+        tokenizer = BertTokenizer(vocab=str(tmp_path / "vocab.txt"))
+        Engine(tiny_model(), ICLIPProcessor(tiny_image_processor(), tokenizer, patch_size=8)).encode(["dog", text])
+        return f"knows no word of {text!r}" in caplog.text
+
+    assert warned("кошка", "##s", "к", "##к") and warned("猫", "##s")
+    assert not any(warned(text, "##s") for text in ("cat", "красный car", "7", "naïve"))
+    assert not warned("кошка", "s") and not warned("кошка", "##s", *"абвгдежзиклмноп")

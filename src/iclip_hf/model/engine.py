@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -143,6 +144,9 @@ class Engine:
         Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape
         `(T, P)`. Raises `ValueError` if one is empty.
         """
+        foreign = next((text for text in labels if not re.search("[A-Za-z0-9]", text)), None)
+        if foreign and _has_english_words(self.processor.tokenizer):
+            logger.warning("The model reads English, and knows no word of %r.", foreign)
         step, parts = max(1, TEXT_BATCH // len(self.templates)), []
         for start in tqdm(range(0, len(labels), step), "Encoding texts", leave=False, unit="batch", delay=2):
             prompts = self.processor(labels=labels[start : start + step], templates=self.templates)
@@ -453,6 +457,15 @@ def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
     if texts.text_embeds.ndim == 3:
         return texts
     return _map_texts([texts], lambda values: values[0].expand(images, *values[0].shape))
+
+
+def _has_english_words(tokenizer) -> bool:
+    """
+    Whether a tokenizer of words and their parts, as BERT's, has ASCII characters almost alone. Tokenizers of bytes and
+    of sentencepiece have no such parts.
+    """
+    tokens = [*getattr(tokenizer, "get_vocab", dict)()]
+    return any(token.startswith("##") for token in tokens) and sum(map(str.isascii, tokens)) > 0.9 * len(tokens)
 
 
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:

@@ -15,7 +15,7 @@ endif
 
 # The package alone, with the `iclip` command.
 .venv/.package: setup.py pyproject.toml
-	@echo "Installing the package into .venv, which takes some minutes."
+	@echo "Installing the package into .venv, about 1 GB (more with CUDA), which takes some minutes."
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable .
@@ -23,6 +23,7 @@ endif
 
 # With all extras and what the tests need.
 .venv/.installed: .venv/.package
+	@echo "Installing all extras and what the tests need, 2 GB in all (more with CUDA)."
 	$(BIN)/python -m pip install --editable '.[dev]'
 	touch $@
 

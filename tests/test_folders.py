@@ -282,8 +282,9 @@ class HubStandIn(QuietHandler):
     def do_GET(self):
         names = ("README.md", "notes.md", ".eval_results/iclip.yaml")
         entries = [{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in names]
-        found = "/tree/main" in self.path
-        self.reply(200 if found else 404, entries if found else {})
+        answers = {"/api/whoami-v2": {"name": "somebody"}}
+        answer = entries if "/tree/main" in self.path else answers.get(self.path)
+        self.reply(404 if answer is None else 200, answer)
 
     def reply(self, status: int, answer):
         content = json.dumps(answer).encode()
@@ -328,6 +329,19 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys)
     assert {name: len(content) for name, content in files.items()} == listed["files"]
     assert files["modeling_iclip.py"] == (exported / "modeling_iclip.py").read_bytes()
     assert b'model="org/tiny"' in files["README.md"] and committed(stand_in, "deletedFile") == []
+
+
+def test_push_asks_for_the_token_before_its_work(source, monkeypatch, capsys):
+    def error_of_push(*_) -> str:
+        assert cli.main(["push", str(source / "model"), "org/tiny"]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("iclip_hf.cli.push.export", None)
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    assert "hf auth login" in error_of_push()
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: "hf_token")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9" in error_of_push()
 
 
 def test_push_deletes_the_results_of_an_earlier_model(tmp_path, tiny_processor, stand_in):

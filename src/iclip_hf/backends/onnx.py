@@ -216,6 +216,7 @@ def _write(program, path: Path, weights: str) -> None:
     """
     Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading.
     """
+    logger.info("Writing %s", path.name)
     shrink = _SMALLER[weights]
     if shrink is None:
         program.save(path)

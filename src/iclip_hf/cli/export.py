@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> None:
         print_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
     refuse(options, ["results"], f"--format {options.format}")
+    print(f"Loading {options.model} and exporting two graphs, which takes some minutes.", file=sys.stderr)
     from ..backends.loading import load_iclip
 
     silence_transformers()

@@ -30,6 +30,10 @@ def run(options: argparse.Namespace) -> None:
     validate_repo_id(options.repo_id)
     if "/" not in options.repo_id:  # the model card names the owner
         raise ValueError(f"Expected REPO_ID with its owner, such as org/iclip-vit-b16, got {options.repo_id}.")
+    if not options.dry_run:
+        from ..hub.folders import check_login
+
+        check_login()  # before the work
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -230,12 +231,26 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
             `ValueError`: the name is invalid.
     """
     api = HfApi()
-    try:
+    with _hub_errors(api):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # Results of an earlier model, unless they are replaced. Other files of the repository stay.
         options = {"commit_message": "Upload model", "delete_patterns": HUB_RESULTS}
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+
+
+def check_login() -> None:
+    """Raises `OSError` if there is no token, or the Hub cannot be reached or refuses it."""
+    api = HfApi()
+    with _hub_errors(api):
+        api.whoami()
+
+
+@contextmanager
+def _hub_errors(api: HfApi) -> Iterator[None]:
+    """Converts errors of the HTTP library, which differs between versions of huggingface_hub."""
+    try:
+        yield
     except (OSError, ValueError):
         raise
-    except Exception as error:  # of the HTTP library, which differs between versions of huggingface_hub
-        raise ConnectionError(f"{repo_id}: the upload to {api.endpoint} failed: {error}.") from error
+    except Exception as error:
+        raise ConnectionError(f"The connection to {api.endpoint} failed: {error}.") from error

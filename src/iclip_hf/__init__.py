@@ -6,8 +6,6 @@ are imported on first access, and the classes are registered as soon as Transfor
 """
 
 import importlib
-import logging
-import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -54,40 +52,25 @@ __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 
-# Each registers a class with the Auto classes.
-_REGISTERING = [f"{__name__}.model.{kind}_iclip" for kind in ("configuration", "modeling", "processing")]
+# Each registers its classes with the Auto classes, the last with `pipeline`.
+_REGISTERING = [f"{__name__}.model.{kind}_iclip" for kind in ("configuration", "modeling", "processing", "pipeline")]
 
 
 def _register(imported) -> None:
     """
-    Called after Transformers and after each of these modules: where one was being imported first, the others wait for
-    its end.
+    Called after Transformers, its pipelines, which are slow to import and so not imported here, and each of these
+    modules: where Transformers was imported in the middle of one of them, they wait for its end.
     """
-    started = [name for name in sys.modules if name in _REGISTERING]
-    if not started or imported.__name__ == started[0]:
-        for name in _REGISTERING:
-            importlib.import_module(name)
+    started = [sys.modules[name] for name in _REGISTERING if name in sys.modules]
+    if any(module.__spec__._initializing for module in started if module is not imported):
+        return
+    has_pipelines = hasattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY")
+    for name in _REGISTERING if has_pipelines else _REGISTERING[:-1]:
+        importlib.import_module(name)
+    if has_pipelines:
+        importlib.import_module(".backends.embedded", __name__).set_as_default()
 
 
 # After Transformers as a whole, because its Auto classes are also imported in the middle of its other modules.
-for _name in ("transformers", *_REGISTERING):  # called at once if it is imported already
+for _name in ("transformers", "transformers.pipelines", *_REGISTERING):  # called at once if it is imported already
     register_post_import_hook(_register, _name)
-register_post_import_hook(
-    lambda _: importlib.import_module(".model.pipeline_iclip", __name__), "transformers.pipelines"
-)
-register_post_import_hook(
-    lambda _: importlib.import_module(".backends.embedded", __name__).set_as_default(),
-    f"{__name__}.model.pipeline_iclip",
-)
-
-
-def _show_in_notebooks(imported) -> None:
-    imported.Explanation._repr_png_ = lambda self: importlib.import_module(".plots.sheets", __name__).png(self)
-
-
-register_post_import_hook(_show_in_notebooks, f"{__name__}.model.explanation")
-
-# `evaluate.load` warns that it takes the installed metrics, because the Hub has none of these names. That is what they
-# are installed for.
-_INSTALLED = re.compile("latest cached version .*evaluate-metric--(mfmb|mmiou|text_contrast)")
-logging.getLogger("evaluate.loading").addFilter(lambda record: not _INSTALLED.search(record.getMessage()))

@@ -13,7 +13,7 @@ import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from .pooling import even_heights, pool_similarities
+from .pooling import even_heights, pool_similarities, smooth_maximum
 from .similarity import cosines
 
 
@@ -324,7 +324,7 @@ def known_competition_loss(
     # A large number instead of infinity, whose gradient would be NaN in a noun without known patches.
     shares = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
     prior = place_prior(even_heights().to(place.device), place).log()
-    log_shares = (SHARE_EXPONENT * shares + prior).logsumexp(1) / SHARE_EXPONENT
+    log_shares = smooth_maximum(shares, prior, SHARE_EXPONENT, 1)
     of_nouns = -(log_shares * shown).sum(1) / shown.sum(1)
     of_patches = -shares.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
     of_all = gather_with_gradient(complete)
@@ -382,8 +382,7 @@ def map_loss(
         return loss
     prompts = nouns.prompts(texts[count:])
     similarities, prior = images @ prompts.mT, attention_prior(attention, nouns.is_background)
-    pooled = (sharpness * similarities + prior.log()).logsumexp(1) / sharpness
-    noun_loss = softmax_noun_loss(branch(pooled), nouns)
+    noun_loss = softmax_noun_loss(branch(smooth_maximum(similarities, prior.log(), sharpness, 1)), nouns)
     if config.noun_competition:
         shares = shares_of_texts(2 * sharpness * similarities, prior)
         if even_patches is not None:

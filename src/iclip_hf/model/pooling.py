@@ -54,6 +54,11 @@ def share_among_like(
     return shared[:, 0, :, : values.shape[-1]].to(values.dtype)
 
 
+def smooth_maximum(values: torch.Tensor, log_prior: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
+    """Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension: the mean at b = 0, the maximum at infinity."""
+    return (log_prior + sharpness * values).logsumexp(dim) / sharpness
+
+
 def pool_similarities(
     patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0
 ) -> torch.Tensor:
@@ -88,12 +93,12 @@ def pool_similarities(
     # no part.
     absent = prior == 0
     logarithms = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
-    return (logarithms.unsqueeze(1) + sharpness * similarities).logsumexp(-1) / sharpness
+    return smooth_maximum(similarities, logarithms.unsqueeze(1), sharpness, -1)
 
 
 class _SmoothMaximum(torch.autograd.Function):
     """
-    The formula of [`pool_similarities`] with its gradient, a few images at a time, whose B x N x T similarities stay
+    [`smooth_maximum`] of the similarities in [`pool_similarities`] with its gradient, a few images at a time, whose B x N x T similarities stay
     in the cache of a processor. The forward pass keeps each patch's share in the maximum, which is all that the
     gradient needs.
     """

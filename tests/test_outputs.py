@@ -207,18 +207,17 @@ def test_the_folder_of_pictures_may_hold_anything(world, mine):
     assert (mine / "out" / "cat-explanation.png").is_file()
 
 
-def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys):
+def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys, caplog):
     for line in (
-        "explain photos/dog.jpg SEE --output photos/a.webp",
-        "explain photos/dog.jpg SEE --output photos/a.jpg",
-        "compare photos/dog.jpg SEE --output photos/b.png",
+        "explain photos/dog.jpg SEE --output photos/a-explanation.webp",
+        "compare photos/dog.jpg SEE --output photos/dog-comparison-2.png",
         "segment photos SEE --output photos/maps",
         "explain photos SEE --output photos --json",
     ):
         assert typed(world, line) == 0
     named = {json.loads(line)["image"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")}
-    mine_own = "photos/cat.jpg photos/DOG.PNG photos/dog-explanation.png photos/dog.jpg photos/dog.png"
-    assert named == {*mine_own.split()}
+    assert named == {*"photos/cat.jpg photos/DOG.PNG photos/dog.jpg photos/dog.png".split()}
+    assert "pictures that have the name of an output, such as 'DOG-labels.png'" in caplog.text
 
 
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):

@@ -80,8 +80,9 @@ def test_captions_of_one_image_are_counted_together(tmp_path):
     Images under one to six names: the part that is held out is not a tenth of the pairs, and no batch is too large.
     """
     table = write_table(tmp_path, 21)
+    (tmp_path / "there").symlink_to(tmp_path)
     rows = [
-        f"{number * './'}{image}.png,caption {image} {number}"
+        f"{number * 'there/'}{image}.png,caption {image} {number}"
         for image in range(21)
         for number in range(1 + image % 6)
     ]
@@ -173,7 +174,7 @@ def test_bad_settings_are_one_sentence(tmp_path, capsys):
     for arguments, shown in {
         "pairs.csv --output_dir runs/pairs": "runs/pairs: this folder holds a run already",
         "pairs.csv --output_dir clip": "clip: ",
-        "pairs.csv --output_dir clip/new --model clip": "clip, which is an input",
+        "pairs.csv --output_dir clip/new --model clip": "clip/new: ",
         "pairs.csv --caption_column label": "'label'",
         "pairs.csv --model clip": "clip: ",
         "--config iclip-dinov2-s14-minilm --data pairs.csv": "data/flickr8k/dev-00000.tar: ",

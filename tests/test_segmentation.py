@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import SegmentationDataset, load_segmentation, segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
 from iclip_hf.data.layouts import DATASETS
-from iclip_hf.data.segmentation import _COCOSample, _decode_segmentation
+from iclip_hf.data.segmentation import _COCOSample
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES
@@ -73,8 +73,6 @@ def plain_runs(mask):
 
 
 def compressed_runs(mask):
-    from pycocotools import mask as coco_mask
-
     runs = coco_mask.encode(np.asfortranarray(mask, np.uint8))
     return {"size": runs["size"], "counts": runs["counts"].decode()}
 
@@ -193,25 +191,6 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
     np.testing.assert_array_equal(sample.mask(2), 2 * CAT)
 
 
-def test_a_coco_file_of_the_very_name_comes_before_one_without_the_split(tmp_path):
-    names = ["val2017/1.jpg", "val2017/2.jpg", "1.jpg"]
-    images = [{"id": number, "file_name": name, "height": 6, "width": 8} for number, name in enumerate(names)]
-    write_coco(tmp_path, [], images)
-    split = tmp_path / "val2017"
-    (split / "val2017" / "2.jpg").rename(split / "2.jpg")
-    found = [sample.image_path for sample in load_segmentation("coco2017", tmp_path)]
-    assert found == [split / "val2017" / "1.jpg", split / "2.jpg", split / "1.jpg"]
-
-
-@pytest.mark.parametrize("name", ["../1.jpg", "val2017/../../1.jpg", "{root}/1.jpg", "val2017/{root}/1.jpg"])
-def test_coco_names_no_file_outside_of_the_split(tmp_path, name):
-    name = name.format(root=tmp_path)
-    write_image(tmp_path / "1.jpg", 6, 8)
-    write_coco(tmp_path, [], [{"id": 7, "file_name": name, "height": 6, "width": 8}])
-    with pytest.raises(ValueError, match=r"instances_val2017.json: .*1\.jpg' is no path in"):
-        load_segmentation("coco2017", tmp_path)
-
-
 def test_boxes_among_masks_are_counted_in_a_warning(tmp_path, caplog):
     annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [])] + [{"category_id": 1}]
     (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
@@ -229,23 +208,15 @@ INSTANCES = st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
 )
 
 
-@given(arrays(bool, st.tuples(st.integers(1, 40), st.integers(1, 40))))
-def test_compressed_run_lengths_are_those_of_pycocotools(mask):
-    compressed = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
-    for counts in (compressed["counts"], compressed["counts"].decode()):
-        decoded = _decode_segmentation({"size": list(mask.shape), "counts": counts}, *mask.shape)
-        np.testing.assert_array_equal(decoded, mask)
-
-
 @settings(max_examples=60)
 @given(INSTANCES)
 def test_coco_union_equals_a_pixel_loop(instances):
     size = instances[0][3].shape
     annotations = [
-        {"id": 0, "label": label, "iscrowd": crowd, "segmentation": (compressed_runs if pack else plain_runs)(mask)}
+        {"label": label, "iscrowd": crowd, "segmentation": (compressed_runs if pack else plain_runs)(mask)}
         for label, crowd, pack, mask in instances
     ]
-    sample = _COCOSample("x", None, 3, size, None, annotations)
+    sample = _COCOSample("x", None, 3, size, annotations)
     for label in (1, 2, 3):
         expected = np.zeros(size, int)
         for row, column in np.ndindex(size):
@@ -560,10 +531,7 @@ def test_what_is_missing_is_named(voc, folder):
     (voc / "VOCdevkit/VOC2012/SegmentationClass/2007_000001.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"SegmentationClass/2007_000001\.png: .*1 of 2"):
         load_segmentation("voc2012", voc)
-    write_image(folder / "images" / "b.png", 2, 3)
-    with pytest.raises(ValueError, match="images: two images differ only in their suffix"):
-        load_segmentation("folder", folder)
-    (folder / "images" / "b.png").rename(folder / "images" / "c.png")
+    write_image(folder / "images" / "c.png", 2, 3)
     with pytest.raises(FileNotFoundError, match=r"masks/c\.png"):
         load_segmentation("folder", folder)
     (folder / "images" / "c.png").unlink()

@@ -53,9 +53,8 @@ def image_names(names: Sequence[str]) -> list[str]:
 
 
 def _of_folder(folder: str) -> list[str]:
-    from ..data.sources import image_files, is_written_picture
+    from ..data.formats.folders import image_files
 
-    images = sorted(str(path) for path in image_files(Path(folder)) if not is_written_picture(path))
-    if not images:
-        raise FileNotFoundError(f"{folder}: there are no images in this folder.")
-    return images
+    if images := image_files(Path(folder)):
+        return [*map(str, images)]
+    raise FileNotFoundError(f"{folder}: there are no images in this folder.")

@@ -14,13 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..model.downloads import is_url
-
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 # Files of pictures.
@@ -71,23 +66,12 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
     form = path.suffix[1:].lower()
     # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
     options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
-    options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi), "exif": software()}
+    options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi)}
     if not replace:
         return write_new(path, partial(picture.save, **options))
     with atomic_write(path) as temporary:
         picture.save(temporary, **options)
     return path
-
-
-def software() -> Image.Exif:
-    """Returns the EXIF data of pictures that the commands write."""
-    from PIL import ExifTags, Image
-
-    from ..data.sources import WRITTEN_BY
-
-    exif = Image.Exif()
-    exif[ExifTags.Base.Software] = WRITTEN_BY
-    return exif
 
 
 def report_error(command: str, error: BaseException) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from .options import texts
-from .output import name_for, resolution, save_picture, software
+from .output import name_for, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
@@ -91,4 +91,4 @@ def _save_labels(labels, num_texts: int, path: Path) -> Path:
     image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
     if few:
         image.putpalette(label_colors(256).tobytes())
-    return write_new(path, partial(image.save, format="PNG", exif=software()))
+    return write_new(path, partial(image.save, format="PNG"))

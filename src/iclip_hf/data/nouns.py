@@ -16,7 +16,7 @@ from .class_names import SAME_CLASS
 
 
 if TYPE_CHECKING:
-    from .sources import PairTexts
+    from .columns import PairTexts
 
 
 TEMPLATES = (
@@ -158,7 +158,7 @@ class NounPrompts:
         self, captions: Sequence[str], labels: Sequence[str] = (), complete: Sequence[str] = ()
     ) -> ImageNouns:
         """
-        Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.sources.PairTexts`]. Labels
+        Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. Labels
         precede captions: a noun that a caption names and complete labels deny is unknown. Names of several words take
         theirs in captions, also if they are not in the vocabulary. A label by the name of its class in another data
         set, such as VOC's "tvmonitor" with the names of COCO, has the name in `complete` too.

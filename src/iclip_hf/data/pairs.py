@@ -1,9 +1,9 @@
 """
 Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
-Local images are neither unpacked nor read into memory. A pair is a range of its source, such as bytes of a shard. One
-pass finds the ranges, and one array holds them, so any sampler can shuffle, split and resume exactly. Neither this
-module nor `sources` imports torch, so that data can be checked before a run.
+Local images are neither unpacked nor read into memory. A pair is a row of its source, or several rows of one image,
+and one array holds the places of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not
+imported, so that data can be checked before a run.
 """
 
 from __future__ import annotations
@@ -12,37 +12,48 @@ import hashlib
 import math
 import os
 import random
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from tarfile import TarError
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.digests import LARGE, content_digest, file_digest, file_state, total_size
-from ..utils.files import cache_folder, keep_in_cache
+from ..utils.digests import LARGE, content_digest, file_state, total_size
 from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
-from .sources import (
-    BAD_PAIR,
-    BadPairError,
-    BadPairTally,
-    Columns,
-    PairTexts,
-    RawPair,
-    Source,
-    open_hub_dataset,
-    open_sources,
-    sample_caption,
-)
+from .bad_pairs import BadPairError, BadPairTally
+from .columns import Columns, PairTexts, sample_caption
+from .formats import open_sources
+from .formats.arrow import open_hub_dataset
+from .formats.source import Source
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from .streams import PairStream
+
+
+class RawPair(NamedTuple):
+    """
+    A pair as it is stored.
+
+    Attributes:
+        image: encoded image, or path of its file.
+        name: name of the image for errors; None if it is the path.
+        texts: captions and labels.
+        key: name of the pair.
+    """
+
+    image: bytes | Path
+    name: str | None
+    texts: PairTexts
+    key: str
 
 
 class PairDataset:
@@ -63,7 +74,7 @@ class PairDataset:
     pickled.
 
     Args:
-        sources: of the pairs, see [`~iclip_hf.data.sources.open_sources`]. A source may be repeated.
+        sources: of the pairs, see [`~iclip_hf.data.formats.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this
             process read. Loading processes count for themselves; `tally` of a data set can count what they read.
@@ -74,26 +85,29 @@ class PairDataset:
 
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
-        ranges = {}
-        for source in tqdm(sources, desc="Indexing", unit="file", delay=2, leave=False):
-            if source not in ranges:
-                ranges[source] = np.insert(source.ranges(), 0, len(ranges), axis=1)
-        self.sources = [*ranges]
-        self._opened = np.concatenate([np.empty((0, 3), np.int64), *(ranges[source] for source in sources)])
-        self._digests: list[bytes] = []  # of the images of all opened pairs, once known; parts share it
-        self._select(self._opened)
+        self.sources = [*dict.fromkeys(sources)]
+        self._later_rows = [_later_rows([*map(source.file, range(len(source.rows)))]) for source in self.sources]
+        pairs = {}  # number of the source, row
+        for number, (source, later) in enumerate(zip(self.sources, self._later_rows)):
+            rows = np.delete(np.arange(len(source.rows)), [row for others in later.values() for row in others])
+            pairs[source] = np.column_stack([np.full_like(rows, number), rows])
+        self._pairs = np.concatenate([np.empty((0, 2), np.int64), *map(pairs.get, sources)])
+        self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(
                 f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name others."
             )
+        self.tally, self._epoch = BadPairTally(max_bad_share, len(self)), 0
 
-    def _select(self, ranges: np.ndarray) -> PairDataset:
-        self._ranges = ranges  # (N, 3): number of the source, start and end of each pair
-        self.tally, self._epoch = BadPairTally(self.max_bad_share, len(ranges)), 0
-        return self
+    def _select(self, indices: np.ndarray) -> PairDataset:
+        """Returns a part, by the indices of its pairs or a mask of all."""
+        part = copy(self)
+        part._pairs, part._digests = self._pairs[indices], None if self._digests is None else self._digests[indices]
+        part.tally, part._epoch = BadPairTally(self.max_bad_share, len(part)), 0
+        return part
 
     def __len__(self) -> int:
-        return len(self._ranges)
+        return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict:
         index, epoch, skipped = range(len(self))[index], self._epoch, 0
@@ -132,15 +146,26 @@ class PairDataset:
 
     def raw(self, index: int, need_captions: bool = True) -> RawPair:
         """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
-        number, start, end = self._ranges[index].tolist()
-        source = self.sources[number]
+        number, row = self._pairs[index].tolist()
+        source, others = self.sources[number], self._later_rows[number].get(row, ())
+        place, file = f"{source.path}, row {row + 1}", source.file(row)
         try:
-            pair = source.read(start, end)
-            if need_captions and not pair.texts.captions:
+            first, *more = (source.rows[one] for one in (row, *others))
+            texts = source.columns.texts(first)
+            if more:
+                texts = PairTexts.joined([texts, *map(source.columns.texts, more)])
+            stored = first.get("image") or {}
+            image = Path(file) if file else stored.get("bytes")
+            if image is None:
+                raise ValueError("no image")
+            if file and "://" in source.names[row]:
+                raise ValueError(f"{source.names[row]!r} is no image file; download images first (img2dataset)")
+            if need_captions and not texts.captions:
                 raise ValueError("no caption")
-            return pair
-        except BAD_PAIR as error:
-            raise BadPairError(f"{source.place(start)}: {error}") from error
+        except (ValueError, TarError) as error:
+            raise BadPairError(f"{place}: {error}") from error
+        key = first.get("__key__") or source.names[row] or stored.get("path") or place
+        return RawPair(image, None if file else f"{source.path}: {stored.get('path') or key!r}", texts, key)
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of 2000 to 4000 pairs evenly spread over all, or of fewer, without bad ones."""
@@ -163,7 +188,7 @@ class PairDataset:
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
         Splits off a part of the pairs, which is always the same. Pairs of one image stay together, also those of
-        copies of its file or of its bytes in a shard or table, which are read. `share`, in (0, 1), is that of the
+        copies of its file or of its bytes in a shard or table, see `image_digests`. `share`, in (0, 1), is that of the
         images, rounded up.
 
         Returns:
@@ -183,7 +208,7 @@ class PairDataset:
         order = np.random.default_rng(0).permutation(len(distinct))
         held_out = {distinct[place] for place in order[:count]}
         inside = np.array([group in held_out for group in groups])
-        return copy(self)._select(self._ranges[~inside]), copy(self)._select(np.unique(self._ranges[inside], axis=0))
+        return self._select(~inside), self._select(inside).distinct()[0]
 
     def readable(self) -> PairDataset:
         """
@@ -207,66 +232,55 @@ class PairDataset:
                 good.append(error is None)
         if not any(good):
             raise ValueError(f"{self.sources[0].path}: none of its {len(self)} pairs can be read.")
-        return copy(self)._select(self._ranges[good])
+        return self._select(np.array(good))
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
         Returns the pairs without the repetitions of sources that are named several times, in order, and for each pair
         its row among them, `(N,)`.
         """
-        ranges, rows = np.unique(self._ranges, axis=0, return_inverse=True)
-        return copy(self)._select(ranges), rows.reshape(-1)
+        _, indices, rows = np.unique(self._pairs, axis=0, return_index=True, return_inverse=True)
+        return self._select(indices), rows.reshape(-1)
 
     def image_digests(self) -> list[bytes]:
         """
-        Returns a digest of the encoded image of each pair, which pairs of one image share. Reads all images that were
-        opened, for all parts once, and in other processes only after a change of a file.
+        Returns a digest of each pair, 32 bytes, which pairs of one image share: of up to a gigabyte of data that of
+        the encoded image, of more that of path, size and modification time of its file and of its row in a shard or
+        table. Computed once, also for the parts of a split.
         """
-        # A part has the rows of the opened pairs.
-        ranges, rows = np.unique(np.concatenate([self._opened, self._ranges]), axis=0, return_inverse=True)
-        if not self._digests:
-            self._digests.append(copy(self)._select(ranges)._all_image_digests())
-        (digests,) = self._digests
-        return [digests[32 * row : 32 * row + 32] for row in rows.reshape(-1)[len(self._opened) :].tolist()]
+        if self._digests is None:
+            distinct, rows = self.distinct()
+            digest = distinct._image_digest if total_size(self.files()) <= LARGE else distinct._place_digest
+            with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
+                found = prefetch_map(pool, digest, range(len(distinct)), 64)
+                bar = tqdm(found, "Comparing images", len(distinct), unit="pair", delay=2, leave=False)
+                self._digests = np.array([*bar], "V32")[rows]
+        return self._digests.tolist()
 
-    def _all_image_digests(self) -> bytes:
-        sources, state = self._by_source(), hashlib.sha256(self._ranges.tobytes())
-        for source, _, files in sources:
-            state.update(repr(source.columns.image).encode())  # rows may hold several images
-            for file in dict.fromkeys([*source.files(), *filter(None, files)]):
-                state.update(file_state(file))
-        cached = cache_folder() / "images" / f"{state.hexdigest()[:32]}.bin"
-        digests = cached.read_bytes() if cached.is_file() else b""
-        if len(digests) != 32 * len(self):
-            digests = b"".join(self._compute_image_digests(sources))
-            keep_in_cache(cached, lambda temporary: temporary.write_bytes(digests))
-        return digests
+    def _image_digest(self, index: int) -> bytes:
+        try:
+            image = self.raw(index, need_captions=False).image
+            return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()
+        except (OSError, ValueError):  # is a bad pair as it is read
+            return self._place_digest(index)
 
-    def _compute_image_digests(
-        self, sources: Sequence[tuple[Source, np.ndarray, list[Path | None]]]
-    ) -> Iterator[bytes]:
-        with tqdm(total=len(self), desc="Comparing images", unit="pair", delay=2, leave=False) as bar:
-            for number, (source, ranges, files) in enumerate(sources):
-                for (start, end), file in zip(ranges.tolist(), files):
-                    try:
-                        digest = file_digest(file) if file else hashlib.sha256(source.read(start, end).image).digest()
-                    except BAD_PAIR:
-                        digest = None
-                    yield digest or hashlib.sha256(f"{number}/{file or start}".encode(errors="replace")).digest()
-                    bar.update()
+    def _place_digest(self, index: int) -> bytes:
+        number, row = self._pairs[index].tolist()
+        file = self.sources[number].file(row)
+        state = file_state(file) if file else file_state(self.sources[number].path) + b"\0%d" % row
+        return hashlib.sha256(state).digest()
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the sources and of the images that they name."""
-        return {
-            os.path.abspath(file)
-            for source, _, images in self._by_source()
-            for file in (*source.files(), *filter(None, images))
-        }
+        return {os.path.abspath(file) for files in self._files() for file in files}
 
-    def _by_source(self) -> list[tuple[Source, np.ndarray, list[Path | None]]]:
-        """Returns the sources with the ranges (start, end) of their pairs, and the image files of these."""
-        ranges = (self._ranges[self._ranges[:, 0] == number, 1:] for number in range(len(self.sources)))
-        return [(source, of_source, source.image_files(of_source)) for source, of_source in zip(self.sources, ranges)]
+    def _files(self) -> list[list[str | os.PathLike]]:
+        """Returns the files of each source, and of the images of its pairs."""
+        files = [[*source.files] for source in self.sources]
+        for number, row in self._pairs.tolist():
+            if image := self.sources[number].file(row):
+                files[number].append(image)
+        return files
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which random choices depend."""
@@ -274,14 +288,14 @@ class PairDataset:
 
     def fingerprint(self) -> str:
         """
-        Computes a digest, 16 hex digits, over the positions of the pairs, the content of shards, tables and the images
+        Computes a digest, 16 hex digits, over the places of the pairs, the content of shards, tables and the images
         that tables name, and the names of the columns. Of more than a gigabyte, names, sizes and modification times of
         the files stand for the content.
         """
-        digest, read = hashlib.sha256(self._ranges[:, 1:].tobytes()), total_size(self.files()) <= LARGE
-        for source, _, images in self._by_source():
-            content = content_digest([*source.files(), *filter(None, images)], source.root, read)
-            digest.update(f"{content}{[*source.columns]}".encode())
+        digest, read = hashlib.sha256(self._pairs.tobytes()), total_size(self.files()) <= LARGE
+        for source, files in zip(self.sources, self._files()):
+            # The names of folders may be those of classes.
+            digest.update(f"{[*source.columns]}{source.names}{content_digest(files, read=read)}".encode())
         return digest.hexdigest()[:16]
 
 
@@ -304,7 +318,7 @@ def load_pairs(
       shards, or a pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in
       the JSON, else the text, else `caption` in the JSON.
     - An image folder with `metadata.jsonl` or `metadata.csv`, or such a file. Each line has one of
-      `sources.IMAGE_COLUMNS`, a path relative to the file, and one of `sources.CAPTION_COLUMNS`.
+      `columns.IMAGE_COLUMNS`, a path relative to the file, and one of `columns.CAPTION_COLUMNS`.
     - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal,
       also "null". Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
       Rows of one image file, here, in an image folder and in Parquet with paths, are one pair with all their captions.
@@ -348,3 +362,15 @@ def _load(pair: RawPair) -> Image.Image:
         return load_image(pair.image, pair.name)
     except (ValueError, FileNotFoundError) as error:
         raise BadPairError(str(error)) from error
+
+
+def _later_rows(image_files: Sequence[str | None]) -> dict[int, list[int]]:
+    """
+    Returns the later rows of each image that several rows name, by the first of its rows. They are one pair, because
+    in a batch the captions of other pairs count as wrong.
+    """
+    first_rows, later = {}, defaultdict(list)
+    for row, file in enumerate(image_files):
+        if file and (first := first_rows.setdefault(os.path.normpath(file), row)) < row:
+            later[first].append(row)
+    return dict(later)

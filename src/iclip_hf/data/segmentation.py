@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,13 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from ..model.images import IMAGE_SUFFIXES, load_image, open_image, upright
+from ..model.images import image_suffixes, load_image, open_image, upright
 from ..model.prompts import check_templates
 from ..utils.digests import LARGE, content_digest, total_size
 from ..utils.extras import require_extra
-from ..utils.files import parse_json
+from .formats import expand_braces
+from .formats.folders import is_written
 from .layouts import DATASETS, VOID, Layout
-from .sources import expand_braces, is_written_picture
 
 
 logger = logging.getLogger(__name__)
@@ -107,11 +108,6 @@ class _IndexSample(SegmentationSample):
     @cached_property
     def label_map(self) -> np.ndarray:
         image = open_image(self.mask_path)
-        if image.format != "PNG":  # others may be lossy, which changes ids at edges
-            raise ValueError(
-                f"{self.mask_path}: a mask is a PNG, and this is a {image.format} in spite of its name; save the "
-                "class ids again."
-            )
         if image.mode not in ("P", "L", "1"):
             raise ValueError(
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode "
@@ -140,7 +136,6 @@ class _COCOSample(SegmentationSample):
     """
 
     size: tuple[int, int]
-    annotation_path: Path
     annotations: list[dict] = field(repr=False)
 
     @cached_property
@@ -157,7 +152,7 @@ class _COCOSample(SegmentationSample):
     def _painted(self, labels: Sequence[int]) -> np.ndarray:
         """Returns an array with each of these labels on the pixels of its instances, and void on crowds."""
         areas = [
-            (self.void if annotation["iscrowd"] else annotation["label"], self._pixels(annotation))
+            (self.void if annotation["iscrowd"] else annotation["label"], self._pixels(annotation["segmentation"]))
             for annotation in self.annotations
             if annotation["iscrowd"] or annotation["label"] in labels
         ]
@@ -167,60 +162,16 @@ class _COCOSample(SegmentationSample):
             painted[pixels] = value
         return painted
 
-    def _pixels(self, annotation: dict) -> np.ndarray:
-        """Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean."""
-        try:
-            return _decode_segmentation(annotation["segmentation"], *self.size)
-        except Exception as error:  # pycocotools also raises plain `Exception`
-            raise ValueError(
-                f"{self.annotation_path}: annotation {annotation['id']} of {self.image_path.name} has no polygons or "
-                f"run lengths of {self.size[0]}x{self.size[1]} pixels (height x width), the stated size of the image: "
-                f"{error}."
-            ) from error
-
-
-def _decode_segmentation(segmentation: list | Mapping, height: int, width: int) -> np.ndarray:
-    """
-    Decodes a list of polygons [x1, y1, x2, y2, ...], or run lengths in column-major order, to `(height, width)`
-    boolean. Raises `ValueError`, `TypeError` or `KeyError` for others, of which pycocotools would decode undefined
-    memory.
-    """
-    if not segmentation:  # a box alone, which is counted as the file is read
-        return np.zeros((height, width), bool)
-    if isinstance(segmentation, list):
-        polygons = [np.asarray(polygon, np.float64) for polygon in segmentation]
-        for points in polygons:
-            if points.ndim != 1 or len(points) < 6 or len(points) % 2:
-                raise ValueError("a polygon is a list of x1, y1, x2, y2, ..., of at least 3 points")
-            if not np.all(np.abs(points) <= 10 * max(height, width)):  # NaN neither
-                raise ValueError("a point lies far outside of the image")
+    def _pixels(self, segmentation: list | Mapping | None) -> np.ndarray:
+        """Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean; nothing for a box alone."""
+        if not segmentation:
+            return np.zeros(self.size, bool)
         coco_mask = _pycocotools_mask()
-        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).view(bool)
-    counts = segmentation["counts"]
-    runs = np.array(counts if isinstance(counts, list) else _decompress_runs(counts))
-    if list(segmentation["size"]) != [height, width]:
-        raise ValueError(f"the run lengths are of {segmentation['size']} pixels")
-    if runs.dtype.kind != "i" or runs.min() < 0 or runs.sum() != height * width:
-        raise ValueError(f"the run lengths are not integers with the sum {height * width}")
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _decompress_runs(text: str | bytes) -> list[int]:
-    """
-    Decodes COCO's compressed run lengths. A number has 5 bits in each character, the lowest first, in two's
-    complement; bit 6 says that another character follows. From the fourth on, a number is the difference to the last
-    but one.
-    """
-    runs, value, shift = [], 0, 0
-    for character in text.encode() if isinstance(text, str) else text:
-        bits = character - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:
-            value -= (bits & 16) << (shift - 4)  # the sign
-            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-            value = shift = 0
-    return runs
+        if isinstance(segmentation, list):
+            segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *self.size))
+        elif isinstance(segmentation["counts"], list):
+            segmentation = coco_mask.frPyObjects(segmentation, *self.size)
+        return coco_mask.decode(segmentation).view(bool)
 
 
 def _pycocotools_mask() -> ModuleType:
@@ -377,10 +328,8 @@ def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, 
         ]
         names = sorted(path.removeprefix(start).removesuffix(end) for path in paths)
         if not end:
-            names = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+            names = [name for name in names if os.path.splitext(name)[1].lower() in image_suffixes()]
         files = {name if end else os.path.splitext(name)[0]: root / f"{start}{name}{end}" for name in names}
-        if len(files) < len(names):
-            raise ValueError(f"{root / start}: two images differ only in their suffix; remove one.")
         if files:
             break
     return chosen, files
@@ -391,7 +340,7 @@ def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
     mask_pattern, masks = _found(root, layout.masks, split)
     names = [*masks]
     if image_pattern.endswith("*"):
-        images = {name: path for name, path in images.items() if name in masks or not is_written_picture(path)}
+        images = {name: path for name, path in images.items() if name in masks or not is_written(path.name)}
         names = sorted({*images, *masks})
     if layout.lists:
         lists = [root / path for path in _alternatives(layout.lists, split)]
@@ -430,62 +379,42 @@ def _instances(root: Path, split: str) -> _Content:
             else "the data set's folder has annotations/instances_SPLIT.json"
         )
         raise FileNotFoundError(f"{path}: there is no such file; {named}.")
+    folder = root / split
     try:
-        content = parse_json(_read_text(path))
+        content = json.loads(_read_text(path))
         categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
-        class_names = [category["name"] for category in categories]
-        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-        sizes = {image["file_name"]: (image["height"], image["width"]) for image in images}
-        annotations = {image["id"]: [] for image in images}
-        if not (images and categories):
-            raise ValueError("there are no images or no categories")
-        if not all(isinstance(name, str) and name.strip() for name in (*class_names, *sizes)):
-            raise ValueError("a name of a category or a file is no text")
         # Some name files as in the folder of the data set, with that of the split.
-        names = [name.removeprefix(f"{split}/") for name in sizes]
-        if outside := next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None):
-            raise ValueError(f"file_name {outside!r:.200} is no path in {root / split}")
-        # A file of the very name in the folder of the split comes first.
-        literal, without_split = ([root / split / name for name in given] for given in (sizes, names))
-        # Folders are listed once, because single look-ups are slow on network drives.
-        folders = {file.parent for file in (*literal, *without_split)}
-        present = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
-        paths = [first if first in present else second for first, second in zip(literal, without_split)]
-        most_pixels = Image.MAX_IMAGE_PIXELS or np.inf
-        for name, (height, width) in sizes.items():
-            if not (type(height) is type(width) is int and min(height, width) > 0 and height * width <= most_pixels):
-                raise ValueError(f"{name} has the size {height} x {width}")
-        if not len(labels) == len({*class_names}) == len(categories):
-            raise ValueError("two categories have the same id or name")
-        if not len(annotations) == len({*paths}) == len(images):
-            raise ValueError("two images have the same id or file")
+        files = [folder / image["file_name"].removeprefix(f"{split}/") for image in images]
+        sizes = [(image["height"], image["width"]) for image in images]
+        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        annotations = {image["id"]: [] for image in images}
         for item in content["annotations"]:
-            if item["category_id"] not in labels or item["image_id"] not in annotations:
-                raise ValueError(f"annotation {item['id']} is of a category or an image that is not listed")
-            crowd = item.get("iscrowd", 0)
-            if crowd not in (0, 1):
-                raise ValueError(f"iscrowd of annotation {item['id']} is neither 0 nor 1, but {crowd!r}")
-            annotation = {"id": item["id"], "label": labels[item["category_id"]], "iscrowd": bool(crowd)}
-            annotations[item["image_id"]].append(annotation | {"segmentation": item.get("segmentation")})
-        boxes = sum(not item.get("segmentation") for item in content["annotations"])
-        count = len(content["annotations"])
-        if 0 < boxes == count:
-            raise ValueError("the annotations are boxes without a mask")
-        if boxes:
-            logger.warning("%s: %d of %d annotations have no mask: shown, without a pixel", path, boxes, count)
+            label, crowd = labels[item["category_id"]], item.get("iscrowd", 0)
+            annotation = {"label": label, "iscrowd": crowd, "segmentation": item.get("segmentation")}
+            annotations[item["image_id"]].append(annotation)
+        class_names = [category["name"] for category in categories]
+        if not images:
+            raise ValueError("there are no images")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
             f"{type(error).__name__}: {error}"
         ) from error
-    if missing := [file for file in paths if file not in present]:
+    count = len(content["annotations"])
+    if boxes := sum(not item.get("segmentation") for item in content["annotations"]):
+        if boxes == count:
+            raise ValueError(f"{path}: the annotations are boxes without a mask; export polygons or run lengths.")
+        logger.warning("%s: %d of %d annotations have no mask: shown, without a pixel", path, boxes, count)
+    # Folders are listed once, because single look-ups are slow on network drives.
+    present = {file for parent in {file.parent for file in files} if parent.is_dir() for file in parent.iterdir()}
+    if missing := [file for file in files if file not in present]:
         raise FileNotFoundError(
-            f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(paths)} are); complete "
+            f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(files)} are); complete "
             "the data."
         )
     samples = [
-        _COCOSample(file.stem, file, len(class_names), size, path, of_image)
-        for file, size, of_image in zip(paths, sizes.values(), annotations.values(), strict=True)
+        _COCOSample(file.stem, file, len(class_names), size, of_image)
+        for file, size, of_image in zip(files, sizes, annotations.values(), strict=True)
     ]
     supercategories = [category.get("supercategory") for category in categories]
     return class_names, samples, [path], supercategories if all(supercategories) else None
@@ -553,13 +482,13 @@ def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
 def _read_mapping(path: Path) -> Mapping:
     import yaml
 
-    parse = parse_json if path.suffix.lower() == ".json" else yaml.safe_load
+    parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
     try:
         content = parse(_read_text(path))
-        if not isinstance(content, dict):  # nor the pairs of one
+        if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         return content
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
         raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {problem}") from error
 

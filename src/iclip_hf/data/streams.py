@@ -10,7 +10,8 @@ from torch.utils.data import IterableDataset
 
 from ..model.downloads import MAX_DOWNLOAD
 from ..model.images import load_image
-from .sources import LABEL_COLUMNS, USUAL_COLUMNS, BadPairError, BadPairTally, Columns, PairTexts, sample_caption
+from .bad_pairs import BadPairError, BadPairTally
+from .columns import LABEL_COLUMNS, USUAL_COLUMNS, Columns, PairTexts, sample_caption
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class PairStream(IterableDataset):
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
         seed, max_bad_share, rank, world_size: see [`~iclip_hf.data.pairs.load_pairs`].
-        columns ([`~iclip_hf.data.sources.Columns`]): names of the columns; the usual ones by default.
+        columns ([`~iclip_hf.data.columns.Columns`]): names of the columns; the usual ones by default.
         hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the
             bytes of their images.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+from functools import cache
 from typing import TYPE_CHECKING
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -15,12 +16,22 @@ from .downloads import download, is_url
 if TYPE_CHECKING:
     import torch
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2")
-
 # The first characters of a JPEG, PNG, GIF and WebP file in base64, that of a JPEG also in the letters for URLs.
 _BASE64 = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR")
 # Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Returns the suffixes of the images that can be read, in lower case: of HEIC only with `pillow-heif`."""
+    try:
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
+    except ImportError:
+        pass
+    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
 
 
 def open_image(
@@ -49,7 +60,7 @@ def open_image(
             if 0 in source.size:
                 raise ValueError("it has no pixels")
             return source
-        Image.init()  # registers the optional formats, so that the absent ones are known
+        image_suffixes()  # registers the optional formats, so that the absent ones are known
         formats = [format for format in _FORMATS if format in Image.OPEN]
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             # Pillow itself only warns between one and two times its limit.
@@ -59,7 +70,9 @@ def open_image(
                 image.load()
         return image  # its file is closed
     except UnidentifiedImageError:
-        problem = f"its content is none of {', '.join(_FORMATS)}"
+        problem = f"its content is none of {', '.join(formats)}"
+        if "HEIF" not in formats:
+            problem += ", and HEIC needs `pip install pillow-heif`"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files

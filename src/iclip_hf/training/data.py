@@ -19,9 +19,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from tqdm import tqdm
 
+from ..data.columns import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.nouns import ImageNouns, NounPrompts
 from ..data.pairs import BadPairError, PairDataset
-from ..data.sources import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.streams import PairStream
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
@@ -159,7 +159,7 @@ class PairCollator(TextSampler):
         """
         Args:
             rows: B `dict`s with an `image`, for the processor, a `caption` or a list of `captions`, and *optional*
-                `labels` and `complete`, see [`~data.sources.PairTexts`].
+                `labels` and `complete`, see [`~data.columns.PairTexts`].
 
         Returns:
             `dict` of `pixel_values` (B, 3, H, W), the tokenizer's tensors (M, L) of captions and noun prompts, the
@@ -499,5 +499,5 @@ class BatchLoader:
 
 
 def _with_counts(collate: Callable, items: Sequence[dict] | dict) -> tuple[dict, list[tuple[int | None, int, int]]]:
-    """Returns the batch of these items, and for each that was read now what [`~sources.BadPairTally.count`] takes."""
+    """Returns the batch of these items, and what `BadPairTally.count` takes for each that was read now."""
     return collate(items), [] if isinstance(items, dict) else [item["read"] for item in items]

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from ..data.formats.folders import CLASS_CAPTION
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset
-from ..data.sources import CLASS_CAPTION
 from ..hub.configs import EMBEDDED
 from ..model.engine import Engine
 from ..model.modeling_iclip import ICLIPModel

@@ -40,12 +40,8 @@ def total_size(files: Iterable[str | os.PathLike]) -> int:
 
 
 def file_state(file: str | os.PathLike) -> bytes:
-    """Returns path, number, size and times of a file, one of which changes with its content."""
-    path, found = os.path.abspath(file).encode(errors="surrogatepass"), _stat(file)
-    if found is None:
-        return path + b"\0absent\0"
-    # Programs can set the time of the content (mtime), as unpacking does, but not that of the entry (ctime).
-    return path + f"\0{found.st_ino}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0".encode()
+    """Returns path, size and modification time of a file, which stand for its content."""
+    return os.path.abspath(file).encode(errors="surrogatepass") + b"\0" + (_size_and_time(file) or b"absent")
 
 
 def file_digest(file: str | os.PathLike) -> bytes | None:
@@ -72,6 +68,6 @@ def _stat(file: str | os.PathLike) -> os.stat_result | None:
         return None
 
 
-def _size_and_time(file: str) -> bytes | None:
+def _size_and_time(file: str | os.PathLike) -> bytes | None:
     found = _stat(file)
     return found and f"{found.st_size}\0{found.st_mtime_ns}\0".encode()

@@ -1,0 +1,150 @@
+"""The columns of a row: captions of an image, and labels of what it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from numbers import Number
+from typing import NamedTuple
+
+import numpy as np
+
+from .class_names import CLASS_NAMES
+
+
+# Columns of the image's path and of the captions, in order of preference: the first column with a value is used.
+# "captions" is a list, all others are text. Members of a shard become the columns "txt" and "json".
+IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
+CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
+LABEL_COLUMNS = ("labels", "complete")  # lists of names, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`
+
+
+class Columns(NamedTuple):
+    """Names of the columns that may hold the image and the captions, in the order of preference."""
+
+    image: tuple[str, ...] = IMAGE_COLUMNS
+    caption: tuple[str, ...] = CAPTION_COLUMNS
+
+    @classmethod
+    def named(cls, image: str | None = None, caption: str | None = None) -> Columns:
+        """Returns the usual columns, or only the given one."""
+        return cls((image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS)
+
+    def check(self, where: str | os.PathLike, names: Iterable[str]) -> None:
+        """Raises `ValueError` if a table has no column for the image or none for the captions."""
+        for what, wanted in zip(("image", "caption"), self):
+            if not set(wanted) & set(names):
+                raise ValueError(
+                    f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among "
+                    f"{', '.join(map(repr, names))}; add a header line, or name the column by --{what}_column."
+                )
+
+    def texts(self, row: Mapping) -> PairTexts:
+        """
+        Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if
+        `labels` or `complete` are neither lists of names nor numbers, if `complete` names an unknown list, and if
+        there is `complete` without a list of names as labels.
+        """
+        nested = row["json"] if isinstance(row.get("json"), Mapping) else {}
+        captions = next(
+            filter(None, (_texts(column, of.get(column)) for column in self.caption for of in (row, nested))), []
+        )
+        labels, complete = (
+            next((of[name] for of in (row, nested) if not _is_empty(of.get(name))), None) for name in LABEL_COLUMNS
+        )
+        if isinstance(complete, str) and not complete.lstrip().startswith("["):
+            if complete.lower() not in CLASS_NAMES:
+                raise ValueError(
+                    f"complete: {complete!r:.100} is neither a list of names nor one of {', '.join(CLASS_NAMES)}"
+                )
+            complete = [complete]
+        names, listed = _names("labels", labels), _names("complete", complete)
+        if listed and names is None:  # all of these would count as absent
+            raise ValueError(
+                f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows "
+                "none of them is []"
+            )
+        complete_for = chain.from_iterable(CLASS_NAMES.get(name.lower(), (name,)) for name in listed or ())
+        return PairTexts(captions, names or [], [*complete_for])
+
+
+USUAL_COLUMNS = Columns()
+
+
+class PairTexts(NamedTuple):
+    """
+    Captions and labels of an image.
+
+    Attributes:
+        captions: all captions; none for a pair without.
+        labels: names of what the image shows.
+        complete: names that the labels are complete for: the image does not show one of them that is no label.
+    """
+
+    captions: Sequence[str]
+    labels: Sequence[str] = ()
+    complete: Sequence[str] = ()
+
+    @classmethod
+    def joined(cls, parts: Iterable[PairTexts]) -> PairTexts:
+        """Returns the texts of all parts, each once."""
+        return cls(*([*dict.fromkeys(chain(*of_parts))] for of_parts in zip(*parts)))
+
+
+def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
+    return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
+
+
+def _texts(column: str, value) -> list[str]:
+    """Returns the texts in a value of a column of captions, stripped; none if it is neither text nor has texts."""
+    value = _parsed(column, value)
+    items = _items(value)
+    texts = (_stripped(text) for text in ([value] if items is None else items) if isinstance(text, str))
+    return [text for text in texts if text]
+
+
+def _names(column: str, value) -> list[str] | None:
+    """
+    Returns the names in a value of a column of labels; "dog, cat" are two. None without a list, and for numbers, which
+    have another meaning, such as ids of classes. Raises `ValueError` for anything else.
+    """
+    parsed = _parsed(column, value)
+    items = _items(parsed)
+    of_value = [parsed] if items is None else items
+    if _is_empty(parsed) or (of_value and all(isinstance(item, Number) for item in of_value)):
+        return None
+    if items is None or not all(isinstance(item, str) for item in items):
+        raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
+    names = (_stripped(name) for item in items for name in item.split(","))
+    return [name for name in names if name]
+
+
+def _parsed(column: str, value):
+    """Returns a value of a column; that of a list as text, as in a .csv, is parsed."""
+    if column not in ("captions", *LABEL_COLUMNS) or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        if column in LABEL_COLUMNS:
+            raise ValueError(f'{column}: {value!r:.100} is no list of names in JSON, such as ["dog"]') from None
+        return None
+
+
+def _items(value) -> list | None:
+    """Returns the items of a list, a tuple or an array; None of anything else."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    return [*value] if isinstance(value, (list, tuple)) else None
+
+
+def _is_empty(value) -> bool:
+    return value is None or (isinstance(value, str) and value == "")
+
+
+def _stripped(text: str) -> str:
+    # JSON escapes can contain lone surrogates, which tokenizers refuse, and text files of Windows a byte order mark.
+    return text.encode(errors="ignore").decode("utf-8-sig").strip()

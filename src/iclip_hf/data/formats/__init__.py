@@ -1,0 +1,84 @@
+"""
+The formats of image-text pairs on disk, one in each module. A format opens a path as a [`~source.Source`] of rows. No
+image is decoded, and torch is not imported, so that data can be checked before a run.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ...utils.hub_ids import is_hub_id
+from ..columns import Columns
+from .arrow import open_arrow
+from .folders import is_hidden, read_class_folders
+from .shards import open_shard
+from .source import Source
+from .tables import read_table
+
+
+# By the suffix of a file.
+FORMATS = {".tar": open_shard, ".csv": read_table, ".tsv": read_table, ".jsonl": read_table, ".parquet": open_arrow}
+
+
+def open_sources(sources: Sequence[str | os.PathLike], columns: Columns, split: str = "train") -> list[Source]:
+    """
+    Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded. A source that is
+    named several times is opened once and returned as often.
+    """
+    opened: dict[str, list[Source]] = {}
+    names = [*map(os.fspath, sources)]
+    for name in dict.fromkeys(names):
+        if is_hub_id(name):
+            opened[name] = [open_arrow(Path(name), columns, split, hub=True)]
+        else:
+            paths = tqdm(_local_paths(name), desc="Indexing", unit="file", delay=2, leave=False)
+            opened[name] = [_open(path, columns, split) for path in paths]
+    return [source for name in names for source in opened[name]]
+
+
+def _open(path: Path, columns: Columns, split: str) -> Source:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        return open_arrow(path, columns, split)
+    if path.is_dir():
+        return read_class_folders(path, columns)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: a file of pairs is one of {', '.join(FORMATS)}; convert or rename it.")
+    return FORMATS[path.suffix.lower()](path, columns)
+
+
+def _local_paths(source: str) -> list[Path]:
+    """Returns the files of a source, or its folder."""
+    if os.path.isdir(source):
+        folder = Path(source)
+        tables = [folder / f"metadata.{kind}" for kind in ("jsonl", "csv")]  # as in an `imagefolder` of `datasets`
+        if table := next(filter(Path.is_file, tables), None):
+            return [table]
+        visible = sorted(file for file in folder.iterdir() if not is_hidden(file.name))
+        return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
+    if os.path.isfile(source):
+        return [Path(source)]
+    files = [file for pattern in expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]]
+    if missing := [file for file in files if not os.path.isfile(file)]:
+        raise FileNotFoundError(
+            f"{missing[0]}: there is no such file or folder of pairs ({len(missing)} of {len(files)} are missing); "
+            "check the path."
+        )
+    return [Path(file) for file in files]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    count = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    parts = match[1].split(",")
+    if count:
+        parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
+    return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]

@@ -1,0 +1,82 @@
+"""Data sets of the `datasets` library: Parquet files, folders of `save_to_disk`, and downloaded ones of the Hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...utils.extras import require_extra
+from ...utils.files import loading_errors
+from ..columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns
+from .source import Source
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = False) -> Source:
+    """
+    Opens a data set with images as bytes or as paths. Raises `ValueError` if it is none, or has no such split or
+    columns.
+    """
+    with require_extra("train"):
+        import datasets
+        import pyarrow.compute as pc
+    with loading_errors(path, f"check the file, the split {split!r} and the columns"):
+        if hub:
+            rows = open_hub_dataset(os.fspath(path), split)
+        elif path.is_dir():
+            rows = datasets.load_from_disk(path)
+            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        else:
+            rows = datasets.Dataset.from_parquet(os.fspath(path))
+        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        if columns.image == IMAGE_COLUMNS and images:
+            columns = columns._replace(image=(images[0],))
+        columns.check(path, rows.features)
+        image = next(name for name in columns.image if name in rows.features)
+        kept = [name for name in (*columns.caption, *LABEL_COLUMNS, "json") if name in rows.features]
+        rows = rows.with_format(None).select_columns([image, *kept])  # some formats hide columns, or return no dict
+        rows = rows.rename_column(image, "image") if image != "image" else rows
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    # Of images within the rows, no byte is read. They may share one path, and are images of their own.
+    stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
+    lengths, names = pc.binary_length(pc.struct_field(stored, "bytes")), pc.struct_field(stored, "path")
+    names = [None if length else name for length, name in zip(lengths.to_pylist(), names.to_pylist())]
+    if hub:
+        names = [name if name and _is_downloaded(name) else None for name in names]
+    files = [path] if path.is_file() else [file["filename"] for file in rows.cache_files]
+    return Source(path, path.parent, columns, rows, names, files)
+
+
+def _is_downloaded(name: str) -> bool:
+    # Others wrote the rows of the Hub: they may name what was downloaded, but no other file of this machine.
+    from datasets import config
+    from huggingface_hub import constants
+
+    folders = constants.HF_HUB_CACHE, config.EXTRACTED_DATASETS_PATH
+    return any(Path(name).resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
+
+
+def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
+    """
+    Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`. Raises `ConnectionError` at
+    once if the Hub cannot be reached and the dataset is not in the cache; `load_dataset` would retry for half a
+    minute.
+    """
+    with require_extra("train"):
+        from datasets import load_dataset
+    from huggingface_hub import errors, resolve_revision
+
+    try:
+        resolve_revision(name, repo_type="dataset")
+    except errors.HfHubHTTPError:
+        pass  # the Hub answers, and `load_dataset` says more
+    except Exception as error:  # also of a proxy
+        raise ConnectionError(
+            f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; "
+            "check the name or the connection."
+        ) from error
+    return load_dataset(name, split=split, **options)

@@ -1,0 +1,101 @@
+"""Tar shards in the form of webdataset and img2dataset, by random access."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...model.images import image_suffixes
+from ...utils.digests import file_state
+from ...utils.files import cache_folder, keep_in_cache
+from ..columns import Columns
+from .source import Source
+
+
+def open_shard(path: Path, columns: Columns) -> Source:
+    """Opens a tar file. Raises `ValueError` if it is none, or compressed."""
+    rows = TarRows(path)
+    return Source(path, path.parent, columns, rows, [None] * len(rows), [path])
+
+
+class TarRows(Sequence):
+    """
+    The rows of a tar file. Adjacent members with the same key are a row, and a member whose full name repeats begins
+    the next one. Their bytes are a small tar file. Nothing is extracted to disk, and links are ignored.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        # Cached, because the ranges of a million pairs take minutes.
+        cached = cache_folder() / "shards" / f"{hashlib.sha256(file_state(path)).hexdigest()[:32]}.bin"
+        content = cached.read_bytes() if cached.is_file() else self._ranges()
+        if not cached.is_file():
+            keep_in_cache(cached, lambda temporary: temporary.write_bytes(content))
+        self._starts_and_ends = np.frombuffer(content, np.int64).reshape(-1, 2)
+
+    def _ranges(self) -> bytes:
+        """Returns the byte range of each row, pairs of int64."""
+        ranges, last_key, suffixes = array("q"), None, set()
+        try:
+            with tarfile.open(self.path, "r:") as tar:
+                for member in tar:
+                    key, suffix = _key_and_suffix(member)
+                    if key is not None:
+                        if key != last_key or suffix in suffixes:
+                            ranges.extend((member.offset, 0))
+                            suffixes.clear()
+                        suffixes.add(suffix)
+                        ranges[-1] = tar.offset  # start of the next member
+                        last_key = key
+                    tar.members.clear()  # tarfile would keep all members
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self.path}: this is no whole tar file without compression ({error}); decompress it, or get it "
+                "again."
+            ) from error
+        return ranges.tobytes()
+
+    def __len__(self) -> int:
+        return len(self._starts_and_ends)
+
+    def __getitem__(self, row: int) -> dict:
+        start, end = self._starts_and_ends[row].tolist()
+        with open(self.path, "rb", buffering=0) as opened:
+            opened.seek(start)
+            block = opened.read(end - start)
+        columns = {}
+        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+            for member in tar:
+                key, suffix = _key_and_suffix(member)
+                data = block[member.offset_data : member.offset_data + member.size]
+                if suffix in image_suffixes():
+                    if "image" in columns:
+                        other = columns["image"]["path"]
+                        raise ValueError(f"two images of the key {key!r}, in {other!r} and {member.name!r}")
+                    columns |= {"image": {"bytes": data, "path": member.name}, "__key__": key}
+                elif suffix == ".txt":
+                    columns["txt"] = data.decode()
+                elif suffix == ".json":
+                    columns["json"] = json.loads(data)
+        if "image" not in columns:
+            raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
+        return columns
+
+
+def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:
+    """
+    Returns the key of webdataset (the path up to the first dot of the file name) and the suffix; (None, "") for other
+    members.
+    """
+    folder, slash, name = member.name.rpartition("/")
+    stem, dot, suffix = name.partition(".")
+    if not member.isreg() or not stem or not dot:
+        return None, ""
+    return f"{folder}{slash}{stem}", f".{suffix.lower()}"

@@ -1,0 +1,38 @@
+"""What a format gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..columns import Columns
+
+
+@dataclass(eq=False)
+class Source:
+    """
+    Rows of one file or folder.
+
+    Attributes:
+        path: the file or folder.
+        folder: names of image files are relative to it.
+        columns: names of the columns of the texts.
+        rows: `dict`s of columns, by number. `image` is as `datasets` stores it, `{"bytes": ..., "path": ...}`, for an
+            image within the row. `__key__` names the row. Reading a row raises `ValueError` if it is unusable.
+        names: the image file of each row, None for an image within the row and for a row without an image.
+        files: the files of the source itself.
+    """
+
+    path: Path
+    folder: Path
+    columns: Columns
+    rows: Sequence[dict]
+    names: Sequence[str | None]
+    files: Sequence[str | os.PathLike]
+
+    def file(self, row: int) -> str | None:
+        """Returns the path of the image file of a row."""
+        name = self.names[row]
+        return name and os.path.join(self.folder, name)

@@ -1,0 +1,62 @@
+"""Text files with a row in each line: .csv, .tsv and .jsonl."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from ..columns import LABEL_COLUMNS, Columns
+from .source import Source
+
+
+def read_table(path: Path, columns: Columns) -> Source:
+    """
+    Reads a text file in UTF-8: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
+    separated by the character of ",", ";" and tab that its header has most of. Raises `ValueError` if a line is no
+    row, or there is no column of images or captions.
+    """
+    rows, names, found = [], [], {}
+    read = _objects if path.suffix.lower() == ".jsonl" else _fields
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for row in read(file):
+                found |= dict.fromkeys(row)  # a row of a .jsonl may lack some
+                name = next((row[column] for column in columns.image if row.get(column)), None)
+                names.append(name if isinstance(name, str) else None)
+                rows.append({column: row[column] for column in (*columns.caption, *LABEL_COLUMNS) if column in row})
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: this table is not UTF-8 ({error}); save it as UTF-8.") from error
+    if rows:
+        columns.check(path, found)
+    return Source(path, path.parent, columns, rows, names, [path])
+
+
+def _objects(file: TextIO) -> Iterator[dict]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"{row!r:.100}")
+            except ValueError as error:
+                raise ValueError(f"{file.name}, line {number}: this is no JSON object: {error}.") from error
+            yield row
+
+
+def _fields(file: TextIO) -> Iterator[dict]:
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    if file.name.lower().endswith(".csv"):
+        form = {"delimiter": max(",;\t", key=file.readline().count), "skipinitialspace": True, "strict": True}
+        file.seek(0)
+    lines = csv.reader(file, **form)
+    try:
+        header = next(lines, [])
+        for fields in filter(None, lines):
+            if len(fields) != len(header):
+                raise csv.Error(f"{len(fields)} fields instead of {len(header)}; text with a separator needs quotes")
+            yield dict(zip(header, fields))
+    except csv.Error as error:
+        raise ValueError(f"{file.name}, line {lines.line_num}: this is no row of the table: {error}.") from error

@@ -33,16 +33,9 @@ def contrastive_loss(
     logits_per_image: torch.Tensor, logits_per_text: torch.Tensor | None = None, offset: int = 0
 ) -> torch.Tensor:
     """
-    Symmetric cross entropy of image-text pairs: half image-to-text plus half text-to-image (Eq. 13, one branch).
-
-    Args:
-        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of this process's images with all texts.
-        logits_per_text (`torch.Tensor` of shape `(B, T)`, *optional*): this process's texts with all images; the
-            transpose of `logits_per_image` when there is one process.
-        offset (`int`): column of the first pair: rank times B when columns come from several processes.
-
-    Returns:
-        `torch.Tensor` scalar, float32. Pair i is positive at column `i + offset`, all others are negatives.
+    Returns the symmetric cross entropy of image-text pairs (Eq. 13, one branch), from logits `(B, T)` of this
+    process's images with all texts and, by default their transpose, of its texts with all images. Pair i is positive
+    at column `i + offset`: rank times B where columns come from several processes.
     """
     if logits_per_text is None:
         logits_per_text = logits_per_image.mT
@@ -54,18 +47,8 @@ def sigmoid_loss(
     logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor, num_positives: torch.Tensor | float
 ) -> torch.Tensor:
     """
-    Binary cross entropy of each image and text, as in SigLIP, with a weight for each negative.
-
-    Args:
-        logits (`torch.Tensor` of shape `(B, T)`): scaled cosines with a bias.
-        positives (`torch.Tensor` of shape `(B, T)`): boolean.
-        negative_weights (`torch.Tensor` of shape `(B, T)`): weights of the pairs that are not positive; the others
-            have the weight 1.
-        num_positives (`torch.Tensor` or `float`): divisor of the sum; with several processes their mean number of
-            positives.
-
-    Returns:
-        `torch.Tensor` scalar, float32.
+    Returns the binary cross entropy of images and texts, as in SigLIP, from logits, boolean positives and weights of
+    the negatives, each `(B, T)`: the sum divided by `num_positives`, of several processes their mean number.
     """
     weights = torch.where(positives, 1.0, negative_weights)
     losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
@@ -88,16 +71,9 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
 
 def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Loss of texts that compete for the patches of images: the negative logarithm of the shares of the texts that an
-    image has. So patches behind an object, which belong to some text of the image, cannot stay with the object's.
-
-    Args:
-        shares (`torch.Tensor` of shape `(B, T)`): of the texts in the images ([`shares_of_texts`]), in [0, 1].
-        positives (`torch.Tensor` of shape `(B, T)`): boolean.
-
-    Returns:
-        `torch.Tensor` scalar, float32: mean over the positives of an image, then over the images. An image without
-        positives counts 0.
+    Returns the loss of texts that compete for the patches of images: the negative logarithm of the shares `(B, T)`
+    ([`shares_of_texts`]) of the texts that an image has, `(B, T)` boolean; the mean over these, then over the images.
+    So patches behind an object, which belong to some text of the image, cannot stay with the object's.
     """
     rows, columns = positives.nonzero(as_tuple=True)
     losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
@@ -115,15 +91,9 @@ def shares_of_texts(logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
 
 def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Returns the prior of the patches for each noun by the class token's attention: all patches are equally likely to
-    show an object, and those with the least attention show the background.
-
-    Args:
-        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
-        is_background (`torch.Tensor` of shape `(T,)`): boolean.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N, T)`, float32, positive, with the sum 1 over N.
+    Returns the prior `(B, N, T)` of the patches for each noun by the class token's attention `(B, N)` in [0, 1]: all
+    patches are equally likely to show an object, and those with the least attention show the background
+    (`is_background`, `(T,)` boolean). Its sum over N is 1.
     """
     background = (1 - attention.float()) ** 8 + 1e-6
     background = (background / background.sum(1, keepdim=True)).unsqueeze(-1)
@@ -132,15 +102,9 @@ def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> tor
 
 def place_prior(heights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """
-    Returns the prior of the patches for each noun by its place in an image: exp(3 y) for nouns that are below, such as
-    a floor, exp(-3 y) for those above, such as the sky, and the same for all patches for any other.
-
-    Args:
-        heights (`torch.Tensor` of shape `(N,)`): y of the patches, from 0 at the top to 1.
-        place (`torch.Tensor` of shape `(T,)`): 1 for nouns below, -1 for those above, 0 for others.
-
-    Returns:
-        `torch.Tensor` of shape `(N, T)`, float32, positive, with the sum 1 over N.
+    Returns the prior `(N, T)` of patches at the heights y `(N,)`, from 0 at the top to 1, for each noun by its place
+    `(T,)`: exp(3 y) for nouns that are below (1), such as a floor, exp(-3 y) for those above (-1), such as the sky,
+    and equal for others (0). Its sum over N is 1.
     """
     return (PLACE_SHARPNESS * heights.float().unsqueeze(1) * place.float()).softmax(0)
 
@@ -269,19 +233,9 @@ def shares_by_place(
     shares: torch.Tensor, patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Replaces the shares of the nouns that are above or below others, in the images that show one, by their shares in
-    evenly spread patches, weighted by their [`place_prior`].
-
-    Args:
-        shares (`torch.Tensor` of shape `(B, V)`): of the nouns in the images of this process.
-        patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images
-            that [`~BatchNouns.shows_place`].
-        prompts (`torch.Tensor` of shape `(V, P)`): unit vectors of a prompt of each noun.
-        scale (`float`): of the cosines in the softmax.
-        nouns ([`BatchNouns`]): the nouns.
-
-    Returns:
-        `torch.Tensor` of shape `(B, V)`, float32.
+    Replaces the shares `(B, V)` of the nouns that are above or below others, in the b images that show one, by their
+    shares in evenly spread patches `(b, 64, P)` ([`~pooling.even_patches`]), weighted by their [`place_prior`].
+    `prompts` are unit vectors `(V, P)`, and `scale` is that of the cosines in the softmax.
     """
     prior = place_prior(even_heights().to(patches.device), nouns.place)
     by_place = shares_of_texts(scale * (patches.float() @ prompts.float().mT), prior)
@@ -293,28 +247,19 @@ def known_competition_loss(
     patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Returns the loss of the nouns that are known to be shown or absent and compete for patches, on images whose labels
-    are complete for the background, the mean over these images of all processes.
+    Returns the loss of the nouns that are known to be shown or absent and compete for the evenly spread patches `(b,
+    64, P)` of the b images that are `nouns.complete`, the mean over these images of all processes. `prompts` are unit
+    vectors `(V, P)`.
 
-    Each patch distributes itself over the known nouns of its image by a softmax. The loss is the sum of two:
+    Each patch distributes itself over the known nouns of its image by a softmax of `scale` times cosines. The loss is
+    the sum of two:
 
     - A noun that is shown has patches. Its share in the image is the power mean of its shares in the patches, weighted
-      by its [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. Two nouns that
-      are always shown together, such as wall and floor, are the same to a loss of whole images, and their places tell
-      them apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a mean would give all nouns shown equal
-      areas.
+    by its [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. Two nouns that are
+    always shown together, such as wall and floor, are the same to a loss of whole images, and their places tell them
+    apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a mean would give all nouns shown equal areas.
     - A patch shows a noun that is shown. The loss is the negative logarithm of the sum of its shares in these nouns,
-      the mean over the patches. It gives no noun an area, so the nouns of other images decide what a patch shows.
-
-    Args:
-        patches (`torch.Tensor` of shape `(b, 64, P)`): unit vectors of the [`~pooling.even_patches`] of the b images
-            that are `nouns.complete`.
-        prompts (`torch.Tensor` of shape `(V, P)`): unit vectors of a prompt of each noun.
-        scale (`float`): of the cosines in the softmax.
-        nouns ([`BatchNouns`]): the nouns.
-
-    Returns:
-        `torch.Tensor` scalar, float32.
+    the mean over the patches. It gives no noun an area, so the nouns of other images decide what a patch shows.
     """
     complete = nouns.complete
     shown, known = nouns.shown[complete], (nouns.shown | nouns.absent)[complete]

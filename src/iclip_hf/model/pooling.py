@@ -8,15 +8,9 @@ from .similarity import stretch
 
 def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile: float = 0.9) -> torch.Tensor:
     """
-    Brings the class token's attention to [0, 1] over the patches of each image (Eq. 9).
-
-    Args:
-        attention (`torch.Tensor` of shape `(B, N)`): softmax weights of the class token over the N patches.
-        norm (`str`): `"minmax"` maps the largest weight to 1; `"quantile"` maps the `quantile` in (0, 1] to 1 and
-            clips above it.
-
-    Returns:
-        `torch.Tensor` of shape `(B, N)`, float32, in [0, 1]; zeros where all weights are equal.
+    Brings the class token's attention `(B, N)` to [0, 1] over the patches of each image (Eq. 9), float32: `"minmax"`
+    maps the largest weight to 1, and `"quantile"` the `quantile` in (0, 1], with those above it. Equal weights become
+    zeros.
     """
     attention = attention.float()
     low = attention.amin(-1, keepdim=True)
@@ -32,18 +26,9 @@ def share_among_like(
     values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Averages the values of all patches, weighted by the similarity of their tokens: softmax(affinity * cosine) over the
-    patches.
-
-    Args:
-        values (`torch.Tensor` of shape `(B, N, C)`).
-        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the patches.
-        affinity (`float`): sharpness of the weights; 0 gives every patch the mean of all.
-        queries (`torch.Tensor` of shape `(B, K, D)`, *optional*): tokens of the patches to average for; all N if not
-        given.
-
-    Returns:
-        `torch.Tensor` of shape `(B, K, C)`. Memory does not hold an N x N matrix.
+    Averages values `(B, N, C)` of all patches, weighted by softmax(affinity * cosine) of their tokens `(B, N, D)`, for
+    the patches with the tokens `queries` `(B, K, D)`, by default all. Returns `(B, K, C)`. Memory does not hold an N x
+    N matrix.
     """
     keys = F.normalize(tokens.float(), dim=-1)
     queries = keys if queries is None else F.normalize(queries.float(), dim=-1)
@@ -98,9 +83,9 @@ def pool_similarities(
 
 class _SmoothMaximum(torch.autograd.Function):
     """
-    [`smooth_maximum`] of the similarities in [`pool_similarities`] with its gradient, a few images at a time, whose B x N x T similarities stay
-    in the cache of a processor. The forward pass keeps each patch's share in the maximum, which is all that the
-    gradient needs.
+    [`smooth_maximum`] of the similarities in [`pool_similarities`] with its gradient, a few images at a time, whose B
+    x N x T similarities stay in the cache of a processor. It keeps each patch's share in the maximum, which is all
+    that the gradient needs.
     """
 
     @staticmethod
@@ -145,18 +130,10 @@ POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/qu
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
-    Pools the tokens of each image into one vector.
-
-    Args:
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`), class_token (`torch.Tensor` of shape `(B, D)`): of the
-            image tower.
-        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention in [0, 1].
-        mode (`str`): `"class_token"`; `"average"` and `"max"` over the patches, for each channel; or `"masked_max"`,
-            the maximum of the patch tokens multiplied by their attention (Eq. 10), which keeps background tokens from
-            winning a channel.
-
-    Returns:
-        `torch.Tensor` of shape `(B, D)`.
+    Pools tokens of patches `(B, N, D)`, the class token `(B, D)` and the attention `(B, N)` in [0, 1] into one vector
+    of each image, `(B, D)`. The mode is `"class_token"`; `"average"` or `"max"` over the patches, for each channel; or
+    `"masked_max"`, the maximum of the patch tokens multiplied by their attention (Eq. 10), which keeps background
+    tokens from winning a channel.
     """
     if mode == "class_token":
         return class_token
@@ -171,20 +148,11 @@ def representative_patches(
     tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int
 ) -> torch.Tensor:
     """
-    Selects few patches that represent an image. All but four are salient: the first has the largest attention, and
-    each further one the largest product of attention and square root of the distance to the selected patches. The last
-    four are in the middle of the image's quarters, so that an object or a ground counts by its area as well.
-
-    Args:
-        tokens (`torch.Tensor` of shape `(B, N, D)`): tokens of the map branch, before sharing among similar patches,
-            row-major.
-        attention (`torch.Tensor` of shape `(B, N)`): in [0, 1].
-        grid (`tuple[int, int]`): height and width in patches, N = h * w.
-        count (`int`): number of patches to select, at least 5.
-
-    Returns:
-        `torch.Tensor` of shape `(B, count)`: indices of patches; all N in their order if there are no more than
-        `count`.
+    Selects few patches that represent an image, from tokens `(B, N, D)` of the map branch before sharing, their
+    attention `(B, N)` in [0, 1] and the grid (h, w). All but four are salient: the first has the largest attention,
+    and each further one the largest product of attention and square root of the distance to the selected patches. The
+    last four are in the middle of the image's quarters, so that an object or a ground counts by its area as well.
+    Returns indices `(B, count)`; all N if there are no more than `count`.
     """
     number, patches = len(tokens), tokens.shape[1]
     if count >= patches:

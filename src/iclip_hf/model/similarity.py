@@ -43,14 +43,8 @@ def cosines(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tens
 
 def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """
-    Cosine of every patch with every text (Eq. 1-3), on the device of the patches.
-
-    Args:
-        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`): unit vectors.
-        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, h, w)`, float32, in [-1, 1].
+    Returns the cosines `(B, T, h, w)`, float32, of unit vectors of patches `(B, h, w, P)` and of texts `(T, P)` or
+    `(B, T, P)` (Eq. 1-3), on the device of the patches.
     """
     # In half precision, as under autocast, several patches would have the same value.
     with torch.autocast(patch_embeds.device.type, enabled=False):
@@ -61,17 +55,9 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
 
 def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
     """
-    Lowers maps where other texts, the rivals, match too: a value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) /
-    (2 k), the mean of s and of what it exceeds the smooth maximum of itself and the rivals by.
-
-    Args:
-        maps (`torch.Tensor` of shape `(B, T, h, w)`): cosines of patches and texts.
-        rivals (`torch.Tensor` of shape `(B, V, h, w)`): cosines of patches and rivals.
-        weights (`torch.Tensor` of shape `(B, T, V)`): w, weight of each rival of each text in [0, 1].
-        scale (`float`): k, positive.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, h, w)`.
+    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals `(B, V, h, w)`, match too, with weights `(B, T,
+    V)` in [0, 1]: a value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), the mean of s and of what it
+    exceeds the smooth maximum of itself and the rivals by. `scale` is k.
     """
     with torch.autocast(maps.device.type, enabled=False):
         highest = rivals.amax(1, keepdim=True)  # so that no power is infinite
@@ -101,11 +87,8 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """
     Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in
-    pixels (Eq. 4), float32, into `out` if given.
-
-    Equal to `torch.nn.functional.interpolate` up to rounding, but computed as one matrix product for each side: the
-    interpolation is linear and separable. For a 16x16 grid and the size of a photograph, these products are faster
-    than the general kernel.
+    pixels (Eq. 4), float32, into `out` if given. Equal to `torch.nn.functional.interpolate` up to rounding, but
+    computed as one matrix product for each side, which is faster for a 16x16 grid and the size of a photograph.
     """
     enlarged, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
     return enlarged.add_(low)

@@ -2,9 +2,12 @@
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
@@ -16,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from training_runs import pair_model_of, write_table
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from iclip_hf import ICLIPModel
+from iclip_hf import ICLIPModel, explain
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.training import PairCollator
 
@@ -212,3 +215,29 @@ def test_every_trained_parameter_gets_a_gradient_under_checkpointing(vision, tex
     model.gradient_checkpointing_enable()
     model(**tiny_inputs(batch=3, texts=3), return_loss=True).loss.backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_the_guide_explains_a_dataset_in_two_processes(world, tmp_path):
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```py\n(.*?)```", guide, re.DOTALL) if "with_rank" in block)
+    for written, here in (("torch.cuda.device_count(),", "2,"), ('"embedded"', repr(str(world.folder / "model")))):
+        assert written in code
+        code = code.replace(written, here)
+    (tmp_path / "script.py").write_text(code)
+    photos = [tmp_path / "photos" / f"{number}.jpg" for number in range(5)]
+    photos[0].parent.mkdir()
+    photos[0].write_text("no image")
+    for number, photo in enumerate(photos[1:]):
+        noise((60, 40 + number), seed=number).save(photo)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "num_proc=2" in done.stderr, done.stderr
+    rows = pd.read_parquet(tmp_path / "regions.parquet").to_dict("records")
+    assert [row["image"] for row in rows] == [f"photos/{photo.name}" for photo in photos]
+    assert rows[0]["presence"] is None and len(rows[0]["boxes"]) == 0
+    for photo, row in zip(photos[1:], rows[1:], strict=True):
+        expected = explain((world.model, world.processor), photo, ["dog", "red ball"])
+        np.testing.assert_allclose(row["presence"], expected.presence, atol=1e-5)
+        regions = [(label, region) for label in expected.labels for region in expected.regions(label)]
+        assert [*row["labels"]] == [label for label, _ in regions] and len(regions) > 0
+        assert [[*box] for box in row["boxes"]] == [[*region.box] for _, region in regions]
+        np.testing.assert_allclose(row["scores"], [region.score for _, region in regions], atol=1e-4)

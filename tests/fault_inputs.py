@@ -133,14 +133,6 @@ def edited_json(file: str, **changes) -> Callable[[Path], None]:
     return edit
 
 
-def edited_image_processor(**changes) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        options = json.loads((folder / "processor_config.json").read_text())["image_processor"]
-        edited_json("processor_config.json", image_processor=options | changes)(folder)
-
-    return edit
-
-
 def removed(*files: str) -> Callable[[Path], None]:
     return lambda folder: [(folder / file).unlink() for file in files]
 
@@ -203,8 +195,6 @@ MODEL_FOLDERS = {
     "processor of another class": edited_json("processor_config.json", processor_class="CLIPProcessor"),
     "patch size of 0": edited_json("processor_config.json", patch_size=0),
     "unknown padding": edited_json("processor_config.json", text_padding="left"),
-    "two means of three channels": edited_image_processor(image_mean=[0, 0]),
-    "processor nested too deeply": lambda folder: (folder / "processor_config.json").write_text("[" * 10**5),
     "symlinked code": with_code,
 }
 FEW_MODEL_FOLDERS = (

@@ -753,16 +753,8 @@ def record_of(model, processor, **parts) -> str:
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "{",
-        "[5]",
-        {"training": 5},
-        {"training": [{}]},
-        {"data": ["a"]},
-        {"identity": 5},
-        {"evaluation": {"protocol": 5}},
-    ],
-    ids=range(7),
+    ["{", {"training": 5}, {"evaluation": {"protocol": 5}}],
+    ids=range(3),
 )
 def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
     text = content if isinstance(content, str) else record_of(tiny_model(), tiny_processor, **content)
@@ -772,20 +764,6 @@ def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, ca
     assert card.data.eval_results is None and "`epochs`" not in card.text
     assert "These weights are of a training that is not recorded" in card.text
     assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
-
-
-def test_texts_of_another_model_act_on_nothing(tmp_path, tiny_processor, caplog):
-    """Neither those of its record nor its prompts."""
-    data = ["a|b\n# c <img>", "org/pairs"]
-    parts = {"training": {"data": data, "epochs": 7}, "data": dict.fromkeys(data, "a|b"), "evaluation": METRICS}
-    (tmp_path / "model_card.json").write_text(record_of(tiny_model(), tiny_processor, **parts))
-    processor = copy.deepcopy(tiny_processor)
-    processor.templates = ["{}` <script>alert(1)</script> | [x](http://e.org)\n# b"]
-    card = card_of(tmp_path / "new", processor, source=tmp_path)
-    assert f"The results of {tmp_path} are left out, because they were measured with another processor." in caplog.text
-    assert "| `data` | a b # c img, org/pairs |" in card.text and card.data.datasets == ["org/pairs"]
-    assert "{} script alert(1) /script x (http://e.org) # b" in card.text
-    assert not re.search(r"<\w|\[x\]|^# b", card.text.partition("## Intended use")[0], re.MULTILINE)
 
 
 # ------------------------------------------------------------------------------------------------------------- record

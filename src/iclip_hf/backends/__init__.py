@@ -25,11 +25,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     """
-    Returns the name of a model: `"embedded"`, a folder, or a Hub id, which is checked when it is loaded.
-
-    Raises:
-        `FileNotFoundError`: it is no path that exists, and cannot be a Hub id. `OSError`, `ValueError`: the folder has
-            no readable config.json, or holds a model of none of these types.
+    Returns the name of a model: `"embedded"`, a folder, or a Hub id, which is checked when it is loaded. Raises
+    `FileNotFoundError` for a name of neither, and `OSError` or `ValueError` for a folder without a readable
+    config.json or with a model of none of these types.
     """
     if name == "embedded":
         return name

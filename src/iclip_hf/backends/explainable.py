@@ -79,7 +79,7 @@ class ExplainableModel(ABC):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1].
+        Returns the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1];
         None for a model that was not trained with a sigmoid, see [`ICLIPModel.presence`].
         """
         return None
@@ -128,8 +128,8 @@ class RecordableModel(ExplainableModel):
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         """
-        Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts,
-        `(B, N, P)`.
+        Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N,
+        P)`.
         """
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
@@ -142,8 +142,8 @@ class RecordableModel(ExplainableModel):
 
     def self_attentions(self, method: str, depth: int) -> list[int]:
         """
-        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks; all if the tower
-        has fewer. Raises `ValueError` if there are none, or `depth` is below 1.
+        Returns the indices of the last `depth` layers that are self-attentions of transformer blocks. Raises
+        `ValueError` if there are none, or `depth` is below 1.
         """
         if depth < 1:
             raise ValueError(f"depth is at least 1, not {depth}.")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import resolve_revision
-from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
@@ -179,7 +178,6 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         processor = AutoProcessor.from_pretrained(name, **shared)
         if not isinstance(processor, ICLIPProcessor if isinstance(model, ICLIPModel) else ProcessorMixin):
             raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
-        processor.image_processor(Image.new("RGB", (32, 32)))  # raises for damaged options
     check_processor(name, processor, model.config)
     return model, processor
 

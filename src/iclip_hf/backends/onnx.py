@@ -248,9 +248,7 @@ def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
 
 
 def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
-    """
-    Stores a matrix in 8 bits, with one scale for each column. Returns its tensors, and the nodes that restore it.
-    """
+    """Stores a matrix in 8 bits, with a scale for each column. Returns its tensors, and the nodes that restore it."""
     from onnx import TensorProto, helper, numpy_helper
 
     scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127

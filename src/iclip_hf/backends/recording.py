@@ -48,8 +48,7 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 @dataclass(frozen=True)
 class AttentionLayer:
     """
-    An attention layer of an image tower, prepared to be recorded. It holds modules only, which `copy.deepcopy`
-    follows.
+    An attention layer of an image tower, prepared to be recorded, of modules only, which `copy.deepcopy` follows.
     """
 
     projection: nn.Module  # of the merged heads
@@ -59,8 +58,8 @@ class AttentionLayer:
 
     def output(self, heads: torch.Tensor) -> torch.Tensor:
         """
-        Computes from mixed values of the heads `(B, H, L, D / H)` what the layer adds to the residual stream,
-        `(B, L, D)`.
+        Returns what the layer adds to the residual stream, `(B, L, D)`, from mixed values of the heads `(B, H, L, D /
+        H)`.
         """
         projected = self.projection(merge_heads(heads))
         return projected if self.scale is None else self.scale(projected)
@@ -142,8 +141,8 @@ def attend(
     attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """
-    Computes the attention of the heads and records it. `attention` is a function of queries, keys and values to mixed
-    values. Returns these, `(B, H, Q, D / H)`. The forward pass must continue with them, for their gradients.
+    Computes the attention of the heads by a function of queries, keys and values, and records it. Returns mixed values
+    `(B, H, Q, D / H)`, with which the forward pass must continue, for their gradients.
     """
     layer = _current_layer()
     if layer is None:

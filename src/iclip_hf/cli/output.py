@@ -56,8 +56,8 @@ def resolution(picture: Path) -> int:
 
 def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
     """
-    Writes a PIL image in the format of the file name's suffix, and returns its path. With `replace`, for a file that
-    the user named, an existing one is replaced.
+    Writes a PIL image in the format of the file name's suffix, and returns its path. With `replace`, an existing file
+    is replaced.
     """
     from PIL import Image
 
@@ -76,9 +76,8 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
 
 def report_error(command: str, error: BaseException) -> None:
     """
-    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, if one of them runs this
-    process. They end their own report with the line of the process that failed first. Of processes that are all
-    interrupted, the first prints it.
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, which end their own report
+    with the line of the process that failed first. Of processes that are all interrupted, the first prints it.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
@@ -122,8 +121,8 @@ def print_folder(folder: Path, *command: str) -> None:
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """
-    Returns the lines of a table: the first column on the left, the others on the right. Columns of empty cells are
-    left out, and long cells are cut.
+    Returns the lines of a table: the first column on the left, the others on the right, without columns of empty
+    cells. Long cells are cut.
     """
     columns = [[_cut(cell) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from ..utils.terminal import printable
-
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +30,7 @@ class BadPairTally:
         if error is not None and not (index is not None and self._seen[index]):
             self._last_error, bad = error, self._bad + 1
             if bad <= 10 or bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
-                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, printable(error))
+                logger.warning("Bad pair, number %d among %d: %s", bad, self._read + 1, error)
         self.count(index, 1, int(error is not None))
 
     def count(self, index: int | None, read: int, bad: int) -> None:

@@ -105,14 +105,9 @@ def join_towers(
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
     Joins two towers with untrained projections, and their processors, after checks of their files. Raises what
-    [`init_model`] raises.
-
-    Args:
-        source: folder of a configuration, with `config.json` and `processor_config.json` if they differ from those of
-            the towers.
-        vision, text: as for [`init_model`], or `"embedded"` for the towers of the embedded model.
-        image_size (*optional*): height and width in pixels; the configuration's if not given.
-        options: of [`ICLIPConfig`]; they override the configuration.
+    [`init_model`] raises. `source` is the folder of a configuration, with `config.json` and `processor_config.json` if
+    they differ from those of the towers; `vision` and `text` are as for [`init_model`], or `"embedded"`; `image_size`
+    is height and width in pixels; `options` of [`ICLIPConfig`] override the configuration.
     """
     embedded = [side for side, name in (("vision_config", vision), ("text_config", text)) if name == "embedded"]
     if embedded:
@@ -196,8 +191,8 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
-    Saves a model for `from_pretrained` of this package, with its processor and card, into a new folder. What it was
-    loaded from is said without paths of this machine. `card`: options of [`write_model_card`].
+    Saves a model for `from_pretrained` of this package, with its processor and card (`card`: options of
+    [`write_model_card`]), into a new folder, without paths of this machine.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

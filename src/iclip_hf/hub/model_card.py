@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,8 +37,6 @@ _TOWERS = {
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
 # The file with the results of data sets on the Hub, from which it makes its tables.
 HUB_RESULTS = ".eval_results/iclip.yaml"
-# Characters of a text on the card.
-_LONGEST = 500
 
 
 def write_model_card(
@@ -94,7 +91,7 @@ def write_model_card(
     figures = _figures(evaluation) if evaluation else []
     values = _values(record, model, processor) | {"name": name or Path(folder).resolve().name, "figures": figures}
     template = Template(SHIPPED.with_name("model_card.md").read_text(encoding="utf-8"))
-    files = {"README.md": f"{template.render(_plain(values))}\n", RECORD: json.dumps(record, indent=2) + "\n"}
+    files = {"README.md": f"{template.render(values)}\n", RECORD: json.dumps(record, indent=2) + "\n"}
     if figures and evaluation["protocol"]["dataset"]["name"] in _DATASET_IDS:
         files[HUB_RESULTS] = yaml.safe_dump(_hub_results(evaluation["protocol"], figures), sort_keys=False)
     elif overwrite:
@@ -124,19 +121,10 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     }
 
 
-def _plain(value):
-    """Returns a value with its texts on short lines, without what Markdown, HTML or a table would act on."""
-    if isinstance(value, str):
-        return " ".join(re.sub(r"[<>`|\[\]\x00-\x1f\x7f]+", " ", value).split())[:_LONGEST]
-    if isinstance(value, dict):
-        return {_plain(name): _plain(part) for name, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
 def _figures(evaluation: Mapping) -> list[dict]:
     """
-    Returns the figures for the front matter; none of an evaluation of some images only, or with names or images
-    other than those of the data set, which the pages of the Hub could not say.
+    Returns the figures for the front matter; none of an evaluation of some images only, or with names or images other
+    than those of the data set, which the pages of the Hub could not say.
     """
     data = evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_data"):
@@ -171,8 +159,8 @@ def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
 
 def card_licence(folder: Path) -> str:
     """
-    Returns the licence on the card in a folder, such as "apache-2.0" or "unknown"; the name of one that the Hub has no
-    name for.
+    Returns the licence on the card in a folder, such as "apache-2.0" or "unknown", or the name of one that the Hub has
+    no name for.
     """
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
     return data.license_name if data.license == "other" else data.license

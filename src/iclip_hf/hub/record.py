@@ -22,7 +22,6 @@ from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.files import parse_json
 from ..utils.hub_ids import is_hub_id
 from .configs import EMBEDDED
 
@@ -68,7 +67,7 @@ def read_record(source: str | Path) -> dict:
             # Fails at once without a network, where the download would be retried.
             revision = resolve_revision(str(source))
             path = Path(hf_hub_download(str(source), RECORD, revision=revision))
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         training, data = content["training"], {name: str(terms) for name, terms in content["data"].items()}
         record = {"training": training and dict(training), "data": data, "identity": dict(content["identity"])}
         return record | ({"evaluation": shown_results(content["evaluation"])} if content.get("evaluation") else {})
@@ -84,8 +83,8 @@ def continued(
 ) -> dict:
     """
     Returns the record of the model that `source` names, for what it is now: without results if anything differs, and
-    with a training that is not recorded if the weights do, which other programs may have changed. `start` is the
-    identity that it had, if it was trained since.
+    with a training that is not recorded if the weights do. `start` is the identity that it had, if it was trained
+    since.
     """
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []

@@ -28,7 +28,6 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main
 from ..utils.extras import require_extra
 from ..utils.interrupts import ignore_signals
-from ..utils.terminal import printable
 from .features import FeatureCache, set_token_mean, unpack_inputs
 from .inputs import Inputs, check_batch
 from .settings import Settings
@@ -340,7 +339,7 @@ def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
     try:
         return pairs.raw(row).texts
     except BadPairError as error:
-        logger.warning("Left out: %s", printable(error))
+        logger.warning("Left out: %s", error)
         return PairTexts([])
 
 

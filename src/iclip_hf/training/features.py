@@ -31,7 +31,6 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, shared_folder_lock
 from ..utils.files import atomic_write
 from ..utils.interrupts import ignore_signals
-from ..utils.terminal import printable
 
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ class _PairReader(Dataset):
         try:
             image, usable = self.pairs.image(index), True
         except BadPairError as error:
-            logger.warning("Left out: %s", printable(error))
+            logger.warning("Left out: %s", error)
             image, usable = Image.new("RGB", (64, 64)), False
         return self.processor(images=image)["pixel_values"][0], usable
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
 from ..hub.configs import parse_options
-from ..utils.files import loading_errors, parse_json
+from ..utils.files import loading_errors
 from ..utils.prefetch import spare_processors
 from .inputs import hold_out
 from .settings import RUNS
@@ -92,7 +93,7 @@ def _locks_vision(overrides: Mapping) -> bool:
     options, model = parse_options(overrides.get("model_options", ())), overrides.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):
-            options = parse_json(file.read_text(encoding="utf-8")) | options
+            options = json.loads(file.read_text(encoding="utf-8")) | options
     return bool(options.get("lock_vision", True))
 
 

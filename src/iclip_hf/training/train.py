@@ -38,7 +38,6 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state, shared_folder_lock
 from ..utils.files import atomic_write
 from ..utils.interrupts import Interrupts
-from ..utils.terminal import printable
 from .card import card_settings
 from .checkpoints import (
     RunState,
@@ -222,7 +221,7 @@ def run(
     # Report
     write_state(accelerator, output_dir, state, "results.json")
     if accelerator.is_main_process:
-        print(*map(printable, report(settings, state, inputs.held_out)), sep="\n")
+        print(*report(settings, state, inputs.held_out), sep="\n")
     accelerator.end_training()
     return state.before if kept_initial_model(settings, state) else state.metrics
 

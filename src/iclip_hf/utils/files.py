@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import secrets
@@ -36,15 +35,9 @@ def cache_folder() -> Path:
 
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
-    Checks the files that a command will write, before its work.
-
-    Args:
-        outputs: files to write; they may exist.
-        inputs: what is read: files, folders, names that are neither, or None.
-
-    Raises:
-        `FileExistsError`: an output is an input or in one, or a folder. `PermissionError`: the folder of an output
-            cannot be written.
+    Checks the files that a command will write, before its work. Raises `FileExistsError` if one of them is an input
+    (file or folder; other names and None do not count) or in one, or a folder, and `PermissionError` if its folder
+    cannot be written.
     """
     inputs = [*filter(None, inputs)]
     for path in map(Path, outputs):
@@ -87,8 +80,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda temporary: None) -> Path:
     """
     Writes a file whose name the program chose, by default an empty one: `write` writes to a temporary path, which then
-    gets the [`free_name`] of `path`. So no file is replaced that the user did not name, also if several processes
-    choose the same name at once. Creates the file's folder. Returns the path of the file.
+    gets the [`free_name`] of `path`, and returns this. So no file is replaced that the user did not name, also if
+    several processes choose the same name at once.
     """
     with _temporary_file(Path(path)) as temporary:
         write(temporary)
@@ -120,7 +113,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = F
     """
     paths = [folder / name for name in contents]
     check_outputs(paths)
-    if not overwrite and (existing := next(filter(os.path.lexists, paths), None)):
+    if not overwrite and (existing := next(filter(os.path.exists, paths), None)):
         raise FileExistsError(f"{existing}: this file exists; name another folder.")
     for name, content in contents.items():
         with atomic_write(folder / name) as temporary:
@@ -128,10 +121,7 @@ def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = F
 
 
 def _temporary(path: Path) -> Path:
-    """
-    Returns a new hidden name beside a file or folder. 50 characters of a long name have at most 200 bytes, of 255 that
-    may be.
-    """
+    """Returns a new hidden name beside a file or folder, also for a name of the greatest length."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
@@ -179,22 +169,14 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
         raise error_type(f"{name}: expected a whole folder or a Hub id, but {problem}; {cure}.") from error
 
 
-def parse_json(text: str | bytes) -> object:
-    """Like `json.loads`, but raises `ValueError` also for nesting that is too deep."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("its values are nested too deeply") from None
-
-
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
 def check_new_folder(folder: Path, state_file: str | None = None) -> None:
     """
-    Checks that a folder to write is new, empty, or holds the state file of the command, by its name. A lock does not
-    count, nor what a run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other
-    files, or is named as the embedded model is, and `NotADirectoryError`.
+    Checks that a folder to write is new, empty, or holds the state file of the command. A lock does not count, nor
+    what a run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other files, or is
+    named as the embedded model is, and `NotADirectoryError`.
     """
     if str(folder) == "embedded":
         raise FileExistsError(f"{folder}: this is the name of the embedded model; name another folder.")
@@ -210,9 +192,8 @@ def check_new_folder(folder: Path, state_file: str | None = None) -> None:
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """
-    Locks a folder against other runs. Creates the folder if it does not exist. The operating system releases the lock
-    when the process ends. For a run of several processes see [`iclip_hf.utils.distributed.shared_folder_lock`]. Raises
-    `BlockingIOError` if another run holds the lock.
+    Locks a folder against other runs, and creates it. The operating system releases the lock when the process ends.
+    Raises `BlockingIOError` if another run holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / _LOCK, timeout=0)
@@ -231,11 +212,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yields a temporary folder of the same name, whose parent is temporary too; renamed to `folder` on success, deleted
-    on error.
-
-    An existing empty folder stays the same folder, because it may be a mount point or the working directory of a
-    shell. The temporary folder is then in it, and its content is renamed. Raises what [`check_new_folder`] raises.
+    Yields a temporary folder of the same name; renamed to `folder` on success, deleted on error. An existing empty
+    folder stays the same folder, because it may be a mount point or the working directory of a shell: its content is
+    renamed. Raises what [`check_new_folder`] raises.
     """
     folder = Path(os.path.realpath(folder))
     check_new_folder(folder)

@@ -160,7 +160,7 @@ def test_a_file_that_is_no_image(world, sandbox, content):
     assert "image.png" in explained(world, image)
 
 
-@pytest.mark.parametrize("name", ["absent.png", "http://127.0.0.1:9/a.png", ""])
+@pytest.mark.parametrize("name", ["absent.png", "http://127.0.0.1:9/a.png", "http://[a.png", ""])
 def test_a_place_that_is_no_image(world, sandbox, name):
     assert repr(name) in explained(world, name)
 

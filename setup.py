@@ -33,6 +33,7 @@ extras["dev"] = sorted(
         "ipykernel>=6.29",
         "matplotlib>=3.8",  # the pictures of benchmarks
         "nbclient>=0.10",
+        "pillow-heif>=0.22",  # HEIC, an option of any installation
         "playwright>=1.65",
         "pytest>=8.0",
         "pytest-xdist>=3.6",

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import sys
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,8 @@ from conftest import QuietHandler, iclip, served
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 
-from iclip_hf.model.images import load_image
+from iclip_hf.data.formats.folders import image_files
+from iclip_hf.model.images import image_suffixes, load_image
 
 
 @pytest.fixture
@@ -26,6 +28,33 @@ def test_every_format(format):
         pytest.skip(f"this Pillow was built without {format}")
     pixel = load_image(encoded(Image.new("RGB", (40, 30), (200, 30, 60)), format)).getpixel((20, 15))
     np.testing.assert_allclose(pixel, (200, 30, 60), atol=6)
+
+
+def test_heic_is_read_with_its_plugin(tmp_path):
+    pytest.importorskip("pillow_heif")
+    assert ".heic" in image_suffixes()
+    Image.new("RGB", (40, 30), (200, 30, 60)).save(tmp_path / "a.HEIC", "HEIF")
+    assert image_files(tmp_path) == [tmp_path / "a.HEIC"]
+    np.testing.assert_allclose(load_image(tmp_path / "a.HEIC").getpixel((20, 15)), (200, 30, 60), atol=6)
+
+
+def test_without_its_plugin_heic_is_counted_with_the_cure(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
+    monkeypatch.setattr(Image, "EXTENSION", {end: form for end, form in Image.EXTENSION.items() if form != "HEIF"})
+    image_suffixes.cache_clear()
+    try:
+        for name in ("a.HEIC", "sub/b.pdf", "c.png", "notes.txt"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+        assert image_files(tmp_path) == [tmp_path / "c.png"]
+        (message,) = caplog.messages
+        assert f"{tmp_path}: left out 2 files such as 'a.HEIC'" in message and "pip install pillow-heif" in message
+        with pytest.raises(ValueError, match=r"a\.HEIC'.*`pip install pillow-heif`"):
+            load_image(tmp_path / "a.HEIC")
+    finally:
+        monkeypatch.undo()
+        image_suffixes.cache_clear()
 
 
 def test_grayscale_bilevel_and_palette():

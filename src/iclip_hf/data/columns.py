@@ -48,12 +48,11 @@ class Columns(NamedTuple):
         `labels` or `complete` are neither lists of names nor numbers, if `complete` names an unknown list, and if
         there is `complete` without a list of names as labels.
         """
-        nested = row["json"] if isinstance(row.get("json"), Mapping) else {}
-        captions = next(
-            filter(None, (_texts(column, of.get(column)) for column in self.caption for of in (row, nested))), []
-        )
+        parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
+        texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
+        captions = next(filter(None, texts), [])
         labels, complete = (
-            next((of[name] for of in (row, nested) if not _is_empty(of.get(name))), None) for name in LABEL_COLUMNS
+            next((part[name] for part in parts if not _is_empty(part.get(name))), None) for name in LABEL_COLUMNS
         )
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete.lower() not in CLASS_NAMES:
@@ -113,8 +112,7 @@ def _names(column: str, value) -> list[str] | None:
     """
     parsed = _parsed(column, value)
     items = _items(parsed)
-    of_value = [parsed] if items is None else items
-    if _is_empty(parsed) or (of_value and all(isinstance(item, Number) for item in of_value)):
+    if _is_empty(parsed) or isinstance(parsed, Number) or (items and all(isinstance(one, Number) for one in items)):
         return None
     if items is None or not all(isinstance(item, str) for item in items):
         raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
@@ -123,15 +121,13 @@ def _names(column: str, value) -> list[str] | None:
 
 
 def _parsed(column: str, value):
-    """Returns a value of a column; that of a list as text, as in a .csv, is parsed."""
+    """Returns a value of a column. A list as text, as in a .csv, is parsed; captions that are none are no caption."""
     if column not in ("captions", *LABEL_COLUMNS) or not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except ValueError:
-        if column in LABEL_COLUMNS:
-            raise ValueError(f'{column}: {value!r:.100} is no list of names in JSON, such as ["dog"]') from None
-        return None
+        return None if column == "captions" else value
 
 
 def _items(value) -> list | None:

@@ -125,13 +125,8 @@ class PairDataset:
 
     def read(self, index: int) -> dict:
         """
-        Returns a pair without replacement.
-
-        Returns:
-            `dict` with `image`, `captions`, `labels`, `complete` and `key`, see [`PairDataset`].
-
-        Raises:
-            `BadPairError`: the pair is unusable. `OSError`: its shard or table no longer exists.
+        Returns a pair without replacement, `image`, `captions`, `labels`, `complete` and `key` of an item. Raises
+        `BadPairError` if the pair is unusable.
         """
         pair = self.raw(index)
         return {"image": _load(pair), **pair.texts._asdict(), "key": pair.key}
@@ -191,11 +186,8 @@ class PairDataset:
         copies of its file or of its bytes in a shard or table, see `image_digests`. `share`, in (0, 1), is that of the
         images, rounded up.
 
-        Returns:
-            `tuple`: the other pairs, and the part, in which a pair of a repeated source is contained once.
-
-        Raises:
-            `ValueError`: one of them would be empty.
+        Returns the other pairs, and the part, in which a pair of a repeated source is contained once. Raises
+        `ValueError` if one of them would be empty.
         """
         groups = self.image_digests()
         # In the order of the pairs, so that the place of the files does not count.
@@ -213,10 +205,7 @@ class PairDataset:
     def readable(self) -> PairDataset:
         """
         Returns the pairs that can be read, for measurements, in which a pair must not be replaced by another. Reads
-        all pairs, and logs the others.
-
-        Raises:
-            `ValueError`: none can be read, or too many cannot.
+        all pairs, and logs the others. Raises `ValueError` if too many cannot be read.
         """
 
         def error_of(index: int) -> BadPairError | None:
@@ -230,8 +219,6 @@ class PairDataset:
             for index, error in enumerate(prefetch_map(pool, error_of, range(len(self)), 64)):
                 tally.add(index, error)
                 good.append(error is None)
-        if not any(good):
-            raise ValueError(f"{self.sources[0].path}: none of its {len(self)} pairs can be read.")
         return self._select(np.array(good))
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
@@ -294,8 +281,8 @@ class PairDataset:
         """
         digest, read = hashlib.sha256(self._pairs.tobytes()), total_size(self.files()) <= LARGE
         for source, files in zip(self.sources, self._files()):
-            # The names of folders may be those of classes.
-            digest.update(f"{[*source.columns]}{source.names}{content_digest(files, read=read)}".encode())
+            names = [] if source.files else source.names  # of a folder, which are those of classes
+            digest.update(f"{[*source.columns]}{names}{content_digest(files, read=read)}".encode())
         return digest.hexdigest()[:16]
 
 
@@ -312,23 +299,16 @@ def load_pairs(
     world_size: int = 1,
 ) -> PairDataset | PairStream:
     """
-    Opens image-text pairs for training. A source is one of these, or a list of local ones:
+    Opens image-text pairs for training, of one source or a list of local ones. The guide (`docs/guide/train.md`)
+    describes their forms, and columns with labels.
 
-    - Tar shards of webdataset or img2dataset (`key.jpg` with `key.txt`, `key.json` or both): a file, a folder of
-      shards, or a pattern such as "cc3m/{00000..00331}.tar" or "cc3m/*.tar". The captions are the list `captions` in
-      the JSON, else the text, else `caption` in the JSON.
-    - An image folder with `metadata.jsonl` or `metadata.csv`, or such a file. Each line has one of
-      `columns.IMAGE_COLUMNS`, a path relative to the file, and one of `columns.CAPTION_COLUMNS`.
-    - A `.csv` or `.tsv` table with a header line and the same columns; `captions` is a JSON list. Values are literal,
-      also "null". Commas, semicolons or tabs separate the fields of a .csv. In a .tsv, quotes have no special meaning.
-      Rows of one image file, here, in an image folder and in Parquet with paths, are one pair with all their captions.
-    - A folder with a subfolder of images for each class. The caption of `dog/1.jpg` is "a photo of a dog".
+    - Tar shards of webdataset or img2dataset: a file, a folder, or a pattern such as "cc3m/{00000..00331}.tar" or
+      "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text, else `caption` in the JSON.
+    - A `.csv`, `.tsv` or `.jsonl` table, or a folder with `metadata.jsonl` or `metadata.csv`. Values are literal, also
+      "null". In a .tsv, quotes have no special meaning. Paths are relative to the table.
+    - A folder with a subfolder of images for each class.
     - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
-
-    A row or JSON may also have `labels`, a list of names of what the image shows, and `complete`, names that these
-    labels are complete for: a list, or one of [`~iclip_hf.data.class_names.CLASS_NAMES`], which a list may name too,
-    in upper or lower case. With `complete`, `labels` is a list, which may be empty.
 
     Args:
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.

@@ -828,15 +828,6 @@ def test_a_class_has_the_names_of_other_data_sets(name):
     assert nouns.unknown_labels(texts._replace(complete=["dog"])) == {name} - {*nouns.nouns}
 
 
-def test_names_of_bad_pairs_do_not_control_a_terminal(tmp_path, caplog):
-    write_tar(
-        tmp_path / "a.tar", [("\x1b[2J.jpg", b"no image"), ("\x1b[2J.txt", "a"), ("1.jpg", jpeg(1)), ("1.txt", "a")]
-    )
-    assert len([*stream(tmp_path, max_bad_share=1.0)]) == 1
-    (message,) = caplog.messages
-    assert "u001b[2J" in message and "\x1b" not in message
-
-
 def test_unknown_labels_of_a_stream_are_counted_too(tmp_path, caplog):
     row = {"caption": "a", "labels": ["dog", "sportsball"]}
     write_tar(tmp_path / "a.tar", [("0.jpg", jpeg(0)), ("0.json", json.dumps(row)), ("1.jpg", b""), ("1.json", "{}")])

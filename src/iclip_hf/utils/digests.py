@@ -52,7 +52,7 @@ def file_digest(file: str | os.PathLike) -> bytes | None:
         with open(file, "rb", buffering=0) as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
-    except OSError:
+    except (OSError, ValueError):  # a name in a table may hold any characters
         return None
     return digest.digest()
 

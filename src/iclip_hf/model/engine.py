@@ -144,9 +144,6 @@ class Engine:
         Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape
         `(T, P)`. Raises `ValueError` if one is empty.
         """
-        foreign = next((text for text in labels if not re.search("[A-Za-z0-9]", text)), None)
-        if foreign and _has_english_words(self.processor.tokenizer):
-            logger.warning("The model reads English, and knows no word of %r.", foreign)
         step, parts = max(1, TEXT_BATCH // len(self.templates)), []
         for start in tqdm(range(0, len(labels), step), "Encoding texts", leave=False, unit="batch", delay=2):
             prompts = self.processor(labels=labels[start : start + step], templates=self.templates)
@@ -157,6 +154,9 @@ class Engine:
             device = input_device(self.model) if is_network else self.model.device
             with torch.no_grad():
                 parts.append(self.model.get_text_features(**prompts.to(device)))
+        foreign = next((text for text in labels if not re.search("[A-Za-z0-9]", text)), None)
+        if foreign and _has_english_words(self.processor.tokenizer):
+            logger.warning("The model reads English, and knows no word of %r.", foreign)
         return join_texts(parts)
 
     def prepare(

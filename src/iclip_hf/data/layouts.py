@@ -33,13 +33,13 @@ class Layout(NamedTuple):
     Attributes:
         title: as on model cards.
         images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that
-            finds files. `*` is the same in both files of a pair. If the pattern of images ends with `*`, every image
+            finds files. `*` is the same for an image and its mask. If the pattern of images ends with `*`, every image
             needs a mask, and its format is free. Otherwise every mask needs an image, and an image without a mask is
             left out.
         classes: the names, by id; None if `classes.txt` holds them.
         split: the default.
         split_sizes: numbers of images of the splits with public masks; empty for own data.
-        lists: pattern of the file that names the pairs, where the folders hold others too.
+        lists: pattern of the file that names the images, where the folders hold others too.
         instances: whether COCO's file of instances is read if there are no masks.
         values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others
             are errors.

@@ -348,8 +348,8 @@ def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
         names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
     if not names:
         raise FileNotFoundError(
-            f"{root}: there are no pairs of {image_pattern} and {mask_pattern}; check the root, the split and the "
-            "layout of the data."
+            f"{root}: there are no images {image_pattern} with masks {mask_pattern}; check the root, the split and "
+            "the layout of the data."
         )
     for pattern, files in ((image_pattern, images), (mask_pattern, masks)):
         if missing := [name for name in names if name not in files]:

@@ -21,10 +21,6 @@ _SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
 _FIRST = 256  # pairs whose labels are looked at before a training
 
 
-class DroppedConnectionError(ConnectionError):
-    """A stream lost its connection."""
-
-
 class PairStream(IterableDataset):
     """
     Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of
@@ -43,8 +39,8 @@ class PairStream(IterableDataset):
             bytes of their images.
 
     Raises:
-        `ValueError`: there is no image column. During iteration, too many pairs are bad. `DroppedConnectionError`:
-        during iteration, the connection is lost.
+        `ValueError`: there is no image column. During iteration, too many pairs are bad. `ConnectionError`: during
+        iteration, the connection is lost.
     """
 
     def __init__(
@@ -71,16 +67,11 @@ class PairStream(IterableDataset):
         self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the
         # stream.
-        names = [
-            column
-            for column in (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
-            if column in features
-        ]
+        kept = (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
+        names = [name for name in kept if name in features]
         if isinstance(features.get("json"), Mapping):
-            text_columns = (*columns.caption, *LABEL_COLUMNS)
-            dataset = dataset.cast_column(
-                "json", {name: kind for name, kind in features["json"].items() if name in text_columns}
-            )
+            kinds = {name: kind for name, kind in features["json"].items() if name in kept}
+            dataset = dataset.cast_column("json", kinds)
             names.append("json")
         dataset = dataset.select_columns(names)
         # Without decoding, because one bad image would end the stream.
@@ -101,7 +92,7 @@ class PairStream(IterableDataset):
                 if not texts.captions:
                     raise ValueError("it has no caption")
                 image = load_image(_image_bytes(stored, self._hub_id), repr(key))
-            except DroppedConnectionError:
+            except ConnectionError:
                 raise
             except (ValueError, OSError) as error:
                 skipped += 1
@@ -130,14 +121,9 @@ class PairStream(IterableDataset):
 
 
 def _read(rows: datasets.IterableDataset) -> Iterator[dict]:
-    """Yields rows. Raises `DroppedConnectionError`."""
-    rows = iter(rows)
-    while True:
-        with _connection_errors():
-            row = next(rows, None)
-        if row is None:
-            return
-        yield row
+    """Yields rows. Raises `ConnectionError` for any lost connection."""
+    with _connection_errors():
+        yield from rows
 
 
 # Libraries that streams read with. Their errors have no common base class.
@@ -146,14 +132,14 @@ _NETWORK_LIBRARIES = ("aiohttp", "fsspec", "httpcore", "httpx", "huggingface_hub
 
 @contextmanager
 def _connection_errors() -> Iterator[None]:
-    """Converts the errors of a lost connection into `DroppedConnectionError`."""
+    """Converts the errors of a lost connection into `ConnectionError`."""
     try:
         yield
     except Exception as error:
         library = type(error).__module__.partition(".")[0]
         if not isinstance(error, (ConnectionError, TimeoutError)) and library not in _NETWORK_LIBRARIES:
             raise
-        raise DroppedConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ConnectionError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:

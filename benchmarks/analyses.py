@@ -1,9 +1,10 @@
 """The paper's analyses: semantic shift (Tables 6 and 7), pooled channels (Fig. 3), recognition against
-interpretability (Fig. 9).
+interpretability (Fig. 9). And regions as prompts for SAM: whether boxes and points are on the objects.
 
 python benchmarks/analyses.py shift --dataset voc2012 --data-root VOC
 python benchmarks/analyses.py channels dog.jpg cat.jpg --output channels.png
 python benchmarks/analyses.py relation results.json --output relation.png    # results of `iclip evaluate --output`
+python benchmarks/analyses.py prompts --dataset coco2017 --data-root DATA/coco100 --split train2017 --odd
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +26,11 @@ from tqdm import tqdm
 from iclip_hf import ICLIPConfig, load
 from iclip_hf.data.segmentation import SegmentationSample, load_segmentation
 from iclip_hf.evaluation.results import read_results
+from iclip_hf.explainers import make_explainer
+from iclip_hf.model.engine import Engine
+from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.images import load_image
+from iclip_hf.model.regions import find_regions, positive_points
 
 
 with needed():
@@ -116,6 +122,29 @@ def semantic_shift(
     return rows, {name: count / rows[-1][0] for name, count in on_foreground.items()}
 
 
+def prompt_hits(explanation: Explanation, sample: SegmentationSample) -> list[tuple[int, bool, bool]]:
+    """
+    Compares the regions of the shown classes, which `explanation` has as its texts, with the objects, which are the
+    connected parts of a mask. Returns for each region its rank among those of its class, and whether its box has an
+    IoU of at least 0.5 with that of an object, and its first positive point lies on the class.
+    """
+    hits = []
+    for index, label in enumerate(sample.labels):
+        mask, (heatmap, drawn) = sample.mask(label) == label, explanation.map_and_mask(index)
+        objects = find_regions(mask.astype(np.float32), mask, min_weight=0)
+        for rank, region in enumerate(find_regions(heatmap.numpy(), drawn.numpy())):
+            ((x, y),) = positive_points(heatmap.numpy(), region)
+            hits.append((rank, any(box_iou(region.box, one.box) >= 0.5 for one in objects), bool(mask[y, x])))
+    return hits
+
+
+def box_iou(box: Sequence[int], other: Sequence[int]) -> float:
+    """Returns the intersection over union of boxes (xmin, ymin, xmax, ymax)."""
+    width, height = (min(box[end], other[end]) - max(box[end - 2], other[end - 2]) for end in (2, 3))
+    shared = max(0, width) * max(0, height)
+    return shared / (sum((x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in (box, other)) - shared)
+
+
 def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
     Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the
@@ -176,6 +205,22 @@ def shift(options: argparse.Namespace) -> None:
     print(table(["pooling", "channels on the foreground"], [[name, f"{n:.1f}"] for name, n in on_foreground.items()]))
 
 
+def prompts(options: argparse.Namespace) -> None:
+    dataset, model = load_segmentation(options.dataset, options.data_root, options.split), load(options.model)
+    engine = Engine(model, model.processor, make_explainer(model), templates=dataset.templates, refine=True)
+    texts, hits, pairs = engine.encode(dataset.class_names), [], 0
+    for sample in tqdm(dataset[1::2] if options.odd else dataset[: options.limit], unit="image"):
+        shown = [label - 1 for label in sample.labels]
+        (explanation,) = engine.run([engine.prepare(sample.image, sample.size, shown)], texts)
+        hits += prompt_hits(replace(explanation, min_presence=0.0), sample)
+        pairs += len(shown)
+    rows = []
+    for name, chosen in (("first of each class", [hit for hit in hits if hit[0] == 0]), ("all", hits)):
+        shares = [f"{100 * np.mean([hit[part] for hit in chosen]):.1f}" for part in (1, 2)]
+        rows.append([name, f"{len(chosen) / pairs:.2f}", *shares])
+    print(table(["regions", "for each shown class", "boxes with IoU >= 0.5 %", "points on the class %"], rows))
+
+
 def channels(options: argparse.Namespace) -> None:
     model, images = load(options.model), [load_image(path) for path in options.images]
     channel_scatter(images, [channel_matches(model, image) for image in images]).savefig(options.output, dpi=120)
@@ -201,21 +246,23 @@ def relation(options: argparse.Namespace) -> None:
 def main():
     parser = command_line(__doc__)
     analyses = parser.add_subparsers(required=True)
-    for run in (shift, channels, relation):
+    for run in (shift, channels, relation, prompts):
         analysis = analyses.add_parser(run.__name__)
         analysis.set_defaults(run=run, refuse=analysis.error)
-        if run is shift:
+        if run in (shift, prompts):
             for name in ("--dataset", "--data-root"):
                 analysis.add_argument(name, required=True)
             analysis.add_argument("--split")
             analysis.add_argument("--limit", type=int)
+            if run is prompts:
+                analysis.add_argument("--odd", action="store_true", help="only the images at odd positions")
         elif run is channels:
             analysis.add_argument("images", nargs="+")
         else:
             analysis.add_argument("evaluation", type=Path)
         if run is not relation:
             analysis.add_argument("--model", default="embedded")
-        if run is not shift:
+        if run in (channels, relation):
             analysis.add_argument("--output", default=f"{run.__name__}.png")
     options = parser.parse_args()
     options.run(options)

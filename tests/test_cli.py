@@ -18,11 +18,12 @@ from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.cli.options import MAX_SEED, at_least_1, seed, share
 from iclip_hf.cli.options import texts as parse_texts
-from iclip_hf.cli.output import table
+from iclip_hf.cli.output import cut
 from iclip_hf.data import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.model.regions import find_regions, run_lengths
 from iclip_hf.model.similarity import resize_and_normalize
+from iclip_hf.utils.tables import table
 
 
 def run(workspace, *arguments):
@@ -112,9 +113,14 @@ def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatc
 
 
 def test_a_long_text_does_not_widen_the_table():
-    lines = table(["text", "score"], [["a dog " * 500, "0.5"], ["x" * 60, "0.25"]])
+    lines = table(["text", "score", "left out"], [[cut("a dog " * 500), "0.5", ""], [cut("x" * 60), "0.25", ""]])
     assert len({*map(len, lines)}) == 1 and len(lines[0]) == 2 + 60 + 2 + 5
     assert lines[1].strip().startswith("a dog a dog") and "x" * 60 in lines[2]
+    assert table(["method", "IoU"], [["itsm", "0.5"]], markdown=True) == [
+        "| method | IoU |",
+        "| ------ | --- |",
+        "| itsm   | 0.5 |",
+    ]
 
 
 def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, capsys):

@@ -52,7 +52,7 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
     path, output = folder / "images" / "a.png", tmp_path / "sub" / "out.png"
     texts = ["--text", "cat", "--text", "tail of the dog", "--template", "{}"]
     assert run(folder, path, *texts, "--methods", "itsm", "grad_cam", "--output", output, "--json") == 0
-    assert list(sheet["heatmaps"]) == ["itsm", "grad_cam"]
+    assert list(sheet["heatmaps"]) == ["itsm, refined", "grad_cam, refined"]
     scores = json.loads(capsys.readouterr().out)["texts"]
     assert [row["text"] for row in scores] == ["cat", "tail of the dog"]
     for method, maps in sheet["heatmaps"].items():
@@ -60,7 +60,7 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
             (tiny_model(logit_bias_init_value=0.0), tiny_processor),
             [path],
             ["cat", "tail of the dog"],
-            method,
+            method.partition(",")[0],
             templates=["{}"],
         )[0]
         np.testing.assert_allclose(maps, explained.maps, atol=1e-5)
@@ -76,7 +76,7 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
 def test_the_data_set_gives_texts_and_their_pixels(folder, tmp_path, sheet, capsys):
     data = ["--dataset", "folder", "--data-root", folder, "--output", tmp_path / "out.png"]
     assert run(folder, "a", *data) == 0
-    assert list(sheet["heatmaps"]) == ["ground truth", "itsm"]
+    assert list(sheet["heatmaps"]) == ["ground truth", "itsm, refined"]
     dog, car = sheet["heatmaps"]["ground truth"]
     assert dog[:20, :30].min() == 1 and dog.sum() == 600 and car[20:, 30:].min() == 1 and car.sum() == 600
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["dog", "car"]
@@ -136,9 +136,9 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
     first, second = (str(folder / f"model{seed}") for seed in range(2))
     words = {model: [presence_word(row["presence"][model]) for row in rows] for model in (first, second)}
     assert len(set(words[first] + words[second])) > 1 and words[first] != words[second]
-    one, other = (sheet["heatmaps"][f"{model}\nitsm"][0] for model in (first, second))
+    one, other = (sheet["heatmaps"][f"{model}\nitsm, refined"][0] for model in (first, second))
     assert np.abs(one - other).max() > 0.05
-    columns = {f"{model}\n{method}": words[model] for model in words for method in ("itsm", "attention")}
+    columns = {f"{model}\n{method}, refined": words[model] for model in words for method in ("itsm", "attention")}
     assert sheet["words"] == columns and list(sheet["heatmaps"]) == list(columns)
     for row, title in zip(rows, sheet["row_titles"]):
         found = zip(row["presence"].values(), row["scores"].values())

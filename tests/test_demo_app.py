@@ -144,6 +144,14 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
         np.testing.assert_allclose(np.load(npz)["maps"], expected.maps, atol=1e-3)
 
 
+@pytest.mark.parametrize(("refine", "multi_scale"), [("no", False), (True, "no")])
+def test_a_word_is_no_answer_to_yes_or_no(client, folder, refine, multi_scale):
+    """The text "no" would count as yes."""
+    photo = gradio_client.handle_file(folder / "small.png")
+    with pytest.raises(AppError, match="is True or False, not 'no'"):
+        client.predict(photo, "dog", "itsm", refine, multi_scale, api_name="/explain")
+
+
 @pytest.mark.parametrize(
     ("name", "method", "sentence"),
     [("notes.png", "itsm", "notes.png: expected a readable image"), ("small.png", "magic", "There is no method")],

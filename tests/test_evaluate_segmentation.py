@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation import evaluate
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import LabelMaps
 from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.evaluation.metrics.segmentation import Segmentation
+from iclip_hf.model import engine
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.refinement import refine_maps
@@ -237,8 +237,8 @@ def test_a_metric_with_windows_changes_no_other(labelled_folder, tiny_processor)
 def test_texts_are_encoded_in_parts_under_a_bar(labelled_folder, tiny_processor, monkeypatch, capsys):
     model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder)
     at_once = segment(model, dataset)
-    monkeypatch.setattr(evaluate, "TEXT_BATCH", 2)
-    monkeypatch.setattr(evaluate, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "delay": 0}))
+    monkeypatch.setattr(engine, "TEXT_BATCH", 2)
+    monkeypatch.setattr(engine, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "delay": 0}))
     in_parts = evaluate_model(model, dataset, ["itsm"], [Segmentation()])
     assert "Encoding texts" in capsys.readouterr().err
     assert in_parts.results["itsm"]["segmentation"]["miou"] == pytest.approx(
@@ -246,7 +246,7 @@ def test_texts_are_encoded_in_parts_under_a_bar(labelled_folder, tiny_processor,
     )
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}, {"logit_scale": 40}])
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
 def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
     dataset = load_segmentation("folder", labelled_folder)
     dataset.background = False

@@ -6,13 +6,27 @@ import copy
 import itertools
 import math
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import tiny_model
-from families import GRID, LABELS, NEED_BLOCKS, PAIRS, WIDE, cosine_map, drawn, images, maps_by, pixels, raw_maps
+from families import (
+    FAMILIES,
+    GRID,
+    LABELS,
+    NEED_BLOCKS,
+    PAIRS,
+    WIDE,
+    cosine_map,
+    drawn,
+    images,
+    maps_by,
+    pixels,
+    raw_maps,
+)
 from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +40,9 @@ from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import Engine, for_images
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures, cosines
 from iclip_hf.model.similarity import min_max_normalize
+
+
+explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 # What every method keeps, for every family
@@ -475,6 +492,25 @@ def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi
     torch.testing.assert_close(found.raw_maps, engine.raw_maps(prepared.pixel_values, texts)[0][0], atol=1e-5, rtol=0)
 
 
+DEFAULTS = dict.fromkeys(FAMILIES, "naclip") | {"iclip": "itsm", "tipsv2": "maskclip"}
+DEFAULTS["open_clip_resnet"] = "reversed_itsm"
+
+
+@pytest.mark.parametrize(("family", "method"), DEFAULTS.items())
+def test_a_family_has_the_method_that_shows_where_a_text_is(made, family, method):
+    """`itsm` is still the model's own map."""
+    given = load(made(family)[:2])
+    options = {"residual": True} if family == "tipsv2" else {}
+    found, own = (explain(given, images()[0], LABELS, name) for name in (None, "itsm"))
+    expected = explain(given, images()[0], LABELS, method, **options)
+    torch.testing.assert_close(found.raw_maps, expected.raw_maps, atol=1e-5, rtol=1e-4)
+    assert found.method == found.to_dict()["method"] == method and own.method == "itsm"
+    pixel_values = given.processor(images=images()[:1])["pixel_values"]
+    of_model = given.similarity_maps(given.get_image_features(pixel_values), given.encode_texts(LABELS))[0]
+    torch.testing.assert_close(own.raw_maps, of_model.detach(), atol=1e-5, rtol=1e-4)
+    assert torch.allclose(found.raw_maps, own.raw_maps, atol=1e-3) == (family == "iclip")
+
+
 def test_rivals_in_one_string(made):
     given = made("iclip")[:2]
     *_, listed = maps_by(given, "competing_itsm", rivals=["cat", "tree"])
@@ -686,7 +722,7 @@ def test_images_of_open_clip_are_prepared_as_its_configuration_says(made):
 def test_open_clip_takes_its_one_size(made):
     model, tokenizer, _ = made("open_clip")
     with pytest.raises(ValueError, match="32x32 pixels"):
-        explain((model, tokenizer), images(), LABELS, size=WIDE)
+        explain((model, tokenizer), images(), LABELS, image_size=WIDE)
 
 
 @pytest.mark.parametrize(("text", "says"), [("  ", "at least one character"), (5, "A text is a string")])

@@ -40,6 +40,9 @@ from iclip_hf.hub.folders import init_model
 from iclip_hf.utils.hub_ids import is_hub_id
 
 
+explain = partial(explain, refine=False)  # the maps as the model has them
+
+
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
 
 
@@ -298,6 +301,8 @@ def test_a_processor_of_another_kind_is_refused(world):
     ("options", "error", "message"),
     [
         ({"methd": "gem"}, TypeError, "'methd'; did you mean 'method'"),
+        ({"multiscale": True}, TypeError, "'multiscale'; did you mean 'multi_scale'"),
+        ({"size": 448}, TypeError, "'size'; did you mean 'image_size'"),
         ({"method": "gem", "dept": 3}, TypeError, "'dept'; did you mean 'depth'"),
         ({"sharpness": 3}, TypeError, "'sharpness': itsm has no options"),
         ({"method": "gradcam"}, ValueError, "'gradcam'; did you mean 'grad_cam'"),

@@ -1,6 +1,7 @@
 """Maps and scores at two scales against loops over windows and patches, and their doors."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,20 +21,22 @@ from iclip_hf.model.modeling_iclip import cosines
 from iclip_hf.model.windows import SlidingWindows, TwoScales, mean_of_windows, sliding_windows
 
 
+explain = partial(explain, refine=False)  # the maps as the model has them
+
+
 METHODS = ["itsm", "reversed_itsm", "gem", "clip_surgery", "grad_cam"]
 
 
 def by_hand(engine, image, size, own, texts):
     """
-    Raw maps of one image at 7/4 of the `size` (height, width): patch by patch, the mean over the windows of that size
-    at the corners that contain it, weighted by the distances to the edges of the window, and its mean with the map of
-    the whole. And scores: the mean of that of the whole at the model's `own` size and the logarithm of the mean odds
-    of the windows.
+    Raw maps of one image at twice the `size` (height, width): patch by patch, the mean over the windows that contain
+    it, weighted by the distances to the edges of the window, and its mean with the map of the whole. And scores: the
+    mean of that of the whole at the model's `own` size and the logarithm of the mean odds of the windows.
     """
     side = engine.processor.patch_size
-    larger = [round(7 * length / side / 4) * side for length in size]
+    larger = [2 * length for length in size]
     pixels = engine.processor(images=[image], size=dict(zip(("height", "width"), larger)))["pixel_values"]
-    starts = [sorted({0, of - length}) for of, length in zip(larger, size)]
+    starts = [(0, -(-2 * length // side // 4) * side, length) for length in size]
     rows, columns = (length // side for length in larger)
     cells, exponentials = [[[] for _ in range(columns)] for _ in range(rows)], []
     for top in starts[0]:
@@ -82,7 +85,7 @@ def test_scores_do_not_depend_on_what_else_is_asked(tiny_processor):
     """Of a method that encodes the images itself as it computes the maps, and before them."""
     engine = engine_of(sigmoid_model(), tiny_processor, "grad_cam", multi_scale=True)
     prepared = [engine.prepare(image) for image in IMAGES]
-    assert engine.encode_images(prepared) == prepared  # five passes would be in vain
+    assert engine.encode_images(prepared) == prepared  # ten passes would be in vain
     expected = list(engine.run(prepared, TEXTS))
     without_maps = engine.run([engine.prepare(image, text_indices=()) for image in IMAGES], TEXTS)
     for usual, *others in zip(expected, without_maps, engine.run(IMAGES, TEXTS, best=1), strict=True):
@@ -91,21 +94,19 @@ def test_scores_do_not_depend_on_what_else_is_asked(tiny_processor):
 
 
 @pytest.mark.parametrize("patches", [*range(1, 20), 28, 32, 37])
-def test_four_windows_of_the_usual_size_cover_the_larger_image(patches):
+def test_windows_put_each_patch_at_its_place(patches):
+    """Those of two scales have the usual size, and share half with the next."""
     scales = TwoScales(8)
     size = tuple(scales.size({"height": 8 * patches, "width": 8}).values())
     rows = torch.arange(size[0])[None, None, :, None].expand(1, 3, -1, size[1]).float()
     whole, *seen = scales.views(rows)
-    assert {of.shape for of in (whole, *seen)} == {(1, 3, 8 * patches, 8)} and len(seen) == 4
-    assert abs(size[0] - 14 * patches) <= 4
-    for windows in (scales, SlidingWindows(8, 8, 8)):
-        views = windows.views(rows)
-        maps = [of[:, :, ::8, ::8] for of in views]
-        maps[0] = rows[:, :, :: size[0] // patches, ::8][:, :, :patches] if windows is scales else maps[0]
-        joined = windows.join(maps, size)
-        assert joined.shape == (1, 3, size[0] // 8, size[1] // 8)
-        if windows is not scales:
-            torch.testing.assert_close(joined, rows[:, :, ::8, ::8])  # each patch at its place
+    assert {of.shape for of in (whole, *seen)} == {(1, 3, 8 * patches, 8)}
+    assert len(seen) == 2 * 3 or patches == 1
+    values = rows[:, :, ::8, ::8]
+    large, small = ([of[:, :, ::8, ::8] for of in views] for views in (seen, SlidingWindows(8, 8, 8).views(rows)))
+    torch.testing.assert_close(SlidingWindows(8, 8, 8).join(small, size), values)
+    joined = scales.join([torch.zeros(1, 3, patches, 1), *large], size)
+    torch.testing.assert_close(2 * joined, values)
 
 
 @pytest.mark.parametrize("tapered", [False, True])

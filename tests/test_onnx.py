@@ -18,6 +18,9 @@ from iclip_hf.evaluation.metrics.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 
 
+explain = partial(explain, refine=False)  # the maps as the model has them
+
+
 IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention")
 TEXT = ("text_embeds", "map_text_embeds", "attention_weights")
 
@@ -124,7 +127,7 @@ WITHOUT_LAYERS = [method for method in METHODS if not explainer_class(method).ne
 def test_explanations_are_the_models(model, folder, processor, method, templates):
     images = [noise(size) for size in [(60, 40), (30, 90)]]
     texts = [["dog", "red ball"], ["sky"]]
-    options = {"method": method, "templates": templates, "size": {"shortest_edge": 24}}
+    options = {"method": method, "templates": templates, "image_size": {"shortest_edge": 24}}
     expected = explain((model, processor), images, texts, **options)
     for one, other in zip(explain(folder, images, texts, **options), expected):
         torch.testing.assert_close(one.scores, other.scores, atol=1e-5, rtol=0)

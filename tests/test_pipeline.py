@@ -80,7 +80,8 @@ def assert_same(answers, others):
 
 def test_answers_are_those_of_model_and_processor(pipe, photographs):
     image = PILImage.open(photographs[0])
-    answers = pipe(image, LABELS, template=["{}", "a photo of the {}"], threshold=0.3, min_presence=0)
+    options = {"template": ["{}", "a photo of the {}"], "threshold": 0.3, "min_presence": 0, "refine": False}
+    answers = pipe(image, LABELS, **options)
     with torch.no_grad():
         inputs = pipe.processor(images=[image], labels=LABELS, templates=["{}", "a photo of the {}"])
         outputs = pipe.model(**inputs, output_similarity_maps=True)
@@ -95,7 +96,7 @@ def test_answers_are_those_of_model_and_processor(pipe, photographs):
         assert torch.equal(inside(answer), answer["map"] > 0.3)
         regions = find_regions(answer["map"].numpy(), inside(answer).numpy())
         assert answer["boxes"] == [list(region.box) for region in regions] != []
-    plain = pipe(image, LABELS, template=["{}", "a photo of the {}"], threshold=0.3, min_presence=0, return_json=True)
+    plain = pipe(image, LABELS, **options, return_json=True)
     for answer, other in zip(json.loads(json.dumps(plain)), answers, strict=True):
         assert answer == {**{name: other[name] for name in answer}, "mask": run_lengths(inside(other).numpy())}
         assert answer.keys() == other.keys() - {"map"}
@@ -174,7 +175,7 @@ def test_lists_data_sets_and_generators_answer_one_by_one(pipe, photographs, bat
 def test_a_batch_of_images_that_keep_their_proportions_answers_as_each_alone(pipe, photographs, recorded, batch_size):
     """Those of one shape go through the model together."""
     image, *others = (str(path) for path in photographs)
-    images, options = [image, *others, image], {"size": {"shortest_edge": 32}}
+    images, options = [image, *others, image], {"image_size": {"shortest_edge": 32}}
     expected = [pipe(one, LABELS, **options) for one in images]
     forwards = recorded(pipe.model, "get_image_features", lambda pixels, **options: len(pixels))
     for answers, others in zip(pipe(images, LABELS, batch_size=batch_size, **options), expected, strict=True):

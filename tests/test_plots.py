@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from iclip_hf.model.explanation import Explanation
 from iclip_hf.plots import COLORMAPS, sheets
 from iclip_hf.plots.colors import color_table, overlay
 from iclip_hf.plots.lettering import fitted, text_mask, text_width
-from iclip_hf.plots.sheets import comparison_sheet, draw, label_sheet, picture_grid
+from iclip_hf.plots.sheets import comparison_sheet, draw, picture_grid
 
 
 @pytest.mark.parametrize("colormap", COLORMAPS)
@@ -51,7 +52,9 @@ def explained(presence, size=(40, 60)):
     raw_maps = torch.zeros(len(presence), 8, 12)
     raw_maps[..., 6:] = 1
     labels = [f"text {index}" for index in range(len(presence))]
-    return Explanation(labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size)
+    return Explanation(
+        labels, torch.full((len(presence),), 0.3), torch.tensor(presence), raw_maps, size, method="itsm"
+    )
 
 
 @pytest.fixture
@@ -63,7 +66,14 @@ def written(recorded):
 def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presence(written):
     image = Image.new("RGB", (60, 40), "gray")
     sheet = iclip_hf.draw(explained([0.75, 0.99, 0.2]), image)
-    titles = ["image", "60 x 40 pixels", "text 0", "unsure 0.75 · score 0.30", "text 1", "present 0.99 · score 0.30"]
+    titles = [
+        "image",
+        "60 x 40 pixels · itsm, plain",
+        "text 0",
+        "unsure 0.75 · score 0.30",
+        "text 1",
+        "present 0.99 · score 0.30",
+    ]
     assert written[:8] == [*titles, "text 2", "absent 0.20 · score 0.30"]
     pixels = np.asarray(sheet).astype(int)
     overlaid = overlay(Image.new("RGB", (2, 1), "gray"), np.array([[0.0, 1.0]]))
@@ -91,26 +101,14 @@ def test_a_drawing_takes_what_explain_takes_and_is_as_large_as_asked(tmp_path):
         assert draw(explained([0.9]), array) == expected
 
 
-@pytest.mark.parametrize("opacity", [1.2, -0.1, float("nan")])
-def test_an_opacity_outside_0_and_1_is_refused(opacity):
-    image, labels = Image.new("RGB", (60, 40)), np.zeros((40, 60), int)
-    for call in (
-        lambda: draw(explained([0.9]), image, opacity=opacity),
-        lambda: overlay(image, np.ones((40, 60)), opacity),
-        lambda: label_sheet(image, labels, ["a"], [None], opacity=opacity),
-    ):
-        with pytest.raises(ValueError, match="opacity"):
-            call()
-
-
-@pytest.mark.parametrize(
-    "option", [{"columns": 0}, {"columns": -2}, {"columns": 2.5}, {"columns": "2"}, {"dpi": 0}, {"dpi": 4}]
-)
-def test_a_sheet_without_columns_or_pixels_is_refused(option):
-    image, (name,) = Image.new("RGB", (60, 40)), option
-    with pytest.raises(ValueError, match=f"{name} is an integer of at least"):
-        draw(explained([0.9]), image, **option)
-    assert draw(explained([0.9]), image, columns=1, dpi=5).width < 30
+def test_many_texts_are_cut_and_absent_ones_are_last(written):
+    """The image is that of the explanation."""
+    found = replace(explained([0.1, 0.9] * 20), image=Image.new("RGB", (60, 40), "gray"))
+    sheet = draw(replace(found, method="naclip", refined=True))
+    assert written[1] == "60 x 40 pixels · naclip, refined · 24 of 40 texts"
+    shown = [text for text in written if text.startswith("text ")]
+    assert shown == [f"text {index}" for index in (*range(1, 40, 2), 0, 2, 4, 6)]
+    assert sheet.height < 6 * 336
 
 
 def test_an_unknown_colour_map_is_refused():

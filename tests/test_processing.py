@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,9 @@ from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.modeling_iclip import average_prompts
+
+
+explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 def photo(width=48, height=32, mode="RGB", seed=0):
@@ -322,21 +326,13 @@ def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
         assert tiny_processor(images=scaled * 3 - 1, **options)["pixel_values"].max() > 3
 
 
-def test_a_crop_is_refused(tiny_processor):
-    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+@pytest.mark.parametrize("options", [{}, {"size": 64}, {"size": {"height": 32, "width": 24}}])
+def test_nothing_is_cropped(tiny_processor, options):
+    """So that maps cover the whole image."""
+    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 24, "width": 24})
     processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
-    assert processor(photo())["pixel_values"].shape == (1, 3, 32, 32)  # of the whole image
-    for options in ({"size": 64}, {"size": 24}, {"size": {"height": 32, "width": 24}}, {"do_resize": False}):
-        with pytest.raises(ValueError, match="do_center_crop=False"):  # 24 pixels would have a black frame
-            processor(photo().resize((48, 40)), **options)
-    assert processor(photo().resize((32, 32)), do_resize=False)["pixel_values"].shape == (1, 3, 32, 32)
-    assert processor(photo(), size=64, do_center_crop=False)["pixel_values"].shape == (1, 3, 64, 64)
-    for crop_size in (32, {"height": 32, "width": 32}):
-        whole = tiny_processor(photo(), size=32, do_center_crop=True, crop_size=crop_size)
-        assert whole["pixel_values"].equal(tiny_processor(photo(), size=32)["pixel_values"])
-    for crop_size, message in ((24, "do_center_crop=False"), (None, "crop_size"), ("32", "crop_size")):
-        with pytest.raises(ValueError, match=message):
-            tiny_processor(photo(), size=32, do_center_crop=True, crop_size=crop_size)
+    options = {"size": 32} | options
+    assert processor(photo(), **options)["pixel_values"].equal(tiny_processor(photo(), **options)["pixel_values"])
 
 
 def test_images_that_are_not_resized_have_the_size_that_is_asked_for(tiny_processor):

@@ -85,6 +85,15 @@ def test_a_constant_map_stays_constant_and_one_colour_is_finite(image):
 # ---- doors ----
 
 
+def test_what_people_see_is_refined_and_says_so(tiny_processor):
+    given = tiny_model(), tiny_processor
+    options = {}, {"refine": True}, {"refine": False}
+    usual, refined, plain = (explain(given, IMAGES[0], TEXTS, **option) for option in options)
+    assert torch.equal(usual.raw_maps, refined.raw_maps) and usual.raw_maps.shape != plain.raw_maps.shape
+    assert [one.to_dict()["refined"] for one in (usual, plain)] == [True, False]
+    assert [one.made_by for one in (usual, plain["dog"])] == ["itsm, refined", "itsm, plain"]
+
+
 def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
     model = tiny_model()
     plain, refined = (Engine(model, tiny_processor, refine=refine) for refine in (False, True))
@@ -133,7 +142,7 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder
 
 
 def test_commands_refine(labelled_folder, world, tmp_path, capsys):
-    """On request, `iclip segment` by default."""
+    """By default what people see, on request what is measured."""
     photo, model = next((labelled_folder / "images").iterdir()), ["--model", world.folder / "model"]
     asked = [photo, "--text", "dog", *model]
 
@@ -141,25 +150,25 @@ def test_commands_refine(labelled_folder, world, tmp_path, capsys):
         assert iclip(*command) == 0
         return capsys.readouterr().out, [path.read_bytes() for path in tmp_path.iterdir()]
 
-    for by_default, command in (
-        (True, ["segment", *asked, "--min-presence", 0, "--json"]),
-        (False, ["explain", *asked, "--min-presence", 0, "--json"]),
-        (False, ["compare", *asked, "--output", tmp_path / "a.png"]),
+    for command in (
+        ["segment", *asked, "--min-presence", 0, "--json"],
+        ["explain", *asked, "--min-presence", 0, "--json"],
+        ["compare", *asked, "--output", tmp_path / "a.png"],
     ):
         plain, refined, usual = (answer(*command, *option) for option in (["--no-refine"], ["--refine"], []))
-        assert plain != refined and usual == (refined if by_default else plain)
+        assert plain != refined == usual
     data = ["evaluate", "--dataset", "folder", "--data-root", labelled_folder, "--limit", 2, "--json", *model]
-    for refine in ("refine", "no-refine"):
-        assert json.loads(answer(*data, f"--{refine}")[0])["protocol"]["refine"] is (refine == "refine")
+    for option, refines in (["--refine"], True), ([], False):
+        assert json.loads(answer(*data, *option)[0])["protocol"]["refine"] is refines
 
 
 def test_pipelines_refine(tiny_processor):
-    """Segments by default, maps on request, as `explain` and `segments` do."""
+    """By default, as `explain` does."""
     model = tiny_model()
     given = {"candidate_labels": TEXTS, "min_presence": 0}
     plain, refined = (explain((model, tiny_processor), IMAGES[0], TEXTS, refine=refine) for refine in (False, True))
     pipe = ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu")
-    for options, expected in (({}, plain), ({"refine": False}, plain), ({"refine": True}, refined)):
+    for options, expected in (({}, refined), ({"refine": False}, plain), ({"refine": True}, refined)):
         for answer in pipe(IMAGES[0], **given, **options):
             torch.testing.assert_close(answer["map"], expected.map(TEXTS.index(answer["label"])), atol=1e-4, rtol=0)
     assert (plain.maps - refined.maps).abs().max() > 0.05

@@ -27,9 +27,13 @@ class ExplainableModel(ABC):
         pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
             it depends on the output of one query of the last attention, which is that of the class token or of a
             pooling head.
+        default_method (`str`), default_options (`dict`): name and options of the method that shows where a text is for
+            this kind of model, which `method=None` stands for. docs/methods.md says why.
     """
 
     pools_patches = False
+    default_method = "itsm"
+    default_options: dict[str, object] = {}
 
     def __init__(self, model, processor):
         self._given = model, processor

@@ -84,6 +84,7 @@ class ExplainableCLIP(TransformersModel):
     """CLIP. Its patch tokens are projected by the norm and the projection of the class token."""
 
     text_padding = "longest"
+    default_method = "naclip"
 
     def __init__(self, model: CLIPModel, processor):
         own_processor = ICLIPProcessor(
@@ -148,6 +149,8 @@ class ExplainableSiglip(ExplainableCLIP):
 
 class ExplainableTipsv2(ExplainableCLIP):
     """TIPSv2. Its towers share one space, so class token and patches are compared with texts without a projection."""
+
+    default_method, default_options = "maskclip", {"residual": True}  # the value trick of its authors
 
     def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         return self.network.get_image_features(pixel_values)

@@ -39,6 +39,8 @@ class _OpenCLIPProcessor(ICLIPProcessor):
 class ExplainableOpenCLIP(RecordableModel):
     """A transformer with a class token. Images must have the size of its position embeddings."""
 
+    default_method = "naclip"
+
     def __init__(self, model: nn.Module, tokenizer):
         try:
             tokens = tokenizer(["dog"])
@@ -87,6 +89,8 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     A ResNet, whose only attention layer is the pooling at its end. A position is projected into the space of the texts
     as the pooling does with all attention on this position: by value and output projection.
     """
+
+    default_method = "reversed_itsm"
 
     def _prepare_layers(self) -> None:
         pool = self.network.visual.attnpool

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..model.presence import presence_text
 from ..utils.files import free_name
+from ..utils.tables import table
 from .inputs import load_model, load_named_image
 from .options import DATASET, MODEL, PROMPTS, add_shared, refuse
-from .output import PICTURES, check_file, model_files, name_for, print_lines, resolution, save_picture, table
+from .output import PICTURES, check_file, cut, model_files, name_for, print_lines, resolution, save_picture
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
     output = options.output or Path(name_for(options.image, "comparison.png"))
     check_file(output, PICTURES)
     models = list({os.path.realpath(name): name for name in options.models or ["embedded"]}.values())
-    methods = list(dict.fromkeys(options.methods))
+    methods = list(dict.fromkeys(options.methods or [None]))
     image, truths, templates = _open(options, options.output or free_name(output), models)
     texts = list(dict.fromkeys(options.texts or truths))
     if not texts:
@@ -66,11 +67,11 @@ def run(options: argparse.Namespace) -> None:
                 method,
                 templates=templates,
                 target_sizes=[(small.height, small.width)],
-                size=options.image_size,
+                image_size=options.image_size,
                 refine=options.refine,
                 multi_scale=options.multi_scale,
             )[0]
-            title = method if len(models) < 2 else f"{name}\n{method}"
+            title = explanation.made_by if len(models) < 2 else f"{name}\n{explanation.made_by}"
             columns[title] = explanation.maps.numpy()
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
@@ -82,16 +83,16 @@ def run(options: argparse.Namespace) -> None:
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     output = save_picture(sheet, output, dpi, output == options.output)
     if options.json:
-        report = {"image": options.image, "picture": str(output), "texts": rows}
+        report = {"image": options.image, "picture": str(output), "refined": options.refine, "texts": rows}
         print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
     print_lines(f"{options.image} -> {output}")
     cells = [
         [
-            row["text"],
+            cut(row["text"]),
             presence_text(row["presence"][name]),
             f"{row['scores'][name]:.3f}",
-            name if len(models) > 1 else "",
+            cut(name) if len(models) > 1 else "",
         ]
         for row in rows
         for name in models

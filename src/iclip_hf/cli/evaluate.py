@@ -35,7 +35,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, *DATASET[:2], required=True)
     add_shared(command, *DATASET[2:])
     command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
-    add_shared(command, *MODEL, *PROMPTS, "--methods", "--refine", "--multi-scale")
+    add_shared(command, *MODEL, *PROMPTS, "--methods", "--multi-scale")
+    add_shared(command, "--refine", default=False)
     command.add_argument(
         "--short-side",
         type=at_least_1,

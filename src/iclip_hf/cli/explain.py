@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         files = {}
         if picture is not None:
             dpi = resolution(picture)
-            sheet = draw(explanation, explanation.image, colormap=options.colormap, dpi=dpi)
+            sheet = draw(explanation, colormap=options.colormap, dpi=dpi)
             picture = save_picture(sheet, picture, dpi, picture == options.output)
             files["picture"] = str(picture)
             if options.npz:

@@ -80,6 +80,7 @@ def seed(text: str) -> int:
     return int(text)
 
 
+DEFAULT_METHOD = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"
 # Options that several commands have, for [`add_shared`].
 MODEL, PROMPTS = ("--model", "--dtype", "--device"), ("--template", "--image-size")
 DATASET = ("--dataset", "--data-root", "--split", "--overrides")
@@ -130,15 +131,14 @@ SHARED = {
     "--methods": {
         "nargs": "+",
         "type": method,
-        "default": ["itsm"],
         "metavar": "METHOD",
-        "help": f"one or more of {', '.join(METHODS)} (default: itsm)",
+        "help": f"one or more of {', '.join(METHODS)} (default: {DEFAULT_METHOD})",
     },
     "--refine": {
         "action": argparse.BooleanOptionalAction,
-        "default": False,
-        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges (default: on for "
-        "`segment`, off for other commands)",
+        "default": True,
+        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges, which the model "
+        "may not use (default: on, but off for `evaluate`)",
     },
     "--multi-scale": {
         "action": "store_true",

@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -119,18 +119,6 @@ def print_folder(folder: Path, *command: str) -> None:
     print_lines(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """
-    Returns the lines of a table: the first column on the left, the others on the right, without columns of empty
-    cells. Long cells are cut.
-    """
-    columns = [[_cut(cell) for cell in column] for column in zip(headings, *rows) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    return [
-        "  ".join(["", f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(others, widths[1:]))])
-        for first, *others in zip(*columns)
-    ]
-
-
-def _cut(cell: str) -> str:
+def cut(cell: str) -> str:
+    """Cuts a long text for a cell of a table."""
     return cell if len(cell) <= _LONGEST_CELL else f"{cell[: _LONGEST_CELL - 3]}..."

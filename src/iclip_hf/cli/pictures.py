@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 from ..explainers import METHODS
 from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
+from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image
-from .options import MODEL, PROMPTS, add_shared, method, share
+from .options import DEFAULT_METHOD, MODEL, PROMPTS, add_shared, method, share
 from .output import (
     PICTURES,
     check_file,
     check_folder,
+    cut,
     model_files,
     name_for,
     print_error,
     print_lines,
-    table,
 )
 
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ..model.explanation import Explanation
 
 
-def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: bool = False, **text) -> None:
+def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) -> None:
     """Adds the shared options. `output` is the help of `--output`, and `text` changes the option of the texts."""
     command.set_defaults(npz=False, background=[])
     command.add_argument(
@@ -41,10 +42,9 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, refine: 
     )
     add_shared(command, "--text", **text)
     add_shared(command, *MODEL, *PROMPTS)
-    methods = f"method that computes the maps, one of {', '.join(METHODS)} (default: itsm)"
-    command.add_argument("--method", type=method, default="itsm", metavar="METHOD", help=methods)
-    add_shared(command, "--refine", default=refine)
-    add_shared(command, "--multi-scale")
+    methods = f"method that computes the maps, one of {', '.join(METHODS)} (default: {DEFAULT_METHOD})"
+    command.add_argument("--method", type=method, metavar="METHOD", help=methods)
+    add_shared(command, "--refine", "--multi-scale")
     command.add_argument(
         "--threshold",
         type=share,
@@ -193,7 +193,7 @@ def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[s
     headings = [*headings, "score", "share of the image" if is_segmentation else "regions"]
     rows = [
         [
-            f"{row['text']} (background)" if row.get("id") == 0 else row["text"],
+            cut(f"{row['text']} (background)" if row.get("id") == 0 else row["text"]),
             presence_text(row["presence"], min_presence),
             f"{row['score']:.3f}",
             f"{100 * row['area']:.1f} %" if is_segmentation else str(len(row["regions"])),

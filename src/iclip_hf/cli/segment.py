@@ -17,7 +17,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
         output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a "
         "number if it exists; of several images in the folder segments); the label map is written beside it, as "
         "photo-labels.png",
-        refine=True,
         required=True,
     )
     command.add_argument(
@@ -62,7 +61,8 @@ def run(options: argparse.Namespace) -> int:
             return entry
         words = explanation.presence_words
         dpi = resolution(picture)
-        sheet = label_sheet(explanation.image, labels, options.texts, words, options.background, dpi=dpi)
+        made_by = explanation.made_by
+        sheet = label_sheet(explanation.image, labels, options.texts, words, options.background, made_by, dpi=dpi)
         is_named = picture == options.output
         picture = save_picture(sheet, picture, dpi, is_named)
         # photo-segments-2.png has photo-labels-2.png.

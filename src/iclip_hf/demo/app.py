@@ -87,6 +87,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """
     return {
         **seen.view,
+        "made_by": explanation.made_by,
         "grid": list(explanation.raw_maps.shape[1:]),
         "texts": [
             {
@@ -128,7 +129,8 @@ def build_app(model) -> gr.Blocks:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                photo, typed, method, refine, multi_scale, button, chosen = _question(photographs)
+                question = _question(photographs, model.default_method)
+                photo, typed, method, refine, multi_scale, button, chosen = question
             with gr.Column(scale=5, min_width=300):
                 viewer, download = _answer()
         run = {
@@ -168,8 +170,8 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
             texts = asked_texts(typed)
-            options = {"refine": bool(refine), "multi_scale": bool(multi_scale)}
-            engine = Engine(model, model.processor, explainer(method), **options)
+            method = None if method == model.default_method else method
+            engine = Engine(model, model.processor, explainer(method), refine=refine, multi_scale=multi_scale)
             seen = seen_image(photo["path"], engine.multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
         except (OSError, ValueError, TypeError) as error:
@@ -179,7 +181,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     return explain
 
 
-def _question(photographs: Sequence[Example]) -> tuple:
+def _question(photographs: Sequence[Example], default_method: str) -> tuple:
     """
     Adds the column of the question. Returns its fields, the button, and the event of a photograph that was chosen.
     """
@@ -191,8 +193,8 @@ def _question(photographs: Sequence[Example]) -> tuple:
         info="Between commas, or one a line (shift + enter).",
         max_lines=MAX_TEXTS,
     )
-    method = gr.Dropdown([(label, name) for name, (label, _) in METHODS.items()], value="itsm", label="Method")
-    refine = gr.Checkbox(False, label="Refine", info="The maps follow the edges of the image.", elem_id="refine")
+    method = gr.Dropdown([(label, name) for name, (label, _) in METHODS.items()], value=default_method, label="Method")
+    refine = gr.Checkbox(True, label="Refine", info="The maps follow the edges of the image.", elem_id="refine")
     multi_scale = gr.Checkbox(
         False, label="Two scales", info="Finer maps and better scores, in ten times the time.", elem_id="multi-scale"
     )

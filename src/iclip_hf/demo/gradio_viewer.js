@@ -8,7 +8,7 @@ watch("value", async () => {
   await photo.decode();
   if (value !== props.value) return; // a newer one came meanwhile
   const texts = value.texts.map(({ text }) => text);
-  viewer.show({ photo, size: value.size, originalSize: value.original_size, texts });
+  viewer.show({ photo, size: value.size, originalSize: value.original_size, texts, madeBy: value.made_by });
   value.texts.forEach((one, index) => viewer.add(index, { ...one, ...enlarge(one.map, value.grid, ...value.size) }));
 });
 window.addEventListener("iclip-save-picture", viewer.savePicture);

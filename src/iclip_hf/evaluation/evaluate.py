@@ -19,13 +19,14 @@ from tqdm import tqdm
 from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
 from ..explainers import make_explainer
-from ..model.engine import TEXT_BATCH, Engine, join_texts, map_groups
+from ..model.engine import Engine, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
 from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
+from ..utils.tables import table
 from .metrics import make_metrics
-from .metrics.metric import CannotMeasure, EvaluatedImage, Metric, markdown
+from .metrics.metric import CannotMeasure, EvaluatedImage, Metric
 from .results import EvaluationResult, map_settings
 
 
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 def evaluate_model(
     model,
     dataset: SegmentationDataset,
-    methods: Sequence[str] = ("itsm",),
+    methods: Sequence[str] | None = None,
     metrics: str | Sequence[str | Metric] = "interpretability",
     *,
     image_size: int | dict[str, int] | None = None,
@@ -63,7 +64,7 @@ def evaluate_model(
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
-        methods: names of explainers.
+        methods (*optional*): names of explainers; that of [`make_explainer`] for the model if not given.
         metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of
             `METRICS` and metrics with options such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
@@ -84,11 +85,8 @@ def evaluate_model(
         model does not have what a metric measures.
     """
     start = time.perf_counter()
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is at least 1, not {value}.")
-    if isinstance(methods, str) or not methods:
-        raise ValueError(f'methods is a list of at least one name, such as ["itsm"], not {methods!r:.100}.')
+    if isinstance(methods, str):
+        raise ValueError(f'methods is a list of names, such as ["itsm"], not {methods!r:.100}.')
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
@@ -194,7 +192,7 @@ def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: 
     scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
     further = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
     legends = "\n".join(f"- {metric.legend}" for metric in in_table if metric.legend)
-    return list(filter(None, [markdown(headings, rows) if in_table else "", legends, *further]))
+    return list(filter(None, ["\n".join(table(headings, rows, markdown=True)) if in_table else "", legends, *further]))
 
 
 class EvaluationRun:
@@ -214,7 +212,7 @@ class EvaluationRun:
         self,
         model: ExplainableModel,
         dataset: SegmentationDataset,
-        methods: Sequence[str],
+        methods: Sequence[str] | None,
         templates: Sequence[str] | None,
         refine: bool,
         multi_scale: bool,
@@ -224,12 +222,14 @@ class EvaluationRun:
         progress: bool,
         image_size: int | dict[str, int] | None,
     ):
-        self.model, self.dataset, self.methods = model, dataset, list(dict.fromkeys(methods))
+        self.model, self.dataset = model, dataset
         templates = dataset.templates if templates is None else templates
         options = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
         new_engine = partial(Engine, self.model, self.model.processor, **options)
         self.engine = new_engine()
-        self.engines = {method: new_engine(method=make_explainer(self.model, method)) for method in self.methods}
+        explainers = [make_explainer(self.model, method) for method in dict.fromkeys(methods or [None])]
+        self.methods = [explainer.name for explainer in explainers]
+        self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
         self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
         self.indices = range(state.process_index, self.count, state.num_processes)
@@ -241,10 +241,8 @@ class EvaluationRun:
         return self.encode(self.dataset.class_names)
 
     def encode(self, texts: Sequence[str]) -> ICLIPTextFeatures:
-        """Encodes texts as [`Engine.encode`], with a progress bar: 150 classes of 80 prompts may take minutes."""
-        starts = range(0, len(texts), step := max(1, TEXT_BATCH // len(self.engine.templates)))
-        with tqdm(starts, "Encoding texts", delay=3, leave=False, disable=not self.progress) as bar:
-            return join_texts([self.engine.encode(texts[start : start + step]) for start in bar])
+        """Encodes texts as [`Engine.encode`]."""
+        return self.engine.encode(texts)
 
     def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
         """

@@ -139,30 +139,42 @@ def explainer_class(method: str) -> type[Explainer]:
     return entry_points(group=METHOD_GROUP)[method].load()
 
 
-def make_explainer(model, method: str = "itsm", **method_options) -> Explainer:
+def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (), **method_options) -> Explainer:
     """
     Prepares a method for a model.
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
-        method (`str`): a name of `METHODS`, or of a registered method, see [`register_explainer`].
+        method (`str`, *optional*): a name of `METHODS`, or of a registered method, see [`register_explainer`]. If not
+            given, the method that shows where a text is for this model: its own map (`itsm`) for ICLIP, `naclip` for
+            CLIP, MetaCLIP 2, SigLIP, SigLIP2 and transformers of open_clip, whose own maps are often the opposite,
+            `maskclip` with its residual connection for TIPSv2, and `reversed_itsm` for ResNets.
+        keywords: names of the caller's own options, for the hint on a misspelt one.
         method_options: of the method, see its class.
 
     Raises:
         `ValueError`: the method is unknown, the model does not support it, or a value of an option is not allowed.
         `TypeError`: an option is unknown, or the model is of another kind.
     """
+    if method is None:
+        from ..backends.loading import load  # which imports torch
+
+        model = load(model)
+        method, method_options = model.default_method, model.default_options | method_options
     explainer = explainer_class(method)
     parameters = signature(explainer).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any and (unknown := sorted(method_options.keys() - parameters.keys())):
         options = [name for name in parameters if name != "model"]
         otherwise = f": {method} has {', '.join(options) or 'no options'}."
-        raise TypeError(f"There is no option {unknown[0]!r}{_hint(unknown[0], ['method', *options], otherwise)}")
-    return explainer(model, **method_options)
+        known = ["method", *keywords, *options]
+        raise TypeError(f"There is no option {unknown[0]!r}{_hint(unknown[0], known, otherwise)}")
+    made = explainer(model, **method_options)
+    made.name = method
+    return made
 
 
 def _hint(name: str, known: Iterable[str], otherwise: str) -> str:
     """Ends a sentence on an unknown name with the known one that it resembles; with `otherwise` if there is none."""
-    close = get_close_matches(name, known, n=1)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else otherwise

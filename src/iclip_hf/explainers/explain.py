@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 
 from tqdm import tqdm
 
 from ..backends.embedded import encoded_vocabulary, vocabulary
 from ..model.engine import Engine
-from ..model.explanation import Explanation, check_threshold
+from ..model.explanation import Explanation
 from ..model.images import load_image
-from ..model.presence import MIN_PRESENCE, check_min_presence
+from ..model.presence import MIN_PRESENCE
 from ..model.prompts import split_texts
 from . import make_explainer
 
@@ -24,15 +25,15 @@ def explain(
     model,
     images,
     texts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
-    method: str = "itsm",
+    method: str | None = None,
     *,
     templates: Sequence[str] | None = None,
     target_sizes: Sequence[tuple[int, int]] | None = None,
-    size: int | dict[str, int] | None = None,
+    image_size: int | dict[str, int] | None = None,
     batch_size: int = 8,
-    refine: bool = False,
+    refine: bool = True,
     multi_scale: bool = False,
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
     min_presence: float = MIN_PRESENCE,
     timeout: float = 60,
     progress: bool = False,
@@ -59,13 +60,14 @@ def explain(
             list of labels for each, which may differ in length; or labels with the prior of the presence of each,
             which is 0.5 otherwise. If not given, the nouns of [`vocabulary`] with the highest presence, at most
             `NOUNS`.
-        method (`str`), method_options: as for [`make_explainer`].
-        templates, refine, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
+        method (`str`, *optional*), method_options: as for [`make_explainer`], which says what the default is.
+        templates, image_size, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
+        refine (`bool`): as for [`Engine`]. `False` gives the maps as the model has them: a refined map has edges of
+            the image that the model may not use.
         target_sizes: `(height, width)` in pixels of each image's maps, as a list, array or tensor; the image's size if
             not given.
-        size: the size of images for the maps, as for [`ICLIPProcessor`]; the processor's if not given.
         batch_size (`int`): as for [`Engine.run`].
-        threshold, min_presence (`float` in [0, 1]): of the masks, as for [`Explanation`].
+        threshold, min_presence: of the masks, as for [`Explanation`].
         timeout (`float`): time limit in seconds for the download of an image.
         progress (`bool`): whether to show a progress bar, for many images.
 
@@ -77,8 +79,6 @@ def explain(
             texts and sizes differ.
         `OSError`: an image cannot be read.
     """
-    check_threshold(threshold)
-    check_min_presence(min_presence)
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
     is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
     images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
@@ -89,8 +89,8 @@ def explain(
     if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
         lists = f", {len(texts)} lists of texts" if per_image else ""
         raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
-    explainer = make_explainer(model, method, **method_options)
-    engine = Engine(explainer.model, explainer.model.processor, explainer, templates, size, refine, multi_scale)
+    explainer = make_explainer(model, method, signature(explain).parameters, **method_options)
+    engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
     explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best, encoded)
     explanations = [

@@ -19,6 +19,7 @@ class Explainer(ABC):
         model ([`ExplainableModel`]): or anything that [`load`] takes.
 
     Attributes:
+        name (`str`): the name by which [`make_explainer`] made it; that of the class otherwise.
         model ([`ExplainableModel`]): encodes texts and prepares images.
         sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
         needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a
@@ -32,7 +33,7 @@ class Explainer(ABC):
     needs_layers = True
 
     def __init__(self, model):
-        self.model = load(model)
+        self.name, self.model = type(self).__name__, load(model)
         if self.needs_layers:
             recordable(self.model, "this method")
 

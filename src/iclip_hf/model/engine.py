@@ -100,13 +100,13 @@ class Engine:
         model, processor: a model, see above, and its [`ICLIPProcessor`].
         method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`, which may
             also take `features`, `text_indices` and `templates`, see [`Explainer.forward`]; the model's own maps if
-            not given, which for CLIP are the opposite of what the text shows: see [`make_explainer`].
+            not given, as of `itsm`. [`make_explainer`] gives the method that suits the model.
         templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes
             texts as they are.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
-        multi_scale (`bool`): whether maps and scores are computed at two scales, see [`TwoScales`], which takes five
+        multi_scale (`bool`): whether maps and scores are computed at two scales, see [`TwoScales`], which takes ten
             times as long.
 
     Attributes:
@@ -329,7 +329,7 @@ class Engine:
                 prior=EVEN_PRIOR if priors is None else priors[list(selected)],
                 image=image.image,
                 all_scores=scores[number],
-                method=getattr(self.method, "name", "itsm"),
+                method="itsm" if self.method is None else self.method.name,
                 refined=self.refine,
             )
             for number, (image, selected) in enumerate(zip(images, indices))

@@ -109,25 +109,22 @@ class Explanation:
         )
 
     def index(self, text: int | str) -> int:
-        """
-        Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text, `TypeError`
-        for what names none, such as a slice.
-        """
-        if isinstance(text, str) and text not in self.labels:
+        """Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text."""
+        if not isinstance(text, str):
+            return operator.index(range(len(self))[text])
+        if text not in self.labels:
             raise KeyError(f"{text!r} is none of the texts {self.labels}")
-        if not (isinstance(text, str) or hasattr(text, "__index__")):
-            raise TypeError(f"A text is named by itself or by its index, one at a time, not by {text!r:.100}.")
-        if isinstance(text, str):
-            return self.labels.index(text)
-        try:
-            return range(len(self))[text]
-        except IndexError as error:
-            raise IndexError(f"There are {len(self)} texts, none with the index {text}.") from error
+        return self.labels.index(text)
 
     @property
     def maps(self) -> torch.Tensor:
         """All maps, `(T, H, W)`, computed at each access. `map` needs less memory for many texts."""
         return resize_and_normalize(self.raw_maps, self.size)
+
+    @property
+    def made_by(self) -> str:
+        """The method, and whether the maps are refined, for captions."""
+        return f"{self.method}, {'refined' if self.refined else 'plain'}"
 
     @property
     def presences(self) -> list[float | None]:
@@ -166,7 +163,7 @@ class Explanation:
     def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the map and the mask of one text, for which the map is computed once. Raises as `mask`."""
         index = self.index(text)
-        least = check_threshold(self._threshold(index) if threshold is None else threshold)
+        least = self._threshold(index) if threshold is None else threshold
         heatmap = self.map(index)
         return heatmap, masks_of_maps(heatmap[None], least, self.presences[index : index + 1], self.min_presence)[0]
 
@@ -185,7 +182,7 @@ class Explanation:
             self.size,
             self.presence,
             self.min_presence,
-            threshold=self.threshold if threshold is None else check_threshold(threshold),
+            threshold=self.threshold if threshold is None else check_thresholds(threshold, len(self)).tolist(),
             background=[self.index(text) for text in background],
         )
 
@@ -292,10 +289,9 @@ def coco_annotations(
         and `score`, the mean of the map over the region, in [0, 1].
 
     Raises:
-        `ValueError`: the number of categories is not T. `TypeError`: an id is no integer.
+        `ValueError`: the number of categories is not T.
     """
     category_ids = range(1, len(explanation) + 1) if category_ids is None else category_ids
-    image_id, first_id = operator.index(image_id), operator.index(first_id)  # JSON takes no integers of numpy
     annotations = []
     for index, category in zip(range(len(explanation)), category_ids, strict=True):
         for region in explanation.regions(index):
@@ -306,7 +302,7 @@ def coco_annotations(
                 {
                     "id": first_id + len(annotations),
                     "image_id": image_id,
-                    "category_id": operator.index(category),
+                    "category_id": category,
                     "segmentation": run_lengths(mask),
                     "area": int(region.inside.sum()),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
@@ -330,13 +326,6 @@ def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Te
         several = f", or a list of {count}, one for each text" if count > 1 else ""
         raise ValueError(f"threshold is a number in [0, 1]{several}, not {threshold!r:.100}.")
     return thresholds.expand(count)
-
-
-def check_threshold(threshold: float) -> float:
-    """Returns a threshold. `ValueError` unless it is one number in [0, 1]."""
-    if np.ndim(threshold):
-        raise ValueError(f"threshold is one number in [0, 1], not {threshold!r:.100}.")
-    return check_thresholds(threshold, 1).item()
 
 
 def masks_of_maps(

@@ -181,7 +181,10 @@ def to_pixels(image) -> torch.Tensor:
     if getattr(image.dtype, "kind", "f") not in "biuf" or getattr(image.dtype, "is_complex", False):
         raise TypeError(f"An image holds integers, floats or booleans, not {image.dtype}.")
     if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
-        raise ValueError(f"An image has the shape (3, H, W) or (H, W, 3), or 1 for 3, not {tuple(image.shape)}.")
+        raise ValueError(
+            f"An array of an image has the shape (H, W, C) or (C, H, W) with C = 1 or 3 channels, not "
+            f"{tuple(image.shape)}: array[..., None] adds a channel to (H, W)."
+        )
     if isinstance(image, np.ndarray):
         if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
             image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels

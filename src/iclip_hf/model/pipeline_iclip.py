@@ -12,7 +12,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .engine import Engine
-from .explanation import Explanation, check_threshold
+from .explanation import Explanation
 from .images import load_image
 from .presence import MIN_PRESENCE
 from .processing_iclip import check_processor
@@ -50,7 +50,6 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     _postprocess_options = ("threshold", "min_presence", "return_json")
-    _refine = False  # by default
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -76,13 +75,13 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 Those of the processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
-            refine (`bool`, defaults to `False`): whether to refine the maps by the colours of the image, see
+            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
             multi_scale (`bool`, defaults to `False`): whether maps and scores are at two scales, see [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
                 `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
-            size (`dict`, *optional*): size of the image for the maps, see [`ICLIPProcessor`]. Score and presence of
-                the whole image always come from the processor's size, so another one costs a second forward pass.
+            image_size (`int` or `dict`, *optional*): size of the image for the maps, see [`Engine`]. Score and
+                presence of the whole image come from the processor's size, so another costs a second forward pass.
             timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
             batch_size (`int`, defaults to 1): largest number of images in one forward pass. These have one shape.
 
@@ -115,7 +114,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
     def _sanitize_parameters(self, **kwargs):
         steps = (
-            {"size", "multi_scale", "timeout"},
+            {"image_size", "multi_scale", "timeout"},
             {"text_features", "refine", "multi_scale"},
             {"candidate_labels", *self._postprocess_options},
         )
@@ -123,16 +122,13 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             raise TypeError(f"There is no option {sorted(unknown)}.")
         return tuple({name: value for name, value in kwargs.items() if name in step} for step in steps)
 
-    def preprocess(self, image, size: dict | None = None, multi_scale: bool = False, timeout: float = 60) -> dict:
-        engine = Engine(self.model, self.processor, image_size=size, multi_scale=multi_scale)
+    def preprocess(self, image, image_size=None, multi_scale: bool = False, timeout: float = 60) -> dict:
+        engine = Engine(self.model, self.processor, image_size=image_size, multi_scale=multi_scale)
         return {"image": replace(engine.prepare(load_image(image, timeout=timeout)), image=None)}
 
-    def _forward(
-        self, model_inputs: dict, text_features, refine: bool | None = None, multi_scale: bool = False
-    ) -> dict:
+    def _forward(self, model_inputs: dict, text_features, refine: bool = True, multi_scale: bool = False) -> dict:
         image = model_inputs["image"]
         images = image if isinstance(image, list) else [image]
-        refine = self._refine if refine is None else refine
         engine = Engine(self.model, self.processor, refine=refine, multi_scale=multi_scale)
         explanations = list(engine.run(images, text_features, len(images)))
         return {"explanation": explanations if isinstance(image, list) else explanations[0]}
@@ -182,7 +178,6 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     """
 
     _postprocess_options = ("threshold", "min_presence", "return_json", "background")
-    _refine = True
 
     def __call__(
         self,
@@ -200,12 +195,11 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
             background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall", given like
                 the labels. They compete like the others, and their pixels are background.
-            threshold (`float` in [0, 1], *optional*, defaults to 0.5): a label competes for the pixels whose map is
-                greater; None lets it compete for all.
+            threshold (`float` in [0, 1] or one for each text, defaults to 0.5): a label competes for the pixels whose
+                map is greater; None lets it compete for all.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets no pixel.
-            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
-                [`refine_maps`].
-            return_json, size, multi_scale, timeout, batch_size: as for [`ImageTextSimilarityMapPipeline`].
+            refine, return_json, image_size, multi_scale, timeout, batch_size: as for
+                [`ImageTextSimilarityMapPipeline`].
 
         Returns:
             For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning
@@ -227,7 +221,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         self,
         model_outputs: dict,
         candidate_labels: list[str],
-        threshold: float | None = 0.5,
+        threshold: float | Sequence[float] | None = 0.5,
         min_presence: float = MIN_PRESENCE,
         return_json: bool = False,
         background: Sequence[int] = (),
@@ -235,7 +229,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         explanation: Explanation = replace(
             model_outputs["explanation"],
             labels=candidate_labels,
-            threshold=None if threshold is None else check_threshold(threshold),
+            threshold=threshold,
             min_presence=min_presence,
         )
         scores = explanation.scores.tolist() if explanation.presence is None else explanation.presences

@@ -91,17 +91,14 @@ class ICLIPProcessor(ProcessorMixin):
     Wraps an image processor and a tokenizer.
 
     Args:
-        image_processor: image processor of the image tower. It should resize the whole image without a crop, so that
-            maps cover it.
+        image_processor: image processor of the image tower. Whole images are resized without a crop, so that maps
+            cover them.
         tokenizer: tokenizer of the text tower.
         templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are
             averaged. `"imagenet"` stands for CLIP's 80 templates of ImageNet.
         patch_size (`int`, defaults to 16): patch size of the image tower. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
-
-    Raises:
-        `ValueError`: an option has another value.
     """
 
     def __init__(
@@ -114,11 +111,6 @@ class ICLIPProcessor(ProcessorMixin):
         text_padding: str = "longest",
         **kwargs,
     ):
-        for name, value in (("patch_size", patch_size), ("max_text_length", max_text_length)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} of a processor is a positive integer, not {value!r:.100}.")
-        if text_padding not in ("longest", "max_length"):
-            raise ValueError(f'text_padding of a processor is "longest" or "max_length", not {text_padding!r:.100}.')
         self.templates = check_templates(templates)
         self.patch_size = patch_size
         self.max_text_length = max_text_length
@@ -194,9 +186,9 @@ class ICLIPProcessor(ProcessorMixin):
 
         Raises:
             `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`;
-                images have different shapes with `shortest_edge`, would be cropped, or are of another size with
-                `do_resize=False`; a keyword is given flat and in the dictionary of its side; or an image is invalid,
-                not finite or out of the range of its type.
+                images have different shapes with `shortest_edge`, or another size with `do_resize=False`; a keyword is
+                given flat and in the dictionary of its side; or an image is invalid, not finite or out of the range of
+                its type.
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
@@ -215,6 +207,7 @@ class ICLIPProcessor(ProcessorMixin):
             # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
             sized = kwargs if "size" in kwargs else images_kwargs
             images, sized["size"] = self._prepared(images, sized.get("size"), {**images_kwargs, **kwargs})
+            sized["do_center_crop"] = False  # maps cover the whole image
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
         defaults = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
@@ -239,30 +232,18 @@ class ICLIPProcessor(ProcessorMixin):
         of the call, which replace the image processor's own.
         """
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
-        usual = {"do_resize": True, "do_rescale": True, "do_center_crop": False, "crop_size": None}
-        options = {name: getattr(self.image_processor, name, value) for name, value in usual.items()} | options
-        convert = to_8_bit if options["do_rescale"] else to_pixels
+        do_rescale, do_resize = (
+            options.get(name, getattr(self.image_processor, name, True)) for name in ("do_rescale", "do_resize")
+        )
+        convert = to_8_bit if do_rescale else to_pixels
         images = [_converted(image, convert) for image in (images if is_batch else [images])]
         if not images:
             raise ValueError("There is no image.")
         exact = self._exact_size(images, size)
-        sizes = [exact]
-        if not options["do_resize"]:
-            sizes = [dict(zip(("height", "width"), get_image_size(image))) for image in images]
-            for own in sizes:
-                if (size is not None and own != exact) or any(side % self.patch_size for side in own.values()):
-                    shape = f"{own['height']}x{own['width']}"
-                    raise ValueError(
-                        f"An image of {shape} pixels needs to be resized: set do_resize=True of the image processor."
-                    )
-        # A crop that is larger than the image surrounds it with black pixels.
-        if options["do_center_crop"]:
-            crop = size_dict(options["crop_size"], "crop_size")
-            if any(crop.get(side) != own[side] for own in sizes for side in own):
-                raise ValueError(
-                    "The image processor crops the images, so their maps would not cover them: create it with "
-                    "do_center_crop=False."
-                )
+        for image in [] if do_resize else images:
+            own = dict(zip(("height", "width"), get_image_size(image)))
+            if (size is not None and own != exact) or any(side % self.patch_size for side in own.values()):
+                raise ValueError(f"An image of {own} needs to be resized: set do_resize=True of the image processor.")
         return images, exact
 
     def _divide(self, batch: BatchFeature, images: int, texts: int) -> None:

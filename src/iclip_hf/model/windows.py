@@ -57,9 +57,9 @@ class SlidingWindows(WholeImage):
 
 class TwoScales(WholeImage):
     """
-    The whole image, and four windows of that size on the image at 7/4 of its height and width. Two neighbours share a
-    quarter of a window, where the weight of each falls towards its edge, so that there are no seams. The value of a
-    patch is the mean of both scales. The score is the mean of that of the whole and log mean exp(20 s) / 20 over the
+    The whole image, and nine windows of that size on the image at twice its height and width, each of which shares
+    half with the next. The value of a patch is the mean of both scales; the weight of a window falls towards its
+    edges, so that there are no seams. The score is the mean of that of the whole and log mean exp(20 s) / 20 over the
     windows.
 
     Args:
@@ -70,12 +70,8 @@ class TwoScales(WholeImage):
         self.patch_size = patch_size
 
     def size(self, usual: dict[str, int]) -> dict[str, int]:
-        """Returns the size of the larger image, whose windows have the usual size, in whole patches."""
-        if "shortest_edge" in usual:
-            return {"shortest_edge": round(7 * usual["shortest_edge"] / 4)}
-        # A size that is no multiple of the patch size stays none, for the processor's error.
-        sides = {name: divmod(side, self.patch_size) for name, side in usual.items()}
-        return {name: round(7 * patches / 4) * self.patch_size + rest for name, (patches, rest) in sides.items()}
+        """Returns the size of the larger image, whose windows have the usual size."""
+        return {name: 2 * side for name, side in usual.items()}
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         size = pixel_values.shape[2:]
@@ -92,12 +88,11 @@ class TwoScales(WholeImage):
         return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
 
     def _window(self, size: tuple[int, int]) -> tuple[int, int]:
-        return tuple(max(1, round(4 * side / self.patch_size / 7)) * self.patch_size for side in size)
+        return tuple(self.patch_size * -(-side // self.patch_size // 2) for side in size)
 
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-        window = self._window(size)
-        stride = tuple(max(side - length, self.patch_size) for side, length in zip(size, window))
-        return sliding_windows(size, window, stride)
+        stride = tuple(self.patch_size * max(1, -(-side // self.patch_size // 4)) for side in size)
+        return sliding_windows(size, self._window(size), stride)
 
 
 def sliding_windows(

@@ -59,21 +59,14 @@ def overlay(
             `"jet"`, the colours of the paper.
 
     Raises:
-        `ValueError`: there is no such colour map, or `opacity` is outside [0, 1].
+        `ValueError`: there is no such colour map.
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # bfloat16, which numpy lacks, too
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
-    mask = (table[:, 3] * check_opacity(opacity)).round().astype(np.uint8)[levels]
+    mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]
     return Image.composite(Image.fromarray(table[levels, :3]), image, Image.fromarray(mask))
-
-
-def check_opacity(opacity: float) -> float:
-    """Returns an opacity. `ValueError` unless it is in [0, 1], because colours would overflow."""
-    if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity is a number in [0, 1], not {opacity!r}.")
-    return opacity
 
 
 def label_colors(number: int) -> np.ndarray:

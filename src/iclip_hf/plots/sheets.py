@@ -13,7 +13,7 @@ from PIL import Image, ImageColor, ImageOps
 from ..model.images import load_image
 from ..model.presence import ABSENT, presence_text
 from . import COLORMAPS
-from .colors import OPACITY, SEGMENTS, check_opacity, overlay
+from .colors import OPACITY, SEGMENTS, overlay
 from .lettering import fitted, text_mask
 
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 # Resolution of a sheet in dots per inch. All lengths are in pixels at this resolution.
 DPI = 120
-# Below it, FreeType draws no letters.
-_LEAST_DPI = 5
 # Width of a picture.
 _PICTURE = 336
 _MARGIN, _GAP = 18, 14
@@ -36,13 +34,15 @@ _INK, _PALE = "#1c2430", "#5b6472"
 _BACKGROUND = "#c9cdd4"
 # Opacity of the black over the pixels of a label map that have no text.
 _DIMMED = 0.4
+# Largest number of maps in a picture.
+MAX_MAPS = 24
 # Share of an absent text's picture that is left; the rest is white.
 _FADED = 0.35
 
 
 def draw(
     explanation: Explanation,
-    image,
+    image=None,
     *,
     colormap: str = COLORMAPS[0],
     opacity: float = OPACITY,
@@ -50,9 +50,10 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts. Each title has the presence, if the
-    model has one, as a word and a number, and the score. The picture of an absent text is faded, because its map is
-    stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
+    Draws an image and the map of each text over it, in the order of the texts, but absent ones last, and at most 24.
+    Each title has the presence, if the model has one, as a word and a number, and the score. The picture of an absent
+    text is faded, because its map is stretched to [0, 1] like all others. Notebooks show an explanation by this
+    picture.
 
     Example:
 
@@ -60,35 +61,34 @@ def draw(
     >>> from iclip_hf import draw, explain
 
     >>> explanation = explain("embedded", ["dog.jpg"], ["dog", "red ball"])[0]
-    >>> draw(explanation, "dog.jpg").save("explanation.png")
+    >>> draw(explanation).save("explanation.png")
     ```
 
     Args:
         explanation ([`Explanation`]): of the image.
-        image: the image, in any form that [`explain`] takes.
+        image (*optional*): the image, in any form that [`explain`] takes; that of the explanation if not given.
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the
             paper.
         opacity (`float`): of a map where it is 1, in [0, 1].
-        columns (`int`): largest number of pictures in a row, at least 1.
-        dpi (`int`): resolution of the picture, at least 5; 120 gives pictures of 336 pixels' width.
+        columns (`int`): largest number of pictures in a row.
+        dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
 
     Returns:
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`: the image cannot be read, there is no such colour map, `opacity` is outside [0, 1], or `columns`
-            or `dpi` is no integer or too small.
+        `ValueError`: the image cannot be read, or there is no such colour map.
     """
-    for name, value, least in (("columns", columns, 1), ("dpi", dpi, _LEAST_DPI)):
-        if not (hasattr(value, "__index__") and value >= least):
-            raise ValueError(f"{name} is an integer of at least {least}, not {value!r:.100}.")
-    image = load_image(image)
-    titles = [f"image\n{image.width} x {image.height} pixels"]
+    image = load_image(explanation.image if image is None else image)
+    shown = sorted(range(len(explanation)), key=lambda index: not explanation.present[index])[:MAX_MAPS]
+    some = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
+    titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{some}"]
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))
-    rows = zip(explanation.labels, explanation.scores.tolist(), explanation.presences, explanation.presence_words)
-    for index, (text, score, presence, word) in enumerate(rows):
+    rows = [*zip(explanation.labels, explanation.scores.tolist(), explanation.presences, explanation.presence_words)]
+    for index in shown:
+        text, score, presence, word = rows[index]
         pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
         notes = [presence_text(presence, explanation.min_presence), f"score {score:.2f}"]
         titles.append(f"{' '.join(text.split())}\n{' · '.join(filter(None, notes))}")
@@ -102,7 +102,7 @@ def png(explanation: Explanation) -> bytes | None:
     if explanation.image is None:
         return None
     file = io.BytesIO()
-    draw(explanation, explanation.image).save(file, "PNG")
+    draw(explanation).save(file, "PNG")
     return file.getvalue()
 
 
@@ -112,6 +112,7 @@ def label_sheet(
     texts: Sequence[str],
     words: Sequence[str | None],
     background: Sequence[str] = (),
+    made_by: str = "",
     *,
     opacity: float = 0.6,
     dpi: int = DPI,
@@ -128,7 +129,8 @@ def label_sheet(
         words: presence of each text and of those of `background` as a word, or None, see
             [`Explanation.presence_words`].
         background: texts that describe the background.
-        opacity (`float`): of the colours, in [0, 1]; `ValueError` otherwise.
+        made_by (`str`): note on the maps, see [`Explanation.made_by`].
+        opacity (`float`): of the colours, in [0, 1].
         dpi (`int`): resolution.
     """
     # Of the whole image, as in tables.
@@ -143,11 +145,11 @@ def label_sheet(
     ]
     entries += [("white", names[index], words[index] or "") for index in np.flatnonzero(areas == 0)]
     colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
-    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * check_opacity(opacity)).astype(np.uint8))
+    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
     blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
     legend = _legend(entries, _aspect([image]), dpi)
     shares = "presence and share of the image" if any(words) else "share of the image"
-    titles = ["image", "best text of each pixel", shares]
+    titles = ["image", f"best text of each pixel\n{made_by}", shares]
     return picture_grid([image, blended, legend], titles, 3, dpi=dpi)
 
 

@@ -264,10 +264,3 @@ def none_if_nan(value: float) -> float | None:
 def rounded(value: float | None, digits: int) -> str:
     """Formats a score for a table."""
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def markdown(headings: list[str], rows: list[list[str]]) -> str:
-    """Returns a Markdown table, whose columns are aligned."""
-    widths = [max(map(len, column)) for column in zip(["---"] * len(headings), headings, *rows)]
-    lines = [headings, ["-" * width for width in widths], *rows]
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)

@@ -13,8 +13,9 @@ import torch
 from ...data.class_names import COCO_THINGS
 from ...model.presence import MIN_PRESENCE, at_prior, is_present
 from ...utils.extras import require_extra
+from ...utils.tables import table
 from ..functional import reliability, to_numpy
-from .metric import CannotMeasure, EvaluatedImage, Metric, markdown, mean, none_if_nan, rounded
+from .metric import CannotMeasure, EvaluatedImage, Metric, mean, none_if_nan, rounded
 
 
 with require_extra("eval"):
@@ -220,14 +221,15 @@ class Presence(MultiLabelAveragePrecision):
             for name, (heading, digits) in names.items()
             if scores[name] is not None
         ]
-        tables = [markdown(["presence of the classes in the images", ""], rows)]
+        tables = [table(["presence of the classes in the images", ""], rows, markdown=True)]
         if scores["groups"]:
             digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
             rows = [
                 [group, *(rounded(of_group[name], number) for name, number in digits.items())]
                 for group, of_group in scores["groups"].items()
             ]
-            tables.append(markdown(["presence of", "AUC", "AUC of each class", "kept %", "passed %"], rows))
+            headings = ["presence of", "AUC", "AUC of each class", "kept %", "passed %"]
+            tables.append(table(headings, rows, markdown=True))
         if bins := scores["reliability"]:
             rows = [
                 [
@@ -240,8 +242,9 @@ class Presence(MultiLabelAveragePrecision):
                 if one["pairs"]
             ]
             presence = f"presence when {100 * scores['prior']:.1f} % are shown"
-            tables.append(markdown([presence, "its mean", "share that is shown", "pairs of image and class"], rows))
-        return tables
+            headings = [presence, "its mean", "share that is shown", "pairs of image and class"]
+            tables.append(table(headings, rows, markdown=True))
+        return ["\n".join(lines) for lines in tables]
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:

@@ -12,7 +12,7 @@ import torch
 
 from ...model.label_maps import BACKGROUND_LABEL, label_map
 from ...model.windows import SlidingWindows
-from ..functional import THRESHOLDS, area_counts, to_numpy
+from ..functional import THRESHOLDS, area_counts
 from .metric import EvaluatedImage, Metric
 
 
@@ -42,23 +42,8 @@ class MeanIoU:
 
     def update(self, prediction, reference, confidence=None) -> None:
         """
-        Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none. Raises
-        `ValueError` if the shapes differ, and for values other than 0..K-1, except `ignore_index` in the reference.
+        Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none.
         """
-        prediction, reference = to_numpy(prediction), to_numpy(reference)
-        confidence = None if confidence is None else to_numpy(confidence)
-        for name, other in (("reference", reference), ("confidence", confidence)):
-            if other is not None and other.shape != prediction.shape:
-                raise ValueError(
-                    f"prediction and {name} must have one shape, not {prediction.shape} and {other.shape}."
-                )
-        counted = reference != self.ignore_index
-        for name, ids in (("prediction", prediction[counted]), ("reference", reference[counted])):
-            if (wrong := ids[~np.isin(ids, np.arange(self.num_classes))]).size:
-                raise ValueError(
-                    f"{name}: expected class ids from 0 to {self.num_classes - 1}, got {wrong[0]}; correct it, or "
-                    "num_classes."
-                )
         self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
 
     def add_counts(self, areas: np.ndarray) -> None:
@@ -150,10 +135,6 @@ class Segmentation(Metric):
         threshold: float | None = None,
         logit_scale: float | None = None,
     ):
-        if stride and not window:
-            raise ValueError(f"The stride of {stride} needs a window.")
-        if logit_scale is not None and not 0 < logit_scale < float("inf"):
-            raise ValueError(f"logit_scale is a positive number such as 40, not {logit_scale}.")
         super().__init__()
         self.window, self.stride = window, stride or (window and window // 2)
         self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
@@ -167,8 +148,6 @@ class Segmentation(Metric):
             raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
         # Whether the background threshold is chosen on other images.
         self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
-        if self.logit_scale is not None and not self.sweeps and self.threshold is None:
-            raise ValueError("Leave out logit_scale: it has no effect without a threshold of the background.")
         if self.sweeps and run.count < 2:
             raise ValueError(
                 "The background threshold cannot be chosen on other images than this one: give a threshold."

@@ -21,7 +21,7 @@ const viewer = createViewer(find("viewer"), settings.theme);
 const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([start], { type: "text/javascript" })), { type: "module" });
 let photo = null; // {blob, id}
-let job = 0, pending = null; // the texts of the question that is being answered
+let job = 0, pending = null; // texts and caption of the question that is being answered
 let choice = 0; // number of the newest choice of an image
 
 find("size").textContent = ` It downloads the model once (${megabytes(settings.bytes)} MB) and keeps it.`;
@@ -47,9 +47,9 @@ function explain() {
   if (!texts) return;
   history.replaceState(null, "", `#texts=${encodeURIComponent(texts.join("\n"))}`); // as `readLink` reads it
   if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
-  pending = texts;
-  busy(true);
   const refine = find("refine").checked;
+  pending = { texts, madeBy: `itsm, ${refine ? "refined" : "plain"}` };
+  busy(true);
   worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts, refine });
 }
 
@@ -115,7 +115,7 @@ const answers = {
     picture = { photo: view, size, originalSize };
   },
   map({ index, ...result }) {
-    if (unseen) viewer.show({ ...picture, texts: pending });
+    if (unseen) viewer.show({ ...picture, ...pending });
     viewer.add(index, { ...result, word: presenceWord(result.presence, settings.presence) });
     // On a phone, the maps are below the question. They come into view if the visitor asked for them.
     const asked = navigator.userActivation?.hasBeenActive;

@@ -26,7 +26,8 @@ function paint(canvas, draw) {
  *
  * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`:
  *   colours of texts.
- * @returns `show({photo, size, originalSize, texts})` starts with a photograph that `drawImage` takes and the texts;
+ * @returns `show({photo, size, originalSize, texts, madeBy})` starts with a photograph that `drawImage` takes, the texts, and
+ *   how the maps are made, for the picture to save;
  *   `add(index, {score, presence, word, levels, low, high})` adds what belongs to one: presence and its word, null for
  *   a model without; its map in 0..255, row-major, of `size` (width, height), and the raw values of 0 and 255;
  *   `savePicture()` downloads all overlays as they are seen.
@@ -232,7 +233,7 @@ export function createViewer(element, theme) {
     const [width, height] = shown.size, gap = 12, line = 28;
     const columns = Math.min(3, seen.length), rows = Math.ceil(seen.length / columns);
     const sheet = document.createElement("canvas");
-    Object.assign(sheet, { width: columns * (width + gap) + gap, height: rows * (height + line + gap) + gap });
+    Object.assign(sheet, { width: columns * (width + gap) + gap, height: rows * (height + line + gap) + gap + line });
     const context = sheet.getContext("2d");
     context.fillStyle = "white";
     context.fillRect(0, 0, sheet.width, sheet.height);
@@ -254,6 +255,9 @@ export function createViewer(element, theme) {
       context.fillStyle = `rgb(255 255 255 / ${1 - FADED})`;
       context.fillRect(x, y + line, width, height);
     });
+    context.fillStyle = "black";
+    context.font = "14px system-ui, sans-serif";
+    context.fillText(shown.madeBy, gap, sheet.height - gap);
     sheet.toBlob((blob) => {
       const href = URL.createObjectURL(blob);
       Object.assign(document.createElement("a"), { href, download: "explanation.png" }).click();
@@ -263,12 +267,7 @@ export function createViewer(element, theme) {
 
   opacity.addEventListener("input", setOpacity);
   threshold.addEventListener("input", setThreshold);
-  segments.addEventListener("input", () => {
-    setSegments();
-    // Segments are refined by default, as by `iclip segment`. Both demos have this option beside the texts.
-    const refine = document.querySelector("#refine input, input#refine");
-    if (segments.checked && refine && !refine.checked) refine.click();
-  });
+  segments.addEventListener("input", setSegments);
   for (const choice of choices) choice.addEventListener("input", () => ready().forEach(paintHeat));
   for (const name of ["pointermove", "pointerdown", "pointerleave"]) element.addEventListener(name, point);
   element.addEventListener("keydown", move);

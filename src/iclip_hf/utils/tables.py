@@ -1,0 +1,19 @@
+"""Tables for a terminal and in Markdown."""
+
+from collections.abc import Sequence
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
+    """
+    Returns the lines of a table with aligned columns, in Markdown or for a terminal: the first column on the left, the
+    others on the right. Columns of empty cells are left out.
+    """
+    columns = [[*column] for column in zip(headings, *rows) if any(column[1:])]
+    if markdown:
+        for column in columns:
+            column.insert(1, "-" * max(3, *map(len, column)))
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns)
+    if markdown:
+        return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    return ["  ".join(["", first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in lines]

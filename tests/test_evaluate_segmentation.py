@@ -103,8 +103,6 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
         0
     }  # equal maps: the first text
     assert result.results["itsm"]["segmentation"]["thresholds"] == [0.25, 0.25]
-    with pytest.raises(ValueError, match="logit_scale"):  # which then changes nothing
-        segment((model, tiny_processor), dataset, background=["sky"], logit_scale=5.0)
     result = segment((model, tiny_processor), dataset, threshold=0.5, logit_scale=5.0)  # of probabilities
     pairs = []
     for sample in dataset:

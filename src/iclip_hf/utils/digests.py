@@ -36,13 +36,8 @@ def total_size(files: Iterable[str | os.PathLike]) -> int:
 
 
 def file_state(file: str | os.PathLike) -> bytes:
-    """Returns path, number, size and times of a file, one of which changes with its content."""
-    path = os.fsencode(os.path.abspath(file))
-    if not os.path.exists(file):
-        return path + b"\0absent\0"
-    found = os.stat(file)
-    # Programs can set the time of the content (mtime), as unpacking does, but not that of the entry (ctime).
-    return path + f"\0{found.st_ino}\0{found.st_size}\0{found.st_mtime_ns}\0{found.st_ctime_ns}\0".encode()
+    """Returns path, size and modification time of a file, which stand for its content."""
+    return os.fsencode(os.path.abspath(file)) + b"\0" + (_size_and_time(file) or b"absent")
 
 
 def file_digest(file: str | os.PathLike) -> bytes | None:
@@ -57,7 +52,7 @@ def file_digest(file: str | os.PathLike) -> bytes | None:
     return digest.digest()
 
 
-def _size_and_time(file: str) -> bytes | None:
+def _size_and_time(file: str | os.PathLike) -> bytes | None:
     if not os.path.exists(file):
         return None
     found = os.stat(file)

@@ -166,10 +166,12 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
             # be retried.
             shared["revision"] = resolve_revision(name)
-        config = AutoConfig.from_pretrained(name, **shared, **options)
+        config = AutoConfig.from_pretrained(name, **shared)
         check_model_type(name, config.model_type, types)
         config._attn_implementation = None  # of the file, which could name code of the Hub
         with loading_errors(name, **({"cure": "correct model_options"} if options else {})):
+            for option, value in options.items():
+                setattr(config, option, value)
             model, loading = AutoModel.from_pretrained(
                 name, config=config, output_loading_info=True, **of_weights, **shared
             )

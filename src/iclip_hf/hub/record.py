@@ -115,13 +115,8 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
         data = {"images_in_split": protocol["dataset"]["images"], **protocol["dataset"]}
         for method, by_metric in metrics["results"].items():
             shown = {name: by_metric[name] for name in DIGITS if name in by_metric}
-            results[method] = {
-                name: {
-                    score: float(scores[score]) for score in (name.lower(), "floor") if scores.get(score) is not None
-                }
-                for name, scores in shown.items()
-                if scores[name.lower()] is not None  # measurable on these data
-            }
+            # Those that were measurable on these data
+            results[method] = {name: scores for name, scores in shown.items() if scores[name.lower()] is not None}
         if not any(results.values()):
             raise ValueError
         names = ("name", "split", "fingerprint", "images", "images_in_split")

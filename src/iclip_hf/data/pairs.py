@@ -143,7 +143,7 @@ class PairDataset:
         """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
         number, row = self._pairs[index].tolist()
         source, others = self.sources[number], self._later_rows[number].get(row, ())
-        place, file = f"{source.path}, row {row + 1}", source.file(row)
+        file = source.file(row)
         try:
             first, *more = (source.rows[one] for one in (row, *others))
             texts = source.columns.texts(first)
@@ -158,8 +158,8 @@ class PairDataset:
             if need_captions and not texts.captions:
                 raise ValueError("no caption")
         except (ValueError, TarError) as error:
-            raise BadPairError(f"{place}: {error}") from error
-        key = first.get("__key__") or source.names[row] or stored.get("path") or place
+            raise BadPairError(f"{source.path}, row {row + 1}: {error}") from error
+        key = first.get("__key__") or source.names[row] or stored.get("path") or f"row {row + 1}"
         return RawPair(image, None if file else f"{source.path}: {stored.get('path') or key!r}", texts, key)
 
     def some_texts(self) -> Iterator[PairTexts]:
@@ -253,8 +253,9 @@ class PairDataset:
 
     def _place_digest(self, index: int) -> bytes:
         number, row = self._pairs[index].tolist()
-        file = self.sources[number].file(row)
-        state = file_state(file) if file else file_state(self.sources[number].path) + b"\0%d" % row
+        source = self.sources[number]
+        file = source.file(row)
+        state = file_state(file) if file else file_state([*source.files, source.path][0]) + b"\0%d" % row
         return hashlib.sha256(state).digest()
 
     def files(self) -> set[str]:
@@ -264,9 +265,10 @@ class PairDataset:
     def _files(self) -> list[list[str | os.PathLike]]:
         """Returns the files of each source, and of the images of its pairs."""
         files = [[*source.files] for source in self.sources]
-        for number, row in self._pairs.tolist():
-            if image := self.sources[number].file(row):
-                files[number].append(image)
+        for number, source in enumerate(self.sources):
+            if any(source.names):
+                rows = self._pairs[self._pairs[:, 0] == number, 1].tolist()
+                files[number] += filter(None, map(source.file, rows))
         return files
 
     def set_epoch(self, epoch: int) -> None:

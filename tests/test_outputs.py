@@ -217,7 +217,7 @@ def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys,
         assert typed(world, line) == 0
     named = {json.loads(line)["image"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")}
     assert named == {*"photos/cat.jpg photos/DOG.PNG photos/dog.jpg photos/dog.png".split()}
-    assert "pictures that have the name of an output, such as 'DOG-labels.png'" in caplog.text
+    assert "such as 'DOG-labels.png': this is the name of an output" in caplog.text
 
 
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):

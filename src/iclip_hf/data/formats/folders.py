@@ -47,27 +47,21 @@ def image_files(folder: Path) -> list[Path]:
     Returns the images of a folder and its subfolders, sorted. Hidden files and folders are left out, and, with a
     warning, pictures with the names of those that the commands write, and files such as HEIC that cannot be read.
     """
-    images, others = [], []
-    for root, folders, files in os.walk(folder, followlinks=True):
+    files = []
+    for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = (name for name in folders if not is_hidden(name))
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in image_suffixes() and not is_hidden(name):
-                images.append(Path(root, name))
-            elif suffix in _OTHERS and not is_hidden(name):
-                others.append(name)
-    if others:
-        logger.warning(
-            "%s: left out %d files such as %r: HEIC needs `pip install pillow-heif`; convert others to JPEG or PNG",
-            folder,
-            len(others),
-            min(others),
-        )
-    if written := [image.name for image in images if is_written(image.name)]:
-        logger.warning(
-            "%s: left out %d pictures that have the name of an output, such as %r", folder, len(written), min(written)
-        )
-    return sorted(image for image in images if not is_written(image.name))
+        files += (Path(root, name) for name in names if not is_hidden(name))
+    images = [file for file in files if file.suffix.lower() in image_suffixes()]
+    unread = {*_OTHERS} - image_suffixes()
+    others = [file.name for file in files if file.suffix.lower() in unread]
+    written = [file.name for file in images if is_written(file.name)]
+    for left_out, reason in (
+        (others, "HEIC needs `pip install pillow-heif`; convert others to JPEG or PNG"),
+        (written, "this is the name of an output"),
+    ):
+        if left_out:
+            logger.warning("%s: left out %d files such as %r: %s", folder, len(left_out), min(left_out), reason)
+    return sorted(file for file in images if not is_written(file.name))
 
 
 def is_written(name: str) -> bool:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, columns, formats, load_pairs, streams
 from iclip_hf.data import pairs as pairs_module
 from iclip_hf.data.formats import shards
+from iclip_hf.data.formats.source import Source
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import _image_bytes
 from iclip_hf.training.data import PairCollator
@@ -511,6 +512,20 @@ def test_patterns_and_lists(tmp_path):
     assert formats.expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]
+
+
+def test_a_format_is_a_function_and_a_row_of_the_table(tmp_path, monkeypatch):
+    def open_lines(path, columns):
+        names, captions = zip(*(line.split(" ", 1) for line in path.read_text().splitlines()))
+        return Source(path, path.parent, columns, [{"caption": caption} for caption in captions], names, [path])
+
+    monkeypatch.setitem(formats.FORMATS, ".lines", open_lines)
+    write_images(tmp_path, ["0.jpg", "1.jpg"])
+    (tmp_path / "a.lines").write_text("0.jpg a dog\n1.jpg a cat\n./0.jpg a pet\n2.jpg absent")
+    pairs = load_pairs(tmp_path / "a.lines")
+    assert [pairs.captions(row) for row in range(3)] == [["a dog", "a pet"], ["a cat"], ["absent"]]
+    assert pairs.files() == {str(tmp_path / name) for name in ("a.lines", "0.jpg", "1.jpg", "2.jpg")}
+    assert [len(part) for part in pairs.split(0.5)] == [1, 2] and len(pairs.image_digests()) == 3
 
 
 # ---- index cache ----

@@ -23,8 +23,6 @@ from pathlib import Path
 
 import torch
 
-from iclip_hf.utils import tables
-
 
 @contextmanager
 def needed() -> Iterator[None]:
@@ -146,4 +144,5 @@ def table(headings: list[str], rows: list[list[object]]) -> str:
     def shown(cell: object) -> str:
         return str(cell) if not isinstance(cell, float) else f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
 
-    return "\n".join(tables.table(headings, [[shown(cell) for cell in row] for row in rows], markdown=True))
+    cells = [[shown(cell) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *cells])

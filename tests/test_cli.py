@@ -218,9 +218,10 @@ def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     arguments = [image, "--text", "red ball", "--text", "dog", "--threshold", "0.8", "--min-presence", "0"]
     assert run(workspace, *arguments, "--output", output, "--npz", "--json") == 0
     entry = json.loads(capsys.readouterr().out)
+    assert (entry["method"], entry["refined"]) == ("itsm", True)
     arrays = np.load(tmp_path / "out.npz")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npz", "out.png"]
-    assert arrays["texts"].tolist() == ["red ball", "dog"] and arrays["raw_maps"].shape == (2, 4, 4)
+    assert arrays["texts"].tolist() == ["red ball", "dog"] and arrays["raw_maps"].shape == (2, 16, 16)
     assert arrays["masks"].shape == (2, 40, 60) and arrays["masks"].dtype == bool
     assert [text["prior"] for text in entry["texts"]] == arrays["prior"].tolist() == [0.5] * len(entry["texts"])
     for text, mask, raw in zip(entry["texts"], arrays["masks"], arrays["raw_maps"]):

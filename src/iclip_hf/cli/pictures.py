@@ -70,14 +70,9 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) 
 def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
     """
     Writes a picture of each image, prints its report as soon as it is there, and returns the exit code. The reports of
-    several images are also written to a file of JSON lines, which grows by one line for each image.
-
-    Args:
-        ending: end of the names of pictures: `photo-explanation.png`, or `photo-segments.png`.
-        write: function of the name of an image, its explanation and the path of its picture, None if none is asked
-            for. Unless the user named the picture, it gets a number if it exists. The function returns the entry of
-            the report: the paths of the picture and of other files that it wrote, a `dict` for each text in "texts" or
-            "segments", and perhaps a "problem" for stderr.
+    several images are also written to a file of JSON lines. Pictures end in `ending`, as `photo-explanation.png`.
+    `write` takes the name of an image, its explanation and the path of its picture, if one is wanted, and returns the
+    entry of the report, perhaps with a "problem" for stderr.
     """
     from tqdm import tqdm
 
@@ -174,16 +169,8 @@ def _load_engine(options: argparse.Namespace) -> Engine:
     from ..model.engine import Engine
 
     explainer = make_explainer(load_model(options.model, options), options.method)
-    processor = explainer.model.processor
-    return Engine(
-        explainer.model,
-        processor,
-        explainer,
-        options.templates,
-        options.image_size,
-        options.refine,
-        options.multi_scale,
-    )
+    settings = options.templates, options.image_size, options.refine, options.multi_scale
+    return Engine(explainer.model, explainer.model.processor, explainer, *settings)
 
 
 def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:

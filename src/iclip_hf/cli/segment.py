@@ -78,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
 def _save_labels(labels, num_texts: int, path: Path) -> Path:
     """
     Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254
-    texts have 8 bits and a palette, more have 16 bits. So the highest value, with which other programs mark void
-    pixels, is never an id.
+    texts have 8 bits and a palette, more have 16 bits, so that the highest value, which marks void pixels, is never an
+    id.
     """
     import numpy as np
     from PIL import Image

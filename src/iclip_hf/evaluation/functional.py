@@ -66,16 +66,13 @@ def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.n
     Counts the pixels above each threshold in one pass over the map.
 
     Args:
-        heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): map of floats in [0, 1], or of integers 0 and 1.
+        heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): floats in [0, 1], or integers 0 and 1.
         mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `label` are foreground.
         label (`int`), ignore_index (`int`): class id, and mask value of the pixels that are ignored.
 
     Returns:
         `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M >
         0, M > 0.01, ..., M > 1.
-
-    Raises:
-        `ValueError`: shapes differ, map values are NaN or outside [0, 1], or the class id is `ignore_index`.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -120,24 +117,18 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     Compares each map of an image on the pixels of its own class and of the other classes.
 
     For classes i and j, a_ij = P(M_i at a pixel of i > M_i at a pixel of j), where ties count half, and c_ij = (a_ij +
-    a_ji) / 2. Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096, and
-    equal rounded values are ties. The error of c_ij is at most half the share of such pixel pairs (about 1e-5 for
-    smooth maps).
+    a_ji) / 2. Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096.
 
     Args:
         maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
         mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or
-            one mask for each class, whose pixels equal to the label belong to the class. These masks can overlap.
+            one mask for each class. These can overlap.
         labels (`Sequence[int]`): K different class ids.
-        ignore_index (`int`): mask value of the pixels that are ignored, in the mask or in any of the K masks.
         both_maps (`bool`): whether to compare the maps of both classes, c; otherwise only that of the class itself, a.
 
     Returns:
         `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over
         them. Two classes of the image are partners if each has a pixel that does not belong to the other.
-
-    Raises:
-        `ValueError`: as [`threshold_counts`]; or the number of labels is not K.
     """
     maps, mask, labels = _check_map(maps), to_numpy(mask), [operator.index(label) for label in labels]
     if mask.shape[-2:] != maps.shape[-2:]:
@@ -168,14 +159,10 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
 
 def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
     """
-    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments and errors are
-    those of [`threshold_counts`].
-
-    Returns:
-        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the map's highest pixel belongs to the class (if
-        several are equal, the share that does); the share of the map's sum on the class; the share of the class in the
-        image, which is the score of a constant map in both games. Ignored pixels are not counted. NaN without a pixel
-        of the class.
+    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments are those of
+    [`threshold_counts`]. Returns `(3,)` in [0, 1]: whether the map's highest pixel belongs to the class (if several
+    are equal, the share that does); the share of the map's sum on the class; the share of the class in the image. NaN
+    without a pixel of the class.
     """
     counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
     for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
@@ -211,23 +198,10 @@ def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) ->
 
 def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255, confidence=None) -> np.ndarray:
     """
-    Counts the pixels of each class in a predicted and a reference label map.
-
-    Args:
-        prediction (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids 0..K-1; 0 is the background.
-        reference (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): class ids; pixels equal to `ignore_index` are
-            ignored.
-        num_classes (`int`): K.
-        ignore_index (`int`): value of the reference's pixels that are ignored.
-        confidence (`np.ndarray` or `torch.Tensor` of shape `(H, W)`, *optional*): floats in [0, 1]. If given, the
-            prediction is counted at each of `THRESHOLDS`: a pixel whose confidence is not greater is background.
-
-    Returns:
-        `np.ndarray` of shape `(3, K, L)`, int64: pixels of each class in both maps, in the prediction and in the
-        reference, at L thresholds: 101, or 1 without confidence.
-
-    Raises:
-        `ValueError`: a confidence is NaN or outside [0, 1].
+    Counts the pixels of each class in a predicted and a reference label map `(H, W)`, of class ids 0..K-1, where 0 is
+    the background. With `confidence` `(H, W)` in [0, 1], the prediction is counted at each of `THRESHOLDS`: a pixel
+    whose confidence is not greater is background. Returns `(3, K, L)` int64: pixels in both maps, in the prediction
+    and in the reference, at L thresholds: 101, or 1 without confidence.
     """
     prediction, reference = to_numpy(prediction), to_numpy(reference)
     confidence = None if confidence is None else _check_map(confidence)

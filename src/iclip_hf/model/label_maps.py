@@ -26,9 +26,9 @@ def segments(
     background: Sequence[int] = (),
 ) -> torch.Tensor:
     """
-    Assigns each pixel to one of the texts that are present, or to the background. A text competes for the pixels of
-    its own mask, where its map is above the threshold. Where masks overlap, the pixel gets the text with the highest
-    sum of its standardized map and a tenth of the logit of its presence.
+    Assigns each pixel to one of the texts that are present, or to the background: `(H, W)` int64, the index of the
+    text or [`BACKGROUND_LABEL`]. A text competes for the pixels of its mask. Where masks overlap, the pixel gets the
+    text with the highest sum of its standardized map and a tenth of the logit of its presence.
 
     The standardized map is the mean of two: by the mean and the standard deviation of the text's own values over the
     image, and by the mean and the root mean square of these of all texts that are present. By the first alone, a small
@@ -38,21 +38,9 @@ def segments(
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
-        presence (`torch.Tensor` of shape `(T,)`, *optional*): presence of the texts in [0, 1]; all are present if not
-            given.
-        min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
-        threshold (`float` in [0, 1], or T of them, *optional*): a mask holds the pixels whose map, stretched to [0, 1]
-            (Eq. 4), is greater. None makes each mask the whole image.
-        background: indices of texts that describe the background. They compete like any other, and their pixels are
-            background.
-
-    Returns:
-        `torch.Tensor` of shape `(H, W)`, int64: index of the text, or [`BACKGROUND_LABEL`]. Of equal values, the first
-        text counts.
-
-    Raises:
-        `ValueError`: `min_presence` is outside [0, 1], the number of thresholds or presences is not T, or a raw map
-        holds NaN or infinity.
+        presence (`torch.Tensor` of shape `(T,)`, *optional*), min_presence (`float`): as for [`Explanation`].
+        threshold (`float` or T of them, *optional*): of the masks; None makes each mask the whole image.
+        background: indices of texts that describe the background. They compete, and their pixels are background.
     """
     check_finite(raw_maps)
     thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
@@ -94,27 +82,21 @@ def label_map(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a
-    data set, whether an image shows them or not. For texts that were asked about one image see [`segments`]. Maps are
-    enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of texts.
+    data set. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of
+    texts.
 
-    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. For a single text, this
-    is the map of Eq. 4. With `logit_scale`, the confidence is the probability of the best text: a softmax of the
-    scaled values over all texts. It needs raw maps of cosines.
+    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. With `logit_scale`, it
+    is the probability of the best text: a softmax of the scaled values over all texts, which needs cosines.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`, *optional*): height and width of the label map in pixels; (h, w) if not given.
         classes (T integers, *optional*): class of each text; 0, ..., T - 1 if not given. Texts of one class are
-            synonyms, the best of which counts. [`BACKGROUND_LABEL`] marks texts that describe the background.
+            synonyms. [`BACKGROUND_LABEL`] marks texts that describe the background.
         threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
-        logit_scale (`float`, *optional*): factor of the values in the softmax, positive.
 
     Returns:
-        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1]. Of equal values,
-        the first text counts. The confidence is 0 everywhere if the map of best texts is constant.
-
-    Raises:
-        `ValueError`: a raw map holds NaN or infinity.
+        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1].
     """
     check_finite(raw_maps)
     classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)

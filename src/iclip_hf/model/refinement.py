@@ -17,22 +17,14 @@ SPREAD = 0.3  # share of the local standard deviation that a difference is divid
 @torch.no_grad()
 def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
     """
-    Refines maps by the colours of the image, without training.
+    Refines maps `(B, T, h, w)` of any method by the colours of prepared images `(B, 3, H, W)`, without training.
+    Returns `(B, T, H // 2, W // 2)`, float32, within the range of the enlarged maps.
 
     The maps are enlarged to half the image's height and width (bicubic). Then each cell is replaced 10 times by the
     weighted mean of 24 neighbours: those of its 3x3 neighbourhoods with the dilations 1, 2 and 4. The weights are a
     softmax over the neighbours j of cell i of the mean over the channels of -|I_i - I_j| / (0.3 s_i), where I is the
     image and s_i the standard deviation of the channel over i and its neighbours. Cells beyond the edge of the image
     repeat the nearest cell inside.
-
-    Args:
-        raw_maps (`torch.Tensor` of shape `(B, T, h, w)`): of any method.
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): the prepared images. Scale and offset of a channel do
-            not matter.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T, H // 2, W // 2)`, float32, within the range of the enlarged maps. A constant
-        map stays constant.
     """
     image = F.avg_pool2d(pixel_values.float(), CELL)
     near = torch.stack(list(_neighbours(image)))  # (24, B, 3, H, W)

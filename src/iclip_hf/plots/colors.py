@@ -71,11 +71,8 @@ def overlay(
 
 def label_colors(number: int) -> np.ndarray:
     """
-    Returns the colours of class ids 0, 1, ..., as VOC numbers them: the bits of an id, in turn, are the highest bits
-    of red, green and blue. The background (0) is black.
-
-    Returns:
-        `np.ndarray` of shape `(number, 3)`, uint8, RGB.
+    Returns the colours of class ids 0, 1, ..., `(number, 3)` uint8, as VOC numbers them: the bits of an id, in turn,
+    are the highest bits of red, green and blue.
     """
     ids = np.arange(number)[:, None]
     bits = [((ids >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]

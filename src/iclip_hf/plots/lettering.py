@@ -30,15 +30,8 @@ _NO_CHARACTER = "\U0010ffff"
 
 def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
     """
-    Draws text, for `image.paste(color, (x, y), mask)`. Characters that the default font lacks are taken from others.
-
-    Args:
-        text (`str`): lines start at the left.
-        size (`float`): size of the font in pixels.
-        bold (`bool`): whether the letters of the default font are bold.
-
-    Returns:
-        `PIL.Image.Image` of mode "L": opacity of the text; a line is 1.25 times `size` high.
+    Draws text, for `image.paste(color, (x, y), mask)`: the opacity, mode "L", with lines of 1.25 times the `size` in
+    pixels. Characters that the default font lacks are taken from others.
     """
     lines = text.split("\n")
     widest = max(text_width(line, size, bold) for line in lines)

@@ -118,20 +118,10 @@ def label_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image, its label map over it, and a legend: the texts that have pixels, in their order, with the share of
-    the image, then the others. Absent texts are faded, and texts of the background share a grey.
-
-    Args:
-        image (`PIL.Image.Image`): RGB.
-        labels (`np.ndarray` of shape `(H, W)`): index of a text for each pixel, also those of `background`, which
-            follow `texts`; -1 for pixels of no text, which are dimmed.
-        texts: T texts.
-        words: presence of each text and of those of `background` as a word, or None, see
-            [`Explanation.presence_words`].
-        background: texts that describe the background.
-        made_by (`str`): note on the maps, see [`Explanation.made_by`].
-        opacity (`float`): of the colours, in [0, 1].
-        dpi (`int`): resolution.
+    Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels, in their order, with
+    the share of the image, then the others. `labels` has the index of a text for each pixel, also those of
+    `background`, which follow `texts` and share a grey; -1 is dimmed. `words` are the [`Explanation.presence_words`]
+    of all.
     """
     # Of the whole image, as in tables.
     names = [*texts, *(f"{text} (background)" for text in background)]
@@ -163,17 +153,9 @@ def comparison_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the image and the overlays of one text. Those of an
-    absent text are faded. A single text has rows of at most five pictures.
-
-    Args:
-        image (`PIL.Image.Image`): RGB.
-        heatmaps: title of a column to its T maps of shape `(H, W)` in [0, 1]; None leaves a place empty.
-        row_titles: T titles.
-        words (*optional*): title of a column to the presence of each text as a word, or None, see
-            [`Explanation.presence_words`].
-        colormap: see [`overlay`].
-        dpi (`int`): resolution.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the RGB image and the overlays of one text.
+    `heatmaps` maps the title of a column to its T maps `(H, W)` in [0, 1]; None leaves a place empty. `words` has the
+    presence of each text as a word, by which absent texts are faded. A single text has rows of at most five pictures.
     """
     words = words or {}
     pictures = []
@@ -199,15 +181,8 @@ def picture_grid(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Arranges pictures in rows, each under its title.
-
-    Args:
-        pictures: RGB images; None leaves a place empty.
-        titles: one for each picture. Its first line is the title, further lines are notes in smaller letters.
-        columns (`int`): largest number of pictures in a row. Rows are filled evenly.
-        row_titles: one for each row, above it; none by default.
-        legend (`str`, *optional*): colour map to explain below the pictures.
-        dpi (`int`): resolution.
+    Arranges pictures in rows, each under its title, whose first line is the title and further lines are notes. None
+    leaves a place empty, and rows are filled evenly. `legend` is a colour map to explain below the pictures.
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))

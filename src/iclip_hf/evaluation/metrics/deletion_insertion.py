@@ -21,9 +21,8 @@ STEPS = 10  # of deletion and of insertion
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """
-    Creates the score function for deletion and insertion by a PyTorch model, from images `(N, 3, H, W)` to
-    `(N, T, 2)`: the cosine with each text, and the probability of each text among all of them, the softmax of the
-    model's logits.
+    Returns a function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and its probability among
+    all of them, the softmax of the model's logits.
     """
 
     model = recordable(model, "deletion and insertion")
@@ -50,17 +49,13 @@ def deletion_insertion(
     Deletes and inserts the pixels of an image in the order of maps, highest first, and scores the image after each
     step (Petsiuk et al. 2018; order, steps and fill as in Grad-ECLIP, Zhao et al. 2024).
 
-    Step s changes the first s / (2 * steps) of the pixels, so the last step changes half of them. Deletion replaces
-    pixels by values from a standard normal distribution, because prepared images have mean 0 and standard deviation 1.
-    Insertion starts from zeros, the mean colour. Pixels of equal value are in random order.
+    Step s changes the first s / (2 * steps) of the pixels. Deletion replaces pixels by values from a standard normal
+    distribution; insertion starts from zeros, the mean colour. Pixels of equal value are in random order.
 
     Args:
-        score: function from images `(N, C, H, W)` to scores `(N, ...)`.
+        score: function from images `(N, C, H, W)` to scores `(N, ...)`, with at most `batch_size` images.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
-        steps (`int`), batch_size (`int`): number of steps, and largest number of images in one call of `score`, of 2 +
-            2 * M * steps.
-        seed (`int`): seed of the values and of the order of equal pixels. They are the same for all maps.
 
     Returns:
         `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.

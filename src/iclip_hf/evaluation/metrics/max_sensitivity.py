@@ -24,18 +24,9 @@ def max_sensitivity(
     seed: int = 0,
 ) -> torch.Tensor:
     """
-    Max-sensitivity (Yeh et al. 2019): the largest relative change of a map under small noise on the image,
-    max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius], for maps stretched to
-    [0, 1].
-
-    Args:
-        explain: function from images `(N, C, H, W)` to maps `(N, M, h, w)`, which are stretched here; called twice.
-        pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
-        radius (`float`): in the units of prepared images, whose standard deviation is about 1.
-        samples (`int`), seed (`int`): number of noisy images, at least 1, and seed of the noise.
-
-    Returns:
-        `torch.Tensor` of shape `(M,)`; NaN for a constant map.
+    Max-sensitivity (Yeh et al. 2019): the largest relative change of a map under small noise on the image, max ||M(x +
+    n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius]: `(M,)`, NaN for a constant map.
+    `explain` is a function from images `(N, C, H, W)` to maps `(N, M, h, w)`, which are stretched to [0, 1] here.
     """
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)

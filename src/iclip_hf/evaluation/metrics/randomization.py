@@ -17,12 +17,7 @@ class LayerRandomization:
     image tower are randomised do not explain the model.
 
     The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by
-    values from a normal distribution with its mean and standard deviation. The weights are restored after every call,
-    also after an exception. Raises `ValueError` for an ONNX model, whose weights cannot be replaced.
-
-    Args:
-        model: the model that the explainers work on.
-        seed (`int`): seed of the random weights.
+    values from a normal distribution with its mean and standard deviation, and restored after every call.
     """
 
     def __init__(self, model: ExplainableModel, seed: int = 0):

@@ -171,11 +171,9 @@ class Engine:
 
         Args:
             image (`PIL.Image.Image`): of any mode and EXIF orientation.
-            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, those of the image if not
-                given.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, by default the image's.
             text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
-                compare the texts with each other still see all of them, and `Explanation.all_scores` has all scores.
-                With no index, only these are computed.
+                compare the texts still see all of them, and `Explanation.all_scores` has all scores.
         """
         image = load_image(image)
         own = pixel_values = self.processor(images=[image])["pixel_values"]
@@ -225,17 +223,14 @@ class Engine:
             texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
                 "0", "1", ...; one list of labels for each image; or labels for all images with the prior of the
                 presence of each, which is 0.5 otherwise. Each text is encoded once.
-            batch_size (`int`): largest number of images in one forward pass. These have one shape and equally many
-                texts.
+            batch_size (`int`): largest number of images in one forward pass, of one shape and with equally many texts.
             best (`int`, *optional*): explains only so many texts of each image, those with the highest presence, or
                 score of a model without, best first. A text that resembles a better one, such as "puppy" after "dog",
                 is skipped. `Explanation.all_scores` has all scores.
-            encoded ([`ICLIPTextFeatures`], *optional*): the result of [`Engine.encode`] for `texts`, if there is one.
+            encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
 
         Raises:
-            `ValueError`: there is no text, or none for one of the images; some texts are lists and some are not; the
-                numbers of images and lists differ; `batch_size` or `best` is below 1; the model returns NaN or
-                infinity; or the method returns another number of maps.
+            `ValueError`: there is no text, or the model returns NaN or infinity.
         """
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
@@ -377,23 +372,15 @@ class Engine:
         scales: WholeImage | None = None,
     ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
-        Computes the raw maps of prepared images, at two scales and refined as the engine says.
+        Computes the raw maps `(B, T, h, w)` of prepared images `(B, 3, H, W)`, float32, at two scales and refined as
+        the engine says, or with other `scales`, such as [`SlidingWindows`]. Returns them with the features of the
+        views.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`Engine.prepare`].
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
-            features (`list[ICLIPImageFeatures]`, *optional*): of the views of the images, for a method that computes
-                maps from them.
+            features (`list[ICLIPImageFeatures]`, *optional*): of the views of the images, if they are encoded already.
             text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
                 The S maps of an image with fewer end with maps of any texts.
-            scales ([`WholeImage`], *optional*): what the model sees of the images, such as [`SlidingWindows`].
-
-        Returns:
-            `tuple`: raw maps `(B, T, h, w)`, or `(B, S, h, w)` with `text_indices`, float32, and the features of the
-            images, as above.
-
-        Raises:
-            `ValueError`: the model returns NaN or infinity, or the method another number of maps.
         """
         texts, scales = for_images(texts, len(pixel_values)), scales or self.scales
         views = zip(scales.views(pixel_values), features or itertools.repeat(None))

@@ -390,6 +390,15 @@ def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_ha
     assert len(encoded) == 1  # the class names, which segmentation competes with, and nothing else
 
 
+def test_without_a_name_the_method_is_that_of_the_model(labelled_folder, made):
+    """Of plain maps, unless refined ones are asked for."""
+    dataset = load_segmentation("folder", labelled_folder)
+    usual, named = (
+        evaluate_model(made("clip")[:2], dataset, methods, ["mFMB"], progress=False) for methods in (None, ["naclip"])
+    )
+    assert usual.results == named.results and usual.protocol["refine"] is False
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

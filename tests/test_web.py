@@ -385,17 +385,16 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, model, pro
         assert not downloaded()
 
 
-def test_maps_are_refined_on_request_and_for_segments(page, model, processor, photos):
+def test_maps_are_refined_unless_asked_otherwise(page, model, processor, photos):
     image, texts = Image.open(photos / "noise.png"), ["dog", "red ball"]
     ask(page, photos / "noise.png", ", ".join(texts))
     plain, refined = (explain((model, processor), image, texts, refine=refine) for refine in (False, True))
     assert (plain.maps - refined.maps).abs().max() > 0.1
-    for click, expected in (("#refine", refined), ("#refine", plain), ("input[name=segments]", refined)):
+    check(page, refined, model.presence(refined.scores), atol=1e-4)
+    for expected in (plain, refined):
         with answered(page):
-            page.click(click)
+            page.click("#refine")
         assert page.locator("#refine").is_checked() == (expected is refined)
-        if click == "input[name=segments]":
-            page.click(click)  # removes the panel of segments, and leaves the maps refined
         check(page, expected, model.presence(expected.scores), atol=1e-4)
 
 
@@ -408,8 +407,7 @@ def test_a_model_without_presence_shows_none(browser, exported, photos, tmp_path
         assert page.locator("th").all_inner_texts() == ["Text", "Score"]
         assert [len(row) for row in rows(page)] == [2, 2]
         assert page.locator("figcaption[data-word], figure[class], tr[class]:not([class=''])").count() == 0
-        with answered(page):
-            page.click("input[name=segments]")
+        page.click("input[name=segments]")
         assert page.locator(".key").all_inner_texts() == ["dog", "sky"]  # none counts as absent
 
 

@@ -326,7 +326,9 @@ def test_images_that_are_rescaled_already_are_left_alone(tiny_processor):
         assert tiny_processor(images=scaled * 3 - 1, **options)["pixel_values"].max() > 3
 
 
-@pytest.mark.parametrize("options", [{}, {"size": 64}, {"size": {"height": 32, "width": 24}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"size": 64}, {"size": {"height": 32, "width": 24}}, {"do_center_crop": True}]
+)
 def test_nothing_is_cropped(tiny_processor, options):
     """So that maps cover the whole image."""
     image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 24, "width": 24})

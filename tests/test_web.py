@@ -679,9 +679,9 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
             assert place == f"{x}, 20" and float(value) == pytest.approx(map_[20, x].item(), abs=0.008)
         assert page.locator("output.unseen").inner_text() == ", ".join(f"{t} {v}" for t, (v, _) in zip(texts, shown))
 
-        with page.expect_download() as download:  # all maps under their texts
+        with page.expect_download() as download:  # all maps under their texts, and how they are made
             page.click("#save")
-        assert Image.open(download.value.path()).size == (3 * (61 + 12) + 12, 40 + 28 + 2 * 12)
+        assert Image.open(download.value.path()).size == (3 * (61 + 12) + 12, 40 + 2 * 28 + 2 * 12)
 
 
 # ---------------------------------------------------------------------------------------------- export and server

@@ -207,7 +207,8 @@ class ICLIPProcessor(ProcessorMixin):
             # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
             sized = kwargs if "size" in kwargs else images_kwargs
             images, sized["size"] = self._prepared(images, sized.get("size"), {**images_kwargs, **kwargs})
-            sized["do_center_crop"] = False  # maps cover the whole image
+            kwargs.pop("do_center_crop", None)
+            images_kwargs["do_center_crop"] = False  # maps cover the whole image
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
         defaults = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}

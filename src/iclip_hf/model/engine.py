@@ -182,7 +182,7 @@ class Engine:
             size_of_views = self.scales.size(size_of_views) if self.multi_scale else size_of_views
             pixel_values = self.processor(images=[image], size=size_of_views)["pixel_values"]
         # At two scales the whole image is one of the views.
-        is_view = self.image_size is None or pixel_values.shape == own.shape
+        is_view = self.image_size is None or (pixel_values.shape == own.shape and not self.multi_scale)
         size = (image.height, image.width) if size is None else check_map_size(size)
         return PreparedImage(pixel_values, size, None if is_view else own, text_indices, image)
 

@@ -40,15 +40,10 @@ _UNKNOWN = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
 
 def read_record(source: str | Path) -> dict:
     """
-    Reads the record of a model.
-
-    Args:
-        source: folder or Hub id of the model, or `"embedded"`.
-
-    Returns:
-        `dict` with `training`, the settings of the run that made the weights: an empty `dict` of towers that were
-        joined and not trained, None if it is not recorded; `data`, the terms of all data that the weights were trained
-        on, also by earlier runs, by their names; and, if they are known, `evaluation` and `identity`.
+    Reads the record of a model by its folder, its Hub id or `"embedded"`: `training`, the settings of the run that
+    made the weights (empty for towers that were joined and not trained, None if it is not recorded); `data`, the terms
+    of all data that the weights were trained on, also by earlier runs, by their names; and, if they are known,
+    `evaluation` and `identity`.
     """
     if str(source) in ("embedded", str(embedded_folder())):
         training, data = (yaml.safe_load((EMBEDDED / name).read_text("utf-8")) for name in ("train.yaml", "data.yaml"))

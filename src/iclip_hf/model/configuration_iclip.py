@@ -24,12 +24,9 @@ def _check_within(interval: str, value: float | None) -> None:
 
 def _option(default, interval: str | None = None, *, cached: bool | str = False, read_by: str = "outputs"):
     """
-    Defines an option of the model with its interval, such as "[0, 1)", and what depends on it.
-
-    Args:
-        cached: whether precomputed features of images do; `"patches"` if they do with `max_over="similarity"`.
-        read_by: `"outputs"` of the model; `"training"` alone; `"weights"`, which begin with its value and then hold
-            what training made of it.
+    Defines an option with its interval, such as "[0, 1)"; whether precomputed features of images depend on it, or do
+    with `max_over="similarity"` (`"patches"`); and who reads it: `"outputs"` of the model, `"training"` alone, or
+    `"weights"`, which begin with its value and then hold what training made of it.
     """
     checks = [] if interval is None else [partial(_check_within, interval)]
     return validated_field(checks, default=default, metadata={"cached": cached, "read_by": read_by})

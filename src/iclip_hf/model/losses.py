@@ -311,12 +311,9 @@ def map_loss(
     config: ICLIPConfig,
 ) -> torch.Tensor:
     """
-    Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches
-    (B, K, P) with their attention (B, K), of the evenly spread patches of the images that are
-    `nouns.spread_evenly` (b, 64, P), and of the captions and noun prompts (M, P).
-
-    Nouns improve a map that is pooled by similarity. With other poolings, the map loses what distinguishes all
-    objects from the background.
+    Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches (B, K, P)
+    with their attention (B, K), of the evenly spread patches of the images that are `nouns.spread_evenly` (b, 64, P),
+    and of the captions and noun prompts (M, P). Nouns improve a map that is pooled by similarity only.
     """
     count, sharpness = len(images), config.max_sharpness
     if config.max_over == "channels":

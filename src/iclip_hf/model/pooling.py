@@ -48,23 +48,12 @@ def pool_similarities(
     patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0
 ) -> torch.Tensor:
     """
-    Masked max pooling over similarities instead of channels: the smooth maximum over the patches of their similarities
-    s with each text, with the attention as prior, (1 / b) log sum_i (A_i / sum A) exp(b s_i).
+    Masked max pooling over similarities instead of channels: the [`smooth_maximum`] of the similarities of patches
+    `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, unit vectors, with the attention `(B, N)`, not negative, as prior.
+    Patches have equal weights where all attention is 0. Returns `(B, T)`, float32.
 
     The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. For a tower
     trained with a patch objective, this maximum is similar for all images.
-
-    Args:
-        patch_embeds (`torch.Tensor` of shape `(B, N, P)`): unit vectors of N patches.
-        text_embeds (`torch.Tensor` of shape `(T, P)`, or `(B, T, P)` with T texts for each image): unit vectors.
-        attention (`torch.Tensor` of shape `(B, N)`): weights of the patches, not negative. If all are 0, the patches
-            have equal weights.
-        sharpness (`float`): b. Near 0 the result is the weighted mean, at infinity the maximum over patches with
-            attention.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`, float32, between the least and the greatest similarity of each image and
-        text.
     """
     attention = attention.float()
     attention = attention.where(attention.sum(-1, keepdim=True) > 0, 1.0)

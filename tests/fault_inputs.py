@@ -64,16 +64,6 @@ UNREADABLE_IMAGES = {
 # One for each way through a reader: nothing, another format, code, a bomb, a part.
 FEW_UNREADABLE = ("empty", "svg", "pickle", "bomb", "half a JPEG")
 
-STRANGE_TEXTS = {
-    "many words": "dog " * 25_000,
-    "control characters": "dog\x00\x07\x1b[31mred\x7f\r",
-    "right to left": "كلب \u202e אדום",
-    "braces and percent": "{} {0} {dog!r} {{ 100% %s %(dog)s",
-    "shell and path": "$(touch escaped); `id` | rm -rf . & '\" ../../etc/passwd",
-    "emoji and noncharacters": "👩‍👩‍👧 🐕 \ufffe\uffff\U0010ffff",
-    "special tokens": "[SEP] [CLS] <|endoftext|>",
-}
-
 # JSON and near JSON, for whoever reads JSON and expects something of a certain form.
 BAD_JSON = {
     "empty": "",

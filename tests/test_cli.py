@@ -17,7 +17,6 @@ from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.cli.options import MAX_SEED, at_least_1, seed, share
-from iclip_hf.cli.options import texts as parse_texts
 from iclip_hf.cli.output import cut
 from iclip_hf.data import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
@@ -84,15 +83,6 @@ def test_a_folder_names_its_images(workspace, tmp_path, capsys, monkeypatch):
     assert "empty: " in capsys.readouterr().err
 
 
-def test_a_link_to_nothing_does_not_end_the_others_of_a_folder(workspace, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(workspace / "1", "images")
-    Path("images/0.jpg").symlink_to("nowhere.jpg")
-    assert run(workspace, "images", "--text", "dog", "--json") == 2
-    out, err = capsys.readouterr()
-    assert json.loads(out)["image"] == "images/a.jpg" and "images/0.jpg" in err
-
-
 def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatch):
     """One that cannot be had does not end the others."""
     monkeypatch.chdir(tmp_path)
@@ -133,11 +123,6 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     _, headings, *rows = capsys.readouterr().out.splitlines()
     assert re.match(r"  best of [\d,]+ nouns +(presence at its prior)? +score +regions", headings)
     assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
-
-
-def test_a_text_that_no_file_can_be_named_by_is_a_text():
-    text = "a dog. A cat" * 100
-    assert parse_texts(text) == [text]
 
 
 def test_lines_of_an_interrupted_run_stay(workspace, tmp_path, monkeypatch):

@@ -145,11 +145,6 @@ def test_an_option_of_the_model_is_no_setting(sandbox, option):
     assert "--model_options noun_weight=VALUE" in refused("train", "pairs.csv", option)
 
 
-def test_an_empty_argument(sandbox):
-    """Such as an unset variable of a shell in quotes."""
-    assert "unrecognized arguments" in refused("install-metrics", "")
-
-
 def explained(world, image, *more) -> str:
     return refused("explain", image, "--text", "dog", "--model", world.folder / "model", *more)
 
@@ -168,11 +163,6 @@ def test_a_place_that_is_no_image(world, sandbox, name):
 @pytest.mark.parametrize("text", [" \t\u3000"])
 def test_a_text_that_is_none(world, sandbox, text):
     assert "--text" in explained(world, world.photo, "--text", text)
-
-
-def test_strange_texts_are_texts(world, sandbox):
-    asked = [word for text in inputs.STRANGE_TEXTS.values() for word in ("--text", text)]
-    assert iclip("explain", world.photo, *asked, "--model", world.folder / "model") == 0
 
 
 @pytest.mark.parametrize("damage", inputs.FEW_MODEL_FOLDERS)

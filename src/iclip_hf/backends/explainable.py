@@ -46,9 +46,9 @@ class ExplainableModel(ABC):
         return identity(*self._given)
 
     @property
-    @abstractmethod
     def device(self) -> torch.device:
         """Device of the model's inputs."""
+        return self.network.device
 
     def encode_texts(self, labels: Sequence[str], templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
         """
@@ -95,14 +95,12 @@ class RecordableModel(ExplainableModel):
 
     Attributes:
         layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last.
-        blocks (list of `nn.Module`): the modules that these layers belong to.
     """
 
     def __init__(self, model: nn.Module, processor):
         super().__init__(model, processor)
         self.network = private_copy(model)
         self.layers: list[AttentionLayer] = []
-        self.blocks: list[nn.Module] = []
         self._prepare_layers()
 
     @abstractmethod
@@ -110,10 +108,9 @@ class RecordableModel(ExplainableModel):
         """Adds the attention layers in order."""
 
     def _add_layer(self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None) -> None:
-        """Prepares the attention of a block to be recorded. `layer`: what its `AttentionLayer` holds."""
+        """Prepares the attention of a block to be recorded. `layer`: the further parts of its `AttentionLayer`."""
         prepare(len(self.layers), block, attention)
-        self.blocks.append(block)
-        self.layers.append(AttentionLayer(*layer))
+        self.layers.append(AttentionLayer(block, *layer))
 
     @property
     def device(self) -> torch.device:

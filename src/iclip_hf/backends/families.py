@@ -75,10 +75,6 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
 class ExplainableONNX(_ICLIP):
     """ICLIP in ONNX Runtime, for methods that do not need the layers of the image tower."""
 
-    @property
-    def device(self) -> torch.device:
-        return self.network.device
-
 
 class ExplainableCLIP(TransformersModel):
     """CLIP. Its patch tokens are projected by the norm and the projection of the class token."""

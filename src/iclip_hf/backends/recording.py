@@ -51,6 +51,7 @@ class AttentionLayer:
     An attention layer of an image tower, prepared to be recorded, of modules only, which `copy.deepcopy` follows.
     """
 
+    block: nn.Module  # that it belongs to
     projection: nn.Module  # of the merged heads
     scale: nn.Module | None = None  # the layer scale, if the model has one
     # Residual stream after the attention (..., L, D) -> what the block's MLP adds to it; None for a pooling head.

@@ -16,7 +16,7 @@ class LayerRandomization:
     The sanity check of cascading randomisation (Adebayo et al. 2018). Maps that hardly change when the weights of the
     image tower are randomised do not explain the model.
 
-    The layers are those of `RecordableModel.blocks`, the last first. Each weight tensor of a layer is replaced by
+    The layers are those of `RecordableModel.layers`, the last first. Each weight tensor of a layer is replaced by
     values from a normal distribution with its mean and standard deviation, and restored after every call.
     """
 
@@ -24,7 +24,7 @@ class LayerRandomization:
         model = recordable(model, "randomization")
         generator = torch.Generator().manual_seed(seed)
         self._layers: list[list[tuple[nn.Module, str, nn.Parameter]]] = []
-        for block in reversed(model.blocks):
+        for block in (layer.block for layer in reversed(model.layers)):
             replacements = []
             for path, weight in block.named_parameters():
                 std, mean = torch.std_mean(weight.float(), correction=0)

@@ -53,7 +53,9 @@ def test_a_row_a_text_and_a_column_a_method(folder, tmp_path, sheet, capsys, tin
     texts = ["--text", "cat", "--text", "tail of the dog", "--template", "{}"]
     assert run(folder, path, *texts, "--methods", "itsm", "grad_cam", "--output", output, "--json") == 0
     assert list(sheet["heatmaps"]) == ["itsm, refined", "grad_cam, refined"]
-    scores = json.loads(capsys.readouterr().out)["texts"]
+    report = json.loads(capsys.readouterr().out)
+    assert report["maps"] == [*sheet["heatmaps"]]
+    scores = report["texts"]
     assert [row["text"] for row in scores] == ["cat", "tail of the dog"]
     for method, maps in sheet["heatmaps"].items():
         explained = explain(

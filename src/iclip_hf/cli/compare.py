@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> None:
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     output = save_picture(sheet, output, dpi, output == options.output)
     if options.json:
-        report = {"image": options.image, "picture": str(output), "refined": options.refine, "texts": rows}
+        maps = [title.replace("\n", ", ") for title in words]
+        report = {"image": options.image, "picture": str(output), "maps": maps, "texts": rows}
         print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
     print_lines(f"{options.image} -> {output}")

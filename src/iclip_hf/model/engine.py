@@ -112,6 +112,7 @@ class Engine:
     Attributes:
         takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
             can share.
+        method_name (`str`): the name of the method.
 
     Raises:
         `ValueError`: a template has no `{}`, `image_size` is no size, or `refine` or `multi_scale` is no boolean.
@@ -136,6 +137,7 @@ class Engine:
         self.refine, self.multi_scale = refine, multi_scale
         self.scales = TwoScales(processor.patch_size) if multi_scale else WholeImage()
         self._forward = self._own_maps if method is None else method.forward
+        self.method_name = "itsm" if method is None else getattr(method, "name", type(method).__name__)
         self._arguments = signature(self._forward).parameters.keys()
         self.takes_features = "features" in self._arguments
 
@@ -305,11 +307,8 @@ class Engine:
             embeds = self._score_embeds(images, features)
         scores, presence = self._score(embeds, texts, priors)
         if best is not None:
-            text_indices, indices = (
-                None,
-                _best_texts(scores if presence is None else presence, texts.text_embeds, best),
-            )
-            texts = select_texts(texts, torch.tensor(indices))
+            indices = _best_texts(scores if presence is None else presence, texts.text_embeds, best)
+            texts, text_indices = select_texts(texts, torch.tensor(indices)), None
         if maps is None and wants_maps:
             maps, _ = self.raw_maps(pixel_values, texts, features, text_indices)
         maps = torch.zeros(len(images), 0, 1, 1) if maps is None else maps.cpu()
@@ -324,7 +323,7 @@ class Engine:
                 prior=EVEN_PRIOR if priors is None else priors[list(selected)],
                 image=image.image,
                 all_scores=scores[number],
-                method="itsm" if self.method is None else self.method.name,
+                method=self.method_name,
                 refined=self.refine,
             )
             for number, (image, selected) in enumerate(zip(images, indices))

@@ -80,7 +80,8 @@ def draw(
         `ValueError`: the image cannot be read, or there is no such colour map.
     """
     image = load_image(explanation.image if image is None else image)
-    shown = sorted(range(len(explanation)), key=lambda index: not explanation.present[index])[:MAX_MAPS]
+    present = explanation.present
+    shown = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
     some = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
     titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{some}"]
     image = at_picture_size(image, dpi)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from iclip_hf import load
+from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.modeling_iclip import ICLIPImageFeatures
 
 
@@ -20,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import analyses
 from analyses import (
+    box_iou,
     channel_matches,
     foreground_tokens,
     main,
+    prompt_hits,
     semantic_shift,
 )
 
@@ -144,13 +147,27 @@ def test_the_script_writes_the_tables_and_figures(labelled_folder, world, tmp_pa
         f"shift --dataset folder --data-root {labelled_folder} --model {world.folder}/model",
         f"channels {image} --model {world.folder}/model --output {tmp_path}/channels.png",
         f"relation {tmp_path}/results.json --output {tmp_path}/relation.svg",
+        f"prompts --dataset folder --data-root {labelled_folder} --model {world.folder}/model --odd",
     ):
         monkeypatch.setattr(sys, "argv", ["analyses.py", *line.split()])
         main()
-    assert "| (0, 1] | 6 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| (0, 1] | 6 |" in printed and "| first of each class |" in printed
     assert (tmp_path / "channels.png").stat().st_size and "correlation -1.00" in (
         tmp_path / "relation.svg"
     ).read_text()
+
+
+def test_prompts_are_compared_with_the_objects_of_a_class():
+    """Of class 1, the heavier region covers an object, the other one is beside it; class 2 is missed."""
+    index = np.zeros((20, 40), np.uint8)
+    index[2:12, 2:12], index[2:12, 30:38] = 1, 2
+    raw = torch.zeros(2, 20, 40)
+    raw[0, 3:13, 2:12], raw[0, 14:18, 20:26] = 1.0, 0.9
+    raw[0, 14, 20], raw[1, 14:18, 20:26] = 0.6, 1.0
+    explanation = Explanation(["dog", "sky"], torch.zeros(2), None, raw, (20, 40))
+    assert prompt_hits(explanation, Sample(index)) == [(0, True, True), (1, False, False), (0, False, False)]
+    assert box_iou((0, 0, 4, 2), (2, 0, 6, 2)) == pytest.approx(1 / 3) and box_iou((0, 0, 1, 1), (5, 0, 6, 1)) == 0
 
 
 @pytest.mark.parametrize(

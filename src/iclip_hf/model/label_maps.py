@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .presence import MIN_PRESENCE, check_min_presence, is_present
+from .presence import MIN_PRESENCE, is_present
 from .similarity import check_finite, min_max_normalize, resize_maps, stretch
 
 
@@ -46,7 +46,6 @@ def segments(
     thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
     present, offsets = [True] * len(raw_maps), [0.0] * len(raw_maps)
     if presence is not None:
-        check_min_presence(min_presence)
         present = [is_present(value, min_presence) for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)

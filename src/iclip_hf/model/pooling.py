@@ -58,9 +58,6 @@ def pool_similarities(
     attention = attention.float()
     attention = attention.where(attention.sum(-1, keepdim=True) > 0, 1.0)
     prior = attention / attention.sum(-1, keepdim=True)
-    learning = torch.is_grad_enabled() and (patch_embeds.requires_grad or text_embeds.requires_grad)
-    if learning and text_embeds.ndim == 2 and not prior.requires_grad:
-        return _SmoothMaximum.apply(patch_embeds, text_embeds, prior, sharpness)
     with torch.autocast(patch_embeds.device.type, enabled=False):
         similarities = text_embeds.float() @ patch_embeds.mT.float()
     # The gradient of log 0 is infinite, and times the share of 0 in the maximum, NaN. A patch without attention takes
@@ -68,49 +65,6 @@ def pool_similarities(
     absent = prior == 0
     logarithms = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
     return smooth_maximum(similarities, logarithms.unsqueeze(1), sharpness, -1)
-
-
-class _SmoothMaximum(torch.autograd.Function):
-    """
-    [`smooth_maximum`] of the similarities in [`pool_similarities`] with its gradient, a few images at a time, whose B
-    x N x T similarities stay in the cache of a processor. It keeps each patch's share in the maximum, which is all
-    that the gradient needs.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, patches: torch.Tensor, texts: torch.Tensor, prior: torch.Tensor, sharpness: float
-    ) -> torch.Tensor:
-        (images, number, _), count = patches.shape, len(texts)
-        shares = patches.new_empty(images, number, count, dtype=torch.float32)
-        pooled = patches.new_empty(images, count, dtype=torch.float32)
-        for part in _parts(images, number * count):
-            own = shares[part]
-            torch.matmul(patches[part].float(), texts.mT.float(), out=own)
-            own.mul_(sharpness).add_(prior[part].log().unsqueeze(-1))
-            highest = own.amax(1, keepdim=True)
-            total = own.sub_(highest).exp_().sum(1, keepdim=True)
-            own.div_(total)
-            pooled[part] = (highest + total.log()).squeeze(1) / sharpness
-        ctx.save_for_backward(patches, texts, shares)
-        return pooled
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: torch.Tensor):
-        patches, texts, shares = ctx.saved_tensors
-        of_patches, of_texts = torch.empty_like(patches), torch.zeros_like(texts, dtype=torch.float32)
-        for part in _parts(len(patches), shares[0].numel()):
-            own = shares[part] * gradient[part].unsqueeze(1)
-            of_patches[part] = own @ texts.float()
-            of_texts += own.flatten(0, 1).mT @ patches[part].flatten(0, 1).float()
-        return of_patches, of_texts.to(texts.dtype), None, None
-
-
-def _parts(images: int, numbers_of_image: int) -> list[slice]:
-    """Splits images so that a part has about 2^18 numbers (1 MB)."""
-    step = max(1, 2**18 // numbers_of_image)
-    return [slice(start, start + step) for start in range(0, images, step)]
 
 
 # Poolings of an image into one vector: all of Table 2, masked max with both normalisations of the attention.

@@ -96,13 +96,6 @@ def test_another_file_or_name_than_those_of_the_images_is_refused(folder, tmp_pa
     assert "is none of the images in" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--split", "--overrides"])
-def test_an_option_of_the_data_set_needs_one(folder, tmp_path, capsys, option):
-    output = tmp_path / "out.png"
-    assert run(folder, folder / "images" / "a.png", "--text", "dog", option, "val.json", "--output", output) == 2
-    assert option in capsys.readouterr().err and not output.exists()
-
-
 def test_images_of_one_name_are_told_apart_by_their_paths(folder, tmp_path, sheet, capsys):
     """In two folders of a COCO data set, the first of which shows a dog and the second a car."""
     images = [

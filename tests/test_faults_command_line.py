@@ -79,7 +79,6 @@ ARGUMENTS = {
     """,
     "demo": """
         --web {empty}
-        --web {empty} --model {model}
     """,
     "train {table} --model {model}": """
         --sharpness 3

@@ -11,7 +11,7 @@ from ..model.presence import presence_text
 from ..utils.files import free_name
 from ..utils.tables import table
 from .inputs import load_model, load_named_image
-from .options import DATASET, MODEL, PROMPTS, add_shared, refuse
+from .options import DATASET, MODEL, PROMPTS, add_shared
 from .output import PICTURES, check_file, cut, model_files, name_for, print_lines, resolution, save_picture
 
 
@@ -113,9 +113,7 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
     sample = None
     if (options.dataset is None) != (options.data_root is None):
         raise ValueError("--dataset and --data-root belong together: give both.")
-    if options.dataset is None:
-        refuse(options, ("split", "overrides"), "an image without --dataset")
-    else:
+    if options.dataset is not None:
         dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
         sample = _named_sample(dataset, options)
         inputs += dataset.files

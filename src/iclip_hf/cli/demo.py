@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 
 from .inputs import silence_transformers
-from .options import MODEL, add_shared, refuse
+from .options import MODEL, add_shared
 from .output import print_error, print_lines
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
-    add_shared(command, *MODEL, default=None)
+    add_shared(command, *MODEL)
     command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: of this machine only)")
     command.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
     command.add_argument(
@@ -21,21 +21,18 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.web:
-        refuse(options, ["model", "dtype", "device"], "the page of --web")
         from ..web.server import web_server
 
         with web_server(options.web, options.host, options.port) as server:
             print_lines(f"http://{options.host}:{server.server_port}/")
             server.serve_forever()
         return
-    print_error("demo", f"loading Gradio and {options.model or 'the embedded model'}, which may take a minute")
+    print_error("demo", f"loading Gradio and the model {options.model}, which may take a minute")
     from ..demo.app import launch
 
     silence_transformers()
     precision = {"dtype": options.dtype, "device": options.device}
     # Quiet, because Gradio names an option of Python that shares the demo.
-    app = launch(
-        options.model or "embedded", options.host, options.port, **precision, quiet=True, prevent_thread_lock=True
-    )
+    app = launch(options.model, options.host, options.port, **precision, quiet=True, prevent_thread_lock=True)
     print_lines(f"{app.local_url}")
     app.block_thread()

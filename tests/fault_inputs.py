@@ -183,8 +183,6 @@ MODEL_FOLDERS = {
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
     "processor of another class": edited_json("processor_config.json", processor_class="CLIPProcessor"),
-    "patch size of 0": edited_json("processor_config.json", patch_size=0),
-    "unknown padding": edited_json("processor_config.json", text_padding="left"),
     "symlinked code": with_code,
 }
 FEW_MODEL_FOLDERS = (

@@ -119,8 +119,6 @@ class MetricModule(evaluate.Metric, ABC):
             **self.options | self._options(items)
         )  # first, so that an error does not lose the added items
         items = {name: values for name, values in items.items() if values is not None}  # None is of `evaluate.combine`
-        if not items and ignore_index is not None:
-            raise ValueError("ignore_index belongs to the call that adds the items, or to `evaluate.load`.")
         if not items and self.num_process > 1:
             # Process 0 waits for a file of every process, so a process without items writes an empty one.
             items = dict.fromkeys(self.features, ())

@@ -22,8 +22,6 @@ class GEM(ReplacedAttention):
     """
 
     def __init__(self, model, depth: int = 6, iterations: int = 1):
-        if iterations < 0:
-            raise ValueError(f"iterations is at least 0, not {iterations!r}.")
         super().__init__(model, depth)
         self.iterations = iterations
 

@@ -53,8 +53,6 @@ class ClearCLIP(LastBlock):
     """
 
     def __init__(self, model, tokens: str = "query", residual: bool = False):
-        if tokens not in ("query", "key", "value"):
-            raise ValueError(f"tokens is 'query', 'key' or 'value', not {tokens!r}.")
         super().__init__(model, residual)
         self.tokens = tokens
 
@@ -73,8 +71,6 @@ class NACLIP(LastBlock):
     """
 
     def __init__(self, model, sigma: float | None = 5.0, residual: bool = False):
-        if sigma is not None and not sigma > 0:
-            raise ValueError(f"sigma is a number of patches greater than 0, or None for no window, not {sigma!r}.")
         super().__init__(model, residual)
         self.sigma = sigma
 

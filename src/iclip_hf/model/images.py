@@ -178,8 +178,6 @@ def to_pixels(image) -> torch.Tensor:
     import numpy as np
     import torch
 
-    if getattr(image.dtype, "kind", "f") not in "biuf" or getattr(image.dtype, "is_complex", False):
-        raise TypeError(f"An image holds integers, floats or booleans, not {image.dtype}.")
     if len(image.shape) != 3 or 0 in image.shape or not {1, 3} & {image.shape[0], image.shape[-1]}:
         raise ValueError(
             f"An array of an image has the shape (H, W, C) or (C, H, W) with C = 1 or 3 channels, not "

@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from .configuration_iclip import ICLIPConfig, patch_side
 from .explanation import Explanation, masks_of_maps
 from .images import load_image, to_8_bit, to_pixels, to_rgb
+from .presence import MIN_PRESENCE
 from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import check_map_size, resize_and_normalize
@@ -292,23 +293,22 @@ class ICLIPProcessor(ProcessorMixin):
         maps: Sequence[torch.Tensor],
         threshold: float | Sequence[float] = 0.5,
         presence: torch.Tensor | None = None,
-        min_presence: float | None = None,
+        min_presence: float = MIN_PRESENCE,
     ) -> list[torch.Tensor]:
         """
         Converts maps to masks. A pixel is foreground where M > threshold. Raises `ValueError` if thresholds are
-        outside [0, 1], their number is not T, or only one of `presence` and `min_presence` is given.
+        outside [0, 1], or their number is not T.
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
             threshold (`float` in [0, 1], or T of them): such as the best threshold of each class.
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is
                 higher for present texts.
-            min_presence (`float`, *optional*): a text with a lower presence counts as absent and gets an empty mask.
+            min_presence (`float`): a text with a lower presence counts as absent and gets an empty mask.
 
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
         """
-        _check_presence(presence, min_presence)
         presences = [[None] * len(one) for one in maps] if presence is None else presence.tolist()
         return [
             masks_of_maps(image_maps, threshold, image_presences, min_presence)
@@ -322,7 +322,7 @@ class ICLIPProcessor(ProcessorMixin):
         threshold: float | Sequence[float] | None = None,
         background: Sequence[int] = (),
         presence: torch.Tensor | None = None,
-        min_presence: float | None = None,
+        min_presence: float = MIN_PRESENCE,
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see [`segments`]. Raises
@@ -336,7 +336,7 @@ class ICLIPProcessor(ProcessorMixin):
                 greater, for all pixels if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`].
-            min_presence (`float` in [0, 1], *optional*): a text with a lower presence gets no pixel.
+            min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
 
         Returns:
             list of B `torch.Tensor` of shape `(height, width)`, int64: index of the text, or -1.
@@ -345,9 +345,8 @@ class ICLIPProcessor(ProcessorMixin):
         if maps is None:
             raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
-        _check_presence(presence, min_presence)
         presence = [None] * len(maps) if presence is None else presence
-        options = {"threshold": threshold, "min_presence": 0 if min_presence is None else min_presence}
+        options = {"threshold": threshold, "min_presence": min_presence}
         texts = [str(number) for number in range(maps.shape[1])]
         return [
             Explanation(texts, raw_maps[:, 0, 0], of_image, raw_maps, check_map_size(size), **options).label_map(
@@ -430,11 +429,6 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
         texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
         found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
         yield [text for text in found if text[-1]]
-
-
-def _check_presence(presence: torch.Tensor | None, min_presence: float | None) -> None:
-    if (presence is None) != (min_presence is None):
-        raise ValueError("presence and min_presence go together.")
 
 
 def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:

@@ -54,8 +54,6 @@ def find_regions(
         min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
         min_weight (`float`): parts of a smaller weight are left out, as a share of the first one's, in [0, 1].
     """
-    if heatmap.shape != mask.shape:
-        raise ValueError(f"The map has the shape {heatmap.shape}, but the mask {mask.shape}.")
     runs = _runs(mask)
     parts = _connected(runs, mask.shape[1])
     lengths, sums = runs[:, 2] - runs[:, 1], _sums(heatmap, runs)

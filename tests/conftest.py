@@ -314,8 +314,8 @@ def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
     return root
 
 
-def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0, captions=None) -> None:
-    """A webdataset shard of noise images with two captions each, or those given."""
+def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0, captions=None, **more) -> None:
+    """A webdataset shard of noise images with two captions each, or those given, and more fields."""
     draws = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(count):
@@ -324,7 +324,7 @@ def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int 
             words = [WORDS[j] for j in draws.integers(0, 12, 5)]
             own = captions or [" ".join(words), " ".join(words[::-1]) + f" {i}"]
             data = b"no image" if i in broken else image.getvalue()
-            for suffix, content in ((".jpg", data), (".json", json.dumps({"captions": own}).encode())):
+            for suffix, content in ((".jpg", data), (".json", json.dumps({"captions": own, **more}).encode())):
                 member = tarfile.TarInfo(f"{i:05d}{suffix}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -348,16 +348,16 @@ def hub(tmp_path_factory, tiny_processor) -> Path:
         text: {folder}/text
         data: [{folder}/pairs.tar]
         image_size: 32
-        batch_size: 16
-        epochs: 3
-        warmup_epochs: 1
+        per_device_train_batch_size: 16
+        num_train_epochs: 3
+        warmup_steps: 4
         learning_rate: 7.8125e-4
         warmup_learning_rate: 1.5625e-8
         min_learning_rate: 1.5625e-7
-        num_workers: 0
+        dataloader_num_workers: 0
+        dataloader_pin_memory: false
         eval_steps: 5
-        checkpoint_steps: 5
-        report_to: none
+        save_steps: 5
         """
     )
     return folder

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 
 
 _START = multiprocessing.get_context("forkserver")
-_START.set_forkserver_preload(["iclip_hf.cli", "iclip_hf.training.train", "iclip_hf.evaluation.evaluate", "datasets"])
+_START.set_forkserver_preload(
+    ["iclip_hf.cli", "iclip_hf.training.trainer", "iclip_hf.evaluation.evaluate", "datasets"]
+)
 COMMAND = "import sys\nfrom iclip_hf import cli\nsys.exit(cli.main(sys.argv[1:]))"
 
 

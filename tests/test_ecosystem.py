@@ -13,10 +13,11 @@ import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from accelerate.utils import pad_across_processes
 from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
+from datasets import Dataset
 from processes import run_script
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
-from training_runs import pair_model_of, write_table
+from training_runs import outputs_of, write_table
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from iclip_hf import ICLIPModel, explain
@@ -121,7 +122,7 @@ def test_the_model_has_the_loss_of_iclip_train_for_rows_of_a_trainer(tiny_proces
     if nouns is not None:
         assert batch["noun_labels"].tolist() == [[1, -1, 0, 1, -1]] * 2 + [[0, 0, 1, 0, 0], [0] * 5]
     with torch.no_grad():
-        loss, expected = model(**batch, return_loss=True).loss, pair_model_of(model).eval()(**batch)["loss"]
+        loss, expected = model(**batch, return_loss=True).loss, outputs_of(model, batch)["loss"]
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
     if nouns is not None:  # which have a part in it
         captions = {name: batch[name][:4] for name in ("pixel_values", "input_ids", "attention_mask")}
@@ -139,25 +140,43 @@ def test_rows_sample_captions_and_prompts_anew_for_each_batch(tiny_processor):
         collator([*rows, {"image": rows[0]["image"], "title": " "}])
 
 
-def test_the_recipe_for_a_trainer_trains(tiny_processor, tmp_path, monkeypatch):
+def test_the_recipe_of_the_guide_trains(tiny_processor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny_model(max_over="similarity", logit_bias_init_value=-2.0)
     for part in (model, tiny_processor):
         part.save_pretrained("runs/tuned")
-    write_table(tmp_path, 8)
+    write_table(tmp_path, 20)
     (tmp_path / "nouns.txt").write_text("\n".join(NOUNS))
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "train.md").read_text(encoding="utf-8")
     (recipe,) = re.findall("^```py\n(.*?PairCollator.*?)^```", guide, re.MULTILINE | re.DOTALL)
     names: dict = {}
-    exec(recipe.replace("128", "4"), names)
-    assert names["trainer"].state.global_step == 3 * 2
-    trained, before = ICLIPModel.from_pretrained("runs/trainer"), dict(model.named_parameters())
+    exec(recipe.replace("128", "4").replace("1e-5", "1e-2"), names)
+    trainer = names["trainer"]
+    assert trainer.state.global_step == 3 * 4 and (Path("runs/trainer") / "README.md").is_file()
+    assert [row["step"] for row in trainer.state.log_history if "eval_text_to_image" in row] == [0, 4, 8, 12]
+    trained, before = ICLIPModel.from_pretrained("runs/trainer/checkpoint-12"), dict(model.named_parameters())
     learned = {name for name, weight in trained.named_parameters() if not torch.equal(weight, before[name])}
-    assert {name.split(".")[0] for name in learned} == {"recognition", "interpretability", "text_model"}
+    assert {name.split(".")[0] for name in learned} == {"recognition", "interpretability"}
     assert "recognition.logit_bias" in learned  # of the nouns
-    for nouns in (None, NounPrompts(NOUNS)):  # the loss of held-out pairs
-        names["trainer"].data_collator = PairCollator(tiny_processor, nouns)
-        assert math.isfinite(names["trainer"].evaluate(names["pairs"])["eval_loss"])
+
+
+def test_a_plain_trainer_takes_the_batches(tiny_processor, tmp_path):
+    """Also those of a dataset of the Hub."""
+    rows = Dataset.from_list([{"caption": f"a dog {i}", "number": i} for i in range(8)])
+    rows = rows.map(lambda row: {"image": noise((40, 36), seed=row["number"])}, features=None)
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        num_train_epochs=1,
+        remove_unused_columns=False,
+        label_names=[],
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    trainer = Trainer(tiny_model(), arguments, PairCollator(tiny_processor), train_dataset=rows)
+    assert trainer.train().global_step == 2
+    assert math.isfinite(trainer.evaluate(rows)["eval_loss"])
 
 
 SHARDED = """

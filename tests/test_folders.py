@@ -26,7 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from training_runs import accelerator, pair_model_of, run
+from training_runs import run
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
@@ -38,7 +38,8 @@ from iclip_hf.hub.configs import config_folder
 from iclip_hf.hub.folders import code_files, export_model, init_model, join_towers, push_model
 from iclip_hf.hub.model_card import card_licence, describe_tower, write_model_card
 from iclip_hf.hub.record import read_record
-from iclip_hf.training import checkpoints
+from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
+from iclip_hf.training.arguments import complete
 from iclip_hf.training.card import card_settings
 
 
@@ -83,16 +84,15 @@ def source(tmp_path_factory, tiny_processor) -> Path:
     tiny_processor.save_pretrained(folder / "model")
     training = {
         "data": ["pixparse/cc3m-wds", "/home/someone/data/flickr8k/train-{00..05}.tar", "data/coco2014"],
-        "epochs": 7,
+        "num_train_epochs": 7,
         "seed": 3,
         "weight_decay": 0,
-        "max_steps": 0,
         "lock_text": False,
         "auto_augment": "",
         "nouns": "",
         "output_dir": "/home/someone/runs",
     }
-    write_model_card(model, tiny_processor, folder / "model", metrics=METRICS, training=card_settings(training))
+    write_model_card(model, tiny_processor, folder / "model", metrics=METRICS, training=shown_of(**training))
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((60, 40)).save(folder / "photograph.png")
     return folder
@@ -416,7 +416,6 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, t
         (f"{given}model_options: pooling_x=1\n", "'pooling_x'"),
         (f"{given}model_options: [{{max_over: similarity}}]\n", "model_options"),
         (f"{given}model_options: max_over=banana\n", "'max_over'"),
-        (f"{given}image_size: -3\n", "image_size"),
         ("- vision\n", "train.yaml"),
         ("", "train.yaml"),
     ):
@@ -532,6 +531,12 @@ def test_figures_of_the_embedded_model_are_those_of_the_readme():
 # --------------------------------------------------------------------------------------------------------------- card
 
 
+def shown_of(**values) -> dict:
+    """What the card shows of a training with these arguments."""
+    towers = {} if "model" in values or "vision" in values else {"model": "org/model"}
+    return card_settings(complete({"data": ["d"], "output_dir": "new", **towers, **values}), processes=1)
+
+
 def card_of(folder: Path, processor, model=None, **options) -> ModelCard:
     return ModelCard.load(write_model_card(model or tiny_model(), processor, folder, **options))
 
@@ -613,7 +618,7 @@ def test_the_card_tells_configuration_training_and_terms(source):
     assert card.data.datasets == ["pixparse/cc3m-wds"]  # none in a folder of the run
     assert "| `data` | pixparse/cc3m-wds, train-{00..05}.tar, coco2014 |" in text
     assert "| `pooling` | `masked_max` |" in text and "| `map_attention` | `similarity` |" in text
-    assert "| training data pixparse/cc3m-wds | Conceptual Captions" in text and "| `epochs` | 7 |" in text
+    assert "| training data pixparse/cc3m-wds | Conceptual Captions" in text and "| `num_train_epochs` | 7 |" in text
     assert "| training data train-{00..05}.tar | not known here |" in text
     assert "| vit tower | not known here" in text and "| `seed` | 3 |" in text and "| `weight_decay` | 0 |" in text
     assert "| `auto_augment` | none |" in text and "`nouns`" not in text and "max_steps" not in text
@@ -632,32 +637,21 @@ def test_the_card_tells_configuration_training_and_terms(source):
     ],
 )
 def test_folders_and_files_are_no_data_sets_of_the_hub(tmp_path, tiny_processor, data, shown):
-    card = card_of(tmp_path, tiny_processor, training=card_settings({"data": [data]}))
+    card = card_of(tmp_path, tiny_processor, training=shown_of(data=[data]))
     assert f"| training data {shown} |" in card.text
     assert card.data.datasets == (["org/name.v2"] if data == shown else None)
 
 
-AUGMENTATION = {"crop_scale": 0.08, "auto_augment": "none", "random_erasing": 0.25}
-CACHED = {**AUGMENTATION, "auto_augment": "", "cache_features": "/home/someone/cache"}
-
-
-@pytest.mark.parametrize(
-    ("settings", "shown"),
-    [
-        (CACHED, {"cache_features": True}),  # which holds the whole image
-        ({**CACHED, "cache_features": ""}, AUGMENTATION),
-        ({"model": "org/model", "image_size": 224}, {"model": "org/model"}),  # which has its own
-        ({"vision": "org/vision", "image_size": 224}, {"vision": "org/vision", "image_size": 224}),
-    ],
-    ids=str,
-)
-def test_the_card_leaves_out_settings_without_effect(settings, shown):
-    assert card_settings(settings) == shown
+def test_the_card_leaves_out_arguments_without_effect():
+    cached, plain = shown_of(cache_features="/home/someone/cache"), shown_of(auto_augment="")
+    assert cached["cache_features"] is True and not {"crop_scale", "auto_augment"} & cached.keys()
+    assert (plain["crop_scale"], plain["auto_augment"]) == (0.08, "none") and "lock_text" not in plain
+    assert "max_steps" not in plain and shown_of(max_steps=7)["max_steps"] == 7
 
 
 @pytest.mark.parametrize("name", ["nice_places.csv", "imagenet_style_logos", "cc3mini.csv", "flickr8k", "coco2014"])
 def test_data_are_not_known_by_a_part_of_their_name(tmp_path, tiny_processor, name):
-    card = card_of(tmp_path, tiny_processor, training=card_settings({"data": [f"/home/me/{name}"]}))
+    card = card_of(tmp_path, tiny_processor, training=shown_of(data=[f"/home/me/{name}"]))
     assert f"| training data {name} | not known here |" in card.text
 
 
@@ -670,7 +664,7 @@ def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, ex
     command = ["export", str(exported), str(tmp_path / "again"), "--results", str(tmp_path / "results.json")]
     assert cli.main(command) == 0
     third = ModelCard.load(tmp_path / "again" / "README.md")
-    assert len(third.data.eval_results) == 3 and "| `epochs` | 7 |" in third.text
+    assert len(third.data.eval_results) == 3 and "| `num_train_epochs` | 7 |" in third.text
 
 
 def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path):
@@ -710,14 +704,15 @@ def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor
     assert card.data.eval_results is None and before - files_of(tmp_path).keys() == {".eval_results/iclip.yaml"}
 
 
-def test_a_run_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
-    pair_model, listed = pair_model_of(tiny_model()), tmp_path / ".eval_results" / "iclip.yaml"
+def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
+    folder = tmp_path / "run"
+    args, listed = ICLIPTrainingArguments(str(folder), use_cpu=True), folder / ".eval_results" / "iclip.yaml"
     for card in ({"metrics": METRICS}, {}):
-        checkpoints.export(accelerator(), pair_model, tiny_processor, tmp_path, **card)
+        ICLIPTrainer(tiny_model(), args, processing_class=tiny_processor, card=card).save_model()
         assert listed.exists() == bool(card)
     # safetensors makes files that only their owner can read.
     (tmp_path / "usual").touch()
-    assert {file.stat().st_mode for file in files_of(tmp_path).values()} == {(tmp_path / "usual").stat().st_mode}
+    assert {file.stat().st_mode for file in files_of(folder).values()} == {(tmp_path / "usual").stat().st_mode}
 
 
 def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
@@ -797,12 +792,12 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Licence on the model card: unknown." in said and "own.tar: not known here" in said
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "| training data own.tar |" in card and "from the model that the setting `model` names" in card
+    assert "| training data own.tar |" in card and "from the model that the argument `model` names" in card
     assert str(tmp_path) not in card
 
 
 def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_processor):
-    training = card_settings({"model": "embedded", "data": ["pairs.csv"], "epochs": 2})
+    training = shown_of(model="embedded", data=["pairs.csv"], num_train_epochs=2)
     start = read_record("embedded")["identity"]
     card = card_of(tmp_path, tiny_processor, training=training, source="embedded", start=start)
     assert "| training data imagenet1k_sample | ImageNet: non-commercial research" in card.text

@@ -13,9 +13,9 @@ from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
 
 from iclip_hf.cli.output import model_files
+from iclip_hf.cli.train import check_folder
 from iclip_hf.evaluation.results import EvaluationResult
-from iclip_hf.training.inputs import check_run
-from iclip_hf.training.settings import Settings
+from iclip_hf.training.arguments import complete
 
 
 # Files of the user: among them all names that a command would choose below.
@@ -115,7 +115,7 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
 def test_a_training_writes_nothing_into_a_model_or_a_tower(world, monkeypatch, read, written):
     monkeypatch.chdir(world.folder)
     with pytest.raises(FileExistsError, match="model"):
-        check_run(Settings(data=["d"], **read, **written))
+        check_folder(complete({"data": ["d"], "output_dir": "new", **read, **written}))
 
 
 def test_what_is_in_a_subfolder_of_a_model_is_an_input(world, mine, capsys):

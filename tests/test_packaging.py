@@ -119,7 +119,7 @@ NEEDS = {  # names of modules by the extra that they need
     "eval": [
         f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
     ],
-    "train": ["training.data", "training.train", "training.validation"],
+    "train": ["training.trainer"],
 }
 
 
@@ -135,23 +135,12 @@ def test_modules_without_their_extra_say_its_name(files):
         assert f"the extra [{extra}] with `pip install " in said[name], said[name]
 
 
-# A training that evaluates maps: refused before a model is loaded or features are computed.
-EVALUATED_TRAINING = """
-from iclip_hf.training.inputs import Inputs
-from iclip_hf.training.settings import Settings
-from iclip_hf.training.train import train
-
-train(Settings(data=["pairs"], model="missing"), Inputs([], None, None, segmentation=[]))
-"""
-
-
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
-        ("accelerate", "train"): "import iclip_hf.training.train",
-        ("timm", "train"): "from iclip_hf.training.data import augmentation; augmentation(None)",
+        ("accelerate", "train"): "import iclip_hf.training.trainer",
+        ("timm", "train"): "from iclip_hf.training import augmentation; augmentation(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
-        ("sklearn", "eval"): EVALUATED_TRAINING,
         ("evaluate", "eval"): "from iclip_hf.evaluation.evaluate_modules import install_metrics; install_metrics()",
     }
     said = open_doors([([package], door) for (package, _), door in doors.items()])

@@ -10,7 +10,6 @@ import pickle
 import tarfile
 from collections import Counter
 from itertools import chain, combinations
-from types import SimpleNamespace
 
 import datasets
 import fsspec
@@ -23,15 +22,15 @@ from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from iclip_hf.cli.train import open_data, warn_of_unknown_labels
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, columns, formats, load_pairs, streams
 from iclip_hf.data import pairs as pairs_module
 from iclip_hf.data.formats import shards
 from iclip_hf.data.formats.source import Source
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import _image_bytes
-from iclip_hf.training.data import PairCollator
-from iclip_hf.training.inputs import open_inputs, warn_of_unknown_labels
-from iclip_hf.training.settings import parse_settings
+from iclip_hf.training import PairCollator
+from iclip_hf.training.arguments import complete
 
 
 NASTY = [
@@ -371,8 +370,6 @@ def test_named_columns(tmp_path):
 def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
     shard = write_shards(tmp_path / "shards", 9) / "00000.tar"
     assert load_pairs(shard).files() == {str(shard)}
-    usual = {"eval_dataset": "none", "seed": 0, "max_bad_share": 0.05, "image_column": "", "caption_column": ""}
-    usual |= {"split": "train", "pairs_per_epoch": 0, "validation_share": 0, "nouns": None, "batch_size": 1}
     write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
     for name, images in (("a", "0.jpg 1.jpg"), ("b", "1.jpg 2.jpg"), ("c", "3.jpg")):
         (tmp_path / f"{name}.csv").write_text("\n".join(["image,caption", *(f"{one},dog" for one in images.split())]))
@@ -385,7 +382,7 @@ def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
         assert {os.path.basename(file) for file in both[0] & both[1]} == expected
         named = {"data": [str(tmp_path / data)], "validation_data": [str(tmp_path / held_out)]}
         caplog.clear()
-        open_inputs(SimpleNamespace(**usual, **named))
+        open_data(complete({"model": "m", "output_dir": "new", **named}))
         assert ("in data and validation_data" in caplog.text) == bool(expected)
 
 
@@ -769,13 +766,15 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "nouns.txt").write_text("dog")
-    settings = parse_settings([f"--data={tmp_path}/a.jsonl", f"--nouns={tmp_path}/nouns.txt", "--batch_size=3"])
-    open_inputs(settings)
+    arguments = complete(
+        {"model": "m", "output_dir": "new", "data": [f"{tmp_path}/a.jsonl"], "nouns": f"{tmp_path}/nouns.txt"}
+    )
+    open_data(arguments)
     (message,) = caplog.messages
     assert "2 names" in message and "3 pairs" in message and "'sportsball' (2), 'kite' (1)" in message
     caplog.clear()
     (tmp_path / "nouns.txt").write_text("dog\nsportsball\nkite")
-    open_inputs(settings)
+    open_data(arguments)
     assert not caplog.messages
 
 

@@ -5,25 +5,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import WORDS, tiny_inputs, tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 
-from iclip_hf import ICLIPConfig, ICLIPModel
-from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.inputs import check_run
-from iclip_hf.training.settings import Settings, parse_settings
-from iclip_hf.training.train import train
+from iclip_hf import ICLIPModel
+from iclip_hf.cli.train import check_folder, train
+from iclip_hf.training import ICLIPTrainer
+from iclip_hf.training.arguments import parse_arguments
 
 
-def run(hub: Path, output_dir: Path, *arguments) -> dict:
+def run(hub: Path, output_dir: Path, *arguments) -> ICLIPTrainer:
+    """Runs `iclip train` in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]
-    settings = parse_settings([str(argument) for argument in command])
-    check_run(settings)
-    return train(settings)
+    arguments = parse_arguments([str(argument) for argument in command])
+    check_folder(arguments)
+    return train(arguments)
+
+
+def evaluations(trainer: ICLIPTrainer) -> dict[int, dict[str, float]]:
+    """The metrics of each evaluation of a run, by step."""
+    rows = (row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row))
+    return {row["step"]: {name[5:]: value for name, value in row.items() if name.startswith("eval_")} for row in rows}
 
 
 def write_table(folder: Path, count: int, captions=None, suffix: str = "png", seed: int = 0) -> Path:
@@ -51,31 +56,26 @@ def assert_same_weights(first: Path, second: Path, **tolerance) -> None:
         torch.testing.assert_close(first[name], second[name], **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-def accelerator() -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=True)
+def outputs_of(model: ICLIPModel, batch: dict, **options) -> dict[str, torch.Tensor]:
+    """The losses of a model with these options."""
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    outputs = model.eval()(**batch, return_loss=True)
+    return {**outputs, "branch_losses": torch.stack(outputs.branch_losses)}
 
 
-def pair_model_of(model: ICLIPModel, **settings) -> PairModel:
-    """The module of the loss, with these settings and options of the model."""
-    for name in [name for name in settings if name in ICLIPConfig.__annotations__]:
-        setattr(model.config, name, settings.pop(name))
-    return PairModel(model, Settings(model="model", data=["pairs"], **settings))
-
-
-def gradients(pair_model: PairModel, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    pair_model.zero_grad()
+def gradients(model: ICLIPModel, batch: dict, **options) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
     torch.manual_seed(0)  # dropout
-    loss = pair_model(**batch)["loss"]
+    loss = model(**batch, return_loss=True, **options).loss
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in pair_model.named_parameters() if p.grad is not None}
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
+def eight_pairs(part: slice) -> tuple[ICLIPModel, dict]:
     """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
     options = {"max_over": "similarity", "map_affinity": 2.0, "logit_bias_init_value": -2, "known_competition": 0.5}
-    model = tiny_model(lock_vision=False, **options)
-    pair_model = pair_model_of(model, chunk_size=chunk_size).eval()
+    model = tiny_model(lock_vision=False, **options).eval()
     generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
     noun_ids = torch.randint(5, (16,), generator=generator)
     noun_labels = torch.randint(-1, 2, (8, 5), generator=generator)
@@ -88,4 +88,4 @@ def eight_pairs(part: slice, chunk_size: int = 256) -> tuple[PairModel, dict]:
         "place": (noun_ids[prompts] % 3 - 1).to(torch.int8),
         "noun_labels": noun_labels[part].to(torch.int8),
     }
-    return pair_model, {**batch, **nouns}
+    return model, {**batch, **nouns}

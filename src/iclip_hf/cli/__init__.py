@@ -48,10 +48,10 @@ class _Parser(argparse.ArgumentParser):
     def _cure(self, wrong: str, known: Iterable[str]) -> str:
         """Returns what may be meant by an option that is not known."""
         if self.get_default("command") == "train":
-            from ..training.settings import is_model_option
+            from ..training.arguments import cure_of
 
-            if is_model_option(name := wrong[2:].replace("-", "_")):
-                return f"; an option of the model is set by --model_options {name}=VALUE"
+            if cure := cure_of(wrong[2:].replace("-", "_")):
+                return cure
         return "".join(f"; did you mean {option}?" for option in get_close_matches(wrong, known, 1))
 
 
@@ -88,7 +88,7 @@ def _run(arguments: Sequence[str]) -> int:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        smaller = {"train": "--chunk_size or --batch_size", "compare": "--image-size"}
+        smaller = {"train": "--chunk_size or --per_device_train_batch_size", "compare": "--image-size"}
         smaller = smaller.get(command, "--batch-size or --image-size")
         report_error(command, MemoryError(f"the memory of the GPU is full; set a smaller {smaller}"))
         return 2
@@ -102,7 +102,8 @@ def parser(command: str | None) -> argparse.ArgumentParser:
     if command in COMMANDS:
         module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
         description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
-        of_command = _Parser(prog=f"iclip {command}", description=description)
+        parents = module.parents() if hasattr(module, "parents") else []
+        of_command = _Parser(prog=f"iclip {command}", description=description, parents=parents)
         of_command.set_defaults(command=command, run=module.run)
         module.add_options(of_command)
         return of_command

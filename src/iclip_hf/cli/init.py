@@ -25,7 +25,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from ..hub.configs import config_folder
-    from ..training.settings import read_settings
     from ..utils.files import check_new_folder, check_outside
 
     # Before torch is loaded.
@@ -34,8 +33,10 @@ def run(options: argparse.Namespace) -> None:
         check_outside(options.output, read)
     check_new_folder(options.output)
     if (source / "train.yaml").is_file():
+        from ..training.arguments import read_arguments  # imports torch
+
         given = {side: tower for side in ("vision", "text") if (tower := getattr(options, side))}
-        read_settings({"config": options.config, "data": ["pairs.csv"], **given})  # raises for a wrong setting
+        read_arguments({"config": options.config, "data": ["pairs.csv"], **given})  # raises for a wrong one
     from huggingface_hub.errors import StrictDataclassError
 
     from ..hub.folders import init_model, is_embedded

@@ -1,91 +1,234 @@
-"""`iclip train`: trains a model on image-text pairs."""
+"""`iclip train`: trains a model on image-text pairs, with [`ICLIPTrainer`]."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..training.settings import Settings, add_settings, read_settings
+from ..backends import check_model_name
+from ..data.nouns import NounPrompts
+from ..data.pairs import PairDataset, load_pairs
+from ..data.segmentation import SegmentationDataset, load_segmentation
+from ..data.streams import PairStream
+from ..training.arguments import Arguments, argument_parser, complete, read_arguments
+from ..training.presets import preset
+from ..utils.files import check_outside
 from ..utils.hub_ids import is_hub_id
-from .output import print_lines
 
 
 if TYPE_CHECKING:
-    from ..training.inputs import Inputs
+    from ..training.trainer import ICLIPTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def parents() -> list[argparse.ArgumentParser]:
+    return [argument_parser(add_help=False)]
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.allow_abbrev = False
-    add_settings(command)
 
 
 def run(options: argparse.Namespace) -> None:
-    overrides = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
-    if overrides.get("model") and not (overrides.get("data") or overrides.get("config")):
-        raise ValueError(
-            f"data: name pairs to train {overrides['model']} on, as in `iclip train pairs.csv`, or a config."
-        )
-    settings, inputs = _prepare(overrides)  # before torch is loaded and processes wait for each other
-
-    from huggingface_hub.errors import StrictDataclassError
-
-    from ..training.train import train
-
-    try:
-        train(settings, inputs)
-    except (FloatingPointError, StrictDataclassError) as error:
-        raise ValueError(str(error)) from error
-
-
-def _prepare(overrides: Mapping) -> tuple[Settings, Inputs]:
-    """
-    Returns the settings of a run, chosen by the number of its pairs unless a config is named, and its open inputs.
-    """
-    from ..training.inputs import check_run, open_inputs, open_pairs
-    from ..training.preset import choose_settings
-
-    opened, preset = None, {}
-    if overrides.get("config") or not overrides.get("data"):
-        settings = read_settings(overrides)
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    if given.get("model") and not (given.get("data") or given.get("config")):
+        raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
+    pairs = None
+    if given.get("config") or not given.get("data"):
+        arguments = read_arguments(given)
     else:
-        if overrides.get("pairs_per_epoch") and any(map(is_hub_id, overrides["data"])):
-            raise ValueError(
-                "config: name one for a stream, whose pairs are not counted, or leave pairs_per_epoch out."
+        pairs = open_pairs(given["data"], given)
+        chosen = preset(given, pairs)
+        arguments = complete({**chosen, **given})
+        if os.environ.get("RANK", "0") == "0":
+            print("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+            print(*(f"  {name:<28}  {value}" for name, value in chosen.items()), sep="\n", flush=True)
+    check_folder(arguments)
+    train(arguments, pairs)
+
+
+def open_pairs(sources: list[str], given: Mapping, **options) -> PairDataset | PairStream:
+    """Opens pairs by the arguments that are parameters of [`~iclip_hf.data.pairs.load_pairs`]."""
+    names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
+    options = {"streaming": False, **options, **{name: given[name] for name in names if name in given}}
+    return load_pairs(sources[0] if len(sources) == 1 else sources, **options)
+
+
+def check_folder(arguments: Arguments) -> None:
+    """
+    Raises `FileExistsError` unless the folder of a run is new or empty, or holds checkpoints of ICLIP to resume from,
+    and nothing is written into the folders of the model and the towers.
+    """
+    folder, model = Path(arguments.training.output_dir), arguments.model
+    for read in (model.model, model.vision, model.text):
+        for written in filter(None, (folder, arguments.data.cache_features)):
+            if read and read != "embedded":
+                check_outside(written, read)
+    if model.model:
+        check_model_name(model.model, ("iclip",))
+    of_iclip = (
+        json.loads(file.read_text())["model_type"] == "iclip" for file in folder.glob("checkpoint-*/config.json")
+    )
+    if folder.is_dir() and any(folder.iterdir()) and not (arguments.training.resume and any(of_iclip)):
+        raise FileExistsError(
+            f"{folder}: this folder holds files already; name another by --output_dir, or add --resume to continue a "
+            "training from its last checkpoint."
+        )
+
+
+class Data(NamedTuple):
+    """What a training reads."""
+
+    pairs: PairDataset | PairStream
+    held_out: PairDataset | None
+    nouns: NounPrompts | None
+    maps: SegmentationDataset | None  # to evaluate maps on
+
+
+def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
+    """Opens what the arguments name, apart from `pairs` if they are open already."""
+    _, of_data, of_evaluation, args = arguments
+    maps = None
+    if of_evaluation.eval_dataset != "none":
+        if not Path(of_evaluation.eval_root or "?").is_dir():
+            raise FileNotFoundError(f"eval_root: {of_evaluation.eval_root!r} is no folder; name that of the data set.")
+        maps = load_segmentation(of_evaluation.eval_dataset, of_evaluation.eval_root, of_evaluation.eval_split or None)
+    if pairs is None:
+        options = {"rank": args.process_index, "world_size": args.world_size}
+        options["streaming"] = of_data.pairs_per_epoch > 0 and any(map(is_hub_id, of_data.data))
+        pairs = open_pairs(of_data.data, {**vars(of_data), "seed": args.seed}, **options)
+    streamed, held_out = isinstance(pairs, PairStream), None
+    if of_evaluation.validation_data:
+        held_out = open_pairs(of_evaluation.validation_data, {**vars(of_data), "seed": args.seed})
+        if not streamed and (common := pairs.files() & held_out.files()):
+            logger.warning(
+                "%d files are in data and validation_data, such as %r: scores on them say nothing of other images.",
+                len(common),
+                min(common),
             )
-        pairs = open_pairs(overrides["data"], overrides, streaming=False)
-        preset, opened = choose_settings(overrides, pairs)
-        settings = Settings(**{**preset, **overrides})
-    _check_effects(overrides, settings)
-    check_run(settings)
-    inputs = open_inputs(settings, opened)
-    if preset and os.environ.get("RANK", "0") == "0":
-        print_lines("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
-        print_lines(*(f"  {name:<20}  {value}" for name, value in preset.items()))
-    return settings, inputs
+    elif of_evaluation.validation_share:
+        if streamed:
+            raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
+        pairs, held_out = pairs.split(of_evaluation.validation_share)
+    if held_out is not None:
+        held_out = held_out.readable()
+    nouns = NounPrompts.from_file(of_data.nouns, args.seed) if of_data.nouns else None
+    if nouns:
+        warn_of_unknown_labels(pairs, nouns)
+    return Data(pairs, held_out, nouns, maps)
 
 
-def _check_effects(given: Mapping, settings: Settings) -> None:
-    """Raises `ValueError` for a given setting that has no effect by the others."""
-    sources = (*settings.data, *settings.validation_data)
-    asked = {name for name, value in given.items() if value and (name, value) != ("crop_scale", 1)}  # whole images
-    for names, has_effect, where in (
-        ("eval_root eval_split", settings.eval_dataset != "none", "without eval_dataset"),
-        ("pictures", settings.validation_data or settings.validation_share, "without validation pairs"),
-        (
-            "crop_scale auto_augment random_erasing",
-            not settings.cache_features,
-            "on cached features of whole images, which --cache_features '' turns off",
-        ),
-        ("pairs_per_epoch", any(map(is_hub_id, settings.data)), "on local pairs"),
-        (
-            "split",
-            any(is_hub_id(name) or Path(name, "dataset_dict.json").is_file() for name in sources),
-            "without a dataset that has splits: one of the Hub, or a saved one",
-        ),
-        ("epochs", not settings.max_steps, "with max_steps"),
-    ):
-        if not has_effect and (name := next(filter(asked.__contains__, names.split()), None)):
-            raise ValueError(f"{name}: it has no effect {where}; leave it out.")
+def train(arguments: Arguments, pairs: PairDataset | None = None) -> ICLIPTrainer:
+    """Trains a model as the arguments say, from `pairs` if they are open already."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
+
+    from ..backends.identity import identity
+    from ..backends.loading import load_iclip
+    from ..hub.folders import join_towers, options_of_model
+    from ..training.card import card_settings
+    from ..training.collator import PairCollator, augmentation
+    from ..training.datasets import CachedPairs, StreamedPairs
+    from ..training.evaluation import report
+    from ..training.features import FeatureCache, set_token_mean
+    from ..training.trainer import ICLIPTrainer
+
+    transformers_logging.disable_progress_bar()
+    set_seed(arguments.training.seed)  # of new projections
+    of_model, of_data, of_evaluation, args = arguments
+
+    pairs, held_out, nouns, maps = open_data(arguments, pairs)
+    streamed = isinstance(pairs, PairStream)
+
+    # Model
+    try:
+        model_options = options_of_model(of_model.model_options)
+        if of_model.model:  # small steps are lost in half precision
+            model, processor = load_iclip(of_model.model, dtype="float32", **model_options)
+        else:
+            folder, size = Path(of_model.config).parent, of_model.image_size or None
+            model, processor = join_towers(folder, of_model.vision, of_model.text, size, **model_options)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+    if model.recognition.logit_bias is not None and not (nouns or of_model.model):
+        raise ValueError(
+            "nouns: a logit bias learns from nouns alone; name a file of nouns, or set logit_bias_init_value to null."
+        )
+    if (of_data.cache_features or args.keep_presence) and (streamed or not model.config.lock_vision):
+        raise ValueError(
+            "cache_features, keep_presence: they need a locked image tower and local pairs; leave them out."
+        )
+    if of_model.lock_text:
+        model.text_model.requires_grad_(False)
+    model.to(args.device).eval()
+    set_token_mean(model, processor, pairs)
+
+    # Batches
+    collator = PairCollator(processor, nouns, args.seed)
+    training, validation = pairs, held_out
+    if of_data.cache_features:
+        cache = FeatureCache(
+            model, processor, of_data.cache_features, args.mixed_precision, args.dataloader_num_workers
+        )
+        args.dataloader_num_workers = 0
+        if of_model.lock_text:
+            collator.text_features = cache
+            cache.texts(nouns.all_prompts() if nouns else ())
+        training = CachedPairs(pairs, cache, collator)
+        validation = held_out and CachedPairs(held_out, cache, collator.for_evaluation())
+    else:
+        collator.transform = augmentation(processor, of_data.crop_scale, of_data.auto_augment, of_data.random_erasing)
+    if streamed:
+        training = StreamedPairs(pairs, of_data.pairs_per_epoch // args.world_size)
+
+    # Training
+    card = {"training": card_settings(arguments, args.world_size), "source": of_model.model or None}
+    if of_model.model:  # whose record is continued
+        card["start"] = identity(model, processor)
+    trainer = ICLIPTrainer(
+        model,
+        args,
+        collator,
+        train_dataset=training,
+        eval_dataset=validation,
+        processing_class=processor,
+        map_dataset=maps,
+        card=card,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=args.resume)
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
+    kept_start = args.load_best_model_at_end and not trainer.state.best_global_step
+    if kept_start:
+        trainer.model, _ = load_iclip(of_model.model, dtype="float32", **model_options)
+        trainer.card |= {"training": None, "start": None}  # the record of the start goes on
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        lines = report(trainer.state, Path(args.output_dir), held_out, of_model.model if kept_start else "")
+        print(*lines, sep="\n", flush=True)
+    return trainer
+
+
+def warn_of_unknown_labels(pairs: PairDataset | PairStream, nouns: NounPrompts) -> None:
+    """Logs the labels that are neither in `complete` nor in the vocabulary, of some of the pairs."""
+    of_pairs = [nouns.unknown_labels(texts) for texts in pairs.some_texts()]
+    counts = Counter(chain.from_iterable(of_pairs))
+    if counts:
+        most = ", ".join(f"{label!r:.50} ({count})" for label, count in counts.most_common(5))
+        logger.warning(
+            "labels: %d names are neither in complete nor in nouns, and teach nothing; of %d pairs, they are of %s%s",
+            len(counts),
+            len(of_pairs),
+            most,
+            ", ..." if len(counts) > 5 else "",
+        )

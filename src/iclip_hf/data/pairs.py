@@ -67,6 +67,7 @@ class PairDataset:
     - `labels`, `complete` (`list[str]`): names of what the image shows, and names that these labels are complete for.
     - `caption` (`str`): one of the captions, sampled by seed, epoch and index.
     - `key` (`str`): name of the pair in its source.
+    - `draw` (`tuple`): epoch and index, on which random choices for the item depend.
     - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
 
     A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The
@@ -118,7 +119,8 @@ class PairDataset:
             self.tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
             skipped = 1
-        return {**pair, "caption": sample_caption(pair["captions"], self.seed, epoch, index), "skipped": skipped}
+        caption = sample_caption(pair["captions"], self.seed, epoch, index)
+        return {**pair, "caption": caption, "draw": (epoch, index), "skipped": skipped}
 
     def __repr__(self) -> str:
         return f"PairDataset(pairs={len(self)}, sources={len(self.sources)})"

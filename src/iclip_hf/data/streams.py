@@ -99,8 +99,9 @@ class PairStream(IterableDataset):
                 self.tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
             self.tally.add()
-            caption = sample_caption(texts.captions, self.seed, self._rows.epoch, key)
-            yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "skipped": skipped}
+            draw = (self._rows.epoch, key)
+            caption = sample_caption(texts.captions, self.seed, *draw)
+            yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw, "skipped": skipped}
             skipped = 0
 
     def some_texts(self) -> Iterator[PairTexts]:

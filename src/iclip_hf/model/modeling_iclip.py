@@ -2,15 +2,16 @@
 
 import inspect
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     MODEL_MAPPING,
     AttentionInterface,
@@ -873,6 +874,7 @@ class ICLIPModel(PreTrainedModel):
         is_background: torch.Tensor | None = None,
         place: torch.Tensor | None = None,
         return_loss: bool | None = None,
+        chunk_size: int | None = None,
         output_similarity_maps: bool = False,
         **kwargs,
     ) -> ICLIPOutput:
@@ -898,6 +900,8 @@ class ICLIPModel(PreTrainedModel):
                 the background; and 1 if it is below, such as a floor, -1 if it is above, such as the sky, else 0.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
+            chunk_size (`int`, *optional*): number of images and of texts that a tower encodes at once for the loss.
+                Activations of one chunk are in memory; those of the others are computed again in the backward pass.
             output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 
         Returns:
@@ -916,9 +920,17 @@ class ICLIPModel(PreTrainedModel):
             )
         if return_loss:
             if image_inputs is None:
-                image_inputs = self.image_inputs(self.encode_image(pixel_values, **kwargs))
+                image_inputs = ImageInputs(
+                    *in_chunks(
+                        lambda images: self.image_inputs(self.encode_image(images, **kwargs)), chunk_size, pixel_values
+                    )
+                )
             if text_inputs is None:
-                text_inputs, _ = self.encode_text(input_ids, attention_mask, token_type_ids, **kwargs)
+                (text_inputs,) = in_chunks(
+                    lambda *tokens: self.encode_text(*tokens, **kwargs)[:1],
+                    chunk_size,
+                    *(input_ids, attention_mask, token_type_ids),
+                )
             return self._losses(image_inputs, text_inputs, None if noun_ids is None else BatchNouns.gathered(**nouns))
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
@@ -983,6 +995,18 @@ class ICLIPModel(PreTrainedModel):
         if nouns is None:
             return 0 * self.attention_direction.sum()  # DDP waits for its gradient
         return direction_loss(self.attention_weights(nouns.prompts(prompts).detach()), nouns.is_background)
+
+
+def in_chunks(encode: Callable[..., tuple], size: int | None, *inputs: torch.Tensor | None) -> tuple:
+    """
+    Encodes a batch in chunks of a size, whose activations are computed again in the backward pass, and joins the parts
+    of each result. Inputs and results can be None.
+    """
+    if size is None or len(inputs[0]) <= size:
+        return encode(*inputs)
+    chunks = zip(*(repeat(None) if tensor is None else tensor.split(size) for tensor in inputs))
+    parts = zip(*(checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks))
+    return tuple(None if part[0] is None else torch.cat(part) for part in parts)
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:

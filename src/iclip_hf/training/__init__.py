@@ -1,4 +1,4 @@
-"""The training program, and a collator for other ones."""
+"""Training with Transformers' `Trainer`."""
 
 from typing import TYPE_CHECKING
 
@@ -6,8 +6,21 @@ from ..utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .data import PairCollator
+    from .arguments import ICLIPTrainingArguments
+    from .collator import PairCollator, augmentation
+    from .datasets import CachedPairs, StreamedPairs
+    from .features import FeatureCache, set_token_mean
+    from .trainer import ICLIPTrainer
 
-_MODULES = {"PairCollator": ".data"}
+_MODULES = {
+    "CachedPairs": ".datasets",
+    "FeatureCache": ".features",
+    "ICLIPTrainer": ".trainer",
+    "ICLIPTrainingArguments": ".arguments",
+    "PairCollator": ".collator",
+    "StreamedPairs": ".datasets",
+    "augmentation": ".collator",
+    "set_token_mean": ".features",
+}
 __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,44 +1,43 @@
-"""What the model card shows of a run."""
+"""What the model card shows of a training."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 
 from ..hub.record import public_name
-from .settings import MAY_CHANGE, Settings
+from .arguments import Arguments, ICLIPTrainingArguments
 
 
-# How pairs are read, and what the results on the card tell.
-_NOT_SHOWN = """
-    image_column caption_column split chunk_size validation_data eval_dataset eval_root eval_split
+# Arguments of a `Trainer` that a model depends on.
+_RECIPE = """
+    per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps warmup_learning_rate
+    min_learning_rate weight_decay max_grad_norm keep_presence seed
 """.split()
-# Settings that are off at 0.
-_OFF_AT_0 = "pairs_per_epoch validation_share max_steps image_size keep_presence".split()
+# Of whole images there is no augmentation.
+_AUGMENTATION = {"crop_scale", "auto_augment", "random_erasing"}
+_NAMES = {"model", "vision", "text", "nouns", "config"}  # of what may be a path of this machine
 
 
-def card_settings(settings: Mapping) -> dict[str, object]:
-    """
-    Returns the settings of a run that its model depends on, for [`write_model_card`]: those with an effect, without
-    paths of this machine.
+def card_of(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:
+    """Returns the arguments of a training that its model depends on, for [`write_model_card`]."""
+    shown = {name: getattr(training, name) for name in _RECIPE}
+    if training.max_steps < 0:
+        del shown["max_steps"]
+    return shown | {"processes": processes, "precision": training.mixed_precision}
 
-    Args:
-        settings: values of [`Settings`], by their names.
-    """
-    names = [field.name for field in fields(Settings) if field.name not in {*MAY_CHANGE, *_NOT_SHOWN}]
-    idle = {name for name in names if settings.get(name) in (None, "", [], {}) or settings[name] is False}
-    idle |= {name for name in _OFF_AT_0 if settings.get(name) == 0}
-    if settings.get("cache_features"):  # of whole images
-        idle |= {"crop_scale", "auto_augment", "random_erasing"}
-    if settings.get("model"):  # which has its own
-        idle |= {"image_size"}
-    shown = {name: settings[name] for name in names if name not in idle}
-    if settings.get("auto_augment") == "" and not settings.get("cache_features"):
+
+def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
+    """Returns the arguments of `iclip train` that its model depends on, without paths of this machine."""
+    shown = {
+        entry.name: value
+        for part in (arguments.model, arguments.data)
+        for entry in fields(part)
+        if (value := getattr(part, entry.name)) or entry.name in _AUGMENTATION
+    }
+    if arguments.data.cache_features:
+        shown = {name: value for name, value in shown.items() if name not in _AUGMENTATION} | {"cache_features": True}
+    shown |= {name: public_name(shown[name]) for name in shown.keys() & _NAMES}
+    if shown.get("auto_augment") == "":
         shown["auto_augment"] = "none"
-    for name in shown.keys() & {"model", "vision", "text", "nouns"}:
-        shown[name] = public_name(shown[name])
-    if "cache_features" in shown:
-        shown["cache_features"] = True  # instead of its folder
-    if "data" in shown:
-        shown["data"] = [public_name(name) for name in shown["data"]]
-    return shown
+    shown["data"] = [public_name(name) for name in shown["data"]]
+    return shown | card_of(arguments.training, processes)

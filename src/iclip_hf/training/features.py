@@ -5,36 +5,27 @@ Features of images and texts, which the projections learn from: of a batch, and 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..backends.identity import digest, software
+from ..backends.identity import digest
 from ..data.pairs import BadPairError, PairDataset
 from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import ICLIPModel, ImageInputs, ImageTokens
 from ..model.pooling import EVEN_PATCHES, POOLINGS, normalize_attention, pool
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.distributed import broadcast_from_main, shared_folder_lock
-from ..utils.files import atomic_write
-from ..utils.interrupts import ignore_signals
+from ..utils.distributed import broadcast_from_main, partial_state
+from ..utils.files import atomic_write, cache_folder
 
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -88,231 +79,211 @@ def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
 
 
 @torch.no_grad()
-def set_token_mean(model: ICLIPModel, images: Iterable[torch.Tensor]) -> None:
+def set_token_mean(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
     """
-    Sets `token_mean` of a model with `center_tokens`. Keeps the mean of an earlier training, which its branches
-    learned with.
+    Sets `token_mean` of a model with `center_tokens` to the mean patch token of some hundred images. Keeps that of an
+    earlier training, which its branches learned with. All processes have the mean of the first.
 
     Args:
         model: model on its device.
-        images (iterable of `torch.Tensor` of shape `(3, H, W)`): a few hundred images.
+        processor: of the model.
+        pairs: rows with an `image`; of a data set with random access, at most 256 that are evenly spread.
     """
-    if model.config.center_tokens and not model.token_mean.any():
-        images, means = iter(images), []
-        while batch := list(itertools.islice(images, 32)):
-            means.append(model.encode_image(torch.stack(batch).to(model.device)).patch_tokens.float().mean(1))
+    if not model.config.center_tokens or model.token_mean.any():
+        return
+    if partial_state("train").is_main_process:
+        if isinstance(pairs, PairDataset):
+            distinct, _ = pairs.distinct()
+            few = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES_OF_MEAN))]
+        else:
+            few = [pair for pair, _ in zip(pairs, range(_IMAGES_OF_MEAN))]
+        means = []
+        for start in tqdm(range(0, len(few), 32), "Mean token", delay=3, leave=False):
+            pixel_values = processor(images=[pair["image"] for pair in few[start : start + 32]])["pixel_values"]
+            means.append(model.encode_image(pixel_values.to(model.device)).patch_tokens.float().mean(1))
         model.token_mean.copy_(torch.cat(means).mean(0))
+    model.token_mean.copy_(broadcast_from_main(model.token_mean.cpu()))  # other devices round in another way
 
 
 # ---------------------------------------------------------------------------------------------------------- on disk
 
 
+_IMAGES_OF_MEAN = 256
+_ROWS_OF_FILE = 1024
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
 _VERSION = 2
 
 
-class FeatureShards:
+class FeatureStore:
     """
-    Rows of features in a folder, memory-mapped. Shards are written atomically, so that an interrupted run can continue
-    and several processes can share the folder, whose name stands for all that the features depend on.
+    Features (D, ...) by key in a folder, whose name stands for what all of them depend on. Files are added and never
+    changed, atomically, so that several processes and runs share the folder, and an interrupted run continues.
+
+    A key is the digest of an image or a text, 32 bytes. `<name>.npy` holds features and `<name>.keys` their keys.
     """
 
-    def __init__(self, folder: Path, rows: int):
-        self.folder, self.rows = folder, rows
-        self.shard_rows = max(256, math.ceil(rows / 256))
-        self.num_shards = math.ceil(rows / self.shard_rows)
-        self._arrays: list[np.ndarray] = []
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.reload()
 
-    def missing(self) -> list[int]:
-        """Returns the indices of shards that do not exist yet."""
-        return [shard for shard in range(self.num_shards) if not self._file(shard).exists()]
+    def reload(self) -> None:
+        """Finds what other processes have added."""
+        self._arrays, self._places = [], {}
+        for file in sorted(self.folder.glob("*.keys")):
+            keys = file.read_bytes()
+            for row in range(len(keys) // 32):
+                self._places.setdefault(keys[32 * row : 32 * row + 32], (len(self._arrays), row))
+            self._arrays.append(np.load(file.with_suffix(".npy"), mmap_mode="r"))
 
-    def rows_of(self, shard: int) -> range:
-        """Returns the rows of a shard."""
-        return range(self.rows)[shard * self.shard_rows : (shard + 1) * self.shard_rows]
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._places
 
-    def write(self, shard: int, features: np.ndarray, usable: list[bool] | None = None) -> None:
-        """Writes a shard, and which of its rows can be used: those of an image that was read."""
-        if usable is not None:
-            with atomic_write(self._file(shard, ".json")) as partial:
-                partial.write_text(json.dumps(usable))
-        # An open file, because `np.save` would add a suffix to a file name.
-        with atomic_write(self._file(shard)) as partial, open(partial, "wb") as opened:
-            np.save(opened, features)
+    def add(self, keys: Sequence[bytes], features: np.ndarray) -> None:
+        """Adds features (N, D, ...). They are there after `reload`."""
+        file = self.folder / hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+        with atomic_write(file.with_suffix(".npy")) as partial, open(partial, "wb") as opened:
+            np.save(opened, features)  # which would add a suffix to a name
+        with atomic_write(file.with_suffix(".keys")) as partial:
+            partial.write_bytes(b"".join(keys))
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """Returns the features of these rows, (len(rows), ...), float16."""
-        if not self._arrays:
-            self._arrays = self._read(".npy", partial(np.load, mmap_mode="r"))
-        features = np.empty((len(rows), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
-        shards = rows // self.shard_rows
-        for shard in np.unique(shards):
-            here = shards == shard
-            features[here] = self._arrays[shard][rows[here] - shard * self.shard_rows]
-        return features
+    def __getitem__(self, keys: Sequence[bytes]) -> torch.Tensor:
+        """Returns the features of these keys, (N, D, ...), float16."""
+        arrays, rows = np.array([self._places[key] for key in keys]).T
+        features = np.empty((len(keys), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
+        for array in np.unique(arrays):
+            here = arrays == array
+            features[here] = self._arrays[array][rows[here]]
+        return torch.from_numpy(features)
 
-    def usable(self) -> list[bool]:
-        """Returns for each row whether it can be used."""
-        parts = self._read(".json", lambda file: json.loads(file.read_text()))
-        return [bool(entry) for part in parts for entry in part]
-
-    def _read(self, suffix: str, read: Callable[[Path], Sequence]) -> list[Sequence]:
-        """Reads a file of each shard. Raises `ValueError` if one is damaged."""
-        parts = []
-        for shard in range(self.num_shards):
-            file = self._file(shard, suffix)
-            try:
-                parts.append(read(file))
-                whole = len(parts[-1]) == len(self.rows_of(shard))
-            except (EOFError, ValueError, TypeError):
-                whole = False
-            if not whole:
-                raise ValueError(
-                    f"{file}: this file of the feature cache is damaged; delete {self.folder}, and run again."
-                )
-        return parts
-
-    def _file(self, shard: int, suffix: str = ".npy") -> Path:
-        return self.folder / f"{shard:05d}{suffix}"
-
-
-class CachedTexts:
-    """Features (D,) of texts, by text."""
-
-    def __init__(self, texts: Sequence[str], shards: FeatureShards):
-        self._rows, self._shards = {text: row for row, text in enumerate(texts)}, shards
-
-    def __getitem__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Returns the features of texts, (len(texts), D), float32."""
-        return torch.from_numpy(self._shards[np.array([self._rows[text] for text in texts])]).float()
+    def fill(
+        self, items: Dataset | Sequence, keys: Sequence[bytes], encode: Callable, batch_size: int, workers: int = 0
+    ) -> None:
+        """
+        Adds the features of items whose keys are missing, each process a part of them. `encode` returns those (N, ...)
+        of a list of N items; an item that is None, such as a broken image, is left out.
+        """
+        state, places = partial_state("train"), {key: place for place, key in enumerate(keys) if key not in self}
+        state.wait_for_everyone()  # until all have seen the same
+        mine = [*places.values()][state.process_index :: state.num_processes]
+        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
+        title, found, encoded = f"Features of {self.folder.parent.name}", [], []
+        with tqdm(total=len(mine), desc=title, delay=2, disable=not state.is_main_process) as bar:
+            for batch, chosen in zip(loader, batches):
+                usable = [(item, keys[place]) for item, place in zip(batch, chosen) if item is not None]
+                if usable:
+                    features = encode([item for item, _ in usable])
+                    encoded.append(features.half().cpu().numpy())
+                    found += [key for _, key in usable]
+                bar.update(len(chosen))
+                if encoded and (len(found) >= _ROWS_OF_FILE or chosen is batches[-1]):
+                    self.add(found, np.concatenate(encoded))
+                    found, encoded = [], []
+        if encoded:
+            self.add(found, np.concatenate(encoded))
+        state.wait_for_everyone()
+        self.reload()
 
 
-class _PairReader(Dataset):
-    """Images as tensors, and whether they could be read. A broken one is black."""
+class _Images(Dataset):
+    """Images as tensors (3, H, W); None for one that cannot be read."""
 
     def __init__(self, pairs: PairDataset, processor: ICLIPProcessor):
         self.pairs, self.processor = pairs, processor
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, bool]:
+    def __getitem__(self, index: int) -> torch.Tensor | None:
         try:
-            image, usable = self.pairs.image(index), True
+            return self.processor(images=self.pairs.image(index))["pixel_values"][0]
         except BadPairError as error:
             logger.warning("Left out: %s", error)
-            image, usable = Image.new("RGB", (64, 64)), False
-        return self.processor(images=image)["pixel_values"][0], usable
+            return None
 
 
-@dataclass(eq=False, repr=False)
 class FeatureCache:
     """
-    The features of locked towers in a folder, computed unless they are there already. Parts of it belong to other
-    models or data.
+    The features of locked towers of a model, on disk. An image or text that is there is not encoded again by any run,
+    of any data set.
+
+    Args:
+        model, processor: the model on its device, with its `token_mean`, and its processor.
+        folder (`str` or `Path`, *optional*): where the features are; `features` in the cache folder by default.
+        mixed_precision (`"no"`, `"bf16"` or `"fp16"`): in which they are computed.
+        num_workers (`int`, defaults to 0): number of processes that read images.
     """
 
-    folder: Path
-    model: ICLIPModel
-    processor: ICLIPProcessor
-    accelerator: Accelerator
-
-    def images(
+    def __init__(
         self,
-        pairs: PairDataset,
-        *,
-        earlier_mean: list[float] | None = None,
+        model: ICLIPModel,
+        processor: ICLIPProcessor,
+        folder: str | Path | None = None,
+        mixed_precision: str = "no",
         num_workers: int = 0,
-    ) -> FeatureShards:
-        """
-        Computes [`pack_inputs`] of the image of each pair. The captions do not count. `earlier_mean` is the model's
-        `token_mean` if it is not that of these pairs. `num_workers` is for each process.
-
-        Raises:
-            `OSError`: the folder cannot be written, or another run fills it.
-        """
-        content = hashlib.sha256(b"".join(pairs.image_digests())).hexdigest()
-        shards = self._shards(
-            "images",
-            len(pairs),
-            tower=[self.model.vision_model.config, self.model.vision_model.state_dict()],
-            options=self.model.config.feature_options,
-            token_mean=earlier_mean,
-            images=content,
-            image_processor=json.loads(self.processor.image_processor.to_json_string()),
+    ):
+        self.model, self.processor, self.num_workers = model, processor, num_workers
+        self._dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
+        folder = Path(folder or cache_folder() / "features")
+        mean = model.token_mean.tolist() if model.config.center_tokens else None
+        common = {"mixed_precision": mixed_precision, "version": _VERSION}
+        images = digest(
+            {
+                "tower": [model.vision_model.config, model.vision_model.state_dict()],
+                "options": model.config.feature_options,
+                "token_mean": mean,
+                "image_processor": json.loads(processor.image_processor.to_json_string()),
+                **common,
+            }
         )
-
-        def encode(items: list[tuple[torch.Tensor, bool]]) -> tuple[torch.Tensor, Sequence[bool]]:
-            images, usable = zip(*items)
-            image = self.model.encode_image(torch.stack(images).to(self.accelerator.device))
-            return pack_inputs(self.model, image), usable
-
-        self._fill(shards, _PairReader(pairs, self.processor), encode, 64, num_workers)
-        return shards
-
-    def texts(self, texts: Iterable[str], name: str = "texts") -> CachedTexts:
-        """Computes the text tower's feature of each distinct text, in the folder `name` of the cache."""
-        texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
+        self._images = FeatureStore(folder / "images" / images)
         # The probe shows what the processor adds: length and padding.
-        probe = self.processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
-        shards = self._shards(
-            name,
-            len(texts),
-            tower=[self.model.text_model.config, self.model.text_model.state_dict()],
-            text_pooling=self.model.config.text_pooling,
-            tokenizer=[self.processor.tokenizer, probe],
-            texts=texts,
+        probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
+        texts = digest(
+            {
+                "tower": [model.text_model.config, model.text_model.state_dict()],
+                "text_pooling": model.config.text_pooling,
+                "tokenizer": [processor.tokenizer, probe],
+                **common,
+            }
         )
+        self._texts = FeatureStore(folder / "texts" / texts)
 
-        def encode(batch: list[str]) -> tuple[torch.Tensor, None]:
-            return self.model.encode_text(**self.processor(text=batch).to(self.accelerator.device))[0], None
-
-        self._fill(shards, texts, encode, 256)
-        return CachedTexts(texts, shards)
-
-    def _shards(self, name: str, rows: int, **depends_on) -> FeatureShards:
-        """Returns the shards of a kind of features, in a folder that is named by all that they depend on."""
-        depends_on |= {
-            "mixed_precision": self.accelerator.mixed_precision,
-            "software": software(),
-            "version": _VERSION,
-        }
-        return FeatureShards(self.folder / name / digest(depends_on), rows)
-
-    def _fill(
-        self,
-        shards: FeatureShards,
-        dataset: Dataset | Sequence,
-        encode: Callable,
-        batch_size: int,
-        num_workers: int = 0,
-    ) -> None:
+    def images(self, pairs: PairDataset) -> list[bytes | None]:
         """
-        Encodes the rows of missing shards, shared by the processes. A complete cache is not locked: several runs can
-        read it.
+        Computes [`pack_inputs`] of the image of each pair. Returns the keys of their features; None for an image that
+        cannot be read.
         """
-        accelerator = self.accelerator
-        if not broadcast_from_main(shards.missing()):
-            return
-        with shared_folder_lock(shards.folder, accelerator):
-            missing = shards.missing()
-            accelerator.wait_for_everyone()  # before any process writes a shard
-            todo = missing[accelerator.process_index :: accelerator.num_processes]
-            batches = [
-                list(rows[start : start + batch_size])
-                for rows in map(shards.rows_of, todo)
-                for start in range(0, len(rows), batch_size)
-            ]
-            options = {"num_workers": num_workers, "collate_fn": list, "worker_init_fn": ignore_signals}
-            loader = DataLoader(dataset, batch_sampler=batches, **options)
-            features, usable = [], []
-            title = f"Features of {self.folder.name} {shards.folder.parent.name}"
-            rows = sum(map(len, batches))
-            with tqdm(total=rows, desc=title, disable=not accelerator.is_main_process) as bar:
-                for items in loader:
-                    with torch.inference_mode(), accelerator.autocast():
-                        encoded, read = encode(items)
-                    features.append(encoded.half().cpu().numpy())
-                    usable += read or []
-                    bar.update(len(items))
-                    if sum(map(len, features)) == len(shards.rows_of(todo[0])):
-                        shards.write(todo.pop(0), np.concatenate(features), usable or None)
-                        features, usable = [], []
-            accelerator.wait_for_everyone()
+        keys = pairs.image_digests()
+        self._images.fill(_Images(pairs, self.processor), keys, self._encode_images, 64, self.num_workers)
+        return [key if key in self._images else None for key in keys]
+
+    def features(self, keys: Sequence[bytes]) -> torch.Tensor:
+        """Returns the features of images by their keys, (N, ...), float16."""
+        return self._images[keys]
+
+    def texts(self, texts: Iterable[str]) -> None:
+        """Computes the text tower's features of texts."""
+        texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
+        self._texts.fill(texts, [*map(_key, texts)], self._encode_texts, 256)
+
+    def __call__(self, texts: Sequence[str]) -> torch.Tensor:
+        """Returns the features of texts that were computed, (N, D), float32."""
+        return self._texts[[*map(_key, texts)]].float()
+
+    def _encode_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        with self._inference():
+            return pack_inputs(self.model, self.model.encode_image(torch.stack(images).to(self.model.device)))
+
+    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
+        with self._inference():
+            return self.model.encode_text(**self.processor(text=texts).to(self.model.device))[0]
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        with (
+            torch.inference_mode(),
+            torch.autocast(self.model.device.type, self._dtype, enabled=self._dtype is not None),
+        ):
+            yield
+
+
+def _key(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()

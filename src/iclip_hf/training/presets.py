@@ -1,4 +1,4 @@
-"""The settings of a run on few pairs."""
+"""The arguments of a training on few pairs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
 from ..hub.configs import parse_options
-from ..utils.files import loading_errors
+from ..utils.files import cache_folder, loading_errors
 from ..utils.prefetch import spare_processors
-from .inputs import hold_out
-from .settings import RUNS
+from .arguments import RUNS
 
 
 # On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model retrieval.
@@ -25,56 +24,43 @@ KEEP_PRESENCE = 1.0
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 
-def choose_settings(
-    overrides: Mapping, pairs: PairDataset
-) -> tuple[dict[str, object], tuple[PairDataset, PairDataset | None]]:
+def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     """
-    Returns the preset for training on few pairs, those of `overrides["data"]`: the projections of a trained model are
-    trained for 200 steps, with a low learning rate, and evaluated on a tenth of the pairs. Settings that are given
-    take precedence, and others depend on them.
-
-    Returns:
-        `tuple`: the chosen settings, and the training and held-out pairs by them, see [`~inputs.hold_out`].
-
-    Raises:
-        As [`check_pairs`] and [`~inputs.hold_out`].
+    Returns the arguments for few pairs: the projections of a trained model are trained for 200 steps, with a low
+    learning rate, and evaluated on a tenth of the pairs. Those that are `given` are left out, and others depend on
+    them. Raises as [`check_pairs`].
     """
     check_pairs(pairs)
-    preset: dict[str, object] = {}
-
-    def set_default(name: str, value):
-        """Sets a value unless the setting is given; returns the effective value."""
-        return overrides[name] if name in overrides else preset.setdefault(name, value)
-
-    folder = set_default("output_dir", f"{RUNS}/{_stem(overrides['data'][0])}")
-    if not (overrides.get("vision") or overrides.get("text")):
-        set_default("model", "embedded")
-    if not overrides.get("validation_data"):
-        set_default("validation_share", 0.1 if len(pairs) >= 20 else 0.0)
-    pairs, held_out = hold_out(pairs, {**preset, **overrides})
-    if held_out is not None and len(held_out) < 100:
-        set_default("best_metric", "val_loss")  # a share of right answers is too coarse on so few
-    locked = set_default("lock_text", True)
-    if _locks_vision(overrides):
-        set_default("cache_features", f"{folder}/cache")
-        if locked and {**preset, **overrides}.get("model"):
-            set_default("keep_presence", KEEP_PRESENCE)
-
-    training, world = len(pairs), int(os.environ.get("WORLD_SIZE", 1))
+    chosen: dict[str, object] = {"output_dir": f"{RUNS}/{_stem(given['data'][0])}", "lock_text": True}
+    if not (given.get("vision") or given.get("text")):
+        chosen["model"] = "embedded"
+    if not given.get("validation_data"):
+        chosen["validation_share"] = 0.1 if len(pairs) >= 20 else 0.0
+    values = {**chosen, **given}
+    share = values.get("validation_share")
+    training = len(pairs.split(share)[0]) if share else len(pairs)
+    if 0 < len(pairs) - training < 100:
+        chosen["metric_for_best_model"] = "loss"  # a share of right answers is too coarse on so few
+    if _locks_vision(values):
+        chosen["cache_features"] = str(cache_folder() / "features")
+        if values["lock_text"] and values.get("model"):
+            chosen["keep_presence"] = KEEP_PRESENCE
     good = training - int(pairs.max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
-    batch = set_default("batch_size", max(min(good, 256) // world * world, world))
-    set_default("learning_rate", RATE)
-    set_default("warmup_learning_rate", 0.0)
-    set_default("min_learning_rate", 0.0)
-    steps_per_epoch = max(training // max(batch, 1), 1)  # `Settings` refuses a batch of 0
-    steps = overrides.get("max_steps") or steps_per_epoch * set_default(
-        "epochs", max(1, round(STEPS / steps_per_epoch))
-    )
-    set_default("warmup_epochs", steps / steps_per_epoch / 10)
-    set_default("eval_steps", max(1, steps // 5))
-    set_default("log_steps", max(1, steps // 100))
-    set_default("num_workers", min(training // 250, 4, spare_processors()))
-    return preset, (pairs, held_out)
+    batch = max(min(good, 256) // int(os.environ.get("WORLD_SIZE", 1)), 1)
+    batch = chosen["per_device_train_batch_size"] = given.get("per_device_train_batch_size", batch)
+    steps_per_epoch = max(training // batch, 1)
+    chosen |= {
+        "num_train_epochs": max(1, round(STEPS / steps_per_epoch)),
+        "learning_rate": RATE,
+        "warmup_learning_rate": 0.0,
+        "min_learning_rate": 0.0,
+        "warmup_steps": 0.1,
+        "eval_steps": 0.2,
+        "save_steps": 0.2,
+        "logging_steps": 0.01,
+        "dataloader_num_workers": min(training // 250, 4, spare_processors()),
+    }
+    return {name: value for name, value in chosen.items() if name not in given}
 
 
 def _stem(data: str) -> str:
@@ -86,11 +72,11 @@ def _stem(data: str) -> str:
     return next((stem for stem in reversed(stems) if stem and not set(stem) & set("*?[]{}")), "pairs")
 
 
-def _locks_vision(overrides: Mapping) -> bool:
+def _locks_vision(values: Mapping) -> bool:
     """
     Whether the image tower is locked: by the options or, without them, by the configuration of a model in a folder.
     """
-    options, model = parse_options(overrides.get("model_options", ())), overrides.get("model", "")
+    options, model = parse_options(values.get("model_options", ())), values.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):
             options = json.loads(file.read_text(encoding="utf-8")) | options

@@ -1,10 +1,9 @@
 """
-The measures of a training on held-out pairs: retrieval, pictures of maps, and the report of what the training changed.
+The measures of a training on held-out pairs: retrieval, the interval of its change, pictures of maps, and the report.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from transformers import TrainerState
 
+from ..data.columns import sample_caption
 from ..data.formats.folders import CLASS_CAPTION
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset
@@ -26,18 +24,11 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..plots.colors import overlay
 from ..plots.sheets import picture_grid
-from ..utils.extras import require_extra
 from ..utils.files import atomic_write
-from ..utils.interrupts import ignore_signals
-from .checkpoints import RunState, kept_initial_model
-from .data import PairBatches
-from .settings import Settings
+from .datasets import CachedPairs
 
 
-with require_extra("train"):
-    from accelerate import Accelerator
-    from accelerate.utils import send_to_device
-
+MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # of a segmentation data set
 FEWEST = 10  # held-out pairs; on fewer, the interval of a change is too narrow
 _BLOCK = 1024  # rows of logits that are in memory at once
 _BOOTSTRAPS = 2000
@@ -45,41 +36,18 @@ _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast"
 _LOOKED_AT = 1000  # pairs, for the labels
 
 
-@torch.no_grad()
-def validate(
-    accelerator: Accelerator, pair_model: nn.Module, dataset: PairBatches, batch_size: int, num_workers: int = 0
-) -> dict[str, torch.Tensor]:
-    """
-    Measures retrieval with the recognition branch, and its loss over all pairs of a validation set at once.
-
-    Returns:
-        `dict` of `torch.Tensor` of shape `(N,)`, a value for each pair, whose mean is the metric: `val_loss`, and
-        `image_to_text` and `text_to_image`, 100 if the nearest text (image) of the image (text) is its own, or of a
-        pair with the same image or caption, and else 0.
-    """
-    dataset.set_epoch(0)
-    # Contiguous parts, padded to equal length because each forward pass gathers.
-    part = math.ceil(len(dataset) / accelerator.num_processes)
-    rows = [(accelerator.process_index * part + i) % len(dataset) for i in range(part)]
-    pair_model.eval()
-    images, texts = [], []
-    options = {"collate_fn": dataset.collate, "num_workers": num_workers, "worker_init_fn": ignore_signals}
-    batches = DataLoader(dataset, min(batch_size, part), sampler=rows, **options)
-    for batch in tqdm(batches, desc="Held-out pairs", leave=False, disable=not accelerator.is_main_process):
-        outputs = pair_model(**send_to_device(batch, accelerator.device))
-        images.append(outputs["image_embeds"])
-        texts.append(outputs["text_embeds"])
-        scale = outputs["logit_scales"][0]
-    pair_model.train()
-    images, texts = (accelerator.gather(torch.cat(parts))[: len(dataset)] for parts in (images, texts))
-    return retrieval_scores(scale * images, texts, dataset.sampled_captions(), dataset.image_digests())
+def sampled_captions(pairs: PairDataset | CachedPairs, seed: int) -> list[str]:
+    """Returns the caption of each pair in its first epoch, as a collator with this seed samples it."""
+    rows = pairs.texts() if isinstance(pairs, CachedPairs) else map(pairs.captions, range(len(pairs)))
+    places = pairs.indices if isinstance(pairs, CachedPairs) else range(len(pairs))
+    return [sample_caption(captions, seed, 0, place) for captions, place in zip(rows, places)]
 
 
 def retrieval_scores(
     images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], image_digests: Sequence[bytes]
 ) -> dict[str, torch.Tensor]:
     """
-    Returns the result of [`validate`] for scaled vectors of images (N, P) and vectors of their captions (N, P). The
+    Returns the result of the evaluation for scaled vectors of images (N, P) and vectors of their captions (N, P). The
     logits are computed in blocks, so that memory does not grow with N squared.
     """
 
@@ -101,7 +69,7 @@ def retrieval_scores(
 
     (image_loss, image_to_text), (text_loss, text_to_image) = of_each(images, texts), of_each(texts, images)
     return {
-        "val_loss": (image_loss + text_loss) / 2,
+        "loss": (image_loss + text_loss) / 2,
         "image_to_text": image_to_text,
         "text_to_image": text_to_image,
     }
@@ -124,20 +92,18 @@ def regressed_metrics(change: Mapping[str, Sequence[float]], pairs: int) -> list
     """
     if pairs < FEWEST:
         return []
-    gains = {name: [-high, -low] if name == "val_loss" else [low, high] for name, (low, high) in change.items()}
+    gains = {name: [-high, -low] if name == "loss" else [low, high] for name, (low, high) in change.items()}
     return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]
 
 
 def draw_examples(
-    model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset, count: int, folder: Path, step: int
+    model: ICLIPModel, processor: ICLIPProcessor, shown: Sequence[Mapping], folder: Path, step: int
 ) -> None:
     """
-    Draws the first pairs of a data set as `<step>.png`: each image beside the map of its caption, after the map that
+    Draws pairs as `<step>.png`: each image beside the map of its caption, after the map that
     the model of step 0 had. Its maps are kept in the folder.
     """
-    shown = [pairs[index] for index in range(min(count, len(pairs)))]
     images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
-    model.eval()
     explanations = Engine(model, processor, templates="{}").run(images, [[caption] for caption in captions])
     columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
     file = folder / "before.npz"
@@ -170,39 +136,48 @@ def common_labels(pairs: PairDataset) -> list[str]:
     return [label for label, _ in Counter(labels).most_common(2)]
 
 
-def report(settings: Settings, state: RunState, held_out: PairDataset | None) -> list[str]:
+def report(state: TrainerState, folder: Path, held_out: PairDataset | None, start: str) -> list[str]:
     """
-    Returns the last lines that a run prints: a table of the metrics before and after with the 95 % interval of their
-    change, the folder of the model, and the command that explains an image with it.
+    Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
+    change, the folder of the model, and the command that explains an image with it. `start` names the model that the
+    training began with, if the folder holds it.
     """
-    lines = [""]
-    if state.metrics:
-        few = held_out is not None and len(held_out) < FEWEST
-        change = {} if few else state.change
-        rows = [["", "before", "after", "change (95 %)" if change else ""] if state.before else ["", "", "", ""]]
-        for name, after in state.metrics.items():
-            before = _number(state.before[name]) if state.before else ""
-            heading = f"{name} %" if name in _IN_PERCENT else name
-            rows.append([heading, before, _number(after), " to ".join(map(_number, change.get(name, [])))])
+    lines, of_steps = [""], {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
+    before, after = of_steps.get(0, {}), of_steps.get(state.best_global_step or max(of_steps, default=0), {})
+    few = held_out is not None and len(held_out) < FEWEST
+    if after:
+        changes = {name: _change(after, name) for name in filter(_is_metric, after)}
+        heading = "change (95 %)" if before and not few and any(changes.values()) else ""
+        rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
+        for name, change in changes.items():
+            shown = name.removeprefix("eval_")
+            shown += " %" if shown in _IN_PERCENT else ""
+            number = _number(before[name]) if before else ""
+            rows.append([shown, number, _number(after[name]), change if heading else ""])
         lines += ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
         if held_out is not None:
-            too_few = ", too few for an interval" if few and state.change else ""
-            lines.append(f"{len(held_out)} held-out pairs{too_few}")
+            lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if few else ''}")
     else:
         lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
-    if state.bad_steps:
-        lines.append(f"{state.bad_steps} of {state.step} steps had no finite loss and gradient, and changed nothing.")
-    folder = shlex.quote(settings.output_dir)
-    if kept_initial_model(settings, state):
+    quoted = shlex.quote(str(folder))
+    if start:
         lines.append(
-            f"No evaluation was better than the start: {folder} holds the model that you started from "
-            f"({settings.model})."
+            f"No evaluation was better than the start: {quoted} holds the model that you started from ({start})."
         )
     else:
-        lines.append(f"The trained model is in {folder}.")
+        lines.append(f"The trained model is in {quoted}.")
     labels = common_labels(held_out) if held_out is not None else []
-    lines.append(f"Next: iclip explain PHOTO --text {shlex.quote(', '.join(labels) or '...')} --model {folder}")
+    lines.append(f"Next: iclip explain PHOTO --text {shlex.quote(', '.join(labels) or '...')} --model {quoted}")
     return lines
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith("eval_") and not name.endswith(("_low", "_high"))
+
+
+def _change(row: Mapping[str, float], name: str) -> str:
+    bounds = [row.get(f"{name}_change_{end}") for end in ("low", "high")]
+    return "" if None in bounds else " to ".join(map(_number, bounds))
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,265 @@
+"""The arguments of a training, for `HfArgumentParser`: of the model, the data, the evaluation and the `Trainer`."""
+
+# ruff: noqa: RUF009 (`_argument` makes a field)
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..data.layouts import DATASETS
+from ..hub.configs import config_folder, parse_options
+from ..model.configuration_iclip import ICLIPConfig
+
+
+RUNS = "runs"  # folder of the runs, if no other is named
+
+
+def _argument(default, help: str, **options):
+    """A field with what `add_argument` takes."""
+    default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**default, metadata={"help": help, **options})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained: a trained one, or two towers with new projections."""
+
+    config: str = _argument(
+        "",
+        "name of a shipped configuration, or a folder with a train.yaml, or this file; without one, arguments are "
+        "chosen by the number of pairs, and without data it is iclip-vit-b16",
+    )
+    model: str = _argument("", 'ICLIP model to train further (folder, Hub id or "embedded"), instead of two towers')
+    vision: str = _argument("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    text: str = _argument("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    model_options: list[str] = _argument([], "options that override those of config.json, as name=value")
+    lock_text: bool = _argument(False, "freeze the text tower")
+    image_size: int = _argument(0, "height and width of images in pixels; 0 for those of the model")
+
+
+@dataclass
+class DataArguments:
+    """The pairs to train on."""
+
+    data: list[str] = _argument(
+        [],
+        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with "
+        "metadata.jsonl or metadata.csv, or with a subfolder for each class, tar shards, Parquet, a saved dataset, or "
+        "a Hub dataset",
+        action="extend",
+    )
+    image_column: str = _argument("", "column of the images, if it has no usual name")
+    caption_column: str = _argument("", "column of the captions, if it has no usual name")
+    split: str = _argument("train", "split of a Hub dataset or of a saved one")
+    pairs_per_epoch: int = _argument(0, "pairs in an epoch of a single Hub dataset, which then is streamed")
+    max_bad_share: float = _argument(0.05, "largest share of broken pairs; the run stops above it")
+    nouns: str = _argument(
+        "",
+        "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become "
+        "prompts",
+    )
+    crop_scale: float = _argument(0.08, "smallest area of a random crop, as a share of the image")
+    auto_augment: str = _argument("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
+    random_erasing: float = _argument(0.25, "probability of erasing a rectangle")
+    cache_features: str = _argument("", "folder for features of locked towers, which are computed once")
+
+
+@dataclass
+class EvaluationArguments:
+    """The pairs and the segmentation data set to measure on."""
+
+    validation_data: list[str] = _argument([], "validation pairs, local")
+    validation_share: float = _argument(0.0, "share of the pairs to validate on instead, which are not trained on")
+    eval_dataset: str = _argument("none", "segmentation data set to evaluate maps on", choices=["none", *DATASETS])
+    eval_root: str = _argument("", "folder of eval_dataset")
+    eval_split: str = _argument("", "split of eval_dataset; the validation split if not given")
+
+
+@dataclass
+class ICLIPTrainingArguments(TrainingArguments):
+    """
+    Arguments of [`ICLIPTrainer`]: those of Transformers' `TrainingArguments`, and some more. The defaults are the
+    paper's recipe, and GroupViT's, to which the paper refers. Its batch of 1024 pairs is that of four devices.
+
+    `lr_scheduler_type="cosine"` is GroupViT's schedule: linear from `warmup_learning_rate` during `warmup_steps`, then
+    half a cosine over all steps to `min_learning_rate`. Other schedules are those of Transformers.
+
+    Args:
+        chunk_size (`int`, defaults to 256): number of pairs in one forward pass of a tower, which limits the memory.
+        keep_presence (`float`, defaults to 0.0): weight of a loss that keeps the presence of common nouns as the model
+            has it.
+        warmup_learning_rate (`float`, defaults to 1e-6): first learning rate of the warm-up.
+        min_learning_rate (`float`, defaults to 1e-5): last learning rate.
+        pictures (`int`, defaults to 4): number of held-out images whose maps are drawn at each evaluation.
+        resume (`bool`, defaults to `False`): whether `iclip train` resumes from the last checkpoint in `output_dir`.
+    """
+
+    per_device_train_batch_size: int = _argument(256, "number of pairs in a batch of each process")
+    per_device_eval_batch_size: int = _argument(256, "number of held-out pairs in one forward pass")
+    num_train_epochs: float = _argument(30.0, "number of passes over the pairs")
+    learning_rate: float = _argument(1.25e-4, "peak of the learning rate, for any number of pairs in a batch")
+    lr_scheduler_type: str = _argument("cosine", "schedule of the learning rate")
+    warmup_steps: float = _argument(2 / 30, "steps of linear warm-up; below 1, their share of all steps")
+    weight_decay: float = _argument(0.05, "weight decay of matrices; biases, norms and logit scales have none")
+    max_grad_norm: float = _argument(5.0, "largest norm of the gradient")
+    eval_steps: float | None = _argument(1000, "number of steps between evaluations; below 1, their share")
+    save_steps: float = _argument(1000, "number of steps between checkpoints; below 1, their share")
+    save_total_limit: int | None = _argument(2, "number of checkpoints that are kept")
+    logging_steps: float = _argument(10, "number of steps between logs; below 1, their share")
+    dataloader_drop_last: bool = _argument(True, "leave out an incomplete last batch; the loss needs equal ones")
+    # The collator reads the columns of rows, and `noun_labels` are not labels to gather.
+    remove_unused_columns: bool = _argument(False, "columns of a data set stay, because the collator reads them")
+    label_names: list[str] | None = _argument([], "names of labels to gather; none")
+
+    chunk_size: int = _argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
+    keep_presence: float = _argument(
+        0.0, "weight of a loss that keeps the presence of common nouns as the model has it, with a locked image tower"
+    )
+    warmup_learning_rate: float = _argument(1e-6, "first learning rate of the warm-up")
+    min_learning_rate: float = _argument(1e-5, "last learning rate")
+    pictures: int = _argument(4, "number of held-out images whose maps are drawn at each evaluation")
+    resume: bool = _argument(False, "resume from the last checkpoint in output_dir, if there is one")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data_seed is None:  # torch's own seed, which Accelerate would take, changes as batches are made
+            self.data_seed = self.seed
+
+
+class Arguments(NamedTuple):
+    """What `iclip train` is given."""
+
+    model: ModelArguments
+    data: DataArguments
+    evaluation: EvaluationArguments
+    training: ICLIPTrainingArguments
+
+
+_DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, ICLIPTrainingArguments)
+_RENAMED = {
+    "batch_size": "per_device_train_batch_size, the pairs of each process",
+    "epochs": "num_train_epochs",
+    "warmup_epochs": "warmup_steps, or below 1 their share of all steps",
+    "clip_grad_norm": "max_grad_norm",
+    "mixed_precision": "bf16 or fp16",
+    "num_workers": "dataloader_num_workers",
+    "log_steps": "logging_steps",
+    "checkpoint_steps": "save_steps",
+    "best_metric": "metric_for_best_model",
+}
+
+
+def argument_parser(**options) -> HfArgumentParser:
+    """Returns a parser of all arguments. Those that are not given are absent from its result."""
+    parser = HfArgumentParser(_DATACLASSES, allow_abbrev=False, **options)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser.add_argument(
+        "data", nargs="*", action="extend", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data"
+    )
+    return parser
+
+
+def cure_of(name: str) -> str:
+    """Returns what a name that is no argument may mean: an older name of one, or an option of the model."""
+    if name in _RENAMED:
+        return f"; it is now {_RENAMED[name]}"
+    if name in ICLIPConfig.__annotations__:
+        return f"; an option of the model is set by --model_options {name}=VALUE"
+    return ""
+
+
+def read_arguments(given: Mapping) -> Arguments:
+    """
+    Returns the arguments of a training: `given`, such as the result of the parser, before those of the `train.yaml`
+    that `config` names, and these before the defaults. Raises `ValueError` for an invalid one.
+    """
+    file = Path(given.get("config") or "iclip-vit-b16")
+    if not file.is_file():
+        file = config_folder(file) / "train.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: there is no such file; the arguments of a training are in a train.yaml.")
+    values = _read_file(file)
+    for names, instead in (
+        (("model",), ("vision", "text", "image_size")),
+        (("vision", "text"), ("model",)),
+        (("validation_share",), ("validation_data",)),
+        (("validation_data",), ("validation_share",)),
+    ):
+        if any(map(given.get, names)):
+            values = {name: value for name, value in values.items() if name not in instead}
+    return complete({**values, **given, "config": str(file)})
+
+
+def complete(values: Mapping) -> Arguments:
+    """Returns arguments with those that depend on others. Raises `ValueError` for a combination that cannot be."""
+    values = {name: value for name, value in values.items() if name not in ("command", "run")}
+    validated = bool(values.get("validation_data") or values.get("validation_share"))
+    maps = values.get("eval_dataset", "none") != "none"
+    values.setdefault("output_dir", f"{RUNS}/{run_name(values)}")
+    values.setdefault("report_to", "none")
+    if validated or maps:
+        usual = {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_on_start": bool(values.get("model"))}
+        usual["metric_for_best_model"] = "text_to_image" if validated else "mMIoU"
+        values = {**usual, **values}
+        if values.get("save_steps", 1000) % values.get("eval_steps", 1000):  # of the best model there is a checkpoint
+            values["save_steps"] = values["eval_steps"]
+    arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
+    model, data = arguments.model, arguments.data
+    parse_options(model.model_options)  # raises for one that is not name=value
+    if not data.data:
+        raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
+    if arguments.evaluation.validation_data and arguments.evaluation.validation_share:
+        raise ValueError("validation_data, validation_share: give one of them.")
+    if bool(model.model) == bool(model.vision and model.text):
+        raise ValueError(
+            f"model={model.model!r}, vision={model.vision!r}, text={model.text!r}: set either model, or vision and "
+            "text."
+        )
+    if model.model and model.image_size:
+        raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
+    if arguments.training.keep_presence and not (model.model and model.lock_text):
+        raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
+    return arguments
+
+
+def run_name(values: Mapping) -> str:
+    """Returns the name of a model: that of its folder or configuration."""
+    if values.get("output_dir"):
+        return Path(values["output_dir"]).name
+    return Path(values["config"]).resolve().parent.name
+
+
+def _read_file(file: Path) -> dict:
+    """Returns the arguments in a `train.yaml`. `name:` without a value leaves the default."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = [(name, value) for name, value in content.items() if value is not None]
+    except (AttributeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: arguments are written in YAML as `name: value`, but: {error}") from error
+    words: list[str] = []
+    for name, value in given:
+        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+    try:
+        values, unknown = argument_parser(exit_on_error=False).parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        raise ValueError(f"{file}: {name!r:.100} is no argument{cure_of(name)}.")
+    values = vars(values)
+    if (nouns := file.parent / values.get("nouns", "")).is_file():
+        values["nouns"] = str(nouns)
+    return values
+
+
+def parse_arguments(words: Sequence[str]) -> Arguments:
+    """Returns the arguments of a command line that names a configuration."""
+    return read_arguments(vars(argument_parser().parse_args(words)))

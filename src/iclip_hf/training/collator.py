@@ -1,0 +1,165 @@
+"""From rows to batches: images and texts as tensors, or their cached features, with nouns."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..data.columns import USUAL_COLUMNS, PairTexts, sample_caption
+from ..data.nouns import ImageNouns, NounPrompts
+from ..model.processing_iclip import ICLIPProcessor
+from ..utils.extras import require_extra
+
+
+class PairCollator:
+    """
+    Makes batches of rows for [`ICLIPTrainer`], or for any other loop: what [`ICLIPModel`] takes with `return_loss`.
+
+    The caption, the noun prompts and the augmentation of a row depend only on the seed and on its `draw`, the epoch
+    and the place of the row, which the data sets of [`~iclip_hf.data.load_pairs`] tell. Rows without it sample by
+    torch's random numbers, which `Trainer` seeds.
+
+    Example:
+
+    ```python
+    >>> collator = PairCollator(processor, NounPrompts(["dog", "sofa", "floor (background) (below)"]))
+    >>> batch = collator([{"image": image, "caption": "A dog on a sofa.", "labels": ["dog", "sofa"]}])
+    >>> model(**batch).loss
+    ```
+
+    Args:
+        processor ([`ICLIPProcessor`]): of the model.
+        nouns ([`NounPrompts`], *optional*): of which prompts follow the captions of a batch.
+        seed (`int`, defaults to 0): of the captions and augmentations.
+        transform (`Callable`, *optional*): from an image to `pixel_values` (3, H, W), such as [`augmentation`]; the
+            processor by default.
+        text_features (`Callable`, *optional*): from texts to their features (M, D) from the text tower, such as a
+            [`~features.FeatureCache`], instead of token ids.
+    """
+
+    def __init__(
+        self,
+        processor: ICLIPProcessor,
+        nouns: NounPrompts | None = None,
+        seed: int = 0,
+        transform: Callable[[Image.Image], torch.Tensor] | None = None,
+        text_features: Callable[[list[str]], torch.Tensor] | None = None,
+    ):
+        self.processor, self.nouns, self.seed, self.transform = processor, nouns, seed, transform
+        self.text_features = text_features
+
+    def for_evaluation(self) -> PairCollator:
+        """Returns a collator of the same texts and images, without nouns and augmentation."""
+        return PairCollator(self.processor, None, self.seed, None, self.text_features)
+
+    def read(self, texts: PairTexts) -> dict[str, object]:
+        """Returns what a batch needs of the texts of a row: the captions to sample from, and its nouns."""
+        if self.nouns is None:
+            return {"captions": texts.captions, "nouns": None}
+        return {"captions": self.nouns.sentences(texts.captions), "nouns": self.nouns.known_nouns(*texts)}
+
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor | bool]:
+        """
+        Args:
+            rows: B `dict`s with an `image`, for the processor, a `caption` or a list of `captions`, and *optional*
+                `labels` and `complete`, see [`~data.columns.PairTexts`]; or rows of [`~datasets.CachedPairs`].
+
+        Returns:
+            `dict` of `pixel_values` (B, 3, H, W) or `image_features` (B, ...), the tokenizer's tensors (M, L) of
+            captions and noun prompts or `text_inputs` (M, D), the nouns, see [`~data.nouns.NounPrompts.sample`], and
+            `return_loss`.
+
+        Raises:
+            `ValueError`: a row has no caption, or its labels are not as described.
+        """
+        draws = [row.get("draw") or (int(torch.randint(2**31, ())), place) for place, row in enumerate(rows)]
+        texts = [row if "nouns" in row else self.read(_texts_of(place, row)) for place, row in enumerate(rows, 1)]
+        captions = [sample_caption(of_row["captions"], self.seed, *draw) for of_row, draw in zip(texts, draws)]
+        prompts, nouns = [], {}
+        if self.nouns:
+            image_nouns: list[ImageNouns] = [of_row["nouns"] for of_row in texts]
+            prompts, nouns = self.nouns.sample(image_nouns, draws[0][0])
+        return {
+            **self._images(rows, draws),
+            **self._texts(captions + prompts),
+            **{name: torch.from_numpy(array) for name, array in nouns.items()},
+            "return_loss": True,
+        }
+
+    def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, torch.Tensor]:
+        if "features" in rows[0]:
+            return {"image_features": torch.stack([row["features"] for row in rows])}
+        if self.transform is None:
+            return dict(self.processor(images=[row["image"] for row in rows]))
+        images = []
+        for row, draw in zip(rows, draws):
+            seed_everything(self.seed, *draw)
+            images.append(self.transform(row["image"]))
+        return {"pixel_values": torch.stack(images)}
+
+    def _texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        return (
+            dict(self.processor(text=texts))
+            if self.text_features is None
+            else {"text_inputs": self.text_features(texts)}
+        )
+
+
+def _texts_of(number: int, row: Mapping) -> PairTexts:
+    try:
+        texts = USUAL_COLUMNS.texts(row)
+    except ValueError as error:
+        raise ValueError(f"Row {number} of the batch: {error}") from error
+    if not texts.captions:
+        raise ValueError(
+            f"Row {number} of the batch: expected a caption, got {', '.join(row)} alone; leave the row out."
+        )
+    return texts
+
+
+def augmentation(
+    processor: ICLIPProcessor,
+    crop_scale: float = 0.08,
+    auto_augment: str = "rand-m9-mstd0.5-inc1",
+    random_erasing: float = 0.25,
+) -> Callable[[Image.Image], torch.Tensor] | None:
+    """
+    Returns a conversion of an image to `pixel_values` (3, H, W) of the processor's size, by the steps of timm's
+    `create_transform`. The defaults are DeiT's recipe. With all of them off it is None, because timm would still
+    mirror images and crop wide ones. Raises `ValueError` for an unknown policy.
+    """
+    if crop_scale == 1 and not (auto_augment or random_erasing):
+        return None
+    with require_extra("train"):
+        from timm.data import create_transform
+
+    image_processor, size = processor.image_processor, processor.image_processor.size
+    normalizes = image_processor.do_normalize is not False
+    try:
+        return create_transform(
+            is_training=True,
+            input_size=(3, *(size.get(side) or size["shortest_edge"] for side in ("height", "width"))),
+            scale=(crop_scale, 1.0),
+            auto_augment=auto_augment or None,
+            color_jitter=None,  # DeiT's is off where its RandAugment is on
+            interpolation=Image.Resampling(image_processor.resample).name.lower(),
+            re_prob=random_erasing,
+            re_mode="pixel",
+            mean=tuple(image_processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
+            std=tuple(image_processor.image_std) if normalizes else (1.0, 1.0, 1.0),
+        )
+    except AssertionError as error:  # of timm's parser
+        raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm.") from error
+
+
+def seed_everything(*key) -> None:
+    """Seeds Python's, numpy's and torch's random numbers, such that they depend only on the key."""
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
             print_lines(f"http://{options.host}:{server.server_port}/")
             server.serve_forever()
         return
-    print_error("demo", f"loading Gradio and the model {options.model}, which may take a minute")
+    print_error("demo", f"loading Gradio and {options.model}, which may take a minute")
     from ..demo.app import launch
 
     silence_transformers()

@@ -6,9 +6,10 @@ from unittest.mock import patch
 
 import pytest
 from fault_inputs import written
+from transformers import TrainingArguments
 
 from iclip_hf import cli
-from iclip_hf.training.arguments import argument_parser, parse_arguments
+from iclip_hf.training.arguments import ICLIPTrainingArguments, argument_parser, parse_arguments
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
@@ -143,6 +144,18 @@ def test_what_is_measured_selects_the_model(hub):
     assert training("--eval_dataset", "folder").metric_for_best_model == "mMIoU"
     further = training("--validation_share", "0.1", "--model", "m", "--eval_steps", "7")
     assert further.eval_on_start and further.save_steps == further.eval_steps == 7
+
+
+def test_pairs_are_not_split_over_the_gpus_of_one_process(monkeypatch, tmp_path):
+    """`DataParallel` would contrast each part alone."""
+    of_base = TrainingArguments.__post_init__
+
+    def four_gpus(self):
+        of_base(self)
+        self._n_gpu = 4
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", four_gpus)
+    assert ICLIPTrainingArguments(str(tmp_path)).n_gpu == 1
 
 
 def test_the_paper_is_the_default():

@@ -131,6 +131,8 @@ class ICLIPTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.data_seed is None:  # torch's own seed, which Accelerate would take, changes as batches are made
             self.data_seed = self.seed
+        # Without a launcher, one of several GPUs trains. `DataParallel` would contrast the pairs of each GPU alone.
+        self._n_gpu = min(self.n_gpu, 1)
 
 
 class Arguments(NamedTuple):

@@ -120,7 +120,7 @@ def test_the_model_has_the_loss_of_iclip_train_for_rows_of_a_trainer(tiny_proces
     assert batch.pop("return_loss") is True and len(batch["pixel_values"]) == 4
     assert len(batch["input_ids"]) == (4 if nouns is None else 4 + 3 * 4)
     if nouns is not None:
-        assert batch["noun_labels"].tolist() == [[1, -1, 0, 1, -1]] * 2 + [[0, 0, 1, 0, 0], [0] * 5]
+        assert batch["nouns"]["noun_labels"].tolist() == [[1, -1, 0, 1, -1]] * 2 + [[0, 0, 1, 0, 0], [0] * 5]
     with torch.no_grad():
         loss, expected = model(**batch, return_loss=True).loss, outputs_of(model, batch)["loss"]
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)

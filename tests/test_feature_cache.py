@@ -176,8 +176,8 @@ def test_cached_features_make_the_batch_of_their_pairs(tmp_path, tiny_processor,
         cached.set_epoch(epoch)
         expected = plain([source[cached.indices[place]] for place in places])
         batch = collator(cached.__getitems__(places))
-        assert all(torch.equal(batch[name], expected[name]) for name in ("noun_ids", "noun_labels", "place"))
-        assert (expected["noun_labels"].sum(0) != 0).all()
+        assert all(torch.equal(batch["nouns"][name], of_nouns) for name, of_nouns in expected["nouns"].items())
+        assert (expected["nouns"]["noun_labels"].sum(0) != 0).all()
         if cached_texts:
             texts, _ = model.encode_text(expected["input_ids"], expected["attention_mask"])
             torch.testing.assert_close(batch["text_inputs"], texts.detach(), atol=2e-3, rtol=2e-3)

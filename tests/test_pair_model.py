@@ -209,7 +209,8 @@ def test_marks_say_where_a_noun_is():
     ]
     nouns = NounPrompts(lines)
     assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]
-    assert nouns.place.tolist() == [-1, 1, -1, 0, 0] and nouns.is_background.tolist() == [1, 1, 0, 1, 0]
+    assert nouns.marks["place"].tolist() == [-1, 1, -1, 0, 0]
+    assert nouns.marks["is_background"].tolist() == [1, 1, 0, 1, 0]
     _, sampled = nouns.sample([nouns.known_nouns([noun]) for noun in nouns.nouns], epoch=0)
     assert sampled["place"].tolist() == [-1] * 3 + [1] * 3 + [-1] * 3 + [0] * 6
 
@@ -229,11 +230,11 @@ def test_noun_prompts_teach_the_recognition_branch():
     noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
     nouns = {
         "noun_ids": noun_ids,
-        "is_background": torch.zeros(6),
+        "is_background": torch.zeros(6, dtype=torch.bool),
         "place": torch.zeros(6),
         "noun_labels": noun_labels,
     }
-    outputs = outputs_of(model, {**batch, **nouns}, noun_weight=0.7)
+    outputs = outputs_of(model, {**batch, "nouns": nouns}, noun_weight=0.7)
     once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
         logits = model(**batch).logits_per_image[:, [3 + place for place in once]].tolist()
@@ -269,12 +270,12 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
     nouns = {
         "noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]),
-        "is_background": torch.zeros(6),
+        "is_background": torch.zeros(6, dtype=torch.bool),
         "place": torch.zeros(6),
         "noun_labels": noun_labels,
     }
     learns = {"noun_weight": 0.7, "unknown_weight": 0.3}
-    outputs = outputs_of(model, {**batch, **nouns}, **learns)
+    outputs = outputs_of(model, {**batch, "nouns": nouns}, **learns)
     with torch.no_grad():
         logits = model(**batch).logits_per_image  # with the bias
     total = 0.0
@@ -287,7 +288,7 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     assert outputs["branch_losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
     softmax = tiny_model(max_over="similarity")  # the same weights without a bias
     softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})
-    without = outputs_of(softmax, {**batch, **nouns}, **learns)
+    without = outputs_of(softmax, {**batch, "nouns": nouns}, **learns)
     torch.testing.assert_close(
         outputs["branch_losses"][1], without["branch_losses"][1]
     )  # the map branch keeps its loss
@@ -304,7 +305,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
     noun_labels = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 1, 1]], dtype=torch.int8)
     nouns = {
         "noun_ids": torch.arange(4) % 3,
-        "is_background": torch.tensor([0, 1, 0, 0]),
+        "is_background": torch.tensor([False, True, False, False]),
         "place": torch.zeros(4),
         "noun_labels": noun_labels,
     }
@@ -314,7 +315,7 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
         model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
         outputs = {
-            share: outputs_of(model, {**batch, **nouns}, **learns, noun_competition=share) for share in (0, 0.25, 1)
+            share: outputs_of(model, {**batch, "nouns": nouns}, **learns, noun_competition=share) for share in (0, 0.25, 1)
         }
     cosines = (image.patch_embeds.flatten(1, 2) @ texts.T).double()
     seen = (1 - image.attention.double()) ** 8 + 1e-6
@@ -382,18 +383,18 @@ def test_the_competition_of_known_nouns_is_added_to_the_loss_of_the_map():
     options = {"max_over": "similarity", "center_tokens": True, "map_affinity": 3.0}
     model, batch = tiny_model(**options), tiny_inputs(3, 7, size=(80, 72))
     labels = torch.tensor([[1, 0, 0], [1, -1, 0], [0, -1, 1]], dtype=torch.int8)
-    marks = {"is_background": torch.tensor([0, 1, 0, 0]), "place": torch.tensor([0, 1, -1, 0])}
+    marks = {"is_background": torch.tensor([False, True, False, False]), "place": torch.tensor([0, 1, -1, 0])}
     nouns = {"noun_ids": torch.arange(4) % 3, "noun_labels": labels, **marks}
     losses = {}
     for weight in (0, 0.4):
         model.config.known_competition = weight
         with torch.no_grad():
-            losses[weight] = outputs_of(model, {**batch, **nouns})["branch_losses"]
+            losses[weight] = outputs_of(model, {**batch, "nouns": nouns})["branch_losses"]
     with torch.no_grad():
         image = model.get_image_features(batch["pixel_values"])
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
     patches = image.patch_embeds.flatten(1, 2)[1:, even_patches(image.grid)]
-    known = BatchNouns.gathered(*nouns.values())
+    known = BatchNouns.gathered(**nouns)
     expected = known_competition_loss(patches, texts, 20, known)
     assert expected > 0.1
     torch.testing.assert_close(losses[0.4][1] - losses[0][1], 0.4 * expected, atol=1e-5, rtol=0)
@@ -407,14 +408,14 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
     """
     model, batch = tiny_model(max_over="similarity", center_tokens=True, known_competition=1e-9), tiny_inputs(3, 7)
     labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, -1, 1]], dtype=torch.int8)
-    marks = {"is_background": torch.tensor([0, 1, 0, 0]), "place": torch.tensor([0, 1, -1, 0])}
+    marks = {"is_background": torch.tensor([False, True, False, False]), "place": torch.tensor([0, 1, -1, 0])}
     nouns = {"noun_ids": torch.arange(4) % 3, "noun_labels": labels, **marks}
     model.config.noun_weight, losses = 1, {}
     for share in (0, 1):
         model.config.noun_competition = share
         with torch.no_grad():
-            losses[share] = outputs_of(model, {**batch, **nouns})["branch_losses"][1]
-    known = BatchNouns.gathered(*nouns.values())
+            losses[share] = outputs_of(model, {**batch, "nouns": nouns})["branch_losses"][1]
+    known = BatchNouns.gathered(**nouns)
     with torch.no_grad():
         inputs = model.image_inputs(model.encode_image(batch["pixel_values"]))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]

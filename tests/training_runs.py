@@ -84,8 +84,8 @@ def eight_pairs(part: slice) -> tuple[ICLIPModel, dict]:
     batch |= {name: torch.cat([value[:8][part], value[8:][prompts]]) for name, value in inputs.items()}
     nouns = {
         "noun_ids": noun_ids[prompts],
-        "is_background": (noun_ids[prompts] > 3).byte(),
+        "is_background": noun_ids[prompts] > 3,
         "place": (noun_ids[prompts] % 3 - 1).to(torch.int8),
         "noun_labels": noun_labels[part].to(torch.int8),
     }
-    return model, {**batch, **nouns}
+    return model, {**batch, "nouns": nouns}

@@ -95,8 +95,11 @@ class NounPrompts:
     def __init__(self, nouns: Sequence[str], seed: int = 0):
         marks = marked_nouns(nouns)
         self.nouns = list(marks)
-        self.is_background = np.array(["background" in of_noun for of_noun in marks.values()], np.uint8)
-        self.place = np.array([("below" in of_noun) - ("above" in of_noun) for of_noun in marks.values()], np.int8)
+        # What a batch says of the nouns of its prompts, see `BatchNouns`.
+        self.marks = {
+            "is_background": np.array(["background" in of_noun for of_noun in marks.values()]),
+            "place": np.array([("below" in of_noun) - ("above" in of_noun) for of_noun in marks.values()], np.int8),
+        }
         self.seed = seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
@@ -189,9 +192,9 @@ class NounPrompts:
 
         Returns:
             `tuple`: 3 B prompts, grouped by image, and a `dict` of `noun_ids` (3 B,), the indices of their nouns,
-            `is_background` (3 B,), 1 for those of the background, `place` (3 B,), -1 for those above, 1 for those
-            below, else 0, and `noun_labels` (B, vocabulary), 1 for the nouns that an image shows, -1 for those that
-            it is known not to show, else 0. An image without nouns gets random prompts.
+            `noun_labels` (B, vocabulary), 1 for the nouns that an image shows, -1 for those that it is known not to
+            show, else 0, and their marks: `is_background` (3 B,), boolean, and `place` (3 B,), -1 for those above, 1
+            for those below, else 0. An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
@@ -203,8 +206,8 @@ class NounPrompts:
                 sampled.append(noun)
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
         sampled = np.array(sampled)
-        of_prompts = {"is_background": self.is_background[sampled], "place": self.place[sampled]}
-        return prompts, {"noun_ids": sampled, **of_prompts, "noun_labels": noun_labels}
+        of_prompts = {name: values[sampled] for name, values in self.marks.items()}
+        return prompts, {"noun_ids": sampled, "noun_labels": noun_labels, **of_prompts}
 
 
 def _name(text: str) -> str:

@@ -153,7 +153,10 @@ def _is_distributed() -> bool:
 
 
 class BatchNouns(NamedTuple):
-    """The V distinct nouns of the prompts of all processes. A noun of many images counts once."""
+    """
+    The V distinct nouns of the prompts of all processes. A noun of many images counts once. The last fields are the
+    marks of nouns that a batch has of each noun prompt, by these names.
+    """
 
     first: torch.Tensor  # the first prompt of each noun among those of all processes (V,)
     shown: torch.Tensor  # whether the images of this process show the nouns, boolean (B, V)
@@ -163,17 +166,15 @@ class BatchNouns(NamedTuple):
     place: torch.Tensor  # 1 for nouns that are below, -1 for those above, else 0 (V,)
 
     @classmethod
-    def gathered(
-        cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, is_background: torch.Tensor, place: torch.Tensor
-    ) -> BatchNouns:
-        """Gathers the nouns of all processes. Arguments are those of [`ICLIPModel.forward`]."""
+    def gathered(cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, **marks: torch.Tensor) -> BatchNouns:
+        """Gathers the nouns of all processes. Arguments are the `nouns` of [`ICLIPModel.forward`]."""
         noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
         # Sorted by noun; `torch.unique` does not return where each stands first.
         first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
         nouns = noun_ids[first]
-        is_background, place = (gather_with_gradient(mark)[first] for mark in (is_background, place))
+        marks = {name: gather_with_gradient(mark)[first] for name, mark in marks.items()}
         own = noun_labels[:, nouns]
-        return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, is_background > 0, place)
+        return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, **marks)
 
     @property
     def shows_place(self) -> torch.Tensor:

@@ -869,10 +869,7 @@ class ICLIPModel(PreTrainedModel):
         num_templates: int = 1,
         image_inputs: ImageInputs | None = None,
         text_inputs: torch.Tensor | None = None,
-        noun_ids: torch.LongTensor | None = None,
-        noun_labels: torch.Tensor | None = None,
-        is_background: torch.Tensor | None = None,
-        place: torch.Tensor | None = None,
+        nouns: dict[str, torch.Tensor] | None = None,
         return_loss: bool | None = None,
         chunk_size: int | None = None,
         output_similarity_maps: bool = False,
@@ -892,12 +889,13 @@ class ICLIPModel(PreTrainedModel):
                 `get_text_features`.
             image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed
                 by `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
-            noun_ids (`torch.Tensor` of shape `(M - B,)`, *optional*): noun of each noun prompt, as an index of the
-                vocabulary.
-            noun_labels (`torch.Tensor` of shape `(B, vocabulary)`): 1 for the nouns that an image shows, -1 for those
-                that it is known not to show, else 0; of a signed type.
-            is_background, place (`torch.Tensor` of shape `(M - B,)`): of the noun of each noun prompt, 1 if it is of
-                the background; and 1 if it is below, such as a floor, -1 if it is above, such as the sky, else 0.
+            nouns (`dict` of `torch.Tensor`, *optional*): of the noun prompts, as [`PairCollator`] makes them:
+                - **noun_ids** `(M - B,)` -- the noun of each, as an index of the vocabulary.
+                - **noun_labels** `(B, vocabulary)` -- 1 for the nouns that an image shows, -1 for those that it is
+                  known not to show, else 0; of a signed type.
+                - **is_background** `(M - B,)` -- whether the noun of each is of the background, boolean.
+                - **place** `(M - B,)` -- 1 if it is below, such as a floor, -1 if it is above, such as the sky, else
+                  0.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
             chunk_size (`int`, *optional*): number of images and of texts that a tower encodes at once for the loss.
@@ -911,7 +909,6 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: images or texts are missing, or H or W is not a multiple of the patch size; with
                 `return_loss` and without nouns, there is not one text for each image.
         """
-        nouns = {"noun_ids": noun_ids, "noun_labels": noun_labels, "is_background": is_background, "place": place}
         texts = (input_ids, text_inputs if return_loss else text_features)
         if (pixel_values is None and image_inputs is None) or all(given is None for given in texts):
             raise ValueError(
@@ -931,7 +928,7 @@ class ICLIPModel(PreTrainedModel):
                     chunk_size,
                     *(input_ids, attention_mask, token_type_ids),
                 )
-            return self._losses(image_inputs, text_inputs, None if noun_ids is None else BatchNouns.gathered(**nouns))
+            return self._losses(image_inputs, text_inputs, BatchNouns.gathered(**nouns) if nouns else None)
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         if text_features is None:

@@ -71,8 +71,8 @@ class PairCollator:
 
         Returns:
             `dict` of `pixel_values` (B, 3, H, W) or `image_features` (B, ...), the tokenizer's tensors (M, L) of
-            captions and noun prompts or `text_inputs` (M, D), the nouns, see [`~data.nouns.NounPrompts.sample`], and
-            `return_loss`.
+            captions and noun prompts or `text_inputs` (M, D), `nouns`, a `dict`, see
+            [`~data.nouns.NounPrompts.sample`], and `return_loss`.
 
         Raises:
             `ValueError`: a row has no caption, or its labels are not as described.
@@ -83,11 +83,12 @@ class PairCollator:
         prompts, nouns = [], {}
         if self.nouns:
             image_nouns: list[ImageNouns] = [of_row["nouns"] for of_row in texts]
-            prompts, nouns = self.nouns.sample(image_nouns, draws[0][0])
+            prompts, arrays = self.nouns.sample(image_nouns, draws[0][0])
+            nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
         return {
             **self._images(rows, draws),
             **self._texts(captions + prompts),
-            **{name: torch.from_numpy(array) for name, array in nouns.items()},
+            **nouns,
             "return_loss": True,
         }
 

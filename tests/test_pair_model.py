@@ -314,9 +314,8 @@ def test_nouns_of_the_background_compete_for_patches_without_attention():
         image = model.get_image_features(batch["pixel_values"])
         model.attention_direction.copy_(torch.linspace(-0.05, 0.05, model.config.projection_dim))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
-        outputs = {
-            share: outputs_of(model, {**batch, "nouns": nouns}, **learns, noun_competition=share) for share in (0, 0.25, 1)
-        }
+        batch["nouns"] = nouns
+        outputs = {share: outputs_of(model, batch, **learns, noun_competition=share) for share in (0, 0.25, 1)}
     cosines = (image.patch_embeds.flatten(1, 2) @ texts.T).double()
     seen = (1 - image.attention.double()) ** 8 + 1e-6
     prior = torch.full_like(cosines, 1 / cosines.shape[1])

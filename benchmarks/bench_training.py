@@ -13,7 +13,6 @@ import statistics
 import tarfile
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,14 +27,11 @@ from iclip_hf.data.pairs import load_pairs
 
 with needed():
     import open_clip
-    from accelerate import Accelerator
     from open_clip.loss import ClipLoss
 
-    from iclip_hf.training.contrastive import PairModel
-    from iclip_hf.training.data import BatchLoader, CachedPairs, TrainingPairs, whole_image
-    from iclip_hf.training.features import POOLINGS, FeatureCache, unpack_inputs
-    from iclip_hf.training.settings import Settings
-    from iclip_hf.training.train import parameter_groups
+    from iclip_hf.model.pooling import POOLINGS
+    from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator
+    from iclip_hf.training.features import unpack_inputs
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:
@@ -69,32 +65,43 @@ class Contender:
 
 
 class Ours(Contender):
-    """An ICLIP model, from the cache of a folder or from its pairs."""
+    """An ICLIP model, with the batches and the loss of its trainer, from the cache of a folder or from its pairs."""
 
     def __init__(self, folder: Path, options: argparse.Namespace, lock_text: bool, cached: bool, bf16: bool = False):
         super().__init__()
         torch.manual_seed(0)
         self.bf16 = bf16
-        vision, text = map(str, embedded_towers())
-        accelerator = Accelerator(cpu=True)
-        model = ICLIPModel.from_vision_text_pretrained(vision, text)
-        dataset = cached_pairs(folder, model, accelerator, lock_text) if cached else plain_pairs(folder)
-        pair_model = PairModel(model, settings(options.batch_size, lock_text))
-        optimizer = torch.optim.AdamW(parameter_groups(pair_model, 0.05), lr=1e-4)
-        self.pair_model, self.optimizer = accelerator.prepare(pair_model, optimizer)
-        workers = 0 if cached else options.num_workers
-        self.batches = BatchLoader(dataset, accelerator, options.batch_size, num_workers=workers).epoch
+        model, prepare = embedded_model(lock_text), processor()
+        pairs, collator = load_pairs(folder / "pairs.tar"), PairCollator(prepare)
+        if cached:
+            cache = FeatureCache(model.eval(), prepare, folder)
+            collator.text_features = cache if lock_text else None
+            pairs = CachedPairs(pairs, cache, collator)
+        args = ICLIPTrainingArguments(
+            str(folder / "run"),
+            per_device_train_batch_size=options.batch_size,
+            chunk_size=options.batch_size,
+            dataloader_num_workers=0 if cached else options.num_workers,
+            use_cpu=True,
+            report_to="none",
+        )
+        self.trainer = ICLIPTrainer(model.train(), args, collator, train_dataset=pairs, processing_class=prepare)
+        self.optimizer, self.loader = self.trainer.create_optimizer(), self.trainer.get_train_dataloader()
+
+    def batches(self, epoch: int) -> DataLoader:
+        self.trainer.train_dataset.set_epoch(epoch)
+        return self.loader
 
     def loss(self, batch: dict) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            return self.pair_model(**batch)["loss"]
+            return self.trainer.compute_loss(self.trainer.model, batch)
 
 
 class OpenClipPairs(Dataset):
     """Pairs as open_clip's model takes them."""
 
     def __init__(self, folder: Path):
-        self.pairs, self.prepare = load_pairs(folder / "pairs.tar"), partial(whole_image, processor())
+        self.pairs, self.processor = load_pairs(folder / "pairs.tar"), processor()
         self.tokenizer = open_clip.SimpleTokenizer()
 
     def __len__(self):
@@ -102,7 +109,7 @@ class OpenClipPairs(Dataset):
 
     def __getitem__(self, index):
         pair = self.pairs[index]
-        return self.prepare(pair["image"]), self.tokenizer([pair["caption"]])[0]
+        return self.processor(pair["image"])["pixel_values"][0], self.tokenizer([pair["caption"]])[0]
 
 
 class OpenClip(Contender):
@@ -131,19 +138,11 @@ def processor() -> ICLIPProcessor:
     return ICLIPProcessor.from_vision_text_pretrained(*map(str, embedded_towers()))
 
 
-def plain_pairs(folder: Path) -> TrainingPairs:
-    return TrainingPairs(load_pairs(folder / "pairs.tar"), partial(whole_image, processor()), processor())
-
-
-def cached_pairs(folder: Path, model: ICLIPModel, accelerator: Accelerator, lock_text: bool) -> CachedPairs:
-    """From what is in the folder, or is put there now."""
-    pairs = load_pairs(folder / "pairs.tar")
-    return CachedPairs(pairs, FeatureCache(folder, model.eval(), processor(), accelerator), lock_text=lock_text)
-
-
-def settings(batch_size: int, lock_text: bool) -> Settings:
-    """Of a loss in one chunk."""
-    return Settings(model="embedded", data=["pairs"], chunk_size=batch_size, lock_text=lock_text)
+def embedded_model(lock_text: bool, **options) -> ICLIPModel:
+    """A model of the embedded towers, with new projections."""
+    model = ICLIPModel.from_vision_text_pretrained(*map(str, embedded_towers()), **options)
+    model.text_model.requires_grad_(not lock_text)
+    return model
 
 
 # name, class, and what it is made with
@@ -171,16 +170,15 @@ def steps(rounds: int) -> dict[str, list[float]]:
     """Seconds of training steps from cached features, by where the maximum over patches is taken."""
 
     def step(max_over: str):
-        model = ICLIPModel.from_vision_text_pretrained(*map(str, embedded_towers()), max_over=max_over)
-        pair_model = PairModel(model, settings(PAIRS, lock_text=True))
-        optimizer = torch.optim.AdamW(parameter_groups(pair_model, 0.05), lr=1e-4)
+        model = embedded_model(lock_text=True, max_over=max_over).train()
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
         features = torch.randn(PAIRS, len(POOLINGS), WIDTH)
         if max_over == "similarity":  # with the attention in the last column
             features = torch.rand(PAIRS, 2 + TOKENS, WIDTH + 1)
         images, texts = unpack_inputs(features, model.config), torch.randn(PAIRS, WIDTH)
 
         def train() -> None:
-            pair_model(image_inputs=images, text_inputs=texts)["loss"].backward()
+            model(image_inputs=images, text_inputs=texts, return_loss=True).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -3,7 +3,7 @@
     python benchmarks/few_pairs.py --data-root DATA
 
 For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is
-measured on the other half, with five. Maps and presence are measured on coco100. Settings are those that `iclip train
+measured on the other half, with five. Maps and presence are measured on coco100. Arguments are those that `iclip train
 pairs.csv` chooses, except for the learning rate and `keep_presence`. Features of the locked towers are the same in
 all runs: they are computed once and kept in the folder `--output`.
 """
@@ -11,25 +11,23 @@ all runs: they are computed once and kept in the folder `--output`.
 import argparse
 import copy
 import itertools
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
+from transformers import ProgressCallback
 
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
-from iclip_hf.training.contrastive import PairModel
-from iclip_hf.training.data import BatchLoader, CachedPairs
-from iclip_hf.training.features import FeatureCache
-from iclip_hf.training.preset import KEEP_PRESENCE, RATE, STEPS
-from iclip_hf.training.settings import Settings
-from iclip_hf.training.train import cosine_schedule, kept_presence, parameter_groups
+from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator
+from iclip_hf.training.features import unpack_inputs
+from iclip_hf.training.presets import KEEP_PRESENCE, RATE, STEPS
 
 
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]
@@ -64,11 +62,12 @@ class Study:
 
     def __init__(self, options: argparse.Namespace):
         self.steps = options.steps
-        self.accelerator = Accelerator(cpu=True)
         self.start, self.processor = load_iclip("embedded")
+        self.start.text_model.requires_grad_(False)
         pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
-        cache = FeatureCache(options.output, self.start, self.processor, self.accelerator)
-        self.pairs = CachedPairs(pairs, cache, lock_text=True)
+        self.cache = FeatureCache(self.start, self.processor, options.output)
+        self.collator = PairCollator(self.processor, text_features=self.cache)
+        self.pairs = CachedPairs(pairs, self.cache, self.collator)
         self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
         self.start.encode_image = remembered(self.start.encode_image, {})
         self.start.encode_text = remembered(self.start.encode_text, {})
@@ -85,38 +84,37 @@ class Study:
         return {**self.retrieval(model, unseen), **maps, **{name: result["presence"][name] for name in PRESENCE}}
 
     def fine_tune(self, model: ICLIPModel, rows: np.ndarray, seed: int, rate: float, keep: float) -> None:
-        training = copy.copy(self.pairs)
-        training.rows, training.keys = self.pairs.rows[rows], self.pairs.keys[rows]
-        training.captions = [self.pairs.captions[row][:1] for row in rows]
-        batch_size = min(len(rows), 256)
-        loader = BatchLoader(training, self.accelerator, batch_size, seed)
-        settings = Settings(model="embedded", data=[""], output_dir=".", lock_text=True, keep_presence=keep)
-        pair_model = PairModel(model, settings, kept_presence(settings, model, self.processor))
-        optimizer = torch.optim.AdamW(parameter_groups(pair_model, settings.weight_decay), lr=rate)
-        step = 0
-        for epoch in itertools.count():
-            for batch in loader.epoch(epoch):
-                if step == self.steps:
-                    return
-                for group in optimizer.param_groups:
-                    group["lr"] = cosine_schedule(step, self.steps, self.steps // 10, rate, 0.0, 0.0)
-                pair_model(**batch)["loss"].backward()
-                torch.nn.utils.clip_grad_norm_(pair_model.parameters(), settings.clip_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                pair_model.clamp_logit_scales()
-                step += 1
+        training = [{**pair, "captions": pair["captions"][:1]} for pair in self.pairs.__getitems__(rows)]
+        with tempfile.TemporaryDirectory() as folder:
+            args = ICLIPTrainingArguments(
+                folder,
+                per_device_train_batch_size=min(len(rows), 256),
+                max_steps=self.steps,
+                learning_rate=rate,
+                warmup_learning_rate=0.0,
+                min_learning_rate=0.0,
+                warmup_steps=0.1,
+                keep_presence=keep,
+                seed=seed,
+                save_strategy="no",
+                use_cpu=True,
+                report_to="none",
+            )
+            trainer = ICLIPTrainer(model, args, self.collator, train_dataset=training, processing_class=self.processor)
+            trainer.remove_callback(ProgressCallback)  # which prints between the rows of the table
+            trainer.train()
 
     @torch.inference_mode()
     def retrieval(self, model: ICLIPModel, rows: np.ndarray) -> dict[str, float]:
         """Returns the recall at 1 and at 5 among these images and all their captions, in percent."""
         branch, pairs = model.recognition, self.pairs.__getitems__(rows)
-        captions = [self.pairs.captions[row] for row in rows]
+        captions = [pair["captions"] for pair in pairs]
         texts = list(itertools.chain.from_iterable(captions))
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
-        images = branch.embed_image(pairs["image_inputs"].recognition)
-        cosines = images @ branch.embed_text(self.pairs.text_features[texts]).mT
+        features = torch.stack([pair["features"] for pair in pairs]).float()
+        images = branch.embed_image(unpack_inputs(features, model.config).recognition)
+        cosines = images @ branch.embed_text(self.cache(texts)).mT
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()
             for name, values, hits in (("image to text", cosines, own), ("text to image", cosines.T, own.T))

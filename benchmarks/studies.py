@@ -16,12 +16,12 @@ from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 
 from iclip_hf.backends.loading import load_iclip
+from iclip_hf.cli.train import train
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.pooling import normalize_attention
-from iclip_hf.training.settings import parse_settings
-from iclip_hf.training.train import train
+from iclip_hf.training.arguments import parse_arguments
 
 
 # How attention enters the map does not change the training, so each run is measured with all of these.
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="coco2017", choices=DATASETS)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--split")
-    options, settings = parser.parse_known_args()  # the rest are settings of `iclip train`
+    options, others = parser.parse_known_args()  # the rest are arguments of `iclip train`
 
     studies = yaml.safe_load((options.config / "studies.yaml").read_text())
     dataset = load_segmentation(options.dataset, options.data_root, options.split)
@@ -49,18 +49,10 @@ def main() -> None:
             folder = options.output / f"{number}-seed{seed}"
             file = folder / "study.json"
             if not file.exists():
-                command = [
-                    "--config",
-                    options.config / "train.yaml",
-                    "--output_dir",
-                    folder,
-                    "--seed",
-                    seed,
-                    "--resume",
-                ]
-                command += [f"--{name}={value}" for name, value in studies["settings"].items()]
-                command += ["--model_options", *studies["model_options"], *changes, *settings]
-                train(parse_settings([str(argument) for argument in command]))
+                given = {"config": options.config, "output_dir": folder, "seed": seed, **studies["arguments"]}
+                command = ["--resume", *(f"--{name}={value}" for name, value in given.items())]
+                command += ["--model_options", *studies["model_options"], *changes, *others]
+                train(parse_arguments(command))
                 file.write_text(json.dumps(measure(folder, dataset, features), indent=2))
             scores.append(json.loads(file.read_text()))
         rows[name] = scores

@@ -79,9 +79,8 @@ def test_every_baseline_is_another_model(studies):
         changes = {name: yaml.safe_load(value) for name, value in changes.items()}
         known, _ = ICLIPConfig.get_config_dict(studies.parent)
         config = ICLIPConfig(**{**known, **changes})
-        assert (
-            options["settings"].get("nouns") or config.logit_bias_init_value is None
-        )  # a logit bias learns from nouns
+        # A logit bias learns from nouns.
+        assert options["arguments"].get("nouns") or config.logit_bias_init_value is None
         with torch.device("meta"):
             assert (ICLIPModel(config).interpretability is not None) == changes["dual_projection"]
         models.add(config.to_json_string())

@@ -74,7 +74,6 @@ setup(
         "iclip_hf.hub_configs": ["*/*.json", "*/*.yaml", "*/*.txt", "../model_card.md"],
     },
     install_requires=[
-        "filelock>=4.0",  # older ones leave the lock of a killed process with its forks
         "huggingface_hub>=2.0",
         "jinja2>=3.1",
         "numpy>=1.26",

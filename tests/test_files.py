@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, inputs stay, and one run at a time writes into a folder."""
+"""Files appear whole or not at all, and inputs stay."""
 
 import errno
 import os
@@ -16,7 +16,6 @@ from iclip_hf.utils.files import (
     build_once,
     check_new_folder,
     check_outputs,
-    folder_lock,
     free_name,
     write_files,
     write_new,
@@ -83,27 +82,14 @@ def test_files_into_a_clone(tmp_path):
     assert (tmp_path / "README.md").read_text() == (tmp_path / "sub" / "README.md").read_text() == "card"
 
 
-def test_a_folder_is_new_or_empty_or_has_the_state_file(tmp_path):
+def test_a_folder_is_new_or_empty(tmp_path):
     folder = tmp_path / "run"
     check_new_folder(folder)
-    with folder_lock(folder):
-        check_new_folder(folder, ".state")  # a run that was killed when it began left a lock
-    with pytest.raises(ZeroDivisionError), atomic_write(folder / ".state") as partial:
-        left = folder / partial.name
-        raise ZeroDivisionError
-    left.touch()
-    check_new_folder(folder, ".state")  # it left what it wrote of its state
-    with pytest.raises(FileExistsError):
-        check_new_folder(folder)
-    left.unlink()
+    folder.mkdir()
+    check_new_folder(folder)
     (folder / "notes.txt").touch()
-    for state_file in (None, ".state"):
-        with pytest.raises(FileExistsError, match=r"run: this folder holds other files, such as notes\.txt"):
-            check_new_folder(folder, state_file)
-    (folder / ".state").touch()
-    check_new_folder(folder, ".state")
-    with pytest.raises(FileExistsError):
-        check_new_folder(folder, ".state-of-another-command")
+    with pytest.raises(FileExistsError, match=r"run: this folder holds other files, such as notes\.txt"):
+        check_new_folder(folder)
 
 
 # ---- whole files ----
@@ -233,37 +219,3 @@ def test_a_killed_build_is_made_anew(tmp_path):
     with atomic_folder(tmp_path / "model") as built:
         (built / "weights").touch()
     assert names(tmp_path / "model") == ["weights"] and len(names(tmp_path)) == 2
-
-
-# ---- one run at a time ----
-
-
-def test_a_folder_is_of_one_run_until_it_ends(tmp_path):
-    folder = tmp_path / "new" / "runs"
-    for _ in range(2):
-        with (
-            folder_lock(folder),
-            pytest.raises(BlockingIOError, match="runs: another run is writing here"),
-            folder_lock(folder),
-        ):
-            pass
-    with pytest.raises(KeyError), folder_lock(folder):
-        raise KeyError
-    with folder_lock(folder):
-        pass
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_frees_its_folder_although_its_workers_live(tmp_path):
-    killed(
-        "with folder_lock(Path(sys.argv[1])):\n"
-        "    if os.fork() == 0:\n"
-        "        os.closerange(0, 3)\n"
-        "        import time\n"
-        "        time.sleep(10)\n"
-        "        os._exit(0)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)",
-        tmp_path,
-    )
-    with folder_lock(tmp_path):
-        pass

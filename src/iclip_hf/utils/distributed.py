@@ -1,20 +1,16 @@
-"""Helpers for runs of several processes under `accelerate launch`: state, agreement and locks."""
+"""Helpers for runs of several processes under `accelerate launch`: state and agreement."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .extras import require_extra
-from .files import folder_lock
 
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator, PartialState
+    from accelerate import PartialState
 
 Value = TypeVar("Value")
 
@@ -37,21 +33,3 @@ def broadcast_from_main(value: Value) -> Value:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
-
-
-@contextmanager
-def shared_folder_lock(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
-    """
-    [`iclip_hf.utils.files.folder_lock`] for a run of several processes. The first process locks the folder for all;
-    its `OSError` is raised on every process.
-    """
-    with ExitStack() as claim:
-        refusal = None
-        if state.is_main_process:
-            try:
-                claim.enter_context(folder_lock(folder))
-            except OSError as error:
-                refusal = error
-        if refusal := broadcast_from_main(refusal):
-            raise refusal
-        yield

@@ -1,4 +1,4 @@
-"""Cache folder, writing of files and folders, folder locks, and uniform errors of reading and writing."""
+"""Cache folder, writing of files and folders, and uniform errors of reading and writing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import RevisionResolutionError
 from safetensors import SafetensorError
 
 
 logger = logging.getLogger(__name__)
-
-_LOCK = ".iclip-hf.lock"
 
 
 def cache_folder() -> Path:
@@ -172,41 +169,14 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def check_new_folder(folder: Path, state_file: str | None = None) -> None:
-    """
-    Checks that a folder to write is new, empty, or holds the state file of the command. A lock does not count, nor
-    what a run left that was killed as it wrote the state file. Raises `FileExistsError` if it holds other files, or is
-    named as the embedded model is, and `NotADirectoryError`.
-    """
+def check_new_folder(folder: Path) -> None:
+    """Raises `FileExistsError` unless a folder to write is new or empty, and is not named as the embedded model."""
     if str(folder) == "embedded":
         raise FileExistsError(f"{folder}: this is the name of the embedded model; name another folder.")
-    names = {path.name for path in folder.iterdir()} - {_LOCK} if folder.exists() else set()
-    if state_file:
-        names = {name for name in names if not name.startswith(f".{state_file}.")}
-    if names and state_file not in names:
+    if names := [path.name for path in folder.iterdir()] if folder.exists() else []:
         raise FileExistsError(
             f"{folder}: this folder holds other files, such as {min(names)}; name a new or empty one."
         )
-
-
-@contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """
-    Locks a folder against other runs, and creates it. The operating system releases the lock when the process ends.
-    Raises `BlockingIOError` if another run holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise BlockingIOError(
-            f"{folder}: another run is writing here; wait until it ends, or name another folder."
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @contextmanager

@@ -238,11 +238,7 @@ class EvaluationRun:
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
         """The encoded class names, `(K, P)`, on the device of the model."""
-        return self.encode(self.dataset.class_names)
-
-    def encode(self, texts: Sequence[str]) -> ICLIPTextFeatures:
-        """Encodes texts as [`Engine.encode`]."""
-        return self.engine.encode(texts)
+        return self.engine.encode(self.dataset.class_names)
 
     def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
         """

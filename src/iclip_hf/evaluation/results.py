@@ -87,7 +87,7 @@ def read_results(path: str | Path, *parts: str) -> dict:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+    except ValueError:
         content = None
     if not isinstance(content, dict) or not all(isinstance(content.get(part), dict) for part in parts):
         raise ValueError(f"{path} is no JSON file of `iclip evaluate --output`.")

@@ -23,7 +23,8 @@ class BiModal(GradientExplainer):
         return [layer.weights for layer in layers]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        relevances = [attention_relevance(layer.weights, grad) for layer, grad in zip(layers, gradients)]
+        # (B, Q, L) of each layer
+        relevances = [(layer.weights * grad).float().relu().mean(1) for layer, grad in zip(layers, gradients)]
         # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
         read = slice(0, None if self.model.pools_patches else 1)
         row = relevances[-1][:, read].sum(1, keepdim=True)
@@ -32,10 +33,3 @@ class BiModal(GradientExplainer):
         for relevance in reversed(relevances[:-1]):
             row = row + row @ relevance
         return row[:, 0, -patches:]
-
-
-def attention_relevance(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """
-    Computes the positive part of attention times its gradient `(B, H, Q, L)`, averaged over the heads: `(B, Q, L)`.
-    """
-    return (weights * gradient).float().relu().mean(1)

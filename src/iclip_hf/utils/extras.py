@@ -8,28 +8,17 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, requires
 
 
-def not_installed(package: str, extra: str) -> ImportError:
-    """
-    Returns the error for a missing package. It names the command that installs all packages of the extra, from a clone
-    or a wheel.
-    """
-    needed = []
-    with suppress(PackageNotFoundError):
-        marked = (requirement.partition(";") for requirement in requires("iclip-hf") or ())
-        needed = [
-            name.strip() for name, _, marker in marked if marker.replace("'", '"').strip() == f'extra == "{extra}"'
-        ]
-    command = shlex.join(["pip", "install", *(needed or [package])])
-    return ImportError(f"{package} is not installed: install the extra [{extra}] with `{command}`.", name=package)
-
-
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
-    """
-    Wraps imports of optional packages. The `ImportError` for a missing package names the command that installs the
-    extra.
-    """
+    """Wraps imports of optional packages. The `ImportError` for a missing one names the command that installs all."""
     try:
         yield
     except ModuleNotFoundError as error:
-        raise not_installed(error.name.partition(".")[0], name) from error
+        package, needed = error.name.partition(".")[0], []
+        with suppress(PackageNotFoundError):
+            marked = (requirement.partition(";") for requirement in requires("iclip-hf") or ())
+            extra = f'extra == "{name}"'
+            needed = [needs.strip() for needs, _, marker in marked if marker.replace("'", '"').strip() == extra]
+        command = shlex.join(["pip", "install", *(needed or [package])])
+        sentence = f"{package} is not installed: install the extra [{name}] with `{command}`."
+        raise ImportError(sentence, name=package) from error

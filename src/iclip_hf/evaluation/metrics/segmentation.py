@@ -162,8 +162,7 @@ class Segmentation(Metric):
             )
         self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
-        texts = [*itertools.chain(*dataset.synonyms), *self.texts_of_background]
-        self.encoded = run.encode(texts)
+        self.encoded = run.engine.encode([*itertools.chain(*dataset.synonyms), *self.texts_of_background])
         self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 

@@ -82,9 +82,7 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
-    """
-    Returns the data for `gradio_viewer.js`, with raw maps on a grid of (rows, columns), which the browser enlarges.
-    """
+    """Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges."""
     return {
         **seen.view,
         "made_by": explanation.made_by,
@@ -117,10 +115,7 @@ def to_npz(explanation: Explanation) -> bytes:
 
 
 def build_app(model) -> gr.Blocks:
-    """
-    Builds the app for a model, or anything that [`load`] takes. The model runs once for an explanation, or at two
-    scales; the browser computes opacity, outline and the value under the pointer.
-    """
+    """Builds the app for a model, or anything that [`load`] takes."""
     model, photographs = load(model), examples()
     has_presence = model.presence(torch.zeros(1)) is not None
     gr.set_static_paths([str(example.file) for example in photographs])  # neither copied nor deleted
@@ -149,10 +144,7 @@ def build_app(model) -> gr.Blocks:
 
 
 def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequence[Example], cache: str) -> Callable:
-    """
-    Returns the function that answers a question, with the data of the viewer and a file of the arrays in the folder
-    `cache`.
-    """
+    """Returns the function that answers a question, with a file of the arrays in the folder `cache`."""
     paths = {str(example.file) for example in photographs}
     explainer = functools.cache(functools.partial(make_explainer, model))
 
@@ -182,9 +174,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
 
 
 def _question(photographs: Sequence[Example], default_method: str) -> tuple:
-    """
-    Adds the column of the question. Returns its fields, the button, and the event of a photograph that was chosen.
-    """
+    """Adds the column of the question. Returns its fields, the button, and the event of a chosen photograph."""
     first = photographs[0]
     photo = gr.Image(str(first.file), label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo")
     typed = gr.Textbox(

@@ -141,10 +141,7 @@ def _join_processes(totals: Mapping[tuple, Metric]) -> None:
 
 
 def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
-    """
-    Returns the protocol of the first run, with the options of each metric, and the size of images of a metric with
-    another run.
-    """
+    """Returns the protocol of the first run, with the options of each metric, and its size of images if it differs."""
     metrics = {}
     for metric, run in run_of.items():
         size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
@@ -153,9 +150,7 @@ def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict
 
 
 def _measurable(metric: Metric, run: EvaluationRun) -> bool:
-    """
-    Prepares a metric. Returns False if it is optional, and the data set or the model does not have what it measures.
-    """
+    """Prepares a metric. Returns False if it is optional and cannot be measured here."""
     try:
         metric.prepare(run)
     except CannotMeasure:
@@ -179,9 +174,7 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
 
 
 def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
-    """
-    Returns a Markdown table with a row for each method, what its columns mean, and the tables of the metrics' own.
-    """
+    """Returns a Markdown table of all methods, what its columns mean, and the tables of the metrics' own."""
     in_table = [metric for metric in metrics if metric.columns]
     first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
     headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
@@ -241,11 +234,7 @@ class EvaluationRun:
         return self.engine.encode(self.dataset.class_names)
 
     def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
-        """
-        Measures all images of this process. Threads decode images and update metrics while this thread runs the model.
-        Returns a metric with its items by its name and the method, which is None for metrics that do not depend on the
-        method.
-        """
+        """Measures the images of this process. Returns a metric with its items by its name and the method or None."""
         needs = frozenset().union(*(metric.needs for metric in metrics))
         metrics_of = {
             method: [metric for metric in metrics if metric.by_method == bool(method)]

@@ -31,10 +31,7 @@ def to_numpy(array) -> np.ndarray:
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """
-    Returns a map as an array of floats. Raises `ValueError` unless its values are in [0, 1], because others are
-    counted wrongly.
-    """
+    """Returns a map as an array of floats. Others than those in [0, 1] would be counted wrongly."""
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind != "f":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones

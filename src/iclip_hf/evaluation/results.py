@@ -34,10 +34,7 @@ class EvaluationResult:
     tables: list[str] = field(default_factory=list)
 
     def table(self) -> str:
-        """
-        Returns the scores as a Markdown table, which says if they are of some images only, what its columns mean, and
-        further tables of some metrics.
-        """
+        """Returns the scores as Markdown tables, with what their columns mean."""
         return "\n\n".join(self.tables)
 
     def to_json(self) -> str:
@@ -47,10 +44,7 @@ class EvaluationResult:
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     def per_class_csv(self) -> str:
-        """
-        Returns `per_class` as CSV text, with a row for each method and class. The heading of a score is
-        `metric.score`.
-        """
+        """Returns `per_class` as CSV text: a row for each method and class, and columns named `metric.score`."""
         rows = []
         for method, classes in self.per_class.items():
             for row in classes:
@@ -81,10 +75,7 @@ class EvaluationResult:
 
 
 def read_results(path: str | Path, *parts: str) -> dict:
-    """
-    Reads the JSON file of [`EvaluationResult.save`]. Raises `FileNotFoundError` if there is none, and `ValueError`
-    unless each of `parts` is a mapping.
-    """
+    """Reads the JSON file of [`EvaluationResult.save`]. `ValueError` unless each of `parts` is a mapping."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
@@ -95,10 +86,7 @@ def read_results(path: str | Path, *parts: str) -> dict:
 
 
 def map_settings(engine) -> dict:
-    """
-    Returns the settings that the maps of an [`Engine`] depend on, besides model and method, as in the protocol of a
-    result.
-    """
+    """Returns the settings of an [`Engine`] that its maps depend on, as in the protocol of a result."""
     return {
         "image_size": engine.image_size or dict(engine.processor.image_processor.size),
         "templates": list(engine.templates),

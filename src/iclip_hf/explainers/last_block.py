@@ -82,10 +82,7 @@ class NACLIP(LastBlock):
 
 
 def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:
-    """
-    Computes exp(-d^2 / (2 sigma^2)) of all pairs of the patches, which are the last of `length` tokens; 0 for the
-    others.
-    """
+    """Computes exp(-d^2 / (2 sigma^2)) of the patches, the last of `length` tokens; 0 for the others."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
     others = length - len(places)

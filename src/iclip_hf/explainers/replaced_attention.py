@@ -47,7 +47,4 @@ class ReplacedAttention(Explainer):
 
     @abstractmethod
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Mixes the values of a block, `(B, H, L, D / H)`. Without residual connections, those of the patches are
-        sufficient.
-        """
+        """Mixes the values of a block, `(B, H, L, D / H)`; without residual connections those of patches suffice."""

@@ -15,10 +15,7 @@ EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 
 def config_folder(name: str | Path) -> Path:
-    """
-    Returns the folder of a shipped configuration, or `name` itself if it is a folder with a `config.json` or
-    `train.yaml`. Raises `FileNotFoundError` if there is none.
-    """
+    """Returns the folder of a shipped configuration, or `name` itself if it is a folder with one."""
     for folder in (Path(name), SHIPPED / name):
         if any((folder / file).is_file() for file in ("config.json", "train.yaml")):
             return folder

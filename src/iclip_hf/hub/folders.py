@@ -142,10 +142,7 @@ def join_towers(
 
 
 def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None:
-    """
-    Checks the files of a tower, and its shape against the configuration, if that has one. Not all of it shows in the
-    weights.
-    """
+    """Checks the files of a tower, and its shape against the configuration, if that has one."""
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)

@@ -122,10 +122,7 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
 
 
 def _figures(evaluation: Mapping) -> list[dict]:
-    """
-    Returns the figures for the front matter; none of an evaluation of some images only, or with names or images other
-    than those of the data set, which the pages of the Hub could not say.
-    """
+    """Returns the figures for the front matter; none of some images only, or of own images or names."""
     data = evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_data"):
         return []
@@ -158,10 +155,7 @@ def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
 
 
 def card_licence(folder: Path) -> str:
-    """
-    Returns the licence on the card in a folder, such as "apache-2.0" or "unknown", or the name of one that the Hub has
-    no name for.
-    """
+    """Returns the licence on the card in a folder, such as "apache-2.0", or the name of one that the Hub lacks."""
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
     return data.license_name if data.license == "other" else data.license
 
@@ -172,10 +166,7 @@ def front_matter(data: Mapping) -> str:
 
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
-    """
-    Returns `name`, Hub `id` and `licence` of a tower by the name it was loaded from. The last two are None for a local
-    folder.
-    """
+    """Returns `name`, Hub `id` and `licence` of a tower; the last two are None for a local folder."""
     tower_id = config.name_or_path or ""
     if not is_hub_id(tower_id):
         return {"name": f"{config.model_type} tower", "id": None, "licence": None}

@@ -100,10 +100,7 @@ def data_terms(names: list[str]) -> dict[str, str]:
 
 
 def shown_results(metrics: EvaluationResult | Mapping) -> dict:
-    """
-    Returns the parts of an evaluation, or of its JSON file, that the card shows. Raises `ValueError` if it has another
-    form.
-    """
+    """Returns the parts of an evaluation, or of its JSON file, that the card shows."""
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     try:
         protocol, results = metrics["protocol"], {}

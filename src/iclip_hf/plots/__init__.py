@@ -8,8 +8,5 @@ COLORMAPS = ("heat", "cividis", "jet")
 
 
 def example_image() -> str:
-    """
-    Returns the path of a JPEG file of 640 x 462 pixels: the Eiffel Tower under clouds, behind trees and lawns. The
-    photograph is in the public domain (CC0). It was chosen because the embedded model is right about it.
-    """
+    """Returns the path of a photograph that the embedded model is right about, 640 x 462 pixels, CC0."""
     return str(Path(__file__).with_name("tower.jpg"))

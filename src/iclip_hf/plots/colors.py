@@ -31,10 +31,7 @@ SEGMENTS = (
 
 @cache
 def color_table(colormap: str) -> np.ndarray:
-    """
-    Returns the colours of the 256 levels of a map, `(256, 4)` uint8: red, green, blue and opacity. `ValueError` for
-    another name.
-    """
+    """Returns red, green, blue and opacity of the 256 levels of a map, `(256, 4)` uint8."""
     if colormap not in _TABLES:
         raise ValueError(f"There is no colour map {colormap!r}, only {', '.join(_TABLES)}.")
     names, lowest, highest = _TABLES[colormap]
@@ -70,10 +67,7 @@ def overlay(
 
 
 def label_colors(number: int) -> np.ndarray:
-    """
-    Returns the colours of class ids 0, 1, ..., `(number, 3)` uint8, as VOC numbers them: the bits of an id, in turn,
-    are the highest bits of red, green and blue.
-    """
+    """Returns the colours of class ids 0, 1, ..., `(number, 3)` uint8, as VOC numbers them."""
     ids = np.arange(number)[:, None]
     bits = [((ids >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)

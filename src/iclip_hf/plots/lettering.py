@@ -29,10 +29,7 @@ _NO_CHARACTER = "\U0010ffff"
 
 
 def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
-    """
-    Draws text, for `image.paste(color, (x, y), mask)`: the opacity, mode "L", with lines of 1.25 times the `size` in
-    pixels. Characters that the default font lacks are taken from others.
-    """
+    """Draws text as a mask, mode "L", for `image.paste(color, (x, y), mask)`; `size` is that of the letters."""
     lines = text.split("\n")
     widest = max(text_width(line, size, bold) for line in lines)
     mask = Image.new("L", (max(1, round(widest)), round(_LINE_HEIGHT * size * len(lines))))
@@ -51,9 +48,7 @@ def text_width(line: str, size: float, bold: bool = False) -> float:
 
 
 def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
-    """
-    Breaks a text into at most `lines` lines that fit a width in pixels. An ellipsis stands for what does not fit.
-    """
+    """Breaks a text into at most `lines` lines of a width in pixels, with an ellipsis for what does not fit."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     rows = [""]

@@ -97,9 +97,7 @@ def draw(
 
 
 def png(explanation: Explanation) -> bytes | None:
-    """
-    Returns the picture of [`draw`] as a PNG file, by which notebooks show an explanation; None if this has no image.
-    """
+    """Returns the picture of [`draw`] as a PNG file, for notebooks; None if the explanation has no image."""
     if explanation.image is None:
         return None
     file = io.BytesIO()
@@ -236,10 +234,7 @@ def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
 
 
 def _aspect(pictures: Sequence[Image.Image | None]) -> float:
-    """
-    Returns the mean ratio of height and width, within a factor of 2 because of panoramas, and at most 4:3 because of
-    the page.
-    """
+    """Returns the mean ratio of height and width, at least 1:2 and, because of the page, at most 4:3."""
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
 
@@ -272,9 +267,7 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
-    """
-    Draws colours with names and shares as a picture of a sheet. Those that do not fit are counted in the last line.
-    """
+    """Draws colours with names and shares as a picture of a sheet, and counts those that do not fit."""
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
     width = round(_PICTURE * scale)

@@ -16,10 +16,7 @@ Value = TypeVar("Value")
 
 
 def partial_state(needed_by: str) -> PartialState:
-    """
-    Returns the state of this process. The first call also selects its device, so call it before loading a model.
-    Raises `ImportError` without Accelerate, which the extra `needed_by` installs.
-    """
+    """Returns the state of this process. The first call selects its device, so it precedes loading a model."""
     with require_extra(needed_by):
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env

@@ -19,10 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """
-    Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `$XDG_CACHE_HOME`
-    (`~/.cache`).
-    """
+    """Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `~/.cache`."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
     return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
@@ -104,10 +101,7 @@ def _temporary_file(path: Path) -> Iterator[Path]:
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
-    """
-    Writes files into a folder that may hold others. Raises `FileExistsError` if one of them exists, and not
-    `overwrite`.
-    """
+    """Writes files into a folder that may hold others. Replaces none unless `overwrite`."""
     paths = [folder / name for name in contents]
     check_outputs(paths)
     if not overwrite and (existing := next(filter(os.path.exists, paths), None)):
@@ -133,9 +127,7 @@ def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def writing_errors(path: Path) -> Iterator[None]:
-    """
-    Converts the errors that libraries raise for a full disk or missing permissions into an `OSError` with one message.
-    """
+    """Converts the errors of libraries for a full disk or missing permissions into one `OSError`."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

@@ -11,8 +11,6 @@ _FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
 
 
 def is_hub_id(name: str) -> bool:
-    """
-    Whether this can name a repository of the Hub, as `org/name`: it is no file of data, and no folder here.
-    """
+    """Whether this can name a repository of the Hub, `org/name`: it is no file of data and no folder here."""
     is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.lower().endswith(_FILES)
     return is_form and os.path.dirname(name) not in _USUAL_FOLDERS and not os.path.exists(name)

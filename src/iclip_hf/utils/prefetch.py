@@ -33,10 +33,7 @@ def prefetch_map(
 
 
 def spare_processors() -> int:
-    """
-    Returns the number of processors for threads: this process's share of the machine minus two for the model, at least
-    one.
-    """
+    """Returns this process's share of the processors, less two for the model, at least one."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # set by torchrun and `accelerate launch`
     return max(1, usable // processes - 2)

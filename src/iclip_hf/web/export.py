@@ -155,10 +155,7 @@ def _at_cdn(file: dict, cdn: str) -> dict:
 
 
 def _with_version(texts: dict[str, str]) -> dict[str, str]:
-    """
-    Returns the files of a page, by their names, with a version in the addresses by which they refer to each other. A
-    browser may take a file that it has for fresh; so a page and its modules are always of one export.
-    """
+    """Adds a version to the addresses by which the files of a page refer to each other, because of caches."""
     version = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
     reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, texts))})(?=")')
     return {name: reference.sub(rf"\g<0>?{version}", text) for name, text in texts.items()}
@@ -208,10 +205,7 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
-    """
-    Writes a file that the worker decompresses and checks. Its address changes with its content, so no cache holds an
-    old one.
-    """
+    """Writes a file that the worker decompresses and checks. Its address changes with its content."""
     packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {

@@ -21,9 +21,7 @@ VIEW_SIDE = 640
 
 
 class Example(NamedTuple):
-    """
-    A photograph to try: its file and title, texts of which the last is absent, and where it is from, with the licence.
-    """
+    """A photograph to try: file, title, texts of which the last is absent, and origin with the licence."""
 
     file: Path
     title: str
@@ -63,11 +61,7 @@ Texts that resemble what is shown often pass."""
 
 
 def viewer_theme() -> dict:
-    """
-    Returns the colours that `viewer.js` draws with: `colors`, for each name the red, green, blue and opacity, 0..255,
-    of the 256 levels of a map; `opacity` of the maps at the start; and `segments`, colours of texts as hexadecimal
-    numbers.
-    """
+    """Returns the colours that `viewer.js` draws with, of the 256 levels of a map and of texts."""
     colors = {name: color_table(name).tolist() for name in COLORMAPS}
     return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS}
 

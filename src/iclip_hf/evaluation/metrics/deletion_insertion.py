@@ -20,10 +20,7 @@ STEPS = 10  # of deletion and of insertion
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
-    """
-    Returns a function from images `(N, 3, H, W)` to `(N, T, 2)`: the cosine with each text, and its probability among
-    all of them, the softmax of the model's logits.
-    """
+    """Returns a function from images `(N, 3, H, W)` to cosine and probability of each text, `(N, T, 2)`."""
 
     model = recordable(model, "deletion and insertion")
 

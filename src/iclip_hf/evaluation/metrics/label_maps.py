@@ -100,10 +100,7 @@ class LabelMaps(Metric):
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
 
     def typed(self, image: EvaluatedImage) -> list[int]:
-        """
-        Returns the indices of the typed classes: those that the image shows, in the order of its labels, then the
-        absent ones.
-        """
+        """Returns the indices of the shown classes, in the order of the labels, then of the absent ones."""
         shown = np.isin(self.run.dataset.labels, image.sample.labels)
         generator = np.random.default_rng((self.seed, image.index))
         left, typed = ~shown, np.flatnonzero(shown).tolist()

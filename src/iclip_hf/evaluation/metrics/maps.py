@@ -39,10 +39,7 @@ class MaskMetric(Metric):
         self.ignore_index = ignore_index
 
     def update(self, maps, mask, labels) -> None:
-        """
-        Adds one item. Arguments and errors are those of [`threshold_counts`] for a pair, of [`contrast_counts`] for an
-        image.
-        """
+        """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
     def prepare(self, run) -> None:

@@ -48,10 +48,7 @@ class EvaluatedImage:
 
 
 class Sums:
-    """
-    Sums of arrays by key, such as the class, in float64 or int64: they agree to about 1e-12 for any order of adding
-    and merging.
-    """
+    """Sums of arrays by key, such as the class: they agree to about 1e-12 for any order of adding and merging."""
 
     def __init__(self):
         self.sums: dict[Hashable, np.ndarray] = {}
@@ -132,10 +129,7 @@ class Metric(ABC):
         return other
 
     def prepare(self, run) -> None:
-        """
-        Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if these cannot be
-        measured.
-        """
+        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. `ValueError` if they do not fit."""
         self.run = run
 
     def run_model(self, images: list[EvaluatedImage]) -> list[Any]:
@@ -153,10 +147,7 @@ class Metric(ABC):
         """
 
     def report(self) -> tuple[dict, dict[int, dict]]:
-        """
-        Returns the scores of `compute` with None for NaN, and without those of classes, which are the row of each
-        class id.
-        """
+        """Returns the scores of `compute` (None for NaN) but for those of classes, and these by class id."""
         scores = self.compute()
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
         labels = dict.fromkeys(itertools.chain(*by_class.values()))

@@ -59,10 +59,7 @@ class LayerRandomization:
 
 
 def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """
-    Returns Spearman's correlation of maps `(..., h, w)`, in [-1, 1], on the CPU. Equal values have their mean rank.
-    NaN for a constant map.
-    """
+    """Returns Spearman's correlation `(...)` of maps `(..., h, w)`, on the CPU; NaN for a constant map."""
     ranks = []
     for values in (maps.flatten(-2).contiguous().cpu(), others.flatten(-2).contiguous().cpu()):
         ordered = values.sort(-1).values

@@ -248,9 +248,7 @@ class Presence(MultiLabelAveragePrecision):
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
-    """
-    Returns the area under the ROC curve of the pairs `shown` against the pairs `absent`; None without one of both.
-    """
+    """Returns the area under the ROC curve of the pairs `shown` against those `absent`; None without one of both."""
     pairs = shown | absent
     return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
 
@@ -261,10 +259,7 @@ def _share_present(values: np.ndarray) -> float | None:
 
 
 def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
-    """
-    Returns the scores of [`Presence`] that any classes have, from presence and whether the class is shown, `(B, K)`
-    each.
-    """
+    """Returns the scores of [`Presence`] that any classes have; presence and `shown` are `(B, K)`."""
     varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
     of_classes = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
     return {
@@ -276,10 +271,7 @@ def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None
 
 
 def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str, list[int]]:
-    """
-    Groups the class ids 1, ..., K of a data set that names stuff, without empty groups: the background, things that
-    COCO names too, and all others. No groups if there is no stuff.
-    """
+    """Groups the class ids 1, ..., K, without empty groups; no groups if there is no stuff."""
     groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
     for label, name in enumerate(class_names, 1) if stuff else ():
         kind = "stuff" if label in stuff else "things that COCO names" if name in COCO_THINGS else "other things"

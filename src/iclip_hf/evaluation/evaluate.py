@@ -184,7 +184,16 @@ def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: 
     ]
     scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
     further = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
-    legends = "\n".join(f"- {metric.legend}" for metric in in_table if metric.legend)
+    notes = [metric.legend for metric in in_table if metric.legend]
+    counts = [
+        f"{metric.name} over {scores[metric.name][unit]} {unit}"
+        for metric in in_table
+        for unit in ("pairs", "images")
+        if unit in scores[metric.name]
+    ]
+    if counts:  # on few, a mean says little
+        notes.append(f"means: {', '.join(counts)}")
+    legends = "\n".join(f"- {note}" for note in notes)
     return list(filter(None, ["\n".join(table(headings, rows, markdown=True)) if in_table else "", legends, *further]))
 
 

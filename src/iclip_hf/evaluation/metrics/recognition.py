@@ -241,7 +241,7 @@ class Presence(MultiLabelAveragePrecision):
                 for index, one in enumerate(bins)
                 if one["pairs"]
             ]
-            presence = f"presence when {100 * scores['prior']:.1f} % are shown"
+            presence = f"presence at a prior of {100 * scores['prior']:.1f} %"
             headings = [presence, "its mean", "share that is shown", "pairs of image and class"]
             tables.append(table(headings, rows, markdown=True))
         return ["\n".join(lines) for lines in tables]

@@ -17,7 +17,6 @@ from iclip_hf.utils.files import (
     check_new_folder,
     check_outputs,
     free_name,
-    write_files,
     write_new,
 )
 
@@ -70,16 +69,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monke
     for output in (tmp_path / "a.json", tmp_path / "new" / "a.json", tmp_path / "link.json"):
         with pytest.raises(PermissionError, match="is not a folder that can be written"):
             check_outputs([output])
-
-
-def test_files_into_a_clone(tmp_path):
-    (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"README\.md"):
-        write_files(tmp_path, {"app.py": b"app", "README.md": b"card"})
-    assert names(tmp_path) == ["README.md"] and (tmp_path / "README.md").read_text() == "mine"
-    write_files(tmp_path, {"app.py": b"app", "sub/README.md": b"card"})
-    write_files(tmp_path, {"README.md": b"card"}, overwrite=True)
-    assert (tmp_path / "README.md").read_text() == (tmp_path / "sub" / "README.md").read_text() == "card"
 
 
 def test_a_folder_is_new_or_empty(tmp_path):

@@ -596,7 +596,7 @@ def test_a_card_says_that_data_are_not_the_data_set_of_that_form(tmp_path, tiny_
         folder, own, metrics = tmp_path / str(number), number > 0, copy.deepcopy(METRICS)
         metrics["protocol"]["dataset"] |= {"name": name, "split": in_split, "images": count}
         metrics["protocol"]["class_names"] = list(used)
-        for options in ({"metrics": metrics}, {"source": folder, "overwrite": True}):  # the record keeps it
+        for options in ({"metrics": metrics}, {"source": folder}):  # the record keeps it
             card = card_of(folder, tiny_processor, **options)
             assert (f" {in_split}, with names or images of its own | `itsm` |" in card.text) == own
             assert (card.data.eval_results is None) == own
@@ -695,15 +695,6 @@ def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
         assert f"got those of other {parts};" in said and not (tmp_path / "a").exists()
 
 
-def test_an_earlier_card_is_replaced_by_overwrite_alone(tmp_path, tiny_processor):
-    card_of(tmp_path, tiny_processor, metrics=METRICS)
-    before = files_of(tmp_path).keys()
-    with pytest.raises(FileExistsError, match="README.md"):
-        write_model_card(tiny_model(), tiny_processor, tmp_path, name="other", metrics=METRICS)
-    card = card_of(tmp_path, tiny_processor, tiny_model(seed=1), overwrite=True)
-    assert card.data.eval_results is None and before - files_of(tmp_path).keys() == {".eval_results/iclip.yaml"}
-
-
 def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
     folder = tmp_path / "run"
     args, listed = ICLIPTrainingArguments(str(folder), use_cpu=True), folder / ".eval_results" / "iclip.yaml"
@@ -727,7 +718,7 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
     dinov3 = "facebook/dinov3-vitb16-pretrain-lvd1689m"
     for name, licence, printed in ((dinov3, "other", "dinov3-license"), ("someone/vit", "unknown", "unknown")):
         model.config.vision_config.name_or_path = name
-        card = card_of(tmp_path, tiny_processor, model, overwrite=True)
+        card = card_of(tmp_path, tiny_processor, model)
         assert (card.data.license, card.data.base_model[0]) == (licence, name) and card_licence(tmp_path) == printed
 
 

@@ -16,7 +16,7 @@ from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.files import write_files
+from ..utils.files import atomic_write
 from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED
 from .record import DIGITS, RECORD, continued, data_terms, shown_results
@@ -49,7 +49,6 @@ def write_model_card(
     training: Mapping | None = None,
     start: Mapping | None = None,
     metrics: EvaluationResult | Mapping | None = None,
-    overwrite: bool = False,
 ) -> Path:
     """
     Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record of what the card was
@@ -57,7 +56,7 @@ def write_model_card(
 
     Args:
         model, processor: model and processor that the card describes.
-        folder: folder of the model.
+        folder: new folder of the model.
         name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
         source (`str` or `Path`, *optional*): folder or Hub id of the model whose record is continued, or `"embedded"`:
             this model, or the one that the run of `training` began with. What the model was loaded from, if neither is
@@ -68,13 +67,12 @@ def write_model_card(
             began.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON
             file.
-        overwrite (`bool`): whether the files of an earlier card are replaced.
 
     Returns:
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: `metrics` has another form. `FileExistsError`: the folder has a card, and not `overwrite`.
+        `ValueError`: `metrics` has another form.
     """
     record = {"data": {}}
     if source or training is None:
@@ -94,9 +92,9 @@ def write_model_card(
     files = {"README.md": f"{template.render(values)}\n", RECORD: json.dumps(record, indent=2) + "\n"}
     if figures and evaluation["protocol"]["dataset"]["name"] in _DATASET_IDS:
         files[HUB_RESULTS] = yaml.safe_dump(_hub_results(evaluation["protocol"], figures), sort_keys=False)
-    elif overwrite:
-        Path(folder, HUB_RESULTS).unlink(missing_ok=True)  # results of an earlier card
-    write_files(Path(folder), {file: content.encode() for file, content in files.items()}, overwrite)
+    for file, content in files.items():
+        with atomic_write(Path(folder, file)) as temporary:
+            temporary.write_bytes(content.encode())
     return Path(folder, "README.md")
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -98,17 +98,6 @@ def _temporary_file(path: Path) -> Iterator[Path]:
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def write_files(folder: Path, contents: Mapping[str, bytes], overwrite: bool = False) -> None:
-    """Writes files into a folder that may hold others. Replaces none unless `overwrite`."""
-    paths = [folder / name for name in contents]
-    check_outputs(paths)
-    if not overwrite and (existing := next(filter(os.path.exists, paths), None)):
-        raise FileExistsError(f"{existing}: this file exists; name another folder.")
-    for name, content in contents.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_bytes(content)
 
 
 def _temporary(path: Path) -> Path:

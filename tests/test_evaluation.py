@@ -229,10 +229,7 @@ def test_an_image_without_any_class_gives_valid_json_and_a_table_without_nan(lab
     assert all(
         metric.legend in result.table() and (metric.legend or not metric.columns) for metric in make_metrics(metrics)
     )
-    pairs, images = (
-        result.results["itsm"][name][of] for name, of in (("mMIoU", "pairs"), ("text_contrast", "images"))
-    )
-    assert f"mMIoU over {pairs} pairs" in result.table() and f"text_contrast over {images} images" in result.table()
+    assert "mMIoU over 0 pairs" in result.table() and "text_contrast over 0 images" in result.table()
     assert "presence of at least 0.5" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
 
 

@@ -57,7 +57,7 @@ def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
         "warmup_steps": 0.1,
         "eval_steps": 0.2,
         "save_steps": 0.2,
-        "logging_steps": 0.01,
+        "logging_steps": 0.1,
         "dataloader_num_workers": min(training // 250, 4, spare_processors()),
     }
     return {name: value for name, value in chosen.items() if name not in given}

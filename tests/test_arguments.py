@@ -144,6 +144,12 @@ def test_what_is_measured_selects_the_model(hub):
     assert training("--eval_dataset", "folder").metric_for_best_model == "mMIoU"
     further = training("--validation_share", "0.1", "--model", "m", "--eval_steps", "7")
     assert further.eval_on_start and further.save_steps == further.eval_steps == 7
+    for every in (0.25, 0.3):  # shares of all steps
+        shared = training("--validation_share", "0.1", "--eval_steps", str(every))
+        assert shared.save_steps == shared.eval_steps == every
+    with pytest.raises(ValueError, match="metric_for_best_model: 'val_loss' is not measured; choose of loss"):
+        training("--validation_share", "0.1", "--metric_for_best_model", "val_loss")
+    assert training("--validation_share", "0.1", "--metric_for_best_model", "eval_loss").greater_is_better is False
 
 
 def test_pairs_are_not_split_over_the_gpus_of_one_process(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -176,7 +177,7 @@ def broken(monkeypatch, steps):
 def test_bad_steps_are_skipped_and_stop_the_run(hub, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         broken(patch, {3})
-        run(hub, tmp_path / "skips")
+        run(hub, tmp_path / "skips", "--max_grad_norm", 0)  # not clipped
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "skips").values())
     broken(monkeypatch, range(2, 20))
     monkeypatch.setattr(module, "MAX_BAD_STEPS", 4)
@@ -264,3 +265,18 @@ def test_maps_are_measured_too(hub, tmp_path):
     assert {2, 4} == metrics.keys() and {"mAP", "mMIoU", "mFMB", "text_contrast"} <= metrics[2].keys()
     shown = json.loads((tmp_path / "run" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
     assert shown["mMIoU"]["mmiou"] == metrics[trainer.state.best_global_step]["mMIoU"]
+    again = run(hub, tmp_path / "again", *options, "--model", tmp_path / "run", "--learning_rate", 1e-12)
+    shown = json.loads((tmp_path / "again" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
+    assert again.kept_start and shown["mMIoU"]["mmiou"] == evaluations(again)[0]["mMIoU"]
+
+
+def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch):
+    """`push_to_hub` of the base class saves the model by itself."""
+    trainer = run(hub, tmp_path, "--max_steps", 1)
+    pushed = []
+    api = SimpleNamespace(upload_folder=lambda **options: pushed.append(options["folder_path"]))
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
+    trainer.hub_model_id, trainer.push_in_progress = "org/pairs", None
+    trainer.push_to_hub()
+    assert pushed == [str(tmp_path)] and not (tmp_path / "training_args.bin").exists()
+    assert str(hub) not in (tmp_path / "config.json").read_text()

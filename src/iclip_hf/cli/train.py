@@ -208,13 +208,9 @@ def train(arguments: Arguments, pairs: PairDataset | None = None) -> ICLIPTraine
         trainer.train(resume_from_checkpoint=args.resume)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
-    kept_start = args.load_best_model_at_end and not trainer.state.best_global_step
-    if kept_start:
-        trainer.model, _ = load_iclip(of_model.model, dtype="float32", **model_options)
-        trainer.card |= {"training": None, "start": None}  # the record of the start goes on
     trainer.save_model()
     if trainer.is_world_process_zero():
-        lines = report(trainer.state, Path(args.output_dir), held_out, of_model.model if kept_start else "")
+        lines = report(trainer.state, Path(args.output_dir), held_out, of_model.model if trainer.kept_start else "")
         print(*lines, sep="\n", flush=True)
     return trainer
 

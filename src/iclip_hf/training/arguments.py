@@ -19,6 +19,8 @@ from ..model.configuration_iclip import ICLIPConfig
 
 
 RUNS = "runs"  # folder of the runs, if no other is named
+RETRIEVAL_METRICS = ("loss", "text_to_image", "image_to_text")  # of held-out pairs
+MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # of a segmentation data set
 
 
 def _argument(default, help: str, **options):
@@ -211,8 +213,13 @@ def complete(values: Mapping) -> Arguments:
         usual = {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_on_start": bool(values.get("model"))}
         usual["metric_for_best_model"] = "text_to_image" if validated else "mMIoU"
         values = {**usual, **values}
-        if values.get("save_steps", 1000) % values.get("eval_steps", 1000):  # of the best model there is a checkpoint
-            values["save_steps"] = values["eval_steps"]
+        measured = RETRIEVAL_METRICS * validated + MAP_METRICS * maps
+        if (best := values["metric_for_best_model"]).removeprefix("eval_") not in measured:
+            raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose of {', '.join(measured)}.")
+        # Of the best model there is a checkpoint. Steps and shares of all steps do not mix.
+        every, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
+        if save_steps % every or (save_steps < 1) != (every < 1):
+            values["save_steps"] = every
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value

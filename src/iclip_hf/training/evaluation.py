@@ -28,7 +28,6 @@ from ..utils.files import atomic_write
 from .datasets import CachedPairs
 
 
-MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # of a segmentation data set
 FEWEST = 10  # held-out pairs; on fewer, the interval of a change is too narrow
 _BLOCK = 1024  # rows of logits that are in memory at once
 _BOOTSTRAPS = 2000

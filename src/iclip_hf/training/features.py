@@ -176,7 +176,7 @@ class FeatureStore:
                     encoded.append(features.half().cpu().numpy())
                     found += [key for _, key in usable]
                 bar.update(len(chosen))
-                if encoded and (len(found) >= _ROWS_OF_FILE or chosen is batches[-1]):
+                if len(found) >= _ROWS_OF_FILE:
                     self.add(found, np.concatenate(encoded))
                     found, encoded = [], []
         if encoded:

@@ -37,12 +37,11 @@ from ..hub.model_card import HUB_RESULTS
 from ..model.modeling_iclip import ICLIPModel, ImageInputs, cosines
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write, writing_errors
-from .arguments import ICLIPTrainingArguments
+from .arguments import MAP_METRICS, ICLIPTrainingArguments
 from .card import card_of
 from .collator import PairCollator, seed_everything
 from .datasets import CachedPairs, StreamedPairs
 from .evaluation import (
-    MAP_METRICS,
     change_interval,
     draw_examples,
     regressed_metrics,
@@ -74,7 +73,7 @@ class ICLIPTrainer(Trainer):
     The negatives of a pair are the pairs of all processes, with gradients. An evaluation measures `loss`,
     `text_to_image` and `image_to_text` of all held-out pairs at once. Of a model that has learned before, evaluate the
     start (`eval_on_start=True`): then with `load_best_model_at_end` only a model counts that is better, and that has
-    lost in no other metric of the held-out pairs.
+    lost in no other metric of the held-out pairs. Without one, the model ends as it was at the start.
 
     Raises:
         `FloatingPointError`: 30 steps in a row have no finite gradient, or the held-out loss is not finite.
@@ -127,13 +126,25 @@ class ICLIPTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint and (start := Path(self.args.output_dir, _START)).is_file():
             self._start = json.loads(start.read_text())
-        if self.args.keep_presence:  # as it is before a checkpoint is loaded
+        start = {}  # as it is before a checkpoint is loaded
+        if self.args.eval_on_start and self.args.load_best_model_at_end:
+            learning = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+            start = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
+        if self.args.keep_presence:
             self._kept = kept_presence(self.model, self.processing_class)
         with Interrupts() as self.interrupts:
             output = super().train(resume_from_checkpoint, **options)
         if self.interrupts.stopped:
             raise KeyboardInterrupt(f"interrupted; --resume continues from {last_checkpoint(self.args.output_dir)}")
+        if self.kept_start:
+            self.model.load_state_dict(start, strict=False)
         return output
+
+    @property
+    def kept_start(self) -> bool:
+        """Whether no evaluation was better than that of the start, so that the model is the one of the start again."""
+        args = self.args
+        return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
@@ -168,9 +179,9 @@ class ICLIPTrainer(Trainer):
         self._last_losses = outputs["branch_losses"]
         return (loss, outputs) if return_outputs else loss
 
-    def _clip_grad_norm(self, model):
+    def _get_grad_norm(self, model, grad_norm=None):
         """Like the base class. A step without a finite gradient changes nothing; float16 skips it by its scaler."""
-        norm = super()._clip_grad_norm(model)
+        norm = super()._get_grad_norm(model, grad_norm)
         finite = math.isfinite(norm)
         if not finite and self.accelerator.scaler is None:
             self.optimizer.zero_grad()  # the optimizer leaves weights without a gradient as they are
@@ -314,12 +325,15 @@ class ICLIPTrainer(Trainer):
         Saves the model for `from_pretrained`, with its processor and card. Replaces the files of an earlier model one
         by one, each atomically, and leaves others, such as checkpoints.
         """
-        if _internal_call:
+        if _internal_call and output_dir:  # a checkpoint; `push_to_hub` names no folder
             return super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}
-            evaluation = folder / "evaluations" / f"{self.state.best_global_step}.json"
+            step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
+            if self.kept_start:  # whose record goes on
+                card |= {"training": None, "start": None}
+            evaluation = folder / "evaluations" / f"{step}.json"
             if evaluation.is_file():
                 card["metrics"] = json.loads(evaluation.read_text())
             partial = folder / "model.partial"
@@ -332,7 +346,7 @@ class ICLIPTrainer(Trainer):
                         os.replace(file, temporary)
                 shutil.rmtree(partial)
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
+        if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *arguments, **options) -> None:

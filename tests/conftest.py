@@ -355,7 +355,6 @@ def hub(tmp_path_factory, tiny_processor) -> Path:
         warmup_learning_rate: 1.5625e-8
         min_learning_rate: 1.5625e-7
         dataloader_num_workers: 0
-        dataloader_pin_memory: false
         eval_steps: 5
         save_steps: 5
         """

@@ -164,6 +164,11 @@ def test_pairs_are_not_split_over_the_gpus_of_one_process(monkeypatch, tmp_path)
     assert ICLIPTrainingArguments(str(tmp_path)).n_gpu == 1
 
 
+def test_memory_is_not_pinned_on_a_cpu(tmp_path):
+    """Torch would warn of it in every run."""
+    assert not ICLIPTrainingArguments(str(tmp_path), use_cpu=True).dataloader_pin_memory
+
+
 def test_the_paper_is_the_default():
     """Batches of 1024 on four devices, two of thirty epochs of warm-up, GroupViT's rates."""
     training = parse_arguments(["--config", "iclip-vit-b16"]).training

@@ -207,7 +207,7 @@ def test_the_logged_loss_is_the_trained_one(hub, tmp_path):
 def test_the_loss_has_its_share_of_kept_presence(tiny_processor, tmp_path, monkeypatch):
     """The divergence is that from the start; the loss of captions does not depend on the bias."""
     model = tiny_model(logit_bias_init_value=-2)
-    args = ICLIPTrainingArguments(str(tmp_path), keep_presence=3.0, dataloader_pin_memory=False, report_to="none")
+    args = ICLIPTrainingArguments(str(tmp_path), keep_presence=3.0, report_to="none")
     trainer = ICLIPTrainer(model, args, processing_class=tiny_processor)
     batch = tiny_inputs(4, 4) | {"return_loss": True}
     alone = trainer.compute_loss(model.eval(), {**batch})

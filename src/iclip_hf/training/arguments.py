@@ -135,6 +135,7 @@ class ICLIPTrainingArguments(TrainingArguments):
             self.data_seed = self.seed
         # Without a launcher, one of several GPUs trains. `DataParallel` would contrast the pairs of each GPU alone.
         self._n_gpu = min(self.n_gpu, 1)
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # of which torch would warn
 
 
 class Arguments(NamedTuple):

@@ -627,8 +627,8 @@ def test_a_subclass_of_a_method_is_called(tiny_processor, registry):
 
     @register_explainer("squared")
     class Squared(ITSM):
-        def forward(self, pixel_values, texts):
-            maps, features = super().forward(pixel_values, texts)
+        def forward(self, pixel_values, texts, features):
+            maps, features = super().forward(pixel_values, texts, features)
             return maps.square(), features
 
     model = load((tiny_model(), tiny_processor))

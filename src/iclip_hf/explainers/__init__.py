@@ -84,9 +84,7 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...         self.sharpness = sharpness
     ...
     ...     @torch.no_grad()
-    ...     def forward(self, pixel_values, texts, features=None):
-    ...         if features is None:  # else the images are encoded already, see `Explainer.forward`
-    ...             features = self.model.get_image_features(pixel_values)
+    ...     def forward(self, pixel_values, texts, features):  # see `Explainer.forward`
     ...         cosines = torch.einsum("bhwp,btp->bthw", features.patch_embeds, texts.map_text_embeds)
     ...         return (self.sharpness * cosines).exp(), features
     ```

@@ -40,9 +40,8 @@ class AttentionAffinity(Explainer):
 
     @torch.no_grad()
     def forward(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features = self.model.get_image_features(pixel_values) if features is None else features
         return _of_all_texts(features.map_attention, features, texts), features
 
 

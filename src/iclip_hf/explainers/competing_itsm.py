@@ -57,11 +57,10 @@ class CompetingITSM(Explainer):
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
-        features: ICLIPImageFeatures | None = None,
-        templates: Sequence[str] | None = None,
+        features: ICLIPImageFeatures,
+        templates: Sequence[str],
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features = self.model.get_image_features(pixel_values) if features is None else features
-        mean, rivals = self._encode(tuple(templates or self.model.processor.templates))
+        mean, rivals = self._encode(tuple(templates))
         scores = cosines(features.image_embeds, rivals.text_embeds)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))

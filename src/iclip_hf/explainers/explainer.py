@@ -40,10 +40,10 @@ class Explainer(ABC):
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
-        Computes the raw maps of a batch. A method may take more arguments, with these names and the default None:
+        Computes the raw maps of a batch. A method may take more arguments, by these names:
 
-        - `features` ([`ICLIPImageFeatures`]): those of the images if they are encoded already, by
-          `model.get_image_features`. A method that computes its maps from them does not run the image tower again.
+        - `features` ([`ICLIPImageFeatures`]): those of the images, by `model.get_image_features`. A method that
+          computes its maps from them shares them with the scores and with other methods.
         - `text_indices` (`torch.Tensor` of shape `(B, S)`): the texts whose maps are wanted, for a method whose cost
           grows with their number, such as one with a backward pass for each text. It returns maps of these texts only,
           `(B, S, h, w)`. Of other methods, the engine selects them from the maps of all texts.

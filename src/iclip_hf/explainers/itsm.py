@@ -15,9 +15,8 @@ class ITSM(Explainer):
 
     @torch.no_grad()
     def forward(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features = self.model.get_image_features(pixel_values) if features is None else features
         return self.model.similarity_maps(features, texts), features
 
 
@@ -28,7 +27,7 @@ class ReversedITSM(ITSM):
     """
 
     def forward(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         maps, features = super().forward(pixel_values, texts, features)
         return -maps, features

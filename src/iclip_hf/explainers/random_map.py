@@ -21,9 +21,8 @@ class RandomMap(Explainer):
 
     @torch.no_grad()
     def forward(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features = self.model.get_image_features(pixel_values) if features is None else features
         draws = (_generator(pixels) for pixels in pixel_values)
         maps = torch.stack([torch.rand(features.grid, dtype=torch.float32, generator=draw) for draw in draws])
         maps = maps.to(features.image_embeds.device).unsqueeze(1)

@@ -397,7 +397,7 @@ class Engine:
         """Computes the maps of the method, checks them, and returns them with the features of the images."""
         expected, selected, options = tuple(texts.text_embeds.shape[:2]), None, {}
         if self.takes_features:
-            options["features"] = features
+            options["features"] = self._features(pixel_values) if features is None else features
         if "templates" in self._arguments:
             options["templates"] = self.templates
         if text_indices is not None:
@@ -417,12 +417,12 @@ class Engine:
 
     @torch.no_grad()
     def _own_maps(
-        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures | None = None
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """Computes the model's own maps, as a method does."""
-        features = self._features(pixel_values) if features is None else features
         return self.model.similarity_maps(features, texts), features
 
+    @torch.no_grad()
     def _features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         if isinstance(self.model, torch.nn.Module):  # other models do this themselves
             pixel_values = pixel_values.to(input_device(self.model), next(self.model.parameters()).dtype)

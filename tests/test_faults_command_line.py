@@ -90,14 +90,6 @@ ARGUMENTS = {
         --eval_dataset voc2012 --eval_root absent
         --validation_data absent.csv
         --image_column picture
-        --output_dir embedded
-        --eval_root {masks}
-        --eval_split val
-        --pairs_per_epoch 9
-        --split train
-        --pictures 2 --validation_share 0
-        --random_erasing 0.5
-        --epochs 2 --max_steps 3
     """,
     "train": """
         absent.csv

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends import check_model_name
@@ -41,18 +41,15 @@ def run(options: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
     if given.get("model") and not (given.get("data") or given.get("config")):
         raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
-    pairs = None
+    pairs, chosen = None, {}
     if given.get("config") or not given.get("data"):
         arguments = read_arguments(given)
     else:
         pairs = open_pairs(given["data"], given)
         chosen = preset(given, pairs)
         arguments = complete({**chosen, **given})
-        if os.environ.get("RANK", "0") == "0":
-            print("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
-            print(*(f"  {name:<28}  {value}" for name, value in chosen.items()), sep="\n", flush=True)
     check_folder(arguments)
-    train(arguments, pairs)
+    train(arguments, pairs, chosen)
 
 
 def open_pairs(sources: list[str], given: Mapping, **options) -> PairDataset | PairStream:
@@ -126,8 +123,10 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
     return Data(pairs, held_out, nouns, maps)
 
 
-def train(arguments: Arguments, pairs: PairDataset | None = None) -> ICLIPTrainer:
-    """Trains a model as the arguments say, from `pairs` if they are open already."""
+def train(
+    arguments: Arguments, pairs: PairDataset | None = None, chosen: Mapping = MappingProxyType({})
+) -> ICLIPTrainer:
+    """Trains a model as the arguments say, from `pairs` if they are open already. Prints those that were `chosen`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
@@ -167,6 +166,9 @@ def train(arguments: Arguments, pairs: PairDataset | None = None) -> ICLIPTraine
         raise ValueError(
             "cache_features, keep_presence: they need a locked image tower and local pairs; leave them out."
         )
+    if chosen and args.process_index == 0:
+        print("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+        print(*(f"  {name:<28}  {value}" for name, value in chosen.items()), sep="\n", flush=True)
     if of_model.lock_text:
         model.text_model.requires_grad_(False)
     model.to(args.device).eval()

@@ -731,7 +731,8 @@ def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_
 def test_the_digests_are_those_of_the_npm_packages(cdn):
     for file in web.RUNTIME_FILES:
         with urllib.request.urlopen(f"{cdn}/{file['package']}/{file['path']}") as answer:
-            assert web._integrity(answer.read(), "sha384") == file["integrity"]
+            digest = base64.b64encode(hashlib.sha384(answer.read()).digest()).decode()
+        assert file["integrity"] == f"sha384-{digest}"
 
 
 def test_a_package_with_another_digest_is_not_used(browser, exported, photos, tmp_path):

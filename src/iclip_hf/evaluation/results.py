@@ -48,12 +48,9 @@ class EvaluationResult:
         rows = []
         for method, classes in self.per_class.items():
             for row in classes:
-                rows.append({"method": method})
-                for name, value in row.items():
-                    scores = (
-                        {f"{name}.{score}": one for score, one in value.items()} if isinstance(value, dict) else {}
-                    )
-                    rows[-1] |= scores or {name: value}
+                scores = {name: of_metric for name, of_metric in row.items() if isinstance(of_metric, dict)}
+                named = {f"{name}.{score}": one for name, of in scores.items() for score, one in of.items()}
+                rows.append({"method": method, "id": row["id"], "name": row["name"], **named})
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()

@@ -212,13 +212,8 @@ def _compressed(folder: Path, name: str, data: bytes) -> dict:
         "url": f"{name}.gz?{hashlib.sha256(packed).hexdigest()[:12]}",
         "bytes": len(packed),
         "length": len(data),
-        "integrity": _integrity(data, "sha256"),
+        "integrity": f"sha256-{base64.b64encode(hashlib.sha256(data).digest()).decode()}",
     }
-
-
-def _integrity(data: bytes, algorithm: str) -> str:
-    """Returns a digest in the form of browsers."""
-    return f"{algorithm}-{base64.b64encode(hashlib.new(algorithm, data).digest()).decode()}"
 
 
 def _place_example(example: Example, folder: Path) -> dict:

@@ -510,7 +510,7 @@ def test_a_metric_without_data_computes(name):
                 dataset=dataset,
                 count=2,
                 model=SimpleNamespace(processor=SimpleNamespace(patch_size=8)),
-                encode=len,
+                engine=SimpleNamespace(encode=len, multi_scale=False),
             )
         )
     scores, rows = metric.report()

@@ -41,7 +41,7 @@ def cleaned(outputs: list) -> list:
         if output.output_type == "stream":
             if output.name == "stderr":
                 continue
-            output.text = TEMPORARY_FOLDER.sub("/tmp/notebook", output.text)
+            output.text = TEMPORARY_FOLDER.sub("/tmp/notebook", output.text).replace(str(Path.home()), "~")
             if result and result[-1].output_type == "stream":
                 result[-1].text += output.text
                 continue

@@ -37,14 +37,28 @@ def test_a_folder_holds_one_run(hub, tmp_path):
     check_folder(parse_arguments(["--config", str(hub), "--output_dir", str(tmp_path / "new"), "--resume"]))
 
 
-def test_the_last_checkpoint_is_a_complete_one(tmp_path):
-    """Its state is written last. A run that was killed while it saved has begun another."""
-    for step in (5, 10, 100):
+def test_the_last_checkpoint_is_a_complete_one(hub, tmp_path):
+    """Its state is written last, and whole: a killed run, or a full disk, may leave others behind it."""
+    trainer = run(hub, tmp_path, "--max_steps", 2)
+    for step, name in ((5, "config.json"), (10, "trainer_state.json")):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    assert last_checkpoint(tmp_path) is None
-    for step in (5, 10):
-        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+        (tmp_path / f"checkpoint-{step}" / name).touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    resumed = run(hub, tmp_path, "--max_steps", 3, "--resume")
+    assert (trainer.state.global_step, resumed.state.global_step) == (2, 3)
+    assert last_checkpoint(tmp_path / "checkpoint-5") is None
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp_path):
+    """Its folder holds the scores of its start. That of somebody else is not taken."""
+    (tmp_path / "run" / "pictures").mkdir(parents=True)
+    (tmp_path / "run" / "start.json").write_text("{}")
+    assert run(hub, tmp_path / "run", "--max_steps", 1, "--resume").state.global_step == 1
+    (tmp_path / "other" / "checkpoint-5").mkdir(parents=True)
+    (tmp_path / "other" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
+    (tmp_path / "other" / "checkpoint-5" / "config.json").write_text('{"hidden_size": 3}')
+    with pytest.raises(FileExistsError, match="holds files already"):
+        run(hub, tmp_path / "other", "--resume")
 
 
 # `iclip train` with a hook before each forward pass, the `calls`th one

@@ -71,14 +71,21 @@ def check_folder(arguments: Arguments) -> None:
                 check_outside(written, read)
     if model.model:
         check_model_name(model.model, ("iclip",))
-    of_iclip = (
-        json.loads(file.read_text())["model_type"] == "iclip" for file in folder.glob("checkpoint-*/config.json")
-    )
-    if folder.is_dir() and any(folder.iterdir()) and not (arguments.training.resume and any(of_iclip)):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not (arguments.training.resume and _is_training(folder, names)):
         raise FileExistsError(
             f"{folder}: this folder holds files already; name another by --output_dir, or add --resume to continue a "
             "training from its last checkpoint."
         )
+
+
+def _is_training(folder: Path, names: set[str]) -> bool:
+    """Whether a folder with these names is that of a training of ICLIP, which may have no checkpoint yet."""
+    from ..training.trainer import START, last_checkpoint  # imports torch
+
+    if (last := last_checkpoint(folder)) is None:
+        return START in names or all(name.startswith("checkpoint-") for name in names)
+    return json.loads(Path(last, "config.json").read_text()).get("model_type") == "iclip"
 
 
 class Data(NamedTuple):
@@ -116,7 +123,10 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
             raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
         pairs, held_out = pairs.split(of_evaluation.validation_share)
     if held_out is not None:
+        held_out.max_bad_share = 1.0  # one of few is a large share; each is named and left out
         held_out = held_out.readable()
+        if not len(held_out):
+            raise ValueError("validation_data, validation_share: no held-out pair can be read; fix the data.")
     nouns = NounPrompts.from_file(of_data.nouns, args.seed) if of_data.nouns else None
     if nouns:
         warn_of_unknown_labels(pairs, nouns)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ from .features import unpack_inputs
 
 MAX_BAD_STEPS = 30  # in a row, after which a training stops
 KEPT_NOUNS = 256  # of which `keep_presence` keeps the presence
-_START = "start.json"  # scores of the model that the training started from, for each held-out pair
+START = "start.json"  # scores of the model that the training started from, for each held-out pair
 
 
 class ICLIPTrainer(Trainer):
@@ -124,7 +125,7 @@ class ICLIPTrainer(Trainer):
         """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and (start := Path(self.args.output_dir, _START)).is_file():
+        if resume_from_checkpoint and (start := Path(self.args.output_dir, START)).is_file():
             self._start = json.loads(start.read_text())
         start = {}  # as it is before a checkpoint is loaded
         if self.args.eval_on_start and self.args.load_best_model_at_end:
@@ -258,7 +259,7 @@ class ICLIPTrainer(Trainer):
             if self.is_in_train and step == 0:
                 self._start = {name: values.tolist() for name, values in scores.items()}
                 if self.is_world_process_zero():
-                    with atomic_write(output / _START) as partial:
+                    with atomic_write(output / START) as partial:
                         partial.write_text(json.dumps(self._start))
             change = {name: change_interval(before, scores[name].tolist()) for name, before in self._start.items()}
             self._regressed = regressed_metrics(change, len(pairs))
@@ -320,6 +321,10 @@ class ICLIPTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------- saving
 
+    def _save_checkpoint(self, model, trial) -> None:
+        with writing_errors(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
+            super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Saves the model for `from_pretrained`, with its processor and card. Replaces the files of an earlier model one
@@ -354,9 +359,15 @@ class ICLIPTrainer(Trainer):
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Returns the last checkpoint in a folder whose state, which is written last, is there; None without one."""
-    found = [file.parent for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+    """
+    Returns the last checkpoint in a folder whose state, which is written last, is whole; None without one. A full disk
+    may leave an empty state.
+    """
+    complete = {}
+    for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        with suppress(ValueError):
+            complete[json.loads(file.read_text())["global_step"]] = str(file.parent)
+    return complete[max(complete)] if complete else None
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:

@@ -361,3 +361,25 @@ def test_a_bad_upload_is_answered_in_the_page(page, folder):
     toast.first.wait_for()
     assert toast.all_inner_texts()[0].startswith("notes.png: expected a readable image, but")
     assert page.locator("figure").count() == shown > 0
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n%s\r\n--b--\r\n'
+BODIES = {
+    "upload": (FORM, "multipart/form-data; boundary=b"),
+    "call/explain": (b'{"data": ["%s", "dog"]}', "application/json"),
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_large_body_is_cut_off(server, path):
+    """Of a form or JSON, which Gradio would read whole."""
+    body, kind = BODIES[path]
+
+    def answered(size: int) -> bool:
+        content, headers = body.replace(b"%s", b"a" * size), {"Content-Type": kind}
+        try:
+            return httpx.post(f"{server}gradio_api/{path}", content=content, headers=headers, timeout=60).is_success
+        except httpx.HTTPError:
+            return False
+
+    assert answered(1000) and not answered(app.MAX_FILE_SIZE + 2**20)

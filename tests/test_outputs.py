@@ -221,7 +221,7 @@ def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys,
 
 
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
-    result = EvaluationResult({}, {}, {"itsm": [{"id": 1}]}, {})
+    result = EvaluationResult({}, {}, {"itsm": [{"id": 1, "name": "dog"}]}, {})
     (tmp_path / "a.json").write_text("{}")
     before = contents(tmp_path)
     with monkeypatch.context() as patch, pytest.raises(OSError, match="writing failed"):

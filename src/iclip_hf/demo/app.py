@@ -37,9 +37,10 @@ from ..web.viewer import (
 with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache
+    from starlette.middleware import Middleware
 
 
-MAX_FILE_SIZE = "20mb"  # `load_image` limits the number of pixels
+MAX_FILE_SIZE = 20 * 2**20  # bytes; `load_image` limits the number of pixels
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
@@ -220,6 +221,24 @@ def _answer() -> tuple[gr.HTML, gr.DownloadButton]:
     return viewer, download
 
 
+class LimitedBodies:
+    """Middleware that cuts off the body of a request above `MAX_FILE_SIZE`: Gradio limits files alone."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        received = 0
+
+        async def limited():
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            return message if received <= MAX_FILE_SIZE + 2**16 else {"type": "http.disconnect"}
+
+        await self.app(scope, limited if scope["type"] == "http" else receive, send)
+
+
 def launch(
     model: str = "embedded",
     host: str | None = None,
@@ -239,6 +258,7 @@ def launch(
         server_name=host,
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
+        app_kwargs={"middleware": [Middleware(LimitedBodies)]},
         enable_monitoring=False,  # the monitoring page would show its usage to everybody
         state_session_capacity=MAX_SESSIONS,
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -73,15 +72,6 @@ def changed_model(described: Mapping, model, processor, start: Mapping | None = 
     """
     now = start or identity(model, processor, described.get("dtype"))
     return [part for part in ("configuration", "processor", "weights") if described.get(part) != now[part]]
-
-
-def software() -> str:
-    """
-    Returns the version of the mathematics: this package's release, and the minor releases of torch and Transformers.
-    Their patch releases repair faults, and their builds differ in the device.
-    """
-    libraries = (f"{name} {'.'.join(version(name).split('.')[:2])}" for name in ("torch", "transformers"))
-    return ", ".join([f"iclip-hf {version('iclip-hf')}", *libraries])
 
 
 def digest(value) -> str:

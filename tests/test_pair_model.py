@@ -406,7 +406,7 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
     patches, by the noun loss with and without the competition.
     """
     model, batch = tiny_model(max_over="similarity", center_tokens=True, known_competition=1e-9), tiny_inputs(3, 7)
-    labels = torch.tensor([[1, 0, 0], [1, 1, 0], [0, -1, 1]], dtype=torch.int8)
+    labels = torch.tensor([[1, -1, 0], [1, 1, 0], [0, -1, 1]], dtype=torch.int8)  # the first is complete, without one
     marks = {"is_background": torch.tensor([False, True, False, False]), "place": torch.tensor([0, 1, -1, 0])}
     nouns = {"noun_ids": torch.arange(4) % 3, "noun_labels": labels, **marks}
     model.config.noun_weight, losses = 1, {}
@@ -426,3 +426,16 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
         expected = competition_loss(shares_by_place(shares, even, texts, 20, known), known.shown)
     torch.testing.assert_close(losses[1], expected, atol=1e-5, rtol=0)
     assert (losses[0] - losses[1]).abs() > 0.01 and (competition_loss(shares, known.shown) - expected).abs() > 0.01
+
+
+def test_without_a_mask_the_loss_does_not_see_the_attention():
+    model, batch, losses = tiny_model(max_over="similarity"), tiny_inputs(4, 4), {}
+    with torch.no_grad():
+        inputs = model.image_inputs(model.encode_image(batch.pop("pixel_values")))
+        for model.config.pooling in ("max", "masked_max"):
+            for attention in (inputs.attention, torch.ones_like(inputs.attention)):
+                images = inputs._replace(attention=attention)
+                _, of_map = model(**batch, image_inputs=images, return_loss=True).branch_losses
+                losses.setdefault(model.config.pooling, []).append(of_map.item())
+    assert losses["max"] == pytest.approx([losses["masked_max"][1]] * 2, abs=1e-5)
+    assert abs(losses["masked_max"][0] - losses["masked_max"][1]) > 1e-3

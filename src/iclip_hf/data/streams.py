@@ -112,10 +112,6 @@ class PairStream(IterableDataset):
             except ValueError:  # is counted when it is read for training
                 continue
 
-    def fingerprint(self) -> str:
-        """Returns the id of the Hub dataset, all that is known of a stream."""
-        return str(self._hub_id)
-
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which the order of the next pass and the sampled captions depend."""
         self._rows.set_epoch(epoch)

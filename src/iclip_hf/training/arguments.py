@@ -205,7 +205,7 @@ def read_arguments(given: Mapping) -> Arguments:
 
 def complete(values: Mapping) -> Arguments:
     """Returns arguments with those that depend on others. Raises `ValueError` for a combination that cannot be."""
-    values = {name: value for name, value in values.items() if name not in ("command", "run")}
+    values = dict(values)
     validated = bool(values.get("validation_data") or values.get("validation_share"))
     maps = values.get("eval_dataset", "none") != "none"
     values.setdefault("output_dir", f"{RUNS}/{run_name(values)}")

@@ -573,7 +573,7 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     text = card_of(
         tmp_path / "more", tiny_processor, metrics={**metrics, "protocol": metrics["protocol"] | {"dataset": more}}
     ).text
-    assert "| COCO 2017 val2017, with names or images of its own, 5000 of 5001 images | `itsm` |" in text
+    assert "| COCO 2017 val2017, with custom classes or images, 5000 of 5001 images | `itsm` |" in text
     metrics["protocol"]["dataset"] |= {"name": "voc21", "split": "val", "images": 77}
     assert "val, 77 of 1449 images" in card_of(tmp_path / "voc", tiny_processor, metrics=metrics).text
     # Neither the Hub's page of the model nor that of the data set can say so.
@@ -598,7 +598,7 @@ def test_a_card_says_that_data_are_not_the_data_set_of_that_form(tmp_path, tiny_
         metrics["protocol"]["class_names"] = list(used)
         for options in ({"metrics": metrics}, {"source": folder}):  # the record keeps it
             card = card_of(folder, tiny_processor, **options)
-            assert (f" {in_split}, with names or images of its own | `itsm` |" in card.text) == own
+            assert (f" {in_split}, with custom classes or images | `itsm` |" in card.text) == own
             assert (card.data.eval_results is None) == own
             assert (folder / ".eval_results").exists() == (not own and name in ("coco2017", "voc2012"))  # pages there
 
@@ -748,7 +748,7 @@ def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, ca
     (tmp_path / "source" / "model_card.json").write_text(text)
     card = card_of(tmp_path / "new", tiny_processor, source=tmp_path / "source")
     assert card.data.eval_results is None and "`epochs`" not in card.text
-    assert "These weights are of a training that is not recorded" in card.text
+    assert "The training of these weights is not recorded" in card.text
     assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
 
 
@@ -842,7 +842,7 @@ def test_what_is_not_recorded_is_said(tmp_path, tiny_processor, monkeypatch):
     assert recorded(tmp_path / "known") == (training, ["pairs.csv"])
     assert recorded(tmp_path / "changed") == (None, ["pairs.csv", "(not recorded)"])
     cards = {name: (tmp_path / name / "README.md").read_text() for name in ("unknown", "known", "changed")}
-    said = "These weights are of a training that is not recorded."
+    said = "The training of these weights is not recorded."
     assert [said in card for card in cards.values()] == [True, False, True]
     assert not any("random" in card.partition("## Evaluation")[0] for card in cards.values())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from iclip_hf.backends.identity import digest
-from iclip_hf.data import pairs
+from iclip_hf.data import load_pairs, pairs
 from iclip_hf.utils.digests import content_digest
 
 
@@ -43,12 +43,12 @@ def test_large_data_are_not_read(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text('{"image": "1.jpg", "caption": "a"}')
     (tmp_path / "1.jpg").write_bytes(b"0123456789")
     monkeypatch.setattr(pairs, "LARGE", (tmp_path / "a.jsonl").stat().st_size + 10)
-    opened = [pairs.load_pairs([tmp_path / f"{name}.jsonl" for name in names]) for names in ("a", "ab")]
     found = []
     for content in (b"0123456789", b"9876543210"):
         (tmp_path / "1.jpg").write_bytes(content)
         os.utime(tmp_path / "1.jpg", (1, 1))
-        found.append([one.fingerprint() for one in opened])
+        opened = [load_pairs([tmp_path / f"{name}.jsonl" for name in names]) for names in ("a", "ab")]
+        found.append([one.image_digests() for one in opened])
     assert [before != after for before, after in zip(*found)] == [True, False]
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.digests import LARGE, content_digest, file_state, total_size
+from ..utils.digests import LARGE, file_state, total_size
 from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .bad_pairs import BadPairError, BadPairTally
@@ -68,7 +68,6 @@ class PairDataset:
     - `caption` (`str`): one of the captions, sampled by seed, epoch and index.
     - `key` (`str`): name of the pair in its source.
     - `draw` (`tuple`): epoch and index, on which random choices for the item depend.
-    - `skipped` (`int`): number of bad pairs that the item replaces, 0 or 1.
 
     A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The
     choice depends only on seed, epoch and index. `read` returns pairs without replacement. The data set can be
@@ -78,7 +77,7 @@ class PairDataset:
         sources: of the pairs, see [`~iclip_hf.data.formats.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this
-            process read. Loading processes count for themselves; `tally` of a data set can count what they read.
+            process read. Loading processes count for themselves.
 
     Raises:
         `ValueError`: there are no pairs. During access, too many pairs are bad.
@@ -111,16 +110,15 @@ class PairDataset:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict:
-        index, epoch, skipped = range(len(self))[index], self._epoch, 0
+        index, epoch = range(len(self))[index], self._epoch
         try:
             pair = self.read(index)
             self.tally.add(index)
         except BadPairError as error:
             self.tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
-            skipped = 1
         caption = sample_caption(pair["captions"], self.seed, epoch, index)
-        return {**pair, "caption": caption, "draw": (epoch, index), "skipped": skipped}
+        return {**pair, "caption": caption, "draw": (epoch, index)}
 
     def __repr__(self) -> str:
         return f"PairDataset(pairs={len(self)}, sources={len(self.sources)})"
@@ -262,32 +260,16 @@ class PairDataset:
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the sources and of the images that they name."""
-        return {os.path.abspath(file) for files in self._files() for file in files}
-
-    def _files(self) -> list[list[str | os.PathLike]]:
-        """Returns the files of each source, and of the images of its pairs."""
-        files = [[*source.files] for source in self.sources]
+        files = [file for source in self.sources for file in source.files]
         for number, source in enumerate(self.sources):
             if any(source.names):
                 rows = self._pairs[self._pairs[:, 0] == number, 1].tolist()
-                files[number] += filter(None, map(source.file, rows))
-        return files
+                files += filter(None, map(source.file, rows))
+        return {*map(os.path.abspath, files)}
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which random choices depend."""
         self._epoch = epoch
-
-    def fingerprint(self) -> str:
-        """
-        Computes a digest, 16 hex digits, over the places of the pairs, the content of shards, tables and the images
-        that tables name, and the names of the columns. Of more than a gigabyte, names, sizes and modification times of
-        the files stand for the content.
-        """
-        digest, read = hashlib.sha256(self._pairs.tobytes()), total_size(self.files()) <= LARGE
-        for source, files in zip(self.sources, self._files()):
-            names = [] if source.files else source.names  # of a folder, which are those of classes
-            digest.update(f"{[*source.columns]}{names}{content_digest(files, read=read)}".encode())
-        return digest.hexdigest()[:16]
 
 
 def load_pairs(

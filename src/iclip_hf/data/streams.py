@@ -27,9 +27,9 @@ class PairStream(IterableDataset):
     [`~iclip_hf.data.pairs.PairDataset`].
 
     An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled
-    through a buffer. Bad pairs are left out; `skipped` of the next item counts them. The stream splits itself over
-    processes and DataLoader workers, so it must not be passed to `Accelerator.prepare`, which splits again. The parts
-    differ in length, so training counts steps instead of passes. A resumed run begins a new pass.
+    through a buffer. Bad pairs are left out. The stream splits itself over processes and DataLoader workers, so it must
+    not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
+    instead of passes. A resumed run begins a new pass.
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
@@ -83,7 +83,6 @@ class PairStream(IterableDataset):
         self.tally = BadPairTally(max_bad_share)
 
     def __iter__(self) -> Iterator[dict]:
-        skipped = 0
         for row in _read(self._rows):
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
@@ -95,14 +94,12 @@ class PairStream(IterableDataset):
             except ConnectionError:
                 raise
             except (ValueError, OSError) as error:
-                skipped += 1
                 self.tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
             self.tally.add()
             draw = (self._rows.epoch, key)
             caption = sample_caption(texts.captions, self.seed, *draw)
-            yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw, "skipped": skipped}
-            skipped = 0
+            yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw}
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of the first 256 pairs of the data set, without bad ones."""

@@ -46,7 +46,7 @@ def _open(path: Path, columns: Columns, split: str) -> Source:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return open_arrow(path, columns, split)
     if path.is_dir():
-        return read_class_folders(path, columns)
+        return read_class_folders(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a file of pairs is one of {', '.join(FORMATS)}; convert or rename it.")
     return FORMATS[path.suffix.lower()](path, columns)

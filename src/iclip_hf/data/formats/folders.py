@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from ...model.images import image_suffixes
-from ..columns import USUAL_COLUMNS, Columns
+from ..columns import USUAL_COLUMNS
 from .source import Source
 
 
@@ -21,7 +21,7 @@ _WRITTEN_NAME = re.compile(r"-(explanation|segments|labels|comparison)(-\d+)?\.[
 _OTHERS = (".heic", ".heif", ".avif", ".pdf")  # which Pillow may not read
 
 
-def read_class_folders(path: Path, columns: Columns) -> Source:
+def read_class_folders(path: Path) -> Source:
     """
     Reads a folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere
     are logged. Raises `FileNotFoundError` if there are no such images.

@@ -506,6 +506,8 @@ def test_patterns_and_lists(tmp_path):
     assert keys(load_pairs(f"{plain}/{{00008..00011}}.tar")) == ["k08", "k09", "k10", "k11"]
     assert keys(load_pairs(f"{plain}/*[02].tar")) == ["k00", "k02", "k10"]
     assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
+    with pytest.raises(FileNotFoundError, match=r"00005\.\.00001.*: there is no such file"):
+        load_pairs(f"{plain}/{{00005..00001}}.tar")
     assert formats.expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]

@@ -27,9 +27,9 @@ class PairStream(IterableDataset):
     [`~iclip_hf.data.pairs.PairDataset`].
 
     An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled
-    through a buffer. Bad pairs are left out. The stream splits itself over processes and DataLoader workers, so it must
-    not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts steps
-    instead of passes. A resumed run begins a new pass.
+    through a buffer. Bad pairs are left out. The stream splits itself over processes and DataLoader workers, so it
+    must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts
+    steps instead of passes. A resumed run begins a new pass.
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.

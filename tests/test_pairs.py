@@ -458,7 +458,7 @@ def test_copies_of_an_image_stay_together(tmp_path, form):
 
 
 @pytest.mark.parametrize("form", ["bytes", "images"])
-def test_the_images_of_another_column_are_others(tmp_path, form):
+def test_the_images_of_another_column_are_others(tmp_path, monkeypatch, form):
     """The feature cache would give the features of the first column for the second."""
     rows = datasets.Dataset.from_list(
         [{"photo": jpeg(i), "drawing": jpeg(i // 2), "caption": str(i)} for i in range(4)]
@@ -470,6 +470,9 @@ def test_the_images_of_another_column_are_others(tmp_path, form):
     for pairs, distinct in ((photos, 4), (drawings, 2)):
         expected = [hashlib.sha256(pairs.raw(row).image).digest() for row in range(4)]
         assert pairs.image_digests() == expected and len(set(expected)) == distinct
+    monkeypatch.setattr(pairs_module, "LARGE", 0)
+    photos, drawings = (load_pairs(tmp_path / "a.parquet", image_column=name) for name in ("photo", "drawing"))
+    assert {*photos.image_digests()}.isdisjoint(drawings.image_digests())
 
 
 def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
@@ -804,6 +807,18 @@ def test_images_of_large_data_are_known_by_place_size_and_time(tmp_path, monkeyp
     os.utime(shards / "00001.tar", (1, 1))
     after = load_pairs([tmp_path / "b.csv", shards]).image_digests()
     assert [one == other for one, other in zip(before, after)] == [row not in (2, 7, 8, 9) for row in range(10)]
+
+
+def test_large_images_in_a_saved_dataset_are_known_by_all_of_its_files(tmp_path, monkeypatch):
+    """Otherwise the feature cache gives the features of images before a file was replaced."""
+    monkeypatch.setattr(pairs_module, "LARGE", 0)
+    rows = [{"image": {"bytes": jpeg(i), "path": None}, "caption": str(i)} for i in range(4)]
+    saved = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    saved.save_to_disk(tmp_path / "saved", num_shards=2)
+    before = load_pairs(tmp_path / "saved").image_digests()
+    assert load_pairs(tmp_path / "saved").image_digests() == before and len({*before}) == 4
+    os.utime(max((tmp_path / "saved").glob("*.arrow")), (1, 1))
+    assert {*load_pairs(tmp_path / "saved").image_digests()[2:]}.isdisjoint(before)
 
 
 def test_images_that_cannot_be_read_have_digests_of_their_own(tmp_path):

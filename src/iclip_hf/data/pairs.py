@@ -232,8 +232,8 @@ class PairDataset:
     def image_digests(self) -> list[bytes]:
         """
         Returns a digest of each pair, 32 bytes, which pairs of one image share: of up to a gigabyte of data that of
-        the encoded image, of more that of path, size and modification time of its file and of its row in a shard or
-        table. Computed once, also for the parts of a split.
+        the encoded image, of more that of path, size and modification time of its file, or of the files of its source
+        and its row. Computed once, also for the parts of a split.
         """
         if self._digests is None:
             distinct, rows = self.distinct()
@@ -255,7 +255,7 @@ class PairDataset:
         number, row = self._pairs[index].tolist()
         source = self.sources[number]
         file = source.file(row)
-        state = file_state(file) if file else file_state([*source.files, source.path][0]) + b"\0%d" % row
+        state = file_state(file) if file else source.state + b"\0%d" % row
         return hashlib.sha256(state).digest()
 
     def files(self) -> set[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from ...utils.digests import file_state
 from ..columns import Columns
 
 
@@ -37,3 +40,9 @@ class Source:
         """Returns the path of the image file of a row."""
         name = self.names[row]
         return name and os.path.join(self.folder, name)
+
+    @cached_property
+    def state(self) -> bytes:
+        """A digest of the files by their paths, sizes and modification times, and of the column of images in rows."""
+        files = b"".join(map(file_state, self.files or [self.path]))
+        return hashlib.sha256(files + repr(self.columns.image).encode()).digest()

@@ -11,7 +11,7 @@ from conftest import QuietHandler, iclip, served
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 
-from iclip_hf.data.formats.folders import image_files
+from iclip_hf.data.files import image_files
 from iclip_hf.model.images import image_suffixes, load_image
 
 

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.cli.train import open_data, warn_of_unknown_labels
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, columns, formats, load_pairs, streams
 from iclip_hf.data import pairs as pairs_module
+from iclip_hf.data.files import expand_braces
 from iclip_hf.data.formats import shards
 from iclip_hf.data.formats.source import Source
 from iclip_hf.data.nouns import NounPrompts
@@ -511,7 +512,7 @@ def test_patterns_and_lists(tmp_path):
     assert keys(load_pairs([plain, other / "00000.tar"])) == [f"k{i:02}" for i in range(12)] + ["k00", "k01", "k02"]
     with pytest.raises(FileNotFoundError, match=r"00005\.\.00001.*: there is no such file"):
         load_pairs(f"{plain}/{{00005..00001}}.tar")
-    assert formats.expand_braces("{a,b}-{9..11}-{08..09}") == [
+    assert expand_braces("{a,b}-{9..11}-{08..09}") == [
         f"{letter}-{number}-{padded}" for letter in "ab" for number in (9, 10, 11) for padded in ("08", "09")
     ]
 

@@ -53,7 +53,7 @@ def image_names(names: Sequence[str]) -> list[str]:
 
 
 def _of_folder(folder: str) -> list[str]:
-    from ..data.formats.folders import image_files
+    from ..data.files import image_files
 
     if images := image_files(Path(folder)):
         return [*map(str, images)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .class_names import SAME_CLASS
+from .files import read_text
 
 
 if TYPE_CHECKING:
@@ -115,10 +116,7 @@ class NounPrompts:
     @classmethod
     def from_file(cls, path: str | Path, seed: int = 0) -> NounPrompts:
         """Reads the vocabulary from a text file with one noun in each line. Raises `ValueError`, which names it."""
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: nouns are text in UTF-8, but: {error}") from error
+        lines = read_text(Path(path)).splitlines()
         try:
             return cls(lines, seed)
         except ValueError as error:

@@ -24,12 +24,11 @@ import numpy as np
 from PIL import Image
 
 from ..model.images import image_suffixes, load_image, open_image, upright
-from ..model.prompts import check_templates
 from ..utils.digests import LARGE, content_digest, total_size
 from ..utils.extras import require_extra
-from .formats import expand_braces
-from .formats.folders import is_written
-from .layouts import DATASETS, VOID, Layout
+from .files import expand_braces, is_written, read_text
+from .layouts import DATASETS, VOID
+from .overrides import read_overrides
 
 
 logger = logging.getLogger(__name__)
@@ -294,16 +293,13 @@ def load_segmentation(
         raise ValueError(f"{name} has no splits, such as {split!r}: name the folder of that split as root.")
     split = split or layout.split
     if layout.instances and not _found(root, layout.masks, split)[1]:
-        content = _instances(root, split)
+        dataset = _instances(name, root, split)
     else:
-        content = _index_masks(layout, root, split)
-    dataset = SegmentationDataset(name, split, *content)
+        dataset = _index_masks(name, root, split)
     if overrides is not None:
-        _override(dataset, overrides)
+        texts = read_overrides(overrides, name, dataset.class_names)
+        dataset.synonyms, dataset.background_texts, dataset.templates = texts
     return dataset
-
-
-_Content = tuple  # class names, samples, annotation paths and perhaps supercategories of a `SegmentationDataset`
 
 
 def _around(pattern: str) -> tuple[str, str]:
@@ -335,7 +331,8 @@ def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, 
     return chosen, files
 
 
-def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
+def _index_masks(name: str, root: Path, split: str | None) -> SegmentationDataset:
+    layout = DATASETS[name]
     image_pattern, images = _found(root, layout.images, split)
     mask_pattern, masks = _found(root, layout.masks, split)
     names = [*masks]
@@ -344,7 +341,7 @@ def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
         names = sorted({*images, *masks})
     if layout.lists:
         lists = [root / path for path in _alternatives(layout.lists, split)]
-        lines = _read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
+        lines = read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
         names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
     if not names:
         raise FileNotFoundError(
@@ -365,10 +362,10 @@ def _index_masks(layout: Layout, root: Path, split: str | None) -> _Content:
     table[list(layout.background)] = 0
     table[list(layout.values or range(1, count + 1))] = range(1, count + 1)
     samples = [_IndexSample(images[name].stem, images[name], count, masks[name], table) for name in names]
-    return class_names, samples, [*listed, *(masks[name] for name in names)]
+    return SegmentationDataset(name, split, class_names, samples, [*listed, *map(masks.get, names)])
 
 
-def _instances(root: Path, split: str) -> _Content:
+def _instances(name: str, root: Path, split: str) -> SegmentationDataset:
     _pycocotools_mask()  # raises now if the package is missing
     path = root / "annotations" / f"instances_{split}.json"
     if not path.is_file():
@@ -381,7 +378,7 @@ def _instances(root: Path, split: str) -> _Content:
         raise FileNotFoundError(f"{path}: there is no such file; {named}.")
     folder = root / split
     try:
-        content = json.loads(_read_text(path))
+        content = json.loads(read_text(path))
         categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
         # Some name files as in the folder of the data set, with that of the split.
         files = [folder / image["file_name"].removeprefix(f"{split}/") for image in images]
@@ -417,12 +414,13 @@ def _instances(root: Path, split: str) -> _Content:
         for file, size, of_image in zip(files, sizes, annotations.values(), strict=True)
     ]
     supercategories = [category.get("supercategory") for category in categories]
-    return class_names, samples, [path], supercategories if all(supercategories) else None
+    known = supercategories if all(supercategories) else None
+    return SegmentationDataset(name, split, class_names, samples, [path], known)
 
 
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
-    names = [line.strip() for line in _read_text(path).rstrip().splitlines()]
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
     if is_background or not 1 <= len(names) < VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
@@ -430,71 +428,3 @@ def _read_class_names(path: Path) -> list[str]:
             "different names, and none is blank."
         )
     return names
-
-
-def _override(dataset: SegmentationDataset, overrides: str | os.PathLike | Mapping) -> None:
-    """Applies the user's overrides of class names, background texts and templates."""
-    where = "overrides"
-    if not isinstance(overrides, Mapping):
-        where = Path(overrides)
-        overrides = _read_class_lines(where, dataset) if where.suffix.lower() == ".txt" else _read_mapping(where)
-
-    def texts(value: str | Sequence[str]) -> tuple[str, ...]:
-        items = (value,) if isinstance(value, str) else value
-        if not (isinstance(items, Sequence) and items and all(isinstance(t, str) and t.strip() for t in items)):
-            raise ValueError(f"{where}: {value!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
-        return tuple(items)
-
-    names = overrides.get("names") or {}
-    if not isinstance(names, Mapping):
-        raise ValueError(f"{where}: names maps names of classes to others, and {names!r:.100} does not.")
-    known = {"names", "background", "templates"}, {*dataset.class_names}
-    if unknown := [key for keys, of in zip((overrides, names), known) for key in keys if key not in of]:
-        raise ValueError(
-            f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of "
-            f"{dataset.name!r}."
-        )
-    dataset.synonyms = tuple(texts(names.get(name, name)) for name in dataset.class_names)
-    dataset.background_texts = texts(overrides["background"]) if "background" in overrides else ()
-    if dataset.background_texts and not dataset.background:
-        raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset.name!r} is void.")
-    all_texts = [text for names in (dataset.background_texts, *dataset.synonyms) for text in names]
-    if twice := [text for text in all_texts if all_texts.count(text) > 1]:
-        raise ValueError(f"{where}: {twice[0]!r} names two classes.")
-    dataset.templates = tuple(check_templates(overrides.get("templates", dataset.templates)))
-
-
-def _read_class_lines(path: Path, dataset: SegmentationDataset) -> Mapping:
-    """
-    Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background
-    before.
-    """
-    lines = [[text.strip() for text in line.split(",")] for line in _read_text(path).rstrip().splitlines()]
-    background = {"background": lines.pop(0)} if dataset.background and len(lines) == len(dataset.labels) + 1 else {}
-    if len(lines) != len(dataset.labels):
-        raise ValueError(
-            f"{path}: {dataset.name!r} has {len(dataset.labels)} classes with a line for each, and this file has "
-            f"{len(lines)}; if the data set has a background, a line with its texts may come first."
-        )
-    return {"names": dict(zip(dataset.class_names, lines)), **background}
-
-
-def _read_mapping(path: Path) -> Mapping:
-    import yaml
-
-    parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
-    try:
-        content = parse(_read_text(path))
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
-        return content
-    except (ValueError, yaml.YAMLError) as error:
-        problem = " ".join(str(error).split())
-        raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {problem}") from error
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: this file is not UTF-8 ({error}); save it as UTF-8.") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from tqdm import tqdm
 
 from ...utils.hub_ids import is_hub_id
 from ..columns import Columns
+from ..files import expand_braces, is_hidden
 from .arrow import open_arrow
-from .folders import is_hidden, read_class_folders
+from .folders import read_class_folders
 from .shards import open_shard
 from .source import Source
 from .tables import read_table
@@ -70,15 +70,3 @@ def _local_paths(source: str) -> list[Path]:
             "check the path."
         )
     return [Path(file) for file in files]
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Expands braces as a shell does: ranges with leading zeros, "{08..10}", and lists, "{a,b}"."""
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if not match:
-        return [pattern]
-    count = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    parts = match[1].split(",")
-    if count:
-        parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
-    return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]

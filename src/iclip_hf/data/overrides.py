@@ -1,0 +1,86 @@
+"""The user's class names, texts of the background and prompt templates for a segmentation data set."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ..model.prompts import check_templates
+from .files import read_text
+from .layouts import DATASETS
+
+
+class Overrides(NamedTuple):
+    """Texts of a data set by the names of the attributes of a [`~iclip_hf.data.segmentation.SegmentationDataset`]."""
+
+    synonyms: tuple[tuple[str, ...], ...]
+    background_texts: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_names: Sequence[str]) -> Overrides:
+    """
+    Returns the texts of a data set with these classes. Overrides and errors are those of
+    [`~iclip_hf.data.segmentation.load_segmentation`].
+    """
+    layout, where = DATASETS[dataset], "overrides"
+    if not isinstance(overrides, Mapping):
+        where = Path(overrides)
+        is_text = where.suffix.lower() == ".txt"
+        overrides = _read_class_lines(where, dataset, class_names) if is_text else _read_mapping(where)
+
+    def texts(value: str | Sequence[str]) -> tuple[str, ...]:
+        items = (value,) if isinstance(value, str) else value
+        if not (isinstance(items, Sequence) and items and all(isinstance(t, str) and t.strip() for t in items)):
+            raise ValueError(f"{where}: {value!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
+        return tuple(items)
+
+    names = overrides.get("names") or {}
+    if not isinstance(names, Mapping):
+        raise ValueError(f"{where}: names maps names of classes to others, and {names!r:.100} does not.")
+    known = {"names", "background", "templates"}, {*class_names}
+    if unknown := [key for keys, of in zip((overrides, names), known) for key in keys if key not in of]:
+        raise ValueError(
+            f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of {dataset!r}."
+        )
+    synonyms = tuple(texts(names.get(name, name)) for name in class_names)
+    background = texts(overrides["background"]) if "background" in overrides else ()
+    if background and not layout.background:
+        raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset!r} is void.")
+    all_texts = [text for names in (background, *synonyms) for text in names]
+    if twice := [text for text in all_texts if all_texts.count(text) > 1]:
+        raise ValueError(f"{where}: {twice[0]!r} names two classes.")
+    return Overrides(synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates))))
+
+
+def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> Mapping:
+    """
+    Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background
+    before.
+    """
+    lines = [[text.strip() for text in line.split(",")] for line in read_text(path).rstrip().splitlines()]
+    has_first = DATASETS[dataset].background and len(lines) == len(class_names) + 1
+    background = {"background": lines.pop(0)} if has_first else {}
+    if len(lines) != len(class_names):
+        raise ValueError(
+            f"{path}: {dataset!r} has {len(class_names)} classes with a line for each, and this file has "
+            f"{len(lines)}; if the data set has a background, a line with its texts may come first."
+        )
+    return {"names": dict(zip(class_names, lines)), **background}
+
+
+def _read_mapping(path: Path) -> Mapping:
+    import yaml
+
+    parse = json.loads if path.suffix.lower() == ".json" else yaml.safe_load
+    try:
+        content = parse(read_text(path))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except (ValueError, yaml.YAMLError) as error:
+        problem = " ".join(str(error).split())
+        raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {problem}") from error

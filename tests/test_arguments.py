@@ -23,6 +23,8 @@ BAD = [
     ("vision", "''", "vision=''"),
     ("validation_share", "0.1\nvalidation_data: [v]", "validation_data, validation_share"),
     ("keep_presence", 1, "keep_presence: "),  # of no model to train further
+    ("keep_presence", -1, "keep_presence: -1"),
+    ("crop_scale", 5, "crop_scale: 5"),
     ("eval_dataset", "cocos", "'cocos'"),
     ("batch_size", 9, "it is now per_device_train_batch_size"),
     ("noun_weight", 0.7, "--model_options noun_weight=VALUE"),

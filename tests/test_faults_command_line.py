@@ -188,3 +188,7 @@ def test_an_option_that_is_mistyped_is_not_called_missing(sandbox):
     for command in ("explain", "segment"):
         assert "--txt; did you mean --text?" in refused(command, "photo.jpg", "--txt", "dog")
     assert "required: --text" in refused("segment", "photo.jpg", "--json")
+
+
+def test_a_command_that_is_mistyped_has_a_cure(sandbox):
+    assert "'explian'" in (line := refused("explian", "photo.jpg")) and "did you mean explain?" in line

@@ -39,6 +39,8 @@ class _Parser(argparse.ArgumentParser):
             typed = [word.split("=")[0] for word in self._arguments if word.startswith("--")]
             if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:
                 message = f"unrecognized arguments: {wrong[0]}{self._cure(wrong[0], known)}"
+        if message.startswith("argument COMMAND"):
+            message += self._cure(self._arguments[0], COMMANDS)
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message and unknown[:1] != "-" and any(action.dest == "texts" for action in self._actions):
             message += "; several texts stand between commas, as in --text 'dog, red ball'"
@@ -46,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _cure(self, wrong: str, known: Iterable[str]) -> str:
-        """Returns what may be meant by an option that is not known."""
+        """Returns what may be meant by an option or a command that is not known."""
         if self.get_default("command") == "train":
             from ..training.arguments import cure_of
 

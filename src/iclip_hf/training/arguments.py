@@ -227,6 +227,10 @@ def complete(values: Mapping) -> Arguments:
     for name in ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "chunk_size"):
         if getattr(arguments.training, name) <= 0:
             raise ValueError(f"{name}: {getattr(arguments.training, name)} is not above 0.")
+    if arguments.training.keep_presence < 0:
+        raise ValueError(f"keep_presence: {arguments.training.keep_presence} is not a weight of at least 0.")
+    if not 0 < data.crop_scale <= 1:
+        raise ValueError(f"crop_scale: {data.crop_scale} is not in (0, 1].")
     if not data.data:
         raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
     if arguments.evaluation.validation_data and arguments.evaluation.validation_share:

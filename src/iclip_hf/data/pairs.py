@@ -15,6 +15,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import copy
+from itertools import chain
 from pathlib import Path
 from tarfile import TarError
 from typing import TYPE_CHECKING, NamedTuple
@@ -260,12 +261,9 @@ class PairDataset:
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the sources and of the images that they name."""
-        files = [file for source in self.sources for file in source.files]
-        for number, source in enumerate(self.sources):
-            if any(source.names):
-                rows = self._pairs[self._pairs[:, 0] == number, 1].tolist()
-                files += filter(None, map(source.file, rows))
-        return {*map(os.path.abspath, files)}
+        rows = (map(source.file, range(len(source.rows))) for source in self.sources)
+        files = chain(*(source.files for source in self.sources), *rows)
+        return {os.path.abspath(file) for file in files if file}
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which random choices depend."""

@@ -27,11 +27,13 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     repeat the nearest cell inside.
     """
     image = F.avg_pool2d(pixel_values.float(), CELL)
-    near = torch.stack(list(_neighbours(image)))  # (24, B, 3, H, W)
-    spread = torch.cat([near, image[None]]).std(0)
+    near = list(_neighbours(image))
+    mean = (image + sum(near)) / (len(near) + 1)
+    variance = sum((cells - mean).square() for cells in (image, *near)) / len(near)
     # The smallest number keeps cells of one colour, whose spread is 0, at equal weights.
-    affinity = -(near - image).abs() / (SPREAD * spread + torch.finfo(spread.dtype).tiny)
-    weights = affinity.mean(2).softmax(0)[:, :, None]  # (24, B, 1, H, W)
+    spread = SPREAD * variance.sqrt() + torch.finfo(variance.dtype).tiny
+    affinity = torch.stack([-((cells - image).abs() / spread).mean(1) for cells in near])
+    weights = affinity.softmax(0)[:, :, None]  # (24, B, 1, H, W)
     # Subtracting the minimum keeps a constant map exactly constant.
     low = raw_maps.float().amin((-2, -1), keepdim=True)
     maps = resize_maps(raw_maps.float() - low, image.shape[-2:])

@@ -13,7 +13,7 @@ from transformers import BertConfig, CLIPImageProcessor, Dinov2Config, PreTraine
 
 from iclip_hf import ICLIPConfig
 from iclip_hf.backends import identity as module
-from iclip_hf.backends.identity import changed, changed_model, identity
+from iclip_hf.backends.identity import changed_model, identity
 from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.hub.folders import export_model
 
@@ -24,6 +24,11 @@ def saved(tmp_path_factory, tiny_processor) -> Path:
     tiny_model("dinov2").save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
     return folder
+
+
+def changed(then: dict, now: dict) -> list[str]:
+    """The names of the entries that differ, but for `model`, the name."""
+    return sorted(name for name in {*then, *now} - {"model"} if then.get(name) != now.get(name))
 
 
 def edit_json(folder: Path, file: str, *place: str, to) -> None:

@@ -14,7 +14,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..model.configuration_iclip import ICLIPConfig
 from ..utils.digests import file_digest
-from . import DTYPES
 
 
 # Options that change no number: those that training alone reads or that the weights hold, the place of the files, the
@@ -42,7 +41,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     """
     config = getattr(model, "config", None)
     if isinstance(model, torch.nn.Module):
-        used = getattr(torch, dtype) if dtype in DTYPES else next(model.parameters()).dtype
+        used = getattr(torch, dtype) if dtype else next(model.parameters()).dtype
         weights = {name: w.to(used) if w.is_floating_point() and dtype else w for name, w in _weights(model).items()}
     else:  # ONNX, whose logit scale and bias are in its configuration
         trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
@@ -56,12 +55,6 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         "dtype": str(used).removeprefix("torch."),
         "processor": digest(processor),
     }
-
-
-def changed(then: Mapping, now: Mapping) -> list[str]:
-    """Returns the names of the entries that differ, sorted. `model`, the name, does not count."""
-    compared = {**then, **now}.keys() - {"model"}
-    return sorted(name for name in compared if then.get(name) != now.get(name))
 
 
 def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import resolve_revision
-from transformers import AutoConfig, AutoModel, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
 from ..model.processing_iclip import ICLIPProcessor, check_processor
@@ -83,10 +83,10 @@ def load(
         return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
         device = _usable(device or default_device())
-        if dtype == "bfloat16" and device.type == "cpu":
-            warn_of_slow_bfloat16()
+        if dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16():
+            logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
         model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
-        return _explainable(model.to(device), processor)
+        return _FAMILIES[model.config.model_type](model.to(device), processor)
     if not isinstance(source, tuple) or len(source) != 2:
         raise TypeError(
             "Expected a folder, a Hub id, a pair (model, processor) or a result of load, got "
@@ -145,14 +145,6 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def warn_of_slow_bfloat16() -> None:
-    """
-    Logs a warning if this processor has no instructions for bfloat16. It then takes several times as long as float32.
-    """
-    if torch.backends.mkldnn.is_available() and not has_bfloat16():
-        logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
-
-
 def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **options):
     """
     Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from
@@ -178,8 +170,6 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
         processor = AutoProcessor.from_pretrained(name, **shared)
-        if not isinstance(processor, ICLIPProcessor if isinstance(model, ICLIPModel) else ProcessorMixin):
-            raise ValueError(f"{name}: expected a processor of images and texts, got {type(processor).__name__}.")
     check_processor(name, processor, model.config)
     return model, processor
 

@@ -21,8 +21,8 @@ from bench_explain import SIZE, photograph, without_gradients
 from measuring import command_line, machine, medians, ratio, table, take_turns
 from PIL import Image
 
-from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import load_iclip
+from iclip_hf.backends.towers import embedded_towers
 from iclip_hf.cli import main as iclip
 from iclip_hf.model.images import load_image
 

@@ -20,8 +20,8 @@ from measuring import command_line, cost, machine, medians, needed, ratio, table
 from torch.utils.data import DataLoader, Dataset
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
-from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import has_bfloat16
+from iclip_hf.backends.towers import embedded_towers
 from iclip_hf.data.pairs import load_pairs
 
 

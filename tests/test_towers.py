@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from iclip_hf.backends import embedded as towers
+from iclip_hf.backends import towers
 from iclip_hf.utils.files import build_once
 
 

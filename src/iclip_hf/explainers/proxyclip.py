@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
-from ..backends.embedded import embedded_towers
 from ..backends.explainable import unit
 from ..backends.families import ExplainableICLIP
 from ..backends.recording import AttentionRecord
+from ..backends.towers import embedded_towers
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower, tower_config
 from .replaced_attention import ReplacedAttention

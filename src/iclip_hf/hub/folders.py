@@ -14,8 +14,8 @@ import yaml
 from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoImageProcessor
 
-from ..backends.embedded import embedded_towers, name_towers
 from ..backends.loading import load_iclip
+from ..backends.towers import embedded_towers, name_towers
 from ..model.configuration_iclip import ICLIPConfig, without_attention
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES

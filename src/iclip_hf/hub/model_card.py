@@ -1,4 +1,4 @@
-"""The model card: the template `model_card.md`, rendered with the record and the configuration of a model."""
+"""The model card: the template `model_card.md`, filled with the record and the configuration of a model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard
-from jinja2 import Template
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedConfig
 
-from ..backends.identity import identity
 from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
-from ..model.modeling_iclip import ICLIPModel
+from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
 from ..utils.hub_ids import is_hub_id
 from .configs import SHIPPED
-from .record import DIGITS, RECORD, continued, data_terms, shown_results
+from .record import DIGITS, RECORD, assemble_record, shown_results
 
 
 # Known towers by Hub id: display name and licence.
@@ -37,6 +35,7 @@ _TOWERS = {
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
 # The file with the results of data sets on the Hub, from which it makes its tables.
 HUB_RESULTS = ".eval_results/iclip.yaml"
+_TITLES = {name: layout.title for name, layout in DATASETS.items()}
 
 
 def write_model_card(
@@ -72,82 +71,120 @@ def write_model_card(
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: `metrics` has another form.
+        `ValueError`: `metrics` has no score of the card.
     """
-    record = {"data": {}}
-    if source or training is None:
-        record = continued(source or model.name_or_path, model, processor, start)
-    if training is not None:
-        data = record["data"] | data_terms(training.get("data", []))
-        record = {"training": dict(training), "data": data}
-    record["identity"] = identity(model, processor)
-    del record["identity"]["model"]  # a local path
+    record = assemble_record(model, processor, source, training, start)
     if metrics is not None:
         record["evaluation"] = shown_results(metrics)
-
-    evaluation = record.get("evaluation")
+    evaluation, name = record.get("evaluation"), name or Path(folder).resolve().name
+    towers = [describe_tower(config) for config in (model.config.vision_config, model.config.text_config)]
     figures = _figures(evaluation) if evaluation else []
-    values = _values(record, model, processor) | {"name": name or Path(folder).resolve().name, "figures": figures}
-    template = Template(SHIPPED.with_name("model_card.md").read_text(encoding="utf-8"))
-    files = {"README.md": f"{template.render(values)}\n", RECORD: json.dumps(record, indent=2) + "\n"}
-    if figures and evaluation["protocol"]["dataset"]["name"] in _DATASET_IDS:
-        files[HUB_RESULTS] = yaml.safe_dump(_hub_results(evaluation["protocol"], figures), sort_keys=False)
+    header = ModelCardData(
+        **_licence(towers, record["data"]),
+        base_model=[tower["id"] for tower in towers if tower["id"]] or None,
+        datasets=[data for data in record["data"] if is_hub_id(data)] or None,
+        metrics=["mmiou", "mfmb", "text_contrast"] if figures else None,
+        # Without figures, the name would be a key of the header.
+        **({"model_name": name, "eval_results": figures} if figures else {}),
+    )
+    values = _values(record, model, processor) | {"name": name, "towers": towers}
+    card = ModelCard.from_template(header, template_path=SHIPPED.with_name("model_card.md"), **values)
+    files = {"README.md": f"{card}\n", RECORD: json.dumps(record, indent=2) + "\n"}
+    if figures and figures[0].dataset_type in _DATASET_IDS:
+        entries = eval_result_entries_to_yaml(_hub_results(evaluation["protocol"], figures))
+        files[HUB_RESULTS] = yaml.safe_dump(entries, sort_keys=False)
     for file, content in files.items():
         with atomic_write(Path(folder, file)) as temporary:
             temporary.write_bytes(content.encode())
     return Path(folder, "README.md")
 
 
+def _licence(towers: list[dict], data: Mapping[str, Mapping]) -> dict[str, str]:
+    """Returns the licence of the weights for the header: Apache-2.0, if the terms of towers and data allow that."""
+    licences = [tower["licence"] for tower in towers]
+    if "DINOv3 License" in licences:
+        link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
+        return {"license": "other", "license_name": "dinov3-license", "license_link": link}
+    if None in licences:
+        return {"license": "unknown"}
+    if any(of.get("restricted") for of in data.values()):
+        return {"license": "other", "license_name": "apache-2.0-trained-on-research-data"}
+    return {"license": "apache-2.0"}
+
+
 def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
-    """Returns what the template is filled with, but for the name and the figures."""
-    sides = {side: getattr(model.config, side) for side in ("vision_config", "text_config")}
-    shape = ("model_type", "num_hidden_layers", "hidden_size", "patch_size")
-    names = sorted(model.config.option_names())
-    options = {name: value for name in names if (value := getattr(model.config, name)) is not None}
+    """Returns what the template is filled with, but for name and towers."""
+    config, training = model.config, record["training"]
+    options = {name: value for name in sorted(config.option_names()) if (value := getattr(config, name)) is not None}
+    locked = "locked during training" if training and "model" not in training else "locked in this configuration"
     return {
-        "towers": [describe_tower(config) for config in sides.values()],
-        "projections": sum(p.numel() for key, p in model.named_parameters() if not key.startswith(("vision", "text"))),
+        "tower_training": locked if config.lock_vision else "trained with the projections",
+        "projections": sum(p.numel() for key, p in model.named_parameters() if key.startswith(OWN_WEIGHTS)),
         "options": options | {"templates": processor.templates},
-        **{side: {key: getattr(config, key, None) for key in shape} for side, config in sides.items()},
-        "training": record["training"],
-        "data_terms": record["data"],
-        # The weights are published under Apache-2.0, but who trains on such data accepts terms that do not end there.
-        "has_restricted_data": any("research" in terms or "none stated" in terms for terms in record["data"].values()),
-        "datasets": [data for data in record["data"] if is_hub_id(data)],
-        "evaluation": record.get("evaluation"),
-        "titles": {name: layout.title for name, layout in DATASETS.items()},
+        "vision": config.vision_config,
+        "text": config.text_config,
+        "training": training,
+        "data": record["data"],
+        **(_evaluation_values(**record["evaluation"]) if "evaluation" in record else {}),
     }
 
 
-def _figures(evaluation: Mapping) -> list[dict]:
-    """Returns the figures for the front matter; none of some images only, or of own images or names."""
-    data = evaluation["protocol"]["dataset"]
-    if data["images"] != data["images_in_split"] or evaluation["protocol"].get("own_data"):
+def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
+    """Returns the protocol of an evaluation, its conditions in words, and the rows of its table."""
+    data = protocol["dataset"]
+    title = f"{_TITLES.get(data['name'], data['name'])} {data['split'] or ''}".strip()
+    title += ", with custom classes or images" if protocol["own_data"] else ""
+    if data["images"] != data["images_in_split"]:
+        title += f", {data['images']} of {data['images_in_split']} images"
+    rows = []
+    for method, scores in results.items():
+        cells = [f"{scores[name][name.lower()]:.{DIGITS[name]}f}" if name in scores else "-" for name in DIGITS]
+        floor = f"{scores['mMIoU']['floor']:.2f}" if "mMIoU" in scores else "-"
+        rows.append([title, f"`{method}`", *cells, floor])
+    size = "x".join(map(str, protocol["image_size"].values()))
+    conditions = [f"{data['images']} images at {size} pixels without a crop"]
+    conditions += ["at two scales"] if protocol.get("multi_scale") else []
+    conditions += ["maps refined by the image's colours"] if protocol.get("refine") else []
+    conditions += [f"aggregated by {of['aggregate']}" for of in protocol["metrics"].values()][:1]
+    return {"protocol": protocol, "conditions": conditions, "rows": rows}
+
+
+def _figures(evaluation: Mapping) -> list[EvalResult]:
+    """Returns the figures for the header; none of some images only, or of own images or names."""
+    protocol, data = evaluation["protocol"], evaluation["protocol"]["dataset"]
+    if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
+    conditions = {name: of for name, of in protocol.items() if of and name not in ("dataset", "own_data")}
+    measured = {
+        "task_type": "zero-shot-image-classification",
+        "task_name": "Image-text similarity maps",
+        "dataset_type": data["name"],
+        "dataset_name": _TITLES.get(data["name"], data["name"]),
+        "dataset_split": data["split"],
+        "dataset_args": {"images": data["images"], "fingerprint": data["fingerprint"], **conditions},
+    }
     figures = []
     for method, by_metric in evaluation["results"].items():
         for metric, scores in by_metric.items():
             if metric == "mAP" and figures:  # the same for all methods
                 continue
-            value = round(scores[metric.lower()], DIGITS[metric])
-            figures.append({"type": metric.lower(), "name": metric, "config": method, "value": value})
+            figure = {"metric_type": metric.lower(), "metric_name": metric, "metric_config": method}
+            figure["metric_value"] = round(scores[metric.lower()], DIGITS[metric])
             if "floor" in scores:
-                figures[-1]["args"] = {"floor": round(scores["floor"], 2)}
+                figure["metric_args"] = {"floor": round(scores["floor"], 2)}
+            figures.append(EvalResult(**measured, **figure))
     return figures
 
 
-def _hub_results(protocol: Mapping, figures: list[dict]) -> list[dict]:
+def _hub_results(protocol: Mapping, figures: list[EvalResult]) -> list[EvalResultEntry]:
     """Returns figures in the Hub's newer format, from which the page of a data set makes its table."""
     data = protocol["dataset"]
     notes = f"{data['images']} images of {data['split']}"
     notes += ", refined maps" if protocol.get("refine") else ""
     notes += ", at two scales" if protocol.get("multi_scale") else ""
+    dataset_id = _DATASET_IDS[data["name"]]
     return [
-        {
-            "dataset": {"id": _DATASET_IDS[data["name"]], "task_id": f"{figure['config']}_{figure['type']}"},
-            "value": figure["value"],
-            "notes": notes,
-        }
+        EvalResultEntry(dataset_id, f"{figure.metric_config}_{figure.metric_type}", figure.metric_value, notes=notes)
         for figure in figures
     ]
 
@@ -156,11 +193,6 @@ def card_licence(folder: Path) -> str:
     """Returns the licence on the card in a folder, such as "apache-2.0", or the name of one that the Hub lacks."""
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
     return data.license_name if data.license == "other" else data.license
-
-
-def front_matter(data: Mapping) -> str:
-    """Returns values as the front matter of a card, with the lines around it. Values of any form stay values."""
-    return f"---\n{yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)}---\n"
 
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:

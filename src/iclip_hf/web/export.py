@@ -14,11 +14,11 @@ import string
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, SpaceCardData
 from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
-from ..hub.model_card import front_matter, write_model_card
+from ..hub.model_card import write_model_card
 from ..hub.record import public_name
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
@@ -234,4 +234,5 @@ def _readme(card: Path, name: str) -> str:
     page = string.Template(read_asset("README.md")).substitute(
         name=name, ort=ort, tokenizers=tokenizers, photographs="\n".join(photographs)
     )
-    return front_matter({"title": name, **_STATIC_SPACE, "license": licence}) + page
+    header = SpaceCardData(title=name, license=licence, **_STATIC_SPACE)
+    return f"---\n{header.to_yaml()}\n---\n{page}"

@@ -770,7 +770,16 @@ def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor
         assert describe_tower(config) == unknown
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"name": "a model of another program"}'], ids=range(3))
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"name": "a model of another program"}',
+        '{"training": {"epochs": 7}, "data": {"photos": "terms of an earlier version"}, "identity": {}}',
+    ],
+    ids=range(4),
+)
 def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "model_card.json").write_text(content)

@@ -57,8 +57,9 @@ def read_record(source: str | Path) -> dict:
         if (file := _record_file(source)) is None:
             return {**_UNKNOWN}
         content = json.loads(file.read_text(encoding="utf-8"))
-        names = ("training", "data", "identity", *["evaluation"] * ("evaluation" in content))
-        return {name: content[name] for name in names}
+        data = {name: dict(entry) for name, entry in content["data"].items()}  # earlier versions had a text
+        names = ("training", "identity", *["evaluation"] * ("evaluation" in content))
+        return {"data": data, **{name: content[name] for name in names}}
     except (OSError, ValueError, KeyError, TypeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
         return {**_UNKNOWN}

@@ -12,8 +12,8 @@ from ..model.images import image_suffixes
 
 logger = logging.getLogger(__name__)
 
-# The names by default of pictures and label maps that the commands write.
-_WRITTEN_NAME = re.compile(r"-(explanation|segments|labels|comparison)(-\d+)?\.[a-z]+$", re.IGNORECASE)
+# Whether a file has the name by default of a picture or label map that the commands write.
+is_written = re.compile(r"-(explanation|segments|labels|comparison)(-\d+)?\.[a-z]+$", re.IGNORECASE).search
 _OTHERS = (".heic", ".heif", ".avif", ".pdf")  # which Pillow may not read
 
 
@@ -37,11 +37,6 @@ def image_files(folder: Path) -> list[Path]:
         if left_out:
             logger.warning("%s: left out %d files such as %r: %s", folder, len(left_out), min(left_out), reason)
     return sorted(file for file in images if not is_written(file.name))
-
-
-def is_written(name: str) -> bool:
-    """Returns whether a file has the name by default of a picture that the commands write."""
-    return _WRITTEN_NAME.search(name) is not None
 
 
 def is_hidden(name: str) -> bool:

@@ -155,25 +155,24 @@ def _figures(evaluation: Mapping) -> list[EvalResult]:
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
     conditions = {name: of for name, of in protocol.items() if of and name not in ("dataset", "own_data")}
-    measured = {
-        "task_type": "zero-shot-image-classification",
-        "task_name": "Image-text similarity maps",
-        "dataset_type": data["name"],
-        "dataset_name": _TITLES.get(data["name"], data["name"]),
-        "dataset_split": data["split"],
-        "dataset_args": {"images": data["images"], "fingerprint": data["fingerprint"], **conditions},
-    }
-    figures = []
-    for method, by_metric in evaluation["results"].items():
-        for metric, scores in by_metric.items():
-            if metric == "mAP" and figures:  # the same for all methods
-                continue
-            figure = {"metric_type": metric.lower(), "metric_name": metric, "metric_config": method}
-            figure["metric_value"] = round(scores[metric.lower()], DIGITS[metric])
-            if "floor" in scores:
-                figure["metric_args"] = {"floor": round(scores["floor"], 2)}
-            figures.append(EvalResult(**measured, **figure))
-    return figures
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            task_name="Image-text similarity maps",
+            dataset_type=data["name"],
+            dataset_name=_TITLES.get(data["name"], data["name"]),
+            dataset_split=data["split"],
+            dataset_args={"images": data["images"], "fingerprint": data["fingerprint"], **conditions},
+            metric_type=metric.lower(),
+            metric_name=metric,
+            metric_config=method,
+            metric_value=round(scores[metric.lower()], DIGITS[metric]),
+            metric_args={"floor": round(scores["floor"], 2)} if "floor" in scores else None,
+        )
+        for number, (method, by_metric) in enumerate(evaluation["results"].items())
+        for metric, scores in by_metric.items()
+        if metric != "mAP" or number == 0  # which is the same for all methods
+    ]
 
 
 def _hub_results(protocol: Mapping, figures: list[EvalResult]) -> list[EvalResultEntry]:

@@ -94,11 +94,8 @@ def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, traini
         record = read_record(source)
         differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
         if differing and record.pop("evaluation", None):
-            logger.warning(
-                "The results of %s are left out, because they were measured with another %s.",
-                source,
-                " and ".join(differing),
-            )
+            parts = " and ".join(differing)
+            logger.warning("The results of %s are left out: they were measured with another %s.", source, parts)
         if "weights" in differing:
             record |= {"training": None, "data": record["data"] | _UNKNOWN["data"]}
     if training is not None:  # other weights: no earlier training and results, but all earlier data

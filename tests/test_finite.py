@@ -84,7 +84,7 @@ def test_the_gradient_of_attention_is_that_of_the_formula(sharpness):
     attention, similarities = torch.rand(3, 5, generator=draws), 0.1 * torch.rand(3, 4, 5, generator=draws)
     attention[2] = 0.25
     learned, weights = attention.clone().requires_grad_(), attention.double().requires_grad_()
-    pooled = pool_similarities(similarities.mT, torch.eye(4), normalize_attention(learned), sharpness)
+    pooled = pool_similarities(similarities.mT, torch.eye(4), normalize_attention(learned, "minmax", 0.9), sharpness)
     low, high = weights[:2].amin(1, keepdim=True), weights[:2].amax(1, keepdim=True)
     prior = torch.cat([(weights[:2] - low) / (high - low), torch.ones(1, 5)])
     prior = prior / prior.sum(1, keepdim=True)

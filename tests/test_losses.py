@@ -30,7 +30,7 @@ def in_loops(logits: list[list[float]]) -> float:
 
 def test_equals_loops():
     logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)) * 5
-    assert contrastive_loss(logits).item() == pytest.approx(in_loops(logits.tolist()), abs=1e-5)
+    assert contrastive_loss(logits, logits.mT, 0).item() == pytest.approx(in_loops(logits.tolist()), abs=1e-5)
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
@@ -42,13 +42,13 @@ def test_parts_of_a_batch_average_to_the_whole(parts):
         contrastive_loss(logits[start : start + rows], logits.T[start : start + rows], offset=start)
         for start in range(0, 6, rows)
     ]
-    assert torch.stack(losses).mean().item() == pytest.approx(contrastive_loss(logits).item(), abs=1e-6)
+    assert torch.stack(losses).mean().item() == pytest.approx(contrastive_loss(logits, logits.mT, 0).item(), abs=1e-6)
 
 
 def test_half_precision_logits_lose_nothing_in_the_loss():
     logits = (torch.eye(64) * 100).half()  # exp(100) overflows float16
-    assert contrastive_loss(logits).item() == pytest.approx(0, abs=1e-6)
-    assert contrastive_loss(logits).dtype == torch.float32
+    assert contrastive_loss(logits, logits.mT, 0).item() == pytest.approx(0, abs=1e-6)
+    assert contrastive_loss(logits, logits.mT, 0).dtype == torch.float32
 
 
 def test_texts_compete_for_patches_by_hand():

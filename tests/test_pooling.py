@@ -13,7 +13,8 @@ ATTENTION = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1]])
 
 
 def test_minmax_by_hand():
-    torch.testing.assert_close(normalize_attention(ATTENTION), torch.tensor([[0.0, 1.0, 0.25, 0.5, 0.0]]))
+    expected = torch.tensor([[0.0, 1.0, 0.25, 0.5, 0.0]])
+    torch.testing.assert_close(normalize_attention(ATTENTION, "minmax", 0.9), expected)
 
 
 def test_quantile_saturates_what_lies_above():
@@ -21,7 +22,8 @@ def test_quantile_saturates_what_lies_above():
     expected = torch.tensor([[0.0, 1.0, 0.5, 1.0, 0.0]])
     for nearest in (0.75, 0.7, 0.8):  # the fourth of five values
         torch.testing.assert_close(normalize_attention(ATTENTION, "quantile", nearest), expected)
-    torch.testing.assert_close(normalize_attention(ATTENTION, "quantile", 1.0), normalize_attention(ATTENTION))
+    highest, minmax = (normalize_attention(ATTENTION, norm, 1.0) for norm in ("quantile", "minmax"))
+    torch.testing.assert_close(highest, minmax)
 
 
 @pytest.mark.parametrize("count", [3, 8, 9, 16, 50])
@@ -35,8 +37,8 @@ def test_the_quantile_is_that_of_numpy(count):
 
 @pytest.mark.parametrize("norm", ["minmax", "quantile"])
 def test_constant_attention_is_zero_not_nan(norm):
-    assert normalize_attention(torch.full((2, 9), 0.1), norm).eq(0).all()
-    assert normalize_attention(torch.ones(1, 1), norm).eq(0).all()
+    assert normalize_attention(torch.full((2, 9), 0.1), norm, 0.9).eq(0).all()
+    assert normalize_attention(torch.ones(1, 1), norm, 0.9).eq(0).all()
 
 
 def test_poolings_by_hand():
@@ -74,11 +76,11 @@ def test_pooled_similarities_stay_precise_under_autocast(learning):
     draws = torch.Generator().manual_seed(0)
     patches, texts = (F.normalize(torch.randn(*shape, 32, generator=draws), dim=-1) for shape in ((2, 9), (3,)))
     inputs = {"patches": patches, "texts": texts, "attention": torch.rand(2, 9, generator=draws)}
-    expected = pool_similarities(*inputs.values())
+    expected = pool_similarities(*inputs.values(), 10.0)
     if learning in inputs:
         inputs[learning].requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(pool_similarities(*inputs.values()), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(pool_similarities(*inputs.values(), 10.0), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("sharpness", [10.0, 1000.0])  # exp(1000) is infinite
@@ -124,8 +126,8 @@ def test_pooling_knows_no_order_and_stays_within_the_tokens(seed, patches, mode)
 def test_sharing_equals_its_formula_without_the_matrix_of_all_patches(columns):
     torch.manual_seed(0)
     tokens, values, queries = torch.randn(2, 7, 8), torch.randn(2, 7, columns), torch.randn(2, 4, 8)
-    for asked, averaged in ((None, tokens), (queries, queries)):
-        units, others = (one / one.norm(dim=-1, keepdim=True) for one in (averaged, tokens))
+    for asked in (tokens, queries):
+        units, others = (one / one.norm(dim=-1, keepdim=True) for one in (asked, tokens))
         weights = (4 * units @ others.mT).softmax(-1)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if only the kernel with the matrix fits
             shared = share_among_like(values, tokens, 4, asked)

@@ -29,16 +29,12 @@ SHARE_EXPONENT = 4.0  # of the power mean over patches that is the share of a kn
 # ------------------------------------------------------------------------------------------------------- of logits
 
 
-def contrastive_loss(
-    logits_per_image: torch.Tensor, logits_per_text: torch.Tensor | None = None, offset: int = 0
-) -> torch.Tensor:
+def contrastive_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tensor, offset: int) -> torch.Tensor:
     """
     Returns the symmetric cross entropy of image-text pairs (Eq. 13, one branch), from logits `(B, T)` of this
-    process's images with all texts and, by default their transpose, of its texts with all images. Pair i is positive
-    at column `i + offset`: rank times B where columns come from several processes.
+    process's images with all texts and of its texts with all images. Pair i is positive at column `i + offset`: rank
+    times B where columns come from several processes.
     """
-    if logits_per_text is None:
-        logits_per_text = logits_per_image.mT
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
     return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from .similarity import stretch
 
 
-def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile: float = 0.9) -> torch.Tensor:
+def normalize_attention(attention: torch.Tensor, norm: str, quantile: float) -> torch.Tensor:
     """
     Brings the class token's attention `(B, N)` to [0, 1] over the patches of each image (Eq. 9), float32: `"minmax"`
     maps the largest weight to 1, and `"quantile"` the `quantile` in (0, 1], with those above it. Equal weights become
@@ -23,15 +23,13 @@ def normalize_attention(attention: torch.Tensor, norm: str = "minmax", quantile:
 
 
 def share_among_like(
-    values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor | None = None
+    values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor
 ) -> torch.Tensor:
     """
     Averages values `(B, N, C)` of all patches, weighted by softmax(affinity * cosine) of their tokens `(B, N, D)`, for
-    the patches with the tokens `queries` `(B, K, D)`, by default all. Returns `(B, K, C)`. Memory does not hold an N x
-    N matrix.
+    the patches with the tokens `queries` `(B, K, D)`. Returns `(B, K, C)`. Memory does not hold an N x N matrix.
     """
-    keys = F.normalize(tokens.float(), dim=-1)
-    queries = keys if queries is None else F.normalize(queries.float(), dim=-1)
+    keys, queries = (F.normalize(of.float(), dim=-1) for of in (tokens, queries))
     # Zeros make all widths equal. The fused attention needs this; the other one holds the matrix.
     width = max(keys.shape[-1], values.shape[-1])
     padded = (F.pad(part, (0, width - part.shape[-1])).unsqueeze(1) for part in (queries, keys, values.float()))
@@ -45,7 +43,7 @@ def smooth_maximum(values: torch.Tensor, log_prior: torch.Tensor, sharpness: flo
 
 
 def pool_similarities(
-    patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float = 10.0
+    patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float
 ) -> torch.Tensor:
     """
     Masked max pooling over similarities instead of channels: the [`smooth_maximum`] of the similarities of patches

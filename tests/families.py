@@ -23,7 +23,7 @@ from transformers import (
 
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import Engine, for_images
-from iclip_hf.model.modeling_iclip import cosines
+from iclip_hf.model.similarity import cosines
 
 
 LABELS = ["dog", "red ball", "blue car"]

@@ -17,7 +17,7 @@ from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics.segmentation import Segmentation
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import segments
-from iclip_hf.model.modeling_iclip import cosines
+from iclip_hf.model.similarity import cosines
 from iclip_hf.model.windows import SlidingWindows, TwoScales, mean_of_windows, sliding_windows
 
 

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord
 from ..model.engine import join_texts
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.similarity import cosines
 from .replaced_attention import ReplacedAttention
 
 

@@ -24,12 +24,12 @@ from tqdm import tqdm
 
 from .explanation import Explanation
 from .images import load_image
-from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, cosines
+from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
-from .similarity import check_finite, check_map_size
+from .similarity import check_finite, check_map_size, cosines
 from .windows import TwoScales, WholeImage
 
 

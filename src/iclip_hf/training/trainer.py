@@ -35,8 +35,9 @@ from ..data.segmentation import SegmentationDataset
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
-from ..model.modeling_iclip import ICLIPModel, ImageInputs, cosines
+from ..model.modeling_iclip import ICLIPModel, ImageInputs
 from ..model.processing_iclip import ICLIPProcessor
+from ..model.similarity import cosines
 from ..utils.files import atomic_write, writing_errors
 from .arguments import MAP_METRICS, ICLIPTrainingArguments
 from .card import card_of

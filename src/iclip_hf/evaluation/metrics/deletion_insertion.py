@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 
 from ...backends.explainable import ExplainableModel, recordable
-from ...model.modeling_iclip import ICLIPTextFeatures, cosines
-from ...model.similarity import resize_maps
+from ...model.modeling_iclip import ICLIPTextFeatures
+from ...model.similarity import cosines, resize_maps
 from .metric import EvaluatedImage, MeasuredClassMeans
 
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from iclip_hf.explainers.competing_itsm import compete
 from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import (
-    compete,
     cosine_similarity_map,
     min_max_normalize,
     resize_and_normalize,

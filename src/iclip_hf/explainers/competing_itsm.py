@@ -21,7 +21,7 @@ ALIKE = 0.5
 
 class CompetingITSM(Explainer):
     """
-    The map of [`ITSM`], lowered where other nouns match the patch too, see [`~similarity.compete`]. Each noun competes
+    The map of [`ITSM`], lowered where other nouns match the patch too, see [`compete`]. Each noun competes
     by the presence that it has in the image at its prior, or fully if the model has no presence. Nouns that mean much
     the same as the text do not compete.
 
@@ -84,3 +84,16 @@ class CompetingITSM(Explainer):
 def _directions(texts: ICLIPTextFeatures, mean: torch.Tensor) -> torch.Tensor:
     """Returns the features of texts less the mean of the vocabulary, as unit vectors `(..., T, P)`."""
     return normalize(texts.text_embeds.float() - mean)
+
+
+def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+    """
+    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals `(B, V, h, w)`, match too, with weights `(B, T,
+    V)` in [0, 1]: a value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), the mean of s and of what it
+    exceeds the smooth maximum of itself and the rivals by. `scale` is k.
+    """
+    with torch.autocast(maps.device.type, enabled=False):
+        highest = rivals.amax(1, keepdim=True)  # so that no power is infinite
+        powers = weights.float() @ (scale * (rivals - highest)).exp().flatten(2)
+        of_rivals = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
+        return maps - torch.logaddexp(scale * maps, of_rivals) / (2 * scale)

@@ -53,19 +53,6 @@ def cosine_similarity_map(patch_embeds: torch.Tensor, text_embeds: torch.Tensor)
     return maps.unflatten(-1, patch_embeds.shape[1:3])
 
 
-def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
-    """
-    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals `(B, V, h, w)`, match too, with weights `(B, T,
-    V)` in [0, 1]: a value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), the mean of s and of what it
-    exceeds the smooth maximum of itself and the rivals by. `scale` is k.
-    """
-    with torch.autocast(maps.device.type, enabled=False):
-        highest = rivals.amax(1, keepdim=True)  # so that no power is infinite
-        powers = weights.float() @ (scale * (rivals - highest)).exp().flatten(2)
-        of_rivals = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
-        return maps - torch.logaddexp(scale * maps, of_rivals) / (2 * scale)
-
-
 def stretch(
     values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -23,7 +23,7 @@ from transformers import BertTokenizer, CLIPConfig, CLIPImageProcessor, CLIPMode
 from iclip_hf import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.label_maps import segments
+from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
@@ -128,9 +128,9 @@ def uses_of_maps() -> dict[str, Callable[[], object]]:
     twice_as_large = torch.randn(1, 3, 448, 448)
     return {
         "explaining": lambda: resize_and_normalize(drawn(False), SIZE),
-        "segmenting": lambda: segments(drawn(False), SIZE),
+        "segmenting": lambda: label_map(drawn(False), SIZE),
         "explaining, refined": lambda: resize_and_normalize(drawn(True), SIZE),
-        "segmenting, refined": lambda: segments(drawn(True), SIZE),
+        "segmenting, refined": lambda: label_map(drawn(True), SIZE),
         "explaining, at two scales": lambda: resize_and_normalize(drawn(False, multi_scale=True), SIZE),
     }
 

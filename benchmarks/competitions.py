@@ -13,8 +13,9 @@ from measuring import command_line, table
 from iclip_hf import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.metrics import MeanIoU
+from iclip_hf.evaluation.metrics.segmentation import argmax_label_map
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.label_maps import label_map, segments
+from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import resize_and_normalize
 
 
@@ -29,7 +30,7 @@ def stretched_maximum(raw_maps, size, present, threshold, background):
     if not kept.any():
         return torch.full(size, -1)
     threshold = None if background else threshold
-    return label_map(raw_maps[kept], size, classes=classes[kept], threshold=threshold)[0]
+    return argmax_label_map(raw_maps[kept], size, classes[kept], threshold)[0]
 
 
 def each_stretched(raw_maps, size, present, threshold, background):
@@ -40,7 +41,7 @@ def each_stretched(raw_maps, size, present, threshold, background):
     return labels.masked_fill((best <= threshold) | torch.isin(labels, torch.tensor(list(background))), -1)
 
 
-RULES = {"stretched maximum": stretched_maximum, "masks": segments, "each stretched": each_stretched}
+RULES = {"stretched maximum": stretched_maximum, "masks": label_map, "each stretched": each_stretched}
 
 
 def measure(dataset, refine: bool, background: list[str]) -> list[list]:

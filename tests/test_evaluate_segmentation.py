@@ -14,12 +14,11 @@ from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import LabelMaps
 from iclip_hf.evaluation.metrics.recognition import like_classes
-from iclip_hf.evaluation.metrics.segmentation import Segmentation
+from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model import engine
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.refinement import refine_maps
-from iclip_hf.model.windows import SlidingWindows
 
 
 def enlarged(model, processor, sample, texts):

@@ -14,11 +14,11 @@ from transformers.image_utils import SizeDict
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
-from iclip_hf.evaluation.metrics.segmentation import Segmentation
+from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.label_maps import segments
+from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import cosines
-from iclip_hf.model.windows import SlidingWindows, TwoScales, mean_of_windows, sliding_windows
+from iclip_hf.model.windows import TwoScales, mean_of_windows, sliding_windows
 
 
 explain = partial(explain, refine=False)  # the maps as the model has them
@@ -168,7 +168,7 @@ def test_pipelines_compute_maps_at_two_scales(tiny_processor):
         torch.testing.assert_close(answer["map"], expected.map(TEXTS.index(answer["label"])), atol=1e-4, rtol=0)
     assert (plain.maps - expected.maps).abs().max() > 0.05
     pipe = ZeroShotImageSegmentationPipeline(model=model, processor=tiny_processor, device="cpu")
-    labels = segments(expected.raw_maps, expected.size, expected.presence, 0)
+    labels = label_map(expected.raw_maps, expected.size, expected.presence, 0)
     for answer in pipe(IMAGES[0], **given):
         wanted = labels == TEXTS.index(answer["label"])
         assert ((torch.from_numpy(np.array(answer["mask"]) == 255) != wanted).float().mean()) < 0.01

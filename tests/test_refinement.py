@@ -14,11 +14,10 @@ from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPi
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
-from iclip_hf.evaluation.metrics.segmentation import Segmentation
+from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows, argmax_label_map
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.label_maps import label_map, segments
+from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.refinement import refine_maps
-from iclip_hf.model.windows import SlidingWindows
 
 
 def slowly(raw, image):
@@ -134,7 +133,7 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder
     for sample in dataset:
         pixels = tiny_processor(images=[sample.image], size={"shortest_edge": 40})["pixel_values"]
         maps = refine_maps(engine.raw_maps(pixels, texts, scales=SlidingWindows(32, 16, 8))[0], pixels)[0]
-        labels = label_map(maps, sample.size)[0].numpy() + 1
+        labels = argmax_label_map(maps, sample.size, range(len(maps)))[0].numpy() + 1
         known = (sample.label_map > 0) & (sample.label_map < 255)
         right, total = right + (labels == sample.label_map)[known].sum(), total + known.sum()
     assert result.results["itsm"]["segmentation"]["pixel_accuracy"] == pytest.approx(100 * right / total, abs=0.1)
@@ -174,9 +173,9 @@ def test_pipelines_refine(tiny_processor):
     assert (plain.maps - refined.maps).abs().max() > 0.05
     pipe = ZeroShotImageSegmentationPipeline(model=model, processor=tiny_processor, device="cpu")
     for options, expected in (({}, refined), ({"refine": True}, refined), ({"refine": False}, plain)):
-        labels = segments(expected.raw_maps, expected.size, expected.presence, 0)
+        labels = label_map(expected.raw_maps, expected.size, expected.presence, 0)
         for answer in pipe(IMAGES[0], **given, **options):
             wanted = labels == TEXTS.index(answer["label"])
             differing = (torch.from_numpy(np.array(answer["mask"]) == 255) != wanted).float().mean()
             assert wanted.any() and differing < 0.01  # by rounding, where two texts are nearly equal
-    assert (segments(plain.raw_maps, plain.size) != segments(refined.raw_maps, plain.size)).any()
+    assert (label_map(plain.raw_maps, plain.size) != label_map(refined.raw_maps, plain.size)).any()

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from iclip_hf.evaluation.metrics.segmentation import argmax_label_map
 from iclip_hf.explainers.competing_itsm import compete
-from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import (
     cosine_similarity_map,
     min_max_normalize,
@@ -41,12 +41,12 @@ def test_maps_stay_precise_under_autocast():
     patches, texts = (F.normalize(one, dim=-1) + 0.5 for one in embeds)
     with torch.autocast("cpu", torch.bfloat16):
         found = [resize(maps, (33, 50)) for resize in (resize_maps, resize_and_normalize)]
-        confidence = label_map(maps, (33, 50))[1]
+        confidence = argmax_label_map(maps, (33, 50), [0, 1])[1]
         cosines = cosine_similarity_map(patches, texts)
     torch.testing.assert_close(cosines, cosine_similarity_map(patches, texts), atol=1e-4, rtol=1e-5)
     expected = [resize(maps, (33, 50)) for resize in (resize_maps, resize_and_normalize)]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(confidence, label_map(maps, (33, 50))[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(confidence, argmax_label_map(maps, (33, 50), [0, 1])[1], atol=1e-5, rtol=0)
 
 
 def test_patches_and_texts_may_be_on_two_devices():

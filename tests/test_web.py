@@ -30,7 +30,7 @@ from PIL import Image, ImageOps
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, trained_config
-from iclip_hf.model.label_maps import segments
+from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.presence import presence_text, presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
@@ -417,7 +417,7 @@ def test_segments_are_the_label_map(page, outline):
     raw_maps[3] += 9  # of an absent text
     size, present, texts = (24, 36), torch.tensor([True, True, True, False]), ["dog", "sky", "car", "cat"]
     presence = torch.tensor([0.9, 0.6, 0.99, 0.1])
-    expected = segments(raw_maps, size, presence, threshold=0.5 if outline == 1 else outline)  # 1 is no outline
+    expected = label_map(raw_maps, size, presence, threshold=0.5 if outline == 1 else outline)  # 1 is no outline
     assert set(expected.unique().tolist()) == {-1, 0, 1, 2}
     large = resize_maps(raw_maps, size).flatten(1)
     results = [

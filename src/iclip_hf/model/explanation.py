@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .label_maps import segments
+from .label_maps import label_map
 from .presence import EVEN_PRIOR, MIN_PRESENCE, check_min_presence, is_present, presence_word
 from .regions import Region, find_regions, negative_points, positive_points, run_lengths
 from .similarity import resize_and_normalize
@@ -47,8 +47,8 @@ class Explanation:
         prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): share of the images that is assumed to show a
             text: 0.5, and for `explain` without texts that of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, if maps were computed for some
-            of them only, see [`Engine.prepare`].
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, also of those whose maps were
+            not wanted, see [`Engine.prepare`].
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps
             have edges that the model may not use.
@@ -173,11 +173,12 @@ class Explanation:
 
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
-        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64, see [`segments`]: the
-        texts that are present compete where their masks overlap. `background` are texts that describe the background.
-        The default is the threshold of the explanation. Raises `ValueError` if `threshold` is outside [0, 1].
+        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64: the texts that are
+        present compete where their masks overlap, see [`~label_maps.label_map`]. `background` are texts that describe
+        the background. The default is the threshold of the explanation. Raises `ValueError` if `threshold` is outside
+        [0, 1].
         """
-        return segments(
+        return label_map(
             self.raw_maps,
             self.size,
             self.presence,

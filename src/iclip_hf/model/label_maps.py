@@ -1,6 +1,4 @@
-"""
-Label maps from the raw maps of any method: the segments of an image, and the competition that benchmarks measure.
-"""
+"""The label map of an image, from the raw maps of any method."""
 
 from collections.abc import Sequence
 
@@ -8,7 +6,7 @@ import numpy as np
 import torch
 
 from .presence import MIN_PRESENCE, is_present
-from .similarity import check_finite, min_max_normalize, resize_maps, stretch
+from .similarity import check_finite, min_max_normalize, resize_maps
 
 
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
@@ -17,7 +15,7 @@ PRESENCE_WEIGHT = 0.1
 
 
 @torch.no_grad()
-def segments(
+def label_map(
     raw_maps: torch.Tensor,
     size: tuple[int, int],
     presence: torch.Tensor | None = None,
@@ -68,54 +66,3 @@ def segments(
         labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
         best = torch.where(won, standardized, best)
     return labels
-
-
-@torch.no_grad()
-def label_map(
-    raw_maps: torch.Tensor,
-    size: tuple[int, int] | None = None,
-    *,
-    classes: Sequence[int] | None = None,
-    threshold: float | None = None,
-    logit_scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a
-    data set. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of
-    texts.
-
-    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. With `logit_scale`, it
-    is the probability of the best text: a softmax of the scaled values over all texts, which needs cosines.
-
-    Args:
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
-        size (`tuple[int, int]`, *optional*): height and width of the label map in pixels; (h, w) if not given.
-        classes (T integers, *optional*): class of each text; 0, ..., T - 1 if not given. Texts of one class are
-            synonyms. [`BACKGROUND_LABEL`] marks texts that describe the background.
-        threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
-
-    Returns:
-        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1].
-    """
-    check_finite(raw_maps)
-    classes = torch.arange(len(raw_maps)) if classes is None else torch.as_tensor(classes, dtype=torch.long)
-    size = tuple(raw_maps.shape[1:] if size is None else size)
-    best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
-    winner = torch.zeros(size, dtype=torch.int32, device=best.device)
-    values, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
-    for index, raw in enumerate(raw_maps):
-        resize_maps(raw, size, out=values)
-        higher = values > best
-        winner.masked_fill_(higher, index)
-        if logit_scale is not None:
-            below = (values - best).abs_().mul_(-logit_scale).exp_()
-            total = torch.where(higher, total * below + 1, total + below)
-        torch.maximum(best, values, out=best)
-    if logit_scale is not None:
-        confidence = 1 / total
-    else:
-        confidence = stretch(best, *best.aminmax(), out=best)
-    labels = classes.to(best.device)[winner.long()]
-    if threshold is not None:
-        labels[confidence <= threshold] = BACKGROUND_LABEL
-    return labels, confidence

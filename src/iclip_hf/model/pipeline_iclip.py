@@ -162,8 +162,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
 class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     """
-    Assigns each pixel of an image to one of the labels, or to the background, see [`segments`]. The answers have the
-    form of transformers' "image-segmentation".
+    Assigns each pixel of an image to one of the labels, or to the background, see [`~label_maps.label_map`]. The
+    answers have the form of transformers' "image-segmentation".
 
     Example:
 

@@ -32,29 +32,6 @@ class WholeImage:
         return cosines[0]
 
 
-class SlidingWindows(WholeImage):
-    """
-    Square windows, as benchmarks of segmentation have them. The value of a patch is its mean over the windows that
-    contain it.
-
-    Args:
-        window, stride (`int`): side and distance of the windows in pixels, multiples of `patch_size`.
-        patch_size (`int`): side of a patch in pixels.
-    """
-
-    def __init__(self, window: int, stride: int, patch_size: int):
-        self.window, self.stride, self.patch_size = window, stride, patch_size
-
-    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-        return sliding_windows(size, (self.window,) * 2, (self.stride,) * 2)
-
-    def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        return [pixel_values[..., rows, columns] for rows, columns in self._places(pixel_values.shape[2:])]
-
-    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        return mean_of_windows(maps, self._places(size), size, self.patch_size)
-
-
 class TwoScales(WholeImage):
     """
     The whole image, and nine windows of that size on the image at twice its height and width, each of which shares

@@ -10,8 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from ...model.label_maps import BACKGROUND_LABEL, label_map
-from ...model.windows import SlidingWindows
+from ...model.label_maps import BACKGROUND_LABEL
+from ...model.similarity import resize_maps, stretch
+from ...model.windows import WholeImage, mean_of_windows, sliding_windows
 from ..functional import THRESHOLDS, area_counts
 from .metric import EvaluatedImage, Metric
 
@@ -91,10 +92,80 @@ class MeanIoU:
         return 100 * in_both / np.where(union, union, np.nan)
 
 
+@torch.no_grad()
+def argmax_label_map(
+    raw_maps: torch.Tensor,
+    size: tuple[int, int],
+    classes: Sequence[int],
+    threshold: float | None = None,
+    logit_scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a
+    data set. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of
+    texts.
+
+    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. With `logit_scale`, it
+    is the probability of the best text: a softmax of the scaled values over all texts, which needs cosines.
+
+    Args:
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
+        size (`tuple[int, int]`): height and width of the label map in pixels.
+        classes (T integers): class of each text. Texts of one class are synonyms. [`BACKGROUND_LABEL`] marks texts
+            that describe the background.
+        threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
+
+    Returns:
+        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1].
+    """
+    best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
+    winner = torch.zeros(size, dtype=torch.int32, device=best.device)
+    values, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
+    for index, raw in enumerate(raw_maps):
+        resize_maps(raw, size, out=values)
+        higher = values > best
+        winner.masked_fill_(higher, index)
+        if logit_scale is not None:
+            below = (values - best).abs_().mul_(-logit_scale).exp_()
+            total = torch.where(higher, total * below + 1, total + below)
+        torch.maximum(best, values, out=best)
+    if logit_scale is not None:
+        confidence = 1 / total
+    else:
+        confidence = stretch(best, *best.aminmax(), out=best)
+    labels = torch.as_tensor(classes, dtype=torch.long, device=best.device)[winner.long()]
+    if threshold is not None:
+        labels[confidence <= threshold] = BACKGROUND_LABEL
+    return labels, confidence
+
+
+class SlidingWindows(WholeImage):
+    """
+    Square windows, as benchmarks of segmentation have them. The value of a patch is its mean over the windows that
+    contain it.
+
+    Args:
+        window, stride (`int`): side and distance of the windows in pixels, multiples of `patch_size`.
+        patch_size (`int`): side of a patch in pixels.
+    """
+
+    def __init__(self, window: int, stride: int, patch_size: int):
+        self.window, self.stride, self.patch_size = window, stride, patch_size
+
+    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+        return sliding_windows(size, (self.window,) * 2, (self.stride,) * 2)
+
+    def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        return [pixel_values[..., rows, columns] for rows, columns in self._places(pixel_values.shape[2:])]
+
+    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+        return mean_of_windows(maps, self._places(size), size, self.patch_size)
+
+
 class Segmentation(Metric):
     """
     The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data
-    set, see [`label_map`]. It needs `prepare`, which takes classes and background from the data set. Alone, use
+    set, see [`argmax_label_map`]. It needs `prepare`, which takes classes and background from the data set. Alone, use
     [`MeanIoU`].
 
     If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those
@@ -108,7 +179,7 @@ class Segmentation(Metric):
         stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
         background: texts that describe the background; those of the data set's overrides if not given.
         threshold (`float` in [0, 1], *optional*): background threshold.
-        logit_scale (`float`, *optional*): makes the confidence a probability, see [`label_map`].
+        logit_scale (`float`, *optional*): makes the confidence a probability, see [`argmax_label_map`].
     """
 
     name = "segmentation"
@@ -177,8 +248,8 @@ class Segmentation(Metric):
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
-        options = {"threshold": self.threshold, "logit_scale": self.logit_scale, "classes": self.classes}
-        labels, confidence = label_map(image.outputs[self.name][method], image.sample.size, **options)
+        raw_maps, size = image.outputs[self.name][method], image.sample.size
+        labels, confidence = argmax_label_map(raw_maps, size, self.classes, self.threshold, self.logit_scale)
         self.update(labels + 1, image.sample.label_map, confidence, image.index)
 
     def update(self, prediction, reference, confidence, index: int) -> None:

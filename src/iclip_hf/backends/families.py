@@ -166,9 +166,7 @@ class ExplainableSiglip2(ExplainableSiglip):
 
     def _whole_image_processor(self, vision_config, image_processor):
         side = math.isqrt(vision_config.num_patches) * patch_side(vision_config)
-        return whole_image_processor(
-            side, image_processor.image_mean, image_processor.image_std, image_processor.resample
-        )
+        return square_processor(side, image_processor.image_mean, image_processor.image_std, image_processor.resample)
 
     def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         patch = self.processor.patch_size
@@ -179,7 +177,7 @@ class ExplainableSiglip2(ExplainableSiglip):
         return self.network.get_image_features(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
 
 
-def whole_image_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
+def square_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):
     """Creates an image processor that resizes whole images to a square of `side` pixels."""
     return SiglipImageProcessor(
         size={"height": side, "width": side}, image_mean=mean, image_std=std, resample=resample

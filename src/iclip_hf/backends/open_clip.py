@@ -14,7 +14,7 @@ from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_text
 from .explainable import RecordableModel, block_mlp, text_features, unit
-from .families import whole_image_processor
+from .families import square_processor
 from .recording import attend, merge_heads
 
 
@@ -54,7 +54,7 @@ class ExplainableOpenCLIP(RecordableModel):
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         self.side = size[0] if isinstance(size, tuple) else size
         resample = Resampling[options["interpolation"].upper()]
-        image_processor = whole_image_processor(self.side, options["mean"], options["std"], resample)
+        image_processor = square_processor(self.side, options["mean"], options["std"], resample)
         patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
         super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
         self._given = model, tokenizer  # its configuration tells how images are prepared

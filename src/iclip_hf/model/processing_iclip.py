@@ -326,7 +326,8 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see
-        [`~label_maps.label_map`]. Raises `ValueError` if outputs have no maps, `min_presence` is outside [0, 1], and as `post_process_masks`.
+        [`~label_maps.label_map`]. Raises `ValueError` if outputs have no maps, `min_presence` is outside
+        [0, 1], and as `post_process_masks`.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.

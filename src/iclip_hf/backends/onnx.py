@@ -26,8 +26,6 @@ from ..utils.files import atomic_folder, loading_errors
 logger = logging.getLogger(__name__)
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
-_IMAGE_OUTPUTS = ("image_embeds", "patch_embeds", "attention", "map_attention")
-_TEXT_OUTPUTS = ("text_embeds", "map_text_embeds", "attention_weights")
 # What runs the graphs, by the names of ONNX Runtime: those that it has, in this order. Others, such as TensorRT, are
 # untested.
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -143,7 +141,7 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def _vision_program(model: ICLIPModel):
     patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
-    pixel_values = torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)
+    inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     # Towers convert their grid to int, which would fix the size of images in the graph.
     tower = sys.modules[type(model.vision_model).__module__]
@@ -151,7 +149,7 @@ def _vision_program(model: ICLIPModel):
         tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
     )
     with keep_symbols:
-        return _program(model, model.get_image_features, {"pixel_values": pixel_values}, _IMAGE_OUTPUTS, shape)
+        return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared, shape)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
@@ -159,7 +157,9 @@ def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
     prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}
     # The least sizes are those that the export assumes; the graph takes one prompt, too.
     shape = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: Dim("length", min=2, max=processor.max_text_length)}
-    outputs = _TEXT_OUTPUTS if model.config.map_attention == "signed" else _TEXT_OUTPUTS[:-1]
+    outputs = ICLIPTextFeatures.compared
+    if model.config.map_attention != "signed":
+        outputs = outputs[:-1]  # without the weights of the attention
 
     def encode(**prompts: torch.Tensor) -> ICLIPTextFeatures:
         num_templates = prompts["input_ids"].shape[1]

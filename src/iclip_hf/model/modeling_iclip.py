@@ -156,6 +156,8 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
     map_text_embeds: torch.FloatTensor | None = None
     attention_weights: torch.FloatTensor | None = None
 
+    compared = ("text_embeds", "map_text_embeds", "attention_weights")  # what scores and maps are computed from
+
 
 @dataclass
 class ICLIPImageFeatures(BaseModelOutputWithPooling):
@@ -183,6 +185,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
     map_attention: torch.FloatTensor | None = None
+
+    compared = ("image_embeds", "patch_embeds", "attention", "map_attention")  # what scores and maps are computed from
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -909,30 +913,29 @@ class ICLIPModel(PreTrainedModel):
             `ValueError`: images or texts are missing, or H or W is not a multiple of the patch size; with
                 `return_loss` and without nouns, there is not one text for each image.
         """
-        texts = (input_ids, text_inputs if return_loss else text_features)
-        if (pixel_values is None and image_inputs is None) or all(given is None for given in texts):
+        tokens, texts = (input_ids, attention_mask, token_type_ids), text_inputs if return_loss else text_features
+        if (pixel_values is None and image_inputs is None) or (input_ids is None and texts is None):
             raise ValueError(
                 "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
                 "get_text_features."
             )
         if return_loss:
             if image_inputs is None:
-                image_inputs = ImageInputs(
-                    *in_chunks(
-                        lambda images: self.image_inputs(self.encode_image(images, **kwargs)), chunk_size, pixel_values
-                    )
-                )
+
+                def encode_images(images: torch.Tensor) -> ImageInputs:
+                    return self.image_inputs(self.encode_image(images, **kwargs))
+
+                image_inputs = ImageInputs(*in_chunks(encode_images, chunk_size, pixel_values))
             if text_inputs is None:
-                (text_inputs,) = in_chunks(
-                    lambda *tokens: self.encode_text(*tokens, **kwargs)[:1],
-                    chunk_size,
-                    *(input_ids, attention_mask, token_type_ids),
-                )
+
+                def encode_texts(*tokens: torch.Tensor | None) -> tuple[torch.Tensor]:
+                    return self.encode_text(*tokens, **kwargs)[:1]
+
+                (text_inputs,) = in_chunks(encode_texts, chunk_size, *tokens)
             return self._losses(image_inputs, text_inputs, BatchNouns.gathered(**nouns) if nouns else None)
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         if text_features is None:
-            tokens = (input_ids, attention_mask, token_type_ids)
             text_features = self.get_text_features(*tokens, num_templates, **kwargs)
         return self._compare(image, text_features, output_similarity_maps)
 

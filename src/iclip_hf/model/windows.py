@@ -19,6 +19,10 @@ WINDOW_SHARPNESS = 20.0
 class WholeImage:
     """The whole image, as it is prepared."""
 
+    def size(self, usual: dict[str, int]) -> dict[str, int]:
+        """Returns the size of the image that views of the usual size are taken from."""
+        return usual
+
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Returns the pixel values of each view of images `(B, 3, H, W)`."""
         return [pixel_values]
@@ -47,7 +51,6 @@ class TwoScales(WholeImage):
         self.patch_size = patch_size
 
     def size(self, usual: dict[str, int]) -> dict[str, int]:
-        """Returns the size of the larger image, whose windows have the usual size."""
         return {name: 2 * side for name, side in usual.items()}
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:

@@ -240,6 +240,35 @@ def test_scores_alone_need_no_map(tiny_processor, recorded):
     assert (maps, forwards) == ([], [32])
 
 
+@pytest.mark.parametrize(
+    ("size", "multi_scale", "expected"),
+    [
+        (None, False, [None]),
+        (32, False, [None]),
+        (48, False, [48, None]),
+        (None, True, [64]),
+        (32, True, [64]),
+        (16, True, [None, None]),
+        (48, True, [96, None]),
+    ],
+)
+def test_an_image_is_prepared_once_for_the_maps_and_once_for_the_scores(
+    tiny_processor, recorded, size, multi_scale, expected
+):
+    """Only if no view of the image for the maps has the model's own size. None is the size of the processor."""
+    sizes = recorded(ICLIPProcessor, "__call__", lambda self, **given: given["size"] and given["size"]["height"])
+    engine = Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=multi_scale)
+    image = engine.prepare(IMAGES[0])
+    sides = [values.shape[-1] for values in (image.pixel_values, image.score_pixel_values) if values is not None]
+    assert sizes == expected and sides == [side or 32 for side in expected]
+
+
+def test_an_image_that_the_processor_does_not_resize_keeps_its_size(tiny_processor):
+    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False, do_resize=False)
+    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
+    assert Engine(tiny_model(), processor).prepare(noise((48, 24))).pixel_values.shape == (1, 3, 24, 48)
+
+
 @pytest.mark.parametrize("size", [None, 48])
 def test_engines_share_the_features_of_images(tiny_processor, recorded, size):
     """Of several questions about one image too."""

@@ -13,9 +13,11 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from inspect import signature
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -39,35 +41,42 @@ logger = logging.getLogger(__name__)
 TEXT_BATCH = 64
 # Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
 SIMILAR_TEXTS = 0.7
-_TEXT_EMBEDS = ("text_embeds", "map_text_embeds", "attention_weights")
-# What scores and maps are computed from. The outputs of the tower take more memory.
-_IMAGE_EMBEDS = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedImage:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageBatch:
     """
-    An image for [`Engine.run`], from [`Engine.prepare`].
+    What a model sees of B images of one shape, and what it has made of them.
 
     Attributes:
-        pixel_values (`torch.Tensor` of shape `(1, 3, H, W)`): for the maps.
-        size (`tuple[int, int]`): height and width of its maps in pixels.
-        score_pixel_values (`torch.Tensor` of shape `(1, 3, H', W')`, *optional*): for the scores, if the model's own
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): for the maps.
+        score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): for the scores, if the model's own
             size is another.
-        text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
-        image (`PIL.Image.Image`, *optional*): for the explanation.
-        image_embeds (`list[torch.Tensor]`, *optional*): unit vectors of the views of the image, `(1, P)`, for the
+        image_embeds (`list[torch.Tensor]`, *optional*): unit vectors of the views of the images, `(B, P)`, for the
             scores, from [`Engine.encode_images`]: of the whole at the model's own size and, at two scales, of windows.
         features (`list[ICLIPImageFeatures]`, *optional*): of the views of `pixel_values`, for the maps, likewise.
     """
 
     pixel_values: torch.Tensor
-    size: tuple[int, int]
     score_pixel_values: torch.Tensor | None = None
-    text_indices: Sequence[int] | None = None
-    image: Image.Image | None = None
     image_embeds: list[torch.Tensor] | None = None
     features: list[ICLIPImageFeatures] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreparedImage(ImageBatch):
+    """
+    An image for [`Engine.run`], from [`Engine.prepare`]: a batch of one.
+
+    Attributes:
+        size (`tuple[int, int]`): height and width of its maps in pixels.
+        text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
+        image (`PIL.Image.Image`, *optional*): for the explanation.
+    """
+
+    size: tuple[int, int]
+    text_indices: Sequence[int] | None = None
+    image: Image.Image | None = None
 
     @property
     def batch_key(self) -> tuple:
@@ -75,6 +84,15 @@ class PreparedImage:
         pixels = (self.pixel_values, self.score_pixel_values)
         shapes = [None if values is None else values.shape for values in pixels]
         return *shapes, self.text_indices is None, self.image_embeds is None, self.features is None
+
+
+class _Asked(NamedTuple):
+    """The T texts that images are asked about."""
+
+    labels: list[str]
+    encoded: ICLIPTextFeatures  # (T, P)
+    priors: torch.Tensor | None = None  # of their presence, (T,); None for 0.5
+    indices: list[list[int]] | None = None  # for each image those of its texts; None for all
 
 
 class Engine:
@@ -152,10 +170,8 @@ class Engine:
             mask = prompts.get("attention_mask")
             if mask is not None and mask.shape[1] == self.processor.max_text_length and mask[:, -1].any():
                 logger.warning("A text has %d tokens or more; the others are cut off.", mask.shape[1])
-            is_network = isinstance(self.model, torch.nn.Module)
-            device = input_device(self.model) if is_network else self.model.device
             with torch.no_grad():
-                parts.append(self.model.get_text_features(**prompts.to(device)))
+                parts.append(self.model.get_text_features(**prompts.to(input_device(self.model))))
         foreign = next((text for text in labels if not re.search("[A-Za-z0-9]", text)), None)
         if foreign and _has_english_words(self.processor.tokenizer):
             logger.warning("The model reads English, and knows no word of %r.", foreign)
@@ -177,16 +193,16 @@ class Engine:
             text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
                 compare the texts still see all of them, and `Explanation.all_scores` has all scores.
         """
-        image = load_image(image)
-        own = pixel_values = self.processor(images=[image])["pixel_values"]
-        if self.multi_scale or self.image_size is not None:
-            size_of_views = self.image_size or size_dict(self.processor.image_processor.size)
-            size_of_views = self.scales.size(size_of_views) if self.multi_scale else size_of_views
-            pixel_values = self.processor(images=[image], size=size_of_views)["pixel_values"]
-        # At two scales the whole image is one of the views.
-        is_view = self.image_size is None or (pixel_values.shape == own.shape and not self.multi_scale)
+        image, own = load_image(image), size_dict(self.processor.image_processor.size)
+        of_views = self.image_size or own
+        of_image = self.scales.size(of_views)
+        # None is the processor's own size. One that does not resize takes no other.
+        sizes = {"pixel_values": None if of_image == own else of_image}
+        if of_views != own:
+            sizes["score_pixel_values"] = None
+        pixels = {name: self.processor(images=[image], size=size)["pixel_values"] for name, size in sizes.items()}
         size = (image.height, image.width) if size is None else check_map_size(size)
-        return PreparedImage(pixel_values, size, None if is_view else own, text_indices, image)
+        return PreparedImage(**pixels, size=size, text_indices=text_indices, image=image)
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
@@ -199,12 +215,12 @@ class Engine:
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:
             if not self.takes_features and group[0].score_pixel_values is None:
                 return group  # the scores come with the maps
-            embeds, features = self._encode(group, self.takes_features)
-            features = itertools.repeat(None) if features is None else _split(features, len(group))
-            embeds = zip(*(view.split(1) for view in embeds))
+            batch = self._encoded(_joined(group), self.takes_features)
+            encoded = [batch.image_embeds, batch.features]
+            rows = [_map_tensors(itemgetter(slice(row, row + 1)), encoded) for row in range(len(group))]
             return [
-                replace(image, image_embeds=[*of_image], features=part)
-                for image, of_image, part in zip(group, embeds, features)
+                replace(image, image_embeds=embeds, features=features)
+                for image, (embeds, features) in zip(group, rows)
             ]
 
         return map_groups(encode, images, [image.batch_key for image in images])
@@ -237,82 +253,69 @@ class Engine:
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is at least 1, not {number}.")
-        indices, priors = itertools.repeat(None), None
-        if isinstance(texts, Mapping) and not isinstance(texts, ICLIPTextFeatures):
+        return self._explanations(images, self._asked(texts, encoded), batch_size, best)
+
+    def _asked(self, texts, encoded: ICLIPTextFeatures | None) -> _Asked:
+        """Brings the texts of `run` to one form, and encodes them unless they are `encoded`."""
+        if isinstance(texts, ICLIPTextFeatures):
+            return _Asked([str(number) for number in range(len(texts.text_embeds))], texts)
+        priors = indices = None
+        if isinstance(texts, Mapping):
             check_priors(texts)
             texts, priors = [*texts], torch.tensor([*texts.values()], dtype=torch.float32)
-        if isinstance(texts, ICLIPTextFeatures):
-            labels, encoded = [str(number) for number in range(len(texts.text_embeds))], texts
-        else:
-            labels = split_texts(texts)
-            are_lists = [isinstance(text, (list, tuple)) for text in labels]
-            if any(are_lists) and not all(are_lists):  # the letters of a string would be texts
-                raise ValueError(
-                    "Texts are either strings for all images, or a list of strings for each image, not both."
-                )
-            lists = labels if any(are_lists) else [labels]
-            if not all(lists):
-                raise ValueError("There is no text: name what to look for, for each image.")
-            if lists is labels:
-                labels = list(dict.fromkeys(itertools.chain(*lists)))
-                number = {label: index for index, label in enumerate(labels)}
-                indices = [[number[label] for label in image_labels] for image_labels in lists]
-            encoded = self.encode(labels) if encoded is None else encoded
-        return self._explanations(images, labels, encoded, indices, priors, batch_size, best)
+        labels = split_texts(texts)
+        lists = [text for text in labels if isinstance(text, (list, tuple))]
+        if lists and len(lists) < len(labels):  # the letters of a string would be texts
+            raise ValueError("Texts are either strings for all images, or a list of strings for each image, not both.")
+        if not all(lists or [labels]):
+            raise ValueError("There is no text: name what to look for, for each image.")
+        if lists:
+            labels = list(dict.fromkeys(itertools.chain(*lists)))
+            number = {label: index for index, label in enumerate(labels)}
+            indices = [[number[label] for label in of_image] for of_image in lists]
+        return _Asked(labels, self.encode(labels) if encoded is None else encoded, priors, indices)
 
-    def _explanations(
-        self, images, labels: list[str], encoded: ICLIPTextFeatures, indices, priors, batch_size: int, best: int | None
-    ) -> Iterator[Explanation | None]:
-        """`indices`: for each image those of its texts, or None for all."""
-
-        def explain(group: list[tuple[PreparedImage, list[int] | None]]) -> list[Explanation]:
-            images, indices = zip(*group)
-            if indices[0] is None:
-                return self._explain(images, [labels] * len(images), for_images(encoded, len(images)), priors, best)
-            names = [[labels[index] for index in image_indices] for image_indices in indices]
-            return self._explain(images, names, select_texts(encoded, torch.tensor(indices)), priors, best)
-
-        pairs = zip(images, indices, strict=isinstance(indices, list))
+    def _explanations(self, images, asked: _Asked, batch_size: int, best: int | None) -> Iterator[Explanation | None]:
+        pairs = zip(images, asked.indices or itertools.repeat(None), strict=asked.indices is not None)
         while batch := list(itertools.islice(pairs, batch_size)):
             prepared = [
-                (self.prepare(image) if isinstance(image, Image.Image) else image, image_indices)
-                for image, image_indices in batch
+                (self.prepare(image) if isinstance(image, Image.Image) else image, of_image)
+                for image, of_image in batch
                 if image is not None
             ]
-            keys = [(image.batch_key, chosen and len(chosen)) for image, chosen in prepared]
-            explanations = iter(map_groups(explain, prepared, keys))
+            keys = [(image.batch_key, of_image and len(of_image)) for image, of_image in prepared]
+            explanations = iter(map_groups(partial(self._explain, asked, best), prepared, keys))
             yield from (None if image is None else next(explanations) for image, _ in batch)
 
     @torch.no_grad()
     def _explain(
-        self,
-        images: Sequence[PreparedImage],
-        labels: Sequence[list[str]],
-        texts: ICLIPTextFeatures,
-        priors: torch.Tensor | None,
-        best: int | None,
+        self, asked: _Asked, best: int | None, group: Sequence[tuple[PreparedImage, list[int] | None]]
     ) -> list[Explanation]:
         """
-        Explains B images of one `batch_key` with T texts each, `(B, T, P)`. `priors` are those of the presence of each
-        text, `(T,)`, 0.5 if not given.
+        Explains B images of one `batch_key`, each with the indices of its T texts, or None for all that are asked.
         """
+        images, asked_indices = zip(*group)
+        if asked_indices[0] is None:
+            labels, texts = [asked.labels] * len(images), for_images(asked.encoded, len(images))
+        else:
+            labels = [[asked.labels[index] for index in of_image] for of_image in asked_indices]
+            texts = select_texts(asked.encoded, torch.tensor(asked_indices))
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else indices
         wants_maps = best is not None or any(map(len, indices))
-        pixel_values, maps = _joined(images, "pixel_values"), None
-        if self.takes_features or not wants_maps or best is not None or images[0].image_embeds is not None:
-            embeds, features = self._encode(images, wants_maps and self.takes_features)
-        else:  # the method encodes the images itself
-            maps, features = self.raw_maps(pixel_values, texts, text_indices=text_indices)
-            embeds = self._score_embeds(images, features)
-        scores, presence = self._score(embeds, texts, priors)
+        encodes_itself = wants_maps and best is None and not self.takes_features  # the method, for the scores too
+        batch, maps = _joined(images), torch.zeros(len(images), 0, 1, 1)
+        if encodes_itself:
+            maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices)
+            batch = replace(batch, features=features)
+        batch = self._encoded(batch, wants_maps and self.takes_features)
+        scores, presence = self._score(batch.image_embeds, texts, asked.priors)
         if best is not None:
             indices = _best_texts(scores if presence is None else presence, texts.text_embeds, best)
             texts, text_indices = select_texts(texts, torch.tensor(indices)), None
-        if maps is None and wants_maps:
-            maps, _ = self.raw_maps(pixel_values, texts, features, text_indices)
-        maps = torch.zeros(len(images), 0, 1, 1) if maps is None else maps.cpu()
-        scores, presence = scores.cpu(), None if presence is None else presence.cpu()
+        if wants_maps and not encodes_itself:
+            maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices)
+        maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
         return [
             Explanation(
                 labels=[labels[number][index] for index in selected],
@@ -320,7 +323,7 @@ class Engine:
                 presence=None if presence is None else presence[number][list(selected)],
                 raw_maps=maps[number, : len(selected)],
                 size=image.size,
-                prior=EVEN_PRIOR if priors is None else priors[list(selected)],
+                prior=EVEN_PRIOR if asked.priors is None else asked.priors[list(selected)],
                 image=image.image,
                 all_scores=scores[number],
                 method=self.method_name,
@@ -329,27 +332,17 @@ class Engine:
             for number, (image, selected) in enumerate(zip(images, indices))
         ]
 
-    def _encode(
-        self, images: Sequence[PreparedImage], for_maps: bool
-    ) -> tuple[list[torch.Tensor], list[ICLIPImageFeatures] | None]:
-        """Returns `image_embeds` and, with `for_maps`, `features` of images as [`PreparedImage`] has them, joined."""
-        features, embeds = _joined(images, "features"), _joined(images, "image_embeds")
-        if for_maps and features is None:
-            features = [self._features(view) for view in self.scales.views(_joined(images, "pixel_values"))]
-        return self._score_embeds(images, features) if embeds is None else embeds, features
-
-    def _score_embeds(
-        self, images: Sequence[PreparedImage], features: Sequence[ICLIPImageFeatures] | None
-    ) -> list[torch.Tensor]:
-        """Returns `image_embeds` of images as [`PreparedImage`] has them, from the features of the views if given."""
-        own = _joined(images, "score_pixel_values")
-        replaced = int(own is not None)  # the whole image, of the size of the maps
-        if features is None:
-            views = self.scales.views(_joined(images, "pixel_values"))
-            of_views = [self._features(view).image_embeds for view in views[replaced:]]
-        else:
-            of_views = [view.image_embeds for view in features[replaced:]]
-        return of_views if own is None else [self._features(own).image_embeds, *of_views]
+    def _encoded(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
+        """Encodes images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
+        features, embeds = batch.features, batch.image_embeds
+        if features is None and for_maps:
+            features = [self._features(view) for view in self.scales.views(batch.pixel_values)]
+        if embeds is None:
+            views = [*(features or self.scales.views(batch.pixel_values))]
+            if batch.score_pixel_values is not None:  # the whole image, at the model's own size
+                views[0] = batch.score_pixel_values
+            embeds = [self._features(view).image_embeds for view in views]
+        return replace(batch, features=features, image_embeds=embeds)
 
     def _score(
         self, embeds: Sequence[torch.Tensor], texts: ICLIPTextFeatures, priors: torch.Tensor | None
@@ -382,8 +375,10 @@ class Engine:
                 The S maps of an image with fewer end with maps of any texts.
         """
         texts, scales = for_images(texts, len(pixel_values)), scales or self.scales
-        views = zip(scales.views(pixel_values), features or itertools.repeat(None))
-        maps, found = zip(*(self._maps_of_method(view, texts, of_view, text_indices) for view, of_view in views))
+        views = scales.views(pixel_values)
+        maps, found = zip(
+            *(self._maps_of_method(view, texts, seen, text_indices) for view, seen in zip(views, features or views))
+        )
         maps = scales.join(maps, pixel_values.shape[2:])
         return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps, [*found]
 
@@ -391,13 +386,16 @@ class Engine:
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
-        features: ICLIPImageFeatures | None,
+        image: torch.Tensor | ICLIPImageFeatures,
         text_indices: Sequence[Sequence[int]] | None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        """Computes the maps of the method, checks them, and returns them with the features of the images."""
+        """
+        Computes the maps of the method, checks them, and returns them with the features of the images. `image` is the
+        pixel values or, if they are known, the features.
+        """
         expected, selected, options = tuple(texts.text_embeds.shape[:2]), None, {}
         if self.takes_features:
-            options["features"] = self._features(pixel_values) if features is None else features
+            options["features"] = self._features(image)
         if "templates" in self._arguments:
             options["templates"] = self.templates
         if text_indices is not None:
@@ -413,7 +411,7 @@ class Engine:
             )
         maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
         check_finite(maps)
-        return maps, _embeds(features)
+        return maps, _map_tensors(torch.Tensor.detach, features)
 
     @torch.no_grad()
     def _own_maps(
@@ -423,18 +421,22 @@ class Engine:
         return self.model.similarity_maps(features, texts), features
 
     @torch.no_grad()
-    def _features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        if isinstance(self.model, torch.nn.Module):  # other models do this themselves
-            pixel_values = pixel_values.to(input_device(self.model), next(self.model.parameters()).dtype)
-        return self.model.get_image_features(pixel_values)
+    def _features(self, image: torch.Tensor | ICLIPImageFeatures) -> ICLIPImageFeatures:
+        """Encodes pixel values. Features are returned unchanged."""
+        if not isinstance(image, torch.Tensor):
+            return image
+        # Other models than those of transformers convert the dtype themselves.
+        return self.model.get_image_features(image.to(input_device(self.model), getattr(self.model, "dtype", None)))
 
 
-def input_device(network: torch.nn.Module) -> torch.device:
+def input_device(model) -> torch.device:
     """
-    Returns the device for the inputs of a model: that of its weights, or the CPU if they are offloaded, where hooks
-    move them.
+    Returns the device for the inputs of a model: for a network that of its weights, or the CPU if they are offloaded,
+    where hooks move them.
     """
-    device = next(network.parameters()).device
+    if not isinstance(model, torch.nn.Module):
+        return model.device
+    device = next(model.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
@@ -442,7 +444,7 @@ def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
     """Repeats encoded texts `(T, P)` for each of B images, `(B, T, P)`. Texts of this shape are returned unchanged."""
     if texts.text_embeds.ndim == 3:
         return texts
-    return _map_texts([texts], lambda values: values[0].expand(images, *values[0].shape))
+    return _map_tensors(lambda values: values.expand(images, *values.shape), texts)
 
 
 def _has_english_words(tokenizer) -> bool:
@@ -457,7 +459,7 @@ def _has_english_words(tokenizer) -> bool:
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
     """Joins texts that were encoded in parts, `(..., T, P)` each."""
     dim = parts[0].text_embeds.ndim - 2
-    return _map_texts(parts, lambda values: torch.cat(values, dim))
+    return _map_tensors(lambda *values: torch.cat(values, dim), *parts)
 
 
 def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFeatures:
@@ -466,15 +468,29 @@ def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFe
     among those of each image, `(B, T, P)`.
     """
     place = indices if texts.text_embeds.ndim == 2 else (torch.arange(len(indices))[:, None], indices)
-    return _map_texts([texts], lambda values: values[0][place])
+    return _map_tensors(lambda values: values[place], texts)
 
 
-def _map_texts(
-    parts: Sequence[ICLIPTextFeatures], function: Callable[[list[torch.Tensor]], torch.Tensor]
-) -> ICLIPTextFeatures:
-    """Applies a function to each field of encoded texts that maps and scores are computed from, where they have it."""
-    fields = [name for name in _TEXT_EMBEDS if parts[0].get(name) is not None]
-    return ICLIPTextFeatures(**{name: function([part[name] for part in parts]) for name in fields})
+def _joined(images: Sequence[PreparedImage]) -> ImageBatch:
+    """Joins images of one `batch_key`."""
+    if len(images) == 1:
+        return images[0]
+    parts = {field.name: [getattr(image, field.name) for image in images] for field in fields(ImageBatch)}
+    return ImageBatch(**{name: _map_tensors(lambda *rows: torch.cat(rows), *of) for name, of in parts.items()})
+
+
+def _map_tensors(function: Callable[..., torch.Tensor], *parts):
+    """
+    Applies a function to tensors, or to those at each place of lists and of features, of which others than those that
+    scores and maps are computed from are left out. None stays None.
+    """
+    first = parts[0]
+    if first is None or isinstance(first, torch.Tensor):
+        return None if first is None else function(*parts)
+    if isinstance(first, list):
+        return [_map_tensors(function, *of_view) for of_view in zip(*parts)]
+    names = [name for name in first.compared if name in first]
+    return type(first)(**{name: function(*(part[name] for part in parts)) for name in names})
 
 
 def map_groups(
@@ -506,32 +522,3 @@ def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> 
                 chosen.append(index)
         best.append((chosen + [index for index in ranked if index not in chosen])[:count])
     return best
-
-
-def _joined(images: Sequence[PreparedImage], name: str):
-    """Joins a tensor, or the tensor or features of each view, of images; None if they have none."""
-    parts = [getattr(image, name) for image in images]
-    if len(parts) == 1 or parts[0] is None:
-        return parts[0]
-    if isinstance(parts[0], torch.Tensor):
-        return torch.cat(parts)
-    if isinstance(parts[0][0], torch.Tensor):
-        return [torch.cat(of_view) for of_view in zip(*parts)]
-    return [
-        ICLIPImageFeatures(**{field: torch.cat([part[field] for part in of_view]) for field in of_view[0]})
-        for of_view in zip(*parts)
-    ]
-
-
-def _embeds(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
-    """Returns the features that scores and maps are computed from, without gradient."""
-    return ICLIPImageFeatures(**{name: features[name].detach() for name in _IMAGE_EMBEDS if name in features})
-
-
-def _split(views: Sequence[ICLIPImageFeatures], images: int) -> list[list[ICLIPImageFeatures]]:
-    """Returns the features of each view of each image that scores and maps are computed from."""
-    parts = [{name: tensor.split(1) for name, tensor in _embeds(view).items()} for view in views]
-    return [
-        [ICLIPImageFeatures(**{name: tensors[image] for name, tensors in view.items()}) for view in parts]
-        for image in range(images)
-    ]

@@ -48,7 +48,8 @@ def test_argmax_label_map_equals_a_loop_over_pixels(classes, threshold, logit_sc
 
 def test_constant_and_equal_maps():
     raw = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(1))
-    assert (argmax_label_map(raw, SIZE, [0], threshold=1.0)[0] == BACKGROUND_LABEL).all()  # though the confidence reaches 1
+    labels, _ = argmax_label_map(raw, SIZE, [0], threshold=1.0)
+    assert (labels == BACKGROUND_LABEL).all()  # though the confidence reaches 1
     constant = torch.full((3, 4, 4), 0.3)
     constant[1] = 0.7
     labels, confidence = argmax_label_map(constant, SIZE, range(3))

@@ -193,16 +193,21 @@ class Engine:
             text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
                 compare the texts still see all of them, and `Explanation.all_scores` has all scores.
         """
-        image, own = load_image(image), size_dict(self.processor.image_processor.size)
-        of_views = self.image_size or own
-        of_image = self.scales.size(of_views)
-        # None is the processor's own size. One that does not resize takes no other.
-        sizes = {"pixel_values": None if of_image == own else of_image}
-        if of_views != own:
-            sizes["score_pixel_values"] = None
-        pixels = {name: self.processor(images=[image], size=size)["pixel_values"] for name, size in sizes.items()}
+        image, own_size = load_image(image), size_dict(self.processor.image_processor.size)
+        view_size = self.image_size or own_size
+        size_of_views = self.scales.size(view_size)
+
+        def pixels(size: dict[str, int]) -> torch.Tensor:
+            # With do_resize=False, the processor takes no size.
+            return self.processor(images=[image], size=None if size == own_size else size)["pixel_values"]
+
+        pixel_values, own = pixels(size_of_views), None if view_size == own_size else pixels(own_size)
+        if own is not None and own.shape == pixel_values.shape and not self.multi_scale:
+            own = None  # `shortest_edge` of a square image
         size = (image.height, image.width) if size is None else check_map_size(size)
-        return PreparedImage(**pixels, size=size, text_indices=text_indices, image=image)
+        return PreparedImage(
+            pixel_values=pixel_values, score_pixel_values=own, size=size, text_indices=text_indices, image=image
+        )
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
@@ -489,8 +494,9 @@ def _map_tensors(function: Callable[..., torch.Tensor], *parts):
         return None if first is None else function(*parts)
     if isinstance(first, list):
         return [_map_tensors(function, *of_view) for of_view in zip(*parts)]
-    names = [name for name in first.compared if name in first]
-    return type(first)(**{name: function(*(part[name] for part in parts)) for name in names})
+    # Not the class of `first`: the code of a model folder has classes of its own.
+    kind = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
+    return kind(**{name: function(*(part[name] for part in parts)) for name in kind.compared if name in first})
 
 
 def map_groups(

@@ -284,7 +284,7 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
             logit, label = logits[image, 3 + place].item(), noun_labels[image, noun].item()
             weight = 0.3 if label == 0 else 1.0
             total += weight * math.log(1 + math.exp(-logit if label > 0 else logit))
-    captions = contrastive_loss(logits[:, :3]).item()
+    captions = contrastive_loss(logits[:, :3], logits[:, :3].mT, 0).item()
     assert outputs["branch_losses"][0].item() == pytest.approx(0.3 * captions + 0.7 * total / 3, abs=1e-5)
     softmax = tiny_model(max_over="similarity")  # the same weights without a bias
     softmax.load_state_dict({name: weight for name, weight in model.state_dict().items() if "logit_bias" not in name})

@@ -720,7 +720,7 @@ def test_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, w
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):
     licence = "mit\nsdk: docker\nhf_oauth: true"
-    parts = {"license": licence, "training": {"epochs": 7}, "data": {"pairs.tar": licence}, "identity": {}}
+    parts = {"license": licence, "training": {"epochs": 7}, "data": {"pairs.tar": {"terms": licence}}, "identity": {}}
     (tmp_path / "model_card.json").write_text(json.dumps(parts))
     page = web.export_web(tiny_model(), tiny_processor, tmp_path / 'a: "b" #1', source=tmp_path)
     card, text = RepoCard.load(page / "README.md").data, (page / "model_card.md").read_text()

@@ -251,11 +251,15 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------ devices, sizes, processors
 
 
-@pytest.mark.parametrize(("cuda", "mps", "expected"), [(1, 1, "cuda"), (0, 1, "mps"), (0, 0, "cpu")])
-def test_the_gpu_is_the_default_where_there_is_one(monkeypatch, cuda, mps, expected):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
-    assert loading.default_device().type == expected
+@pytest.mark.parametrize(("available", "expected"), [("mps", "mps"), (None, "cpu")])
+def test_the_gpu_is_the_default_where_there_is_one(monkeypatch, world, available, expected):
+    """Of any kind that torch knows, such as those of a Mac."""
+    moved = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: available and torch.device(available))
+    monkeypatch.setattr(loading, "_usable", torch.device)
+    monkeypatch.setattr(type(world.model), "to", lambda model, device: moved.append(device) or model)
+    load(world.folder / "model")
+    assert moved == [torch.device(expected)]
 
 
 def test_a_processor_of_another_kind_is_refused(world):

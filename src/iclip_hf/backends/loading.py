@@ -82,7 +82,7 @@ def load(
     if is_onnx:
         return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
     if is_name:
-        device = _usable(device or default_device())
+        device = _usable(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16():
             logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
         model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
@@ -93,13 +93,6 @@ def load(
             f"{type(source).__name__}: pass one of them."
         )
     return _explainable(*source)
-
-
-def default_device() -> torch.device:
-    """Returns the GPU if there is one, by CUDA or by MPS, and otherwise the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
+from fault_inputs import index_mask, masks_folder
 from huggingface_hub import ModelCard
 from PIL import Image
 from training_runs import evaluations, run, weights, write_table
@@ -271,6 +272,15 @@ def test_maps_are_measured_too(hub, tmp_path):
     again = run(hub, tmp_path / "again", *options, "--model", tmp_path / "run", "--learning_rate", 1e-12)
     shown = json.loads((tmp_path / "again" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
     assert again.kept_start and shown["mMIoU"]["mmiou"] == evaluations(again)[0]["mMIoU"]
+
+
+def test_masks_without_a_class_end_the_training_at_its_first_evaluation(hub, tmp_path):
+    """Such as binary masks, whose 255 is void."""
+    (tmp_path / "masks").mkdir()
+    masks = masks_folder(tmp_path / "masks", mask=index_mask(np.full((24, 30), 255, np.uint8)))
+    options = ["--eval_dataset", "folder", "--eval_root", masks, "--max_steps", 4, "--eval_steps", 2]
+    with pytest.raises(ValueError, match="No image of eval_dataset shows a class"):
+        run(hub, tmp_path / "run", *options, "--validation_share", 0.5, "--metric_for_best_model", "loss")
 
 
 def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch):

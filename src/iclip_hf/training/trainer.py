@@ -274,7 +274,10 @@ class ICLIPTrainer(Trainer):
             result = evaluate_model((self.model, self.processing_class), self.map_dataset, metrics=MAP_METRICS)
             measured = {metric: result.results["itsm"][metric][metric.lower()] for metric in MAP_METRICS}
             # Of images with one class each, there is no text contrast.
-            metrics |= {metric: value for metric, value in measured.items() if value is not None}
+            measured = {metric: value for metric, value in measured.items() if value is not None}
+            if not measured:  # the card could not show these results
+                raise ValueError("No image of eval_dataset shows a class: masks hold the ids of classes.")
+            metrics |= measured
             if self.is_world_process_zero():
                 with atomic_write(output / "evaluations" / f"{step}.json") as partial:
                     partial.write_text(json.dumps({"protocol": result.protocol, "results": result.results}))

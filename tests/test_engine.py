@@ -247,20 +247,20 @@ def test_scores_alone_need_no_map(tiny_processor, recorded):
         (32, False, [None]),
         (48, False, [48, None]),
         (None, True, [64]),
-        (32, True, [64]),
-        (16, True, [None, None]),
+        (32, True, [64, None]),
+        (16, True, [None]),  # the larger image has the processor's size
         (48, True, [96, None]),
     ],
 )
-def test_an_image_is_prepared_once_for_the_maps_and_once_for_the_scores(
-    tiny_processor, recorded, size, multi_scale, expected
-):
-    """Only if no view of the image for the maps has the model's own size. None is the size of the processor."""
+def test_an_image_is_prepared_once_at_each_size_that_is_seen(tiny_processor, recorded, size, multi_scale, expected):
+    """That of the maps and, if another is given, the processor's own, which is None here, for the scores."""
     sizes = recorded(ICLIPProcessor, "__call__", lambda self, **given: given["size"] and given["size"]["height"])
-    engine = Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=multi_scale)
-    image = engine.prepare(IMAGES[0])
-    sides = [values.shape[-1] for values in (image.pixel_values, image.score_pixel_values) if values is not None]
-    assert sizes == expected and sides == [side or 32 for side in expected]
+    image = Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=multi_scale).prepare(IMAGES[0])
+    assert sizes == expected and image.pixel_values.shape[-1] == (expected[0] or 32)
+    if size is None or (size == 32 and not multi_scale):
+        assert image.score_pixel_values is None
+    else:
+        assert image.score_pixel_values.shape == (1, 3, 32, 32)
 
 
 def test_an_image_that_the_processor_does_not_resize_keeps_its_size(tiny_processor):

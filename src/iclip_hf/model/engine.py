@@ -194,16 +194,17 @@ class Engine:
                 compare the texts still see all of them, and `Explanation.all_scores` has all scores.
         """
         image, own_size = load_image(image), size_dict(self.processor.image_processor.size)
-        view_size = self.image_size or own_size
-        size_of_views = self.scales.size(view_size)
+        wanted = self.scales.size(self.image_size or own_size)
 
         def pixels(size: dict[str, int]) -> torch.Tensor:
             # With do_resize=False, the processor takes no size.
             return self.processor(images=[image], size=None if size == own_size else size)["pixel_values"]
 
-        pixel_values, own = pixels(size_of_views), None if view_size == own_size else pixels(own_size)
-        if own is not None and own.shape == pixel_values.shape and not self.multi_scale:
-            own = None  # `shortest_edge` of a square image
+        pixel_values, own = pixels(wanted), None
+        if self.image_size is not None:
+            own = pixel_values if wanted == own_size else pixels(own_size)
+            if own.shape == pixel_values.shape and not self.multi_scale:
+                own = None
         size = (image.height, image.width) if size is None else check_map_size(size)
         return PreparedImage(
             pixel_values=pixel_values, score_pixel_values=own, size=size, text_indices=text_indices, image=image

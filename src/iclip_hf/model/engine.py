@@ -204,7 +204,7 @@ class Engine:
         if self.image_size is not None:
             own = pixel_values if wanted == own_size else pixels(own_size)
             if own.shape == pixel_values.shape and not self.multi_scale:
-                own = None
+                own = None  # the view of the whole image has the model's own size
         size = (image.height, image.width) if size is None else check_map_size(size)
         return PreparedImage(
             pixel_values=pixel_values, score_pixel_values=own, size=size, text_indices=text_indices, image=image
@@ -309,7 +309,8 @@ class Engine:
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else indices
         wants_maps = best is not None or any(map(len, indices))
-        encodes_itself = wants_maps and best is None and not self.takes_features  # the method, for the scores too
+        # Whether the method encodes the images, for the scores too.
+        encodes_itself = wants_maps and best is None and not self.takes_features
         batch, maps = _joined(images), torch.zeros(len(images), 0, 1, 1)
         if encodes_itself:
             maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices)

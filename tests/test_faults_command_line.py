@@ -79,12 +79,15 @@ ARGUMENTS = {
     """,
     "demo": """
         --web {empty}
+        --host 256.1.1.1
     """,
     "train {table} --model {model}": """
         --sharpness 3
         --learning_rat 1
         --noun_weight 0.5
         --batch_size 0
+        --per_device_train_batch_size 0
+        --gradient_accumulation_steps 0
         --config absent.yaml
         --nouns absent.txt
         --eval_dataset voc2012 --eval_root absent

@@ -250,6 +250,32 @@ def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(expo
     assert all(torch.equal(weights[name], w) for name, w in tiny_model().state_dict().items())
 
 
+def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_path):
+    """Who trusts the new folder, as its card says, does not trust the old one."""
+    shutil.copytree(source / "model", tmp_path / "model")
+    code = {
+        "auto_map": {"AutoTokenizer": [None, "evil/repo--trap.T"]},
+        "custom_pipelines": {"trap": {"impl": "trap.P"}},
+    }
+    for name, parts in (
+        ("config", ("vision_config",)),
+        ("processor_config", ("image_processor",)),
+        ("tokenizer_config", ()),
+    ):
+        file = tmp_path / "model" / f"{name}.json"
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps(content | code | {part: content[part] | code for part in parts}))
+    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "exported")]) == 0
+    saved = "".join(path.read_text() for path in (tmp_path / "exported").glob("*.json"))
+    assert "evil/repo" not in saved and "trap" not in saved and "image-text-similarity-map" in saved
+
+
+def test_an_exported_folder_is_a_configuration(exported, towers, tmp_path, tiny_processor):
+    tiny_processor.image_processor.save_pretrained(towers / "vision")
+    init_model(exported, tmp_path / "new", *(str(towers / side) for side in ("vision", "text")))
+    assert ICLIPModel.from_pretrained(tmp_path / "new").config.pooling == tiny_model().config.pooling
+
+
 def test_export_takes_a_new_folder_only_and_leaves_nothing_half_written(tmp_path, tiny_processor, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("mine")

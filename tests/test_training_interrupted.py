@@ -49,16 +49,27 @@ def test_the_last_checkpoint_is_a_complete_one(hub, tmp_path):
     assert last_checkpoint(tmp_path / "checkpoint-5") is None
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp_path):
-    """Its folder holds the scores of its start. That of somebody else is not taken."""
-    (tmp_path / "run" / "pictures").mkdir(parents=True)
-    (tmp_path / "run" / "start.json").write_text("{}")
+@pytest.mark.parametrize("names", [("pictures", "start.json"), ("evaluations", "runs"), ("pictures", "a.partial")])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp_path, names):
+    """Its folder holds what a run writes before. That of somebody else is not taken."""
+    for name in names:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    if "start.json" in names:
+        (tmp_path / "run" / "start.json").rmdir()
+        (tmp_path / "run" / "start.json").write_text("{}")
     assert run(hub, tmp_path / "run", "--max_steps", 1, "--resume").state.global_step == 1
     (tmp_path / "other" / "checkpoint-5").mkdir(parents=True)
     (tmp_path / "other" / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5}')
     (tmp_path / "other" / "checkpoint-5" / "config.json").write_text('{"hidden_size": 3}')
     with pytest.raises(FileExistsError, match="holds files already"):
         run(hub, tmp_path / "other", "--resume")
+
+
+@pytest.mark.parametrize("option", [("--model_options", "projection_dim=7"), ("--lock_text",)], ids=str)
+def test_a_run_is_resumed_with_its_own_options_alone(hub, tmp_path, option):
+    run(hub, tmp_path, "--max_steps", 2)
+    with pytest.raises(ValueError, match="checkpoint-2: this training had other options: repeat the same command"):
+        run(hub, tmp_path, "--max_steps", 3, "--resume", *option)
 
 
 # `iclip train` with a hook before each forward pass, the `calls`th one

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import noise
+from conftest import noise, tiny_model
 from timm.scheduler import CosineLRScheduler
 
 from iclip_hf import ICLIPProcessor
@@ -61,6 +61,12 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
     pairs.stream.__class__ = type("Empty", (Stream,), {"__iter__": lambda self: iter(())})
     with pytest.raises(ValueError, match="has no pairs"):
         next(iter(pairs))
+
+
+def test_held_out_rows_without_digests_are_refused_before_the_training(tiny_processor, tmp_path):
+    args = ICLIPTrainingArguments(str(tmp_path), eval_strategy="steps")
+    with pytest.raises(TypeError, match="eval_dataset: expected pairs of load_pairs or CachedPairs, got list"):
+        ICLIPTrainer(tiny_model(), args, train_dataset=[], eval_dataset=[{}], processing_class=tiny_processor)
 
 
 def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):

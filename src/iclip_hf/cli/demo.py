@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import socket
 from pathlib import Path
 
 from .inputs import silence_transformers
@@ -27,6 +28,10 @@ def run(options: argparse.Namespace) -> None:
             print_lines(f"http://{options.host}:{server.server_port}/")
             server.serve_forever()
         return
+    try:
+        socket.getaddrinfo(options.host, options.port)
+    except OSError as error:  # Gradio would try each port
+        raise ValueError(f"--host {options.host}: {error.strerror}.") from error
     print_error("demo", f"loading Gradio and {options.model}, which may take a minute")
     from ..demo.app import launch
 

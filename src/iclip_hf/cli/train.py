@@ -84,7 +84,8 @@ def _is_training(folder: Path, names: set[str]) -> bool:
     from ..training.trainer import START, last_checkpoint  # imports torch
 
     if (last := last_checkpoint(folder)) is None:
-        return START in names or all(name.startswith("checkpoint-") for name in names)
+        parts = (START, "pictures", "evaluations", "runs", "checkpoint-")
+        return all(name.startswith(parts) or name.endswith(".partial") for name in names)
     return json.loads(Path(last, "config.json").read_text()).get("model_type") == "iclip"
 
 
@@ -206,16 +207,11 @@ def train(
     card = {"training": card_settings(arguments, args.world_size), "source": of_model.model or None}
     if of_model.model:  # whose record is continued
         card["start"] = identity(model, processor)
-    trainer = ICLIPTrainer(
-        model,
-        args,
-        collator,
-        train_dataset=training,
-        eval_dataset=validation,
-        processing_class=processor,
-        map_dataset=maps,
-        card=card,
-    )
+    options = {"train_dataset": training, "eval_dataset": validation, "map_dataset": maps}
+    try:
+        trainer = ICLIPTrainer(model, args, collator, processing_class=processor, card=card, **options)
+    except RuntimeError as error:  # a package of `report_to` is not installed
+        raise ImportError(str(error)) from error
     try:
         trainer.train(resume_from_checkpoint=args.resume)
     except FloatingPointError as error:

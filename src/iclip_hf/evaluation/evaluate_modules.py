@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..utils.extras import require_extra
+from ..utils.files import atomic_write
 from .metrics.maps import MaskMetric, PairMetric
 
 
@@ -149,5 +150,6 @@ def install_metrics() -> dict[str, Path]:
         factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
         installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
         # Written again, because `load` takes the newest version.
-        (installed[name] / script.name).write_bytes(script.read_bytes())
+        with atomic_write(installed[name] / script.name) as partial:
+            partial.write_bytes(script.read_bytes())
     return installed

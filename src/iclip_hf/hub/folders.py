@@ -119,7 +119,7 @@ def join_towers(
         model_options = without_attention(content)
     if (source / "processor_config.json").is_file():
         processor_options, _ = ICLIPProcessor.get_processor_dict(source)
-        processor_options.pop("processor_class", None)
+        processor_options = {k: v for k, v in processor_options.items() if k not in ("processor_class", "auto_map")}
     if "image_processor" in processor_options:
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
         processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
@@ -189,7 +189,8 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
     Saves a model for `from_pretrained` of this package, with its processor and card (`card`: options of
-    [`write_model_card`]), into a new folder, without paths of this machine.
+    [`write_model_card`]), into a new folder, without paths of this machine, and without the code that the folder
+    named from which they were loaded: who trusts this model would run it.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -197,12 +198,24 @@ def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **car
     for side in ("vision_config", "text_config"):
         config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
     _edit_json(folder / "config.json", config)
+    for file in folder.glob("*config.json"):
+        _write_json(file, _without_code(json.loads(file.read_text())))
     write_model_card(model, processor, folder, **card)
 
 
 def _edit_json(path: Path, changes: Mapping) -> None:
-    content = json.loads(path.read_text()) | changes
+    _write_json(path, json.loads(path.read_text()) | changes)
+
+
+def _write_json(path: Path, content: Mapping) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _without_code(value):
+    if not isinstance(value, dict):
+        return value
+    kept = value.keys() - {"auto_map", "custom_pipelines"}
+    return {name: _without_code(value[name]) for name in kept}
 
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:

@@ -224,7 +224,8 @@ def complete(values: Mapping) -> Arguments:
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value
-    for name in ("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "chunk_size"):
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in ("num_train_epochs", *batches, "chunk_size"):
         if getattr(arguments.training, name) <= 0:
             raise ValueError(f"{name}: {getattr(arguments.training, name)} is not above 0.")
     if arguments.training.keep_presence < 0:

@@ -48,7 +48,7 @@ def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     good = training - int(pairs.max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
     batch = max(min(good, 256) // int(os.environ.get("WORLD_SIZE", 1)), 1)
     batch = chosen["per_device_train_batch_size"] = given.get("per_device_train_batch_size", batch)
-    steps_per_epoch = max(training // batch, 1)
+    steps_per_epoch = max(training // max(batch, 1), 1)  # a batch of 0 is refused later
     chosen |= {
         "num_train_epochs": max(1, round(STEPS / steps_per_epoch)),
         "learning_rate": RATE,

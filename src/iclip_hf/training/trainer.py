@@ -9,9 +9,10 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 
 import torch
 from torch import nn
@@ -31,6 +32,7 @@ with require_extra("train"):
     import accelerate  # noqa: F401
 
 from ..backends.embedded import vocabulary
+from ..data.pairs import PairDataset
 from ..data.segmentation import SegmentationDataset
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
@@ -78,6 +80,7 @@ class ICLIPTrainer(Trainer):
     lost in no other metric of the held-out pairs. Without one, the model ends as it was at the start.
 
     Raises:
+        `TypeError`: `eval_dataset` is neither of these.
         `FloatingPointError`: 30 steps in a row have no finite gradient, or the held-out loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.
 
@@ -110,7 +113,12 @@ class ICLIPTrainer(Trainer):
     ):
         self.map_dataset, self.card = map_dataset, dict(card or {})
         data_collator = data_collator or PairCollator(processing_class, seed=args.seed)
-        options |= {"eval_dataset": options.get("eval_dataset") or map_dataset, "processing_class": processing_class}
+        held_out = options.get("eval_dataset")
+        if not isinstance(held_out, (PairDataset, CachedPairs, NoneType)):
+            raise TypeError(
+                f"eval_dataset: expected pairs of load_pairs or CachedPairs, got {type(held_out).__name__}."
+            )
+        options |= {"eval_dataset": held_out or map_dataset, "processing_class": processing_class}
         super().__init__(model, args, data_collator, *arguments, **options)
         del self.model.config.use_cache  # of language models, which the base class sets
         self._start: dict[str, list[float]] = {}
@@ -147,6 +155,14 @@ class ICLIPTrainer(Trainer):
         """Whether no evaluation was better than that of the start, so that the model is the one of the start again."""
         args = self.args
         return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        with _same_options(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        with _same_options(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
@@ -360,6 +376,14 @@ class ICLIPTrainer(Trainer):
 
     def create_model_card(self, *arguments, **options) -> None:
         """The card is written by `save_model`."""
+
+
+@contextmanager
+def _same_options(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:  # weights or states of other shapes
+        raise ValueError(f"{checkpoint}: this training had other options: repeat the same command.") from error
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

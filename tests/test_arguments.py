@@ -26,7 +26,7 @@ BAD = [
     ("keep_presence", -1, "keep_presence: -1"),
     ("crop_scale", 5, "crop_scale: 5"),
     ("eval_dataset", "cocos", "'cocos'"),
-    ("batch_size", 9, "it is now per_device_train_batch_size"),
+    ("batch_size", 9, "use per_device_train_batch_size"),
     ("noun_weight", 0.7, "--model_options noun_weight=VALUE"),
 ]
 
@@ -68,10 +68,11 @@ def test_forms_of_a_file_of_arguments(tmp_path, capsys, content):
 @pytest.mark.parametrize(
     ("typed", "cure"),
     [
-        ("--epochs 3", "--epochs; it is now num_train_epochs"),
+        ("--epochs 3", "--epochs; use num_train_epochs"),
         ("--mixed-precision fp16", "bf16 or fp16"),
         ("--pooling max", "--model_options pooling=VALUE"),
         ("--lerning_rate 1", "did you mean --learning_rate?"),
+        ("--num_train_epoch 3", "did you mean --num_train_epochs?"),
     ],
 )
 def test_an_option_that_is_unknown_has_a_cure(capsys, typed, cure):

@@ -214,32 +214,30 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
     assert measured["calibration_error"] == pytest.approx(error, abs=1e-4)
 
 
-def test_an_image_without_any_class_gives_valid_json_and_a_table_without_nan(labelled_folder, tiny_processor):
-    dataset = load_segmentation("folder", labelled_folder)[4:5]
+def test_an_image_of_one_class_gives_valid_json_and_a_table_without_nan(tiny_processor, tmp_path):
+    """It has no two classes, whose maps could be compared, and every class that it has is shown."""
+    dataset = load_segmentation("folder", write_folder(tmp_path, [[0, 1]], 40))
     metrics = [*TASKS["interpretability"][:4], "presence", *TASKS["faithfulness"], "label_maps"]
     model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
     result = evaluate_model(model, dataset, ["grad_cam"], metrics, progress=False)
     scores = result.results["grad_cam"]
-    assert scores["mMIoU"]["pairs"] == scores["pointing_game"]["pairs"] == 0
-    for name in ("mAP", "mMIoU", "mFMB", "text_contrast", "pointing_game", "max_sensitivity"):
-        assert scores[name][name.lower()] is None
-    assert scores["mMIoU"]["floor"] is scores["label_maps"]["iou"] is None
-    assert scores["presence"]["kept"] is None and scores["presence"]["passed"] is not None
+    assert scores["text_contrast"]["text_contrast"] is None and scores["mMIoU"]["pairs"] == 1
     json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert all(
         metric.legend in result.table() and (metric.legend or not metric.columns) for metric in make_metrics(metrics)
     )
-    assert "mMIoU over 0 pairs" in result.table() and "text_contrast over 0 images" in result.table()
+    assert "mMIoU over 1 pair" in result.table() and "text_contrast over 0 images" in result.table()
     assert "presence of at least 0.5" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
 
 
-def test_images_without_any_class_are_remarked(labelled_folder, tiny_processor, caplog):
+def test_images_without_any_class_are_refused(labelled_folder, tiny_processor):
     """As those with binary masks of 0 and 255, which is void."""
     dataset = load_segmentation("folder", labelled_folder)
-    for images, remarks in ((slice(4, 5), 1), (slice(4, 6), 0)):
-        caplog.clear()
-        evaluate_model((tiny_model(), tiny_processor), dataset[images], metrics=["mMIoU"], progress=False)
-        assert sum(record.name == "iclip_hf.evaluation.evaluate" for record in caplog.records) == remarks
+    with pytest.raises(
+        ValueError, match="None of the 1 images shows a class: a mask holds the ids of classes, and 255"
+    ):
+        evaluate_model((tiny_model(), tiny_processor), dataset[4:5], metrics=["mMIoU"], progress=False)
+    evaluate_model((tiny_model(), tiny_processor), dataset[4:6], metrics=["mMIoU"], progress=False)
 
 
 def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():

@@ -141,6 +141,14 @@ def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
             loader(folder)
 
 
+def test_the_folder_of_an_unfinished_training_names_its_checkpoint(world, tmp_path):
+    copied(world, tmp_path / "run" / "checkpoint-5")
+    with pytest.raises(FileNotFoundError, match="run: there is no model.*config.json; resume.*or take .*checkpoint-5"):
+        load(tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}: there is no model.*; check the path.$"):
+        load(tmp_path)
+
+
 def test_without_the_hub_a_model_is_refused_at_once(offline, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # a port that nothing listens on

@@ -279,7 +279,7 @@ def test_masks_without_a_class_end_the_training_at_its_first_evaluation(hub, tmp
     (tmp_path / "masks").mkdir()
     masks = masks_folder(tmp_path / "masks", mask=index_mask(np.full((24, 30), 255, np.uint8)))
     options = ["--eval_dataset", "folder", "--eval_root", masks, "--max_steps", 4, "--eval_steps", 2]
-    with pytest.raises(ValueError, match="No image of eval_dataset shows a class"):
+    with pytest.raises(ValueError, match="None of the 1 images shows a class"):
         run(hub, tmp_path / "run", *options, "--validation_share", 0.5, "--metric_for_best_model", "loss")
 
 

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_model
 from fault_inputs import written
 from processes import run_script
-from training_runs import assert_same_weights, eight_pairs, evaluations, gradients, run, weights
+from training_runs import assert_same_weights, eight_pairs, evaluations, gradients, run, weights, write_table
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.backends.embedded import vocabulary
@@ -70,6 +70,17 @@ def test_a_run_is_resumed_with_its_own_options_alone(hub, tmp_path, option):
     run(hub, tmp_path, "--max_steps", 2)
     with pytest.raises(ValueError, match="checkpoint-2: this training had other options: repeat the same command"):
         run(hub, tmp_path, "--max_steps", 3, "--resume", *option)
+
+
+def test_a_run_is_not_resumed_with_other_held_out_pairs(hub, tmp_path):
+    """Pairs that were learned would be held out, and scores of other pairs compared."""
+    table = write_table(tmp_path / "data", 30)
+    options = ["--data", table, "--validation_share", 0.2, "--eval_on_start", True, "--eval_steps", 1]
+    run(hub, tmp_path / "run", *options, "--max_steps", 2)
+    run(hub, tmp_path / "run", *options, "--max_steps", 3, "--resume")
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
+    with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
+        run(hub, tmp_path / "run", *options, "--max_steps", 4, "--resume")
 
 
 # `iclip train` with a hook before each forward pass, the `calls`th one

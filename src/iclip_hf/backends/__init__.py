@@ -40,11 +40,15 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     from ..utils.files import loading_errors  # which imports slower packages
 
     with loading_errors(name):
-        if os.path.isfile(Path(name, "adapter_config.json")) and not os.path.exists(Path(name, "config.json")):
-            raise ValueError(
-                f"{name}: this folder holds an adapter, not a model; load it with peft, and give `iclip_hf.load` the "
-                "pair (model, processor)."
-            )
+        if not os.path.exists(Path(name, "config.json")):
+            if os.path.isfile(Path(name, "adapter_config.json")):
+                raise ValueError(
+                    f"{name}: this folder holds an adapter, not a model; load it with peft, and give `iclip_hf.load` "
+                    "the pair (model, processor)."
+                )
+            unfinished = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
+            instead = f"resume its training, or take {unfinished[-1]}" if unfinished else "check the path"
+            raise FileNotFoundError(f"{name}: there is no model, because it has no config.json; {instead}.")
         model_type = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
         check_model_type(name, model_type, types)
     return name

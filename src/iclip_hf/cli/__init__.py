@@ -37,7 +37,8 @@ class _Parser(argparse.ArgumentParser):
         if "are required" in message or "unrecognized arguments: --" in message:  # it may be mistyped
             known = self._option_string_actions
             typed = [word.split("=")[0] for word in self._arguments if word.startswith("--")]
-            if wrong := [name for name in typed if not any(option.startswith(name) for option in known)]:
+            short = [name for name in typed if self.allow_abbrev and any(full.startswith(name) for full in known)]
+            if wrong := [name for name in typed if name not in (*known, *short)]:
                 message = f"unrecognized arguments: {wrong[0]}{self._cure(wrong[0], known)}"
         if message.startswith("argument COMMAND"):
             message += self._cure(self._arguments[0], COMMANDS)

@@ -29,9 +29,10 @@ def run(options: argparse.Namespace) -> None:
             server.serve_forever()
         return
     try:
-        socket.getaddrinfo(options.host, options.port)
-    except OSError as error:  # Gradio would try each port
-        raise ValueError(f"--host {options.host}: {error.strerror}.") from error
+        socket.create_server((options.host, options.port or 0)).close()
+    except OSError as error:  # of which Gradio tells in words of its own, or after trying each port
+        port = f", --port {options.port}" if options.port else ""
+        raise ValueError(f"--host {options.host}{port}: {error.strerror}.") from error
     print_error("demo", f"loading Gradio and {options.model}, which may take a minute")
     from ..demo.app import launch
 

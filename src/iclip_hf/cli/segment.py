@@ -55,8 +55,8 @@ def run(options: argparse.Namespace) -> int:
             )
         entry = {**explanation.settings(), "segments": segments}
         if covered:
-            hidden = f"not absent, but covered by the other texts: {', '.join(covered)}"
-            entry["problem"] = f"{name}: {hidden}; look at the maps with iclip explain"
+            hidden = f"other texts have nearly all pixels of the mask of {', '.join(covered)}"
+            entry["problem"] = f"{name}: {hidden}; iclip explain shows each map"
         if picture is None:
             return entry
         words = explanation.presence_words

@@ -105,11 +105,9 @@ def evaluate_model(
 
     first, metrics = next(iter(runs.values())), list(run_of)
     if not any(gather_object([first.shows_classes])):
-        logger.warning(
-            "None of the %d images shows a class, so there are no scores: a mask holds the ids of classes, and %d is "
-            "void.",
-            first.count,
-            dataset.void,
+        raise ValueError(
+            f"None of the {first.count} images shows a class: a mask holds the ids of classes, and {dataset.void} is "
+            "void."
         )
     results, per_class = {}, {}
     for method in first.methods:

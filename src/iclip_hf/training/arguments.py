@@ -175,7 +175,7 @@ def argument_parser(**options) -> HfArgumentParser:
 def cure_of(name: str) -> str:
     """Returns what a name that is no argument may mean: an older name of one, or an option of the model."""
     if name in _RENAMED:
-        return f"; it is now {_RENAMED[name]}"
+        return f"; use {_RENAMED[name]}"
     if name in ICLIPConfig.__annotations__:
         return f"; an option of the model is set by --model_options {name}=VALUE"
     return ""

@@ -47,7 +47,7 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
 def check_outside(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Raises `FileExistsError` if an output is a file or folder that is read, or in it, also by symbolic links."""
     if os.path.exists(folder) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        raise FileExistsError(f"{path}: this output is an input, or in one, {folder}; name another.")
+        raise FileExistsError(f"{path}: this output would change the input {folder}; name another.")
 
 
 def free_name(path: str | os.PathLike) -> Path:

@@ -302,7 +302,8 @@ class PointingGame(ClassMeans):
     }
     legend = (
         "Pointing game: share of maps whose highest pixel is on the object. Energy-based: share of the sum of the "
-        "map that is on the object. A constant map has the share of the object in the image."
+        "map that is on the object. A constant map has the share of the object in the image. All are means over the "
+        "classes."
     )
 
     def __init__(self, ignore_index: int = 255):

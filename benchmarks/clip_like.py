@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from iclip_hf import load
-from iclip_hf.backends.embedded import embedded_towers
 from iclip_hf.backends.loading import has_bfloat16
+from iclip_hf.backends.towers import embedded_towers
 from iclip_hf.cli import main as iclip
 from iclip_hf.data.pairs import PairDataset, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
@@ -99,7 +99,8 @@ def train(model: ICLIPModel, inputs: torch.Tensor, texts: torch.Tensor) -> None:
         for rows in torch.randperm(len(inputs)).split(BATCH)[:steps]:
             images = branch.embed_image(norm(class_token(block, inputs[rows].float())))
             captions = texts[rows, torch.randint(texts.shape[1], (len(rows),))]
-            loss = contrastive_loss(branch(images @ branch.embed_text(captions).mT))
+            logits = branch(images @ branch.embed_text(captions).mT)
+            loss = contrastive_loss(logits, logits.mT, offset=0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

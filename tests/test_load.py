@@ -60,6 +60,8 @@ def test_every_source_gives_the_same_model(world):
         torch.testing.assert_close(found.raw_maps.cpu(), expected.raw_maps, atol=1e-4, rtol=0)
     assert by_name.identity["weights"] == loaded.identity["weights"] and loaded.identity is loaded.identity
     assert load(world.folder / "model", dtype="bfloat16").identity["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="dtype 'bf16' is none of float32, bfloat16, float16"):
+        load(world.folder / "model", dtype="bf16")
 
 
 def test_a_model_in_memory_keeps_its_dtype_and_device(world):

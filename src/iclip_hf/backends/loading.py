@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from ..model.modeling_iclip import ICLIPModel, check_weights
 from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..utils.files import loading_errors
-from . import MODEL_TYPES, check_model_name, check_model_type, families
+from . import DTYPES, MODEL_TYPES, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .onnx import VISION_FILE, ONNXModel
@@ -71,6 +71,8 @@ def load(
             `ValueError`: that of a folder or Hub id is; a file is damaged, lacks weights or contains NaN; the
             processor is of another model; or dtype or device are given for a model that has its own.
     """
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
     is_name = isinstance(source, (str, os.PathLike))
     source = resolve_name(source) if is_name else source
     is_onnx = is_name and Path(source, VISION_FILE).is_file()

@@ -322,7 +322,7 @@ def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_pr
     for images, number in ((dataset, 1), (dataset[:3], 2)):
         result = evaluate_model((tiny_model(), tiny_processor), images, metrics=["mAP"], progress=False)
         assert result.results["itsm"]["mAP"]["always_shown"] == number
-        assert f"Every image shows {number} of 3 classes" in result.table()
+        assert f"Classes that every image shows: {number} of 3." in result.table()
     assert result.results["itsm"]["mAP"]["map"] == 100
 
 

@@ -68,7 +68,7 @@ def test_an_explanation_is_drawn_in_the_order_of_its_texts_with_words_for_presen
     sheet = iclip_hf.draw(explained([0.75, 0.99, 0.2]), image)
     titles = [
         "image",
-        "60 x 40 pixels · itsm, plain",
+        "60 x 40 pixels · itsm, unrefined",
         "text 0",
         "unsure 0.75 · score 0.30",
         "text 1",

@@ -124,7 +124,7 @@ class Explanation:
     @property
     def made_by(self) -> str:
         """The method, and whether the maps are refined, for captions."""
-        return f"{self.method}, {'refined' if self.refined else 'plain'}"
+        return f"{self.method}, {'refined' if self.refined else 'unrefined'}"
 
     @property
     def presences(self) -> list[float | None]:

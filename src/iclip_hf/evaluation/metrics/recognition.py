@@ -97,7 +97,7 @@ class MultiLabelAveragePrecision(Metric):
         number, classes = scores["always_shown"], len(self.run.dataset.labels)
         if not number:
             return []
-        return [f"Every image shows {number} of {classes} classes. Their average precision is 100 for any scores."]
+        return [f"Classes that every image shows: {number} of {classes}. Their average precision is always 100."]
 
 
 class Presence(MultiLabelAveragePrecision):

@@ -26,7 +26,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from PIL import Image
-from training_runs import run
+from training_runs import run, write_table
 from transformers import AutoModel, AutoProcessor, pipeline
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
@@ -268,6 +268,11 @@ def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_p
     assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "exported")]) == 0
     saved = "".join(path.read_text() for path in (tmp_path / "exported").glob("*.json"))
     assert "evil/repo" not in saved and "trap" not in saved and "image-text-similarity-map" in saved
+    command = ["train", str(write_table(tmp_path / "data", 8)), "--model", str(tmp_path / "model")]
+    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--save_steps", "1"]
+    assert cli.main(command) == 0
+    saved = "".join(path.read_text() for path in (tmp_path / "run" / "checkpoint-1").glob("*.json"))
+    assert "evil/repo" not in saved and "trap" not in saved
 
 
 def test_an_exported_folder_is_a_configuration(exported, towers, tmp_path, tiny_processor):

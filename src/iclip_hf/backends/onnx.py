@@ -20,7 +20,7 @@ from ..model.configuration_iclip import ICLIPConfig, patch_side
 from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.files import atomic_folder, loading_errors
+from ..utils.files import atomic_folder, loading_errors, remove_code
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
         _write(_text_program(model, processor), built / TEXT_FILE, weights)
         trained_config(model).save_pretrained(built)
         processor.save_pretrained(built)
+        remove_code(built)
     return Path(folder)
 
 

@@ -28,8 +28,10 @@ def run(options: argparse.Namespace) -> None:
             print_lines(f"http://{options.host}:{server.server_port}/")
             server.serve_forever()
         return
+    host = options.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((options.host, options.port or 0)).close()
+        socket.create_server((host, options.port or 0), family=family).close()
     except OSError as error:  # of which Gradio tells in words of its own, or after trying each port
         port = f", --port {options.port}" if options.port else ""
         raise ValueError(f"--host {options.host}{port}: {error.strerror}.") from error

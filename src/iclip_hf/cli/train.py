@@ -106,6 +106,7 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
         if not Path(of_evaluation.eval_root or "?").is_dir():
             raise FileNotFoundError(f"eval_root: {of_evaluation.eval_root!r} is no folder; name that of the data set.")
         maps = load_segmentation(of_evaluation.eval_dataset, of_evaluation.eval_root, of_evaluation.eval_split or None)
+        maps.check_classes()
     if pairs is None:
         options = {"rank": args.process_index, "world_size": args.world_size}
         options["streaming"] = of_data.pairs_per_epoch > 0 and any(map(is_hub_id, of_data.data))

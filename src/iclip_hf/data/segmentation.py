@@ -246,6 +246,14 @@ class SegmentationDataset(Sequence):
             f"SegmentationDataset({self.name!r}, split={self.split!r}, images={len(self)}, classes={len(self.labels)})"
         )
 
+    def check_classes(self) -> None:
+        """Raises `ValueError` if no image shows a class, as with binary masks of 0 and 255."""
+        if not any(sample.labels for sample in self):
+            raise ValueError(
+                f"None of the {len(self)} images shows a class: a mask holds the ids of classes, and {self.void} is "
+                "void."
+            )
+
     @property
     def files(self) -> list[Path]:
         """The files of images and annotations."""

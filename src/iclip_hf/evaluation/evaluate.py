@@ -97,6 +97,7 @@ def evaluate_model(
     new_run = partial(EvaluationRun, load(model), dataset, *options)
     runs = {name: new_run(size) for name, size in {str(size): size for size in sizes.values()}.items()}
     run_of = {metric: runs[str(size)] for metric, size in sizes.items() if _measurable(metric, runs[str(size)])}
+    dataset[:limit].check_classes()
     totals = {}
     for run in runs.values():
         of_run = [metric for metric in run_of if run_of[metric] is run]
@@ -104,11 +105,6 @@ def evaluate_model(
     _join_processes(totals)
 
     first, metrics = next(iter(runs.values())), list(run_of)
-    if not any(gather_object([first.shows_classes])):
-        raise ValueError(
-            f"None of the {first.count} images shows a class: a mask holds the ids of classes, and {dataset.void} is "
-            "void."
-        )
     results, per_class = {}, {}
     for method in first.methods:
         reports = {
@@ -205,7 +201,6 @@ class EvaluationRun:
         engines (`dict`): for each method an [`Engine`], which computes its maps.
         count (`int`): number of images of all processes.
         indices (`range`): positions of the images of this process.
-        shows_classes (`bool`): whether one of the measured images of this process shows a class.
     """
 
     def __init__(
@@ -233,7 +228,7 @@ class EvaluationRun:
         self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
         self.indices = range(state.process_index, self.count, state.num_processes)
-        self.progress, self.seconds_in_model, self.shows_classes = progress, 0.0, False
+        self.progress, self.seconds_in_model = progress, 0.0
 
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
@@ -308,7 +303,6 @@ class EvaluationRun:
             began = time.perf_counter()
             batch = map_groups(run, batch, [image.prepared.batch_key for image in batch])
             self.seconds_in_model += time.perf_counter() - began
-            self.shows_classes |= any(image.sample.labels for image in batch)
             yield from batch
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

@@ -20,7 +20,7 @@ from ..model.configuration_iclip import ICLIPConfig, without_attention
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
-from ..utils.files import atomic_folder, loading_errors
+from ..utils.files import atomic_folder, loading_errors, remove_code
 from .configs import EMBEDDED, config_folder, parse_options
 from .model_card import HUB_RESULTS, describe_tower, write_model_card
 
@@ -189,8 +189,7 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
     Saves a model for `from_pretrained` of this package, with its processor and card (`card`: options of
-    [`write_model_card`]), into a new folder, without paths of this machine, and without the code that the folder
-    named from which they were loaded: who trusts this model would run it.
+    [`write_model_card`]), into a new folder, without paths of this machine and without code of other folders.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -198,24 +197,13 @@ def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **car
     for side in ("vision_config", "text_config"):
         config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
     _edit_json(folder / "config.json", config)
-    for file in folder.glob("*config.json"):
-        _write_json(file, _without_code(json.loads(file.read_text())))
+    remove_code(folder)
     write_model_card(model, processor, folder, **card)
 
 
 def _edit_json(path: Path, changes: Mapping) -> None:
-    _write_json(path, json.loads(path.read_text()) | changes)
-
-
-def _write_json(path: Path, content: Mapping) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _without_code(value):
-    if not isinstance(value, dict):
-        return value
-    kept = value.keys() - {"auto_map", "custom_pipelines"}
-    return {name: _without_code(value[name]) for name in kept}
 
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:

@@ -41,7 +41,7 @@ from ..hub.model_card import HUB_RESULTS
 from ..model.modeling_iclip import ICLIPModel, ImageInputs
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.similarity import cosines
-from ..utils.files import atomic_write, writing_errors
+from ..utils.files import atomic_write, remove_code, writing_errors
 from .arguments import MAP_METRICS, ICLIPTrainingArguments
 from .card import card_of
 from .collator import PairCollator, seed_everything
@@ -334,8 +334,8 @@ class ICLIPTrainer(Trainer):
         return retrieval_scores(scale * torch.cat(images), torch.cat(texts), captions, pairs.image_digests())
 
     def _digest_of(self, pairs) -> str:
-        captions = sampled_captions(pairs, self.args.seed)
-        return hashlib.sha256(b"".join(pairs.image_digests()) + json.dumps(captions).encode()).hexdigest()
+        """Of the captions alone: the data may be elsewhere now."""
+        return hashlib.sha256(json.dumps(sampled_captions(pairs, self.args.seed)).encode()).hexdigest()
 
     def _image_inputs(self, batch: dict) -> ImageInputs:
         """Returns what the loss reads of the images of a batch, from cached features, or without a gradient."""
@@ -360,7 +360,8 @@ class ICLIPTrainer(Trainer):
         by one, each atomically, and leaves others, such as checkpoints.
         """
         if _internal_call and output_dir:  # a checkpoint; `push_to_hub` names no folder
-            return super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call)
+            return remove_code(output_dir) if self.args.should_save else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}
@@ -391,6 +392,8 @@ class ICLIPTrainer(Trainer):
 def _same_options(checkpoint: str | None) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:  # weights or states of other shapes
         raise ValueError(f"{checkpoint}: this training had other options: repeat the same command.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -148,6 +149,23 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
+
+
+def remove_code(folder: str | Path) -> None:
+    """
+    Removes from the configurations in a saved folder the code that the folder named from which they were loaded. Who
+    trusts the new folder would run it.
+    """
+
+    def cleaned(value):
+        if not isinstance(value, dict):
+            return value
+        return {name: cleaned(part) for name, part in value.items() if name not in ("auto_map", "custom_pipelines")}
+
+    for file in Path(folder).glob("*config.json"):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if cleaned(content) != content:
+            file.write_text(json.dumps(cleaned(content), indent=2) + "\n")
 
 
 def check_new_folder(folder: Path) -> None:

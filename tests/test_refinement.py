@@ -90,7 +90,7 @@ def test_what_people_see_is_refined_and_says_so(tiny_processor):
     usual, refined, plain = (explain(given, IMAGES[0], TEXTS, **option) for option in options)
     assert torch.equal(usual.raw_maps, refined.raw_maps) and usual.raw_maps.shape != plain.raw_maps.shape
     assert [one.to_dict()["refined"] for one in (usual, plain)] == [True, False]
-    assert [one.made_by for one in (usual, plain["dog"])] == ["itsm, refined", "itsm, plain"]
+    assert [one.made_by for one in (usual, plain["dog"])] == ["itsm, refined", "itsm, unrefined"]
 
 
 def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):

@@ -72,6 +72,19 @@ def test_a_run_is_resumed_with_its_own_options_alone(hub, tmp_path, option):
         run(hub, tmp_path, "--max_steps", 3, "--resume", *option)
 
 
+def test_a_resumed_run_that_was_moved_keeps_its_best_checkpoint(hub, tmp_path):
+    """The state of a checkpoint names the best one by the path of before."""
+    options = ["--validation_data", hub / "held_out.tar", "--eval_steps", 1, "--save_steps", 1, "--learning_rate", 0.5]
+    trainer = run(hub, tmp_path / "run", *options, "--max_steps", 3)
+    best, last = trainer.state.best_global_step, trainer.state.global_step
+    assert best < last  # with such a rate, it becomes worse
+    for file in ("model.safetensors", "config.json"):
+        (tmp_path / "run" / file).unlink()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run(hub, tmp_path / "moved", *options, "--max_steps", 3, "--resume")
+    assert_same_weights(tmp_path / "moved", tmp_path / "moved" / f"checkpoint-{best}")
+
+
 def test_a_run_is_not_resumed_with_other_held_out_pairs(hub, tmp_path):
     """Pairs that were learned would be held out, and scores of other pairs compared."""
     table = write_table(tmp_path / "data", 30)
@@ -81,6 +94,8 @@ def test_a_run_is_not_resumed_with_other_held_out_pairs(hub, tmp_path):
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
     with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
         run(hub, tmp_path / "run", *options, "--max_steps", 4, "--resume")
+    with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
+        run(hub, tmp_path / "run", "--data", table, "--max_steps", 4, "--resume")
 
 
 # `iclip train` with a hook before each forward pass, the `calls`th one

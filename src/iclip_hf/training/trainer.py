@@ -139,7 +139,8 @@ class ICLIPTrainer(Trainer):
         if resume_from_checkpoint and (start := Path(self.args.output_dir, START)).is_file():
             content = json.loads(start.read_text())
             self._start = content["scores"]
-            if content["pairs"] != self._digest_of(self.eval_dataset):
+            has_pairs = isinstance(self.eval_dataset, (PairDataset, CachedPairs))
+            if not has_pairs or content["pairs"] != self._digest_of(self.eval_dataset):
                 raise ValueError(
                     f"{self.args.output_dir}: the held-out pairs are not those of the start of this training; restore "
                     "the data, or name another output_dir."
@@ -426,6 +427,12 @@ class _Flow(TrainerCallback):
 
     def __init__(self, trainer: ICLIPTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **options):
+        # A resumed state has its path of before, and the base class forgets what is not there.
+        best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
 
     def on_epoch_begin(self, args, state, control, **options):
         # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. The order of a pass

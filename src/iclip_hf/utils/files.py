@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -203,8 +204,11 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         # The configuration last: without it no part of a model loads.
         for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: writing failed ({error}); check free space, then run again.") from error
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+            raise
+        problem = getattr(error, "strerror", error)
+        raise OSError(f"{folder}: writing failed ({problem}); check free space, then run again.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -75,13 +75,13 @@ def test_a_run_is_resumed_with_its_own_options_alone(hub, tmp_path, option):
 def test_a_resumed_run_that_was_moved_keeps_its_best_checkpoint(hub, tmp_path):
     """The state of a checkpoint names the best one by the path of before."""
     options = ["--validation_data", hub / "held_out.tar", "--eval_steps", 1, "--save_steps", 1, "--learning_rate", 0.5]
-    trainer = run(hub, tmp_path / "run", *options, "--max_steps", 3)
+    trainer = run(hub, tmp_path / "run", *options, "--num_train_epochs", 1)
     best, last = trainer.state.best_global_step, trainer.state.global_step
     assert best < last  # with such a rate, it becomes worse
     for file in ("model.safetensors", "config.json"):
         (tmp_path / "run" / file).unlink()
     (tmp_path / "run").rename(tmp_path / "moved")
-    run(hub, tmp_path / "moved", *options, "--max_steps", 3, "--resume")
+    run(hub, tmp_path / "moved", *options, "--num_train_epochs", 1, "--resume")
     assert_same_weights(tmp_path / "moved", tmp_path / "moved" / f"checkpoint-{best}")
 
 

@@ -27,7 +27,7 @@ from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.model.processing_iclip import ICLIPProcessor
 
 
-METHODS = ["itsm", "reversed_itsm", "naclip", "maskclip", "gem", "clip_surgery", "sclip", "clearclip"]
+METHODS = ["itsm", "reversed_itsm", "naclip", "maskclip", "gem", "clip_surgery", "sclip", "clearclip", "attention"]
 METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}
 BATCH, EPOCHS = 500, 10
 

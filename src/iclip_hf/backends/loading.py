@@ -59,8 +59,8 @@ def load(
             already on its device, and its processor, or of a model of open_clip (its transformers with a class token
             and its ResNets) and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
-        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the GPU if there is one (CUDA, or MPS
-            on a Mac).
+        device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or
+            the CPU.
 
     Returns:
         [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not

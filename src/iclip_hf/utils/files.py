@@ -165,8 +165,8 @@ def remove_code(folder: str | Path) -> None:
 
     for file in Path(folder).glob("*config.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
-        if cleaned(content) != content:
-            file.write_text(json.dumps(cleaned(content), indent=2) + "\n")
+        if (kept := cleaned(content)) != content:
+            file.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def check_new_folder(folder: Path) -> None:

@@ -176,6 +176,18 @@ def test_a_folder_that_was_filled_meanwhile_stays(tmp_path):
     assert names(tmp_path) == ["model"] and (tmp_path / "model" / "notes").read_text() == "mine"
 
 
+def test_on_a_full_disk_the_folder_is_named_and_not_a_file_that_was_copied(tmp_path):
+    said = "model: writing failed .No space left on device.; check"
+    with pytest.raises(OSError, match=said), atomic_folder(tmp_path / "model"):
+        raise OSError(errno.ENOSPC, "No space left on device", "photograph.jpg")
+    with (
+        pytest.raises(FileNotFoundError, match="^.Errno 2. gone: 'photograph.jpg'$"),
+        atomic_folder(tmp_path / "model"),
+    ):
+        raise FileNotFoundError(errno.ENOENT, "gone", "photograph.jpg")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_configuration_comes_last_into_an_empty_folder(tmp_path, monkeypatch):
     come, replace = [], os.replace
     monkeypatch.setattr(

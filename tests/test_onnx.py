@@ -52,6 +52,14 @@ def folder(model, processor, tmp_path_factory):
     return export_onnx(model, processor, tmp_path_factory.mktemp("onnx") / "exported")
 
 
+def test_an_exported_folder_names_no_code_of_the_folder_that_was_loaded(model, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_write", lambda *_: None)  # the graphs
+    named = copy.deepcopy(model)
+    named.config.auto_map = {"AutoConfig": "org/repo--trap.Config"}
+    export_onnx(named, processor, tmp_path / "exported")
+    assert "trap" not in "".join(file.read_text() for file in (tmp_path / "exported").glob("*.json"))
+
+
 def run(path, inputs):
     session = onnxruntime.InferenceSession(path)
     names = [output.name for output in session.get_outputs()]

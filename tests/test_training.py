@@ -274,13 +274,14 @@ def test_maps_are_measured_too(hub, tmp_path):
     assert again.kept_start and shown["mMIoU"]["mmiou"] == evaluations(again)[0]["mMIoU"]
 
 
-def test_masks_without_a_class_end_the_training_at_its_first_evaluation(hub, tmp_path):
+def test_masks_without_a_class_end_the_training_before_its_first_step(hub, tmp_path):
     """Such as binary masks, whose 255 is void."""
     (tmp_path / "masks").mkdir()
     masks = masks_folder(tmp_path / "masks", mask=index_mask(np.full((24, 30), 255, np.uint8)))
     options = ["--eval_dataset", "folder", "--eval_root", masks, "--max_steps", 4, "--eval_steps", 2]
     with pytest.raises(ValueError, match="None of the 1 images shows a class"):
         run(hub, tmp_path / "run", *options, "--validation_share", 0.5, "--metric_for_best_model", "loss")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch):

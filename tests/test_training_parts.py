@@ -18,7 +18,7 @@ from iclip_hf.training import (
     evaluation,
 )
 from iclip_hf.training.evaluation import regressed_metrics
-from iclip_hf.training.trainer import cosine_schedule
+from iclip_hf.training.trainer import _same_options, cosine_schedule
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(12, 4), (12, 0), (5, 4), (100, 7)])
@@ -67,6 +67,14 @@ def test_held_out_rows_without_digests_are_refused_before_the_training(tiny_proc
     args = ICLIPTrainingArguments(str(tmp_path), eval_strategy="steps")
     with pytest.raises(TypeError, match="eval_dataset: expected pairs of load_pairs or CachedPairs, got list"):
         ICLIPTrainer(tiny_model(), args, train_dataset=[], eval_dataset=[{}], processing_class=tiny_processor)
+
+
+def test_a_full_gpu_is_not_taken_for_other_options():
+    said = "checkpoint-5: this training had other options"
+    with pytest.raises(torch.OutOfMemoryError), _same_options("run/checkpoint-5"):
+        raise torch.OutOfMemoryError
+    with pytest.raises(ValueError, match=said), _same_options("run/checkpoint-5"):
+        raise RuntimeError("size mismatch")
 
 
 def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):

@@ -31,7 +31,6 @@ with needed():
 
     from iclip_hf.model.pooling import POOLINGS
     from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator
-    from iclip_hf.training.features import unpack_inputs
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:
@@ -172,10 +171,9 @@ def steps(rounds: int) -> dict[str, list[float]]:
     def step(max_over: str):
         model = embedded_model(lock_text=True, max_over=max_over).train()
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
-        features = torch.randn(PAIRS, len(POOLINGS), WIDTH)
-        if max_over == "similarity":  # with the attention in the last column
-            features = torch.rand(PAIRS, 2 + TOKENS, WIDTH + 1)
-        images, texts = unpack_inputs(features, model.config), torch.randn(PAIRS, WIDTH)
+        features = {name: torch.randn(PAIRS, WIDTH) for name in POOLINGS}
+        features |= {"patches": torch.randn(PAIRS, TOKENS, WIDTH), "attention": torch.rand(PAIRS, TOKENS)}
+        images, texts = model.loss_inputs(features), torch.randn(PAIRS, WIDTH)
 
         def train() -> None:
             model(image_inputs=images, text_inputs=texts, return_loss=True).loss.backward()

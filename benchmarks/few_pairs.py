@@ -26,7 +26,6 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator
-from iclip_hf.training.features import unpack_inputs
 from iclip_hf.training.presets import KEEP_PRESENCE, RATE, STEPS
 
 
@@ -112,8 +111,9 @@ class Study:
         texts = list(itertools.chain.from_iterable(captions))
         own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
         own = torch.arange(len(rows))[:, None] == own
-        features = torch.stack([pair["features"] for pair in pairs]).float()
-        images = branch.embed_image(unpack_inputs(features, model.config).recognition)
+        features = self.collator(pairs)["image_features"]
+        features = {name: of_images.float() for name, of_images in features.items()}
+        images = branch.embed_image(model.loss_inputs(features).recognition)
         cosines = images @ branch.embed_text(self.cache(texts)).mT
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()

@@ -207,14 +207,17 @@ class ICLIPConfig(PreTrainedConfig):
     @property
     def poolings(self) -> tuple[list[str], str | None]:
         """
-        The [`~pooling.pool`] modes whose vectors the recognition branch reads, one behind the other, and that of the
-        map branch, which is None with `max_over="similarity"`. Without dual projections both are the same.
+        The poolings whose vectors the recognition branch reads, one behind the other, and that of the map branch,
+        which is None with `max_over="similarity"`: names in [`~pooling.POOLINGS`], and `"earlier_averages"`. Without
+        dual projections both are the same.
         """
-        of_map = self.pooling if self.max_over == "channels" else None
+        pooling = f"masked_max/{self.attention_norm}" if self.pooling == "masked_max" else self.pooling
+        of_map = pooling if self.max_over == "channels" else None
         if not self.dual_projection:
-            return [self.pooling], of_map
+            return [pooling], of_map
+        earlier = ["earlier_averages"] if self.average_layers > 1 else []
         average = ["average"] if self.recognition_pooling == "class_and_average" else []
-        return ["class_token", *average], of_map
+        return [*earlier, "class_token", *average], of_map
 
     def validate_architecture(self):
         """Checks combinations of options. `@strict` checks types and ranges before."""

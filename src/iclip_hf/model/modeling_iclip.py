@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
@@ -660,32 +660,48 @@ class ICLIPModel(PreTrainedModel):
         """
         return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
 
-    def _pooled(self, image: ImageTokens, attention: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns `recognition` and `pooled` of [`ImageInputs`], from tokens and their normalised attention."""
+    def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
+        """
+        Returns the vectors of images by their `poolings`, in one of [`~pooling.POOLINGS`] `(B, D)`, in
+        `"earlier_averages"` `(B, (L - 1) D)`. None has no vector.
+        """
 
-        def pooled(mode: str) -> torch.Tensor:
+        def pooled(name: str) -> torch.Tensor:
+            if name == "earlier_averages":
+                return image.earlier_averages.flatten(1)
+            mode, _, norm = name.partition("/")
+            attention = normalize_attention(image.attention, norm or "minmax", self.config.attention_quantile)
             return pool(image.patch_tokens, image.class_token, attention, mode)
 
-        recognised, of_map = self.config.poolings
-        vectors = [pooled(mode) for mode in recognised]
-        if image.earlier_averages is not None:
-            vectors.insert(0, image.earlier_averages.flatten(1))
-        return torch.cat(vectors, -1), None if of_map is None else pooled(of_map)
+        return {name: pooled(name) for name in poolings if name}
 
-    def image_inputs(self, image: ImageTokens) -> ImageInputs:
+    def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
-        Returns what the loss reads of images: pooled tokens, and few tokens of the map branch, centred and shared.
+        Returns by name what a loss can read of images: their vectors by the `poolings`, see `config.poolings`; with
+        `max_over="similarity"` also `patches`, `attention` and, with `known_competition`, `even_patches` of
+        [`ImageInputs`], centred and shared. With a locked tower they can be computed once and kept.
         """
-        config, attention = self.config, self.normalized_attention(image)
-        pooled, even = self._pooled(image, attention), None
+        config, features = self.config, self._pooled(image, poolings)
         if config.max_over == "channels":
-            return ImageInputs(*pooled)
-        tokens = self.centered_tokens(image.patch_tokens)
+            return features
+        tokens, attention = self.centered_tokens(image.patch_tokens), self.normalized_attention(image)
         chosen = representative_patches(tokens, attention, image.grid, config.map_tokens)
+        features["patches"], features["attention"] = self._shared(tokens, attention, chosen)
         if config.known_competition:
             evenly = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
-            even, _ = self._shared(tokens, attention, evenly)
-        return ImageInputs(*pooled, *self._shared(tokens, attention, chosen), even)
+            features["even_patches"], _ = self._shared(tokens, attention, evenly)
+        return features
+
+    def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
+        """Returns what this model's loss reads of images, from their `loss_features`."""
+        recognised, of_map = self.config.poolings
+        recognition = torch.cat([features[name] for name in recognised], -1)
+        return ImageInputs(recognition, *map(features.get, (of_map, "patches", "attention", "even_patches")))
+
+    def image_inputs(self, image: ImageTokens) -> ImageInputs:
+        """Returns what the loss reads of images: pooled tokens, and few tokens of the map branch."""
+        recognised, of_map = self.config.poolings
+        return self.loss_inputs(self.loss_features(image, [*recognised, of_map]))
 
     def _shared(
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
@@ -752,7 +768,9 @@ class ICLIPModel(PreTrainedModel):
         """
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
-        recognition, map_pooled = self._pooled(image, attention)
+        recognised, of_map = self.config.poolings
+        vectors = self._pooled(image, [*recognised, of_map])
+        recognition, map_pooled = torch.cat([vectors[name] for name in recognised], -1), vectors.get(of_map)
         patches, map_attention = self._shared(self.centered_tokens(image.patch_tokens), attention)
         projected, map_image_embeds = self.recognition.visual_projection(recognition), None
         if map_pooled is not None:

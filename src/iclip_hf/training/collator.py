@@ -63,16 +63,16 @@ class PairCollator:
             return {"captions": texts.captions, "nouns": None}
         return {"captions": self.nouns.sentences(texts.captions), "nouns": self.nouns.known_nouns(*texts)}
 
-    def __call__(self, rows: Sequence[Mapping]) -> dict[str, torch.Tensor | bool]:
+    def __call__(self, rows: Sequence[Mapping]) -> dict[str, object]:
         """
         Args:
             rows: B `dict`s with an `image`, for the processor, a `caption` or a list of `captions`, and *optional*
                 `labels` and `complete`, see [`~data.columns.PairTexts`]; or rows of [`~datasets.CachedPairs`].
 
         Returns:
-            `dict` of `pixel_values` (B, 3, H, W) or `image_features` (B, ...), the tokenizer's tensors (M, L) of
-            captions and noun prompts or `text_inputs` (M, D), `nouns`, a `dict`, see
-            [`~data.nouns.NounPrompts.sample`], and `return_loss`.
+            `dict` of `pixel_values` (B, 3, H, W) or `image_features`, a `dict` of tensors (B, ...) for
+            [`ICLIPModel.loss_inputs`]; the tokenizer's tensors (M, L) of captions and noun prompts or `text_inputs`
+            (M, D); `nouns`, a `dict`, see [`~data.nouns.NounPrompts.sample`]; and `return_loss`.
 
         Raises:
             `ValueError`: a row has no caption, or its labels are not as described.
@@ -92,9 +92,10 @@ class PairCollator:
             "return_loss": True,
         }
 
-    def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, torch.Tensor]:
+    def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, object]:
         if "features" in rows[0]:
-            return {"image_features": torch.stack([row["features"] for row in rows])}
+            records = np.stack([row["features"] for row in rows])
+            return {"image_features": {name: torch.from_numpy(records[name]) for name in records.dtype.names}}
         if self.transform is None:
             return dict(self.processor(images=[row["image"] for row in rows]))
         images = []

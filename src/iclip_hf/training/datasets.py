@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from ..data.columns import PairTexts
@@ -35,15 +36,18 @@ class CachedPairs(Dataset):
     def __init__(self, pairs: PairDataset, cache: FeatureCache, collator: PairCollator):
         self.pairs, self._cache, self._epoch = pairs, cache, 0
         distinct, rows = pairs.distinct()
-        keys = cache.images(distinct)
-        texts = {row: _texts_of(distinct, row) for row, key in enumerate(keys) if key is not None}
+        places, digests = cache.images(distinct).tolist(), distinct.image_digests()
+        texts = {row: _texts_of(distinct, row) for row, place in enumerate(places) if place >= 0}
         texts = {row: of_row for row, of_row in texts.items() if of_row.captions}
         if bad := len(distinct) - len(texts):
             logger.warning("%d of %d pairs are left out, as logged here", bad, len(distinct))
         if bad > pairs.max_bad_share * len(distinct):
             raise ValueError(f"max_bad_share: {bad} of {len(distinct)} pairs are bad; fix the data or raise it.")
         self.indices = [index for index, row in enumerate(rows.tolist()) if row in texts]  # among all pairs
-        of_rows = {row: {"key": keys[row], **collator.read(of_row)} for row, of_row in texts.items()}  # slow: nouns
+        of_rows = {
+            row: {"place": places[row], "digest": digests[row], **collator.read(of_row)}  # slow: nouns
+            for row, of_row in texts.items()
+        }
         self._items = [of_rows[rows[index]] for index in self.indices]
         if collator.text_features is not None:
             cache.texts(caption for of_row in texts.values() for caption in of_row.captions)
@@ -52,7 +56,7 @@ class CachedPairs(Dataset):
         return len(self._items)
 
     def image_digests(self) -> list[bytes]:
-        return [item["key"] for item in self._items]
+        return [item["digest"] for item in self._items]
 
     def texts(self) -> list[list[str]]:
         """Returns the captions of each pair."""
@@ -62,9 +66,9 @@ class CachedPairs(Dataset):
         self._epoch = epoch
 
     def __getitems__(self, places: Sequence[int]) -> list[dict]:
-        """Returns `features` (...), `captions`, `nouns` and `draw` of these pairs."""
+        """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""
         items = [self._items[place] for place in places]
-        features = self._cache.features([item["key"] for item in items])
+        features = self._cache.features(np.array([item["place"] for item in items]))
         draws = ((self._epoch, self.indices[place]) for place in places)
         return [{**item, "features": row, "draw": draw} for item, row, draw in zip(items, features, draws)]
 

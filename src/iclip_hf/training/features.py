@@ -7,75 +7,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..backends.identity import digest
 from ..data.pairs import BadPairError, PairDataset
-from ..model.configuration_iclip import ICLIPConfig
-from ..model.modeling_iclip import ICLIPModel, ImageInputs, ImageTokens
-from ..model.pooling import EVEN_PATCHES, POOLINGS, normalize_attention, pool
+from ..model.modeling_iclip import ICLIPModel
+from ..model.pooling import POOLINGS
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.distributed import broadcast_from_main, partial_state
+from ..utils.distributed import broadcast_from_main, gathered_lists, partial_state
 from ..utils.files import atomic_write, cache_folder
 
 
 logger = logging.getLogger(__name__)
-
-
-# --------------------------------------------------------------------------------------------------------- of images
-
-
-def pack_inputs(model: ICLIPModel, image: ImageTokens) -> torch.Tensor:
-    """
-    Converts images to a tensor to keep, from which [`unpack_inputs`] makes what the projections read: all `POOLINGS`
-    (B, 5, D), which are the same for all models with this tower; with `max_over="similarity"` the first two of them
-    and the patches that the loss reads, (B, 2 + K, D + 1), with their attention as the last column; with
-    `known_competition` the evenly spread patches behind them, (B, 2 + K + 64, D + 1). Before all of these are the
-    averages of earlier layers with `average_layers`.
-    """
-    config = model.config
-
-    def pooled(mode: str) -> torch.Tensor:
-        mode, _, norm = mode.partition("/")
-        attention = normalize_attention(image.attention, norm or "minmax", config.attention_quantile)
-        return pool(image.patch_tokens, image.class_token, attention, mode)
-
-    earlier = [] if image.earlier_averages is None else [image.earlier_averages]
-    if config.max_over == "channels":
-        return torch.cat([*earlier, torch.stack([pooled(mode) for mode in POOLINGS], 1)], 1)
-    inputs = model.image_inputs(image)
-    vectors = torch.cat([*earlier, torch.stack([pooled(mode) for mode in POOLINGS[:2]], 1)], 1)
-    attention = F.pad(inputs.attention, (vectors.shape[1], 0)).unsqueeze(-1)
-    features = torch.cat([torch.cat([vectors, inputs.patches], 1), attention], -1)
-    if inputs.even_patches is not None:
-        features = torch.cat([features, F.pad(inputs.even_patches, (0, 1))], 1)
-    return features
-
-
-def unpack_inputs(features: torch.Tensor, config: ICLIPConfig) -> ImageInputs:
-    """Returns what the projections of a model read of images, from the result of [`pack_inputs`]."""
-
-    def pooled(mode: str) -> torch.Tensor:
-        return vectors[:, POOLINGS.index(f"masked_max/{config.attention_norm}" if mode == "masked_max" else mode)]
-
-    recognised, of_map = config.poolings
-    vectors, patches, attention, even, earlier = features, None, None, None, config.average_layers - 1
-    if config.max_over == "similarity":
-        if config.known_competition:
-            features, even = features[:, :-EVEN_PATCHES], features[:, -EVEN_PATCHES:, :-1]
-        vectors, patches = features[:, : earlier + 2, :-1], features[:, earlier + 2 :, :-1]
-        attention = features[:, earlier + 2 :, -1]
-    averages, vectors = vectors[:, :earlier].flatten(1), vectors[:, earlier:]
-    recognition = torch.cat([averages, *map(pooled, recognised)], -1)
-    return ImageInputs(recognition, of_map and pooled(of_map), patches, attention, even)
 
 
 @torch.no_grad()
@@ -109,17 +61,21 @@ def set_token_mean(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
 
 
 _IMAGES_OF_MEAN = 256
-_ROWS_OF_FILE = 1024
+# A file has so many bytes, or what is computed in so many seconds: files are few, and a killed run loses little.
+_BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
-_VERSION = 2
+_VERSION = 3
 
 
 class FeatureStore:
     """
-    Features (D, ...) by key in a folder, whose name stands for what all of them depend on. Files are added and never
+    Named features by key in a folder, whose name stands for what all of them depend on. Files are added and never
     changed, atomically, so that several processes and runs share the folder, and an interrupted run continues.
 
-    A key is the digest of an image or a text, 32 bytes. `<name>.npy` holds features and `<name>.keys` their keys.
+    A key is the digest of an image or a text, 32 bytes. The place of its features is their number among all in the
+    folder. A file holds two arrays of numpy, one behind the other: keys, and a record of named arrays for each, of
+    float16. A record is one block, and none is mapped into memory, because the features of many images are larger than
+    the memory, and are read from the disk in random order.
     """
 
     def __init__(self, folder: Path):
@@ -128,61 +84,112 @@ class FeatureStore:
 
     def reload(self) -> None:
         """Finds what other processes have added."""
-        self._arrays, self._places = [], {}
-        for file in sorted(self.folder.glob("*.keys")):
-            keys = file.read_bytes()
-            for row in range(len(keys) // 32):
-                self._places.setdefault(keys[32 * row : 32 * row + 32], (len(self._arrays), row))
-            self._arrays.append(np.load(file.with_suffix(".npy"), mmap_mode="r"))
+        keys, self._files, self._record = [np.empty(0, "S32")], [], None
+        for path in sorted(self.folder.glob("*.npy")):
+            with open(path, "rb") as file:
+                keys.append(np.load(file))
+                np.lib.format.read_magic(file)
+                *_, self._record = np.lib.format.read_array_header_1_0(file)
+                self._files.append((path, file.tell()))
+        self._ends = np.cumsum([len(of_file) for of_file in keys[1:]])
+        keys = np.concatenate(keys)
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
 
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._places
+    def find(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Returns the places of the features of these keys, (N,); -1 for a key without."""
+        keys = np.array(keys, "S32")
+        if not len(self._keys):
+            return np.full(len(keys), -1)
+        order, found = np.argsort(keys), np.empty(len(keys), int)
+        found[order] = np.searchsorted(self._keys, keys[order])  # several times faster than in another order
+        found = found.clip(max=len(self._keys) - 1)
+        return np.where(self._keys[found] == keys, self._order[found], -1)
 
-    def add(self, keys: Sequence[bytes], features: np.ndarray) -> None:
-        """Adds features (N, D, ...). They are there after `reload`."""
-        file = self.folder / hashlib.sha256(b"".join(keys)).hexdigest()[:32]
-        with atomic_write(file.with_suffix(".npy")) as partial, open(partial, "wb") as opened:
-            np.save(opened, features)  # which would add a suffix to a name
-        with atomic_write(file.with_suffix(".keys")) as partial:
-            partial.write_bytes(b"".join(keys))
+    def add(self, keys: Sequence[bytes], features: Mapping[str, np.ndarray]) -> None:
+        """Adds features by their names, (N, ...). They are there after `reload`."""
+        parts = sorted(features.items())
+        records = np.empty(len(keys), [(name, "<f2", array.shape[1:]) for name, array in parts])
+        for name, array in parts:
+            records[name] = array
+        name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+        with atomic_write(self.folder / f"{name}.npy") as partial, open(partial, "wb") as file:
+            np.save(file, np.array(keys, "S32"))
+            np.save(file, records)
 
-    def __getitem__(self, keys: Sequence[bytes]) -> torch.Tensor:
-        """Returns the features of these keys, (N, D, ...), float16."""
-        arrays, rows = np.array([self._places[key] for key in keys]).T
-        features = np.empty((len(keys), *self._arrays[0].shape[1:]), self._arrays[0].dtype)
-        for array in np.unique(arrays):
-            here = arrays == array
-            features[here] = self._arrays[array][rows[here]]
-        return torch.from_numpy(features)
+    def __getitem__(self, places: np.ndarray) -> np.ndarray:
+        """Returns the records at these places, (N,)."""
+        records, numbers = np.empty(len(places), self._record), np.searchsorted(self._ends, places, side="right")
+        memory, size = memoryview(records.view(np.uint8)), records.itemsize
+        for number in np.unique(numbers):
+            path, start = self._files[number]
+            first = self._ends[number - 1] if number else 0
+            with open(path, "rb", buffering=0) as file:
+                for row in np.flatnonzero(numbers == number).tolist():
+                    file.seek(start + int(places[row] - first) * size)
+                    file.readinto(memory[row * size : (row + 1) * size])
+        return records
 
     def fill(
         self, items: Dataset | Sequence, keys: Sequence[bytes], encode: Callable, batch_size: int, workers: int = 0
-    ) -> None:
+    ) -> np.ndarray:
         """
-        Adds the features of items whose keys are missing, each process a part of them. `encode` returns those (N, ...)
-        of a list of N items; an item that is None, such as a broken image, is left out.
+        Adds the features of items whose keys are missing, each process a part of them.
+
+        Args:
+            items: items by number. One that is None, such as a broken image, has no features.
+            keys: those of the items.
+            encode: from a list of N items to their features by name, tensors (N, ...).
+            batch_size, workers (`int`): items in a call of `encode`, and processes that load them.
+
+        Returns:
+            `np.ndarray`: places of the features of all items, (len(items),); -1 for an item without.
+
+        Raises:
+            `OSError`: features are missing that a process has added.
         """
-        state, places = partial_state("train"), {key: place for place, key in enumerate(keys) if key not in self}
-        state.wait_for_everyone()  # until all have seen the same
-        mine = [*places.values()][state.process_index :: state.num_processes]
-        batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-        loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
-        title, found, encoded = f"Features of {self.folder.parent.name}", [], []
-        with tqdm(total=len(mine), desc=title, delay=2, disable=not state.is_main_process) as bar:
-            for batch, chosen in zip(loader, batches):
-                usable = [(item, keys[place]) for item, place in zip(batch, chosen) if item is not None]
-                if usable:
-                    features = encode([item for item, _ in usable])
-                    encoded.append(features.half().cpu().numpy())
-                    found += [key for _, key in usable]
-                bar.update(len(chosen))
-                if len(found) >= _ROWS_OF_FILE:
-                    self.add(found, np.concatenate(encoded))
-                    found, encoded = [], []
-        if encoded:
-            self.add(found, np.concatenate(encoded))
-        state.wait_for_everyone()
+        state = partial_state("train")
         self.reload()
+        # Of one process: another run may add features between the looks of two.
+        missing = broadcast_from_main(self._missing(keys) if state.is_main_process else None)
+        mine = missing[state.process_index :: state.num_processes]
+        batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
+        loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
+        title, broken, done, began = f"Features of {self.folder.parent.name}", [], [], time.monotonic()
+        bar = tqdm(total=len(mine), desc=title, delay=2, disable=not state.is_main_process)
+        try:
+            for batch, chosen in zip(loader, batches):
+                usable = {keys[place]: item for place, item in zip(chosen, batch) if item is not None}
+                broken += [keys[place] for place in chosen if keys[place] not in usable]
+                if usable:
+                    features = encode([*usable.values()])
+                    arrays = {name: array.half().cpu().numpy() for name, array in features.items()}
+                    done.append(([*usable], arrays))
+                bar.update(len(chosen))
+                size = sum(array.nbytes for _, arrays in done for array in arrays.values())
+                if size >= _BYTES_OF_FILE or time.monotonic() > began + _SECONDS_OF_FILE:
+                    self._add_batches(done)
+                    done, began = [], time.monotonic()
+        finally:  # also at Ctrl-C
+            self._add_batches(done)
+            bar.close()
+        broken = {*gathered_lists(broken)}  # when all processes have added theirs
+        self.reload()
+        places = self.find(keys)
+        if lost := sum(keys[item] not in broken for item in np.flatnonzero(places < 0)):
+            raise OSError(f"{self.folder}: {lost} features are missing that this run has added; run again.")
+        return places
+
+    def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
+        """Returns the first item of each key that has no features, in order."""
+        distinct, first = np.unique(np.array(keys, "S32"), return_index=True)
+        return np.sort(first[self.find(distinct) < 0])
+
+    def _add_batches(self, done: Sequence[tuple[list[bytes], dict[str, np.ndarray]]]) -> None:
+        if done:
+            keys, features = zip(*done)
+            joined = {name: np.concatenate([arrays[name] for arrays in features]) for name in features[0]}
+            self.add([*chain.from_iterable(keys)], joined)
 
 
 class _Images(Dataset):
@@ -246,18 +253,17 @@ class FeatureCache:
         )
         self._texts = FeatureStore(folder / "texts" / texts)
 
-    def images(self, pairs: PairDataset) -> list[bytes | None]:
+    def images(self, pairs: PairDataset) -> np.ndarray:
         """
-        Computes [`pack_inputs`] of the image of each pair. Returns the keys of their features; None for an image that
-        cannot be read.
+        Computes the features of the image of each pair. Returns their places (N,); -1 for an image that cannot be
+        read.
         """
-        keys = pairs.image_digests()
-        self._images.fill(_Images(pairs, self.processor), keys, self._encode_images, 64, self.num_workers)
-        return [key if key in self._images else None for key in keys]
+        images = _Images(pairs, self.processor)
+        return self._images.fill(images, pairs.image_digests(), self._encode_images, 64, self.num_workers)
 
-    def features(self, keys: Sequence[bytes]) -> torch.Tensor:
-        """Returns the features of images by their keys, (N, ...), float16."""
-        return self._images[keys]
+    def features(self, places: np.ndarray) -> np.ndarray:
+        """Returns the features of images at these places, records (N,) of named arrays, float16."""
+        return self._images[places]
 
     def texts(self, texts: Iterable[str]) -> None:
         """Computes the text tower's features of texts."""
@@ -266,15 +272,20 @@ class FeatureCache:
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
         """Returns the features of texts that were computed, (N, D), float32."""
-        return self._texts[[*map(_key, texts)]].float()
+        records = self._texts[self._texts.find([*map(_key, texts)])]
+        return torch.from_numpy(records["text"]).float()
 
-    def _encode_images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _encode_images(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        config = self.model.config
+        # Those of all models with these options, so that they share the folder.
+        poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
         with self._inference():
-            return pack_inputs(self.model, self.model.encode_image(torch.stack(images).to(self.model.device)))
+            image = self.model.encode_image(torch.stack(images).to(self.model.device))
+            return self.model.loss_features(image, [*config.poolings[0], *poolings])
 
-    def _encode_texts(self, texts: list[str]) -> torch.Tensor:
+    def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         with self._inference():
-            return self.model.encode_text(**self.processor(text=texts).to(self.model.device))[0]
+            return {"text": self.model.encode_text(**self.processor(text=texts).to(self.model.device))[0]}
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

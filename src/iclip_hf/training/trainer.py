@@ -53,7 +53,6 @@ from .evaluation import (
     retrieval_scores,
     sampled_captions,
 )
-from .features import unpack_inputs
 
 
 MAX_BAD_STEPS = 30  # in a row, after which a training stops
@@ -341,7 +340,8 @@ class ICLIPTrainer(Trainer):
     def _image_inputs(self, batch: dict) -> ImageInputs:
         """Returns what the loss reads of the images of a batch, from cached features, or without a gradient."""
         if "image_features" in batch:
-            return unpack_inputs(batch.pop("image_features").float(), self.model.config)
+            features = batch.pop("image_features")
+            return self.model.loss_inputs({name: of_images.float() for name, of_images in features.items()})
         with torch.no_grad(), self.accelerator.autocast():
             return self.model.image_inputs(self.model.encode_image(batch.pop("pixel_values")))
 

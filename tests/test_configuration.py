@@ -55,6 +55,7 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
         ("recognition_pooling", "class_and_average"),
         ("average_layers", 0),
         ("average_layers", 2),
+        ("vision_downsampling", 0),
         ("map_atention", "none"),
     ],
 )
@@ -77,6 +78,13 @@ def test_towers_that_do_not_fit_are_refused():
         ICLIPModel(ICLIPConfig(vision_config=no_class_token, text_config=TEXT["clip_text_model"]))
     with pytest.raises(ValueError, match='text_pooling="eos".*bert'):
         ICLIPModel(ICLIPConfig(vision_config=VISION["vit"], text_config=TEXT["bert"]))
+
+
+def test_features_need_a_pooling_of_patches():
+    features = {"feature_config": {"model_type": "timm_wrapper", "architecture": "test_resnet"}}
+    assert ICLIPConfig(**features, feature_dim=8).patch_dim == 768 + 8 and ICLIPConfig().patch_dim == 768
+    with pytest.raises(StrictDataclassError, match="feature_config needs another pooling"):
+        ICLIPConfig(**features, pooling="class_token")
 
 
 def test_averages_are_of_layers_that_the_tower_has():

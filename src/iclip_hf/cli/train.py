@@ -65,7 +65,7 @@ def check_folder(arguments: Arguments) -> None:
     and nothing is written into the folders of the model and the towers.
     """
     folder, model = Path(arguments.training.output_dir), arguments.model
-    for read in (model.model, model.vision, model.text):
+    for read in (model.model, model.vision, model.text, model.feature_tower):
         for written in filter(None, (folder, arguments.data.cache_features)):
             if read and read != "embedded":
                 check_outside(written, read)
@@ -150,7 +150,7 @@ def train(
     from ..training.collator import PairCollator, augmentation
     from ..training.datasets import CachedPairs, StreamedPairs
     from ..training.evaluation import report
-    from ..training.features import FeatureCache, set_token_mean
+    from ..training.features import FeatureCache, set_statistics
     from ..training.trainer import ICLIPTrainer
 
     transformers_logging.disable_progress_bar()
@@ -167,7 +167,8 @@ def train(
             model, processor = load_iclip(of_model.model, dtype="float32", **model_options)
         else:
             folder, size = Path(of_model.config).parent, of_model.image_size or None
-            model, processor = join_towers(folder, of_model.vision, of_model.text, size, **model_options)
+            towers = of_model.vision, of_model.text, size, of_model.feature_tower
+            model, processor = join_towers(folder, *towers, **model_options)
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
     if model.recognition.logit_bias is not None and not (nouns or of_model.model):
@@ -184,7 +185,7 @@ def train(
     if of_model.lock_text:
         model.text_model.requires_grad_(False)
     model.to(args.device).eval()
-    set_token_mean(model, processor, pairs)
+    set_statistics(model, processor, pairs)
 
     # Batches
     collator = PairCollator(processor, nouns, args.seed)

@@ -39,17 +39,19 @@ class LeGrad(Explainer):
         with torch.inference_mode(False), torch.enable_grad():
             # A clone, because a tensor that was created in inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
-            maps = sum(self._relevance(index, layer, embeds) for index, layer in zip(self.blocks, layers))
+            maps = sum(self._relevance(index, layer, image, embeds) for index, layer in zip(self.blocks, layers))
         return maps[..., -math.prod(image.grid) :].unflatten(-1, image.grid), image
 
-    def _relevance(self, index: int, layer: AttentionRecord, text_embeds: torch.Tensor) -> torch.Tensor:
+    def _relevance(
+        self, index: int, layer: AttentionRecord, image: ICLIPImageFeatures, text_embeds: torch.Tensor
+    ) -> torch.Tensor:
         """Computes the relevance of all tokens in one block, `(B, T, L)`."""
         block = self.model.layers[index]
         mixed = layer.mixed.detach().requires_grad_()
         stream = layer.stream + block.output(mixed)
         # With the weights that the MLP has at each call, because they may be randomised.
         mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
-        token = stream.mean(1, keepdim=True) + mean
+        token = self.model.join_features(stream.mean(1, keepdim=True) + mean, image)
         scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
         maps = []
         for text in range(scores.shape[1]):

@@ -47,7 +47,10 @@ class ProxyCLIP(ReplacedAttention):
             self.proxy_processor = AutoImageProcessor.from_pretrained(proxy, trust_remote_code=False)
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        tokens = unit(image.patch_tokens if self.proxy is None else self._proxy_tokens(image.grid, pixel_values))
+        if self.proxy is None:
+            tokens = unit(image.patch_tokens[..., : layer.stream.shape[-1]])  # without those of a feature tower
+        else:
+            tokens = unit(self._proxy_tokens(image.grid, pixel_values))
         similarity = tokens @ tokens.mT  # (B, N, N)
         logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
         itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # no row is masked as a whole

@@ -42,7 +42,8 @@ class ReplacedAttention(Explainer):
             stream = stream + attended if self.residual else attended
             if self.mlp:
                 stream = stream + block.mlp(stream)
-        patch_embeds = unit(self.model.project(stream[:, -math.prod(image.grid) :])).unflatten(1, image.grid)
+        patches = self.model.join_features(stream[:, -math.prod(image.grid) :], image)
+        patch_embeds = unit(self.model.project(patches)).unflatten(1, image.grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
 
     @abstractmethod

@@ -15,8 +15,8 @@ from huggingface_hub import HfApi, resolve_revision
 from transformers import AutoImageProcessor
 
 from ..backends.loading import load_iclip
-from ..backends.towers import embedded_towers, name_towers
-from ..model.configuration_iclip import ICLIPConfig, without_attention
+from ..backends.towers import embedded_feature_tower, embedded_towers, name_towers
+from ..model.configuration_iclip import ICLIPConfig, patch_side, without_attention
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
@@ -41,21 +41,27 @@ _CUSTOM_PIPELINES = {
 # Options that must be equal in a tower's checkpoint and the configuration. All others are those of the configuration.
 _TOWER_SHAPE = """
     model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size
-    patch_size num_register_tokens max_position_embeddings vocab_size
+    patch_size num_register_tokens max_position_embeddings vocab_size architecture
 """.split()
 
 
 # ------------------------------------------------------------ a new model
 
 
-def is_embedded(config: str | Path, vision: str | None, text: str | None) -> bool:
+def is_embedded(config: str | Path, *towers: str | None) -> bool:
     """Whether [`init_model`] writes the embedded model, which is trained."""
-    return vision is None and text is None and config_folder(config).resolve() == EMBEDDED.resolve()
+    return not any(towers) and config_folder(config).resolve() == EMBEDDED.resolve()
 
 
-def init_model(config: str | Path, output: str | Path, vision: str | None = None, text: str | None = None) -> Path:
+def init_model(
+    config: str | Path,
+    output: str | Path,
+    vision: str | None = None,
+    text: str | None = None,
+    feature_tower: str | None = None,
+) -> Path:
     """
-    Writes the folder of a new model: two pretrained towers, untrained projections, processor and tokenizer.
+    Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer.
 
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`,
@@ -66,6 +72,8 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
         text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of
             `train.yaml` if not given. For the configuration of the embedded model, and no other towers, the trained
             embedded model is written.
+        feature_tower (`str`, *optional*): feature tower, a convolutional backbone of timm: a folder or Hub id. That of
+            `train.yaml`, if it names one, if not given.
 
     Returns:
         `Path`: the folder.
@@ -77,8 +85,9 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     source = config_folder(config)
     settings = source / "train.yaml"
     named = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-    trained = is_embedded(config, vision, text)
+    trained = is_embedded(config, vision, text, feature_tower)
     vision, text = vision or named.get("vision"), text or named.get("text")
+    feature_tower = feature_tower or named.get("feature_tower") or ""
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     given = named.get("model_options") or []
@@ -86,7 +95,9 @@ def init_model(config: str | Path, output: str | Path, vision: str | None = None
     image_size = int(named.get("image_size") or 0) or None
     with atomic_folder(output) as folder:
         model, processor = (
-            load_iclip("embedded") if trained else join_towers(source, vision, text, image_size, **options)
+            load_iclip("embedded")
+            if trained
+            else join_towers(source, vision, text, image_size, feature_tower, **options)
         )
         save_model(model, processor, folder, **({"source": "embedded"} if trained else {"training": {}}))
     return Path(output)
@@ -101,18 +112,22 @@ def options_of_model(model_options: Sequence[str]) -> dict[str, object]:
 
 
 def join_towers(
-    source: Path, vision: str, text: str, image_size: int | None = None, **options
+    source: Path, vision: str, text: str, image_size: int | None = None, feature_tower: str = "", **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins two towers with untrained projections, and their processors, after checks of their files. Raises what
+    Joins towers with untrained projections, and their processors, after checks of their files. Raises what
     [`init_model`] raises. `source` is the folder of a configuration, with `config.json` and `processor_config.json` if
-    they differ from those of the towers; `vision` and `text` are as for [`init_model`], or `"embedded"`; `image_size`
-    is height and width in pixels; `options` of [`ICLIPConfig`] override the configuration.
+    they differ from those of the towers; `vision`, `text` and `feature_tower` are as for [`init_model`], or
+    `"embedded"`; `image_size` is height and width in pixels, by default those with which the image tower sees 224
+    pixels; `options` of [`ICLIPConfig`] override the configuration.
     """
     embedded = [side for side, name in (("vision_config", vision), ("text_config", text)) if name == "embedded"]
     if embedded:
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
+    if feature_tower == "embedded":
+        feature_tower = str(embedded_feature_tower())
+        embedded.append("feature_config")
     model_options, processor_options = {}, {}
     if (source / "config.json").is_file():
         content, _ = ICLIPConfig.get_config_dict(source)
@@ -125,13 +140,18 @@ def join_towers(
         processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
             source, trust_remote_code=False, **size
         )
-    elif image_size is not None:
-        processor_options["image_size"] = image_size
     config = ICLIPConfig(**{**model_options, **options})
+    if "image_processor" not in processor_options:
+        processor_options["image_size"] = image_size or 224 * config.vision_downsampling
     _check_tower(vision, "vision_config", config if "vision_config" in model_options else None)
     _check_tower(text, "text_config", config if "text_config" in model_options else None)
-    model = ICLIPModel.from_vision_text_pretrained(vision, text, **{**model_options, **options})
+    if feature_tower:
+        _check_tower(feature_tower, "feature_config", config if "feature_config" in model_options else None)
+    model = ICLIPModel.from_vision_text_pretrained(
+        vision, text, feature_tower, processor_options.get("image_processor"), **{**model_options, **options}
+    )
     name_towers(model, *embedded)
+    processor_options.setdefault("patch_size", patch_side(model.config))
     if "image_processor" not in processor_options:
         with loading_errors(vision):  # what fails here would be said of the text tower
             AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
@@ -194,8 +214,9 @@ def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **car
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    for side in ("vision_config", "text_config"):
-        config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
+    for side in ICLIPConfig.sub_configs:
+        if config[side] is not None:
+            config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
     _edit_json(folder / "config.json", config)
     remove_code(folder)
     write_model_card(model, processor, folder, **card)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
+from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
@@ -30,7 +31,9 @@ _TOWERS = {
     "facebook/dinov3-vitb16-pretrain-lvd1689m": ("DINOv3 ViT-B/16 (Meta AI)", "DINOv3 License"),
     "openai/clip-vit-base-patch16": ("CLIP ViT-B/16's text tower (OpenAI)", "MIT"),
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
+    "timm/tf_efficientnet_lite2.in1k": ("EfficientNet-Lite2 (Google, trained on ImageNet-1k)", "Apache-2.0"),
 }
+_LEARNED = tuple(name for name in OWN_WEIGHTS if name != "feature_reduction.")  # which is fixed
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
 # The file with the results of data sets on the Hub, from which it makes its tables.
@@ -77,7 +80,9 @@ def write_model_card(
     if metrics is not None:
         record["evaluation"] = shown_results(metrics)
     evaluation, name = record.get("evaluation"), name or Path(folder).resolve().name
-    towers = [describe_tower(config) for config in (model.config.vision_config, model.config.text_config)]
+    towers = [
+        describe_tower(of) for side in ICLIPConfig.sub_configs if (of := getattr(model.config, side)) is not None
+    ]
     figures = _figures(evaluation) if evaluation else []
     header = ModelCardData(
         **_licence(towers, record["data"]),
@@ -119,10 +124,11 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     locked = "locked during training" if training and "model" not in training else "locked in this configuration"
     return {
         "tower_training": locked if config.lock_vision else "trained with the projections",
-        "projections": sum(p.numel() for key, p in model.named_parameters() if key.startswith(OWN_WEIGHTS)),
+        "projections": sum(p.numel() for key, p in model.named_parameters() if key.startswith(_LEARNED)),
         "options": options | {"templates": processor.templates},
         "vision": config.vision_config,
         "text": config.text_config,
+        "features": config.feature_config,
         "training": training,
         "data": record["data"],
         **(_evaluation_values(**record["evaluation"]) if "evaluation" in record else {}),

@@ -1,4 +1,4 @@
-"""Configuration of ICLIP: two towers, the pooling of patch tokens, and the projections."""
+"""Configuration of ICLIP: its towers, the pooling of patch tokens, and the projections."""
 
 import math
 import os
@@ -64,12 +64,27 @@ class ICLIPConfig(PreTrainedConfig):
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the
             logit scale, ln(1 / 0.07).
 
+        feature_config (`PreTrainedConfig` or `dict`, *optional*): configuration of a feature tower, a second image
+            tower that is always locked: a convolutional backbone of timm ([`~transformers.TimmWrapperConfig`]). Its
+            last feature map is resized to the grid of patches, reduced to `feature_dim` channels by a fixed linear map
+            (`feature_reduction`), and joined to the patch tokens of the image tower. Scores and maps are computed from
+            both. Attention, `value_share`, `map_affinity` and the selection of `map_tokens` are those of the image
+            tower alone. It requires the package timm. This and the options below are not in the paper.
+        feature_dim (`int`, defaults to 256): width K of what the feature tower adds to the patch tokens, at most the
+            number of channels of its last feature map.
+        feature_image_mean, feature_image_std (`list[float]`, *optional*): mean and standard deviation of each channel
+            by which the pixel values are normalized for the feature tower, if it expects others than the image tower:
+            (pixel value - mean) / std.
+        vision_downsampling (`int`, defaults to 1): the image tower sees the means of squares of this side in pixels,
+            and the feature tower all pixels. The side of the model's patches is that of the image tower's times this
+            factor.
+
         map_attention (`str`, defaults to `"similarity"`): how A weights the similarity map. `"similarity"` multiplies
             the cosines by A. `"none"` does not use A. `"additive"` raises a cosine by its excess over the mean of the
             patches, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. What is below the mean
             counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned
             from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower
-            them. This and the options below are not in the paper.
+            them.
         max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"`
             takes it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in
             the paper, takes it for each text over the similarities of the patches, after the projection
@@ -132,6 +147,7 @@ class ICLIPConfig(PreTrainedConfig):
             config_class=AutoConfig, model_type="vit", init_kwargs={"layer_norm_eps": 1e-6}
         ),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_text_model"),
+        "feature_config": SubConfigSpec(config_class=AutoConfig, model_type="timm_wrapper", optional=True),
     }
 
     # the paper's
@@ -145,6 +161,13 @@ class ICLIPConfig(PreTrainedConfig):
     attention_norm: Literal["minmax", "quantile"] = _option("minmax", cached="patches")
     attention_quantile: int | float = _option(0.9, "(0, 1]", cached=True)
     logit_scale_init_value: int | float = _option(2.6592, f"[0, {math.log(100)}]", read_by="weights")
+
+    # the feature tower
+    feature_config: PreTrainedConfig | dict | None = None
+    feature_dim: int = _option(256, "[1, inf)")
+    feature_image_mean: list[int | float] | None = _option(None, cached=True)
+    feature_image_std: list[int | float] | None = _option(None, cached=True)
+    vision_downsampling: int = _option(1, "[1, inf)", cached=True)
 
     # the map
     map_attention: Literal["similarity", "additive", "signed", "none"] = _option("similarity")
@@ -219,6 +242,11 @@ class ICLIPConfig(PreTrainedConfig):
         average = ["average"] if self.recognition_pooling == "class_and_average" else []
         return [*earlier, "class_token", *average], of_map
 
+    @property
+    def patch_dim(self) -> int:
+        """Width of the patch tokens: that of the image tower, and `feature_dim` with a feature tower."""
+        return self.vision_config.hidden_size + (0 if self.feature_config is None else self.feature_dim)
+
     def validate_architecture(self):
         """Checks combinations of options. `@strict` checks types and ranges before."""
         # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without
@@ -237,6 +265,8 @@ class ICLIPConfig(PreTrainedConfig):
         if self.average_layers > 1 and self.average_layers > self.vision_config.num_hidden_layers:
             number = self.vision_config.num_hidden_layers
             raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")
+        if self.feature_config is not None and self.poolings[1] == "class_token":
+            raise ValueError('feature_config needs another pooling than "class_token", which no feature is joined to.')
 
 
 def without_attention(content: dict) -> dict:
@@ -244,10 +274,10 @@ def without_attention(content: dict) -> dict:
     return {name: value for name, value in content.items() if not name.endswith("attn_implementation")}
 
 
-def patch_side(vision_config: PreTrainedConfig) -> int:
-    """Returns the side of an image tower's square patches in pixels. Some configurations store a pair."""
-    size = vision_config.patch_size
-    return size if isinstance(size, int) else size[0]
+def patch_side(config: PreTrainedConfig) -> int:
+    """Returns the side in pixels of the square patches of a model or an image tower."""
+    size = getattr(config, "vision_config", config).patch_size  # of some towers a pair
+    return (size if isinstance(size, int) else size[0]) * getattr(config, "vision_downsampling", 1)
 
 
 __all__ = ["ICLIPConfig"]

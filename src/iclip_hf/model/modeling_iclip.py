@@ -17,6 +17,7 @@ from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoModelForZeroShotImageClassification,
     PreTrainedConfig,
@@ -114,7 +115,7 @@ class ImageTokens(NamedTuple):
     """Output of the image tower for B images of N = h * w patches. Tokens are those after the tower's final norm."""
 
     class_token: torch.Tensor  # (B, D)
-    patch_tokens: torch.Tensor  # (B, N, D), row-major
+    patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with those of a feature tower, row-major
     attention: torch.Tensor  # (B, N), class token's in the last layer, mean over the heads, not normalised, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
@@ -126,7 +127,7 @@ class ImageInputs(NamedTuple):
     """What the loss reads of B images. With a locked tower it can be computed once and kept."""
 
     # (B, D), or (B, (1 + L) D) with `recognition_pooling="class_and_average"` and L `average_layers`: averages of the
-    # layers before the last, class token, average of the last
+    # layers before the last, class token, average of the last. With a feature tower, (..., K) more: its averages.
     recognition: torch.Tensor
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens of the map branch, centred and shared among similar patches, of `representative_patches`, (B, K, D), and
@@ -171,8 +172,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             `max_over="similarity"`, where this branch has no image vector.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
             vectors of the patches, to compare with `map_text_embeds`.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`): the tower's patch tokens after its final norm, row-major,
-            N = h * w.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + K)` with a feature tower): the tower's patch
+            tokens after its final norm, followed by the K reduced features of the feature tower, row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
             (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
@@ -241,7 +242,7 @@ class ICLIPOutput(ModelOutput):
 
 
 # How the names of the weights begin that are the model's own, and of no tower.
-OWN_WEIGHTS = ("recognition.", "interpretability.", "token_mean", "attention_direction")
+OWN_WEIGHTS = ("recognition.", "interpretability.", "feature_reduction.", "token_mean", "attention_direction")
 
 
 class Projection(nn.Module):
@@ -375,7 +376,8 @@ class ICLIPModel(PreTrainedModel):
     each text, a map of the patches that match it.
 
     Any image tower with a class token (ViT/DINO, DINOv2 with or without registers, DINOv3, CLIP) can be combined with
-    any text tower (CLIP, SigLIP, BERT-like). The towers are used through their public outputs.
+    any text tower (CLIP, SigLIP, BERT-like), and with a convolutional backbone of timm as a second image tower
+    (`config.feature_config`). The towers are used through their public outputs.
 
     Example:
 
@@ -408,6 +410,7 @@ class ICLIPModel(PreTrainedModel):
         config: ICLIPConfig,
         vision_model: PreTrainedModel | None = None,
         text_model: PreTrainedModel | None = None,
+        feature_model: PreTrainedModel | None = None,
     ):
         config.validate_architecture()  # `from_pretrained` sets options after the configuration was checked
         vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
@@ -417,22 +420,34 @@ class ICLIPModel(PreTrainedModel):
             )
         if config.text_pooling == "eos" and text_type not in _EOS_TEXT_TOWERS:
             raise ValueError(f'text_pooling="eos" needs one of {sorted(_EOS_TEXT_TOWERS)}, not {text_type!r}.')
+        if config.feature_config is not None and config.feature_config.model_type != "timm_wrapper":
+            raise ValueError(f"A feature tower is a backbone of timm, not {config.feature_config.model_type!r}.")
         super().__init__(config)
         self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
         self.text_model = text_model if text_model is not None else load_tower(config.text_config)
         # A tower may copy its configuration. The model refers to this copy, so that later changes reach the layers.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
+        self.feature_model = self.feature_reduction = None
+        if config.feature_config is not None:
+            self.feature_model = feature_model if feature_model is not None else load_tower(config.feature_config)
+            config.feature_config = self.feature_model.config
+            channels = self.feature_model.timm_model.num_features
+            if config.feature_dim > channels:
+                raise ValueError(f"feature_dim is at most {channels}, the number of the feature tower's channels.")
+            self.feature_reduction = nn.Linear(channels, config.feature_dim)
 
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
-        widths = 1 + config.average_layers if config.recognition_pooling == "class_and_average" else 1
-        self.recognition = ICLIPBranch(config, widths * image_dim, text_dim, recognises=True)
+        recognised, _ = config.poolings
+        widths = {"class_token": image_dim, "earlier_averages": (config.average_layers - 1) * image_dim}
+        width = sum(widths.get(pooling, config.patch_dim) for pooling in recognised)
+        self.recognition = ICLIPBranch(config, width, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
-            self.interpretability = ICLIPBranch(config, image_dim, text_dim)
+            self.interpretability = ICLIPBranch(config, config.patch_dim, text_dim)
         if config.center_tokens:
-            self.token_mean = nn.Buffer(torch.zeros(image_dim))
+            self.token_mean = nn.Buffer(torch.zeros(config.patch_dim))
         if config.map_attention == "signed":
             self.attention_direction = nn.Parameter(torch.zeros(config.projection_dim))
 
@@ -475,6 +490,8 @@ class ICLIPModel(PreTrainedModel):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, float(self.config.logit_bias_init_value))
+        elif module is self.feature_reduction:  # until a training sets it
+            init.zeros_(module.weight)
         elif isinstance(module, ICLIPModel):
             for name in ("token_mean", "attention_direction"):
                 if hasattr(module, name):
@@ -482,8 +499,8 @@ class ICLIPModel(PreTrainedModel):
 
     def train(self, mode: bool = True):
         """
-        Sets the training mode. A locked image tower stays in eval mode and without gradients, and a text tower of
-        which no parameter has a gradient in eval mode, without dropout.
+        Sets the training mode. A locked image tower and the feature tower stay in eval mode and without gradients, and
+        a text tower of which no parameter has a gradient in eval mode, without dropout.
         """
         super().train(mode)
         if hasattr(self, "text_model") and not any(weight.requires_grad for weight in self.text_model.parameters()):
@@ -497,6 +514,10 @@ class ICLIPModel(PreTrainedModel):
                 # DINO's mask token is not used, and DDP would wait for its gradient.
                 if name.endswith("mask_token"):
                     parameter.requires_grad_(False)
+        if getattr(self, "feature_model", None) is not None:
+            self.feature_model.eval()
+            self.feature_model.requires_grad_(False)
+            self.feature_reduction.requires_grad_(False)
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -542,15 +563,22 @@ class ICLIPModel(PreTrainedModel):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     @classmethod
-    def from_vision_text_pretrained(cls, vision: str, text: str, **config_options) -> "ICLIPModel":
+    def from_vision_text_pretrained(
+        cls, vision: str, text: str, features: str | None = None, image_processor=None, **config_options
+    ) -> "ICLIPModel":
         """
-        Joins two pretrained towers with newly initialised projections, in float32.
+        Joins pretrained towers with newly initialised projections, in float32.
 
         Args:
             vision (`str`): folder or Hub id of the image tower, or of a two-tower model such as CLIP, whose image
                 tower is used.
             text (`str`): folder or Hub id of the text tower, or of a two-tower model, whose text tower is used.
-            config_options: options of [`ICLIPConfig`]. `vision_config` and `text_config` default to those of the
+            features (`str`, *optional*): folder or Hub id of a feature tower, a convolutional backbone of timm, see
+                `feature_config` of [`ICLIPConfig`].
+            image_processor (*optional*): instead of that of the image tower, for a model with a feature tower, whose
+                `feature_image_mean` and `feature_image_std` default to what turns the pixel values of this processor
+                into those of the feature tower's training.
+            config_options: options of [`ICLIPConfig`]. The configurations of the towers default to those of the
                 checkpoints, and `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
 
         Returns:
@@ -559,10 +587,21 @@ class ICLIPModel(PreTrainedModel):
         Raises:
             `OSError`, `ValueError`: a folder or id has no model, an option is unknown, or a tower is not supported.
         """
-        found = {name: tower_config(tower, name) for name, tower in (("vision_config", vision), ("text_config", text))}
+        towers = {"vision_config": vision, "text_config": text} | ({"feature_config": features} if features else {})
+        found = {name: tower_config(tower, name) for name, tower in towers.items()}
         pooling = "eos" if found["text_config"].model_type in _EOS_TEXT_TOWERS else "mean"
         config = cls.config_class(**{**found, "text_pooling": pooling, **config_options})
-        return cls(config, load_tower(config.vision_config, vision), load_tower(config.text_config, text)).eval()
+        model = cls(config, *(load_tower(getattr(config, name), tower) for name, tower in towers.items())).eval()
+        if features and config.feature_image_mean is None:
+            given = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
+            wanted = {
+                **model.feature_model.timm_model.pretrained_cfg,
+                **getattr(config.feature_config, "pretrained_cfg", {}),  # of the checkpoint
+            }
+            channels = [*zip(given.image_mean, given.image_std, wanted["mean"], wanted["std"])]
+            config.feature_image_mean = [(to - mean) / std for mean, std, to, _ in channels]
+            config.feature_image_std = [to / std for _, std, _, to in channels]
+        return model
 
     @property
     def map_branch(self) -> ICLIPBranch:
@@ -589,9 +628,9 @@ class ICLIPModel(PreTrainedModel):
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """
-        Runs the image tower on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
+        Runs the image towers on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
         """
-        kind, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config.vision_config)
+        kind, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config)
         height, width = pixel_values.shape[-2:]
         if height % patch_size or width % patch_size:  # towers would leave out the rest
             raise ValueError(f"Images of {height}x{width} pixels are not in multiples of the patch size {patch_size}.")
@@ -605,7 +644,9 @@ class ICLIPModel(PreTrainedModel):
                 raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
             kwargs["output_attentions"] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
-            outputs = self.vision_model(pixel_values, last_layers=last_layers, **kwargs)
+            factor = self.config.vision_downsampling
+            seen = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
+            outputs = self.vision_model(seen, last_layers=last_layers, **kwargs)
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
@@ -615,14 +656,40 @@ class ICLIPModel(PreTrainedModel):
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
             attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
+        patch_tokens = tokens[:, patches]
+        if self.feature_model is not None:
+            with torch.no_grad():
+                features = self.feature_reduction(self.feature_map(pixel_values, grid))
+            patch_tokens = torch.cat([patch_tokens, features.to(patch_tokens)], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
-            patch_tokens=tokens[:, patches],
+            patch_tokens=patch_tokens,
             attention=attention,
             grid=grid,
             tower_output=outputs,
             earlier_averages=averages,
         )
+
+    def feature_map(self, pixel_values: torch.FloatTensor, grid: tuple[int, int]) -> torch.FloatTensor:
+        """
+        Returns the last feature map of the feature tower for `(B, 3, H, W)`, resized to a grid of patches (h, w),
+        before the reduction: `(B, N, C)` of C channels, row-major. Raises `ValueError` for a tower without a map.
+        """
+        if self.config.feature_image_mean is not None:
+            of_channels = (self.config.feature_image_mean, self.config.feature_image_std)
+            mean, std = (pixel_values.new_tensor(of).view(-1, 1, 1) for of in of_channels)
+            pixel_values = (pixel_values - mean) / std
+        # Channels last, in which convolutions are a sixth faster on CPUs.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = self.feature_model(pixel_values, do_pooling=False).last_hidden_state
+        channels = self.feature_reduction.in_features
+        if features.ndim != 4 or features.shape[1] != channels:
+            raise ValueError(
+                f"{self.config.feature_config.architecture} returns no feature map of {channels} channels: use a "
+                "convolutional backbone of timm."
+            )
+        features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
+        return features.flatten(2).mT
 
     def encode_text(
         self,
@@ -662,8 +729,8 @@ class ICLIPModel(PreTrainedModel):
 
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
-        Returns the vectors of images by their `poolings`, in one of [`~pooling.POOLINGS`] `(B, D)`, in
-        `"earlier_averages"` `(B, (L - 1) D)`. None has no vector.
+        Returns the vectors of images by their `poolings`, in one of [`~pooling.POOLINGS`] `(B, D)`, or `(B, D + K)` of
+        patches with a feature tower, in `"earlier_averages"` `(B, (L - 1) D)`. None has no vector.
         """
 
         def pooled(name: str) -> torch.Tensor:
@@ -685,7 +752,8 @@ class ICLIPModel(PreTrainedModel):
         if config.max_over == "channels":
             return features
         tokens, attention = self.centered_tokens(image.patch_tokens), self.normalized_attention(image)
-        chosen = representative_patches(tokens, attention, image.grid, config.map_tokens)
+        own = tokens[..., : config.vision_config.hidden_size]  # without those of a feature tower
+        chosen = representative_patches(own, attention, image.grid, config.map_tokens)
         features["patches"], features["attention"] = self._shared(tokens, attention, chosen)
         if config.known_competition:
             evenly = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
@@ -714,7 +782,9 @@ class ICLIPModel(PreTrainedModel):
         if self.config.map_affinity == 0:
             return queries, attention if chosen is None else attention.take_along_dim(chosen, 1)
         values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
-        shared = share_among_like(values, tokens, self.config.map_affinity, queries)
+        # The image tower alone says which patches are alike.
+        keys, queries = (of[..., : self.config.vision_config.hidden_size] for of in (tokens, queries))
+        shared = share_among_like(values, keys, self.config.map_affinity, queries)
         return shared[..., :-1], shared[..., -1].float()
 
     def _own_tensor(self, name: str) -> torch.Tensor:

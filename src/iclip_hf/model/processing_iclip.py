@@ -135,7 +135,7 @@ class ICLIPProcessor(ProcessorMixin):
             do_convert_rgb=True,
             trust_remote_code=False,
         )
-        options.setdefault("patch_size", patch_side(getattr(config, "vision_config", config)))
+        options.setdefault("patch_size", patch_side(config))
         if AutoConfig.from_pretrained(text, trust_remote_code=False).model_type.startswith("siglip"):
             options.setdefault("max_text_length", 64)
             options.setdefault("text_padding", "max_length")

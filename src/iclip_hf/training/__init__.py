@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .arguments import ICLIPTrainingArguments
     from .collator import PairCollator, augmentation
     from .datasets import CachedPairs, StreamedPairs
-    from .features import FeatureCache, set_token_mean
+    from .features import FeatureCache, set_statistics
     from .trainer import ICLIPTrainer
 
 _MODULES = {
@@ -20,7 +20,7 @@ _MODULES = {
     "PairCollator": ".collator",
     "StreamedPairs": ".datasets",
     "augmentation": ".collator",
-    "set_token_mean": ".features",
+    "set_statistics": ".features",
 }
 __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -41,6 +41,10 @@ class ModelArguments:
     model: str = _argument("", 'ICLIP model to train further (folder, Hub id or "embedded"), instead of two towers')
     vision: str = _argument("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
     text: str = _argument("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
+    feature_tower: str = _argument(
+        "",
+        'second image tower, a convolutional backbone of timm: a folder, a Hub id, or "embedded"; none if not given',
+    )
     model_options: list[str] = _argument([], "options that override those of config.json, as name=value")
     lock_text: bool = _argument(False, "freeze the text tower")
     image_size: int = _argument(0, "height and width of images in pixels; 0 for those of the model")
@@ -193,7 +197,7 @@ def read_arguments(given: Mapping) -> Arguments:
         raise FileNotFoundError(f"{file}: there is no such file; the arguments of a training are in a train.yaml.")
     values = _read_file(file)
     for names, instead in (
-        (("model",), ("vision", "text", "image_size")),
+        (("model",), ("vision", "text", "feature_tower", "image_size")),
         (("vision", "text"), ("model",)),
         (("validation_share",), ("validation_data",)),
         (("validation_data",), ("validation_share",)),
@@ -243,6 +247,8 @@ def complete(values: Mapping) -> Arguments:
         )
     if model.model and model.image_size:
         raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
+    if model.model and model.feature_tower:
+        raise ValueError("feature_tower: a trained model has its own towers; leave it out.")
     if arguments.training.keep_presence and not (model.model and model.lock_text):
         raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
     return arguments

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ..backends.identity import digest
 from ..data.pairs import BadPairError, PairDataset
+from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pooling import POOLINGS
 from ..model.processing_iclip import ICLIPProcessor
@@ -31,36 +32,68 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def set_token_mean(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
+def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
     """
-    Sets `token_mean` of a model with `center_tokens` to the mean patch token of some hundred images. Keeps that of an
-    earlier training, which its branches learned with. All processes have the mean of the first.
+    Sets what a model keeps of the statistics of some hundred training images: `feature_reduction` to the whitening of
+    the features of a feature tower, and `token_mean`, with `center_tokens`, to the mean patch token. Keeps those of an
+    earlier training, which its branches learned with. All processes have those of the first.
+
+    The whitening projects to the principal components with the largest variance, and scales each to unit variance over
+    the patches.
 
     Args:
         model: model on its device.
         processor: of the model.
         pairs: rows with an `image`; of a data set with random access, at most 256 that are evenly spread.
     """
-    if not model.config.center_tokens or model.token_mean.any():
+    whiten = model.feature_model is not None and not model.feature_reduction.weight.any()
+    center = model.config.center_tokens and not model.token_mean.any()
+    if not whiten and not center:
         return
     if partial_state("train").is_main_process:
         if isinstance(pairs, PairDataset):
             distinct, _ = pairs.distinct()
-            few = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES_OF_MEAN))]
+            few = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES))]
         else:
-            few = [pair for pair, _ in zip(pairs, range(_IMAGES_OF_MEAN))]
-        means = []
-        for start in tqdm(range(0, len(few), 32), "Mean token", delay=3, leave=False):
-            pixel_values = processor(images=[pair["image"] for pair in few[start : start + 32]])["pixel_values"]
-            means.append(model.encode_image(pixel_values.to(model.device)).patch_tokens.float().mean(1))
-        model.token_mean.copy_(torch.cat(means).mean(0))
-    model.token_mean.copy_(broadcast_from_main(model.token_mean.cpu()))  # other devices round in another way
+            few = [pair for pair, _ in zip(pairs, range(_IMAGES))]
+
+        def pixel_values(title: str) -> Iterator[torch.Tensor]:
+            for start in tqdm(range(0, len(few), 32), title, delay=3, leave=False):
+                images = [pair["image"] for pair in few[start : start + 32]]
+                yield processor(images=images)["pixel_values"].to(model.device)
+
+        if whiten:
+            _whiten(model, pixel_values("Whitening"))
+        if center:
+            tokens = (model.encode_image(images).patch_tokens for images in pixel_values("Mean token"))
+            model.token_mean.copy_(torch.cat([of_batch.float().mean(1) for of_batch in tokens]).mean(0))
+    for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
+        weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
+
+
+def _whiten(model: ICLIPModel, batches: Iterable[torch.Tensor]) -> None:
+    """Sets `feature_reduction` to the whitening of the features of images, batches of `(B, 3, H, W)`."""
+    count = total = products = 0
+    for pixel_values in batches:
+        grid = tuple(side // patch_side(model.config) for side in pixel_values.shape[2:])
+        features = model.feature_map(pixel_values, grid).flatten(0, 1).cpu().double()
+        count += len(features)
+        total = total + features.sum(0)
+        products = products + features.T @ features
+    mean = total / count
+    variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # in ascending order
+    variances, directions = variances.flip(0)[: model.config.feature_dim], directions.flip(1)
+    directions = directions[:, : model.config.feature_dim].T
+    # Directions among dead channels have no variance, and stay small.
+    weight = directions * variances.clamp(min=1e-6 * variances[0]).rsqrt().unsqueeze(1)
+    model.feature_reduction.weight.copy_(weight)
+    model.feature_reduction.bias.copy_(-weight @ mean)
 
 
 # ---------------------------------------------------------------------------------------------------------- on disk
 
 
-_IMAGES_OF_MEAN = 256
+_IMAGES = 256
 # A file has so many bytes, or what is computed in so many seconds: files are few, and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
@@ -231,9 +264,10 @@ class FeatureCache:
         folder = Path(folder or cache_folder() / "features")
         mean = model.token_mean.tolist() if model.config.center_tokens else None
         common = {"mixed_precision": mixed_precision, "version": _VERSION}
+        towers = [tower for tower in (model.vision_model, model.feature_model, model.feature_reduction) if tower]
         images = digest(
             {
-                "tower": [model.vision_model.config, model.vision_model.state_dict()],
+                "towers": [[getattr(tower, "config", None), tower.state_dict()] for tower in towers],
                 "options": model.config.feature_options,
                 "token_mean": mean,
                 "image_processor": json.loads(processor.image_processor.to_json_string()),

@@ -1,0 +1,205 @@
+"""A second, locked image tower, whose features are joined to the patch tokens."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import FEATURES, VISION, noise, tiny_image_processor, tiny_inputs, tiny_model, tiny_tokenizer
+from torch.nn import functional as F
+from transformers import TimmWrapperConfig, TimmWrapperModel
+
+from iclip_hf import ICLIPModel
+from iclip_hf.model.pooling import even_patches, representative_patches
+from iclip_hf.training.features import set_statistics
+
+
+MEAN, STD = [0.5, 0.0, -0.5], [2.0, 1.0, 0.5]
+WHOLE = {
+    **FEATURES,
+    "feature_image_mean": MEAN,
+    "feature_image_std": STD,
+    "vision_downsampling": 2,
+    "recognition_pooling": "class_and_average",
+    "average_layers": 2,
+    "recognition_share": 0.3,
+    "max_over": "similarity",
+    "center_tokens": True,
+    "map_affinity": 3.0,
+    "map_attention": "none",
+    "known_competition": 1.0,
+    "map_tokens": 6,
+}
+GRID = (4, 6)  # of the images of 64x96 pixels below
+
+
+def joined_model(**options):
+    model = tiny_model(**{**WHOLE, **options})
+    if model.config.center_tokens:
+        model.token_mean.normal_(std=0.1, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def bilinear(features: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Resizes a map (C, H, W) with the centres of places at halves, and values beyond them repeated; (h * w, C)."""
+    places = []
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            value = 0
+            y, x = ((at + 0.5) * of / side - 0.5 for at, of, side in zip((row, column), features.shape[1:], grid))
+            for near_y in (np.floor(y), np.floor(y) + 1):
+                for near_x in (np.floor(x), np.floor(x) + 1):
+                    i, j = (int(np.clip(n, 0, of - 1)) for n, of in zip((near_y, near_x), features.shape[1:]))
+                    # Beyond the border, the nearest place counts.
+                    share = (1 - abs(y - near_y)) * (1 - abs(x - near_x))
+                    value = value + share * features[:, i, j]
+            places.append(value)
+    return np.stack(places)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@torch.no_grad()
+def slow(model, pixel_values):
+    """Recognition vectors and patch vectors of each image, from the towers themselves, by plain loops."""
+    backbone = timm.create_model("test_efficientnet", num_classes=0).eval()
+    backbone.load_state_dict(model.feature_model.timm_model.state_dict())
+    weights = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
+    recognition = weights["recognition.visual_projection.weight"]
+    of_map = weights["interpretability.visual_projection.weight"]
+    images, patches = [], []
+    for image in pixel_values:
+        squares = image.unflatten(1, (32, 2)).unflatten(3, (48, 2)).mean((2, 4))
+        hidden = model.vision_model(squares[None], interpolate_pos_encoding=True, output_hidden_states=True)
+        norm = model.vision_model.layernorm
+        last, before = (norm(layer)[0].double().numpy() for layer in hidden.hidden_states[:-3:-1])
+        channels = torch.stack([(channel - m) / s for channel, m, s in zip(image, MEAN, STD)])
+        features = bilinear(backbone.forward_features(channels[None])[0].double().numpy(), GRID)
+        features = features @ weights["feature_reduction.weight"].T + weights["feature_reduction.bias"]
+        tokens = np.concatenate([last[1:], features], 1)
+        assert tokens.shape == (24, 32 + 6)
+        images.append(recognition @ np.concatenate([before[1:].mean(0), last[0], tokens.mean(0)]))
+        centered, mean = tokens - weights["token_mean"], weights["token_mean"]
+        likeness = np.exp(3.0 * unit(centered[:, :32]) @ unit(centered[:, :32]).T)
+        shared = (likeness / likeness.sum(1, keepdims=True)) @ centered
+        by_recognition = unit((shared + mean) @ recognition[:, -38:].T)
+        patches.append(np.concatenate([0.7**0.5 * unit(shared @ of_map.T), 0.3**0.5 * by_recognition], 1))
+    return unit(np.stack(images)), np.stack(patches)
+
+
+def test_scores_and_maps_are_of_joined_tokens():
+    model, inputs = joined_model(), tiny_inputs(size=(64, 96))
+    with torch.no_grad():
+        outputs = model(**inputs, output_similarity_maps=True)
+    images, patches = slow(model, inputs["pixel_values"])
+    np.testing.assert_allclose(outputs.image_embeds, images, atol=1e-5)
+    np.testing.assert_allclose(outputs.patch_embeds.flatten(1, 2), patches, atol=1e-5)
+    maps = np.einsum("bnp,tp->btn", patches, outputs.map_text_embeds.double().numpy())
+    np.testing.assert_allclose(outputs.similarity_maps.flatten(2), maps, atol=1e-5)
+    without = tiny_model(**{name: WHOLE[name] for name in ("vision_downsampling", "map_affinity")})
+    without.vision_model.load_state_dict(model.vision_model.state_dict())
+    with torch.no_grad():
+        attention = without.get_image_features(inputs["pixel_values"]).attention
+    assert torch.equal(outputs.attention, attention)
+
+
+def test_the_loss_reads_patches_that_the_image_tower_chooses():
+    model, pixel_values = joined_model(), tiny_inputs(size=(64, 96))["pixel_values"]
+    with torch.no_grad():
+        image, all_patches = model.encode_image(pixel_values), model.get_image_features(pixel_values)
+        inputs = model.image_inputs(image)
+        own = model.centered_tokens(image.patch_tokens)[..., :32]
+        chosen = representative_patches(own, model.normalized_attention(image), GRID, 6)
+        model.config.recognition_share = 0.0
+        of_all = model.get_image_features(pixel_values).patch_embeds.flatten(1, 2)
+    for patches, places in ((inputs.patches, chosen), (inputs.even_patches, even_patches(GRID).expand(2, -1))):
+        assert patches.shape == (2, places.shape[1], 38)
+        expected = of_all.take_along_dim(places.unsqueeze(-1), 1)
+        torch.testing.assert_close(model.map_branch.embed_image(patches), expected, atol=1e-5, rtol=1e-4)
+    assert all_patches.patch_tokens.shape == (2, 24, 38)
+
+
+def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
+    model = joined_model(map_attention="signed", lock_vision=False)
+    model.save_pretrained(tmp_path)
+    loaded = ICLIPModel.from_pretrained(tmp_path).train()
+    fixed = {name: value.clone() for name, value in loaded.state_dict().items() if name.startswith("feature_")}
+    assert {*fixed} > {"feature_reduction.weight", "feature_model.timm_model.bn1.running_mean"}
+    inputs = tiny_inputs(2, 2, size=(64, 96))
+    with torch.no_grad():
+        before, after = (one.eval()(**inputs, output_similarity_maps=True) for one in (model, loaded))
+    torch.testing.assert_close(after.similarity_maps, before.similarity_maps)
+    torch.testing.assert_close(after.logits_per_image, before.logits_per_image)
+    loaded.train()
+    optimizer = torch.optim.SGD((p for p in loaded.parameters() if p.requires_grad), lr=1.0)
+    loaded(**inputs, return_loss=True).loss.backward()
+    optimizer.step()
+    assert loaded.vision_model.training and not loaded.feature_model.training
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in fixed.items())
+    assert loaded.vision_model.layernorm.weight.grad.any() and loaded.recognition.visual_projection.weight.grad.any()
+
+
+def test_statistics_of_training_images_whiten_the_features(tiny_processor):
+    model = tiny_model(**{**WHOLE, "vision_downsampling": 1})
+    for weight in model.feature_reduction.parameters():
+        weight.data.zero_()
+    rows = [{"image": noise((40, 40), seed=seed, spread=20 + seed)} for seed in range(70)]
+    set_statistics(model, tiny_processor, rows)
+    with torch.no_grad():
+        pixel_values = tiny_processor(images=[row["image"] for row in rows])["pixel_values"]
+        tokens = model.encode_image(pixel_values).patch_tokens
+        everything = model.feature_map(pixel_values, (4, 4)).flatten(0, 1).double()
+    features = tokens[..., 32:].flatten(0, 1)
+    torch.testing.assert_close(features.T.cov(correction=0), torch.eye(6), atol=1e-2, rtol=0)
+    torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)), atol=1e-4, rtol=1e-4)
+    # Of all linear maps to six numbers, it keeps the most of the variance.
+    singular = torch.linalg.svdvals(everything - everything.mean(0)).square()
+    solution = torch.linalg.lstsq(F.pad(features.double(), (0, 1), value=1), everything).solution
+    left = (everything - F.pad(features.double(), (0, 1), value=1) @ solution).square().sum()
+    torch.testing.assert_close(left, singular[6:].sum(), rtol=1e-2, atol=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    set_statistics(model, tiny_processor, rows[:1])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.fixture
+def towers(tmp_path):
+    """Folders of an image, a text and a feature tower with its own mean and standard deviation."""
+    model = joined_model()
+    model.vision_model.save_pretrained(tmp_path / "vision")
+    tiny_image_processor().save_pretrained(tmp_path / "vision")
+    model.text_model.save_pretrained(tmp_path / "text")
+    (tmp_path / "text").mkdir(exist_ok=True)
+    tiny_tokenizer(tmp_path / "text").save_pretrained(tmp_path / "text")
+    training = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
+    TimmWrapperModel(
+        TimmWrapperConfig(architecture="test_efficientnet", num_labels=0, pretrained_cfg=training)
+    ).save_pretrained(tmp_path / "features")
+    return [str(tmp_path / name) for name in ("vision", "text", "features")]
+
+
+def test_the_feature_tower_sees_pixels_as_in_its_training(towers):
+    model = ICLIPModel.from_vision_text_pretrained(*towers, feature_dim=6)
+    assert not model.feature_reduction.weight.any()  # until a training whitens
+    seen = []
+    model.feature_model.timm_model.conv_stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    image = noise((32, 32))
+    with torch.no_grad():
+        model.encode_image(tiny_image_processor()(image, return_tensors="pt")["pixel_values"])
+    raw = torch.tensor(np.array(image)).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    torch.testing.assert_close(seen[0][0], (raw - mean) / std, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature_dim": 257}, "feature_dim is at most 256"),
+        ({"feature_config": VISION["vit"]}, "backbone of timm, not 'vit'"),
+        ({"feature_config": FEATURES["feature_config"] | {"architecture": "test_vit"}}, "test_vit returns no feature"),
+    ],
+)
+def test_what_is_no_feature_tower_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(**{**FEATURES, **options}).encode_image(torch.zeros(1, 3, 160, 160))

@@ -102,7 +102,8 @@ def build(family: str, processor):
 
 FAMILIES = ["iclip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2", "open_clip", "open_clip_resnet"]
 NEED_BLOCKS = ["clip_surgery", "gem", "maskclip", "sclip", "clearclip", "naclip", "proxyclip", "legrad"]
-REFUSED = {("open_clip_resnet", method) for method in NEED_BLOCKS}
+OF_POOL = ["clip_surgery", "maskclip"]  # which also replace the attention pool of a ResNet
+REFUSED = {("open_clip_resnet", method) for method in NEED_BLOCKS if method not in OF_POOL}
 REFUSED |= {(family, "attention_affinity") for family in FAMILIES if family != "iclip"}
 PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in REFUSED]
 

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 from conftest import VISION, tiny_model
-from families import GRID, LABELS, drawn, maps_by, pixels, raw_maps
+from families import GRID, LABELS, cosine_map, drawn, maps_by, pixels, raw_maps
 from torch.nn import functional as F
 from transformers import AutoConfig, BitImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.legrad import _mean_mlp
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.modeling_iclip import load_tower
 
 
@@ -78,8 +79,8 @@ def naclip(q, k, v, i):
 @pytest.mark.parametrize(
     ("method", "weights", "options", "kept"),
     [
-        ("maskclip", maskclip, {}, False),
-        ("maskclip", maskclip, {"residual": True}, True),
+        ("maskclip", maskclip, {}, True),
+        ("maskclip", maskclip, {"residual": False}, False),
         ("sclip", sclip, {}, True),
         ("sclip", sclip, {"residual": False}, False),
         ("clearclip", clearclip, {}, False),
@@ -141,29 +142,44 @@ def test_proxyclip_patch_by_patch(made, vision, tmp_path):
 def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
     model, processor, _ = made("iclip")
     explainer = make_explainer((model, processor), "proxyclip")
+    texts = explainer.model.encode_texts(LABELS)
     with torch.no_grad():
         image, (layer,) = explainer.model.trace(pixels(), -1)
-    mixed = explainer.mix(layer, image, pixels())
-    for index in range(2):
-        rows = torch.tensor(proxy_weights(image.patch_tokens[index]))[:, 1:]
-        torch.testing.assert_close(mixed[index], rows @ layer.value[index, :, -24:], atol=1e-5, rtol=1e-3)
+        maps = raw_maps(explainer, pixels(), texts)[0]
+        for index in range(2):
+            rows = torch.tensor(proxy_weights(image.patch_tokens[index]))[:, 1:]
+            mixed = explainer.model.layers[-1].output(rows[None] @ layer.value[index, None, :, -24:])
+            expected = cosine_map(explainer.model.project(mixed), texts.map_text_embeds, GRID)
+            torch.testing.assert_close(maps[index, None], expected, atol=1e-5, rtol=1e-3)
 
 
-def test_proxyclip_asks_the_proxy_for_the_models_grid(made, tmp_path):
-    """Patches of 4 pixels on a grid of 4x6 are an image of 16x24; patches that are all alike keep their own values."""
+@pytest.mark.parametrize("multi_scale", [False, True])
+def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale):
+    """Of patches of 5 pixels in images of 32x48; patches that are all alike keep their own values."""
     model, processor, _ = made("clip")
-    proxy = copy.deepcopy(tiny_model("dinov2").vision_model)
-    seen = []
+    proxy, seen = copy.deepcopy(tiny_model("dinov2").vision_model), []
     explainer = make_explainer((model, processor), "proxyclip")
     explainer.proxy = proxy
-    proxy.config.patch_size = 4
-    proxy.forward = lambda pixel_values: (
-        seen.append(pixel_values.shape) or type("Output", (), {"last_hidden_state": torch.ones(2, 25, 3)})
-    )
-    maps = raw_maps(explainer, pixels(), explainer.model.encode_texts(LABELS, ["{}"]))[0]
-    assert seen == [(2, 3, 16, 24)]
-    expected = maps_by((model, processor), "maskclip", templates=["{}"])[2]
-    torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
+    proxy.config.patch_size = 5
+
+    def forward(pixel_values):
+        seen.append(tuple(pixel_values.shape))
+        tokens = torch.eye(61).expand(len(pixel_values), -1, -1)  # none resembles another
+        return type("Output", (), {"last_hidden_state": tokens})
+
+    proxy.forward = forward
+    texts = explainer.model.encode_texts(LABELS, ["{}"])
+    engine = Engine(explainer.model, explainer.model.processor, explainer, multi_scale=multi_scale)
+    maps, _ = engine.raw_maps(pixels((64, 96) if multi_scale else (32, 48)), texts)
+    assert {*seen} == {(2, 3, 30, 50)} and maps.shape[2:] == ((8, 12) if multi_scale else (6, 10))
+    if not multi_scale:
+        with torch.no_grad():
+            _, (layer,) = explainer.model.trace(pixels())
+            own = layer.value[:, :, 1:].transpose(2, 3).flatten(1, 2).unflatten(-1, GRID)
+            mixed = F.interpolate(own, (6, 10), mode="bilinear").flatten(2).mT.unflatten(-1, (4, -1)).transpose(1, 2)
+            patches = explainer.model.project(explainer.model.layers[-1].output(mixed))
+        expected = cosine_map(patches, texts.text_embeds, (6, 10))
+        torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_the_proxy_is_an_image_tower_or_that_of_a_two_tower_model(made, tmp_path):

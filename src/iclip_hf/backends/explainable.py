@@ -27,13 +27,12 @@ class ExplainableModel(ABC):
         pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
             it depends on the output of one query of the last attention, which is that of the class token or of a
             pooling head.
-        default_method (`str`), default_options (`dict`): name and options of the method that shows where a text is for
-            this kind of model, which `method=None` stands for. docs/methods.md says why.
+        default_method (`str`): the method that shows where a text is for this kind of model, for which `method=None`
+            stands. docs/methods.md says why.
     """
 
     pools_patches = False
     default_method = "itsm"
-    default_options: dict[str, object] = {}
 
     def __init__(self, model, processor):
         self._given = model, processor
@@ -158,8 +157,7 @@ class RecordableModel(ExplainableModel):
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
-                f"{method} needs an image tower of transformer blocks: use itsm, grad_cam, grad_eclip, bi_modal or "
-                "attention."
+                f"{method} needs an image tower of transformer blocks: use itsm, reversed_itsm or grad_cam."
             )
         return blocks[-depth:]
 

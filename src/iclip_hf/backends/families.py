@@ -152,7 +152,7 @@ class ExplainableSiglip(ExplainableCLIP):
 class ExplainableTipsv2(ExplainableCLIP):
     """TIPSv2. Its towers share one space, so class token and patches are compared with texts without a projection."""
 
-    default_method, default_options = "maskclip", {"residual": True}  # the value trick of its authors
+    default_method = "maskclip"  # the value trick of its authors
 
     def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
         return self.network.get_image_features(pixel_values)

@@ -15,7 +15,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_text
 from .explainable import RecordableModel, block_mlp, text_features, unit
 from .families import square_processor
-from .recording import attend, merge_heads
+from .recording import attend, merge_heads, split_heads
 
 
 class _OpenCLIPProcessor(ICLIPProcessor):
@@ -69,10 +69,7 @@ class ExplainableOpenCLIP(RecordableModel):
         return text_features(self.network.encode_text(input_ids), num_templates)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        if pixel_values.shape[2:] != (self.side, self.side):
-            raise ValueError(
-                f"This model takes images of {self.side}x{self.side} pixels, not {tuple(pixel_values.shape)}."
-            )
+        self._check_size(pixel_values)
         output = self.network.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
         return ICLIPImageFeatures(
@@ -80,33 +77,44 @@ class ExplainableOpenCLIP(RecordableModel):
             patch_embeds=unit(self.project(stream.flatten(2).mT)).unflatten(1, stream.shape[2:]),
         )
 
+    def _check_size(self, pixel_values: torch.Tensor) -> None:
+        if pixel_values.shape[2:] != (self.side, self.side):
+            raise ValueError(
+                f"This model takes images of {self.side}x{self.side} pixels, not {tuple(pixel_values.shape)}."
+            )
+
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.visual.ln_post(stream) @ self.network.visual.proj
 
 
 class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     """
-    A ResNet, whose only attention layer is the pooling at its end. A position is projected into the space of the texts
-    as the pooling does with all attention on this position: by value and output projection.
+    A ResNet, whose only attention layer is the pooling at its end. The query that pools the image is the mean of the
+    positions. The positions are queries too, and their outputs are the patch embeddings.
     """
 
-    default_method = "reversed_itsm"
+    default_method = "maskclip"
 
     def _prepare_layers(self) -> None:
         pool = self.network.visual.attnpool
         pool.forward = partial(_attention_pool, pool)
-        self._add_layer(pool, pool, pool.c_proj)
+        self._add_layer(pool, pool, nn.Identity())
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        self._check_size(pixel_values)
+        image, patches = unit(self.network.visual(pixel_values)).tensor_split([1], 1)
+        grid = [side // self.processor.patch_size for side in pixel_values.shape[2:]]
+        return ICLIPImageFeatures(image_embeds=image[:, 0], patch_embeds=patches.unflatten(1, grid))
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        pool = self.network.visual.attnpool
-        return pool.c_proj(pool.v_proj(stream + pool.positional_embedding[1:]))
+        return self.network.visual.attnpool.c_proj(stream)
 
 
 def _attention_pool(pool: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Pools the tokens `(B, L, D)` of a feature map by attention with their mean as the query, and records it."""
+    """
+    Computes the attention pool of the tokens `(B, L, D)` of a feature map, and records it. Returns the outputs of
+    their mean, which is that of the image, and of each token, `(B, 1 + L, P)`.
+    """
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
-    query, key, value = (
-        projection(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
-        for projection, x in ((pool.q_proj, tokens[:, :1]), (pool.k_proj, tokens), (pool.v_proj, tokens))
-    )
-    return pool.c_proj(merge_heads(attend(query, key, value)))[:, 0]
+    heads = (split_heads(linear(tokens), pool.num_heads) for linear in (pool.q_proj, pool.k_proj, pool.v_proj))
+    return pool.c_proj(merge_heads(attend(*heads)))

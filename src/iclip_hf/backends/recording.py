@@ -130,6 +130,11 @@ def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
         layer.tokens = args[0] if args else kwargs["hidden_states"]
 
 
+def split_heads(tokens: torch.Tensor, number: int) -> torch.Tensor:
+    """Splits `(B, L, D)` into heads `(B, H, L, D / H)`."""
+    return tokens.unflatten(-1, (number, -1)).transpose(1, 2)
+
+
 def merge_heads(heads: torch.Tensor) -> torch.Tensor:
     """Merges heads `(B, H, L, D / H)` to `(B, L, D)`."""
     return heads.transpose(1, 2).flatten(2)
@@ -181,5 +186,5 @@ AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
     """Computes `nn.MultiheadAttention.forward` for batch-first input without masks, and records it."""
     projections = zip((query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
-    heads = [F.linear(x, w, b).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for x, w, b in projections]
+    heads = [split_heads(F.linear(x, w, b), attention.num_heads) for x, w, b in projections]
     return attention.out_proj(merge_heads(attend(*heads))), None

@@ -146,7 +146,7 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
         method (`str`, *optional*): a name of `METHODS`, or of a registered method, see [`register_explainer`]. If not
             given, the method that shows where a text is for this model: its own map (`itsm`) for ICLIP, `naclip` for
             CLIP, MetaCLIP 2, SigLIP, SigLIP2 and transformers of open_clip, whose own maps are often the opposite,
-            `maskclip` with its residual connection for TIPSv2, and `reversed_itsm` for ResNets.
+            `maskclip` for TIPSv2 and ResNets.
         keywords: names of the caller's own options, for the hint on a misspelt one.
         method_options: of the method, see its class.
 
@@ -158,7 +158,7 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
         from ..backends.loading import load  # which imports torch
 
         model = load(model)
-        method, method_options = model.default_method, model.default_options | method_options
+        method = model.default_method
     explainer = explainer_class(method)
     parameters = signature(explainer).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

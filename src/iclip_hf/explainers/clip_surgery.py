@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord
-from ..model.engine import join_texts
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.engine import for_images, join_texts
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_prompts
 from ..model.similarity import cosines
 from .replaced_attention import ReplacedAttention
 
@@ -15,23 +17,27 @@ from .replaced_attention import ReplacedAttention
 class CLIPSurgery(ReplacedAttention):
     """
     Values attend to values (architecture surgery). The similarities of each text are weighted by how well it matches
-    the image, and their mean over the texts is subtracted (feature surgery), so a map depends on the other texts. A
-    single text is compared with a prompt without a class.
+    the image, and their mean over the texts is subtracted (feature surgery), so a map depends on the other texts. From
+    a single text, the empty text in the same prompts is subtracted. For ResNets, the authors take the match from the
+    output of the replaced attention pool, and here it is the score of the model for all models.
     """
+
+    replaces_pool = True
 
     def __init__(self, model, depth: int = 6):
         super().__init__(model, depth)
-        self.nothing = self.model.encode_texts(["a photo of"], ["{}"])
+        self._empty: dict[tuple[str, ...], ICLIPTextFeatures] = {}  # by the prompts
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(layer.value, layer.value, layer.value)
 
     @torch.no_grad()
-    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, templates: Sequence[str]
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         single = texts.text_embeds.shape[1] == 1
         if single:
-            nothing = {name: value.expand_as(texts[name]) for name, value in self.nothing.items()}
-            texts = join_texts([texts, ICLIPTextFeatures(**nothing)])
+            texts = join_texts([texts, for_images(self.empty_text(tuple(templates)), len(pixel_values))])
         maps, image = super().forward(pixel_values, texts)
         if single:
             return maps[:, :1] - maps[:, 1:], image
@@ -39,3 +45,12 @@ class CLIPSurgery(ReplacedAttention):
         weights = (2 * scores).softmax(1) * scores.shape[1]  # 2 is the authors'; their mean is 1
         maps = maps * weights[..., None, None]
         return maps - maps.mean(1, keepdim=True), image
+
+    def empty_text(self, templates: tuple[str, ...]) -> ICLIPTextFeatures:
+        """Encodes the empty text in these prompts, `(1, P)`. A prompt of which nothing is left is "a photo of"."""
+        if templates not in self._empty:
+            prompts = [template.replace("{}", "") for template in templates]
+            encoded = self.model.encode_texts([prompt if prompt.strip() else "a photo of" for prompt in prompts], "{}")
+            averaged = {name: average_prompts(embeds, len(prompts)) for name, embeds in encoded.items()}
+            self._empty[templates] = ICLIPTextFeatures(**averaged)
+        return self._empty[templates]

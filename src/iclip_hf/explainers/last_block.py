@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from ..backends.recording import AttentionRecord
+from ..backends.recording import AttentionRecord, split_heads
 from ..model.modeling_iclip import ICLIPImageFeatures
 from .replaced_attention import ReplacedAttention
 
@@ -24,12 +24,21 @@ class LastBlock(ReplacedAttention):
 
 class MaskCLIP(LastBlock):
     """
-    MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. With `residual=True`, this is the
-    value trick of TIPSv2.
+    MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. This is also the value trick of
+    TIPSv2. `residual=False` is the variant that ClearCLIP's authors compare with. Of a ResNet, the values are those of
+    the attention pool, without its position embeddings.
     """
 
+    replaces_pool = True
+
+    def __init__(self, model, residual: bool = True):
+        super().__init__(model, residual)
+
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        return layer.value
+        if not self.of_pool:
+            return layer.value
+        pool = self.model.layers[0].block
+        return split_heads(pool.v_proj(layer.stream), pool.num_heads)
 
 
 class SCLIP(LastBlock):

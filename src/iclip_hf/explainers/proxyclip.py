@@ -11,18 +11,25 @@ from transformers import AutoImageProcessor
 
 from ..backends.explainable import unit
 from ..backends.families import ExplainableICLIP
-from ..backends.recording import AttentionRecord
 from ..backends.towers import embedded_towers
 from ..model.configuration_iclip import patch_side
-from ..model.modeling_iclip import VISION_TOWERS, ICLIPImageFeatures, load_tower, tower_config
-from .replaced_attention import ReplacedAttention
+from ..model.modeling_iclip import (
+    VISION_TOWERS,
+    ICLIPImageFeatures,
+    ICLIPTextFeatures,
+    load_tower,
+    tower_config,
+)
+from ..model.similarity import cosine_similarity_map
+from .explainer import Explainer
 
 
-class ProxyCLIP(ReplacedAttention):
+class ProxyCLIP(Explainer):
     """
     In the last block, the values of the patches are mixed by softmax(gamma (S - beta mean(S))), where S are the
     cosines of the proxy's patch tokens. Entries whose logit is below 0 are masked. There is no residual connection and
-    no MLP. The image is resized for the proxy, so that both towers have the same grid.
+    no MLP. The proxy sees the same pixels, resized to the nearest multiple of its patch size. Maps have the grid of
+    the proxy, to which the values are interpolated.
 
     Args:
         proxy (`str`, *optional*): folder or Hub id, with an image processor, of an image tower such as DINO, DINOv2 or
@@ -33,7 +40,8 @@ class ProxyCLIP(ReplacedAttention):
     """
 
     def __init__(self, model, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0):
-        super().__init__(model, depth=1, residual=False)
+        super().__init__(model)
+        (self.block,) = self.model.self_attentions("ProxyCLIP", 1)
         self.beta, self.gamma = beta, gamma
         self.proxy = None
         if proxy is None and not isinstance(self.model, ExplainableICLIP):
@@ -46,19 +54,31 @@ class ProxyCLIP(ReplacedAttention):
             self.proxy = load_tower(config, proxy).eval().to(weight.device, weight.dtype)
             self.proxy_processor = AutoImageProcessor.from_pretrained(proxy, trust_remote_code=False)
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        image, (layer, *_) = self.model.trace(pixel_values, self.block)
         if self.proxy is None:
-            tokens = unit(image.patch_tokens[..., : layer.stream.shape[-1]])  # without those of a feature tower
+            tokens = image.patch_tokens[..., : layer.stream.shape[-1]].unflatten(1, image.grid)  # without a feature tower's
         else:
-            tokens = unit(self._proxy_tokens(image.grid, pixel_values))
-        similarity = tokens @ tokens.mT  # (B, N, N)
+            tokens = self._proxy_tokens(pixel_values)
+        grid, value = tokens.shape[1:3], layer.value[:, :, -math.prod(image.grid) :]
+        if grid != image.grid:
+            on_grid = value.flatten(0, 1).mT.unflatten(-1, image.grid)
+            value = F.interpolate(on_grid, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
+        mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
+        patches = self.model.join_features(self.model.layers[self.block].output(mixed), image, grid)
+        patch_embeds = unit(self.model.project(patches)).unflatten(1, grid)
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
+
+    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Computes the weights of the values, `(B, 1, N, N)`, from unit vectors `(B, N, D)`."""
+        similarity = tokens @ tokens.mT
         logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
         itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # no row is masked as a whole
-        weights = logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1)
-        return weights.unsqueeze(1).to(layer.value.dtype) @ layer.value[:, :, -tokens.shape[1] :]
+        return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1).unsqueeze(1)
 
-    def _proxy_tokens(self, grid: tuple[int, int], pixel_values: torch.Tensor) -> torch.Tensor:
-        """Returns the proxy's patch tokens `(B, N, D)` on this grid."""
+    def _proxy_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Returns the proxy's patch tokens `(B, h, w, D)`."""
         config, of_model, of_proxy = self.proxy.config, self.model.processor.image_processor, self.proxy_processor
         weight = next(self.proxy.parameters())
         pixels = pixel_values.to(weight)
@@ -66,11 +86,13 @@ class ProxyCLIP(ReplacedAttention):
             pixels = pixels * _channels(of_model.image_std, weight) + _channels(of_model.image_mean, weight)
         if of_proxy.do_normalize:
             pixels = (pixels - _channels(of_proxy.image_mean, weight)) / _channels(of_proxy.image_std, weight)
-        size = [side * patch_side(config) for side in grid]
+        patch = patch_side(config)
+        grid = [max(1, round(side / patch)) for side in pixels.shape[2:]]
+        size = [side * patch for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         options = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type].interpolates else {}
-        return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :]
+        return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :].unflatten(1, grid)
 
 
 def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:

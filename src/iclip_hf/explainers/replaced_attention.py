@@ -8,6 +8,7 @@ from abc import abstractmethod
 import torch
 
 from ..backends.explainable import unit
+from ..backends.open_clip import ExplainableOpenCLIPResNet
 from ..backends.recording import AttentionRecord
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosine_similarity_map
@@ -20,6 +21,9 @@ class ReplacedAttention(Explainer):
     each of these blocks, another attention mixes the values that the block computes from the model's stream. The maps
     are the cosines of texts and projected patch tokens of the second stream.
 
+    A method with `replaces_pool` also replaces the attention pool of a ResNet, which is a block without residual
+    connection and MLP.
+
     Args:
         depth (`int`): number of last blocks; all if the tower has fewer.
         residual (`bool`): whether the output of the attention is added to the stream; otherwise it replaces the
@@ -27,10 +31,16 @@ class ReplacedAttention(Explainer):
         mlp (`bool`): whether the MLPs of the blocks are applied.
     """
 
+    replaces_pool = False
+
     def __init__(self, model, depth: int, residual: bool = True, mlp: bool = False):
         super().__init__(model)
-        self.blocks = self.model.self_attentions(type(self).__name__, depth)
-        self.residual, self.mlp = residual, mlp
+        self.of_pool = self.replaces_pool and isinstance(self.model, ExplainableOpenCLIPResNet)
+        if self.of_pool:
+            self.blocks, self.residual, self.mlp = [0], False, False
+        else:
+            self.blocks = self.model.self_attentions(type(self).__name__, depth)
+            self.residual, self.mlp = residual, mlp
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:

@@ -96,10 +96,14 @@ def mean_of_windows(
 ) -> torch.Tensor:
     """
     Joins the raw maps `(B, T, h', w')` of windows: the value of a patch is its mean over the windows that contain it,
-    with equal weights or, if `tapered`, weights that fall linearly from the middle of a window to its edges.
+    with equal weights or, if `tapered`, weights that fall linearly from the middle of a window to its edges. Maps with
+    another grid than the patches, as those of ProxyCLIP, are resized.
     """
     mean = None
     for of_window, (rows, columns) in zip(maps, windows, strict=True):
+        grid = [(min(side, part.stop) - part.start) // patch_size for side, part in zip(size, (rows, columns))]
+        if [*of_window.shape[2:]] != grid:
+            of_window = resize_maps(of_window, grid)
         if mean is None:
             mean = of_window.new_zeros(*of_window.shape[:2], *(side // patch_size for side in size))
             weights = torch.zeros_like(mean[0, 0])

@@ -1,0 +1,136 @@
+"""
+Each method against the maps that its authors' own code computes on the same weights, `golden.npz`. Images and texts
+are those of `golden.py`. The maps are raw, before they are resized and stretched.
+
+| maps | code, commit |
+|---|---|
+| `naclip` | sinahmr/NACLIP 0cac3a65 |
+| `sclip` | wangf3014/SCLIP b56bd301 |
+| `clearclip`, `maskclip/variant` | mc-lan/ClearCLIP ad68a404 |
+| `maskclip/quick_gelu`, `maskclip/resnet` | chongzhou96/MaskCLIP 245d31f8, with CLIP's activation and epsilon |
+| `maskclip/released` | the same as it is, with GELU and 1e-6 |
+| `proxyclip` | mc-lan/ProxyCLIP e7b767fb, one image at a time |
+| `gem`, `legrad` | WalBouss/GEM 5fa677ca, whose `depth=7` means six blocks, WalBouss/LeGrad a9edb031 |
+| `grad_eclip`, `grad_cam/block` | Cyang-Zhao/Grad-Eclip 5c1b5cc1, see below |
+| `grad_cam/norm` | jacobgil/pytorch-grad-cam 084273b3 |
+| `clip_surgery`, `itsm` | xmed-lab/CLIP_Surgery d4696d47 |
+| `bi_modal` | hila-chefer/Transformer-MM-Explainability 58eaea85 |
+
+The authors' code was changed in these places:
+
+- Position embeddings of images of another shape, `wide`, are interpolated as in Transformers. The authors interpolate
+  by a factor of (side + 0.1) / 7, or with antialiasing, which changes maps by 2 to 17 % of their range. ProxyCLIP's
+  code swaps height and width, which is undone.
+- Grad-ECLIP's code has one head in the last block, here all heads as the model (0.1 to 0.3 of the range).
+- Its Grad-CAM averages the gradient over all tokens, here over the patches, as pytorch-grad-cam does.
+- `clip_surgery/resnet` are the cosines before feature surgery, which weights texts by another score than the model's.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import golden
+import numpy as np
+import pytest
+import torch
+from families import raw_maps
+from transformers import CLIPImageProcessor
+
+from iclip_hf import load
+from iclip_hf.explainers import make_explainer
+from iclip_hf.explainers.replaced_attention import ReplacedAttention
+from iclip_hf.model.engine import for_images, select_texts
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+
+
+pytest.importorskip("open_clip", reason="needs open_clip_torch")
+
+SIZES = {"square": (112, 112), "wide": (112, 160), "large": (224, 224)}
+# Name of the maps, method, options.
+CASES = [
+    ("naclip/sigma5", "naclip", {}),
+    ("naclip/sigma2", "naclip", {"sigma": 2.0}),
+    ("naclip/no_window", "naclip", {"sigma": None}),
+    ("naclip/residual", "naclip", {"residual": True}),
+    ("sclip", "sclip", {}),
+    ("clearclip", "clearclip", {}),
+    ("clearclip/residual", "clearclip", {"residual": True}),
+    ("maskclip/quick_gelu", "maskclip", {}),
+    ("maskclip/released", "maskclip", {}),
+    ("maskclip/variant", "maskclip", {"residual": False}),
+    ("maskclip/resnet", "maskclip", {}),
+    ("proxyclip/same_grid", "proxyclip", {}),
+    ("proxyclip/finer_grid", "proxyclip", {}),
+    ("gem", "gem", {}),
+    ("gem/depth4", "gem", {"depth": 3}),
+    ("gem/iterations2", "gem", {"iterations": 2}),
+    ("legrad/blocks1", "legrad", {"depth": 1}),
+    ("legrad", "legrad", {}),
+    ("legrad/blocks4", "legrad", {"depth": 4}),
+    ("grad_eclip", "grad_eclip", {}),
+    ("grad_cam/norm", "grad_cam", {}),
+    ("grad_cam/block", "grad_cam", {"activations": "block"}),
+    ("itsm/vit", "itsm", {}),
+    ("itsm/resnet", "itsm", {}),
+    ("clip_surgery", "clip_surgery", {}),
+    ("clip_surgery/one_text", "clip_surgery", {}),
+    ("clip_surgery/resnet", "clip_surgery", {}),
+    ("bi_modal", "bi_modal", {}),
+    ("bi_modal/from_layer3", "bi_modal", {"layer": 3}),
+    ("bi_modal/all_layers", "bi_modal", {"layer": 0}),
+]
+GOLDEN = dict(np.load(Path(__file__).with_name("golden.npz")))
+# Of the range of a map: what is expected from rounding, and from another activation and epsilon.
+TOLERANCES = {"maskclip/released": 2e-2}
+
+
+@pytest.fixture(scope="module")
+def models(tiny_processor):
+    tokenizer = tiny_processor.tokenizer
+    processor = SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
+    models = {"transformers": load((golden.transformers_model(), processor))}
+    for tower in ("vit", "resnet"):
+        model = golden.open_clip_model(tower)
+        models[tower] = load((model, lambda texts: tokenizer(texts, return_tensors="pt")["input_ids"]))
+    return models
+
+
+def features(embeds):
+    embeds = torch.as_tensor(embeds)
+    return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "options", "size"),
+    [(*case, size) for case in CASES for size in SIZES if f"{case[0]}/{size}" in GOLDEN],
+)
+def test_maps_are_those_of_the_authors_code(models, made, name, method, options, size):
+    expected = torch.from_numpy(GOLDEN[f"{name}/{size}"])
+    if name == "grad_cam/norm":
+        expected = expected.relu()  # these are signed
+    scale = golden.LOGIT_SCALE if method.startswith("grad_") else 1.0  # of cosines, and of logits here
+    made("clip")  # a tiny proxy stands for the embedded one
+    for model in {"square": ("transformers", "vit"), "wide": ("transformers",), "large": ("resnet",)}[size]:
+        explainer, texts = make_explainer(models[model], method, **options), features(golden.texts())
+        pixel_values = golden.images(*SIZES[size])
+        if method == "proxyclip":
+            tokens = torch.from_numpy(GOLDEN[f"{name}/tokens/{size}"]).permute(0, 2, 3, 1)
+            explainer._proxy_tokens = lambda pixel_values, tokens=tokens: tokens
+        if name == "clip_surgery/one_text":
+            explainer.empty_text = lambda templates: features(GOLDEN["clip_surgery/one_text/empty"])
+            alone = [select_texts(for_images(texts, 2), torch.full((2, 1), text)) for text in range(6)]
+            maps = torch.cat([raw_maps(explainer, pixel_values, text)[0] for text in alone], 1)
+        elif name == "clip_surgery/resnet":
+            maps = ReplacedAttention.forward(explainer, pixel_values, for_images(texts, 2))[0]
+        else:
+            maps = raw_maps(explainer, pixel_values, texts)[0]
+        assert maps.shape == expected.shape
+        low, high = expected.flatten(2).aminmax(dim=-1)
+        # A map without positive values has no range.
+        unit = torch.where(high > low, high - low, 1)[..., None, None]
+        torch.testing.assert_close(maps / scale / unit, expected / unit, atol=TOLERANCES.get(name, 1e-5), rtol=0)
+
+
+def test_every_golden_map_is_compared():
+    compared = {f"{name}/{size}" for name, *_ in CASES for size in SIZES}
+    assert {name for name in GOLDEN if "tokens" not in name} - compared == {"clip_surgery/one_text/empty"}

@@ -1,5 +1,7 @@
 """Tiny random models of every family that explainers support, for their tests; images are never square."""
 
+import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,15 +12,26 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    Aimv2Config,
+    Aimv2Model,
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
+    ChineseCLIPConfig,
+    ChineseCLIPModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    CLIPVisionConfig,
     Siglip2Config,
     Siglip2ImageProcessor,
     Siglip2Model,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
 )
 
 from iclip_hf.explainers import METHODS, make_explainer
@@ -54,17 +67,88 @@ def liven(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def tiny_open_clip(tokenizer, **vision):
+def tiny_open_clip(tokenizer, embed_dim=16, **vision):
     open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
     text = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 4, "layers": 2}
-    model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    if "attentional_pool" in vision:
+        text |= {"context_length": 11, "embed_cls": True, "output_tokens": True}
+        decoder = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 4, "layers": 1}
+        model = open_clip.CoCa(embed_dim, decoder, text, vision)
+    else:
+        model = open_clip.CLIP(embed_dim=embed_dim, vision_cfg=vision, text_cfg=text)
     cfg = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.3), "interpolation": "bicubic"}
     open_clip.set_model_preprocess_cfg(model, cfg)
 
     def tokenize(texts):
-        return tokenizer(texts, padding="max_length", max_length=12, truncation=True, return_tensors="pt")["input_ids"]
+        options = {"padding": "max_length", "max_length": text["context_length"], "truncation": True}
+        return tokenizer(texts, return_tensors="pt", **options)["input_ids"]
 
     return liven(model), tokenize
+
+
+def tiny_timm(tower: str, tokenizer, **changes):
+    """
+    A tower of timm of each kind that open_clip's configurations name, in a model of open_clip, and its side in pixels.
+    """
+    pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    from timm.layers import HybridEmbed
+    from timm.models import convnext, eva, fastvit, register_model, vision_transformer_relpos, vitamin
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    side = 64 if tower in ("vitamin", "fastvit") else 96 if tower == "convnext" else 32
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 4, "img_size": side, "patch_size": 8, **changes}
+    rotary = {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
+    if tower == "siglip":
+        build, pool, projection = partial(VisionTransformer, class_token=False, **sizes), "map", "none"
+    if tower == "mobileclip":  # with a stem of convolutions, and what the options of timm's blocks may add
+        layers = {"channels": (8, 8, 32), "stride": (4, 2, 1), "kernel_size": (4, 2, 1), "padding": 0}
+        stem = ConvStem(in_chans=3, act_layer=nn.GELU, **layers)
+        options = {"init_values": 0.5, "qk_norm": True, "scale_attn_norm": True, "no_embed_class": True}
+        embed = partial(HybridEmbed, backbone=stem, proj=False)
+        build = partial(VisionTransformer, embed_layer=embed, **{**sizes, "patch_size": 1}, **options)
+        pool, projection = "token", None
+    if tower == "eva02":
+        options = {"qkv_fused": False, "swiglu_mlp": True, "scale_mlp": True, "scale_attn_inner": True, **rotary}
+        build, pool, projection = partial(eva.Eva, **sizes, **options), "token", None
+    if tower == "eva02_e":
+        build, pool, projection = partial(eva.Eva, use_post_norm=True, **sizes), "token", None
+    if tower == "pe":
+        options = {"attn_type": "rope", "use_pre_transformer_norm": True, "attn_pool_num_heads": 2, **rotary}
+        options |= {"attn_pool_mlp_ratio": 4.0, "rope_grid_offset": 1.0, "rope_grid_indexing": "xy"}
+        build, pool, projection = partial(eva.Eva, **sizes, **options), "map", None
+    if tower == "vitamin":
+        layers = vitamin.VitConvCfg(norm_layer="layernorm2d", norm_eps=1e-6)
+        options = {"stem_width": 8, "conv_cfg": layers, "head_type": "1d"}
+        stages = vitamin.MbConvStages(vitamin.VitCfg(embed_dim=(8, 16, 32), depths=(1, 1, 2), **options))
+        embed = partial(HybridEmbed, backbone=stages, proj=False)
+        options = {"mlp_ratio": 2.0, "mlp_layer": vitamin.GeGluMlp, "class_token": False, "pos_embed": "none"}
+        build = partial(
+            VisionTransformer, embed_layer=embed, global_pool="avg", **{**sizes, "patch_size": 1}, **options
+        )
+        pool, projection = "", "linear"
+    if tower == "relpos":
+        options = {"class_token": True, "rel_pos_type": "mlp", "global_pool": "token"}
+        build = partial(vision_transformer_relpos.VisionTransformerRelPos, **sizes, **options)
+        pool, projection = "", "linear"
+    if tower == "convnext":
+        build = partial(convnext.ConvNeXt, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))
+        pool, projection = "", "mlp"
+    if tower == "fastvit":
+        build = partial(fastvit.FastVit, layers=(1, 1, 1, 1), embed_dims=(8, 16, 32, 64), layer_scale_init_value=0.5)
+        pool, projection = "avg", None
+
+    def entry(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **options):
+        built = build(**options)
+        built.default_cfg = built.pretrained_cfg = {"input_size": (3, side, side), "pool_size": None}
+        return built
+
+    entry.__name__, entry.__module__ = f"tiny_{tower}", __name__
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a second entry of this name
+        register_model(entry)
+    vision = {"timm_model_name": entry.__name__, "timm_pool": pool, "timm_proj": projection, "image_size": side}
+    return *tiny_open_clip(tokenizer, 32 if projection == "none" else 16, **vision), (side, side)
 
 
 def build(family: str, processor):
@@ -92,18 +176,51 @@ def build(family: str, processor):
         vision = {name: value for name, value in VIT.items() if name != "image_size"} | {"num_patches": 16}
         model = Siglip2Model(Siglip2Config(vision_config=vision, text_config={**text, "projection_size": 32}))
         image_processor = Siglip2ImageProcessor(patch_size=8, max_num_patches=24)
-    if family == "open_clip":
-        vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8}
-        return *tiny_open_clip(processor.tokenizer, **vision), (32, 32)
+    bert = {**TRANSFORMER, "vocab_size": 64, "pad_token_id": processor.tokenizer.pad_token_id}
+    if family == "altclip":
+        config = AltCLIPConfig(vision_config=VIT, text_config={**bert, "project_dim": 20}, projection_dim=16)
+        model, image_processor = AltCLIPModel(config), CLIPImageProcessor()
+    if family == "chinese_clip":
+        config = ChineseCLIPConfig(vision_config=VIT, text_config=bert, projection_dim=16)
+        model, image_processor = ChineseCLIPModel(config), CLIPImageProcessor()
+    if family == "aimv2":
+        model = Aimv2Model(Aimv2Config(vision_config=VIT, text_config=text, projection_dim=16))
+        model, image_processor = liven(model), CLIPImageProcessor()
+        return model, SimpleNamespace(image_processor=image_processor, tokenizer=processor.tokenizer), (32, 32)
+    if family.startswith("dual_encoder"):
+        vision = ViTConfig(**VIT) if family == "dual_encoder_vit" else CLIPVisionConfig(**VIT)
+        sides = vision, BertConfig(**bert)
+        config = VisionTextDualEncoderConfig.from_vision_text_configs(*sides, projection_dim=16)
+        model, image_processor = VisionTextDualEncoderModel(config), CLIPImageProcessor()
     if family == "open_clip_resnet":
         return *tiny_open_clip(processor.tokenizer, image_size=96, layers=[1] * 4, width=4, head_width=32), (96, 96)
+    if family in ("open_clip", "open_clip_avg", "open_clip_coca"):
+        vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 8}
+        if family == "open_clip_avg":
+            vision |= {"pool_type": "avg", "final_ln_after_pool": True}
+        if family == "open_clip_coca":
+            vision |= {
+                "attentional_pool": True,
+                "attn_pooler_heads": 4,
+                "attn_pooler_queries": 5,
+                "output_tokens": True,
+            }
+        return *tiny_open_clip(processor.tokenizer, **vision), (32, 32)
+    if family.startswith("open_clip_"):
+        return tiny_timm(family.removeprefix("open_clip_"), processor.tokenizer)
     return liven(model), SimpleNamespace(image_processor=image_processor, tokenizer=processor.tokenizer), (32, 48)
 
 
-FAMILIES = ["iclip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2", "open_clip", "open_clip_resnet"]
+FAMILIES = ["iclip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2", "altclip", "chinese_clip", "aimv2"]
+FAMILIES += ["dual_encoder", "dual_encoder_vit", "open_clip", "open_clip_avg", "open_clip_coca", "open_clip_resnet"]
+CONVOLUTIONAL = ["open_clip_convnext", "open_clip_fastvit"]
+FAMILIES += [f"open_clip_{tower}" for tower in ("siglip", "mobileclip", "eva02", "eva02_e", "pe", "vitamin", "relpos")]
+FAMILIES += CONVOLUTIONAL
 NEED_BLOCKS = ["clip_surgery", "gem", "maskclip", "sclip", "clearclip", "naclip", "proxyclip", "legrad"]
+NEED_ATTENTION = ["attention", "grad_eclip", "bi_modal"]
 OF_POOL = ["clip_surgery", "maskclip"]  # which also replace the attention pool of a ResNet
 REFUSED = {("open_clip_resnet", method) for method in NEED_BLOCKS if method not in OF_POOL}
+REFUSED |= {(family, method) for family in CONVOLUTIONAL for method in NEED_BLOCKS + NEED_ATTENTION}
 REFUSED |= {(family, "attention_affinity") for family in FAMILIES if family != "iclip"}
 PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in REFUSED]
 

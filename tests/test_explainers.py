@@ -14,12 +14,12 @@ import torch
 import torchvision
 from conftest import tiny_model
 from families import (
+    CONVOLUTIONAL,
     FAMILIES,
     GRID,
     LABELS,
-    NEED_BLOCKS,
-    OF_POOL,
     PAIRS,
+    REFUSED,
     WIDE,
     cosine_map,
     drawn,
@@ -126,27 +126,35 @@ def test_scores_are_the_models_own(made, family, method):
         else:
             padding = {"padding": "max_length", "max_length": 77} if "siglip" in family else {"padding": True}
             tokens = processor.tokenizer(texts, return_tensors="pt", **padding)
+            if "siglip" in family:
+                del tokens["attention_mask"]
             text = model.get_text_features(**tokens).pooler_output
             if family == "siglip2":
                 patches, mask, shapes = naflex(pixel_values)
                 image = model.get_image_features(patches, mask, shapes).pooler_output
             else:
-                options = {} if family == "iclip" else {"interpolate_pos_encoding": True}
+                options = {} if family in ("iclip", "aimv2") else {"interpolate_pos_encoding": True}
                 image = model.get_image_features(pixel_values, **options).pooler_output
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     scores = raw_maps(explainer, pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["iclip", "clip", "metaclip_2", "siglip", "tipsv2"])
+@pytest.mark.parametrize(
+    "family", ["iclip", "clip", "metaclip_2", "siglip", "tipsv2", "altclip", "chinese_clip", "aimv2", "dual_encoder"]
+)
 def test_logits_are_the_models_own(made, family):
     """With their scale, which the probabilities of deletion and insertion depend on."""
     model, processor, size = made(family)
     padding = {"padding": "max_length", "max_length": 77} if family == "siglip" else {"padding": True}
     tokens = processor.tokenizer(LABELS, return_tensors="pt", **padding)
-    options = {} if family in ("iclip", "tipsv2") else {"interpolate_pos_encoding": True}
+    own = {} if family in ("iclip", "tipsv2", "aimv2", "dual_encoder") else {"interpolate_pos_encoding": True}
+    if family == "aimv2":
+        model = copy.deepcopy(model)
+        model.logit_scale.data.fill_(5.0)  # above its limit
     with torch.no_grad():
-        outputs = model(pixel_values=pixels(size), **tokens, **options)
+        size = (32, 32) if family == "dual_encoder" else size
+        outputs = model(pixel_values=pixels(size), **tokens, **own)
         embeds = [F.normalize(outputs[name], dim=-1) for name in ("image_embeds", "text_embeds")]
     logits = load((model, processor)).logits(embeds[0] @ embeds[1].T).detach()
     torch.testing.assert_close(logits, outputs.logits_per_image, atol=1e-4, rtol=1e-4)
@@ -485,6 +493,7 @@ def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi
 
 
 DEFAULTS = dict.fromkeys(FAMILIES, "naclip") | {"iclip": "itsm", "tipsv2": "maskclip"}
+DEFAULTS |= dict.fromkeys([*CONVOLUTIONAL, "open_clip_avg", "open_clip_vitamin"], "itsm")
 DEFAULTS["open_clip_resnet"] = "maskclip"
 
 
@@ -499,7 +508,7 @@ def test_a_family_has_the_method_that_shows_where_a_text_is(made, family, method
     pixel_values = given.processor(images=images()[:1])["pixel_values"]
     of_model = given.similarity_maps(given.get_image_features(pixel_values), given.encode_texts(LABELS))[0]
     torch.testing.assert_close(own.raw_maps, of_model.detach(), atol=1e-5, rtol=1e-4)
-    assert torch.allclose(found.raw_maps, own.raw_maps, atol=1e-3) == (family == "iclip")
+    assert torch.allclose(found.raw_maps, own.raw_maps, atol=1e-3) == (method == "itsm")
 
 
 def test_rivals_in_one_string(made):
@@ -677,10 +686,12 @@ def test_the_copy_shares_the_weights(tiny_processor):
 # What is refused
 
 
-@pytest.mark.parametrize("method", sorted({*NEED_BLOCKS} - {*OF_POOL}))
-def test_blocks_are_needed(made, method):
-    model, tokenizer, _ = made("open_clip_resnet")
-    with pytest.raises(ValueError, match="transformer blocks"):
+@pytest.mark.parametrize(
+    ("family", "method"), sorted(pair for pair in REFUSED if pair[0] in ["open_clip_resnet", *CONVOLUTIONAL])
+)
+def test_a_tower_without_blocks_or_attention_is_named(made, family, method):
+    model, tokenizer, _ = made(family)
+    with pytest.raises(ValueError, match="transformer blocks|tower with attention|only ICLIP"):
         make_explainer((model, tokenizer), method)
 
 

@@ -19,6 +19,21 @@ MODEL_TYPES = {
     "siglip": "ExplainableSiglip",
     "siglip2": "ExplainableSiglip2",
     "tipsv2": "ExplainableTipsv2",
+    "aimv2": "ExplainableAimv2",
+    "altclip": "ExplainableCLIP",
+    "chinese_clip": "ExplainableCLIP",
+    "vision-text-dual-encoder": "ExplainableDualEncoder",
+}
+# Why other models of images and texts are not taken, by their type or by the image tower's class in open_clip.
+REFUSED = {
+    "align": "its image tower, EfficientNet, has neither a class token nor attention",
+    "blip": "the checkpoints of BLIP lack the projections of BlipModel",
+    "clipseg": "its decoder makes the masks; load the CLIP ViT-B/16 that it contains, openai/clip-vit-base-patch16",
+    "flava": "FlavaModel has no score of image and text",
+    "groupvit": "its tower joins patches to groups, so that no patch is left at the end",
+    "owlv2": "it was trained for boxes, without the head that would be explained",
+    "owlvit": "it was trained for boxes, without the head that would be explained",
+    "timm SwinTransformer": "its attention is limited to windows, and none pools the image",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -57,6 +72,8 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
 def check_model_type(name: str | Path, model_type: str | None, types: Collection[str]) -> None:
     """Raises `ValueError` unless the type of a model is one of these."""
     if model_type not in types:
+        if model_type in REFUSED and len(types) > 1:
+            raise ValueError(f"{name}: a model of type {model_type} cannot be explained: {REFUSED[model_type]}.")
         raise ValueError(
             f"{name}: expected a model of type {', '.join(types)}, but got one of type {model_type}; join towers by "
             "`iclip init` first."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from ..model.engine import Engine, input_device
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_prompts, normalize
 from ..model.similarity import cosine_similarity_map
 from .identity import identity
-from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record
+from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record, unrecorded
 
 
 class ExplainableModel(ABC):
@@ -27,11 +27,13 @@ class ExplainableModel(ABC):
         pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
             it depends on the output of one query of the last attention, which is that of the class token or of a
             pooling head.
+        has_attention (`bool`): whether the image is pooled by attention, or from tokens that have passed one.
         default_method (`str`): the method that shows where a text is for this kind of model, for which `method=None`
             stands. docs/methods.md says why.
     """
 
     pools_patches = False
+    has_attention = True
     default_method = "itsm"
 
     def __init__(self, model, processor):
@@ -66,7 +68,10 @@ class ExplainableModel(ABC):
 
     @abstractmethod
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        """Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`."""
+        """
+        Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`; of a
+        mean of the patches, their mean attention.
+        """
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosine of patch and text (Eq. 1-3), after `weigh_maps`."""
@@ -93,7 +98,8 @@ class RecordableModel(ExplainableModel):
     A model whose attention layers of the image tower can be recorded.
 
     Attributes:
-        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last.
+        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last. Of
+            a tower without attention, its pooling alone.
     """
 
     def __init__(self, model: nn.Module, processor):
@@ -106,9 +112,14 @@ class RecordableModel(ExplainableModel):
     def _prepare_layers(self) -> None:
         """Adds the attention layers in order."""
 
-    def _add_layer(self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None) -> None:
-        """Prepares the attention of a block to be recorded. `layer`: the further parts of its `AttentionLayer`."""
-        prepare(len(self.layers), block, attention)
+    def _add_layer(
+        self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None, calls_sdpa: bool = False
+    ) -> None:
+        """
+        Prepares the attention of a block to be recorded, see `prepare`. `layer`: the further parts of its
+        `AttentionLayer`.
+        """
+        prepare(len(self.layers), block, attention, calls_sdpa)
         self.layers.append(AttentionLayer(block, *layer))
 
     @property
@@ -123,7 +134,9 @@ class RecordableModel(ExplainableModel):
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         image, (layer,) = self.trace(pixel_values, weights=True)
-        return image, layer.weights[:, :, 0, -math.prod(image.grid) :].float().mean(1)
+        patches = math.prod(image.grid)
+        queries = slice(-patches, None) if self.pools_patches else slice(0, 1)
+        return image, layer.weights[:, :, queries, -patches:].float().mean((1, 2))
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -176,6 +189,22 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
             "reversed_itsm, attention, attention_affinity and random."
         )
     return model
+
+
+def each_alone(head: Callable, tokens: torch.Tensor, length: int = 1) -> torch.Tensor:
+    """
+    Applies a pooling head to each token `(B, N, D)`, as if all `length` tokens of an image were equal to it. Returns
+    `(B, N, P)`. A head that pools by attention then gives all of it to this token.
+    """
+    with unrecorded():
+        pooled = head(tokens.flatten(0, 1).unsqueeze(1).expand(-1, length, -1))
+    return pooled.unflatten(0, tokens.shape[:2])
+
+
+def check_side(pixel_values: torch.Tensor, side: int) -> None:
+    """Raises `ValueError` unless images are squares of `side` pixels, the only size of some models."""
+    if pixel_values.shape[2:] != (side, side):
+        raise ValueError(f"This model takes images of {side}x{side} pixels, not {tuple(pixel_values.shape)}.")
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,17 @@
-"""The models of Transformers that explain: ICLIP, also in ONNX, and CLIP, MetaCLIP 2, SigLIP, SigLIP2 and TIPSv2."""
+"""
+The models of Transformers that explain: ICLIP, also in ONNX; CLIP and models that are built like it; SigLIP, SigLIP2,
+AIMv2, TIPSv2 and VisionTextDualEncoder.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Regex, normalizers
 from torch import nn
-from torch.nn import functional as F
 from transformers import CLIPModel, SiglipImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -15,7 +19,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
-from .explainable import ExplainableModel, RecordableModel, block_mlp, text_features, unit
+from .explainable import (
+    ExplainableModel,
+    RecordableModel,
+    block_mlp,
+    check_side,
+    each_alone,
+    text_features,
+    unit,
+)
 from .onnx import ONNXModel
 
 
@@ -68,8 +80,12 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         super().__init__(model, processor)
         self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
 
-    def join_features(self, stream: torch.Tensor, image: ICLIPImageFeatures) -> torch.Tensor:
+    def join_features(
+        self, stream: torch.Tensor, image: ICLIPImageFeatures, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         features = image.patch_tokens[..., stream.shape[-1] :]
+        if grid not in (None, image.grid):
+            features = F.interpolate(features.mT.unflatten(-1, image.grid), grid, mode="bilinear").flatten(2).mT
         return torch.cat([stream, features if stream.shape[1] > 1 else features.mean(1, keepdim=True)], -1)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -83,7 +99,10 @@ class ExplainableONNX(_ICLIP):
 
 
 class ExplainableCLIP(TransformersModel):
-    """CLIP. Its patch tokens are projected by the norm and the projection of the class token."""
+    """
+    CLIP, MetaCLIP 2, AltCLIP and Chinese-CLIP. Patch tokens are projected by the norm and the projection of the class
+    token.
+    """
 
     text_padding = "longest"
     default_method = "naclip"
@@ -91,18 +110,23 @@ class ExplainableCLIP(TransformersModel):
     def __init__(self, model: CLIPModel, processor):
         own_processor = ICLIPProcessor(
             self._whole_image_processor(model.config.vision_config, processor.image_processor),
-            processor.tokenizer,
+            self._own_tokenizer(processor.tokenizer),
             patch_size=patch_side(model.config),
-            max_text_length=model.config.text_config.max_position_embeddings,
+            max_text_length=_text_length(model),
             text_padding=self.text_padding,
         )
         super().__init__(model, own_processor)
 
     def _whole_image_processor(self, vision_config, image_processor):
         """Copies an image processor so that it resizes the whole image to the size of the model's training images."""
-        side = vision_config.image_size
+        patch = patch_side(vision_config)
+        # Without the pixels that the patches leave over, as in SigLIP So400m with patches of 14 pixels at 384.
+        side = vision_config.image_size // patch * patch
         options = {"size": {"height": side, "width": side}, "do_center_crop": False}
         return type(image_processor)(**(image_processor.to_dict() | options))
+
+    def _own_tokenizer(self, tokenizer):
+        return tokenizer
 
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
         output = self.network.get_text_features(input_ids=input_ids, **inputs)
@@ -134,19 +158,76 @@ class ExplainableSiglip(ExplainableCLIP):
 
     text_padding = "max_length"
 
+    def _own_tokenizer(self, tokenizer):
+        """
+        Copies a tokenizer so that texts are as its authors evaluate them and as open_clip has them: in lower case,
+        without punctuation, padded on the right, without a mask. Folders of SigLIP2 name other tokenizers.
+        """
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids"]
+        if backend := getattr(tokenizer, "backend_tokenizer", None):  # SiglipTokenizer, which has none, does the same
+            spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+            punctuation = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
+            own = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), punctuation, *spaces, *own])
+        return tokenizer
+
     def _prepare_layers(self) -> None:
         super()._prepare_layers()
         head = self.network.vision_model.head
         self._add_layer(head, head.attention, head.attention.out_proj)
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        head = self.network.vision_model.head
-        weight, bias = head.attention.in_proj_weight.chunk(3)[2], head.attention.in_proj_bias.chunk(3)[2]
-        pooled = head.attention.out_proj(F.linear(patch_tokens, weight, bias))
-        return pooled + head.mlp(head.layernorm(pooled))
+        return each_alone(self.network.vision_model.head, patch_tokens)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self._project_output(self._final_norm(stream))
+
+
+class ExplainableAimv2(ExplainableCLIP):
+    """AIMv2, which has no class token but a pooling head, whose query is learned."""
+
+    def _prepare_layers(self) -> None:
+        tower = self.network.vision_model
+        tower.set_attn_implementation("iclip_recorded")
+        for block in tower.encoder.layers:
+            mlp = block_mlp(block.rms_norm2, block.ffn)
+            self._add_layer(block, block.attention, block.attention.out_proj, None, mlp)
+        self._add_layer(tower.head, tower.head, tower.head.output_proj, calls_sdpa=True)
+
+    def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
+        if not self.network.config.vision_config.is_native:  # with position embeddings for one size
+            check_side(pixel_values, self.processor.image_processor.size["height"])
+        return self.network.get_image_features(pixel_values)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        return self.network.visual_projection(each_alone(self.network.vision_model.head, patch_tokens))
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._project_output(self.network.vision_model.rms_norm(stream))
+
+    def logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        scale = self.network.logit_scale.float().clamp(0, self.network.max_log_logit_scale).exp()
+        return cosines * scale.to(cosines.device)
+
+
+class ExplainableDualEncoder(ExplainableCLIP):
+    """VisionTextDualEncoder with an image tower of CLIP, or with a ViT, whose class token passes its pooler."""
+
+    def __init__(self, model, processor):
+        tower = model.config.vision_config.model_type
+        if tower not in ("clip_vision_model", "vit"):
+            raise ValueError(f"The image tower of a vision-text-dual-encoder is CLIP's or a ViT, not {tower}.")
+        self._is_vit = tower == "vit"
+        super().__init__(model, processor)
+
+    def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        if not self._is_vit:
+            return super()._project_output(patch_tokens)
+        return self.network.visual_projection(each_alone(self.network.vision_model.pooler, patch_tokens))
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._project_output(self._final_norm(stream)) if self._is_vit else super().project(stream)
 
 
 class ExplainableTipsv2(ExplainableCLIP):
@@ -181,6 +262,13 @@ class ExplainableSiglip2(ExplainableSiglip):
         patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # (B, h * w, patch * patch * 3)
         mask = torch.ones(patches.shape[:2], dtype=torch.long, device=patches.device)
         return self.network.get_image_features(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+
+
+def _text_length(model) -> int:
+    """Returns the largest number of tokens of a text. RoBERTa and its kin count positions from their padding on."""
+    tables = (part for name, part in model.text_model.named_modules() if name.endswith("position_embeddings"))
+    unused = next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
+    return model.config.text_config.max_position_embeddings - unused
 
 
 def square_processor(side: int, mean: Sequence[float], std: Sequence[float], resample: int):

@@ -16,21 +16,25 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from ..model.modeling_iclip import ICLIPModel, check_weights
 from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..utils.files import loading_errors
-from . import DTYPES, MODEL_TYPES, check_model_name, check_model_type, families
+from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
 from .onnx import VISION_FILE, ONNXModel
-from .open_clip import ExplainableOpenCLIP, ExplainableOpenCLIPResNet
+from .open_clip import ExplainableCoCa, ExplainableOpenCLIP, ExplainableOpenCLIPResNet
+from .timm import ExplainableTimm, ExplainableTimmMap
 
 
 logger = logging.getLogger(__name__)
 
 
-# By the model type of a config, or by the image tower's class in open_clip.
+# By the model type of a config, or by the image tower in open_clip, see `_tower`.
 _FAMILIES: dict[str, type[ExplainableModel]] = {
     **{model_type: getattr(families, name) for model_type, name in MODEL_TYPES.items()},
     "VisionTransformer": ExplainableOpenCLIP,
+    "VisionTransformer with AttentionalPooler": ExplainableCoCa,
     "ModifiedResNet": ExplainableOpenCLIPResNet,
+    **{f"timm {name}": ExplainableTimm for name in ("VisionTransformer", "VisionTransformerRelPos", "Eva")},
+    **{f"timm {name}": ExplainableTimmMap for name in ("ConvNeXt", "FastVit")},
 }
 
 
@@ -54,10 +58,9 @@ def load(
     ```
 
     Args:
-        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a `CLIPModel`, `MetaClip2Model`,
-            `SiglipModel`, `Siglip2Model` or `Tipsv2Model` of transformers; an exported ONNX folder; a pair of a model,
-            already on its device, and its processor, or of a model of open_clip (its transformers with a class token
-            and its ResNets) and its tokenizer; or the result of an earlier call.
+        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a model of transformers, whose types
+            docs/guide/explain.md lists; an exported ONNX folder; a pair of a model, already on its device, and its
+            processor, or of a model of open_clip and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
         device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or
             the CPU.
@@ -111,20 +114,28 @@ def _explainable(model, processor) -> ExplainableModel:
         check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
-        family = type(model.visual).__name__
-        fits = getattr(model.visual, "attn_pool", None) is None  # CoCa pools by queries of its own
+        family, fits = _tower(model.visual), True
     else:
         family = getattr(getattr(model, "config", None), "model_type", None)
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
+    if family in REFUSED:
+        raise TypeError(f"A {type(model).__name__} ({family}) cannot be explained: {REFUSED[family]}.")
     if family not in _FAMILIES or not fits:
         raise TypeError(
-            "Expected an ICLIPModel, an ONNXModel, a CLIPModel, MetaClip2Model, SiglipModel, Siglip2Model or "
-            "Tipsv2Model of transformers, or a model of open_clip with a class token or a ResNet, got "
-            f"{type(model).__name__}: load one of them."
+            f"Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
+            f"{', '.join(MODEL_TYPES)}, got {type(model).__name__} ({family}): load one of them."
         )
     if not hasattr(model, "visual"):
         check_processor(getattr(model.config, "_name_or_path", "") or family, processor, model.config)
     return _FAMILIES[family](model, processor)
+
+
+def _tower(visual: torch.nn.Module) -> str:
+    """Names the kind of an image tower of open_clip."""
+    if hasattr(visual, "trunk"):
+        return f"timm {type(visual.trunk).__name__}"
+    pools = [getattr(visual, name, None) for name in ("attn_pool", "attn_pool_contrastive")]
+    return " with ".join(type(module).__name__ for module in (visual, *pools) if module is not None)
 
 
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:

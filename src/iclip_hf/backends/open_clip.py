@@ -1,4 +1,4 @@
-"""Models of the open_clip library: its transformers with a class token, and its ResNets."""
+"""Models of the open_clip library with its own image towers: transformers, CoCa and ResNets."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from functools import partial
 import torch
 from PIL.Image import Resampling
 from torch import nn
+from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
 
 from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_text
-from .explainable import RecordableModel, block_mlp, text_features, unit
+from .explainable import RecordableModel, block_mlp, check_side, text_features, unit
 from .families import square_processor
-from .recording import attend, merge_heads, split_heads
+from .recording import attend, input_weights, merge_heads, split_heads
 
 
 class _OpenCLIPProcessor(ICLIPProcessor):
@@ -37,7 +38,10 @@ class _OpenCLIPProcessor(ICLIPProcessor):
 
 
 class ExplainableOpenCLIP(RecordableModel):
-    """A transformer with a class token. Images must have the size of its position embeddings."""
+    """
+    A transformer that pools by a class token or the mean of the patches. Images must have the size of its position
+    embeddings.
+    """
 
     default_method = "naclip"
 
@@ -52,15 +56,26 @@ class ExplainableOpenCLIP(RecordableModel):
                 f"{type(tokenizer).__name__}."
             )
         options, size = model.visual.preprocess_cfg, model.visual.image_size
-        self.side = size[0] if isinstance(size, tuple) else size
+        patch_size = self._patch_size(model.visual)
+        # Without the pixels that the patches leave over, as in SigLIP So400m with patches of 14 pixels at 384.
+        self.side = (size[0] if isinstance(size, tuple) else size) // patch_size * patch_size
         resample = Resampling[options["interpolation"].upper()]
         image_processor = square_processor(self.side, options["mean"], options["std"], resample)
-        patch_size, *_ = getattr(model.visual, "patch_size", [32])  # a ResNet has a position for every 32 pixels
         super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
         self._given = model, tokenizer  # its configuration tells how images are prepared
-        self.pools_patches = getattr(model.visual, "pool_type", "tok") != "tok"
+        self.pools_patches = self._pools_patches()
+        if self.pools_patches:
+            self.default_method = "itsm"
+
+    @staticmethod
+    def _patch_size(visual: nn.Module) -> int:
+        return visual.patch_size[0]
+
+    def _pools_patches(self) -> bool:
+        return self.network.visual.pool_type == "avg"
 
     def _prepare_layers(self) -> None:
+        self.network.visual.set_grad_checkpointing(False)  # which would run blocks once more in a backward pass
         for block in self.network.visual.transformer.resblocks:
             mlp = block_mlp(block.ln_2, block.mlp, block.ls_2)
             self._add_layer(block, block.attn, block.attn.out_proj, block.ls_1, mlp)
@@ -69,7 +84,7 @@ class ExplainableOpenCLIP(RecordableModel):
         return text_features(self.network.encode_text(input_ids), num_templates)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        self._check_size(pixel_values)
+        check_side(pixel_values, self.side)
         output = self.network.visual.forward_intermediates(pixel_values, indices=1)
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
         return ICLIPImageFeatures(
@@ -77,14 +92,25 @@ class ExplainableOpenCLIP(RecordableModel):
             patch_embeds=unit(self.project(stream.flatten(2).mT)).unflatten(1, stream.shape[2:]),
         )
 
-    def _check_size(self, pixel_values: torch.Tensor) -> None:
-        if pixel_values.shape[2:] != (self.side, self.side):
-            raise ValueError(
-                f"This model takes images of {self.side}x{self.side} pixels, not {tuple(pixel_values.shape)}."
-            )
-
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.visual.ln_post(stream) @ self.network.visual.proj
+
+
+class ExplainableCoCa(ExplainableOpenCLIP):
+    """
+    CoCa, which pools by attention with learned queries, of which the first is that of the score. A patch is projected
+    into the space of the texts as the pooling does with all attention on this patch: by value and output projection.
+    """
+
+    def _prepare_layers(self) -> None:
+        super()._prepare_layers()
+        pool = self.network.visual.attn_pool
+        self._add_layer(pool, pool.attn, pool.attn.out_proj)
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        pool = self.network.visual.attn_pool
+        value = F.linear(pool.ln_k(stream), input_weights(pool.attn)[2], pool.attn.in_proj_bias.chunk(3)[2])
+        return super().project(pool.attn.out_proj(value))
 
 
 class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
@@ -95,13 +121,20 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
 
     default_method = "maskclip"
 
+    @staticmethod
+    def _patch_size(visual: nn.Module) -> int:
+        return 32  # pixels for each position
+
+    def _pools_patches(self) -> bool:
+        return False
+
     def _prepare_layers(self) -> None:
         pool = self.network.visual.attnpool
         pool.forward = partial(_attention_pool, pool)
         self._add_layer(pool, pool, nn.Identity())
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        self._check_size(pixel_values)
+        check_side(pixel_values, self.side)
         image, patches = unit(self.network.visual(pixel_values)).tensor_split([1], 1)
         grid = [side // self.processor.patch_size for side in pixel_values.shape[2:]]
         return ICLIPImageFeatures(image_embeds=image[:, 0], patch_embeds=patches.unflatten(1, grid))

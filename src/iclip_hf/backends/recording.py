@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -99,10 +101,20 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
         _recording.reset(token)
 
 
-def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Suspends the recording, for modules that run once more."""
+    token = _recording.set(None)
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+def prepare(index: int, block: nn.Module, attention: nn.Module, calls_sdpa: bool = False) -> None:
     """
     Makes layer `index` of a private copy record the inputs of its block and of its attention. The copy of a copy does
-    so already.
+    so already. With `calls_sdpa`, the attention itself calls `scaled_dot_product_attention`, which is recorded.
     """
     if getattr(block, "is_recorded", False):
         return
@@ -112,6 +124,8 @@ def prepare(index: int, block: nn.Module, attention: nn.Module) -> None:
     attention.register_forward_pre_hook(_enter_attention, with_kwargs=True)
     if isinstance(attention, nn.MultiheadAttention):
         attention.forward = partial(_multihead_attention, attention)
+    elif calls_sdpa:
+        attention.forward = partial(_recorded_sdpa, attention)
 
 
 def _enter_block(index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -183,8 +197,27 @@ AttentionInterface.register("iclip_recorded", _transformers_attention)
 AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 
 
+def input_weights(attention: nn.MultiheadAttention) -> Sequence[torch.Tensor]:
+    """Returns the weights of queries, keys and values."""
+    if attention.in_proj_weight is None:  # keys and values have another width than queries
+        return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+    return attention.in_proj_weight.chunk(3)
+
+
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
     """Computes `nn.MultiheadAttention.forward` for batch-first input without masks, and records it."""
-    projections = zip((query, key, value), attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3))
+    projections = zip((query, key, value), input_weights(attention), attention.in_proj_bias.chunk(3))
     heads = [split_heads(F.linear(x, w, b), attention.num_heads) for x, w, b in projections]
     return attention.out_proj(merge_heads(attend(*heads))), None
+
+
+def _recorded_sdpa(attention: nn.Module, *args, **kwargs):
+    """Computes the forward pass of an attention, and records the `scaled_dot_product_attention` that it calls."""
+    with _RecordedSDPA():
+        return type(attention).forward(attention, *args, **kwargs)
+
+
+class _RecordedSDPA(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        call = partial(function, **(kwargs or {}))
+        return attend(*args, call) if function is F.scaled_dot_product_attention else call(*args)

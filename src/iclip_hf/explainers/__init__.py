@@ -144,9 +144,9 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
         method (`str`, *optional*): a name of `METHODS`, or of a registered method, see [`register_explainer`]. If not
-            given, the method that shows where a text is for this model: its own map (`itsm`) for ICLIP, `naclip` for
-            CLIP, MetaCLIP 2, SigLIP, SigLIP2 and transformers of open_clip, whose own maps are often the opposite,
-            `maskclip` for TIPSv2 and ResNets.
+            given, the method that shows where a text is for this model: its own map (`itsm`) for ICLIP and models that
+            pool by a mean, `maskclip` for TIPSv2 and ResNets, `naclip` for others, such as CLIP and SigLIP, whose own
+            maps are often the opposite.
         keywords: names of the caller's own options, for the hint on a misspelt one.
         method_options: of the method, see its class.
 

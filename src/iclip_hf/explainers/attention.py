@@ -11,10 +11,12 @@ from .explainer import Explainer
 class Attention(Explainer):
     """
     Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts
-    have the same map. For ICLIP, the attention is normalised (Eq. 9).
+    have the same map. For ICLIP, the attention is normalised (Eq. 9). For a model that pools by the mean of the
+    patches, the map is their mean attention.
     """
 
     sees_text = False
+    needs_attention = True
     needs_layers = False
 
     @torch.no_grad()

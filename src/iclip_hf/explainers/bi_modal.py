@@ -17,6 +17,7 @@ class BiModal(GradientExplainer):
     tokens.
     """
 
+    needs_attention = True
     needs_weights = True
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

@@ -24,6 +24,7 @@ class Explainer(ABC):
         sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
         needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a
             [`RecordableModel`].
+        needs_attention (`bool`): whether the method reads the last attention layer, which a convolutional tower lacks.
 
     Raises:
         `TypeError`: the model is of another kind. `ValueError`: the model does not support the method.
@@ -31,11 +32,14 @@ class Explainer(ABC):
 
     sees_text = True
     needs_layers = True
+    needs_attention = False
 
     def __init__(self, model):
         self.name, self.model = type(self).__name__, load(model)
         if self.needs_layers:
             recordable(self.model, "this method")
+        if self.needs_attention and not self.model.has_attention:
+            raise ValueError(f"{self.name} needs a tower with attention: use itsm, reversed_itsm or grad_cam.")
 
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:

@@ -21,6 +21,8 @@ class GradECLIP(GradientExplainer):
     factor.
     """
 
+    needs_attention = True
+
     def __init__(self, model):
         super().__init__(model)
         self.needs_weights = self.model.pools_patches

@@ -64,9 +64,12 @@ class LeGrad(Explainer):
 def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
     Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
-    layer, which is linear. This halves the cost of each backward pass.
+    layer, which is linear. This halves the cost of each backward pass. If a norm follows, it is taken at the end.
     """
     copied, last = private_copy(mlp), ""
+    if isinstance([*mlp.children()][-1], nn.LayerNorm):  # of EVA02-E
+        copied.register_forward_hook(lambda module, args, output: output.mean(1, keepdim=True))
+        return copied
     for name, module in copied.named_modules():
         # A layer with an adapter of PEFT is linear as a whole, and has other linear layers inside.
         if hasattr(module, "out_features") and not name.startswith(f"{last}."):

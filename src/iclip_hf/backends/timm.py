@@ -1,0 +1,99 @@
+"""Models of the open_clip library with an image tower of timm, such as SigLIP, PE, EVA, MobileCLIP and ConvNeXt."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import nn
+
+from ..model.modeling_iclip import ICLIPImageFeatures
+from .explainable import block_mlp, check_side, each_alone, unit
+from .open_clip import ExplainableOpenCLIP
+
+
+# Blocks whose parts are recorded.
+_BLOCKS = ("Block", "RelPosBlock", "EvaBlock", "EvaBlockPostNorm")
+
+
+class ExplainableTimm(ExplainableOpenCLIP):
+    """
+    A transformer that pools by a class token, the mean of the patches, or an attention with a learned query. A patch
+    is projected into the space of the texts as the head does with a sequence of equal patches.
+    """
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.network.visual.trunk
+
+    @staticmethod
+    def _patch_size(visual: nn.Module) -> int:
+        return visual.trunk.feature_info[-1]["reduction"]
+
+    def _pools_patches(self) -> bool:
+        return self.trunk.global_pool not in ("token", "map")
+
+    def _prepare_layers(self) -> None:
+        self.network.visual.set_grad_checkpointing(False)
+        if self.side not in self.trunk.patch_embed.img_size:
+            self.trunk.set_input_size((self.side, self.side))
+        for block in self.trunk.blocks:
+            gates = [getattr(block, "gamma_1", None), getattr(block.attn, "gate", None)]
+            if type(block).__name__ not in _BLOCKS or gates != [None, None]:
+                raise TypeError(f"A {type(block).__name__} of timm with these options cannot be recorded.")
+            projection = nn.Sequential(getattr(block.attn, "norm", nn.Identity()), block.attn.proj)
+            if type(block).__name__ == "EvaBlockPostNorm":
+                scale, mlp = block.norm1, nn.Sequential(block.mlp, block.norm2)
+            else:
+                scale = getattr(block, "ls1", None)
+                mlp = block_mlp(block.norm2, block.mlp, getattr(block, "ls2", None))
+            self._add_attention(block, block.attn, projection, scale, mlp)
+        if (pool := getattr(self.trunk, "attn_pool", None)) is not None:
+            self._add_attention(pool, pool, pool.proj)
+
+    def _add_attention(self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None) -> None:
+        attention.fused_attn = True
+        self._add_layer(block, attention, *layer, calls_sdpa=True)
+
+    def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
+        check_side(pixel_values, self.side)
+        tokens = self.trunk.forward_features(pixel_values)
+        image_embeds = unit(self._head(tokens))
+        if tokens.ndim == 4:  # a feature map
+            tokens = tokens.flatten(2).mT
+        grid = [side // self.processor.patch_size for side in pixel_values.shape[2:]]
+        patch_embeds = unit(self._project_output(tokens[:, -math.prod(grid) :])).unflatten(1, grid)
+        return ICLIPImageFeatures(image_embeds=image_embeds, patch_embeds=patch_embeds)
+
+    def _head(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.network.visual.head(self.trunk.forward_head(tokens))
+
+    def _project_output(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Projects tokens after the final norm."""
+        return each_alone(self._head, tokens, 1 + getattr(self.trunk, "num_prefix_tokens", 0))
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._project_output(self.trunk.norm(stream))
+
+
+class ExplainableTimmMap(ExplainableTimm):
+    """A convolutional tower, which ends in the mean of a feature map."""
+
+    has_attention = False
+
+    def _pools_patches(self) -> bool:
+        return True
+
+    def _prepare_layers(self) -> None:
+        head = self.trunk.head
+        head.forward = partial(_pool, head)
+        self._add_layer(head, head, nn.Identity())
+
+    def project(self, stream: torch.Tensor) -> torch.Tensor:
+        return self._project_output(stream)
+
+
+def _pool(head: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Computes the head from the tokens `(B, L, D)` of a feature map, whose order does not count."""
+    return type(head).forward(head, tokens.mT.unsqueeze(-1))

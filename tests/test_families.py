@@ -1,0 +1,280 @@
+"""Models of all families: the projection of their patches, their blocks, their texts, and what is refused."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import CONVOLUTIONAL, FAMILIES, build, liven, pixels, raw_maps, tiny_timm
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
+from torch.nn import functional as F
+from transformers import (
+    AltCLIPConfig,
+    AltCLIPModel,
+    BertConfig,
+    CLIPImageProcessor,
+    CLIPSegConfig,
+    CLIPSegModel,
+    Dinov2Config,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from iclip_hf import explain, load
+from iclip_hf.backends import MODEL_TYPES, check_model_name
+from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+
+
+def unit_texts(width):
+    embeds = F.normalize(torch.randn(3, width, generator=torch.Generator().manual_seed(3)), dim=-1)
+    return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
+
+
+def constant(module, args, output):
+    """Makes all tokens of an image equal to its last one."""
+    return output[..., -1:, -1:].expand_as(output) if output.ndim == 4 else output[:, -1:].expand_as(output)
+
+
+# Not of ICLIP, whose maps have another projection, and of ResNets, whose attention pool adds positions.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("iclip", "open_clip_resnet")])
+def test_a_patch_is_projected_as_the_image(made, family):
+    """If all tokens that leave the last block are equal, so are the embeddings of the image and of all patches."""
+    given, tokenizer, size = made(family)
+    model = load((given, tokenizer))
+    blocks = [layer.block for layer in model.layers if layer.residual]
+    last = [*model.trunk.children()][-2] if family in CONVOLUTIONAL else blocks[-1]
+    last.register_forward_hook(constant)
+    with torch.no_grad():
+        image = model.get_image_features(pixels(size))
+    expected = image.image_embeds[:, None, None].expand_as(image.patch_embeds)
+    torch.testing.assert_close(image.patch_embeds, expected, atol=1e-5, rtol=0)
+    assert (image.image_embeds[0] - image.image_embeds[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CONVOLUTIONAL])
+def test_recorded_blocks_rebuild_their_output(made, family):
+    given, tokenizer, size = made(family)
+    model, outputs = load((given, tokenizer)), []
+    for layer in model.layers:
+        layer.block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        image, records = model.trace(pixels(size), 0, weights=True)
+        for layer, record, output in zip(model.layers, records, outputs[: len(records)], strict=True):
+            torch.testing.assert_close(record.weights.sum(-1), torch.ones(record.weights.shape[:-1]))
+            added = layer.output(record.weights @ record.value)
+            if layer.residual:
+                stream = record.stream + added
+                torch.testing.assert_close(stream + layer.mlp(stream), output, atol=1e-5, rtol=1e-4)
+
+
+def test_maps_of_siglip_are_the_same_by_either_library(tiny_processor):
+    model, tokenizer, _ = tiny_timm("siglip", tiny_processor.tokenizer)
+    own = model.visual.trunk.state_dict()
+    weights = {
+        "embeddings.patch_embedding.weight": own["patch_embed.proj.weight"],
+        "embeddings.patch_embedding.bias": own["patch_embed.proj.bias"],
+        "embeddings.position_embedding.weight": own["pos_embed"][0],
+        "head.probe": own["attn_pool.latent"],
+    }
+    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "attn.proj": "self_attn.out_proj"}
+    names |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for kind in ("weight", "bias"):
+        for layer in range(2):
+            block, target = f"blocks.{layer}.", f"encoder.layers.{layer}."
+            for letter, part in zip("qkv", own[f"{block}attn.qkv.{kind}"].chunk(3)):
+                weights[f"{target}self_attn.{letter}_proj.{kind}"] = part
+            weights |= {f"{target}{new}.{kind}": own[f"{block}{old}.{kind}"] for old, new in names.items()}
+        weights[f"post_layernorm.{kind}"] = own[f"norm.{kind}"]
+        query_key_value = [own[f"attn_pool.{name}.{kind}"] for name in ("q", "kv")]
+        weights[f"head.attention.in_proj_{kind}"] = torch.cat(query_key_value)
+        of_head = {"proj": "attention.out_proj", "norm": "layernorm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+        weights |= {f"head.{new}.{kind}": own[f"attn_pool.{old}.{kind}"] for old, new in of_head.items()}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = {**sizes, "intermediate_size": 128, "image_size": 32, "patch_size": 8, "hidden_act": "gelu"}
+    text = {**sizes, "intermediate_size": 32, "vocab_size": 64, "projection_size": 32}
+    other = SiglipModel(SiglipConfig(vision_config=vision, text_config=text)).eval()
+    other.vision_model.load_state_dict(weights)
+    other.logit_scale.data, other.logit_bias.data = model.logit_scale.data[None], torch.tensor([-3.0])
+    model.logit_bias = nn.Parameter(torch.tensor(-3.0))
+    processor = SimpleNamespace(image_processor=SiglipImageProcessor(), tokenizer=tiny_processor.tokenizer)
+    pair, texts = [load((model, tokenizer)), load((other, processor))], unit_texts(32)
+    torch.testing.assert_close(*(one.presence(torch.tensor([0.1, 0.3])) for one in pair), atol=1e-6, rtol=0)
+    for method in sorted({*METHODS} - {"attention_affinity", "competing_itsm", "proxyclip"}):
+        found, expected = (raw_maps(make_explainer(one, method), pixels((32, 32)), texts) for one in pair)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_attention_of_a_mean_is_the_mean_attention_of_the_patches(made):
+    model, tokenizer, size = made("open_clip_avg")
+    reference, entered = copy.deepcopy(model), []
+    block = reference.visual.transformer.resblocks[-1]
+    block.ln_1.register_forward_hook(lambda module, args, output: entered.append(output))
+    with torch.no_grad():
+        reference.encode_image(pixels(size))
+        _, weights = block.attn(*entered * 3, need_weights=True)  # the mean of the heads
+    maps, _ = raw_maps(make_explainer((model, tokenizer), "attention"), pixels(size), unit_texts(16))
+    torch.testing.assert_close(maps[:, 0].flatten(1), weights[:, 1:, 1:].mean(1), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["open_clip", "open_clip_eva02", "open_clip_relpos"])
+def test_gradient_checkpointing_does_not_disturb_gradients(made, family):
+    model, tokenizer, size = made(family)
+    texts = unit_texts(16)
+    expected, _ = raw_maps(make_explainer((model, tokenizer), "bi_modal", layer=0), pixels(size), texts)
+    model = copy.deepcopy(model)
+    model.set_grad_checkpointing(True)
+    found, _ = raw_maps(make_explainer((model, tokenizer), "bi_modal", layer=0), pixels(size), texts)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("library", ["transformers", "open_clip"])
+def test_the_side_is_a_multiple_of_the_patch(tiny_processor, library):
+    """As SigLIP So400m at 384 pixels has patches of 14 pixels, whose convolution skips the last six."""
+    if library == "open_clip":
+        given = tiny_timm("siglip", tiny_processor.tokenizer, img_size=36)[:2]
+        given[0].visual.image_size = (36, 36)
+    else:
+        model, processor, _ = build("siglip", tiny_processor)
+        config = copy.deepcopy(model.config)
+        config.vision_config.image_size = 36
+        given = liven(SiglipModel(config)), processor
+    model = load(given)
+    image = torch.randint(0, 256, (3, 50, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = explain(model, image, ["dog", "ball"], refine=False)
+    assert model.processor.image_processor.size["height"] == 32 and found.raw_maps.shape[1:] == (4, 4)
+
+
+@pytest.mark.parametrize(("family", "side"), [("aimv2", 32), ("open_clip_pe", 32), ("open_clip_convnext", 96)])
+def test_a_model_of_one_size_says_so(made, family, side):
+    with pytest.raises(ValueError, match=f"images of {side}x{side} pixels"):
+        load(made(family)[:2]).get_image_features(pixels((side, side + 32)))
+
+
+# Texts
+
+
+def gemma_tokenizer(folder, **options):
+    """A tokenizer as SigLIP2's folders have it, with two words in lower and in upper case."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    vocabulary, merges = (
+        {word: index for index, word in enumerate([*words, *sorted({*"EiffelTower.eiffeltower▁"})])},
+        [],
+    )
+    for word in ("Eiffel", "Tower", "eiffel", "tower"):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in vocabulary:
+                vocabulary[word[:end]] = len(vocabulary)
+                merges.append((word[: end - 1], word[end - 1]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.add_special_tokens(words)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    settings = {"add_bos_token": False, "add_eos_token": True, "model_max_length": 64, **tokens, **options}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return len(vocabulary)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "siglip2"])
+@pytest.mark.parametrize("declared", ["GemmaTokenizer", "Siglip2Tokenizer"])
+@pytest.mark.parametrize("saved_again", [False, True])
+def test_texts_of_siglip_are_the_same_by_either_library(tmp_path, kind, declared, saved_again):
+    """Whatever tokenizer a folder names, and with the left padding and the mask that it has when it is saved again."""
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    of_training = {"padding_side": "right", "model_input_names": ["input_ids"]}
+    size = gemma_tokenizer(tmp_path / "open_clip", tokenizer_class="GemmaTokenizer", **of_training)
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": size, "max_position_embeddings": 12, "projection_size": 24}
+    text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
+    if kind == "siglip":
+        vision = {**sizes, "image_size": 32, "patch_size": 8}
+        model, image_processor = (
+            SiglipModel(SiglipConfig(vision_config=vision, text_config=text)),
+            SiglipImageProcessor(),
+        )
+    else:
+        vision = {**sizes, "num_patches": 16, "patch_size": 8}
+        model, image_processor = (
+            Siglip2Model(Siglip2Config(vision_config=vision, text_config=text)),
+            Siglip2ImageProcessor(patch_size=8),
+        )
+    folder = tmp_path / "transformers"
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    processor = {"siglip": "SiglipProcessor", "siglip2": "Siglip2Processor"}[kind]
+    options = {"tokenizer_class": declared, "processor_class": processor}
+    gemma_tokenizer(folder, **options, **({} if saved_again else of_training))
+
+    texts = ["Eiffel Tower.", "the  TOWER, eiffel"]
+    inputs = load(folder, device="cpu").processor(labels=texts, templates=["{}"])
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(tmp_path / "open_clip"), context_length=12, clean="canonicalize")
+    assert inputs["input_ids"].tolist() == tokenizer(texts).tolist() and "attention_mask" not in inputs
+    assert (
+        tokenizer.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True).replace(" ", "") == "eiffeltower"
+    )
+
+
+def test_a_text_tower_like_roberta_counts_its_positions_from_the_padding(tiny_processor, caplog):
+    """A text of 20 tokens is cut to the 18 that remain of 20 positions."""
+    text = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": 64, "max_position_embeddings": 20, "pad_token_id": 1, "project_dim": 24}
+    model, processor, _ = build("clip", tiny_processor)
+    config = AltCLIPConfig(vision_config=model.config.vision_config.to_dict(), text_config=text, projection_dim=16)
+    loaded = load((AltCLIPModel(config).eval(), processor))
+    assert loaded.encode_texts(["dog " * 30]).text_embeds.isfinite().all() and "18 tokens" in caplog.text
+
+
+# What is refused
+
+
+def test_models_that_cannot_be_explained_say_why(tmp_path, tiny_processor):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
+    vision = {**sizes, "image_size": 32, "patch_size": 8}
+    model = CLIPSegModel(CLIPSegConfig(text_config=text, vision_config=vision, extract_layers=[0]))
+    with pytest.raises(TypeError, match="CLIPSegModel .* cannot be explained: .*openai/clip-vit-base-patch16"):
+        load((model, tiny_processor))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="type clipseg cannot be explained: .*openai/clip-vit-base-patch16"):
+        check_model_name(str(tmp_path), MODEL_TYPES)
+    with pytest.raises(ValueError, match="expected a model of type iclip, but got one of type clipseg"):
+        check_model_name(str(tmp_path), ("iclip",))
+
+
+def test_a_dual_encoder_has_a_tower_that_is_known(tiny_processor):
+    vision = Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8)
+    text = BertConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, vocab_size=64)
+    model = VisionTextDualEncoderModel(VisionTextDualEncoderConfig.from_vision_text_configs(vision, text))
+    processor = SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tiny_processor.tokenizer)
+    with pytest.raises(ValueError, match="CLIP's or a ViT, not dinov2"):
+        load((model, processor))
+
+
+@pytest.mark.parametrize("part", ["gamma_1", "gate"])
+def test_blocks_of_timm_that_cannot_be_recorded_are_refused(tiny_processor, part):
+    model, tokenizer, _ = tiny_timm("eva02", tiny_processor.tokenizer)
+    block = model.visual.trunk.blocks[-1]
+    setattr(block if part == "gamma_1" else block.attn, part, nn.Parameter(torch.ones(32)))
+    with pytest.raises(TypeError, match="EvaBlock of timm"):
+        load((model, tokenizer))
+
+
+def test_swin_of_open_clip_says_why(tiny_processor):
+    from timm.models.swin_transformer import SwinTransformer
+
+    model, tokenizer, _ = tiny_timm("siglip", tiny_processor.tokenizer)
+    model.visual.trunk = SwinTransformer(32, 4, embed_dim=16, depths=(1,), num_heads=(2,), window_size=4)
+    with pytest.raises(TypeError, match="SwinTransformer.* windows"):
+        load((model, tokenizer))

@@ -229,9 +229,10 @@ def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monk
 
 
 def test_what_else_an_upload_is_said_to_be_is_ignored_and_examples_are_open(server, folder):
+    shown = httpx.get(f"{server}gradio_api/info").json()["named_endpoints"]["/explain"]["parameters"][0]
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     said = {"url": "http://127.0.0.1:9/a.png", "inner": {"path": "/etc/passwd"}, "orig_name": "/etc/passwd"}
-    for photo in ({"path": own, **said}, {"path": str(viewer.examples()[0].file)}):
+    for photo in ({"path": own, **said}, {"path": shown["parameter_default"]["path"]}):
         assert answer(ask(server, photo))[0] == "event: complete"
 
 
@@ -249,6 +250,13 @@ def test_the_app_serves_only_its_own_files(server, folder, world):
     assert traversal.status_code != 200 or ".." not in traversal.json()[0]
     assert upload(server, bytes(21_000_000)).status_code == 413
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
+
+
+@pytest.mark.parametrize("path", ["", "config", "gradio_api/info", "gradio_api/openapi.json"])
+def test_the_app_tells_nothing_of_the_disk(server, world, path):
+    answer = httpx.get(f"{server}{path}").raise_for_status().text
+    for place in (*(example.file.parent for example in viewer.examples()), Path(app.__file__).parent, world.folder):
+        assert str(place) not in answer
 
 
 def test_no_answer_prepares_the_model_or_the_background_anew(server, folder, recorded):

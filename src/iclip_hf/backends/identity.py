@@ -14,6 +14,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from ..model.configuration_iclip import ICLIPConfig
 from ..utils.digests import file_digest
+from ..utils.hub_ids import public_name
 
 
 # Options that change no number: those that training alone reads or that the weights hold, the place of the files, the
@@ -36,7 +37,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
-        `dict` with `model`, a name, which may be that of its folder; and what counts: digests of `configuration`,
+        `dict` with `model`, its Hub id or the name of its folder; and what counts: digests of `configuration`,
         `weights` and `processor` (options, image processor and tokenizer), and `dtype`.
     """
     config = getattr(model, "config", None)
@@ -49,7 +50,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     if config is None:  # of open_clip
         config = [str(model), model.visual.preprocess_cfg, model.visual.image_size]
     return {
-        "model": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "model": public_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "configuration": digest(config),
         "weights": digest(weights),
         "dtype": str(used).removeprefix("torch."),

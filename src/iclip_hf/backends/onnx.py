@@ -20,7 +20,7 @@ from ..model.configuration_iclip import ICLIPConfig, patch_side
 from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.extras import require_extra
-from ..utils.files import atomic_folder, loading_errors, remove_code
+from ..utils.files import atomic_folder, clean_configs, loading_errors
 
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
         _write(_text_program(model, processor), built / TEXT_FILE, weights)
         trained_config(model).save_pretrained(built)
         processor.save_pretrained(built)
-        remove_code(built)
+        clean_configs(built)
     return Path(folder)
 
 
@@ -191,7 +191,7 @@ def _program(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own warnings
-        return torch.onnx.export(
+        program = torch.onnx.export(
             Side().eval(),
             tuple(inputs.values()),
             dynamo=True,
@@ -201,6 +201,10 @@ def _program(
             dynamic_shapes={"tensors": (shape,) * len(inputs)},
             custom_translation_table={round: _round},
         )
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(program.model)  # the stack trace of each node, with paths of this machine
+    return program
 
 
 def _round(number, ndigits=None):

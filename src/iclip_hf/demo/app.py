@@ -36,7 +36,8 @@ from ..web.viewer import (
 
 with require_extra("demo"):
     import gradio as gr
-    from gradio.processing_utils import save_bytes_to_cache
+    from gradio.processing_utils import save_bytes_to_cache, save_file_to_cache
+    from gradio.utils import get_upload_folder
     from starlette.middleware import Middleware
 
 
@@ -117,9 +118,12 @@ def to_npz(explanation: Explanation) -> bytes:
 
 def build_app(model) -> gr.Blocks:
     """Builds the app for a model, or anything that [`load`] takes."""
-    model, photographs = load(model), examples()
+    model = load(model)
     has_presence = model.presence(torch.zeros(1)) is not None
-    gr.set_static_paths([str(example.file) for example in photographs])  # neither copied nor deleted
+    # Copies, because the page names their paths. Static files are neither copied again nor deleted.
+    folder = get_upload_folder()
+    photographs = [example._replace(file=Path(save_file_to_cache(example.file, folder))) for example in examples()]
+    gr.set_static_paths([str(example.file) for example in photographs])
     options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
     with gr.Blocks(title="ICLIP", **options) as app:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")

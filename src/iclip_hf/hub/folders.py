@@ -20,9 +20,9 @@ from ..model.configuration_iclip import ICLIPConfig, patch_side, without_attenti
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
-from ..utils.files import atomic_folder, loading_errors, remove_code
+from ..utils.files import atomic_folder, clean_configs, loading_errors
 from .configs import EMBEDDED, config_folder, parse_options
-from .model_card import HUB_RESULTS, describe_tower, write_model_card
+from .model_card import HUB_RESULTS, write_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,6 @@ def join_towers(
         model_options = without_attention(content)
     if (source / "processor_config.json").is_file():
         processor_options, _ = ICLIPProcessor.get_processor_dict(source)
-        processor_options = {k: v for k, v in processor_options.items() if k not in ("processor_class", "auto_map")}
     if "image_processor" in processor_options:
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
         processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
@@ -213,12 +212,7 @@ def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **car
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    for side in ICLIPConfig.sub_configs:
-        if config[side] is not None:
-            config[side]["_name_or_path"] = describe_tower(getattr(model.config, side))["id"] or ""
-    _edit_json(folder / "config.json", config)
-    remove_code(folder)
+    clean_configs(folder)
     write_model_card(model, processor, folder, **card)
 
 

@@ -22,7 +22,6 @@ from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.hub_ids import is_hub_id
 from .configs import EMBEDDED
 
 
@@ -102,7 +101,7 @@ def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, traini
         data = {name: _DATA_TERMS.get(name, NOT_KNOWN) for name in training.get("data", [])}
         record = {"training": dict(training), "data": record["data"] | data}
     described = identity(model, processor)
-    del described["model"]  # a local path
+    del described["model"]  # the name of a folder
     return record | {"identity": described}
 
 
@@ -132,8 +131,3 @@ def _data(protocol: Mapping) -> tuple[dict, bool]:
     usual, size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
     own = data["images_in_split"] > size or tuple(protocol["class_names"]) != tuple(usual)
     return data if own else {**data, "images_in_split": size}, own  # not all images may be there
-
-
-def public_name(name: str) -> str:
-    """Returns a Hub id as it is, and of a path its last part, which says nothing of this machine."""
-    return name if is_hub_id(name) else Path(name).name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from ..hub.record import public_name
+from ..utils.hub_ids import public_name
 from .arguments import Arguments, ICLIPTrainingArguments
 
 

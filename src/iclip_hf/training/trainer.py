@@ -41,7 +41,7 @@ from ..hub.model_card import HUB_RESULTS
 from ..model.modeling_iclip import ICLIPModel, ImageInputs
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.similarity import cosines
-from ..utils.files import atomic_write, remove_code, writing_errors
+from ..utils.files import atomic_write, clean_configs, writing_errors
 from .arguments import MAP_METRICS, ICLIPTrainingArguments
 from .card import card_of
 from .collator import PairCollator, seed_everything
@@ -362,7 +362,7 @@ class ICLIPTrainer(Trainer):
         """
         if _internal_call and output_dir:  # a checkpoint; `push_to_hub` names no folder
             super().save_model(output_dir, _internal_call)
-            return remove_code(output_dir) if self.args.should_save else None
+            return clean_configs(output_dir) if self.args.should_save else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}

@@ -16,8 +16,13 @@ from pathlib import Path
 from huggingface_hub.errors import RevisionResolutionError
 from safetensors import SafetensorError
 
+from .hub_ids import is_hub_id
+
 
 logger = logging.getLogger(__name__)
+
+# Where configurations and tokenizers of Transformers keep what they were loaded from.
+_SOURCES = ("_name_or_path", "name_or_path")
 
 
 def cache_folder() -> Path:
@@ -152,16 +157,19 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
 # ------------------------------------------------------------------------------------------------------------- folders
 
 
-def remove_code(folder: str | Path) -> None:
+def clean_configs(folder: str | Path) -> None:
     """
-    Removes from the configurations in a saved folder the code that the folder named from which they were loaded. Who
-    trusts the new folder would run it.
+    Removes from the configurations in a saved folder what they have of the folder that they were loaded from: its path
+    on this machine, and the code that it named, which would run for anybody who trusts the new folder.
     """
+
+    def stays(name: str, part) -> bool:
+        return name not in ("auto_map", "custom_pipelines") and (name not in _SOURCES or is_hub_id(part or ""))
 
     def cleaned(value):
         if not isinstance(value, dict):
             return value
-        return {name: cleaned(part) for name, part in value.items() if name not in ("auto_map", "custom_pipelines")}
+        return {name: cleaned(part) for name, part in value.items() if stays(name, part)}
 
     for file in Path(folder).glob("*config.json"):
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 
 # Folders that a path of this machine, or of another one, usually begins with.
@@ -14,3 +15,8 @@ def is_hub_id(name: str) -> bool:
     """Whether this can name a repository of the Hub, `org/name`: it is no file of data and no folder here."""
     is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.lower().endswith(_FILES)
     return is_form and os.path.dirname(name) not in _USUAL_FOLDERS and not os.path.exists(name)
+
+
+def public_name(name: str) -> str:
+    """Returns a Hub id as it is, and of a path its last part, which says nothing of this machine."""
+    return name if is_hub_id(name) else Path(name).name

@@ -19,11 +19,11 @@ from PIL import Image
 
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
 from ..hub.model_card import write_model_card
-from ..hub.record import public_name
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder
+from ..utils.hub_ids import public_name
 from .viewer import (
     MAX_CHARACTERS,
     MAX_TEXTS,

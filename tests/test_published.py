@@ -1,0 +1,63 @@
+"""What is meant for others tells nothing of the machine that wrote it."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import iclip, tiny_model, write_folder, write_pairs
+from PIL import Image
+
+from iclip_hf import ICLIPModel, example_image
+
+
+NAME = "telling-name"
+# Places of this machine: of the data and models, the package, other packages and Python, and the user.
+PLACES = {NAME, *map(str, (Path(example_image()).parents[1], *Path(torch.__file__).parents[1:2], sys.prefix))}
+PLACES |= {str(Path.home())} - {str(Path("/"))}
+
+
+def unpacked(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
+
+
+@pytest.fixture
+def home(tmp_path, tiny_processor, monkeypatch) -> Path:
+    """The working directory, of somebody who names everything by its whole path: two towers, pairs, masks, images."""
+    home = tmp_path / NAME
+    for folder in ("data", "images"):
+        (home / folder).mkdir(parents=True)
+    model = tiny_model("dinov2", logit_bias_init_value=0.0)
+    model.vision_model.save_pretrained(home / "vision")
+    model.text_model.save_pretrained(home / "text")
+    tiny_processor.image_processor.save_pretrained(home / "vision")
+    tiny_processor.tokenizer.save_pretrained(home / "text")
+    write_folder(home / "data", [[0, 1, 2], [0, 3, 255]], 60)
+    write_pairs(home / "pairs.tar", 8)
+    Image.effect_noise((60, 40), 80).save(home / "images" / "a.png")
+    monkeypatch.chdir(home)
+    return home
+
+
+def test_nothing_that_is_published_names_a_place_of_the_machine(home, tmp_path):
+    options = {"logit_bias_init_value": 0.0, "projection_dim": 16, "text_pooling": "mean"}
+    command = ["train", home / "pairs.tar", "--vision", home / "vision", "--text", home / "text", "--image_size", 32]
+    command += ["--nouns", home / "nouns.txt", "--output_dir", home / "run", "--max_steps", 1]
+    command += ["--validation_share", 0.5, "--per_device_train_batch_size", 4]
+    (home / "nouns.txt").write_text("dog\ncat\nball\n")
+    settings = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    assert iclip(*command, *(part for setting in settings for part in ("--model_options", setting))) == 0
+    model, published = home / "run", tmp_path / "published"
+    assert ICLIPModel.from_pretrained(model).config.vision_config.model_type == "dinov2"
+    evaluation = ["evaluate", "--dataset", "folder", "--data-root", home / "data", "--model", model]
+    assert iclip(*evaluation, "--output", published / "results.json") == 0
+    assert iclip("export", model, published / "model", "--results", published / "results.json") == 0
+    for form in ("onnx", "web"):
+        assert iclip("export", model, published / form, "--format", form) == 0
+    files = [path for path in (*published.rglob("*"), *model.glob("*.*")) if path.is_file()]
+    assert {"vision_model.onnx.gz", "README.md", "results.csv", "model_card.md"} <= {path.name for path in files}
+    telling = {(path.name, place) for path in files for place in PLACES if place.encode() in unpacked(path)}
+    assert telling == set()

@@ -182,7 +182,6 @@ MODEL_FOLDERS = {
     "no processor": removed("processor_config.json"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
-    "processor of another class": edited_json("processor_config.json", processor_class="CLIPProcessor"),
     "symlinked code": with_code,
 }
 FEW_MODEL_FOLDERS = (

@@ -9,6 +9,7 @@ import shutil
 import time
 from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -18,6 +19,8 @@ import torch
 from conftest import TEXT, VISION
 from PIL import Image
 from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
     BertConfig,
@@ -98,8 +101,20 @@ def test_models_of_other_types_are_refused_by_their_config(offline, tmp_path):
             loader(name)
 
 
+@pytest.fixture
+def two_folders(world, tmp_path) -> tuple[Path, Path]:
+    """Folders of a CLIP and of an ICLIP model."""
+    sides = {"vision_config": VISION["clip_vision_model"], "text_config": TEXT["clip_text_model"]}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(**sides)).save_pretrained(tmp_path / "clip")
+    parts = {"image_processor": world.processor.image_processor, "tokenizer": world.processor.tokenizer}
+    CLIPProcessor(**parts).save_pretrained(tmp_path / "clip")
+    shutil.copytree(world.folder / "model", tmp_path / "iclip")
+    return tmp_path / "clip", tmp_path / "iclip"
+
+
 @pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
-def test_a_folder_names_no_kernel_of_the_hub(world, tmp_path, monkeypatch, name):
+def test_a_folder_names_no_kernel_of_the_hub(world, two_folders, tmp_path, monkeypatch, name):
     """Transformers would download its code and run it."""
     from transformers import modeling_utils
 
@@ -107,16 +122,10 @@ def test_a_folder_names_no_kernel_of_the_hub(world, tmp_path, monkeypatch, name)
     monkeypatch.setattr(
         modeling_utils, "lazy_import_flash_attention", lambda kernel, **options: fetched.append(kernel)
     )
-    sides = {"vision_config": VISION["clip_vision_model"], "text_config": TEXT["clip_text_model"]}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(**sides)).save_pretrained(tmp_path / "clip")
-    parts = {"image_processor": world.processor.image_processor, "tokenizer": world.processor.tokenizer}
-    CLIPProcessor(**parts).save_pretrained(tmp_path / "clip")
-    shutil.copytree(world.folder / "model", tmp_path / "iclip")
-    for folder in ("clip", "iclip"):
-        file = tmp_path / folder / "config.json"
+    for folder in two_folders:
+        file = folder / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {name: "org/kernel"}))
-        load(tmp_path / folder)
+        load(folder)
     AutoModel.from_pretrained(tmp_path / "iclip")
     ICLIPModel.from_vision_text_pretrained(str(tmp_path / "clip"), str(tmp_path / "clip"))
     vision, text = tmp_path / "vision", tmp_path / "text"
@@ -125,6 +134,39 @@ def test_a_folder_names_no_kernel_of_the_hub(world, tmp_path, monkeypatch, name)
     world.processor.tokenizer.save_pretrained(text)
     init_model(tmp_path / "iclip", tmp_path / "new", str(vision), str(text))
     assert not fetched
+
+
+@pytest.mark.parametrize("file", ["processor_config.json", "audio_tokenizer_config.json"])
+@pytest.mark.parametrize("audio_class", ["AutoConfig", "AutoModel"])
+def test_a_processor_has_no_parts_but_those_of_its_class(two_folders, tmp_path, monkeypatch, file, audio_class):
+    """Transformers would load an audio tokenizer from anywhere, ask whether its code may run, and run it."""
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import BertConfig as Own\n"
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "own.py").write_text(code)
+    content = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(content))
+    audio = {"audio_tokenizer_class": audio_class, "audio_tokenizer_name_or_path": str(tmp_path / "evil")}
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *prompt: asked.append(prompt) or "y")
+    for folder in two_folders:
+        path = folder / file
+        known = json.loads(path.read_text()) if path.is_file() else audio
+        path.write_text(json.dumps(known | {"audio_tokenizer": audio, "chat_template": "{{ 1 }}"}))
+        processor = load(folder).processor
+        assert getattr(processor, "chat_template", None) is None and processor.image_processor is not None
+    assert not asked and not (tmp_path / "ran").exists()
+
+
+def test_whoever_asks_whether_code_may_run_is_told_no(world, tmp_path, monkeypatch):
+    shutil.copytree(world.folder / "model", tmp_path / "model")
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    monkeypatch.setattr("builtins.input", lambda *prompt: pytest.fail("asked"))
+    monkeypatch.setattr(
+        AutoImageProcessor, "from_pretrained", lambda *_, **__: AutoConfig.from_pretrained(tmp_path / "evil")
+    )
+    with pytest.raises(ValueError, match=f"{tmp_path / 'model'}: .*trust_remote_code"):
+        load(tmp_path / "model")
 
 
 def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch):

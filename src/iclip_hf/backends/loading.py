@@ -8,10 +8,19 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
+from unittest import mock
 
 import torch
 from huggingface_hub import resolve_revision
-from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers import (
+    PROCESSOR_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    dynamic_module_utils,
+)
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
 from ..model.processing_iclip import ICLIPProcessor, check_processor
@@ -85,7 +94,7 @@ def load(
     if isinstance(source, ExplainableModel):
         return source
     if is_onnx:
-        return _explainable(ONNXModel(source), AutoProcessor.from_pretrained(source, trust_remote_code=False))
+        return _explainable(ONNXModel(source), ICLIPProcessor.from_pretrained(source))
     if is_name:
         device = _usable(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16():
@@ -159,7 +168,9 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
     of_weights = {"use_safetensors": True, **({"dtype": options.pop("dtype")} if "dtype" in options else {})}
-    with loading_errors(name):
+    # Where nobody told it, Transformers asks on standard input whether code may run, for that many seconds.
+    unasked = mock.patch.object(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0)
+    with loading_errors(name), unasked:
         if not os.path.exists(name):
             # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
             # be retried.
@@ -175,9 +186,21 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             )
         if not isinstance(model, ICLIPModel):  # which checks its weights itself
             check_weights(name, model, loading["missing_keys"])
-        processor = AutoProcessor.from_pretrained(name, **shared)
+        processor = _load_processor(name, config, **shared)
     check_processor(name, processor, model.config)
     return model, processor
+
+
+def _load_processor(name: str | Path, config: PreTrainedConfig, **options):
+    """
+    Loads the processor of a model, by the class that its type has: the processor's file can name another one, and
+    further parts such as an audio tokenizer, which is loaded from anywhere.
+    """
+    processor_class = PROCESSOR_MAPPING[type(config)]
+    if processor_class is ICLIPProcessor:
+        return ICLIPProcessor.from_pretrained(name, **options)
+    parts = (part.from_pretrained(name, **options) for part in (AutoImageProcessor, AutoTokenizer))
+    return processor_class(*parts)
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:

@@ -3,9 +3,12 @@ Processor of ICLIP: prepares images and texts, and converts raw maps to maps at 
 points.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from itertools import chain
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
+from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .explanation import Explanation, masks_of_maps
@@ -28,6 +32,8 @@ from .similarity import check_map_size, resize_and_normalize
 MAX_PIXELS = 2**24
 # A text that any tokenizer knows words of.
 _PROBE = "a photo of a dog"
+# Arguments of `from_pretrained` that say where its files are.
+_OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def check_processor(name, processor, config) -> None:
@@ -111,6 +117,21 @@ class ICLIPProcessor(ProcessorMixin):
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)
         return processor
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """
+        Reads the arguments of this class from `processor_config.json`, and nothing else of it: for an audio tokenizer,
+        the base class would load what the file names. Returns them and the keyword arguments that name no files.
+        """
+        files = {name: kwargs.pop(name) for name in _OF_FILES if name in kwargs}
+        # An absent file is a processor of an older version of Transformers.
+        file = cached_file(
+            pretrained_model_name_or_path, PROCESSOR_NAME, **files, _raise_exceptions_for_missing_entries=False
+        )
+        content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # of Transformers itself
+        return {name: content[name] for name in signature(cls).parameters if name in content}, kwargs
 
     @classmethod
     def from_vision_text_pretrained(

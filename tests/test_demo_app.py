@@ -24,6 +24,7 @@ from iclip_hf.demo import app
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
+from iclip_hf.model.images import load_image
 from iclip_hf.model.similarity import resize_and_normalize
 from iclip_hf.web import viewer
 
@@ -193,7 +194,7 @@ class Neighbour(QuietHandler):
 @pytest.mark.parametrize("extra", [{}, META, {"meta": {}}, {"meta": None}], ids=["bare", "meta", "empty", "null"])
 def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monkeypatch, extra):
     opened = []
-    monkeypatch.setattr(app, "load_image", lambda path, name: opened.append(path))
+    monkeypatch.setattr(app, "read_photo", opened.append)
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     link = Path(own).with_name("link.png")
     link.unlink(missing_ok=True)
@@ -385,6 +386,23 @@ def test_a_bad_upload_is_answered_in_the_page(page, folder):
     assert page.locator("figure").count() == shown > 0
 
 
+def test_a_large_image_is_reduced_first_and_a_larger_one_refused(tmp_path, monkeypatch):
+    """Before it is converted, which takes several times the memory. As it is seen otherwise."""
+    monkeypatch.setattr(app, "MAX_KEPT_PIXELS", 1000)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    grey = np.arange(100 * 50, dtype=np.uint16).reshape(50, 100) * 13
+    for name, image in (("a.png", Image.fromarray(grey)), ("b.jpg", Image.fromarray(grey // 256).convert("L"))):
+        image.save(tmp_path / name, exif=exif)
+        found, whole = app.read_photo(str(tmp_path / name)), load_image(tmp_path / name)
+        assert found.mode == "RGB" and found.size == (22, 44) and whole.size == (50, 100)
+        difference = np.subtract(found, whole.resize(found.size, Image.Resampling.BOX), dtype=float)
+        assert np.abs(difference).max() < 8
+    monkeypatch.setattr(app, "MAX_PIXELS", 100 * 50 - 1)
+    with pytest.raises(ValueError, match="b.jpg: .* 4,999 pixels"):
+        app.read_photo(str(tmp_path / "b.jpg"))
+
+
 FORM = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n%s\r\n--b--\r\n'
 BODIES = {
     "upload": (FORM, "multipart/form-data; boundary=b"),
@@ -404,4 +422,5 @@ def test_a_large_body_is_cut_off(server, path):
         except httpx.HTTPError:
             return False
 
-    assert answered(1000) and not answered(app.MAX_FILE_SIZE + 2**20)
+    limit = app.MAX_FILE_SIZE if path == "upload" else app.MAX_BODY_SIZE
+    assert answered(1000) and not answered(limit + 2**20)

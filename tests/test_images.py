@@ -3,6 +3,7 @@
 import base64
 import io
 import sys
+import tracemalloc
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
 
 from iclip_hf.data.files import image_files
-from iclip_hf.model.images import image_suffixes, load_image
+from iclip_hf.model.images import image_suffixes, load_image, to_rgb
 
 
 @pytest.fixture
@@ -97,6 +98,15 @@ def test_16_bit_is_scaled_not_clipped(format):
     assert np.asarray(image)[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]  # values / 257, rounded
     wide = Image.fromarray(values.astype(np.int32))  # mode "I", as older Pillow opens 16-bit PNG
     assert np.asarray(load_image(wide))[0, :, 0].tolist() == [0, 0, 1, 1, 156, 255]
+
+
+def test_16_bits_take_little_more_memory_than_their_image():
+    image = Image.fromarray(np.zeros((1000, 1000), np.uint16))
+    tracemalloc.start()
+    to_rgb(image)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 14 * 1000 * 1000
 
 
 def test_wide_integers_of_8_bits_are_not_black():

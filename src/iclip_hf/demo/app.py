@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine, PreparedImage
 from ..model.explanation import Explanation
-from ..model.images import load_image
+from ..model.images import open_image, to_rgb, upright
 from ..model.prompts import split_texts
 from ..utils.extras import require_extra
 from ..web.viewer import (
@@ -41,7 +42,12 @@ with require_extra("demo"):
     from starlette.middleware import Middleware
 
 
-MAX_FILE_SIZE = 20 * 2**20  # bytes; `load_image` limits the number of pixels
+MAX_FILE_SIZE = 20 * 2**20  # bytes
+MAX_BODY_SIZE = 2**20  # of other requests, whose values take a hundred times the memory of their text
+# Of an image. Decoding takes up to twelve bytes of each pixel.
+MAX_PIXELS = 50_000_000
+# Larger images are reduced to this number of pixels, because the model's preparation takes twenty bytes of each.
+MAX_KEPT_PIXELS = 2**24
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
@@ -65,6 +71,18 @@ def asked_texts(typed: str) -> list[str]:
     if longest > MAX_CHARACTERS:
         raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}.")
     return texts
+
+
+def read_photo(path: str) -> Image.Image:
+    """Loads a visitor's image as [`load_image`] does, but reduces a large one before anything else."""
+    name = Path(path).name
+    width, height = open_image(path, name, decode=False).size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: this image has more than {MAX_PIXELS:,} pixels; reduce it.")
+    image, scale = open_image(path, name), math.sqrt(MAX_KEPT_PIXELS / (width * height))
+    if scale < 1:
+        image = image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.NEAREST)
+    return to_rgb(upright(image), name)
 
 
 class SeenImage(NamedTuple):
@@ -137,7 +155,7 @@ def build_app(model) -> gr.Blocks:
             "fn": _explain_function(model, app, photographs, download.GRADIO_CACHE),
             "inputs": [photo, typed, method, refine, multi_scale],
             "outputs": [viewer, download],
-            "preprocess": False,  # `load_image` reads the uploaded file itself
+            "preprocess": False,  # `read_photo` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
@@ -156,7 +174,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     # A visitor often asks about one image several times. An image takes two megabytes.
     @functools.lru_cache(maxsize=MAX_SESSIONS)
     def seen_image(path: str, multi_scale: bool) -> SeenImage:
-        return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), load_image(path, Path(path).name))
+        return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), read_photo(path))
 
     def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
         if photo is None:
@@ -226,19 +244,23 @@ def _answer() -> tuple[gr.HTML, gr.DownloadButton]:
 
 
 class LimitedBodies:
-    """Middleware that cuts off the body of a request above `MAX_FILE_SIZE`: Gradio limits files alone."""
+    """
+    Middleware that cuts off the body of a request above `MAX_FILE_SIZE`, or `MAX_BODY_SIZE` if it uploads no file:
+    Gradio limits files alone.
+    """
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
         received = 0
+        limit = MAX_FILE_SIZE + 2**16 if scope.get("path", "").endswith("/upload") else MAX_BODY_SIZE
 
         async def limited():
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            return message if received <= MAX_FILE_SIZE + 2**16 else {"type": "http.disconnect"}
+            return message if received <= limit else {"type": "http.disconnect"}
 
         await self.app(scope, limited if scope["type"] == "http" else receive, send)
 

@@ -122,7 +122,7 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
     if image.mode.startswith("I"):  # "I;16" in its byte orders, or "I"
         import numpy as np  # not above, because commands check their files before they load anything
 
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image).astype(np.int32)
         if values.min() >= 0 and values.max() <= 65535:
             is_8_bit = image.mode == "I" and values.max() <= 255  # "I" is of 32 bits, whose white is not known
             gray = values if is_8_bit else (values + 128) // 257  # rounded

@@ -68,6 +68,7 @@ setup(
             "demo/*.js",
             "web/page/*",
             "backends/*.safetensors",
+            "data/papers/*.yaml",
             "plots/fonts/*",
         ],
         "iclip_hf.evaluate_metrics": ["*/*.py", "*/*.md"],

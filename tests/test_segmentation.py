@@ -487,6 +487,9 @@ def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
     mapping = {"names": {"sofa": ["sofa", "couch", "settee"]}, "background": ["sky", "wall"]}
     other = load_segmentation("voc21", voc, overrides=mapping)
     assert (other.synonyms, other.background_texts) == (dataset.synonyms, dataset.background_texts)
+    (voc / "names.txt").write_text("\n".join(["sky; wall; sofa", *lines]).replace(",", ";"))  # as ProxyCLIP's lists
+    assert load_segmentation("voc21", voc, overrides=voc / "names.txt").synonyms == dataset.synonyms
+    assert load_segmentation("voc21", voc, overrides=voc / "names.txt").background_texts == ("sky", "wall", "sofa")
     (voc / "names.txt").write_text("\n".join(lines))
     void = load_segmentation("voc20", voc, overrides=voc / "names.txt")
     assert void.synonyms == dataset.synonyms and void.templates == IMAGENET_TEMPLATES  # not named, so kept

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..evaluation.metrics import METRICS, OPTIONS, TASKS
+from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_outputs
 from .inputs import load_model
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, seed, share, texts
@@ -69,7 +70,11 @@ def run(options: argparse.Namespace) -> None:
 
     if options.image_size and options.short_side:
         raise ValueError("Leave out --image-size or --short-side.")
-    dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
+    overrides, methods = options.overrides, options.methods
+    if options.protocol:
+        settings = protocol_settings(options.protocol, options.dataset)
+        overrides, methods = overrides or settings.overrides, methods or settings.methods
+    dataset = load_segmentation(options.dataset, options.data_root, options.split, overrides)
     if options.output:
         check_file(options.output, (".json",))
         check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
@@ -85,7 +90,7 @@ def run(options: argparse.Namespace) -> None:
     result = evaluate_model(
         load_model(options.model, options),
         dataset,
-        options.methods,
+        methods,
         metrics,
         image_size=size,
         templates=options.templates,

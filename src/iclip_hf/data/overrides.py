@@ -50,7 +50,7 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
     background = texts(overrides["background"]) if "background" in overrides else ()
     if background and not layout.background:
         raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset!r} is void.")
-    all_texts = [text for names in (background, *synonyms) for text in names]
+    all_texts = [text for names in synonyms for text in names]  # papers have texts of the background among them
     if twice := [text for text in all_texts if all_texts.count(text) > 1]:
         raise ValueError(f"{where}: {twice[0]!r} names two classes.")
     return Overrides(synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates))))
@@ -58,10 +58,12 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
 
 def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> Mapping:
     """
-    Reads a text file with a line for each class, synonyms separated by commas, and perhaps one for the background
-    before.
+    Reads a text file with a line for each class, synonyms separated by semicolons or else by commas, and perhaps one
+    for the background before.
     """
-    lines = [[text.strip() for text in line.split(",")] for line in read_text(path).rstrip().splitlines()]
+    content = read_text(path).rstrip()
+    separator = ";" if ";" in content else ","
+    lines = [[text.strip() for text in line.split(separator)] for line in content.splitlines()]
     has_first = DATASETS[dataset].background and len(lines) == len(class_names) + 1
     background = {"background": lines.pop(0)} if has_first else {}
     if len(lines) != len(class_names):

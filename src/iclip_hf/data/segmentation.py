@@ -285,7 +285,8 @@ def load_segmentation(
             JSON or YAML file, with optional keys:
             `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky", "wall"],
             "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms
-            separated by commas; if the data set has a background, a line with its texts can come first.
+            separated by semicolons if the file has any, otherwise by commas; if the data set has a background, a line
+            with its texts can come first. A text can describe both a class and the background.
 
     Returns:
         [`SegmentationDataset`].

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 def evaluate_model(
     model,
     dataset: SegmentationDataset,
-    methods: Sequence[str] | None = None,
+    methods: Sequence[str] | Mapping[str, Mapping] | None = None,
     metrics: str | Sequence[str | Metric] = "interpretability",
     *,
     image_size: int | dict[str, int] | None = None,
@@ -64,7 +64,8 @@ def evaluate_model(
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
-        methods (*optional*): names of explainers; that of [`make_explainer`] for the model if not given.
+        methods (*optional*): names of explainers, or for each name its options, such as `{"gem": {"depth": 3}}`; that
+            of [`make_explainer`] for the model if not given.
         metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of
             `METRICS` and metrics with options such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
@@ -139,7 +140,7 @@ def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict
     metrics = {}
     for metric, run in run_of.items():
         size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
-        metrics[metric.name] = metric.protocol() | size
+        metrics[metric.name] = metric.settings() | size
     return first.protocol() | {"metrics": metrics}
 
 
@@ -207,7 +208,7 @@ class EvaluationRun:
         self,
         model: ExplainableModel,
         dataset: SegmentationDataset,
-        methods: Sequence[str] | None,
+        methods: Sequence[str] | Mapping[str, Mapping] | None,
         templates: Sequence[str] | None,
         refine: bool,
         multi_scale: bool,
@@ -222,8 +223,11 @@ class EvaluationRun:
         options = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
         new_engine = partial(Engine, self.model, self.model.processor, **options)
         self.engine = new_engine()
-        explainers = [make_explainer(self.model, method) for method in dict.fromkeys(methods or [None])]
+        if not isinstance(methods, Mapping):
+            methods = {method: {} for method in methods or [None]}
+        explainers = [make_explainer(self.model, method, **of_method) for method, of_method in methods.items()]
         self.methods = [explainer.name for explainer in explainers]
+        self.method_options = dict(zip(self.methods, methods.values()))
         self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
         self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
@@ -329,6 +333,7 @@ class EvaluationRun:
                 "images_in_split": dataset.images_in_split,
                 "fingerprint": dataset[: self.count].fingerprint(),
             },
+            "methods": self.method_options,
             **map_settings(self.engine),
             "resize": "whole image, no crop; scores of the whole at the model's own size",
             "class_names": list(dataset.class_names),

@@ -1,6 +1,6 @@
 """Pixel-adaptive mask refinement (PAMR, Araslanov & Roth 2020): maps that follow the edges of the image."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -27,30 +27,43 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     repeat the nearest cell inside.
     """
     image = F.avg_pool2d(pixel_values.float(), CELL)
-    near = list(_neighbours(image))
-    mean = (image + sum(near)) / (len(near) + 1)
-    variance = sum((cells - mean).square() for cells in (image, *near)) / len(near)
-    # The smallest number keeps cells of one colour, whose spread is 0, at equal weights.
-    spread = SPREAD * variance.sqrt() + torch.finfo(variance.dtype).tiny
-    affinity = torch.stack([-((cells - image).abs() / spread).mean(1) for cells in near])
-    weights = affinity.softmax(0)[:, :, None]  # (24, B, 1, H, W)
+    weights = affinity(image, DILATIONS, SPREAD)
     # Subtracting the minimum keeps a constant map exactly constant.
     low = raw_maps.float().amin((-2, -1), keepdim=True)
-    maps = resize_maps(raw_maps.float() - low, image.shape[-2:])
+    return propagate(resize_maps(raw_maps.float() - low, image.shape[-2:]), weights, DILATIONS) + low
+
+
+def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
+    """
+    Computes the weights of the N neighbours of each cell of images `(B, C, H, W)`, see [`refine_maps`]: `(N, B, 1, H,
+    W)`, 8 for each dilation. The standard deviation is over the neighbours and the cell itself, which counts
+    `centers` times.
+    """
+    near = list(_neighbours(image, dilations))
+    count = len(near) + centers
+    mean = (centers * image + sum(near)) / count
+    variance = sum((cells - mean).square() for cells in (*[image] * centers, *near)) / (count - 1)
+    # The smallest number keeps cells of one colour, whose deviation is 0, at equal weights.
+    scale = spread * variance.sqrt() + torch.finfo(image.dtype).tiny
+    return torch.stack([-((cells - image).abs() / scale).mean(1) for cells in near]).softmax(0)[:, :, None]
+
+
+def propagate(maps: torch.Tensor, weights: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
+    """Replaces each cell of maps `(B, T, H, W)` 10 times by the weighted mean of its neighbours, see [`affinity`]."""
     for _ in range(STEPS):
         refined = torch.zeros_like(maps)
-        for weight, neighbour in zip(weights, _neighbours(maps)):
+        for weight, neighbour in zip(weights, _neighbours(maps, dilations)):
             refined.addcmul_(weight, neighbour)
         maps = refined
-    return maps + low
+    return maps
 
 
-def _neighbours(cells: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yields the values of `(B, C, H, W)` cells at each of the 24 neighbours, of the same shape."""
-    reach = max(DILATIONS)
+def _neighbours(cells: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yields the values of `(B, C, H, W)` cells at each neighbour, of the same shape."""
+    reach = max(dilations)
     height, width = cells.shape[-2:]
     padded = F.pad(cells, (reach,) * 4, mode="replicate")
-    for dilation in DILATIONS:
+    for dilation in dilations:
         for row in (-dilation, 0, dilation):
             for column in (-dilation, 0, dilation):
                 if row or column:

@@ -11,6 +11,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 
 from ...utils.lazy import lazy_names
+from ..protocols import PROTOCOLS
 
 
 if TYPE_CHECKING:
@@ -64,6 +65,11 @@ OPTIONS = {
         "number",
         "of segmentation: take as confidence the softmax of similarities times this number, for example 40 "
         "(default: the map of the best class, stretched to [0, 1])",
+    ),
+    "protocol": (
+        PROTOCOLS,
+        "of segmentation: measure as in this paper, with its steps, and its method, class names, sizes and thresholds "
+        "where no other option gives them; excludes --refine, --multi-scale and --image-size (default: none)",
     ),
     "steps": ("count", "of deletion_insertion: number of steps (default: 10)"),
     "seed": ("seed", "seed of all random values (default: 0)"),

@@ -156,7 +156,7 @@ class Metric(ABC):
             name: none_if_nan(score) if isinstance(score, float) else score for name, score in scores.items()
         }, rows
 
-    def protocol(self) -> dict:
+    def settings(self) -> dict:
         """Returns what is needed to repeat the measurement: the options and the definition."""
         options = {option: getattr(self, option) for option in signature(type(self)).parameters}
         return options | ({"definition": self.definition} if self.definition else {})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,11 +15,15 @@ from ...model.label_maps import BACKGROUND_LABEL
 from ...model.similarity import resize_maps, stretch
 from ...model.windows import WholeImage, mean_of_windows, sliding_windows
 from ..functional import THRESHOLDS, area_counts
+from ..protocols import protocol_settings
+from ..window_maps import WindowMaps, resized
 from .metric import EvaluatedImage, Metric
 
 
 # Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
 SHORT_SIDE = 336
+# Options whose default is that of the protocol.
+_OF_PROTOCOLS = ("window", "stride", "logit_scale", "threshold")
 
 
 class MeanIoU:
@@ -118,24 +123,66 @@ def argmax_label_map(
     Returns:
         `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1].
     """
-    best = resize_maps(raw_maps[0], size)  # one map at a time, so that equal maps stay equal
-    winner = torch.zeros(size, dtype=torch.int32, device=best.device)
-    values, total = torch.empty_like(best), torch.zeros_like(best)  # total: sum of exp(logit - highest logit so far)
-    for index, raw in enumerate(raw_maps):
-        resize_maps(raw, size, out=values)
+    values = torch.empty(size, dtype=torch.float32, device=raw_maps.device)
+    # One map at a time, so that equal maps stay equal.
+    winner, best, confidence = _best_texts((resize_maps(raw, size, out=values) for raw in raw_maps), logit_scale)
+    if confidence is None:
+        confidence = stretch(best, *best.aminmax(), out=best)
+    labels = torch.as_tensor(classes, dtype=torch.long, device=best.device)[winner.long()]
+    if threshold is not None:
+        labels[confidence <= threshold] = BACKGROUND_LABEL
+    return labels, confidence
+
+
+def _best_texts(
+    maps: Iterable[torch.Tensor], logit_scale: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    Returns for each pixel of maps `(H, W)` the index of the highest one, the first of equal ones, its value, and with
+    `logit_scale` its probability.
+    """
+    best = None
+    for index, values in enumerate(maps):
+        if best is None:
+            best, winner = values.clone(), torch.zeros_like(values, dtype=torch.int32)
+            total = torch.zeros_like(best)  # sum of exp(logit - highest logit so far)
         higher = values > best
         winner.masked_fill_(higher, index)
         if logit_scale is not None:
             below = (values - best).abs_().mul_(-logit_scale).exp_()
             total = torch.where(higher, total * below + 1, total + below)
         torch.maximum(best, values, out=best)
-    if logit_scale is not None:
-        confidence = 1 / total
-    else:
-        confidence = stretch(best, *best.aminmax(), out=best)
-    labels = torch.as_tensor(classes, dtype=torch.long, device=best.device)[winner.long()]
+    return winner, best, None if logit_scale is None else 1 / total
+
+
+@torch.no_grad()
+def protocol_label_map(
+    maps: WindowMaps,
+    classes: Sequence[int],
+    threshold: float | None,
+    logit_scale: float,
+    min_area: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Finds the class with the highest probability at each pixel, as papers do, see [`~protocols.Protocol`]. Arguments
+    and results are those of [`argmax_label_map`], but the pixel of a text is background if its probability is lower
+    than the threshold, and the pixels of a class below `min_area` go to the best of the other classes, with the
+    probability that this one has among all texts.
+    """
+    classes = torch.as_tensor(classes, dtype=torch.long, device=maps.maps.device)
+    winner, best, confidence = _best_texts(maps.enlarged(), logit_scale)
+    labels = classes[winner.long()]
+    if min_area:
+        areas = torch.bincount(labels.flatten() + 1, minlength=int(classes.max()) + 2)[1:]  # without the background
+        stays = (classes == BACKGROUND_LABEL) | (areas > min_area * areas.sum())[classes]
+        kept = stays.nonzero().flatten()
+        labels.fill_(BACKGROUND_LABEL)
+        if len(kept):
+            winner, lower, _ = _best_texts(maps.enlarged(kept.tolist()), logit_scale)
+            labels = classes[kept][winner.long()]
+            confidence *= (logit_scale * (lower - best)).exp()
     if threshold is not None:
-        labels[confidence <= threshold] = BACKGROUND_LABEL
+        labels[confidence < threshold] = BACKGROUND_LABEL
     return labels, confidence
 
 
@@ -177,9 +224,13 @@ class Segmentation(Metric):
         window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given.
             Images then keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
         stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
-        background: texts that describe the background; those of the data set's overrides if not given.
+        background: texts that describe the background; those of the data set's overrides if not given. Of equal values
+            of such a text and a class, the background counts.
         threshold (`float` in [0, 1], *optional*): background threshold.
         logit_scale (`float`, *optional*): makes the confidence a probability, see [`argmax_label_map`].
+        protocol (`str`, *optional*): takes the steps of a paper, and its values for the data set where options are not
+            given. [`~iclip_hf.evaluation.protocols.protocol_settings`] has these, and the paper's method and class
+            names, which are arguments of [`evaluate_model`] and `load_segmentation`.
     """
 
     name = "segmentation"
@@ -197,6 +248,10 @@ class Segmentation(Metric):
     rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
     needs = frozenset()
     definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
+    definition_of_protocols = (
+        "image resized to int(factor * side + 0.5), bilinear without antialiasing; maps of windows averaged in "
+        "pixels, bilinear to the image's size, PAMR there; softmax over all texts; the highest class counts"
+    )
 
     def __init__(
         self,
@@ -205,15 +260,19 @@ class Segmentation(Metric):
         background: Sequence[str] | None = None,
         threshold: float | None = None,
         logit_scale: float | None = None,
+        protocol: str | None = None,
     ):
         super().__init__()
         self.window, self.stride = window, stride or (window and window // 2)
         self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
-        if window:
+        self.protocol, self.resolved = protocol, None
+        if window and not protocol:
             self.image_size = {"shortest_edge": SHORT_SIDE}
 
     def prepare(self, run) -> None:
         dataset = run.dataset
+        if self.protocol:
+            self._resolve(run)
         self.texts_of_background = list(dataset.background_texts if self.background is None else self.background)
         if not dataset.background and (self.texts_of_background or self.threshold is not None):
             raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
@@ -226,30 +285,72 @@ class Segmentation(Metric):
         if self.window and run.engine.multi_scale:
             raise ValueError("Leave out window or multi_scale: each has windows of its own.")
         patch = run.model.processor.patch_size
-        if self.window and (self.window % patch or self.stride % patch or not 0 < self.stride <= self.window):
+        steps = (self.window, self.stride) if self.window and not self.protocol else ()
+        if self.window and (any(step % patch for step in steps) or not 0 < self.stride <= self.window):
             raise ValueError(
                 f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
                 f"window, not {self.window} and {self.stride}."
             )
-        self.classes = [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
-        self.classes += [BACKGROUND_LABEL] * len(self.texts_of_background)
-        self.encoded = run.engine.encode([*itertools.chain(*dataset.synonyms), *self.texts_of_background])
+        self.classes = [BACKGROUND_LABEL] * len(self.texts_of_background)
+        self.classes += [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
+        texts = [*self.texts_of_background, *itertools.chain(*dataset.synonyms)]
+        # A text of a class and of the background has one map.
+        self.texts = [*dict.fromkeys(texts)]
+        self.places = [self.texts.index(text) for text in texts]
+        self.encoded = run.engine.encode(self.texts)
         self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
-    def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor]]:
-        """Returns raw maps of all texts `(T, h, w)` by method for each image."""
+    def _resolve(self, run) -> None:
+        """Takes the values of the protocol for the options that are not given."""
+        size = run.engine.image_size or {}
+        if run.engine.refine or run.engine.multi_scale or "height" in size:
+            raise ValueError(
+                "Leave out protocol, or else refine, multi_scale and image_size: a protocol has a refinement, windows "
+                "and a size of its own."
+            )
+        given = {"short_side": size.get("shortest_edge"), **{name: getattr(self, name) for name in _OF_PROTOCOLS}}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.resolved = replace(protocol_settings(self.protocol, run.dataset.name), **given)
+        for name in _OF_PROTOCOLS:
+            setattr(self, name, getattr(self.resolved, name))
+
+    def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor | WindowMaps]]:
+        """Returns raw maps of all texts `(T, h, w)` by method for each image, or with a protocol those of windows."""
+        if self.protocol:
+            return [self._window_maps(image) for image in images]
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         windows = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
         by_method = {
-            method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0].cpu()
+            method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0][:, self.places].cpu()
             for method, engine in self.run.engines.items()
         }
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
 
+    def _window_maps(self, image: EvaluatedImage) -> dict[str, WindowMaps]:
+        processor, settings = self.run.model.processor, self.resolved
+        cut = WindowMaps.cut(
+            resized(image.sample.image, settings.short_side),
+            self.window,
+            self.stride,
+            size=image.sample.size,
+            dilations=settings.pamr_dilations,
+        )
+        pixel_values = processor(images=cut.views(processor.patch_size), do_resize=False)["pixel_values"]
+        batches = pixel_values.split(self.run.batch_size)
+        by_method = {}
+        for method, engine in self.run.engines.items():
+            maps = torch.cat([engine.raw_maps(batch, self.encoded)[0] for batch in batches])
+            by_method[method] = replace(cut, maps=maps[:, self.places])
+        return by_method
+
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
-        raw_maps, size = image.outputs[self.name][method], image.sample.size
-        labels, confidence = argmax_label_map(raw_maps, size, self.classes, self.threshold, self.logit_scale)
+        maps, options = image.outputs[self.name][method], (self.classes, self.threshold, self.logit_scale)
+        if self.protocol:
+            labels, confidence = protocol_label_map(maps, *options, self.resolved.min_area)
+            labels, confidence = labels.cpu(), confidence.cpu()
+        else:
+            labels, confidence = argmax_label_map(maps, image.sample.size, *options)
         self.update(labels + 1, image.sample.label_map, confidence, image.index)
 
     def update(self, prediction, reference, confidence, index: int) -> None:
@@ -282,10 +383,18 @@ class Segmentation(Metric):
         shown = {**scores, "floor_class": None, "thresholds": None}
         return [*super().cells(shown)[:3], str(scores["floor_class"]), " / ".join(map(str, thresholds))]
 
-    def protocol(self) -> dict:
+    def settings(self) -> dict:
         chosen = "the best of the images at the other (even or odd) positions"
-        return super().protocol() | {
-            "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
-            "background": self.texts_of_background,
-            "threshold": chosen if self.sweeps else self.threshold,
-        }
+        resolved = {}
+        if self.protocol:
+            resolved = {name: getattr(self.resolved, name) for name in ("short_side", "min_area", "pamr_dilations")}
+            resolved["definition"] = self.definition_of_protocols
+        return (
+            super().settings()
+            | resolved
+            | {
+                "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
+                "background": self.texts_of_background,
+                "threshold": chosen if self.sweeps else self.threshold,
+            }
+        )

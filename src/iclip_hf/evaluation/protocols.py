@@ -1,0 +1,105 @@
+"""
+The protocols by which papers on training-free open-vocabulary segmentation measure mIoU, as their released
+configurations state them. No torch, because the help of a command lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+
+_NAMES = Path(__file__).parents[1] / "data" / "papers"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """
+    The settings of a paper for one data set.
+
+    Attributes:
+        methods (`dict`): the paper's method, with its options.
+        short_side (`int`): short side of the resized images in pixels.
+        window, stride (`int`): side and distance of the sliding windows in pixels; None for the whole image.
+        logit_scale (`float`): scale of the softmax over the texts.
+        threshold (`float`, *optional*): a pixel whose best class has a lower probability is background.
+        min_area (`float`): least share of the pixels of all classes but the background that a class needs; the pixels
+            of a smaller class go to the next best class.
+        pamr_dilations (`tuple[int, ...]`): distances of the neighbours of PAMR in pixels; none without PAMR.
+        overrides (`Path`, *optional*): class names and texts of the background, for `load_segmentation`; None if they
+            are the data set's own.
+    """
+
+    methods: Mapping[str, Mapping]
+    short_side: int = 336
+    window: int | None = 224
+    stride: int | None = 112
+    logit_scale: float = 40.0
+    threshold: float | None = None
+    min_area: float = 0.0
+    pamr_dilations: tuple[int, ...] = ()
+    overrides: Path | None = field(default=None, repr=False)
+
+
+_WHOLE = {"window": None, "stride": None}
+_CITYSCAPES = {"short_side": 560}
+# For each paper its settings, and what differs for a data set.
+_PAPERS = {
+    "sclip": (
+        Protocol({"sclip": {}}),
+        {
+            "voc21": {"logit_scale": 65.0, "threshold": 0.1, "min_area": 0.1},
+            "context60": {"logit_scale": 50.0, "threshold": 0.1},
+            "coco_object": {"logit_scale": 50.0, "threshold": 0.1},
+            "coco_stuff": {"short_side": 448},
+            "cityscapes": _CITYSCAPES,
+        },
+    ),
+    "naclip": (
+        Protocol({"naclip": {}}, pamr_dilations=(8, 16)),
+        {
+            "voc21": {"threshold": 0.1, **_WHOLE},
+            "voc20": _WHOLE,
+            "context60": {"threshold": 0.1},
+            "coco_object": {"threshold": 0.1},
+            "cityscapes": _CITYSCAPES,
+        },
+    ),
+    "clearclip": (
+        Protocol({"clearclip": {}}, short_side=448, window=448, stride=224, logit_scale=50.0),
+        {
+            "voc21": {"threshold": 0.5},
+            "context60": {"threshold": 0.15},
+            "coco_object": {"threshold": 0.4},
+            "cityscapes": {"window": 224},
+        },
+    ),
+    "proxyclip": (
+        Protocol({"proxyclip": {"proxy": "facebook/dino-vitb8"}}, window=336),
+        {
+            "voc21": {"threshold": 0.2},
+            "context60": {"threshold": 0.15},
+            "coco_object": {"threshold": 0.25},
+            "ade20k": {"short_side": 448},
+            "cityscapes": {"short_side": 448, "window": 224},
+        },
+    ),
+}
+PROTOCOLS = tuple(_PAPERS)
+# The paper whose lists of names another one took over.
+_NAMES_OF = {"naclip": "sclip"}
+
+
+def protocol_settings(paper: str, dataset: str) -> Protocol:
+    """
+    Returns the settings of a paper, a name of `PROTOCOLS`, for a data set, a name of
+    [`~iclip_hf.data.layouts.DATASETS`]. A data set that the paper does not have gets those that most others have.
+    Raises `ValueError` if there is no such paper.
+    """
+    if paper not in _PAPERS:
+        raise ValueError(f"{paper!r} is none of the protocols {', '.join(PROTOCOLS)}.")
+    settings, changes = _PAPERS[paper]
+    files = [_NAMES / f"{dataset}-{_NAMES_OF.get(paper, paper)}.yaml", _NAMES / f"{dataset}.yaml"]
+    overrides = next(filter(Path.is_file, files), None)
+    return replace(settings, overrides=overrides, **changes.get(dataset, {}))

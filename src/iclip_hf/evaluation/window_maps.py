@@ -1,0 +1,88 @@
+"""
+Label maps by the steps that papers on training-free open-vocabulary segmentation share, see [`~protocols.Protocol`].
+Their resizing is bilinear without antialiasing, and windows are averaged in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from ..model.refinement import affinity, propagate
+from ..model.windows import mean_of_windows, sliding_windows
+
+
+# Longest side of a resized image in pixels.
+LONGEST_SIDE = 2048
+# Share of the local standard deviation by which PAMR divides a difference, as in its authors' code.
+PAMR_SPREAD = 0.1
+# Number of maps that are enlarged at once.
+CHUNK = 8
+
+
+def resized(image: Image.Image, short_side: int) -> torch.Tensor:
+    """
+    Resizes an RGB image to a short side in pixels, and a long side of at most 2048: `(3, H, W)`, uint8. Its sides need
+    not be multiples of a patch.
+    """
+    pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)
+    height, width = pixels.shape[1:]
+    factor = min(short_side / min(height, width), LONGEST_SIDE / max(height, width))
+    return _bilinear(pixels[None].float(), [int(side * factor + 0.5) for side in (height, width)])[0].round().byte()
+
+
+@dataclass(frozen=True)
+class WindowMaps:
+    """
+    The raw maps of the windows of one image.
+
+    Attributes:
+        pixels (`torch.Tensor` of shape `(3, H, W)`): the resized image.
+        windows: the rows and columns of each of the W windows, which have one size.
+        size (`tuple[int, int]`): height and width of the enlarged maps in pixels.
+        dilations: distances in pixels of the neighbours of PAMR, which refines the enlarged maps; none without PAMR.
+        maps (`torch.Tensor` of shape `(W, T, h, w)`, *optional*): raw maps of T texts.
+    """
+
+    pixels: torch.Tensor
+    windows: Sequence[tuple[slice, slice]]
+    size: tuple[int, int]
+    dilations: Sequence[int] = ()
+    maps: torch.Tensor | None = None
+
+    @classmethod
+    def cut(cls, pixels: torch.Tensor, window: int | None, stride: int | None, **options) -> WindowMaps:
+        """Divides an image into windows that slide over it by `stride`; one of the whole image without `window`."""
+        size = tuple(pixels.shape[1:])
+        sides = tuple(min(window or side, side) for side in size)
+        return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **options)
+
+    def views(self, patch_size: int) -> list[torch.Tensor]:
+        """Returns the windows. Like a convolution without padding, they leave out incomplete patches at the edges."""
+        views = [self.pixels[:, rows, columns] for rows, columns in self.windows]
+        height, width = (side - side % patch_size for side in views[0].shape[1:])
+        return [view[:, :height, :width] for view in views]
+
+    def enlarged(self, texts: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
+        """Yields the map `(height, width)` of each text, or of those with these indices."""
+        maps = self.maps if texts is None else self.maps[:, list(texts)]
+        window = [part.stop - part.start for part in self.windows[0]]
+        weights = None
+        if self.dilations:
+            image = _bilinear(self.pixels[None].to(maps), self.size)
+            weights = affinity(image, self.dilations, PAMR_SPREAD, centers=len(self.dilations))
+        for part in maps.split(CHUNK, 1):
+            of_windows = (_bilinear(one[None], window) for one in part)
+            joined = mean_of_windows(of_windows, self.windows, self.pixels.shape[1:], patch_size=1)
+            large = _bilinear(joined, self.size)
+            yield from (large if weights is None else propagate(large, weights, self.dilations))[0]
+
+
+def _bilinear(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resizes `(B, C, H, W)`, without antialiasing."""
+    return F.interpolate(values, tuple(size), mode="bilinear", align_corners=False)

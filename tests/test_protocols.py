@@ -1,0 +1,248 @@
+"""Label maps by the protocols of papers, against the same steps written out for one image."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import iclip, tiny_image_processor, tiny_model
+from PIL import Image
+
+from iclip_hf.data import load_segmentation
+from iclip_hf.data.layouts import DATASETS
+from iclip_hf.data.overrides import read_overrides
+from iclip_hf.evaluation.evaluate import evaluate_model
+from iclip_hf.evaluation.metrics import Segmentation
+from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
+from iclip_hf.explainers import make_explainer
+from iclip_hf.model.engine import Engine
+
+
+SMALL = {"window": 40, "stride": 24}
+OVERRIDES = {
+    "names": {"car": ["car", "red car"]},
+    "background": ["sky", "grass", "red ball"],  # the last is a class, too
+    "templates": ["a {}.", "the {}."],
+}
+
+
+def bilinear(values, size):
+    """`(..., h, w)` to a size, by the weights of the two nearest rows and columns."""
+    for axis, length in ((-2, size[0]), (-1, size[1])):
+        old = values.shape[axis]
+        place = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, old - 1)
+        low = np.floor(place).astype(int)
+        high, share = np.minimum(low + 1, old - 1), place - low
+        share = share[:, None] if axis == -2 else share
+        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
+    return values
+
+
+def pamr(logits, image, dilations):
+    """Pixel by pixel, of `(T, H, W)` and `(3, H, W)`."""
+    height, width = image.shape[1:]
+
+    def moved(values, dy, dx):
+        rows, columns = np.clip(np.arange(height) + dy, 0, height - 1), np.clip(np.arange(width) + dx, 0, width - 1)
+        return values[..., rows[:, None], columns]
+
+    around = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+    places = [(step * dy, step * dx) for step in dilations for dy, dx in around]  # the centre, too
+    deviation = np.std([moved(image, *place) for place in places], axis=0, ddof=1)
+    near = [place for place in places if place != (0, 0)]
+    powers = [np.exp(-(abs(moved(image, *p) - image) / (0.1 * deviation + 1e-8)).mean(0)) for p in near]
+    for _ in range(10):
+        logits = sum(power * moved(logits, *place) for power, place in zip(powers, near)) / sum(powers)
+    return logits
+
+
+def expected_label_map(engine, image, classes, settings):
+    """The class of each pixel, 0 for the background; `classes` lists the texts of each, the background's first."""
+    texts = [text for of_class in classes for text in of_class]
+    encoded, patch = engine.encode(texts), engine.processor.patch_size
+    original = np.array(image).transpose(2, 0, 1).astype(float)
+    factor = settings.short_side / min(original.shape[1:])
+    height, width = (math.floor(side * factor + 0.5) for side in original.shape[1:])
+    resized = bilinear(original, (height, width)).round()
+    rows, columns = (settings.window or height), (settings.window or width)
+    total, count = np.zeros((len(texts), height, width)), np.zeros((height, width))
+    step = settings.stride or 1
+    for i in range(max(height - rows + step - 1, 0) // step + 1):
+        for j in range(max(width - columns + step - 1, 0) // step + 1):
+            bottom, right = min(i * step + rows, height), min(j * step + columns, width)
+            top, left = max(bottom - rows, 0), max(right - columns, 0)
+            window = torch.tensor(resized[:, top:bottom, left:right]).byte()
+            window = window[:, : (bottom - top) // patch * patch, : (right - left) // patch * patch]
+            pixels = engine.processor(images=[window], do_resize=False)["pixel_values"]
+            logits = engine.raw_maps(pixels, encoded)[0][0].double().numpy()
+            total[:, top:bottom, left:right] += bilinear(logits, (bottom - top, right - left))
+            count[top:bottom, left:right] += 1
+    logits = bilinear(total / count, original.shape[1:])
+    if settings.pamr_dilations:
+        logits = pamr(logits, bilinear(resized, original.shape[1:]), settings.pamr_dilations)
+    powers = np.exp(settings.logit_scale * (logits - logits.max(0)))
+    of_text = iter(powers / powers.sum(0))
+    scores = np.array([np.max([next(of_text) for _ in of_class], axis=0) for of_class in classes])
+    if settings.min_area:
+        areas = np.bincount(scores.argmax(0).ravel(), minlength=len(classes))[1:]
+        scores[1:] *= (areas > settings.min_area * areas.sum())[:, None, None]
+    labels = scores.argmax(0)
+    labels[scores.max(0) < (settings.threshold or 0)] = 0
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("paper", "changes"),
+    [
+        ("sclip", {"logit_scale": 20.0, "threshold": 0.3, "min_area": 0.2, **SMALL}),
+        ("naclip", {"logit_scale": 20.0, "threshold": 0.3, "window": None, "stride": None}),
+        ("naclip", {"logit_scale": 20.0, "threshold": 0.3, **SMALL}),
+        ("clearclip", {"threshold": 0.4, **SMALL}),
+    ],
+)
+def test_label_maps_are_those_of_the_steps(labelled_folder, tiny_processor, monkeypatch, paper, changes):
+    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder, overrides=OVERRIDES)
+    settings = replace(protocol_settings(paper, "folder"), short_side=51, **changes)
+    monkeypatch.setattr("iclip_hf.evaluation.metrics.segmentation.protocol_settings", lambda *_: settings)
+    found, update = {}, Segmentation.update
+
+    def recording(self, prediction, reference, confidence, index):
+        found[index] = prediction.numpy()
+        update(self, prediction, reference, confidence, index)
+
+    monkeypatch.setattr(Segmentation, "update", recording)
+    model = (model, tiny_processor)
+    evaluate_model(model, dataset, settings.methods, [Segmentation(protocol=paper)], batch_size=3, progress=False)
+    explainer = make_explainer(model, paper)
+    engine = Engine(explainer.model, explainer.model.processor, explainer, dataset.templates)
+    classes = [dataset.background_texts, *dataset.synonyms]
+    differ = shown = 0
+    for index, sample in enumerate(dataset):
+        expected = expected_label_map(engine, sample.image, classes, settings)
+        differ, shown = differ + (found[index] != expected).mean() / len(dataset), max(shown, len(np.unique(expected)))
+    assert differ < 0.001 and shown > 2 and len(found) == len(dataset)
+
+
+# As the released configurations state them: short side, window, stride, scale and, with a background, the threshold.
+RELEASED = {
+    "sclip": {
+        "voc21": (336, 224, 112, 65, 0.1),
+        "context60": (336, 224, 112, 50, 0.1),
+        "coco_object": (336, 224, 112, 50, 0.1),
+        "voc20": (336, 224, 112, 40, None),
+        "context59": (336, 224, 112, 40, None),
+        "coco_stuff": (448, 224, 112, 40, None),
+        "cityscapes": (560, 224, 112, 40, None),
+        "ade20k": (336, 224, 112, 40, None),
+    },
+    "naclip": {
+        "voc21": (336, None, None, 40, 0.1),
+        "context60": (336, 224, 112, 40, 0.1),
+        "coco_object": (336, 224, 112, 40, 0.1),
+        "voc20": (336, None, None, 40, None),
+        "context59": (336, 224, 112, 40, None),
+        "coco_stuff": (336, 224, 112, 40, None),
+        "cityscapes": (560, 224, 112, 40, None),
+        "ade20k": (336, 224, 112, 40, None),
+    },
+    "clearclip": {
+        "voc21": (448, 448, 224, 50, 0.5),
+        "context60": (448, 448, 224, 50, 0.15),
+        "coco_object": (448, 448, 224, 50, 0.4),
+        "voc20": (448, 448, 224, 50, None),
+        "context59": (448, 448, 224, 50, None),
+        "coco_stuff": (448, 448, 224, 50, None),
+        "cityscapes": (448, 224, 224, 50, None),
+        "ade20k": (448, 448, 224, 50, None),
+    },
+    "proxyclip": {
+        "voc21": (336, 336, 112, 40, 0.2),
+        "context60": (336, 336, 112, 40, 0.15),
+        "coco_object": (336, 336, 112, 40, 0.25),
+        "voc20": (336, 336, 112, 40, None),
+        "context59": (336, 336, 112, 40, None),
+        "coco_stuff": (336, 336, 112, 40, None),
+        "cityscapes": (448, 224, 112, 40, None),
+        "ade20k": (448, 336, 112, 40, None),
+    },
+}
+
+
+def test_settings_are_the_released_ones_and_class_names_are_found():
+    assert [*RELEASED] == [*PROTOCOLS]
+    differ = {"context59": 2, "context60": 2, "coco_stuff": 46, "cityscapes": 2, "ade20k": 17}
+    backgrounds = {"voc21": (26, 26, 1, 26), "context60": (1, 1, 1, 1), "coco_object": (26, 26, 1, 17)}
+    for number, (paper, datasets) in enumerate(RELEASED.items()):
+        for name, expected in datasets.items():
+            found = protocol_settings(paper, name)
+            values = (found.short_side, found.window, found.stride, found.logit_scale, found.threshold)
+            assert values == expected, (paper, name)
+            assert found.min_area == (0.1 if (paper, name) == ("sclip", "voc21") else 0)
+            assert found.pamr_dilations == ((8, 16) if paper == "naclip" else ()) and [*found.methods] == [paper]
+            own = DATASETS[name].classes
+            texts = read_overrides(found.overrides, name, own)
+            changed = sum(texts != (class_name,) for class_name, texts in zip(own, texts.synonyms))
+            synonyms = paper in ("sclip", "naclip")
+            others = {"voc21": 4 + synonyms, "voc20": 4 + synonyms, "coco_object": int(synonyms)}
+            assert changed == (differ | others)[name], (paper, name)
+            assert len(texts.background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
+            assert len(texts.templates) == 80
+
+
+@pytest.fixture
+def voc(labelled_folder, tmp_path):
+    """The images of `labelled_folder` in the layout of VOC."""
+    images = sorted((labelled_folder / "images").iterdir())
+    for folder in ("JPEGImages", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for path in images:
+        Image.open(path).convert("RGB").save(tmp_path / "JPEGImages" / f"{path.stem}.jpg")
+    (tmp_path / "SegmentationClass").symlink_to(labelled_folder / "masks")
+    (tmp_path / "ImageSets/Segmentation/val.txt").write_text("\n".join(path.stem for path in images))
+    return tmp_path
+
+
+def test_the_command_states_what_it_used_and_options_replace_it(voc, world, capsys):
+    command = ["evaluate", "--task", "segmentation", "--dataset", "voc21", "--data-root", voc, "--limit", 1, "--json"]
+    command += ["--model", world.folder / "model", "--template", "a {}.", "--protocol", "sclip"]
+
+    def result(*options):
+        assert iclip(*command, *options) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["protocol"], found["protocol"]["metrics"]["segmentation"], [*found["results"]]
+
+    whole, used, methods = result()
+    assert methods == ["sclip"] and whole["methods"] == {"sclip": {}} and whole["class_names"][3] == "ship"
+    assert (used["protocol"], used["short_side"], used["window"], used["stride"]) == ("sclip", 336, 224, 112)
+    assert (used["logit_scale"], used["threshold"], used["min_area"]) == (65, 0.1, 0.1)
+    assert used["pamr_dilations"] == [] and len(used["background"]) == 26 and "bilinear" in used["definition"]
+    (voc / "names.yaml").write_text("names: {boat: canoe}")
+    options = ["--short-side", 40, "--window", 32, "--threshold", 0.2, "--logit-scale", 7, "--methods", "naclip"]
+    whole, used, methods = result(*options, "--overrides", voc / "names.yaml", "--background", "sky")
+    assert methods == ["naclip"] and whole["class_names"][3] == "canoe" and used["background"] == ["sky"]
+    assert (used["short_side"], used["window"], used["stride"], used["logit_scale"]) == (40, 32, 16, 7)
+    assert (used["threshold"], used["min_area"], used["protocol"]) == (0.2, 0.1, "sclip")
+
+
+@pytest.mark.parametrize("option", [{"refine": True}, {"multi_scale": True}, {"image_size": 32}])
+def test_a_protocol_excludes_options_of_maps(labelled_folder, tiny_processor, option):
+    dataset = load_segmentation("folder", labelled_folder)
+    with pytest.raises(ValueError, match="Leave out protocol, or else refine, multi_scale and image_size"):
+        evaluate_model((tiny_model(), tiny_processor), dataset, metrics=[Segmentation(protocol="naclip")], **option)
+
+
+def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(labelled_folder, tiny_processor, tmp_path):
+    """That of ProxyCLIP has a proxy, and none of them a threshold for other data than the paper's."""
+    tiny_model("dinov2").vision_model.save_pretrained(tmp_path)
+    tiny_image_processor().save_pretrained(tmp_path)
+    dataset = load_segmentation("folder", labelled_folder)
+    options = {"proxy": str(tmp_path)}
+    metrics = [Segmentation(window=32, protocol="proxyclip")]
+    model = (tiny_model(), tiny_processor)
+    size = {"shortest_edge": 40}
+    result = evaluate_model(model, dataset, {"proxyclip": options}, metrics, image_size=size, progress=False)
+    assert result.protocol["methods"] == {"proxyclip": options}
+    scores = result.results["proxyclip"]["segmentation"]
+    assert scores["miou"] > 0 and all(0 <= threshold <= 1 for threshold in scores["thresholds"])

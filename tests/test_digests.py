@@ -37,11 +37,10 @@ def test_what_a_digest_is_of(tmp_path, read):
     assert content_digest([both[0], renamed], read=read) != first
 
 
-def test_large_data_are_not_read(tmp_path, monkeypatch):
+def test_large_data_are_read_once(tmp_path, cache, monkeypatch):
     """Of all sources together."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text('{"image": "1.jpg", "caption": "a"}')
-    (tmp_path / "1.jpg").write_bytes(b"0123456789")
     monkeypatch.setattr(pairs, "LARGE", (tmp_path / "a.jsonl").stat().st_size + 10)
     found = []
     for content in (b"0123456789", b"9876543210"):

@@ -10,9 +10,11 @@ from conftest import FEATURES, tiny_model, write_pairs
 from processes import run_script
 
 from iclip_hf import ICLIPProcessor
+from iclip_hf.data.columns import sample_caption
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import CachedPairs, FeatureCache, PairCollator
+from iclip_hf.training.evaluation import sampled_captions
 from iclip_hf.training.features import FeatureStore
 
 
@@ -142,6 +144,7 @@ import sys
 from pathlib import Path
 
 import torch
+from iclip_hf.training.evaluation import sampled_captions
 from iclip_hf.training.features import FeatureStore
 from iclip_hf.utils.distributed import partial_state
 
@@ -233,7 +236,7 @@ def test_bad_pairs_are_left_out_of_the_cache(tmp_path, tiny_processor, caplog):
         CachedPairs(load_pairs(str(tmp_path / "pairs.tar"), max_bad_share=0.01), cache, collator)
     dataset = CachedPairs(pairs, cache, collator)
     assert len(dataset) == 38 and "2 of 40 pairs are left out" in caplog.text
-    assert dataset.indices == [index for index in range(40) if index not in (0, 7)]
+    assert dataset.indices.tolist() == [index for index in range(40) if index not in (0, 7)]
     assert dataset.texts() == [pairs.captions(index) for index in dataset.indices]
 
 
@@ -264,3 +267,5 @@ def test_cached_features_make_the_batch_of_their_pairs(tmp_path, tiny_processor,
             assert torch.equal(batch["input_ids"], expected["input_ids"])
         seen.append(expected["input_ids"].tolist())
     assert seen[0] == seen[2] != seen[1]
+    sampled = [sample_caption(row["captions"], 7, *row["draw"]) for row in cached.__getitems__(range(len(cached)))]
+    assert sampled_captions(cached, 7) == sampled

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import tarfile
+import tracemalloc
 from collections import Counter
 from itertools import chain, combinations
 
@@ -469,11 +470,15 @@ def test_the_images_of_another_column_are_others(tmp_path, monkeypatch, form):
     rows.to_parquet(tmp_path / "a.parquet")
     photos, drawings = (load_pairs(tmp_path / "a.parquet", image_column=name) for name in ("photo", "drawing"))
     for pairs, distinct in ((photos, 4), (drawings, 2)):
+        monkeypatch.setattr(pairs_module, "LARGE", 2**30)
         expected = [hashlib.sha256(pairs.raw(row).image).digest() for row in range(4)]
         assert pairs.image_digests() == expected and len(set(expected)) == distinct
-    monkeypatch.setattr(pairs_module, "LARGE", 0)
-    photos, drawings = (load_pairs(tmp_path / "a.parquet", image_column=name) for name in ("photo", "drawing"))
-    assert {*photos.image_digests()}.isdisjoint(drawings.image_digests())
+        monkeypatch.setattr(pairs_module, "LARGE", 0)  # kept, for both
+        assert (
+            load_pairs(tmp_path / "a.parquet", image_column=pairs.sources[0].columns.image[0]).image_digests()
+            == expected
+        )
+        monkeypatch.undo()
 
 
 def test_the_part_does_not_depend_on_the_place_of_the_files(tmp_path):
@@ -529,6 +534,26 @@ def test_a_format_is_a_function_and_a_row_of_the_table(tmp_path, monkeypatch):
     assert [pairs.captions(row) for row in range(3)] == [["a dog", "a pet"], ["a cat"], ["absent"]]
     assert pairs.files() == {str(tmp_path / name) for name in ("a.lines", "0.jpg", "1.jpg", "2.jpg")}
     assert [len(part) for part in pairs.split(0.5)] == [1, 2] and len(pairs.image_digests()) == 3
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "folders"])
+def test_rows_take_little_more_memory_than_their_text(tmp_path, form):
+    """A dictionary for each takes several times as much, and each loading process would come to copy it."""
+    names = [f"a photo of number/{number:06}.jpg" for number in range(2000)]
+    if form == "csv":
+        (tmp_path / "a.csv").write_text("\n".join(["image,caption", *(f"{name},{name}" for name in names)]))
+    elif form == "jsonl":
+        (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"image": name, "captions": [name]}) for name in names))
+    else:
+        (tmp_path / "a photo of number").mkdir()
+        for name in names:
+            (tmp_path / name).touch()
+    load_pairs(tmp_path if form == "folders" else tmp_path / f"a.{form}")  # which imports
+    tracemalloc.start()
+    pairs = load_pairs(tmp_path if form == "folders" else tmp_path / f"a.{form}")
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(pairs) == 2000 and taken / 2000 < 200
 
 
 # ---- index cache ----
@@ -793,33 +818,35 @@ def test_images_are_compared_once(tmp_path, recorded):
         assert digests == [hashlib.sha256(image).digest() for image in images]
 
 
-def test_images_of_large_data_are_known_by_place_size_and_time(tmp_path, monkeypatch):
-    """They are not read: a copy is another image, and what is written anew too."""
-    monkeypatch.setattr(pairs_module, "LARGE", 0)
-    monkeypatch.setattr(PairDataset, "raw", None)
-    write_images(tmp_path, [f"{number}.jpg" for number in range(3)])
-    (tmp_path / "copy.jpg").write_bytes((tmp_path / "0.jpg").read_bytes())
-    (tmp_path / "b.csv").write_text("image,caption\n0.jpg,a\ncopy.jpg,b\n1.jpg,c\n./2.jpg,d")
-    shards = write_shards(tmp_path / "shards", 6, 2)
-    pairs = load_pairs([tmp_path / "b.csv", shards])
-    before = pairs.image_digests()
-    assert len({*before}) == 10 and [len(part) for part in pairs.split(0.2)] == [8, 2]
-    os.utime(tmp_path / "1.jpg", (1, 1))
-    os.utime(shards / "00001.tar", (1, 1))
-    after = load_pairs([tmp_path / "b.csv", shards]).image_digests()
-    assert [one == other for one, other in zip(before, after)] == [row not in (2, 7, 8, 9) for row in range(10)]
-
-
-def test_large_images_in_a_saved_dataset_are_known_by_all_of_its_files(tmp_path, monkeypatch):
-    """Otherwise the feature cache gives the features of images before a file was replaced."""
-    monkeypatch.setattr(pairs_module, "LARGE", 0)
+def test_images_of_large_data_are_read_once(tmp_path, cache, monkeypatch, recorded):
+    """And known by their content as those of small data, so that the feature cache has them after a move too."""
     rows = [{"image": {"bytes": jpeg(i), "path": None}, "caption": str(i)} for i in range(4)]
     saved = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    saved.save_to_disk(tmp_path / "saved", num_shards=2)
-    before = load_pairs(tmp_path / "saved").image_digests()
-    assert load_pairs(tmp_path / "saved").image_digests() == before and len({*before}) == 4
-    os.utime(max((tmp_path / "saved").glob("*.arrow")), (1, 1))
-    assert {*load_pairs(tmp_path / "saved").image_digests()[2:]}.isdisjoint(before)
+    saved.save_to_disk(tmp_path / "data" / "saved", num_shards=2)
+    write_images(tmp_path / "data", [f"{number}.jpg" for number in range(3)])
+    (tmp_path / "data" / "copy.jpg").write_bytes((tmp_path / "data" / "0.jpg").read_bytes())
+    (tmp_path / "data" / "b.csv").write_text("image,caption\n0.jpg,a\ncopy.jpg,b\n1.jpg,c\n./2.jpg,d\nabsent.jpg,e")
+    write_shards(tmp_path / "data" / "shards", 6, 2)
+
+    def digests(folder="data"):
+        sources = [tmp_path / folder / name for name in ("b.csv", "shards/00000.tar", "shards/00001.tar", "saved")]
+        return load_pairs(sources).image_digests()
+
+    expected = digests()
+    assert not (cache / "digests").exists() and len({*expected}) == 7
+    compared = recorded(PairDataset, "_image_digest", lambda self, pair: pair)
+    monkeypatch.setattr(pairs_module, "LARGE", 0)
+    assert digests() == expected and [*compared] == [*range(15)]
+    assert digests() == expected and len(compared) == 15
+    os.utime(tmp_path / "data" / "1.jpg", (1, 1))
+    os.utime(max((tmp_path / "data" / "saved").glob("*.arrow")), (1, 1))
+    compared.clear()
+    assert digests() == expected and [*compared] == [*range(5), *range(11, 15)]
+    (tmp_path / "data" / "1.jpg").write_bytes(b"another")
+    assert [one == other for one, other in zip(digests(), expected)] == [row != 2 for row in range(15)]
+    (tmp_path / "data" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert digests("moved")[:4] + digests("moved")[5:] == expected[:4] + expected[5:]
 
 
 def test_images_that_cannot_be_read_have_digests_of_their_own(tmp_path):
@@ -999,7 +1026,7 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert pairs.read(0)["captions"] == ["a"]
         with pytest.raises(BadPairError, match="no image"):
             pairs.read(1)
-        assert pairs.sources[0].names == [None, None]  # nor read for a digest
+        assert [*pairs.sources[0].names] == [None, None]  # nor read for a digest
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
         own.parent.mkdir(parents=True)

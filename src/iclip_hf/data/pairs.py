@@ -12,10 +12,8 @@ import hashlib
 import math
 import os
 import random
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from copy import copy
-from itertools import chain
 from pathlib import Path
 from tarfile import TarError
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
-from ..utils.digests import LARGE, file_state, total_size
+from ..utils.digests import LARGE
+from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .bad_pairs import BadPairError, BadPairTally
@@ -87,12 +86,10 @@ class PairDataset:
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
         self.sources = [*dict.fromkeys(sources)]
-        self._later_rows = [_later_rows([*map(source.file, range(len(source.rows)))]) for source in self.sources]
-        pairs = {}  # number of the source, row
-        for number, (source, later) in enumerate(zip(self.sources, self._later_rows)):
-            rows = np.delete(np.arange(len(source.rows)), [row for others in later.values() for row in others])
-            pairs[source] = np.column_stack([np.full_like(rows, number), rows])
-        self._pairs = np.concatenate([np.empty((0, 2), np.int64), *map(pairs.get, sources)])
+        # A pair is the number of its image among those of all sources.
+        self._ends = np.cumsum([len(source.images[1]) - 1 for source in self.sources], dtype=int)
+        numbers = dict(zip(self.sources, np.split(np.arange(self._ends[-1:].sum()), self._ends[:-1])))
+        self._pairs = np.concatenate([np.empty(0, int), *map(numbers.get, sources)])
         self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(
@@ -142,9 +139,11 @@ class PairDataset:
 
     def raw(self, index: int, need_captions: bool = True) -> RawPair:
         """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
-        number, row = self._pairs[index].tolist()
-        source, others = self.sources[number], self._later_rows[number].get(row, ())
-        file = source.file(row)
+        return self._raw(self._pairs[index], need_captions)
+
+    def _raw(self, pair: int, need_captions: bool) -> RawPair:
+        source, (row, *others) = self._rows(pair)
+        name, file = source.names[row], source.file(row)
         try:
             first, *more = (source.rows[one] for one in (row, *others))
             texts = source.columns.texts(first)
@@ -154,14 +153,22 @@ class PairDataset:
             image = Path(file) if file else stored.get("bytes")
             if image is None:
                 raise ValueError("no image")
-            if file and "://" in source.names[row]:
-                raise ValueError(f"{source.names[row]!r} is no image file; download images first (img2dataset)")
+            if file and "://" in name:
+                raise ValueError(f"{name!r} is no image file; download images first (img2dataset)")
             if need_captions and not texts.captions:
                 raise ValueError("no caption")
         except (ValueError, TarError) as error:
             raise BadPairError(f"{source.path}, row {row + 1}: {error}") from error
-        key = first.get("__key__") or source.names[row] or stored.get("path") or f"row {row + 1}"
+        key = first.get("__key__") or name or stored.get("path") or f"row {row + 1}"
         return RawPair(image, None if file else f"{source.path}: {stored.get('path') or key!r}", texts, key)
+
+    def _rows(self, pair: int) -> tuple[Source, list[int]]:
+        """Returns the source of a pair, and its rows."""
+        number = np.searchsorted(self._ends, pair, side="right")
+        source = self.sources[number]
+        rows, bounds = source.images
+        image = pair - self._ends[number]  # from the end of the bounds, which are one more
+        return source, rows[bounds[image - 1] : bounds[image]].tolist()
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of 2000 to 4000 pairs evenly spread over all, or of fewer, without bad ones."""
@@ -227,43 +234,48 @@ class PairDataset:
         Returns the pairs without the repetitions of sources that are named several times, in order, and for each pair
         its row among them, `(N,)`.
         """
-        _, indices, rows = np.unique(self._pairs, axis=0, return_index=True, return_inverse=True)
+        _, indices, rows = np.unique(self._pairs, return_index=True, return_inverse=True)
         return self._select(indices), rows.reshape(-1)
 
     def image_digests(self) -> list[bytes]:
         """
-        Returns a digest of each pair, 32 bytes, which pairs of one image share: of up to a gigabyte of data that of
-        the encoded image, of more that of path, size and modification time of its file, or of the files of its source
-        and its row. Computed once, also for the parts of a split.
+        Returns a digest of the encoded image of each pair, 32 bytes. Computed once, also for the parts of a split. Of
+        more than a gigabyte of data, digests are kept in the cache folder, until a path, a size or a modification time
+        changes.
         """
         if self._digests is None:
-            distinct, rows = self.distinct()
-            digest = distinct._image_digest if total_size(self.files()) <= LARGE else distinct._place_digest
-            with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
-                found = prefetch_map(pool, digest, range(len(distinct)), 64)
-                bar = tqdm(found, "Comparing images", len(distinct), unit="pair", delay=2, leave=False)
-                self._digests = np.array([*bar], "V32")[rows]
+            large = sum(source.size for source in self.sources) > LARGE
+            digests = [self._source_digests(number, large) for number in range(len(self.sources))]
+            self._digests = np.concatenate(digests)[self._pairs]
         return self._digests.tolist()
 
-    def _image_digest(self, index: int) -> bytes:
+    def _source_digests(self, number: int, large: bool) -> np.ndarray:
+        """Returns a digest of each image of a source, see above."""
+        source = self.sources[number]
+        kept = cache_folder() / "digests" / f"{source.state}.bin" if large else None
+        if large and kept.is_file():
+            return np.fromfile(kept, "V32")
+        pairs = range(self._ends[number] - len(source.images[1]) + 1, self._ends[number])
+        with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
+            found = prefetch_map(pool, self._image_digest, pairs, 64)
+            bar = tqdm(found, "Comparing images", len(pairs), unit="pair", delay=2, leave=False)
+            digests = np.array([*bar], "V32")
+        if large:
+            keep_in_cache(kept, digests.tofile)
+        return digests
+
+    def _image_digest(self, pair: int) -> bytes:
         try:
-            image = self.raw(index, need_captions=False).image
+            image = self._raw(pair, need_captions=False).image
             return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()
         except (OSError, ValueError):  # is a bad pair as it is read
-            return self._place_digest(index)
-
-    def _place_digest(self, index: int) -> bytes:
-        number, row = self._pairs[index].tolist()
-        source = self.sources[number]
-        file = source.file(row)
-        state = file_state(file) if file else source.state + b"\0%d" % row
-        return hashlib.sha256(state).digest()
+            source, (row, *_) = self._rows(pair)
+            place = os.path.abspath(source.file(row) or f"{source.path}, row {row + 1}")
+            return hashlib.sha256(place.encode(errors="surrogatepass")).digest()
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the sources and of the images that they name."""
-        rows = (map(source.file, range(len(source.rows))) for source in self.sources)
-        files = chain(*(source.files for source in self.sources), *rows)
-        return {os.path.abspath(file) for file in files if file}
+        return {os.path.abspath(file) for source in self.sources for file in source.all_files()}
 
     def set_epoch(self, epoch: int) -> None:
         """Sets the epoch, on which random choices depend."""
@@ -326,15 +338,3 @@ def _load(pair: RawPair) -> Image.Image:
         return load_image(pair.image, pair.name)
     except (ValueError, FileNotFoundError) as error:
         raise BadPairError(str(error)) from error
-
-
-def _later_rows(image_files: Sequence[str | None]) -> dict[int, list[int]]:
-    """
-    Returns the later rows of each image that several rows name, by the first of its rows. They are one pair, because
-    in a batch the captions of other pairs count as wrong.
-    """
-    first_rows, later = {}, defaultdict(list)
-    for row, file in enumerate(image_files):
-        if file and (first := first_rows.setdefault(os.path.normpath(file), row)) < row:
-            later[first].append(row)
-    return dict(later)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import chain, count
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
+from tqdm import tqdm
 
 from ..data.columns import PairTexts
+from ..data.formats.source import PackedRows
+from ..data.nouns import ImageNouns
 from ..data.pairs import BadPairError, PairDataset
 from ..data.streams import PairStream
 from .collator import PairCollator
@@ -36,44 +39,46 @@ class CachedPairs(Dataset):
     def __init__(self, pairs: PairDataset, cache: FeatureCache, collator: PairCollator):
         self.pairs, self._cache, self._epoch = pairs, cache, 0
         distinct, rows = pairs.distinct()
-        places, digests = cache.images(distinct).tolist(), distinct.image_digests()
-        texts = {row: _texts_of(distinct, row) for row, place in enumerate(places) if place >= 0}
-        texts = {row: of_row for row, of_row in texts.items() if of_row.captions}
-        if bad := len(distinct) - len(texts):
+        places = cache.images(distinct)
+        self._texts = PackedRows()  # captions and nouns, of each distinct pair
+        for row in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
+            texts = _texts_of(distinct, row) if places[row] >= 0 else PairTexts([])
+            places[row] = places[row] if texts.captions else -1
+            self._texts.append([texts.captions, *collator.read(texts).values()])
+        if bad := int((places < 0).sum()):
             logger.warning("%d of %d pairs are left out, as logged here", bad, len(distinct))
         if bad > pairs.max_bad_share * len(distinct):
             raise ValueError(f"max_bad_share: {bad} of {len(distinct)} pairs are bad; fix the data or raise it.")
-        self.indices = [index for index, row in enumerate(rows.tolist()) if row in texts]  # among all pairs
-        of_rows = {
-            row: {"place": places[row], "digest": digests[row], **collator.read(of_row)}  # slow: nouns
-            for row, of_row in texts.items()
-        }
-        self._items = [of_rows[rows[index]] for index in self.indices]
+        self.indices = np.flatnonzero(places[rows] >= 0)  # among all pairs
+        self._rows, self._places = rows[self.indices], places[rows[self.indices]]
         if collator.text_features is not None:
-            cache.texts(caption for of_row in texts.values() for caption in of_row.captions)
+            cache.texts(chain.from_iterable(captions for captions, *_ in self._texts))
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.indices)
 
     def image_digests(self) -> list[bytes]:
-        return [item["digest"] for item in self._items]
+        digests = self.pairs.image_digests()
+        return [digests[index] for index in self.indices.tolist()]
 
     def texts(self) -> list[list[str]]:
         """Returns the captions of each pair."""
-        return [item["captions"] for item in self._items]
+        return [self._texts[row][1] for row in self._rows]
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
-    def __getitems__(self, places: Sequence[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""
-        items = [self._items[place] for place in places]
-        features = self._cache.features(np.array([item["place"] for item in items]))
-        draws = ((self._epoch, self.indices[place]) for place in places)
-        return [{**item, "features": row, "draw": draw} for item, row, draw in zip(items, features, draws)]
+        items = []
+        for index, features in zip(indices, self._cache.features(self._places[indices])):
+            _, captions, nouns = self._texts[self._rows[index]]
+            texts = {"captions": captions, "nouns": nouns and ImageNouns(*nouns)}
+            items.append({"features": features, **texts, "draw": (self._epoch, int(self.indices[index]))})
+        return items
 
-    def __getitem__(self, place: int) -> dict:
-        return self.__getitems__([place])[0]
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
 
 
 def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
@@ -107,7 +112,7 @@ class StreamedPairs(IterableDataset):
         self._first = epoch
 
     def __iter__(self) -> Iterator[dict]:
-        for number in itertools.count():
+        for number in count():
             self.stream.set_epoch(self._first + number * _PASSES)
             pair = None
             for pair in self.stream:

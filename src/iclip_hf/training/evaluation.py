@@ -38,7 +38,7 @@ _LOOKED_AT = 1000  # pairs, for the labels
 def sampled_captions(pairs: PairDataset | CachedPairs, seed: int) -> list[str]:
     """Returns the caption of each pair in its first epoch, as a collator with this seed samples it."""
     rows = pairs.texts() if isinstance(pairs, CachedPairs) else map(pairs.captions, range(len(pairs)))
-    places = pairs.indices if isinstance(pairs, CachedPairs) else range(len(pairs))
+    places = pairs.indices.tolist() if isinstance(pairs, CachedPairs) else range(len(pairs))
     return [sample_caption(captions, seed, 0, place) for captions, place in zip(rows, places)]
 
 

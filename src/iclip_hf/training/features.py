@@ -292,8 +292,10 @@ class FeatureCache:
         Computes the features of the image of each pair. Returns their places (N,); -1 for an image that cannot be
         read.
         """
+        with partial_state("train").main_process_first():  # of much data, it keeps them
+            digests = pairs.image_digests()
         images = _Images(pairs, self.processor)
-        return self._images.fill(images, pairs.image_digests(), self._encode_images, 64, self.num_workers)
+        return self._images.fill(images, digests, self._encode_images, 64, self.num_workers)
 
     def features(self, places: np.ndarray) -> np.ndarray:
         """Returns the features of images at these places, records (N,) of named arrays, float16."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ...utils.extras import require_extra
 from ...utils.files import loading_errors
 from ..columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns
-from .source import Source
+from .source import PackedRows, Source
 
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
     # Of images within the rows, no byte is read. They may share one path, and are images of their own.
     stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
     lengths, names = pc.binary_length(pc.struct_field(stored, "bytes")), pc.struct_field(stored, "path")
-    names = [None if length else name for length, name in zip(lengths.to_pylist(), names.to_pylist())]
+    names = (None if length else name.as_py() for length, name in zip(lengths.to_pylist(), names))
     if hub:
-        names = [name if name and _is_downloaded(name) else None for name in names]
+        names = (name if name and _is_downloaded(name) else None for name in names)
     files = [path] if path.is_file() else [file["filename"] for file in rows.cache_files]
-    return Source(path, path.parent, columns, rows, names, files)
+    return Source(path, path.parent, columns, rows, PackedRows(names), files)
 
 
 def _is_downloaded(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..columns import USUAL_COLUMNS
 from ..files import image_files
-from .source import Source
+from .source import PackedRows, Source
 
 
 logger = logging.getLogger(__name__)
@@ -32,5 +32,5 @@ def read_class_folders(path: Path) -> Source:
             "%s: left out %d images in no folder of a class, such as %r", path, len(elsewhere), str(elsewhere[0])
         )
     labels = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
-    rows = [{"caption": CLASS_CAPTION.format(label)} for label in labels]
-    return Source(path, path, USUAL_COLUMNS, rows, [image.as_posix() for image in images], [])
+    rows = PackedRows({"caption": CLASS_CAPTION.format(label)} for label in labels)
+    return Source(path, path, USUAL_COLUMNS, rows, PackedRows(image.as_posix() for image in images), [])

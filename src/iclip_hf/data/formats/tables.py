@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ..columns import LABEL_COLUMNS, Columns
-from .source import Source
+from .source import PackedRows, Source
 
 
 def read_table(path: Path, columns: Columns) -> Source:
@@ -18,7 +18,7 @@ def read_table(path: Path, columns: Columns) -> Source:
     separated by the character of ",", ";" and tab that its header has most of. Raises `ValueError` if a line is no
     row, or there is no column of images or captions.
     """
-    rows, names, found = [], [], {}
+    rows, names, found = PackedRows(), PackedRows(), {}
     read = _objects if path.suffix.lower() == ".jsonl" else _fields
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:

@@ -145,10 +145,13 @@ class RecordableModel(ExplainableModel):
         P)`.
         """
 
-    def join_features(self, stream: torch.Tensor, image: ICLIPImageFeatures) -> torch.Tensor:
+    def join_features(
+        self, stream: torch.Tensor, image: ICLIPImageFeatures, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """
         Joins to the stream of the patches of images, `(B, N, D)`, or of one mean token each, `(B, 1, D)`, the features
-        of a feature tower, for `project`. Returns the stream itself of a model without one.
+        of a feature tower, for `project`. Patches of another `grid` than the image's get resized features. Returns the
+        stream itself of a model without one.
         """
         return stream
 

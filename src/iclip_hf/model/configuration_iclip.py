@@ -104,12 +104,13 @@ class ICLIPConfig(PreTrainedConfig):
         recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values
             are then (1 - share) times the cosine of the map branch plus share times that of the recognition branch,
             which applies its projection of the average patch to each patch. Requires
-            `recognition_pooling="class_and_average"`.
+            `recognition_pooling="class_and_average"` or `"feature_average"`.
 
         recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of
             dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token
-            followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. It requires
-            `dual_projection`.
+            followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. `"feature_average"` is the
+            mean of the features that the feature tower adds to the patch tokens, which requires `feature_config`. Both
+            require `dual_projection`.
         average_layers (`int`, defaults to 1): number of the image tower's last layers whose mean patch tokens
             `"class_and_average"` takes, each after the tower's final norm. The class token is that of the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
@@ -179,7 +180,7 @@ class ICLIPConfig(PreTrainedConfig):
     recognition_share: int | float = _option(0.0, "[0, 1)")
 
     # recognition and presence
-    recognition_pooling: Literal["class_token", "class_and_average"] = _option("class_token")
+    recognition_pooling: Literal["class_token", "class_and_average", "feature_average"] = _option("class_token")
     average_layers: int = _option(1, "[1, inf)", cached=True)
     image_hidden_size: int = _option(0, "[0, inf)")
     text_hidden_size: int = _option(0, "[0, inf)")
@@ -231,13 +232,15 @@ class ICLIPConfig(PreTrainedConfig):
     def poolings(self) -> tuple[list[str], str | None]:
         """
         The poolings whose vectors the recognition branch reads, one behind the other, and that of the map branch,
-        which is None with `max_over="similarity"`: names in [`~pooling.POOLINGS`], and `"earlier_averages"`. Without
-        dual projections both are the same.
+        which is None with `max_over="similarity"`: names in [`~pooling.POOLINGS`], `"earlier_averages"` and
+        `"feature_average"`. Without dual projections both are the same.
         """
         pooling = f"masked_max/{self.attention_norm}" if self.pooling == "masked_max" else self.pooling
         of_map = pooling if self.max_over == "channels" else None
         if not self.dual_projection:
             return [pooling], of_map
+        if self.recognition_pooling == "feature_average":
+            return ["feature_average"], of_map
         earlier = ["earlier_averages"] if self.average_layers > 1 else []
         average = ["average"] if self.recognition_pooling == "class_and_average" else []
         return [*earlier, "class_token", *average], of_map
@@ -259,9 +262,12 @@ class ICLIPConfig(PreTrainedConfig):
             raise ValueError('known_competition needs max_over="similarity".')
         if self.recognition_pooling != "class_token" and not self.dual_projection:
             raise ValueError(f"recognition_pooling={self.recognition_pooling!r} needs dual_projection=True.")
-        for name, off in (("recognition_share", 0), ("average_layers", 1)):
-            if getattr(self, name) > off and self.recognition_pooling != "class_and_average":
-                raise ValueError(f'{name} needs recognition_pooling="class_and_average".')
+        if self.recognition_pooling == "feature_average" and self.feature_config is None:
+            raise ValueError('recognition_pooling="feature_average" needs a feature_config.')
+        if self.recognition_share > 0 and self.recognition_pooling == "class_token":
+            raise ValueError('recognition_share needs another recognition_pooling than "class_token".')
+        if self.average_layers > 1 and self.recognition_pooling != "class_and_average":
+            raise ValueError('average_layers needs recognition_pooling="class_and_average".')
         if self.average_layers > 1 and self.average_layers > self.vision_config.num_hidden_layers:
             number = self.vision_config.num_hidden_layers
             raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")

@@ -441,6 +441,7 @@ class ICLIPModel(PreTrainedModel):
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
         recognised, _ = config.poolings
         widths = {"class_token": image_dim, "earlier_averages": (config.average_layers - 1) * image_dim}
+        widths["feature_average"] = config.feature_dim
         width = sum(widths.get(pooling, config.patch_dim) for pooling in recognised)
         self.recognition = ICLIPBranch(config, width, text_dim, recognises=True)
         self.interpretability = None
@@ -736,6 +737,8 @@ class ICLIPModel(PreTrainedModel):
         def pooled(name: str) -> torch.Tensor:
             if name == "earlier_averages":
                 return image.earlier_averages.flatten(1)
+            if name == "feature_average":
+                return image.patch_tokens[..., self.config.vision_config.hidden_size :].mean(1)
             mode, _, norm = name.partition("/")
             attention = normalize_attention(image.attention, norm or "minmax", self.config.attention_quantile)
             return pool(image.patch_tokens, image.class_token, attention, mode)
@@ -817,7 +820,10 @@ class ICLIPModel(PreTrainedModel):
             patches = patch_tokens
             if self.config.center_tokens:
                 patches = patches + self._own_tensor("token_mean").to(patches)
-            recognised = normalize(self.recognition.visual_projection(patches, linear=True).float())
+            projection = self.recognition.visual_projection
+            if self.config.recognition_pooling == "feature_average":
+                patches = patches[..., -self.config.feature_dim :]
+            recognised = normalize(projection(patches, linear=True).float())
             patch_embeds = join_branches(patch_embeds, recognised, share)
         return patch_embeds.to(patch_tokens.dtype)
 

@@ -44,7 +44,7 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     Args:
         model: model on its device.
         processor: of the model.
-        pairs: rows with an `image`; of a data set with random access, at most 256 that are evenly spread.
+        pairs: rows with an `image`; of a data set with random access, at most 1024 that are evenly spread.
     """
     whiten = model.feature_model is not None and not model.feature_reduction.weight.any()
     center = model.config.center_tokens and not model.token_mean.any()
@@ -93,7 +93,7 @@ def _whiten(model: ICLIPModel, batches: Iterable[torch.Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------- on disk
 
 
-_IMAGES = 256
+_IMAGES = 1024
 # A file has so many bytes, or what is computed in so many seconds: files are few, and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.

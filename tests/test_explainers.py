@@ -5,6 +5,7 @@ Explainers against slow independent implementations, on tiny random models of ev
 import copy
 import itertools
 import math
+import sys
 import threading
 from functools import partial
 
@@ -622,6 +623,15 @@ def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
         (one,) = explain((model, processor), images()[:1], LABELS, templates=["the {} ."])
         (verbatim,) = explain((model, processor), images()[:1], [f"the {x} ." for x in LABELS], templates=["{}"])
         torch.testing.assert_close(one.raw_maps, verbatim.raw_maps)
+
+
+def test_images_are_decoded_batch_by_batch(made, recorded):
+    """Not all of a long list before the first forward pass, whose memory they would fill."""
+    module, many, size = sys.modules[explain.func.__module__], [*images(), *images()], len(images())
+    forwards = recorded(Engine, "_explain", lambda *arguments: None)
+    decoded = recorded(module, "load_image", lambda *arguments, **options: len(forwards))
+    explain(made("iclip")[:2], many, LABELS, batch_size=size)
+    assert decoded == [0] * size + [1] * size
 
 
 # Where it runs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import replace
 from inspect import signature
 
@@ -81,7 +81,7 @@ def explain(
     """
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
     is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
-    images = [load_image(image, timeout=timeout) for image in ([images] if is_one else images)]
+    images = [images] if is_one else images if isinstance(images, Sized) else [*images]
     best, texts = (NOUNS, vocabulary()) if texts is None else (None, texts)
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
     per_image = isinstance(next(iter(texts), None), (list, tuple))
@@ -92,7 +92,8 @@ def explain(
     explainer = make_explainer(model, method, signature(explain).parameters, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
-    explanations = engine.run(map(engine.prepare, images, sizes), texts, batch_size, best, encoded)
+    loaded = (load_image(image, timeout=timeout) for image in images)  # as they are needed
+    explanations = engine.run(map(engine.prepare, loaded, sizes), texts, batch_size, best, encoded)
     explanations = [
         replace(explanation, threshold=threshold, min_presence=min_presence)
         for explanation in tqdm(explanations, total=len(images), unit="image", disable=not progress)

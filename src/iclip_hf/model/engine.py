@@ -250,7 +250,7 @@ class Engine:
             batch_size (`int`): largest number of images in one forward pass, of one shape and with equally many texts.
             best (`int`, *optional*): explains only so many texts of each image, those with the highest presence, or
                 score of a model without, best first. A text that resembles a better one, such as "puppy" after "dog",
-                is skipped. `Explanation.all_scores` has all scores.
+                is skipped. `Explanation.all_scores` has all scores. Of an image with `text_indices`, only these count.
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
 
         Raises:
@@ -308,7 +308,7 @@ class Engine:
             texts = select_texts(asked.encoded, torch.tensor(asked_indices))
         indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else indices
-        wants_maps = best is not None or any(map(len, indices))
+        wants_maps = any(map(len, indices))
         # Whether the method encodes the images, for the scores too.
         encodes_itself = wants_maps and best is None and not self.takes_features
         batch, maps = _joined(images), torch.zeros(len(images), 0, 1, 1)
@@ -318,8 +318,8 @@ class Engine:
         batch = self._encoded(batch, wants_maps and self.takes_features)
         scores, presence = self._score(batch.image_embeds, texts, asked.priors)
         if best is not None:
-            indices = _best_texts(scores if presence is None else presence, texts.text_embeds, best)
-            texts, text_indices = select_texts(texts, torch.tensor(indices)), None
+            indices = _best_texts(scores if presence is None else presence, texts.text_embeds, indices, best)
+            texts, text_indices = select_texts(texts, _padded(indices)), None
         if wants_maps and not encodes_itself:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices)
         maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
@@ -406,8 +406,7 @@ class Engine:
         if "templates" in self._arguments:
             options["templates"] = self.templates
         if text_indices is not None:
-            padded = [torch.tensor(list(indices) or [0]) for indices in text_indices]
-            selected = pad_sequence(padded, batch_first=True)
+            selected = _padded(text_indices)
             if "text_indices" in self._arguments:
                 options["text_indices"], expected, selected = selected, tuple(selected.shape), None
         maps, features = self._forward(pixel_values, texts, **options)
@@ -517,14 +516,21 @@ def map_groups(
     return [results[index] for index in range(len(items))]
 
 
-def _best_texts(scores: torch.Tensor, text_embeds: torch.Tensor, count: int) -> list[list[int]]:
+def _padded(text_indices: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Returns the indices of the texts of each image `(B, S)`, those of an image with fewer with any others behind."""
+    return pad_sequence([torch.tensor(list(indices) or [0]) for indices in text_indices], batch_first=True)
+
+
+def _best_texts(
+    scores: torch.Tensor, text_embeds: torch.Tensor, text_indices: Sequence[Sequence[int]], count: int
+) -> list[list[int]]:
     """
-    Returns for each image the indices of the texts `(B, T, P)` with the highest values `(B, T)`, first those that do
-    not resemble a better one, in their order.
+    Returns for each image the indices of the texts `(B, T, P)` with the highest values `(B, T)` among those of
+    `text_indices`, first those that do not resemble a better one, in their order.
     """
     best = []
-    for ranked, embeds in zip(scores.argsort(descending=True).tolist(), text_embeds):
-        chosen = []
+    for ranked, embeds, wanted in zip(scores.argsort(descending=True).tolist(), text_embeds, map(set, text_indices)):
+        ranked, chosen = [index for index in ranked if index in wanted], []
         for index in ranked:
             if len(chosen) < count and not (chosen and (embeds[chosen] @ embeds[index]).max() >= SIMILAR_TEXTS):
                 chosen.append(index)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from processes import run_script
+from training_runs import eight_pairs, terms
 
 from iclip_hf.model.losses import (
     BatchNouns,
@@ -43,6 +45,38 @@ def test_parts_of_a_batch_average_to_the_whole(parts):
         for start in range(0, 6, rows)
     ]
     assert torch.stack(losses).mean().item() == pytest.approx(contrastive_loss(logits, logits.mT, 0).item(), abs=1e-6)
+
+
+EACH_TERM = """
+import sys
+import torch
+from accelerate import PartialState
+from training_runs import eight_pairs, terms
+
+torch.set_num_threads(1)
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+found = terms(*eight_pairs(slice(4 * state.process_index, 4 * state.process_index + 4)), chunk_size=2)
+for loss, grads in found.values():
+    for one in (loss, *grads.values()):
+        torch.distributed.all_reduce(one)
+        one /= 2
+if state.is_main_process:
+    torch.save(found, sys.argv[1])
+"""
+
+
+def test_every_term_is_a_mean_over_rows(tmp_path):
+    """Of two processes, in two chunks each, the losses and gradients are those of the whole batch."""
+    for done in run_script(EACH_TERM, tmp_path / "found.pt", processes=2):
+        assert done.returncode == 0, done.stderr[-3000:]
+    found, expected = torch.load(tmp_path / "found.pt", weights_only=True), terms(*eight_pairs(slice(0, 8)))
+    assert found.keys() == expected.keys() and len({round(loss.item(), 4) for loss, _ in found.values()}) == len(found)
+    for name, (loss, grads) in expected.items():
+        assert abs(found[name][0] - loss) < 1e-5, name
+        assert found[name][1].keys() == grads.keys()
+        for weight, grad in grads.items():
+            torch.testing.assert_close(found[name][1][weight], grad, atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
 
 
 def test_half_precision_logits_lose_nothing_in_the_loss():

@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from iclip_hf import ICLIPModel
 from iclip_hf.cli.train import check_folder, train
+from iclip_hf.model.losses import LOSS_TERMS
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.arguments import parse_arguments
 
@@ -72,10 +74,21 @@ def gradients(model: ICLIPModel, batch: dict, **options) -> tuple[torch.Tensor, 
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def terms(model: ICLIPModel, batch: dict, **options) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Loss and gradients with each listed term as the only one of its branch."""
+    found = {}
+    for branch, of_branch in [*LOSS_TERMS.items()]:
+        for name, term in of_branch.items():
+            with patch.dict(LOSS_TERMS, {branch: {name: term._replace(weight=lambda batch: 1)}}):
+                found[f"{branch}: {name}"] = gradients(model, batch, **options)
+    return found
+
+
 def eight_pairs(part: slice) -> tuple[ICLIPModel, dict]:
     """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
     options = {"max_over": "similarity", "map_affinity": 2.0, "logit_bias_init_value": -2, "known_competition": 0.5}
-    model = tiny_model(lock_vision=False, **options).eval()
+    model = tiny_model(lock_vision=False, map_attention="signed", **options).eval()
+    torch.nn.init.constant_(model.attention_direction, 0.1)
     generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
     noun_ids = torch.randint(5, (16,), generator=generator)
     noun_labels = torch.randint(-1, 2, (8, 5), generator=generator)

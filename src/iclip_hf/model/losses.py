@@ -1,11 +1,13 @@
 """
 Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, the losses of a
-branch, and their sums.
+branch, and the terms that they are summed from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -273,64 +275,148 @@ def known_competition_loss(
     return (of_nouns + of_patches).sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)
 
 
-# ------------------------------------------------------------------------------------------------ sums of a branch
+# ----------------------------------------------------------------------------------------------------------- terms
 
 
-def recognition_loss(
-    branch: nn.Module, images: torch.Tensor, texts: torch.Tensor, nouns: BatchNouns | None, config: ICLIPConfig
-) -> torch.Tensor:
+@dataclass
+class BranchBatch:
     """
-    Returns the loss of the recognition branch for unit vectors of B images (B, P), and of their captions and noun
-    prompts (M, P). With a bias, each noun has a loss by itself, otherwise nouns compete.
+    What the loss of a branch reads of a batch: its own B pairs, and V nouns of all processes.
+
+    Attributes:
+        branch ([`ICLIPBranch`]): the branch, which maps cosines to logits.
+        config ([`ICLIPConfig`]): of the model.
+        images (`torch.Tensor` of shape `(B, P)`, or `(B, K, P)` in the map branch with `max_over="similarity"`): unit
+            vectors of images, or of their patches.
+        captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
+        attention (`torch.Tensor` of shape `(B, K)`, *optional*): of the patches, in [0, 1].
+        nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
+        prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of a prompt of each noun.
+        even_patches (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
+            the images that are `nouns.spread_evenly`; None without `known_competition`.
     """
 
-    def logits(of: torch.Tensor) -> torch.Tensor:
-        return branch(cosines(images, of))
+    branch: nn.Module
+    config: ICLIPConfig
+    images: torch.Tensor
+    captions: torch.Tensor
+    attention: torch.Tensor | None = None
+    nouns: BatchNouns | None = None
+    prompts: torch.Tensor | None = None
+    even_patches: torch.Tensor | None = None
 
-    loss = caption_loss(logits, texts[: len(images)])
-    if nouns is None:
-        return loss
-    per_image = logits(nouns.prompts(texts[len(images) :]))
-    if branch.logit_bias is None:
-        noun_loss = softmax_noun_loss(per_image, nouns)
-    else:
-        noun_loss = sigmoid_noun_loss(per_image, nouns, config.unknown_weight)
-    return torch.lerp(loss, noun_loss, float(config.noun_weight))
+    @property
+    def noun_weight(self) -> float:
+        """The share of nouns in the loss."""
+        return 0.0 if self.nouns is None else self.config.noun_weight
+
+    def logits(self, texts: torch.Tensor) -> torch.Tensor:
+        """Returns the logits (B, T) of this process's images and texts, unit vectors (T, P)."""
+        if self.images.ndim == 2:
+            return self.branch(cosines(self.images, texts))
+        weights = torch.ones_like(self.attention) if self.config.pooling == "max" else self.attention
+        return self.branch(pool_similarities(self.images, texts, weights, self.config.max_sharpness))
+
+    @cached_property
+    def similarities(self) -> torch.Tensor:
+        """The cosines of patches and nouns (B, K, V)."""
+        return self.images @ self.prompts.mT
+
+    @cached_property
+    def prior(self) -> torch.Tensor:
+        """The prior of the patches for each noun by their attention (B, K, V)."""
+        return attention_prior(self.attention, self.nouns.is_background)
+
+    def evenly(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the evenly spread patches of the images (B,), boolean, that are `nouns.spread_evenly`."""
+        return self.even_patches[images[self.nouns.spread_evenly]]
 
 
-def map_loss(
-    branch: nn.Module,
-    images: torch.Tensor,
-    attention: torch.Tensor | None,
-    even_patches: torch.Tensor | None,
-    texts: torch.Tensor,
-    nouns: BatchNouns | None,
-    config: ICLIPConfig,
-) -> torch.Tensor:
+class LossTerm(NamedTuple):
     """
-    Returns the loss of the interpretability branch for unit vectors of B images (B, P), or of their patches (B, K, P)
-    with their attention (B, K), of the evenly spread patches of the images that are `nouns.spread_evenly` (b, 64, P),
-    and of the captions and noun prompts (M, P). Nouns improve a map that is pooled by similarity only.
+    A term of the loss of a branch.
+
+    Attributes:
+        loss: from a [`BranchBatch`] to a scalar, by one rule: **it is a mean over the rows of this process**, images
+            or texts, and rows of other processes are gathered with their gradient ([`gather_with_gradient`]). So the
+            mean over all processes is the loss of the whole batch. A sum is divided by B, or by B times a mean over
+            all processes, as in [`sigmoid_noun_loss`] and [`known_competition_loss`]. The logarithm of a mean, for
+            example, breaks the rule, unless the rows of all processes are gathered first.
+        weight: from a [`BranchBatch`] to the factor of the term, equal on all processes. A term with the weight 0 is
+            not computed.
+
+    `tests/test_losses.py` compares two processes with one for every term of [`LOSS_TERMS`].
+
+    Example of a term that keeps the vectors of captions apart:
+
+    ```python
+    >>> def uniformity(batch: BranchBatch) -> torch.Tensor:
+    ...     return (batch.captions @ gather_with_gradient(batch.captions).mT).square().mean()
+
+
+    >>> LOSS_TERMS["recognition"]["uniformity"] = LossTerm(uniformity, weight=lambda batch: 0.1)
+    ```
     """
-    count, sharpness = len(images), config.max_sharpness
-    if config.max_over == "channels":
-        return caption_loss(lambda of: branch(cosines(images, of)), texts[:count])
-    weights = torch.ones_like(attention) if config.pooling == "max" else attention
-    loss = caption_loss(lambda of: branch(pool_similarities(images, of, weights, sharpness)), texts[:count])
-    if nouns is None:
-        return loss
-    prompts = nouns.prompts(texts[count:])
-    similarities, prior = images @ prompts.mT, attention_prior(attention, nouns.is_background)
-    noun_loss = softmax_noun_loss(branch(smooth_maximum(similarities, prior.log(), sharpness, 1)), nouns)
-    if config.noun_competition:
-        shares = shares_of_texts(2 * sharpness * similarities, prior)
-        if even_patches is not None:
-            placed = even_patches[nouns.shows_place[nouns.spread_evenly]]
-            shares = shares_by_place(shares, placed, prompts, 2 * sharpness, nouns)
-        noun_loss = torch.lerp(noun_loss, competition_loss(shares, nouns.shown), float(config.noun_competition))
-    loss = torch.lerp(loss, noun_loss, float(config.noun_weight))
-    if even_patches is not None:
-        complete = even_patches[nouns.complete[nouns.spread_evenly]]
-        known = known_competition_loss(complete, prompts, 2 * sharpness, nouns)
-        loss = loss + config.known_competition * known
-    return loss
+
+    loss: Callable[[BranchBatch], torch.Tensor]
+    weight: Callable[[BranchBatch], float]
+
+
+def _captions(batch: BranchBatch) -> torch.Tensor:
+    return caption_loss(batch.logits, batch.captions)
+
+
+def _nouns_by_softmax(batch: BranchBatch) -> torch.Tensor:
+    return softmax_noun_loss(batch.logits(batch.prompts), batch.nouns)
+
+
+def _nouns_by_sigmoid(batch: BranchBatch) -> torch.Tensor:
+    return sigmoid_noun_loss(batch.logits(batch.prompts), batch.nouns, batch.config.unknown_weight)
+
+
+def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
+    pooled = smooth_maximum(batch.similarities, batch.prior.log(), batch.config.max_sharpness, 1)
+    return softmax_noun_loss(batch.branch(pooled), batch.nouns)
+
+
+def _noun_competition(batch: BranchBatch) -> torch.Tensor:
+    scale = 2 * batch.config.max_sharpness
+    shares = shares_of_texts(scale * batch.similarities, batch.prior)
+    if batch.even_patches is not None:
+        shares = shares_by_place(shares, batch.evenly(batch.nouns.shows_place), batch.prompts, scale, batch.nouns)
+    return competition_loss(shares, batch.nouns.shown)
+
+
+def _known_competition(batch: BranchBatch) -> torch.Tensor:
+    patches = batch.evenly(batch.nouns.complete)
+    return known_competition_loss(patches, batch.prompts, 2 * batch.config.max_sharpness, batch.nouns)
+
+
+LOSS_TERMS = {
+    "recognition": {
+        "captions": LossTerm(_captions, lambda batch: 1 - batch.noun_weight),
+        # Without a bias, nouns compete; with one, each noun has a loss by itself.
+        "nouns_by_softmax": LossTerm(
+            _nouns_by_softmax, lambda batch: batch.noun_weight * (batch.branch.logit_bias is None)
+        ),
+        "nouns_by_sigmoid": LossTerm(
+            _nouns_by_sigmoid, lambda batch: batch.noun_weight * (batch.branch.logit_bias is not None)
+        ),
+    },
+    "map": {
+        "captions": LossTerm(_captions, lambda batch: 1 - batch.noun_weight),
+        "nouns": LossTerm(_nouns_of_patches, lambda batch: batch.noun_weight * (1 - batch.config.noun_competition)),
+        "noun_competition": LossTerm(
+            _noun_competition, lambda batch: batch.noun_weight * batch.config.noun_competition
+        ),
+        "known_competition": LossTerm(
+            _known_competition, lambda batch: 0 if batch.nouns is None else batch.config.known_competition
+        ),
+    },
+}
+
+
+def branch_loss(branch: str, batch: BranchBatch) -> torch.Tensor:
+    """Returns the weighted sum of the [`LOSS_TERMS`] of a branch."""
+    weighted = ((term.weight(batch), term.loss) for term in LOSS_TERMS[branch].values())
+    return sum(weight * loss(batch) for weight, loss in weighted if weight)

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .losses import BatchNouns, direction_loss, map_loss, recognition_loss
+from .losses import BatchNouns, BranchBatch, branch_loss, direction_loss
 from .pooling import (
     even_patches,
     normalize_attention,
@@ -209,7 +209,7 @@ class ICLIPOutput(ModelOutput):
         branch_losses (`tuple[torch.Tensor]`, with `return_loss=True`): the loss of each branch, a scalar, recognition
             first, without gradient.
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias,
-            float32.
+            float32; None of a model in training mode with `return_loss=True`.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch.
@@ -1056,6 +1056,7 @@ class ICLIPModel(PreTrainedModel):
             raise ValueError(
                 f"The loss needs a caption for each of {len(image.recognition)} images, not {len(text_inputs)}."
             )
+        count = len(image.recognition)
         images, texts = self.recognition.embed_image(image.recognition), self.recognition.embed_text(text_inputs)
         map_texts, even_patches = texts, None
         if branch := self.interpretability:
@@ -1065,30 +1066,38 @@ class ICLIPModel(PreTrainedModel):
                 even_patches = branch.embed_image(image.even_patches[nouns.spread_evenly])
         # In half precision, scaled cosines would be rounded to multiples of 1/16.
         with torch.autocast(images.device.type, enabled=False):
-            losses, attention_loss = [recognition_loss(self.recognition, images, texts, nouns, self.config)], 0
+            prompts = None if nouns is None else nouns.prompts(texts[count:])
+            batch = BranchBatch(self.recognition, self.config, images, texts[:count], None, nouns, prompts)
+            losses, attention_loss = [branch_loss("recognition", batch)], 0
+            if nouns is not None and branch:
+                prompts = nouns.prompts(map_texts[count:])
             if branch:  # which can be on another device
-                of_map = map_loss(branch, map_images, image.attention, even_patches, map_texts, nouns, self.config)
-                losses.append(of_map.to(images.device))
+                batch = BranchBatch(branch, self.config, map_images, map_texts[:count], image.attention)
+                if self.config.max_over == "similarity":  # no other map learns from nouns
+                    batch.nouns, batch.prompts, batch.even_patches = nouns, prompts, even_patches
+                losses.append(branch_loss("map", batch).to(images.device))
             if self.config.map_attention == "signed":
-                attention_loss = self._attention_loss(map_texts[len(images) :], nouns).to(images.device)
+                attention_loss = self._attention_loss(prompts, nouns).to(images.device)
             losses = torch.stack(losses)
-            logits_per_image = self.recognition(cosines(images, texts))
+            # No loss reads the product with all prompts.
+            logits_per_image = None if self.training else self.recognition(cosines(images, texts))
         return ICLIPOutput(
             loss=losses.mean() + attention_loss,
             branch_losses=losses.detach().unbind(),
             logits_per_image=logits_per_image,
-            logits_per_text=logits_per_image.mT,
+            logits_per_text=None if self.training else logits_per_image.mT,
             image_embeds=images,
             text_embeds=texts,
         )
 
-    def _attention_loss(self, prompts: torch.Tensor, nouns: BatchNouns | None) -> torch.Tensor:
+    def _attention_loss(self, prompts: torch.Tensor | None, nouns: BatchNouns | None) -> torch.Tensor:
         """
-        Returns the loss of the weights of the attention, for unit vectors of noun prompts, from which they learn.
+        Returns the loss of the weights of the attention, for unit vectors of a prompt of each noun, from which they
+        learn.
         """
         if nouns is None:
             return 0 * self.attention_direction.sum()  # DDP waits for its gradient
-        return direction_loss(self.attention_weights(nouns.prompts(prompts).detach()), nouns.is_background)
+        return direction_loss(self.attention_weights(prompts.detach()), nouns.is_background)
 
 
 def in_chunks(encode: Callable[..., tuple], size: int | None, *inputs: torch.Tensor | None) -> tuple:

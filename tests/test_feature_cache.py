@@ -91,6 +91,17 @@ def test_one_image_more_computes_one_image_more(tmp_path, tiny_processor, monkey
     assert cached("a").texts()[0] == ["a red dog"] and len(calls) == 3
 
 
+def test_what_is_added_moves_nothing(tmp_path, tiny_processor):
+    """As held-out pairs after those to train on; the files of a folder are in no order of time."""
+    cache = FeatureCache(tiny_model(), tiny_processor, tmp_path)
+    parts, before = [], []
+    for number in range(6):
+        write_pairs(tmp_path / f"{number}.tar", 3, seed=number)
+        parts.append(CachedPairs(load_pairs(str(tmp_path / f"{number}.tar")), cache, PairCollator(tiny_processor)))
+        before.append([item["features"] for item in parts[-1].__getitems__(range(3))])
+    assert [[item["features"] for item in part.__getitems__(range(3))] for part in parts] == before
+
+
 def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monkeypatch):
     """After Ctrl-C with the last image, and after a kill with the last file."""
     monkeypatch.setattr("iclip_hf.training.features._BYTES_OF_FILE", 1)

@@ -105,29 +105,30 @@ class FeatureStore:
     Named features by key in a folder, whose name stands for what all of them depend on. Files are added and never
     changed, atomically, so that several processes and runs share the folder, and an interrupted run continues.
 
-    A key is the digest of an image or a text, 32 bytes. The place of its features is their number among all in the
-    folder. A file holds two arrays of numpy, one behind the other: keys, and a record of named arrays for each, of
-    float16. A record is one block, and none is mapped into memory, because the features of many images are larger than
-    the memory, and are read from the disk in random order.
+    A key is the digest of an image or a text, 32 bytes. The place of its features is their number among all that this
+    store has found. A file holds two arrays of numpy, one behind the other: keys, and a record of named arrays for
+    each, of float16. A record is one block, and none is mapped into memory, because the features of many images are
+    larger than the memory, and are read from the disk in random order.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self._keys, self._record = folder, np.empty(0, "S32"), None
+        self._files, self._ends = {}, []  # where the records of each file begin in it, and the places behind them
         self.reload()
 
     def reload(self) -> None:
-        """Finds what other processes have added."""
-        keys, self._files, self._record = [np.empty(0, "S32")], [], None
+        """Finds what other processes have added, behind what is known, whose places stay."""
+        keys = [self._keys]
         for path in sorted(self.folder.glob("*.npy")):
-            with open(path, "rb") as file:
-                keys.append(np.load(file))
-                np.lib.format.read_magic(file)
-                *_, self._record = np.lib.format.read_array_header_1_0(file)
-                self._files.append((path, file.tell()))
-        self._ends = np.cumsum([len(of_file) for of_file in keys[1:]])
-        keys = np.concatenate(keys)
-        self._order = np.argsort(keys, kind="stable")
-        self._keys = keys[self._order]
+            if path not in self._files:
+                with open(path, "rb") as file:
+                    keys.append(np.load(file))
+                    np.lib.format.read_magic(file)
+                    *_, self._record = np.lib.format.read_array_header_1_0(file)
+                    self._files[path] = file.tell()
+                    self._ends.append(sum(map(len, keys)))
+        self._keys = np.concatenate(keys)
+        self._order = np.argsort(self._keys, kind="stable")
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
         """Returns the places of the features of these keys, (N,); -1 for a key without."""
@@ -135,9 +136,10 @@ class FeatureStore:
         if not len(self._keys):
             return np.full(len(keys), -1)
         order, found = np.argsort(keys), np.empty(len(keys), int)
-        found[order] = np.searchsorted(self._keys, keys[order])  # several times faster than in another order
-        found = found.clip(max=len(self._keys) - 1)
-        return np.where(self._keys[found] == keys, self._order[found], -1)
+        # Keys in order are found several times faster.
+        found[order] = np.searchsorted(self._keys, keys[order], sorter=self._order)
+        found = self._order[found.clip(max=len(self._keys) - 1)]
+        return np.where(self._keys[found] == keys, found, -1)
 
     def add(self, keys: Sequence[bytes], features: Mapping[str, np.ndarray]) -> None:
         """Adds features by their names, (N, ...). They are there after `reload`."""
@@ -154,8 +156,9 @@ class FeatureStore:
         """Returns the records at these places, (N,)."""
         records, numbers = np.empty(len(places), self._record), np.searchsorted(self._ends, places, side="right")
         memory, size = memoryview(records.view(np.uint8)), records.itemsize
+        files = [*self._files.items()]
         for number in np.unique(numbers):
-            path, start = self._files[number]
+            path, start = files[number]
             first = self._ends[number - 1] if number else 0
             with open(path, "rb", buffering=0) as file:
                 for row in np.flatnonzero(numbers == number).tolist():

@@ -1,0 +1,121 @@
+"""Time and memory that many pairs take before the first step of a training, and batches of cached features.
+
+    python benchmarks/bench_pairs.py --pairs 1000000
+
+Prints a Markdown table: seconds of the processor, MiB that are held afterwards, and MiB at the peak, of what a
+training does once with its pairs, on a table with a caption of twelve words for each image. The feature cache has
+small features, so that it fits anywhere; then batches are read from one with features of the usual size.
+"""
+
+import csv
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from measuring import command_line, cost, machine, memory, needed, table
+
+from iclip_hf.data.nouns import NounPrompts
+from iclip_hf.data.pairs import load_pairs
+
+
+with needed():
+    from iclip_hf.training import CachedPairs, PairCollator
+    from iclip_hf.training.features import FeatureStore
+
+
+WORDS = "a the dog cat man woman stands runs on grass with red ball under blue sky near large tree in street".split()
+IMAGES, SIZE = 2000, 100_000  # image files, and bytes of each
+ROWS, BATCH = 8000, 500
+FEATURES = {"class_token": (384,), "average": (384,), "patches": (20, 384), "attention": (20,)}
+FEATURES |= {"even_patches": (64, 384)}
+
+
+def write_table(folder: Path, pairs: int) -> Path:
+    draws = np.random.default_rng(0)
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "caption"])
+        for number in range(pairs):
+            caption = " ".join(WORDS[word] for word in draws.integers(0, len(WORDS), 12))
+            rows.writerow([f"images/{number // 1000:05}/{number:08}.jpg", caption])
+    return folder / "pairs.csv"
+
+
+class Cache:
+    """A cache that has the features of all images."""
+
+    def images(self, pairs) -> np.ndarray:
+        return np.arange(len(pairs))
+
+
+def measured(name: str, function: Callable[[], object], count: int, pairs: int) -> list[object]:
+    """Returns a row of the table, for `pairs` of which the call does `count`, and keeps what the call returns."""
+    kept = []
+
+    def call() -> None:
+        start = time.process_time()
+        kept.append(function())
+        kept.append((time.process_time() - start) * pairs / count)
+
+    before = memory()
+    _, peak = cost(call)
+    measured.kept, taken = kept
+    return [name, taken, f"{memory() - before:.0f}" if count == pairs else "", f"{peak:.0f}" if count == pairs else ""]
+
+
+def fill(store: FeatureStore, keys: np.ndarray, features: dict[str, tuple[int, ...]]) -> FeatureStore:
+    for start in range(0, len(keys), 4000):
+        part = keys[start : start + 4000]
+        store.add(part.tolist(), {name: np.ones((len(part), *shape)) for name, shape in features.items()})
+    store.reload()
+    return store
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    options = parser.parse_args()
+    count = options.pairs
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        source, nouns = write_table(folder, count), NounPrompts(["dog", "cat", "ball", "tree", "grass (background)"])
+        rows = [measured("open the table", lambda: load_pairs(source), count, count)]
+        pairs = measured.kept
+        collator = PairCollator(None, nouns)
+        rows.append(measured("read captions and nouns", lambda: CachedPairs(pairs, Cache(), collator), count, count))
+
+        images = folder / "images" / "00000"
+        images.mkdir(parents=True)
+        for number in range(IMAGES):
+            (images / f"{number:08}.jpg").write_bytes(os.urandom(SIZE))
+        few = load_pairs(write_table(folder, IMAGES))
+        rows.append(measured(f"digests of images of {SIZE // 1000} KB, once", few.image_digests, IMAGES, count))
+        (of_table,) = few.sources
+        rows.append(measured("changes of their files, later", lambda: of_table.state, IMAGES, count))
+
+        keys = np.frombuffer(np.random.default_rng(0).bytes(32 * count), "S32")
+        fill(FeatureStore(folder / "small"), keys, {"class_token": (1,)})
+        rows.append(measured("open the cache", lambda: FeatureStore(folder / "small"), count, count))
+        store, asked = measured.kept, keys[::-1].tolist()
+        rows.append(measured("find all images in it", lambda: store.find(asked), count, count))
+
+        store = fill(FeatureStore(folder / "large"), keys[:ROWS], FEATURES)
+        draws = np.random.default_rng(0)
+        batches = [draws.choice(min(ROWS, count), min(BATCH, count), replace=False) for _ in range(20)]
+        start = time.process_time()
+        for batch in batches:
+            store[batch]
+        taken = (time.process_time() - start) / len(batches)
+
+    print(f"{machine()}; a table of {count} pairs, seconds of the processor\n")
+    print(table(["what a training does first", "seconds", "MiB held", "MiB at the peak"], rows))
+    size = 2 * sum(map(math.prod, FEATURES.values()))
+    print(f"\nA batch of {BATCH} features of {size / 1000:.0f} KB, in random order, takes {1e3 * taken:.0f} ms.")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from families import CONVOLUTIONAL, FAMILIES, build, liven, pixels, raw_maps, tiny_timm
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -31,6 +32,7 @@ from transformers import (
 from iclip_hf import explain, load
 from iclip_hf.backends import MODEL_TYPES, check_model_name
 from iclip_hf.explainers import METHODS, make_explainer
+from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 
 
@@ -74,6 +76,31 @@ def test_recorded_blocks_rebuild_their_output(made, family):
             if layer.residual:
                 stream = record.stream + added
                 torch.testing.assert_close(stream + layer.mlp(stream), output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in [*CONVOLUTIONAL, "open_clip_resnet"]]
+)
+def test_legrads_mean_token_is_that_of_the_blocks(made, family):
+    """Also where a norm follows the last linear layer of an MLP, as in EVA02-E."""
+    with torch.no_grad():
+        for mlp in (layer.mlp for layer in load(made(family)[:2]).layers if layer.residual):
+            stream = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+            expected = mlp(stream).mean(1, keepdim=True)
+            torch.testing.assert_close(_mean_mlp(mlp)(stream), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["altclip", "chinese_clip", "aimv2", "dual_encoder", "dual_encoder_vit"])
+def test_a_folder_names_its_family(made, family, tmp_path):
+    model, parts, size = made(family)
+    names = {"altclip": "AltCLIP", "chinese_clip": "ChineseCLIP", "aimv2": "CLIP"}
+    processor = getattr(transformers, f"{names.get(family, 'VisionTextDualEncoder')}Processor")
+    model.save_pretrained(tmp_path)
+    processor(image_processor=parts.image_processor, tokenizer=parts.tokenizer).save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = load((model, parts)).get_image_features(pixels(size))
+        found = load(tmp_path, device="cpu").get_image_features(pixels(size))
+    torch.testing.assert_close(found.patch_embeds, expected.patch_embeds, atol=1e-6, rtol=0)
 
 
 def test_maps_of_siglip_are_the_same_by_either_library(tiny_processor):

@@ -204,15 +204,16 @@ def test_models_of_open_clip_by_weights_layers_images_and_tokens():
     settings = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
     texts = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
 
-    def made(quick_gelu=False):
+    def made(quick_gelu=False, **options):
         torch.manual_seed(0)
-        return open_clip.CLIP(32, vision_cfg=settings, text_cfg=texts, quick_gelu=quick_gelu).eval()
+        return open_clip.CLIP(32, vision_cfg=settings | options, text_cfg=texts, quick_gelu=quick_gelu).eval()
 
     model, tokenizer = made(), open_clip.SimpleTokenizer()
     model.visual.preprocess_cfg = {"mean": (0.5, 0.5, 0.5)}
     before = identity(model, tokenizer)
     tokenizer(["a dog"])
-    other = made()
+    other = made().train()
+    other.set_grad_checkpointing(True)
     other.visual.preprocess_cfg = {"mean": (0.5, 0.5, 0.5)}
     assert changed(before, identity(other, open_clip.SimpleTokenizer())) == []
     other.visual.preprocess_cfg = {"mean": (0.4, 0.5, 0.5)}
@@ -220,9 +221,10 @@ def test_models_of_open_clip_by_weights_layers_images_and_tokens():
         "configuration",
         "processor",
     ]
-    other = made(quick_gelu=True)
-    other.visual.preprocess_cfg = model.visual.preprocess_cfg
-    assert changed(before, identity(other, tokenizer)) == ["configuration"]
+    for options in ({"quick_gelu": True}, {"pool_type": "avg"}, {"head_width": 16}):
+        other = made(**options)
+        other.visual.preprocess_cfg = model.visual.preprocess_cfg
+        assert changed(before, identity(other, tokenizer)) == ["configuration"]
 
 
 def test_weights_that_accelerate_offloads_count(tiny_processor):

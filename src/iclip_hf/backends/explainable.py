@@ -173,7 +173,7 @@ class RecordableModel(ExplainableModel):
         blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
         if not blocks:
             raise ValueError(
-                f"{method} needs an image tower of transformer blocks: use itsm, reversed_itsm or grad_cam."
+                f"{method} needs an image tower of transformer blocks: use {self.default_method} or grad_cam."
             )
         return blocks[-depth:]
 

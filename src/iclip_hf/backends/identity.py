@@ -23,6 +23,8 @@ _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelin
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *ICLIPConfig.option_names("training", "weights")}
 # The classes of configurations and image processors, which count although they are the defaults of themselves.
 _KINDS = ("model_type", "image_processor_type")
+# Attributes of the modules of open_clip and timm that change no number.
+_MODULE_STATE = ("training", "grad_checkpointing", "fused_attn")
 # Of a tokenizer of open_clip: what it has met, and the place of its files.
 _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
 
@@ -48,7 +50,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
         used, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
     if config is None:  # of open_clip
-        config = [str(model), model.visual.preprocess_cfg, model.visual.image_size]
+        config = [str(model), _options(model), model.visual.preprocess_cfg, model.visual.image_size]
     return {
         "model": public_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "configuration": digest(config),
@@ -74,6 +76,19 @@ def digest(value) -> str:
     tokenizers. The order of mappings does not count.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
+
+
+def _options(model: torch.nn.Module) -> dict[str, dict]:
+    """
+    Returns the plain attributes of all modules, such as the number of heads and the kind of pooling, which their text
+    leaves out.
+    """
+    plain = (bool, int, float, str, tuple)
+    return {
+        name: {key: value for key, value in vars(module).items() if isinstance(value, plain) and key[0] != "_"}
+        | dict.fromkeys(_MODULE_STATE)
+        for name, module in model.named_modules()
+    }
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

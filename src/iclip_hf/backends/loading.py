@@ -127,12 +127,13 @@ def _explainable(model, processor) -> ExplainableModel:
     else:
         family = getattr(getattr(model, "config", None), "model_type", None)
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
+    kind = type(model).__name__ + (f" ({family})" if family else "")
     if family in REFUSED:
-        raise TypeError(f"A {type(model).__name__} ({family}) cannot be explained: {REFUSED[family]}.")
+        raise TypeError(f"A {kind} cannot be explained: {REFUSED[family]}.")
     if family not in _FAMILIES or not fits:
         raise TypeError(
-            f"Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
-            f"{', '.join(MODEL_TYPES)}, got {type(model).__name__} ({family}): load one of them."
+            "Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
+            f"{', '.join(MODEL_TYPES)}, got {kind}: load one of them."
         )
     if not hasattr(model, "visual"):
         check_processor(getattr(model.config, "_name_or_path", "") or family, processor, model.config)

@@ -7,6 +7,7 @@ import fault_inputs as inputs
 import numpy as np
 import pytest
 from fault_inputs import encoded, index_mask, masks_folder, written
+from pycocotools import mask as coco_mask
 
 from iclip_hf.backends.loading import load_pretrained
 from iclip_hf.data.nouns import NounPrompts
@@ -28,11 +29,18 @@ def image_of_mask(world, folder, content):
     return load_segmentation("folder", masks_folder(folder, content, index_mask(np.ones((24, 30), np.uint8))))[0].image
 
 
+def two_images(world, folder, content):
+    masks_folder(folder)
+    return load_segmentation("folder", written(folder / "images", content, "image.jpg").parents[1])
+
+
 def classes(world, folder, content):
     return load_segmentation("folder", masks_folder(folder, classes=content))
 
 
 CATEGORY, PICTURE = {"id": 3, "name": "dog"}, {"id": 5, "file_name": "image.png", "height": 24, "width": 30}
+# Compressed, of a square.
+RUNS = coco_mask.encode(np.asfortranarray(np.pad(np.ones((9, 9), np.uint8), ((5, 10), (8, 13)))))["counts"].decode()
 POLYGON = {"id": 7, "image_id": 5, "category_id": 3, "iscrowd": 0, "segmentation": [[1, 1, 9, 1, 9, 9]]}
 
 
@@ -99,8 +107,10 @@ REFUSED = {
         "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
         "colours": inputs.BY_FORMAT["PNG"],
         "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
+        "1 bit of two classes": index_mask(np.ones((24, 30), bool)),
     },
     (image_of_mask, "image.png"): {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
+    (two_images, "image.jpg image.png"): {"of one mask": inputs.BY_FORMAT["JPEG"]},
     (classes, "classes.txt"): {
         "empty": "",
         "UTF-16": "dog".encode("utf-16"),
@@ -117,6 +127,18 @@ REFUSED = {
         "unlisted image": annotation(image_id=6),
         "boxes without masks": annotation(segmentation=[]),
         "no images": {"images": [], "annotations": []},
+        "image twice": {"images": [PICTURE, PICTURE]},
+    },
+    (coco, "json: annotation 7 image.png"): {
+        "polygon of two points": annotation(segmentation=[[1, 1, 9, 9]]),
+        "polygon of two points after another": annotation(segmentation=[POLYGON["segmentation"][0], [1, 1, 9, 9]]),
+        "polygon of five numbers": annotation(segmentation=[[1, 1, 9, 9, 5, 5, 5]]),
+        "polygon of no numbers": annotation(segmentation=[["a"] * 6]),
+        "run lengths of another size": annotation(segmentation={"size": [30, 24], "counts": [20, 700]}),
+        "truncated run lengths": annotation(segmentation={"size": [24, 30], "counts": [20, 600]}),
+        "truncated compressed run lengths": annotation(segmentation={"size": [24, 30], "counts": RUNS[:-4]}),
+        "run lengths beyond the image": annotation(segmentation={"size": [24, 30], "counts": [20, 600, 120]}),
+        "run lengths without counts": annotation(segmentation={"size": [24, 30]}),
     },
     (overrides("names.json"), "names.json"): {
         **inputs.FEW_JSON,
@@ -152,6 +174,7 @@ REFUSED = {
         "device as image": HEADER + b"/dev/zero,a dog\n",
         "URL": HEADER + b"https://127.0.0.1:9/a.png,a dog\n",
         "UTF-16": (HEADER + ROW).decode().encode("utf-16"),
+        "a column twice": b"file_name,caption,caption\nphoto.png,a dog,\n",
     },
     (pairs("a.jsonl"), "a.jsonl"): {
         **inputs.FEW_JSON,
@@ -197,6 +220,7 @@ BORNE = [
             ]
         },
     ),
+    (coco, annotation(segmentation={"size": [24, 30], "counts": RUNS})),
     (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
     (pairs("a.csv"), b"\xef\xbb\xbffile_name;caption\nphoto.png;a dog, a cat\n"),
     (pairs("a.tar"), inputs.tar(("../../a.png", GOOD_TAR[0][1]), ("../../a.txt", "a dog"))),

@@ -201,6 +201,14 @@ def test_caption_lists(tmp_path):
             dataset.captions(bad)
 
 
+def test_a_list_of_captions_in_another_column_is_no_text(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    rows = ['"[""a dog"", ""a pet""]"', '"[1] a dog"', '"[""a dog"" and a cat]"', "[]"]
+    (tmp_path / "p.csv").write_text("image,caption\n" + "".join(f"0.jpg,{row}\n" for row in rows))
+    found = [load_pairs(tmp_path / "p.csv").captions(row) for row in range(4)]
+    assert found == [["a dog", "a pet"], ["[1] a dog"], ['["a dog" and a cat]'], ["[]"]]
+
+
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "saved"])
 def test_rows_of_an_image_are_one_pair(tmp_path, form):
     """In a batch, the captions of other pairs count as wrong."""

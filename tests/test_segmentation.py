@@ -216,7 +216,7 @@ def test_coco_union_equals_a_pixel_loop(instances):
         {"label": label, "iscrowd": crowd, "segmentation": (compressed_runs if pack else plain_runs)(mask)}
         for label, crowd, pack, mask in instances
     ]
-    sample = _COCOSample("x", None, 3, size, annotations)
+    sample = _COCOSample("x", None, 3, size, annotations, None)
     for label in (1, 2, 3):
         expected = np.zeros(size, int)
         for row, column in np.ndindex(size):
@@ -280,7 +280,7 @@ def test_class_ids_of_a_grayscale_mask_are_its_stored_values(tmp_path, bits):
     rows = (ids[..., None] >> np.arange(bits)[::-1] & 1).reshape(2, -1)
     content = b"".join(b"\0" + np.packbits(row.astype(np.uint8)).tobytes() for row in rows)
     mask = png(8, 2, (b"IDAT", zlib.compress(content)), bits=bits, kind=0)
-    classes = "\n".join(f"class {number}" for number in range(1, 9))
+    classes = "\n".join(f"class {number}" for number in range(1, min(2**bits, 9)))
     image = encoded(Image.new("RGB", (8, 2)))
     sample = load_segmentation("folder", masks_folder(tmp_path, image, mask, classes))[0]
     assert sample.label_map.tolist() == ids.tolist() and sample.image.size == (8, 2)

@@ -121,8 +121,10 @@ def _names(column: str, value) -> list[str] | None:
 
 
 def _parsed(column: str, value):
-    """Returns a value of a column. A list as text, as in a .csv, is parsed; captions that are none are no caption."""
-    if column not in ("captions", *LABEL_COLUMNS) or not isinstance(value, str):
+    """
+    Returns a value of a column. A list as text, as in a .csv, is parsed; that of "captions" is no caption otherwise.
+    """
+    if not isinstance(value, str) or not (column in ("captions", *LABEL_COLUMNS) or value.lstrip().startswith('["')):
         return value
     try:
         return json.loads(value)

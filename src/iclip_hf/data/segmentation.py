@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import glob
+import itertools
 import json
 import logging
 import os
@@ -112,6 +113,11 @@ class _IndexSample(SegmentationSample):
                 f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode "
                 f"{image.mode!r}; save class ids, not colours."
             )
+        if image.mode == "1" and self.num_classes > 1:
+            raise ValueError(
+                f"{self.mask_path}: a mask of 1 bit can hold one class, but the data set has {self.num_classes}; save "
+                "class ids with 8 bits."
+            )
         values = np.asarray(upright(image)).astype(np.uint8)
         if image.mode == "L":  # which Pillow scales to 255
             with open(self.mask_path, "rb") as file:
@@ -136,6 +142,7 @@ class _COCOSample(SegmentationSample):
 
     size: tuple[int, int]
     annotations: list[dict] = field(repr=False)
+    annotation_path: Path
 
     @cached_property
     def labels(self) -> tuple[int, ...]:
@@ -151,7 +158,7 @@ class _COCOSample(SegmentationSample):
     def _painted(self, labels: Sequence[int]) -> np.ndarray:
         """Returns an array with each of these labels on the pixels of its instances, and void on crowds."""
         areas = [
-            (self.void if annotation["iscrowd"] else annotation["label"], self._pixels(annotation["segmentation"]))
+            (self.void if annotation["iscrowd"] else annotation["label"], self._pixels(annotation))
             for annotation in self.annotations
             if annotation["iscrowd"] or annotation["label"] in labels
         ]
@@ -161,16 +168,50 @@ class _COCOSample(SegmentationSample):
             painted[pixels] = value
         return painted
 
-    def _pixels(self, segmentation: list | Mapping | None) -> np.ndarray:
-        """Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean; nothing for a box alone."""
+    def _pixels(self, annotation: Mapping) -> np.ndarray:
+        """
+        Decodes polygons, or plain or compressed run lengths, to `(H, W)` boolean; nothing for a box alone. Raises
+        `ValueError` for those that pycocotools refuses, or would read beyond.
+        """
+        segmentation = annotation["segmentation"]
         if not segmentation:
             return np.zeros(self.size, bool)
         coco_mask = _pycocotools_mask()
-        if isinstance(segmentation, list):
-            segmentation = coco_mask.merge(coco_mask.frPyObjects(segmentation, *self.size))
-        elif isinstance(segmentation["counts"], list):
-            segmentation = coco_mask.frPyObjects(segmentation, *self.size)
-        return coco_mask.decode(segmentation).view(bool)
+        try:
+            if isinstance(segmentation, list):
+                if wrong := [polygon for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]:
+                    raise ValueError(f"a polygon of {len(wrong[0])} numbers; it has x and y of at least 3 points")
+                return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *self.size))).view(bool)
+            size, counts = tuple(segmentation["size"]), segmentation["counts"]
+            if size != self.size:
+                raise ValueError(f"run lengths of {size[0]}x{size[1]} pixels")
+            total = sum(counts if isinstance(counts, list) else _run_lengths(counts))
+            if total != size[0] * size[1]:
+                raise ValueError(f"run lengths of {total} of {size[0] * size[1]} pixels")
+            packed = coco_mask.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
+            return coco_mask.decode(packed).view(bool)
+        except Exception as error:  # of pycocotools, any
+            raise ValueError(
+                f"{self.annotation_path}: the mask of annotation {annotation['id']}, on {self.image_path.name} of "
+                f"{self.size[0]}x{self.size[1]} pixels (height x width), cannot be read: {error}; correct it."
+            ) from error
+
+
+def _run_lengths(text: str | bytes) -> list[int]:
+    """
+    Returns the run lengths in COCO's compressed form: numbers of 5 bits a letter, lowest first, of which those from
+    the fourth on are differences to the last but one.
+    """
+    lengths, value, shift = [], 0, 0
+    for letter in text.encode() if isinstance(text, str) else text:
+        bits = letter - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last letter of a number, with its sign
+            value -= (bits & 16) << (shift - 4)
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    return lengths
 
 
 def _pycocotools_mask() -> ModuleType:
@@ -334,7 +375,12 @@ def _found(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, 
         names = sorted(path.removeprefix(start).removesuffix(end) for path in paths)
         if not end:
             names = [name for name in names if os.path.splitext(name)[1].lower() in image_suffixes()]
-        files = {name if end else os.path.splitext(name)[0]: root / f"{start}{name}{end}" for name in names}
+        files = {}
+        for name in names:
+            key, path = name if end else os.path.splitext(name)[0], root / f"{start}{name}{end}"
+            if key in files:
+                raise ValueError(f"{path}: {files[key].name} has the same name for its mask; rename one of them.")
+            files[key] = path
         if files:
             break
     return chosen, files
@@ -396,11 +442,15 @@ def _instances(name: str, root: Path, split: str) -> SegmentationDataset:
         annotations = {image["id"]: [] for image in images}
         for item in content["annotations"]:
             label, crowd = labels[item["category_id"]], item.get("iscrowd", 0)
-            annotation = {"label": label, "iscrowd": crowd, "segmentation": item.get("segmentation")}
+            mask = {"id": item.get("id"), "segmentation": item.get("segmentation")}
+            annotation = {"label": label, "iscrowd": crowd, **mask}
             annotations[item["image_id"]].append(annotation)
         class_names = [category["name"] for category in categories]
         if not images:
             raise ValueError("there are no images")
+        if len(annotations) < len(images):
+            twice = next(one["id"] for one, other in itertools.pairwise(images) if one["id"] == other["id"])
+            raise ValueError(f"there are two images with the id {twice}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
@@ -419,7 +469,7 @@ def _instances(name: str, root: Path, split: str) -> SegmentationDataset:
             "the data."
         )
     samples = [
-        _COCOSample(file.stem, file, len(class_names), size, of_image)
+        _COCOSample(file.stem, file, len(class_names), size, of_image, path)
         for file, size, of_image in zip(files, sizes, annotations.values(), strict=True)
     ]
     supercategories = [category.get("supercategory") for category in categories]

@@ -54,6 +54,8 @@ def _fields(file: TextIO) -> Iterator[dict]:
     lines = csv.reader(file, **form)
     try:
         header = next(lines, [])
+        if twice := [name for name in filter(None, header) if header.count(name) > 1]:
+            raise csv.Error(f"the header names the column {twice[0]!r} twice; rename one of them")
         for fields in filter(None, lines):
             if len(fields) != len(header):
                 raise csv.Error(f"{len(fields)} fields instead of {len(header)}; text with a separator needs quotes")

@@ -202,9 +202,11 @@ def test_caption_lists(tmp_path):
 
 
 def test_a_list_of_captions_in_another_column_is_no_text(tmp_path):
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
     rows = ['"[""a dog"", ""a pet""]"', '"[1] a dog"', '"[""a dog"" and a cat]"', "[]"]
-    (tmp_path / "p.csv").write_text("image,caption\n" + "".join(f"0.jpg,{row}\n" for row in rows))
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    lines = [f"{number}.png,{row}\n" for number, row in enumerate(rows)]
+    (tmp_path / "p.csv").write_text("".join(["image,caption\n", *lines]))
     found = [load_pairs(tmp_path / "p.csv").captions(row) for row in range(4)]
     assert found == [["a dog", "a pet"], ["[1] a dog"], ['["a dog" and a cat]'], ["[]"]]
 

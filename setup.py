@@ -65,6 +65,7 @@ setup(
         "iclip_hf": [
             "py.typed",
             "plots/tower.*",
+            "plots/*.html",
             "demo/*.js",
             "web/page/*",
             "backends/*.safetensors",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
-from ..utils.files import check_outputs
+from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, seed, share, texts
 from .output import check_file, model_files, print_error, print_lines
@@ -62,6 +62,12 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="JSON file to write; scores of the classes are written beside it as CSV, with a number if such a file "
         "exists",
     )
+    command.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="new folder for a page, index.html, that shows the maps of each class, worst or best first",
+    )
     add_shared(command, "--json")
 
 
@@ -78,6 +84,9 @@ def run(options: argparse.Namespace) -> None:
     if options.output:
         check_file(options.output, (".json",))
         check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
+    if options.report:
+        check_new_folder(options.report)
+        check_outside(options.report, options.data_root)
     from ..evaluation.metrics import make_metrics
 
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
@@ -98,8 +107,11 @@ def run(options: argparse.Namespace) -> None:
         multi_scale=options.multi_scale,
         limit=options.limit,
         batch_size=options.batch_size,
+        report=options.report,
     )
     if state.is_main_process:
+        if options.report:
+            print_error("evaluate", f"wrote {options.report / 'index.html'}")
         if options.output:  # before the table, whose reader may have gone
             written = " and ".join(map(str, result.save(options.output)))
             print_error("evaluate", f"wrote {written}")

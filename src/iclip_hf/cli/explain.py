@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from .options import SHARED, add_shared
-from .output import resolution, save_picture
+from .output import print_error, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
@@ -22,9 +22,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
     )
+    command.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="new folder for a page, index.html, with the maps of all images, instead of a picture of each",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
+    report = None
+    if options.report:
+        from ..utils.files import check_new_folder
+
+        check_new_folder(options.report)
+        report = _Report(options.report)
+
     def write(name: str, explanation, picture: Path | None) -> dict:
         from ..plots.sheets import draw
         from ..utils.files import write_new
@@ -38,9 +51,44 @@ def run(options: argparse.Namespace) -> int:
             if options.npz:
                 arrays = write_new(picture.with_suffix(".npz"), partial(_save_arrays, explanation))
                 files["arrays"] = str(arrays)
+        if report:
+            report.add(name, explanation)
         return files | explanation.to_dict()
 
-    return explain_files(options, "explanation", write)
+    code = explain_files(options, "explanation", write)
+    if report:
+        print_error("explain", f"wrote {report.write()}")
+    return code
+
+
+class _Report:
+    """The report of all images of a command, see [`ReportFolder`]."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.images, self.texts, self.rows, self.made_by = folder, [], {}, [], ""
+
+    @cached_property
+    def files(self):
+        from ..plots.report import ReportFolder
+
+        return ReportFolder(self.folder)
+
+    def add(self, name: str, explanation) -> None:
+        """Writes the pictures of an image."""
+        image, self.made_by = len(self.images), explanation.made_by
+        self.images.append(Path(name).name)
+        self.files.save_image(image, explanation.image)
+        figures = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
+        for index, (text, score, presence) in enumerate(figures):
+            number = self.texts.setdefault(text, len(self.texts))
+            heatmap, mask = explanation.map_and_mask(index)
+            self.files.save_map(image, number, explanation.image, heatmap, mask.numpy())
+            self.rows.append([image, number, round(mask.float().mean().item(), 4), presence, [round(score, 4)]])
+
+    def write(self) -> Path:
+        """Writes the page and returns its path."""
+        title = f"{len(self.images)} images"
+        return self.files.write_page(title, self.images, [*self.texts], [self.made_by], "score", self.rows)
 
 
 def _save_arrays(explanation, path: Path) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) -> None:
     """Adds the shared options. `output` is the help of `--output`, and `text` changes the option of the texts."""
-    command.set_defaults(npz=False, background=[])
+    command.set_defaults(npz=False, report=None, background=[])
     command.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )
@@ -141,8 +141,8 @@ def _places(
     options: argparse.Namespace, ending: str, images: list[str], alone: bool
 ) -> tuple[Path | None, Path | None]:
     """
-    Returns the picture that the user named, or else the folder for pictures; neither if only JSON is asked for. Checks
-    the single image and what is written, before the model is loaded.
+    Returns the picture that the user named, or else the folder for pictures; neither if only JSON or a report is asked
+    for. Checks the single image and what is written, before the model is loaded.
     """
     from ..model.images import open_image
     from ..utils.files import check_outputs, free_name
@@ -150,7 +150,7 @@ def _places(
     if alone and not is_url(images[0]):
         open_image(images[0], decode=False)
     output = options.output
-    if output is None and options.json and not options.npz:
+    if output is None and (options.json or options.report) and not options.npz:
         return None, None
     picture, folder = None, output
     if output is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +24,12 @@ from ..model.engine import Engine, map_groups
 from ..model.modeling_iclip import ICLIPTextFeatures
 from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra
+from ..utils.files import check_new_folder
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from ..utils.tables import table
 from .metrics import make_metrics
 from .metrics.metric import CannotMeasure, EvaluatedImage, Metric
+from .report import Report
 from .results import EvaluationResult, map_settings
 
 
@@ -53,6 +56,7 @@ def evaluate_model(
     multi_scale: bool = False,
     limit: int | None = None,
     batch_size: int = 8,
+    report: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """
@@ -76,6 +80,8 @@ def evaluate_model(
         multi_scale (`bool`): whether to compute maps and scores at two scales, see [`Engine`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): number of images in one forward pass.
+        report (*optional*): a new folder for a page, `index.html`, that shows the map of each class on each image
+            beside its scores, to be opened by a browser.
         progress (`bool`): whether the first process shows a progress bar.
 
     Returns:
@@ -90,6 +96,13 @@ def evaluate_model(
         raise ValueError(f'methods is a list of names, such as ["itsm"], not {methods!r:.100}.')
     state = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
+    if report is not None:
+        if state.is_main_process:
+            check_new_folder(Path(report))
+        state.wait_for_everyone()
+        report = Report(report)
+        report.image_size = metrics[0].image_size  # one run with the first metric
+        metrics.append(report)
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
     # another.
     sizes = {metric: metric.image_size if image_size is None else image_size for metric in metrics}
@@ -105,7 +118,7 @@ def evaluate_model(
         totals |= run.measure(of_run)
     _join_processes(totals)
 
-    first, metrics = next(iter(runs.values())), list(run_of)
+    first, metrics = next(iter(runs.values())), [metric for metric in run_of if metric is not report]
     results, per_class = {}, {}
     for method in first.methods:
         reports = {
@@ -113,8 +126,10 @@ def evaluate_model(
         }
         results[method] = {name: scores for name, (scores, _) in reports.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
-    return EvaluationResult(
-        protocol=broadcast_from_main(_protocol(first, run_of) if state.is_main_process else None),
+    measured = {metric: run_of[metric] for metric in metrics}
+    protocol = broadcast_from_main(_protocol(first, measured) if state.is_main_process else None)
+    result = EvaluationResult(
+        protocol=protocol,
         results=results,
         per_class=per_class,
         timing={
@@ -124,6 +139,9 @@ def evaluate_model(
         },
         tables=_tables(metrics, results, first.count, dataset.images_in_split),
     )
+    if report is not None and state.is_main_process:
+        report.merged([totals[report.name, method] for method in first.methods]).write(result, first.methods)
+    return result
 
 
 def _join_processes(totals: Mapping[tuple, Metric]) -> None:

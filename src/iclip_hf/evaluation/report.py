@@ -1,0 +1,135 @@
+"""The report of an evaluation: the pictures and numbers of each pair of an image and a class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..model.presence import MIN_PRESENCE
+from ..plots.report import ReportFolder
+from .functional import threshold_counts
+from .metrics.metric import EvaluatedImage, Metric
+from .results import EvaluationResult
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+class _Seen:
+    """What a report shows, of one image or of several."""
+
+    def __init__(self):
+        self.names: dict[int, str] = {}  # of images
+        self.presences: dict[int, np.ndarray] = {}  # (K,) of each image, of a model that has it
+        self.areas: dict[tuple[int, int], float] = {}  # share of the image, by image and class id
+        self.overlaps: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # IoU at each threshold, by method
+
+    def merge(self, other: _Seen) -> None:
+        for name in ("names", "presences", "areas"):
+            getattr(self, name).update(getattr(other, name))
+        for pair, overlaps in other.overlaps.items():
+            self.overlaps.setdefault(pair, {}).update(overlaps)
+
+
+class Report(Metric):
+    """
+    Draws the images of an evaluation into a folder and keeps the numbers of their page, as a metric that has no score.
+
+    Args:
+        folder: new or empty.
+    """
+
+    name = "report"
+    needs = frozenset({"maps", "presence"})
+    state_type = _Seen
+
+    def __init__(self, folder: str | Path):
+        super().__init__()
+        self.files = ReportFolder(folder)
+
+    def update(self, image: EvaluatedImage, method: str, heatmap: torch.Tensor, mask: np.ndarray, label: int) -> None:
+        """Adds the map of a method for a class, an id in 1..K."""
+        inside = mask == label
+        background, foreground = threshold_counts(heatmap, mask, label, image.sample.void)
+        overlaps = foreground[1:] / np.maximum(foreground[0] + background[1:], 1)
+        self.state.overlaps[image.index, label] = {method: overlaps.astype(np.float32)}
+        self.state.areas[image.index, label] = inside.mean()
+        number = self.run.methods.index(method)
+        self.files.save_map(image.index, label - 1, image.sample.image, heatmap, inside, number)
+
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+        if method == self.run.methods[0]:  # once for each image
+            self.files.save_image(image.index, image.sample.image)
+            self.state.names[image.index] = image.sample.name
+            if image.presence is not None:
+                self.state.presences[image.index] = image.presence.numpy()
+        for heatmap, mask, label in image.pairs(maps):
+            self.update(image, method, heatmap, mask, label)
+
+    def compute(self) -> dict:
+        """Returns no score."""
+        return {}
+
+    def merged(self, reports: list[Report]) -> Report:
+        """Returns this report with what the reports of all methods have seen."""
+        for report in reports:
+            self.merge(report)
+        return self
+
+    def write(self, result: EvaluationResult, methods: list[str]) -> Path:
+        """Writes the page of a result, whose IoU is that of each class's best threshold, and returns its path."""
+        seen, classes = self.state, self.run.dataset.class_names
+        best = self._best_thresholds(methods)
+        rows, alarms = [], []
+        for index, label in sorted(seen.overlaps):
+            presence = seen.presences.get(index)
+            values = [_rounded(seen.overlaps[index, label][method][best[method, label]]) for method in methods]
+            known = None if presence is None else _rounded(presence[label - 1])
+            rows.append([index, label - 1, _rounded(seen.areas[index, label]), known, values])
+        for index, presence in sorted(seen.presences.items()):
+            present = np.flatnonzero(presence >= MIN_PRESENCE).tolist()
+            alarms += [
+                [index, one, _rounded(presence[one])] for one in present if (index, one + 1) not in seen.overlaps
+            ]
+        protocol = result.protocol
+        names = [seen.names.get(index, "") for index in range(max(seen.names, default=-1) + 1)]
+        return self.files.write_page(
+            f"{protocol['model']} on {protocol['dataset']['name']}",
+            names,
+            classes,
+            methods,
+            "IoU",
+            rows,
+            alarms=alarms,
+            tables=[part for table in result.tables for part in table.split("\n\n")],
+            scores=_scores_of_classes(result, len(classes)),
+        )
+
+    def _best_thresholds(self, methods: list[str]) -> dict[tuple[str, int], int]:
+        """Returns for each method and class the index of the threshold with the highest mean IoU."""
+        sums = {}
+        for (_, label), overlaps in self.state.overlaps.items():
+            for method in methods:
+                sums[method, label] = sums.get((method, label), 0) + overlaps[method].astype(np.float64)
+        return {key: int(total.argmax()) for key, total in sums.items()}
+
+
+def _scores_of_classes(result: EvaluationResult, count: int) -> dict[str, dict[str, list[float | None]]]:
+    """Returns for each score of classes and each method a number or None for each class."""
+    scores: dict[str, dict[str, list[float | None]]] = {}
+    for method, classes in result.per_class.items():
+        for row in classes:
+            for metric, of_metric in row.items():
+                for name, score in of_metric.items() if isinstance(of_metric, dict) and row["id"] else ():
+                    numbers = scores.setdefault(f"{metric} {name}", {}).setdefault(method, [None] * count)
+                    numbers[row["id"] - 1] = score
+    return {
+        name: of for name, of in scores.items() if any(number is not None for part in of.values() for number in part)
+    }
+
+
+def _rounded(value: float) -> float:
+    return round(float(value), 4)

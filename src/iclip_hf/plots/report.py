@@ -1,0 +1,106 @@
+"""A report: one page of pictures of maps, with their numbers, which a browser opens from disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..utils.files import atomic_write
+from .colors import overlay
+
+
+# Longest side of a picture in pixels. A page shows two dozen images, each with a picture for every method.
+_SIDE = 240
+_OUTLINE = (0, 229, 255)  # on no colour map
+
+
+class ReportFolder:
+    """
+    The files of a report: pictures, which may be written by several threads and processes, and at the end the page.
+
+    Args:
+        folder: new or empty. The pictures are in its subfolder `images`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._images = self.folder / "images"
+        self._images.mkdir(parents=True, exist_ok=True)
+
+    def save_image(self, index: int, image: Image.Image) -> None:
+        """Writes an RGB image as `<index>.jpg`."""
+        _save(_reduced(image), self._images / f"{index}.jpg")
+
+    def save_map(self, index: int, text: int, image: Image.Image, heatmap, mask: np.ndarray, method: int = 0) -> None:
+        """
+        Writes the map of a text, `(H, W)` in [0, 1], over its image as `<index>-<text>-<method>.jpg`, with the outline
+        of a mask, `(H, W)` boolean.
+        """
+        small = _reduced(image)
+        values = Image.fromarray(np.asarray(heatmap, np.float32)).resize(small.size, Image.Resampling.BILINEAR)
+        picture = overlay(small, np.asarray(values))
+        inside = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
+        padded = np.pad(inside, 1, mode="edge")
+        around = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        picture.paste(_OUTLINE, mask=Image.fromarray(inside & ~around))
+        _save(picture, self._images / f"{index}-{text}-{method}.jpg")
+
+    def write_page(
+        self,
+        title: str,
+        images: Sequence[str],
+        texts: Sequence[str],
+        methods: Sequence[str],
+        value: str,
+        rows: Sequence[Sequence],
+        *,
+        alarms: Sequence[Sequence] = (),
+        tables: Sequence[str] = (),
+        scores: Mapping[str, Mapping[str, Sequence[float | None]]] | None = None,
+    ) -> Path:
+        """
+        Writes the page, `index.html`, after its data, and returns its path.
+
+        Args:
+            title (`str`): of the page.
+            images, texts, methods (`list[str]`): names.
+            value (`str`): what the values of the rows are: `"IoU"`, a share, or `"score"`.
+            rows: for each picture of an image and a text: their indices, the share of the image in the mask, the
+                presence or None, and a value for each method.
+            alarms: for each text that an image does not show, and that the model calls present: the indices of image
+                and text, and the presence.
+            tables (`list[str]`): tables and lists in Markdown.
+            scores (`dict`): for each score of texts and each method the numbers of all texts.
+        """
+        data = {
+            "title": title,
+            "images": [*images],
+            "texts": [*texts],
+            "methods": [*methods],
+            "value": value,
+            "rows": rows,
+            "alarms": alarms,
+            "tables": [*tables],
+            "scores": scores or {},
+        }
+        # A script, because a page on disk may not fetch a file.
+        text = f"const REPORT = {json.dumps(data, allow_nan=False, separators=(',', ':'))};\n"
+        page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+        for name, content in (("data.js", text), ("index.html", page)):
+            with atomic_write(self.folder / name) as temporary:
+                temporary.write_text(content, encoding="utf-8")
+        return self.folder / "index.html"
+
+
+def _reduced(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.thumbnail((_SIDE, _SIDE))
+    return image
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    picture.save(path, "JPEG", quality=80)

@@ -80,6 +80,11 @@ INPUTS = [
     "evaluate DATA --output MODEL/sub/new.json",
 ]
 FOLDERS = [
+    "explain photos SEE --report photos/report",
+    "explain photos SEE --report MODEL/report",
+    "explain photo.jpg SEE --report photos",
+    "evaluate DATA --report MODEL/report",
+    "evaluate DATA --report photos",
     "train table.csv --output_dir run",
     "train table.csv --output_dir run --resume",
     "train table.csv --output_dir clip --resume",

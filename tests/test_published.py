@@ -53,11 +53,15 @@ def test_nothing_that_is_published_names_a_place_of_the_machine(home, tmp_path):
     model, published = home / "run", tmp_path / "published"
     assert ICLIPModel.from_pretrained(model).config.vision_config.model_type == "dinov2"
     evaluation = ["evaluate", "--dataset", "folder", "--data-root", home / "data", "--model", model]
-    assert iclip(*evaluation, "--output", published / "results.json") == 0
+    assert iclip(*evaluation, "--output", published / "results.json", "--report", published / "report") == 0
+    explanation = ["explain", home / "images", "--text", "dog", "--model", model]
+    assert iclip(*explanation, "--report", published / "explained") == 0
     assert iclip("export", model, published / "model", "--results", published / "results.json") == 0
     for form in ("onnx", "web"):
         assert iclip("export", model, published / form, "--format", form) == 0
     files = [path for path in (*published.rglob("*"), *model.glob("*.*")) if path.is_file()]
-    assert {"vision_model.onnx.gz", "README.md", "results.csv", "model_card.md"} <= {path.name for path in files}
+    assert {"vision_model.onnx.gz", "README.md", "results.csv", "model_card.md", "data.js"} <= {
+        path.name for path in files
+    }
     telling = {(path.name, place) for path in files for place in PLACES if place.encode() in unpacked(path)}
     assert telling == set()

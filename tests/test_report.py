@@ -128,5 +128,6 @@ def test_explained_images_have_the_same_page(world, browser, workspace, tmp_path
     with opened(browser, (tmp_path / "report" / "index.html").as_uri(), "article") as page:
         assert sorted(texts_of(page)) == 3 * ["dog"] + 3 * ["red ball"] and not page.locator("#plot").is_visible()
         assert page.locator("article figure").count() == 12
-    assert iclip(*command, "--report", tmp_path / "report") == 2
-    assert "report: " in capsys.readouterr().err
+    for taken, command_line in ((tmp_path / "report", command), (workspace / "0" / "report", ["explain", workspace])):
+        assert iclip(*command_line, "--report", taken) == 2
+        assert f"{taken}: " in capsys.readouterr().err

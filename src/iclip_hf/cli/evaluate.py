@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> None:
         check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
     if options.report:
         check_new_folder(options.report)
-        check_outside(options.report, options.data_root)
+        check_outside(options.report, options.model)
     from ..evaluation.metrics import make_metrics
 
     given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}

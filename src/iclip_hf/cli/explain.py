@@ -33,9 +33,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     report = None
     if options.report:
-        from ..utils.files import check_new_folder
+        from ..utils.files import check_new_folder, check_outside
 
         check_new_folder(options.report)
+        for name in (*options.images, options.model):  # a later run would read the report's pictures
+            check_outside(options.report, name)
         report = _Report(options.report)
 
     def write(name: str, explanation, picture: Path | None) -> dict:

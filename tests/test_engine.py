@@ -581,7 +581,7 @@ def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):
     with pytest.raises(KeyError, match="horse"):
         found["horse"]
     for ask, index in itertools.product((found.__getitem__, found.map, found.regions), (3, -4)):
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match=f"no text {index}: the 3 texts are .*'red ball'"):
             ask(index)
     with pytest.raises(TypeError):
         found[0:2]

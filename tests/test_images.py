@@ -131,6 +131,7 @@ def test_arrays(dtype):
     pixels = np.array([[0, white]]).astype(dtype)[..., None].repeat(3, 2)
     for image in (pixels, pixels.transpose(2, 0, 1)):
         assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 255]
+        assert np.asarray(load_image(image[:, ::-1, ::-1]))[0].tolist() in ([[0] * 3, [255] * 3], [[255] * 3, [0] * 3])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ def test_the_image_stays_visible_where_a_map_is_low(colormap):
     assert overlay(gray, ramp, 0) == gray
     coarse = torch.from_numpy(ramp).bfloat16()  # which numpy lacks
     assert overlay(gray, coarse) == overlay(gray, coarse.float().numpy())
+    for array in (np.asarray(gray), np.asarray(gray, np.float32) / 255):  # the latter as pytorch-grad-cam takes it
+        assert overlay(array, ramp) == overlay(gray, ramp)
 
 
 @pytest.mark.parametrize("colormap", ["heat", "cividis"])
@@ -111,7 +113,9 @@ def test_many_texts_are_cut_and_absent_ones_are_last(written):
     assert sheet.height < 6 * 336
 
 
-def test_an_unknown_colour_map_is_refused():
+def test_an_unknown_colour_map_or_a_list_is_refused():
+    with pytest.raises(ValueError, match="draw takes one explanation: draw each of the list"):
+        draw([explained([0.9])], Image.new("RGB", (60, 40)))
     with pytest.raises(ValueError, match="no colour map 'viridis', only heat, cividis, jet"):
         draw(explained([0.9]), Image.new("RGB", (60, 40)), colormap="viridis")
 

@@ -12,6 +12,7 @@ from ..backends.embedded import encoded_vocabulary, vocabulary
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import load_image
+from ..model.modeling_iclip import ICLIPTextFeatures
 from ..model.presence import MIN_PRESENCE
 from ..model.prompts import split_texts
 from . import make_explainer
@@ -24,7 +25,7 @@ NOUNS = 8
 def explain(
     model,
     images,
-    texts: str | Sequence[str] | Sequence[Sequence[str]] | None = None,
+    texts: str | Sequence[str] | Sequence[Sequence[str]] | Mapping[str, float] | ICLIPTextFeatures | None = None,
     method: str | None = None,
     *,
     templates: Sequence[str] | None = None,
@@ -58,8 +59,9 @@ def explain(
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
             list of labels for each, which may differ in length; or labels with the prior of the presence of each,
-            which is 0.5 otherwise. If not given, the nouns of [`vocabulary`] with the highest presence, at most
-            `NOUNS`.
+            which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or what else is to be explained in their
+            place, with the labels "0", "1", ... If not given, the nouns of [`vocabulary`] with the highest presence,
+            at most `NOUNS`.
         method (`str`, *optional*), method_options: as for [`make_explainer`], which says what the default is.
         templates, image_size, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
         refine (`bool`): as for [`Engine`]. `False` gives the maps as the model has them: a refined map has edges of

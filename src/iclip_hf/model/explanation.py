@@ -110,11 +110,14 @@ class Explanation:
 
     def index(self, text: int | str) -> int:
         """Returns the index of a text, from 0. Raises `IndexError` or `KeyError` if there is no such text."""
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            if text not in self.labels:
+                raise KeyError(f"{text!r} is none of the texts {self.labels}")
+            return self.labels.index(text)
+        try:
             return operator.index(range(len(self))[text])
-        if text not in self.labels:
-            raise KeyError(f"{text!r} is none of the texts {self.labels}")
-        return self.labels.index(text)
+        except IndexError:
+            raise IndexError(f"There is no text {text}: the {len(self)} texts are {self.labels}.") from None
 
     @property
     def maps(self) -> torch.Tensor:

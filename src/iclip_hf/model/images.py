@@ -186,8 +186,9 @@ def to_pixels(image) -> torch.Tensor:
     if isinstance(image, np.ndarray):
         if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
             image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
-        # torch takes only its own byte order and warns of arrays that cannot be written, such as those of PIL images.
-        image = np.require(image, image.dtype.newbyteorder("="), requirements="W")
+        # torch takes its own byte order and no negative strides, as of image[:, :, ::-1], and warns of arrays that
+        # cannot be written, such as those of PIL images.
+        image = np.require(image, image.dtype.newbyteorder("="), requirements="CW")
     pixels = torch.as_tensor(image)
     if not torch.isfinite(pixels).all():
         raise ValueError("The image holds NaN or infinity.")

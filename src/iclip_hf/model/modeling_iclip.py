@@ -150,7 +150,7 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
             vectors that patches are compared with, equal to `text_embeds` in a model with one branch.
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
             text, float32: positive for objects, negative for the background; None unless `config.map_attention` is
-            `"signed"`.
+            `"signed"`. There, None counts as 1, for features that are no text's.
     """
 
     text_embeds: torch.FloatTensor | None = None
@@ -947,7 +947,7 @@ class ICLIPModel(PreTrainedModel):
             maps = maps * attention
         elif self.config.map_attention in ("additive", "signed"):
             attention = min_max_normalize(attention)
-            if self.config.map_attention == "signed":
+            if self.config.map_attention == "signed" and text.attention_weights is not None:
                 attention = attention * text.attention_weights[..., None, None].to(attention)
             low = maps.amin((-2, -1), keepdim=True)  # its rounded mean could differ from the values of a constant map
             mean = low + (maps - low).mean((-2, -1), keepdim=True)

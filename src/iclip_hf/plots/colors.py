@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
+from ..model.images import load_image
 from . import COLORMAPS
 
 
@@ -42,28 +43,27 @@ def color_table(colormap: str) -> np.ndarray:
     return np.stack([*channels, opacity], axis=1).round().astype(np.uint8)
 
 
-def overlay(
-    image: Image.Image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str = COLORMAPS[0]
-) -> Image.Image:
+def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str = COLORMAPS[0]) -> Image.Image:
     """
     Blends a map over its image. The image stays visible where the map is low.
 
     Args:
-        image (`PIL.Image.Image`): RGB.
+        image: in any form that [`load_image`] takes, such as a PIL image, or an array `(H, W, 3)` of uint8 or of
+            floats in [0, 1].
         heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): in [0, 1], of the image's size.
         opacity (`float`): of the map where it is 1, in [0, 1].
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or
             `"jet"`, the colours of the paper.
 
     Raises:
-        `ValueError`: there is no such colour map.
+        `ValueError`: there is no such colour map; or as [`load_image`].
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # bfloat16, which numpy lacks, too
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
     mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]
-    return Image.composite(Image.fromarray(table[levels, :3]), image, Image.fromarray(mask))
+    return Image.composite(Image.fromarray(table[levels, :3]), load_image(image), Image.fromarray(mask))
 
 
 def label_colors(number: int) -> np.ndarray:

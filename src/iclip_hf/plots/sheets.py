@@ -77,8 +77,10 @@ def draw(
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`: the image cannot be read, or there is no such colour map.
+        `ValueError`: the image cannot be read, there is no such colour map, or `explanation` is a list.
     """
+    if isinstance(explanation, Sequence):
+        raise ValueError("draw takes one explanation: draw each of the list.")
     image = load_image(explanation.image if image is None else image)
     present = explanation.present
     shown = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]

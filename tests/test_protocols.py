@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,3 +247,34 @@ def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(labelled
     assert result.protocol["methods"] == {"proxyclip": options}
     scores = result.results["proxyclip"]["segmentation"]
     assert scores["miou"] > 0 and all(0 <= threshold <= 1 for threshold in scores["thresholds"])
+
+
+def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_path, capsys, monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    import published
+
+    page = (root / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"<!-- published -->\n\n{published.written()}\n\n<!-- end -->" in page
+    output = tmp_path / "runs"
+    command = [
+        "published.py",
+        f"voc20:{voc}",
+        f"voc21:{tmp_path / 'absent'}",
+        "--protocols",
+        "sclip",
+        "--output",
+        output,
+    ]
+    command += ["--model", world.folder / "model", "--limit", 1, "--template", "a {}.", "--short-side", 40]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
+    started, run = [], published.cli.main
+    monkeypatch.setattr(published.cli, "main", lambda words: started.append(words[6]) or run(words))
+    for number in range(2):
+        with pytest.raises(SystemExit, match=r"failed: sclip-voc21\."):
+            published.main()
+        assert started == ["voc20", "voc21", "voc21"][: 2 + number]
+    miou = json.loads((output / "sclip-voc20.json").read_text())["results"]["sclip"]["segmentation"]["miou"]
+    report = (output / "published.md").read_text()
+    assert f"| `sclip` | 59.63 / - | 31.74 / - | 33.52 / - | 81.54 / {miou:.2f} | 34.46 / - |" in report
+    assert "absent" in capsys.readouterr().err

@@ -150,6 +150,10 @@ def test_what_is_measured_selects_the_model(hub):
     for every in (0.25, 0.3):  # shares of all steps
         shared = training("--validation_share", "0.1", "--eval_steps", str(every))
         assert shared.save_steps == shared.eval_steps == every
+    with pytest.raises(ValueError, match="100, which is not a round multiple of 1000"):  # of the best, a checkpoint
+        training("--validation_share", "0.1", "--save_steps", "100", "--eval_steps", "1000")
+    often = ["--save_steps", "100", "--eval_steps", "1000", "--load_best_model_at_end", "false"]
+    assert training("--validation_share", "0.1", *often).save_steps == 100
     with pytest.raises(ValueError, match="metric_for_best_model: 'val_loss' is not measured; choose of loss"):
         training("--validation_share", "0.1", "--metric_for_best_model", "val_loss")
     assert training("--validation_share", "0.1", "--metric_for_best_model", "eval_loss").greater_is_better is False

@@ -259,8 +259,8 @@ def test_cached_features_make_the_batch_of_their_pairs(tmp_path, tiny_processor,
     write_pairs(tmp_path / "pairs.tar", 40, broken=(3,), captions=captions, **labels)
     source = load_pairs([str(tmp_path / "pairs.tar")] * 2, max_bad_share=0.1)
     nouns, model = NounPrompts(["dog", "cat", "ball"]), tiny_model()
-    cache, plain = FeatureCache(model, tiny_processor, tmp_path / "cache"), PairCollator(tiny_processor, nouns, seed=7)
-    collator = PairCollator(tiny_processor, nouns, seed=7, text_features=cache if cached_texts else None)
+    cache, plain = FeatureCache(model, tiny_processor, tmp_path / "cache"), PairCollator(tiny_processor, nouns)
+    collator = PairCollator(tiny_processor, nouns, text_features=cache if cached_texts else None)
     cached = CachedPairs(source, cache, collator)
     cache.texts(nouns.all_prompts())
     places, seen = [5, 44, 70], []

@@ -68,8 +68,9 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     assert training.learning_rate == 1e-5 > training.min_learning_rate
     batch = training.per_device_train_batch_size
-    assert 1 <= batch <= count - held_out and training.eval_steps == training.save_steps == 0.2
-    assert abs((count - held_out) // batch * training.num_train_epochs - STEPS) <= 100
+    steps = (count - held_out) // batch * training.num_train_epochs
+    assert 1 <= batch <= count - held_out and training.eval_steps == training.save_steps == -(-steps // 5)
+    assert abs(steps - STEPS) <= 100
     assert (model.model, training.output_dir, model.lock_text) == ("embedded", "runs/pairs", True)
     assert validation.validation_share == (0.1 if held_out else 0)
     assert training.eval_on_start == training.load_best_model_at_end == bool(held_out)
@@ -81,7 +82,8 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     del given["num_train_epochs"]
     assert preset_of(given)["num_train_epochs"] == round(STEPS / (36 // 8))  # 36 pairs are not held out
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert preset_of({"data": given["data"]})["per_device_train_batch_size"] == 35 // 8  # of each process
+    of_eight = preset_of({"data": given["data"]})  # of each process 35 // 8 pairs
+    assert (of_eight["per_device_train_batch_size"], of_eight["num_train_epochs"]) == (4, STEPS)
 
 
 @pytest.mark.parametrize("count", [99, 100])
@@ -90,7 +92,7 @@ def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path, count):
     table = write_table(tmp_path, count)
     assert preset_of({"data": [str(table)]})["metric_for_best_model"] == "loss"
     many = write_table(tmp_path / "many", 1000, suffix="bmp") if count == 100 else None
-    assert many is None or "metric_for_best_model" not in preset_of({"data": [str(many)]})
+    assert many is None or preset_of({"data": [str(many)]})["metric_for_best_model"] == "text_to_image"
 
 
 def test_what_needs_locked_towers_is_not_chosen_for_towers_that_learn(tmp_path):

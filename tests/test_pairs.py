@@ -10,7 +10,7 @@ import pickle
 import tarfile
 import tracemalloc
 from collections import Counter
-from itertools import chain, combinations
+from itertools import chain, combinations, islice
 
 import datasets
 import fsspec
@@ -31,7 +31,7 @@ from iclip_hf.data.formats import shards
 from iclip_hf.data.formats.source import Source
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import _image_bytes
-from iclip_hf.training import PairCollator
+from iclip_hf.training import PairCollator, StreamedPairs
 from iclip_hf.training.arguments import complete
 
 
@@ -914,6 +914,21 @@ def test_stream_is_split_without_loss_or_repetition(tmp_path, shards, world_size
         parts.append([(item["key"], item["caption"]) for batch in loader for item in batch])
     assert all(parts)
     assert sorted(flat(parts)) == [(f"k{i:02}", f"caption {i}") for i in range(24)]
+
+
+def test_workers_of_a_stream_count_their_own_passes(tmp_path):
+    """One with few pairs is ahead of one with many. Both are told of a new epoch while they persist."""
+    for shard, numbers in enumerate((range(3), range(3, 43))):
+        write_members(tmp_path / f"{shard}.tar", numbers, jpg=jpeg, txt=lambda i: "a")
+    pairs = StreamedPairs(stream(tmp_path), 60)
+    loader = DataLoader(pairs, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=list)
+    for epoch in (0, 7):
+        pairs.set_epoch(epoch)
+        draws = [item["draw"] for batch in islice(loader, 16) for item in batch]
+        few = [number for _, number, key in draws if int(key[1:]) < 3]
+        many = [number for _, number, key in draws if int(key[1:]) >= 3]
+        assert len(many) == 32 and {*many} == {epoch}
+        assert few[:3] == [epoch] * 3 and min(few[3:]) > 1000
 
 
 def test_stream_order_and_captions_by_seed_and_epoch(tmp_path):

@@ -18,6 +18,7 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.model.losses import contrastive_loss
 from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
 from iclip_hf.training import trainer as module
+from iclip_hf.training.kept_presence import KeptPresence
 
 
 def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
@@ -145,11 +146,11 @@ def test_the_folder_holds_the_best_model_or_the_start(hub, tmp_path, monkeypatch
     run(hub, start, "--max_steps", 1)
     seen, names = iter(scores), ("text_to_image", "image_to_text", "loss")
 
-    def measured(self, pairs):
+    def measured(*_):
         assert not list((tmp_path / "run").glob("*.safetensors"))  # an interrupted run leaves checkpoints alone
         return {name: torch.full((17,), score) for name, score in zip(names, (*next(seen), 1.0))}
 
-    monkeypatch.setattr(ICLIPTrainer, "_scores_of", measured)
+    monkeypatch.setattr(module, "retrieval_scores", measured)
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
     trainer = run(hub, tmp_path / "run", *arguments)
     assert trainer.state.best_global_step == kept
@@ -178,10 +179,13 @@ def broken(monkeypatch, steps):
 
 def test_bad_steps_are_skipped_and_stop_the_run(hub, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        broken(patch, {3})
+        broken(patch, {3, 5, 7})  # not in a row
+        patch.setattr(module, "MAX_BAD_STEPS", 2)
         run(hub, tmp_path / "skips", "--max_grad_norm", 0)  # not clipped
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "skips").values())
     broken(monkeypatch, range(2, 20))
+    with pytest.raises(ValueError, match="finite in the last 3 steps"):  # of a run that has no more
+        run(hub, tmp_path / "short", "--max_steps", 4)
     monkeypatch.setattr(module, "MAX_BAD_STEPS", 4)
     with pytest.raises(ValueError, match="finite in the last 4 steps: lower learning_rate"):
         run(hub, tmp_path / "stops")
@@ -209,15 +213,16 @@ def test_the_logged_loss_is_the_trained_one(hub, tmp_path):
 def test_the_loss_has_its_share_of_kept_presence(tiny_processor, tmp_path, monkeypatch):
     """The divergence is that from the start; the loss of captions does not depend on the bias."""
     model = tiny_model(logit_bias_init_value=-2)
+    model.text_model.requires_grad_(False)
     args = ICLIPTrainingArguments(str(tmp_path), keep_presence=3.0, report_to="none")
     trainer = ICLIPTrainer(model, args, processing_class=tiny_processor)
     batch = tiny_inputs(4, 4) | {"return_loss": True}
     alone = trainer.compute_loss(model.eval(), {**batch})
-    trainer._kept = module.KeptPresence(model.recognition, torch.randn(5, model.config.text_config.hidden_size))
+    trainer.start.presence = KeptPresence(model.recognition, torch.randn(5, model.config.text_config.hidden_size))
     with torch.no_grad():
         model.recognition.logit_bias.add_(1)
         features = model.image_inputs(model.encode_image(batch["pixel_values"])).recognition
-        divergence = trainer._kept(model.recognition, features)
+        divergence = trainer.start.presence(model.recognition, features)
     share = trainer.compute_loss(model, {**batch}) - alone
     assert share.item() == pytest.approx(3 * divergence.item(), rel=1e-4) != 0
 
@@ -252,7 +257,7 @@ def test_what_cannot_be_trained_is_refused(hub, tmp_path):
         run(hub, tmp_path / "run", "--cache_features", tmp_path, "--model_options", "lock_vision=false")
 
 
-def test_maps_are_measured_too(hub, tmp_path):
+def test_maps_are_measured_too(hub, tmp_path, tiny_processor):
     """The card has the results of the model that is saved."""
     for folder, name in (("images", "0.png"), ("masks", "0.png"), ("images", "1.png"), ("masks", "1.png")):
         (tmp_path / "masks" / folder).mkdir(parents=True, exist_ok=True)
@@ -269,7 +274,10 @@ def test_maps_are_measured_too(hub, tmp_path):
     assert {2, 4} == metrics.keys() and {"mAP", "mMIoU", "mFMB", "text_contrast"} <= metrics[2].keys()
     shown = json.loads((tmp_path / "run" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
     assert shown["mMIoU"]["mmiou"] == metrics[trainer.state.best_global_step]["mMIoU"]
-    again = run(hub, tmp_path / "again", *options, "--model", tmp_path / "run", "--learning_rate", 1e-12)
+    start = tiny_model()  # whose card has no results
+    for part in (start, tiny_processor):
+        part.save_pretrained(tmp_path / "start")
+    again = run(hub, tmp_path / "again", *options, "--model", tmp_path / "start", "--learning_rate", 1e-12)
     shown = json.loads((tmp_path / "again" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
     assert again.kept_start and shown["mMIoU"]["mmiou"] == evaluations(again)[0]["mMIoU"]
 
@@ -294,3 +302,21 @@ def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch)
     trainer.push_to_hub()
     assert pushed == [str(tmp_path)] and not (tmp_path / "training_args.bin").exists()
     assert str(hub) not in (tmp_path / "config.json").read_text()
+
+
+def test_the_weights_outlive_a_full_disk(hub, tmp_path, monkeypatch):
+    """Without a checkpoint, in a temporary folder."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    save, calls = module.save_model, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **options)
+
+    monkeypatch.setattr(module, "save_model", full)
+    with pytest.raises(OSError, match=r"run: writing failed .* The trained model is in .*iclip-\w+\.") as error:
+        run(hub, tmp_path / "run", "--max_steps", 1, "--save_strategy", "no")
+    saved = str(error.value).rpartition(" ")[2].removesuffix(".")
+    assert ICLIPModel.from_pretrained(saved).config.projection_dim == tiny_model().config.projection_dim

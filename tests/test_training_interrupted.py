@@ -23,7 +23,9 @@ from iclip_hf.cli.train import check_folder
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.arguments import parse_arguments
-from iclip_hf.training.trainer import KEPT_NOUNS, Interrupts, kept_presence, last_checkpoint
+from iclip_hf.training.callbacks import Interrupts
+from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
+from iclip_hf.training.trainer import last_checkpoint
 
 
 def test_a_folder_holds_one_run(hub, tmp_path):
@@ -88,14 +90,22 @@ def test_a_resumed_run_that_was_moved_keeps_its_best_checkpoint(hub, tmp_path):
 def test_a_run_is_not_resumed_with_other_held_out_pairs(hub, tmp_path):
     """Pairs that were learned would be held out, and scores of other pairs compared."""
     table = write_table(tmp_path / "data", 30)
-    options = ["--data", table, "--validation_share", 0.2, "--eval_on_start", True, "--eval_steps", 1]
+    options = ["--data", table, "--validation_share", 0.2, "--eval_steps", 1, "--pictures", 0]
     run(hub, tmp_path / "run", *options, "--max_steps", 2)
     run(hub, tmp_path / "run", *options, "--max_steps", 3, "--resume")
-    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
-    with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
-        run(hub, tmp_path / "run", *options, "--max_steps", 4, "--resume")
+    run(hub, tmp_path / "all", "--data", table, "--max_steps", 1)
+    for folder in ("run", "all"):
+        table.write_text("".join(table.read_text().splitlines(keepends=True)[:-3]))
+        with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
+            run(hub, tmp_path / folder, *options, "--max_steps", 4, "--resume")
     with pytest.raises(ValueError, match="the held-out pairs are not those of the start of this training"):
         run(hub, tmp_path / "run", "--data", table, "--max_steps", 4, "--resume")
+
+
+def test_a_checkpoint_of_weights_alone_resumes_with_a_warning(hub, tmp_path, caplog):
+    run(hub, tmp_path, "--max_steps", 2, "--save_only_model", True)
+    run(hub, tmp_path, "--max_steps", 3, "--save_only_model", True, "--resume")
+    assert "checkpoint-2 has no state of the optimizer" in caplog.text
 
 
 # `iclip train` with a hook before each forward pass, the `calls`th one
@@ -144,7 +154,7 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, num
 
 def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monkeypatch, capsys):
     before, clock = signal.getsignal(signal.SIGINT), SimpleNamespace(monotonic=iter([5.0, 5.9, 7.0, 7.1]).__next__)
-    monkeypatch.setattr("iclip_hf.training.trainer.time", clock)
+    monkeypatch.setattr("iclip_hf.training.callbacks.time", clock)
     with Interrupts() as interrupts:
         for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM):
             signal.raise_signal(number)
@@ -184,12 +194,51 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     monkeypatch.setattr(collate, lambda self, rows: seen.append([row["draw"] for row in rows]) or of(self, rows))
     interrupt_at(monkeypatch, 2, 3)
     arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--num_train_epochs", 1, "--resume"]
+    arguments += ["--ignore_data_skip", True]
     for step in (2, 3):
         with pytest.raises(KeyboardInterrupt, match=f"interrupted; --resume continues from .*{step}$"):
             run(hub, tmp_path, *arguments)
     assert run(hub, tmp_path, *arguments).state.global_step == 6
-    assert [{epoch for epoch, _ in batch} for batch in seen] == [{0}, {0}, {2}, {3}, {3}, {3}]
-    assert len({key for batch in seen[3:] for _, key in batch}) == 48  # of one pass over 64 pairs
+    assert [{epoch for _, epoch, _ in batch} for batch in seen] == [{0}, {0}, {2}, {3}, {3}, {3}]
+    assert len({key for batch in seen[3:] for *_, key in batch}) == 48  # of one pass over 64 pairs
+
+
+# Options of a run, and the forward pass that is interrupted: in the second epoch, or with an evaluation of the first
+RESUMED = {
+    "plain": ([], 5),
+    "accumulation": (["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4], 18),
+    "persistent workers": (["--dataloader_num_workers", 1, "--dataloader_persistent_workers", True], 5),
+    "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 6),
+    "cached features": (["--cache_features", "cache", "--lock_text"], 5),
+    "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
+    "bfloat16": (["--bf16", True, "--use_cpu", True], 5),
+    "evaluation by epoch": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 2),
+    "save the best": (["--validation_data", "held_out.tar", "--save_strategy", "best", "--eval_steps", 1], 3),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, monkeypatch, stream, name):
+    """To the bit, with the same evaluations."""
+    options, step = RESUMED[name]
+    if name == "kept presence":
+        for part in (tiny_model(logit_bias_init_value=-1), tiny_processor):
+            part.save_pretrained(tmp_path / "start")
+    places = {"cache": tmp_path / "cache", "start": tmp_path / "start", "held_out.tar": hub / "held_out.tar"}
+    arguments = [places.get(option, option) for option in options] + ["--max_steps", 6, "--pictures", 0]
+    arguments += ["--learning_rate", 0.01]
+    if "epoch" in name:
+        arguments += ["--save_strategy", "epoch"]
+    whole = run(hub, tmp_path / "whole", *arguments)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        with pytest.raises(KeyboardInterrupt, match="resume continues from .*checkpoint"):
+            run(hub, tmp_path / "run", *arguments)
+    resumed = run(hub, tmp_path / "run", *arguments, "--resume")
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert (
+        evaluations(resumed) == evaluations(whole) and resumed.state.best_global_step == whole.state.best_global_step
+    )
 
 
 def test_a_resumed_run_keeps_the_presence_of_its_start(hub, tmp_path, tiny_processor, monkeypatch):

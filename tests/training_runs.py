@@ -29,8 +29,12 @@ def run(hub: Path, output_dir: Path, *arguments) -> ICLIPTrainer:
 
 def evaluations(trainer: ICLIPTrainer) -> dict[int, dict[str, float]]:
     """The metrics of each evaluation of a run, by step."""
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     rows = (row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row))
-    return {row["step"]: {name[5:]: value for name, value in row.items() if name.startswith("eval_")} for row in rows}
+    return {
+        row["step"]: {name[5:]: value for name, value in row.items() if name.startswith("eval_") and name not in speed}
+        for row in rows
+    }
 
 
 def write_table(folder: Path, count: int, captions=None, suffix: str = "png", seed: int = 0) -> Path:

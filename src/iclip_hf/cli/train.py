@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
@@ -17,7 +18,7 @@ from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
 from ..data.streams import PairStream
-from ..training.arguments import Arguments, argument_parser, complete, read_arguments
+from ..training.arguments import Arguments, ICLIPTrainingArguments, argument_parser, complete, read_arguments
 from ..training.presets import preset
 from ..utils.files import check_outside
 from ..utils.hub_ids import is_hub_id
@@ -45,9 +46,9 @@ def run(options: argparse.Namespace) -> None:
     if given.get("config") or not given.get("data"):
         arguments = read_arguments(given)
     else:
-        pairs = open_pairs(given["data"], given)
+        pairs = open_pairs(given["data"], {"seed": ICLIPTrainingArguments.seed, **given})
         chosen = preset(given, pairs)
-        arguments = complete({**chosen, **given})
+        arguments = complete(chosen, given)
     check_folder(arguments)
     train(arguments, pairs, chosen)
 
@@ -81,7 +82,8 @@ def check_folder(arguments: Arguments) -> None:
 
 def _is_training(folder: Path, names: set[str]) -> bool:
     """Whether a folder with these names is that of a training of ICLIP, which may have no checkpoint yet."""
-    from ..training.trainer import START, last_checkpoint  # imports torch
+    from ..training.callbacks import START  # imports torch
+    from ..training.trainer import last_checkpoint
 
     if (last := last_checkpoint(folder)) is None:
         parts = (START, "pictures", "evaluations", "runs", "checkpoint-")
@@ -188,7 +190,7 @@ def train(
     set_statistics(model, processor, pairs)
 
     # Batches
-    collator = PairCollator(processor, nouns, args.seed)
+    collator = PairCollator(processor, nouns)
     training, validation = pairs, held_out
     if of_data.cache_features:
         cache = FeatureCache(
@@ -218,11 +220,23 @@ def train(
         trainer.train(resume_from_checkpoint=args.resume)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
-    trainer.save_model()
+    save(trainer)
     if trainer.is_world_process_zero():
         lines = report(trainer.state, Path(args.output_dir), held_out, of_model.model if trainer.kept_start else "")
         print(*lines, sep="\n", flush=True)
     return trainer
+
+
+def save(trainer: ICLIPTrainer) -> None:
+    """Saves the trained model; in a temporary folder if its own is full and no checkpoint has the weights."""
+    try:
+        trainer.save_model()
+    except OSError as error:
+        if trainer.args.save_strategy != "no":
+            raise
+        folder = tempfile.mkdtemp(prefix="iclip-")
+        trainer.save_model(folder)
+        raise OSError(f"{error} The trained model is in {folder}.") from error
 
 
 def warn_of_unknown_labels(pairs: PairDataset | PairStream, nouns: NounPrompts) -> None:

@@ -28,6 +28,7 @@ from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .bad_pairs import BadPairError, BadPairTally
 from .columns import Columns, PairTexts, sample_caption
+from .epochs import Epochs
 from .formats import open_sources
 from .formats.arrow import open_hub_dataset
 from .formats.source import Source
@@ -56,7 +57,7 @@ class RawPair(NamedTuple):
     key: str
 
 
-class PairDataset:
+class PairDataset(Epochs):
     """
     Local image-text pairs with random access, from [`load_pairs`].
 
@@ -67,7 +68,7 @@ class PairDataset:
     - `labels`, `complete` (`list[str]`): names of what the image shows, and names that these labels are complete for.
     - `caption` (`str`): one of the captions, sampled by seed, epoch and index.
     - `key` (`str`): name of the pair in its source.
-    - `draw` (`tuple`): epoch and index, on which random choices for the item depend.
+    - `draw` (`tuple`): seed, epoch and index, on which random choices for the item depend.
 
     A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The
     choice depends only on seed, epoch and index. `read` returns pairs without replacement. The data set can be
@@ -95,20 +96,20 @@ class PairDataset:
             raise ValueError(
                 f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name others."
             )
-        self.tally, self._epoch = BadPairTally(max_bad_share, len(self)), 0
+        self.tally = BadPairTally(max_bad_share, len(self))
 
     def _select(self, indices: np.ndarray) -> PairDataset:
         """Returns a part, by the indices of its pairs or a mask of all."""
         part = copy(self)
         part._pairs, part._digests = self._pairs[indices], None if self._digests is None else self._digests[indices]
-        part.tally, part._epoch = BadPairTally(self.max_bad_share, len(part)), 0
+        part.tally, part._epoch = BadPairTally(self.max_bad_share, len(part)), 0  # of its own
         return part
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def __getitem__(self, index: int) -> dict:
-        index, epoch = range(len(self))[index], self._epoch
+        index, epoch = range(len(self))[index], self.epoch
         try:
             pair = self.read(index)
             self.tally.add(index)
@@ -116,7 +117,7 @@ class PairDataset:
             self.tally.add(index, error)
             index, pair = self._replacement(random.Random(f"{self.seed}/{epoch}/{index}"))
         caption = sample_caption(pair["captions"], self.seed, epoch, index)
-        return {**pair, "caption": caption, "draw": (epoch, index)}
+        return {**pair, "caption": caption, "draw": (self.seed, epoch, index)}
 
     def __repr__(self) -> str:
         return f"PairDataset(pairs={len(self)}, sources={len(self.sources)})"
@@ -277,10 +278,6 @@ class PairDataset:
         """Returns the absolute paths of the sources and of the images that they name."""
         return {os.path.abspath(file) for source in self.sources for file in source.all_files()}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which random choices depend."""
-        self._epoch = epoch
-
 
 def load_pairs(
     source: str | os.PathLike | Sequence[str | os.PathLike],
@@ -310,7 +307,7 @@ def load_pairs(
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
         image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
         streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.
-        seed (`int`, defaults to 0): seed of the sampled captions and of the order of a stream.
+        seed (`int`, defaults to 0): seed of the sampled captions, of augmentations and of the order of a stream.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs (broken image, no
             caption).
         rank, world_size (`int`): index of this process and number of processes, for a stream. A [`PairDataset`] is

@@ -12,6 +12,7 @@ from ..model.downloads import MAX_DOWNLOAD
 from ..model.images import load_image
 from .bad_pairs import BadPairError, BadPairTally
 from .columns import LABEL_COLUMNS, USUAL_COLUMNS, Columns, PairTexts, sample_caption
+from .epochs import Epochs
 
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
 _FIRST = 256  # pairs whose labels are looked at before a training
 
 
-class PairStream(IterableDataset):
+class PairStream(Epochs, IterableDataset):
     """
     Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of
     [`~iclip_hf.data.pairs.PairDataset`].
@@ -29,7 +30,7 @@ class PairStream(IterableDataset):
     An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled
     through a buffer. Bad pairs are left out. The stream splits itself over processes and DataLoader workers, so it
     must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts
-    steps instead of passes. A resumed run begins a new pass.
+    steps instead of passes.
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
@@ -77,13 +78,19 @@ class PairStream(IterableDataset):
         # Without decoding, because one bad image would end the stream.
         dataset = dataset.cast_column(self._image_column, Image(decode=False))
         self._first_rows = dataset.take(_FIRST)
-        dataset = dataset.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
         self.tally = BadPairTally(max_bad_share)
 
     def __iter__(self) -> Iterator[dict]:
-        for row in _read(self._rows):
+        return self.one_pass(self.epoch)
+
+    def one_pass(self, epoch: int) -> Iterator[dict]:
+        """Yields the pairs in the order and with the captions of an epoch."""
+        # A data set of its own, because loading processes share the epoch of one, and are in different passes.
+        rows = self._rows.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
+        rows.set_epoch(epoch)
+        for row in _read(rows):
             stored = row[self._image_column] or {}
             key = row.get("__key__") or stored.get("path") or "a pair without a name"
             try:
@@ -97,8 +104,8 @@ class PairStream(IterableDataset):
                 self.tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
             self.tally.add()
-            draw = (self._rows.epoch, key)
-            caption = sample_caption(texts.captions, self.seed, *draw)
+            draw = (self.seed, epoch, key)
+            caption = sample_caption(texts.captions, *draw)
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw}
 
     def some_texts(self) -> Iterator[PairTexts]:
@@ -108,10 +115,6 @@ class PairStream(IterableDataset):
                 yield self._columns.texts(row)
             except ValueError:  # is counted when it is read for training
                 continue
-
-    def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, on which the order of the next pass and the sampled captions depend."""
-        self._rows.set_epoch(epoch)
 
 
 def _read(rows: datasets.IterableDataset) -> Iterator[dict]:

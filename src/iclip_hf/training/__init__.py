@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .collator import PairCollator, augmentation
     from .datasets import CachedPairs, StreamedPairs
     from .features import FeatureCache, set_statistics
+    from .presets import few_pairs
     from .trainer import ICLIPTrainer
 
 _MODULES = {
@@ -20,6 +21,7 @@ _MODULES = {
     "PairCollator": ".collator",
     "StreamedPairs": ".datasets",
     "augmentation": ".collator",
+    "few_pairs": ".presets",
     "set_statistics": ".features",
 }
 __all__ = [*_MODULES]

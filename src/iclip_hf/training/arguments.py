@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import yaml
@@ -204,12 +205,15 @@ def read_arguments(given: Mapping) -> Arguments:
     ):
         if any(map(given.get, names)):
             values = {name: value for name, value in values.items() if name not in instead}
-    return complete({**values, **given, "config": str(file)})
+    return complete(values, {**given, "config": str(file)})
 
 
-def complete(values: Mapping) -> Arguments:
-    """Returns arguments with those that depend on others. Raises `ValueError` for a combination that cannot be."""
-    values = dict(values)
+def complete(values: Mapping, given: Mapping = MappingProxyType({})) -> Arguments:
+    """
+    Returns arguments, those that are `given` before other `values`, with those that depend on others. Raises
+    `ValueError` for a combination that cannot be.
+    """
+    values = {**values, **given}
     validated = bool(values.get("validation_data") or values.get("validation_share"))
     maps = values.get("eval_dataset", "none") != "none"
     values.setdefault("output_dir", f"{RUNS}/{run_name(values)}")
@@ -223,7 +227,8 @@ def complete(values: Mapping) -> Arguments:
             raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose of {', '.join(measured)}.")
         # Of the best model there is a checkpoint. Steps and shares of all steps do not mix.
         every, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
-        if save_steps % every or (save_steps < 1) != (every < 1):
+        unlike = save_steps % every or (save_steps < 1) != (every < 1)
+        if values["load_best_model_at_end"] and unlike and "save_steps" not in given:
             values["save_steps"] = every
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     model, data = arguments.model, arguments.data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ class PairCollator:
     """
     Makes batches of rows for [`ICLIPTrainer`], or for any other loop: what [`ICLIPModel`] takes with `return_loss`.
 
-    The caption, the noun prompts and the augmentation of a row depend only on the seed and on its `draw`, the epoch
-    and the place of the row, which the data sets of [`~iclip_hf.data.load_pairs`] tell. Rows without it sample by
-    torch's random numbers, which `Trainer` seeds.
+    The caption, the noun prompts and the augmentation of a row depend only on its `draw`: seed and epoch of its data
+    set, as of [`~iclip_hf.data.load_pairs`], and the place of the row. Rows without it sample by torch's random
+    numbers, which `Trainer` seeds.
 
     Example:
 
@@ -35,7 +36,6 @@ class PairCollator:
     Args:
         processor ([`ICLIPProcessor`]): of the model.
         nouns ([`NounPrompts`], *optional*): of which prompts follow the captions of a batch.
-        seed (`int`, defaults to 0): of the captions and augmentations.
         transform (`Callable`, *optional*): from an image to `pixel_values` (3, H, W), such as [`augmentation`]; the
             processor by default.
         text_features (`Callable`, *optional*): from texts to their features (M, D) from the text tower, such as a
@@ -46,16 +46,17 @@ class PairCollator:
         self,
         processor: ICLIPProcessor,
         nouns: NounPrompts | None = None,
-        seed: int = 0,
         transform: Callable[[Image.Image], torch.Tensor] | None = None,
         text_features: Callable[[list[str]], torch.Tensor] | None = None,
     ):
-        self.processor, self.nouns, self.seed, self.transform = processor, nouns, seed, transform
-        self.text_features = text_features
+        self.processor, self.nouns, self.transform, self.text_features = processor, nouns, transform, text_features
+        self._epoch: int | None = None  # instead of that of the rows
 
     def for_evaluation(self) -> PairCollator:
-        """Returns a collator of the same texts and images, without nouns and augmentation."""
-        return PairCollator(self.processor, None, self.seed, None, self.text_features)
+        """Returns a collator of the same images and of the captions of epoch 0, without nouns and augmentation."""
+        collator = copy(self)
+        collator.nouns, collator.transform, collator._epoch = None, None, 0
+        return collator
 
     def read(self, texts: PairTexts) -> dict[str, object]:
         """Returns what a batch needs of the texts of a row: the captions to sample from, and its nouns."""
@@ -77,13 +78,13 @@ class PairCollator:
         Raises:
             `ValueError`: a row has no caption, or its labels are not as described.
         """
-        draws = [row.get("draw") or (int(torch.randint(2**31, ())), place) for place, row in enumerate(rows)]
+        draws = [self._draw(place, row) for place, row in enumerate(rows)]
         texts = [row if "nouns" in row else self.read(_texts_of(place, row)) for place, row in enumerate(rows, 1)]
-        captions = [sample_caption(of_row["captions"], self.seed, *draw) for of_row, draw in zip(texts, draws)]
+        captions = [sample_caption(of_row["captions"], *draw) for of_row, draw in zip(texts, draws)]
         prompts, nouns = [], {}
         if self.nouns:
             image_nouns: list[ImageNouns] = [of_row["nouns"] for of_row in texts]
-            prompts, arrays = self.nouns.sample(image_nouns, draws[0][0])
+            prompts, arrays = self.nouns.sample(image_nouns, draws[0][1])
             nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
         return {
             **self._images(rows, draws),
@@ -91,6 +92,13 @@ class PairCollator:
             **nouns,
             "return_loss": True,
         }
+
+    def _draw(self, place: int, row: Mapping) -> tuple[int, int, int | str]:
+        """Returns the seed, epoch and place that a row depends on."""
+        if "draw" not in row:
+            return 0, int(torch.randint(2**31, ())), place
+        seed, epoch, key = row["draw"]
+        return seed, epoch if self._epoch is None else self._epoch, key
 
     def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, object]:
         if "features" in rows[0]:
@@ -100,7 +108,7 @@ class PairCollator:
             return dict(self.processor(images=[row["image"] for row in rows]))
         images = []
         for row, draw in zip(rows, draws):
-            seed_everything(self.seed, *draw)
+            seed_everything(*draw)
             images.append(self.transform(row["image"]))
         return {"pixel_values": torch.stack(images)}
 

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..data.columns import PairTexts
+from ..data.epochs import Epochs
 from ..data.formats.source import PackedRows
 from ..data.nouns import ImageNouns
 from ..data.pairs import BadPairError, PairDataset
@@ -22,7 +23,7 @@ from .features import FeatureCache
 logger = logging.getLogger(__name__)
 
 
-class CachedPairs(Dataset):
+class CachedPairs(Epochs, Dataset):
     """
     Pairs with the features of their images, computed unless the cache has them, and what a collator needs of their
     texts. Pairs with a broken image or no caption are left out. `indices` are those of the others among all `pairs`.
@@ -37,7 +38,7 @@ class CachedPairs(Dataset):
     """
 
     def __init__(self, pairs: PairDataset, cache: FeatureCache, collator: PairCollator):
-        self.pairs, self._cache, self._epoch = pairs, cache, 0
+        self.pairs, self.seed, self._cache = pairs, pairs.seed, cache
         distinct, rows = pairs.distinct()
         places = cache.images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
@@ -65,16 +66,13 @@ class CachedPairs(Dataset):
         """Returns the captions of each pair."""
         return [self._texts[row][1] for row in self._rows]
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""
         items = []
         for index, features in zip(indices, self._cache.features(self._places[indices])):
             _, captions, nouns = self._texts[self._rows[index]]
             texts = {"captions": captions, "nouns": nouns and ImageNouns(*nouns)}
-            items.append({"features": features, **texts, "draw": (self._epoch, int(self.indices[index]))})
+            items.append({"features": features, **texts, "draw": (self.seed, self.epoch, int(self.indices[index]))})
         return items
 
     def __getitem__(self, index: int) -> dict:
@@ -89,7 +87,7 @@ def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
         return PairTexts([])
 
 
-class StreamedPairs(IterableDataset):
+class StreamedPairs(Epochs, IterableDataset):
     """
     A stream of pairs without end, in epochs of a fixed length. A pass is followed by another one in another order.
 
@@ -102,23 +100,19 @@ class StreamedPairs(IterableDataset):
     """
 
     def __init__(self, stream: PairStream, pairs: int):
-        self.stream, self._pairs, self._first = stream, pairs, 0
+        self.stream, self._pairs = stream, pairs
 
     def __len__(self) -> int:
         return self._pairs
 
-    def set_epoch(self, epoch: int) -> None:
-        """Sets on what the order of the next passes depends."""
-        self._first = epoch
-
     def __iter__(self) -> Iterator[dict]:
+        first = self.epoch
         for number in count():
-            self.stream.set_epoch(self._first + number * _PASSES)
             pair = None
-            for pair in self.stream:
+            for pair in self.stream.one_pass(first + number * _PASSES):
                 yield pair
             if pair is None:
                 raise ValueError("data: this process's part of the stream has no pairs.")
 
 
-_PASSES = 2**32  # more than any number of steps, by which epochs are numbered
+_PASSES = 2**32  # more than any number of epochs or steps

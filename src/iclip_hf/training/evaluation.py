@@ -25,6 +25,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..plots.colors import overlay
 from ..plots.sheets import picture_grid
 from ..utils.files import atomic_write
+from .arguments import MAP_METRICS, RETRIEVAL_METRICS
 from .datasets import CachedPairs
 
 
@@ -35,11 +36,11 @@ _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast"
 _LOOKED_AT = 1000  # pairs, for the labels
 
 
-def sampled_captions(pairs: PairDataset | CachedPairs, seed: int) -> list[str]:
-    """Returns the caption of each pair in its first epoch, as a collator with this seed samples it."""
+def sampled_captions(pairs: PairDataset | CachedPairs) -> list[str]:
+    """Returns the caption of each pair in its first epoch, as a collator samples it."""
     rows = pairs.texts() if isinstance(pairs, CachedPairs) else map(pairs.captions, range(len(pairs)))
     places = pairs.indices.tolist() if isinstance(pairs, CachedPairs) else range(len(pairs))
-    return [sample_caption(captions, seed, 0, place) for captions, place in zip(rows, places)]
+    return [sample_caption(captions, pairs.seed, 0, place) for captions, place in zip(rows, places)]
 
 
 def retrieval_scores(
@@ -171,7 +172,7 @@ def report(state: TrainerState, folder: Path, held_out: PairDataset | None, star
 
 
 def _is_metric(name: str) -> bool:
-    return name.startswith("eval_") and not name.endswith(("_low", "_high"))
+    return name.removeprefix("eval_") in (*RETRIEVAL_METRICS, *MAP_METRICS)
 
 
 def _change(row: Mapping[str, float], name: str) -> str:

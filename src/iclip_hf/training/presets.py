@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,10 +25,51 @@ KEEP_PRESENCE = 1.0
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 
+def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
+    """
+    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on so many pairs: 200
+    steps with a low learning rate. If pairs are held out, the start is evaluated, and every fifth of the steps. Those
+    arguments that are `given` stay, and others depend on them. A batch is without `max_bad_share` of the pairs, which
+    [`CachedPairs`] leaves out.
+
+    ```python
+    >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
+    ```
+    """
+    processes, usable = int(os.environ.get("WORLD_SIZE", 1)), pairs - int(max_bad_share * pairs)
+    batch = given.get("per_device_train_batch_size", max(min(usable, 256) // processes, 1))
+    batches = pairs // max(batch * processes, 1)  # a batch of 0 is refused later
+    steps_per_epoch = max(math.ceil(batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
+    epochs = given.get("num_train_epochs", max(1, round(STEPS / steps_per_epoch)))
+    steps = given["max_steps"] if given.get("max_steps", 0) > 0 else math.ceil(epochs * steps_per_epoch)
+    chosen = {
+        "per_device_train_batch_size": batch,
+        "num_train_epochs": epochs,
+        "learning_rate": RATE,
+        "warmup_learning_rate": 0.0,
+        "min_learning_rate": 0.0,
+        "warmup_steps": 0.1,
+        "keep_presence": KEEP_PRESENCE,
+        # Not shares of all steps: to Transformers, these are not the numbers of a checkpoint.
+        "eval_steps": math.ceil(steps / 5),
+        "save_steps": math.ceil(steps / 5),
+        "logging_steps": math.ceil(steps / 10),
+        "dataloader_num_workers": min(pairs // 250, 4, spare_processors()),
+    }
+    if held_out:
+        chosen |= {"eval_strategy": "steps", "eval_on_start": True, "load_best_model_at_end": True}
+        chosen["metric_for_best_model"] = _best_metric(held_out)
+    return chosen | given
+
+
+def _best_metric(held_out: int) -> str:
+    return "loss" if held_out < 100 else "text_to_image"  # a share of right answers is too coarse on few
+
+
 def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     """
-    Returns the arguments for few pairs: the projections of a trained model are trained for 200 steps, with a low
-    learning rate, and evaluated on a tenth of the pairs. Those that are `given` are left out, and others depend on
+    Returns the arguments of `iclip train` for few pairs: the projections of a trained model are trained as by
+    [`few_pairs`], and evaluated on a tenth of the pairs. Those that are `given` are left out, and others depend on
     them. Raises as [`check_pairs`].
     """
     check_pairs(pairs)
@@ -39,27 +81,14 @@ def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     values = {**chosen, **given}
     share = values.get("validation_share")
     training = len(pairs.split(share)[0]) if share else len(pairs)
-    if 0 < len(pairs) - training < 100:
-        chosen["metric_for_best_model"] = "loss"  # a share of right answers is too coarse on so few
-    if _locks_vision(values):
+    if held_out := len(pairs) - training:
+        chosen["metric_for_best_model"] = _best_metric(held_out)
+    locked = _locks_vision(values)
+    if locked:
         chosen["cache_features"] = str(cache_folder() / "features")
-        if values["lock_text"] and values.get("model"):
-            chosen["keep_presence"] = KEEP_PRESENCE
-    good = training - int(pairs.max_bad_share * training)  # at least so many; the feature cache leaves bad pairs out
-    batch = max(min(good, 256) // int(os.environ.get("WORLD_SIZE", 1)), 1)
-    batch = chosen["per_device_train_batch_size"] = given.get("per_device_train_batch_size", batch)
-    steps_per_epoch = max(training // max(batch, 1), 1)  # a batch of 0 is refused later
-    chosen |= {
-        "num_train_epochs": max(1, round(STEPS / steps_per_epoch)),
-        "learning_rate": RATE,
-        "warmup_learning_rate": 0.0,
-        "min_learning_rate": 0.0,
-        "warmup_steps": 0.1,
-        "eval_steps": 0.2,
-        "save_steps": 0.2,
-        "logging_steps": 0.1,
-        "dataloader_num_workers": min(training // 250, 4, spare_processors()),
-    }
+    chosen |= few_pairs(training, **{**given, "max_bad_share": pairs.max_bad_share})
+    if not (locked and values["lock_text"] and values.get("model")):
+        del chosen["keep_presence"]
     return {name: value for name, value in chosen.items() if name not in given}
 
 

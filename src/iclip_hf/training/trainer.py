@@ -2,77 +2,69 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
+import logging
 import math
 import os
 import shutil
-import signal
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
-from types import NoneType
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import EvalPrediction, Trainer
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
 from ..utils.extras import require_extra
 
 
 # First, so that a missing package is one of training: the evaluation would name its own extra.
 with require_extra("train"):
-    import accelerate  # noqa: F401
+    from accelerate.data_loader import prepare_data_loader
 
-from ..backends.embedded import vocabulary
 from ..data.pairs import PairDataset
 from ..data.segmentation import SegmentationDataset
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
-from ..model.modeling_iclip import ICLIPModel, ImageInputs
+from ..model.modeling_iclip import ICLIPModel, ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
-from ..model.similarity import cosines
 from ..utils.files import atomic_write, clean_configs, writing_errors
 from .arguments import MAP_METRICS, ICLIPTrainingArguments
+from .callbacks import Flow, Interrupts, Pictures, Start
 from .card import card_of
-from .collator import PairCollator, seed_everything
+from .collator import PairCollator
 from .datasets import CachedPairs, StreamedPairs
-from .evaluation import (
-    change_interval,
-    draw_examples,
-    regressed_metrics,
-    retrieval_scores,
-    sampled_captions,
-)
+from .evaluation import retrieval_scores, sampled_captions
 
+
+logger = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 30  # in a row, after which a training stops
-KEPT_NOUNS = 256  # of which `keep_presence` keeps the presence
-# Scores of the model that the training started from for each held-out pair, and a digest of these pairs.
-START = "start.json"
 
 
 class ICLIPTrainer(Trainer):
     """
-    `Trainer` for [`ICLIPModel`]. It takes the arguments of the base class, and these:
+    `Trainer` for [`ICLIPModel`]. It takes the arguments of the base class, of which these differ:
 
     Args:
         args ([`ICLIPTrainingArguments`]): arguments of the training.
         data_collator ([`PairCollator`], *optional*): of the batches; one without nouns and augmentation by default.
         train_dataset: pairs of [`~iclip_hf.data.load_pairs`], [`CachedPairs`], [`StreamedPairs`], or any rows that the
             collator takes.
-        eval_dataset: held-out pairs of [`~iclip_hf.data.load_pairs`] or [`CachedPairs`].
-        processing_class ([`ICLIPProcessor`]): of the model.
-        map_dataset ([`SegmentationDataset`], *optional*): also evaluated, by mAP, mMIoU, mFMB and text contrast.
+        eval_dataset: held-out pairs of [`~iclip_hf.data.load_pairs`] or [`CachedPairs`], a [`SegmentationDataset`], or
+            a `dict` of these.
+        processing_class ([`ICLIPProcessor`], *optional*): of the model; that of the collator by default.
+        compute_loss_func (`Callable`, *optional*): from [`ICLIPOutput`], None and None to the loss, instead of the
+            model's own.
+        compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
+            vectors of N images and those of their captions, (N, P) each; there are no labels.
+        map_dataset ([`SegmentationDataset`], *optional*): also evaluated with `eval_dataset`, by mAP, mMIoU, mFMB and
+            text contrast.
         card (`dict`, *optional*): options of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
 
     The negatives of a pair are the pairs of all processes, with gradients. An evaluation measures `loss`,
@@ -81,7 +73,8 @@ class ICLIPTrainer(Trainer):
     lost in no other metric of the held-out pairs. Without one, the model ends as it was at the start.
 
     Raises:
-        `TypeError`: `eval_dataset` is neither of these.
+        `TypeError`: `args` or `eval_dataset` is none of these. `ValueError`: a tower learns, and cached features or
+        `keep_presence` need it locked.
         `FloatingPointError`: 30 steps in a row have no finite gradient, or the held-out loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.
 
@@ -103,59 +96,65 @@ class ICLIPTrainer(Trainer):
 
     def __init__(
         self,
-        model: ICLIPModel,
-        args: ICLIPTrainingArguments,
+        model: ICLIPModel | None = None,
+        args: ICLIPTrainingArguments | None = None,
         data_collator: PairCollator | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class: ICLIPProcessor | None = None,
         *arguments,
-        processing_class: ICLIPProcessor,
         map_dataset: SegmentationDataset | None = None,
         card: Mapping | None = None,
         **options,
     ):
-        self.map_dataset, self.card = map_dataset, dict(card or {})
-        data_collator = data_collator or PairCollator(processing_class, seed=args.seed)
-        held_out = options.get("eval_dataset")
-        if not isinstance(held_out, (PairDataset, CachedPairs, NoneType)):
-            raise TypeError(
-                f"eval_dataset: expected pairs of load_pairs or CachedPairs, got {type(held_out).__name__}."
+        args = ICLIPTrainingArguments("tmp_trainer") if args is None else args  # the folder of the base class
+        if not isinstance(args, ICLIPTrainingArguments):
+            raise TypeError(f"args: expected ICLIPTrainingArguments, got {type(args).__name__}.")
+        for held_out in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
+            if not isinstance(held_out, (PairDataset, CachedPairs, SegmentationDataset, type(None))):
+                raise TypeError(
+                    "eval_dataset: expected pairs of load_pairs or CachedPairs, or a SegmentationDataset, got "
+                    f"{type(held_out).__name__}."
+                )
+        self.map_dataset, self.card, self._last_losses, self._bad_steps = map_dataset, card, [], 0
+        if eval_dataset is None:
+            eval_dataset = map_dataset
+        elif map_dataset is not None and isinstance(eval_dataset, dict):
+            eval_dataset = {**eval_dataset, "maps": map_dataset}
+        if processing_class is None and data_collator is None:
+            raise TypeError("processing_class: name the processor of the model.")
+        processing_class = processing_class or data_collator.processor
+        data = data_collator or PairCollator(processing_class), train_dataset, eval_dataset
+        super().__init__(model, args, *data, processing_class, *arguments, **options)
+        vars(self.model.config).pop("use_cache", None)  # of language models, which the base class sets
+        self._check_towers()
+        self.interrupts, self.start = Interrupts(), Start(self)
+        for callback in (Flow(), self.start, Pictures(), self.interrupts):
+            self.add_callback(callback)
+
+    def _check_towers(self) -> None:
+        """Raises `ValueError` if a tower learns that would stay as it is, because what it computes is kept."""
+        cached = "CachedPairs" if isinstance(self.train_dataset, CachedPairs) else ""
+        kept = "keep_presence" if self.args.keep_presence else ""
+        if (user := cached or kept) and not self.model.config.lock_vision:
+            raise ValueError(f"{user}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
+        texts = "text_features of the collator" if getattr(self.data_collator, "text_features", None) else ""
+        learns = any(weight.requires_grad for weight in self.model.text_model.parameters())
+        if (user := texts or kept) and learns:
+            raise ValueError(
+                f"{user}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
             )
-        options |= {"eval_dataset": held_out or map_dataset, "processing_class": processing_class}
-        super().__init__(model, args, data_collator, *arguments, **options)
-        del self.model.config.use_cache  # of language models, which the base class sets
-        self._start: dict[str, list[float]] = {}
-        self._regressed: list[str] = []
-        self._bad_steps, self._last_losses, self._kept = 0, [], None
-        if isinstance(self.train_dataset, StreamedPairs):
-            args.ignore_data_skip = True  # a resumed stream begins another pass
-        self.add_callback(_Flow(self))
 
     # -------------------------------------------------------------------------------------------------------- steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **options):
         """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint and (start := Path(self.args.output_dir, START)).is_file():
-            content = json.loads(start.read_text())
-            self._start = content["scores"]
-            has_pairs = isinstance(self.eval_dataset, (PairDataset, CachedPairs))
-            if not has_pairs or content["pairs"] != self._digest_of(self.eval_dataset):
-                raise ValueError(
-                    f"{self.args.output_dir}: the held-out pairs are not those of the start of this training; restore "
-                    "the data, or name another output_dir."
-                )
-        start = {}  # as it is before a checkpoint is loaded
-        if self.args.eval_on_start and self.args.load_best_model_at_end:
-            learning = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-            start = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
-        if self.args.keep_presence:
-            self._kept = kept_presence(self.model, self.processing_class)
-        with Interrupts() as self.interrupts:
-            output = super().train(resume_from_checkpoint, **options)
+        with self.interrupts:
+            output = super().train(resume_from_checkpoint, *arguments, **options)
         if self.interrupts.stopped:
             raise KeyboardInterrupt(f"interrupted; --resume continues from {last_checkpoint(self.args.output_dir)}")
-        if self.kept_start:
-            self.model.load_state_dict(start, strict=False)
         return output
 
     @property
@@ -165,42 +164,52 @@ class ICLIPTrainer(Trainer):
         return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        self.start.keep()
         with _same_options(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        if not Path(checkpoint, OPTIMIZER_NAME).is_file():
+            logger.warning(
+                "%s has no state of the optimizer (save_only_model): the result is not that of a training without the "
+                "interruption.",
+                checkpoint,
+            )
         with _same_options(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
-        rows, batch = self.train_dataset, self.args.per_device_train_batch_size
+        rows, batch, args = self.train_dataset, self._train_batch_size, self.args
         if isinstance(rows, StreamedPairs):
-            options = {"num_workers": self.args.dataloader_num_workers, "drop_last": True}
-            loader = DataLoader(rows, batch, collate_fn=self.data_collator, **options)
+            loader = DataLoader(
+                rows,
+                batch,
+                num_workers=args.dataloader_num_workers,
+                collate_fn=self.data_collator,
+                drop_last=True,
+                prefetch_factor=args.dataloader_prefetch_factor,
+                persistent_workers=args.dataloader_persistent_workers,
+            )
         else:
             loader = super().get_train_dataloader()
-        if not len(loader):
+        if has_length(loader) and not len(loader):
             raise ValueError(
                 f"per_device_train_batch_size: an epoch has {len(rows)} pairs, fewer than a batch of {batch} on each "
-                f"of {self.args.world_size} processes; lower it."
+                f"of {args.world_size} processes; lower it."
             )
         return loader
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Like the base class. Dropout is seeded by the step and the process, so that a resumed step is the same."""
-        seed_everything(self.args.seed, self.state.global_step, self.args.process_index)
-        return super().training_step(model, inputs, num_items_in_batch)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of the model, plus that of the kept presence."""
-        if "image_features" in inputs or self._kept is not None:  # the image tower is locked
+        """The loss of the model or of `compute_loss_func`, plus that of the kept presence."""
+        if "image_features" in inputs or self.start.presence is not None:  # the image tower is locked
             inputs["image_inputs"] = self._image_inputs(inputs)
         outputs = model(**inputs, chunk_size=self.args.chunk_size)
-        loss = outputs["loss"]
-        if self._kept is not None:
+        function = self.compute_loss_func
+        loss = outputs["loss"] if function is None else function(outputs, None, num_items_in_batch=num_items_in_batch)
+        if self.start.presence is not None:
             with self.accelerator.autocast():
-                kept = self._kept(self.model.recognition, inputs["image_inputs"].recognition)
+                kept = self.start.presence(self.model.recognition, inputs["image_inputs"].recognition)
             loss = loss + self.args.keep_presence * kept
         self._last_losses = outputs["branch_losses"]
         return (loss, outputs) if return_outputs else loss
@@ -241,7 +250,7 @@ class ICLIPTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Like the base class, with GroupViT's schedule for "cosine"."""
-        if self.args.lr_scheduler_type != "cosine":
+        if self.args.lr_scheduler_type != "cosine" or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
         start, peak, end = self.args.warmup_learning_rate, self.args.learning_rate, self.args.min_learning_rate
@@ -267,87 +276,97 @@ class ICLIPTrainer(Trainer):
 
     # --------------------------------------------------------------------------------------------------- evaluation
 
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Like the base class. The captions are those of epoch 0, without nouns and augmentation."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset[data] if isinstance(data, str) else data
+        if data is self.train_dataset:  # whose epoch stays
+            data = copy(data)
+            data._epoch = 0
+        workers = 0 if isinstance(data, CachedPairs) else self.args.dataloader_num_workers
+        collator = self.data_collator.for_evaluation()
+        loader = DataLoader(data, self.args.eval_batch_size, collate_fn=collator, num_workers=workers)
+        # Not by the accelerator, which would keep it.
+        processes = self.accelerator.num_processes, self.accelerator.process_index
+        return prepare_data_loader(loader, self.args.device, *processes, put_on_device=True)
+
+    get_test_dataloader = get_eval_dataloader
+
     @torch.no_grad()
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
         """
-        Measures the model on held-out pairs, by retrieval with the recognition branch and its loss over all pairs at
-        once, and on `map_dataset`. Draws the maps of the first pairs.
+        Like the base class. Measures retrieval with the recognition branch, and its loss over all held-out pairs at
+        once, and the maps of a segmentation data set.
         """
-        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
-        metrics, step, output = {}, self.state.global_step, Path(self.args.output_dir)
+        data, metrics, predictions = dataloader.dataset, {}, None
+        self.callback_handler.eval_dataloader = dataloader
         self.model.eval()
-        if pairs is not None and pairs is not self.map_dataset:
-            scores = self._scores_of(pairs)
+        if not isinstance(data, SegmentationDataset):
+            images, texts = self._embed(dataloader)
+            scores = retrieval_scores(images, texts, sampled_captions(data), data.image_digests())
             metrics = {name: values.mean().item() for name, values in scores.items()}
             if not math.isfinite(metrics["loss"]):  # no later loss would be better
                 raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")
-            if self.is_in_train and step == 0:
-                self._start = {name: values.tolist() for name, values in scores.items()}
-                if self.is_world_process_zero():
-                    with atomic_write(output / START) as partial:
-                        partial.write_text(json.dumps({"scores": self._start, "pairs": self._digest_of(pairs)}))
-            change = {name: change_interval(before, scores[name].tolist()) for name, before in self._start.items()}
-            self._regressed = regressed_metrics(change, len(pairs))
-            for name, interval in change.items() if step else ():
-                metrics |= dict(zip((f"{name}_change_low", f"{name}_change_high"), interval))
-            if self.args.pictures and self.is_world_process_zero():
-                held_out = pairs.pairs if isinstance(pairs, CachedPairs) else pairs
-                shown = [held_out[index] for index in range(min(self.args.pictures, len(held_out)))]
-                draw_examples(self.model, self.processing_class, shown, output / "pictures", step)
-        if self.map_dataset is not None:
-            result = evaluate_model((self.model, self.processing_class), self.map_dataset, metrics=MAP_METRICS)
-            measured = {metric: result.results["itsm"][metric][metric.lower()] for metric in MAP_METRICS}
-            # Of images with one class each, there is no text contrast.
-            metrics |= {metric: value for metric, value in measured.items() if value is not None}
-            if self.is_world_process_zero():
-                with atomic_write(output / "evaluations" / f"{step}.json") as partial:
-                    partial.write_text(json.dumps({"protocol": result.protocol, "results": result.results}))
-        self.accelerator.wait_for_everyone()
+            metrics |= self.start.changes(data, scores)
+            if not prediction_loss_only:
+                predictions = images.float().cpu().numpy(), texts.float().cpu().numpy()
+            if self.compute_metrics is not None:
+                metrics |= self.compute_metrics(EvalPrediction(predictions, None))
+        maps = data if isinstance(data, SegmentationDataset) else self.map_dataset
+        if maps is data or (maps is not None and metric_key_prefix == "eval"):
+            metrics |= self._map_metrics(maps)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        if self.is_in_train and step == 0:  # later models have to be better
-            self._determine_best_metric(metrics, None)
-            self.state.best_global_step = None
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return EvalLoopOutput(predictions, None, metrics, len(data))
 
-    def _scores_of(self, pairs) -> dict[str, torch.Tensor]:
-        """Returns [`retrieval_scores`] of held-out pairs."""
-        pairs.set_epoch(0)
-        collator, images, texts = self.data_collator.for_evaluation(), [], []
-        workers = 0 if isinstance(pairs, CachedPairs) else self.args.dataloader_num_workers
-        loader = DataLoader(pairs, self.args.per_device_eval_batch_size, collate_fn=collator, num_workers=workers)
-        loader = self.accelerator.prepare(loader)
-        for batch in tqdm(loader, desc="Held-out pairs", leave=False, disable=not self.is_world_process_zero()):
+    def _embed(self, dataloader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the unit vectors of all images, scaled, and of their captions, (N, P) each."""
+        recognition, images, texts = self.model.recognition, [], []
+        for batch in dataloader:
             with self.accelerator.autocast():
                 image_inputs, text_inputs = self._image_inputs(batch), batch.pop("text_inputs", None)
                 if text_inputs is None:
                     names = self.processing_class.tokenizer.model_input_names
                     text_inputs, _ = self.model.encode_text(**{name: batch[name] for name in names if name in batch})
-                of_images = self.model.recognition.embed_image(image_inputs.recognition)
-                of_texts = self.model.recognition.embed_text(text_inputs)
+                of_images = recognition.embed_image(image_inputs.recognition)
+                of_texts = recognition.embed_text(text_inputs)
             # Without the pairs that fill up the last batches.
             images.append(self.accelerator.gather_for_metrics(of_images))
             texts.append(self.accelerator.gather_for_metrics(of_texts))
-        scale = self.model.recognition.logit_scale.exp()
-        captions = sampled_captions(pairs, collator.seed)
-        return retrieval_scores(scale * torch.cat(images), torch.cat(texts), captions, pairs.image_digests())
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return recognition.logit_scale.exp() * torch.cat(images), torch.cat(texts)
 
-    def _digest_of(self, pairs) -> str:
-        """Of the captions alone: the data may be elsewhere now."""
-        return hashlib.sha256(json.dumps(sampled_captions(pairs, self.args.seed)).encode()).hexdigest()
+    def _map_metrics(self, data: SegmentationDataset) -> dict[str, float]:
+        """Measures the maps, and writes the results, which the card of the model shows."""
+        result = evaluate_model((self.model, self.processing_class), data, metrics=MAP_METRICS)
+        if self.is_world_process_zero():
+            with atomic_write(Path(self.args.output_dir, "evaluations", f"{self.state.global_step}.json")) as partial:
+                partial.write_text(json.dumps({"protocol": result.protocol, "results": result.results}))
+        measured = {metric: result.results["itsm"][metric][metric.lower()] for metric in MAP_METRICS}
+        # Of images with one class each, there is no text contrast.
+        return {metric: value for metric, value in measured.items() if value is not None}
 
+    @torch.no_grad()
     def _image_inputs(self, batch: dict) -> ImageInputs:
         """Returns what the loss reads of the images of a batch, from cached features, or without a gradient."""
         if "image_features" in batch:
             features = batch.pop("image_features")
             return self.model.loss_inputs({name: of_images.float() for name, of_images in features.items()})
-        with torch.no_grad(), self.accelerator.autocast():
-            return self.model.image_inputs(self.model.encode_image(batch.pop("pixel_values")))
+
+        def encode(pixel_values: torch.Tensor) -> ImageInputs:
+            return self.model.image_inputs(self.model.encode_image(pixel_values))
+
+        with self.accelerator.autocast():
+            return ImageInputs(*in_chunks(encode, self.args.chunk_size, batch.pop("pixel_values")))
 
     def _determine_best_metric(self, metrics, trial) -> bool:
-        """Like the base class. A model that lost in a metric of the held-out pairs is not the best."""
-        return not self._regressed and super()._determine_best_metric(metrics, trial)
+        """
+        Like the base class. A model that lost in a metric of the held-out pairs is not the best. With `save_strategy`
+        "best" the result says whether to save, which an interrupted training does.
+        """
+        lost = any(self.start.regressed.values())
+        return (not lost and super()._determine_best_metric(metrics, trial)) or self.interrupts.stopped
 
     # ------------------------------------------------------------------------------------------------------- saving
 
@@ -365,7 +384,7 @@ class ICLIPTrainer(Trainer):
             return clean_configs(output_dir) if self.args.should_save else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}
+            card = {"training": card_of(self.args, self.accelerator.num_processes), **(self.card or {})}
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
             if self.kept_start:  # whose record goes on
                 card |= {"training": None, "start": None}
@@ -420,103 +439,3 @@ def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: floa
     if step < warmup:
         return start + (peak - start) * step / warmup
     return end + (peak - end) * (1 + math.cos(math.pi * step / total)) / 2
-
-
-class _Flow(TrainerCallback):
-    """Numbers the epochs of the pairs, and ends the training with a checkpoint after a signal to any process."""
-
-    def __init__(self, trainer: ICLIPTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **options):
-        # A resumed state has its path of before, and the base class forgets what is not there.
-        best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
-        if best.is_dir():
-            state.best_model_checkpoint = str(best)
-
-    def on_epoch_begin(self, args, state, control, **options):
-        # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. The order of a pass
-        # of a stream depends on its first step: a resumed epoch would begin with the same pairs again.
-        pairs = self.trainer.train_dataset
-        if hasattr(pairs, "set_epoch"):
-            pairs.set_epoch(state.global_step if isinstance(pairs, StreamedPairs) else int(state.epoch))
-
-    def on_step_end(self, args, state, control, **options):
-        requested = torch.tensor(float(self.trainer.interrupts.requested), device=args.device)
-        if self.trainer.accelerator.reduce(requested, "sum"):
-            control.should_save = control.should_training_stop = True
-            self.trainer.interrupts.stopped = True
-
-
-class Interrupts:
-    """
-    Context manager in which SIGINT and SIGTERM only set `requested`. Another Ctrl-C, more than one second later,
-    raises; within this second, launchers repeat a signal that a process already got from the terminal.
-    """
-
-    def __init__(self):
-        self.requested = self.stopped = False
-        self._process = os.getpid()
-
-    def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame) -> None:
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
-            if os.environ.get("RANK", "0") == "0" and os.getpid() == self._process:  # not of a loading process
-                print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)
-        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
-            raise KeyboardInterrupt
-
-
-# --------------------------------------------------------------------------------------------------- kept presence
-
-
-class KeptPresence(nn.Module):
-    """
-    Computes the loss that keeps the presence of some texts as a recognition branch has it now, while the branch learns
-    further (Learning without Forgetting, https://arxiv.org/abs/1606.09282). The loss of captions alone only compares
-    cosines with each other, so on few pairs the presence would drift.
-
-    Args:
-        branch: recognition branch with a bias, of which a copy is kept.
-        texts (`torch.Tensor` of shape `(K, D)`): features of the texts from the text tower.
-    """
-
-    def __init__(self, branch: nn.Module, texts: torch.Tensor):
-        super().__init__()
-        self.before = copy.deepcopy(branch).requires_grad_(False)
-        self.register_buffer("texts", texts, persistent=False)
-
-    def forward(self, branch: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """
-        Returns the Kullback-Leibler divergence from the probabilities before to those of the branch, summed over the
-        texts, the mean over images with the features (B, D'). It is 0 at the start.
-        """
-        before, now = (
-            one(cosines(one.embed_image(images), one.embed_text(self.texts))) for one in (self.before, branch)
-        )
-        entropy, cross_entropy = (
-            F.binary_cross_entropy_with_logits(logits, before.sigmoid(), reduction="sum") for logits in (before, now)
-        )
-        return (cross_entropy - entropy) / len(images)
-
-
-@torch.no_grad()
-def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence | None:
-    """Returns the loss that keeps the presence of the commonest nouns; None for a model without presence."""
-    if model.recognition.logit_bias is None:
-        return None
-    prior = vocabulary()
-    nouns = sorted(prior, key=prior.get, reverse=True)[:KEPT_NOUNS]
-    prompts = processor(text=[processor.templates[0].format(noun) for noun in nouns]).to(model.device)
-    training, _ = model.training, model.eval()
-    texts, _ = model.encode_text(**prompts)
-    model.train(training)
-    return KeptPresence(model.recognition, texts)

@@ -1,0 +1,205 @@
+"""The callbacks of [`ICLIPTrainer`]: epochs and seeds, signals, the start of a training, and pictures."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import reduce
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.pairs import PairDataset
+from ..utils.files import atomic_write
+from .collator import seed_everything
+from .datasets import CachedPairs, StreamedPairs
+from .evaluation import change_interval, draw_examples, regressed_metrics, sampled_captions
+from .kept_presence import kept_presence
+
+
+if TYPE_CHECKING:
+    from .trainer import ICLIPTrainer
+
+logger = logging.getLogger(__name__)
+
+FEW_STEPS = 50  # below which a training is told to teach little
+# The held-out pairs of a training by a digest, and their scores by the model that it started from.
+START = "start.json"
+
+
+class Flow(TrainerCallback):
+    """Numbers the epochs of the pairs, seeds the steps, and tells of a training with few steps."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **options):
+        pairs = train_dataloader.dataset
+        is_few = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
+        if is_few and state.is_world_process_zero:
+            pairs, batch = len(pairs), args.per_device_train_batch_size * args.world_size
+            logger.warning(
+                "The training has %d steps, which teach little: an epoch of %d pairs is %d batches of %d, which leave "
+                "%d pairs out. Raise num_train_epochs, or lower per_device_train_batch_size.",
+                state.max_steps,
+                pairs,
+                pairs // batch,
+                batch,
+                pairs % batch,
+            )
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **options):
+        # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. A stream that does
+        # not skip what a resumed epoch has had would begin with the same pairs again.
+        pairs = train_dataloader.dataset
+        if hasattr(pairs, "set_epoch"):
+            begins_anew = isinstance(pairs, StreamedPairs) and args.ignore_data_skip
+            pairs.set_epoch(state.global_step if begins_anew else int(state.epoch))
+
+    def on_step_begin(self, args, state, control, **options):
+        # Dropout depends on the step and the process, so that a resumed step is the same.
+        seed_everything(args.seed, state.global_step, args.process_index)
+
+
+class Interrupts(TrainerCallback):
+    """
+    Ends a training with a checkpoint after SIGINT or SIGTERM to any process. It is a context manager, in which these
+    only set `requested`. Another Ctrl-C, more than one second later, raises; within this second, launchers repeat a
+    signal that a process already got from the terminal. Outside of the main thread, signals stay as they are.
+    """
+
+    requested = stopped = False
+
+    def __enter__(self) -> Interrupts:
+        self.requested, self.stopped, self._process, self._before = False, False, os.getpid(), {}
+        if threading.current_thread() is threading.main_thread():  # only there, Python sets handlers
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame) -> None:
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+            if os.environ.get("RANK", "0") == "0" and os.getpid() == self._process:  # not of a loading process
+                print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
+            raise KeyboardInterrupt
+
+    def on_step_end(self, args, state, control, **options):
+        if reduce(torch.tensor(float(self.requested), device=args.device), "sum"):
+            control.should_save = control.should_training_stop = self.stopped = True
+
+    def on_epoch_end(self, args, state, control, **options):
+        if self.stopped:  # within an epoch, whose end comes after the training is resumed
+            ended = float(state.epoch).is_integer()
+            control.should_log &= ended
+            control.should_evaluate &= ended
+            control.should_save = control.should_evaluate  # which the checkpoint of the step does not know
+
+
+class Start(TrainerCallback):
+    """
+    The start of a training, with which its evaluations are compared.
+
+    Attributes:
+        scores (`dict`): of the held-out pairs by a digest, the scores of each pair by metric.
+        regressed (`dict`): the metrics that got worse in the last evaluation, alike.
+        presence ([`KeptPresence`], *optional*): of its model.
+    """
+
+    def __init__(self, trainer: ICLIPTrainer):
+        self.trainer, self.scores, self.regressed, self.presence, self._weights = trainer, {}, {}, None, {}
+
+    def keep(self) -> None:
+        """Keeps what is needed of the model, before a checkpoint is loaded."""
+        args, model = self.trainer.args, self.trainer.model
+        if args.eval_on_start and args.load_best_model_at_end:
+            learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+            self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
+        self.presence = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
+
+    def changes(self, pairs: PairDataset | CachedPairs, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """
+        Returns the 95 % interval of the change of each score (N,) of these pairs since the start. There is none of the
+        start itself, whose scores are kept, and of pairs that were not scored then.
+        """
+        pairs_digest, trainer = _digest(pairs), self.trainer
+        if trainer.is_in_train and trainer.state.global_step == 0 and pairs_digest in self.scores:
+            self.scores[pairs_digest] = {name: values.tolist() for name, values in scores.items()}
+            self._write()
+            return {}
+        if not (before := self.scores.get(pairs_digest)):
+            return {}
+        change = {name: change_interval(before[name], scores[name].tolist()) for name in before}
+        self.regressed[pairs_digest] = regressed_metrics(change, len(pairs))
+        return {f"{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])}
+
+    def on_train_begin(self, args, state, control, **options):
+        held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
+        held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
+        own = {_digest(pairs): {} for pairs in held_out if isinstance(pairs, (PairDataset, CachedPairs))}
+        self.regressed = {}
+        if not state.global_step:
+            self.scores = own
+            self._write()
+            self.keep()
+        elif file.is_file():
+            self.scores = json.loads(file.read_text())
+            if self.scores.keys() != own.keys():
+                raise ValueError(
+                    f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
+                    "data, or name another output_dir."
+                )
+        # A resumed state has its path of before, and the base class forgets what is not there.
+        best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
+
+    def on_evaluate(self, args, state, control, metrics=None, **options):
+        if self.trainer.is_in_train and state.global_step == 0 and args.metric_for_best_model:
+            best = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+            state.best_metric = metrics.get(best, state.best_metric)  # later models have to be better
+
+    def on_train_end(self, args, state, control, model=None, **options):
+        if self.trainer.kept_start:
+            model.load_state_dict(self._weights, strict=False)
+            if not self.trainer.interrupts.stopped:
+                logger.warning("No evaluation was better than the start, so the model is that of the start again.")
+
+    def _write(self) -> None:
+        if self.trainer.is_world_process_zero():
+            with atomic_write(Path(self.trainer.args.output_dir, START)) as partial:
+                partial.write_text(json.dumps(self.scores))
+
+
+def _digest(pairs: PairDataset | CachedPairs) -> str:
+    """Of the captions alone: the data may be elsewhere now."""
+    return hashlib.sha256(json.dumps(sampled_captions(pairs)).encode()).hexdigest()
+
+
+class Pictures(TrainerCallback):
+    """Draws the maps of the first held-out pairs at each evaluation."""
+
+    _step: int | None = None  # for which they are drawn
+
+    def on_train_begin(self, args, state, control, **options):
+        self._step = None
+
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, eval_dataloader=None, **options):
+        pairs = eval_dataloader.dataset
+        pairs = pairs.pairs if isinstance(pairs, CachedPairs) else pairs
+        if isinstance(pairs, PairDataset) and args.pictures and state.global_step != self._step:
+            self._step = state.global_step
+            if state.is_world_process_zero:
+                shown = [pairs[index] for index in range(min(args.pictures, len(pairs)))]
+                draw_examples(model, processing_class, shown, Path(args.output_dir, "pictures"), state.global_step)

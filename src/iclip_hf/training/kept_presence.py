@@ -1,0 +1,61 @@
+"""The loss that keeps the presence of common nouns."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..backends.embedded import vocabulary
+from ..model.modeling_iclip import ICLIPModel
+from ..model.processing_iclip import ICLIPProcessor
+from ..model.similarity import cosines
+
+
+KEPT_NOUNS = 256
+
+
+class KeptPresence(nn.Module):
+    """
+    Computes the loss that keeps the presence of some texts as a recognition branch has it now, while the branch learns
+    further (Learning without Forgetting, https://arxiv.org/abs/1606.09282). The loss of captions alone only compares
+    cosines with each other, so on few pairs the presence would drift.
+
+    Args:
+        branch: recognition branch with a bias, of which a copy is kept.
+        texts (`torch.Tensor` of shape `(K, D)`): features of the texts from the text tower.
+    """
+
+    def __init__(self, branch: nn.Module, texts: torch.Tensor):
+        super().__init__()
+        self.before = copy.deepcopy(branch).requires_grad_(False)
+        self.register_buffer("texts", texts, persistent=False)
+
+    def forward(self, branch: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the Kullback-Leibler divergence from the probabilities before to those of the branch, summed over the
+        texts, the mean over images with the features (B, D'). It is 0 at the start.
+        """
+        before, now = (
+            one(cosines(one.embed_image(images), one.embed_text(self.texts))) for one in (self.before, branch)
+        )
+        entropy, cross_entropy = (
+            F.binary_cross_entropy_with_logits(logits, before.sigmoid(), reduction="sum") for logits in (before, now)
+        )
+        return (cross_entropy - entropy) / len(images)
+
+
+@torch.no_grad()
+def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence | None:
+    """Returns the loss that keeps the presence of the commonest nouns; None for a model without presence."""
+    if model.recognition.logit_bias is None:
+        return None
+    prior = vocabulary()
+    nouns = sorted(prior, key=prior.get, reverse=True)[:KEPT_NOUNS]
+    prompts = processor(text=[processor.templates[0].format(noun) for noun in nouns]).to(model.device)
+    training, _ = model.training, model.eval()
+    texts, _ = model.encode_text(**prompts)
+    model.train(training)
+    return KeptPresence(model.recognition, texts)

@@ -1,0 +1,298 @@
+"""What a `Trainer` promises, of `ICLIPTrainer` in Python: its arguments, epochs, evaluations and callbacks."""
+
+import inspect
+import logging
+import threading
+
+import pytest
+import torch
+from conftest import tiny_model, write_folder
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ConstantLR
+from training_runs import write_table
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from iclip_hf import ICLIPModel
+from iclip_hf.data.pairs import PairDataset, load_pairs
+from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator, few_pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> PairDataset:
+    """Twenty pairs."""
+    return load_pairs(write_table(tmp_path_factory.mktemp("pairs"), 20))
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Arguments of a training of two steps of an epoch each."""
+    fixed = {"max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none", "save_strategy": "no"}
+    return lambda **options: ICLIPTrainingArguments(
+        str(tmp_path / "run"), **{**fixed, "use_cpu": True, "pictures": 0, "disable_tqdm": True, **options}
+    )
+
+
+def part(pairs: PairDataset, *indices: int) -> PairDataset:
+    return pairs._select(list(indices))
+
+
+# ---- the methods of `Trainer` that are overridden: a new version that changes one of them fails here ----
+
+OVERRIDDEN = """
+    __init__ train get_train_dataloader get_eval_dataloader get_test_dataloader compute_loss create_optimizer
+    create_scheduler get_decay_parameter_names evaluation_loop log floating_point_ops save_model create_model_card
+    _load_from_checkpoint _load_optimizer_and_scheduler _get_grad_norm _determine_best_metric _save_checkpoint
+""".split()
+USED = ["_train_batch_size", "_created_lr_scheduler", "loss_is_scaled_for_ga", "compute_loss_func", "compute_metrics"]
+
+
+def test_methods_of_the_base_class_are_as_they_are_overridden(pairs, tiny_processor, arguments):
+    own = {name for name, value in vars(ICLIPTrainer).items() if callable(value) and hasattr(Trainer, name)}
+    assert own == {*OVERRIDDEN}
+    for name in {*OVERRIDDEN} - {"__init__", "train", "create_model_card"}:  # which pass all arguments on
+        base, ours = (list(inspect.signature(getattr(one, name)).parameters) for one in (Trainer, ICLIPTrainer))
+        assert ours == base or name == "get_test_dataloader", name
+    init = [*inspect.signature(Trainer.__init__).parameters]
+    ours = [*inspect.signature(ICLIPTrainer.__init__).parameters]
+    assert ours[: ours.index("arguments")] == init[: ours.index("arguments")]
+    trainer = ICLIPTrainer(tiny_model(), arguments(), processing_class=tiny_processor)
+    assert all(hasattr(trainer, name) for name in USED)
+    assert not hasattr(trainer.model.config, "use_cache")
+    steps = trainer.set_initial_training_values(trainer.args, [None] * 7)
+    assert steps[-1] == 2
+
+
+# ---- what is given to the constructor ----
+
+
+def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments):
+    collator = PairCollator(tiny_processor)
+    trainer = ICLIPTrainer(tiny_model(), arguments(), collator, pairs, part(pairs, 0, 1), tiny_processor)
+    assert trainer.train_dataset is pairs and len(trainer.eval_dataset) == 2
+    assert ICLIPTrainer(tiny_model(), arguments(), collator).processing_class is tiny_processor
+    with pytest.raises(TypeError, match="args: expected ICLIPTrainingArguments, got TrainingArguments"):
+        ICLIPTrainer(tiny_model(), TrainingArguments("run"), collator)
+    with pytest.raises(TypeError, match="processing_class"):
+        ICLIPTrainer(tiny_model(), arguments())
+
+
+def test_a_tower_that_learns_is_not_left_as_it_is(pairs, tiny_processor, arguments, tmp_path):
+    """Features from a cache have no gradient, and the kept presence is that of the towers at the start."""
+    cache = FeatureCache(tiny_model(), tiny_processor, tmp_path / "cache")
+    collator = PairCollator(tiny_processor)
+    cached = CachedPairs(pairs, cache, collator)
+    unlocked, locked_text = tiny_model(lock_vision=False), tiny_model()
+    with pytest.raises(ValueError, match="CachedPairs: it needs a locked image tower"):
+        ICLIPTrainer(unlocked, arguments(), collator, cached)
+    with pytest.raises(ValueError, match="keep_presence: it needs a locked image tower"):
+        ICLIPTrainer(unlocked, arguments(keep_presence=1.0), collator, pairs)
+    with pytest.raises(ValueError, match="keep_presence: it needs a locked text tower"):
+        ICLIPTrainer(locked_text, arguments(keep_presence=1.0), collator, pairs)
+    with pytest.raises(ValueError, match="text_features of the collator: it needs a locked text tower"):
+        ICLIPTrainer(locked_text, arguments(), PairCollator(tiny_processor, text_features=cache), pairs)
+    locked_text.text_model.requires_grad_(False)
+    ICLIPTrainer(locked_text, arguments(keep_presence=1.0), collator, cached)
+
+
+def test_a_model_is_made_anew_for_each_training(pairs, tiny_processor, arguments, monkeypatch):
+    """As a search of hyperparameters needs it. The start is that of the new model."""
+    made = [tiny_model(seed=seed) for seed in (2, 1, 0)]
+    options = {"eval_on_start": True, "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    args = arguments(**options, save_strategy="steps", save_steps=1, metric_for_best_model="loss", learning_rate=1e-9)
+    monkeypatch.setattr("iclip_hf.training.callbacks.regressed_metrics", lambda *_: ["loss"])
+    data = {"train_dataset": pairs, "eval_dataset": part(pairs, 0, 1, 2), "processing_class": tiny_processor}
+    trainer = ICLIPTrainer(args=args, model_init=lambda: made.pop(), **data)
+    for seed in (1, 2):
+        trainer.train()
+        expected = tiny_model(seed=seed).state_dict()
+        assert trainer.kept_start and all(torch.equal(w, expected[n]) for n, w in trainer.model.state_dict().items())
+
+
+def test_a_loss_function_and_metrics_of_the_user_are_called(pairs, tiny_processor, arguments):
+    def squared(outputs, labels, num_items_in_batch=None):
+        assert labels is None
+        return outputs["loss"] ** 2
+
+    def spread(prediction):
+        images, texts = prediction.predictions
+        return {"spread": float((images[0] * texts[0]).sum()), "pairs": len(images)}
+
+    trainer = ICLIPTrainer(
+        tiny_model(),
+        arguments(),
+        eval_dataset=part(pairs, 0, 1, 2),
+        processing_class=tiny_processor,
+        compute_loss_func=squared,
+        compute_metrics=spread,
+    )
+    batch = trainer.data_collator([pairs[0], pairs[1]])
+    with torch.no_grad():
+        own = trainer.model(**batch).loss.item()
+        assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(own**2)
+    metrics = trainer.evaluate()
+    assert metrics["eval_pairs"] == 3
+    with torch.no_grad():
+        item = pairs[0]
+        outputs = trainer.model(**tiny_processor(images=item["image"], text=[item["caption"]]))
+    assert metrics["eval_spread"] == pytest.approx(outputs.logits_per_image.item(), abs=1e-4)
+    predicted = trainer.predict(part(pairs, 4, 5))
+    assert [len(vectors) for vectors in predicted.predictions] == [2, 2] and predicted.metrics["test_pairs"] == 2
+
+
+def test_an_optimizer_and_a_schedule_of_the_user_stay(pairs, tiny_processor, arguments):
+    model = tiny_model()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    schedule = ConstantLR(optimizer, factor=0.5, total_iters=100)
+    trainer = ICLIPTrainer(
+        model, arguments(), train_dataset=pairs, processing_class=tiny_processor, optimizers=(optimizer, schedule)
+    )
+    trainer.train()
+    assert trainer.lr_scheduler is schedule and optimizer.param_groups[0]["lr"] == 0.05
+
+
+# ---- training ----
+
+
+def test_a_training_runs_in_any_thread(pairs, tiny_processor, arguments):
+    """Only the main one can handle signals."""
+    trainer = ICLIPTrainer(tiny_model(), arguments(), train_dataset=pairs, processing_class=tiny_processor)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("kind", ["pairs", "cached"])
+def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, tmp_path, kind):
+    collator = PairCollator(tiny_processor)
+    if kind == "cached":
+        pairs = CachedPairs(pairs, FeatureCache(tiny_model(), tiny_processor, tmp_path / "cache"), collator)
+    args = arguments(max_steps=-1, num_train_epochs=3, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    args.per_device_train_batch_size = 10
+    epochs = []
+
+    class Told(PairCollator):
+        def __call__(self, rows):
+            return {"epochs": [row["draw"][1] for row in rows], **super().__call__(rows)}
+
+    class Noted(ICLIPTrainer):
+        def compute_loss(self, model, inputs, **options):
+            epochs.append({*inputs.pop("epochs")})
+            return super().compute_loss(model, inputs, **options)
+
+    Noted(tiny_model(), args, Told(tiny_processor), pairs).train()
+    assert epochs == [{0}, {0}, {1}, {1}, {2}, {2}]
+
+
+def test_each_batch_of_a_step_has_its_own_dropout(pairs, tiny_processor, arguments):
+    states = []
+
+    class Noted(ICLIPTrainer):
+        def compute_loss(self, *arguments, **options):
+            states.append(torch.get_rng_state())
+            return super().compute_loss(*arguments, **options)
+
+    args = arguments(gradient_accumulation_steps=2)
+    Noted(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor).train()
+    assert len(states) == 4 and not any(torch.equal(states[0], other) for other in states[1:])
+
+
+def test_images_are_encoded_in_chunks_beside_kept_presence(pairs, tiny_processor, arguments, recorded):
+    model = tiny_model(logit_bias_init_value=-1)
+    model.text_model.requires_grad_(False)
+    args = arguments(max_steps=1, keep_presence=1.0, chunk_size=3)
+    trainer = ICLIPTrainer(model, args, train_dataset=pairs, processing_class=tiny_processor)
+    sizes = recorded(ICLIPModel, "encode_image", lambda self, images, **options: len(images))
+    trainer.train()
+    assert sizes == [3, 1]
+
+
+def test_a_batch_has_the_captions_of_the_items(tmp_path, tiny_processor):
+    """By the seed of the pairs."""
+    table = write_table(tmp_path, 12)
+    header, *rows = table.read_text().splitlines()
+    table.write_text("\n".join([header, *rows, *(f"{number}.png,a blue sky" for number in range(12))]))
+    collator = PairCollator(tiny_processor)
+    batches = {}
+    for seed in (0, 1):
+        items = [*load_pairs(table, seed=seed)]
+        batches[seed] = collator(items)["input_ids"].tolist()
+        assert batches[seed] == tiny_processor(text=[item["caption"] for item in items])["input_ids"].tolist()
+    assert batches[0] != batches[1]
+
+
+def test_a_training_of_few_steps_says_so(pairs, tiny_processor, arguments, caplog):
+    def said(**options) -> str:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            ICLIPTrainer(
+                tiny_model(), arguments(**options), train_dataset=pairs, processing_class=tiny_processor
+            ).train()
+        return caplog.text
+
+    few = {"max_steps": -1, "per_device_train_batch_size": 16}
+    assert "1 steps" in said(num_train_epochs=1, **few)
+    assert "20 pairs is 1 batches of 16, which leave 4 pairs out" in caplog.text and "num_train_epochs" in caplog.text
+    assert "teach little" not in said(max_steps=1)  # the user's own number
+
+
+# ---- evaluation ----
+
+
+def started(pairs, processor, arguments, eval_dataset, **options) -> ICLIPTrainer:
+    """A trainer after a training with an evaluation of its start."""
+    args = arguments(eval_on_start=True, eval_strategy="steps", eval_steps=1, **options)
+    trainer = ICLIPTrainer(tiny_model(), args, None, pairs, eval_dataset, processor)
+    trainer.train()
+    return trainer
+
+
+def test_other_pairs_are_evaluated_without_a_change(pairs, tiny_processor, arguments):
+    """Those of the start alone can be compared with it, also if others are as many."""
+    held_out = part(pairs, *range(12))
+    trainer = started(pairs, tiny_processor, arguments, held_out)
+    assert "eval_loss_change_low" in trainer.evaluate()
+    for other in (part(pairs, *range(5)), part(pairs, *range(5, 17))):
+        metrics = trainer.evaluate(other)
+        assert "eval_loss" in metrics and not any("change" in name for name in metrics)
+    assert {"eval_runtime", "eval_samples_per_second"} <= trainer.evaluate().keys()
+    assert trainer.accelerator._dataloaders == [trainer.callback_handler.train_dataloader]
+
+
+def test_held_out_pairs_can_have_names(pairs, tiny_processor, arguments, tmp_path):
+    """With a segmentation data set among them, and the best by one of the names."""
+    (tmp_path / "maps").mkdir()
+    maps = load_segmentation("folder", write_folder(tmp_path / "maps", [[1, 2], [0, 3]], 40))
+    named = {"near": part(pairs, *range(10)), "far": part(pairs, *range(10, 20))}
+    args = arguments(eval_strategy="steps", eval_steps=1, eval_on_start=True, save_strategy="best")
+    args.metric_for_best_model = "near_loss"
+    data = {"train_dataset": pairs, "eval_dataset": named, "map_dataset": maps, "processing_class": tiny_processor}
+    trainer = ICLIPTrainer(tiny_model(), args, **data, callbacks=[EarlyStoppingCallback(5)])
+    trainer.train()
+    metrics = trainer.evaluate()
+    measured = {"eval_near_loss", "eval_far_text_to_image", "eval_maps_mMIoU", "eval_far_loss_change_high"}
+    assert measured <= metrics.keys() and not any("loss" in name for name in metrics if "maps" in name)
+    assert (tmp_path / "run" / "evaluations" / "2.json").is_file()
+    assert trainer.evaluate(maps)["eval_mMIoU"] == metrics["eval_maps_mMIoU"]
+    with pytest.raises(TypeError, match="eval_dataset"):
+        ICLIPTrainer(tiny_model(), args, None, pairs, {"rows": [1]}, tiny_processor)
+
+
+def test_an_evaluation_leaves_the_epoch_of_the_pairs(pairs, tiny_processor, arguments):
+    """Pairs can be trained on and evaluated."""
+    trainer = ICLIPTrainer(tiny_model(), arguments(), None, pairs, pairs, tiny_processor)
+    before = trainer.evaluate()["eval_loss"]
+    pairs.set_epoch(3)
+    assert trainer.evaluate()["eval_loss"] == before and pairs.epoch == 3
+    pairs.set_epoch(0)
+
+
+def test_few_pairs_from_python(pairs, tiny_processor, tmp_path):
+    args = ICLIPTrainingArguments(str(tmp_path), use_cpu=True, **few_pairs(54, 6, keep_presence=0.0))
+    assert args.per_device_train_batch_size == 54 and args.num_train_epochs == 200 and args.eval_steps == 40
+    assert args.load_best_model_at_end and args.metric_for_best_model == "loss" and args.keep_presence == 0
+    assert "eval_strategy" not in few_pairs(54)
+    some = few_pairs(100, per_device_train_batch_size=8, gradient_accumulation_steps=4, num_train_epochs=10)
+    assert some["eval_steps"] == 10 * 3 / 5  # of twelve batches
+    assert few_pairs(100, max_steps=7)["eval_steps"] == 2

@@ -10,7 +10,7 @@ import pickle
 import tarfile
 import tracemalloc
 from collections import Counter
-from itertools import chain, combinations, islice
+from itertools import chain, combinations, groupby, islice
 
 import datasets
 import fsspec
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from fault_inputs import encoded
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from iclip_hf.cli.train import open_data, warn_of_unknown_labels
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, columns, formats, load_pairs, streams
@@ -921,14 +921,19 @@ def test_workers_of_a_stream_count_their_own_passes(tmp_path):
     for shard, numbers in enumerate((range(3), range(3, 43))):
         write_members(tmp_path / f"{shard}.tar", numbers, jpg=jpeg, txt=lambda i: "a")
     pairs = StreamedPairs(stream(tmp_path), 60)
-    loader = DataLoader(pairs, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=list)
+
+    def numbers(items):
+        return get_worker_info().id, [item["draw"][1] for item in items]
+
+    loader = DataLoader(pairs, batch_size=4, num_workers=2, persistent_workers=True, collate_fn=numbers)
     for epoch in (0, 7):
         pairs.set_epoch(epoch)
-        draws = [item["draw"] for batch in islice(loader, 16) for item in batch]
-        few = [number for _, number, key in draws if int(key[1:]) < 3]
-        many = [number for _, number, key in draws if int(key[1:]) >= 3]
-        assert len(many) == 32 and {*many} == {epoch}
-        assert few[:3] == [epoch] * 3 and min(few[3:]) > 1000
+        batches = [*islice(loader, 16)]
+        of_workers = [flat(batch for worker, batch in batches if worker == one) for one in (0, 1)]
+        passes = [[len([*of_pass]) for _, of_pass in groupby(seen)] for seen in of_workers]
+        assert [seen[0] for seen in of_workers] == [epoch] * 2 and all(seen == sorted(seen) for seen in of_workers)
+        # All pairs of a shard, apart from the last pass
+        assert [32] in passes and all(count in (3, 40) for counts in passes for count in counts[:-1])
 
 
 def test_stream_order_and_captions_by_seed_and_epoch(tmp_path):

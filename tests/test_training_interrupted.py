@@ -208,7 +208,7 @@ RESUMED = {
     "plain": ([], 5),
     "accumulation": (["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4], 18),
     "persistent workers": (["--dataloader_num_workers", 1, "--dataloader_persistent_workers", True], 5),
-    "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 6),
+    "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 5),
     "cached features": (["--cache_features", "cache", "--lock_text"], 5),
     "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
     "bfloat16": (["--bf16", True, "--use_cpu", True], 5),

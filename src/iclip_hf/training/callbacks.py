@@ -9,14 +9,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import reduce
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.pairs import PairDataset
@@ -26,9 +25,6 @@ from .datasets import CachedPairs, StreamedPairs
 from .evaluation import change_interval, draw_examples, regressed_metrics, sampled_captions
 from .kept_presence import kept_presence
 
-
-if TYPE_CHECKING:
-    from .trainer import ICLIPTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +113,7 @@ class Start(TrainerCallback):
         presence ([`KeptPresence`], *optional*): of its model.
     """
 
-    def __init__(self, trainer: ICLIPTrainer):
+    def __init__(self, trainer: Trainer):
         self.trainer, self.scores, self.regressed, self.presence, self._weights = trainer, {}, {}, None, {}
 
     def keep(self) -> None:
@@ -128,26 +124,27 @@ class Start(TrainerCallback):
             self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
         self.presence = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
 
-    def changes(self, pairs: PairDataset | CachedPairs, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def changes(self, captions: Sequence[str], scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Returns the 95 % interval of the change of each score (N,) of these pairs since the start. There is none of the
-        start itself, whose scores are kept, and of pairs that were not scored then.
+        Returns the 95 % interval of the change of each score (N,) of pairs since the start, by their captions. There
+        is none of the start itself, whose scores are kept, and of pairs that were not scored then.
         """
-        pairs_digest, trainer = _digest(pairs), self.trainer
-        if trainer.is_in_train and trainer.state.global_step == 0 and pairs_digest in self.scores:
-            self.scores[pairs_digest] = {name: values.tolist() for name, values in scores.items()}
+        pairs, trainer = _digest(captions), self.trainer
+        if trainer.is_in_train and trainer.state.global_step == 0 and pairs in self.scores:
+            self.scores[pairs] = {name: values.tolist() for name, values in scores.items()}
             self._write()
             return {}
-        if not (before := self.scores.get(pairs_digest)):
+        if not (before := self.scores.get(pairs)):
             return {}
         change = {name: change_interval(before[name], scores[name].tolist()) for name in before}
-        self.regressed[pairs_digest] = regressed_metrics(change, len(pairs))
+        self.regressed[pairs] = regressed_metrics(change, len(captions))
         return {f"{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])}
 
     def on_train_begin(self, args, state, control, **options):
         held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
         held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
-        own = {_digest(pairs): {} for pairs in held_out if isinstance(pairs, (PairDataset, CachedPairs))}
+        held_out = [pairs for pairs in held_out if isinstance(pairs, (PairDataset, CachedPairs))]
+        own = {_digest(sampled_captions(pairs)): {} for pairs in held_out}
         self.regressed = {}
         if not state.global_step:
             self.scores = own
@@ -182,9 +179,9 @@ class Start(TrainerCallback):
                 partial.write_text(json.dumps(self.scores))
 
 
-def _digest(pairs: PairDataset | CachedPairs) -> str:
+def _digest(captions: Sequence[str]) -> str:
     """Of the captions alone: the data may be elsewhere now."""
-    return hashlib.sha256(json.dumps(sampled_captions(pairs)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
 class Pictures(TrainerCallback):

@@ -16,7 +16,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 
 from ..utils.extras import require_extra
@@ -116,7 +116,7 @@ class ICLIPTrainer(Trainer):
                     "eval_dataset: expected pairs of load_pairs or CachedPairs, or a SegmentationDataset, got "
                     f"{type(held_out).__name__}."
                 )
-        self.map_dataset, self.card, self._last_losses, self._bad_steps = map_dataset, card, [], 0
+        self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):
@@ -151,6 +151,7 @@ class ICLIPTrainer(Trainer):
         """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        self._bad_steps = 0
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **options)
         if self.interrupts.stopped:
@@ -169,7 +170,7 @@ class ICLIPTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if not Path(checkpoint, OPTIMIZER_NAME).is_file():
+        if not any(Path(checkpoint).glob("optimizer*")):
             logger.warning(
                 "%s has no state of the optimizer (save_only_model): the result is not that of a training without the "
                 "interruption.",
@@ -304,12 +305,12 @@ class ICLIPTrainer(Trainer):
         self.callback_handler.eval_dataloader = dataloader
         self.model.eval()
         if not isinstance(data, SegmentationDataset):
-            images, texts = self._embed(dataloader)
-            scores = retrieval_scores(images, texts, sampled_captions(data), data.image_digests())
+            (images, texts), captions = self._embed(dataloader), sampled_captions(data)
+            scores = retrieval_scores(images, texts, captions, data.image_digests())
             metrics = {name: values.mean().item() for name, values in scores.items()}
             if not math.isfinite(metrics["loss"]):  # no later loss would be better
                 raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")
-            metrics |= self.start.changes(data, scores)
+            metrics |= self.start.changes(captions, scores)
             if not prediction_loss_only:
                 predictions = images.float().cpu().numpy(), texts.float().cpu().numpy()
             if self.compute_metrics is not None:
@@ -384,7 +385,7 @@ class ICLIPTrainer(Trainer):
             return clean_configs(output_dir) if self.args.should_save else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            card = {"training": card_of(self.args, self.accelerator.num_processes), **(self.card or {})}
+            card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
             if self.kept_start:  # whose record goes on
                 card |= {"training": None, "start": None}

@@ -83,11 +83,12 @@ class ICLIPTrainer(Trainer):
     ```python
     >>> from iclip_hf import ICLIPModel, ICLIPProcessor
     >>> from iclip_hf.data import load_pairs
-    >>> from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
+    >>> from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments, few_pairs
 
     >>> model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    >>> model.text_model.requires_grad_(False)
     >>> pairs, held_out = load_pairs("pairs.csv").split(0.1)
-    >>> args = ICLIPTrainingArguments("runs/tuned", num_train_epochs=3, learning_rate=1e-5, eval_strategy="epoch")
+    >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
     >>> trainer = ICLIPTrainer(model, args, train_dataset=pairs, eval_dataset=held_out, processing_class=processor)
     >>> trainer.train()
     >>> trainer.save_model()

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from tokenizers import Regex, normalizers
 from torch import nn
+from torch.nn import functional as F
 from transformers import CLIPModel, SiglipImageProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling

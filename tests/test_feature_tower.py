@@ -79,17 +79,22 @@ def slow(model, pixel_values):
         features = features @ weights["feature_reduction.weight"].T + weights["feature_reduction.bias"]
         tokens = np.concatenate([last[1:], features], 1)
         assert tokens.shape == (24, 32 + 6)
-        images.append(recognition @ np.concatenate([before[1:].mean(0), last[0], tokens.mean(0)]))
+        if alone := model.config.recognition_pooling == "feature_average":
+            images.append(recognition @ features.mean(0))
+        else:
+            images.append(recognition @ np.concatenate([before[1:].mean(0), last[0], tokens.mean(0)]))
         centered, mean = tokens - weights["token_mean"], weights["token_mean"]
         likeness = np.exp(3.0 * unit(centered[:, :32]) @ unit(centered[:, :32]).T)
         shared = (likeness / likeness.sum(1, keepdims=True)) @ centered
-        by_recognition = unit((shared + mean) @ recognition[:, -38:].T)
+        recognised = (shared + mean)[:, -6 if alone else -38 :]
+        by_recognition = unit(recognised @ recognition[:, -recognised.shape[1] :].T)
         patches.append(np.concatenate([0.7**0.5 * unit(shared @ of_map.T), 0.3**0.5 * by_recognition], 1))
     return unit(np.stack(images)), np.stack(patches)
 
 
-def test_scores_and_maps_are_of_joined_tokens():
-    model, inputs = joined_model(), tiny_inputs(size=(64, 96))
+@pytest.mark.parametrize("options", [{}, {"recognition_pooling": "feature_average", "average_layers": 1}])
+def test_scores_and_maps_are_of_joined_tokens(options):
+    model, inputs = joined_model(**options), tiny_inputs(size=(64, 96))
     with torch.no_grad():
         outputs = model(**inputs, output_similarity_maps=True)
     images, patches = slow(model, inputs["pixel_values"])

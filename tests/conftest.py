@@ -74,8 +74,9 @@ VISION = {
     "dinov3_vit": {"model_type": "dinov3_vit", "num_register_tokens": 4, **VIT},
     "clip_vision_model": {"model_type": "clip_vision_model", **VIT},
 }
-# Options of a model with a feature tower, whose map has 1 x 2 places in an image of 32 x 48 pixels.
-FEATURES = {"feature_config": {"model_type": "timm_wrapper", "architecture": "test_efficientnet"}, "feature_dim": 6}
+# Options of a model with a feature tower, which pads as TensorFlow, and has 1 x 2 places in 32 x 48 pixels.
+TIMM = {"model_type": "timm_wrapper", "architecture": "test_efficientnet", "model_args": {"pad_type": "same"}}
+FEATURES = {"feature_config": TIMM, "feature_dim": 6}
 TRANSFORMER = {
     "hidden_size": 24,
     "num_hidden_layers": 2,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP_TOKENS, TRANSFORMER, VIT, tiny_model
+from conftest import CLIP_TOKENS, FEATURES, TRANSFORMER, VIT, tiny_model
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -157,6 +157,9 @@ def build(family: str, processor):
     text = {**TRANSFORMER, **CLIP_TOKENS, "eos_token_id": processor.tokenizer.sep_token_id}
     if family == "iclip":
         return tiny_model("dinov2_with_registers"), processor, (32, 48)
+    if family == "iclip_features":
+        pooled = {"recognition_pooling": "class_and_average", "recognition_share": 0.3}
+        return tiny_model("dinov2", **FEATURES, **pooled, map_affinity=3.0), processor, (32, 48)
     if family == "clip":
         model = CLIPModel(CLIPConfig(vision_config=VIT, text_config=text, projection_dim=16))
         image_processor = CLIPImageProcessor()
@@ -211,7 +214,8 @@ def build(family: str, processor):
     return liven(model), SimpleNamespace(image_processor=image_processor, tokenizer=processor.tokenizer), (32, 48)
 
 
-FAMILIES = ["iclip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2", "altclip", "chinese_clip", "aimv2"]
+ICLIP = ["iclip", "iclip_features"]
+FAMILIES = [*ICLIP, "clip", "metaclip_2", "siglip", "siglip2", "tipsv2", "altclip", "chinese_clip", "aimv2"]
 FAMILIES += ["dual_encoder", "dual_encoder_vit", "open_clip", "open_clip_avg", "open_clip_coca", "open_clip_resnet"]
 CONVOLUTIONAL = ["open_clip_convnext", "open_clip_fastvit"]
 FAMILIES += [f"open_clip_{tower}" for tower in ("siglip", "mobileclip", "eva02", "eva02_e", "pe", "vitamin", "relpos")]
@@ -221,7 +225,7 @@ NEED_ATTENTION = ["attention", "grad_eclip", "bi_modal"]
 OF_POOL = ["clip_surgery", "maskclip"]  # which also replace the attention pool of a ResNet
 REFUSED = {("open_clip_resnet", method) for method in NEED_BLOCKS if method not in OF_POOL}
 REFUSED |= {(family, method) for family in CONVOLUTIONAL for method in NEED_BLOCKS + NEED_ATTENTION}
-REFUSED |= {(family, "attention_affinity") for family in FAMILIES if family != "iclip"}
+REFUSED |= {(family, "attention_affinity") for family in FAMILIES if family not in ICLIP}
 PAIRS = [(family, method) for family in FAMILIES for method in METHODS if (family, method) not in REFUSED]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from accelerate.utils import pad_across_processes
-from conftest import TEXT, VISION, noise, tiny_inputs, tiny_model
+from conftest import FEATURES, TEXT, VISION, noise, tiny_inputs, tiny_model
 from datasets import Dataset
 from processes import run_script
 from safetensors.torch import load_file
@@ -26,11 +26,11 @@ from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer, PairCollator, presets
 
 
-@pytest.mark.parametrize("vision", VISION)
-def test_offloaded_weights_give_the_same(vision, tmp_path):
+@pytest.mark.parametrize(("vision", "features"), [*((vision, {}) for vision in VISION), ("vit", FEATURES)])
+def test_offloaded_weights_give_the_same(vision, features, tmp_path):
     """The hooks copy what passes, and load a module's parameters only before its forward."""
     inputs, devices = tiny_inputs(batch=3, size=(32, 48)), {"execution_device": torch.device("cpu")}
-    layers = {"recognition_pooling": "class_and_average", "average_layers": 2}
+    layers = {"recognition_pooling": "class_and_average", "average_layers": 2, **features}
     expected, in_memory, on_disk = (tiny_model(vision, "clip_text_model", **layers) for _ in range(3))
     blocks = sorted(expected._no_split_modules)
     cpu_offload(in_memory, **devices, preload_module_classes=blocks)

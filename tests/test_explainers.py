@@ -18,6 +18,7 @@ from families import (
     CONVOLUTIONAL,
     FAMILIES,
     GRID,
+    ICLIP,
     LABELS,
     PAIRS,
     REFUSED,
@@ -134,7 +135,7 @@ def test_scores_are_the_models_own(made, family, method):
                 patches, mask, shapes = naflex(pixel_values)
                 image = model.get_image_features(patches, mask, shapes).pooler_output
             else:
-                options = {} if family in ("iclip", "aimv2") else {"interpolate_pos_encoding": True}
+                options = {} if family in (*ICLIP, "aimv2") else {"interpolate_pos_encoding": True}
                 image = model.get_image_features(pixel_values, **options).pooler_output
         expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     scores = raw_maps(explainer, pixel_values, explainer.model.encode_texts(LABELS, ["a photo of the {}"]))[1]
@@ -493,7 +494,7 @@ def test_competing_maps_are_those_of_the_same_pixels(tiny_processor, size, multi
     torch.testing.assert_close(found.raw_maps, engine.raw_maps(prepared.pixel_values, texts)[0][0], atol=1e-5, rtol=0)
 
 
-DEFAULTS = dict.fromkeys(FAMILIES, "naclip") | {"iclip": "itsm", "tipsv2": "maskclip"}
+DEFAULTS = dict.fromkeys(FAMILIES, "naclip") | dict.fromkeys(ICLIP, "itsm") | {"tipsv2": "maskclip"}
 DEFAULTS |= dict.fromkeys([*CONVOLUTIONAL, "open_clip_avg", "open_clip_vitamin"], "itsm")
 DEFAULTS["open_clip_resnet"] = "maskclip"
 

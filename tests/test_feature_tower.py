@@ -1,18 +1,26 @@
 """A second, locked image tower, whose features are joined to the patch tokens."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import FEATURES, VISION, noise, tiny_image_processor, tiny_inputs, tiny_model, tiny_tokenizer
 from torch.nn import functional as F
+from training_runs import run, weights
 from transformers import TimmWrapperConfig, TimmWrapperModel
 
-from iclip_hf import ICLIPModel
+from iclip_hf import ICLIPModel, load
+from iclip_hf.hub.folders import export_model, init_model
 from iclip_hf.model.pooling import even_patches, representative_patches
 from iclip_hf.training.features import set_statistics
 
 
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)  # of the image processor
 MEAN, STD = [0.5, 0.0, -0.5], [2.0, 1.0, 0.5]
 WHOLE = {
     **FEATURES,
@@ -63,7 +71,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def slow(model, pixel_values):
     """Recognition vectors and patch vectors of each image, from the towers themselves, by plain loops."""
-    backbone = timm.create_model("test_efficientnet", num_classes=0).eval()
+    backbone = timm.create_model("test_efficientnet", num_classes=0, pad_type="same").eval()
     backbone.load_state_dict(model.feature_model.timm_model.state_dict())
     weights = {name: weight.double().numpy() for name, weight in model.state_dict().items()}
     recognition = weights["recognition.visual_projection.weight"]
@@ -202,9 +210,92 @@ def test_the_feature_tower_sees_pixels_as_in_its_training(towers):
     [
         ({"feature_dim": 257}, "feature_dim is at most 256"),
         ({"feature_config": VISION["vit"]}, "backbone of timm, not 'vit'"),
-        ({"feature_config": FEATURES["feature_config"] | {"architecture": "test_vit"}}, "test_vit returns no feature"),
+        (
+            {"feature_config": {"model_type": "timm_wrapper", "architecture": "test_vit"}},
+            "test_vit returns no feature",
+        ),
     ],
 )
 def test_what_is_no_feature_tower_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         tiny_model(**{**FEATURES, **options}).encode_image(torch.zeros(1, 3, 160, 160))
+
+
+def test_a_missing_package_is_named(towers, tmp_path, tiny_processor, monkeypatch):
+    for part in (tiny_model(**FEATURES), tiny_processor):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("iclip_hf.model.modeling_iclip.is_timm_available", lambda: False)
+    with pytest.raises(ImportError, match="needs the package timm: install it with `pip install timm`"):
+        load(tmp_path / "model")
+    with pytest.raises(ImportError, match="pip install timm"):
+        ICLIPModel.from_vision_text_pretrained(*towers)
+
+
+def test_a_new_model_has_the_patches_of_both_towers(towers, tmp_path):
+    (tmp_path / "config").mkdir()
+    options = "[vision_downsampling=2, feature_dim=6]"
+    lines = [*map("{}: {}".format, ("vision", "text"), towers), f"model_options: {options}"]
+    (tmp_path / "config" / "train.yaml").write_text("\n".join(lines))
+    init_model(tmp_path / "config", tmp_path / "new", feature_tower=towers[2])
+    loaded = load(tmp_path / "new")
+    assert loaded.processor.patch_size == 16 and loaded.network.config.patch_dim == 38
+    pixel_values = loaded.processor(images=noise((60, 40)))["pixel_values"]
+    assert pixel_values.shape[2:] == (448, 448)
+    assert loaded.get_image_features(pixel_values[..., :64, :96]).grid == (4, 6)
+    card = (tmp_path / "new" / "README.md").read_text()
+    assert "joined to the patch tokens" in card and "`test_efficientnet` of timm" in card
+    with pytest.raises(ValueError, match="name one .*--feature_tower"):
+        init_model(tmp_path / "new", tmp_path / "again", *towers[:2])
+    config = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert str(tmp_path) not in json.dumps(config)
+    np.testing.assert_allclose(
+        config["feature_image_std"], [s / t for s, t in zip((0.1, 0.2, 0.3), CLIP_STD)], rtol=1e-3
+    )
+
+
+def test_a_moved_training_keeps_the_whitening_of_its_start(hub, towers, tmp_path, monkeypatch):
+    """Principal components are such up to their sign, and another machine may give others."""
+    cache = tmp_path / "cache"
+    arguments = ["--feature_tower", towers[2], "--cache_features", cache, "--lock_text", "--save_steps", 4]
+    arguments += ["--model_options", "feature_dim=6", "recognition_pooling=class_and_average", "--eval_steps", 100]
+    run(hub, tmp_path / "run", *arguments, "--max_steps", 4)
+    before = weights(tmp_path / "run" / "checkpoint-4")
+    assert before["feature_reduction.weight"].any() and len([*(cache / "images").iterdir()]) == 1
+    assert "feature_model.timm_model.conv_stem.weight" in before
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (solve(matrix)[0], -solve(matrix)[1]))
+    run(hub, tmp_path / "run", *arguments, "--max_steps", 8, "--resume")
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("feature_"))
+    assert not torch.equal(
+        after["recognition.visual_projection.weight"], before["recognition.visual_projection.weight"]
+    )
+    assert len([*(cache / "images").iterdir()]) == 1
+
+
+FRESH = """
+import json, sys
+
+import torch
+from transformers import AutoModel
+
+sys.modules["iclip_hf"] = None
+model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
+generator = torch.Generator().manual_seed(0)
+with torch.no_grad():
+    features = model.get_image_features(torch.randn(2, 3, 64, 96, generator=generator))
+print(json.dumps(features.patch_embeds.tolist()))
+"""
+
+
+def test_an_exported_model_runs_by_its_own_code(tiny_processor, tmp_path):
+    model = joined_model()
+    export_model(model, tiny_processor, tmp_path / "model")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "model")]
+    fresh = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert fresh.returncode == 0, fresh.stderr
+    with torch.no_grad():
+        pixel_values = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        expected = model.get_image_features(pixel_values).patch_embeds
+    torch.testing.assert_close(torch.tensor(json.loads(fresh.stdout.splitlines()[-1])), expected, atol=1e-5, rtol=0)

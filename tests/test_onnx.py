@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import noise, tiny_inputs, tiny_model
+from conftest import FEATURES, noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPConfig, cli, explain, load
@@ -27,10 +27,11 @@ TEXT = ("text_embeds", "map_text_embeds", "attention_weights")
 
 @pytest.fixture(scope="module")
 def model():
-    """As the embedded model, with trained values that are not those of its configuration."""
+    """As the embedded model, with a feature tower, and trained values that are not those of its configuration."""
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
     options |= {"recognition_pooling": "class_and_average", "average_layers": 2, "recognition_share": 0.4}
     options |= {"image_hidden_size": 12, "text_hidden_size": 20, "logit_bias_init_value": -6.0, "presence_bias": 0.5}
+    options |= {**FEATURES, "feature_image_mean": [0.1, 0.0, -0.1], "feature_image_std": [2.0, 1.0, 0.5]}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
     with torch.no_grad():
         model.token_mean.copy_(torch.linspace(-1, 1, len(model.token_mean)))

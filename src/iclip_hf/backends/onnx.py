@@ -9,6 +9,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -149,8 +150,24 @@ def _vision_program(model: ICLIPModel):
     keep_symbols = mock.patch.object(
         tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
     )
-    with keep_symbols:
+    with keep_symbols, nullcontext() if model.feature_model is None else _same_convolutions():
         return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared, shape)
+
+
+def _same_convolutions():
+    """
+    Replaces timm's convolutions with TensorFlow's padding by nodes of ONNX that pad so themselves. From the sizes that
+    timm computes, one after the other, expressions would grow on which an export takes hours.
+    """
+
+    def convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
+        shape = (len(x), len(weight), *(-(-side // step) for side, step in zip(x.shape[2:], stride)))
+        attributes = {"auto_pad": "SAME_UPPER", "kernel_shape": [*weight.shape[2:]], "group": groups}
+        attributes |= {"strides": [*stride], "dilations": [*dilation]}
+        inputs = [x, weight] if bias is None else [x, weight, bias]
+        return torch.onnx.ops.symbolic("Conv", inputs, attributes, dtype=x.dtype, shape=shape)
+
+    return mock.patch("timm.layers.conv2d_same.conv2d_same", convolution)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
@@ -253,10 +270,14 @@ def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
 
 
 def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
-    """Stores a matrix in 8 bits, with a scale for each column. Returns its tensors, and the nodes that restore it."""
+    """
+    Stores a matrix in 8 bits, with a scale for each column, or a kernel with one for each output channel. Returns its
+    tensors, and the nodes that restore it.
+    """
     from onnx import TensorProto, helper, numpy_helper
 
-    scale = values.abs().amax(dim=tuple(range(values.ndim - 1))).clamp(min=1e-30) / 127
+    of_one = (1, 2, 3) if values.ndim == 4 else tuple(range(values.ndim - 1))
+    scale = values.abs().amax(dim=of_one, keepdim=True).clamp(min=1e-30) / 127
     stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
     tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
     return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [

@@ -153,7 +153,7 @@ def train(
     from ..training.datasets import CachedPairs, StreamedPairs
     from ..training.evaluation import report
     from ..training.features import FeatureCache, set_statistics
-    from ..training.trainer import ICLIPTrainer
+    from ..training.trainer import ICLIPTrainer, last_checkpoint, load_statistics
 
     transformers_logging.disable_progress_bar()
     set_seed(arguments.training.seed)  # of new projections
@@ -187,6 +187,8 @@ def train(
     if of_model.lock_text:
         model.text_model.requires_grad_(False)
     model.to(args.device).eval()
+    if args.resume and (checkpoint := last_checkpoint(args.output_dir)):
+        load_statistics(model, checkpoint)
     set_statistics(model, processor, pairs)
 
     # Batches

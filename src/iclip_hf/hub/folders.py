@@ -145,7 +145,7 @@ def join_towers(
     _check_tower(vision, "vision_config", config if "vision_config" in model_options else None)
     _check_tower(text, "text_config", config if "text_config" in model_options else None)
     if feature_tower:
-        _check_tower(feature_tower, "feature_config", config if "feature_config" in model_options else None)
+        _check_tower(feature_tower, "feature_config", config if model_options.get("feature_config") else None)
     model = ICLIPModel.from_vision_text_pretrained(
         vision, text, feature_tower, processor_options.get("image_processor"), **{**model_options, **options}
     )

@@ -22,12 +22,13 @@ from transformers import (
     AutoModelForZeroShotImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    TimmWrapperModel,
 )
 from transformers import initialization as init
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, is_timm_available, logging
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .losses import BatchNouns, BranchBatch, branch_loss, direction_loss
@@ -305,6 +306,25 @@ class ICLIPBranch(nn.Module):
         return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 
 
+class FeatureTower(TimmWrapperModel):
+    """A convolutional backbone of timm."""
+
+    _no_split_modules = ["FeatureTower"]
+
+    def __init__(self, config: PreTrainedConfig):
+        if not is_timm_available():
+            raise ImportError(
+                "A feature tower needs the package timm: install it with `pip install timm`.", name="timm"
+            )
+        super().__init__(config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that `forward` moves its input to; the CPU if the weights are offloaded, where hooks move it."""
+        device = super().device
+        return torch.device("cpu") if device.type == "meta" else device
+
+
 def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     """
     Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint. Raises `ValueError` for
@@ -323,6 +343,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
         from transformers import SiglipTextModel as tower_class
+    elif config.model_type == "timm_wrapper":
+        tower_class = FeatureTower
     else:
         tower_class = MODEL_MAPPING[type(config)]
     takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
@@ -337,6 +359,8 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
         tower, loading = tower_class.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
+    except ImportError:  # of a package that is missing
+        raise
     except Exception as error:  # which may not say of which tower it is
         raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
     finally:
@@ -591,15 +615,18 @@ class ICLIPModel(PreTrainedModel):
         towers = {"vision_config": vision, "text_config": text} | ({"feature_config": features} if features else {})
         found = {name: tower_config(tower, name) for name, tower in towers.items()}
         pooling = "eos" if found["text_config"].model_type in _EOS_TEXT_TOWERS else "mean"
-        config = cls.config_class(**{**found, "text_pooling": pooling, **config_options})
+        given = {name: of for name, of in config_options.items() if of is not None or name not in found}
+        config = cls.config_class(**{**found, "text_pooling": pooling, **given})
+        if config.feature_config is not None and not features:
+            raise ValueError("The configuration has a feature tower: name one (features, --feature_tower).")
         model = cls(config, *(load_tower(getattr(config, name), tower) for name, tower in towers.items())).eval()
         if features and config.feature_image_mean is None:
-            given = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
+            image_processor = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
             wanted = {
                 **model.feature_model.timm_model.pretrained_cfg,
                 **getattr(config.feature_config, "pretrained_cfg", {}),  # of the checkpoint
             }
-            channels = [*zip(given.image_mean, given.image_std, wanted["mean"], wanted["std"])]
+            channels = [*zip(image_processor.image_mean, image_processor.image_std, wanted["mean"], wanted["std"])]
             config.feature_image_mean = [(to - mean) / std for mean, std, to, _ in channels]
             config.feature_image_std = [to / std for _, std, _, to in channels]
         return model

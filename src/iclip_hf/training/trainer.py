@@ -13,11 +13,13 @@ from copy import copy
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..utils.extras import require_extra
 
@@ -430,6 +432,18 @@ def last_checkpoint(folder: str | Path) -> str | None:
         with suppress(ValueError):
             complete[json.loads(file.read_text())["global_step"]] = str(file.parent)
     return complete[max(complete)] if complete else None
+
+
+def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
+    """
+    Sets what [`~features.set_statistics`] has set before a checkpoint. Computed again on another machine, the features
+    could be others than those that the projections have learned with.
+    """
+    with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
+        statistics = {name: file.get_tensor(name) for name in names}
+    with _same_options(checkpoint):
+        model.load_state_dict(statistics, strict=False)
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:

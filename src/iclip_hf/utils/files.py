@@ -137,7 +137,10 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def loading_errors(name: str | Path, cure: str = "correct the name, or download it again") -> Iterator[None]:
-    """Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message."""
+    """
+    Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message, except
+    for the `ImportError` of a missing package.
+    """
     try:
         yield
     except RevisionResolutionError as error:
@@ -145,7 +148,7 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
             f"{name}: there is no such folder, and the Hub cannot be reached; check the name or the connection."
         ) from error
     except Exception as error:
-        if str(error).startswith(f"{name}: "):  # has that form already
+        if isinstance(error, ImportError) or str(error).startswith(f"{name}: "):  # says what to do already
             raise
         problem = f"loading failed ({' '.join(str(error).split()) or type(error).__name__})"
         if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable

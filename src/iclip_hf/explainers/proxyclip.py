@@ -58,8 +58,8 @@ class ProxyCLIP(Explainer):
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, (layer, *_) = self.model.trace(pixel_values, self.block)
         if self.proxy is None:
-            # Without those of a feature tower
-            tokens = image.patch_tokens[..., : layer.stream.shape[-1]].unflatten(1, image.grid)
+            own = image.patch_tokens[..., : layer.stream.shape[-1]]  # without those of a feature tower
+            tokens = own.unflatten(1, image.grid)
         else:
             tokens = self._proxy_tokens(pixel_values)
         grid, value = tokens.shape[1:3], layer.value[:, :, -math.prod(image.grid) :]

@@ -73,8 +73,10 @@ class ICLIPConfig(PreTrainedConfig):
         feature_dim (`int`, defaults to 256): width K of what the feature tower adds to the patch tokens, at most the
             number of channels of its last feature map.
         feature_image_mean, feature_image_std (`list[float]`, *optional*): mean and standard deviation of each channel
-            by which the pixel values are normalized for the feature tower, if it expects others than the image tower:
-            (pixel value - mean) / std.
+            by which the pixel values, *which the processor has normalized*, are normalized again for the feature
+            tower: (pixel value - mean) / std. [`ICLIPModel.from_vision_text_pretrained`] computes them from the
+            normalization of the processor and that of the feature tower's training, so a configuration for new models
+            leaves them out.
         vision_downsampling (`int`, defaults to 1): the image tower sees the means of squares of this side in pixels,
             and the feature tower all pixels. The side of the model's patches is that of the image tower's times this
             factor.

@@ -38,8 +38,8 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     the features of a feature tower, and `token_mean`, with `center_tokens`, to the mean patch token. Keeps those of an
     earlier training, which its branches learned with. All processes have those of the first.
 
-    The whitening projects to the principal components with the largest variance, and scales each to unit variance over
-    the patches.
+    The whitening projects to the principal components with the largest variance, and scales each to a standard
+    deviation of 4 over the patches. Those of the tokens of DINOv2 are 2: with less, they would outweigh the features.
 
     Args:
         model: model on its device.
@@ -85,7 +85,7 @@ def _whiten(model: ICLIPModel, batches: Iterable[torch.Tensor]) -> None:
     variances, directions = variances.flip(0)[: model.config.feature_dim], directions.flip(1)
     directions = directions[:, : model.config.feature_dim].T
     # Directions among dead channels have no variance, and stay small.
-    weight = directions * variances.clamp(min=1e-6 * variances[0]).rsqrt().unsqueeze(1)
+    weight = _DEVIATION * directions * variances.clamp(min=1e-6 * variances[0]).rsqrt().unsqueeze(1)
     model.feature_reduction.weight.copy_(weight)
     model.feature_reduction.bias.copy_(-weight @ mean)
 
@@ -93,7 +93,7 @@ def _whiten(model: ICLIPModel, batches: Iterable[torch.Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------------------- on disk
 
 
-_IMAGES = 1024
+_IMAGES, _DEVIATION = 1024, 4.0
 # A file has so many bytes, or what is computed in so many seconds: files are few, and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.

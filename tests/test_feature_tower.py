@@ -83,12 +83,16 @@ def slow(model, pixel_values):
         norm = model.vision_model.layernorm
         last, before = (norm(layer)[0].double().numpy() for layer in hidden.hidden_states[:-3:-1])
         channels = torch.stack([(channel - m) / s for channel, m, s in zip(image, MEAN, STD)])
-        features = bilinear(backbone.forward_features(channels[None])[0].double().numpy(), GRID)
-        features = features @ weights["feature_reduction.weight"].T + weights["feature_reduction.bias"]
+        raw, matrix = (
+            backbone.forward_features(channels[None])[0].double().numpy(),
+            weights["feature_reduction.weight"],
+        )
+        on_map = raw.reshape(len(raw), -1).T @ matrix.T + weights["feature_reduction.bias"]
+        features = bilinear(raw, GRID) @ matrix.T + weights["feature_reduction.bias"]
         tokens = np.concatenate([last[1:], features], 1)
         assert tokens.shape == (24, 32 + 6)
         if alone := model.config.recognition_pooling == "feature_average":
-            images.append(recognition @ features.mean(0))
+            images.append(recognition @ on_map.mean(0))
         else:
             images.append(recognition @ np.concatenate([before[1:].mean(0), last[0], tokens.mean(0)]))
         centered, mean = tokens - weights["token_mean"], weights["token_mean"]
@@ -162,8 +166,8 @@ def test_statistics_of_training_images_whiten_the_features(tiny_processor):
     with torch.no_grad():
         pixel_values = tiny_processor(images=[row["image"] for row in rows])["pixel_values"]
         tokens = model.encode_image(pixel_values).patch_tokens
-        everything = model.feature_map(pixel_values, (4, 4)).flatten(0, 1).double()
-    features = tokens[..., 32:].flatten(0, 1)
+        everything = model.feature_map(pixel_values).movedim(1, -1).flatten(0, 2).double()
+        features = model.feature_reduction(everything.float())
     torch.testing.assert_close(features.T.cov(correction=0), 16 * torch.eye(6), atol=0.16, rtol=0)
     torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)), atol=1e-4, rtol=1e-4)
     # Of all linear maps to six numbers, it keeps the most of the variance.

@@ -111,7 +111,7 @@ class ICLIPConfig(PreTrainedConfig):
         recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of
             dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token
             followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. `"feature_average"` is the
-            mean of the features that the feature tower adds to the patch tokens, which requires `feature_config`. Both
+            mean of the reduced feature map of the feature tower, which requires `feature_config`. Both
             require `dual_projection`.
         average_layers (`int`, defaults to 1): number of the image tower's last layers whose mean patch tokens
             `"class_and_average"` takes, each after the tower's final norm. The class token is that of the last layer.

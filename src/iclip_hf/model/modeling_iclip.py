@@ -122,6 +122,7 @@ class ImageTokens(NamedTuple):
     tower_output: BaseModelOutputWithPooling
     # (B, L - 1, D), mean patch tokens of the layers before the last, with L `average_layers`; None with L = 1
     earlier_averages: torch.Tensor | None = None
+    feature_average: torch.Tensor | None = None  # (B, K), mean of the reduced feature map; None without feature tower
 
 
 class ImageInputs(NamedTuple):
@@ -684,11 +685,13 @@ class ICLIPModel(PreTrainedModel):
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
             attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
-        patch_tokens = tokens[:, patches]
+        patch_tokens, feature_average = tokens[:, patches], None
         if self.feature_model is not None:
             with torch.no_grad():
-                features = self.feature_reduction(self.feature_map(pixel_values, grid))
-            patch_tokens = torch.cat([patch_tokens, features.to(patch_tokens)], -1)
+                features = self.feature_reduction(self.feature_map(pixel_values).movedim(1, -1)).movedim(-1, 1)
+                on_grid = F.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2).mT
+            feature_average = features.mean((2, 3)).to(patch_tokens)
+            patch_tokens = torch.cat([patch_tokens, on_grid.to(patch_tokens)], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=patch_tokens,
@@ -696,12 +699,13 @@ class ICLIPModel(PreTrainedModel):
             grid=grid,
             tower_output=outputs,
             earlier_averages=averages,
+            feature_average=feature_average,
         )
 
-    def feature_map(self, pixel_values: torch.FloatTensor, grid: tuple[int, int]) -> torch.FloatTensor:
+    def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Returns the last feature map of the feature tower for `(B, 3, H, W)`, resized to a grid of patches (h, w),
-        before the reduction: `(B, N, C)` of C channels, row-major. Raises `ValueError` for a tower without a map.
+        Returns the last feature map of the feature tower for `(B, 3, H, W)`, before the reduction, `(B, C, h, w)` of C
+        channels. Raises `ValueError` for a tower without a map.
         """
         if self.config.feature_image_mean is not None:
             of_channels = (self.config.feature_image_mean, self.config.feature_image_std)
@@ -716,8 +720,7 @@ class ICLIPModel(PreTrainedModel):
                 f"{self.config.feature_config.architecture} returns no feature map of {channels} channels: use a "
                 "convolutional backbone of timm."
             )
-        features = F.interpolate(features, grid, mode="bilinear", align_corners=False)
-        return features.flatten(2).mT
+        return features
 
     def encode_text(
         self,
@@ -765,7 +768,7 @@ class ICLIPModel(PreTrainedModel):
             if name == "earlier_averages":
                 return image.earlier_averages.flatten(1)
             if name == "feature_average":
-                return image.patch_tokens[..., self.config.vision_config.hidden_size :].mean(1)
+                return image.feature_average
             mode, _, norm = name.partition("/")
             attention = normalize_attention(image.attention, norm or "minmax", self.config.attention_quantile)
             return pool(image.patch_tokens, image.class_token, attention, mode)

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ..backends.identity import digest
 from ..data.pairs import BadPairError, PairDataset
-from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pooling import POOLINGS
 from ..model.processing_iclip import ICLIPProcessor
@@ -39,7 +38,8 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     earlier training, which its branches learned with. All processes have those of the first.
 
     The whitening projects to the principal components with the largest variance, and scales each to a standard
-    deviation of 4 over the patches. Those of the tokens of DINOv2 are 2: with less, they would outweigh the features.
+    deviation of 4 over the places of its map. Those of the tokens of DINOv2 are 2: with less, they would outweigh the
+    features.
 
     Args:
         model: model on its device.
@@ -75,8 +75,7 @@ def _whiten(model: ICLIPModel, batches: Iterable[torch.Tensor]) -> None:
     """Sets `feature_reduction` to the whitening of the features of images, batches of `(B, 3, H, W)`."""
     count = total = products = 0
     for pixel_values in batches:
-        grid = tuple(side // patch_side(model.config) for side in pixel_values.shape[2:])
-        features = model.feature_map(pixel_values, grid).flatten(0, 1).cpu().double()
+        features = model.feature_map(pixel_values).movedim(1, -1).flatten(0, 2).cpu().double()
         count += len(features)
         total = total + features.sum(0)
         products = products + features.T @ features

@@ -41,11 +41,6 @@ def unit_texts(width):
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 
 
-def constant(module, args, output):
-    """Makes all tokens of an image equal to its last one."""
-    return output[..., -1:, -1:].expand_as(output) if output.ndim == 4 else output[:, -1:].expand_as(output)
-
-
 # Not of ICLIP, whose maps have another projection, and of ResNets, whose attention pool adds positions.
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("iclip", "open_clip_resnet")])
 def test_a_patch_is_projected_as_the_image(made, family):
@@ -54,11 +49,19 @@ def test_a_patch_is_projected_as_the_image(made, family):
     model = load((given, tokenizer))
     blocks = [layer.block for layer in model.layers if layer.residual]
     last = [*model.trunk.children()][-2] if family in CONVOLUTIONAL else blocks[-1]
+    token = []
+
+    def constant(module, args, output):
+        token.append(output[..., -1, -1] if output.ndim == 4 else output[:, -1])
+        return token[0][..., None, None].expand_as(output) if output.ndim == 4 else token[0][:, None].expand_as(output)
+
     last.register_forward_hook(constant)
     with torch.no_grad():
         image = model.get_image_features(pixels(size))
+        projected = F.normalize(model.project(token[0][:, None]), dim=-1)
     expected = image.image_embeds[:, None, None].expand_as(image.patch_embeds)
     torch.testing.assert_close(image.patch_embeds, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(projected[:, 0], image.image_embeds, atol=1e-5, rtol=0)
     assert (image.image_embeds[0] - image.image_embeds[1]).abs().max() > 1e-3
 
 
@@ -184,6 +187,37 @@ def test_the_side_is_a_multiple_of_the_patch(tiny_processor, library):
 def test_a_model_of_one_size_says_so(made, family, side):
     with pytest.raises(ValueError, match=f"images of {side}x{side} pixels"):
         load(made(family)[:2]).get_image_features(pixels((side, side + 32)))
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "side", "patch"),
+    [
+        ("ViT-B-16-quickgelu", "naclip", 224, 16),
+        ("RN50", "maskclip", 224, 32),
+        ("coca_ViT-B-32", "naclip", 224, 32),
+        ("ViT-SO400M-14-SigLIP-384", "naclip", 378, 14),
+        ("ViT-B-32-SigLIP2-256", "naclip", 256, 32),
+        ("PE-Core-T-16-384", "naclip", 384, 16),
+        ("EVA02-B-16", "naclip", 224, 16),
+        ("MobileCLIP-B", "naclip", 224, 16),
+        ("MobileCLIP2-S3", "itsm", 256, 64),
+        ("ViTamin-S", "itsm", 224, 16),
+        ("ViT-L-14-CLIPA", "itsm", 224, 14),
+        ("convnext_base_w_320", "itsm", 320, 32),
+    ],
+)
+def test_configurations_of_open_clip(name, default, side, patch):
+    """Without weights."""
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    config = open_clip.get_model_config(name)
+    text = {"context_length": 12, "vocab_size": 64, "width": 32, "heads": 4, "layers": 1}
+    with torch.device("meta"):
+        model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], text)
+    preprocessing = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic"}
+    open_clip.set_model_preprocess_cfg(model, preprocessing)
+    loaded = load((model, lambda texts: torch.zeros(len(texts), 12, dtype=torch.long)))
+    found = loaded.default_method, loaded.processor.image_processor.size["height"], loaded.processor.patch_size
+    assert found == (default, side, patch)
 
 
 # Texts

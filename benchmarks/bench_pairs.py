@@ -52,19 +52,19 @@ class Cache:
         return np.arange(len(pairs))
 
 
-def measured(name: str, function: Callable[[], object], count: int, pairs: int) -> list[object]:
-    """Returns a row of the table, for `pairs` of which the call does `count`, and keeps what the call returns."""
-    kept = []
+def measured(name: str, function: Callable[[], object], pairs: int, part: int | None = None) -> tuple[list, object]:
+    """Returns a row of the table for `pairs`, of which the call does a `part`, and the result of the call."""
+    found = {}
 
     def call() -> None:
         start = time.process_time()
-        kept.append(function())
-        kept.append((time.process_time() - start) * pairs / count)
+        found["result"] = function()
+        found["seconds"] = time.process_time() - start
 
     before = memory()
     _, peak = cost(call)
-    measured.kept, taken = kept
-    return [name, taken, f"{memory() - before:.0f}" if count == pairs else "", f"{peak:.0f}" if count == pairs else ""]
+    held = [f"{memory() - before:.0f}", f"{peak:.0f}"] if part is None else ["", ""]
+    return [name, found["seconds"] * pairs / (part or pairs), *held], found["result"]
 
 
 def fill(store: FeatureStore, keys: np.ndarray, features: dict[str, tuple[int, ...]]) -> FeatureStore:
@@ -83,25 +83,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source, nouns = write_table(folder, count), NounPrompts(["dog", "cat", "ball", "tree", "grass (background)"])
-        rows = [measured("open the table", lambda: load_pairs(source), count, count)]
-        pairs = measured.kept
+        rows = [None] * 6
+        rows[0], pairs = measured("open the table", lambda: load_pairs(source), count)
         collator = PairCollator(None, nouns)
-        rows.append(measured("read captions and nouns", lambda: CachedPairs(pairs, Cache(), collator), count, count))
+        rows[1], _ = measured("read captions and nouns", lambda: CachedPairs(pairs, Cache(), collator), count)
 
         images = folder / "images" / "00000"
         images.mkdir(parents=True)
         for number in range(IMAGES):
             (images / f"{number:08}.jpg").write_bytes(os.urandom(SIZE))
         few = load_pairs(write_table(folder, IMAGES))
-        rows.append(measured(f"digests of images of {SIZE // 1000} KB, once", few.image_digests, IMAGES, count))
+        rows[2], _ = measured(f"digests of images of {SIZE // 1000} KB, once", few.image_digests, count, IMAGES)
         (of_table,) = few.sources
-        rows.append(measured("changes of their files, later", lambda: of_table.state, IMAGES, count))
+        rows[3], _ = measured("changes of their files, later", lambda: of_table.state, count, IMAGES)
 
         keys = np.frombuffer(np.random.default_rng(0).bytes(32 * count), "S32")
         fill(FeatureStore(folder / "small"), keys, {"class_token": (1,)})
-        rows.append(measured("open the cache", lambda: FeatureStore(folder / "small"), count, count))
-        store, asked = measured.kept, keys[::-1].tolist()
-        rows.append(measured("find all images in it", lambda: store.find(asked), count, count))
+        rows[4], store = measured("open the cache", lambda: FeatureStore(folder / "small"), count)
+        asked = keys[::-1].tolist()
+        rows[5], _ = measured("find all images in it", lambda: store.find(asked), count)
 
         store = fill(FeatureStore(folder / "large"), keys[:ROWS], FEATURES)
         draws = np.random.default_rng(0)

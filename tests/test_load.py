@@ -335,7 +335,8 @@ def test_a_processor_of_another_kind_is_refused(world):
         ({"size": 448}, TypeError, "'size'; did you mean 'image_size'"),
         ({"method": "gem", "dept": 3}, TypeError, "'dept'; did you mean 'depth'"),
         ({"sharpness": 3}, TypeError, "'sharpness': itsm has no options"),
-        ({"method": "gradcam"}, ValueError, "'gradcam'; did you mean 'grad_cam'"),
+        ({"method": "GradCAM"}, ValueError, "'GradCAM'; did you mean 'grad_cam'"),
+        ({"method": "ITSM"}, ValueError, "'ITSM'; did you mean 'itsm'"),
         ({"method": "magic"}, ValueError, "'magic': choose one of itsm, .*, random"),
     ],
 )

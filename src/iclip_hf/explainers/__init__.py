@@ -174,5 +174,5 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
 
 def _hint(name: str, known: Iterable[str], otherwise: str) -> str:
     """Ends a sentence on an unknown name with the known one that it resembles; with `otherwise` if there is none."""
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else otherwise

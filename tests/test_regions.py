@@ -41,6 +41,8 @@ def test_two_objects_by_hand():
     assert first.box == (6, 0, 8, 1) and first.score == pytest.approx(0.95)
     assert second.box == (1, 1, 4, 4) and second.score == pytest.approx(3.5 / 5)
     assert second.inside.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    assert first.mask.shape == second.mask.shape == heatmap.shape and not (first.mask & second.mask).any()
+    assert (first.mask | second.mask == (heatmap > 0.5)).all()
     for least in (3 / 40, 5 / 40):  # a part of exactly the least area stays
         assert [region.box for region in find_regions(heatmap, heatmap > 0.5, min_area=least)] == [second.box]
     assert positive_points(heatmap, first).tolist() == [[7, 0]]

@@ -300,14 +300,12 @@ def coco_annotations(
     for index, category in zip(range(len(explanation)), category_ids, strict=True):
         for region in explanation.regions(index):
             x0, y0, x1, y1 = region.box
-            mask = np.zeros(explanation.size, dtype=bool)
-            mask[y0:y1, x0:x1] = region.inside
             annotations.append(
                 {
                     "id": first_id + len(annotations),
                     "image_id": image_id,
                     "category_id": category,
-                    "segmentation": run_lengths(mask),
+                    "segmentation": run_lengths(region.mask),
                     "area": int(region.inside.sum()),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "iscrowd": 0,

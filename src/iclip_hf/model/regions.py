@@ -23,12 +23,14 @@ class Region:
     Attributes:
         box (`tuple[int, int, int, int]`): (xmin, ymin, xmax, ymax) in pixels; xmax and ymax are exclusive.
         score (`float`): mean of the map over the region, in [0, 1].
+        size (`tuple[int, int]`): height and width of the mask in pixels.
         runs (`np.ndarray` of shape `(R, 3)`): row, first column and end column (exclusive) of its horizontal runs, in
             pixels.
     """
 
     box: tuple[int, int, int, int]
     score: float
+    size: tuple[int, int]
     runs: np.ndarray = field(repr=False, compare=False)
 
     @cached_property
@@ -39,6 +41,14 @@ class Region:
         for row, start, stop in (self.runs - (y0, x0, x0)).tolist():
             inside[row, start:stop] = True
         return inside
+
+    @property
+    def mask(self) -> np.ndarray:
+        """The pixels of the region, `(H, W)` boolean."""
+        x0, y0, x1, y1 = self.box
+        mask = np.zeros(self.size, dtype=bool)
+        mask[y0:y1, x0:x1] = self.inside
+        return mask
 
 
 def find_regions(
@@ -65,7 +75,7 @@ def find_regions(
     for part in ranked[weights[ranked] >= min_weight * weights[ranked].max(initial=0)]:
         of_part = runs[parts == part]
         (y0, x0, _), (y1, _, x1) = of_part.min(axis=0).tolist(), of_part.max(axis=0).tolist()
-        regions.append(Region((x0, y0, x1, y1 + 1), float(totals[part] / areas[part]), of_part))
+        regions.append(Region((x0, y0, x1, y1 + 1), float(totals[part] / areas[part]), mask.shape, of_part))
     return regions
 
 

@@ -253,6 +253,10 @@ def test_the_app_serves_only_its_own_files(server, folder, world):
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
 
 
+def test_a_question_without_an_image_is_answered_with_an_error(server):
+    assert answer(ask(server, None))[0] == "event: error"
+
+
 @pytest.mark.parametrize("path", ["", "config", "gradio_api/info", "gradio_api/openapi.json"])
 def test_the_app_tells_nothing_of_the_disk(server, world, path):
     answer = httpx.get(f"{server}{path}").raise_for_status().text

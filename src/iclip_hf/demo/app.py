@@ -178,7 +178,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
 
     def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
         if photo is None:
-            return gr.skip()
+            raise gr.Error("There is no image: upload one.", print_exception=False)
         # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a
         # keyed digest.
         if not (photo["path"] in app.upload_file_set or photo["path"] in paths):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from .options import texts
-from .output import name_for, resolution, save_picture
+from .output import name_for, print_lines, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
             )
         entry = {**explanation.settings(), "segments": segments}
         if covered:
-            hidden = f"other texts have nearly all pixels of the mask of {', '.join(covered)}"
+            hidden = "; ".join(_takers(explanation, text, labels) for text in covered)
             entry["problem"] = f"{name}: {hidden}; iclip explain shows each map"
         if picture is None:
             return entry
@@ -72,7 +72,21 @@ def run(options: argparse.Namespace) -> int:
         label_file = _save_labels(labels, num_texts, picture.with_name(label_name))
         return {"picture": str(picture), "labels": str(label_file), **entry}
 
-    return explain_files(options, "segments", write)
+    code = explain_files(options, "segments", write)
+    if not options.json:
+        print_lines("Maps are often wrong, and segments with them: check the pictures.")
+    return code
+
+
+def _takers(explanation, text: str, labels) -> str:
+    """Names the texts that have a tenth of the mask of a text in a label map, those with most first."""
+    import numpy as np
+
+    taken = labels[explanation.mask(text).numpy()]
+    counts = np.bincount(taken[taken >= 0], minlength=len(explanation))
+    least = min(counts.max(), taken.size / 10)
+    names = [explanation.labels[index] for index in np.argsort(-counts) if counts[index] >= least]
+    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} nearly all pixels of the mask of {text}"
 
 
 def _save_labels(labels, num_texts: int, path: Path) -> Path:

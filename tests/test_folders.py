@@ -102,7 +102,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "model"
+    folder = tmp_path_factory.mktemp("exported") / "export"
     assert cli.main(["export", str(source / "model"), str(folder)]) == 0
     return folder
 
@@ -592,6 +592,7 @@ def test_the_first_lines_of_the_card_name_the_model(exported, tmp_path, tiny_pro
     assert 'model="org/tiny"' in named and "in the folder" not in named
     place = re.search('pipe = pipeline\\(.*, model="(.*?)"', (exported / "README.md").read_text())[1]
     assert (exported.parent / place).samefile(exported)
+    assert "\n# model\n" in (exported / "README.md").read_text() and exported.name != "model"  # that of the run
 
 
 def test_a_card_shows_figures_of_some_images_as_such(tmp_path, tiny_processor):

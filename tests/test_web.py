@@ -23,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import QuietHandler, noise, opened, served, tiny_model
+from conftest import QuietHandler, iclip, noise, opened, served, tiny_model
 from huggingface_hub import ModelCard, RepoCard
 from PIL import Image, ImageOps
 
@@ -716,6 +716,14 @@ def test_packages_come_from_a_cdn_with_their_digests(tiny_processor, tmp_path, w
     # The first photograph to try is that of the package, to the byte.
     first = json.loads((tmp_path / "page" / "settings.json").read_text())["examples"][0]
     assert (tmp_path / "page" / first["file"]).read_bytes() == Path(example_image()).read_bytes()
+
+
+def test_packages_come_from_the_server_that_the_command_names(world, tmp_path, without_graphs):
+    command, server = ["export", world.folder / "model", tmp_path / "page"], ["--cdn", "https://npm.example/"]
+    assert iclip(*command, "--format", "onnx", *server) == 2
+    assert iclip(*command, "--format", "web", *server) == 0
+    assert "https://npm.example/onnxruntime-web@" in (tmp_path / "page" / "settings.json").read_text()
+    assert "jsdelivr" not in (tmp_path / "page" / "index.html").read_text()
 
 
 def test_what_a_foreign_card_tells_stays_text(tiny_processor, tmp_path, without_graphs):

@@ -28,6 +28,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "page that runs the model in the browser, with int8 weights unless the format names another type (default: "
         "transformers)",
     )
+    command.add_argument(
+        "--cdn",
+        metavar="URL",
+        help="server of npm packages, from which the page loads ONNX Runtime (default: cdn.jsdelivr.net)",
+    )
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
@@ -52,6 +57,8 @@ def run(options: argparse.Namespace) -> None:
         check_outside(options.directory, options.model)
     check_new_folder(options.directory)
     target, _, weights = options.format.partition("-")
+    if target != "web":
+        refuse(options, ["cdn"], f"--format {options.format}")
     if target == "transformers":
         folder = export(options, options.directory)
         print_terms(**terms_of(folder))
@@ -72,7 +79,8 @@ def run(options: argparse.Namespace) -> None:
         else:
             from ..web.export import export_web
 
-            folder = export_web(model, processor, options.directory, weights or "int8", source=options.model)
+            more = {"source": options.model} | ({"cdn": options.cdn.rstrip("/")} if options.cdn else {})
+            folder = export_web(model, processor, options.directory, weights or "int8", **more)
             use = ("demo", "--web", str(folder))
     print_folder(folder, "iclip", *use)
 

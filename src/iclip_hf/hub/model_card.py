@@ -17,7 +17,7 @@ from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
 from ..utils.hub_ids import is_hub_id
-from .configs import SHIPPED
+from .configs import EMBEDDED, SHIPPED
 from .record import DIGITS, RECORD, assemble_record, shown_results
 
 
@@ -59,7 +59,8 @@ def write_model_card(
     Args:
         model, processor: model and processor that the card describes.
         folder: new folder of the model.
-        name (`str`, *optional*): name of the model, such as its Hub id; the folder's name if not given.
+        name (`str`, *optional*): name of the model, such as its Hub id. If not given, the title is the name of the
+            model that is exported, and the code names the folder.
         source (`str` or `Path`, *optional*): folder or Hub id of the model whose record is continued, or `"embedded"`:
             this model, or the one that the run of `training` began with. What the model was loaded from, if neither is
             given.
@@ -79,7 +80,9 @@ def write_model_card(
     record = assemble_record(model, processor, source, training, start)
     if metrics is not None:
         record["evaluation"] = shown_results(metrics)
-    evaluation, name = record.get("evaluation"), name or Path(folder).resolve().name
+    evaluation, place = record.get("evaluation"), Path(folder).resolve().name
+    title = name or (place if training is not None or not source else _name_of(source))
+    name = name or place
     towers = [
         describe_tower(of) for side in ICLIPConfig.sub_configs if (of := getattr(model.config, side)) is not None
     ]
@@ -90,9 +93,9 @@ def write_model_card(
         datasets=[data for data in record["data"] if is_hub_id(data)] or None,
         metrics=["mmiou", "mfmb", "text_contrast"] if figures else None,
         # Without figures, the name would be a key of the header.
-        **({"model_name": name, "eval_results": figures} if figures else {}),
+        **({"model_name": title, "eval_results": figures} if figures else {}),
     )
-    values = _values(record, model, processor) | {"name": name, "towers": towers}
+    values = _values(record, model, processor) | {"title": title, "name": name, "towers": towers}
     card = ModelCard.from_template(header, template_path=SHIPPED.with_name("model_card.md"), **values)
     files = {"README.md": f"{card}\n", RECORD: json.dumps(record, indent=2) + "\n"}
     if figures and figures[0].dataset_type in _DATASET_IDS:
@@ -102,6 +105,13 @@ def write_model_card(
         with atomic_write(Path(folder, file)) as temporary:
             temporary.write_bytes(content.encode())
     return Path(folder, "README.md")
+
+
+def _name_of(source: str | Path) -> str:
+    """Returns the name of a model that is exported: a Hub id, or the folder of a run."""
+    if source == "embedded":
+        return EMBEDDED.name
+    return str(source) if is_hub_id(str(source)) else Path(source).resolve().name
 
 
 def _licence(towers: list[dict], data: Mapping[str, Mapping]) -> dict[str, str]:

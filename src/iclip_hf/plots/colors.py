@@ -25,8 +25,8 @@ _TABLES = {
 # Of the segments of a label map in a picture. Colours that differ also for colour-blind readers come first (Okabe and
 # Ito).
 SEGMENTS = (
-    *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00"),
-    *("#cc79a7", "#7f3fbf", "#8c564b", "#17becf", "#9a9a9a", "#b5e61d"),
+    *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7"),
+    *("#0072b2", "#8c564b", "#b5e61d", "#7f3fbf", "#9a9a9a", "#17becf"),
 )
 
 

@@ -193,8 +193,8 @@ class TextContrast(MaskMetric):
     name = "text_contrast"
     columns = {"text_contrast": ("text contrast %", 2)}
     legend = (
-        "Text contrast: how well the maps of two classes of one image separate their pixels. 50 for a map that does "
-        "not depend on the text."
+        "Text contrast: how often the map of a class is brighter on its own pixels than on those of another class in "
+        "the image. 50 for a map that does not depend on the text."
     )
     rows = {"contrast": "per_class"}
     definition = (

@@ -63,8 +63,12 @@ def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> st
 
 def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> str:
     """
-    Returns the word and the number of a presence, such as "present 0.93"; an empty string for None. The number is
-    rounded down, so that 0.499 is "absent 0.49".
+    Returns the word and the number of a presence, such as "present 0.93"; an empty string for None. A number that
+    rounding would give another word is rounded down, so that 0.499 is "absent 0.49".
     """
-    # In floating point, 100 times 0.29 is less than 29.
-    return "" if value is None else f"{presence_word(value, min_presence)} {(100 * value + 1e-9) // 1 / 100:.2f}"
+    word = presence_word(value, min_presence)
+    if value is None:
+        return ""
+    if presence_word(round(value, 2), min_presence) != word:
+        value -= 0.005
+    return f"{word} {value:.2f}"

@@ -61,9 +61,12 @@ Texts that resemble what is shown often pass."""
 
 
 def viewer_theme() -> dict:
-    """Returns the colours that `viewer.js` draws with, of the 256 levels of a map and of texts."""
+    """
+    Returns the colours that `viewer.js` draws with, of the 256 levels of a map and of texts, and where the words of
+    presence change.
+    """
     colors = {name: color_table(name).tolist() for name in COLORMAPS}
-    return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS}
+    return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS, "limits": [MIN_PRESENCE, PRESENT]}
 
 
 def read_asset(name: str) -> str:

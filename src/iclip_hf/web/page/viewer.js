@@ -25,7 +25,7 @@ function paint(canvas, draw) {
  * Fills an element with the controls, the maps and the table of scores.
  *
  * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`:
- *   colours of texts.
+ *   colours of texts; `limits` of the words of presence.
  * @returns `show({photo, size, originalSize, texts, madeBy})` starts with a photograph that `drawImage` takes, the texts, and
  *   how the maps are made, for the picture to save;
  *   `add(index, {score, presence, word, levels, low, high})` adds what belongs to one: presence and its word, null for
@@ -154,6 +154,13 @@ export function createViewer(element, theme) {
     if (!present.length) overview.caption.textContent = ready().length ? "All texts are absent" : "";
   }
 
+  /** Presence in percent, rounded down where rounding would give it another word. */
+  function rounded(presence) {
+    const near = Number(presence.toFixed(2));
+    const crosses = theme.limits.some((limit) => presence < limit && near >= limit);
+    return Math.round(100 * (crosses ? near - 0.01 : near));
+  }
+
   function fillTable() {
     const rows = ready(), body = table.tBodies[0];
     const presence = '<th class="number">Presence</th><th></th><th class="bar"></th>';
@@ -166,7 +173,7 @@ export function createViewer(element, theme) {
       create("td", row, { textContent: text });
       create("td", row, { className: "number", textContent: score.toFixed(3) });
       if (!word) continue;
-      create("td", row, { className: "number", textContent: `${Math.floor(100 * presence + 1e-9)} %` });
+      create("td", row, { className: "number", textContent: `${rounded(presence)} %` });
       create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
     }

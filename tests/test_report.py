@@ -11,6 +11,7 @@ from PIL import Image
 
 from iclip_hf import evaluate_model
 from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.presence import MIN_PRESENCE
 
 
@@ -117,7 +118,7 @@ def test_thousands_of_images_are_shown_page_by_page(browser, evaluated, tmp_path
         assert page.locator("#page").inner_text() == "25 to 48" and not page.locator("#back").is_disabled()
 
 
-def test_explained_images_have_the_same_page(world, browser, workspace, tmp_path, capsys):
+def test_explained_images_have_the_same_page(browser, workspace, tmp_path, capsys, monkeypatch):
     images = [workspace / str(number) / "a.jpg" for number in range(3)]
     command = ["explain", *images, "--text", "dog, red ball", "--model", workspace / "model"]
     assert iclip(*command, "--report", tmp_path / "report") == 0
@@ -128,6 +129,13 @@ def test_explained_images_have_the_same_page(world, browser, workspace, tmp_path
     with opened(browser, (tmp_path / "report" / "index.html").as_uri(), "article") as page:
         assert sorted(texts_of(page)) == 3 * ["dog"] + 3 * ["red ball"] and not page.locator("#plot").is_visible()
         assert page.locator("article figure").count() == 12
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Explanation, "to_dict", interrupted)
+    assert iclip(*command, "--report", tmp_path / "part") == 130
+    assert len(data_of(tmp_path / "part")["images"]) >= 1
     for taken, command_line in ((tmp_path / "report", command), (workspace / "0" / "report", ["explain", workspace])):
         assert iclip(*command_line, "--report", taken) == 2
         assert f"{taken}: " in capsys.readouterr().err

@@ -57,10 +57,11 @@ def run(options: argparse.Namespace) -> int:
             report.add(name, explanation)
         return files | explanation.to_dict()
 
-    code = explain_files(options, "explanation", write)
-    if report:
-        print_error("explain", f"wrote {report.write()}")
-    return code
+    try:
+        return explain_files(options, "explanation", write)
+    finally:  # of an interrupted run, the images so far
+        if report and report.images:
+            print_error("explain", f"wrote {report.write()}")
 
 
 class _Report:

@@ -161,7 +161,7 @@ def _same_convolutions():
     """
 
     def convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-        shape = (len(x), len(weight), *(-(-side // step) for side, step in zip(x.shape[2:], stride)))
+        shape = (x.shape[0], len(weight), *(-(-side // step) for side, step in zip(x.shape[2:], stride)))
         attributes = {"auto_pad": "SAME_UPPER", "kernel_shape": [*weight.shape[2:]], "group": groups}
         attributes |= {"strides": [*stride], "dilations": [*dilation]}
         inputs = [x, weight] if bias is None else [x, weight, bias]

@@ -45,11 +45,15 @@ def test_offloaded_weights_give_the_same(vision, features, tmp_path):
 
 
 def test_a_device_map_splits_no_projection():
-    """It adds the outputs of two layers, which must be on one device, wherever the memory of the first one ends."""
-    model = tiny_model(image_hidden_size=64, text_hidden_size=64, recognition_pooling="class_and_average")
-    for limit in range(0, sum(4 * weight.numel() for weight in model.parameters()), 2000):
-        devices = infer_auto_device_map(model, {"cpu": limit, "disk": 10**9}, model._no_split_modules)
-        assert not [name for name in devices if "_projection." in name]
+    """
+    It adds the outputs of two layers, which must be on one device, wherever the memory of the first one ends. A
+    feature tower is not split either.
+    """
+    hidden = {"image_hidden_size": 64, "text_hidden_size": 64, "recognition_pooling": "class_and_average"}
+    for model, step in ((tiny_model(**hidden), 2000), (tiny_model(**hidden, **FEATURES), 50_000)):
+        for limit in range(0, sum(4 * weight.numel() for weight in model.parameters()), step):
+            devices = infer_auto_device_map(model, {"cpu": limit, "disk": 10**9}, model._no_split_modules)
+            assert not [name for name in devices if "_projection." in name or "feature_model." in name]
 
 
 def test_outputs_gather(tmp_path):

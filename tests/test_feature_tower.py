@@ -15,6 +15,7 @@ from training_runs import run, weights
 from transformers import TimmWrapperConfig, TimmWrapperModel
 
 from iclip_hf import ICLIPModel, load
+from iclip_hf.backends.identity import digest
 from iclip_hf.hub.folders import export_model, init_model
 from iclip_hf.model.pooling import even_patches, representative_patches
 from iclip_hf.training.features import set_statistics
@@ -141,6 +142,7 @@ def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
     model = joined_model(map_attention="signed", lock_vision=False)
     model.save_pretrained(tmp_path)
     loaded = ICLIPModel.from_pretrained(tmp_path).train()
+    assert digest(loaded.config) == digest(model.config)
     fixed = {name: value.clone() for name, value in loaded.state_dict().items() if name.startswith("feature_")}
     assert {*fixed} > {"feature_reduction.weight", "feature_model.timm_model.bn1.running_mean"}
     inputs = tiny_inputs(2, 2, size=(64, 96))

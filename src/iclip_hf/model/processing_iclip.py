@@ -86,7 +86,7 @@ class ICLIPProcessor(ProcessorMixin):
         tokenizer: tokenizer of the text tower.
         templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are
             averaged. `"imagenet"` stands for CLIP's 80 templates of ImageNet.
-        patch_size (`int`, defaults to 16): patch size of the image tower. Image sides are multiples of it.
+        patch_size (`int`, defaults to 16): side of the model's patches in pixels. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
     """
@@ -147,6 +147,7 @@ class ICLIPProcessor(ProcessorMixin):
                 without a crop.
             image_processor (*optional*): instead of that of the image tower; `image_size` does not apply to it.
             options: arguments of [`ICLIPProcessor`]. Those that depend on the towers have their values by default.
+                With `vision_downsampling`, give `image_size` and `patch_size`, which are larger by this factor.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = image_processor or AutoImageProcessor.from_pretrained(

@@ -277,7 +277,7 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     from onnx import TensorProto, helper, numpy_helper
 
     of_one = (1, 2, 3) if values.ndim == 4 else tuple(range(values.ndim - 1))
-    scale = values.abs().amax(dim=of_one, keepdim=True).clamp(min=1e-30) / 127
+    scale = values.abs().amax(of_one, keepdim=values.ndim == 4).clamp(min=1e-30) / 127
     stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
     tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
     return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [

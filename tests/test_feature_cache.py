@@ -147,6 +147,8 @@ def test_a_cache_of_many_files_keeps_none_open(tmp_path):
     records = store[places]
     assert records["a"][:, 1, 3].tolist() == [*range(30)] and records["b"][17].tolist() == [0, 1, 0]
     assert len(os.listdir("/proc/self/fd")) == len(open_files)
+    with pytest.raises(KeyError):
+        store[store.find([b"a" * 32])]
     assert not [file for file in open_files if os.path.realpath(f"/proc/self/fd/{file}").startswith(str(tmp_path))]
 
 

@@ -45,7 +45,7 @@ class CachedPairs(Epochs, Dataset):
         for row in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
             texts = _texts_of(distinct, row) if places[row] >= 0 else PairTexts([])
             places[row] = places[row] if texts.captions else -1
-            self._texts.append([texts.captions, *collator.read(texts).values()])
+            self._texts.append([*collator.read(texts).values()])
         if bad := int((places < 0).sum()):
             logger.warning("%d of %d pairs are left out, as logged here", bad, len(distinct))
         if bad > pairs.max_bad_share * len(distinct):
@@ -53,7 +53,7 @@ class CachedPairs(Epochs, Dataset):
         self.indices = np.flatnonzero(places[rows] >= 0)  # among all pairs
         self._rows, self._places = rows[self.indices], places[rows[self.indices]]
         if collator.text_features is not None:
-            cache.texts(chain.from_iterable(captions for captions, *_ in self._texts))
+            cache.texts(chain.from_iterable(captions for captions, _ in self._texts))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -64,13 +64,13 @@ class CachedPairs(Epochs, Dataset):
 
     def texts(self) -> list[list[str]]:
         """Returns the captions of each pair."""
-        return [self._texts[row][1] for row in self._rows]
+        return [self._texts[row][0] for row in self._rows]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""
         items = []
         for index, features in zip(indices, self._cache.features(self._places[indices])):
-            _, captions, nouns = self._texts[self._rows[index]]
+            captions, nouns = self._texts[self._rows[index]]
             texts = {"captions": captions, "nouns": nouns and ImageNouns(*nouns)}
             items.append({"features": features, **texts, "draw": (self.seed, self.epoch, int(self.indices[index]))})
         return items

@@ -152,7 +152,9 @@ class FeatureStore:
             np.save(file, records)
 
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Returns the records at these places, (N,)."""
+        """Returns the records at these places, (N,). Raises `KeyError` if one of them is that of no features."""
+        if (places < 0).any():
+            raise KeyError(f"{self.folder} has no features of {(places < 0).sum()} of {len(places)} items.")
         records, numbers = np.empty(len(places), self._record), np.searchsorted(self._ends, places, side="right")
         memory, size = memoryview(records.view(np.uint8)), records.itemsize
         files = [*self._files.items()]

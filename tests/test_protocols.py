@@ -190,6 +190,8 @@ def test_settings_are_the_released_ones_and_class_names_are_found():
             assert changed == (differ | others)[name], (paper, name)
             assert len(texts.background_texts) == (backgrounds[name][number] if name in backgrounds else 0)
             assert len(texts.templates) == 80
+    with pytest.raises(ValueError, match="'naclp' is none of the protocols sclip, naclip, "):
+        protocol_settings("naclp", "voc21")
 
 
 @pytest.fixture

@@ -241,8 +241,9 @@ class EvaluationRun:
         options = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
         new_engine = partial(Engine, self.model, self.model.processor, **options)
         self.engine = new_engine()
+        methods = methods or [None]
         if not isinstance(methods, Mapping):
-            methods = {method: {} for method in methods or [None]}
+            methods = {method: {} for method in methods}
         explainers = [make_explainer(self.model, method, **of_method) for method, of_method in methods.items()]
         self.methods = [explainer.name for explainer in explainers]
         self.method_options = dict(zip(self.methods, methods.values()))

@@ -152,7 +152,7 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
             vectors that patches are compared with, equal to `text_embeds` in a model with one branch.
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
             text, float32: positive for objects, negative for the background; None unless `config.map_attention` is
-            `"signed"`. There, None counts as 1, for features that are no text's.
+            `"signed"`. For features of other things than texts, None counts as 1.
     """
 
     text_embeds: torch.FloatTensor | None = None

@@ -193,7 +193,7 @@ class Presence(MultiLabelAveragePrecision):
             "reliability": bins,
         }
 
-    def protocol(self) -> dict:
+    def settings(self) -> dict:
         nearest = "the nearest tenth by the features of the texts"
         return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else nearest}
 

@@ -294,10 +294,9 @@ class Segmentation(Metric):
         self.classes = [BACKGROUND_LABEL] * len(self.texts_of_background)
         self.classes += [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         texts = [*self.texts_of_background, *itertools.chain(*dataset.synonyms)]
-        # A text of a class and of the background has one map.
-        self.texts = [*dict.fromkeys(texts)]
-        self.places = [self.texts.index(text) for text in texts]
-        self.encoded = run.engine.encode(self.texts)
+        different = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
+        self.places = [different.index(text) for text in texts]
+        self.encoded = run.engine.encode(different)
         self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 

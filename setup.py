@@ -13,7 +13,6 @@ extras = {
         "accelerate>=1.10",
         "datasets>=5.2",
         "tensorboard>=2.15",
-        "timm>=1.0.15",
     ],
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scikit-learn>=1.5"],
@@ -82,6 +81,7 @@ setup(
         "pillow>=11.0",
         "pyyaml>=6.0.2",
         "safetensors>=0.5",
+        "timm>=1.0.15",
         "torch>=2.10",
         "torchvision>=0.25",
         "tqdm>=4.66",

@@ -91,7 +91,7 @@ def embedded_folder() -> Path:
 
 def embedded_model() -> Path:
     """
-    Returns the folder of a trained ICLIP model (DINOv2 ViT-S/14 and MiniLM-L6), for `ICLIPModel.from_pretrained` and
+    Returns the folder of a trained ICLIP model (ViT-S/14, EfficientNet-Lite2 and MiniLM-L6), for `ICLIPModel.from_pretrained` and
     `ICLIPProcessor.from_pretrained`. The first call downloads the towers (174 MB), joins them and caches the result.
 
     Raises:

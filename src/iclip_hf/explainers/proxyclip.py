@@ -34,7 +34,7 @@ class ProxyCLIP(Explainer):
     Args:
         proxy (`str`, *optional*): folder or Hub id, with an image processor, of an image tower such as DINO, DINOv2 or
             DINOv3, or of a two-tower model, whose image tower is used. If not given, an ICLIP model is its own proxy,
-            and other models use the DINOv2 tower of the embedded model.
+            and other models use the ViT of the embedded model, which is no DINO.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
     """

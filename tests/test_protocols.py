@@ -4,23 +4,30 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import iclip, tiny_image_processor, tiny_model
+from golden_segmentation import CLASSES, clip, photograph, text_features
 from PIL import Image
+from transformers import CLIPImageProcessor
 
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.overrides import read_overrides
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import Segmentation
+from iclip_hf.evaluation.metrics.segmentation import protocol_label_map
 from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
+from iclip_hf.evaluation.window_maps import WindowMaps, resized
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.engine import Engine
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 
 
+GOLDEN_SEED = 8
 SMALL = {"window": 40, "stride": 24}
 OVERRIDES = {
     "names": {"car": ["car", "red car"]},
@@ -124,6 +131,26 @@ def test_label_maps_are_those_of_the_steps(labelled_folder, tiny_processor, monk
         expected = expected_label_map(engine, sample.image, classes, settings)
         differ, shown = differ + (found[index] != expected).mean() / len(dataset), max(shown, len(np.unique(expected)))
     assert differ < 0.001 and shown > 2 and len(found) == len(dataset)
+
+
+def test_the_label_map_of_the_code_of_naclip(tiny_processor):
+    """
+    As its `NACLIP.predict` (sinahmr/NACLIP, commit 0cac3a65) computes it from these weights, texts and pixels: with
+    windows of 64 pixels at distances of 32, PAMR, and a threshold of 0.3. Its label 0 is the background.
+    """
+    expected = np.load(Path(__file__).with_name("golden_segmentation.npz"))["naclip"]
+    given = (
+        clip(GOLDEN_SEED),
+        SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tiny_processor.tokenizer),
+    )
+    explainer, image = make_explainer(given, "naclip"), photograph()
+    engine, texts = Engine(explainer.model, explainer.model.processor, explainer), text_features(GOLDEN_SEED)
+    size = (image.height, image.width)
+    cut = WindowMaps.cut(resized(image, 100), 64, 32, size=size, dilations=(8, 16))
+    pixels = engine.processor(images=cut.views(8), do_resize=False)["pixel_values"]
+    maps, _ = engine.raw_maps(pixels, ICLIPTextFeatures(text_embeds=texts, map_text_embeds=texts))
+    labels, _ = protocol_label_map(replace(cut, maps=maps), CLASSES, 0.3, 40.0)
+    assert (labels.numpy() + 1 != expected).mean() < 0.005 and len(np.unique(expected)) == 3
 
 
 # As the released configurations state them: short side, window, stride, scale and, with a background, the threshold.

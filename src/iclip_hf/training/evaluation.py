@@ -172,7 +172,7 @@ def report(state: TrainerState, folder: Path, held_out: PairDataset | None, star
 
 
 def _is_metric(name: str) -> bool:
-    return name.removeprefix("eval_") in (*RETRIEVAL_METRICS, *MAP_METRICS)
+    return name.startswith("eval_") and name.removeprefix("eval_") in (*RETRIEVAL_METRICS, *MAP_METRICS)
 
 
 def _change(row: Mapping[str, float], name: str) -> str:

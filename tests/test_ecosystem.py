@@ -176,7 +176,7 @@ def test_the_recipe_of_the_guide_trains(tiny_processor, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_recipe_of_the_guide_learns_from_sixty_photographs(iclip_data, tmp_path, monkeypatch):
-    """On photographs that the embedded model did not learn from: the loss falls, or a warning says why not."""
+    """On photographs that the embedded model did not learn from."""
     pairs = load_pairs(iclip_data / "flickr8k" / "dev-00000.tar")
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_bytes(pairs.raw(number).image)
@@ -184,8 +184,8 @@ def test_the_recipe_of_the_guide_learns_from_sixty_photographs(iclip_data, tmp_p
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "pairs.csv", index=False)
     trainer = recipe_of_the_guide(monkeypatch, tmp_path)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    print(losses, [row for row in trainer.state.log_history if "eval_loss" in row])
-    assert trainer.state.global_step == 200 and losses[-1] < losses[0]
+    assert trainer.state.global_step == 200 and losses[-1] < losses[0] / 2
+    assert not trainer.kept_start  # the held-out loss falls too
 
 
 def test_a_plain_trainer_takes_the_batches(tiny_processor, tmp_path):

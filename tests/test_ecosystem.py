@@ -184,7 +184,7 @@ def test_the_recipe_of_the_guide_learns_from_sixty_photographs(iclip_data, tmp_p
     pd.DataFrame(rows, columns=["image", "caption"]).to_csv(tmp_path / "pairs.csv", index=False)
     trainer = recipe_of_the_guide(monkeypatch, tmp_path)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert trainer.state.global_step == 200 and losses[-1] < losses[0] / 2
+    assert trainer.state.global_step == 200 and losses[-1] < losses[0] - 0.5
     assert not trainer.kept_start  # the held-out loss falls too
 
 

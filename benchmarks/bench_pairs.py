@@ -63,7 +63,7 @@ def measured(name: str, function: Callable[[], object], pairs: int, part: int | 
 
     before = memory()
     _, peak = cost(call)
-    held = [f"{memory() - before:.0f}", f"{peak:.0f}"] if part is None else ["", ""]
+    held = [f"{max(memory() - before, 0):.0f}", f"{peak:.0f}"] if part is None else ["", ""]
     return [name, found["seconds"] * pairs / (part or pairs), *held], found["result"]
 
 

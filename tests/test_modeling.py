@@ -506,6 +506,7 @@ def test_autocast_rounds_no_logit_and_no_loss():
     logits = model.recognition(outputs.image_embeds.float() @ outputs.text_embeds.float().T)
     torch.testing.assert_close(outputs.logits_per_image, logits, atol=1e-4, rtol=0)
     assert outputs.loss.dtype == torch.float32
+    assert model.train()(**inputs, return_loss=True).logits_per_image is None  # of all prompts, which no loss reads
 
 
 def test_autocast_rounds_no_logit_of_the_attention():

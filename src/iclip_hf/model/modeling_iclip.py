@@ -1099,9 +1099,8 @@ class ICLIPModel(PreTrainedModel):
             prompts = None if nouns is None else nouns.prompts(texts[count:])
             batch = BranchBatch(self.recognition, self.config, images, texts[:count], None, nouns, prompts)
             losses, attention_loss = [branch_loss("recognition", batch)], 0
-            if nouns is not None and branch:
-                prompts = nouns.prompts(map_texts[count:])
             if branch:  # which can be on another device
+                prompts = None if nouns is None else nouns.prompts(map_texts[count:])
                 batch = BranchBatch(branch, self.config, map_images, map_texts[:count], image.attention)
                 if self.config.max_over == "similarity":  # no other map learns from nouns
                     batch.nouns, batch.prompts, batch.even_patches = nouns, prompts, even_patches

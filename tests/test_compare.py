@@ -1,5 +1,6 @@
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,9 +132,11 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
     first, second = (str(folder / f"model{seed}") for seed in range(2))
     words = {model: [presence_word(row["presence"][model]) for row in rows] for model in (first, second)}
     assert len(set(words[first] + words[second])) > 1 and words[first] != words[second]
-    one, other = (sheet["heatmaps"][f"{model}\nitsm, refined"][0] for model in (first, second))
+    one, other = (sheet["heatmaps"][f"{Path(model).name}\nitsm, refined"][0] for model in (first, second))
     assert np.abs(one - other).max() > 0.05
-    columns = {f"{model}\n{method}, refined": words[model] for model in words for method in ("itsm", "attention")}
+    columns = {
+        f"{Path(model).name}\n{method}, refined": words[model] for model in words for method in ("itsm", "attention")
+    }
     assert sheet["words"] == columns and list(sheet["heatmaps"]) == list(columns)
     for row, title in zip(rows, sheet["row_titles"]):
         found = zip(row["presence"].values(), row["scores"].values())

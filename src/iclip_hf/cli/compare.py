@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..model.presence import presence_text
 from ..utils.files import free_name
+from ..utils.hub_ids import public_name
 from ..utils.tables import table
 from .inputs import load_model, load_named_image
 from .options import DATASET, MODEL, PROMPTS, add_shared
@@ -56,6 +57,10 @@ def run(options: argparse.Namespace) -> None:
     columns, words = {}, {}  # by the title of a column
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
+    # A picture is shown to others: it names a model by its folder, unless two have the same name.
+    public = {name: public_name(name) for name in models}
+    if len({*public.values()}) < len(models):
+        public = dict(zip(models, models))
     rows, notes = [{"text": text, "scores": {}, "presence": {}} for text in texts], [[] for _ in texts]
     for name in models:
         model = load_model(name, options)
@@ -71,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
                 refine=options.refine,
                 multi_scale=options.multi_scale,
             )[0]
-            title = explanation.made_by if len(models) < 2 else f"{name}\n{explanation.made_by}"
+            title = explanation.made_by if len(models) < 2 else f"{public[name]}\n{explanation.made_by}"
             columns[title] = explanation.maps.numpy()
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.

@@ -16,7 +16,9 @@ from transformers import TimmWrapperConfig, TimmWrapperModel
 
 from iclip_hf import ICLIPModel, load
 from iclip_hf.backends.identity import digest
+from iclip_hf.explainers import make_explainer
 from iclip_hf.hub.folders import export_model, init_model
+from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
 from iclip_hf.model.pooling import even_patches, representative_patches
 from iclip_hf.training.features import set_statistics
 
@@ -120,6 +122,31 @@ def test_scores_and_maps_are_of_joined_tokens(options):
     with torch.no_grad():
         attention = without.get_image_features(inputs["pixel_values"]).attention
     assert torch.equal(outputs.attention, attention)
+
+
+def test_grad_cam_weighs_the_feature_map_that_the_score_reads(tiny_processor):
+    options = {"recognition_pooling": "feature_average", "average_layers": 1, "image_hidden_size": 5}
+    model, inputs = joined_model(**options), tiny_inputs(size=(64, 96))
+    model.recognition.visual_projection.hidden[-1].weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    loaded = model.eval(), tiny_processor
+    with torch.no_grad():
+        texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"])
+        of_images = ICLIPTextFeatures(text_embeds=texts.text_embeds.expand(2, -1, -1))
+        maps, _ = make_explainer(loaded, "grad_cam").forward(inputs["pixel_values"], of_images)
+    for image in range(2):
+        features = model.feature_map(inputs["pixel_values"])[image : image + 1].detach().requires_grad_()
+        reduced = model.feature_reduction(features.movedim(1, -1)).mean((1, 2))
+        scores = model.recognition(model.recognition.embed_image(reduced) @ texts.text_embeds.T)[0]
+        for text, score in enumerate(scores):
+            (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
+            on_grid = F.interpolate(features, GRID, mode="bilinear")
+            expected = (gradient.mean((2, 3), keepdim=True) * on_grid).sum(1).relu()[0]
+            places = features.shape[2] * features.shape[3]  # whose mean the gradient is of
+            torch.testing.assert_close(maps[image, text], places * expected, atol=1e-4, rtol=1e-3)
+        assert expected.any()
+    for method in ("grad_eclip", "bi_modal"):
+        with pytest.raises(ValueError, match="reads its feature tower alone"):
+            make_explainer(loaded, method)
 
 
 def test_the_loss_reads_patches_that_the_image_tower_chooses():

@@ -27,12 +27,14 @@ class ExplainableModel(ABC):
         pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
             it depends on the output of one query of the last attention, which is that of the class token or of a
             pooling head.
+        reads_features (`bool`): whether the score is computed from the feature tower of an ICLIP model alone.
         has_attention (`bool`): whether the image is pooled by attention, or from tokens that have passed one.
         default_method (`str`): the method that shows where a text is for this kind of model, for which `method=None`
             stands. docs/methods.md says why.
     """
 
     pools_patches = False
+    reads_features = False
     has_attention = True
     default_method = "itsm"
 

@@ -80,6 +80,7 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
     def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
         self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
+        self.reads_features = model.config.recognition_pooling == "feature_average"
 
     def join_features(
         self, stream: torch.Tensor, image: ICLIPImageFeatures, grid: tuple[int, int] | None = None

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..backends.recording import AttentionRecord
+from ..model.engine import select_texts
+from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.similarity import cosines
 from .gradients import GradientExplainer
 
 
@@ -12,7 +15,9 @@ class GradCAM(GradientExplainer):
     """
     The positive part of the activations of the patches, weighted by the mean gradient of each channel and summed over
     the channels. The default activations are the patch tokens after the first norm of the last block, as is usual with
-    pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last feature map.
+    pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last feature map. If the score
+    reads the feature tower of an ICLIP model alone, they are the last feature map of that tower, on the grid of
+    patches.
 
     Args:
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
@@ -23,6 +28,28 @@ class GradCAM(GradientExplainer):
             raise ValueError(f"activations is 'norm' or 'block', not {activations!r}.")
         super().__init__(model, layer)
         self.normed = activations == "norm" and self.model.layers[layer].residual
+
+    def _check_score(self) -> None:
+        pass
+
+    def forward(
+        self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
+        if not self.model.reads_features:
+            return super().forward(pixel_values, texts, text_indices)
+        texts = texts if text_indices is None else select_texts(texts, text_indices)
+        image, network, maps = self.model.get_image_features(pixel_values), self.model.network, []
+        features = image.patch_tokens[..., -image.feature_average.shape[-1] :]
+        with torch.inference_mode(False), torch.enable_grad():
+            average = image.feature_average.clone().requires_grad_()
+            logits = self.model.logits(cosines(network.recognition.embed_image(average), texts.text_embeds.clone()))
+            for text in range(logits.shape[1]):
+                (gradient,) = torch.autograd.grad(logits[:, text].sum(), average, retain_graph=True)
+                # A mean has the same gradient at each place. The product of the features f with theirs is that of
+                # their reduction W f, without its bias, with its own gradient.
+                own = features - network.feature_reduction.bias.to(features)
+                maps.append((own @ gradient.unsqueeze(-1)).squeeze(-1).relu())
+        return torch.stack(maps, 1).detach().unflatten(-1, image.grid), image
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[0].tokens if self.normed else layers[0].stream]

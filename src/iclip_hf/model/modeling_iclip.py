@@ -180,6 +180,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
             `config.map_affinity`.
+        feature_average (`torch.Tensor` of shape `(B, K)`): mean of the reduced feature map; None without a feature
+            tower.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -188,6 +190,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     patch_tokens: torch.FloatTensor | None = None
     attention: torch.FloatTensor | None = None
     map_attention: torch.FloatTensor | None = None
+    feature_average: torch.FloatTensor | None = None
 
     compared = ("image_embeds", "patch_embeds", "attention", "map_attention")  # what scores and maps are computed from
 
@@ -892,6 +895,7 @@ class ICLIPModel(PreTrainedModel):
             patch_tokens=image.patch_tokens,
             attention=attention,
             map_attention=map_attention,
+            feature_average=image.feature_average,
         )
 
     @can_return_tuple

@@ -32,7 +32,7 @@ demo: .venv/.package
 	$(EXPLAIN) --output "$(CURDIR)/demo.jpg"
 
 # The pictures of the README and of the methods, and the outputs of the notebook, made anew, as after a change of the embedded model.
-METHODS := itsm competing_itsm reversed_itsm attention attention_affinity grad_cam grad_eclip legrad bi_modal clip_surgery gem maskclip sclip
+METHODS := itsm competing_itsm reversed_itsm attention attention_affinity grad_cam legrad clip_surgery gem maskclip sclip
 METHODS += clearclip naclip proxyclip
 pictures: .venv/.installed
 	$(EXPLAIN) --output docs/demo.jpg

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from families import CONVOLUTIONAL, FAMILIES, build, liven, pixels, raw_maps, tiny_timm
+from families import CONVOLUTIONAL, FAMILIES, ICLIP, build, liven, pixels, raw_maps, tiny_timm
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from torch.nn import functional as F
@@ -42,7 +42,7 @@ def unit_texts(width):
 
 
 # Not of ICLIP, whose maps have another projection, and of ResNets, whose attention pool adds positions.
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("iclip", "open_clip_resnet")])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in (*ICLIP, "open_clip_resnet")])
 def test_a_patch_is_projected_as_the_image(made, family):
     """If all tokens that leave the last block are equal, so are the embeddings of the image and of all patches."""
     given, tokenizer, size = made(family)

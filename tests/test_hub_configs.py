@@ -24,7 +24,7 @@ SIZES = {
     "iclip-vit-b8": (85.8, 63.2, 1.3),
     "iclip-dinov2-b14": (86.6, 63.2, 1.7),
     "iclip-dinov3-b16": (85.7, 63.2, 1.3),
-    "iclip-dinov2-s14-minilm": (22.1, 22.6, 9.7),
+    "iclip-dinov2-s14-minilm": (22.1, 22.6, 9.3),
 }
 
 
@@ -97,9 +97,10 @@ def test_the_embedded_model_is_what_its_configuration_says():
         pytest.skip(f"the embedded towers cannot be had here: {error}")
     written = ICLIPConfig.from_pretrained(FOLDER / "iclip-dinov2-s14-minilm").to_dict()
     from_tower_files = {"_name_or_path", "architectures", "dtype", "gradient_checkpointing", "position_embedding_type"}
+    from_tower_files |= {"label_names", "model_args", "num_labels", "id2label", "label2id", "initializer_range"}
     for name in ICLIPConfig.__annotations__:
         if name.endswith("_config") and trained[name] is not None:
             names = (set(trained[name]) | set(written[name])) - from_tower_files
             assert [option for option in names if trained[name].get(option) != written[name].get(option)] == []
-        else:
+        elif not name.startswith("feature_image_"):  # computed when towers are joined
             assert trained[name] == written[name]

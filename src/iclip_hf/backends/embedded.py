@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,9 +31,9 @@ from .identity import digest
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
 _SCALES = ".scales"  # after the name of a matrix: the scale of each row
-# Of the nouns of `vocabulary`: the fewest training photographs that show one, the geometric mean of the priors, and
-# the power of the number of photographs that a prior is proportional to.
-_FEWEST, _MEAN_PRIOR, _PRIOR_POWER = 20, 0.05, 0.3
+# Of the nouns of `vocabulary`: the fewest training photographs that show one, and the prior, with which the presence
+# of COCO's classes is calibrated on `coco80`. Their number of photographs adds nothing: the logit has learned it.
+_FEWEST, _PRIOR = 20, 0.07
 # The encoded nouns of each loaded model, by the templates.
 _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFeatures]] = WeakKeyDictionary()
 
@@ -45,14 +44,11 @@ def vocabulary() -> dict[str, float]:
     materials, places and backgrounds. The model learned rarer ones too, but takes them for shown too often.
 
     Returns:
-        `dict` from each noun to the prior of its presence: 0.05 for a noun of usual frequency, and more for frequent
-        ones, by the power 0.3 of the number of photographs.
+        `dict` from each noun to the prior of its presence, 0.07.
     """
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
     counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in marked_nouns(text.splitlines()).items()}
-    logs = {noun: math.log(count) for noun, count in counts.items() if count >= _FEWEST}
-    mean = sum(logs.values()) / len(logs)
-    return {noun: _MEAN_PRIOR * math.exp(_PRIOR_POWER * (log - mean)) for noun, log in logs.items()}
+    return {noun: _PRIOR for noun, count in counts.items() if count >= _FEWEST}
 
 
 def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:

@@ -691,10 +691,11 @@ class ICLIPModel(PreTrainedModel):
         patch_tokens, feature_average = tokens[:, patches], None
         if self.feature_model is not None:
             with torch.no_grad():
-                features = self.feature_reduction(self.feature_map(pixel_values).movedim(1, -1)).movedim(-1, 1)
+                features = self.feature_map(pixel_values)
+                feature_average = self.feature_reduction(features.mean((2, 3))).to(patch_tokens)
                 on_grid = F.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2).mT
-            feature_average = features.mean((2, 3)).to(patch_tokens)
-            patch_tokens = torch.cat([patch_tokens, on_grid.to(patch_tokens)], -1)
+                on_grid = self.feature_reduction(on_grid).to(patch_tokens)
+            patch_tokens = torch.cat([patch_tokens, on_grid], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=patch_tokens,

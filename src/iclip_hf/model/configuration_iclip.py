@@ -65,7 +65,7 @@ class ICLIPConfig(PreTrainedConfig):
             logit scale, ln(1 / 0.07).
 
         feature_config (`PreTrainedConfig` or `dict`, *optional*): configuration of a feature tower, a second image
-            tower that is always locked: a convolutional backbone of timm ([`~transformers.TimmWrapperConfig`]). Its
+            tower that is always locked: a convolutional backbone of timm (`TimmWrapperConfig` of Transformers). Its
             last feature map is resized to the grid of patches, reduced to `feature_dim` channels by a fixed linear map
             (`feature_reduction`), and joined to the patch tokens of the image tower. Scores and maps are computed from
             both. Attention, `value_share`, `map_affinity` and the selection of `map_tokens` are those of the image

@@ -88,8 +88,8 @@ BY_DESIGN = {
     "test_hidden_states_output": "hidden states are those of a tower, in the outputs of either side",
     "test_attention_outputs": "and so are attentions",
     "test_retain_grad_hidden_states_attentions": "and so are attentions",
-    "test_can_load_ignoring_mismatched_shapes": "it sets all options with _std to a number, and `feature_image_std` is "
-    "a list",
+    "test_can_load_ignoring_mismatched_shapes": "it sets all options with _std to a number, and "
+    "`feature_image_std` is a list",
     "test_model_weights_reload_no_missing_tied_weights": "a folder that lacks weights is refused, and not filled with "
     "random ones",
 }

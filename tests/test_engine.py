@@ -369,7 +369,7 @@ def test_a_prior_is_a_number_between_0_and_1(tiny_processor, prior):
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():
     cosines = [1.0, 0.72, 0.68]
     embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
-    assert engine_module._best_texts(torch.tensor([[0.3, 0.2, 0.1]]), embeds[None], 2) == [[0, 2]]
+    assert engine_module._best_texts(torch.tensor([[0.3, 0.2, 0.1]]), embeds[None], [range(3)], 2) == [[0, 2]]
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):

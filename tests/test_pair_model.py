@@ -24,7 +24,7 @@ from iclip_hf.model.losses import (
 )
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
 from iclip_hf.training.features import set_statistics
-from iclip_hf.training.trainer import KeptPresence
+from iclip_hf.training.kept_presence import KeptPresence
 
 
 def test_representative_patches_by_hand():

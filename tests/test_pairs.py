@@ -964,11 +964,15 @@ def test_stream_leaves_bad_pairs_out(tmp_path, caplog):
 class Dropping(list):
     """Rows of a stream, after which its connection is lost."""
 
-    epoch = 0
-
     def __init__(self, rows, error):
         super().__init__(rows)
         self.error = error
+
+    def shuffle(self, seed, buffer_size):
+        return self
+
+    def set_epoch(self, epoch):
+        pass
 
     def __iter__(self):
         yield from super().__iter__()

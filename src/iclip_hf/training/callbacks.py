@@ -13,10 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from accelerate.utils import reduce
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..utils.extras import require_extra
+
+
+with require_extra("train"):
+    from accelerate.utils import reduce
 
 from ..data.pairs import PairDataset
 from ..utils.files import atomic_write

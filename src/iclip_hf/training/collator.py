@@ -14,7 +14,6 @@ from PIL import Image
 from ..data.columns import USUAL_COLUMNS, PairTexts, sample_caption
 from ..data.nouns import ImageNouns, NounPrompts
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.extras import require_extra
 
 
 class PairCollator:
@@ -145,8 +144,7 @@ def augmentation(
     """
     if crop_scale == 1 and not (auto_augment or random_erasing):
         return None
-    with require_extra("train"):
-        from timm.data import create_transform
+    from timm.data import create_transform
 
     image_processor, size = processor.image_processor, processor.image_processor.size
     normalizes = image_processor.do_normalize is not False

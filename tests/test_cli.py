@@ -99,7 +99,10 @@ def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatc
         "a-comparison.png", "a-explanation-2.png", "a-explanation.png", "a-explanation.png"
     ]  # fmt: skip
     assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", "--json") == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["texts"] == answers[0]["texts"]
+    (alone,) = json.loads(capsys.readouterr().out.splitlines()[-1])["texts"]
+    (among_others,) = answers[0]["texts"]  # in a larger batch, which rounds in another way
+    assert alone.pop("presence") == pytest.approx(among_others.pop("presence"), abs=1e-5)
+    assert alone == among_others
 
 
 def test_a_long_text_does_not_widen_the_table():

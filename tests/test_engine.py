@@ -386,13 +386,7 @@ def test_the_vocabulary_has_plain_nouns():
     assert len(nouns) > 500 and {"dog", "sky", "water"} <= nouns.keys()
     assert "yurt" not in nouns  # which few photographs show
     assert not [noun for noun in nouns if "(" in noun or noun != noun.strip()]
-    assert np.exp(np.log([*nouns.values()]).mean()) == pytest.approx(0.05) and max(nouns, key=nouns.get) == "person"
-    lines = (EMBEDDED / "nouns.txt").read_text().splitlines()
-    dog, zebra = (
-        int(next(line for line in lines if line.startswith(noun + " ("))[:-1].split("(")[-1])
-        for noun in ("dog", "zebra")
-    )
-    assert nouns["dog"] / nouns["zebra"] == pytest.approx((dog / zebra) ** 0.3) and dog > zebra
+    assert {*nouns.values()} == {0.07}
 
 
 @pytest.mark.parametrize("image", IMAGES)

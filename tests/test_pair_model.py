@@ -74,7 +74,6 @@ def test_the_loss_reads_representative_patches_shared_among_those_like_them():
     torch.testing.assert_close(few.even_patches, patches[:, even_patches(image.grid)])
 
 
-@pytest.mark.xfail(reason='"a picture of a dog" names a picture', strict=True)
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
     """It would be a noun of every image whose caption has the form of a prompt, and have to get patches there."""
     nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")

@@ -31,7 +31,6 @@ from iclip_hf import (
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer
-from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.model import engine as engine_module
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import at_prior, presence_text

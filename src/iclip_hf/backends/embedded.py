@@ -149,9 +149,7 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
         elif name.startswith(OWN_WEIGHTS):
             weights[name] = weight.half()
     config = json.dumps({name: getattr(model.config, name) for name in model.config.option_names()})
-    of_processor = {"templates": processor.templates}
-    if (side := processor.image_processor.size["height"]) != 224:
-        of_processor["image_size"] = side
+    of_processor = {"templates": processor.templates, "image_size": processor.image_processor.size["height"]}
     metadata = {"format": "pt", "config": config, "processor": json.dumps(of_processor)}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=metadata)

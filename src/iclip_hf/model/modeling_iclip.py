@@ -879,8 +879,7 @@ class ICLIPModel(PreTrainedModel):
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
         recognised, of_map = self.config.poolings
-        vectors = self._pooled(image, [*recognised, of_map])
-        recognition, map_pooled = torch.cat([vectors[name] for name in recognised], -1), vectors.get(of_map)
+        recognition, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognised, of_map]))
         patches, map_attention = self._shared(self.centered_tokens(image.patch_tokens), attention)
         projected, map_image_embeds = self.recognition.visual_projection(recognition), None
         if map_pooled is not None:

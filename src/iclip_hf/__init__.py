@@ -71,6 +71,18 @@ def _register(imported) -> None:
         importlib.import_module(".backends.embedded", __name__).set_as_default()
 
 
+def _draw_in_notebooks(module) -> None:
+    """Called after the module of explanations, which travels with exported models and so knows no plots."""
+
+    def picture(explanation) -> bytes | None:
+        from .plots.sheets import png
+
+        return png(explanation)
+
+    module.Explanation._repr_png_ = picture
+
+
+register_post_import_hook(_draw_in_notebooks, f"{__name__}.model.explanation")
 # After Transformers as a whole, because its Auto classes are also imported in the middle of its other modules.
 for _name in ("transformers", "transformers.pipelines", *_REGISTERING):  # called at once if it is imported already
     register_post_import_hook(_register, _name)

@@ -4,7 +4,6 @@ The explanation of one image: scores, presence, maps, masks and regions of its t
 
 from __future__ import annotations
 
-import importlib
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -79,13 +78,6 @@ class Explanation:
         texts = ", ".join(f"{label!r}: {score:.2f}" for label, score in zip(self.labels, self.scores.tolist()))
         height, width = self.size
         return f"Explanation({texts}; {height}x{width})"
-
-    def _repr_png_(self) -> bytes | None:
-        """Returns the picture that a notebook shows; None where the code travels with a model, without the package."""
-        try:
-            return importlib.import_module("iclip_hf.plots.sheets").png(self)
-        except ImportError:
-            return None
 
     def __len__(self) -> int:
         """Number of texts."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from iclip_hf.data import SegmentationDataset, load_segmentation, segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, CITYSCAPES, COCO_STUFF, CONTEXT, VOC
 from iclip_hf.data.layouts import DATASETS
-from iclip_hf.data.segmentation import _COCOSample
+from iclip_hf.data.mask_formats.coco_instances import Instance, InstancesSample
 from iclip_hf.evaluation.metrics import MeanIoU, MeanMaxIoU
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES
@@ -212,11 +212,11 @@ INSTANCES = st.tuples(st.integers(1, 7), st.integers(1, 7)).flatmap(
 @given(INSTANCES)
 def test_coco_union_equals_a_pixel_loop(instances):
     size = instances[0][3].shape
-    annotations = [
-        {"label": label, "iscrowd": crowd, "segmentation": (compressed_runs if pack else plain_runs)(mask)}
+    annotated = [
+        Instance(label, crowd, (compressed_runs if pack else plain_runs)(mask))
         for label, crowd, pack, mask in instances
     ]
-    sample = _COCOSample("x", None, 3, size, annotations, None)
+    sample = InstancesSample("x", None, 3, size, annotated, None)
     for label in (1, 2, 3):
         expected = np.zeros(size, int)
         for row, column in np.ndindex(size):

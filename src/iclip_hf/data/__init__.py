@@ -6,8 +6,9 @@ from ..utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
+    from .mask_formats.sample import SegmentationSample
     from .pairs import BadPairError, PairDataset, load_pairs
-    from .segmentation import SegmentationDataset, SegmentationSample, load_segmentation
+    from .segmentation import SegmentationDataset, load_segmentation
     from .streams import PairStream
 
 # Not imported at once, because streams need torch, and data is checked before it is loaded.
@@ -17,7 +18,7 @@ _MODULES = {
     "PairStream": ".streams",
     "load_pairs": ".pairs",
     "SegmentationDataset": ".segmentation",
-    "SegmentationSample": ".segmentation",
+    "SegmentationSample": ".mask_formats.sample",
     "load_segmentation": ".segmentation",
 }
 __all__ = [*_MODULES]

@@ -19,7 +19,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from ...data.segmentation import SegmentationSample
+    from ...data.mask_formats.sample import SegmentationSample
     from ...model.engine import PreparedImage
     from ...model.explanation import Explanation
 

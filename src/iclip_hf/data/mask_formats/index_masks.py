@@ -1,0 +1,153 @@
+"""Index masks: a PNG file for each image, whose values stand for classes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ...model.images import image_suffixes, open_image, upright
+from ..files import expand_braces, is_written, read_text
+from ..layouts import VOID, Layout
+from .sample import Annotations, SegmentationSample
+
+
+# Marks values that a data set does not have, in the tables from the values of mask files to class ids.
+_UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class IndexSample(SegmentationSample):
+    """A sample with one PNG file, whose values `table` (256,) converts to class ids."""
+
+    mask_path: Path
+    table: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.label_map.shape
+
+    @cached_property
+    def labels(self) -> tuple[int, ...]:
+        return tuple(np.setdiff1d(self.label_map, (0, VOID)).tolist())
+
+    def mask(self, label: int) -> np.ndarray:
+        return self.label_map * ((self.label_map == label) | (self.label_map == VOID))
+
+    @cached_property
+    def label_map(self) -> np.ndarray:
+        image = open_image(self.mask_path)
+        if image.mode not in ("P", "L", "1"):
+            raise ValueError(
+                f"{self.mask_path}: a mask is a palette or 8-bit grayscale PNG of class ids, not of mode "
+                f"{image.mode!r}; save class ids, not colours."
+            )
+        if image.mode == "1" and self.num_classes > 1:
+            raise ValueError(
+                f"{self.mask_path}: a mask of 1 bit can hold one class, but the data set has {self.num_classes}; save "
+                "class ids with 8 bits."
+            )
+        values = np.asarray(upright(image)).astype(np.uint8)
+        if image.mode == "L":  # Pillow scales values of 2 and 4 bits to 255
+            with open(self.mask_path, "rb") as file:
+                bit_depth = file.read(25)[24]  # in the header
+            values //= {2: 85, 4: 17}.get(bit_depth, 1)
+        present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+        if unknown := present[self.table[present] == _UNKNOWN].tolist():
+            raise ValueError(
+                f"{self.mask_path}: the data set has no classes with the ids {unknown}; correct the mask or the list "
+                "of classes."
+            )
+        return self.table.astype(np.uint8)[values]
+
+
+def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotations:
+    """
+    Reads the images and masks of a layout. Raises `FileNotFoundError` if there are none, or one is missing, and
+    `ValueError` if the list of classes is not as described.
+    """
+    image_pattern, images = _find_files(root, layout.images, split)
+    mask_pattern, masks = _find_files(root, layout.masks, split)
+    names = [*masks]
+    if image_pattern.endswith("*"):
+        images = {name: path for name, path in images.items() if name in masks or not is_written(path.name)}
+        names = sorted({*images, *masks})
+    if layout.lists:
+        lists = [root / path for path in _alternatives(layout.lists, split)]
+        lines = read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
+        names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
+    if not names:
+        raise FileNotFoundError(
+            f"{root}: there are no images {image_pattern} with masks {mask_pattern}; check the root, the split and "
+            "the layout of the data."
+        )
+    for pattern, files in ((image_pattern, images), (mask_pattern, masks)):
+        if missing := [name for name in names if name not in files]:
+            raise FileNotFoundError(
+                f"{root / missing[0].join(_around(pattern))}: this file is missing ({len(missing)} of {len(names)} "
+                "are); complete the data."
+            )
+    list_of_classes = [] if layout.classes else [root / "classes.txt"]
+    class_names = layout.classes or _read_class_names(list_of_classes[0])
+    count = len(class_names)
+    table = np.full(256, _UNKNOWN, np.int16)
+    table[[VOID, *layout.void]] = VOID
+    table[list(layout.background)] = 0
+    table[list(layout.values or range(1, count + 1))] = range(1, count + 1)
+    samples = [IndexSample(images[name].stem, images[name], count, masks[name], table) for name in names]
+    return Annotations(class_names, samples, [*list_of_classes, *map(masks.get, names)])
+
+
+def has_index_masks(root: Path, layout: Layout, split: str | None) -> bool:
+    """Returns whether there are masks of a layout."""
+    return bool(_find_files(root, layout.masks, split)[1])
+
+
+def _find_files(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, Path]]:
+    """
+    Returns the first alternative of a pattern that finds files, else the last, and the files by the text that `*`
+    stands for. Folders are listed, because single look-ups are slow on network drives.
+    """
+    for chosen in _alternatives(pattern, split):
+        start, end = _around(chosen)
+        # Other programs write converted masks beside those of a data set.
+        paths = [
+            path for path in glob.glob(chosen, root_dir=root, recursive=True) if not path.endswith("TrainIds.png")
+        ]
+        names = sorted(path.removeprefix(start).removesuffix(end) for path in paths)
+        if not end:
+            names = [name for name in names if os.path.splitext(name)[1].lower() in image_suffixes()]
+        files = {}
+        for name in names:
+            key, path = name if end else os.path.splitext(name)[0], root / f"{start}{name}{end}"
+            if key in files:
+                raise ValueError(f"{path}: {files[key].name} has the same name for its mask; rename one of them.")
+            files[key] = path
+        if files:
+            break
+    return chosen, files
+
+
+def _alternatives(pattern: str, split: str | None) -> list[str]:
+    return expand_braces(pattern.replace("<split>", split or ""))
+
+
+def _around(pattern: str) -> tuple[str, str]:
+    """Returns the parts of a pattern before and behind `*`."""
+    return pattern.partition("*")[0], pattern.rpartition("*")[2]
+
+
+def _read_class_names(path: Path) -> list[str]:
+    """Reads the names of the classes of a folder of masks."""
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
+    if is_background or not 1 <= len(names) < VOID or "" in names or len({*names}) < len(names):
+        raise ValueError(
+            f"{path}: line 1 names class id 1, without the background; there are 1 to {VOID - 1} lines with "
+            "different names, and none is blank."
+        )
+    return names

@@ -10,20 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from iclip_hf.utils.files import (
-    atomic_folder,
-    atomic_write,
-    build_once,
-    check_new_folder,
-    check_outputs,
-    free_name,
-    write_new,
-)
+from iclip_hf.utils.cache import build_once
+from iclip_hf.utils.files import atomic_folder, atomic_write, check_new_folder, check_outputs, free_name, write_new
 
 
 def killed(script: str, *arguments) -> None:
     """Runs a script that ends with kill -9."""
-    script = f"import os, signal, sys\nfrom pathlib import Path\nfrom iclip_hf.utils.files import *\n{script}"
+    script = f"import os, signal, sys\nfrom pathlib import Path\nfrom iclip_hf.utils.cache import *\n{script}"
     done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from iclip_hf.backends import towers
-from iclip_hf.utils.files import build_once
+from iclip_hf.utils.cache import build_once
 
 
 def onnx_file(onnx, names):

@@ -22,7 +22,8 @@ from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_templates
-from ..utils.files import atomic_write, build_once, cache_folder, keep_in_cache
+from ..utils.cache import build_once, cache_folder, keep_in_cache
+from ..utils.files import atomic_write
 from . import towers
 from .explainable import ExplainableModel
 from .families import ExplainableICLIP

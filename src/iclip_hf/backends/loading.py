@@ -24,7 +24,7 @@ from transformers import (
 
 from ..model.modeling_iclip import ICLIPModel, check_weights
 from ..model.processing_iclip import ICLIPProcessor, check_processor
-from ..utils.files import loading_errors
+from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel

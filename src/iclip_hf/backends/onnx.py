@@ -20,8 +20,10 @@ from transformers.utils import ModelOutput
 from ..model.configuration_iclip import ICLIPConfig, patch_side
 from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.errors import loading_errors
 from ..utils.extras import require_extra
-from ..utils.files import atomic_folder, clean_configs, loading_errors
+from ..utils.files import atomic_folder
+from ..utils.saved_configs import clean_configs
 
 
 logger = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ import torch
 from safetensors.numpy import save_file
 
 from ..model.modeling_iclip import ICLIPModel
-from ..utils.files import build_once, cache_folder
+from ..utils.cache import build_once, cache_folder
 
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..model.images import load_image
+from ..utils.cache import cache_folder, keep_in_cache
 from ..utils.digests import LARGE
-from ..utils.files import cache_folder, keep_in_cache
 from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .bad_pairs import BadPairError, BadPairTally

@@ -20,7 +20,9 @@ from ..model.configuration_iclip import ICLIPConfig, patch_side, without_attenti
 from ..model.modeling_iclip import ICLIPModel, tower_config
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
-from ..utils.files import atomic_folder, clean_configs, loading_errors
+from ..utils.errors import loading_errors
+from ..utils.files import atomic_folder
+from ..utils.saved_configs import clean_configs
 from .configs import EMBEDDED, config_folder, parse_options
 from .model_card import HUB_RESULTS, write_model_card
 

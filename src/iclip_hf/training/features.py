@@ -23,8 +23,9 @@ from ..data.pairs import BadPairError, PairDataset
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pooling import POOLINGS
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.cache import cache_folder
 from ..utils.distributed import broadcast_from_main, gathered_lists, partial_state
-from ..utils.files import atomic_write, cache_folder
+from ..utils.files import atomic_write
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import numpy as np
 
 from ..data.pairs import BadPairError, PairDataset
 from ..hub.configs import parse_options
-from ..utils.files import cache_folder, loading_errors
+from ..utils.cache import cache_folder
+from ..utils.errors import loading_errors
 from ..utils.prefetch import spare_processors
 from .arguments import RUNS
 

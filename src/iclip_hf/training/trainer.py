@@ -35,7 +35,9 @@ from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
 from ..model.modeling_iclip import ICLIPModel, ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.files import atomic_write, clean_configs, writing_errors
+from ..utils.errors import writing_errors
+from ..utils.files import atomic_write
+from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments
 from .callbacks import Flow, Interrupts, Pictures, Start
 from .card import card_of

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...utils.errors import loading_errors
 from ...utils.extras import require_extra
-from ...utils.files import loading_errors
 from ..columns import IMAGE_COLUMNS, LABEL_COLUMNS, Columns
 from .source import PackedRows, Source
 

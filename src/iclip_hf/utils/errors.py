@@ -1,0 +1,46 @@
+"""Uniform errors of reading and writing, whatever library reads or writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub.errors import RevisionResolutionError
+from safetensors import SafetensorError
+
+
+@contextmanager
+def writing_errors(path: Path) -> Iterator[None]:
+    """Converts the errors that libraries raise for a full disk or missing permissions into one `OSError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
+            raise
+        problem = str(error).splitlines()[0]
+        raise OSError(
+            f"{path}: writing failed ({problem}); check free space and permissions, then run again."
+        ) from error
+
+
+@contextmanager
+def loading_errors(name: str | Path, cure: str = "correct the name, or download it again") -> Iterator[None]:
+    """
+    Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message. The
+    `ImportError` of a missing package stays.
+    """
+    try:
+        yield
+    except RevisionResolutionError as error:
+        raise ConnectionError(
+            f"{name}: there is no such folder, and the Hub cannot be reached; check the name or the connection."
+        ) from error
+    except Exception as error:
+        if isinstance(error, ImportError) or str(error).startswith(f"{name}: "):  # it says what to do
+            raise
+        problem = f"loading failed ({' '.join(str(error).split()) or type(error).__name__})"
+        if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable
+            problem = "its weights have other shapes than its configuration says"
+        error_type = OSError if isinstance(error, OSError) else ValueError
+        raise error_type(f"{name}: expected a whole folder or a Hub id, but {problem}; {cure}.") from error

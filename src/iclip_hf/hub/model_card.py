@@ -33,10 +33,11 @@ _TOWERS = {
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
     "timm/tf_efficientnet_lite2.in1k": ("EfficientNet-Lite2 (Google, trained on ImageNet-1k)", "Apache-2.0"),
 }
-_LEARNED = tuple(name for name in OWN_WEIGHTS if name != "feature_reduction.")  # which is fixed
+# The weights that a training changes; the reduction of features is fixed.
+_LEARNED = tuple(name for name in OWN_WEIGHTS if name != "feature_reduction.")
 # Ids of the data sets on the Hub, for the results on a model's page.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
-# The file with the results of data sets on the Hub, from which it makes its tables.
+# The file with the results of data sets on the Hub, which fills its tables with them.
 HUB_RESULTS = ".eval_results/iclip.yaml"
 _TITLES = {name: layout.title for name, layout in DATASETS.items()}
 
@@ -53,21 +54,26 @@ def write_model_card(
     metrics: EvaluationResult | Mapping | None = None,
 ) -> Path:
     """
-    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record of what the card was
-    filled with. Results of data sets on the Hub are also written to `.eval_results/iclip.yaml`, which the Hub reads.
+    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record that the card was
+    filled with, see [`~record.read_record`]. Results of data sets on the Hub are also written to
+    `.eval_results/iclip.yaml`, which the Hub reads.
+
+    | `training` | `source` | the card describes |
+    |---|---|---|
+    | None | a model, by default what `model` was loaded from | the same model: its record is kept |
+    | `{}` | None | towers that were joined and not trained |
+    | settings | None | a model that a run trained from towers |
+    | settings | a model | a model that a run trained further: the names of its earlier data are kept |
 
     Args:
         model, processor: model and processor that the card describes.
         folder: new folder of the model.
-        name (`str`, *optional*): name of the model, such as its Hub id. If not given, the title is the name of the
-            model that is exported, and the code names the folder.
-        source (`str` or `Path`, *optional*): folder or Hub id of the model whose record is continued, or `"embedded"`:
-            this model, or the one that the run of `training` began with. What the model was loaded from, if neither is
-            given.
-        training (`dict`, *optional*): what the card shows of the run that made these weights: settings by their names,
-            of which `data` lists names of data. Empty for towers that were joined and not trained.
-        start (`dict`, *optional*): identity, see [`~identity.identity`], that the model of `source` had when the run
-            began.
+        name (`str`, *optional*): name of the model, such as its Hub id. If not given, the title is the name of
+            `source`, or else of the folder, and the code names the folder.
+        source (`str` or `Path`, *optional*): folder or Hub id of a model with a record, or `"embedded"`.
+        training (`dict`, *optional*): settings of the run by their names; its `data` lists names of training data.
+        start (`dict`, *optional*): identity, see [`~identity.identity`], of the model when the run began. It is
+            compared with that in the record of `source`, whose weights may have changed since.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON
             file.
 
@@ -80,12 +86,11 @@ def write_model_card(
     record = assemble_record(model, processor, source, training, start)
     if metrics is not None:
         record["evaluation"] = shown_results(metrics)
-    evaluation, place = record.get("evaluation"), Path(folder).resolve().name
-    title = name or (place if training is not None or not source else _name_of(source))
-    name = name or place
-    towers = [
-        describe_tower(of) for side in ICLIPConfig.sub_configs if (of := getattr(model.config, side)) is not None
-    ]
+    evaluation, folder_name = record.get("evaluation"), Path(folder).resolve().name
+    title = name or (_name_of(source) if source and training is None else folder_name)
+    name = name or folder_name
+    tower_configs = [getattr(model.config, side) for side in ICLIPConfig.sub_configs]
+    towers = [describe_tower(config) for config in tower_configs if config is not None]
     figures = _figures(evaluation) if evaluation else []
     header = ModelCardData(
         **_licence(towers, record["data"]),
@@ -108,33 +113,33 @@ def write_model_card(
 
 
 def _name_of(source: str | Path) -> str:
-    """Returns the name of a model that is exported: a Hub id, or the folder of a run."""
+    """Returns the name of a model by its source: a Hub id, or the name of a folder."""
     if source == "embedded":
         return EMBEDDED.name
     return str(source) if is_hub_id(str(source)) else Path(source).resolve().name
 
 
 def _licence(towers: list[dict], data: Mapping[str, Mapping]) -> dict[str, str]:
-    """Returns the licence of the weights for the header: Apache-2.0, if the terms of towers and data allow that."""
+    """Returns the licence of the weights for the header: Apache-2.0 if the terms of towers and data allow it."""
     licences = [tower["licence"] for tower in towers]
     if "DINOv3 License" in licences:
         link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
         return {"license": "other", "license_name": "dinov3-license", "license_link": link}
     if None in licences:
         return {"license": "unknown"}
-    if any(of.get("restricted") for of in data.values()):
+    if any(entry.get("restricted") for entry in data.values()):
         return {"license": "other", "license_name": "apache-2.0-trained-on-research-data"}
     return {"license": "apache-2.0"}
 
 
 def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> dict:
-    """Returns what the template is filled with, but for name and towers."""
+    """Returns the values of the template except title, name and towers."""
     config, training = model.config, record["training"]
     options = {name: value for name in sorted(config.option_names()) if (value := getattr(config, name)) is not None}
     locked = "locked during training" if training and "model" not in training else "locked in this configuration"
     return {
         "tower_training": locked if config.lock_vision else "trained with the projections",
-        "projections": sum(p.numel() for key, p in model.named_parameters() if key.startswith(_LEARNED)),
+        "projections": sum(p.numel() for name, p in model.named_parameters() if name.startswith(_LEARNED)),
         "options": options | {"templates": processor.templates},
         "vision": config.vision_config,
         "text": config.text_config,
@@ -146,7 +151,7 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
 
 
 def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
-    """Returns the protocol of an evaluation, its conditions in words, and the rows of its table."""
+    """Returns `protocol`, `conditions` (the protocol in words) and `rows` (the table) of an evaluation."""
     data = protocol["dataset"]
     title = f"{_TITLES.get(data['name'], data['name'])} {data['split'] or ''}".strip()
     title += ", with custom classes or images" if protocol["own_data"] else ""
@@ -161,16 +166,19 @@ def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
     conditions = [f"{data['images']} images at {size} pixels without a crop"]
     conditions += ["at two scales"] if protocol.get("multi_scale") else []
     conditions += ["maps refined by the image's colours"] if protocol.get("refine") else []
-    conditions += [f"aggregated by {of['aggregate']}" for of in protocol["metrics"].values()][:1]
+    conditions += [f"aggregated by {options['aggregate']}" for options in protocol["metrics"].values()][:1]
     return {"protocol": protocol, "conditions": conditions, "rows": rows}
 
 
 def _figures(evaluation: Mapping) -> list[EvalResult]:
-    """Returns the figures for the header; none of some images only, or of own images or names."""
+    """
+    Returns the figures for the header of the card; none if they are of a part of the images, or of custom images or
+    class names.
+    """
     protocol, data = evaluation["protocol"], evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
-    conditions = {name: of for name, of in protocol.items() if of and name not in ("dataset", "own_data")}
+    conditions = {name: value for name, value in protocol.items() if value and name not in ("dataset", "own_data")}
     return [
         EvalResult(
             task_type="zero-shot-image-classification",
@@ -187,12 +195,12 @@ def _figures(evaluation: Mapping) -> list[EvalResult]:
         )
         for number, (method, by_metric) in enumerate(evaluation["results"].items())
         for metric, scores in by_metric.items()
-        if metric != "mAP" or number == 0  # which is the same for all methods
+        if metric != "mAP" or number == 0  # mAP is the same for all methods
     ]
 
 
 def _hub_results(protocol: Mapping, figures: list[EvalResult]) -> list[EvalResultEntry]:
-    """Returns figures in the Hub's newer format, from which the page of a data set makes its table."""
+    """Returns figures in the Hub's newer format, which fills the table on the page of a data set."""
     data = protocol["dataset"]
     notes = f"{data['images']} images of {data['split']}"
     notes += ", refined maps" if protocol.get("refine") else ""
@@ -205,7 +213,7 @@ def _hub_results(protocol: Mapping, figures: list[EvalResult]) -> list[EvalResul
 
 
 def card_licence(folder: Path) -> str:
-    """Returns the licence on the card in a folder, such as "apache-2.0", or the name of one that the Hub lacks."""
+    """Returns the licence on the card in a folder: an id of the Hub, such as "apache-2.0", or another name."""
     data = ModelCard.load(folder / "README.md", ignore_metadata_errors=True).data
     return data.license_name if data.license == "other" else data.license
 

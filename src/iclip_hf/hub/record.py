@@ -1,6 +1,6 @@
 """
-The record of a model: what it was trained from, with what and on what, and its results. It is saved beside the card,
-which is rendered from it.
+The record of a model: the settings and data of its training, its results and its identity. It is saved beside the
+model card, which is rendered from it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
 DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
-# Training data by their Hub id. `restricted` marks terms that do not free them for every use. Those of the embedded
+# Terms of training data by their Hub id. `restricted` marks data that are not free for every use. Data of the embedded
 # model are in its `data.yaml`.
 _DATA_TERMS = {
     "pixparse/cc3m-wds": {"terms": "Conceptual Captions: free for any purpose; the images are their owners'"},
 }
 NOT_KNOWN = {"terms": "not known here"}
-# Of a model whose training is not recorded.
+# The record of a model whose training is not recorded.
 _UNKNOWN = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
 # What the card shows of an evaluation's protocol and of its data.
 _PROTOCOL = ("templates", "image_size", "versions", "refine", "multi_scale", "note")
@@ -45,10 +45,17 @@ _DATASET = ("name", "split", "fingerprint", "images", "images_in_split")
 
 def read_record(source: str | Path) -> dict:
     """
-    Reads the record of a model by its folder, its Hub id or `"embedded"`: `training`, the settings of the run that
-    made the weights (empty for towers that were joined and not trained, None if it is not recorded); `data`, for each
-    name of data that the weights were trained on, also by earlier runs, its `terms`, and whether they are
-    `restricted`; and, if they are known, `evaluation` and `identity`.
+    Reads the record of a model by its folder, its Hub id or `"embedded"`.
+
+    Returns:
+        `dict` with
+
+        - **training**: settings of the run that made the weights; empty for towers that were joined and not trained,
+          None if the run is not recorded
+        - **data**: `terms` of each training data set of this and earlier runs by its name, and whether it is
+          `restricted`
+        - **evaluation** (*optional*): protocol and results, see [`shown_results`]
+        - **identity** (*optional*): that of the model, see [`~identity.identity`]
     """
     if str(source) in ("embedded", str(embedded_folder())):
         return _embedded_record()
@@ -56,9 +63,8 @@ def read_record(source: str | Path) -> dict:
         if (file := _record_file(source)) is None:
             return {**_UNKNOWN}
         content = json.loads(file.read_text(encoding="utf-8"))
-        data = {name: dict(entry) for name, entry in content["data"].items()}  # earlier versions had a text
-        names = ("training", "identity", *["evaluation"] * ("evaluation" in content))
-        return {"data": data, **{name: content[name] for name in names}}
+        names = ("training", "data", "identity", *["evaluation"] * ("evaluation" in content))
+        return {name: content[name] for name in names}
     except (OSError, ValueError, KeyError, TypeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
         return {**_UNKNOWN}
@@ -87,29 +93,36 @@ def _record_file(source: str | Path) -> Path | None:
 
 def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, training, start) -> dict:
     """Returns the record of a model. The arguments are those of [`~model_card.write_model_card`]."""
-    record = {"data": {}}  # of towers
-    if source or training is None:  # the record of a model goes on, for what the model is now
-        source = source or model.name_or_path
-        record = read_record(source)
-        differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
-        if differing and record.pop("evaluation", None):
-            parts = " and ".join(differing)
-            logger.warning("The results of %s are left out: they were measured with another %s.", source, parts)
-        if "weights" in differing:
-            record |= {"training": None, "data": record["data"] | _UNKNOWN["data"]}
-    if training is not None:  # other weights: no earlier training and results, but all earlier data
+    if training is None:
+        record = _valid_record(source or model.name_or_path, model, processor)
+    else:
         data = {name: _DATA_TERMS.get(name, NOT_KNOWN) for name in training.get("data", [])}
-        record = {"training": dict(training), "data": record["data"] | data}
+        earlier_data = _valid_record(source, model, processor, start)["data"] if source else {}
+        record = {"training": dict(training), "data": earlier_data | data}
     described = identity(model, processor)
     del described["model"]  # the name of a folder
     return record | {"identity": described}
+
+
+def _valid_record(
+    source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, start: Mapping | None = None
+) -> dict:
+    """Returns the record of `source`, without what it says of other weights than this model has, or had at `start`."""
+    record = read_record(source)
+    differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
+    if differing and record.pop("evaluation", None):
+        parts = " and ".join(differing)
+        logger.warning("The results of %s are left out: they were measured with another %s.", source, parts)
+    if "weights" in differing:
+        record |= {"training": None, "data": record["data"] | _UNKNOWN["data"]}
+    return record
 
 
 def shown_results(metrics: EvaluationResult | Mapping) -> dict:
     """Returns the parts of an evaluation, or of its JSON file, that the card shows."""
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     protocol = metrics["protocol"]
-    results = {  # of metrics that were measurable on the data
+    results = {  # a metric is None if it could not be measured on the data
         method: {name: scores[name] for name in DIGITS if name in scores and scores[name][name.lower()] is not None}
         for method, scores in metrics["results"].items()
     }
@@ -117,13 +130,15 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
         raise ValueError(f"Expected results of {', '.join(DIGITS)}, which `iclip evaluate` measures, but got none.")
     shown = {name: protocol[name] for name in _PROTOCOL if name in protocol}
     options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
-    shown["metrics"] = {name: {"aggregate": of["aggregate"]} for name, of in options.items() if "aggregate" in of}
-    shown["dataset"], shown["own_data"] = _data(protocol)
+    shown["metrics"] = {
+        name: {"aggregate": given["aggregate"]} for name, given in options.items() if "aggregate" in given
+    }
+    shown["dataset"], shown["own_data"] = _shown_data(protocol)
     return {"protocol": shown, "results": results}
 
 
-def _data(protocol: Mapping) -> tuple[dict, bool]:
-    """Returns what the card shows of the data, and whether they only have the layout of a known data set."""
+def _shown_data(protocol: Mapping) -> tuple[dict, bool]:
+    """Returns what the card shows of the data, and whether they are other data in the layout of a known data set."""
     data = {name: protocol["dataset"][name] for name in _DATASET}
     layout = DATASETS.get(data["name"])
     if layout is None or not layout.split_sizes:

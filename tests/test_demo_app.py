@@ -141,6 +141,12 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
         expected = explain((world.model, world.processor), image, ["dog", "red ball"], **options)
         assert value["grid"] == list(expected.raw_maps.shape[1:])
         np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
+        unrefined = [row["unrefined"] for row in value["texts"]]
+        if refine:
+            np.testing.assert_allclose(unrefined, expected.unrefined_maps.flatten(1), atol=1e-3)
+            assert value["unrefined_grid"] == list(expected.unrefined_maps.shape[1:])
+        else:
+            assert unrefined == [None, None]
         assert [row["text"] for row in value["texts"]] == ["dog", "red ball"] and value["size"] == [60, 40]
         assert Path(npz).name == "explanation.npz"
         np.testing.assert_allclose(np.load(npz)["maps"], expected.maps, atol=1e-3)
@@ -356,8 +362,9 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     box = page.locator(".stack").first.bounding_box()
     page.mouse.move(box["x"] + 30.5 / 60 * box["width"], box["y"] + 10.5 / 40 * box["height"])
     for label, map_ in zip(page.locator(".value").all_inner_texts(), maps):
-        value, place = label.split(" at ")
+        value, place, unrefined = re.split(" at |\n", label)
         assert place == "30, 10" and float(value) == pytest.approx(map_[10, 30], abs=0.008)
+        assert re.fullmatch(r"unrefined [01]\.\d\d", unrefined)
     pictures = []
     for opacity, threshold in [("0.5", "1"), ("0", "1"), ("0", "0.5")]:
         page.locator("input[name=opacity]").fill(opacity)

@@ -89,6 +89,7 @@ def test_what_people_see_is_refined_and_says_so(tiny_processor):
     options = {}, {"refine": True}, {"refine": False}
     usual, refined, plain = (explain(given, IMAGES[0], TEXTS, **option) for option in options)
     assert torch.equal(usual.raw_maps, refined.raw_maps) and usual.raw_maps.shape != plain.raw_maps.shape
+    assert torch.equal(usual[1].unrefined_maps, plain.raw_maps[[1]]) and plain.unrefined_maps is None
     assert [one.to_dict()["refined"] for one in (usual, plain)] == [True, False]
     assert [one.made_by for one in (usual, plain["dog"])] == ["itsm, refined", "itsm, unrefined"]
 

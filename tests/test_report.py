@@ -128,7 +128,9 @@ def test_explained_images_have_the_same_page(browser, workspace, tmp_path, capsy
     assert data["images"] == ["a.jpg"] * 3 and data["texts"] == ["dog", "red ball"] and len(data["rows"]) == 6
     with opened(browser, (tmp_path / "report" / "index.html").as_uri(), "article") as page:
         assert sorted(texts_of(page)) == 3 * ["dog"] + 3 * ["red ball"] and not page.locator("#plot").is_visible()
-        assert page.locator("article figure").count() == 12
+        assert page.locator("article figure").count() == 18  # the image, its map, and the map before the refinement
+        page.locator("article img").last.scroll_into_view_if_needed()
+        page.wait_for_function("[...document.images].every((one) => one.complete && one.naturalWidth > 0)")
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -396,6 +396,16 @@ def test_maps_are_refined_unless_asked_otherwise(page, model, processor, photos)
             page.click("#refine")
         assert page.locator("#refine").is_checked() == (expected is refined)
         check(page, expected, model.presence(expected.scores), atol=1e-4)
+        # The pointer also reads the unrefined map, whose edges are the model's.
+        box = page.locator(".stack").first.bounding_box()
+        page.mouse.move(box["x"] + 30.5 / 61 * box["width"], box["y"] + 10.5 / 40 * box["height"])
+        said = [label.splitlines() for label in page.locator(".value").all_inner_texts()]
+        for (first, *rest), map_, before in zip(said, expected.maps, plain.maps, strict=True):
+            refined_value, unrefined_value = map_[10, 30].item(), before[10, 30].item()
+            value, place = first.split(" at ")
+            assert place == "30, 10" and float(value) == pytest.approx(refined_value, abs=0.008)
+            numbers = [float(line.removeprefix("unrefined ")) for line in rest]
+            assert numbers == pytest.approx([] if expected is plain else [unrefined_value], abs=0.008)
 
 
 def test_a_model_without_presence_shows_none(browser, exported, photos, tmp_path):
@@ -673,11 +683,12 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
         for _ in range(4):
             page.keyboard.press("ArrowLeft")
         x = int((0.5 - 4 / 40) * 61)
-        shown = [label.split(" at ") for label in page.locator(".value").all_inner_texts()]
+        shown = [re.split(" at |\n", label) for label in page.locator(".value").all_inner_texts()]
         maps = explain((model, processor), Image.open(photos / "noise.png"), texts).maps
-        for (value, place), map_ in zip(shown, maps, strict=True):
+        for (value, place, _), map_ in zip(shown, maps, strict=True):
             assert place == f"{x}, 20" and float(value) == pytest.approx(map_[20, x].item(), abs=0.008)
-        assert page.locator("output.unseen").inner_text() == ", ".join(f"{t} {v}" for t, (v, _) in zip(texts, shown))
+        spoken = [f"{text} {value}, {unrefined}" for text, (value, _, unrefined) in zip(texts, shown)]
+        assert page.locator("output.unseen").inner_text() == ", ".join(spoken)
 
         with page.expect_download() as download:  # all maps under their texts, and how they are made
             page.click("#save")

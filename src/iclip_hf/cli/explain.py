@@ -68,7 +68,8 @@ class _Report:
     """The report of all images of a command, see [`ReportFolder`]."""
 
     def __init__(self, folder: Path):
-        self.folder, self.images, self.texts, self.rows, self.made_by = folder, [], {}, [], ""
+        self.folder, self.images, self.texts, self.rows = folder, [], {}, []
+        self.made_by, self.refined = "", False
 
     @cached_property
     def files(self):
@@ -78,20 +79,23 @@ class _Report:
 
     def add(self, name: str, explanation) -> None:
         """Writes the pictures of an image."""
-        image, self.made_by = len(self.images), explanation.made_by
+        image, unrefined = len(self.images), explanation.unrefined_maps
+        self.made_by, self.refined = explanation.made_by, explanation.refined
         self.images.append(Path(name).name)
         self.files.save_image(image, explanation.image)
         figures = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
         for index, (text, score, presence) in enumerate(figures):
             number = self.texts.setdefault(text, len(self.texts))
             heatmap, mask = explanation.map_and_mask(index)
-            self.files.save_map(image, number, explanation.image, heatmap, mask.numpy())
+            before = None if unrefined is None else unrefined[index]
+            self.files.save_map(image, number, explanation.image, heatmap, mask.numpy(), unrefined=before)
             self.rows.append([image, number, round(mask.float().mean().item(), 4), presence, [round(score, 4)]])
 
     def write(self) -> Path:
         """Writes the page and returns its path."""
         title = f"{len(self.images)} images"
-        return self.files.write_page(title, self.images, [*self.texts], [self.made_by], "score", self.rows)
+        texts, methods = [*self.texts], [self.made_by]
+        return self.files.write_page(title, self.images, texts, methods, "score", self.rows, refined=self.refined)
 
 
 def _save_arrays(explanation, path: Path) -> None:

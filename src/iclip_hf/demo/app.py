@@ -103,10 +103,12 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges."""
+    unrefined = explanation.unrefined_maps
     return {
         **seen.view,
         "made_by": explanation.made_by,
         "grid": list(explanation.raw_maps.shape[1:]),
+        "unrefined_grid": None if unrefined is None else list(unrefined.shape[1:]),
         "texts": [
             {
                 "text": text,
@@ -114,13 +116,15 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 "presence": present,
                 "word": word,
                 "map": raw_map,
+                "unrefined": unrefined_map,
             }
-            for text, score, present, word, raw_map in zip(
+            for text, score, present, word, raw_map, unrefined_map in zip(
                 explanation.labels,
                 explanation.scores.tolist(),
                 explanation.presences,
                 explanation.presence_words,
                 explanation.raw_maps.flatten(1).tolist(),
+                [None] * len(explanation) if unrefined is None else unrefined.flatten(1).tolist(),
             )
         ],
     }

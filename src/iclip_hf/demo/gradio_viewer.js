@@ -9,6 +9,9 @@ watch("value", async () => {
   if (value !== props.value) return; // a newer one came meanwhile
   const texts = value.texts.map(({ text }) => text);
   viewer.show({ photo, size: value.size, originalSize: value.original_size, texts, madeBy: value.made_by });
-  value.texts.forEach((one, index) => viewer.add(index, { ...one, ...enlarge(one.map, value.grid, ...value.size) }));
+  value.texts.forEach(({ map, unrefined, ...result }, index) => viewer.add(index, {
+    ...result, ...enlarge(map, value.grid, ...value.size),
+    unrefined: unrefined && enlarge(unrefined, value.unrefined_grid, ...value.size).levels,
+  }));
 });
 window.addEventListener("iclip-save-picture", viewer.savePicture);

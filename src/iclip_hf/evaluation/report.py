@@ -57,8 +57,10 @@ class Report(Metric):
         overlaps = foreground[1:] / np.maximum(foreground[0] + background[1:], 1)
         self.state.overlaps[image.index, label] = {method: overlaps.astype(np.float32)}
         self.state.areas[image.index, label] = inside.mean()
-        number = self.run.methods.index(method)
-        self.files.save_map(image.index, label - 1, image.sample.image, heatmap, inside, number)
+        number, unrefined = self.run.methods.index(method), image.explanations[method].unrefined_maps
+        if unrefined is not None:
+            unrefined = unrefined[list(image.sample.labels).index(label)]
+        self.files.save_map(image.index, label - 1, image.sample.image, heatmap, inside, number, unrefined)
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         if method == self.run.methods[0]:  # once for each image
@@ -103,6 +105,7 @@ class Report(Metric):
             methods,
             "IoU",
             rows,
+            refined=self.run.engine.refine,
             alarms=alarms,
             tables=[part for table in result.tables for part in table.split("\n\n")],
             scores=_scores_of_classes(result, len(classes)),

@@ -311,9 +311,9 @@ class Engine:
         wants_maps = any(map(len, indices))
         # Whether the method encodes the images, for the scores too.
         encodes_itself = wants_maps and best is None and not self.takes_features
-        batch, maps = _joined(images), torch.zeros(len(images), 0, 1, 1)
+        batch, maps, unrefined = _joined(images), torch.zeros(len(images), 0, 1, 1), None
         if encodes_itself:
-            maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices)
+            maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices, refine=False)
             batch = replace(batch, features=features)
         batch = self._encoded(batch, wants_maps and self.takes_features)
         scores, presence = self._score(batch.image_embeds, texts, asked.priors)
@@ -321,7 +321,9 @@ class Engine:
             indices = _best_texts(scores if presence is None else presence, texts.text_embeds, indices, best)
             texts, text_indices = select_texts(texts, _padded(indices)), None
         if wants_maps and not encodes_itself:
-            maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices)
+            maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
+        if wants_maps and self.refine:
+            maps, unrefined = refine_maps(maps, batch.pixel_values.to(maps.device)), maps.cpu()
         maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
         return [
             Explanation(
@@ -329,6 +331,7 @@ class Engine:
                 scores=scores[number][list(selected)],
                 presence=None if presence is None else presence[number][list(selected)],
                 raw_maps=maps[number, : len(selected)],
+                unrefined_maps=None if unrefined is None else unrefined[number, : len(selected)],
                 size=image.size,
                 prior=EVEN_PRIOR if asked.priors is None else asked.priors[list(selected)],
                 image=image.image,
@@ -369,6 +372,7 @@ class Engine:
         features: Sequence[ICLIPImageFeatures] | None = None,
         text_indices: Sequence[Sequence[int]] | None = None,
         scales: WholeImage | None = None,
+        refine: bool = True,
     ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
         Computes the raw maps `(B, T, h, w)` of prepared images `(B, 3, H, W)`, float32, at two scales and refined as
@@ -380,6 +384,7 @@ class Engine:
             features (`list[ICLIPImageFeatures]`, *optional*): of the views of the images, if they are encoded already.
             text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
                 The S maps of an image with fewer end with maps of any texts.
+            refine (`bool`): False leaves out the refinement of the engine.
         """
         texts, scales = for_images(texts, len(pixel_values)), scales or self.scales
         views = scales.views(pixel_values)
@@ -387,7 +392,7 @@ class Engine:
             *(self._maps_of_method(view, texts, seen, text_indices) for view, seen in zip(views, features or views))
         )
         maps = scales.join(maps, pixel_values.shape[2:])
-        return refine_maps(maps, pixel_values.to(maps.device)) if self.refine else maps, [*found]
+        return refine_maps(maps, pixel_values.to(maps.device)) if refine and self.refine else maps, [*found]
 
     def _maps_of_method(
         self,

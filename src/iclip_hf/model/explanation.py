@@ -39,6 +39,8 @@ class Explanation:
             absent.
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at
             half the height and width of the prepared image.
+        unrefined_maps (`torch.Tensor` of shape `(T, h, w)`, *optional*): the values of refined maps before their
+            refinement, on the patch grid.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
         threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for
             `label_map` alone: texts compete for all pixels.
@@ -68,6 +70,7 @@ class Explanation:
     all_scores: torch.Tensor | None = None
     method: str | None = None
     refined: bool = False
+    unrefined_maps: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.threshold is not None:
@@ -96,6 +99,7 @@ class Explanation:
             scores=self.scores[[index]],
             presence=None if self.presence is None else self.presence[[index]],
             raw_maps=self.raw_maps[[index]],
+            unrefined_maps=None if self.unrefined_maps is None else self.unrefined_maps[[index]],
             threshold=self._threshold(index),
             prior=self.priors[index],
         )

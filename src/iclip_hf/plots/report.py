@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
+from ..model.similarity import resize_and_normalize
 from ..utils.files import atomic_write
 from .colors import overlay
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 # Longest side of a picture in pixels. A page shows two dozen images, each with a picture for every method.
@@ -35,19 +41,32 @@ class ReportFolder:
         """Writes an RGB image as `<index>.jpg`."""
         _save(_reduced(image), self._images / f"{index}.jpg")
 
-    def save_map(self, index: int, text: int, image: Image.Image, heatmap, mask: np.ndarray, method: int = 0) -> None:
+    def save_map(
+        self,
+        index: int,
+        text: int,
+        image: Image.Image,
+        heatmap: torch.Tensor,
+        mask: np.ndarray,
+        method: int = 0,
+        unrefined: torch.Tensor | None = None,
+    ) -> None:
         """
         Writes the map of a text, `(H, W)` in [0, 1], over its image as `<index>-<text>-<method>.jpg`, with the outline
-        of a mask, `(H, W)` boolean.
+        of a mask, `(H, W)` boolean; and its raw map before the refinement, `(h, w)`, if there is one, as
+        `<index>-<text>-<method>-unrefined.jpg`.
         """
-        small = _reduced(image)
+        small, name = _reduced(image), f"{index}-{text}-{method}"
+        if unrefined is not None:
+            plain = resize_and_normalize(unrefined[None], small.size[::-1])[0]
+            _save(overlay(small, plain.numpy()), self._images / f"{name}-unrefined.jpg")
         values = Image.fromarray(np.asarray(heatmap, np.float32)).resize(small.size, Image.Resampling.BILINEAR)
         picture = overlay(small, np.asarray(values))
         inside = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
         padded = np.pad(inside, 1, mode="edge")
         around = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
         picture.paste(_OUTLINE, mask=Image.fromarray(inside & ~around))
-        _save(picture, self._images / f"{index}-{text}-{method}.jpg")
+        _save(picture, self._images / f"{name}.jpg")
 
     def write_page(
         self,
@@ -58,6 +77,7 @@ class ReportFolder:
         value: str,
         rows: Sequence[Sequence],
         *,
+        refined: bool = False,
         alarms: Sequence[Sequence] = (),
         tables: Sequence[str] = (),
         scores: Mapping[str, Mapping[str, Sequence[float | None]]] | None = None,
@@ -71,6 +91,7 @@ class ReportFolder:
             value (`str`): what the values of the rows are: `"IoU"`, a share, or `"score"`.
             rows: for each picture of an image and a text: their indices, the share of the image in the mask, the
                 presence or None, and a value for each method.
+            refined (`bool`): whether the maps are refined, and each has a picture of the unrefined map.
             alarms: for each text that an image does not show, and that the model calls present: the indices of image
                 and text, and the presence.
             tables (`list[str]`): tables and lists in Markdown.
@@ -83,6 +104,7 @@ class ReportFolder:
             "methods": [*methods],
             "value": value,
             "rows": rows,
+            "refined": refined,
             "alarms": alarms,
             "tables": [*tables],
             "scores": scores or {},

@@ -48,7 +48,7 @@ function explain() {
   history.replaceState(null, "", `#texts=${encodeURIComponent(texts.join("\n"))}`); // as `readLink` reads it
   if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
   const refine = find("refine").checked;
-  pending = { texts, madeBy: `itsm, ${refine ? "refined" : "plain"}` };
+  pending = { texts, madeBy: `itsm, ${refine ? "refined" : "unrefined"}` };
   busy(true);
   worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts, refine });
 }

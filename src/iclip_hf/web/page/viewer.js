@@ -26,10 +26,11 @@ function paint(canvas, draw) {
  *
  * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`:
  *   colours of texts; `limits` of the words of presence.
- * @returns `show({photo, size, originalSize, texts, madeBy})` starts with a photograph that `drawImage` takes, the texts, and
- *   how the maps are made, for the picture to save;
- *   `add(index, {score, presence, word, levels, low, high})` adds what belongs to one: presence and its word, null for
- *   a model without; its map in 0..255, row-major, of `size` (width, height), and the raw values of 0 and 255;
+ * @returns `show({photo, size, originalSize, texts, madeBy})` starts with a photograph that `drawImage` takes, the texts,
+ *   and how the maps are made, for the picture to save;
+ *   `add(index, {score, presence, word, levels, low, high, unrefined})` adds what belongs to one: presence and its
+ *   word, null for a model without; its map in 0..255, row-major, of `size` (width, height), the raw values of 0 and
+ *   255, and a refined map before its refinement, likewise in 0..255, or null;
  *   `savePicture()` downloads all overlays as they are seen.
  */
 export function createViewer(element, theme) {
@@ -206,9 +207,13 @@ export function createViewer(element, theme) {
     const [left, top] = at.map((share) => `${100 * share}%`);
     for (const { ring } of [...panels, overview]) Object.assign(ring.style, { left, top });
     overview.label.textContent = place;
+    const value = (levels) => (levels[y * shown.size[0] + x] / 255).toFixed(2);
     for (const panel of ready()) {
-      panel.value = (panel.levels[y * shown.size[0] + x] / 255).toFixed(2);
+      panel.value = value(panel.levels);
       panel.label.textContent = `${panel.value} at ${place}`;
+      if (!panel.unrefined) continue;
+      panel.value += `, unrefined ${value(panel.unrefined)}`;
+      panel.label.textContent += `\nunrefined ${value(panel.unrefined)}`;
     }
   }
 

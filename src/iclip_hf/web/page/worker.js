@@ -62,15 +62,17 @@ async function answer({ photo, photoId, texts, refine }, tell) {
     const { embeds, mapEmbeds, weight } = await encodeText(model, text);
     const score = numerics.dot(image.embeds, embeds);
     const cosines = numerics.similarities(image.patches, mapEmbeds);
-    let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid;
+    let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid, unrefined = null;
     if (refine) {
+      unrefined = numerics.enlarge(raw, grid, ...image.size).levels;
       image.neighbours ??= numerics.neighbours(image.rgb, image.shape[1], image.shape[0]);
       raw = numerics.refine(raw, grid, image.neighbours);
       grid = image.neighbours.grid;
     }
     const map = numerics.enlarge(raw, grid, ...image.size);
     const presence = numerics.presence(score, settings.presence);
-    tell({ kind: "map", index, score, presence, ...map }, [map.levels.buffer]);
+    const transferred = [map.levels, ...(unrefined ? [unrefined] : [])].map(({ buffer }) => buffer);
+    tell({ kind: "map", index, score, presence, ...map, unrefined }, transferred);
   }
   tell({ kind: "done" });
 }

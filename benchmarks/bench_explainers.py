@@ -24,7 +24,7 @@ from iclip_hf import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.similarity import min_max_normalize, resize_and_normalize
 
 

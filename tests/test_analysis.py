@@ -14,7 +14,7 @@ from PIL import Image
 
 from iclip_hf import load
 from iclip_hf.model.explanation import Explanation
-from iclip_hf.model.modeling_iclip import ICLIPImageFeatures
+from iclip_hf.model.outputs import ICLIPImageFeatures
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.legrad import _mean_mlp
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.modeling_iclip import load_tower
+from iclip_hf.model.tower_loading import load_tower
 
 
 @torch.no_grad()

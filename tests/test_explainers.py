@@ -41,7 +41,7 @@ from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import Engine, for_images
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.similarity import cosines, min_max_normalize
 
 

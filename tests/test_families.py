@@ -33,7 +33,7 @@ from iclip_hf import explain, load
 from iclip_hf.backends import MODEL_TYPES, check_model_name
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.explainers.legrad import _mean_mlp
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 
 
 def unit_texts(width):

@@ -18,7 +18,7 @@ from iclip_hf import ICLIPModel, load
 from iclip_hf.backends.identity import digest
 from iclip_hf.explainers import make_explainer
 from iclip_hf.hub.folders import export_model, init_model
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.pooling import even_patches, representative_patches
 from iclip_hf.training.features import set_statistics
 
@@ -257,7 +257,7 @@ def test_what_is_no_feature_tower_is_refused(options, message):
 def test_a_missing_package_is_named(towers, tmp_path, tiny_processor, monkeypatch):
     for part in (tiny_model(**FEATURES), tiny_processor):
         part.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("iclip_hf.model.modeling_iclip.is_timm_available", lambda: False)
+    monkeypatch.setattr("iclip_hf.model.tower_loading.is_timm_available", lambda: False)
     with pytest.raises(ImportError, match="needs the package timm: install it with `pip install timm`"):
         load(tmp_path / "model")
     with pytest.raises(ImportError, match="pip install timm"):

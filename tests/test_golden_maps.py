@@ -40,7 +40,7 @@ from iclip_hf import load
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.replaced_attention import ReplacedAttention
 from iclip_hf.model.engine import for_images, select_texts
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch")

@@ -10,7 +10,7 @@ from iclip_hf import ICLIPProcessor
 from iclip_hf.evaluation.metrics.segmentation import argmax_label_map
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.label_maps import BACKGROUND_LABEL, label_map
-from iclip_hf.model.modeling_iclip import ICLIPOutput
+from iclip_hf.model.outputs import ICLIPOutput
 from iclip_hf.model.prompts import IMAGENET_TEMPLATES, check_templates
 
 

@@ -20,7 +20,7 @@ from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.loading import load_pretrained
-from iclip_hf.model.modeling_iclip import VISION_TOWERS, LastLayers, VisionTower
+from iclip_hf.model.towers import VISION_TOWERS, LastLayers, VisionTower
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]

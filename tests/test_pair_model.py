@@ -11,7 +11,7 @@ from training_runs import eight_pairs, gradients, outputs_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
 from iclip_hf.hub.configs import EMBEDDED
-from iclip_hf.model import modeling_iclip
+from iclip_hf.model import pair_loss
 from iclip_hf.model.losses import (
     BatchNouns,
     attention_prior,
@@ -110,7 +110,7 @@ def test_chunks_are_computed_again_with_the_same_dropout(monkeypatch):
     model, batch = tiny_model().train(), tiny_inputs(7, 7)
     assert model.text_model.training and model.text_model.config.hidden_dropout_prob > 0
     again = gradients(model, batch, chunk_size=3)
-    monkeypatch.setattr(modeling_iclip, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
+    monkeypatch.setattr(pair_loss, "checkpoint", lambda encode, *inputs, use_reentrant: encode(*inputs))
     kept = gradients(model, batch, chunk_size=3)
     assert again[0] == kept[0]
     for name in kept[1]:

@@ -13,7 +13,7 @@ from transformers import AutoProcessor, CLIPImageProcessor
 from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
-from iclip_hf.model.modeling_iclip import average_prompts
+from iclip_hf.model.projections import average_prompts
 
 
 explain = partial(explain, refine=False)  # the maps as the model has them

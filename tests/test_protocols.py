@@ -24,7 +24,7 @@ from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
 from iclip_hf.evaluation.window_maps import WindowMaps, resized
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 
 
 GOLDEN_SEED = 8

@@ -7,7 +7,7 @@ from families import PAIRS, images
 from torch.nn import functional as F
 
 from iclip_hf import explain, load
-from iclip_hf.model.modeling_iclip import ICLIPTextFeatures
+from iclip_hf.model.outputs import ICLIPTextFeatures
 
 
 # Whose map is linear in the text.

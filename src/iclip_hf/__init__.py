@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .explainers.explain import explain
     from .model.configuration_iclip import ICLIPConfig
     from .model.explanation import Explanation, coco_annotations
-    from .model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPOutput, ICLIPTextFeatures
+    from .model.modeling_iclip import ICLIPModel
+    from .model.outputs import ICLIPImageFeatures, ICLIPOutput, ICLIPTextFeatures
     from .model.pipeline_iclip import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
     from .model.processing_iclip import ICLIPProcessor
     from .plots import example_image
@@ -39,11 +40,11 @@ _MODULES = {
     "explain": ".explainers.explain",
     "Explanation": ".model.explanation",
     "ICLIPConfig": ".model.configuration_iclip",
-    "ICLIPImageFeatures": ".model.modeling_iclip",
+    "ICLIPImageFeatures": ".model.outputs",
     "ICLIPModel": ".model.modeling_iclip",
-    "ICLIPOutput": ".model.modeling_iclip",
+    "ICLIPOutput": ".model.outputs",
     "ICLIPProcessor": ".model.processing_iclip",
-    "ICLIPTextFeatures": ".model.modeling_iclip",
+    "ICLIPTextFeatures": ".model.outputs",
     "load": ".backends.loading",
     "ImageTextSimilarityMapPipeline": ".model.pipeline_iclip",
     "ZeroShotImageSegmentationPipeline": ".model.pipeline_iclip",

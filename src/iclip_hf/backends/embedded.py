@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from ..data.nouns import marked_nouns
 from ..model.configuration_iclip import patch_side
-from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel, ICLIPTextFeatures
+from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
+from ..model.outputs import ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_templates
 from ..utils.cache import build_once, cache_folder, keep_in_cache

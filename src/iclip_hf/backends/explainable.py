@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..model.engine import Engine, input_device
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_prompts, normalize
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.projections import average_prompts, normalize
 from ..model.similarity import cosine_similarity_map
 from .identity import identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record, unrecorded

@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.configuration_iclip import patch_side
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
+from ..model.modeling_iclip import ICLIPModel
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from .explainable import (
     ExplainableModel,

@@ -22,8 +22,9 @@ from transformers import (
     dynamic_module_utils,
 )
 
-from ..model.modeling_iclip import ICLIPModel, check_weights
+from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
+from ..model.tower_loading import check_weights
 from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model

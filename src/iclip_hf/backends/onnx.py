@@ -18,8 +18,10 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..model.configuration_iclip import ICLIPConfig, patch_side
-from ..model.modeling_iclip import ICLIPBranch, ICLIPImageFeatures, ICLIPModel, ICLIPTextFeatures
+from ..model.modeling_iclip import ICLIPModel
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
+from ..model.projections import ICLIPBranch
 from ..utils.errors import loading_errors
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder

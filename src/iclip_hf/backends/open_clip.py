@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.feature_extraction_utils import BatchFeature
 
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_text
 from .explainable import RecordableModel, block_mlp, check_side, text_features, unit

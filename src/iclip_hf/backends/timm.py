@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..model.modeling_iclip import ICLIPImageFeatures
+from ..model.outputs import ICLIPImageFeatures
 from .explainable import block_mlp, check_side, each_alone, unit
 from .open_clip import ExplainableOpenCLIP
 

@@ -21,7 +21,7 @@ from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
 from ..explainers import make_explainer
 from ..model.engine import Engine, map_groups
-from ..model.modeling_iclip import ICLIPTextFeatures
+from ..model.outputs import ICLIPTextFeatures
 from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra
 from ..utils.files import check_new_folder

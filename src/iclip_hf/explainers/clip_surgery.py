@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord
 from ..model.engine import for_images, join_texts
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, average_prompts
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.projections import average_prompts
 from ..model.similarity import cosines
 from .replaced_attention import ReplacedAttention
 

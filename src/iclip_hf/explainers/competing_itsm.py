@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ..backends.embedded import encoded_vocabulary, vocabulary
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures, normalize
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.presence import EVEN_PRIOR, at_prior, check_priors
+from ..model.projections import normalize
 from ..model.prompts import check_text, split_texts
 from ..model.similarity import cosine_similarity_map, cosines
 from .explainer import Explainer

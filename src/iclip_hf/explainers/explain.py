@@ -12,7 +12,7 @@ from ..backends.embedded import encoded_vocabulary, vocabulary
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import load_image
-from ..model.modeling_iclip import ICLIPTextFeatures
+from ..model.outputs import ICLIPTextFeatures
 from ..model.presence import MIN_PRESENCE
 from ..model.prompts import split_texts
 from . import make_explainer

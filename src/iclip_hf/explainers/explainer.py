@@ -8,7 +8,7 @@ import torch
 
 from ..backends.explainable import recordable
 from ..backends.loading import load
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 
 
 class Explainer(ABC):

@@ -9,7 +9,7 @@ import torch
 
 from ..backends.recording import AttentionRecord
 from ..model.engine import select_texts
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosines
 from .explainer import Explainer
 

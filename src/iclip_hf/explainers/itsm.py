@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord, split_heads
-from ..model.modeling_iclip import ICLIPImageFeatures
+from ..model.outputs import ICLIPImageFeatures
 from .replaced_attention import ReplacedAttention
 
 

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from ..backends.explainable import unit
 from ..backends.recording import AttentionRecord, private_copy
 from ..model.engine import select_texts
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosines
 from .explainer import Explainer
 

@@ -13,14 +13,10 @@ from ..backends.explainable import unit
 from ..backends.families import ExplainableICLIP
 from ..backends.towers import embedded_towers
 from ..model.configuration_iclip import patch_side
-from ..model.modeling_iclip import (
-    VISION_TOWERS,
-    ICLIPImageFeatures,
-    ICLIPTextFeatures,
-    load_tower,
-    tower_config,
-)
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosine_similarity_map
+from ..model.tower_loading import load_tower, tower_config
+from ..model.towers import VISION_TOWERS
 from .explainer import Explainer
 
 

@@ -6,7 +6,7 @@ import hashlib
 
 import torch
 
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from .explainer import Explainer
 
 

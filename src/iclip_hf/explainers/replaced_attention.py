@@ -10,7 +10,7 @@ import torch
 from ..backends.explainable import unit
 from ..backends.open_clip import ExplainableOpenCLIPResNet
 from ..backends.recording import AttentionRecord
-from ..model.modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosine_similarity_map
 from .explainer import Explainer
 

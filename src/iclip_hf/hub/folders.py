@@ -17,9 +17,10 @@ from transformers import AutoImageProcessor
 from ..backends.loading import load_iclip
 from ..backends.towers import embedded_feature_tower, embedded_towers, name_towers
 from ..model.configuration_iclip import ICLIPConfig, patch_side, without_attention
-from ..model.modeling_iclip import ICLIPModel, tower_config
+from ..model.modeling_iclip import ICLIPModel
 from ..model.pipeline_iclip import PIPELINES
 from ..model.processing_iclip import ICLIPProcessor, check_tokenizer
+from ..model.tower_loading import tower_config
 from ..utils.errors import loading_errors
 from ..utils.files import atomic_folder
 from ..utils.saved_configs import clean_configs

@@ -116,7 +116,7 @@ class ICLIPConfig(PreTrainedConfig):
         average_layers (`int`, defaults to 1): number of the image tower's last layers whose mean patch tokens
             `"class_and_average"` takes, each after the tower's final norm. The class token is that of the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
-            projection, see [`~modeling_iclip.Projection`]: of the image projection of the recognition branch, and of
+            projection, see [`~projections.Projection`]: of the image projection of the recognition branch, and of
             the text projections. 0 is the paper's linear projection.
         logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits,
             which makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of

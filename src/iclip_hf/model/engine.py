@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from .explanation import Explanation
 from .images import load_image
-from .modeling_iclip import ICLIPImageFeatures, ICLIPTextFeatures
+from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts

@@ -33,7 +33,8 @@ from ..data.segmentation import SegmentationDataset
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
-from ..model.modeling_iclip import ICLIPModel, ImageInputs, in_chunks
+from ..model.modeling_iclip import ICLIPModel
+from ..model.pair_loss import ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.errors import writing_errors
 from ..utils.files import atomic_write

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from ...backends.explainable import ExplainableModel, recordable
-from ...model.modeling_iclip import ICLIPTextFeatures
+from ...model.outputs import ICLIPTextFeatures
 from ...model.similarity import cosines, resize_maps
 from .metric import EvaluatedImage, MeasuredClassMeans
 

@@ -1,0 +1,114 @@
+"""Features of images and texts, and the output of the model."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class ICLIPTextFeatures(BaseModelOutputWithPooling):
+    """
+    Features of texts. They can be computed once and reused for any number of images.
+
+    Attributes:
+        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not
+            normalised; if a label has several prompts, `text_embeds`.
+        text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
+        map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit
+            vectors that patches are compared with, equal to `text_embeds` in a model with one branch.
+        attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
+            text, float32: positive for objects, negative for the background; None unless `config.map_attention` is
+            `"signed"`. For features of other things than texts, None counts as 1.
+    """
+
+    text_embeds: torch.FloatTensor | None = None
+    map_text_embeds: torch.FloatTensor | None = None
+    attention_weights: torch.FloatTensor | None = None
+
+    compared = ("text_embeds", "map_text_embeds", "attention_weights")  # what scores and maps are computed from
+
+
+@dataclass
+class ICLIPImageFeatures(BaseModelOutputWithPooling):
+    """
+    Features of images.
+
+    Attributes:
+        pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
+        image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with
+            `max_over="similarity"`, where this branch has no image vector.
+        patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
+            vectors of the patches, to compare with `map_text_embeds`.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + K)` with a feature tower): the tower's patch
+            tokens after its final norm, followed by the K reduced features of the feature tower, row-major, N = h * w.
+        attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
+            (Eq. 9).
+        map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
+            `config.map_affinity`.
+        feature_average (`torch.Tensor` of shape `(B, K)`): mean of the reduced feature map; None without a feature
+            tower.
+    """
+
+    image_embeds: torch.FloatTensor | None = None
+    map_image_embeds: torch.FloatTensor | None = None
+    patch_embeds: torch.FloatTensor | None = None
+    patch_tokens: torch.FloatTensor | None = None
+    attention: torch.FloatTensor | None = None
+    map_attention: torch.FloatTensor | None = None
+    feature_average: torch.FloatTensor | None = None
+
+    compared = ("image_embeds", "patch_embeds", "attention", "map_attention")  # what scores and maps are computed from
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """
+        Height and width of the patch grid. It is not a field, because fields are gathered over processes as tensors.
+        """
+        return tuple(self.patch_embeds.shape[1:3])
+
+
+@dataclass
+class ICLIPOutput(ModelOutput):
+    """
+    Output of [`ICLIPModel`] for B images and T texts. With `input_ids` of three dimensions, each image has T texts of
+    its own.
+
+    Attributes:
+        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13),
+            plus that of the weights of the attention with `map_attention="signed"`.
+        branch_losses (`tuple[torch.Tensor]`, with `return_loss=True`): the loss of each branch, a scalar, recognition
+            first, without gradient.
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias,
+            float32; None of a model in training mode with `return_loss=True`.
+        logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
+        map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch.
+        map_text_embeds, patch_embeds: unit vectors that maps are computed from, see [`ICLIPTextFeatures`] and
+            [`ICLIPImageFeatures`].
+        attention (`torch.Tensor` of shape `(B, N)`): normalised class-token attention, in [0, 1], row-major,
+            N = h * w.
+        similarity_maps (`torch.Tensor` of shape `(B, T, h, w)`, with `output_similarity_maps=True`): raw maps, see
+            [`ICLIPModel.similarity_maps`].
+        vision_model_output ([`ICLIPImageFeatures`]), text_model_output ([`ICLIPTextFeatures`]): all features of the
+            images and of the texts.
+    """
+
+    loss: torch.FloatTensor | None = None
+    branch_losses: tuple[torch.FloatTensor, ...] | None = None
+    logits_per_image: torch.FloatTensor | None = None
+    logits_per_text: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    map_image_embeds: torch.FloatTensor | None = None
+    map_text_embeds: torch.FloatTensor | None = None
+    patch_embeds: torch.FloatTensor | None = None
+    attention: torch.FloatTensor | None = None
+    similarity_maps: torch.FloatTensor | None = None
+    vision_model_output: ICLIPImageFeatures | None = None
+    text_model_output: ICLIPTextFeatures | None = None
+
+    def to_tuple(self):
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())

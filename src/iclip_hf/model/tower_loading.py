@@ -1,0 +1,101 @@
+"""Loads a tower from a checkpoint, or initialises it, and checks that its weights are complete and finite."""
+
+import inspect
+import os
+from collections.abc import Iterable
+from itertools import chain
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, TimmWrapperModel
+from transformers.utils import is_timm_available, logging
+
+from .configuration_iclip import ICLIPConfig
+
+
+class FeatureTower(TimmWrapperModel):
+    """A convolutional backbone of timm."""
+
+    _no_split_modules = ["FeatureTower"]
+
+    def __init__(self, config: PreTrainedConfig):
+        if not is_timm_available():
+            raise ImportError(
+                "A feature tower needs the package timm: install it with `pip install timm`.", name="timm"
+            )
+        super().__init__(config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that `forward` moves its input to; the CPU if the weights are offloaded, where hooks move it."""
+        device = super().device
+        return torch.device("cpu") if device.type == "meta" else device
+
+
+def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
+    """
+    Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint. Raises `ValueError` for
+    an ICLIP model, whose weights have other names than a tower's.
+    """
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if config.model_type == ICLIPConfig.model_type:
+        raise ValueError(
+            f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
+        )
+    config._attn_implementation = None  # of the file, which could name code of the Hub
+    return getattr(config, side, config)
+
+
+def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
+    """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
+    if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
+        from transformers import SiglipTextModel as tower_class
+    elif config.model_type == "timm_wrapper":
+        tower_class = FeatureTower
+    else:
+        tower_class = MODEL_MAPPING[type(config)]
+    takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
+    options = {"add_pooling_layer": False} if takes_pooler else {}
+    if checkpoint is None:
+        return tower_class._from_config(config, **options)
+    # Without Transformers' report on weights that the tower does not have, such as a pooler's. Missing weights are
+    # checked below.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        tower, loading = tower_class.from_pretrained(
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except ImportError:  # of a package that is missing
+        raise
+    except Exception as error:  # which may not say of which tower it is
+        raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    check_weights(checkpoint, tower, loading["missing_keys"])
+    if os.path.isdir(checkpoint):  # elsewhere a relative path would look like a Hub id
+        tower.config._name_or_path = os.path.abspath(checkpoint)
+    return tower
+
+
+def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """
+    Raises `ValueError` if weights of a loaded model are missing, which `from_pretrained` fills with random numbers, or
+    contain NaN or infinity.
+    """
+    if missing := sorted(missing):
+        raise ValueError(
+            f"{checkpoint}: {len(missing)} weights of {type(model).__name__} are missing, such as {missing[0]}; "
+            "download it again."
+        )
+    if name := non_finite_weight(model):
+        raise ValueError(f"{checkpoint}: {name} holds NaN or infinity; download it again.")
+
+
+def non_finite_weight(model: nn.Module) -> str | None:
+    """Returns the name of a parameter or buffer with NaN or infinity, if there is one. Offloaded ones are not read."""
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
+        known = weight.is_floating_point() and not weight.is_meta
+        if known and not weight.detach().sum(dtype=torch.float32).isfinite():
+            return name
+    return None

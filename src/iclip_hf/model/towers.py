@@ -1,0 +1,301 @@
+"""The towers of the model, and the attention of the class token, which the image tower computes for it."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from .configuration_iclip import ICLIPConfig, patch_side
+from .tower_loading import load_tower
+
+
+class VisionTower(NamedTuple):
+    """What the model needs to know of a kind of image tower."""
+
+    # Class of its attention layers, the last of which computes the class token's attention.
+    attention: str
+    # Its final norm, and whether the patch tokens that it returns have passed it.
+    final_norm: str = "layernorm"
+    normed: bool = True
+    # Whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
+    interpolates: bool = False
+
+
+# Supported image towers by model type. Their first token is the class token, and the patches are their last tokens.
+VISION_TOWERS = {
+    "vit": VisionTower("ViTAttention", interpolates=True),
+    "dinov2": VisionTower("Dinov2Attention"),
+    "dinov2_with_registers": VisionTower("Dinov2WithRegistersAttention"),
+    "dinov3_vit": VisionTower("DINOv3ViTAttention", "norm"),
+    "clip_vision_model": VisionTower("CLIPAttention", "post_layernorm", normed=False, interpolates=True),
+}
+# Text towers whose pooled output is the end-of-sequence token.
+EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
+
+
+class LastLayers:
+    """
+    Carries `value_share` into the tower's last attention, and out of the tower the class token's attention there,
+    `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the `earlier` layers that `average_layers`
+    reads. It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those.
+    """
+
+    def __init__(self, value_share: float):
+        self.value_share = value_share
+        self.class_row: torch.Tensor | None = None
+        self.earlier: dict[nn.Module, torch.Tensor] = {}
+
+    def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """
+        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads), but for
+        the class token.
+        """
+        if self.value_share == 0:
+            return attended
+        own = value.transpose(1, 2)
+        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], own[:, 1:], self.value_share)], 1)
+
+
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_layers=None, **kwargs):
+    """Fused attention, which returns no weights. In the tower's last layer, it fills and applies `last_layers`."""
+    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if last_layers is not None and getattr(module, "is_last_attention", False):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        # float32 in the product, also under autocast: its logits can overflow float16, and bfloat16 rounds them
+        with torch.autocast(query.device.type, enabled=False):
+            last_layers.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
+        attended = last_layers.mix(attended, value)
+    return attended, None
+
+
+def _keep_output(layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+    if last_layers := kwargs.get("last_layers"):
+        last_layers.earlier[layer] = output
+
+
+AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
+AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
+
+
+class ImageTokens(NamedTuple):
+    """Output of the image tower for B images of N = h * w patches. Tokens are those after the tower's final norm."""
+
+    class_token: torch.Tensor  # (B, D)
+    patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with those of a feature tower, row-major
+    attention: torch.Tensor  # (B, N), class token's in the last layer, mean over the heads, not normalised, float32
+    grid: tuple[int, int]  # height and width in patches
+    tower_output: BaseModelOutputWithPooling
+    # (B, L - 1, D), mean patch tokens of the layers before the last, with L `average_layers`; None with L = 1
+    earlier_averages: torch.Tensor | None = None
+    feature_average: torch.Tensor | None = None  # (B, K), mean of the reduced feature map; None without feature tower
+
+
+class ICLIPTowers(PreTrainedModel):
+    """
+    The towers of an [`ICLIPModel`]: how they are joined, locked and run. The image and the text tower are used through
+    their public outputs.
+    """
+
+    config: ICLIPConfig
+    config_class = ICLIPConfig
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: ICLIPConfig,
+        vision_model: PreTrainedModel | None = None,
+        text_model: PreTrainedModel | None = None,
+        feature_model: PreTrainedModel | None = None,
+    ):
+        config.validate_architecture()  # `from_pretrained` sets options after the configuration was checked
+        vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
+        if vision_type not in VISION_TOWERS:
+            raise ValueError(
+                f"An image tower needs a class token: one of {sorted(VISION_TOWERS)}, not {vision_type!r}."
+            )
+        if config.text_pooling == "eos" and text_type not in EOS_TEXT_TOWERS:
+            raise ValueError(f'text_pooling="eos" needs one of {sorted(EOS_TEXT_TOWERS)}, not {text_type!r}.')
+        if config.feature_config is not None and config.feature_config.model_type != "timm_wrapper":
+            raise ValueError(f"A feature tower is a backbone of timm, not {config.feature_config.model_type!r}.")
+        super().__init__(config)
+        self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
+        self.text_model = text_model if text_model is not None else load_tower(config.text_config)
+        # A tower may copy its configuration. The model refers to this copy, so that later changes reach the layers.
+        config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
+        self.feature_model = self.feature_reduction = None
+        if config.feature_config is not None:
+            self.feature_model = feature_model if feature_model is not None else load_tower(config.feature_config)
+            config.feature_config = self.feature_model.config
+            channels = self.feature_model.timm_model.num_features
+            if config.feature_dim > channels:
+                raise ValueError(f"feature_dim is at most {channels}, the number of the feature tower's channels.")
+            self.feature_reduction = nn.Linear(channels, config.feature_dim)
+
+        self._find_last_attention()
+        if (layers := config.average_layers) > 1:
+            depth = config.vision_config.num_hidden_layers
+            stack = next(m for m in self.vision_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+            for layer in stack[-layers:-1]:
+                layer.register_forward_hook(_keep_output, with_kwargs=True)
+
+    def _find_last_attention(self):
+        """
+        Makes the last attention layer of the image tower compute the class token's row besides the fused attention.
+        """
+        name = VISION_TOWERS[self.config.vision_config.model_type].attention
+        *_, last = (module for module in self.vision_model.modules() if type(module).__name__ == name)
+        last.is_last_attention = True
+        if self.vision_model.config._attn_implementation != "eager":
+            self.vision_model.set_attn_implementation("sdpa_class_row")
+
+    def set_attn_implementation(self, *args, **kwargs):
+        """
+        Like the base class. The image tower stays on SDPA or eager attention, which return the class token's
+        attention.
+        """
+        super().set_attn_implementation(*args, **kwargs)
+        self._find_last_attention()
+
+    def train(self, mode: bool = True):
+        """
+        Sets the training mode. A locked image tower and the feature tower stay in eval mode and without gradients, and
+        a text tower of which no parameter has a gradient in eval mode, without dropout.
+        """
+        super().train(mode)
+        if hasattr(self, "text_model") and not any(weight.requires_grad for weight in self.text_model.parameters()):
+            self.text_model.eval()
+        # `from_pretrained` replaces the parameters and then calls `eval()`, so they are locked here.
+        if hasattr(self, "vision_model"):
+            if self.config.lock_vision:
+                self.vision_model.eval()
+                self.vision_model.requires_grad_(False)
+            for name, parameter in self.vision_model.named_parameters():
+                # DINO's mask token is not used, and DDP would wait for its gradient.
+                if name.endswith("mask_token"):
+                    parameter.requires_grad_(False)
+        if getattr(self, "feature_model", None) is not None:
+            self.feature_model.eval()
+            self.feature_model.requires_grad_(False)
+            self.feature_reduction.requires_grad_(False)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the input embeddings of the text tower, which `resize_token_embeddings` needs."""
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.text_model.set_input_embeddings(value)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **options):
+        # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's
+        # attention.
+        function = options.get("gradient_checkpointing_func")
+        if getattr(function, "keywords", {}).get("use_reentrant"):
+            options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **options)
+
+    def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
+        """
+        Runs the image towers on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
+        """
+        kind, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config)
+        height, width = pixel_values.shape[-2:]
+        if height % patch_size or width % patch_size:  # towers would leave out the rest
+            raise ValueError(f"Images of {height}x{width} pixels are not in multiples of the patch size {patch_size}.")
+        if kind.interpolates:
+            kwargs["interpolate_pos_encoding"] = True
+        grid = height // patch_size, width // patch_size
+        patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
+        last_layers, averages = LastLayers(self.config.value_share), None
+        if self.vision_model.config._attn_implementation == "eager":
+            if self.config.value_share:
+                raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
+            kwargs["output_attentions"] = True
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
+            factor = self.config.vision_downsampling
+            seen = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
+            outputs = self.vision_model(seen, last_layers=last_layers, **kwargs)
+            tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
+            if not kind.normed:
+                tokens = norm(tokens)
+            if (layers := self.config.average_layers) > 1:
+                earlier = list(last_layers.earlier.values())[1 - layers :]
+                averages = torch.stack([norm(output.to(tokens.device))[:, patches].mean(1) for output in earlier], 1)
+            row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
+            # Layers may be on several devices.
+            attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
+        patch_tokens, feature_average = tokens[:, patches], None
+        if self.feature_model is not None:
+            with torch.no_grad():
+                features = self.feature_map(pixel_values)
+                feature_average = self.feature_reduction(features.mean((2, 3))).to(patch_tokens)
+                on_grid = F.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2).mT
+                on_grid = self.feature_reduction(on_grid).to(patch_tokens)
+            patch_tokens = torch.cat([patch_tokens, on_grid], -1)
+        return ImageTokens(
+            class_token=tokens[:, 0],
+            patch_tokens=patch_tokens,
+            attention=attention,
+            grid=grid,
+            tower_output=outputs,
+            earlier_averages=averages,
+            feature_average=feature_average,
+        )
+
+    def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Returns the last feature map of the feature tower for `(B, 3, H, W)`, before the reduction, `(B, C, h, w)` of C
+        channels. Raises `ValueError` for a tower without a map.
+        """
+        if self.config.feature_image_mean is not None:
+            of_channels = (self.config.feature_image_mean, self.config.feature_image_std)
+            mean, std = (pixel_values.new_tensor(of).view(-1, 1, 1) for of in of_channels)
+            pixel_values = (pixel_values - mean) / std
+        # Channels last, in which convolutions are a sixth faster on CPUs.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        features = self.feature_model(pixel_values, do_pooling=False).last_hidden_state
+        channels = self.feature_reduction.in_features
+        if features.ndim != 4 or features.shape[1] != channels:
+            raise ValueError(
+                f"{self.config.feature_config.architecture} returns no feature map of {channels} channels: use a "
+                "convolutional backbone of timm."
+            )
+        return features
+
+    def encode_text(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """
+        Runs the text tower on token ids `(M, L)`. Returns text features `(M, Dt)`, see `config.text_pooling`, and the
+        output of the tower.
+        """
+        config = self.config.text_config
+        if padded := config.model_type == "siglip_text_model":
+            # SigLIP reads the last position, which was padding in its training. Some callers pad less.
+            padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
+            input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
+            attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)
+        if token_type_ids is not None:  # which CLIP's tower does not take
+            kwargs["token_type_ids"] = token_type_ids
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if self.config.text_pooling == "eos":
+            return outputs.pooler_output, outputs
+        tokens, weights = outputs.last_hidden_state, attention_mask
+        if weights is None:
+            # SigLIP's processors return no mask, and pad all texts.
+            weights = input_ids != config.pad_token_id if padded else torch.ones_like(input_ids)
+        weights = weights.unsqueeze(-1).float()
+        mean = (tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return mean.to(tokens.dtype), outputs

@@ -538,9 +538,12 @@ def test_a_format_is_a_function_and_a_row_of_the_table(tmp_path, monkeypatch):
         return Source(path, path.parent, columns, [{"caption": caption} for caption in captions], names, [path])
 
     monkeypatch.setitem(formats.FORMATS, ".lines", open_lines)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="other/name.lines"):  # not asked for on the Hub
+        load_pairs("other/name.lines")
     write_images(tmp_path, ["0.jpg", "1.jpg"])
     (tmp_path / "a.lines").write_text("0.jpg a dog\n1.jpg a cat\n./0.jpg a pet\n2.jpg absent")
-    pairs = load_pairs(tmp_path / "a.lines")
+    pairs = load_pairs(tmp_path)  # the folder stands for its file
     assert [pairs.captions(row) for row in range(3)] == [["a dog", "a pet"], ["a cat"], ["absent"]]
     assert pairs.files() == {str(tmp_path / name) for name in ("a.lines", "0.jpg", "1.jpg", "2.jpg")}
     assert [len(part) for part in pairs.split(0.5)] == [1, 2] and len(pairs.image_digests()) == 3

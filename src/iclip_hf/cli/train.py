@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..backends import check_model_name
+from ..data.formats import is_hub_dataset
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset, load_pairs
 from ..data.segmentation import SegmentationDataset, load_segmentation
@@ -21,7 +22,6 @@ from ..data.streams import PairStream
 from ..training.arguments import Arguments, ICLIPTrainingArguments, argument_parser, complete, read_arguments
 from ..training.presets import preset
 from ..utils.files import check_outside
-from ..utils.hub_ids import is_hub_id
 
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
         maps.check_classes()
     if pairs is None:
         options = {"rank": args.process_index, "world_size": args.world_size}
-        options["streaming"] = of_data.pairs_per_epoch > 0 and any(map(is_hub_id, of_data.data))
+        options["streaming"] = of_data.pairs_per_epoch > 0 and any(map(is_hub_dataset, of_data.data))
         pairs = open_pairs(of_data.data, {**vars(of_data), "seed": args.seed}, **options)
     streamed, held_out = isinstance(pairs, PairStream), None
     if of_evaluation.validation_data:

@@ -24,12 +24,11 @@ from tqdm import tqdm
 from ..model.images import load_image
 from ..utils.cache import cache_folder, keep_in_cache
 from ..utils.digests import LARGE
-from ..utils.hub_ids import is_hub_id
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .bad_pairs import BadPairError, BadPairTally
 from .columns import Columns, PairTexts, sample_caption
 from .epochs import Epochs
-from .formats import open_sources
+from .formats import is_hub_dataset, open_sources
 from .formats.arrow import open_hub_dataset
 from .formats.source import Source
 
@@ -321,7 +320,7 @@ def load_pairs(
     """
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):
-        if streaming and is_hub_id(os.fspath(source)):
+        if streaming and is_hub_dataset(os.fspath(source)):
             from .streams import PairStream  # imports torch
 
             rows = open_hub_dataset(source, split, streaming=True)

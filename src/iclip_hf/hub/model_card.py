@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from transformers import PreTrainedConfig
 
+from ..data.formats import is_hub_dataset
 from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.configuration_iclip import ICLIPConfig
@@ -95,7 +96,7 @@ def write_model_card(
     header = ModelCardData(
         **_licence(towers, record["data"]),
         base_model=[tower["id"] for tower in towers if tower["id"]] or None,
-        datasets=[data for data in record["data"] if is_hub_id(data)] or None,
+        datasets=[data for data in record["data"] if is_hub_dataset(data)] or None,
         metrics=["mmiou", "mfmb", "text_contrast"] if figures else None,
         # Without figures, the name would be a key of the header.
         **({"model_name": title, "eval_results": figures} if figures else {}),

@@ -57,9 +57,8 @@ class DataArguments:
 
     data: list[str] = _argument(
         [],
-        "training pairs: a .csv or .tsv table with the columns `image` and `caption`, a folder of images with "
-        "metadata.jsonl or metadata.csv, or with a subfolder for each class, tar shards, Parquet, a saved dataset, or "
-        "a Hub dataset",
+        "training pairs in any format of the guide (docs/guide/train.md): for example a .csv table with the columns "
+        "`image` and `caption`, a folder with a subfolder of images for each class, or a Hub dataset",
         action="extend",
     )
     image_column: str = _argument("", "column of the images, if it has no usual name")

@@ -7,13 +7,11 @@ from pathlib import Path
 
 # Folders that a path of this machine, or of another one, usually begins with.
 _USUAL_FOLDERS = ("runs", "data")
-# Files of data and nouns.
-_FILES = (".tar", ".csv", ".tsv", ".jsonl", ".parquet", ".arrow", ".txt")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can name a repository of the Hub, `org/name`: it is no file of data and no folder here."""
-    is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not name.lower().endswith(_FILES)
+    """Whether this can name a repository of the Hub, `org/name`: it is no file and no folder here."""
+    is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
     return is_form and os.path.dirname(name) not in _USUAL_FOLDERS and not os.path.exists(name)
 
 

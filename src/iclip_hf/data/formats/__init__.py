@@ -15,15 +15,21 @@ from tqdm import tqdm
 from ...utils.hub_ids import is_hub_id
 from ..columns import Columns
 from ..files import expand_braces, is_hidden
-from .arrow import open_arrow
+from .arrow import is_saved_dataset, open_arrow
 from .folders import read_class_folders
 from .shards import open_shard
 from .source import Source
-from .tables import read_table
+from .tables import METADATA, TABLES, read_table
 
 
-# By the suffix of a file.
-FORMATS = {".tar": open_shard, ".csv": read_table, ".tsv": read_table, ".jsonl": read_table, ".parquet": open_arrow}
+# For each suffix of a file, the function that opens it. A folder stands for its files, but for a table only if
+# `METADATA` names it.
+FORMATS = {".tar": open_shard, ".parquet": open_arrow, **dict.fromkeys(TABLES, read_table)}
+
+
+def is_hub_dataset(source: str) -> bool:
+    """Whether a source can be a dataset of the Hub: it is a Hub id, and not the name of a file of pairs."""
+    return is_hub_id(source) and Path(source).suffix.lower() not in FORMATS
 
 
 def open_sources(sources: Sequence[str | os.PathLike], columns: Columns, split: str = "train") -> list[Source]:
@@ -34,7 +40,7 @@ def open_sources(sources: Sequence[str | os.PathLike], columns: Columns, split: 
     opened: dict[str, list[Source]] = {}
     names = [*map(os.fspath, sources)]
     for name in dict.fromkeys(names):
-        if is_hub_id(name):
+        if is_hub_dataset(name):
             opened[name] = [open_arrow(Path(name), columns, split, hub=True)]
         else:
             paths = tqdm(_local_paths(name), desc="Indexing", unit="file", delay=2, leave=False)
@@ -43,10 +49,8 @@ def open_sources(sources: Sequence[str | os.PathLike], columns: Columns, split: 
 
 
 def _open(path: Path, columns: Columns, split: str) -> Source:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-        return open_arrow(path, columns, split)
     if path.is_dir():
-        return read_class_folders(path)
+        return open_arrow(path, columns, split) if is_saved_dataset(path) else read_class_folders(path)
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: a file of pairs is one of {', '.join(FORMATS)}; convert or rename it.")
     return FORMATS[path.suffix.lower()](path, columns)
@@ -56,11 +60,10 @@ def _local_paths(source: str) -> list[Path]:
     """Returns the files of a source, or its folder."""
     if os.path.isdir(source):
         folder = Path(source)
-        tables = [folder / f"metadata.{kind}" for kind in ("jsonl", "csv")]  # as in an `imagefolder` of `datasets`
-        if table := next(filter(Path.is_file, tables), None):
+        if table := next(filter(Path.is_file, map(folder.joinpath, METADATA)), None):
             return [table]
         visible = sorted(file for file in folder.iterdir() if not is_hidden(file.name))
-        return [file for file in visible if file.suffix.lower() in (".tar", ".parquet")] or [folder]
+        return [file for file in visible if file.suffix.lower() in FORMATS.keys() - TABLES] or [folder]
     if os.path.isfile(source):
         return [Path(source)]
     files = [file for pattern in expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]] or [source]

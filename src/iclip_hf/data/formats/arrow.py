@@ -51,6 +51,11 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
     return Source(path, path.parent, columns, rows, PackedRows(names), files)
 
 
+def is_saved_dataset(path: Path) -> bool:
+    """Returns whether a folder was written by `save_to_disk`."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
 def _is_downloaded(name: str) -> bool:
     # Others wrote the rows of the Hub: they may name what was downloaded, but no other file of this machine.
     from datasets import config

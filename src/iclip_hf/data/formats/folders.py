@@ -1,4 +1,4 @@
-"""Folders of images, of which each subfolder holds those of one class."""
+"""Folders with a subfolder of images for each class."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def read_class_folders(path: Path) -> Source:
     images = [image for image in found if len(image.parts) == 2]
     if not images:
         raise FileNotFoundError(
-            f"{path}: there is neither metadata.jsonl, metadata.csv, a .tar or .parquet file, nor an image in a "
-            "folder of its class, such as dog/1.jpg; name another folder, or the table itself."
+            f"{path}: there is neither a file of pairs nor an image in a folder of its class, such as dog/1.jpg; name "
+            "another folder, or a table itself if it is not called metadata.jsonl or metadata.csv."
         )
     if elsewhere := [image for image in found if len(image.parts) != 2]:
         logger.warning(

@@ -12,6 +12,10 @@ from ..columns import LABEL_COLUMNS, Columns
 from .source import PackedRows, Source
 
 
+TABLES = (".csv", ".tsv", ".jsonl")
+METADATA = ("metadata.jsonl", "metadata.csv")  # the table of a folder, as in an `imagefolder` of `datasets`
+
+
 def read_table(path: Path, columns: Columns) -> Source:
     """
     Reads a text file in UTF-8: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are

@@ -91,10 +91,11 @@ def tower_facts(model_folder: Path, dataset) -> str:
         image = model.encode_image(processor(images=sample.image)["pixel_values"])
         patches = image.patch_tokens[0]
         quantile = model.config.attention_quantile
-        lit = {n: normalize_attention(image.attention, n, quantile) for n in ("minmax", "quantile")}
+        raw = image.raw_attention
+        lit = {n: normalize_attention(raw, n, quantile) for n in ("minmax", "quantile")}
         won = {n: (patches * a[0, :, None]).argmax(0).bincount(minlength=len(patches)) for n, a in lit.items()}
         cosine = torch.cosine_similarity(patches, image.class_token).mean()
-        brightest = image.attention.max() / image.attention.median()
+        brightest = raw.max() / raw.median()
         facts.append([cosine, brightest, *(won[norm].max() / patches.shape[1] for norm in lit)])
     cosine, ratio, minmax, quantile = torch.tensor(facts).mean(0).tolist()
     return (

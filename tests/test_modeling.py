@@ -59,7 +59,7 @@ def test_attention_is_the_class_tokens_row_of_the_last_layer(vision, tmp_path):
     attentions = reference.tower_output.attentions
     assert len(attentions) == 2 and attentions[-1].shape == (2, 4, 25 + registers, 25 + registers)
     row = attentions[-1][:, :, 0, 1 + registers :].mean(1)
-    torch.testing.assert_close(tokens.attention, row, atol=1e-6, rtol=0)
+    torch.testing.assert_close(tokens.raw_attention, row, atol=1e-6, rtol=0)
     torch.testing.assert_close(tokens.patch_tokens, reference.patch_tokens, atol=1e-5, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_patches_are_the_last_tokens_of_a_tower(monkeypatch):
         tokens = model.encode_image(pixel_values)
     assert tokens.tower_output.last_hidden_state.shape[1] == 2 + 24
     assert torch.equal(tokens.patch_tokens, tokens.tower_output.last_hidden_state[:, 2:])
-    assert tokens.attention.shape == (2, 24) and run(model).similarity_maps.shape == (2, 3, *GRID)
+    assert tokens.raw_attention.shape == (2, 24) and run(model).similarity_maps.shape == (2, 3, *GRID)
 
 
 def test_attention_row_stays_after_switching_the_implementation():

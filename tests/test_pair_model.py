@@ -70,7 +70,7 @@ def test_the_loss_reads_representative_patches_shared_among_those_like_them():
     chosen = representative_patches(image.patch_tokens, model.normalized_attention(image), image.grid, 6)
     rows = torch.arange(2).unsqueeze(1)
     torch.testing.assert_close(few.patches, patches[rows, chosen])
-    torch.testing.assert_close(few.attention, every.map_attention[rows, chosen])
+    torch.testing.assert_close(few.map_attention, every.map_attention[rows, chosen])
     torch.testing.assert_close(few.even_patches, patches[:, even_patches(image.grid)])
 
 
@@ -421,7 +421,7 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
         patches, even = (
             model.interpretability.embed_image(tokens) for tokens in (inputs.patches, inputs.even_patches[1:])
         )
-        prior = attention_prior(inputs.attention, known.is_background)
+        prior = attention_prior(inputs.map_attention, known.is_background)
         shares = shares_of_texts(20 * patches @ texts.T, prior)
         expected = competition_loss(shares_by_place(shares, even, texts, 20, known), known.shown)
     torch.testing.assert_close(losses[1], expected, atol=1e-5, rtol=0)
@@ -433,8 +433,8 @@ def test_without_a_mask_the_loss_does_not_see_the_attention():
     with torch.no_grad():
         inputs = model.image_inputs(model.encode_image(batch.pop("pixel_values")))
         for model.config.pooling in ("max", "masked_max"):
-            for attention in (inputs.attention, torch.ones_like(inputs.attention)):
-                images = inputs._replace(attention=attention)
+            for attention in (inputs.map_attention, torch.ones_like(inputs.map_attention)):
+                images = inputs._replace(map_attention=attention)
                 _, of_map = model(**batch, image_inputs=images, return_loss=True).branch_losses
                 losses.setdefault(model.config.pooling, []).append(of_map.item())
     assert losses["max"] == pytest.approx([losses["masked_max"][1]] * 2, abs=1e-5)

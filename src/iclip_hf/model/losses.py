@@ -289,7 +289,7 @@ class BranchBatch:
         images (`torch.Tensor` of shape `(B, P)`, or `(B, K, P)` in the map branch with `max_over="similarity"`): unit
             vectors of images, or of their patches.
         captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
-        attention (`torch.Tensor` of shape `(B, K)`, *optional*): of the patches, in [0, 1].
+        map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
         prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of a prompt of each noun.
         even_patches (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
@@ -300,7 +300,7 @@ class BranchBatch:
     config: ICLIPConfig
     images: torch.Tensor
     captions: torch.Tensor
-    attention: torch.Tensor | None = None
+    map_attention: torch.Tensor | None = None
     nouns: BatchNouns | None = None
     prompts: torch.Tensor | None = None
     even_patches: torch.Tensor | None = None
@@ -314,7 +314,7 @@ class BranchBatch:
         """Returns the logits (B, T) of this process's images and texts, unit vectors (T, P)."""
         if self.images.ndim == 2:
             return self.branch(cosines(self.images, texts))
-        weights = torch.ones_like(self.attention) if self.config.pooling == "max" else self.attention
+        weights = torch.ones_like(self.map_attention) if self.config.pooling == "max" else self.map_attention
         return self.branch(pool_similarities(self.images, texts, weights, self.config.max_sharpness))
 
     @cached_property
@@ -325,7 +325,7 @@ class BranchBatch:
     @cached_property
     def prior(self) -> torch.Tensor:
         """The prior of the patches for each noun by their attention (B, K, V)."""
-        return attention_prior(self.attention, self.nouns.is_background)
+        return attention_prior(self.map_attention, self.nouns.is_background)
 
     def evenly(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the evenly spread patches of the images (B,), boolean, that are `nouns.spread_evenly`."""

@@ -204,7 +204,7 @@ class ICLIPModel(ICLIPTowers):
         """
         Returns the class token's attention over the patches, `(B, N)` in [0, 1] (Eq. 9), see `config.attention_norm`.
         """
-        return normalize_attention(image.attention, self.config.attention_norm, self.config.attention_quantile)
+        return normalize_attention(image.raw_attention, self.config.attention_norm, self.config.attention_quantile)
 
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
@@ -218,7 +218,7 @@ class ICLIPModel(ICLIPTowers):
             if name == "feature_average":
                 return image.feature_average
             mode, _, norm = name.partition("/")
-            attention = normalize_attention(image.attention, norm or "minmax", self.config.attention_quantile)
+            attention = normalize_attention(image.raw_attention, norm or "minmax", self.config.attention_quantile)
             return pool(image.patch_tokens, image.class_token, attention, mode)
 
         return {name: pooled(name) for name in poolings if name}
@@ -226,8 +226,8 @@ class ICLIPModel(ICLIPTowers):
     def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
         Returns by name what a loss can read of images: their vectors by the `poolings`, see `config.poolings`; with
-        `max_over="similarity"` also `patches`, `attention` and, with `known_competition`, `even_patches` of
-        [`ImageInputs`], centred and shared. With a locked tower they can be computed once and kept.
+        `max_over="similarity"` also `patches`, `attention` (`map_attention`) and, with `known_competition`,
+        `even_patches` of [`ImageInputs`]. With a locked tower they can be computed once and kept, by these names.
         """
         config, features = self.config, self._pooled(image, poolings)
         if config.max_over == "channels":

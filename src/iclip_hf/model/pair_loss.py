@@ -21,9 +21,9 @@ class ImageInputs(NamedTuple):
     recognition: torch.Tensor
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens of the map branch, centred and shared among similar patches, of `representative_patches`, (B, K, D), and
-    # their attention in [0, 1], (B, K), float32. None with `max_over="channels"`.
+    # their attention after it in [0, 1], (B, K), float32. None with `max_over="channels"`.
     patches: torch.Tensor | None = None
-    attention: torch.Tensor | None = None
+    map_attention: torch.Tensor | None = None
     even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D); None without `known_competition`
 
 
@@ -50,7 +50,7 @@ def pair_loss(
         losses, attention_loss = [branch_loss("recognition", batch)], 0
         if branch:  # which can be on another device
             prompts = None if nouns is None else nouns.prompts(map_texts[count:])
-            batch = BranchBatch(branch, model.config, map_images, map_texts[:count], image.attention)
+            batch = BranchBatch(branch, model.config, map_images, map_texts[:count], image.map_attention)
             if model.config.max_over == "similarity":  # no other map learns from nouns
                 batch.nouns, batch.prompts, batch.even_patches = nouns, prompts, even_patches
             losses.append(branch_loss("map", batch).to(images.device))

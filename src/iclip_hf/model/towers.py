@@ -18,8 +18,8 @@ from .tower_loading import load_tower
 class VisionTower(NamedTuple):
     """What the model needs to know of a kind of image tower."""
 
-    # Class of its attention layers, the last of which computes the class token's attention.
-    attention: str
+    # Class of its attention layers. The last one computes the class token's attention.
+    attention_class: str
     # Its final norm, and whether the patch tokens that it returns have passed it.
     final_norm: str = "layernorm"
     normed: bool = True
@@ -88,7 +88,7 @@ class ImageTokens(NamedTuple):
 
     class_token: torch.Tensor  # (B, D)
     patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with those of a feature tower, row-major
-    attention: torch.Tensor  # (B, N), class token's in the last layer, mean over the heads, not normalised, float32
+    raw_attention: torch.Tensor  # (B, N), the class token's in the last layer, mean over the heads, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
     # (B, L - 1, D), mean patch tokens of the layers before the last, with L `average_layers`; None with L = 1
@@ -150,7 +150,7 @@ class ICLIPTowers(PreTrainedModel):
         """
         Makes the last attention layer of the image tower compute the class token's row besides the fused attention.
         """
-        name = VISION_TOWERS[self.config.vision_config.model_type].attention
+        name = VISION_TOWERS[self.config.vision_config.model_type].attention_class
         *_, last = (module for module in self.vision_model.modules() if type(module).__name__ == name)
         last.is_last_attention = True
         if self.vision_model.config._attn_implementation != "eager":
@@ -231,7 +231,7 @@ class ICLIPTowers(PreTrainedModel):
                 averages = torch.stack([norm(output.to(tokens.device))[:, patches].mean(1) for output in earlier], 1)
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
-            attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
+            raw_attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
         patch_tokens, feature_average = tokens[:, patches], None
         if self.feature_model is not None:
             with torch.no_grad():
@@ -243,7 +243,7 @@ class ICLIPTowers(PreTrainedModel):
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=patch_tokens,
-            attention=attention,
+            raw_attention=raw_attention,
             grid=grid,
             tower_output=outputs,
             earlier_averages=averages,

@@ -66,7 +66,7 @@ def test_the_loss_reads_representative_patches_shared_among_those_like_them():
     with torch.no_grad():
         image = model.encode_image(inputs["pixel_values"])
         few, every = model.image_inputs(image), model.get_image_features(inputs["pixel_values"])
-        patches, _ = model._shared(image.patch_tokens, model.normalized_attention(image))
+        patches, _ = model._average_similar(image.patch_tokens, model.normalized_attention(image))
     chosen = representative_patches(image.patch_tokens, model.normalized_attention(image), image.grid, 6)
     rows = torch.arange(2).unsqueeze(1)
     torch.testing.assert_close(few.patches, patches[rows, chosen])

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from iclip_hf.model.pooling import normalize_attention, pool, pool_similarities, share_among_like
+from iclip_hf.model.pooling import average_by_affinity, normalize_attention, pool, pool_similarities
 
 
 ATTENTION = torch.tensor([[0.1, 0.5, 0.2, 0.3, 0.1]])
@@ -130,5 +130,5 @@ def test_sharing_equals_its_formula_without_the_matrix_of_all_patches(columns):
         units, others = (one / one.norm(dim=-1, keepdim=True) for one in (asked, tokens))
         weights = (4 * units @ others.mT).softmax(-1)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if only the kernel with the matrix fits
-            shared = share_among_like(values, tokens, 4, asked)
+            shared = average_by_affinity(values, tokens, 4, asked)
         torch.testing.assert_close(shared, weights @ values, atol=1e-5, rtol=1e-4)

@@ -41,8 +41,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, K, L, H and W are dynamic.
 
     - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
-      `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, the `attention` and, shared among like patches, the
-      `map_attention` `(B, N)` in [0, 1], as in [`ICLIPImageFeatures`].
+      `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, and to `attention` and `map_attention` `(B, N)` in
+      [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` of K prompts of
       each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"`
       to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].

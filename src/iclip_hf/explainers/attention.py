@@ -1,4 +1,4 @@
-"""Attention of the last layer, as it is or shared among similar patches. It does not depend on the text."""
+"""Attention of the last layer, as it is or averaged over similar patches. It does not depend on the text."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Attention(Explainer):
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         features, attention = self.model.attention(pixel_values)
-        return _of_all_texts(attention, features, texts), features
+        return _repeat_for_texts(attention, features, texts), features
 
 
 class AttentionAffinity(Explainer):
     """
-    The attention of [`Attention`], shared among similar patches, see `config.map_affinity`. This is the part of an
+    The attention of [`Attention`], averaged over similar patches, see `config.map_affinity`. This is the part of an
     ICLIP map that does not depend on the text.
     """
 
@@ -44,10 +44,10 @@ class AttentionAffinity(Explainer):
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        return _of_all_texts(features.map_attention, features, texts), features
+        return _repeat_for_texts(features.map_attention, features, texts), features
 
 
-def _of_all_texts(attention: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+def _repeat_for_texts(attention: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
     """Repeats attention over the patches `(B, N)` as the map of each of T texts, `(B, T, h, w)`."""
     maps = attention.unflatten(-1, features.grid).unsqueeze(1)
     return maps.expand(-1, texts.text_embeds.shape[1], -1, -1)

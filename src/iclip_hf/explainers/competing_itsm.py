@@ -66,11 +66,11 @@ class CompetingITSM(Explainer):
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
         alike = _directions(texts, mean) @ _directions(rivals, mean).mT
-        maps, of_rivals = (
+        maps, rival_maps = (
             cosine_similarity_map(features.patch_embeds, embeds)
             for embeds in (texts.map_text_embeds, rivals.map_text_embeds)
         )
-        maps = compete(maps, of_rivals, weights.unsqueeze(1) * (alike < ALIKE), self.scale)
+        maps = compete(maps, rival_maps, weights.unsqueeze(1) * (alike < ALIKE), self.scale)
         return self.model.weigh_maps(maps, features, texts), features
 
     def _encode(self, templates: tuple[str, ...]) -> tuple[torch.Tensor, ICLIPTextFeatures]:
@@ -96,5 +96,5 @@ def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, sca
     with torch.autocast(maps.device.type, enabled=False):
         highest = rivals.amax(1, keepdim=True)  # so that no power is infinite
         powers = weights.float() @ (scale * (rivals - highest)).exp().flatten(2)
-        of_rivals = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
-        return maps - torch.logaddexp(scale * maps, of_rivals) / (2 * scale)
+        log_sum = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
+        return maps - torch.logaddexp(scale * maps, log_sum) / (2 * scale)

@@ -47,8 +47,8 @@ class GradCAM(GradientExplainer):
                 (gradient,) = torch.autograd.grad(logits[:, text].sum(), average, retain_graph=True)
                 # A mean has the same gradient at each place. The product of the features f with theirs is that of
                 # their reduction W f, without its bias, with its own gradient.
-                own = features - network.feature_reduction.bias.to(features)
-                maps.append((own @ gradient.unsqueeze(-1)).squeeze(-1).relu())
+                reduced = features - network.feature_reduction.bias.to(features)
+                maps.append((reduced @ gradient.unsqueeze(-1)).squeeze(-1).relu())
         return torch.stack(maps, 1).detach().unflatten(-1, image.grid), image
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

@@ -35,7 +35,7 @@ class MaskCLIP(LastBlock):
         super().__init__(model, residual)
 
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        if not self.of_pool:
+        if not self.is_pool:
             return layer.value
         pool = self.model.layers[0].block
         return split_heads(pool.v_proj(layer.stream), pool.num_heads)

@@ -54,8 +54,8 @@ class ProxyCLIP(Explainer):
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         image, (layer, *_) = self.model.trace(pixel_values, self.block)
         if self.proxy is None:
-            own = image.patch_tokens[..., : layer.stream.shape[-1]]  # without those of a feature tower
-            tokens = own.unflatten(1, image.grid)
+            vision_tokens = image.patch_tokens[..., : layer.stream.shape[-1]]  # without features of a feature tower
+            tokens = vision_tokens.unflatten(1, image.grid)
         else:
             tokens = self._proxy_tokens(pixel_values)
         grid, value = tokens.shape[1:3], layer.value[:, :, -math.prod(image.grid) :]
@@ -76,13 +76,15 @@ class ProxyCLIP(Explainer):
 
     def _proxy_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the proxy's patch tokens `(B, h, w, D)`."""
-        config, of_model, of_proxy = self.proxy.config, self.model.processor.image_processor, self.proxy_processor
-        weight = next(self.proxy.parameters())
+        config, weight = self.proxy.config, next(self.proxy.parameters())
+        model_processor, proxy_processor = self.model.processor.image_processor, self.proxy_processor
         pixels = pixel_values.to(weight)
-        if of_model.do_normalize:  # undone, because the proxy has its own normalisation
-            pixels = pixels * _channels(of_model.image_std, weight) + _channels(of_model.image_mean, weight)
-        if of_proxy.do_normalize:
-            pixels = (pixels - _channels(of_proxy.image_mean, weight)) / _channels(of_proxy.image_std, weight)
+        if model_processor.do_normalize:  # undone, because the proxy has its own normalisation
+            mean, std = _channels(model_processor.image_mean, weight), _channels(model_processor.image_std, weight)
+            pixels = pixels * std + mean
+        if proxy_processor.do_normalize:
+            mean, std = _channels(proxy_processor.image_mean, weight), _channels(proxy_processor.image_std, weight)
+            pixels = (pixels - mean) / std
         patch = patch_side(config)
         grid = [max(1, round(side / patch)) for side in pixels.shape[2:]]
         size = [side * patch for side in grid]

@@ -35,8 +35,8 @@ class ReplacedAttention(Explainer):
 
     def __init__(self, model, depth: int, residual: bool = True, mlp: bool = False):
         super().__init__(model)
-        self.of_pool = self.replaces_pool and isinstance(self.model, ExplainableOpenCLIPResNet)
-        if self.of_pool:
+        self.is_pool = self.replaces_pool and isinstance(self.model, ExplainableOpenCLIPResNet)
+        if self.is_pool:
             self.blocks, self.residual, self.mlp = [0], False, False
         else:
             self.blocks = self.model.self_attentions(type(self).__name__, depth)

@@ -97,15 +97,16 @@ class ICLIPConfig(PreTrainedConfig):
         center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images'
             patch tokens from its patch tokens. The model stores this mean as `token_mean`. Requires
             `max_over="similarity"`.
-        value_share (`float` in [0, 1], defaults to 0): share of the patch's value in the output of the image tower's
-            last attention. 0 is the attention of the tower. 1 is that of MaskCLIP, where each patch attends to itself
-            only, so that its token describes its own place. The class token is not changed. Requires SDPA attention.
-        map_affinity (`float`, defaults to 0): sharpness of the sharing among similar patches. Token and attention of
+        value_share (`float` in [0, 1], defaults to 0): weight of the patch's own value in the output of the image
+            tower's last attention. 0 keeps the attention of the tower. With 1, each patch attends to itself only, as
+            in MaskCLIP, so that its token describes its own position. The class token is not changed. Requires SDPA
+            attention.
+        map_affinity (`float`, defaults to 0): sharpness of the average over similar patches. Token and attention of
             each patch become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0
-            disables sharing.
-        recognition_share (`float` in [0, 1), defaults to 0): share of the recognition branch in the map, whose values
-            are then (1 - share) times the cosine of the map branch plus share times that of the recognition branch,
-            which applies its projection of the average patch to each patch. Requires
+            disables the average.
+        recognition_share (`float` in [0, 1), defaults to 0): weight w of the recognition branch in the map, whose
+            values are then (1 - w) times the cosine of the map branch plus w times the cosine of the recognition
+            branch. This branch applies its projection of the average patch to each patch. Requires
             `recognition_pooling="class_and_average"` or `"feature_average"`.
 
         recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of
@@ -122,14 +123,14 @@ class ICLIPConfig(PreTrainedConfig):
             which makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of
             the noun loss. Without a bias, the model has no presence.
         presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a
-            prior of 0.5. The logit bias itself is that of the share of positives in training.
+            prior of 0.5. The logit bias itself fits the fraction of positives in training.
 
-        noun_weight (`float` in [0, 1], defaults to 0.5): share of the nouns in the loss of a branch, where a batch has
-            nouns. With `max_over="channels"` only the recognition branch learns from nouns.
+        noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, where a batch
+            has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
         unknown_weight (`float` in [0, 1], defaults to 0.1): weight of a noun that no text of an image names and no
             label excludes, in the loss of a recognition branch with a bias.
-        noun_competition (`float` in [0, 1], defaults to 0): share, in the noun loss of the map branch, of a loss in
-            which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
+        noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
+            in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, those that
             it shows or is known not to show, compete for its patches, of the images whose labels are complete for the
             background: a noun shown has patches, and a patch shows one of these nouns
@@ -238,14 +239,14 @@ class ICLIPConfig(PreTrainedConfig):
         `"feature_average"`. Without dual projections both are the same.
         """
         pooling = f"masked_max/{self.attention_norm}" if self.pooling == "masked_max" else self.pooling
-        of_map = pooling if self.max_over == "channels" else None
+        map_pooling = pooling if self.max_over == "channels" else None
         if not self.dual_projection:
-            return [pooling], of_map
+            return [pooling], map_pooling
         if self.recognition_pooling == "feature_average":
-            return ["feature_average"], of_map
+            return ["feature_average"], map_pooling
         earlier = ["earlier_averages"] if self.average_layers > 1 else []
         average = ["average"] if self.recognition_pooling == "class_and_average" else []
-        return [*earlier, "class_token", *average], of_map
+        return [*earlier, "class_token", *average], map_pooling
 
     @property
     def patch_dim(self) -> int:

@@ -19,7 +19,7 @@ from .regions import Region, find_regions, negative_points, positive_points, run
 from .similarity import resize_and_normalize
 
 
-# A text is covered by the others if it keeps less than this share of its own mask in a label map.
+# A text is covered by the others if it keeps less than this fraction of its own mask in a label map.
 _COVERED = 0.05
 
 
@@ -45,8 +45,8 @@ class Explanation:
         threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for
             `label_map` alone: texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
-        prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): share of the images that is assumed to show a
-            text: 0.5, and for `explain` without texts that of each noun in [`vocabulary`].
+        prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): fraction of the images that are assumed to show
+            a text: 0.5, or for `explain` without texts the prior of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
         all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, also of those whose maps were
             not wanted, see [`Engine.prepare`].

@@ -62,8 +62,8 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
     logits = logits.float()
     negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
     rows, columns = positives.nonzero(as_tuple=True)  # positives are few
-    own = logits[rows, columns]
-    losses = torch.logaddexp(own, negatives[rows]) - own
+    positive = logits[rows, columns]
+    losses = torch.logaddexp(positive, negatives[rows]) - positive
     return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
@@ -166,13 +166,13 @@ class BatchNouns(NamedTuple):
     @classmethod
     def gathered(cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, **marks: torch.Tensor) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are the `nouns` of [`ICLIPModel.forward`]."""
-        noun_ids, everyone = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
+        noun_ids, all_labels = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
         # Sorted by noun; `torch.unique` does not return where each stands first.
         first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
         nouns = noun_ids[first]
         marks = {name: gather_with_gradient(mark)[first] for name, mark in marks.items()}
-        own = noun_labels[:, nouns]
-        return cls(first, own > 0, everyone[:, nouns] > 0, own < 0, **marks)
+        labels = noun_labels[:, nouns]
+        return cls(first, labels > 0, all_labels[:, nouns] > 0, labels < 0, **marks)
 
     @property
     def shows_place(self) -> torch.Tensor:
@@ -266,13 +266,13 @@ def known_competition_loss(
     shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
     logits = scale * (patches.float() @ prompts[columns].float().mT)
     # A large number instead of infinity, whose gradient would be NaN in a noun without known patches.
-    shares = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
-    prior = place_prior(even_heights().to(place.device), place).log()
-    log_shares = smooth_maximum(shares, prior, SHARE_EXPONENT, 1)
-    of_nouns = -(log_shares * shown).sum(1) / shown.sum(1)
-    of_patches = -shares.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
-    of_all = gather_with_gradient(complete)
-    return (of_nouns + of_patches).sum() * len(of_all) / len(complete) / of_all.sum().clamp(min=1)
+    log_softmax = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
+    log_prior = place_prior(even_heights().to(place.device), place).log()
+    log_shares = smooth_maximum(log_softmax, log_prior, SHARE_EXPONENT, 1)
+    noun_losses = -(log_shares * shown).sum(1) / shown.sum(1)
+    patch_losses = -log_softmax.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
+    all_complete = gather_with_gradient(complete)
+    return (noun_losses + patch_losses).sum() * len(all_complete) / len(complete) / all_complete.sum().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- terms
@@ -307,7 +307,7 @@ class BranchBatch:
 
     @property
     def noun_weight(self) -> float:
-        """The share of nouns in the loss."""
+        """The weight of the nouns in the loss."""
         return 0.0 if self.nouns is None else self.config.noun_weight
 
     def logits(self, texts: torch.Tensor) -> torch.Tensor:

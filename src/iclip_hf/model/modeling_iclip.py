@@ -13,11 +13,11 @@ from .losses import BatchNouns
 from .outputs import ICLIPImageFeatures, ICLIPOutput, ICLIPTextFeatures
 from .pair_loss import ImageInputs, in_chunks, pair_loss
 from .pooling import (
+    average_by_affinity,
     even_patches,
     normalize_attention,
     pool,
     representative_patches,
-    share_among_like,
 )
 from .projections import ICLIPBranch, Projection, average_prompts, join_branches, normalize
 from .similarity import cosine_similarity_map, cosines, min_max_normalize
@@ -72,10 +72,10 @@ class ICLIPModel(ICLIPTowers):
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
-        recognised, _ = config.poolings
+        recognition_poolings, _ = config.poolings
         widths = {"class_token": image_dim, "earlier_averages": (config.average_layers - 1) * image_dim}
         widths["feature_average"] = config.feature_dim
-        width = sum(widths.get(pooling, config.patch_dim) for pooling in recognised)
+        width = sum(widths.get(pooling, config.patch_dim) for pooling in recognition_poolings)
         self.recognition = ICLIPBranch(config, width, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
@@ -169,7 +169,7 @@ class ICLIPModel(ICLIPTowers):
         towers = {"vision_config": vision, "text_config": text} | ({"feature_config": features} if features else {})
         found = {name: tower_config(tower, name) for name, tower in towers.items()}
         pooling = "eos" if found["text_config"].model_type in EOS_TEXT_TOWERS else "mean"
-        given = {name: of for name, of in config_options.items() if of is not None or name not in found}
+        given = {name: value for name, value in config_options.items() if value is not None or name not in found}
         config = cls.config_class(**{**found, "text_pooling": pooling, **given})
         if config.feature_config is not None and not features:
             raise ValueError("The configuration has a feature tower: name one (features, --feature_tower).")
@@ -233,40 +233,40 @@ class ICLIPModel(ICLIPTowers):
         if config.max_over == "channels":
             return features
         tokens, attention = self.centered_tokens(image.patch_tokens), self.normalized_attention(image)
-        own = tokens[..., : config.vision_config.hidden_size]  # without those of a feature tower
-        chosen = representative_patches(own, attention, image.grid, config.map_tokens)
-        features["patches"], features["attention"] = self._shared(tokens, attention, chosen)
+        vision_tokens = tokens[..., : config.vision_config.hidden_size]  # without the features of a feature tower
+        chosen = representative_patches(vision_tokens, attention, image.grid, config.map_tokens)
+        features["patches"], features["attention"] = self._average_similar(tokens, attention, chosen)
         if config.known_competition:
             evenly = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
-            features["even_patches"], _ = self._shared(tokens, attention, evenly)
+            features["even_patches"], _ = self._average_similar(tokens, attention, evenly)
         return features
 
     def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
         """Returns what this model's loss reads of images, from their `loss_features`."""
-        recognised, of_map = self.config.poolings
-        recognition = torch.cat([features[name] for name in recognised], -1)
-        return ImageInputs(recognition, *map(features.get, (of_map, "patches", "attention", "even_patches")))
+        recognition_poolings, map_pooling = self.config.poolings
+        recognition = torch.cat([features[name] for name in recognition_poolings], -1)
+        return ImageInputs(recognition, *map(features.get, (map_pooling, "patches", "attention", "even_patches")))
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
         """Returns what the loss reads of images: pooled tokens, and few tokens of the map branch."""
-        recognised, of_map = self.config.poolings
-        return self.loss_inputs(self.loss_features(image, [*recognised, of_map]))
+        recognition_poolings, map_pooling = self.config.poolings
+        return self.loss_inputs(self.loss_features(image, [*recognition_poolings, map_pooling]))
 
-    def _shared(
+    def _average_similar(
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Returns tokens `(B, K, D)` and attention `(B, K)` of the chosen patches `(B, K)`, or of all, after sharing
-        among similar patches (`config.map_affinity`).
+        Averages tokens `(B, N, D)` and attention `(B, N)` over similar patches (`config.map_affinity`). Returns both
+        for the chosen patches `(B, K)`, or for all: `(B, K, D)` and `(B, K)`.
         """
         queries = tokens if chosen is None else tokens.take_along_dim(chosen.unsqueeze(-1), 1)
         if self.config.map_affinity == 0:
             return queries, attention if chosen is None else attention.take_along_dim(chosen, 1)
         values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
-        # The image tower alone says which patches are alike.
-        keys, queries = (of[..., : self.config.vision_config.hidden_size] for of in (tokens, queries))
-        shared = share_among_like(values, keys, self.config.map_affinity, queries)
-        return shared[..., :-1], shared[..., -1].float()
+        # The tokens of the image tower alone decide which patches are similar.
+        width = self.config.vision_config.hidden_size
+        averaged = average_by_affinity(values, tokens[..., :width], self.config.map_affinity, queries[..., :width])
+        return averaged[..., :-1], averaged[..., -1].float()
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """
@@ -281,7 +281,8 @@ class ICLIPModel(ICLIPTowers):
         return tensor
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Returns patch tokens `(..., D)` as the map branch uses them, before sharing among similar patches."""
+        """Returns patch tokens `(..., D)` as the map branch uses them, before they are averaged over similar
+        patches."""
         if not self.config.center_tokens:
             return patch_tokens
         return patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
@@ -292,17 +293,17 @@ class ICLIPModel(ICLIPTowers):
         `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
         """
         patch_embeds = self.map_branch.embed_image(patch_tokens)
-        if share := self.config.recognition_share:
-            # The recognition branch learned with tokens that are not centered. They follow the class token, which is
-            # zero here.
+        if weight := self.config.recognition_share:
+            # The recognition branch was trained with tokens that are not centered. In its input, they follow the class
+            # token, which is zero here.
             patches = patch_tokens
             if self.config.center_tokens:
                 patches = patches + self._own_tensor("token_mean").to(patches)
             projection = self.recognition.visual_projection
             if self.config.recognition_pooling == "feature_average":
                 patches = patches[..., -self.config.feature_dim :]
-            recognised = normalize(projection(patches, linear=True).float())
-            patch_embeds = join_branches(patch_embeds, recognised, share)
+            recognition_embeds = normalize(projection(patches, linear=True).float())
+            patch_embeds = join_branches(patch_embeds, recognition_embeds, weight)
         return patch_embeds.to(patch_tokens.dtype)
 
     @can_return_tuple
@@ -322,9 +323,9 @@ class ICLIPModel(ICLIPTowers):
         """
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
-        recognised, of_map = self.config.poolings
-        recognition, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognised, of_map]))
-        patches, map_attention = self._shared(self.centered_tokens(image.patch_tokens), attention)
+        recognition_poolings, map_pooling = self.config.poolings
+        recognition, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
+        patches, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
         projected, map_image_embeds = self.recognition.visual_projection(recognition), None
         if map_pooled is not None:
             map_image_embeds = self.map_branch.embed_image(map_pooled).to(projected.dtype)
@@ -364,17 +365,17 @@ class ICLIPModel(ICLIPTowers):
         Returns:
             [`ICLIPTextFeatures`].
         """
-        texts = input_ids.shape[:-1]
-        tokens = [None if of is None else of.flatten(0, -2) for of in (input_ids, attention_mask, token_type_ids)]
-        features, outputs = self.encode_text(*tokens, **kwargs)
-        projected = self.recognition.text_projection(features).unflatten(0, texts)
+        shape, inputs = input_ids.shape[:-1], (input_ids, attention_mask, token_type_ids)
+        inputs = [None if tensor is None else tensor.flatten(0, -2) for tensor in inputs]
+        features, outputs = self.encode_text(*inputs, **kwargs)
+        projected = self.recognition.text_projection(features).unflatten(0, shape)
         text_embeds = average_prompts(normalize(projected), num_templates)
-        map_text_embeds = average_prompts(self.map_branch.embed_text(features).unflatten(0, texts), num_templates)
-        weights = None
+        map_text_embeds = average_prompts(self.map_branch.embed_text(features).unflatten(0, shape), num_templates)
+        attention_weights = None
         if self.config.map_attention == "signed":
-            weights = self.attention_weights(map_text_embeds).clamp(-1, 1)
-        if share := self.config.recognition_share:
-            map_text_embeds = join_branches(map_text_embeds, text_embeds.float(), share)
+            attention_weights = self.attention_weights(map_text_embeds).clamp(-1, 1)
+        if weight := self.config.recognition_share:
+            map_text_embeds = join_branches(map_text_embeds, text_embeds.float(), weight)
         return ICLIPTextFeatures(
             last_hidden_state=outputs.last_hidden_state,
             hidden_states=outputs.hidden_states,
@@ -382,7 +383,7 @@ class ICLIPModel(ICLIPTowers):
             pooler_output=projected if num_templates == 1 else text_embeds,
             text_embeds=text_embeds,
             map_text_embeds=map_text_embeds.to(projected.dtype),
-            attention_weights=weights,
+            attention_weights=attention_weights,
         )
 
     def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
@@ -399,7 +400,7 @@ class ICLIPModel(ICLIPTowers):
     ) -> torch.FloatTensor:
         """
         Computes raw image-text similarity maps: the cosines of patches and texts (Eq. 1-3), weighted by the class
-        token's attention. See `config.map_attention` for the weighting, and `config.map_affinity` for sharing among
+        token's attention. See `config.map_attention` for the weighting, and `config.map_affinity` for the average over
         similar patches.
 
         Args:

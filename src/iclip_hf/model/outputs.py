@@ -46,7 +46,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             tokens after its final norm, followed by the K reduced features of the feature tower, row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
             (Eq. 9).
-        map_attention (`torch.Tensor` of shape `(B, N)`): `attention` after sharing among similar patches, see
+        map_attention (`torch.Tensor` of shape `(B, N)`): `attention`, averaged over similar patches, see
             `config.map_affinity`.
         feature_average (`torch.Tensor` of shape `(B, K)`): mean of the reduced feature map; None without a feature
             tower.

@@ -20,8 +20,8 @@ class ImageInputs(NamedTuple):
     # layers before the last, class token, average of the last. With a feature tower, (..., K) more: its averages.
     recognition: torch.Tensor
     pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
-    # Tokens of the map branch, centred and shared among similar patches, of `representative_patches`, (B, K, D), and
-    # their attention after it in [0, 1], (B, K), float32. None with `max_over="channels"`.
+    # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the `representative_patches`. Both are averaged over
+    # similar patches, and the tokens are centered before. None with `max_over="channels"`.
     patches: torch.Tensor | None = None
     map_attention: torch.Tensor | None = None
     even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D); None without `known_competition`

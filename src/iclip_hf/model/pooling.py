@@ -22,19 +22,20 @@ def normalize_attention(attention: torch.Tensor, norm: str, quantile: float) -> 
     return stretch(attention, low, high).clamp(max=1.0)
 
 
-def share_among_like(
+def average_by_affinity(
     values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor
 ) -> torch.Tensor:
     """
-    Averages values `(B, N, C)` of all patches, weighted by softmax(affinity * cosine) of their tokens `(B, N, D)`, for
-    the patches with the tokens `queries` `(B, K, D)`. Returns `(B, K, C)`. Memory does not hold an N x N matrix.
+    Averages the values `(B, N, C)` of all patches for each of K patches, weighted by softmax(affinity * cosine) of the
+    tokens `(B, N, D)` of all patches and the tokens `queries` `(B, K, D)` of the K patches. Returns `(B, K, C)`. An
+    N x N matrix is not kept in memory.
     """
-    keys, queries = (F.normalize(of.float(), dim=-1) for of in (tokens, queries))
+    keys, queries = F.normalize(tokens.float(), dim=-1), F.normalize(queries.float(), dim=-1)
     # Zeros make all widths equal. The fused attention needs this; the other one holds the matrix.
     width = max(keys.shape[-1], values.shape[-1])
     padded = (F.pad(part, (0, width - part.shape[-1])).unsqueeze(1) for part in (queries, keys, values.float()))
-    shared = F.scaled_dot_product_attention(*padded, scale=float(affinity))
-    return shared[:, 0, :, : values.shape[-1]].to(values.dtype)
+    averaged = F.scaled_dot_product_attention(*padded, scale=float(affinity))
+    return averaged[:, 0, :, : values.shape[-1]].to(values.dtype)
 
 
 def smooth_maximum(values: torch.Tensor, log_prior: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
@@ -58,11 +59,11 @@ def pool_similarities(
     prior = attention / attention.sum(-1, keepdim=True)
     with torch.autocast(patch_embeds.device.type, enabled=False):
         similarities = text_embeds.float() @ patch_embeds.mT.float()
-    # The gradient of log 0 is infinite, and times the share of 0 in the maximum, NaN. A patch without attention takes
-    # no part.
+    # A patch without attention takes no part. The gradient of log 0 is infinite, and NaN once it is multiplied by the
+    # weight 0 of the patch.
     absent = prior == 0
-    logarithms = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
-    return smooth_maximum(similarities, logarithms.unsqueeze(1), sharpness, -1)
+    log_prior = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
+    return smooth_maximum(similarities, log_prior.unsqueeze(1), sharpness, -1)
 
 
 # Poolings of an image into one vector: all of Table 2, masked max with both normalisations of the attention.
@@ -89,11 +90,13 @@ def representative_patches(
     tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int
 ) -> torch.Tensor:
     """
-    Selects few patches that represent an image, from tokens `(B, N, D)` of the map branch before sharing, their
-    attention `(B, N)` in [0, 1] and the grid (h, w). All but four are salient: the first has the largest attention,
-    and each further one the largest product of attention and square root of the distance to the selected patches. The
-    last four are in the middle of the image's quarters, so that an object or a ground counts by its area as well.
-    Returns indices `(B, count)`; all N if there are no more than `count`.
+    Selects a few patches that represent an image, by their tokens `(B, N, D)` in the map branch before the average over
+    similar patches, their attention `(B, N)` in [0, 1] and the grid (h, w). Returns indices `(B, count)`, or all N if
+    there are no more than `count`.
+
+    All but four are salient. The first has the largest attention, and each further one the largest product of attention
+    and square root of the distance to the selected patches. The last four are in the middle of the image's quarters, so
+    that large objects and the ground also count by their area.
     """
     number, patches = len(tokens), tokens.shape[1]
     if count >= patches:

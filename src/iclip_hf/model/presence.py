@@ -21,8 +21,8 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 def at_prior(presence, prior: float):
     """
-    Converts presence, an array or tensor in [0, 1] at a prior of 0.5, to the prior `prior`, the share of the texts
-    that is shown (Bayes' rule).
+    Converts presence, an array or tensor in [0, 1] at a prior of 0.5, to the prior `prior`, the fraction of the
+    texts that are shown (Bayes' rule).
     """
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
 

@@ -72,12 +72,12 @@ def normalize(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(features.float(), dim=-1).to(features.dtype)
 
 
-def join_branches(map_embeds: torch.Tensor, embeds: torch.Tensor, share: float) -> torch.Tensor:
+def join_branches(map_embeds: torch.Tensor, recognition_embeds: torch.Tensor, weight: float) -> torch.Tensor:
     """
-    Joins unit vectors `(..., P)` of both branches to unit vectors `(..., 2 P)`, whose product is (1 - share) times
-    that of the map branch plus `share` times that of the recognition branch.
+    Joins unit vectors `(..., P)` of both branches to unit vectors `(..., 2 P)`. The product of two joined vectors is
+    (1 - weight) times the product in the map branch plus weight times the product in the recognition branch.
     """
-    return torch.cat([(1 - share) ** 0.5 * map_embeds, share**0.5 * embeds], -1)
+    return torch.cat([(1 - weight) ** 0.5 * map_embeds, weight**0.5 * recognition_embeds], -1)
 
 
 def average_prompts(embeds: torch.Tensor, num_templates: int) -> torch.Tensor:

@@ -67,7 +67,7 @@ def check_templates(templates: str | Sequence[str]) -> list[str]:
     for name, named in NAMED_TEMPLATES.items():
         if templates == [name]:
             return list(named)
-    if not templates or any(not isinstance(one, str) or one.count("{}") != 1 for one in templates):
+    if not templates or any(not isinstance(text, str) or text.count("{}") != 1 for text in templates):
         names = list(NAMED_TEMPLATES)
         raise ValueError(
             f'A template has one {{}}, such as "a photo of the {{}}", or is one of {names}, not {templates}.'

@@ -11,7 +11,7 @@ from .similarity import resize_maps
 CELL = 2  # pixels of the prepared image along a side of a cell of the refined maps
 DILATIONS = (1, 2, 4)  # in cells
 STEPS = 10
-SPREAD = 0.3  # share of the local standard deviation that a difference is divided by; 0.1 in the authors' code
+SPREAD = 0.3  # differences are divided by this multiple of the local standard deviation; 0.1 in the authors' code
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ class LastLayers:
         """
         if self.value_share == 0:
             return attended
-        own = value.transpose(1, 2)
-        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], own[:, 1:], self.value_share)], 1)
+        value = value.transpose(1, 2)
+        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], value[:, 1:], self.value_share)], 1)
 
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_layers=None, **kwargs):
@@ -256,8 +256,8 @@ class ICLIPTowers(PreTrainedModel):
         channels. Raises `ValueError` for a tower without a map.
         """
         if self.config.feature_image_mean is not None:
-            of_channels = (self.config.feature_image_mean, self.config.feature_image_std)
-            mean, std = (pixel_values.new_tensor(of).view(-1, 1, 1) for of in of_channels)
+            statistics = (self.config.feature_image_mean, self.config.feature_image_std)
+            mean, std = (pixel_values.new_tensor(channels).view(-1, 1, 1) for channels in statistics)
             pixel_values = (pixel_values - mean) / std
         # Channels last, in which convolutions are a sixth faster on CPUs.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)

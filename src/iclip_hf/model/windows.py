@@ -55,24 +55,25 @@ class TwoScales(WholeImage):
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         size = pixel_values.shape[2:]
-        whole = F.interpolate(pixel_values, self._window(size), mode="bicubic", antialias=True)
-        return [whole, *(pixel_values[..., rows, columns] for rows, columns in self._places(size))]
+        whole = F.interpolate(pixel_values, self._window_size(size), mode="bicubic", antialias=True)
+        return [whole, *(pixel_values[..., rows, columns] for rows, columns in self._windows(size))]
 
     def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        of_windows = mean_of_windows(maps[1:], self._places(size), size, self.patch_size, tapered=True)
-        return (resize_maps(maps[0], of_windows.shape[2:]) + of_windows) / 2
+        whole, *windows = maps
+        joined = mean_of_windows(windows, self._windows(size), size, self.patch_size, tapered=True)
+        return (resize_maps(whole, joined.shape[2:]) + joined) / 2
 
     def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
         whole, *windows = cosines
         smooth_maximum = (WINDOW_SHARPNESS * torch.stack(windows)).logsumexp(0) - math.log(len(windows))
         return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
 
-    def _window(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _window_size(self, size: tuple[int, int]) -> tuple[int, int]:
         return tuple(self.patch_size * -(-side // self.patch_size // 2) for side in size)
 
-    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    def _windows(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
         stride = tuple(self.patch_size * max(1, -(-side // self.patch_size // 4)) for side in size)
-        return sliding_windows(size, self._window(size), stride)
+        return sliding_windows(size, self._window_size(size), stride)
 
 
 def sliding_windows(
@@ -100,19 +101,19 @@ def mean_of_windows(
     another grid than the patches, as those of ProxyCLIP, are resized.
     """
     mean = None
-    for of_window, (rows, columns) in zip(maps, windows, strict=True):
+    for window_maps, (rows, columns) in zip(maps, windows, strict=True):
         grid = [(min(side, part.stop) - part.start) // patch_size for side, part in zip(size, (rows, columns))]
-        if [*of_window.shape[2:]] != grid:
-            of_window = resize_maps(of_window, grid)
+        if [*window_maps.shape[2:]] != grid:
+            window_maps = resize_maps(window_maps, grid)
         if mean is None:
-            mean = of_window.new_zeros(*of_window.shape[:2], *(side // patch_size for side in size))
+            mean = window_maps.new_zeros(*window_maps.shape[:2], *(side // patch_size for side in size))
             weights = torch.zeros_like(mean[0, 0])
-            weight = _tent(of_window) if tapered else torch.ones_like(of_window[0, 0])
+            weight = _tent(window_maps) if tapered else torch.ones_like(window_maps[0, 0])
         top, left = rows.start // patch_size, columns.start // patch_size
-        place = (..., slice(top, top + of_window.shape[2]), slice(left, left + of_window.shape[3]))
-        weights[place] += weight
+        patches = (..., slice(top, top + grid[0]), slice(left, left + grid[1]))
+        weights[patches] += weight
         # A running mean keeps a constant map exactly constant. Min-max would stretch the rounding errors of a sum.
-        mean[place] += (of_window - mean[place]) * (weight / weights[place])
+        mean[patches] += (window_maps - mean[patches]) * (weight / weights[patches])
     return mean
 
 

@@ -101,7 +101,7 @@ def test_value_share_mixes_what_the_last_layers_gives_a_patch_with_its_own_value
     torch.testing.assert_close(mixed[2][:, 1:], values[0][:, 1:])
     for changed in outputs[1:]:
         torch.testing.assert_close(changed.class_token, outputs[0].class_token)
-        torch.testing.assert_close(changed.attention, outputs[0].attention)
+        torch.testing.assert_close(changed.raw_attention, outputs[0].raw_attention)
         assert (changed.patch_tokens - outputs[0].patch_tokens).abs().max() > 1e-3
 
 

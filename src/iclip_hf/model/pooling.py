@@ -90,13 +90,13 @@ def representative_patches(
     tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int
 ) -> torch.Tensor:
     """
-    Selects a few patches that represent an image, by their tokens `(B, N, D)` in the map branch before the average over
-    similar patches, their attention `(B, N)` in [0, 1] and the grid (h, w). Returns indices `(B, count)`, or all N if
-    there are no more than `count`.
+    Selects a few patches that represent an image, by their tokens `(B, N, D)` in the map branch before the average
+    over similar patches, their attention `(B, N)` in [0, 1] and the grid (h, w). Returns indices `(B, count)`, or all
+    N if there are no more than `count`.
 
-    All but four are salient. The first has the largest attention, and each further one the largest product of attention
-    and square root of the distance to the selected patches. The last four are in the middle of the image's quarters, so
-    that large objects and the ground also count by their area.
+    All but four are salient. The first has the largest attention, and each further one the largest product of
+    attention and square root of the distance to the selected patches. The last four are in the middle of the image's
+    quarters, so that large objects and the ground also count by their area.
     """
     number, patches = len(tokens), tokens.shape[1]
     if count >= patches:

@@ -17,7 +17,7 @@ from measuring import command_line, machine, ratio, table, take_turns
 from iclip_hf.backends.loading import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
-from iclip_hf.evaluation.metrics.metric import rounded
+from iclip_hf.evaluation.tables import cell
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.utils.files import atomic_write
@@ -106,7 +106,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     rows = []
     for method in scores[0]:
         cells = [
-            " / ".join(rounded(of_data[method].get(name), digits) for of_data in scores)
+            " / ".join(cell(of_data[method].get(name), digits) for of_data in scores)
             for name, (_, digits) in COLUMNS.items()
         ]
         cost = ["-", "-"]
@@ -119,7 +119,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     lines = [
         f"- Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}.",
         f"- mIoU, pointing game and insertion minus deletion: the first {' / '.join(map(str, few))} images.",
-        f"- mAP with all methods: {' / '.join(rounded(of_data[CONSTANT]['map'], 1) for of_data in scores)} %.",
+        f"- mAP with all methods: {' / '.join(cell(of_data[CONSTANT]['map'], 1) for of_data in scores)} %.",
         f"- Seconds: raw maps of one image, {min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds.",
         f"- Machine: {machine()}.",
         "",
@@ -145,7 +145,7 @@ def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
             best.append(f"`{order[0]}`" if order else "-")
             rank.append(f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in known else "-")
             leader = without_text[0] if without_text else None
-            text_free.append(f"`{leader}`, {rounded(known[leader], digits)}" if leader else "-")
+            text_free.append(f"`{leader}`, {cell(known[leader], digits)}" if leader else "-")
         rows.append([heading, *(" / ".join(cells) for cells in (best, rank, text_free))])
     return ["column", "best", "rank of `itsm`", "best without text"], rows
 

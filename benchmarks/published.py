@@ -17,8 +17,8 @@ from pathlib import Path
 from measuring import command_line, table
 
 from iclip_hf import cli
-from iclip_hf.evaluation.metrics.metric import rounded
 from iclip_hf.evaluation.protocols import PROTOCOLS
+from iclip_hf.evaluation.tables import cell
 from iclip_hf.utils.files import atomic_write
 
 
@@ -79,7 +79,7 @@ def written(results: Path | None = None) -> str:
             measured = None
             if file and file.exists():
                 measured = json.loads(file.read_text(encoding="utf-8"))["results"][protocol]["segmentation"]["miou"]
-            cells.append(f"{published[protocol]} / {rounded(measured, 2)}")
+            cells.append(f"{published[protocol]} / {cell(measured, 2)}")
         rows.append([f"`{protocol}`", *cells, f"`{shlex.join(['iclip', *command(protocol, 'voc21', 'VOC')])}`"])
     return table(["protocol", *(title for title, _ in PUBLISHED.values()), "command, here for VOC21"], rows)
 

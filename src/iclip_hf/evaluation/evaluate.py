@@ -26,11 +26,11 @@ from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra
 from ..utils.files import check_new_folder
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
-from ..utils.tables import table
 from .metrics import make_metrics
 from .metrics.metric import CannotMeasure, EvaluatedImage, Metric
 from .report import Report
 from .results import EvaluationResult, map_settings
+from .tables import result_tables
 
 
 with require_extra("eval"):
@@ -137,7 +137,7 @@ def evaluate_model(
             "seconds_in_model": sum(run.seconds_in_model for run in runs.values()),
             "images": len(first.indices),
         },
-        tables=_tables(metrics, results, first.count, dataset.images_in_split),
+        tables=result_tables(metrics, results, first.count, dataset.images_in_split),
     )
     if report is not None and state.is_main_process:
         report.merged([totals[report.name, method] for method in first.methods]).write(result, first.methods)
@@ -184,30 +184,6 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
         | {name: empty[name] | rows.get(label, {}) for name, rows in by_metric.items()}
         for label, class_name in names.items()
     ]
-
-
-def _tables(metrics: list[Metric], results: dict, images: int, images_in_split: int) -> list[str]:
-    """Returns a Markdown table of all methods, what its columns mean, and the tables of the metrics' own."""
-    in_table = [metric for metric in metrics if metric.columns]
-    first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
-    headings = [first, *(heading for metric in in_table for heading, _ in metric.columns.values())]
-    rows = [
-        [method, *itertools.chain(*(metric.cells(scores[metric.name]) for metric in in_table))]
-        for method, scores in results.items()
-    ]
-    scores = next(iter(results.values()))  # the metrics with own tables do not depend on the method
-    further = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
-    notes = [metric.legend for metric in in_table if metric.legend]
-    counts = [
-        f"{metric.name} over {scores[metric.name][unit]} {unit}"
-        for metric in in_table
-        for unit in ("pairs", "images")
-        if unit in scores[metric.name]
-    ]
-    if counts:  # on few, a mean says little
-        notes.append(f"means: {', '.join(counts)}")
-    legends = "\n".join(f"- {note}" for note in notes)
-    return list(filter(None, ["\n".join(table(headings, rows, markdown=True)) if in_table else "", legends, *further]))
 
 
 class EvaluationRun:

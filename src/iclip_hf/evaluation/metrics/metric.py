@@ -79,7 +79,8 @@ class Metric(ABC):
 
     Attributes:
         name (`str`): its name in `metrics=`, in `--metrics` and in results.
-        columns (`dict`): the scores of `compute` that tables show: for each its heading and its number of digits.
+        columns (`dict`): the scores of `compute` that tables show: for each its heading and its number of digits, None
+            for a score that is shown as it is.
         legend (`str`): a line below the table that explains the columns.
         rows (`dict`): the scores of a class: for each its name in the row of the class, and its name in `compute`, a
             `dict` by class id.
@@ -161,9 +162,9 @@ class Metric(ABC):
         options = {option: getattr(self, option) for option in signature(type(self)).parameters}
         return options | ({"definition": self.definition} if self.definition else {})
 
-    def cells(self, scores: Mapping) -> list[str]:
-        """Formats the `columns` of the scores of a method for a table."""
-        return [rounded(scores[score], digits) for score, (_, digits) in self.columns.items()]
+    def shown(self, scores: Mapping) -> list:
+        """Returns the scores of a method in the order of `columns`."""
+        return [scores[name] for name in self.columns]
 
     def tables(self, scores: Mapping) -> list[str]:
         """Returns further tables of the scores, in Markdown."""
@@ -250,8 +251,3 @@ def mean(values: Iterable[float]) -> float:
 def none_if_nan(value: float) -> float | None:
     """Converts NaN, which JSON does not have, to None."""
     return None if math.isnan(value) else float(value)
-
-
-def rounded(value: float | None, digits: int) -> str:
-    """Formats a score for a table."""
-    return "-" if value is None else f"{value:.{digits}f}"

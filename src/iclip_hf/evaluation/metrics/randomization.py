@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...backends.explainable import ExplainableModel, recordable
-from .metric import EvaluatedImage, MeasuredClassMeans, rounded
+from .metric import EvaluatedImage, MeasuredClassMeans
 
 
 class LayerRandomization:
@@ -113,5 +113,5 @@ class Randomization(MeasuredClassMeans):
         last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}
         return scores | {"per_class": last}
 
-    def cells(self, scores: Mapping) -> list[str]:
-        return [rounded(scores[self.name][layer], 2) for layer in (0, -1)]
+    def shown(self, scores: Mapping) -> list:
+        return [scores[self.name][layer] for layer in (0, -1)]

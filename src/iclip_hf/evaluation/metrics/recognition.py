@@ -13,9 +13,9 @@ import torch
 from ...data.class_names import COCO_THINGS
 from ...model.presence import MIN_PRESENCE, at_prior, is_present
 from ...utils.extras import require_extra
-from ...utils.tables import table
 from ..functional import reliability, to_numpy
-from .metric import CannotMeasure, EvaluatedImage, Metric, mean, none_if_nan, rounded
+from ..tables import cell, markdown
+from .metric import CannotMeasure, EvaluatedImage, Metric, mean, none_if_nan
 
 
 with require_extra("eval"):
@@ -217,34 +217,34 @@ class Presence(MultiLabelAveragePrecision):
             ),
         }
         rows = [
-            [heading, rounded(scores[name], digits)]
+            [heading, cell(scores[name], digits)]
             for name, (heading, digits) in names.items()
             if scores[name] is not None
         ]
-        tables = [table(["presence of the classes in the images", ""], rows, markdown=True)]
+        tables = [markdown(["presence of the classes in the images", ""], rows)]
         if scores["groups"]:
             digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
             rows = [
-                [group, *(rounded(of_group[name], number) for name, number in digits.items())]
-                for group, of_group in scores["groups"].items()
+                [group, *(cell(separation[name], number) for name, number in digits.items())]
+                for group, separation in scores["groups"].items()
             ]
             headings = ["presence of", "AUC", "AUC of each class", "kept %", "passed %"]
-            tables.append(table(headings, rows, markdown=True))
+            tables.append(markdown(headings, rows))
         if bins := scores["reliability"]:
             rows = [
                 [
                     f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}",
-                    rounded(one["mean"], 2),
-                    rounded(one["shown"], 2),
-                    str(one["pairs"]),
+                    cell(of_bin["mean"], 2),
+                    cell(of_bin["shown"], 2),
+                    str(of_bin["pairs"]),
                 ]
-                for index, one in enumerate(bins)
-                if one["pairs"]
+                for index, of_bin in enumerate(bins)
+                if of_bin["pairs"]
             ]
             presence = f"presence at a prior of {100 * scores['prior']:.1f} %"
             headings = [presence, "its mean", "share that is shown", "pairs of image and class"]
-            tables.append(table(headings, rows, markdown=True))
-        return ["\n".join(lines) for lines in tables]
+            tables.append(markdown(headings, rows))
+        return tables
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -238,8 +238,8 @@ class Segmentation(Metric):
         "miou": ("mIoU %", 2),
         "pixel_accuracy": ("pixel accuracy %", 2),
         "floor": ("floor of mIoU %", 2),
-        "floor_class": ("floor's class", 0),
-        "thresholds": ("background threshold", 0),
+        "floor_class": ("floor's class", None),
+        "thresholds": ("background threshold", None),
     }
     legend = (
         "mIoU: overlap of label maps and masks over the pixels of all images, mean over the classes. Floor: the mIoU "
@@ -376,11 +376,6 @@ class Segmentation(Metric):
         scores = whole.compute()
         scores["floor_class"] = ["background", *self.run.dataset.class_names][scores["floor_class"]]
         return scores | {"thresholds": thresholds}
-
-    def cells(self, scores: Mapping) -> list[str]:
-        thresholds = dict.fromkeys(scores["thresholds"] or ["-"])  # once if they are equal
-        shown = {**scores, "floor_class": None, "thresholds": None}
-        return [*super().cells(shown)[:3], str(scores["floor_class"]), " / ".join(map(str, thresholds))]
 
     def settings(self) -> dict:
         chosen = "the best of the images at the other (even or odd) positions"

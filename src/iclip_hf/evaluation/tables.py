@@ -1,0 +1,60 @@
+"""The scores of an evaluation as Markdown tables."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ..utils.tables import table
+
+
+if TYPE_CHECKING:
+    from .metrics.metric import Metric
+
+
+def result_tables(
+    metrics: Sequence[Metric], results: Mapping[str, Mapping[str, Mapping]], images: int, images_in_split: int
+) -> list[str]:
+    """
+    Returns a table of all methods, an explanation of its columns, and the further tables of the metrics.
+
+    Args:
+        metrics: the metrics.
+        results: the scores of each metric by method and name of the metric.
+        images, images_in_split: number of images that were evaluated, and of all images.
+    """
+    in_table = [metric for metric in metrics if metric.columns]
+    first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
+    columns = [column for metric in in_table for column in metric.columns.values()]
+    rows = []
+    for method, scores in results.items():
+        shown = itertools.chain(*(metric.shown(scores[metric.name]) for metric in in_table))
+        rows.append([method, *(cell(score, digits) for score, (_, digits) in zip(shown, columns, strict=True))])
+    scores = next(iter(results.values()))  # metrics with further tables do not depend on the method
+    notes = [metric.legend for metric in in_table if metric.legend]
+    counts = [
+        f"{metric.name} over {scores[metric.name][unit]} {unit}"
+        for metric in in_table
+        for unit in ("pairs", "images")
+        if unit in scores[metric.name]
+    ]
+    if counts:  # a mean over few says little
+        notes.append(f"means: {', '.join(counts)}")
+    main = markdown([first, *(heading for heading, _ in columns)], rows) if in_table else ""
+    legends = "\n".join(f"- {note}" for note in notes)
+    further = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
+    return list(filter(None, [main, legends, *further]))
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(table(headings, rows, markdown=True))
+
+
+def cell(score: float | str | Sequence[float] | None, digits: int | None) -> str:
+    """Formats a score: a number with these digits, or as it is for None. Equal ones of several numbers show once."""
+    if score is None:
+        return "-"
+    if isinstance(score, list):
+        return " / ".join(dict.fromkeys(cell(part, digits) for part in score))
+    return str(score) if digits is None else f"{score:.{digits}f}"

@@ -96,7 +96,6 @@ class LabelMaps(Metric):
 
     def prepare(self, run) -> None:
         super().prepare(run)
-        self.ignore_index = run.dataset.void
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
 
     def typed(self, image: EvaluatedImage) -> list[int]:

@@ -42,10 +42,6 @@ class MaskMetric(Metric):
         """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
-    def prepare(self, run) -> None:
-        super().prepare(run)
-        self.ignore_index = run.dataset.void
-
     def numbers(self, counted: str) -> dict:
         items = self.state.items
         return {counted: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
@@ -313,10 +309,6 @@ class PointingGame(ClassMeans):
     def update(self, heatmap, mask, label: int) -> None:
         """Adds one pair. Arguments and errors are those of [`pointing_shares`]."""
         super().update(100 * pointing_shares(heatmap, mask, label, self.ignore_index), label)
-
-    def prepare(self, run) -> None:
-        super().prepare(run)
-        self.ignore_index = run.dataset.void
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for pair in image.pairs(maps):

@@ -91,6 +91,7 @@ class Metric(ABC):
         definition (`str`): what the protocol of a result states besides the options.
         optional (`bool`): whether it is left out where it raises [`CannotMeasure`], as a metric that a task takes by
             default.
+        ignore_index (`int`): value of ignored pixels in masks; that of the data set in [`evaluate_model`].
         state: what `update` adds to and `merge` merges.
     """
 
@@ -103,6 +104,7 @@ class Metric(ABC):
     image_size: dict[str, int] | None = None
     definition = ""
     optional = False
+    ignore_index = 255
     state_type: type = Sums
 
     def __init__(self):
@@ -131,7 +133,7 @@ class Metric(ABC):
 
     def prepare(self, run) -> None:
         """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. `ValueError` if they do not fit."""
-        self.run = run
+        self.run, self.ignore_index = run, run.dataset.void
 
     def run_model(self, images: list[EvaluatedImage]) -> list[Any]:
         """

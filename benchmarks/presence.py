@@ -1,7 +1,8 @@
 """
-Fits `presence_bias`, the one number of presence, on photographs with complete labels, and measures the presence on
-others.
+Measures presence on photographs with complete labels. With `--held-out`, it first fits `presence_bias`, the one number
+of presence, on others.
 
+    python benchmarks/presence.py --data-root DATA
     python benchmarks/presence.py --data-root DATA --held-out runs/held_out
 
 `DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`).
@@ -10,6 +11,10 @@ the labels are complete for (`complete`). The number is fitted on both, which co
 `coco100`, `ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability.
 Two columns tell what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all
 images.
+
+The tables of nouns are of all images of `coco100` and `ade20k`: for frequent classes the shares kept and passed, and
+for the twenty most frequent ones the calibration, the share of images that show the class beside the mean presence at
+two priors: that share, at which the two should be equal, and the prior of `explain` without texts.
 """
 
 import io
@@ -28,6 +33,7 @@ from scipy.special import expit, logit
 from sklearn.metrics import roc_auc_score
 
 from iclip_hf import load
+from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, COCO_THINGS
 from iclip_hf.model.engine import Engine
@@ -41,6 +47,8 @@ BACKGROUND = """
 """.split()
 TEMPLATES = ["a photo of the {}"]
 EDGES = (0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.001)
+FREQUENT = ("person", "chair", "bottle")  # often called present where they are not shown
+MOST_FREQUENT = 20
 
 
 def labelled(folder: Path, names: Sequence[str]) -> Iterator[tuple[Image.Image, np.ndarray]]:
@@ -101,39 +109,73 @@ def fit(presences: Sequence[np.ndarray], shares: Sequence[float]) -> float:
     return brentq(excess, -20, 20)
 
 
+def kept_and_passed(presence: np.ndarray, shown: np.ndarray, names: Sequence[str]) -> list[str]:
+    """
+    Returns for each of `FREQUENT` and for all classes the percent of shown classes, and of absent ones, with a
+    presence of 0.5 or more; "-" where there are none.
+    """
+
+    def percent(passing: np.ndarray) -> str:
+        return f"{100 * passing.mean():.1f}" if passing.size else "-"
+
+    cells = []
+    for chosen in (*(np.equal(names, name) for name in FREQUENT), np.full(len(names), True)):
+        passing, truth = presence[:, chosen] >= MIN_PRESENCE, shown[:, chosen]
+        cells.append(f"{percent(passing[truth])}, {percent(passing[~truth])}")
+    return cells
+
+
+def calibration(presence: np.ndarray, shown: np.ndarray, names: Sequence[str]) -> list[list[str]]:
+    """Returns a row of the table of calibration for each of the most frequent classes."""
+    shares, priors, rows = shown.mean(0), vocabulary(), []
+    for index in np.argsort(-shares, kind="stable")[:MOST_FREQUENT]:
+        used = shares[index], priors.get(names[index])
+        means = ["-" if prior is None else f"{at_prior(presence[:, index], prior).mean():.2f}" for prior in used]
+        rows.append([names[index], f"{shares[index]:.2f}", *means])
+    return rows
+
+
+def fit_bias(model, root: Path, held_out: Path) -> None:
+    """Sets the `presence_bias` of a model to the one that fits both sets, and prints it."""
+    presences, shares = [], []
+    for folder, names in ((root / "coco80", COCO_THINGS), (held_out, BACKGROUND)):
+        presence, shown = measure(model, labelled(folder, names), names)
+        known = ~np.isnan(shown)
+        presences.append(presence[known])
+        shares.append(shown[known].mean())
+        alone = fit([presences[-1]], [shares[-1]])
+        print(f"{folder.name}: {known.sum()} pairs, {shares[-1]:.3f} shown, alone {alone:+.3f}")
+    model.network.config.presence_bias += fit(presences, shares)
+    print(f"presence_bias = {model.network.config.presence_bias:.3f}\n")
+
+
 def main():
     parser = command_line(__doc__)
     parser.add_argument("--data-root", type=Path, required=True, help="folder of coco80, coco100, ade20k and camvid")
-    parser.add_argument("--held-out", type=Path, required=True, help="folder of shards that `hold_out.py` wrote")
+    parser.add_argument(
+        "--held-out", type=Path, help="folder of shards that `hold_out.py` wrote, to fit presence_bias"
+    )
     parser.add_argument("--model", default="embedded", help="as for load")
     options = parser.parse_args()
     model, root = load(options.model), options.data_root
     if not hasattr(model.network.config, "presence_bias") or model.network.config.logit_bias_init_value is None:
         parser.error(f"{options.model} was not trained with a sigmoid, so it has no presence.")
 
-    presences, shares = [], []
-    for folder, names in ((root / "coco80", COCO_THINGS), (options.held_out, BACKGROUND)):
-        presence, shown = measure(model, labelled(folder, names), names)
-        known = ~np.isnan(shown)
-        presences.append(presence[known])
-        shares.append(shown[known].mean())
-        print(
-            f"{folder.name}: {known.sum()} pairs, {shares[-1]:.3f} shown, alone "
-            f"{fit([presences[-1]], [shares[-1]]):+.3f}"
-        )
-    bias = fit(presences, shares)
-    model.network.config.presence_bias += bias
-    print(f"presence_bias = {model.network.config.presence_bias:.3f}\n")
+    if options.held_out:
+        fit_bias(model, root, options.held_out)
     coco = load_segmentation("coco2017", root / "coco100", "train2017")
     ade20k = load_segmentation("ade20k", root / "ade20k")
     camvid = load_segmentation("camvid", root / "camvid")
-    rows, bins = [], []
+    rows, bins, frequent, calibrations = [], [], [], []
     for title, dataset, names in (
         ("coco100", coco, COCO_THINGS),
         ("ade20k", ade20k, ADE20K),
         ("camvid", camvid, CAMVID),
     ):
         found, shown = measure(model, masked(dataset), names)
+        if dataset is not camvid:  # all of whose images show nearly the same classes
+            frequent.append([title, *kept_and_passed(found, shown, names)])
+            calibrations.append((title, calibration(found, shown, names)))
         without_image = np.broadcast_to(logit(found.clip(1e-12, 1 - 1e-12)).mean(0), found.shape)
         for images, part in (("all", slice(None)), ("odd", slice(1, None, 2))):
             presence, truth = found[part], shown[part]
@@ -152,6 +194,11 @@ def main():
     print(markdown(["data", "images", *headings], rows))
     print()
     print(markdown(["data", "images", "prior", *(f"from {low}" for low in EDGES[:-1])], bins))
+    print()
+    print(markdown(["kept, passed at 0.5, %", *FREQUENT, "all classes"], frequent))
+    for title, of_classes in calibrations:
+        print()
+        print(markdown([title, "shown", "mean presence at this prior", "at the prior without texts"], of_classes))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def said(tmp_path, capsys, content: str | bytes) -> str:
     """What `iclip train` says to a train.yaml, without training."""
     file = written(tmp_path, content, "train.yaml")
     with ExitStack() as stack:
-        for name in ("train", "check_folder"):
+        for name in ("train", "check_output_dir"):
             stack.enter_context(patch(f"iclip_hf.cli.train.{name}"))
         code = cli.main(["train", "--config", str(file)])
     message = capsys.readouterr().err

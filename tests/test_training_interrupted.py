@@ -19,7 +19,7 @@ from training_runs import assert_same_weights, eight_pairs, evaluations, gradien
 
 from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.backends.embedded import vocabulary
-from iclip_hf.cli.train import check_folder
+from iclip_hf.cli.train import check_output_dir
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.arguments import parse_arguments
@@ -36,7 +36,7 @@ def test_a_folder_holds_one_run(hub, tmp_path):
     (tmp_path / "photos" / "a.png").touch()
     with pytest.raises(FileExistsError, match="holds files already"):
         run(hub, tmp_path / "photos", "--resume")
-    check_folder(parse_arguments(["--config", str(hub), "--output_dir", str(tmp_path / "new"), "--resume"]))
+    check_output_dir(parse_arguments(["--config", str(hub), "--output_dir", str(tmp_path / "new"), "--resume"]))
 
 
 def test_the_last_checkpoint_is_a_complete_one(hub, tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from iclip_hf import ICLIPModel
-from iclip_hf.cli.train import check_folder, train
+from iclip_hf.cli.train import check_output_dir, train
 from iclip_hf.model.losses import LOSS_TERMS
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.arguments import parse_arguments
@@ -23,7 +23,7 @@ def run(hub: Path, output_dir: Path, *arguments) -> ICLIPTrainer:
     AcceleratorState._reset_state(reset_partial_state=True)
     command = ["--config", hub / "train.yaml", "--output_dir", output_dir, *arguments]
     arguments = parse_arguments([str(argument) for argument in command])
-    check_folder(arguments)
+    check_output_dir(arguments)
     return train(arguments)
 
 

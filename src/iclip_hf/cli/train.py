@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
         pairs = open_pairs(given["data"], {"seed": ICLIPTrainingArguments.seed, **given})
         chosen = preset(given, pairs)
         arguments = complete(chosen, given)
-    check_folder(arguments)
+    check_output_dir(arguments)
     train(arguments, pairs, chosen)
 
 
@@ -60,7 +60,7 @@ def open_pairs(sources: list[str], given: Mapping, **options) -> PairDataset | P
     return load_pairs(sources[0] if len(sources) == 1 else sources, **options)
 
 
-def check_folder(arguments: Arguments) -> None:
+def check_output_dir(arguments: Arguments) -> None:
     """
     Raises `FileExistsError` unless the folder of a run is new or empty, or holds checkpoints of ICLIP to resume from,
     and nothing is written into the folders of the model and the towers.

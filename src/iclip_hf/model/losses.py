@@ -180,7 +180,7 @@ class BatchNouns(NamedTuple):
         return (self.shown & (self.place != 0)).any(1)
 
     @property
-    def complete(self) -> torch.Tensor:
+    def knows_background(self) -> torch.Tensor:
         """
         Whether the labels of the images of this process are complete for the background, because an absent noun of the
         background is known, and something is shown, boolean (B,).
@@ -190,7 +190,7 @@ class BatchNouns(NamedTuple):
     @property
     def spread_evenly(self) -> torch.Tensor:
         """Whether losses read the evenly spread patches of the images of this process, boolean (B,)."""
-        return self.complete | self.shows_place
+        return self.knows_background | self.shows_place
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
         """Returns the vector of a prompt of each noun (V, P), from those of this process's prompts (M - B, P)."""
@@ -247,8 +247,8 @@ def known_competition_loss(
 ) -> torch.Tensor:
     """
     Returns the loss of the nouns that are known to be shown or absent and compete for the evenly spread patches `(b,
-    64, P)` of the b images that are `nouns.complete`, the mean over these images of all processes. `prompts` are unit
-    vectors `(V, P)`.
+    64, P)` of b images, those with `nouns.knows_background`, the mean over these images of all processes. `prompts`
+    are unit vectors `(V, P)`.
 
     Each patch distributes itself over the known nouns of its image by a softmax of `scale` times cosines. The loss is
     the sum of two:
@@ -260,8 +260,8 @@ def known_competition_loss(
     - A patch shows a noun that is shown. The loss is the negative logarithm of the sum of its shares in these nouns,
     the mean over the patches. It gives no noun an area, so the nouns of other images decide what a patch shows.
     """
-    complete = nouns.complete
-    shown, known = nouns.shown[complete], (nouns.shown | nouns.absent)[complete]
+    counted = nouns.knows_background
+    shown, known = nouns.shown[counted], (nouns.shown | nouns.absent)[counted]
     columns = known.any(0).nonzero().squeeze(1)  # few of the nouns, all shown ones among them
     shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
     logits = scale * (patches.float() @ prompts[columns].float().mT)
@@ -271,8 +271,8 @@ def known_competition_loss(
     log_shares = smooth_maximum(log_softmax, log_prior, SHARE_EXPONENT, 1)
     noun_losses = -(log_shares * shown).sum(1) / shown.sum(1)
     patch_losses = -log_softmax.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
-    all_complete = gather_with_gradient(complete)
-    return (noun_losses + patch_losses).sum() * len(all_complete) / len(complete) / all_complete.sum().clamp(min=1)
+    all_counted = gather_with_gradient(counted)
+    return (noun_losses + patch_losses).sum() * len(all_counted) / len(counted) / all_counted.sum().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------------------------------------- terms
@@ -388,7 +388,7 @@ def _noun_competition(batch: BranchBatch) -> torch.Tensor:
 
 
 def _known_competition(batch: BranchBatch) -> torch.Tensor:
-    patches = batch.evenly(batch.nouns.complete)
+    patches = batch.evenly(batch.nouns.knows_background)
     return known_competition_loss(patches, batch.prompts, 2 * batch.config.max_sharpness, batch.nouns)
 
 

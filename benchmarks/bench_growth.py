@@ -16,7 +16,8 @@ from bench_explain import SIZE, loaded, without_gradients
 from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
-from iclip_hf.model.engine import TEXT_BATCH, join_texts
+from iclip_hf.model.batches import join_texts
+from iclip_hf.model.engine import TEXT_BATCH
 from iclip_hf.utils.files import atomic_write
 
 

@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.model.engine import Engine, for_images
+from iclip_hf.model.batches import for_images
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.similarity import cosines
 
 

@@ -40,7 +40,8 @@ from iclip_hf import explain
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
-from iclip_hf.model.engine import Engine, for_images
+from iclip_hf.model.batches import for_images
+from iclip_hf.model.engine import Engine
 from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.similarity import cosines, min_max_normalize
 

@@ -39,7 +39,7 @@ from transformers import CLIPImageProcessor
 from iclip_hf import load
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.replaced_attention import ReplacedAttention
-from iclip_hf.model.engine import for_images, select_texts
+from iclip_hf.model.batches import for_images, select_texts
 from iclip_hf.model.outputs import ICLIPTextFeatures
 
 

@@ -30,7 +30,8 @@ from .output import (
 
 
 if TYPE_CHECKING:
-    from ..model.engine import Engine, PreparedImage
+    from ..model.batches import PreparedImage
+    from ..model.engine import Engine
     from ..model.explanation import Explanation
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from ..backends.explainable import ExplainableModel
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
-from ..model.engine import Engine, PreparedImage
+from ..model.batches import PreparedImage
+from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.images import open_image, to_rgb, upright
 from ..model.prompts import split_texts

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from ..backends.loading import load
 from ..data.segmentation import SegmentationDataset
 from ..explainers import make_explainer
-from ..model.engine import Engine, map_groups
+from ..model.batches import map_groups
+from ..model.engine import Engine
 from ..model.outputs import ICLIPTextFeatures
 from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra

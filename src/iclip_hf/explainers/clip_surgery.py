@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ..backends.recording import AttentionRecord
-from ..model.engine import for_images, join_texts
+from ..model.batches import for_images, join_texts
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.projections import average_prompts
 from ..model.similarity import cosines

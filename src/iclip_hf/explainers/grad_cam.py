@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends.recording import AttentionRecord
-from ..model.engine import select_texts
+from ..model.batches import select_texts
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosines
 from .gradients import GradientExplainer

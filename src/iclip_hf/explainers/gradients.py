@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 
 from ..backends.recording import AttentionRecord
-from ..model.engine import select_texts
+from ..model.batches import select_texts
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosines
 from .explainer import Explainer

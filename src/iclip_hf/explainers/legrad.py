@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from ..backends.explainable import unit
 from ..backends.recording import AttentionRecord, private_copy
-from ..model.engine import select_texts
+from ..model.batches import select_texts
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.similarity import cosines
 from .explainer import Explainer

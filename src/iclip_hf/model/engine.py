@@ -11,19 +11,28 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from .batches import (
+    ImageBatch,
+    PreparedImage,
+    for_images,
+    join_images,
+    join_texts,
+    map_groups,
+    map_tensors,
+    pad_indices,
+    select_texts,
+)
 from .explanation import Explanation
 from .images import load_image
 from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
@@ -39,60 +48,29 @@ logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 TEXT_BATCH = 64
-# Texts whose features have this cosine or a higher one resemble each other: of them, `best` takes one.
+# Texts whose features have at least this cosine resemble each other, so `best` takes only one of them.
 SIMILAR_TEXTS = 0.7
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ImageBatch:
-    """
-    What a model sees of B images of one shape, and what it has made of them.
+class _Question(NamedTuple):
+    """The texts that images are asked about, in one form."""
 
-    Attributes:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): for the maps.
-        score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): for the scores, if the model's own
-            size is another.
-        image_embeds (`list[torch.Tensor]`, *optional*): unit vectors of the views of the images, `(B, P)`, for the
-            scores, from [`Engine.encode_images`]: of the whole at the model's own size and, at two scales, of windows.
-        features (`list[ICLIPImageFeatures]`, *optional*): of the views of `pixel_values`, for the maps, likewise.
-    """
-
-    pixel_values: torch.Tensor
-    score_pixel_values: torch.Tensor | None = None
-    image_embeds: list[torch.Tensor] | None = None
-    features: list[ICLIPImageFeatures] | None = None
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PreparedImage(ImageBatch):
-    """
-    An image for [`Engine.run`], from [`Engine.prepare`]: a batch of one.
-
-    Attributes:
-        size (`tuple[int, int]`): height and width of its maps in pixels.
-        text_indices (`Sequence[int]`, *optional*): the texts whose maps are wanted; all if not given.
-        image (`PIL.Image.Image`, *optional*): for the explanation.
-    """
-
-    size: tuple[int, int]
-    text_indices: Sequence[int] | None = None
-    image: Image.Image | None = None
-
-    @property
-    def batch_key(self) -> tuple:
-        """Images with equal keys can share a forward pass."""
-        pixels = (self.pixel_values, self.score_pixel_values)
-        shapes = [None if values is None else values.shape for values in pixels]
-        return *shapes, self.text_indices is None, self.image_embeds is None, self.features is None
+    labels: list[str]  # the T different labels
+    encoded: ICLIPTextFeatures  # (T, P)
+    priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
+    indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
 
 
 class _Asked(NamedTuple):
-    """The T texts that images are asked about."""
+    """An image and the indices of the labels that it is asked about, or None for all."""
 
-    labels: list[str]
-    encoded: ICLIPTextFeatures  # (T, P)
-    priors: torch.Tensor | None = None  # of their presence, (T,); None for 0.5
-    indices: list[list[int]] | None = None  # for each image those of its texts; None for all
+    image: PreparedImage
+    indices: list[int] | None
+
+    @property
+    def batch_key(self) -> tuple:
+        """Images with equal keys can be explained together."""
+        return self.image.batch_key, None if self.indices is None else len(self.indices)
 
 
 class Engine:
@@ -190,40 +168,42 @@ class Engine:
         Args:
             image (`PIL.Image.Image`): of any mode and EXIF orientation.
             size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, by default the image's.
-            text_indices (*optional*): indices of the texts that maps are wanted of, if of some only. Methods that
-                compare the texts still see all of them, and `Explanation.all_scores` has all scores.
+            text_indices (*optional*): indices of the texts to map; all if not given. Methods that compare the texts
+                still see all of them, and `Explanation.all_scores` has all scores.
         """
         image, own_size = load_image(image), size_dict(self.processor.image_processor.size)
-        wanted = self.scales.size(self.image_size or own_size)
+        map_size = self.scales.size(self.image_size or own_size)
 
         def pixels(size: dict[str, int]) -> torch.Tensor:
             # With do_resize=False, the processor takes no size.
             return self.processor(images=[image], size=None if size == own_size else size)["pixel_values"]
 
-        pixel_values, own = pixels(wanted), None
+        pixel_values, score_pixel_values = pixels(map_size), None
         if self.image_size is not None:
-            own = pixel_values if wanted == own_size else pixels(own_size)
-            if own.shape == pixel_values.shape and not self.multi_scale:
-                own = None  # the view of the whole image has the model's own size
-        size = (image.height, image.width) if size is None else check_map_size(size)
+            score_pixel_values = pixel_values if map_size == own_size else pixels(own_size)
+            if score_pixel_values.shape == pixel_values.shape and not self.multi_scale:
+                score_pixel_values = None  # the view of the whole image has the model's own size
         return PreparedImage(
-            pixel_values=pixel_values, score_pixel_values=own, size=size, text_indices=text_indices, image=image
+            pixel_values=pixel_values,
+            score_pixel_values=score_pixel_values,
+            size=(image.height, image.width) if size is None else check_map_size(size),
+            text_indices=text_indices,
+            image=image,
         )
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
         """
-        Encodes images for several questions, or for several engines of one model, which then need not encode them
-        again: the scores, and the maps that are computed from features. Another method runs the image tower in any
-        case.
+        Encodes images once, for several calls of `run` or several engines of one model: what the scores are computed
+        from, and the features of methods that compute their maps from them. Other methods run the image tower again.
         """
 
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:
             if not self.takes_features and group[0].score_pixel_values is None:
                 return group  # the scores come with the maps
-            batch = self._encoded(_joined(group), self.takes_features)
+            batch = self._encode_views(join_images(group), self.takes_features)
             encoded = [batch.image_embeds, batch.features]
-            rows = [_map_tensors(itemgetter(slice(row, row + 1)), encoded) for row in range(len(group))]
+            rows = [map_tensors(itemgetter(slice(row, row + 1)), encoded) for row in range(len(group))]
             return [
                 replace(image, image_embeds=embeds, features=features)
                 for image, (embeds, features) in zip(group, rows)
@@ -243,14 +223,16 @@ class Engine:
         Yields the explanations of images in their order.
 
         Args:
-            images: PIL images, or results of `prepare`. None, such as for an image that cannot be read, stays None.
+            images: PIL images, or results of `prepare`. None stands for an image that cannot be read and stays None.
             texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
                 "0", "1", ...; one list of labels for each image; or labels for all images with the prior of the
                 presence of each, which is 0.5 otherwise. Each text is encoded once.
-            batch_size (`int`): largest number of images in one forward pass, of one shape and with equally many texts.
-            best (`int`, *optional*): explains only so many texts of each image, those with the highest presence, or
-                score of a model without, best first. A text that resembles a better one, such as "puppy" after "dog",
-                is skipped. `Explanation.all_scores` has all scores. Of an image with `text_indices`, only these count.
+            batch_size (`int`): largest number of images in one forward pass. They have one shape and equally many
+                texts.
+            best (`int`, *optional*): number of texts to explain for each image: those with the highest presence, or
+                with the highest score if the model has no presence, best first. A text that resembles a better one,
+                such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores. For an image with
+                `text_indices`, only these texts count.
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
 
         Raises:
@@ -259,12 +241,12 @@ class Engine:
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is at least 1, not {number}.")
-        return self._explanations(images, self._asked(texts, encoded), batch_size, best)
+        return self._explanations(images, self._question(texts, encoded), batch_size, best)
 
-    def _asked(self, texts, encoded: ICLIPTextFeatures | None) -> _Asked:
+    def _question(self, texts, encoded: ICLIPTextFeatures | None) -> _Question:
         """Brings the texts of `run` to one form, and encodes them unless they are `encoded`."""
         if isinstance(texts, ICLIPTextFeatures):
-            return _Asked([str(number) for number in range(len(texts.text_embeds))], texts)
+            return _Question([str(index) for index in range(len(texts.text_embeds))], texts)
         priors = indices = None
         if isinstance(texts, Mapping):
             check_priors(texts)
@@ -277,72 +259,73 @@ class Engine:
             raise ValueError("There is no text: name what to look for, for each image.")
         if lists:
             labels = list(dict.fromkeys(itertools.chain(*lists)))
-            number = {label: index for index, label in enumerate(labels)}
-            indices = [[number[label] for label in of_image] for of_image in lists]
-        return _Asked(labels, self.encode(labels) if encoded is None else encoded, priors, indices)
+            index_of = {label: index for index, label in enumerate(labels)}
+            indices = [[index_of[label] for label in image_labels] for image_labels in lists]
+        return _Question(labels, self.encode(labels) if encoded is None else encoded, priors, indices)
 
-    def _explanations(self, images, asked: _Asked, batch_size: int, best: int | None) -> Iterator[Explanation | None]:
-        pairs = zip(images, asked.indices or itertools.repeat(None), strict=asked.indices is not None)
+    def _explanations(
+        self, images: Iterable, question: _Question, batch_size: int, best: int | None
+    ) -> Iterator[Explanation | None]:
+        """Yields the explanations of images in their order, computed in batches."""
+        pairs = zip(images, question.indices or itertools.repeat(None), strict=question.indices is not None)
         while batch := list(itertools.islice(pairs, batch_size)):
-            prepared = [
-                (self.prepare(image) if isinstance(image, Image.Image) else image, of_image)
-                for image, of_image in batch
+            asked = [
+                _Asked(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
+                for image, indices in batch
                 if image is not None
             ]
-            keys = [(image.batch_key, of_image and len(of_image)) for image, of_image in prepared]
-            explanations = iter(map_groups(partial(self._explain, asked, best), prepared, keys))
+            keys = [image.batch_key for image in asked]
+            explanations = iter(map_groups(partial(self._explain, question, best), asked, keys))
             yield from (None if image is None else next(explanations) for image, _ in batch)
 
     @torch.no_grad()
-    def _explain(
-        self, asked: _Asked, best: int | None, group: Sequence[tuple[PreparedImage, list[int] | None]]
-    ) -> list[Explanation]:
-        """
-        Explains B images of one `batch_key`, each with the indices of its T texts, or None for all that are asked.
-        """
-        images, asked_indices = zip(*group)
-        if asked_indices[0] is None:
-            labels, texts = [asked.labels] * len(images), for_images(asked.encoded, len(images))
+    def _explain(self, question: _Question, best: int | None, asked: Sequence[_Asked]) -> list[Explanation]:
+        """Explains B images of one `batch_key`, with T texts each."""
+        images, label_indices = zip(*asked)
+        if label_indices[0] is None:
+            labels, texts = [question.labels] * len(images), for_images(question.encoded, len(images))
         else:
-            labels = [[asked.labels[index] for index in of_image] for of_image in asked_indices]
-            texts = select_texts(asked.encoded, torch.tensor(asked_indices))
-        indices = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
-        text_indices = None if images[0].text_indices is None else indices
-        wants_maps = any(map(len, indices))
-        # Whether the method encodes the images, for the scores too.
-        encodes_itself = wants_maps and best is None and not self.takes_features
-        batch, maps, unrefined = _joined(images), torch.zeros(len(images), 0, 1, 1), None
-        if encodes_itself:
+            labels = [[question.labels[index] for index in indices] for indices in label_indices]
+            texts = select_texts(question.encoded, torch.tensor(label_indices))
+        batch = join_images(images)
+        mapped = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
+        text_indices = None if images[0].text_indices is None else mapped
+        maps = None if any(map(len, mapped)) else torch.zeros(len(images), 0, 1, 1)  # no map is wanted
+        if maps is None and best is None and not self.takes_features:
+            # The method encodes the images, also for the scores.
             maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices, refine=False)
             batch = replace(batch, features=features)
-        batch = self._encoded(batch, wants_maps and self.takes_features)
-        scores, presence = self._score(batch.image_embeds, texts, asked.priors)
+        batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
+        scores, presence = self._score(batch.image_embeds, texts, question.priors)
         if best is not None:
-            indices = _best_texts(scores if presence is None else presence, texts.text_embeds, indices, best)
-            texts, text_indices = select_texts(texts, _padded(indices)), None
-        if wants_maps and not encodes_itself:
+            mapped = _best_texts(scores if presence is None else presence, texts.text_embeds, mapped, best)
+            texts, text_indices = select_texts(texts, pad_indices(mapped)), None
+        if maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
-        if wants_maps and self.refine:
-            maps, unrefined = refine_maps(maps, batch.pixel_values.to(maps.device)), maps.cpu()
-        maps, scores, presence = maps.cpu(), scores.cpu(), None if presence is None else presence.cpu()
-        return [
-            Explanation(
-                labels=[labels[number][index] for index in selected],
-                scores=scores[number][list(selected)],
-                presence=None if presence is None else presence[number][list(selected)],
-                raw_maps=maps[number, : len(selected)],
-                unrefined_maps=None if unrefined is None else unrefined[number, : len(selected)],
+        unrefined = None
+        if self.refine and maps.shape[1]:
+            unrefined, maps = maps, refine_maps(maps, batch.pixel_values.to(maps.device))
+        maps, scores = maps.cpu(), scores.cpu()
+        presence, unrefined = (None if values is None else values.cpu() for values in (presence, unrefined))
+        explanations = []
+        for row, (image, indices) in enumerate(zip(images, map(list, mapped))):
+            explanation = Explanation(
+                labels=[labels[row][index] for index in indices],
+                scores=scores[row][indices],
+                presence=None if presence is None else presence[row][indices],
+                raw_maps=maps[row, : len(indices)],
+                unrefined_maps=None if unrefined is None else unrefined[row, : len(indices)],
                 size=image.size,
-                prior=EVEN_PRIOR if asked.priors is None else asked.priors[list(selected)],
+                prior=EVEN_PRIOR if question.priors is None else question.priors[indices],
                 image=image.image,
-                all_scores=scores[number],
+                all_scores=scores[row],
                 method=self.method_name,
                 refined=self.refine,
             )
-            for number, (image, selected) in enumerate(zip(images, indices))
-        ]
+            explanations.append(explanation)
+        return explanations
 
-    def _encoded(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
+    def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
         """Encodes images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
         features, embeds = batch.features, batch.image_embeds
         if features is None and for_maps:
@@ -375,26 +358,26 @@ class Engine:
         refine: bool = True,
     ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
-        Computes the raw maps `(B, T, h, w)` of prepared images `(B, 3, H, W)`, float32, at two scales and refined as
-        the engine says, or with other `scales`, such as [`SlidingWindows`]. Returns them with the features of the
-        views.
+        Computes the raw maps `(B, T, h, w)`, float32, of prepared images `(B, 3, H, W)`, with the scales and the
+        refinement of the engine, or with other `scales`, such as [`SlidingWindows`]. Returns the maps, and the
+        features of the views.
 
         Args:
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
-            features (`list[ICLIPImageFeatures]`, *optional*): of the views of the images, if they are encoded already.
-            text_indices (*optional*): for each image the indices of the texts whose maps are wanted; all if not given.
-                The S maps of an image with fewer end with maps of any texts.
+            features (`list[ICLIPImageFeatures]`, *optional*): features of the views, if they are encoded already.
+            text_indices (*optional*): for each image the indices of the texts to map; all if not given. S is the
+                largest number of them: an image with fewer has maps of any texts behind its own.
             refine (`bool`): False leaves out the refinement of the engine.
         """
         texts, scales = for_images(texts, len(pixel_values)), scales or self.scales
         views = scales.views(pixel_values)
-        maps, found = zip(
-            *(self._maps_of_method(view, texts, seen, text_indices) for view, seen in zip(views, features or views))
+        maps, features = zip(
+            *(self._view_maps(view, texts, image, text_indices) for view, image in zip(views, features or views))
         )
         maps = scales.join(maps, pixel_values.shape[2:])
-        return refine_maps(maps, pixel_values.to(maps.device)) if refine and self.refine else maps, [*found]
+        return refine_maps(maps, pixel_values.to(maps.device)) if refine and self.refine else maps, [*features]
 
-    def _maps_of_method(
+    def _view_maps(
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
@@ -402,8 +385,8 @@ class Engine:
         text_indices: Sequence[Sequence[int]] | None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
-        Computes the maps of the method, checks them, and returns them with the features of the images. `image` is the
-        pixel values or, if they are known, the features.
+        Computes the maps of the method for one view of the images, and checks them. Returns them with the features of
+        the view. `image` is the features if they are known, otherwise the pixel values.
         """
         expected, selected, options = tuple(texts.text_embeds.shape[:2]), None, {}
         if self.takes_features:
@@ -411,7 +394,7 @@ class Engine:
         if "templates" in self._arguments:
             options["templates"] = self.templates
         if text_indices is not None:
-            selected = _padded(text_indices)
+            selected = pad_indices(text_indices)
             if "text_indices" in self._arguments:
                 options["text_indices"], expected, selected = selected, tuple(selected.shape), None
         maps, features = self._forward(pixel_values, texts, **options)
@@ -422,7 +405,7 @@ class Engine:
             )
         maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
         check_finite(maps)
-        return maps, _map_tensors(torch.Tensor.detach, features)
+        return maps, map_tensors(torch.Tensor.detach, features)
 
     @torch.no_grad()
     def _own_maps(
@@ -442,20 +425,13 @@ class Engine:
 
 def input_device(model) -> torch.device:
     """
-    Returns the device for the inputs of a model: for a network that of its weights, or the CPU if they are offloaded,
-    where hooks move them.
+    Returns the device for the inputs of a model: the device of its weights, or the CPU if they are offloaded. Hooks
+    then move the inputs.
     """
     if not isinstance(model, torch.nn.Module):
         return model.device
     device = next(model.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
-
-
-def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
-    """Repeats encoded texts `(T, P)` for each of B images, `(B, T, P)`. Texts of this shape are returned unchanged."""
-    if texts.text_embeds.ndim == 3:
-        return texts
-    return _map_tensors(lambda values: values.expand(images, *values.shape), texts)
 
 
 def _has_english_words(tokenizer) -> bool:
@@ -467,75 +443,16 @@ def _has_english_words(tokenizer) -> bool:
     return any(token.startswith("##") for token in tokens) and sum(map(str.isascii, tokens)) > 0.9 * len(tokens)
 
 
-def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
-    """Joins texts that were encoded in parts, `(..., T, P)` each."""
-    dim = parts[0].text_embeds.ndim - 2
-    return _map_tensors(lambda *values: torch.cat(values, dim), *parts)
-
-
-def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFeatures:
-    """
-    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or
-    among those of each image, `(B, T, P)`.
-    """
-    place = indices if texts.text_embeds.ndim == 2 else (torch.arange(len(indices))[:, None], indices)
-    return _map_tensors(lambda values: values[place], texts)
-
-
-def _joined(images: Sequence[PreparedImage]) -> ImageBatch:
-    """Joins images of one `batch_key`."""
-    if len(images) == 1:
-        return images[0]
-    parts = {field.name: [getattr(image, field.name) for image in images] for field in fields(ImageBatch)}
-    return ImageBatch(**{name: _map_tensors(lambda *rows: torch.cat(rows), *of) for name, of in parts.items()})
-
-
-def _map_tensors(function: Callable[..., torch.Tensor], *parts):
-    """
-    Applies a function to tensors, or to those at each place of lists and of features, of which others than those that
-    scores and maps are computed from are left out. None stays None.
-    """
-    first = parts[0]
-    if first is None or isinstance(first, torch.Tensor):
-        return None if first is None else function(*parts)
-    if isinstance(first, list):
-        return [_map_tensors(function, *of_view) for of_view in zip(*parts)]
-    # Not the class of `first`: the code of a model folder has classes of its own.
-    kind = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
-    return kind(**{name: function(*(part[name] for part in parts)) for name in kind.compared if name in first})
-
-
-def map_groups(
-    function: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], keys: Iterable[Hashable]
-) -> list[Any]:
-    """
-    Calls a function from a list of items to their results once for all items with the same key, such as images of one
-    shape. Returns the results in the order of the items.
-    """
-    groups = defaultdict(list)
-    for index, key in enumerate(keys):
-        groups[key].append(index)
-    results = {}
-    for group in groups.values():
-        results.update(zip(group, function([items[index] for index in group]), strict=True))
-    return [results[index] for index in range(len(items))]
-
-
-def _padded(text_indices: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Returns the indices of the texts of each image `(B, S)`, those of an image with fewer with any others behind."""
-    return pad_sequence([torch.tensor(list(indices) or [0]) for indices in text_indices], batch_first=True)
-
-
 def _best_texts(
     scores: torch.Tensor, text_embeds: torch.Tensor, text_indices: Sequence[Sequence[int]], count: int
 ) -> list[list[int]]:
     """
-    Returns for each image the indices of the texts `(B, T, P)` with the highest values `(B, T)` among those of
-    `text_indices`, first those that do not resemble a better one, in their order.
+    Returns for each image the indices of the `count` texts `(B, T, P)` with the highest scores `(B, T)` among its
+    `text_indices`, best first. Texts that resemble a better one come last.
     """
     best = []
-    for ranked, embeds, wanted in zip(scores.argsort(descending=True).tolist(), text_embeds, map(set, text_indices)):
-        ranked, chosen = [index for index in ranked if index in wanted], []
+    for ranked, embeds, allowed in zip(scores.argsort(descending=True).tolist(), text_embeds, map(set, text_indices)):
+        ranked, chosen = [index for index in ranked if index in allowed], []
         for index in ranked:
             if len(chosen) < count and not (chosen and (embeds[chosen] @ embeds[index]).max() >= SIMILAR_TEXTS):
                 chosen.append(index)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from ...data.mask_formats.sample import SegmentationSample
-    from ...model.engine import PreparedImage
+    from ...model.batches import PreparedImage
     from ...model.explanation import Explanation
 
 

@@ -1,0 +1,127 @@
+"""Batches of prepared images and of encoded texts: what images of one shape are, joined, repeated and selected."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageBatch:
+    """
+    B images of one shape, as a model sees them, and their features, if they are encoded.
+
+    Attributes:
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): for the maps.
+        score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): for the scores, if the model's own
+            size is another.
+        image_embeds (`list[torch.Tensor]`, *optional*): unit vectors `(B, P)` of each view of the images, for the
+            scores: of the whole image at the model's own size and, at two scales, of its windows. [`Engine`] fills it.
+        features (`list[ICLIPImageFeatures]`, *optional*): features of each view of `pixel_values`, for the maps.
+            [`Engine`] fills it.
+    """
+
+    pixel_values: torch.Tensor
+    score_pixel_values: torch.Tensor | None = None
+    image_embeds: list[torch.Tensor] | None = None
+    features: list[ICLIPImageFeatures] | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PreparedImage(ImageBatch):
+    """
+    An image for [`Engine.run`], from [`Engine.prepare`]: a batch of one.
+
+    Attributes:
+        size (`tuple[int, int]`): height and width of its maps in pixels.
+        text_indices (`Sequence[int]`, *optional*): indices of the texts to map; all if not given.
+        image (`PIL.Image.Image`, *optional*): for the explanation.
+    """
+
+    size: tuple[int, int]
+    text_indices: Sequence[int] | None = None
+    image: Image.Image | None = None
+
+    @property
+    def batch_key(self) -> tuple:
+        """Images with equal keys can share a forward pass."""
+        pixels = (self.pixel_values, self.score_pixel_values)
+        shapes = [None if values is None else values.shape for values in pixels]
+        return *shapes, self.text_indices is None, self.image_embeds is None, self.features is None
+
+
+def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
+    """Repeats encoded texts `(T, P)` for each of B images, `(B, T, P)`. Texts of this shape are returned unchanged."""
+    if texts.text_embeds.ndim == 3:
+        return texts
+    return map_tensors(lambda values: values.expand(images, *values.shape), texts)
+
+
+def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
+    """Joins texts that were encoded in parts, `(..., T, P)` each."""
+    dim = parts[0].text_embeds.ndim - 2
+    return map_tensors(lambda *values: torch.cat(values, dim), *parts)
+
+
+def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFeatures:
+    """
+    Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or
+    among those of each image, `(B, T, P)`.
+    """
+    index = indices if texts.text_embeds.ndim == 2 else (torch.arange(len(indices))[:, None], indices)
+    return map_tensors(lambda values: values[index], texts)
+
+
+def join_images(images: Sequence[PreparedImage]) -> ImageBatch:
+    """Joins images of one `batch_key`."""
+    if len(images) == 1:
+        return images[0]
+    parts = {field.name: [getattr(image, field.name) for image in images] for field in fields(ImageBatch)}
+    return ImageBatch(**{name: map_tensors(lambda *rows: torch.cat(rows), *part) for name, part in parts.items()})
+
+
+def map_tensors(function: Callable[..., torch.Tensor], *parts):
+    """
+    Applies a function to tensors, or to the tensors inside lists and features, item by item. Of features, only the
+    tensors that scores and maps are computed from are kept. None stays None.
+    """
+    first = parts[0]
+    if first is None or isinstance(first, torch.Tensor):
+        return None if first is None else function(*parts)
+    if isinstance(first, list):
+        return [map_tensors(function, *items) for items in zip(*parts)]
+    # Not the class of `first`: the code of a model folder has classes of its own.
+    kind = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
+    return kind(**{name: function(*(part[name] for part in parts)) for name in kind.compared if name in first})
+
+
+def pad_indices(text_indices: Sequence[Sequence[int]]) -> torch.Tensor:
+    """
+    Returns the indices of the texts of each image as a tensor `(B, S)`. The rows of images with fewer texts are filled
+    with any index.
+    """
+    return pad_sequence([torch.tensor(list(indices) or [0]) for indices in text_indices], batch_first=True)
+
+
+def map_groups(
+    function: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], keys: Iterable[Hashable]
+) -> list[Any]:
+    """
+    Groups items by their keys, such as images by their shapes, and calls a function with each group, which returns a
+    result for each item. Returns the results in the order of the items.
+    """
+    groups = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    results = {}
+    for group in groups.values():
+        results.update(zip(group, function([items[index] for index in group]), strict=True))
+    return [results[index] for index in range(len(items))]

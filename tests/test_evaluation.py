@@ -15,10 +15,12 @@ from families import raw_maps
 from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from iclip_hf import cli, explain
+from iclip_hf import ICLIPModel, cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation import evaluate
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import (
     TASKS,
@@ -76,6 +78,26 @@ def slowly(model, processor, dataset):
         "mFMB": np.mean([np.mean(values) for values in fmb.values()]),
         "text_contrast": 100 * np.mean([np.mean(values) for values in contrast.values()]),
     }
+
+
+def test_the_remaining_time_is_estimated_from_whole_batches(labelled_folder, tiny_processor, recorded, monkeypatch):
+    """After one image of the first batch, the bar would state the time of a batch for each image, and of the texts."""
+    dataset, bars = load_segmentation("folder", labelled_folder), []
+    encoded = recorded(ICLIPModel, "encode_text")
+
+    class Bar(tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.seen = [len(encoded)]
+            bars.append(self)
+
+        def update(self, count):
+            self.seen.append(count)
+            super().update(count)
+
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    evaluate_model((tiny_model(), tiny_processor), dataset[:5], metrics=["mMIoU"], batch_size=2)
+    assert [bar.seen for bar in bars] == [[1, 2, 2, 1]]
 
 
 def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_processor):

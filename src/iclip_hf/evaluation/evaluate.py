@@ -254,14 +254,17 @@ class EvaluationRun:
                     parts[-1].update_from(image, method, maps)
             return parts
 
+        if needs:
+            _ = self.texts  # before the bar, which estimates the remaining time from that of the images
         bar = tqdm(total=len(self.indices), unit="image", disable=not self.progress)
         with ThreadPool(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
             images = self._run_model(images, metrics, needs)
-            for parts in prefetch_map(pool, update, images, 2 * self.batch_size):
+            for count, parts in enumerate(prefetch_map(pool, update, images, 2 * self.batch_size), 1):
                 for total, part in zip(totals.values(), parts):
                     total.merge(part)
-                bar.update()
+                if count % self.batch_size == 0 or count == len(self.indices):
+                    bar.update(count - bar.n)  # after one image of a batch, the estimate would be many times too high
         return totals
 
     def _prepared(self, index: int) -> EvaluatedImage:

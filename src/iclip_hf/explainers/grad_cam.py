@@ -23,14 +23,13 @@ class GradCAM(GradientExplainer):
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
     """
 
+    needs_image_tower = False
+
     def __init__(self, model, layer: int = -1, activations: str = "norm"):
         if activations not in ("norm", "block"):
             raise ValueError(f"activations is 'norm' or 'block', not {activations!r}.")
         super().__init__(model, layer)
         self.normed = activations == "norm" and self.model.layers[layer].residual
-
-    def _check_score(self) -> None:
-        pass
 
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None

@@ -23,25 +23,22 @@ class GradientExplainer(Explainer):
         layer (`int`): index of an attention layer of the image tower; -1 is the last.
     """
 
-    needs_weights = False
+    needs_weights = False  # whether the attention weights are recorded
+    needs_image_tower = True  # whether the score must depend on the attention layers
 
     def __init__(self, model, layer: int = -1):
         super().__init__(model)
-        self._check_score()
+        if self.needs_image_tower and self.model.reads_features:
+            raise ValueError(
+                "The score of this model reads its feature tower alone, so it has no gradient in the image tower: use "
+                "grad_cam, which differentiates with respect to the feature map."
+            )
         number = len(self.model.layers)
         if not -number <= layer < number:
             raise ValueError(
                 f"layer is an index of the {number} attention layers, from {-number} to {number - 1}, not {layer!r}."
             )
         self.layer = range(number)[layer]
-
-    def _check_score(self) -> None:
-        """Raises `ValueError` if the score does not depend on the attention layers."""
-        if self.model.reads_features:
-            raise ValueError(
-                "The score of this model reads its feature tower alone, so it has no gradient in the image tower: use "
-                "grad_cam, which differentiates with respect to the feature map."
-            )
 
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None

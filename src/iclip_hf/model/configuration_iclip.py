@@ -249,6 +249,14 @@ class ICLIPConfig(PreTrainedConfig):
         return [*earlier, "class_token", *average], map_pooling
 
     @property
+    def map_scale(self) -> float:
+        """
+        Scale of the cosines of patches and texts where texts compete for patches: 2 `max_sharpness`. Its inverse is
+        the most that additive or signed attention adds to a map.
+        """
+        return 2 * self.max_sharpness
+
+    @property
     def patch_dim(self) -> int:
         """Width of the patch tokens: that of the image tower, and `feature_dim` with a feature tower."""
         return self.vision_config.hidden_size + (0 if self.feature_config is None else self.feature_dim)

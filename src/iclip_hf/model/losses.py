@@ -380,7 +380,7 @@ def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
 
 
 def _noun_competition(batch: BranchBatch) -> torch.Tensor:
-    scale = 2 * batch.config.max_sharpness
+    scale = batch.config.map_scale
     shares = shares_of_texts(scale * batch.similarities, batch.prior)
     if batch.even_patches is not None:
         shares = shares_by_place(shares, batch.evenly(batch.nouns.shows_place), batch.prompts, scale, batch.nouns)
@@ -389,7 +389,7 @@ def _noun_competition(batch: BranchBatch) -> torch.Tensor:
 
 def _known_competition(batch: BranchBatch) -> torch.Tensor:
     patches = batch.evenly(batch.nouns.knows_background)
-    return known_competition_loss(patches, batch.prompts, 2 * batch.config.max_sharpness, batch.nouns)
+    return known_competition_loss(patches, batch.prompts, batch.config.map_scale, batch.nouns)
 
 
 LOSS_TERMS = {

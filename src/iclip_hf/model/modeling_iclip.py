@@ -393,7 +393,7 @@ class ICLIPModel(ICLIPTowers):
         """
         direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
-            return 2 * self.config.max_sharpness * (map_text_embeds.float() @ direction)
+            return self.config.map_scale * (map_text_embeds.float() @ direction)
 
     def similarity_maps(
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures
@@ -409,8 +409,8 @@ class ICLIPModel(ICLIPTowers):
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], additive and signed ones up to
-            1 / (2 `config.max_sharpness`) more. [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], with additive or signed attention up to
+            1 / `config.map_scale` more. [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches
             them.
         """
         if isinstance(image, torch.Tensor):
@@ -431,8 +431,8 @@ class ICLIPModel(ICLIPTowers):
             low = maps.amin((-2, -1), keepdim=True)  # its rounded mean could differ from the values of a constant map
             mean = low + (maps - low).mean((-2, -1), keepdim=True)
             above, below = (maps - mean).clamp(min=0), (maps - mean).clamp(max=0)
-            most = 1 / (2 * self.config.max_sharpness)
-            maps = mean + above + attention * above.clamp(max=most) + BELOW_MEAN * below
+            raised = above.clamp(max=1 / self.config.map_scale)
+            maps = mean + above + attention * raised + BELOW_MEAN * below
         return maps
 
     @can_return_tuple

@@ -20,9 +20,10 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import PROCESSOR_NAME, cached_file
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .explanation import Explanation, masks_of_maps
+from .explanation import check_thresholds, masks_of_maps
 from .images import load_image, to_8_bit, to_pixels, to_rgb
-from .presence import MIN_PRESENCE
+from .label_maps import label_map
+from .presence import MIN_PRESENCE, check_min_presence
 from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import check_map_size, resize_and_normalize
@@ -248,9 +249,11 @@ class ICLIPProcessor(ProcessorMixin):
             raise ValueError("There is no image.")
         exact = self._exact_size(images, size)
         for image in [] if do_resize else images:
-            own = dict(zip(("height", "width"), get_image_size(image)))
-            if (size is not None and own != exact) or any(side % self.patch_size for side in own.values()):
-                raise ValueError(f"An image of {own} needs to be resized: set do_resize=True of the image processor.")
+            sides = dict(zip(("height", "width"), get_image_size(image)))
+            if (size is not None and sides != exact) or any(side % self.patch_size for side in sides.values()):
+                raise ValueError(
+                    f"An image of {sides} needs to be resized: set do_resize=True of the image processor."
+                )
         return images, exact
 
     def _divide(self, batch: BatchFeature, images: int, texts: int) -> None:
@@ -331,7 +334,7 @@ class ICLIPProcessor(ProcessorMixin):
         Returns:
             list of B boolean `torch.Tensor` of shape `(T, H, W)`.
         """
-        presences = [[None] * len(one) for one in maps] if presence is None else presence.tolist()
+        presences = [[None] * len(image_maps) for image_maps in maps] if presence is None else presence.tolist()
         return [
             masks_of_maps(image_maps, threshold, image_presences, min_presence)
             for image_maps, image_presences in zip(maps, presences, strict=True)
@@ -368,14 +371,14 @@ class ICLIPProcessor(ProcessorMixin):
         if maps is None:
             raise ValueError("The outputs have no similarity_maps: call the model with output_similarity_maps=True.")
         sizes = [maps.shape[2:]] * len(maps) if target_sizes is None else target_sizes
-        presence = [None] * len(maps) if presence is None else presence
-        options = {"threshold": threshold, "min_presence": min_presence}
-        texts = [str(number) for number in range(maps.shape[1])]
+        presences = [None] * len(maps) if presence is None else presence
+        if threshold is not None:
+            check_thresholds(threshold, maps.shape[1])
+        check_min_presence(min_presence)
+        background = [range(maps.shape[1])[index] for index in background]
         return [
-            Explanation(texts, raw_maps[:, 0, 0], of_image, raw_maps, check_map_size(size), **options).label_map(
-                background=background
-            )
-            for raw_maps, size, of_image in zip(maps, sizes, presence, strict=True)
+            label_map(raw_maps, check_map_size(size), image_presences, min_presence, threshold, background)
+            for raw_maps, size, image_presences in zip(maps, sizes, presences, strict=True)
         ]
 
     def post_process_boxes(
@@ -434,7 +437,8 @@ class ICLIPProcessor(ProcessorMixin):
             labels, points = [], []
             for label, heatmap, mask, regions in texts:
                 outside = negative_points(heatmap, mask, num_negative)
-                points += [np.concatenate([positive_points(heatmap, one, num_positive), outside]) for one in regions]
+                inside = [positive_points(heatmap, region, num_positive) for region in regions]
+                points += [np.concatenate([positive, outside]) for positive in inside]
                 labels += [label] * len(regions)
             results.append(
                 {

@@ -13,8 +13,7 @@ import torch
 from tokenizers import Regex, normalizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, SiglipImageProcessor
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import CLIPModel, GradientCheckpointingLayer, SiglipImageProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.configuration_iclip import patch_side

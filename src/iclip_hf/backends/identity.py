@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, ProcessorMixin
-from transformers.image_processing_base import ImageProcessingMixin
+from transformers import ImageProcessingMixin, PreTrainedConfig, ProcessorMixin
 
 from ..model.configuration_iclip import ICLIPConfig
 from ..utils.digests import file_digest

@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
-from unittest import mock
 
 import torch
 from huggingface_hub import resolve_revision
@@ -19,7 +18,6 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     PreTrainedConfig,
-    dynamic_module_utils,
 )
 
 from ..model.modeling_iclip import ICLIPModel
@@ -29,6 +27,7 @@ from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
 from .explainable import ExplainableModel
+from .internals import without_question
 from .onnx import VISION_FILE, ONNXModel
 from .open_clip import ExplainableCoCa, ExplainableOpenCLIP, ExplainableOpenCLIPResNet
 from .timm import ExplainableTimm, ExplainableTimmMap
@@ -170,9 +169,7 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
     of_weights = {"use_safetensors": True, **({"dtype": options.pop("dtype")} if "dtype" in options else {})}
-    # Where nobody told it, Transformers asks on standard input whether code may run, for that many seconds.
-    unasked = mock.patch.object(dynamic_module_utils, "TIME_OUT_REMOTE_CODE", 0)
-    with loading_errors(name), unasked:
+    with loading_errors(name), without_question():
         if not os.path.exists(name):
             # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
             # be retried.

@@ -6,12 +6,9 @@ import copy
 import importlib
 import logging
 import math
-import sys
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import nn
@@ -26,6 +23,7 @@ from ..utils.errors import loading_errors
 from ..utils.extras import require_extra
 from ..utils.files import atomic_folder
 from ..utils.saved_configs import clean_configs
+from .internals import symbolic_grid, symbolic_padding
 
 
 logger = logging.getLogger(__name__)
@@ -149,29 +147,8 @@ def _vision_program(model: ICLIPModel):
     patch, Dim = patch_side(model.config), torch.export.Dim
     inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
-    # Towers convert their grid to int, which would fix the size of images in the graph.
-    tower = sys.modules[type(model.vision_model).__module__]
-    keep_symbols = mock.patch.object(
-        tower, "torch_int", lambda x: x if isinstance(x, torch.SymInt) else int(x), create=True
-    )
-    with keep_symbols, nullcontext() if model.feature_model is None else _same_convolutions():
+    with symbolic_grid(model.vision_model), symbolic_padding():
         return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared, shape)
-
-
-def _same_convolutions():
-    """
-    Replaces timm's convolutions with TensorFlow's padding by nodes of ONNX that pad so themselves. From the sizes that
-    timm computes, one after the other, expressions would grow on which an export takes hours.
-    """
-
-    def convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-        shape = (x.shape[0], len(weight), *(-(-side // step) for side, step in zip(x.shape[2:], stride)))
-        attributes = {"auto_pad": "SAME_UPPER", "kernel_shape": [*weight.shape[2:]], "group": groups}
-        attributes |= {"strides": [*stride], "dilations": [*dilation]}
-        inputs = [x, weight] if bias is None else [x, weight, bias]
-        return torch.onnx.ops.symbolic("Conv", inputs, attributes, dtype=x.dtype, shape=shape)
-
-    return mock.patch("timm.layers.conv2d_same.conv2d_same", convolution)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):

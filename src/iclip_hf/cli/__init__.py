@@ -13,7 +13,7 @@ from .. import __version__
 from .output import report_error
 
 
-# Each is a module here, which is imported when the command is used.
+# The commands and their descriptions. Each is a module of this package, which is imported when the command is used.
 COMMANDS = {
     "explain": "show which pixels of images match which texts",
     "segment": "assign each pixel of images to the text that matches it best",
@@ -29,56 +29,71 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser whose errors say what may be meant by an unknown name."""
+
     def parse_args(self, args=None, namespace=None):
-        self._arguments = args or []
-        return super().parse_args(args, namespace)
+        self._words = args or []
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            is_text = unknown[0][:1] != "-" and any(action.dest == "texts" for action in self._actions)
+            cure = "; several texts stand between commas, as in --text 'dog, red ball'" if is_text else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{cure}")
+        return options
 
     def error(self, message: str):
-        if "are required" in message or "unrecognized arguments: --" in message:  # it may be mistyped
-            known = self._option_string_actions
-            typed = [word.split("=")[0] for word in self._arguments if word.startswith("--")]
-            short = [name for name in typed if self.allow_abbrev and any(full.startswith(name) for full in known)]
-            if wrong := [name for name in typed if name not in (*known, *short)]:
-                message = f"unrecognized arguments: {wrong[0]}{self._cure(wrong[0], known)}"
-        if message.startswith("argument COMMAND"):
-            message += self._cure(self._arguments[0], COMMANDS)
-        unknown = message.removeprefix("unrecognized arguments: ")
-        if unknown != message and unknown[:1] != "-" and any(action.dest == "texts" for action in self._actions):
-            message += "; several texts stand between commas, as in --text 'dog, red ball'"
+        known = self._option_string_actions
+        for name in (word.split("=")[0] for word in self._words if word.startswith("--")):
+            is_short = self.allow_abbrev and any(option.startswith(name) for option in known)
+            if not (name in known or is_short):  # perhaps a required option that was mistyped
+                message = f"unrecognized arguments: {name}{self._cure(name, known)}"
+                break
+        self.fail(message)
+
+    def fail(self, message: str):
+        """Ends the command with one line on stderr."""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
-    def _cure(self, wrong: str, known: Iterable[str]) -> str:
-        """Returns what may be meant by an option or a command that is not known."""
+    def _cure(self, name: str, known: Iterable[str]) -> str:
+        """Returns what may be meant by an option that is not known."""
         if self.get_default("command") == "train":
             from ..training.arguments import cure_of
 
-            if cure := cure_of(wrong[2:].replace("-", "_")):
+            if cure := cure_of(name[2:].replace("-", "_")):
                 return cure
-        return "".join(f"; did you mean {option}?" for option in get_close_matches(wrong, known, 1))
+        return _suggestion(name, known)
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    return "".join(f"; did you mean {match}?" for match in get_close_matches(name, known, 1))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and texts may not fit its encoding
+        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters of names and texts
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
-        return 141  # as of a program that SIGPIPE ends, which servers and downloads must not be
+        return 141  # the code of a program that SIGPIPE ends; the signal itself would also end servers and downloads
 
 
 def _run(arguments: Sequence[str]) -> int:
-    # Read when torch is imported. Threads that wait sleep: beside other jobs, spinning makes an image ten times
-    # slower.
+    # Waiting threads sleep: beside other jobs, spinning makes an image ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = arguments[0] if arguments else None
     try:
-        options = parser(command).parse_args(arguments[1:] if command in COMMANDS else arguments or ["--help"])
-    except SystemExit as stop:  # of a wrong option, or after a help text
+        command_parser = parser(command)
+        if command in COMMANDS:
+            options = command_parser.parse_args(arguments[1:])
+        elif command and command[0] != "-":
+            command_parser.fail(f"there is no command {command!r}{_suggestion(command, COMMANDS)}")
+        else:
+            options = command_parser.parse_args(arguments or ["--help"])
+    except SystemExit as stop:  # after a wrong option or a help text
         return stop.code
     try:
         return options.run(options) or 0
@@ -91,11 +106,11 @@ def _run(arguments: Sequence[str]) -> int:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        smaller = {"train": "--chunk_size or --per_device_train_batch_size", "compare": "--image-size"}
-        smaller = smaller.get(command, "--batch-size or --image-size")
-        report_error(command, MemoryError(f"the memory of the GPU is full; set a smaller {smaller}"))
+        sizes = {"train": "--chunk_size or --per_device_train_batch_size", "compare": "--image-size"}
+        size = sizes.get(command, "--batch-size or --image-size")
+        report_error(command, MemoryError(f"the memory of the GPU is full; set a smaller {size}"))
         return 2
-    except KeyboardInterrupt as error:  # with a message if a training was interrupted
+    except KeyboardInterrupt as error:  # an interrupted training has a message
         report_error(command, KeyboardInterrupt(str(error) or "interrupted"))
         return 130
 
@@ -106,10 +121,10 @@ def parser(command: str | None) -> argparse.ArgumentParser:
         module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
         description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."
         parents = module.parents() if hasattr(module, "parents") else []
-        of_command = _Parser(prog=f"iclip {command}", description=description, parents=parents)
-        of_command.set_defaults(command=command, run=module.run)
-        module.add_options(of_command)
-        return of_command
+        command_parser = _Parser(prog=f"iclip {command}", description=description, parents=parents)
+        command_parser.set_defaults(command=command, run=module.run)
+        module.add_options(command_parser)
+        return command_parser
     program = _Parser(
         prog="iclip",
         description="Contrastive image-text models that explain themselves.",

@@ -6,23 +6,27 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..model.presence import presence_text
 from ..utils.files import free_name
 from ..utils.hub_ids import public_name
 from ..utils.tables import table
 from .inputs import load_model, load_named_image
-from .options import DATASET, MODEL, PROMPTS, add_shared
-from .output import PICTURES, check_file, cut, model_files, name_for, print_lines, resolution, save_picture
+from .options import DATASET, MODEL, PROMPTS, SHARED, add_shared
+from .output import PICTURES, check_output_file, cut, model_files, name_for, print_lines, resolution, save_picture
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file or URL, or with --dataset the name or path of one of its images"
     )
-    models = (
-        'ICLIP or CLIP-like model, or "embedded"; repeat the option to compare several (default: the embedded model)'
-    )
+    models = f"{SHARED['--model']['help']}; repeat the option to compare several"
     add_shared(command, "--model", action="append", dest="models", default=None, help=models)
     add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine", "--multi-scale")
     truth = command.add_argument_group(
@@ -38,9 +42,17 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, "--colormap", "--json")
 
 
+class _Opened(NamedTuple):
+    """The image of a command with what a data set tells of it."""
+
+    image: Image.Image
+    truths: dict[str, np.ndarray]  # masks of the texts that are classes of the data set
+    templates: list[str] | None
+
+
 def run(options: argparse.Namespace) -> None:
     output = options.output or Path(name_for(options.image, "comparison.png"))
-    check_file(output, PICTURES)
+    check_output_file(output, PICTURES)
     models = list({os.path.realpath(name): name for name in options.models or ["embedded"]}.values())
     methods = list(dict.fromkeys(options.methods or [None]))
     image, truths, templates = _open(options, options.output or free_name(output), models)
@@ -54,14 +66,11 @@ def run(options: argparse.Namespace) -> None:
 
     dpi = resolution(output)
     small = at_picture_size(image, dpi)
-    columns, words = {}, {}  # by the title of a column
+    columns, words = {}, {}  # maps and presence by the title of a column
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
-    # A picture is shown to others: it names a model by its folder, unless two have the same name.
-    public = {name: public_name(name) for name in models}
-    if len({*public.values()}) < len(models):
-        public = dict(zip(models, models))
-    rows, notes = [{"text": text, "scores": {}, "presence": {}} for text in texts], [[] for _ in texts]
+    model_titles = _model_titles(models)
+    rows = [{"text": text, "scores": {}, "presence": {}} for text in texts]
     for name in models:
         model = load_model(name, options)
         for method in tqdm(methods, desc=name, unit="method", delay=2):
@@ -76,15 +85,13 @@ def run(options: argparse.Namespace) -> None:
                 refine=options.refine,
                 multi_scale=options.multi_scale,
             )[0]
-            title = explanation.made_by if len(models) < 2 else f"{public[name]}\n{explanation.made_by}"
+            title = f"{model_titles[name]}\n{explanation.made_by}" if len(models) > 1 else explanation.made_by
             columns[title] = explanation.maps.numpy()
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
-        figures = zip(rows, notes, explanation.scores.tolist(), explanation.presences)
-        for row, of_row, score, presence in figures:
+        for row, score, presence in zip(rows, explanation.scores.tolist(), explanation.presences):
             row["scores"][name], row["presence"][name] = round(score, 4), presence
-            of_row.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
-    titles = [f"{text}\n{', '.join(of_row)}" for text, of_row in zip(texts, notes)]
+    titles = [f"{row['text']}\n{', '.join(_note(row, name) for name in models)}" for row in rows]
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     output = save_picture(sheet, output, dpi, output == options.output)
     if options.json:
@@ -93,24 +100,29 @@ def run(options: argparse.Namespace) -> None:
         print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
         return
     print_lines(f"{options.image} -> {output}")
+    model_cells = [cut(name) if len(models) > 1 else "" for name in models]
     cells = [
-        [
-            cut(row["text"]),
-            presence_text(row["presence"][name]),
-            f"{row['scores'][name]:.3f}",
-            cut(name) if len(models) > 1 else "",
-        ]
+        [cut(row["text"]), presence_text(row["presence"][name]), f"{row['scores'][name]:.3f}", model_cell]
         for row in rows
-        for name in models
+        for name, model_cell in zip(models, model_cells)
     ]
     print_lines(*table(["text", "presence", "score", "model"], cells))
 
 
-def _open(options: argparse.Namespace, output: Path, models: list[str]):
-    """
-    Returns the image, the mask of each text that is a class of the data set, if there is one, and the templates.
-    Checks that the output is none of the files that are read.
-    """
+def _model_titles(models: list[str]) -> dict[str, str]:
+    """Returns names of models for a picture: without their paths, unless two models have the same name."""
+    titles = {name: public_name(name) for name in models}
+    return titles if len({*titles.values()}) == len(models) else dict(zip(models, models))
+
+
+def _note(row: dict, model: str) -> str:
+    """Returns presence and score of a text by a model."""
+    score = f"score {row['scores'][model]:.2f}"
+    return " · ".join(filter(None, [presence_text(row["presence"][model]), score]))
+
+
+def _open(options: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
+    """Opens the image, and the data set if there is one. Checks that the output is none of the files that are read."""
     from ..data.segmentation import load_segmentation
     from ..utils.files import check_outputs
 
@@ -124,27 +136,26 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]):
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return load_named_image(options.image), {}, options.templates
+        return _Opened(load_named_image(options.image), {}, options.templates)
     ids = dict(zip(dataset.class_names, dataset.labels))
     texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
-    return sample.image, truths, options.templates or dataset.templates
+    return _Opened(sample.image, truths, options.templates or dataset.templates)
 
 
 def _named_sample(dataset, options: argparse.Namespace):
     """
-    Returns the sample of a file, of a name or of the end of a path. Raises `ValueError` if there is none, or several.
+    Returns the sample that the user named by its image file, its name or the end of its path. Raises `ValueError` if
+    there is none, or several.
     """
     path = Path(options.image)
-    if os.path.isfile(path):  # False also for a name that no file may have
-        found = [sample for sample in dataset if sample.image_path.samefile(path)]
-    else:
-        end = len(path.parts)
-        found = [
-            sample
-            for sample in dataset
-            if sample.name == options.image or sample.image_path.parts[-end:] == path.parts
-        ]
+
+    def is_named(sample) -> bool:
+        if os.path.isfile(path):  # False also for a name that no file can have
+            return sample.image_path.samefile(path)
+        return sample.name == options.image or sample.image_path.parts[-len(path.parts) :] == path.parts
+
+    found = [sample for sample in dataset if is_named(sample)]
     if not found:
         raise ValueError(
             f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of "

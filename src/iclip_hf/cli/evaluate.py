@@ -10,7 +10,7 @@ from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, seed, share, texts
-from .output import check_file, model_files, print_error, print_lines
+from .output import check_output_file, model_files, print_error, print_lines
 
 
 # What argparse knows of the forms of `metrics.OPTIONS`.
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> None:
         overrides, methods = overrides or settings.overrides, methods or settings.methods
     dataset = load_segmentation(options.dataset, options.data_root, options.split, overrides)
     if options.output:
-        check_file(options.output, (".json",))
+        check_output_file(options.output, (".json",))
         check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
     if options.report:
         check_new_folder(options.report)

@@ -21,8 +21,8 @@ Value = TypeVar("Value")
 
 def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     """
-    Makes a type for argparse of a function that raises `ValueError` or `OSError` for a wrong text; its sentence is
-    then printed.
+    Makes a type for argparse from a function that raises `ValueError` or `OSError` for a wrong text. The command
+    prints the sentence of this error.
     """
 
     def parse_option(text: str) -> Value:
@@ -45,14 +45,14 @@ def texts(typed: str) -> list[str]:
 
 @option_type
 def template(text: str) -> str:
-    """Returns a prompt, or the name of several."""
+    """Checks a prompt, or the name of several prompts."""
     check_templates(text)
     return text
 
 
 @option_type
 def method(name: str) -> str:
-    """Returns the name of a method of this package or of another one."""
+    """Checks the name of a method of this package or of another one."""
     return check_method(name)
 
 
@@ -80,8 +80,9 @@ def seed(text: str) -> int:
     return int(text)
 
 
-DEFAULT_METHOD = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"
-# Options that several commands have, for [`add_shared`].
+_DEFAULT_METHOD = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"
+_METHODS = f"{', '.join(METHODS)} (default: {_DEFAULT_METHOD})"
+# Names of options that belong together, and all options that several commands have, for [`add_shared`].
 MODEL, PROMPTS = ("--model", "--dtype", "--device"), ("--template", "--image-size")
 DATASET = ("--dataset", "--data-root", "--split", "--overrides")
 SHARED = {
@@ -128,12 +129,8 @@ SHARED = {
         "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into "
         "the prompts; several between commas, or by repeating the option; \\, is a comma within a text",
     },
-    "--methods": {
-        "nargs": "+",
-        "type": method,
-        "metavar": "METHOD",
-        "help": f"one or more of {', '.join(METHODS)} (default: {DEFAULT_METHOD})",
-    },
+    "--method": {"type": method, "metavar": "METHOD", "help": f"method that computes the maps, one of {_METHODS}"},
+    "--methods": {"nargs": "+", "type": method, "metavar": "METHOD", "help": f"one or more of {_METHODS}"},
     "--refine": {
         "action": argparse.BooleanOptionalAction,
         "default": True,
@@ -148,21 +145,21 @@ SHARED = {
     "--colormap": {
         "default": COLORMAPS[0],
         "choices": COLORMAPS,
-        "help": f"cividis is safe for colour-blind readers, jet is the paper's (default: {COLORMAPS[0]})",
+        "help": "cividis is safe for colour-blind readers, jet is the paper's (default: %(default)s)",
     },
-    "--batch-size": {"type": at_least_1, "metavar": "N", "help": "images in one forward pass (default: 8)"},
+    "--batch-size": {"type": at_least_1, "metavar": "N", "help": "images in one forward pass (default: %(default)s)"},
     "--json": {"action": "store_true", "help": "print JSON instead of text"},
 }
 
 
 def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> None:
-    """Adds options of [`SHARED`], all with these changes."""
+    """Adds options of [`SHARED`], each with the same changes."""
     for name in names:
         command.add_argument(name, **{**SHARED[name], **changes})
 
 
-def refuse(options: argparse.Namespace, names: Iterable[str], where: str) -> None:
-    """Raises `ValueError` if one of these options, which do not apply `where`, was given."""
+def refuse(options: argparse.Namespace, names: Iterable[str], context: str) -> None:
+    """Raises `ValueError` if one of these options was given, which do not apply in a context."""
     for name in names:
         if getattr(options, name):
-            raise ValueError(f"--{name.replace('_', '-')} does not apply to {where}: leave it out.")
+            raise ValueError(f"--{name.replace('_', '-')} does not apply to {context}: leave it out.")

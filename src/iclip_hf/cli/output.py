@@ -1,4 +1,4 @@
-"""What the commands write and print: checks of `--output`, pictures, reports, errors."""
+"""Files and lines that the commands write: checks of `--output`, pictures, errors."""
 
 from __future__ import annotations
 
@@ -18,53 +18,51 @@ from pathlib import Path
 from ..model.downloads import is_url
 
 
-# Files of pictures.
+# Suffixes of pictures.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 # Longest cell of a printed table, in characters.
 _LONGEST_CELL = 60
 
 
-def check_file(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises `ValueError` for an `--output` that is no file of this kind."""
+def check_output_file(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raises `ValueError` unless an `--output` has one of these suffixes."""
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"--output is a file name that ends in {' or '.join(suffixes)}, not {path}: name another.")
 
 
-def check_folder(path: Path) -> None:
-    """Raises `ValueError` for an `--output` that is no folder, before the model is loaded."""
+def check_output_folder(path: Path) -> None:
+    """Raises `ValueError` unless an `--output` is a folder, or a new name without a suffix."""
     if not path.is_dir() and (path.suffix or path.exists()):
         raise ValueError(f"--output is a folder here, not the file name {path}: name a folder.")
 
 
 def name_for(image: str | Path, ending: str) -> str:
-    """
-    Returns the name of an output of an image, `photo-explanation.png` for "photo.jpg" and for "http://a.b/photo.jpg?c".
-    """
+    """Returns the name of an output of an image: `photo-explanation.png` for "photo.jpg" or "http://a.b/photo.jpg?c"."""
     path = re.split("[?#]", image)[0] if is_url(image) else image
     return f"{Path(path).stem}-{ending}"
 
 
 def model_files(model: str) -> list[Path]:
-    """Returns the folder of a model, which is an input; nothing for another name of a model."""
+    """Returns the folder of a model, in a list, or an empty list if the model has none here."""
     return [Path(model)] if model != "embedded" and Path(model).is_dir() else []
 
 
 def resolution(picture: Path) -> int:
-    """Returns the dots per inch of a picture: for print, or for screens."""
+    """Returns the dots per inch of a picture: 300 for PDF, which is printed, otherwise 120."""
     return 300 if picture.suffix.lower() == ".pdf" else 120
 
 
 def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
     """
-    Writes a PIL image in the format of the file name's suffix, and returns its path. With `replace`, an existing file
-    is replaced.
+    Writes a PIL image in the format of the suffix, and returns its path. An existing file is replaced with `replace`;
+    without it, the name gets a number.
     """
     from PIL import Image
 
     from ..utils.files import atomic_write, write_new
 
     form = path.suffix[1:].lower()
-    # Run lengths: the PNG of a photograph is as small as by the default compression, in a quarter of the time.
+    # Compression by run lengths: the PNG of a photograph is as small as by default, in a quarter of the time.
     options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
     options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi)}
     if not replace:
@@ -76,8 +74,8 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
 
 def report_error(command: str, error: BaseException) -> None:
     """
-    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, which end their own report
-    with the line of the process that failed first. Of processes that are all interrupted, the first prints it.
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, whose own report ends with
+    the line of the process that failed first. If all processes are interrupted, the first one prints the line.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:
@@ -90,7 +88,7 @@ def report_error(command: str, error: BaseException) -> None:
 
 
 def print_lines(*lines: str) -> None:
-    """Prints lines, also into a pipe at once."""
+    """Prints lines on stdout, without a buffer."""
     print("\n".join(lines), flush=True)
 
 
@@ -101,7 +99,7 @@ def print_error(command: str, text: str) -> None:
 
 @contextmanager
 def shown_steps() -> Iterator[None]:
-    """Prints the steps that functions log at the level INFO, on stderr."""
+    """Prints on stderr what functions log at the level INFO: their steps."""
     logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
     level = logger.level
     logger.addHandler(handler)

@@ -49,6 +49,8 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
+# Rows of the threat model: formats that could run code or read files, and bombs, come from somebody who reaches the
+# demo's port; the others are likely mistakes.
 UNREADABLE_IMAGES = {
     "empty": b"",
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
@@ -162,8 +164,8 @@ def outside_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-# What is done to a whole model folder.
-MODEL_FOLDERS = {
+# Damages to a whole model folder, by the row of the threat model: the user's likely mistakes, a stranger's folder.
+_MISTAKEN_FOLDERS = {
     "missing": shutil.rmtree,
     "no config": removed("config.json"),
     "no weights": removed("model.safetensors"),
@@ -171,10 +173,6 @@ MODEL_FOLDERS = {
     "config of another model": edited_json("config.json", model_type="bert", vocab_size=9, num_hidden_layers=1),
     "config without a type": edited_json("config.json", model_type=None),
     "weights are truncated": truncated("model.safetensors", 0.9),
-    "pickled weights only": pickled,
-    "weights hold NaN": edited_weights(
-        lambda weights: weights["recognition.visual_projection.weight"][0].fill_(torch.nan)
-    ),
     "weights have another shape": edited_weights(
         lambda weights: weights.update({"recognition.visual_projection.weight": torch.zeros(3, 3)})
     ),
@@ -182,8 +180,15 @@ MODEL_FOLDERS = {
     "no processor": removed("processor_config.json"),
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
+}
+_FOLDERS_OF_STRANGERS = {
+    "pickled weights only": pickled,
+    "weights hold NaN": edited_weights(
+        lambda weights: weights["recognition.visual_projection.weight"][0].fill_(torch.nan)
+    ),
     "symlinked code": with_code,
 }
+MODEL_FOLDERS = _MISTAKEN_FOLDERS | _FOLDERS_OF_STRANGERS
 FEW_MODEL_FOLDERS = (
     "missing",
     "no weights",

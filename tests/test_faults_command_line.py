@@ -23,85 +23,104 @@ def refused(*line) -> str:
     return lines[0]
 
 
-# By how a command begins: what else is typed, of which a word that is not among the first stands in the line.
+# By the likely mistake of the threat model and the beginning of a command: what else is typed. The line on stderr has
+# one of these words.
 ARGUMENTS = {
-    "explain {photo} --text dog --model {model}": """
-        --sharpness 3
-        --text {photo}
-        --method magic
-        --image-size 12
-        --image-size 0.5
-        --min-presence nan
-        --threshold no.json
-        --template photo
-        --output a.exe
-        --output /dev/null/a.png
-        --model {empty}/absent
-        --model embeded
-        --device abacus
-        --device meta
-    """,
-    "explain --text dog --model {model}": """
-        {empty}
-        {photo} {photo} --output a.png
-    """,
-    "compare {photo} --model {model} --text dog": """
-        --methods itsm,gem
-        --dataset folder
-        --dataset folder --data-root {masks}
-    """,
-    "evaluate --model {model} --dataset folder --data-root {masks}": """
-        --steps 3
-        --image-size 224 --short-side 224
-        --window 16
-        --overrides absent.json
-        --overrides {list}
-        --output a.csv
-        --dataset voc2012 --data-root {empty}/absent
-        --dataset coco2017 --split ../../etc
-        --metrics luck
-        --metrics mAP --task segmentation
-        --metrics label_maps --seed -1
-    """,
-    "init --output new": """
-        --config no-such
-        --config iclip-vit-b16 --vision {empty}/a --text {empty}/b
-    """,
-    "export": """
-        {empty}/absent new
-        {model} embedded
-        {model} new --results {list}
-        {model} new --format web --results r.json
-    """,
-    "push --dry-run": """
-        {model} a/b/c
-        {model} model
-    """,
-    "demo": """
-        --web {empty}
-        --host 256.1.1.1
-    """,
-    "train {table} --model {model}": """
-        --sharpness 3
-        --learning_rat 1
-        --noun_weight 0.5
-        --batch_size 0
-        --per_device_train_batch_size 0
-        --gradient_accumulation_steps 0
-        --config absent.yaml
-        --nouns absent.txt
-        --eval_dataset voc2012 --eval_root absent
-        --validation_data absent.csv
-        --image_column picture
-    """,
-    "train": """
-        absent.csv
-        {empty}
-        {table} --model {empty}
-        --model {model}
-    """,
+    "a mistyped path, Hub id, option, command, class name or method": {
+        "explain {photo} --text dog --model {model}": """
+            --sharpness 3
+            --text {photo}
+            --method magic
+            --model {empty}/absent
+            --model embeded
+            --device abacus
+        """,
+        "compare {photo} --model {model} --text dog": """
+            --methods itsm,gem
+            --dataset folder --data-root {masks}
+        """,
+        "evaluate --model {model} --dataset folder --data-root {masks}": """
+            --overrides absent.json
+            --dataset voc2012 --data-root {empty}/absent
+            --dataset coco2017 --split ../../etc
+            --metrics luck
+        """,
+        "init --output new": """
+            --config no-such
+            --config iclip-vit-b16 --vision {empty}/a --text {empty}/b
+        """,
+        "export": "{empty}/absent new",
+        "train": "absent.csv",
+        "train {table} --model {model}": """
+            --sharpness 3
+            --learning_rat 1
+            --noun_weight 0.5
+            --batch_size 0
+            --config absent.yaml
+            --nouns absent.txt
+            --eval_dataset voc2012 --eval_root absent
+            --validation_data absent.csv
+            --image_column picture
+        """,
+    },
+    "a folder that holds something else": {
+        "explain --text dog --model {model}": "{empty}",
+        "evaluate --model {model} --dataset folder --data-root {masks}": "--overrides {list}",
+        "export": "{model} new --results {list}",
+        "demo": "--web {empty}",
+        "train": """
+            {empty}
+            {table} --model {empty}
+        """,
+    },
+    "a value out of range or a combination without meaning": {
+        "explain {photo} --text dog --model {model}": """
+            --image-size 12
+            --image-size 0.5
+            --min-presence nan
+            --threshold no.json
+            --template photo
+            --output a.exe
+            --device meta
+        """,
+        "explain --text dog --model {model}": "{photo} {photo} --output a.png",
+        "compare {photo} --model {model} --text dog": "--dataset folder",
+        "evaluate --model {model} --dataset folder --data-root {masks}": """
+            --steps 3
+            --image-size 224 --short-side 224
+            --window 16
+            --output a.csv
+            --metrics mAP --task segmentation
+            --metrics label_maps --seed -1
+        """,
+        "export": "{model} new --format web --results r.json",
+        "push --dry-run": """
+            {model} a/b/c
+            {model} model
+        """,
+        "demo": "--host 256.1.1.1",
+        "train": "--model {model}",
+        "train {table} --model {model}": """
+            --per_device_train_batch_size 0
+            --gradient_accumulation_steps 0
+        """,
+    },
+    "an output that is an input, or lies in a folder that is read": {
+        "explain {photo} --text dog --model {model}": "--output /dev/null/a.png",
+        "export": "{model} embedded",
+    },
 }
-LINES = [(start, rest.strip()) for start, rests in ARGUMENTS.items() for rest in rests.strip().splitlines()]
+LINES = [
+    pytest.param(start, rest.strip(), id=f"{mistake}-{start}-{rest.strip()}")
+    for mistake, commands in ARGUMENTS.items()
+    for start, rests in commands.items()
+    for rest in rests.strip().splitlines()
+]
+
+
+def test_each_mistake_is_in_the_threat_model():
+    likely = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    assert all(f"- {mistake}" in likely for mistake in ARGUMENTS)
 
 
 @pytest.fixture(scope="module")

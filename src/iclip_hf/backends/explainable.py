@@ -30,8 +30,8 @@ class ExplainableModel(ABC):
             pooling head.
         reads_features (`bool`): whether the score is computed from the feature tower of an ICLIP model alone.
         has_attention (`bool`): whether the image is pooled by attention, or from tokens that have passed one.
-        default_method (`str`): the method that shows where a text is for this kind of model, for which `method=None`
-            stands. docs/methods.md says why.
+        default_method (`str`): the method that `method=None` stands for, which shows where a text is for this kind of
+            model. docs/methods.md says why.
     """
 
     pools_patches = False
@@ -72,26 +72,26 @@ class ExplainableModel(ABC):
     @abstractmethod
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         """
-        Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`; of a
-        mean of the patches, their mean attention.
+        Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`. Where
+        the mean of the patches pools, it is the mean attention of all patches.
         """
 
     def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Computes raw maps `(B, T, h, w)`: the cosine of patch and text (Eq. 1-3), after `weigh_maps`."""
+        """Computes raw maps `(B, T, h, w)`: the cosines of patches and texts (Eq. 1-3), weighed by `weigh_maps`."""
         return self.weigh_maps(cosine_similarity_map(image.patch_embeds, texts.map_text_embeds), image, texts)
 
     def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        """Weighs maps of cosines by attention, for a model that does so, see [`ICLIPModel.weigh_maps`]."""
+        """Weighs maps of cosines by attention if the model does so, see [`ICLIPModel.weigh_maps`]."""
         return maps
 
     @abstractmethod
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of cosines of images and texts, which the model was trained with, float32."""
+        """Converts cosines of images and texts to the logits that the model was trained with, float32."""
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Returns the probability that images show texts, of the shape of their cosines `scores`, float32, in [0, 1];
-        None for a model that was not trained with a sigmoid, see [`ICLIPModel.presence`].
+        Converts cosines to the probability that images show texts, float32 in [0, 1]. Returns None for a model that
+        was not trained with a sigmoid, see [`ICLIPModel.presence`].
         """
         return None
 
@@ -101,8 +101,8 @@ class RecordableModel(ExplainableModel):
     A model whose attention layers of the image tower can be recorded.
 
     Attributes:
-        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last. Of
-            a tower without attention, its pooling alone.
+        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last. A
+            tower without attention has its pooling as the only layer.
     """
 
     def __init__(self, model: nn.Module, processor):
@@ -119,8 +119,8 @@ class RecordableModel(ExplainableModel):
         self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None, calls_sdpa: bool = False
     ) -> None:
         """
-        Prepares the attention of a block to be recorded, see `prepare`. `layer`: the further parts of its
-        `AttentionLayer`.
+        Prepares the attention of a block to be recorded, see `prepare`. `layer` are the parts of its `AttentionLayer`
+        after the block.
         """
         prepare(len(self.layers), block, attention, calls_sdpa)
         self.layers.append(AttentionLayer(block, *layer))
@@ -152,9 +152,9 @@ class RecordableModel(ExplainableModel):
         self, stream: torch.Tensor, image: ICLIPImageFeatures, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """
-        Joins to the stream of the patches of images, `(B, N, D)`, or of one mean token each, `(B, 1, D)`, the features
-        of a feature tower, for `project`. Patches of another `grid` than the image's get resized features. Returns the
-        stream itself of a model without one.
+        Appends the features of a feature tower to a stream, for `project`: to the stream of the patches, `(B, N, D)`,
+        or of one mean token of each image, `(B, 1, D)`. Features are resized if the patches have another `grid` than
+        the image. A model without a feature tower returns the stream itself.
         """
         return stream
 
@@ -199,8 +199,8 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
 
 def each_alone(head: Callable, tokens: torch.Tensor, length: int = 1) -> torch.Tensor:
     """
-    Applies a pooling head to each token `(B, N, D)`, as if all `length` tokens of an image were equal to it. Returns
-    `(B, N, P)`. A head that pools by attention then gives all of it to this token.
+    Applies a pooling head to each token `(B, N, D)`, as if all `length` tokens of an image were equal to it. So a head
+    that pools by attention gives all attention to this token. Returns `(B, N, P)`.
     """
     with unrecorded():
         pooled = head(tokens.flatten(0, 1).unsqueeze(1).expand(-1, length, -1))
@@ -208,7 +208,7 @@ def each_alone(head: Callable, tokens: torch.Tensor, length: int = 1) -> torch.T
 
 
 def check_side(pixel_values: torch.Tensor, side: int) -> None:
-    """Raises `ValueError` unless images are squares of `side` pixels, the only size of some models."""
+    """Raises `ValueError` unless images are squares of `side` pixels, the only size that some models take."""
     if pixel_values.shape[2:] != (side, side):
         raise ValueError(f"This model takes images of {side}x{side} pixels, not {tuple(pixel_values.shape)}.")
 

@@ -52,7 +52,7 @@ class TransformersModel(RecordableModel):
 
 
 class _ICLIP(ExplainableModel):
-    """ICLIP, whose own functions are used where they exist."""
+    """ICLIP, in PyTorch or ONNX: attention, maps, logits and presence are the model's own."""
 
     def __init__(self, model: ICLIPModel | ONNXModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
@@ -79,7 +79,7 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
 
     def __init__(self, model: ICLIPModel, processor: ICLIPProcessor):
         super().__init__(model, processor)
-        self.network.config.lock_vision = False  # of the copy: gradient methods differentiate through the tower
+        self.network.config.lock_vision = False  # in the copy, because gradient methods differentiate the tower
         self.reads_features = model.config.recognition_pooling == "feature_average"
 
     def join_features(
@@ -91,8 +91,8 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         return torch.cat([stream, features if stream.shape[1] > 1 else features.mean(1, keepdim=True)], -1)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        own = self.network.config.vision_config.hidden_size  # which features of a feature tower may follow
-        tokens = torch.cat([self._final_norm(stream[..., :own]), stream[..., own:]], -1)
+        width = self.network.config.vision_config.hidden_size  # features of a feature tower may follow
+        tokens = torch.cat([self._final_norm(stream[..., :width]), stream[..., width:]], -1)
         return self.network.embed_patches(self.network.centered_tokens(tokens))
 
 
@@ -110,24 +110,24 @@ class ExplainableCLIP(TransformersModel):
     default_method = "naclip"
 
     def __init__(self, model: CLIPModel, processor):
-        own_processor = ICLIPProcessor(
+        iclip_processor = ICLIPProcessor(
             self._whole_image_processor(model.config.vision_config, processor.image_processor),
-            self._own_tokenizer(processor.tokenizer),
+            self._prepared_tokenizer(processor.tokenizer),
             patch_size=patch_side(model.config),
             max_text_length=_text_length(model),
             text_padding=self.text_padding,
         )
-        super().__init__(model, own_processor)
+        super().__init__(model, iclip_processor)
 
     def _whole_image_processor(self, vision_config, image_processor):
         """Copies an image processor so that it resizes the whole image to the size of the model's training images."""
         patch = patch_side(vision_config)
-        # Without the pixels that the patches leave over, as in SigLIP So400m with patches of 14 pixels at 384.
+        # A multiple of the patch: 378 for SigLIP So400m, which has patches of 14 pixels at 384.
         side = vision_config.image_size // patch * patch
         options = {"size": {"height": side, "width": side}, "do_center_crop": False}
         return type(image_processor)(**(image_processor.to_dict() | options))
 
-    def _own_tokenizer(self, tokenizer):
+    def _prepared_tokenizer(self, tokenizer):
         return tokenizer
 
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
@@ -154,24 +154,24 @@ class ExplainableCLIP(TransformersModel):
 
 class ExplainableSiglip(ExplainableCLIP):
     """
-    SigLIP, which has no class token but a pooling head, whose query is a learned probe. A patch is projected into the
-    space of the texts as the head does with all attention on this patch: by value, output projection and MLP.
+    SigLIP. It has no class token but a pooling head, whose query is a learned probe. A patch is projected into the
+    space of the texts as by the head with all attention on this patch: by value, output projection and MLP.
     """
 
     text_padding = "max_length"
 
-    def _own_tokenizer(self, tokenizer):
+    def _prepared_tokenizer(self, tokenizer):
         """
-        Copies a tokenizer so that texts are as its authors evaluate them and as open_clip has them: in lower case,
-        without punctuation, padded on the right, without a mask. Folders of SigLIP2 name other tokenizers.
+        Copies a tokenizer so that texts are in lower case, without punctuation, padded on the right and without a
+        mask, as in its authors' evaluation and in open_clip. Folders of SigLIP2 name other tokenizers.
         """
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids"]
         if backend := getattr(tokenizer, "backend_tokenizer", None):  # SiglipTokenizer, which has none, does the same
             spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
             punctuation = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
-            own = [] if backend.normalizer is None else [backend.normalizer]
-            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), punctuation, *spaces, *own])
+            saved = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), punctuation, *spaces, *saved])
         return tokenizer
 
     def _prepare_layers(self) -> None:
@@ -187,7 +187,7 @@ class ExplainableSiglip(ExplainableCLIP):
 
 
 class ExplainableAimv2(ExplainableCLIP):
-    """AIMv2, which has no class token but a pooling head, whose query is learned."""
+    """AIMv2. It has no class token but a pooling head, whose query is learned."""
 
     def _prepare_layers(self) -> None:
         tower = self.network.vision_model
@@ -214,7 +214,7 @@ class ExplainableAimv2(ExplainableCLIP):
 
 
 class ExplainableDualEncoder(ExplainableCLIP):
-    """VisionTextDualEncoder with an image tower of CLIP, or with a ViT, whose class token passes its pooler."""
+    """VisionTextDualEncoder with an image tower of CLIP, or with a ViT, which has a pooler for the class token."""
 
     def __init__(self, model, processor):
         tower = model.config.vision_config.model_type
@@ -251,7 +251,7 @@ class ExplainableTipsv2(ExplainableCLIP):
 
 
 class ExplainableSiglip2(ExplainableSiglip):
-    """SigLIP2 for images of any shape (NaFlex). All patches of an image are passed, so none is padding."""
+    """SigLIP2 for images of any shape (NaFlex). An image has all its patches and no padding."""
 
     def _whole_image_processor(self, vision_config, image_processor):
         side = math.isqrt(vision_config.num_patches) * patch_side(vision_config)
@@ -267,7 +267,7 @@ class ExplainableSiglip2(ExplainableSiglip):
 
 
 def _text_length(model) -> int:
-    """Returns the largest number of tokens of a text. RoBERTa and its kin count positions from their padding on."""
+    """Returns the largest number of tokens of a text. RoBERTa and its kin count positions from the padding index."""
     tables = (part for name, part in model.text_model.named_modules() if name.endswith("position_embeddings"))
     unused = next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
     return model.config.text_config.max_position_embeddings - unused

@@ -16,62 +16,64 @@ from ..utils.digests import file_digest
 from ..utils.hub_ids import public_name
 
 
-# Options that change no number: those that training alone reads or that the weights hold, the place of the files, the
+# Options that change no number: those that only training reads or that the weights hold, the path of the files, the
 # code that wrote or loads them, and the dtype of the files.
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *ICLIPConfig.option_names("training", "weights")}
-# The classes of configurations and image processors, which count although they are the defaults of themselves.
+# Options that name the class of a configuration or image processor. They count although they equal the defaults.
 _KINDS = ("model_type", "image_processor_type")
 # Attributes of the modules of open_clip and timm that change no number.
 _MODULE_STATE = ("training", "grad_checkpointing", "fused_attn")
-# Of a tokenizer of open_clip: what it has met, and the place of its files.
+# Attributes of a tokenizer of open_clip that change no token: the texts of earlier calls, and the paths of its files.
 _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "vocab_file")
 
 
 def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     """
-    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding. Reads
-    all weights, 100 MB in 0.1 s.
+    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding. All
+    weights are read, 100 MB in 0.1 s.
 
     Args:
         model, processor: a pair for [`load`].
         dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
-        `dict` with `model`, its Hub id or the name of its folder; and what counts: digests of `configuration`,
-        `weights` and `processor` (options, image processor and tokenizer), and `dtype`.
+        `dict` with `model`, its Hub id or the name of its folder; digests of `configuration`, `weights` and
+        `processor` (options, image processor and tokenizer); and `dtype`.
     """
     config = getattr(model, "config", None)
     if isinstance(model, torch.nn.Module):
-        used = getattr(torch, dtype) if dtype else next(model.parameters()).dtype
-        weights = {name: w.to(used) if w.is_floating_point() and dtype else w for name, w in _weights(model).items()}
-    else:  # ONNX, whose logit scale and bias are in its configuration
+        used_dtype = getattr(torch, dtype) if dtype else next(model.parameters()).dtype
+        weights = _weights(model)
+        if dtype:
+            weights = {name: w.to(used_dtype) if w.is_floating_point() else w for name, w in weights.items()}
+    else:  # an ONNX model has the trained logit scale and bias in its configuration
         trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
-        used, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
-    if config is None:  # of open_clip
+        used_dtype, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
+    if config is None:  # a model of open_clip
         config = [str(model), _options(model), model.visual.preprocess_cfg, model.visual.image_size]
     return {
         "model": public_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "configuration": digest(config),
         "weights": digest(weights),
-        "dtype": str(used).removeprefix("torch."),
+        "dtype": str(used_dtype).removeprefix("torch."),
         "processor": digest(processor),
     }
 
 
 def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
     """
-    Returns the parts of the identity in which a model differs from the one that results or a card describe. The
-    described dtype may be lower than the model's, whose weights are rounded to it. `start` is the identity that the
-    model had, if it was trained since.
+    Returns the parts of the identity in which a model differs from the one that results or a card describe. If the
+    described dtype is lower than the model's, the weights are rounded to it. `start` is the identity that the model
+    had before a training.
     """
-    now = start or identity(model, processor, described.get("dtype"))
-    return [part for part in ("configuration", "processor", "weights") if described.get(part) != now[part]]
+    compared = start or identity(model, processor, described.get("dtype"))
+    return [part for part in ("configuration", "processor", "weights") if described.get(part) != compared[part]]
 
 
 def digest(value) -> str:
     """
-    Returns 16 hex digits over a value: what JSON has, tensors, files (as `Path`), configurations, processors and
+    Returns 16 hex digits over a value of JSON types, tensors, files (as `Path`), configurations, processors and
     tokenizers. The order of mappings does not count.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
@@ -79,8 +81,8 @@ def digest(value) -> str:
 
 def _options(model: torch.nn.Module) -> dict[str, dict]:
     """
-    Returns the plain attributes of all modules, such as the number of heads and the kind of pooling, which their text
-    leaves out.
+    Returns the plain attributes of all modules. The text of a module leaves some out, such as the number of heads and
+    the kind of pooling.
     """
     plain = (bool, int, float, str, tuple)
     return {
@@ -100,7 +102,7 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _plain(value):
-    """Converts a value to what JSON has, or to values that can be converted."""
+    """Converts a value to JSON types, or to values that this function converts."""
     if isinstance(value, torch.Tensor):
         content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         return [*value.shape, str(value.dtype), hashlib.sha256(content).hexdigest()]
@@ -110,17 +112,17 @@ def _plain(value):
         parts = {name: getattr(value, name) for name in value.get_attributes()}
         return {**_counted(value.to_dict()), **parts}
     if isinstance(value, (PreTrainedConfig, ImageProcessingMixin)):
-        # Without defaults, so that a new version of Transformers, which adds options, does not make another model.
-        usual, options = type(value)().to_dict(), {**value.to_dict()}
+        # Without defaults, so that a model stays the same when a new version of Transformers adds options.
+        defaults, options = type(value)().to_dict(), {**value.to_dict()}
         options |= {name: part for name in options if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
-        return _counted({name: of for name, of in options.items() if name in _KINDS or of != usual.get(name)})
+        return _counted({name: part for name, part in options.items() if name in _KINDS or part != defaults.get(name)})
     if backend := getattr(value, "backend_tokenizer", None):
         rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # of the last call
         return [rules, value.special_tokens_map, value.padding_side, value.truncation_side, value.model_input_names]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if parts := {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in _TOKENIZER_STATE}:
-        # Keys of JSON are texts, but those of the merges are pairs.
+        # Items, because JSON has no pairs as keys, which the merges have.
         return {name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()}
     return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value
 

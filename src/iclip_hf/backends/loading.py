@@ -1,5 +1,5 @@
 """
-Loading of models: `load` gives the object that explains; from folders and the Hub, without running code of the folder.
+Loading of models from folders and the Hub, without running their code. `load` returns the object that explains.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .timm import ExplainableTimm, ExplainableTimmMap
 logger = logging.getLogger(__name__)
 
 
-# By the model type of a config, or by the image tower in open_clip, see `_tower`.
+# Classes by the model type of a configuration, or by the image tower in open_clip, see `_tower`.
 _FAMILIES: dict[str, type[ExplainableModel]] = {
     **{model_type: getattr(families, name) for model_type, name in MODEL_TYPES.items()},
     "VisionTransformer": ExplainableOpenCLIP,
@@ -69,7 +69,7 @@ def load(
     Args:
         source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a model of transformers, whose types
             docs/guide/explain.md lists; an exported ONNX folder; a pair of a model, already on its device, and its
-            processor, or of a model of open_clip and its tokenizer; or the result of an earlier call.
+            processor; a pair of a model of open_clip and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
         device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or
             the CPU.
@@ -79,9 +79,9 @@ def load(
         changed. Load a model again after it was moved to another device or number format, which replaces its weights.
 
     Raises:
-        `OSError`: the model or one of its files does not exist. `TypeError`: the given model is of another kind.
-            `ValueError`: that of a folder or Hub id is; a file is damaged, lacks weights or contains NaN; the
-            processor is of another model; or dtype or device are given for a model that has its own.
+        `OSError`: the model or one of its files does not exist. `TypeError`: the given object is of another kind.
+            `ValueError`: a folder or Hub id holds another kind of model; a file is damaged, lacks weights or contains
+            NaN; the processor is of another model; or dtype or device are given for a model that has its own.
     """
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
@@ -112,7 +112,7 @@ def load(
 def _usable(device: str | torch.device) -> torch.device:
     try:
         tensor = torch.empty(0, device=device)
-        tensor.cpu()  # "meta" has no values
+        tensor.cpu()  # fails on "meta", which has no values
         return tensor.device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"This machine has no device {str(device)!r}; name one that it has, such as cpu.") from error
@@ -127,13 +127,13 @@ def _explainable(model, processor) -> ExplainableModel:
     else:
         family = getattr(getattr(model, "config", None), "model_type", None)
         fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
-    kind = type(model).__name__ + (f" ({family})" if family else "")
+    description = type(model).__name__ + (f" ({family})" if family else "")
     if family in REFUSED:
-        raise TypeError(f"A {kind} cannot be explained: {REFUSED[family]}.")
+        raise TypeError(f"A {description} cannot be explained: {REFUSED[family]}.")
     if family not in _FAMILIES or not fits:
         raise TypeError(
             "Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
-            f"{', '.join(MODEL_TYPES)}, got {kind}: load one of them."
+            f"{', '.join(MODEL_TYPES)}, got {description}: load one of them."
         )
     if not hasattr(model, "visual"):
         check_processor(getattr(model.config, "_name_or_path", "") or family, processor, model.config)
@@ -151,7 +151,7 @@ def _tower(visual: torch.nn.Module) -> str:
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
     """
     Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name
-    checked.
+    after a check.
     """
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
@@ -163,27 +163,27 @@ def has_bfloat16() -> bool:
 
 def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **options):
     """
-    Loads model, in eval mode, and processor of a folder or Hub id of the Auto classes, or `"embedded"`, from
-    safetensors. Code in the folder is not run. `types` are the model types that are loaded; `options` override the
-    model's configuration. Raises the errors of [`load`].
+    Loads model, in eval mode, and processor by the Auto classes from a folder, a Hub id or `"embedded"`. Weights are
+    read from safetensors, and code in the folder is not run. `types` are the model types that are loaded; `options`
+    override the model's configuration. Raises the errors of [`load`].
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
-    of_weights = {"use_safetensors": True, **({"dtype": options.pop("dtype")} if "dtype" in options else {})}
+    weight_options = {"use_safetensors": True, **({"dtype": options.pop("dtype")} if "dtype" in options else {})}
     with loading_errors(name), without_question():
         if not os.path.exists(name):
-            # Files of one commit. Fails at once without a network and a copy in the cache, where each download would
-            # be retried.
+            # All files are of one commit. This fails at once without a network and a copy in the cache; each download
+            # would be retried.
             shared["revision"] = resolve_revision(name)
         config = AutoConfig.from_pretrained(name, **shared)
         check_model_type(name, config.model_type, types)
-        config._attn_implementation = None  # of the file, which could name code of the Hub
+        config._attn_implementation = None  # the file could name code of the Hub
         with loading_errors(name, **({"cure": "correct model_options"} if options else {})):
             for option, value in options.items():
                 setattr(config, option, value)
             model, loading = AutoModel.from_pretrained(
-                name, config=config, output_loading_info=True, **of_weights, **shared
+                name, config=config, output_loading_info=True, **weight_options, **shared
             )
-        if not isinstance(model, ICLIPModel):  # which checks its weights itself
+        if not isinstance(model, ICLIPModel):  # an ICLIP model has checked its weights itself
             check_weights(name, model, loading["missing_keys"])
         processor = _load_processor(name, config, **shared)
     check_processor(name, processor, model.config)
@@ -192,8 +192,8 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
 
 def _load_processor(name: str | Path, config: PreTrainedConfig, **options):
     """
-    Loads the processor of a model, by the class that its type has: the processor's file can name another one, and
-    further parts such as an audio tokenizer, which is loaded from anywhere.
+    Loads the processor of a model by the class of the model's type. The processor's file can name another class, and
+    further parts such as an audio tokenizer, which Transformers loads from anywhere.
     """
     processor_class = PROCESSOR_MAPPING[type(config)]
     if processor_class is ICLIPProcessor:
@@ -203,5 +203,5 @@ def _load_processor(name: str | Path, config: PreTrainedConfig, **options):
 
 
 def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
-    """As [`load_pretrained`], of an ICLIP model only."""
+    """Like [`load_pretrained`], only for ICLIP models."""
     return load_pretrained(name, ("iclip",), **options)

@@ -29,8 +29,7 @@ from .internals import symbolic_grid, symbolic_padding
 logger = logging.getLogger(__name__)
 
 VISION_FILE, TEXT_FILE = "vision_model.onnx", "text_model.onnx"
-# What runs the graphs, by the names of ONNX Runtime: those that it has, in this order. Others, such as TensorRT, are
-# untested.
+# Execution providers of ONNX Runtime, in the order of preference. Others, such as TensorRT, are untested.
 _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
@@ -38,12 +37,12 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
     """
     Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, K, L, H and W are dynamic.
 
-    - `vision_model.onnx`: `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
+    - `vision_model.onnx`: from `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
       `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, and to `attention` and `map_attention` `(B, N)` in
       [0, 1], as in [`ICLIPImageFeatures`].
-    - `text_model.onnx`: `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` of K prompts of
-      each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with `map_attention="signed"`
-      to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
+    - `text_model.onnx`: from `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` for K
+      prompts of each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with
+      `map_attention="signed"` to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
     `patch_embeds` and `map_text_embeds` have 2 P numbers with a `recognition_share`.
@@ -113,7 +112,7 @@ class ONNXModel:
         providers = [name for name in _PROVIDERS if name in onnxruntime.get_available_providers()]
         with loading_errors(folder):
             self.config = ICLIPConfig.from_pretrained(folder)
-            # For its logits alone, with the trained scale and bias that the configuration has.
+            # Used for logits only. The configuration has the trained scale and bias.
             self.recognition = ICLIPBranch(self.config, 1, 1, recognises=True).requires_grad_(False)
             self._vision, self._text = (
                 onnxruntime.InferenceSession(Path(folder, name), providers=providers)
@@ -122,7 +121,8 @@ class ONNXModel:
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         """
-        Like [`ICLIPModel.get_image_features`], with the fields that the graph returns. `pixel_values`: `(B, 3, H, W)`.
+        Like [`ICLIPModel.get_image_features`], with the fields that the graph returns. `pixel_values` are
+        `(B, 3, H, W)`.
         """
         return ICLIPImageFeatures(**_run(self._vision, {"pixel_values": pixel_values.float()}))
 
@@ -154,7 +154,7 @@ def _vision_program(model: ICLIPModel):
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
     inputs, Dim = processor(text=["dog", "a dog", "red ball", "a red ball", "car", "a car"]), torch.export.Dim
     prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}
-    # The least sizes are those that the export assumes; the graph takes one prompt, too.
+    # The export assumes these smallest sizes; the graph also takes one prompt.
     shape = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: Dim("length", min=2, max=processor.max_text_length)}
     outputs = ICLIPTextFeatures.compared
     if model.config.map_attention != "signed":
@@ -176,12 +176,12 @@ def _program(
     outputs: tuple[str, ...],
     shape: dict,
 ):
-    """Exports what `encode` does with a model. All inputs have the same dynamic sizes, `shape`."""
+    """Exports the function `encode` of a model. All inputs have the same dynamic sizes, `shape`."""
 
-    class Side(nn.Module):
+    class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.model = model  # whose weights the graph holds
+            self.model = model  # so that the graph has its weights
 
         def forward(self, *tensors):
             features = encode(**dict(zip(inputs, tensors)))
@@ -190,7 +190,7 @@ def _program(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own warnings
         program = torch.onnx.export(
-            Side().eval(),
+            Encoder().eval(),
             tuple(inputs.values()),
             dynamo=True,
             verbose=False,
@@ -206,7 +206,7 @@ def _program(
 
 
 def _round(number, ndigits=None):
-    """Python's `round` of a symbolic number, which the exporter lacks. The quantile of the attention needs it."""
+    """Translates Python's `round` of a symbolic number, which the quantile of the attention calls."""
     from onnxscript import opset18 as op
 
     return op.Cast(op.Round(number), to=7)  # int64
@@ -217,7 +217,7 @@ def _round(number, ndigits=None):
 
 def _write(program, path: Path, weights: str) -> None:
     """
-    Writes a graph. Smaller weights are restored by nodes of the graph, which ONNX Runtime executes once, on loading.
+    Writes a graph. Nodes of the graph restore smaller weights. ONNX Runtime executes them once, on loading.
     """
     logger.info("Writing %s", path.name)
     shrink = _SMALLER[weights]
@@ -252,13 +252,14 @@ def _bfloat16(name: str, values: torch.Tensor) -> tuple[list, list]:
 
 def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     """
-    Stores a matrix in 8 bits, with a scale for each column, or a kernel with one for each output channel. Returns its
-    tensors, and the nodes that restore it.
+    Stores a matrix in 8 bits with a scale for each column, or a kernel with a scale for each output channel. Returns
+    its tensors, and the nodes that restore it.
     """
     from onnx import TensorProto, helper, numpy_helper
 
-    of_one = (1, 2, 3) if values.ndim == 4 else tuple(range(values.ndim - 1))
-    scale = values.abs().amax(of_one, keepdim=values.ndim == 4).clamp(min=1e-30) / 127
+    is_kernel = values.ndim == 4
+    dims = (1, 2, 3) if is_kernel else tuple(range(values.ndim - 1))
+    scale = values.abs().amax(dims, keepdim=is_kernel).clamp(min=1e-30) / 127
     stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
     tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
     return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
@@ -267,5 +268,5 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     ]
 
 
-# How matrices are stored, by the names of `weights`.
+# Functions that store a matrix, by the names of `weights`.
 _SMALLER = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}

@@ -20,7 +20,7 @@ from .recording import attend, input_weights, merge_heads, split_heads
 
 
 class _OpenCLIPProcessor(ICLIPProcessor):
-    """A processor whose tokenizer is a function, as those of open_clip are."""
+    """A processor for a tokenizer of open_clip, which is a function."""
 
     def __init__(self, image_processor, tokenize: Callable[[list[str]], torch.Tensor], patch_size: int):
         super().__init__(image_processor, patch_size=patch_size)
@@ -48,7 +48,7 @@ class ExplainableOpenCLIP(RecordableModel):
     def __init__(self, model: nn.Module, tokenizer):
         try:
             tokens = tokenizer(["dog"])
-        except Exception:  # of an object that does not accept texts
+        except Exception:  # an object that does not accept texts
             tokens = None
         if not isinstance(tokens, torch.Tensor):
             raise TypeError(
@@ -57,12 +57,12 @@ class ExplainableOpenCLIP(RecordableModel):
             )
         options, size = model.visual.preprocess_cfg, model.visual.image_size
         patch_size = self._patch_size(model.visual)
-        # Without the pixels that the patches leave over, as in SigLIP So400m with patches of 14 pixels at 384.
+        # A multiple of the patch: 378 for SigLIP So400m, which has patches of 14 pixels at 384.
         self.side = (size[0] if isinstance(size, tuple) else size) // patch_size * patch_size
         resample = Resampling[options["interpolation"].upper()]
         image_processor = square_processor(self.side, options["mean"], options["std"], resample)
         super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
-        self._given = model, tokenizer  # its configuration tells how images are prepared
+        self._given = model, tokenizer  # the identity has how images are prepared from the model's configuration
         self.pools_patches = self._pools_patches()
         if self.pools_patches:
             self.default_method = "itsm"
@@ -75,7 +75,7 @@ class ExplainableOpenCLIP(RecordableModel):
         return self.network.visual.pool_type == "avg"
 
     def _prepare_layers(self) -> None:
-        self.network.visual.set_grad_checkpointing(False)  # which would run blocks once more in a backward pass
+        self.network.visual.set_grad_checkpointing(False)  # it would run blocks again in a backward pass
         for block in self.network.visual.transformer.resblocks:
             mlp = block_mlp(block.ln_2, block.mlp, block.ls_2)
             self._add_layer(block, block.attn, block.attn.out_proj, block.ls_1, mlp)
@@ -98,8 +98,8 @@ class ExplainableOpenCLIP(RecordableModel):
 
 class ExplainableCoCa(ExplainableOpenCLIP):
     """
-    CoCa, which pools by attention with learned queries, of which the first is that of the score. A patch is projected
-    into the space of the texts as the pooling does with all attention on this patch: by value and output projection.
+    CoCa. It pools by attention with learned queries; the first query gives the score. A patch is projected into the
+    space of the texts as by the pooling with all attention on this patch: by value and output projection.
     """
 
     def _prepare_layers(self) -> None:
@@ -115,8 +115,8 @@ class ExplainableCoCa(ExplainableOpenCLIP):
 
 class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     """
-    A ResNet, whose only attention layer is the pooling at its end. The query that pools the image is the mean of the
-    positions. The positions are queries too, and their outputs are the patch embeddings.
+    A ResNet. Its only attention layer is the pooling at its end. The mean of the positions is the query that pools the
+    image. The positions are queries too, and their outputs are the patch embeddings.
     """
 
     default_method = "maskclip"
@@ -145,8 +145,8 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
 
 def _attention_pool(pool: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """
-    Computes the attention pool of the tokens `(B, L, D)` of a feature map, and records it. Returns the outputs of
-    their mean, which is that of the image, and of each token, `(B, 1 + L, P)`.
+    Computes the attention pool of the tokens `(B, L, D)` of a feature map, and records it. Returns the outputs
+    `(B, 1 + L, P)`: of the mean token, which is the output of the image, and of each token.
     """
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
     heads = (split_heads(linear(tokens), pool.num_heads) for linear in (pool.q_proj, pool.k_proj, pool.v_proj))

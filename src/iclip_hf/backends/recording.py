@@ -50,19 +50,19 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 @dataclass(frozen=True)
 class AttentionLayer:
     """
-    An attention layer of an image tower, prepared to be recorded, of modules only, which `copy.deepcopy` follows.
+    An attention layer of an image tower, prepared to be recorded. It has modules only, which `copy.deepcopy` follows.
     """
 
-    block: nn.Module  # that it belongs to
-    projection: nn.Module  # of the merged heads
+    block: nn.Module  # the block of the layer
+    projection: nn.Module  # the output projection of the merged heads
     scale: nn.Module | None = None  # the layer scale, if the model has one
     # Residual stream after the attention (..., L, D) -> what the block's MLP adds to it; None for a pooling head.
     mlp: nn.Module | None = None
 
     def output(self, heads: torch.Tensor) -> torch.Tensor:
         """
-        Returns what the layer adds to the residual stream, `(B, L, D)`, from mixed values of the heads `(B, H, L, D /
-        H)`.
+        Computes what the layer adds to the residual stream, `(B, L, D)`, from the mixed values of its heads,
+        `(B, H, L, D / H)`.
         """
         projected = self.projection(merge_heads(heads))
         return projected if self.scale is None else self.scale(projected)
@@ -75,8 +75,8 @@ class AttentionLayer:
 
 def private_copy(model: nn.Module) -> nn.Module:
     """
-    Copies a model in eval mode. The copy shares the weights, which have no gradients in it. Attributes, hooks and
-    modules that are set in the copy do not affect the model.
+    Copies a model in eval mode. The copy shares the weights, without gradients. Attributes, hooks and modules that are
+    set in the copy do not affect the model.
     """
     with torch.inference_mode(False):
         shared = {
@@ -88,9 +88,9 @@ def private_copy(model: nn.Module) -> nn.Module:
 
 def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> tuple[T, list[AttentionRecord]]:
     """
-    Runs `forward`, of a model that [`prepare`] was applied to, and returns its result with the records of the
+    Runs `forward` of a model whose layers were prepared, see [`prepare`]. Returns its result and the records of the
     attention layers from `start` on. `grad` keeps the graph from the input of layer `start` to the result. `weights`
-    records the attention weights too, which takes the memory that fused attention saves.
+    also records the attention weights, which takes the memory that fused attention saves.
     """
     recording = _Recording(start, grad, weights)
     token = _recording.set(recording)
@@ -103,7 +103,7 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Suspends the recording, for modules that run once more."""
+    """Suspends the recording, for modules that run again."""
     token = _recording.set(None)
     try:
         yield
@@ -113,8 +113,8 @@ def unrecorded() -> Iterator[None]:
 
 def prepare(index: int, block: nn.Module, attention: nn.Module, calls_sdpa: bool = False) -> None:
     """
-    Makes layer `index` of a private copy record the inputs of its block and of its attention. The copy of a copy does
-    so already. With `calls_sdpa`, the attention itself calls `scaled_dot_product_attention`, which is recorded.
+    Makes layer `index` of a private copy record the inputs of its block and of its attention. A copy of this copy
+    records them too. `calls_sdpa`: the attention itself calls `scaled_dot_product_attention`; this call is recorded.
     """
     if getattr(block, "is_recorded", False):
         return
@@ -161,8 +161,8 @@ def attend(
     attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """
-    Computes the attention of the heads by a function of queries, keys and values, and records it. Returns mixed values
-    `(B, H, Q, D / H)`, with which the forward pass must continue, for their gradients.
+    Computes the attention of the heads by a function of queries, keys and values, and records it. Returns the mixed
+    values `(B, H, Q, D / H)`. The forward pass must continue with them, so that they have gradients.
     """
     layer = _current_layer()
     if layer is None:
@@ -170,7 +170,7 @@ def attend(
     layer.query, layer.key, layer.value = query, key, value
     if _recording.get().weights:
         one_hot = torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1)
-        layer.weights = attention(query, key, one_hot)  # mixed, these values are the weights
+        layer.weights = attention(query, key, one_hot)  # mixing one-hot values gives the weights
         layer.mixed = layer.weights @ value
     else:
         layer.mixed = attention(query, key, value)

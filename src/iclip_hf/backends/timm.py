@@ -20,7 +20,7 @@ _BLOCKS = ("Block", "RelPosBlock", "EvaBlock", "EvaBlockPostNorm")
 class ExplainableTimm(ExplainableOpenCLIP):
     """
     A transformer that pools by a class token, the mean of the patches, or an attention with a learned query. A patch
-    is projected into the space of the texts as the head does with a sequence of equal patches.
+    is projected into the space of the texts as by the head on a sequence of equal patches.
     """
 
     @property
@@ -78,7 +78,7 @@ class ExplainableTimm(ExplainableOpenCLIP):
 
 
 class ExplainableTimmMap(ExplainableTimm):
-    """A convolutional tower, which ends in the mean of a feature map."""
+    """A convolutional tower. It ends in the mean of a feature map."""
 
     has_attention = False
 
@@ -95,5 +95,5 @@ class ExplainableTimmMap(ExplainableTimm):
 
 
 def _pool(head: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Computes the head from the tokens `(B, L, D)` of a feature map, whose order does not count."""
+    """Computes the head from the tokens `(B, L, D)` of a feature map; their order does not count."""
     return type(head).forward(head, tokens.mT.unsqueeze(-1))

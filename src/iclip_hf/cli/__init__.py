@@ -116,7 +116,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def parser(command: str | None) -> argparse.ArgumentParser:
-    """Returns the parser of a command, whose module is imported for it, or that of `iclip` itself."""
+    """Returns the parser of a command, and imports its module. Without a command, returns the parser of `iclip`."""
     if command in COMMANDS:
         module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
         description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."

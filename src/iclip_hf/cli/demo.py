@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, options.port or 0), family=family).close()
-    except OSError as error:  # of which Gradio tells in words of its own, or after trying each port
+    except OSError as error:  # Gradio would tell it in its own words, or after trying each port
         port = f", --port {options.port}" if options.port else ""
         raise ValueError(f"--host {options.host}{port}: {error.strerror}.") from error
     print_error("demo", f"loading Gradio and {options.model}, which may take a minute")
@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
 
     silence_transformers()
     precision = {"dtype": options.dtype, "device": options.device}
-    # Quiet, because Gradio names an option of Python that shares the demo.
+    # Quiet, because Gradio would advertise its Python option for sharing.
     app = launch(options.model, options.host, options.port, **precision, quiet=True, prevent_thread_lock=True)
     print_lines(f"{app.local_url}")
     app.block_thread()

@@ -9,16 +9,16 @@ from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
-from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, seed, share, texts
+from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, fraction, seed, texts
 from .output import check_output_file, model_files, print_error, print_lines
 
 
-# What argparse knows of the forms of `metrics.OPTIONS`.
+# Arguments of argparse for the forms in `metrics.OPTIONS`.
 _FORMS = {
     "pixels": {"type": at_least_1, "metavar": "PIXELS"},
     "count": {"type": at_least_1, "metavar": "N"},
     "seed": {"type": seed, "metavar": "N"},
-    "share": {"type": share, "metavar": "NUMBER"},
+    "share": {"type": fraction, "metavar": "NUMBER"},
     "number": {"type": float, "metavar": "NUMBER"},
     "texts": {"action": "extend", "type": texts, "metavar": "TEXT"},
 }
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> None:
     from ..utils.distributed import partial_state
 
     size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
-    state = partial_state("eval")  # selects the device before the model is loaded
+    state = partial_state("eval")  # selects the device, before the model is loaded
     result = evaluate_model(
         load_model(options.model, options),
         dataset,
@@ -112,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
     if state.is_main_process:
         if options.report:
             print_error("evaluate", f"wrote {options.report / 'index.html'}")
-        if options.output:  # before the table, whose reader may have gone
+        if options.output:  # written before the table is printed, because a pipe may be closed
             written = " and ".join(map(str, result.save(options.output)))
             print_error("evaluate", f"wrote {written}")
         print_lines(*(result.to_json() if options.json else result.table()).split("\n"))

@@ -36,8 +36,8 @@ def run(options: argparse.Namespace) -> int:
         from ..utils.files import check_new_folder, check_outside
 
         check_new_folder(options.report)
-        for name in (*options.images, options.model):  # a later run would read the report's pictures
-            check_outside(options.report, name)
+        for source in (*options.images, options.model):  # a later run would read the report's pictures
+            check_outside(options.report, source)
         report = _Report(options.report)
 
     def write(name: str, explanation, picture: Path | None) -> dict:
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 
     try:
         return explain_files(options, "explanation", write)
-    finally:  # of an interrupted run, the images so far
+    finally:  # an interrupted run reports the images so far
         if report and report.images:
             print_error("explain", f"wrote {report.write()}")
 

@@ -79,20 +79,20 @@ def run(options: argparse.Namespace) -> None:
         else:
             from ..web.export import export_web
 
-            more = {"source": options.model} | ({"cdn": options.cdn.rstrip("/")} if options.cdn else {})
-            folder = export_web(model, processor, options.directory, weights or "int8", **more)
+            server = {"cdn": options.cdn.rstrip("/")} if options.cdn else {}
+            folder = export_web(model, processor, options.directory, weights or "int8", source=options.model, **server)
             use = ("demo", "--web", str(folder))
     print_folder(folder, "iclip", *use)
 
 
 def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
-    """Exports the model that the options name, with results on its card."""
+    """Exports the model that the options name, with the results that they name on its card."""
     metrics = None
     if options.results is not None:
         from ..evaluation.results import read_results
 
         metrics = read_results(options.results, "protocol", "results")
-    # Not as an error of the command, which is one line.
+    # Not by `print_error`, because an error of the command is one line.
     print(f"Loading {options.model} and writing its files, which may take a minute.", file=sys.stderr)
     from ..backends.identity import changed_model
     from ..backends.loading import load_iclip
@@ -110,8 +110,8 @@ def export(options: argparse.Namespace, directory: Path, name: str | None = None
 
 def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:
     """
-    Returns the `licence` on the card of an exported model, and `data_terms`, the terms of its training data by their
-    names.
+    Returns the `licence` on the card of an exported model, and `data_terms`, the terms of each training data set by
+    name.
     """
     from ..hub.model_card import card_licence
     from ..hub.record import read_record

@@ -42,17 +42,17 @@ def load_named_image(name: str) -> Image.Image:
 
 def image_names(names: Sequence[str]) -> list[str]:
     """
-    Returns the names with the images of a folder in its place, without pictures that the commands wrote. Raises
-    `FileNotFoundError` for a name of nothing, and for a folder without images.
+    Returns the names of images. A folder is replaced by its images, without pictures that the commands wrote. Raises
+    `FileNotFoundError` for a name that does not exist, and for a folder without images.
     """
     if missing := [name for name in names if not is_url(name) and not Path(name).exists()]:
         raise FileNotFoundError(
             f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
         )
-    return [image for name in names for image in (_of_folder(name) if os.path.isdir(name) else [name])]
+    return [image for name in names for image in (_folder_images(name) if os.path.isdir(name) else [name])]
 
 
-def _of_folder(folder: str) -> list[str]:
+def _folder_images(folder: str) -> list[str]:
     from ..data.files import image_files
 
     if images := image_files(Path(folder)):

@@ -57,7 +57,7 @@ def method(name: str) -> str:
 
 
 @option_type
-def share(text: str) -> float:
+def fraction(text: str) -> float:
     """Parses a number in [0, 1]."""
     if not 0 <= float(text) <= 1:
         raise ValueError(f"{text} is not in [0, 1]")

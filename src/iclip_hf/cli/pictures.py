@@ -15,7 +15,7 @@ from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, presence_text
 from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image
-from .options import MODEL, PROMPTS, add_shared, share
+from .options import MODEL, PROMPTS, add_shared, fraction
 from .output import (
     PICTURES,
     check_output_file,
@@ -47,14 +47,14 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) 
     add_shared(command, "--method", "--refine", "--multi-scale")
     command.add_argument(
         "--threshold",
-        type=share,
+        type=fraction,
         default=0.5,
         metavar="NUMBER",
         help="a mask holds the pixels whose map, stretched to [0, 1], is greater; 0 to 1 (default: %(default)s)",
     )
     command.add_argument(
         "--min-presence",
-        type=share,
+        type=fraction,
         default=MIN_PRESENCE,
         metavar="NUMBER",
         help="a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: %(default)s)",
@@ -141,7 +141,7 @@ def _entries(
     batch_size: int,
     entry_of: Callable[[str, Explanation], dict],
 ) -> Iterator[dict]:
-    """Yields the entry of each image, in order; for one that cannot be read, the `"problem"` alone."""
+    """Yields the entry of each image, in order. An image that cannot be read has only a `"problem"`."""
     from ..utils.prefetch import prefetch_map
 
     def read(name: str) -> _Input:
@@ -161,7 +161,7 @@ def _entries(
 
 
 def _texts(options: argparse.Namespace, engine: Engine) -> _Texts:
-    """Returns the texts that the user named, or else all nouns, of which each image shows the best."""
+    """Returns the texts that the user named. Without any, returns all nouns, the best of which each image shows."""
     if options.texts:
         return _Texts(options.texts + options.background, None, None, ("text", "presence"))
     from ..backends.embedded import encoded_vocabulary, vocabulary

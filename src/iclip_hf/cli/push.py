@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
     if not options.dry_run:
         from ..hub.folders import check_login
 
-        check_login()  # before the work
+        check_login()
     with tempfile.TemporaryDirectory() as scratch:
         folder = export(options, Path(scratch, "model"), name=options.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())

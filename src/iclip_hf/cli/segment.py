@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         action="extend",
         type=texts,
         metavar="TEXT",
-        help="what else the image shows, such as sky; it competes like the texts, and its pixels are background; "
+        help="text of the background, such as sky; it competes like the texts, and its pixels are background; "
         "several like --text",
     )
 
@@ -36,8 +36,7 @@ def run(options: argparse.Namespace) -> int:
         from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
 
-        # Of the texts and, after them, those of the background.
-        num_texts = len(options.texts)
+        num_texts = len(options.texts)  # the texts of the background follow
         segments, covered, labels = [], [], np.full(explanation.size, -1)
         for index, (text, segment, is_covered) in enumerate(explanation.segments()):
             mask = segment.numpy()
@@ -45,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
             covered += [text] if is_covered and index < num_texts else []
             segments.append(
                 {
-                    "id": index + 1 if index < num_texts else 0,  # in the label map, where 0 is the background
+                    "id": index + 1 if index < num_texts else 0,  # 0 is the background
                     "text": text,
                     "score": round(explanation.scores[index].item(), 4),
                     "presence": explanation.presences[index],
@@ -55,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
             )
         entry = {**explanation.settings(), "segments": segments}
         if covered:
-            hidden = "; ".join(_takers(explanation, text, labels) for text in covered)
-            entry["problem"] = f"{name}: {hidden}; iclip explain shows each map"
+            reasons = "; ".join(_covering(explanation, text, labels) for text in covered)
+            entry["problem"] = f"{name}: {reasons}; iclip explain shows each map"
         if picture is None:
             return entry
         words = explanation.presence_words
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         sheet = label_sheet(explanation.image, labels, options.texts, words, options.background, made_by, dpi=dpi)
         is_named = picture == options.output
         picture = save_picture(sheet, picture, dpi, is_named)
-        # photo-segments-2.png has photo-labels-2.png.
+        # photo-labels-2.png belongs to photo-segments-2.png.
         stem = "labels".join(picture.stem.rsplit("segments", 1))
         label_name = name_for(picture, "labels.png") if is_named else f"{stem}.png"
         labels[labels >= num_texts] = -1
@@ -78,22 +77,22 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def _takers(explanation, text: str, labels) -> str:
-    """Names the texts that have a tenth of the mask of a text in a label map, those with most first."""
+def _covering(explanation, text: str, labels) -> str:
+    """Says which texts have a tenth or more of the mask of a text in a label map, the largest part first."""
     import numpy as np
 
-    taken = labels[explanation.mask(text).numpy()]
-    counts = np.bincount(taken[taken >= 0], minlength=len(explanation))
-    least = min(counts.max(), taken.size / 10)
+    inside = labels[explanation.mask(text).numpy()]
+    counts = np.bincount(inside[inside >= 0], minlength=len(explanation))
+    least = min(counts.max(), inside.size / 10)
     names = [explanation.labels[index] for index in np.argsort(-counts) if counts[index] >= least]
     return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} nearly all pixels of the mask of {text}"
 
 
 def _save_labels(labels, num_texts: int, path: Path) -> Path:
     """
-    Writes a label map as a new PNG file, and returns its path: 0 is background, and id i the i-th text. Up to 254
-    texts have 8 bits and a palette, more have 16 bits, so that the highest value, which marks void pixels, is never an
-    id.
+    Writes a label map as a new PNG file, and returns its path: 0 is background, and i the i-th text. The file has 8
+    bits and a palette for up to 254 texts, otherwise 16 bits, so that no text has the highest value, which marks void
+    pixels.
     """
     import numpy as np
     from PIL import Image
@@ -101,8 +100,8 @@ def _save_labels(labels, num_texts: int, path: Path) -> Path:
     from ..plots.colors import label_colors
     from ..utils.files import write_new
 
-    few = num_texts < 255
-    image = Image.fromarray((labels + 1).astype(np.uint8 if few else np.uint16))
-    if few:
+    has_palette = num_texts < 255
+    image = Image.fromarray((labels + 1).astype(np.uint8 if has_palette else np.uint16))
+    if has_palette:
         image.putpalette(label_colors(256).tobytes())
     return write_new(path, partial(image.save, format="PNG"))

@@ -41,7 +41,7 @@ _CUSTOM_PIPELINES = {
     task: {"impl": f"pipeline_iclip.{implementation.__name__}", "pt": ["AutoModel"], "type": "multimodal"}
     for task, implementation in PIPELINES.items()
 }
-# Options that must be equal in a tower's checkpoint and the configuration. All others are those of the configuration.
+# Options of a tower that its checkpoint and the configuration must share. All others come from the configuration.
 _TOWER_SHAPE = """
     model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size
     patch_size num_register_tokens max_position_embeddings vocab_size architecture
@@ -64,7 +64,8 @@ def init_model(
     feature_tower: str | None = None,
 ) -> Path:
     """
-    Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer.
+    Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer. The
+    configuration of the embedded model without other towers gives the embedded model, which is trained.
 
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`,
@@ -73,8 +74,7 @@ def init_model(
         vision (`str`, *optional*): image tower: a folder or Hub id. That of the configuration's `train.yaml` if not
             given.
         text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of
-            `train.yaml` if not given. For the configuration of the embedded model, and no other towers, the trained
-            embedded model is written.
+            `train.yaml` if not given.
         feature_tower (`str`, *optional*): feature tower, a convolutional backbone of timm: a folder or Hub id. That of
             `train.yaml`, if it names one, if not given.
 
@@ -86,23 +86,22 @@ def init_model(
             another shape.
     """
     source = config_folder(config)
-    settings = source / "train.yaml"
-    named = yaml.safe_load(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    file = source / "train.yaml"
+    arguments = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     trained = is_embedded(config, vision, text, feature_tower)
-    vision, text = vision or named.get("vision"), text or named.get("text")
-    feature_tower = feature_tower or named.get("feature_tower") or ""
+    vision, text = vision or arguments.get("vision"), text or arguments.get("text")
+    feature_tower = feature_tower or arguments.get("feature_tower") or ""
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
-    given = named.get("model_options") or []
-    options = options_of_model([given] if isinstance(given, str) else given)
-    image_size = int(named.get("image_size") or 0) or None
+    model_options = arguments.get("model_options") or []
+    options = options_of_model([model_options] if isinstance(model_options, str) else model_options)
+    image_size = int(arguments.get("image_size") or 0) or None
     with atomic_folder(output) as folder:
-        model, processor = (
-            load_iclip("embedded")
-            if trained
-            else join_towers(source, vision, text, image_size, feature_tower, **options)
-        )
-        save_model(model, processor, folder, **({"source": "embedded"} if trained else {"training": {}}))
+        if trained:
+            save_model(*load_iclip("embedded"), folder, source="embedded")
+        else:
+            joined = join_towers(source, vision, text, image_size, feature_tower, **options)
+            save_model(*joined, folder, training={})
     return Path(output)
 
 
@@ -118,19 +117,22 @@ def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, feature_tower: str = "", **options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins towers with untrained projections, and their processors, after checks of their files. Raises what
-    [`init_model`] raises. `source` is the folder of a configuration, with `config.json` and `processor_config.json` if
-    they differ from those of the towers; `vision`, `text` and `feature_tower` are as for [`init_model`], or
-    `"embedded"`; `image_size` is height and width in pixels, by default those with which the image tower sees 224
-    pixels; `options` of [`ICLIPConfig`] override the configuration.
+    Joins towers with untrained projections, and their processors, after checks of their files. Raises the errors of
+    [`init_model`].
+
+    Args:
+        source: folder of a configuration. Its `config.json` and `processor_config.json` override those of the towers.
+        vision, text, feature_tower: folders, Hub ids or `"embedded"`.
+        image_size (`int`, *optional*): height and width in pixels; if not given, the image tower sees 224 pixels.
+        options: options of [`ICLIPConfig`], which override the configuration.
     """
-    embedded = [side for side, name in (("vision_config", vision), ("text_config", text)) if name == "embedded"]
-    if embedded:
+    named = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
+    embedded_sides = [side for side, name in named.items() if name == "embedded"]
+    if "embedded" in (vision, text):
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     if feature_tower == "embedded":
         feature_tower = str(embedded_feature_tower())
-        embedded.append("feature_config")
     model_options, processor_options = {}, {}
     if (source / "config.json").is_file():
         content, _ = ICLIPConfig.get_config_dict(source)
@@ -152,10 +154,10 @@ def join_towers(
     model = ICLIPModel.from_vision_text_pretrained(
         vision, text, feature_tower, processor_options.get("image_processor"), **{**model_options, **options}
     )
-    name_towers(model, *embedded)
+    name_towers(model, *embedded_sides)
     processor_options.setdefault("patch_size", patch_side(model.config))
     if "image_processor" not in processor_options:
-        with loading_errors(vision):  # what fails here would be said of the text tower
+        with loading_errors(vision):  # otherwise the error would name the text tower
             AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
     with loading_errors(text):
         processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
@@ -168,10 +170,10 @@ def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
-            resolve_revision(checkpoint)  # fails at once without a network, where each download would be retried
+            resolve_revision(checkpoint)  # fails at once without a network; each download would be retried
         found, expected = tower_config(checkpoint, side), getattr(config, side, None)
-        sizes = {name: (getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE}
-        differing = [f"{name} is {is_} instead of {size}" for name, (is_, size) in sizes.items() if is_ != size]
+        values = [(name, getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE]
+        differing = [f"{name} is {value} instead of {wanted}" for name, value, wanted in values if value != wanted]
         if expected and differing:
             raise ValueError(f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differing)}.")
 
@@ -187,8 +189,8 @@ def code_files() -> list[Path]:
 
 def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:
     """
-    Exports a model: weights (safetensors), configuration, processor, code and model card. Without this package
-    installed, the Auto classes and `pipeline` load the folder with `trust_remote_code=True`.
+    Exports a model: weights (safetensors), configuration, processor, code and model card. With
+    `trust_remote_code=True`, the Auto classes and `pipeline` load the folder where this package is not installed.
 
     Args:
         model, processor: model to export and its processor; they are not changed.
@@ -210,8 +212,8 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
-    Saves a model for `from_pretrained` of this package, with its processor and card (`card`: options of
-    [`write_model_card`]), into a new folder, without paths of this machine and without code of other folders.
+    Saves a model for `from_pretrained` of this package into a new folder, with its processor and card (`card`: options
+    of [`write_model_card`]), without paths of this machine and without code of the folder that it was loaded from.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -247,7 +249,7 @@ def check_login() -> None:
 
 @contextmanager
 def _hub_errors(api: HfApi) -> Iterator[None]:
-    """Converts errors of the HTTP library, which differs between versions of huggingface_hub."""
+    """Converts errors of the HTTP library, which depends on the version of huggingface_hub."""
     try:
         yield
     except (OSError, ValueError):

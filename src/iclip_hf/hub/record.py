@@ -143,6 +143,7 @@ def _shown_data(protocol: Mapping) -> tuple[dict, bool]:
     layout = DATASETS.get(data["name"])
     if layout is None or not layout.split_sizes:
         return data, False
-    usual, size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
-    own = data["images_in_split"] > size or tuple(protocol["class_names"]) != tuple(usual)
-    return data if own else {**data, "images_in_split": size}, own  # not all images may be there
+    classes, size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
+    if data["images_in_split"] > size or tuple(protocol["class_names"]) != tuple(classes):
+        return data, True
+    return {**data, "images_in_split": size}, False  # of a part of the images

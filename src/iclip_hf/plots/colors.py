@@ -11,18 +11,18 @@ from ..model.images import load_image
 from . import COLORMAPS
 
 
-# Of a map over its image where the map is 1.
+# Opacity of a map over its image where the map is 1.
 OPACITY = 0.85
-# For each name of `COLORMAPS`: the colours at equal distances from 0 to 1, and how opaque they are at 0 and at 1.
+# By the names of `COLORMAPS`: colours at equal distances from 0 to 1, and their opacity at 0 and at 1.
 _TABLES = {
     # Low values are a thin dark veil, high values glow. Lightness grows with the value, so the maps also read in grey.
     "heat": ("10131a 1a1420 4a1030 a01c2c e5431f ff8a1a ffc93c fff3a0", 0.45, 1.0),
-    # The same from blue to yellow, which colour-blind readers tell apart.
+    # The same idea from blue to yellow, colours that colour-blind readers tell apart.
     "cividis": ("00102e 00224e 3b496c 707173 a59c74 e1cc55 fee838", 0.5, 1.0),
-    # As in the paper's figures: blue is low and red is high, all of one opacity.
+    # As in the paper's figures: blue is low and red is high, with one opacity.
     "jet": ("000080 0000ff 0080ff 00ffff 80ff80 ffff00 ff8000 ff0000 800000", 0.6, 0.6),
 }
-# Of the segments of a label map in a picture. Colours that differ also for colour-blind readers come first (Okabe and
+# Colours of the segments of a label map in a picture. The first ones differ for colour-blind readers, too (Okabe and
 # Ito).
 SEGMENTS = (
     *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7"),
@@ -51,12 +51,12 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
         image: in any form that [`load_image`] takes, such as a PIL image, or an array `(H, W, 3)` of uint8 or of
             floats in [0, 1].
         heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): in [0, 1], of the image's size.
-        opacity (`float`): of the map where it is 1, in [0, 1].
+        opacity (`float`): opacity where the map is 1, in [0, 1].
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or
             `"jet"`, the colours of the paper.
 
     Raises:
-        `ValueError`: there is no such colour map; or as [`load_image`].
+        `ValueError`: there is no such colour map, or an error of [`load_image`].
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # bfloat16, which numpy lacks, too
@@ -69,5 +69,5 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
 def label_colors(number: int) -> np.ndarray:
     """Returns the colours of class ids 0, 1, ..., `(number, 3)` uint8, as VOC numbers them."""
     ids = np.arange(number)[:, None]
-    bits = [((ids >> (3 * place + np.arange(3))) & 1) << (7 - place) for place in range(8)]
+    bits = [((ids >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)

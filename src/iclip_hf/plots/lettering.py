@@ -1,6 +1,5 @@
 """
-Text rendered with Pillow, in the font DejaVu Sans of the folder `fonts`, and in installed fonts for scripts that it
-lacks.
+Text drawn with Pillow in the font DejaVu Sans of the folder `fonts`. Installed fonts draw the scripts that it lacks.
 """
 
 from __future__ import annotations
@@ -14,22 +13,22 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
-# Distance between the base lines of two lines, and of the first from the top, in multiples of the size.
+# Distances between base lines, and from the top to the first base line, in multiples of the size.
 _LINE_HEIGHT, _ASCENT = 1.25, 0.97
-# Longer texts are shortened in the middle, in characters, because drawing a thousand takes seconds.
+# Longest text in characters. Longer ones are shortened in the middle: drawing a thousand characters takes seconds.
 _LONGEST = 250
-# Fonts for scripts that DejaVu lacks, by the names of their files on Linux, macOS and Windows; used if installed.
+# Files of fonts for scripts that DejaVu lacks, on Linux, macOS and Windows. They are used if installed.
 _MORE_SCRIPTS = """
     NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf
     Nirmala.ttf
 """.split()
 _FONTS = Path(__file__).with_name("fonts")
-# Is no character of any font.
+# A code point that no font has.
 _NO_CHARACTER = "\U0010ffff"
 
 
 def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
-    """Draws text as a mask, mode "L", for `image.paste(color, (x, y), mask)`; `size` is that of the letters."""
+    """Draws text as a mask of mode "L", for `image.paste(color, (x, y), mask)`. `size` is the font size in pixels."""
     lines = text.split("\n")
     widest = max(text_width(line, size, bold) for line in lines)
     mask = Image.new("L", (max(1, round(widest)), round(_LINE_HEIGHT * size * len(lines))))
@@ -48,7 +47,7 @@ def text_width(line: str, size: float, bold: bool = False) -> float:
 
 
 def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
-    """Breaks a text into at most `lines` lines of a width in pixels, with an ellipsis for what does not fit."""
+    """Breaks a text into at most `lines` lines of a width in pixels, and ends with an ellipsis if it does not fit."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
     rows = [""]
@@ -72,7 +71,7 @@ def fitted(text: str, size: float, width: float, lines: int, bold: bool = False)
 
 
 def _runs(line: str, size: float, bold: bool) -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
-    """Yields the parts of a line with their fonts."""
+    """Yields the parts of a line that share a font, with the font."""
     for path, characters in groupby(line, lambda character: _font_with(character, bold)):
         yield "".join(characters), _font(path, size)
 
@@ -98,6 +97,6 @@ def _installed() -> list[str]:
 
 
 def _has(path: str, character: str) -> bool:
-    """Whether a font has a character: for those that it lacks, a font has one glyph."""
-    glyph, placeholder = (_font(path, 32).getmask(one) for one in (character, _NO_CHARACTER))
+    """Whether a font has a character. A font draws all characters that it lacks as the same glyph."""
+    glyph, placeholder = (_font(path, 32).getmask(text) for text in (character, _NO_CHARACTER))
     return (glyph.size, bytes(glyph)) != (placeholder.size, bytes(placeholder))

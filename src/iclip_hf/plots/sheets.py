@@ -25,9 +25,9 @@ DPI = 120
 # Width of a picture.
 _PICTURE = 336
 _MARGIN, _GAP = 18, 14
-# Sizes of the letters of titles, and of notes below them.
+# Font sizes of titles, and of the notes below them.
 _TITLE, _NOTE = 15, 12.5
-# Distance of a title from what is below it.
+# Distance between a title and its picture.
 _SPACE = 7
 _INK, _PALE = "#1c2430", "#5b6472"
 # Colour of the texts of the background in a label map.
@@ -36,7 +36,7 @@ _BACKGROUND = "#c9cdd4"
 _DIMMED = 0.4
 # Largest number of maps in a picture.
 MAX_MAPS = 24
-# Share of an absent text's picture that is left; the rest is white.
+# Opacity of the picture of an absent text, on white.
 _FADED = 0.35
 
 
@@ -50,10 +50,9 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and the map of each text over it, in the order of the texts, but absent ones last, and at most 24.
-    Each title has the presence, if the model has one, as a word and a number, and the score. The picture of an absent
-    text is faded, because its map is stretched to [0, 1] like all others. Notebooks show an explanation by this
-    picture.
+    Draws an image and at most 24 maps over it: in the order of the texts, with absent texts last. Each title has the
+    score, and the presence as a word and a number if the model has one. The picture of an absent text is faded,
+    because its map is stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
 
     Example:
 
@@ -65,11 +64,11 @@ def draw(
     ```
 
     Args:
-        explanation ([`Explanation`]): of the image.
-        image (*optional*): the image, in any form that [`explain`] takes; that of the explanation if not given.
+        explanation ([`Explanation`]): the explanation of an image.
+        image (*optional*): the image, in any form that [`explain`] takes; the explanation's own image if not given.
         colormap (`str`): `"heat"`, `"cividis"`, which is safe for colour-blind readers, or `"jet"`, the colours of the
             paper.
-        opacity (`float`): of a map where it is 1, in [0, 1].
+        opacity (`float`): opacity where a map is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
         dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
 
@@ -84,8 +83,8 @@ def draw(
     image = load_image(explanation.image if image is None else image)
     present = explanation.present
     shown = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
-    some = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
-    titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{some}"]
+    left_out = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
+    titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{left_out}"]
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))
@@ -119,13 +118,12 @@ def label_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels, in their order, with
-    the share of the image, then the others. `labels` has the index of a text for each pixel, also those of
-    `background`, which follow `texts` and share a grey; -1 is dimmed. `words` are the [`Explanation.presence_words`]
-    of all.
+    Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels, with their share of
+    the image, then the others. `labels` has the index of a text for each pixel, or -1, which is dimmed. The texts of
+    the `background` follow `texts`, and all are grey. `words` are the [`Explanation.presence_words`] of both.
     """
-    # Of the whole image, as in tables.
     names = [*texts, *(f"{text} (background)" for text in background)]
+    # Computed before the image is reduced, so that tables have the same shares.
     areas = np.bincount(labels.ravel() + 1, minlength=len(names) + 1)[1:] / labels.size
     image = at_picture_size(image, dpi)
     labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
@@ -154,9 +152,10 @@ def comparison_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the RGB image and the overlays of one text.
-    `heatmaps` maps the title of a column to its T maps `(H, W)` in [0, 1]; None leaves a place empty. `words` has the
-    presence of each text as a word, by which absent texts are faded. A single text has rows of at most five pictures.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the RGB image and the maps of one text over it. A
+    single text has rows of at most five pictures. `heatmaps` has the T maps `(H, W)` in [0, 1] of a column by its
+    title; None leaves a gap. `words` has the presence of the T texts as words by the same titles; pictures of absent
+    texts are faded.
     """
     words = words or {}
     pictures = []
@@ -182,19 +181,19 @@ def picture_grid(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Arranges pictures in rows, each under its title, whose first line is the title and further lines are notes. None
-    leaves a place empty, and rows are filled evenly. `legend` is a colour map to explain below the pictures.
+    Arranges pictures in rows of equal length, each under its title; lines after the first one are notes. None leaves a
+    gap. `legend` is the colour map that is explained below the pictures.
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
-    columns = -(-len(pictures) // -(-len(pictures) // columns))  # as few as that number of rows needs
+    columns = -(-len(pictures) // -(-len(pictures) // columns))  # the smallest number for the same number of rows
     width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
-    placed, top = [], margin  # pictures and titles, each with its place
+    placed, top = [], margin  # pictures and titles, each with the position of its upper left corner
 
-    def place_titles(texts: Sequence[str], wide: int) -> None:
-        """Writes titles side by side, so that all end at the same height."""
+    def place_titles(texts: Sequence[str], title_width: int) -> None:
+        """Places titles side by side, so that their lower edges are aligned."""
         nonlocal top
-        blocks = [_lettered(text, wide, scale) for text in texts]
+        blocks = [_title_block(text, title_width, scale) for text in texts]
         highest = max((block.height for block in blocks), default=0)
         for column, block in enumerate(blocks):
             placed.append((block, margin + column * (side + gap), top + highest - block.height))
@@ -236,12 +235,12 @@ def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
 
 
 def _aspect(pictures: Sequence[Image.Image | None]) -> float:
-    """Returns the mean ratio of height and width, at least 1:2 and, because of the page, at most 4:3."""
+    """Returns the mean ratio of height and width, limited to [1:2, 4:3] so that sheets fit on a page."""
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
 
 
-def _lettered(text: str, width: int, scale: float) -> Image.Image:
+def _title_block(text: str, width: int, scale: float) -> Image.Image:
     """Draws a title and its notes."""
     title, _, notes = text.partition("\n")
     title, notes = fitted(title, _TITLE * scale, width, 3, bold=True), fitted(notes, _NOTE * scale, width, 2)
@@ -269,7 +268,7 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
-    """Draws colours with names and shares as a picture of a sheet, and counts those that do not fit."""
+    """Draws a legend of colours, names and notes as a picture of a sheet. The last line counts what does not fit."""
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
     width = round(_PICTURE * scale)
@@ -277,13 +276,13 @@ def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: f
     fitting = legend.height // line
     if len(entries) > fitting:
         entries = [*entries[: fitting - 1], ("white", f"and {len(entries) - fitting + 1} more", "")]
-    for number, (color, name, share) in enumerate(entries):
+    for number, (color, name, note) in enumerate(entries):
         y = line * number
-        number_mask = text_mask(share, size)
-        room = width - 2 * line - number_mask.width
+        note_mask = text_mask(note, size)
+        room = width - 2 * line - note_mask.width
         name_mask = text_mask(fitted(name, size, room, 1), size)
         middle = y + (line - name_mask.height) // 2
         legend.paste(color, (0, y + line // 6, line, y + line * 5 // 6))
-        legend.paste(_PALE if share == ABSENT else _INK, (line + line // 3, middle), name_mask)
-        legend.paste(_PALE, (width - number_mask.width, middle), number_mask)
+        legend.paste(_PALE if note == ABSENT else _INK, (line + line // 3, middle), name_mask)
+        legend.paste(_PALE, (width - note_mask.width, middle), note_mask)
     return legend

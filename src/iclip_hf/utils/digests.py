@@ -9,34 +9,34 @@ from collections.abc import Iterable, Sequence
 from .prefetch import ThreadPool, prefetch_map
 
 
-LARGE = 2**30  # bytes of data; of more, sizes and times stand for the content
+LARGE = 2**30  # bytes; the digest of more data is of sizes and times instead of the content
 
 
 def content_digest(files: Sequence[str | os.PathLike], read: bool = True) -> str:
     """
     Returns 16 hex digits over names and content of files, in the given order. Names are relative to the innermost
-    folder that holds all files. A file that cannot be read counts as absent. Without `read`, size and modification
-    time of a file stand for its content.
+    folder that holds all files. A file that cannot be read counts as absent. Without `read`, the digest is of size and
+    modification time instead of the content.
     """
     if not files:
         return ""
     paths = [os.path.abspath(file) for file in files]
-    before_names = os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")
+    folder = os.path.join(os.path.commonpath({os.path.dirname(path) for path in paths}), "")
     content = hashlib.sha256()
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # hashing and reading release the GIL
         digests = prefetch_map(pool, file_digest, paths, 64) if read else map(_size_and_time, paths)
-        for path, of_file in zip(paths, digests):
-            content.update(os.fsencode(path.removeprefix(before_names)) + b"\0" + (of_file or bytes(32)))
+        for path, digest in zip(paths, digests):
+            content.update(os.fsencode(path.removeprefix(folder)) + b"\0" + (digest or bytes(32)))
     return content.hexdigest()[:16]
 
 
 def total_size(files: Iterable[str | os.PathLike]) -> int:
-    """Returns the bytes of these files. Those that are absent have none."""
+    """Returns the total size of files in bytes. Absent files have none."""
     return sum(os.path.getsize(file) for file in files if os.path.exists(file))
 
 
 def file_state(file: str | os.PathLike) -> bytes:
-    """Returns path, size and modification time of a file, which stand for its content."""
+    """Returns path, size and modification time of a file as bytes, for a digest."""
     return os.fsencode(os.path.abspath(file)) + b"\0" + (_size_and_time(file) or b"absent")
 
 
@@ -55,5 +55,5 @@ def file_digest(file: str | os.PathLike) -> bytes | None:
 def _size_and_time(file: str | os.PathLike) -> bytes | None:
     if not os.path.exists(file):
         return None
-    found = os.stat(file)
-    return f"{found.st_size}\0{found.st_mtime_ns}\0".encode()
+    status = os.stat(file)
+    return f"{status.st_size}\0{status.st_mtime_ns}\0".encode()

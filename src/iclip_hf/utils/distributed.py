@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 def partial_state(needed_by: str) -> PartialState:
-    """Returns the state of this process. The first call selects its device, so it precedes loading a model."""
+    """Returns the state of this process. The first call selects its device, so call this before a model is loaded."""
     with require_extra(needed_by):
         from accelerate import PartialState
         from accelerate.utils import parse_flag_from_env

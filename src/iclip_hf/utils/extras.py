@@ -10,15 +10,18 @@ from importlib.metadata import PackageNotFoundError, requires
 
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
-    """Wraps imports of optional packages. The `ImportError` for a missing one names the command that installs all."""
+    """
+    Wraps imports of the optional packages of an extra. The `ImportError` for a missing one names the command that
+    installs all.
+    """
     try:
         yield
     except ModuleNotFoundError as error:
-        package, needed = error.name.partition(".")[0], []
+        package, packages = error.name.partition(".")[0], []
         with suppress(PackageNotFoundError):
-            marked = (requirement.partition(";") for requirement in requires("iclip-hf") or ())
+            requirements = (requirement.partition(";") for requirement in requires("iclip-hf") or ())
             extra = f'extra == "{name}"'
-            needed = [needs.strip() for needs, _, marker in marked if marker.replace("'", '"').strip() == extra]
-        command = shlex.join(["pip", "install", *(needed or [package])])
+            packages = [what.strip() for what, _, marker in requirements if marker.replace("'", '"').strip() == extra]
+        command = shlex.join(["pip", "install", *(packages or [package])])
         sentence = f"{package} is not installed: install the extra [{name}] with `{command}`."
         raise ImportError(sentence, name=package) from error

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 
-# Folders that a path of this machine, or of another one, usually begins with.
+# Usual first folders of relative paths, on this machine or another one.
 _USUAL_FOLDERS = ("runs", "data")
 
 
@@ -16,5 +16,5 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_name(name: str) -> str:
-    """Returns a Hub id as it is, and of a path its last part, which says nothing of this machine."""
+    """Returns a Hub id unchanged, and the last part of a path, which says nothing of this machine."""
     return name if is_hub_id(name) else Path(name).name

@@ -13,7 +13,7 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class ThreadPool(ThreadPoolExecutor):
-    """A thread pool that drops what waits in it when its context ends, as by Ctrl-C."""
+    """A thread pool that cancels waiting calls when its context ends, such as by Ctrl-C."""
 
     def __exit__(self, *error) -> None:
         self.shutdown(cancel_futures=True)
@@ -22,7 +22,7 @@ class ThreadPool(ThreadPoolExecutor):
 def prefetch_map(
     pool: ThreadPoolExecutor, function: Callable[[Item], Result], items: Iterable[Item], depth: int
 ) -> Iterator[Result]:
-    """Maps a function over items in a thread pool, in order. At most `depth` results wait, which bounds the memory."""
+    """Maps a function over items in a thread pool, in order. At most `depth` results wait, to limit the memory."""
     pending: deque[Future] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
@@ -33,7 +33,7 @@ def prefetch_map(
 
 
 def spare_processors() -> int:
-    """Returns this process's share of the processors, less two for the model, at least one."""
+    """Returns the number of processors for each process of this machine, minus two for the model, at least one."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)  # set by torchrun and `accelerate launch`
     return max(1, usable // processes - 2)

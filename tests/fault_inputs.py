@@ -189,11 +189,4 @@ _FOLDERS_OF_STRANGERS = {
     "symlinked code": with_code,
 }
 MODEL_FOLDERS = _MISTAKEN_FOLDERS | _FOLDERS_OF_STRANGERS
-FEW_MODEL_FOLDERS = (
-    "missing",
-    "no weights",
-    "config of another model",
-    "weights hold NaN",
-    "no tokenizer",
-    "symlinked code",
-)
+FEW_MODEL_FOLDERS = ("missing", "weights hold NaN", "symlinked code")

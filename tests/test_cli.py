@@ -47,7 +47,7 @@ def test_many_photographs_and_one_that_is_broken(workspace, tmp_path, capsys, co
     assert line.startswith(f"iclip {command}: ") and "broken.jpg" in line
 
 
-def test_pictures_of_the_commands_are_no_images_of_data(workspace, tmp_path, monkeypatch):
+def test_pictures_of_the_commands_are_no_images_of_data(workspace, tmp_path, monkeypatch, caplog):
     """Beside images of a class, in a folder of their own, and beside images with masks."""
     for folder, source in (("classes/dog", "0"), ("masked/images", "1")):
         shutil.copytree(workspace / source, tmp_path / folder)
@@ -58,6 +58,7 @@ def test_pictures_of_the_commands_are_no_images_of_data(workspace, tmp_path, mon
     monkeypatch.chdir(tmp_path / "classes")
     assert run(workspace, "dog", "--text", "dog") == 0
     assert [path.name for path in Path("explanations").glob("*.png")] == ["a-explanation.png"]
+    assert "such as 'a-comparison.png': this is the name of an output" in caplog.text
     pairs = load_pairs(".")
     assert [pairs.raw(index).key for index in range(len(pairs))] == ["dog/a.jpg"]
 
@@ -128,37 +129,24 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
 
 
-def test_lines_of_an_interrupted_run_stay(workspace, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "code"), [(OSError("writing failed"), 2), (KeyboardInterrupt(), 130)])
+def test_reports_before_an_error_or_an_interruption_stay(workspace, tmp_path, capsys, monkeypatch, error, code):
+    """What took an hour is not lost."""
     save, seen = explain_command.save_picture, []
 
-    def interrupted(sheet, picture, *options):
+    def failing(sheet, picture, *options):
         seen.append(picture)
         if len(seen) == 9:
-            raise KeyboardInterrupt
+            raise error
         return save(sheet, picture, *options)
 
-    monkeypatch.setattr(explain_command, "save_picture", interrupted)
+    monkeypatch.setattr(explain_command, "save_picture", failing)
     images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
-    assert run(workspace, *images, "--text", "dog", "--output", tmp_path) == 130
+    assert run(workspace, *images, "--text", "dog", "--output", tmp_path) == code
+    out, err = capsys.readouterr()
+    assert sum("a.jpg" in line for line in out.splitlines()) == 8 and (str(error) or "interrupted") in err
     lines = (tmp_path / "explanations.jsonl").read_text().splitlines()
     assert len(lines) == 8 and all(Path(json.loads(line)["picture"]).is_file() for line in lines)
-
-
-def test_an_error_leaves_the_reports_before_it(workspace, tmp_path, capsys, monkeypatch):
-    """So does an interruption: what took an hour is not lost."""
-    images = [workspace / str(number % 3) / "a.jpg" for number in range(12)]
-    save, seen = explain_command.save_picture, []
-
-    def full_disk(sheet, picture, *options):
-        seen.append(picture)
-        if len(seen) == len(images):
-            raise OSError("writing failed")
-        return save(sheet, picture, *options)
-
-    monkeypatch.setattr(explain_command, "save_picture", full_disk)
-    assert run(workspace, *images, "--text", "dog", "--output", tmp_path / "maps") == 2
-    out, err = capsys.readouterr()
-    assert sum("a.jpg" in line for line in out.splitlines()) == len(images) - 1 and "writing failed" in err
 
 
 @pytest.mark.parametrize("command", ["explain", "segment"])
@@ -248,6 +236,7 @@ def test_arguments_and_files_are_checked_before_torch_is_imported(workspace, tmp
     photo, model = str(workspace / "0" / "a.jpg"), str(workspace / "model")
     commands = [
         ["--help"],
+        ["explain", photo, "dog"],
         ["explain", photo, "--text", " "],
         ["explain", photo, "--text", "dog", "--output", "a.txt"],
         ["explain", photo, "--text", "dog", "--threshold", "7"],
@@ -393,11 +382,3 @@ def test_without_a_command_the_help_lists_them(capsys):
     assert iclip() == 0
     out, err = capsys.readouterr()
     assert all(name in out for name in cli.COMMANDS) and not err
-
-
-def test_a_text_without_its_option_is_refused_before_the_model_loads(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("iclip_hf.cli.pictures._load_engine", None)  # not reached
-    Image.new("RGB", (20, 30)).save(tmp_path / "photo.png")
-    assert iclip("explain", tmp_path / "photo.png", "dog") == 2
-    error = capsys.readouterr().err
-    assert "'dog'" in error and "--text" in error

@@ -35,6 +35,7 @@ ARGUMENTS = {
             --model embeded
             --device abacus
         """,
+        "explain {photo} --model {model}": "dog",
         "compare {photo} --model {model} --text dog": """
             --methods itsm,gem
             --dataset folder --data-root {masks}

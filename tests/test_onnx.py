@@ -1,5 +1,4 @@
 import copy
-import json
 import math
 from functools import partial
 
@@ -179,19 +178,6 @@ def test_what_cannot_be_exported_is_said_before(tiny_processor, tmp_path, monkey
     change(model)
     with pytest.raises(ValueError, match=said):
         export_onnx(model, tiny_processor, tmp_path / "exported", weights)
-
-
-def test_the_command_explains_with_an_exported_folder(model, folder, processor, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    noise((60, 40)).save(tmp_path / "a.png")
-    scores = []
-    for name in (folder, tmp_path / "model"):
-        arguments = [str(tmp_path / "a.png"), "--text", "dog", "--text", "sky", "--output", str(tmp_path / "out.png")]
-        assert cli.main(["explain", *arguments, "--model", str(name), "--json"]) == 0
-        report = json.loads(capsys.readouterr().out)
-        scores.append([text["score"] for text in report["texts"]])
-    assert scores[0] == pytest.approx(scores[1], abs=2e-4)
 
 
 def test_a_folder_has_its_precision(folder):

@@ -3,7 +3,6 @@ A file that the user names is written, an input never, and a name that a command
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -123,14 +122,6 @@ def test_a_training_writes_nothing_into_a_model_or_a_tower(world, monkeypatch, r
         check_output_dir(complete({"data": ["d"], "output_dir": "new", **read, **written}))
 
 
-def test_what_is_in_a_subfolder_of_a_model_is_an_input(world, mine, capsys):
-    kept = shutil.copytree(world.folder / "model", mine / "tiny") / "sub" / "c.json"
-    kept.parent.mkdir()
-    kept.write_text("mine")
-    assert typed(world, f"evaluate --dataset folder --data-root . --model tiny --output {kept}") == 2
-    assert kept.read_text() == "mine" and "c.json" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("line", "new", "again"),
     [
@@ -210,19 +201,6 @@ def test_the_folder_of_pictures_may_hold_anything(world, mine):
     (mine / "out" / "new").mkdir(parents=True)
     assert typed(world, "explain photos/cat.jpg photo.jpg SEE --output out") == 0
     assert (mine / "out" / "cat-explanation.png").is_file()
-
-
-def test_pictures_of_the_commands_are_no_images_of_a_folder(world, mine, capsys, caplog):
-    for line in (
-        "explain photos/dog.jpg SEE --output photos/a-explanation.webp",
-        "compare photos/dog.jpg SEE --output photos/dog-comparison-2.png",
-        "segment photos SEE --output photos/maps",
-        "explain photos SEE --output photos --json",
-    ):
-        assert typed(world, line) == 0
-    named = {json.loads(line)["image"] for line in capsys.readouterr().out.splitlines() if line.startswith("{")}
-    assert named == {*"photos/cat.jpg photos/DOG.PNG photos/dog.jpg photos/dog.png".split()}
-    assert "such as 'DOG-labels.png': this is the name of an output" in caplog.text
 
 
 def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):

@@ -157,7 +157,7 @@ def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str 
 
 
 def has_bfloat16() -> bool:
-    """Returns whether this processor has instructions for bfloat16."""
+    """Returns whether this processor has instructions for bfloat16, by a function of torch that is private in 2.13."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -31,8 +31,10 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors say what may be meant by an unknown name."""
 
+    _words: Sequence[str] = ()  # of the command line
+
     def parse_args(self, args=None, namespace=None):
-        self._words = args or []
+        self._words = args or ()
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             is_text = unknown[0][:1] != "-" and any(action.dest == "texts" for action in self._actions)

@@ -146,7 +146,7 @@ def install_metrics() -> dict[str, Path]:
     """
     modules, installed = init_dynamic_modules(), {}
     for name, script in metric_scripts().items():
-        factory = LocalEvaluationModuleFactory(str(script))
+        factory = LocalEvaluationModuleFactory(str(script))  # internals of evaluate, read in 0.4.6
         factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
         installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
         # Written again, because `load` takes the newest version.

@@ -1,6 +1,7 @@
 """The label map of an image, from the raw maps of any method."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +13,15 @@ from .similarity import check_finite, min_max_normalize, resize_maps
 BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
 # Weight of the logit of the presence beside the standardized map, chosen on the even images of ADE20K and COCO.
 PRESENCE_WEIGHT = 0.1
+
+
+class _Text(NamedTuple):
+    """A text that competes for pixels."""
+
+    index: int
+    raw_map: torch.Tensor
+    offset: float  # the tenth of the logit of its presence
+    threshold: float | None
 
 
 @torch.no_grad()
@@ -48,21 +58,20 @@ def label_map(
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
-    texts = [
-        text for text in zip(range(len(raw_maps)), raw_maps, offsets, thresholds, present, strict=True) if text[-1]
-    ]
+    columns = zip(present, range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)
+    texts = [_Text(*values) for is_shown, *values in columns if is_shown]
     # Maps are enlarged one at a time, and twice, so the memory does not grow with the number of texts.
-    moments = [torch.std_mean(resize_maps(raw_map, size), correction=0) for _, raw_map, *_ in texts]
+    moments = [torch.std_mean(resize_maps(text.raw_map, size), correction=0) for text in texts]
     stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)
     stds = stds.clamp(min=1e-12)
     std_of_all = stds.square().mean().sqrt()
-    for (index, raw_map, offset, least, _), std, mean in zip(texts, stds, means):
-        values = resize_maps(raw_map, size)
+    for text, std, mean in zip(texts, stds, means):
+        values = resize_maps(text.raw_map, size)
         # The mean of all texts is left out: it is the same for each.
-        standardized = ((values - mean) / std + values / std_of_all) / 2 + offset
+        standardized = ((values - mean) / std + values / std_of_all) / 2 + text.offset
         won = standardized > best
-        if least is not None:
-            won &= min_max_normalize(values) > least
-        labels.masked_fill_(won, BACKGROUND_LABEL if index in background else index)
+        if text.threshold is not None:
+            won &= min_max_normalize(values) > text.threshold
+        labels.masked_fill_(won, BACKGROUND_LABEL if text.index in background else text.index)
         best = torch.where(won, standardized, best)
     return labels

@@ -1,3 +1,3 @@
 """
-What travels with an exported model: `iclip export` copies these modules as they are, and they import only each other.
+The modules that travel with an exported model: `iclip export` copies them unchanged. They import only each other.
 """

@@ -10,7 +10,7 @@ MAX_DOWNLOAD = 64 * 2**20  # largest size of a file, in bytes
 
 
 def is_url(name: object) -> bool:
-    """Returns whether an image is named by a URL that is downloaded."""
+    """Returns whether `name` is a URL of http or https, from which an image is downloaded."""
     return isinstance(name, str) and name.lower().startswith(("http://", "https://"))
 
 
@@ -25,8 +25,8 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 def download(url: str, timeout: float) -> bytes:
     """
-    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if it is larger, does not come within
-    `timeout` seconds, or the URL is not valid.
+    Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if the file is larger, the download takes
+    longer than `timeout` seconds, or the URL is not valid.
     """
     content, end = bytearray(), time.monotonic() + timeout
     address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters

@@ -34,20 +34,20 @@ def label_map(
     background: Sequence[int] = (),
 ) -> torch.Tensor:
     """
-    Assigns each pixel to one of the texts that are present, or to the background: `(H, W)` int64, the index of the
-    text or [`BACKGROUND_LABEL`]. A text competes for the pixels of its mask. Where masks overlap, the pixel gets the
-    text with the highest sum of its standardized map and a tenth of the logit of its presence.
+    Assigns each pixel to one of the texts that are present, or to the background. Returns `(H, W)` int64: the index of
+    the text, or [`BACKGROUND_LABEL`]. A text competes for the pixels of its mask. Where masks overlap, the text with
+    the highest sum of its standardized map and a tenth of the logit of its presence wins the pixel.
 
-    The standardized map is the mean of two: by the mean and the standard deviation of the text's own values over the
-    image, and by the mean and the root mean square of these of all texts that are present. By the first alone, a small
-    thing would take as many pixels as a large one. By the second alone, a text whose cosines are higher everywhere
-    would cover the others.
+    The standardized map is the mean of two. The first is standardized by the mean and the standard deviation of the
+    text's own map, the second by statistics of the maps of all present texts: their mean, and the root mean square of
+    their standard deviations. By the first alone, a small thing would win as many pixels as a large one. By the second
+    alone, a text whose cosines are higher everywhere would cover the others.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
         presence (`torch.Tensor` of shape `(T,)`, *optional*), min_presence (`float`): as for [`Explanation`].
-        threshold (`float` or T of them, *optional*): of the masks; None makes each mask the whole image.
+        threshold (`float` or T of them, *optional*): threshold of the masks; with None, a mask is the whole image.
         background: indices of texts that describe the background. They compete, and their pixels are background.
     """
     check_finite(raw_maps)
@@ -60,7 +60,7 @@ def label_map(
     best = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
     columns = zip(present, range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)
     texts = [_Text(*values) for is_shown, *values in columns if is_shown]
-    # Maps are enlarged one at a time, and twice, so the memory does not grow with the number of texts.
+    # Each map is enlarged twice, one map at a time, so that the memory does not grow with the number of texts.
     moments = [torch.std_mean(resize_maps(text.raw_map, size), correction=0) for text in texts]
     stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)
     stds = stds.clamp(min=1e-12)

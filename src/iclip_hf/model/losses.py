@@ -1,6 +1,6 @@
 """
-Contrastive losses over all processes: pure functions of logits, what is known of the nouns of a batch, the losses of a
-branch, and the terms that they are summed from.
+Contrastive losses over all processes: pure functions of logits, the nouns of a batch and their labels, the losses of a
+branch, and the terms that the loss of a branch is the sum of.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from .pooling import even_heights, pool_similarities, smooth_maximum
 from .similarity import cosines
 
 
-if TYPE_CHECKING:  # it imports transformers, with which the model is imported, which needs this module
+if TYPE_CHECKING:  # otherwise a circle: it imports transformers, which imports the model, which imports this module
     from .configuration_iclip import ICLIPConfig
 
 
-# Sharpness of the prior of place: a noun below prefers the lowest patches to the highest by exp(3).
+# Sharpness of the prior of place: for a noun at the bottom, the lowest patches are exp(3) times as likely as the
+# highest.
 PLACE_SHARPNESS = 3.0
-SHARE_EXPONENT = 4.0  # of the power mean over patches that is the share of a known noun in an image
+SHARE_EXPONENT = 4.0  # exponent of the power mean over patches, by which the share of a known noun is computed
 
 
 # ------------------------------------------------------------------------------------------------------- of logits
@@ -33,9 +34,9 @@ SHARE_EXPONENT = 4.0  # of the power mean over patches that is the share of a kn
 
 def contrastive_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tensor, offset: int) -> torch.Tensor:
     """
-    Returns the symmetric cross entropy of image-text pairs (Eq. 13, one branch), from logits `(B, T)` of this
-    process's images with all texts and of its texts with all images. Pair i is positive at column `i + offset`: rank
-    times B where columns come from several processes.
+    Returns the symmetric cross entropy of image-text pairs (Eq. 13, one branch). Both logits are `(B, T)`: of this
+    process's images with all texts, and of its texts with all images. Column `i + offset` is the positive of row i.
+    `offset` is B times the rank if the columns come from several processes.
     """
     labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
     return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
@@ -46,7 +47,7 @@ def sigmoid_loss(
 ) -> torch.Tensor:
     """
     Returns the binary cross entropy of images and texts, as in SigLIP, from logits, boolean positives and weights of
-    the negatives, each `(B, T)`: the sum divided by `num_positives`, of several processes their mean number.
+    the negatives, each `(B, T)`. The sum is divided by `num_positives`, which is the mean over the processes.
     """
     weights = torch.where(positives, 1.0, negative_weights)
     losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
@@ -55,9 +56,9 @@ def sigmoid_loss(
 
 def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Cross entropy of scaled cosines `(B, T)` with any number of positives in a row, `(B, T)` boolean. A positive
-    competes with the negatives of its row only. Returns the mean over the positives of a row, then over the rows,
-    float32; a row without positives counts 0.
+    Returns the cross entropy of scaled cosines `(B, T)` with any number of positives in a row, `(B, T)` boolean. A
+    positive competes with the negatives of its row only. The result is the mean over the positives of a row, then over
+    the rows, float32. A row without positives counts as 0.
     """
     logits = logits.float()
     negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
@@ -70,8 +71,9 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
 def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
     Returns the loss of texts that compete for the patches of images: the negative logarithm of the shares `(B, T)`
-    ([`shares_of_texts`]) of the texts that an image has, `(B, T)` boolean; the mean over these, then over the images.
-    So patches behind an object, which belong to some text of the image, cannot stay with the object's.
+    ([`shares_of_texts`]) of the texts that an image has (`positives`, `(B, T)` boolean), as the mean over these texts,
+    then over the images. Patches behind an object belong to some text of the image, so the text of the object cannot
+    keep them.
     """
     rows, columns = positives.nonzero(as_tuple=True)
     losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
@@ -80,18 +82,18 @@ def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Ten
 
 def shares_of_texts(logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     """
-    Returns the share of each text in images `(B, T)`, float32, in [0, 1]. Each patch distributes itself over all texts
-    by a softmax of the logits `(B, N, T)`, and the share of a text is the mean over the N patches, with the weights
-    `prior`, `(B, N, T)` or `(N, T)`, which add up to 1 over N.
+    Returns the share of each text in images, `(B, T)` float32, in [0, 1]: the mean over the N patches of the softmax
+    over the texts of the logits `(B, N, T)`. The mean is weighted by `prior`, `(B, N, T)` or `(N, T)`, whose sum over
+    N is 1.
     """
     return (prior * logits.float().softmax(-1)).sum(1)
 
 
 def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Returns the prior `(B, N, T)` of the patches for each noun by the class token's attention `(B, N)` in [0, 1]: all
-    patches are equally likely to show an object, and those with the least attention show the background
-    (`is_background`, `(T,)` boolean). Its sum over N is 1.
+    Returns the prior `(B, N, T)` of patches showing each noun, from the class token's attention `(B, N)` in [0, 1].
+    All patches are equally likely to show an object. The less attention a patch has, the likelier it shows a noun of
+    the background (`is_background`, `(T,)` boolean). The sum over N is 1.
     """
     background = (1 - attention.float()) ** 8 + 1e-6
     background = (background / background.sum(1, keepdim=True)).unsqueeze(-1)
@@ -100,17 +102,18 @@ def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> tor
 
 def place_prior(heights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """
-    Returns the prior `(N, T)` of patches at the heights y `(N,)`, from 0 at the top to 1, for each noun by its place
-    `(T,)`: exp(3 y) for nouns that are below (1), such as a floor, exp(-3 y) for those above (-1), such as the sky,
-    and equal for others (0). Its sum over N is 1.
+    Returns the prior `(N, T)` of patches showing each noun, from the heights y `(N,)` of the patches, 0 at the top and
+    1 at the bottom, and the place of the nouns `(T,)`. It is proportional to exp(3 y) for nouns at the bottom (1),
+    such as floor, to exp(-3 y) for nouns at the top (-1), such as sky, and constant for others (0). The sum over N is
+    1.
     """
     return (PLACE_SHARPNESS * heights.float().unsqueeze(1) * place.float()).softmax(0)
 
 
 def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Squared hinge loss of the attention's weights (T,) of nouns: at least 1 is expected for objects and at most -1 for
-    the background. Both kinds count equally.
+    Returns the squared hinge loss of the attention weights (T,) of nouns. The weight of an object should be at least
+    1, and the weight of the background at most -1. Objects and background count equally.
     """
     errors = (1 - torch.where(is_background, -weights, weights)).relu() ** 2
     return torch.stack([errors[kind].mean() for kind in (is_background, ~is_background) if kind.any()]).mean()
@@ -122,8 +125,8 @@ def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.
 # Torch's own, `torch.distributed.nn.functional.all_gather`, is deprecated in favour of a private module.
 class _Gather(torch.autograd.Function):
     """
-    Gathers (B, ...) of each process to (processes * B, ...) on all. The gradient of a row is the sum over all
-    processes.
+    Gathers tensors (B, ...) of all processes to (processes * B, ...) on each. The gradient of a row is the sum over
+    all processes.
     """
 
     @staticmethod
@@ -141,7 +144,7 @@ class _Gather(torch.autograd.Function):
 
 def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
     """
-    Gathers the rows of all processes in the order of ranks, with gradient. Each process has the same number of rows.
+    Gathers the rows of all processes in the order of their ranks, with gradient. All have the same number of rows.
     """
     return _Gather.apply(local) if _is_distributed() else local
 
@@ -152,22 +155,23 @@ def _is_distributed() -> bool:
 
 class BatchNouns(NamedTuple):
     """
-    The V distinct nouns of the prompts of all processes. A noun of many images counts once. The last fields are the
-    marks of nouns that a batch has of each noun prompt, by these names.
+    The V distinct nouns in the noun prompts of all processes, and the labels of images for them. A noun of several
+    images counts once. The last fields are marks of the nouns. A batch has them by the same names for each noun
+    prompt.
     """
 
-    first: torch.Tensor  # the first prompt of each noun among those of all processes (V,)
+    first: torch.Tensor  # index of the first prompt of each noun among the prompts of all processes (V,)
     shown: torch.Tensor  # whether the images of this process show the nouns, boolean (B, V)
-    all_shown: torch.Tensor  # the same of all processes
+    all_shown: torch.Tensor  # the same for the images of all processes
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
-    is_background: torch.Tensor  # whether the nouns are of the background, boolean (V,)
-    place: torch.Tensor  # 1 for nouns that are below, -1 for those above, else 0 (V,)
+    is_background: torch.Tensor  # whether the nouns describe the background, boolean (V,)
+    place: torch.Tensor  # 1 for nouns at the bottom of images, -1 at the top, otherwise 0 (V,)
 
     @classmethod
     def gathered(cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, **marks: torch.Tensor) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are the `nouns` of [`ICLIPModel.forward`]."""
         noun_ids, all_labels = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
-        # Sorted by noun; `torch.unique` does not return where each stands first.
+        # The nouns are sorted. `torch.unique` does not return the first index of each.
         first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
         nouns = noun_ids[first]
         marks = {name: gather_with_gradient(mark)[first] for name, mark in marks.items()}
@@ -176,24 +180,24 @@ class BatchNouns(NamedTuple):
 
     @property
     def shows_place(self) -> torch.Tensor:
-        """Whether the images of this process show a noun that is above or below others, boolean (B,)."""
+        """Whether the images of this process show a noun with a place, boolean (B,)."""
         return (self.shown & (self.place != 0)).any(1)
 
     @property
     def knows_background(self) -> torch.Tensor:
         """
-        Whether the labels of the images of this process are complete for the background, because an absent noun of the
-        background is known, and something is shown, boolean (B,).
+        Whether the labels of the images of this process are complete for the background, boolean (B,): an image is
+        known not to show some noun of the background, and shows any noun.
         """
         return (self.absent & self.is_background).any(1) & self.shown.any(1)
 
     @property
     def spread_evenly(self) -> torch.Tensor:
-        """Whether losses read the evenly spread patches of the images of this process, boolean (B,)."""
+        """Whether losses read evenly spread patches of the images of this process, boolean (B,)."""
         return self.knows_background | self.shows_place
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Returns the vector of a prompt of each noun (V, P), from those of this process's prompts (M - B, P)."""
+        """Returns the vector of one prompt of each noun (V, P), from this process's prompt vectors (M - B, P)."""
         return gather_with_gradient(embeds)[self.first]
 
 
@@ -202,9 +206,9 @@ class BatchNouns(NamedTuple):
 
 def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch.Tensor) -> torch.Tensor:
     """
-    Returns the contrastive loss of a branch for this process's captions (B, P). Each process scores its own images:
-    `logits` maps unit vectors of texts (T, P) to the logits (B, T). The logits of a text with all images are gathered,
-    because logits are smaller than the embeddings of patches.
+    Returns the contrastive loss of a branch for this process's captions (B, P). `logits` computes the logits (B, T) of
+    this process's images from unit vectors of texts (T, P). The logits of a caption with all images are gathered from
+    the other processes, because logits are smaller than the embeddings of patches.
     """
     pairs = len(captions)
     offset = pairs * (distributed.get_rank() if _is_distributed() else 0)
@@ -215,7 +219,8 @@ def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch
 
 def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight: float) -> torch.Tensor:
     """
-    Returns the loss of each noun by itself, in which nouns that an image may show have the weight `unknown_weight`.
+    Returns the loss of each noun by itself. Nouns that are not known to be shown or absent have the weight
+    `unknown_weight`.
     """
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
     num_positives = nouns.all_shown.sum().clamp(min=1) * len(nouns.shown) / len(nouns.all_shown)
@@ -223,7 +228,7 @@ def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight
 
 
 def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
-    """Returns the loss of nouns that compete with all nouns that the image is not said to show."""
+    """Returns the loss of the nouns of images, which compete with all nouns that an image is not known to show."""
     per_noun = gather_with_gradient(per_image).mT
     return (multi_positive_loss(per_image, nouns.shown) + multi_positive_loss(per_noun, nouns.all_shown.mT)) / 2
 
@@ -232,9 +237,9 @@ def shares_by_place(
     shares: torch.Tensor, patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Replaces the shares `(B, V)` of the nouns that are above or below others, in the b images that show one, by their
-    shares in evenly spread patches `(b, 64, P)` ([`~pooling.even_patches`]), weighted by their [`place_prior`].
-    `prompts` are unit vectors `(V, P)`, and `scale` is that of the cosines in the softmax.
+    Recomputes the shares `(B, V)` of the nouns with a place in the b images that show one: from evenly spread patches
+    `(b, 64, P)` ([`~pooling.even_patches`]), weighted by [`place_prior`]. `prompts` are unit vectors `(V, P)`, and
+    `scale` multiplies the cosines in the softmax.
     """
     prior = place_prior(even_heights().to(patches.device), nouns.place)
     by_place = shares_of_texts(scale * (patches.float() @ prompts.float().mT), prior)
@@ -246,26 +251,28 @@ def known_competition_loss(
     patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Returns the loss of the nouns that are known to be shown or absent and compete for the evenly spread patches `(b,
-    64, P)` of b images, those with `nouns.knows_background`, the mean over these images of all processes. `prompts`
-    are unit vectors `(V, P)`.
+    Returns the loss of nouns that compete for the evenly spread patches `(b, 64, P)` of the b images with
+    `nouns.knows_background`: the mean over these images of all processes. The nouns that compete in an image are those
+    that are known to be shown or absent. `prompts` are unit vectors `(V, P)`.
 
-    Each patch distributes itself over the known nouns of its image by a softmax of `scale` times cosines. The loss is
-    the sum of two:
+    The share of a noun in a patch is the softmax, over the known nouns of the image, of `scale` times the cosines. The
+    loss is the sum of two:
 
-    - A noun that is shown has patches. Its share in the image is the power mean of its shares in the patches, weighted
-    by its [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. Two nouns that are
-    always shown together, such as wall and floor, are the same to a loss of whole images, and their places tell them
-    apart. The exponent `SHARE_EXPONENT` makes a few patches suffice: a mean would give all nouns shown equal areas.
-    - A patch shows a noun that is shown. The loss is the negative logarithm of the sum of its shares in these nouns,
-    the mean over the patches. It gives no noun an area, so the nouns of other images decide what a patch shows.
+    - Each noun shown has patches. Its share in the image is the power mean of its shares in the patches, weighted by
+    [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. A loss of whole images
+    cannot tell two nouns apart that are always shown together, such as wall and floor, but their places can. With the
+    exponent `SHARE_EXPONENT`, a few patches suffice: a mean would give all nouns shown equal areas.
+    - Each patch shows one of the nouns shown. The loss is the negative logarithm of the sum of their shares in the
+    patch, as the mean over the patches. It does not decide how large the area of a noun is, so the nouns of other
+    images decide which noun a patch shows.
     """
     counted = nouns.knows_background
     shown, known = nouns.shown[counted], (nouns.shown | nouns.absent)[counted]
-    columns = known.any(0).nonzero().squeeze(1)  # few of the nouns, all shown ones among them
+    columns = known.any(0).nonzero().squeeze(1)  # few nouns, among them all nouns shown
     shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
     logits = scale * (patches.float() @ prompts[columns].float().mT)
-    # A large number instead of infinity, whose gradient would be NaN in a noun without known patches.
+    # A large number instead of infinity, because the gradient of infinity would be NaN for a noun without known
+    # patches.
     log_softmax = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
     log_prior = place_prior(even_heights().to(place.device), place).log()
     log_shares = smooth_maximum(log_softmax, log_prior, SHARE_EXPONENT, 1)
@@ -281,19 +288,19 @@ def known_competition_loss(
 @dataclass
 class BranchBatch:
     """
-    What the loss of a branch reads of a batch: its own B pairs, and V nouns of all processes.
+    Inputs of the loss of a branch: the B pairs of this process, and the V nouns of all processes.
 
     Attributes:
         branch ([`ICLIPBranch`]): the branch, which maps cosines to logits.
-        config ([`ICLIPConfig`]): of the model.
+        config ([`ICLIPConfig`]): configuration of the model.
         images (`torch.Tensor` of shape `(B, P)`, or `(B, K, P)` in the map branch with `max_over="similarity"`): unit
             vectors of images, or of their patches.
         captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
-        map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): of the patches, in [0, 1].
+        map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): attention of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
         prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of a prompt of each noun.
         even_patches (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
-            the images that are `nouns.spread_evenly`; None without `known_competition`.
+            the b images that are `nouns.spread_evenly`; None without `known_competition`.
     """
 
     branch: nn.Module
@@ -324,11 +331,11 @@ class BranchBatch:
 
     @cached_property
     def prior(self) -> torch.Tensor:
-        """The prior of the patches for each noun by their attention (B, K, V)."""
+        """The prior of the patches for each noun, from their attention (B, K, V)."""
         return attention_prior(self.map_attention, self.nouns.is_background)
 
     def evenly(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns the evenly spread patches of the images (B,), boolean, that are `nouns.spread_evenly`."""
+        """Selects the evenly spread patches of some of the images that are `nouns.spread_evenly`, (B,) boolean."""
         return self.even_patches[images[self.nouns.spread_evenly]]
 
 
@@ -337,17 +344,18 @@ class LossTerm(NamedTuple):
     A term of the loss of a branch.
 
     Attributes:
-        loss: from a [`BranchBatch`] to a scalar, by one rule: **it is a mean over the rows of this process**, images
-            or texts, and rows of other processes are gathered with their gradient ([`gather_with_gradient`]). So the
-            mean over all processes is the loss of the whole batch. A sum is divided by B, or by B times a mean over
-            all processes, as in [`sigmoid_noun_loss`] and [`known_competition_loss`]. The logarithm of a mean, for
-            example, breaks the rule, unless the rows of all processes are gathered first.
-        weight: from a [`BranchBatch`] to the factor of the term, equal on all processes. A term with the weight 0 is
-            not computed.
+        loss: function of a [`BranchBatch`] that returns a scalar, by one rule: **it is a mean over the rows of this
+            process**, images or texts, and rows of other processes are gathered with their gradient
+            ([`gather_with_gradient`]). Then the mean over all processes is the loss of the whole batch. A sum is
+            divided by B, or by B times a mean over all processes, as in [`sigmoid_noun_loss`] and
+            [`known_competition_loss`]. The logarithm of a mean, for example, breaks the rule, unless the rows of all
+            processes are gathered first.
+        weight: function of a [`BranchBatch`] that returns the factor of the term, which is equal on all processes. A
+            term with the weight 0 is not computed.
 
     `tests/test_losses.py` compares two processes with one for every term of [`LOSS_TERMS`].
 
-    Example of a term that keeps the vectors of captions apart:
+    Example of a term that pushes the vectors of captions apart:
 
     ```python
     >>> def uniformity(batch: BranchBatch) -> torch.Tensor:

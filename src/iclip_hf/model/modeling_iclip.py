@@ -25,9 +25,10 @@ from .tower_loading import check_weights, load_tower, tower_config
 from .towers import EOS_TEXT_TOWERS, ICLIPTowers, ImageTokens
 
 
-# How the names of the weights begin that are the model's own, and of no tower.
+# Prefixes of the names of weights that belong to the model itself, and not to a tower.
 OWN_WEIGHTS = ("recognition.", "interpretability.", "feature_reduction.", "token_mean", "attention_direction")
-# Factor of what is below the mean of a map with additive or signed attention: it stays low, and in its order.
+# With additive or signed attention, the part of a map below its mean is multiplied by this factor: it stays low and
+# keeps its order.
 BELOW_MEAN = 0.1
 
 
@@ -59,7 +60,7 @@ class ICLIPModel(ICLIPTowers):
 
     base_model_prefix = "iclip"
     input_modalities = ("image", "text")
-    _no_split_modules = ["Projection"]  # which adds what its two parts compute; the towers name their own
+    _no_split_modules = ["Projection"]  # its two parts are added; the towers name their own modules
 
     def __init__(
         self,
@@ -109,15 +110,15 @@ class ICLIPModel(ICLIPTowers):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """
-        Like the base class. Raises `ValueError` if weights are missing, contain NaN or infinity, or are of a part that
-        the configuration does not have, such as the bias of a model with presence.
+        Like the base class. Raises `ValueError` if weights are missing, contain NaN or infinity, or belong to a part
+        that the configuration does not have, such as the bias of a model with presence.
         """
         model, loading = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         if pretrained_model_name_or_path is not None:  # otherwise the caller passed a `state_dict` and checks it
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
-            # Towers may have parts that are not used, such as a pooler, and models that hold this one heads.
+            # Towers may have unused parts, such as a pooler, and models that contain this one may have heads.
             names = (name.removeprefix(f"{cls.base_model_prefix}.") for name in loading["unexpected_keys"])
             unused = sorted(name for name in names if name.startswith(OWN_WEIGHTS))
             if unused:
@@ -129,7 +130,8 @@ class ICLIPModel(ICLIPTowers):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """
-        Like the base class. It also takes the names that files have, because Trainer loads its checkpoints with it.
+        Like the base class. It also takes the names of weights in files, because Trainer loads its checkpoints with
+        it.
         """
         if state_dict.keys() - self.state_dict().keys():
             loaded, loading = type(self).from_pretrained(
@@ -154,9 +156,9 @@ class ICLIPModel(ICLIPTowers):
             text (`str`): folder or Hub id of the text tower, or of a two-tower model, whose text tower is used.
             features (`str`, *optional*): folder or Hub id of a feature tower, a convolutional backbone of timm, see
                 `feature_config` of [`ICLIPConfig`].
-            image_processor (*optional*): instead of that of the image tower, for a model with a feature tower, whose
-                `feature_image_mean` and `feature_image_std` default to what turns the pixel values of this processor
-                into those of the feature tower's training.
+            image_processor (*optional*): image processor of a model with a feature tower; the image tower's if not
+                given. `feature_image_mean` and `feature_image_std` default to the values that convert its pixel values
+                to those that the feature tower was trained with.
             config_options: options of [`ICLIPConfig`]. The configurations of the towers default to those of the
                 checkpoints, and `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
 
@@ -208,8 +210,9 @@ class ICLIPModel(ICLIPTowers):
 
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
-        Returns the vectors of images by their `poolings`, in one of [`~pooling.POOLINGS`] `(B, D)`, or `(B, D + K)` of
-        patches with a feature tower, in `"earlier_averages"` `(B, (L - 1) D)`. None has no vector.
+        Pools the tokens of images by each of `poolings`, see `config.poolings`. Returns vectors by the name of the
+        pooling: `(B, D)`, or `(B, D + K)` for poolings of patches with a feature tower; `(B, (L - 1) D)` for
+        `"earlier_averages"`; and `(B, K)` for `"feature_average"`. None has no vector.
         """
 
         def pooled(name: str) -> torch.Tensor:
@@ -225,9 +228,9 @@ class ICLIPModel(ICLIPTowers):
 
     def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
-        Returns by name what a loss can read of images: their vectors by the `poolings`, see `config.poolings`; with
-        `max_over="similarity"` also `patches`, `attention` (`map_attention`) and, with `known_competition`,
-        `even_patches` of [`ImageInputs`]. With a locked tower they can be computed once and kept, by these names.
+        Returns the features of images that a loss can read, by name: the pooled tokens by each of `poolings`, see
+        `config.poolings`; and with `max_over="similarity"` also `patches`, `attention` (`map_attention`) and, with
+        `known_competition`, `even_patches` of [`ImageInputs`]. With a locked tower they can be computed once and kept.
         """
         config, features = self.config, self._pooled(image, poolings)
         if config.max_over == "channels":
@@ -242,13 +245,13 @@ class ICLIPModel(ICLIPTowers):
         return features
 
     def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
-        """Returns what this model's loss reads of images, from their `loss_features`."""
+        """Selects the inputs of this model's loss from the `loss_features` of images."""
         recognition_poolings, map_pooling = self.config.poolings
         recognition = torch.cat([features[name] for name in recognition_poolings], -1)
         return ImageInputs(recognition, *map(features.get, (map_pooling, "patches", "attention", "even_patches")))
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
-        """Returns what the loss reads of images: pooled tokens, and few tokens of the map branch."""
+        """Returns the inputs of this model's loss from the tokens of images."""
         recognition_poolings, map_pooling = self.config.poolings
         return self.loss_inputs(self.loss_features(image, [*recognition_poolings, map_pooling]))
 
@@ -270,8 +273,8 @@ class ICLIPModel(ICLIPTowers):
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """
-        Returns `token_mean` or `attention_direction`, also if Accelerate offloads it, whose hook loads it for
-        `forward` alone.
+        Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook is called here, because by
+        itself it loads the tensor for `forward` only.
         """
         tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
         if tensor.is_meta and hook is not None:
@@ -289,7 +292,7 @@ class ICLIPModel(ICLIPTowers):
 
     def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
-        Projects centered patch tokens `(..., D)` to the unit vectors that texts are compared with in a map,
+        Projects centered patch tokens `(..., D)` to the unit vectors of a map, which are compared with texts:
         `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
         """
         patch_embeds = self.map_branch.embed_image(patch_tokens)
@@ -358,7 +361,7 @@ class ICLIPModel(ICLIPTowers):
         Args:
             input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
                 ids.
-            attention_mask, token_type_ids (`torch.Tensor` of the same shape, *optional*): of the tokens.
+            attention_mask, token_type_ids (`torch.Tensor` of the same shape, *optional*): outputs of the tokenizer.
             num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label. Their unit
                 vectors are averaged, so there are T = M / num_templates labels.
 
@@ -388,8 +391,8 @@ class ICLIPModel(ICLIPTowers):
 
     def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
         """
-        Returns the weights of the attention in the maps of texts, `(..., T)` float32, before they are limited to [-1,
-        1], from unit vectors of the map branch `(..., T, P)`.
+        Computes the weight of the attention in the map of each text from unit vectors of the map branch `(..., T, P)`.
+        Returns `(..., T)`, float32, before the weights are clamped to [-1, 1].
         """
         direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
@@ -460,23 +463,25 @@ class ICLIPModel(ICLIPTowers):
                 ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, and the others
                 noun prompts.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
-            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): of the tokens.
+            attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): outputs of the
+                tokenizer.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
             num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see
                 `get_text_features`.
             image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed
                 by `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
-            nouns (`dict` of `torch.Tensor`, *optional*): of the noun prompts, as [`PairCollator`] makes them:
-                - **noun_ids** `(M - B,)` -- the noun of each, as an index of the vocabulary.
-                - **noun_labels** `(B, vocabulary)` -- 1 for the nouns that an image shows, -1 for those that it is
-                  known not to show, else 0; of a signed type.
-                - **is_background** `(M - B,)` -- whether the noun of each is of the background, boolean.
-                - **place** `(M - B,)` -- 1 if it is below, such as a floor, -1 if it is above, such as the sky, else
-                  0.
+            nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B noun prompts, as [`PairCollator`]
+                returns them:
+                - **noun_ids** `(M - B,)` -- index of the noun in the vocabulary.
+                - **noun_labels** `(B, vocabulary)` -- 1 if an image shows a noun, -1 if it is known not to show it,
+                  otherwise 0; of a signed type.
+                - **is_background** `(M - B,)` -- whether the noun describes the background, boolean.
+                - **place** `(M - B,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at the
+                  top, such as sky, otherwise 0.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
-            chunk_size (`int`, *optional*): number of images and of texts that a tower encodes at once for the loss.
-                Activations of one chunk are in memory; those of the others are computed again in the backward pass.
+            chunk_size (`int`, *optional*): number of images, and of texts, that a tower encodes at once for the loss.
+                Memory holds the activations of one chunk; the backward pass computes them again.
             output_similarity_maps (`bool`, defaults to `False`): whether to return raw maps.
 
         Returns:

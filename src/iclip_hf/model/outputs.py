@@ -1,4 +1,4 @@
-"""Features of images and texts, and the output of the model."""
+"""Outputs of the model: features of images, features of texts, and their comparison."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,10 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
             normalised; if a label has several prompts, `text_embeds`.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
         map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit
-            vectors that patches are compared with, equal to `text_embeds` in a model with one branch.
+            vectors that patches are compared with. They are equal to `text_embeds` in a model with one branch.
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
-            text, float32: positive for objects, negative for the background; None unless `config.map_attention` is
-            `"signed"`. For features of other things than texts, None counts as 1.
+            text, float32: positive for objects, negative for the background. None unless `config.map_attention` is
+            `"signed"`. A `"signed"` model takes None as 1, for a target that is not a text.
     """
 
     text_embeds: torch.FloatTensor | None = None
@@ -39,7 +39,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with
-            `max_over="similarity"`, where this branch has no image vector.
+            `max_over="similarity"`, because this branch then has no image vector.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
             vectors of the patches, to compare with `map_text_embeds`.
         patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + K)` with a feature tower): the tower's patch
@@ -65,7 +65,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     @property
     def grid(self) -> tuple[int, int]:
         """
-        Height and width of the patch grid. It is not a field, because fields are gathered over processes as tensors.
+        Height and width of the patch grid. This is not a field, because fields are gathered over processes as tensors.
         """
         return tuple(self.patch_embeds.shape[1:3])
 
@@ -73,16 +73,16 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
 @dataclass
 class ICLIPOutput(ModelOutput):
     """
-    Output of [`ICLIPModel`] for B images and T texts. With `input_ids` of three dimensions, each image has T texts of
-    its own.
+    Output of [`ICLIPModel`] for B images and T texts. If `input_ids` has three dimensions, each image has its own T
+    texts.
 
     Attributes:
-        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13),
-            plus that of the weights of the attention with `map_attention="signed"`.
+        loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
+            With `map_attention="signed"`, plus the loss of the weights of the attention.
         branch_losses (`tuple[torch.Tensor]`, with `return_loss=True`): the loss of each branch, a scalar, recognition
             first, without gradient.
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias,
-            float32; None of a model in training mode with `return_loss=True`.
+            float32. None if the model is in training mode and `return_loss=True`.
         logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch.

@@ -1,4 +1,4 @@
-"""The loss of a batch of images with their captions and nouns, and what it reads of the images."""
+"""The loss of a batch of images with their captions and nouns."""
 
 from collections.abc import Callable
 from itertools import repeat
@@ -14,12 +14,13 @@ from .similarity import cosines
 
 
 class ImageInputs(NamedTuple):
-    """What the loss reads of B images. With a locked tower it can be computed once and kept."""
+    """Inputs of the loss from B images. With a locked tower they can be computed once and kept."""
 
-    # (B, D), or (B, (1 + L) D) with `recognition_pooling="class_and_average"` and L `average_layers`: averages of the
-    # layers before the last, class token, average of the last. With a feature tower, (..., K) more: its averages.
+    # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"` and L
+    # `average_layers`, (B, (1 + L) D): averages of the layers before the last, class token, average of the last layer.
+    # With a feature tower, averages have K more numbers.
     recognition: torch.Tensor
-    pooled: torch.Tensor | None  # of the map branch, (B, D); None with `max_over="similarity"`
+    pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the `representative_patches`. Both are averaged over
     # similar patches, and the tokens are centered before. None with `max_over="channels"`.
     patches: torch.Tensor | None = None
@@ -30,8 +31,11 @@ class ImageInputs(NamedTuple):
 def pair_loss(
     model: nn.Module, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None
 ) -> ICLIPOutput:
-    """Returns the losses of images with their captions, the first of the texts, and with nouns (Eq. 13)."""
-    if nouns is None and len(text_inputs) != len(image.recognition):  # more texts would be left out in silence
+    """
+    Returns the losses of B images with their captions and nouns (Eq. 13), as the `forward` of `model`, an
+    [`ICLIPModel`]. The first B of the texts `(M, Dt)` are the captions, and the others are noun prompts.
+    """
+    if nouns is None and len(text_inputs) != len(image.recognition):  # further texts would be ignored
         raise ValueError(
             f"The loss needs a caption for each of {len(image.recognition)} images, not {len(text_inputs)}."
         )
@@ -48,16 +52,16 @@ def pair_loss(
         prompts = None if nouns is None else nouns.prompts(texts[count:])
         batch = BranchBatch(model.recognition, model.config, images, texts[:count], None, nouns, prompts)
         losses, attention_loss = [branch_loss("recognition", batch)], 0
-        if branch:  # which can be on another device
+        if branch:  # it can be on another device
             prompts = None if nouns is None else nouns.prompts(map_texts[count:])
             batch = BranchBatch(branch, model.config, map_images, map_texts[:count], image.map_attention)
-            if model.config.max_over == "similarity":  # no other map learns from nouns
+            if model.config.max_over == "similarity":  # other maps do not learn from nouns
                 batch.nouns, batch.prompts, batch.even_patches = nouns, prompts, even_patches
             losses.append(branch_loss("map", batch).to(images.device))
         if model.config.map_attention == "signed":
             attention_loss = _attention_loss(model, prompts, nouns).to(images.device)
         losses = torch.stack(losses)
-        # No loss reads the product with all prompts.
+        # Training does not need the logits of all prompts.
         logits_per_image = None if model.training else model.recognition(cosines(images, texts))
     return ICLIPOutput(
         loss=losses.mean() + attention_loss,
@@ -71,8 +75,7 @@ def pair_loss(
 
 def _attention_loss(model: nn.Module, prompts: torch.Tensor | None, nouns: BatchNouns | None) -> torch.Tensor:
     """
-    Returns the loss of the weights of the attention, for unit vectors of a prompt of each noun, from which they
-    learn.
+    Returns the loss of the weights of the attention, from unit vectors `(V, P)` of a prompt of each noun.
     """
     if nouns is None:
         return 0 * model.attention_direction.sum()  # DDP waits for its gradient
@@ -81,8 +84,8 @@ def _attention_loss(model: nn.Module, prompts: torch.Tensor | None, nouns: Batch
 
 def in_chunks(encode: Callable[..., tuple], size: int | None, *inputs: torch.Tensor | None) -> tuple:
     """
-    Encodes a batch in chunks of a size, whose activations are computed again in the backward pass, and joins the parts
-    of each result. Inputs and results can be None.
+    Encodes a batch in chunks of `size` rows, and joins the chunks of each result. The activations of a chunk are
+    computed again in the backward pass. Inputs and results can be None.
     """
     if size is None or len(inputs[0]) <= size:
         return encode(*inputs)

@@ -8,9 +8,9 @@ from .similarity import stretch
 
 def normalize_attention(attention: torch.Tensor, norm: str, quantile: float) -> torch.Tensor:
     """
-    Brings the class token's attention `(B, N)` to [0, 1] over the patches of each image (Eq. 9), float32: `"minmax"`
-    maps the largest weight to 1, and `"quantile"` the `quantile` in (0, 1], with those above it. Equal weights become
-    zeros.
+    Scales the class token's attention `(B, N)` to [0, 1] over the patches of each image (Eq. 9), float32. The smallest
+    weight becomes 0. With the norm `"minmax"`, the largest weight becomes 1; with `"quantile"`, the `quantile` in (0,
+    1] of the weights and all above it. Equal weights become zeros.
     """
     attention = attention.float()
     low = attention.amin(-1, keepdim=True)
@@ -31,7 +31,7 @@ def average_by_affinity(
     N x N matrix is not kept in memory.
     """
     keys, queries = F.normalize(tokens.float(), dim=-1), F.normalize(queries.float(), dim=-1)
-    # Zeros make all widths equal. The fused attention needs this; the other one holds the matrix.
+    # Zeros make all widths equal, as the fused attention needs. Other attention would keep the matrix in memory.
     width = max(keys.shape[-1], values.shape[-1])
     padded = (F.pad(part, (0, width - part.shape[-1])).unsqueeze(1) for part in (queries, keys, values.float()))
     averaged = F.scaled_dot_product_attention(*padded, scale=float(affinity))
@@ -39,7 +39,10 @@ def average_by_affinity(
 
 
 def smooth_maximum(values: torch.Tensor, log_prior: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
-    """Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension: the mean at b = 0, the maximum at infinity."""
+    """
+    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, where b is the sharpness: nearly the mean of the values
+    v for a small b, and nearly their maximum for a large one.
+    """
     return (log_prior + sharpness * values).logsumexp(dim) / sharpness
 
 
@@ -47,11 +50,12 @@ def pool_similarities(
     patch_embeds: torch.Tensor, text_embeds: torch.Tensor, attention: torch.Tensor, sharpness: float
 ) -> torch.Tensor:
     """
-    Masked max pooling over similarities instead of channels: the [`smooth_maximum`] of the similarities of patches
-    `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, unit vectors, with the attention `(B, N)`, not negative, as prior.
-    Patches have equal weights where all attention is 0. Returns `(B, T)`, float32.
+    Computes masked max pooling over similarities instead of channels: the [`smooth_maximum`] of the similarities of
+    patches `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, both unit vectors. The attention `(B, N)`, which is not
+    negative, is the prior of the patches. If all attention is 0, patches have equal weights. Returns `(B, T)`,
+    float32.
 
-    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. For a tower
+    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. If a tower was
     trained with a patch objective, this maximum is similar for all images.
     """
     attention = attention.float()
@@ -66,16 +70,16 @@ def pool_similarities(
     return smooth_maximum(similarities, log_prior.unsqueeze(1), sharpness, -1)
 
 
-# Poolings of an image into one vector: all of Table 2, masked max with both normalisations of the attention.
+# Poolings of an image into one vector: the rows of Table 2, where masked max has both normalisations of the attention.
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
-    Pools tokens of patches `(B, N, D)`, the class token `(B, D)` and the attention `(B, N)` in [0, 1] into one vector
-    of each image, `(B, D)`. The mode is `"class_token"`; `"average"` or `"max"` over the patches, for each channel; or
-    `"masked_max"`, the maximum of the patch tokens multiplied by their attention (Eq. 10), which keeps background
-    tokens from winning a channel.
+    Pools patch tokens `(B, N, D)`, the class token `(B, D)` and the attention `(B, N)` in [0, 1] into one vector of
+    each image, `(B, D)`. The mode is `"class_token"`; `"average"` or `"max"` over the patches, for each channel; or
+    `"masked_max"`, the maximum of the patch tokens multiplied by their attention (Eq. 10), so that tokens of the
+    background do not win a channel.
     """
     if mode == "class_token":
         return class_token
@@ -108,8 +112,8 @@ def representative_patches(
     for _ in range(count - 4):
         salient.append(wanted.argmax(1))
         distance = torch.minimum(distance, 1 - (units @ units[batch, salient[-1]].unsqueeze(-1)).squeeze(-1))
-        # Patches without attention can be selected too. The distance alone would leave a large object, whose patches
-        # are alike, with fewer patches than what is around it.
+        # Patches without attention can be selected too. By the distance alone, a large object, whose patches are
+        # similar, would have fewer patches than its surroundings.
         wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
     rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
     middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
@@ -122,8 +126,9 @@ EVEN_PATCHES = EVEN_SIDE**2
 
 def even_patches(grid: tuple[int, int]) -> torch.Tensor:
     """
-    Selects 64 patches that cover an image evenly, in 8 rows of 8, every second row shifted by half a column. Returns
-    their indices in a grid of height and width in patches, row-major. The rows have the heights `even_heights()`.
+    Selects 64 patches that cover an image evenly, in 8 rows of 8. Every second row is shifted by half a column.
+    Returns their indices in a row-major grid of (height, width) patches. The heights of the patches are
+    `even_heights()`.
     """
     height, width = grid
     steps = torch.arange(EVEN_SIDE)
@@ -134,5 +139,5 @@ def even_patches(grid: tuple[int, int]) -> torch.Tensor:
 
 
 def even_heights() -> torch.Tensor:
-    """Returns the heights of [`even_patches`], from 0 at the top of an image to 1, `(64,)`."""
+    """Returns the heights of [`even_patches`], `(64,)`, from 0 at the top of an image to 1 at the bottom."""
     return ((torch.arange(EVEN_SIDE) + 0.5) / EVEN_SIDE).repeat_interleave(EVEN_SIDE)

@@ -36,8 +36,8 @@ def check_priors(priors: Mapping[str, float]) -> None:
 
 def is_present(presence: float | None, min_presence: float = MIN_PRESENCE) -> bool:
     """
-    Returns whether a text counts as shown: its presence is at least `min_presence`, or None, of a model without
-    presence. NaN counts as absent. Both are compared in double precision, as JSON has them, so 0.7 in float32 is less
+    Returns whether a text counts as shown: its presence is at least `min_presence`, or is None because the model has
+    no presence. NaN counts as absent. Both are compared in double precision, as in JSON, so 0.7 in float32 is less
     than 0.7.
     """
     return presence is None or presence >= min_presence
@@ -51,8 +51,8 @@ def check_min_presence(min_presence: float) -> None:
 
 def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> str | None:
     """
-    Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.8 on, and otherwise `"unsure"`; None for
-    None, of a model without presence.
+    Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.8 on, and otherwise `"unsure"`. Returns
+    None for None, which stands for a model without presence.
     """
     if value is None:
         return None
@@ -63,8 +63,8 @@ def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> st
 
 def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> str:
     """
-    Returns the word and the number of a presence, such as "present 0.93"; an empty string for None. A number that
-    rounding would give another word is rounded down, so that 0.499 is "absent 0.49".
+    Returns the word and the number of a presence, such as "present 0.93", or an empty string for None. If the rounded
+    number had another word, it is rounded down, so that 0.499 is "absent 0.49".
     """
     word = presence_word(value, min_presence)
     if value is None:

@@ -1,4 +1,4 @@
-"""The projections of a branch into the space that images and texts share, and operations on their unit vectors."""
+"""Projections of a branch into the shared space of images and texts, and operations on the unit vectors there."""
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ class Projection(nn.Module):
     Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
 
-    It is no `nn.Linear`, because libraries that replace these, to quantize them or for adapters, would lose the MLP.
+    It is not an `nn.Linear`, because libraries replace such layers, to quantize them or to add adapters, and would
+    lose the MLP.
     """
 
     def __init__(self, in_features: int, out_features: int, hidden_size: int = 0):
@@ -25,8 +26,8 @@ class Projection(nn.Module):
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
         """
-        Projects features. With `linear`, the hidden layer is left out, and features may be the last of `in_features`:
-        the others are zero.
+        Projects features. With `linear`, the hidden layer is left out, and `features` may have fewer than
+        `in_features` numbers: they are the last ones, and the others are zero.
         """
         if linear:
             return F.linear(features, self.weight[:, -features.shape[-1] :])
@@ -36,10 +37,10 @@ class Projection(nn.Module):
 
 class ICLIPBranch(nn.Module):
     """
-    One pair of projections into a shared image-text space (Eq. 12), with its temperature and, if its logits are
-    trained by a sigmoid, its bias.
+    One pair of projections into a shared image-text space (Eq. 12), with its logit scale and, if it is trained with a
+    sigmoid, its logit bias.
 
-    `logit_scale` is the logarithm of the scale. Both have the shape (1,), because FSDP cannot shard scalars.
+    `logit_scale` is the logarithm of the scale. Scale and bias have the shape (1,), because FSDP cannot shard scalars.
     """
 
     def __init__(self, config: ICLIPConfig, image_dim: int, text_dim: int, recognises: bool = False):
@@ -62,7 +63,7 @@ class ICLIPBranch(nn.Module):
         return normalize(self.text_projection(features).float())
 
     def forward(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of cosines: times the scale, of at most 100 as in CLIP, plus the bias if there is one."""
+        """Returns the logits: cosines times the scale, which is at most 100 as in CLIP, plus the bias if present."""
         logits = cosines * self.logit_scale.exp().clamp(max=100).squeeze().to(cosines.device)
         return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 

@@ -32,9 +32,9 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 
 def split_texts(texts: str | Sequence[str]) -> list[str]:
     """
-    Returns the texts of a string: one in each line if it has several lines, otherwise separated by commas, where `\\,`
-    is a comma within a text. Items of a list are not split. Raises `ValueError` for another type, also for a `dict` of
-    texts with priors, which `explain` and [`Engine.run`] alone take.
+    Splits a string into texts: at line breaks if it has several lines, otherwise at commas, where `\\,` is a comma
+    within a text. Items of a list are not split. Raises `ValueError` for another type, also for a `dict` of texts with
+    priors, which only `explain` and [`Engine.run`] take.
     """
     if isinstance(texts, Mapping):
         raise ValueError("Texts are a list here; priors of texts are taken by iclip_hf.explain alone.")
@@ -54,13 +54,14 @@ def check_text(text: str) -> str:
         raise ValueError(f"A text is a string, not {text!r:.100}.")
     if not text.strip():
         raise ValueError(f"A text has at least one character, not {text!r}.")
-    text.encode()  # of a lone surrogate, UnicodeEncodeError, which is a ValueError
+    text.encode()  # raises UnicodeEncodeError, which is a ValueError, for a lone surrogate
     return text
 
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """
-    Returns prompts as a list, those of `NAMED_TEMPLATES` for its names. `ValueError` unless each has exactly one `{}`.
+    Returns templates as a list. A name of `NAMED_TEMPLATES` stands for its templates. Raises `ValueError` unless each
+    has exactly one `{}`.
     """
     is_list = isinstance(templates, Sequence) and not isinstance(templates, str)
     templates = list(templates) if is_list else [templates]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from .similarity import resize_maps
 
 
-CELL = 2  # pixels of the prepared image along a side of a cell of the refined maps
+CELL = 2  # side of a cell of the refined maps, in pixels of the prepared image
 DILATIONS = (1, 2, 4)  # in cells
 STEPS = 10
 SPREAD = 0.3  # differences are divided by this multiple of the local standard deviation; 0.1 in the authors' code
@@ -21,9 +21,9 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     Returns `(B, T, H // 2, W // 2)`, float32, within the range of the enlarged maps.
 
     The maps are enlarged to half the image's height and width (bicubic). Then each cell is replaced 10 times by the
-    weighted mean of 24 neighbours: those of its 3x3 neighbourhoods with the dilations 1, 2 and 4. The weights are a
-    softmax over the neighbours j of cell i of the mean over the channels of -|I_i - I_j| / (0.3 s_i), where I is the
-    image and s_i the standard deviation of the channel over i and its neighbours. Cells beyond the edge of the image
+    weighted mean of its 24 neighbours in the 3x3 neighbourhoods with the dilations 1, 2 and 4. The weights of the
+    neighbours j of cell i are the softmax of the mean over the channels of -|I_i - I_j| / (0.3 s_i). I is the image,
+    and s_i is the standard deviation of the channel over i and its neighbours. Cells beyond the edge of the image
     repeat the nearest cell inside.
     """
     image = F.avg_pool2d(pixel_values.float(), CELL)
@@ -35,15 +35,15 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
 
 def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
     """
-    Computes the weights of the N neighbours of each cell of images `(B, C, H, W)`, see [`refine_maps`]: `(N, B, 1, H,
-    W)`, 8 for each dilation. The standard deviation is over the neighbours and the cell itself, which counts
-    `centers` times.
+    Computes the weights of the N neighbours of each cell of images `(B, C, H, W)`, 8 for each dilation, see
+    [`refine_maps`]. Returns `(N, B, 1, H, W)`. The standard deviation is over the neighbours and the cell itself,
+    which counts `centers` times.
     """
     near = list(_neighbours(image, dilations))
     count = len(near) + centers
     mean = (centers * image + sum(near)) / count
     variance = sum((cells - mean).square() for cells in (*[image] * centers, *near)) / (count - 1)
-    # The smallest number keeps cells of one colour, whose deviation is 0, at equal weights.
+    # Cells of one colour have the deviation 0. The smallest number gives them equal weights.
     scale = spread * variance.sqrt() + torch.finfo(image.dtype).tiny
     return torch.stack([-((cells - image).abs() / scale).mean(1) for cells in near]).softmax(0)[:, :, None]
 

@@ -23,7 +23,7 @@ def check_map_size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def check_finite(values: torch.Tensor) -> None:
-    """Raises `ValueError` if scores or maps of a model hold NaN or infinity, which comparisons do not find."""
+    """Raises `ValueError` if scores or maps of a model hold NaN or infinity. Comparisons with them would be silent."""
     if not values.isfinite().all():
         raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
 
@@ -57,8 +57,8 @@ def stretch(
     values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1, into `out` if given, which may be `values`.
-    Where both are equal, values become `values - low`: zeros if they are all equal. Shapes are broadcast.
+    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1. The result is written to `out` if it is given,
+    which may be `values`. Where `low` and `high` are equal, the result is `values - low`. Shapes are broadcast.
     """
     span = high - low
     # Division instead of multiplication by the reciprocal, so that `high` becomes exactly 1.
@@ -73,9 +73,10 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 
 def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Bicubic resize (align_corners=False, no antialiasing) of maps `(..., h, w)` to an image's size (height, width) in
-    pixels (Eq. 4), float32, into `out` if given. Equal to `torch.nn.functional.interpolate` up to rounding, but
-    computed as one matrix product for each side, which is faster for a 16x16 grid and the size of a photograph.
+    Resizes maps `(..., h, w)` to an image's size (height, width) in pixels, bicubic with align_corners=False and
+    without antialiasing (Eq. 4), float32. The result is written to `out` if it is given. It equals
+    `torch.nn.functional.interpolate` up to rounding, but it is computed as one matrix product for each side, which is
+    faster from a 16x16 grid to the size of a photograph.
     """
     enlarged, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
     return enlarged.add_(low)
@@ -84,9 +85,8 @@ def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | N
 @torch.no_grad()
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: bool = False) -> torch.Tensor:
     """
-    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps, one map
-    at a time. One full-size map fits the cache of a processor, many do not. So a map does not depend on the others, to
-    the last bit.
+    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps. One map
+    is computed at a time: it fits the cache of a processor, and does not depend on the other maps, to the last bit.
     """
     weights = _resize_weights(maps, size)
     enlarged = _empty((len(maps), *size), maps.device)
@@ -106,20 +106,20 @@ def _resize_above_lowest(
     maps: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Resizes maps less their lowest values, which it returns too. This keeps a constant map exactly constant. Min-max
-    would stretch its rounding errors.
+    Subtracts the lowest value of each map and resizes the maps. Returns the resized maps and the lowest values. This
+    keeps a constant map exactly constant, whose rounding errors min-max would stretch.
     """
     rows, columns = weights
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
-    with torch.autocast(maps.device.type, enabled=False):  # whose products are rounded to half precision
+    with torch.autocast(maps.device.type, enabled=False):  # it would round products to half precision
         return torch.matmul(rows, (maps - low) @ columns.mT, out=out), low
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """
-    Returns a tensor without values. On a CPU numpy allocates it, in huge pages: mapping small ones takes longer than
-    the maps.
+    Returns an uninitialised tensor. On a CPU, numpy allocates it in huge pages, because mapping small pages takes
+    longer than computing the maps.
     """
     if device.type == "cpu":
         return torch.from_numpy(np.empty(shape, np.float32))
@@ -127,7 +127,7 @@ def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # may later be part of a graph
+@torch.inference_mode(False)  # the matrix may later be part of a graph
 def _bicubic_weights(source: int, target: int, device: torch.device) -> torch.Tensor:
     """Returns the (target, source) matrix of a one-dimensional bicubic resize, from the resized identity."""
     identity = torch.eye(source, dtype=torch.float32, device=device)[None, None]

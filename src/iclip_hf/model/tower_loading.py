@@ -27,7 +27,7 @@ class FeatureTower(TimmWrapperModel):
 
     @property
     def device(self) -> torch.device:
-        """The device that `forward` moves its input to; the CPU if the weights are offloaded, where hooks move it."""
+        """The device that `forward` moves its input to: the CPU if the weights are offloaded. Hooks then move it."""
         device = super().device
         return torch.device("cpu") if device.type == "meta" else device
 
@@ -35,14 +35,14 @@ class FeatureTower(TimmWrapperModel):
 def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     """
     Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint. Raises `ValueError` for
-    an ICLIP model, whose weights have other names than a tower's.
+    an ICLIP model, because its weights have other names than the weights of a tower.
     """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if config.model_type == ICLIPConfig.model_type:
         raise ValueError(
             f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
         )
-    config._attn_implementation = None  # of the file, which could name code of the Hub
+    config._attn_implementation = None  # the file could name code of the Hub
     return getattr(config, side, config)
 
 
@@ -58,17 +58,17 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     options = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
         return tower_class._from_config(config, **options)
-    # Without Transformers' report on weights that the tower does not have, such as a pooler's. Missing weights are
-    # checked below.
+    # Transformers would report weights that the tower does not use, such as a pooler's. Missing weights are checked
+    # below.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         tower, loading = tower_class.from_pretrained(
             checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
         )
-    except ImportError:  # of a package that is missing
+    except ImportError:  # a package is missing
         raise
-    except Exception as error:  # which may not say of which tower it is
+    except Exception as error:  # it may not name the tower
         raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -93,7 +93,7 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
 
 
 def non_finite_weight(model: nn.Module) -> str | None:
-    """Returns the name of a parameter or buffer with NaN or infinity, if there is one. Offloaded ones are not read."""
+    """Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded ones are not read."""
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
         known = weight.is_floating_point() and not weight.is_meta
         if known and not weight.detach().sum(dtype=torch.float32).isfinite():

@@ -1,4 +1,4 @@
-"""The towers of the model, and the attention of the class token, which the image tower computes for it."""
+"""The towers of the model. The image tower also returns the attention of its class token."""
 
 from functools import partial
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from .tower_loading import load_tower
 
 
 class VisionTower(NamedTuple):
-    """What the model needs to know of a kind of image tower."""
+    """Properties of a type of image tower that the model needs to know."""
 
     # Class of its attention layers. The last one computes the class token's attention.
     attention_class: str
-    # Its final norm, and whether the patch tokens that it returns have passed it.
+    # Its final norm, and whether the tower applies it to the patch tokens that it returns.
     final_norm: str = "layernorm"
     normed: bool = True
-    # Whether its position embeddings follow the size of images only with `interpolate_pos_encoding`.
+    # Whether its position embeddings fit other image sizes only with `interpolate_pos_encoding`.
     interpolates: bool = False
 
 
@@ -41,9 +41,10 @@ EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 class LastLayers:
     """
-    Carries `value_share` into the tower's last attention, and out of the tower the class token's attention there,
-    `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the `earlier` layers that `average_layers`
-    reads. It is neither a list nor a dictionary, because the hooks of device maps, offloading and FSDP copy those.
+    Exchanges data with the last layers of the image tower. It passes `value_share` to the last attention, and returns
+    the class token's attention in it, `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the
+    `earlier` layers that `average_layers` reads. It is neither a list nor a dictionary, because the hooks of device
+    maps, offloading and FSDP copy those.
     """
 
     def __init__(self, value_share: float):
@@ -53,8 +54,8 @@ class LastLayers:
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads), but for
-        the class token.
+        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The
+        class token is not changed.
         """
         if self.value_share == 0:
             return attended
@@ -63,11 +64,11 @@ class LastLayers:
 
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_layers=None, **kwargs):
-    """Fused attention, which returns no weights. In the tower's last layer, it fills and applies `last_layers`."""
+    """Fused attention, which returns no weights. In the tower's last layer, it fills `last_layers` and calls `mix`."""
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if last_layers is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # float32 in the product, also under autocast: its logits can overflow float16, and bfloat16 rounds them
+        # The product is in float32, also under autocast: logits can overflow float16, and bfloat16 rounds them.
         with torch.autocast(query.device.type, enabled=False):
             last_layers.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
         attended = last_layers.mix(attended, value)
@@ -84,14 +85,14 @@ AttentionMaskInterface.register("sdpa_class_row", sdpa_mask)
 
 
 class ImageTokens(NamedTuple):
-    """Output of the image tower for B images of N = h * w patches. Tokens are those after the tower's final norm."""
+    """Output of the image towers for B images of N = h * w patches. Tokens have passed the tower's final norm."""
 
     class_token: torch.Tensor  # (B, D)
-    patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with those of a feature tower, row-major
+    patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with K features of a feature tower, row-major
     raw_attention: torch.Tensor  # (B, N), the class token's in the last layer, mean over the heads, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
-    # (B, L - 1, D), mean patch tokens of the layers before the last, with L `average_layers`; None with L = 1
+    # (B, L - 1, D), mean patch tokens of the layers before the last, where L is `average_layers`; None with L = 1
     earlier_averages: torch.Tensor | None = None
     feature_average: torch.Tensor | None = None  # (B, K), mean of the reduced feature map; None without feature tower
 
@@ -166,8 +167,8 @@ class ICLIPTowers(PreTrainedModel):
 
     def train(self, mode: bool = True):
         """
-        Sets the training mode. A locked image tower and the feature tower stay in eval mode and without gradients, and
-        a text tower of which no parameter has a gradient in eval mode, without dropout.
+        Sets the training mode. A locked image tower and the feature tower stay in eval mode and without gradients. A
+        text tower stays in eval mode, without dropout, if none of its parameters has a gradient.
         """
         super().train(mode)
         if hasattr(self, "text_model") and not any(weight.requires_grad for weight in self.text_model.parameters()):
@@ -195,8 +196,8 @@ class ICLIPTowers(PreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def _set_gradient_checkpointing(self, enable: bool = True, **options):
-        # Reentrant checkpoints drop gradients of tensors that are not outputs of a layer, such as the class token's
-        # attention.
+        # Reentrant checkpoints drop the gradients of tensors that are not outputs of a layer, such as the attention of
+        # the class token.
         function = options.get("gradient_checkpointing_func")
         if getattr(function, "keywords", {}).get("use_reentrant"):
             options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
@@ -213,7 +214,7 @@ class ICLIPTowers(PreTrainedModel):
         if kind.interpolates:
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
-        patches = slice(-grid[0] * grid[1], None)  # after the class token and, of some towers, registers
+        patches = slice(-grid[0] * grid[1], None)  # after the class token and, in some towers, registers
         last_layers, averages = LastLayers(self.config.value_share), None
         if self.vision_model.config._attn_implementation == "eager":
             if self.config.value_share:
@@ -259,7 +260,7 @@ class ICLIPTowers(PreTrainedModel):
             statistics = (self.config.feature_image_mean, self.config.feature_image_std)
             mean, std = (pixel_values.new_tensor(channels).view(-1, 1, 1) for channels in statistics)
             pixel_values = (pixel_values - mean) / std
-        # Channels last, in which convolutions are a sixth faster on CPUs.
+        # With channels last, convolutions are a sixth faster on CPUs.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         features = self.feature_model(pixel_values, do_pooling=False).last_hidden_state
         channels = self.feature_reduction.in_features
@@ -283,18 +284,18 @@ class ICLIPTowers(PreTrainedModel):
         """
         config = self.config.text_config
         if padded := config.model_type == "siglip_text_model":
-            # SigLIP reads the last position, which was padding in its training. Some callers pad less.
+            # SigLIP reads the last position, which was padding during its training. Some callers pad less.
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)
-        if token_type_ids is not None:  # which CLIP's tower does not take
+        if token_type_ids is not None:  # CLIP's tower does not take them
             kwargs["token_type_ids"] = token_type_ids
         outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if self.config.text_pooling == "eos":
             return outputs.pooler_output, outputs
         tokens, weights = outputs.last_hidden_state, attention_mask
         if weights is None:
-            # SigLIP's processors return no mask, and pad all texts.
+            # SigLIP's processors pad all texts, and return no mask.
             weights = input_ids != config.pad_token_id if padded else torch.ones_like(input_ids)
         weights = weights.unsqueeze(-1).float()
         mean = (tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)

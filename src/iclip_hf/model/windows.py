@@ -1,4 +1,4 @@
-"""What a model sees of prepared images, the whole or windows of it, and how the maps and scores become one."""
+"""Views of prepared images, the whole or windows of it, and how their maps and scores are joined."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch.nn import functional as F
 from .similarity import resize_maps
 
 
-# Sharpness of the smooth maximum of the scores of windows, near the scale of logits: the mean of the odds.
+# Sharpness of the smooth maximum of the scores of windows. It is near the scale of logits, so this is nearly the mean
+# of the odds.
 WINDOW_SHARPNESS = 20.0
 
 
 class WholeImage:
-    """The whole image, as it is prepared."""
+    """One view, the whole prepared image."""
 
     def size(self, usual: dict[str, int]) -> dict[str, int]:
-        """Returns the size of the image that views of the usual size are taken from."""
+        """Returns the size that images are prepared in, so that their views have the usual size."""
         return usual
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
@@ -28,20 +29,20 @@ class WholeImage:
         return [pixel_values]
 
     def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        """Joins the raw maps `(B, T, h, w)` of the views of images of a size in pixels, float32."""
+        """Joins the raw maps `(B, T, h, w)`, float32, of the views of prepared images of a size in pixels."""
         return maps[0]
 
     def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Joins the cosines `(B, T)` of the views and texts."""
+        """Joins the cosines `(B, T)` of texts and each view."""
         return cosines[0]
 
 
 class TwoScales(WholeImage):
     """
-    The whole image, and nine windows of that size on the image at twice its height and width, each of which shares
-    half with the next. The value of a patch is the mean of both scales; the weight of a window falls towards its
-    edges, so that there are no seams. The score is the mean of that of the whole and log mean exp(20 s) / 20 over the
-    windows.
+    Ten views at two scales: the whole image, and nine windows of the same size on the image at twice its height and
+    width. Neighbouring windows overlap by half. The value of a patch is the mean of both scales. The weight of a
+    window falls towards its edges, so that there are no seams. The score is the mean of two scores: of the whole
+    image, and log mean exp(20 s) / 20 over the scores s of the windows.
 
     Args:
         patch_size (`int`): side of a patch in pixels.
@@ -80,8 +81,8 @@ def sliding_windows(
     size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
 ) -> list[tuple[slice, slice]]:
     """
-    Returns the rows and the columns of each window that slides over an image `(H, W)`. The last window of a row or
-    column ends at the image's edge, and a window is never larger than the image.
+    Returns the rows and the columns of each window that slides over an image of size (H, W). The last window of a row
+    or column ends at the image's edge, and a window is never larger than the image.
     """
     last = (max(side - length, 0) for side, length in zip(size, window))
     starts = ([*range(0, end, step), end] for end, step in zip(last, stride))
@@ -96,9 +97,9 @@ def mean_of_windows(
     tapered: bool = False,
 ) -> torch.Tensor:
     """
-    Joins the raw maps `(B, T, h', w')` of windows: the value of a patch is its mean over the windows that contain it,
-    with equal weights or, if `tapered`, weights that fall linearly from the middle of a window to its edges. Maps with
-    another grid than the patches, as those of ProxyCLIP, are resized.
+    Joins the raw maps `(B, T, h', w')` of windows. The value of a patch is its mean over the windows that contain it.
+    Their weights are equal or, if `tapered`, fall linearly from the middle of a window to its edges. Maps are resized
+    if their grid differs from that of the patches, such as maps of ProxyCLIP.
     """
     mean = None
     for window_maps, (rows, columns) in zip(maps, windows, strict=True):
@@ -118,7 +119,7 @@ def mean_of_windows(
 
 
 def _tent(maps: torch.Tensor) -> torch.Tensor:
-    """Returns weights `(h, w)` that fall linearly from the middle of maps `(..., h, w)` to their edges, positive."""
+    """Returns positive weights `(h, w)` that fall linearly from the middle of maps `(..., h, w)` to their edges."""
     rows, columns = (
         torch.minimum(torch.arange(1, side + 1, device=maps.device), torch.arange(side, 0, -1, device=maps.device))
         for side in maps.shape[-2:]

@@ -60,12 +60,6 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
         next(iter(pairs))
 
 
-def test_held_out_rows_without_digests_are_refused_before_the_training(tiny_processor, tmp_path):
-    args = ICLIPTrainingArguments(str(tmp_path), eval_strategy="steps")
-    with pytest.raises(TypeError, match="eval_dataset: expected pairs of load_pairs or CachedPairs, .*got list"):
-        ICLIPTrainer(tiny_model(), args, train_dataset=[], eval_dataset=[{}], processing_class=tiny_processor)
-
-
 def test_a_full_gpu_is_not_taken_for_other_options():
     said = "checkpoint-5: this training had other options"
     with pytest.raises(torch.OutOfMemoryError), _same_options("run/checkpoint-5"):
@@ -93,12 +87,23 @@ def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):
     reached = [same(row, logits[:, row].argmax()) for row in range(11)]
     monkeypatch.setattr(evaluation, "_BLOCK", 4)
     shapes = recorded(evaluation.F, "cross_entropy", lambda logits, *args, **options: tuple(logits.shape))
-    scores = evaluation.retrieval_scores(images, texts, captions, digests)
+    numbers = [[[*same].index(one) for one in same] for same in (captions, digests)]
+    scores = evaluation.retrieval_scores(images, texts, torch.tensor(numbers).T)
     assert shapes == [(4, 11), (4, 11), (3, 11)] * 2
     torch.testing.assert_close(scores["loss"].double(), losses, atol=1e-5, rtol=0)
     assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right]
     assert scores["image_to_text"][[6, 9]].tolist() == [100, 100]
     assert scores["text_to_image"].tolist() == [100.0 * hit for hit in reached]
+
+
+def test_equal_rows_have_one_number():
+    """Texts in batches of any padding, and images by all of their arrays."""
+    ids = torch.tensor([[5, 7, 0, 0], [5, 0, 7, 0], [5, 7, 9, 0]])
+    numbers = evaluation.numbers_of_rows([ids])
+    assert len({*numbers.tolist()}) == 3 and torch.equal(evaluation.numbers_of_rows([ids[:1, :2]]), numbers[:1])
+    first, second = torch.zeros(3, 2, 2), torch.tensor([[1.0], [1.0], [2.0]])
+    a, b, c = evaluation.numbers_of_rows([first, second]).tolist()
+    assert a == b != c
 
 
 def test_a_metric_is_worse_if_its_interval_holds_a_loss_and_no_gain():
@@ -138,7 +143,6 @@ def test_augmentation_has_the_size_and_the_numbers_of_the_processor(tiny_process
 def test_an_epoch_is_the_same_for_any_number_of_processes(hub, tiny_processor, tmp_path):
     """The pairs of a step, whose parts the processes take in turn; each pair at most once in an epoch."""
     from accelerate.data_loader import BatchSamplerShard
-    from conftest import tiny_model
 
     args = ICLIPTrainingArguments(str(tmp_path), per_device_train_batch_size=4, use_cpu=True)
     trainer = ICLIPTrainer(

@@ -187,7 +187,7 @@ def train(
     if of_model.lock_text:
         model.text_model.requires_grad_(False)
     model.to(args.device).eval()
-    if args.resume and (checkpoint := last_checkpoint(args.output_dir)):
+    if checkpoint := last_checkpoint(args.output_dir) if args.resume else None:
         load_statistics(model, checkpoint)
     set_statistics(model, processor, pairs)
 
@@ -219,7 +219,7 @@ def train(
     except RuntimeError as error:  # a package of `report_to` is not installed
         raise ImportError(str(error)) from error
     try:
-        trainer.train(resume_from_checkpoint=args.resume)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
     save(trainer)

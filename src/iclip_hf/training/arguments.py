@@ -123,6 +123,8 @@ class ICLIPTrainingArguments(TrainingArguments):
     # The collator reads the columns of rows, and `noun_labels` are not labels to gather.
     remove_unused_columns: bool = _argument(False, "columns of a data set stay, because the collator reads them")
     label_names: list[str] | None = _argument([], "names of labels to gather; none")
+    # The others push `training_args.bin`, which holds paths and the token of this machine.
+    hub_strategy: str = _argument("end", "when push_to_hub pushes: at the end, with the model card")
 
     chunk_size: int = _argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
     keep_presence: float = _argument(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
@@ -27,19 +29,21 @@ from ..data.pairs import PairDataset
 from ..utils.files import atomic_write
 from .collator import seed_everything
 from .datasets import CachedPairs, StreamedPairs
-from .evaluation import change_interval, draw_examples, regressed_metrics, sampled_captions
+from .evaluation import change_interval, draw_examples, regressed_metrics
 from .kept_presence import kept_presence
 
 
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 50  # below which a training is told to teach little
-# The held-out pairs of a training by a digest, and their scores by the model that it started from.
+# Digests of the held-out pairs of a training, and their scores by the model that it started from.
 START = "start.json"
 
 
 class Flow(TrainerCallback):
-    """Numbers the epochs of the pairs, seeds the steps, and tells of a training with few steps."""
+    """
+    Numbers the epochs of the pairs, seeds the steps, limits the logit scales, and tells of a training with few steps.
+    """
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **options):
         pairs = train_dataloader.dataset
@@ -67,6 +71,12 @@ class Flow(TrainerCallback):
     def on_step_begin(self, args, state, control, **options):
         # Dropout depends on the step and the process, so that a resumed step is the same.
         seed_everything(args.seed, state.global_step, args.process_index)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, model=None, **options):
+        # Above 100, the clamp in the model has no gradient, so a scale could not decrease again.
+        for branch in filter(None, (model.recognition, model.interpretability)):
+            branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
 
 
 class Interrupts(TrainerCallback):
@@ -113,13 +123,15 @@ class Start(TrainerCallback):
     The start of a training, with which its evaluations are compared.
 
     Attributes:
-        scores (`dict`): of the held-out pairs by a digest, the scores of each pair by metric.
+        held_out (`list[str]`): digests of the held-out pairs.
+        scores (`dict`): the scores of each pair by metric, of the pairs of an evaluation by a digest of their labels.
         regressed (`dict`): the metrics that got worse in the last evaluation, alike.
         presence ([`KeptPresence`], *optional*): of its model.
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.scores, self.regressed, self.presence, self._weights = trainer, {}, {}, None, {}
+        self.trainer, self.held_out, self.scores, self.regressed = trainer, [], {}, {}
+        self.presence, self._weights = None, {}
 
     def keep(self) -> None:
         """Keeps what is needed of the model, before a checkpoint is loaded."""
@@ -129,35 +141,35 @@ class Start(TrainerCallback):
             self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
         self.presence = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
 
-    def changes(self, captions: Sequence[str], scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def changes(self, labels: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Returns the 95 % interval of the change of each score (N,) of pairs since the start, by their captions. There
-        is none of the start itself, whose scores are kept, and of pairs that were not scored then.
+        Returns the 95 % interval of the change of each score (N,) since the start, of pairs with these labels (N, 2).
+        There is none of the start itself, whose scores are kept, and of pairs that were not scored then.
         """
-        pairs, trainer = _digest(captions), self.trainer
-        if trainer.is_in_train and trainer.state.global_step == 0 and pairs in self.scores:
+        pairs, trainer = hashlib.sha256(labels.tobytes()).hexdigest(), self.trainer
+        if trainer.is_in_train and trainer.state.global_step == 0:
             self.scores[pairs] = {name: values.tolist() for name, values in scores.items()}
             self._write()
             return {}
         if not (before := self.scores.get(pairs)):
             return {}
         change = {name: change_interval(before[name], scores[name].tolist()) for name in before}
-        self.regressed[pairs] = regressed_metrics(change, len(captions))
+        self.regressed[pairs] = regressed_metrics(change, len(labels))
         return {f"{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])}
 
     def on_train_begin(self, args, state, control, **options):
         held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
         held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
-        held_out = [pairs for pairs in held_out if isinstance(pairs, (PairDataset, CachedPairs))]
-        own = {_digest(sampled_captions(pairs)): {} for pairs in held_out}
+        held_out = [_digest(pairs) for pairs in held_out if isinstance(pairs, (PairDataset, CachedPairs))]
         self.regressed = {}
         if not state.global_step:
-            self.scores = own
+            self.scores, self.held_out = {}, held_out
             self._write()
             self.keep()
         elif file.is_file():
-            self.scores = json.loads(file.read_text())
-            if self.scores.keys() != own.keys():
+            start = json.loads(file.read_text())
+            self.held_out, self.scores = start["held_out"], start["scores"]
+            if self.held_out != held_out:
                 raise ValueError(
                     f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
                     "data, or name another output_dir."
@@ -181,11 +193,12 @@ class Start(TrainerCallback):
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
             with atomic_write(Path(self.trainer.args.output_dir, START)) as partial:
-                partial.write_text(json.dumps(self.scores))
+                partial.write_text(json.dumps({"held_out": self.held_out, "scores": self.scores}))
 
 
-def _digest(captions: Sequence[str]) -> str:
+def _digest(pairs: PairDataset | CachedPairs) -> str:
     """Of the captions alone: the data may be elsewhere now."""
+    captions = [pairs.captions(index) for index in range(len(pairs))]
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 

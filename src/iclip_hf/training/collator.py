@@ -94,10 +94,10 @@ class PairCollator:
 
     def _draw(self, place: int, row: Mapping) -> tuple[int, int, int | str]:
         """Returns the seed, epoch and place that a row depends on."""
-        if "draw" not in row:
-            return 0, int(torch.randint(2**31, ())), place
-        seed, epoch, key = row["draw"]
-        return seed, epoch if self._epoch is None else self._epoch, key
+        seed, epoch, key = row.get("draw") or (0, None, place)
+        if self._epoch is not None:
+            epoch = self._epoch
+        return seed, int(torch.randint(2**31, ())) if epoch is None else epoch, key
 
     def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, object]:
         if "features" in rows[0]:

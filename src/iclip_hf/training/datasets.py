@@ -58,13 +58,8 @@ class CachedPairs(Epochs, Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image_digests(self) -> list[bytes]:
-        digests = self.pairs.image_digests()
-        return [digests[index] for index in self.indices.tolist()]
-
-    def texts(self) -> list[list[str]]:
-        """Returns the captions of each pair."""
-        return [self._texts[row][0] for row in self._rows]
+    def captions(self, index: int) -> list[str]:
+        return self._texts[self._rows[index]][0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""

@@ -4,9 +4,10 @@ The measures of a training on held-out pairs: retrieval, the interval of its cha
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerState
 
-from ..data.columns import sample_caption
 from ..data.formats.folders import CLASS_CAPTION
 from ..data.nouns import NounPrompts
 from ..data.pairs import PairDataset
@@ -26,7 +26,6 @@ from ..plots.colors import overlay
 from ..plots.sheets import picture_grid
 from ..utils.files import atomic_write
 from .arguments import MAP_METRICS, RETRIEVAL_METRICS
-from .datasets import CachedPairs
 
 
 FEWEST = 10  # held-out pairs; on fewer, the interval of a change is too narrow
@@ -36,35 +35,28 @@ _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast"
 _LOOKED_AT = 1000  # pairs, for the labels
 
 
-def sampled_captions(pairs: PairDataset | CachedPairs) -> list[str]:
-    """Returns the caption of each pair in its first epoch, as a collator samples it."""
-    rows = pairs.texts() if isinstance(pairs, CachedPairs) else map(pairs.captions, range(len(pairs)))
-    places = pairs.indices.tolist() if isinstance(pairs, CachedPairs) else range(len(pairs))
-    return [sample_caption(captions, pairs.seed, 0, place) for captions, place in zip(rows, places)]
+def numbers_of_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns a number of each row of tensors (B, ...), (B,). Equal rows, up to zeros at their end, share it."""
+    rows = zip(*(tensor.flatten(1).cpu().numpy() for tensor in tensors))
+    contents = (b"".join(part.tobytes() for part in row).rstrip(b"\0") for row in rows)
+    digests = (hashlib.sha256(content).digest()[:8] for content in contents)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
-def retrieval_scores(
-    images: torch.Tensor, texts: torch.Tensor, captions: Sequence[str], image_digests: Sequence[bytes]
-) -> dict[str, torch.Tensor]:
+def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Returns the result of the evaluation for scaled vectors of images (N, P) and vectors of their captions (N, P). The
-    logits are computed in blocks, so that memory does not grow with N squared.
+    Returns the scores of pairs, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
+    A query finds its pair also by another one with the same image or caption, by the labels (N, 2): some data sets
+    have a row for each of several captions. The logits are computed in blocks, so that memory does not grow with N
+    squared.
     """
-
-    def numbers(names: Sequence) -> list[int]:
-        last = {name: number for number, name in enumerate(names)}
-        return [last[name] for name in names]
-
-    # Pairs with one caption have one number, and those with one image, because they cannot be told apart: some data
-    # sets have a row for each of several captions.
-    same = torch.tensor([numbers(captions), numbers(image_digests)], device=images.device)
 
     def of_each(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, hits = [], []
         for rows in torch.arange(len(queries), device=queries.device).split(_BLOCK):
             logits = queries[rows] @ candidates.T
             losses.append(F.cross_entropy(logits, rows, reduction="none"))
-            hits.append(100 * (same[:, logits.argmax(1)] == same[:, rows]).any(0).float())
+            hits.append(100 * (labels[logits.argmax(1)] == labels[rows]).any(1).float())
         return torch.cat(losses), torch.cat(hits)
 
     (image_loss, image_to_text), (text_loss, text_to_image) = of_each(images, texts), of_each(texts, images)

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -28,7 +28,7 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.data_loader import prepare_data_loader
 
-from ..data.pairs import PairDataset
+from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
@@ -44,7 +44,7 @@ from .callbacks import Flow, Interrupts, Pictures, Start
 from .card import card_of
 from .collator import PairCollator
 from .datasets import CachedPairs, StreamedPairs
-from .evaluation import retrieval_scores, sampled_captions
+from .evaluation import numbers_of_rows, retrieval_scores
 
 
 logger = logging.getLogger(__name__)
@@ -61,13 +61,13 @@ class ICLIPTrainer(Trainer):
         data_collator ([`PairCollator`], *optional*): of the batches; one without nouns and augmentation by default.
         train_dataset: pairs of [`~iclip_hf.data.load_pairs`], [`CachedPairs`], [`StreamedPairs`], or any rows that the
             collator takes.
-        eval_dataset: held-out pairs of [`~iclip_hf.data.load_pairs`] or [`CachedPairs`], a [`SegmentationDataset`], or
-            a `dict` of these.
+        eval_dataset: held-out pairs, alike, a [`SegmentationDataset`], or a `dict` of these.
         processing_class ([`ICLIPProcessor`], *optional*): of the model; that of the collator by default.
         compute_loss_func (`Callable`, *optional*): from [`ICLIPOutput`], None and None to the loss, instead of the
             model's own.
         compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
-            vectors of N images and those of their captions, (N, P) each; there are no labels.
+            vectors of N images and those of their captions, (N, P) each; the labels (N, 2) number the images and the
+            captions, such that equal ones share a number.
         map_dataset ([`SegmentationDataset`], *optional*): also evaluated with `eval_dataset`, by mAP, mMIoU, mFMB and
             text contrast.
         card (`dict`, *optional*): options of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
@@ -78,8 +78,8 @@ class ICLIPTrainer(Trainer):
     lost in no other metric of the held-out pairs. Without one, the model ends as it was at the start.
 
     Raises:
-        `TypeError`: `args` or `eval_dataset` is none of these. `ValueError`: a tower learns, and cached features or
-        `keep_presence` need it locked.
+        `TypeError`: `args` is none of these. `ValueError`: a tower learns, and cached features or `keep_presence` need
+        it locked.
         `FloatingPointError`: 30 steps in a row have no finite gradient, or the held-out loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.
 
@@ -100,6 +100,10 @@ class ICLIPTrainer(Trainer):
     ```
     """
 
+    loss_is_scaled_for_ga = (
+        False  # the negatives of a pair are in its own batch, so a step has the mean of its batches
+    )
+
     def __init__(
         self,
         model: ICLIPModel | None = None,
@@ -116,20 +120,14 @@ class ICLIPTrainer(Trainer):
         args = ICLIPTrainingArguments("tmp_trainer") if args is None else args  # the folder of the base class
         if not isinstance(args, ICLIPTrainingArguments):
             raise TypeError(f"args: expected ICLIPTrainingArguments, got {type(args).__name__}.")
-        for held_out in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
-            if not isinstance(held_out, (PairDataset, CachedPairs, SegmentationDataset, type(None))):
-                raise TypeError(
-                    "eval_dataset: expected pairs of load_pairs or CachedPairs, or a SegmentationDataset, got "
-                    f"{type(held_out).__name__}."
-                )
         self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):
             eval_dataset = {**eval_dataset, "maps": map_dataset}
-        if processing_class is None and data_collator is None:
+        processing_class = processing_class or getattr(data_collator, "processor", None)
+        if processing_class is None:
             raise TypeError("processing_class: name the processor of the model.")
-        processing_class = processing_class or data_collator.processor
         data = data_collator or PairCollator(processing_class), train_dataset, eval_dataset
         super().__init__(model, args, *data, processing_class, *arguments, **options)
         vars(self.model.config).pop("use_cache", None)  # of language models, which the base class sets
@@ -154,9 +152,9 @@ class ICLIPTrainer(Trainer):
     # -------------------------------------------------------------------------------------------------------- steps
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **options):
-        """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint, if there is one."""
+        """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # of which the base class says more
         self._bad_steps = 0
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **options)
@@ -211,7 +209,7 @@ class ICLIPTrainer(Trainer):
         """The loss of the model or of `compute_loss_func`, plus that of the kept presence."""
         if "image_features" in inputs or self.start.presence is not None:  # the image tower is locked
             inputs["image_inputs"] = self._image_inputs(inputs)
-        outputs = model(**inputs, chunk_size=self.args.chunk_size)
+        outputs = model(**{**inputs, "return_loss": True}, chunk_size=self.args.chunk_size)
         function = self.compute_loss_func
         loss = outputs["loss"] if function is None else function(outputs, None, num_items_in_batch=num_items_in_batch)
         if self.start.presence is not None:
@@ -234,22 +232,6 @@ class ICLIPTrainer(Trainer):
                 "fp16."
             )
         return norm
-
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """
-        Like the base class. The logit scales stay just below 100: above, the clamp in the model has no gradient, so a
-        scale could not decrease again.
-        """
-        optimizer = super().create_optimizer(model)
-        scales = [weight for name, weight in self.model.named_parameters() if name.endswith("logit_scale")]
-
-        @torch.no_grad()
-        def clamp(*_):
-            for scale in scales:
-                scale.clamp_(max=math.log(100) - 1e-6)
-
-        optimizer.register_step_post_hook(clamp)
-        return optimizer
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Returns the names of the matrices. Vectors, biases and logit scales have no weight decay."""
@@ -286,20 +268,23 @@ class ICLIPTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Like the base class. The captions are those of epoch 0, without nouns and augmentation."""
         data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if data is None:
+            return super().get_eval_dataloader()  # raises
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        if data is self.train_dataset:  # whose epoch stays
-            data = copy(data)
+        if data is self.train_dataset and isinstance(data, Epochs):
+            data = copy(data)  # of which the loader sets the epoch
             data._epoch = 0
         workers = 0 if isinstance(data, CachedPairs) else self.args.dataloader_num_workers
-        collator = self.data_collator.for_evaluation()
+        collator = self.data_collator
+        collator = collator.for_evaluation() if isinstance(collator, PairCollator) else collator
         loader = DataLoader(data, self.args.eval_batch_size, collate_fn=collator, num_workers=workers)
         # Not by the accelerator, which would keep it.
         processes = self.accelerator.num_processes, self.accelerator.process_index
         return prepare_data_loader(loader, self.args.device, *processes, put_on_device=True)
 
-    get_test_dataloader = get_eval_dataloader
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
 
-    @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
@@ -307,45 +292,54 @@ class ICLIPTrainer(Trainer):
         Like the base class. Measures retrieval with the recognition branch, and its loss over all held-out pairs at
         once, and the maps of a segmentation data set.
         """
-        data, metrics, predictions = dataloader.dataset, {}, None
-        self.callback_handler.eval_dataloader = dataloader
-        self.model.eval()
-        if not isinstance(data, SegmentationDataset):
-            (images, texts), captions = self._embed(dataloader), sampled_captions(data)
-            scores = retrieval_scores(images, texts, captions, data.image_digests())
-            metrics = {name: values.mean().item() for name, values in scores.items()}
-            if not math.isfinite(metrics["loss"]):  # no later loss would be better
-                raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")
-            metrics |= self.start.changes(captions, scores)
-            if not prediction_loss_only:
-                predictions = images.float().cpu().numpy(), texts.float().cpu().numpy()
-            if self.compute_metrics is not None:
-                metrics |= self.compute_metrics(EvalPrediction(predictions, None))
-        maps = data if isinstance(data, SegmentationDataset) else self.map_dataset
-        if maps is data or (maps is not None and metric_key_prefix == "eval"):
-            metrics |= self._map_metrics(maps)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions, None, metrics, len(data))
+        data, measured = dataloader.dataset, {}
+        if maps_alone := isinstance(data, SegmentationDataset):
+            self.callback_handler.eval_dataloader = dataloader
+            output = EvalLoopOutput(None, None, {}, len(data))
+        else:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            measured = self._retrieval_metrics(output)
+        maps = data if maps_alone else self.map_dataset
+        if maps_alone or (maps is not None and metric_key_prefix == "eval"):
+            measured |= self._map_metrics(maps)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
+        return output
 
-    def _embed(self, dataloader: DataLoader) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the unit vectors of all images, scaled, and of their captions, (N, P) each."""
-        recognition, images, texts = self.model.recognition, [], []
-        for batch in dataloader:
-            with self.accelerator.autocast():
-                image_inputs, text_inputs = self._image_inputs(batch), batch.pop("text_inputs", None)
-                if text_inputs is None:
-                    names = self.processing_class.tokenizer.model_input_names
-                    text_inputs, _ = self.model.encode_text(**{name: batch[name] for name in names if name in batch})
-                of_images = recognition.embed_image(image_inputs.recognition)
-                of_texts = recognition.embed_text(text_inputs)
-            # Without the pairs that fill up the last batches.
-            images.append(self.accelerator.gather_for_metrics(of_images))
-            texts.append(self.accelerator.gather_for_metrics(of_texts))
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return recognition.logit_scale.exp() * torch.cat(images), torch.cat(texts)
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """
+        Returns no loss, which the pairs only have together; the scaled unit vectors of B images and those of their
+        captions, (B, P) each; and labels (B, 2), which number images and captions.
+        """
+        inputs, recognition = self._prepare_inputs(inputs), self.model.recognition
+        names = self.processing_class.tokenizer.model_input_names
+        tokens = {name: inputs[name] for name in names if name in inputs}
+        text_inputs = inputs.get("text_inputs")
+        shown = inputs["image_features"].values() if "image_features" in inputs else [inputs["pixel_values"]]
+        # Batches are padded to lengths of their own.
+        said = tokens["input_ids"] * tokens.get("attention_mask", 1) if text_inputs is None else text_inputs
+        labels = torch.stack([numbers_of_rows(shown), numbers_of_rows([said])], 1).to(self.args.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            if text_inputs is None:
+                text_inputs, _ = self.model.encode_text(**tokens)
+            images = recognition.embed_image(self._image_inputs(inputs).recognition)
+            return None, (recognition.logit_scale.exp() * images, recognition.embed_text(text_inputs)), labels
+
+    def _retrieval_metrics(self, output: EvalLoopOutput) -> dict[str, float]:
+        """Returns the means of the scores of pairs, and how they changed since the start."""
+        images, texts, labels = (
+            torch.from_numpy(array).to(self.args.device) for array in (*output.predictions, output.label_ids)
+        )
+        scores = retrieval_scores(images, texts, labels)
+        metrics = {name: values.mean().item() for name, values in scores.items()}
+        if not math.isfinite(metrics["loss"]):  # no later loss would be better
+            raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")
+        return metrics | self.start.changes(output.label_ids, scores)
 
     def _map_metrics(self, data: SegmentationDataset) -> dict[str, float]:
         """Measures the maps, and writes the results, which the card of the model shows."""
+        self.model.eval()
         result = evaluate_model((self.model, self.processing_class), data, metrics=MAP_METRICS)
         if self.is_world_process_zero():
             with atomic_write(Path(self.args.output_dir, "evaluations", f"{self.state.global_step}.json")) as partial:
@@ -359,7 +353,9 @@ class ICLIPTrainer(Trainer):
         """Returns what the loss reads of the images of a batch, from cached features, or without a gradient."""
         if "image_features" in batch:
             features = batch.pop("image_features")
-            return self.model.loss_inputs({name: of_images.float() for name, of_images in features.items()})
+            return self.model.loss_inputs(
+                {name: of_images.to(self.model.dtype) for name, of_images in features.items()}
+            )
 
         def encode(pixel_values: torch.Tensor) -> ImageInputs:
             return self.model.image_inputs(self.model.encode_image(pixel_values))
@@ -395,7 +391,7 @@ class ICLIPTrainer(Trainer):
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
             if self.kept_start:  # whose record goes on
                 card |= {"training": None, "start": None}
-            evaluation = folder / "evaluations" / f"{step}.json"
+            evaluation = Path(self.args.output_dir, "evaluations", f"{step}.json")
             if evaluation.is_file():
                 card["metrics"] = json.loads(evaluation.read_text())
             partial = folder / "model.partial"
@@ -412,7 +408,7 @@ class ICLIPTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def create_model_card(self, *arguments, **options) -> None:
-        """The card is written by `save_model`."""
+        """Does nothing: `save_model` writes the card, with the options `card` of the constructor."""
 
 
 @contextmanager

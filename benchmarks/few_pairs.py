@@ -26,7 +26,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator
-from iclip_hf.training.presets import KEEP_PRESENCE, RATE, STEPS
+from iclip_hf.training.arguments import KEEP_PRESENCE, RATE, STEPS
 
 
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]

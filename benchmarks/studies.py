@@ -16,12 +16,12 @@ from measuring import command_line, mean_and_spread, remembered
 from measuring import table as markdown
 
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.cli.train import train
+from iclip_hf.cli.train.arguments import parse_arguments
+from iclip_hf.cli.train.training import train
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.pooling import normalize_attention
-from iclip_hf.training.arguments import parse_arguments
 
 
 # How attention enters the map does not change the training, so each run is measured with all of these.

@@ -9,7 +9,8 @@ from fault_inputs import written
 from transformers import TrainingArguments
 
 from iclip_hf import cli
-from iclip_hf.training.arguments import ICLIPTrainingArguments, argument_parser, parse_arguments
+from iclip_hf.cli.train.arguments import argument_parser, parse_arguments
+from iclip_hf.training import ICLIPTrainingArguments
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
@@ -35,7 +36,7 @@ def said(tmp_path, capsys, content: str | bytes) -> str:
     """What `iclip train` says to a train.yaml, without training."""
     file = written(tmp_path, content, "train.yaml")
     with ExitStack() as stack:
-        for name in ("train", "check_output_dir"):
+        for name in ("training.train", "check_output_dir"):
             stack.enter_context(patch(f"iclip_hf.cli.train.{name}"))
         code = cli.main(["train", "--config", str(file)])
     message = capsys.readouterr().err

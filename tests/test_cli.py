@@ -349,8 +349,8 @@ def test_the_package_lists_what_it_imports_late():
 
 
 def test_data_sets_of_the_command_are_those_of_the_package():
+    from iclip_hf.cli.train.arguments import EvaluationArguments
     from iclip_hf.data.layouts import DATASETS
-    from iclip_hf.training.arguments import EvaluationArguments
 
     evaluated = {*EvaluationArguments.__dataclass_fields__["eval_dataset"].metadata["choices"]}
     assert set(DATASETS) == evaluated - {"none"}
@@ -370,7 +370,7 @@ def test_limits_of_numbers_are_allowed():
 
 
 def test_settings_take_dashes_and_underscores():
-    from iclip_hf.training.arguments import parse_arguments
+    from iclip_hf.cli.train.arguments import parse_arguments
 
     config = ["--config", "iclip-dinov2-s14-minilm"]
     for sign in "-_":

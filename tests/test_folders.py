@@ -32,6 +32,8 @@ from transformers import AutoModel, AutoProcessor, pipeline
 from iclip_hf import ICLIPModel, ICLIPProcessor, cli
 from iclip_hf.backends.embedded import embedded_folder
 from iclip_hf.backends.identity import identity
+from iclip_hf.cli.train.arguments import resolve_arguments
+from iclip_hf.cli.train.training import card_settings
 from iclip_hf.data.class_names import ADE20K, COCO_THINGS, VOC
 from iclip_hf.evaluation.evaluate import EvaluationResult
 from iclip_hf.hub.configs import config_folder
@@ -39,8 +41,6 @@ from iclip_hf.hub.folders import code_files, export_model, init_model, join_towe
 from iclip_hf.hub.model_card import card_licence, describe_tower, write_model_card
 from iclip_hf.hub.record import read_record
 from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
-from iclip_hf.training.arguments import complete
-from iclip_hf.training.card import card_settings
 
 
 ROOT = Path(__file__).parents[1]
@@ -568,7 +568,7 @@ def test_figures_of_the_embedded_model_are_those_of_the_readme():
 def shown_of(**values) -> dict:
     """What the card shows of a training with these arguments."""
     towers = {} if "model" in values or "vision" in values else {"model": "org/model"}
-    return card_settings(complete({"data": ["d"], "output_dir": "new", **towers, **values}), processes=1)
+    return card_settings(resolve_arguments({"data": ["d"], "output_dir": "new", **towers, **values}), processes=1)
 
 
 def card_of(folder: Path, processor, model=None, **options) -> ModelCard:

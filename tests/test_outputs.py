@@ -13,8 +13,8 @@ from fault_inputs import index_mask, masks_folder
 
 from iclip_hf.cli.output import model_files
 from iclip_hf.cli.train import check_output_dir
+from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.evaluation.results import EvaluationResult
-from iclip_hf.training.arguments import complete
 
 
 # Files of the user: among them all names that a command would choose below.
@@ -119,7 +119,7 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
 def test_a_training_writes_nothing_into_a_model_or_a_tower(world, monkeypatch, read, written):
     monkeypatch.chdir(world.folder)
     with pytest.raises(FileExistsError, match="model"):
-        check_output_dir(complete({"data": ["d"], "output_dir": "new", **read, **written}))
+        check_output_dir(resolve_arguments({"data": ["d"], "output_dir": "new", **read, **written}))
 
 
 @pytest.mark.parametrize(

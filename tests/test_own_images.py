@@ -17,12 +17,14 @@ from training_runs import write_table
 from transformers import TrainerState
 
 from iclip_hf import ICLIPModel, cli, embedded_model
-from iclip_hf.cli.train import open_pairs
+from iclip_hf.cli.train.arguments import resolve_arguments
+from iclip_hf.cli.train.data import open_pairs
+from iclip_hf.cli.train.preset import check_pairs
+from iclip_hf.cli.train.report import common_labels, report
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation, presets
-from iclip_hf.training.arguments import complete
-from iclip_hf.training.evaluation import change_interval, common_labels, draw_examples, regressed_metrics, report
-from iclip_hf.training.presets import STEPS, check_pairs
+from iclip_hf.training.arguments import STEPS
+from iclip_hf.training.evaluation import change_interval, draw_examples, regressed_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,7 @@ def preset_of(given: dict) -> dict:
 def test_what_is_chosen_makes_a_run(tmp_path, count):
     data = [str(write_table(tmp_path, count))]
     chosen = preset_of({"data": data})
-    model, _, validation, training = complete({"data": data, **chosen})
+    model, _, validation, training = resolve_arguments({"data": data, **chosen})
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     assert training.learning_rate == 1e-5 > training.min_learning_rate
     batch = training.per_device_train_batch_size

@@ -23,7 +23,8 @@ from fault_inputs import encoded
 from PIL import Image
 from torch.utils.data import DataLoader, get_worker_info
 
-from iclip_hf.cli.train import open_data, warn_of_unknown_labels
+from iclip_hf.cli.train.arguments import resolve_arguments
+from iclip_hf.cli.train.data import open_data, warn_of_unknown_labels
 from iclip_hf.data import BadPairError, PairDataset, PairStream, class_names, columns, formats, load_pairs, streams
 from iclip_hf.data import pairs as pairs_module
 from iclip_hf.data.files import expand_braces
@@ -32,7 +33,6 @@ from iclip_hf.data.formats.source import Source
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.streams import _image_bytes
 from iclip_hf.training import PairCollator, StreamedPairs
-from iclip_hf.training.arguments import complete
 
 
 NASTY = [
@@ -389,7 +389,7 @@ def test_files_that_are_in_both_sets_are_named(tmp_path, caplog):
         assert {os.path.basename(file) for file in both[0] & both[1]} == expected
         named = {"data": [str(tmp_path / data)], "validation_data": [str(tmp_path / held_out)]}
         caplog.clear()
-        open_data(complete({"model": "m", "output_dir": "new", **named}))
+        open_data(resolve_arguments({"model": "m", "output_dir": "new", **named}))
         assert ("in data and validation_data" in caplog.text) == bool(expected)
 
 
@@ -770,7 +770,7 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "nouns.txt").write_text("dog")
-    arguments = complete(
+    arguments = resolve_arguments(
         {"model": "m", "output_dir": "new", "data": [f"{tmp_path}/a.jsonl"], "nouns": f"{tmp_path}/nouns.txt"}
     )
     open_data(arguments)

@@ -20,9 +20,9 @@ from training_runs import assert_same_weights, eight_pairs, evaluations, gradien
 from iclip_hf import ICLIPModel, ICLIPProcessor, explain
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.cli.train import check_output_dir
+from iclip_hf.cli.train.arguments import parse_arguments
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer
-from iclip_hf.training.arguments import parse_arguments
 from iclip_hf.training.callbacks import Interrupts
 from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
 from iclip_hf.training.trainer import last_checkpoint
@@ -328,8 +328,8 @@ import sys
 import torch
 from accelerate import PartialState
 from training_runs import eight_pairs
-from iclip_hf.cli.train import train
-from iclip_hf.training.arguments import parse_arguments
+from iclip_hf.cli.train.training import train
+from iclip_hf.cli.train.arguments import parse_arguments
 
 torch.set_num_threads(1)
 folder, arguments = sys.argv[1], sys.argv[2:]

@@ -12,10 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from iclip_hf import ICLIPModel
-from iclip_hf.cli.train import check_output_dir, train
+from iclip_hf.cli.train import check_output_dir
+from iclip_hf.cli.train.arguments import parse_arguments
+from iclip_hf.cli.train.training import train
 from iclip_hf.model.losses import LOSS_TERMS
 from iclip_hf.training import ICLIPTrainer
-from iclip_hf.training.arguments import parse_arguments
 
 
 def run(hub: Path, output_dir: Path, *arguments) -> ICLIPTrainer:

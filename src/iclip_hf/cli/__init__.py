@@ -59,7 +59,7 @@ class _Parser(argparse.ArgumentParser):
     def _cure(self, name: str, known: Iterable[str]) -> str:
         """Returns what may be meant by an option that is not known."""
         if self.get_default("command") == "train":
-            from ..training.arguments import cure_of
+            from .train.arguments import cure_of
 
             if cure := cure_of(name[2:].replace("-", "_")):
                 return cure

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> None:
         check_outside(options.output, folder)
     check_new_folder(options.output)
     if (source / "train.yaml").is_file():
-        from ..training.arguments import read_file  # imports torch
+        from .train.arguments import read_file  # imports torch
 
         read_file(source / "train.yaml")  # raises for a wrong argument
     from huggingface_hub.errors import StrictDataclassError

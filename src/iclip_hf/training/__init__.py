@@ -6,11 +6,10 @@ from ..utils.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from .arguments import ICLIPTrainingArguments
+    from .arguments import ICLIPTrainingArguments, few_pairs
     from .collator import PairCollator, augmentation
     from .datasets import CachedPairs, StreamedPairs
     from .features import FeatureCache, set_statistics
-    from .presets import few_pairs
     from .trainer import ICLIPTrainer
 
 _MODULES = {
@@ -21,7 +20,7 @@ _MODULES = {
     "PairCollator": ".collator",
     "StreamedPairs": ".datasets",
     "augmentation": ".collator",
-    "few_pairs": ".presets",
+    "few_pairs": ".arguments",
     "set_statistics": ".features",
 }
 __all__ = [*_MODULES]

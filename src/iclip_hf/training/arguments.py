@@ -1,91 +1,36 @@
-"""The arguments of a training, for `HfArgumentParser`: of the model, the data, the evaluation and the `Trainer`."""
+"""The arguments of [`ICLIPTrainer`], and those for few pairs."""
 
-# ruff: noqa: RUF009 (`_argument` makes a field)
+# ruff: noqa: RUF009 (`argument` makes a field)
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+import math
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import MappingProxyType
-from typing import NamedTuple
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from ..data.layouts import DATASETS
-from ..hub.configs import config_folder, parse_options
-from ..model.configuration_iclip import ICLIPConfig
+from ..utils.prefetch import spare_processors
 
 
-RUNS = "runs"  # folder of the runs, if no other is named
 RETRIEVAL_METRICS = ("loss", "text_to_image", "image_to_text")  # of held-out pairs
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # of a segmentation data set
+# On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model retrieval.
+RATE = 1e-5
+STEPS = 200
+# Without it, of the classes that images show, 50 pairs make every tenth absent.
+KEEP_PRESENCE = 1.0
+# Arguments of a `Trainer` that a model depends on.
+_RECIPE = """
+    per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps warmup_learning_rate
+    min_learning_rate weight_decay max_grad_norm keep_presence seed
+""".split()
 
 
-def _argument(default, help: str, **options):
-    """A field with what `add_argument` takes."""
+def argument(default, help: str, **options):
+    """Returns a field with what `add_argument` takes."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**default, metadata={"help": help, **options})
-
-
-@dataclass
-class ModelArguments:
-    """Which model is trained: a trained one, or two towers with new projections."""
-
-    config: str = _argument(
-        "",
-        "name of a shipped configuration, or a folder with a train.yaml, or this file; without one, arguments are "
-        "chosen by the number of pairs, and without data it is iclip-vit-b16",
-    )
-    model: str = _argument("", 'ICLIP model to train further (folder, Hub id or "embedded"), instead of two towers')
-    vision: str = _argument("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
-    text: str = _argument("", 'text tower: a folder, a Hub id, or "embedded" for that of the embedded model')
-    feature_tower: str = _argument(
-        "",
-        'second image tower, a convolutional backbone of timm: a folder, a Hub id, or "embedded"; none if not given',
-    )
-    model_options: list[str] = _argument([], "options that override those of config.json, as name=value")
-    lock_text: bool = _argument(False, "freeze the text tower")
-    image_size: int = _argument(0, "height and width of images in pixels; 0 for those of the model")
-
-
-@dataclass
-class DataArguments:
-    """The pairs to train on."""
-
-    data: list[str] = _argument(
-        [],
-        "training pairs in any format of the guide (docs/guide/train.md): for example a .csv table with the columns "
-        "`image` and `caption`, a folder with a subfolder of images for each class, or a Hub dataset",
-        action="extend",
-    )
-    image_column: str = _argument("", "column of the images, if it has no usual name")
-    caption_column: str = _argument("", "column of the captions, if it has no usual name")
-    split: str = _argument("train", "split of a Hub dataset or of a saved one")
-    pairs_per_epoch: int = _argument(0, "pairs in an epoch of a single Hub dataset, which then is streamed")
-    max_bad_share: float = _argument(0.05, "largest share of broken pairs; the run stops above it")
-    nouns: str = _argument(
-        "",
-        "text file with a noun in each line, 'sky (background)' for one of the background; nouns in captions become "
-        "prompts",
-    )
-    crop_scale: float = _argument(0.08, "smallest area of a random crop, as a share of the image")
-    auto_augment: str = _argument("rand-m9-mstd0.5-inc1", "name of an augmentation policy of timm; empty for none")
-    random_erasing: float = _argument(0.25, "probability of erasing a rectangle")
-    cache_features: str = _argument("", "folder for features of locked towers, which are computed once")
-
-
-@dataclass
-class EvaluationArguments:
-    """The pairs and the segmentation data set to measure on."""
-
-    validation_data: list[str] = _argument([], "validation pairs, local")
-    validation_share: float = _argument(0.0, "share of the pairs to validate on instead, which are not trained on")
-    eval_dataset: str = _argument("none", "segmentation data set to evaluate maps on", choices=["none", *DATASETS])
-    eval_root: str = _argument("", "folder of eval_dataset")
-    eval_split: str = _argument("", "split of eval_dataset; the validation split if not given")
 
 
 @dataclass
@@ -95,45 +40,37 @@ class ICLIPTrainingArguments(TrainingArguments):
     paper's recipe, and GroupViT's, to which the paper refers. Its batch of 1024 pairs is that of four devices.
 
     `lr_scheduler_type="cosine"` is GroupViT's schedule: linear from `warmup_learning_rate` during `warmup_steps`, then
-    half a cosine over all steps to `min_learning_rate`. Other schedules are those of Transformers.
-
-    Args:
-        chunk_size (`int`, defaults to 256): number of pairs in one forward pass of a tower, which limits the memory.
-        keep_presence (`float`, defaults to 0.0): weight of a loss that keeps the presence of common nouns as the model
-            has it.
-        warmup_learning_rate (`float`, defaults to 1e-6): first learning rate of the warm-up.
-        min_learning_rate (`float`, defaults to 1e-5): last learning rate.
-        pictures (`int`, defaults to 4): number of held-out images whose maps are drawn at each evaluation.
-        resume (`bool`, defaults to `False`): whether `iclip train` resumes from the last checkpoint in `output_dir`.
+    half a cosine over all steps to `min_learning_rate`. Other schedules are those of Transformers. The fields tell
+    what each argument is, as `iclip train --help` does.
     """
 
-    per_device_train_batch_size: int = _argument(256, "number of pairs in a batch of each process")
-    per_device_eval_batch_size: int = _argument(256, "number of held-out pairs in one forward pass")
-    num_train_epochs: float = _argument(30.0, "number of passes over the pairs")
-    learning_rate: float = _argument(1.25e-4, "peak of the learning rate, for any number of pairs in a batch")
-    lr_scheduler_type: str = _argument("cosine", "schedule of the learning rate")
-    warmup_steps: float = _argument(2 / 30, "steps of linear warm-up; below 1, their share of all steps")
-    weight_decay: float = _argument(0.05, "weight decay of matrices; biases, norms and logit scales have none")
-    max_grad_norm: float = _argument(5.0, "largest norm of the gradient")
-    eval_steps: float | None = _argument(1000, "number of steps between evaluations; below 1, their share")
-    save_steps: float = _argument(1000, "number of steps between checkpoints; below 1, their share")
-    save_total_limit: int | None = _argument(2, "number of checkpoints that are kept")
-    logging_steps: float = _argument(10, "number of steps between logs; below 1, their share")
-    dataloader_drop_last: bool = _argument(True, "leave out an incomplete last batch; the loss needs equal ones")
+    per_device_train_batch_size: int = argument(256, "number of pairs in a batch of each process")
+    per_device_eval_batch_size: int = argument(256, "number of held-out pairs in one forward pass")
+    num_train_epochs: float = argument(30.0, "number of passes over the pairs")
+    learning_rate: float = argument(1.25e-4, "peak of the learning rate, for any number of pairs in a batch")
+    lr_scheduler_type: str = argument("cosine", "schedule of the learning rate")
+    warmup_steps: float = argument(2 / 30, "steps of linear warm-up; below 1, their share of all steps")
+    weight_decay: float = argument(0.05, "weight decay of matrices; biases, norms and logit scales have none")
+    max_grad_norm: float = argument(5.0, "largest norm of the gradient")
+    eval_steps: float | None = argument(1000, "number of steps between evaluations; below 1, their share")
+    save_steps: float = argument(1000, "number of steps between checkpoints; below 1, their share")
+    save_total_limit: int | None = argument(2, "number of checkpoints that are kept")
+    logging_steps: float = argument(10, "number of steps between logs; below 1, their share")
+    dataloader_drop_last: bool = argument(True, "leave out an incomplete last batch; the loss needs equal ones")
     # The collator reads the columns of rows, and `noun_labels` are not labels to gather.
-    remove_unused_columns: bool = _argument(False, "columns of a data set stay, because the collator reads them")
-    label_names: list[str] | None = _argument([], "names of labels to gather; none")
+    remove_unused_columns: bool = argument(False, "columns of a data set stay, because the collator reads them")
+    label_names: list[str] | None = argument([], "names of labels to gather; none")
     # The others push `training_args.bin`, which holds paths and the token of this machine.
-    hub_strategy: str = _argument("end", "when push_to_hub pushes: at the end, with the model card")
+    hub_strategy: str = argument("end", "when push_to_hub pushes: at the end, with the model card")
 
-    chunk_size: int = _argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
-    keep_presence: float = _argument(
+    chunk_size: int = argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
+    keep_presence: float = argument(
         0.0, "weight of a loss that keeps the presence of common nouns as the model has it, with a locked image tower"
     )
-    warmup_learning_rate: float = _argument(1e-6, "first learning rate of the warm-up")
-    min_learning_rate: float = _argument(1e-5, "last learning rate")
-    pictures: int = _argument(4, "number of held-out images whose maps are drawn at each evaluation")
-    resume: bool = _argument(False, "resume from the last checkpoint in output_dir, if there is one")
+    warmup_learning_rate: float = argument(1e-6, "first learning rate of the warm-up")
+    min_learning_rate: float = argument(1e-5, "last learning rate")
+    pictures: int = argument(4, "number of held-out images whose maps are drawn at each evaluation")
+    resume: bool = argument(False, "resume from the last checkpoint in output_dir, if there is one")
 
     def __post_init__(self):
         super().__post_init__()
@@ -144,152 +81,50 @@ class ICLIPTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= self.device.type != "cpu"  # of which torch would warn
 
 
-class Arguments(NamedTuple):
-    """What `iclip train` is given."""
-
-    model: ModelArguments
-    data: DataArguments
-    evaluation: EvaluationArguments
-    training: ICLIPTrainingArguments
-
-
-_DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, ICLIPTrainingArguments)
-_RENAMED = {
-    "batch_size": "per_device_train_batch_size, the pairs of each process",
-    "epochs": "num_train_epochs",
-    "warmup_epochs": "warmup_steps, or below 1 their share of all steps",
-    "clip_grad_norm": "max_grad_norm",
-    "mixed_precision": "bf16 or fp16",
-    "num_workers": "dataloader_num_workers",
-    "log_steps": "logging_steps",
-    "checkpoint_steps": "save_steps",
-    "best_metric": "metric_for_best_model",
-}
-
-
-def argument_parser(**options) -> HfArgumentParser:
-    """Returns a parser of all arguments. Those that are not given are absent from its result."""
-    parser = HfArgumentParser(_DATACLASSES, allow_abbrev=False, **options)
-    for action in parser._actions:
-        action.default = argparse.SUPPRESS
-    parser.add_argument(
-        "data", nargs="*", action="extend", default=argparse.SUPPRESS, metavar="DATA", help="the same as --data"
-    )
-    return parser
-
-
-def cure_of(name: str) -> str:
-    """Returns what a name that is no argument may mean: an older name of one, or an option of the model."""
-    if name in _RENAMED:
-        return f"; use {_RENAMED[name]}"
-    if name in ICLIPConfig.__annotations__:
-        return f"; an option of the model is set by --model_options {name}=VALUE"
-    return ""
-
-
-def read_arguments(given: Mapping) -> Arguments:
+def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
     """
-    Returns the arguments of a training: `given`, such as the result of the parser, before those of the `train.yaml`
-    that `config` names, and these before the defaults. Raises `ValueError` for an invalid one.
+    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on so many pairs: 200
+    steps with a low learning rate. If pairs are held out, the start is evaluated, and every fifth of the steps. Those
+    arguments that are `given` stay, and others depend on them. A batch is without `max_bad_share` of the pairs, which
+    [`CachedPairs`] leaves out.
+
+    ```python
+    >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
+    ```
     """
-    file = Path(given.get("config") or "iclip-vit-b16")
-    if not file.is_file():
-        file = config_folder(file) / "train.yaml"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: there is no such file; the arguments of a training are in a train.yaml.")
-    values = read_file(file)
-    for names, instead in (
-        (("model",), ("vision", "text", "feature_tower", "image_size")),
-        (("vision", "text"), ("model",)),
-        (("validation_share",), ("validation_data",)),
-        (("validation_data",), ("validation_share",)),
-    ):
-        if any(map(given.get, names)):
-            values = {name: value for name, value in values.items() if name not in instead}
-    return complete(values, {**given, "config": str(file)})
+    processes, usable = int(os.environ.get("WORLD_SIZE", 1)), pairs - int(max_bad_share * pairs)
+    batch = given.get("per_device_train_batch_size", max(min(usable, 256) // processes, 1))
+    batches = pairs // max(batch * processes, 1)  # a batch of 0 is refused later
+    steps_per_epoch = max(math.ceil(batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
+    epochs = given.get("num_train_epochs", max(1, round(STEPS / steps_per_epoch)))
+    steps = given["max_steps"] if given.get("max_steps", 0) > 0 else math.ceil(epochs * steps_per_epoch)
+    chosen = {
+        "per_device_train_batch_size": batch,
+        "num_train_epochs": epochs,
+        "learning_rate": RATE,
+        "warmup_learning_rate": 0.0,
+        "min_learning_rate": 0.0,
+        "warmup_steps": 0.1,
+        "keep_presence": KEEP_PRESENCE,
+        # Not shares of all steps: to Transformers, these are not the numbers of a checkpoint.
+        "eval_steps": math.ceil(steps / 5),
+        "save_steps": math.ceil(steps / 5),
+        "logging_steps": math.ceil(steps / 10),
+        "dataloader_num_workers": min(pairs // 250, 4, spare_processors()),
+    }
+    if held_out:
+        chosen |= {"eval_strategy": "steps", "eval_on_start": True, "load_best_model_at_end": True}
+        chosen["metric_for_best_model"] = best_metric(held_out)
+    return chosen | given
 
 
-def complete(values: Mapping, given: Mapping = MappingProxyType({})) -> Arguments:
-    """
-    Returns arguments, those that are `given` before other `values`, with those that depend on others. Raises
-    `ValueError` for a combination that cannot be.
-    """
-    values = {**values, **given}
-    validated = bool(values.get("validation_data") or values.get("validation_share"))
-    maps = values.get("eval_dataset", "none") != "none"
-    values.setdefault("output_dir", f"{RUNS}/{run_name(values)}")
-    values.setdefault("report_to", "none")
-    if validated or maps:
-        usual = {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_on_start": bool(values.get("model"))}
-        usual["metric_for_best_model"] = "text_to_image" if validated else "mMIoU"
-        values = {**usual, **values}
-        measured = RETRIEVAL_METRICS * validated + MAP_METRICS * maps
-        if (best := values["metric_for_best_model"]).removeprefix("eval_") not in measured:
-            raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose of {', '.join(measured)}.")
-        # Of the best model there is a checkpoint. Steps and shares of all steps do not mix.
-        every, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
-        unlike = save_steps % every or (save_steps < 1) != (every < 1)
-        if values["load_best_model_at_end"] and unlike and "save_steps" not in given:
-            values["save_steps"] = every
-    arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
-    model, data = arguments.model, arguments.data
-    parse_options(model.model_options)  # raises for one that is not name=value
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in ("num_train_epochs", *batches, "chunk_size"):
-        if getattr(arguments.training, name) <= 0:
-            raise ValueError(f"{name}: {getattr(arguments.training, name)} is not above 0.")
-    if arguments.training.keep_presence < 0:
-        raise ValueError(f"keep_presence: {arguments.training.keep_presence} is not a weight of at least 0.")
-    if not 0 < data.crop_scale <= 1:
-        raise ValueError(f"crop_scale: {data.crop_scale} is not in (0, 1].")
-    if not data.data:
-        raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
-    if arguments.evaluation.validation_data and arguments.evaluation.validation_share:
-        raise ValueError("validation_data, validation_share: give one of them.")
-    if bool(model.model) == bool(model.vision and model.text):
-        raise ValueError(
-            f"model={model.model!r}, vision={model.vision!r}, text={model.text!r}: set either model, or vision and "
-            "text."
-        )
-    if model.model and model.image_size:
-        raise ValueError("image_size: the images of a model have the size of its processor; leave it out.")
-    if model.model and model.feature_tower:
-        raise ValueError("feature_tower: a trained model has its own towers; leave it out.")
-    if arguments.training.keep_presence and not (model.model and model.lock_text):
-        raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
-    return arguments
+def best_metric(held_out: int) -> str:
+    return "loss" if held_out < 100 else "text_to_image"  # a share of right answers is too coarse on few
 
 
-def run_name(values: Mapping) -> str:
-    """Returns the name of a model: that of its folder or configuration."""
-    if values.get("output_dir"):
-        return Path(values["output_dir"]).name
-    return Path(values["config"]).resolve().parent.name
-
-
-def read_file(file: Path) -> dict:
-    """Returns the arguments in a `train.yaml`. `name:` without a value leaves the default."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = [(name, value) for name, value in content.items() if value is not None]
-    except (AttributeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: arguments are written in YAML as `name: value`, but: {error}") from error
-    words: list[str] = []
-    for name, value in given:
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
-    try:
-        values, unknown = argument_parser(exit_on_error=False).parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{file}: {error}") from error
-    if unknown:
-        name = unknown[0].removeprefix("--").partition("=")[0]
-        raise ValueError(f"{file}: {name!r:.100} is no argument{cure_of(name)}.")
-    values = vars(values)
-    if (nouns := file.parent / values.get("nouns", "")).is_file():
-        values["nouns"] = str(nouns)
-    return values
-
-
-def parse_arguments(words: Sequence[str]) -> Arguments:
-    """Returns the arguments of a command line that names a configuration."""
-    return read_arguments(vars(argument_parser().parse_args(words)))
+def card_of(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:
+    """Returns the arguments of a training that its model depends on, for [`write_model_card`]."""
+    shown = {name: getattr(training, name) for name in _RECIPE}
+    if training.max_steps < 0:
+        del shown["max_steps"]
+    return shown | {"processes": processes, "precision": training.mixed_precision}

@@ -39,9 +39,8 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.errors import writing_errors
 from ..utils.files import atomic_write
 from ..utils.saved_configs import clean_configs
-from .arguments import MAP_METRICS, ICLIPTrainingArguments
+from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
 from .callbacks import Flow, Interrupts, Pictures, Start
-from .card import card_of
 from .collator import PairCollator
 from .datasets import CachedPairs, StreamedPairs
 from .evaluation import numbers_of_rows, retrieval_scores

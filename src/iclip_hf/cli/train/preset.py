@@ -1,70 +1,23 @@
-"""The arguments of a training on few pairs."""
+"""The arguments of `iclip train` for few pairs."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ..data.pairs import BadPairError, PairDataset
-from ..hub.configs import parse_options
-from ..utils.cache import cache_folder
-from ..utils.errors import loading_errors
-from ..utils.prefetch import spare_processors
+from ...data.pairs import BadPairError, PairDataset
+from ...hub.configs import parse_options
+from ...training.arguments import best_metric, few_pairs
+from ...utils.cache import cache_folder
+from ...utils.errors import loading_errors
 from .arguments import RUNS
 
 
-# On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model retrieval.
-RATE = 1e-5
-STEPS = 200
-# Without it, of the classes that images show, 50 pairs make every tenth absent.
-KEEP_PRESENCE = 1.0
 _LOOKED_AT = 200  # pairs, evenly spaced over all
-
-
-def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
-    """
-    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on so many pairs: 200
-    steps with a low learning rate. If pairs are held out, the start is evaluated, and every fifth of the steps. Those
-    arguments that are `given` stay, and others depend on them. A batch is without `max_bad_share` of the pairs, which
-    [`CachedPairs`] leaves out.
-
-    ```python
-    >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
-    ```
-    """
-    processes, usable = int(os.environ.get("WORLD_SIZE", 1)), pairs - int(max_bad_share * pairs)
-    batch = given.get("per_device_train_batch_size", max(min(usable, 256) // processes, 1))
-    batches = pairs // max(batch * processes, 1)  # a batch of 0 is refused later
-    steps_per_epoch = max(math.ceil(batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
-    epochs = given.get("num_train_epochs", max(1, round(STEPS / steps_per_epoch)))
-    steps = given["max_steps"] if given.get("max_steps", 0) > 0 else math.ceil(epochs * steps_per_epoch)
-    chosen = {
-        "per_device_train_batch_size": batch,
-        "num_train_epochs": epochs,
-        "learning_rate": RATE,
-        "warmup_learning_rate": 0.0,
-        "min_learning_rate": 0.0,
-        "warmup_steps": 0.1,
-        "keep_presence": KEEP_PRESENCE,
-        # Not shares of all steps: to Transformers, these are not the numbers of a checkpoint.
-        "eval_steps": math.ceil(steps / 5),
-        "save_steps": math.ceil(steps / 5),
-        "logging_steps": math.ceil(steps / 10),
-        "dataloader_num_workers": min(pairs // 250, 4, spare_processors()),
-    }
-    if held_out:
-        chosen |= {"eval_strategy": "steps", "eval_on_start": True, "load_best_model_at_end": True}
-        chosen["metric_for_best_model"] = _best_metric(held_out)
-    return chosen | given
-
-
-def _best_metric(held_out: int) -> str:
-    return "loss" if held_out < 100 else "text_to_image"  # a share of right answers is too coarse on few
 
 
 def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
@@ -83,7 +36,7 @@ def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     share = values.get("validation_share")
     training = len(pairs.split(share)[0]) if share else len(pairs)
     if held_out := len(pairs) - training:
-        chosen["metric_for_best_model"] = _best_metric(held_out)
+        chosen["metric_for_best_model"] = best_metric(held_out)
     locked = _locks_vision(values)
     if locked:
         chosen["cache_features"] = str(cache_folder() / "features")

@@ -1,0 +1,70 @@
+"""`iclip train`: trains a model on image-text pairs, with [`ICLIPTrainer`]."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ...backends import check_model_name
+from ...training.arguments import ICLIPTrainingArguments
+from ...utils.files import check_outside
+from .arguments import Arguments, argument_parser, read_arguments, resolve_arguments
+from .data import open_pairs
+from .preset import preset
+
+
+def parents() -> list[argparse.ArgumentParser]:
+    return [argument_parser(add_help=False)]
+
+
+def add_options(command: argparse.ArgumentParser) -> None:
+    command.allow_abbrev = False
+
+
+def run(options: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+    if given.get("model") and not (given.get("data") or given.get("config")):
+        raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
+    pairs, chosen = None, {}
+    if given.get("config") or not given.get("data"):
+        arguments = read_arguments(given)
+    else:
+        pairs = open_pairs(given["data"], {"seed": ICLIPTrainingArguments.seed, **given})
+        chosen = preset(given, pairs)
+        arguments = resolve_arguments(chosen, given)
+    check_output_dir(arguments)
+    from .training import train  # imports all that a training needs
+
+    train(arguments, pairs, chosen)
+
+
+def check_output_dir(arguments: Arguments) -> None:
+    """
+    Raises `FileExistsError` unless the folder of a run is new or empty, or holds checkpoints of ICLIP to resume from,
+    and nothing is written into the folders of the model and the towers.
+    """
+    folder, model = Path(arguments.training.output_dir), arguments.model
+    for read in (model.model, model.vision, model.text, model.feature_tower):
+        for written in filter(None, (folder, arguments.data.cache_features)):
+            if read and read != "embedded":
+                check_outside(written, read)
+    if model.model:
+        check_model_name(model.model, ("iclip",))
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and not (arguments.training.resume and _is_training(folder, names)):
+        raise FileExistsError(
+            f"{folder}: this folder holds files already; name another by --output_dir, or add --resume to continue a "
+            "training from its last checkpoint."
+        )
+
+
+def _is_training(folder: Path, names: set[str]) -> bool:
+    """Whether a folder with these names is that of a training of ICLIP, which may have no checkpoint yet."""
+    from ...training.callbacks import START  # imports torch
+    from ...training.trainer import last_checkpoint
+
+    if (last := last_checkpoint(folder)) is None:
+        parts = (START, "pictures", "evaluations", "runs", "checkpoint-")
+        return all(name.startswith(parts) or name.endswith(".partial") for name in names)
+    return json.loads(Path(last, "config.json").read_text()).get("model_type") == "iclip"

@@ -1,0 +1,105 @@
+"""The data of a training: pairs, held-out pairs, nouns, and images with masks."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from ...data.nouns import NounPrompts
+from ...data.pairs import PairDataset, load_pairs
+from ...data.segmentation import SegmentationDataset, load_segmentation
+from ...data.streams import PairStream
+from ...utils.hub_ids import is_hub_id
+from .arguments import Arguments, EvaluationArguments
+
+
+logger = logging.getLogger(__name__)
+
+
+class Data(NamedTuple):
+    """What a training reads."""
+
+    pairs: PairDataset | PairStream
+    held_out: PairDataset | None
+    nouns: NounPrompts | None
+    maps: SegmentationDataset | None  # to evaluate maps on
+
+    @property
+    def is_stream(self) -> bool:
+        return isinstance(self.pairs, PairStream)
+
+
+def open_pairs(sources: list[str], given: Mapping, **options) -> PairDataset | PairStream:
+    """Opens pairs by the arguments that are parameters of [`~iclip_hf.data.pairs.load_pairs`]."""
+    names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
+    options = {"streaming": False, **options, **{name: given[name] for name in names if name in given}}
+    return load_pairs(sources[0] if len(sources) == 1 else sources, **options)
+
+
+def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
+    """Opens what the arguments name, apart from `pairs` if they are open already."""
+    maps = _open_maps(arguments.evaluation)
+    args, given = arguments.training, {**vars(arguments.data), "seed": arguments.training.seed}
+    if pairs is None:
+        is_stream = arguments.data.pairs_per_epoch > 0 and any(map(is_hub_id, arguments.data.data))
+        options = {"rank": args.process_index, "world_size": args.world_size, "streaming": is_stream}
+        pairs = open_pairs(arguments.data.data, given, **options)
+    pairs, held_out = _hold_out(pairs, arguments.evaluation, given)
+    nouns = NounPrompts.from_file(arguments.data.nouns, args.seed) if arguments.data.nouns else None
+    if nouns:
+        warn_of_unknown_labels(pairs, nouns)
+    return Data(pairs, held_out, nouns, maps)
+
+
+def _open_maps(evaluation: EvaluationArguments) -> SegmentationDataset | None:
+    if evaluation.eval_dataset == "none":
+        return None
+    if not Path(evaluation.eval_root or "?").is_dir():
+        raise FileNotFoundError(f"eval_root: {evaluation.eval_root!r} is no folder; name that of the data set.")
+    maps = load_segmentation(evaluation.eval_dataset, evaluation.eval_root, evaluation.eval_split or None)
+    maps.check_classes()
+    return maps
+
+
+def _hold_out(
+    pairs: PairDataset | PairStream, evaluation: EvaluationArguments, given: Mapping
+) -> tuple[PairDataset | PairStream, PairDataset | None]:
+    """Returns the pairs to train on, and those to validate on that can be read."""
+    if evaluation.validation_data:
+        held_out = open_pairs(evaluation.validation_data, given)
+        if not isinstance(pairs, PairStream) and (common := pairs.files() & held_out.files()):
+            logger.warning(
+                "%d files are in data and validation_data, such as %r: scores on them say nothing of other images.",
+                len(common),
+                min(common),
+            )
+    elif evaluation.validation_share:
+        if isinstance(pairs, PairStream):
+            raise ValueError("validation_share: no part of a stream can be held out; name local validation_data.")
+        pairs, held_out = pairs.split(evaluation.validation_share)
+    else:
+        return pairs, None
+    held_out.max_bad_share = 1.0  # one of few is a large share; each is named and left out
+    held_out = held_out.readable()
+    if not len(held_out):
+        raise ValueError("validation_data, validation_share: no held-out pair can be read; fix the data.")
+    return pairs, held_out
+
+
+def warn_of_unknown_labels(pairs: PairDataset | PairStream, nouns: NounPrompts) -> None:
+    """Logs the labels that are neither in `complete` nor in the vocabulary, of some of the pairs."""
+    unknown = [nouns.unknown_labels(texts) for texts in pairs.some_texts()]
+    counts = Counter(chain.from_iterable(unknown))
+    if counts:
+        most = ", ".join(f"{label!r:.50} ({count})" for label, count in counts.most_common(5))
+        logger.warning(
+            "labels: %d names are neither in complete nor in nouns, and teach nothing; of %d pairs, they are of %s%s",
+            len(counts),
+            len(unknown),
+            most,
+            ", ..." if len(counts) > 5 else "",
+        )

@@ -1,0 +1,83 @@
+"""The report of a training: what it changed, and what to do with its model."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import TrainerState
+
+from ...data.formats.folders import CLASS_CAPTION
+from ...data.nouns import NounPrompts
+from ...data.pairs import PairDataset
+from ...hub.configs import EMBEDDED
+from ...training.arguments import MAP_METRICS, RETRIEVAL_METRICS
+from ...training.evaluation import FEWEST
+
+
+_IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast")
+_LOOKED_AT = 1000  # pairs, for the labels
+
+
+def report(state: TrainerState, folder: Path, held_out: PairDataset | None, start: str) -> list[str]:
+    """
+    Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
+    change, the folder of the model, and the command that explains an image with it. `start` names the model that the
+    training began with, if the folder holds it.
+    """
+    lines, of_steps = [""], {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
+    before, after = of_steps.get(0, {}), of_steps.get(state.best_global_step or max(of_steps, default=0), {})
+    few = held_out is not None and len(held_out) < FEWEST
+    if after:
+        changes = {name: _change(after, name) for name in filter(_is_metric, after)}
+        heading = "change (95 %)" if before and not few and any(changes.values()) else ""
+        rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
+        for name, change in changes.items():
+            shown = name.removeprefix("eval_")
+            shown += " %" if shown in _IN_PERCENT else ""
+            number = _number(before[name]) if before else ""
+            rows.append([shown, number, _number(after[name]), change if heading else ""])
+        lines += ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
+        if held_out is not None:
+            lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if few else ''}")
+    else:
+        lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
+    quoted = shlex.quote(str(folder))
+    if start:
+        lines.append(
+            f"No evaluation was better than the start: {quoted} holds the model that you started from ({start})."
+        )
+    else:
+        lines.append(f"The trained model is in {quoted}.")
+    labels = common_labels(held_out) if held_out is not None else []
+    lines.append(f"Next: iclip explain PHOTO --text {shlex.quote(', '.join(labels) or '...')} --model {quoted}")
+    return lines
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith("eval_") and name.removeprefix("eval_") in (*RETRIEVAL_METRICS, *MAP_METRICS)
+
+
+def _change(row: Mapping[str, float], name: str) -> str:
+    bounds = [row.get(f"{name}_change_{end}") for end in ("low", "high")]
+    return "" if None in bounds else " to ".join(map(_number, bounds))
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def common_labels(pairs: PairDataset) -> list[str]:
+    """
+    Returns the two labels that most of the first captions have: classes, if all captions are made of them, else nouns.
+    """
+    captions = [caption for row in range(min(len(pairs), _LOOKED_AT)) for caption in pairs.captions(row)]
+    start, end = CLASS_CAPTION.split("{}")
+    if all(caption.startswith(start) for caption in captions) and len(set(captions)) < len(captions):
+        labels = [caption.removeprefix(start).removesuffix(end) for caption in captions]
+    else:
+        nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
+        labels = [nouns.nouns[number] for caption in captions for number in sorted(nouns.nouns_in(caption))]
+    return [label for label, _ in Counter(labels).most_common(2)]

@@ -1,0 +1,143 @@
+"""The training of `iclip train`, from its arguments to the saved model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MappingProxyType
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from ...backends.identity import identity
+from ...backends.loading import load_iclip
+from ...data.pairs import PairDataset
+from ...hub.folders import join_towers, options_of_model
+from ...model.modeling_iclip import ICLIPModel
+from ...model.processing_iclip import ICLIPProcessor
+from ...training.arguments import card_of
+from ...training.collator import PairCollator, augmentation
+from ...training.datasets import CachedPairs, StreamedPairs
+from ...training.features import FeatureCache, set_statistics
+from ...training.trainer import ICLIPTrainer, last_checkpoint, load_statistics
+from ...utils.hub_ids import public_name
+from .arguments import Arguments, ModelArguments
+from .data import Data, open_data
+from .report import report
+
+
+def train(
+    arguments: Arguments, pairs: PairDataset | None = None, chosen: Mapping = MappingProxyType({})
+) -> ICLIPTrainer:
+    """Trains a model as the arguments say, from `pairs` if they are open already. Prints those that were `chosen`."""
+    transformers_logging.disable_progress_bar()
+    args = arguments.training
+    set_seed(args.seed)  # of new projections
+    data = open_data(arguments, pairs)
+    model, processor = _open_model(arguments.model)
+    if model.recognition.logit_bias is not None and not (data.nouns or arguments.model.model):
+        raise ValueError(
+            "nouns: a logit bias learns from nouns alone; name a file of nouns, or set logit_bias_init_value to null."
+        )
+    keeps = arguments.data.cache_features or args.keep_presence
+    if keeps and (data.is_stream or not model.config.lock_vision):
+        raise ValueError(
+            "cache_features, keep_presence: they need a locked image tower and local pairs; leave them out."
+        )
+    if chosen and args.process_index == 0:
+        print("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+        print(*(f"  {name:<28}  {value}" for name, value in chosen.items()), sep="\n", flush=True)
+    model.to(args.device).eval()
+    checkpoint = last_checkpoint(args.output_dir) if args.resume else None
+    if checkpoint:
+        load_statistics(model, checkpoint)
+    set_statistics(model, processor, data.pairs)
+    trainer = _make_trainer(arguments, data, model, processor)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:
+        raise ValueError(str(error)) from error
+    _save(trainer)
+    if trainer.is_world_process_zero():
+        start = arguments.model.model if trainer.kept_start else ""
+        print(*report(trainer.state, Path(args.output_dir), data.held_out, start), sep="\n", flush=True)
+    return trainer
+
+
+def _open_model(settings: ModelArguments) -> tuple[ICLIPModel, ICLIPProcessor]:
+    """Returns a model to train further, or two towers with new projections, in single precision."""
+    try:
+        options = options_of_model(settings.model_options)
+        if settings.model:  # small steps are lost in half precision
+            model, processor = load_iclip(settings.model, dtype="float32", **options)
+        else:
+            towers = settings.vision, settings.text, settings.image_size or None, settings.feature_tower
+            model, processor = join_towers(Path(settings.config).parent, *towers, **options)
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+    if settings.lock_text:
+        model.text_model.requires_grad_(False)
+    return model, processor
+
+
+def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor: ICLIPProcessor) -> ICLIPTrainer:
+    """Returns the trainer, after it has computed the features that are cached."""
+    args, start = arguments.training, arguments.model.model
+    collator, pairs, held_out = PairCollator(processor, data.nouns), data.pairs, data.held_out
+    if folder := arguments.data.cache_features:
+        cache = FeatureCache(model, processor, folder, args.mixed_precision, args.dataloader_num_workers)
+        args.dataloader_num_workers = 0
+        if arguments.model.lock_text:
+            collator.text_features = cache
+            cache.texts(data.nouns.all_prompts() if data.nouns else ())
+        pairs = CachedPairs(pairs, cache, collator)
+        held_out = held_out and CachedPairs(held_out, cache, collator.for_evaluation())
+    else:
+        options = arguments.data.crop_scale, arguments.data.auto_augment, arguments.data.random_erasing
+        collator.transform = augmentation(processor, *options)
+    if data.is_stream:
+        pairs = StreamedPairs(pairs, arguments.data.pairs_per_epoch // args.world_size)
+    card = {"training": card_settings(arguments, args.world_size), "source": start or None}
+    if start:  # whose record is continued
+        card["start"] = identity(model, processor)
+    try:
+        return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.maps, card=card)
+    except RuntimeError as error:  # a package of `report_to` is not installed
+        raise ImportError(str(error)) from error
+
+
+def _save(trainer: ICLIPTrainer) -> None:
+    """Saves the trained model; in a temporary folder if its own is full and no checkpoint has the weights."""
+    try:
+        trainer.save_model()
+    except OSError as error:
+        if trainer.args.save_strategy != "no":
+            raise
+        folder = tempfile.mkdtemp(prefix="iclip-")
+        trainer.save_model(folder)
+        raise OSError(f"{error} The trained model is in {folder}.") from error
+
+
+# Of whole images there is no augmentation.
+_AUGMENTATION = {"crop_scale", "auto_augment", "random_erasing"}
+_NAMES = {"model", "vision", "text", "nouns", "config"}  # of what may be a path of this machine
+
+
+def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
+    """Returns the arguments of `iclip train` that its model depends on, without paths of this machine."""
+    shown = {
+        entry.name: value
+        for part in (arguments.model, arguments.data)
+        for entry in fields(part)
+        if (value := getattr(part, entry.name)) or entry.name in _AUGMENTATION
+    }
+    if arguments.data.cache_features:
+        shown = {name: value for name, value in shown.items() if name not in _AUGMENTATION} | {"cache_features": True}
+    shown |= {name: public_name(shown[name]) for name in shown.keys() & _NAMES}
+    if shown.get("auto_augment") == "":
+        shown["auto_augment"] = "none"
+    shown["data"] = [public_name(name) for name in shown["data"]]
+    return shown | card_of(arguments.training, processes)

@@ -186,12 +186,14 @@ def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
     assert loaded.vision_model.layernorm.weight.grad.any() and loaded.recognition.visual_projection.weight.grad.any()
 
 
-def test_statistics_of_training_images_whiten_the_features(tiny_processor):
+def test_statistics_of_training_images_whiten_the_features(tiny_processor, recorded):
     model = tiny_model(**{**WHOLE, "vision_downsampling": 1})
     for weight in model.feature_reduction.parameters():
         weight.data.zero_()
     rows = [{"image": noise((40, 40), seed=seed, spread=20 + seed)} for seed in range(70)]
+    batches = recorded(model.feature_model, "forward", lambda pixel_values, **options: len(pixel_values))
     set_statistics(model, tiny_processor, rows)
+    assert batches == [32, 32, 6]
     with torch.no_grad():
         pixel_values = tiny_processor(images=[row["image"] for row in rows])["pixel_values"]
         tokens = model.encode_image(pixel_values).patch_tokens

@@ -19,10 +19,10 @@ from transformers import TrainerState
 from iclip_hf import ICLIPModel, cli, embedded_model
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.data import open_pairs
-from iclip_hf.cli.train.preset import check_pairs
+from iclip_hf.cli.train.preset import check_pairs, preset
 from iclip_hf.cli.train.report import common_labels, report
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import evaluation, presets
+from iclip_hf.training import evaluation
 from iclip_hf.training.arguments import STEPS
 from iclip_hf.training.evaluation import change_interval, draw_examples, regressed_metrics
 
@@ -55,11 +55,11 @@ def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch, data, name):
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "photos" / "sub")
     pairs = open_pairs([str(write_table(tmp_path / "table", 4))], {})
-    assert presets.preset({"data": [data]}, pairs)["output_dir"] == f"runs/{name}"
+    assert preset({"data": [data]}, pairs)["output_dir"] == f"runs/{name}"
 
 
 def preset_of(given: dict) -> dict:
-    return presets.preset(given, open_pairs(given["data"], given))
+    return preset(given, open_pairs(given["data"], given))
 
 
 @pytest.mark.parametrize("count", [2, 19, 20, 21, 300])

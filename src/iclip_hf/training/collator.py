@@ -21,7 +21,7 @@ class PairCollator:
     Makes batches of rows for [`ICLIPTrainer`], or for any other loop: what [`ICLIPModel`] takes with `return_loss`.
 
     The caption, the noun prompts and the augmentation of a row depend only on its `draw`: seed and epoch of its data
-    set, as of [`~iclip_hf.data.load_pairs`], and the place of the row. Rows without it sample by torch's random
+    set, as of [`~iclip_hf.data.load_pairs`], and the index of the row. Rows without it sample by torch's random
     numbers, which `Trainer` seeds.
 
     Example:
@@ -77,12 +77,12 @@ class PairCollator:
         Raises:
             `ValueError`: a row has no caption, or its labels are not as described.
         """
-        draws = [self._draw(place, row) for place, row in enumerate(rows)]
-        texts = [row if "nouns" in row else self.read(_texts_of(place, row)) for place, row in enumerate(rows, 1)]
-        captions = [sample_caption(of_row["captions"], *draw) for of_row, draw in zip(texts, draws)]
+        draws = [self._draw(index, row) for index, row in enumerate(rows)]
+        texts = [row if "nouns" in row else self.read(_texts_of(number, row)) for number, row in enumerate(rows, 1)]
+        captions = [sample_caption(row["captions"], *draw) for row, draw in zip(texts, draws)]
         prompts, nouns = [], {}
         if self.nouns:
-            image_nouns: list[ImageNouns] = [of_row["nouns"] for of_row in texts]
+            image_nouns: list[ImageNouns] = [row["nouns"] for row in texts]
             prompts, arrays = self.nouns.sample(image_nouns, draws[0][1])
             nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
         return {
@@ -92,9 +92,9 @@ class PairCollator:
             "return_loss": True,
         }
 
-    def _draw(self, place: int, row: Mapping) -> tuple[int, int, int | str]:
-        """Returns the seed, epoch and place that a row depends on."""
-        seed, epoch, key = row.get("draw") or (0, None, place)
+    def _draw(self, index: int, row: Mapping) -> tuple[int, int, int | str]:
+        """Returns the seed, the epoch and the index that the random choices for a row depend on."""
+        seed, epoch, key = row.get("draw") or (0, None, index)
         if self._epoch is not None:
             epoch = self._epoch
         return seed, int(torch.randint(2**31, ())) if epoch is None else epoch, key

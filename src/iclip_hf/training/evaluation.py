@@ -39,7 +39,7 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, labels: torch.Te
     squared.
     """
 
-    def of_each(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def search(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, hits = [], []
         for rows in torch.arange(len(queries), device=queries.device).split(_BLOCK):
             logits = queries[rows] @ candidates.T
@@ -47,7 +47,7 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, labels: torch.Te
             hits.append(100 * (labels[logits.argmax(1)] == labels[rows]).any(1).float())
         return torch.cat(losses), torch.cat(hits)
 
-    (image_loss, image_to_text), (text_loss, text_to_image) = of_each(images, texts), of_each(texts, images)
+    (image_loss, image_to_text), (text_loss, text_to_image) = search(images, texts), search(texts, images)
     return {
         "loss": (image_loss + text_loss) / 2,
         "image_to_text": image_to_text,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -34,18 +35,18 @@ logger = logging.getLogger(__name__)
 @torch.no_grad()
 def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
     """
-    Sets what a model keeps of the statistics of some hundred training images: `feature_reduction` to the whitening of
+    Sets what a model keeps of the statistics of training images: `feature_reduction` to the whitening of
     the features of a feature tower, and `token_mean`, with `center_tokens`, to the mean patch token. Keeps those of an
     earlier training, which its branches learned with. All processes have those of the first.
 
     The whitening projects to the principal components with the largest variance, and scales each to a standard
-    deviation of 4 over the places of its map. Those of the tokens of DINOv2 are 2: with less, they would outweigh the
-    features.
+    deviation of 4 over the positions of its map. Those of the tokens of DINOv2 are 2: with less, they would outweigh
+    the features.
 
     Args:
         model: model on its device.
         processor: of the model.
-        pairs: rows with an `image`; of a data set with random access, at most 1024 that are evenly spread.
+        pairs: rows with an `image`; about a thousand are read, of a data set with random access evenly spread ones.
     """
     whiten = model.feature_model is not None and not model.feature_reduction.weight.any()
     center = model.config.center_tokens and not model.token_mean.any()
@@ -54,34 +55,38 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     if partial_state("train").is_main_process:
         if isinstance(pairs, PairDataset):
             distinct, _ = pairs.distinct()
-            few = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES))]
+            sample = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES))]
         else:
-            few = [pair for pair, _ in zip(pairs, range(_IMAGES))]
+            sample = [pair for pair, _ in zip(pairs, range(_IMAGES))]
 
-        def pixel_values(title: str) -> Iterator[torch.Tensor]:
-            for start in tqdm(range(0, len(few), 32), title, delay=3, leave=False):
-                images = [pair["image"] for pair in few[start : start + 32]]
-                yield processor(images=images)["pixel_values"].to(model.device)
-
+        maps, hook = [], None  # of the feature tower, which `encode_image` runs
         if whiten:
-            _whiten(model, pixel_values("Whitening"))
+            hook = model.feature_model.register_forward_hook(lambda *call: maps.append(call[-1].last_hidden_state))
+        tokens, on_grid, count, total, products = [], [], 0, 0.0, 0.0
+        for start in tqdm(range(0, len(sample), 32), "Statistics", delay=3, leave=False):
+            pixel_values = processor(images=[pair["image"] for pair in sample[start : start + 32]])["pixel_values"]
+            image = model.encode_image(pixel_values.to(model.device))
+            tokens.append(image.patch_tokens.float().mean(1))
+            if whiten:
+                features = maps.pop()
+                on_grid.append(F.interpolate(features, image.grid, mode="bilinear", align_corners=False).mean((2, 3)))
+                features = features.movedim(1, -1).flatten(0, 2).cpu().double()
+                count, total = count + len(features), total + features.sum(0)
+                products = products + features.T @ features
+        token_mean = torch.cat(tokens).mean(0)
+        if whiten:
+            hook.remove()
+            _whiten(model, total / count, products / count)
+            token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(on_grid).mean(0))
         if center:
-            tokens = (model.encode_image(images).patch_tokens for images in pixel_values("Mean token"))
-            model.token_mean.copy_(torch.cat([of_batch.float().mean(1) for of_batch in tokens]).mean(0))
+            model.token_mean.copy_(token_mean)
     for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
         weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
 
 
-def _whiten(model: ICLIPModel, batches: Iterable[torch.Tensor]) -> None:
-    """Sets `feature_reduction` to the whitening of the features of images, batches of `(B, 3, H, W)`."""
-    count = total = products = 0
-    for pixel_values in batches:
-        features = model.feature_map(pixel_values).movedim(1, -1).flatten(0, 2).cpu().double()
-        count += len(features)
-        total = total + features.sum(0)
-        products = products + features.T @ features
-    mean = total / count
-    variances, directions = torch.linalg.eigh(products / count - torch.outer(mean, mean))  # in ascending order
+def _whiten(model: ICLIPModel, mean: torch.Tensor, products: torch.Tensor) -> None:
+    """Sets `feature_reduction` to the whitening of features with this mean (C,) and mean outer product (C, C)."""
+    variances, directions = torch.linalg.eigh(products - torch.outer(mean, mean))  # in ascending order
     variances, directions = variances.flip(0)[: model.config.feature_dim], directions.flip(1)
     directions = directions[:, : model.config.feature_dim].T
     # Directions among dead channels have no variance, and stay small.
@@ -105,19 +110,19 @@ class FeatureStore:
     Named features by key in a folder, whose name stands for what all of them depend on. Files are added and never
     changed, atomically, so that several processes and runs share the folder, and an interrupted run continues.
 
-    A key is the digest of an image or a text, 32 bytes. The place of its features is their number among all that this
-    store has found. A file holds two arrays of numpy, one behind the other: keys, and a record of named arrays for
-    each, of float16. A record is one block, and none is mapped into memory, because the features of many images are
-    larger than the memory, and are read from the disk in random order.
+    A key is the digest of an image or a text, 32 bytes. The position of its features is their number among all that
+    this store has found. A file holds two arrays of numpy, one behind the other: keys, and a record of named arrays
+    for each, of float16. A record is one block, and none is mapped into memory, because the features of many images
+    are larger than the memory, and are read from the disk in random order.
     """
 
     def __init__(self, folder: Path):
         self.folder, self._keys, self._record = folder, np.empty(0, "S32"), None
-        self._files, self._ends = {}, []  # where the records of each file begin in it, and the places behind them
+        self._files, self._ends = {}, []  # where the records of each file begin in it, and the positions behind them
         self.reload()
 
     def reload(self) -> None:
-        """Finds what other processes have added, behind what is known, whose places stay."""
+        """Finds what other processes have added, behind what is known, whose positions stay."""
         keys = [self._keys]
         for path in sorted(self.folder.glob("*.npy")):
             if path not in self._files:
@@ -131,7 +136,7 @@ class FeatureStore:
         self._order = np.argsort(self._keys, kind="stable")
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Returns the places of the features of these keys, (N,); -1 for a key without."""
+        """Returns the positions of the features of these keys, (N,); -1 for a key without."""
         keys = np.array(keys, "S32")
         if not len(self._keys):
             return np.full(len(keys), -1)
@@ -152,11 +157,11 @@ class FeatureStore:
             np.save(file, np.array(keys, "S32"))
             np.save(file, records)
 
-    def __getitem__(self, places: np.ndarray) -> np.ndarray:
-        """Returns the records at these places, (N,). Raises `KeyError` if one of them is that of no features."""
-        if (places < 0).any():
-            raise KeyError(f"{self.folder} has no features of {(places < 0).sum()} of {len(places)} items.")
-        records, numbers = np.empty(len(places), self._record), np.searchsorted(self._ends, places, side="right")
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the records at these positions, (N,). Raises `KeyError` if one of them is that of no features."""
+        if (positions < 0).any():
+            raise KeyError(f"{self.folder} has no features of {(positions < 0).sum()} of {len(positions)} items.")
+        records, numbers = np.empty(len(positions), self._record), np.searchsorted(self._ends, positions, side="right")
         memory, size = memoryview(records.view(np.uint8)), records.itemsize
         files = [*self._files.items()]
         for number in np.unique(numbers):
@@ -164,7 +169,7 @@ class FeatureStore:
             first = self._ends[number - 1] if number else 0
             with open(path, "rb", buffering=0) as file:
                 for row in np.flatnonzero(numbers == number).tolist():
-                    file.seek(start + int(places[row] - first) * size)
+                    file.seek(start + int(positions[row] - first) * size)
                     file.readinto(memory[row * size : (row + 1) * size])
         return records
 
@@ -181,7 +186,7 @@ class FeatureStore:
             batch_size, workers (`int`): items in a call of `encode`, and processes that load them.
 
         Returns:
-            `np.ndarray`: places of the features of all items, (len(items),); -1 for an item without.
+            `np.ndarray`: positions of the features of all items, (len(items),); -1 for an item without.
 
         Raises:
             `OSError`: features are missing that a process has added.
@@ -197,8 +202,8 @@ class FeatureStore:
         bar = tqdm(total=len(mine), desc=title, delay=2, disable=not state.is_main_process)
         try:
             for batch, chosen in zip(loader, batches):
-                usable = {keys[place]: item for place, item in zip(chosen, batch) if item is not None}
-                broken += [keys[place] for place in chosen if keys[place] not in usable]
+                usable = {keys[index]: item for index, item in zip(chosen, batch) if item is not None}
+                broken += [keys[index] for index in chosen if keys[index] not in usable]
                 if usable:
                     features = encode([*usable.values()])
                     arrays = {name: array.half().cpu().numpy() for name, array in features.items()}
@@ -213,10 +218,10 @@ class FeatureStore:
             bar.close()
         broken = {*gathered_lists(broken)}  # when all processes have added theirs
         self.reload()
-        places = self.find(keys)
-        if lost := sum(keys[item] not in broken for item in np.flatnonzero(places < 0)):
+        positions = self.find(keys)
+        if lost := sum(keys[item] not in broken for item in np.flatnonzero(positions < 0)):
             raise OSError(f"{self.folder}: {lost} features are missing that this run has added; run again.")
-        return places
+        return positions
 
     def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
         """Returns the first item of each key that has no features, in order."""
@@ -294,7 +299,7 @@ class FeatureCache:
 
     def images(self, pairs: PairDataset) -> np.ndarray:
         """
-        Computes the features of the image of each pair. Returns their places (N,); -1 for an image that cannot be
+        Computes the features of the image of each pair. Returns their positions (N,); -1 for an image that cannot be
         read.
         """
         with partial_state("train").main_process_first():  # of much data, it keeps them
@@ -302,9 +307,9 @@ class FeatureCache:
         images = _Images(pairs, self.processor)
         return self._images.fill(images, digests, self._encode_images, 64, self.num_workers)
 
-    def features(self, places: np.ndarray) -> np.ndarray:
-        """Returns the features of images at these places, records (N,) of named arrays, float16."""
-        return self._images[places]
+    def features(self, positions: np.ndarray) -> np.ndarray:
+        """Returns the features of images at these positions, records (N,) of named arrays, float16."""
+        return self._images[positions]
 
     def texts(self, texts: Iterable[str]) -> None:
         """Computes the text tower's features of texts."""

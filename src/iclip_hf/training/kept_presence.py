@@ -39,7 +39,7 @@ class KeptPresence(nn.Module):
         texts, the mean over images with the features (B, D'). It is 0 at the start.
         """
         before, now = (
-            one(cosines(one.embed_image(images), one.embed_text(self.texts))) for one in (self.before, branch)
+            side(cosines(side.embed_image(images), side.embed_text(self.texts))) for side in (self.before, branch)
         )
         entropy, cross_entropy = (
             F.binary_cross_entropy_with_logits(logits, before.sigmoid(), reduction="sum") for logits in (before, now)

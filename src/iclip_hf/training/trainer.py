@@ -352,9 +352,7 @@ class ICLIPTrainer(Trainer):
         """Returns what the loss reads of the images of a batch, from cached features, or without a gradient."""
         if "image_features" in batch:
             features = batch.pop("image_features")
-            return self.model.loss_inputs(
-                {name: of_images.to(self.model.dtype) for name, of_images in features.items()}
-            )
+            return self.model.loss_inputs({name: values.to(self.model.dtype) for name, values in features.items()})
 
         def encode(pixel_values: torch.Tensor) -> ImageInputs:
             return self.model.image_inputs(self.model.encode_image(pixel_values))

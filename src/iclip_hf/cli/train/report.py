@@ -27,8 +27,8 @@ def report(state: TrainerState, folder: Path, held_out: PairDataset | None, star
     change, the folder of the model, and the command that explains an image with it. `start` names the model that the
     training began with, if the folder holds it.
     """
-    lines, of_steps = [""], {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
-    before, after = of_steps.get(0, {}), of_steps.get(state.best_global_step or max(of_steps, default=0), {})
+    lines, evaluations = [""], {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
+    before, after = evaluations.get(0, {}), evaluations.get(state.best_global_step or max(evaluations, default=0), {})
     few = held_out is not None and len(held_out) < FEWEST
     if after:
         changes = {name: _change(after, name) for name in filter(_is_metric, after)}

@@ -294,13 +294,14 @@ def test_masks_without_a_class_end_the_training_before_its_first_step(hub, tmp_p
 
 
 def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch):
-    """`push_to_hub` of the base class saves the model by itself."""
-    trainer = run(hub, tmp_path, "--max_steps", 1)
+    """It is pushed once, at the end. `push_to_hub` of the base class saves the model by itself."""
     pushed = []
-    api = SimpleNamespace(upload_folder=lambda **options: pushed.append(options["folder_path"]))
+    api = SimpleNamespace(
+        create_repo=lambda *names, **options: SimpleNamespace(repo_id="org/pairs"),
+        upload_folder=lambda **options: pushed.append(options["folder_path"]),
+    )
     monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
-    trainer.hub_model_id, trainer.push_in_progress = "org/pairs", None
-    trainer.push_to_hub()
+    run(hub, tmp_path, "--max_steps", 2, "--save_steps", 1, "--push_to_hub", True)
     assert pushed == [str(tmp_path)] and not (tmp_path / "training_args.bin").exists()
     assert str(hub) not in (tmp_path / "config.json").read_text()
 

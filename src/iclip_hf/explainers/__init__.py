@@ -28,8 +28,8 @@ from ..utils.lazy import lazy_names
 if TYPE_CHECKING:
     from .explainer import Explainer
 
-# Explanation methods: for each its label in the demo, and the module and class here. No torch, because the help of a
-# command lists them.
+# Explanation methods by name: label in the demo, and module and class in this package. The classes are not imported,
+# because the help of a command lists the names without torch.
 METHODS = {
     "itsm": ("Similarity map (ITSM)", "itsm:ITSM"),
     "competing_itsm": ("Similarity map among other nouns", "competing_itsm:CompetingITSM"),
@@ -49,7 +49,7 @@ METHODS = {
     "proxyclip": ("ProxyCLIP", "proxyclip:ProxyCLIP"),
     "random": ("Random, independent of image and text", "random_map:RandomMap"),
 }
-# The group of entry points by which other packages add methods: a name, and module and class.
+# The group of entry points by which other packages add methods. An entry point is a name, and module and class.
 METHOD_GROUP = "iclip_hf.explainers"
 
 _MODULES = {"Explainer": ".explainer"}
@@ -61,10 +61,10 @@ _registered: dict[str, type[Explainer]] = {}
 
 def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
     """
-    Class decorator that makes a method known by a name, in this process. A package adds a method to the command line
-    too by an entry point of the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
+    Class decorator that registers a method by a name, in this process. To add a method to the command line too, a
+    package has an entry point in the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
 
-    A method reaches the model through `self.model`, an [`ExplainableModel`], and gets T texts for each of B images.
+    A method has the model as `self.model`, an [`ExplainableModel`], and gets T texts for each of B images.
 
     Examples:
 
@@ -77,7 +77,7 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
 
     >>> @register_explainer("sharp")
     ... class SharpSimilarity(Explainer):
-    ...     needs_layers = False  # so that ONNX models have it too
+    ...     needs_layers = False  # ONNX models can use it too
     ...
     ...     def __init__(self, model, sharpness: float = 10.0):
     ...         super().__init__(model)
@@ -143,19 +143,19 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
-        method (`str`, *optional*): a name of `METHODS`, or of a registered method, see [`register_explainer`]. If not
-            given, the method that shows where a text is for this model: its own map (`itsm`) for ICLIP and models that
-            pool by a mean, `maskclip` for TIPSv2 and ResNets, `naclip` for others, such as CLIP and SigLIP, whose own
-            maps are often the opposite.
-        keywords: names of the caller's own options, for the hint on a misspelt one.
-        method_options: of the method, see its class.
+        method (`str`, *optional*): a name in `METHODS`, or of a registered method, see [`register_explainer`]. The
+            default is the method that shows where a text is for this model: its own map (`itsm`) for ICLIP and models
+            that pool by a mean, `maskclip` for TIPSv2 and ResNets, and `naclip` for others, such as CLIP and SigLIP,
+            whose own maps are often the opposite.
+        keywords: names of the caller's own options, so that an error can suggest them.
+        method_options: options of the method, see its class.
 
     Raises:
         `ValueError`: the method is unknown, the model does not support it, or a value of an option is not allowed.
         `TypeError`: an option is unknown, or the model is of another kind.
     """
     if method is None:
-        from ..backends.loading import load  # which imports torch
+        from ..backends.loading import load  # imports torch
 
         model = load(model)
         method = model.default_method
@@ -173,6 +173,6 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
 
 
 def _hint(name: str, known: Iterable[str], otherwise: str) -> str:
-    """Ends a sentence on an unknown name with the known one that it resembles; with `otherwise` if there is none."""
+    """Returns the end of an error about an unknown name: the most similar known name, or `otherwise`."""
     close = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else otherwise

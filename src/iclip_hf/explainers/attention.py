@@ -1,4 +1,4 @@
-"""Attention of the last layer, as it is or averaged over similar patches. It does not depend on the text."""
+"""Attention of the last layer, unchanged or averaged over similar patches. It does not depend on the text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Attention(Explainer):
     """
     Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts
     have the same map. For ICLIP, the attention is normalised (Eq. 9). For a model that pools by the mean of the
-    patches, the map is their mean attention.
+    patches, the map is the mean attention of all patches.
     """
 
     sees_text = False

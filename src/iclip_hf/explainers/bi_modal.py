@@ -10,11 +10,11 @@ from .gradients import GradientExplainer
 
 class BiModal(GradientExplainer):
     """
-    The relevance A of a layer is the positive part of attention times its gradient, averaged over the heads. It is
-    accumulated as R <- R + A R over the layers from `layer` on. The default is the last layer only, as in the authors'
-    notebook for CLIP. The map is the class token's row of R. A pooling head (SigLIP, ResNets) is the last layer, and
-    its query replaces the class token. If the score depends on several tokens, the map is the sum of the rows of all
-    tokens.
+    The relevance A of a layer is the positive part of the attention times its gradient, averaged over the heads. It is
+    accumulated as R <- R + A R over the layers from `layer` on. By default, this is the last layer only, as in the
+    authors' notebook for CLIP. The map is the class token's row of R. A pooling head (SigLIP, ResNets) is the last
+    layer, and its query replaces the class token. If the score depends on several tokens, the map is the sum of the
+    rows of all tokens.
     """
 
     needs_attention = True
@@ -24,7 +24,7 @@ class BiModal(GradientExplainer):
         return [layer.weights for layer in layers]
 
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        # (B, Q, L) of each layer
+        # One tensor (B, Q, L) for each layer
         relevances = [(layer.weights * grad).float().relu().mean(1) for layer, grad in zip(layers, gradients)]
         # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
         read = slice(0, None if self.model.pools_patches else 1)

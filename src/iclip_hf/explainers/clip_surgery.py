@@ -1,4 +1,4 @@
-"""CLIP Surgery (Li et al. 2023): value-value attention, and maps without what the texts have in common."""
+"""CLIP Surgery (Li et al. 2023): value-value attention, and maps from which the mean over the texts is subtracted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .replaced_attention import ReplacedAttention
 
 class CLIPSurgery(ReplacedAttention):
     """
-    Values attend to values (architecture surgery). The similarities of each text are weighted by how well it matches
-    the image, and their mean over the texts is subtracted (feature surgery), so a map depends on the other texts. From
-    a single text, the empty text in the same prompts is subtracted. For ResNets, the authors take the match from the
-    output of the replaced attention pool, and here it is the score of the model for all models.
+    Values attend to values (architecture surgery). The similarities of each text are weighted by the softmax of the
+    scores of the texts, and their mean over the texts is subtracted (feature surgery). So a map depends on the other
+    texts. If there is a single text, the map of the empty text in the same prompts is subtracted. The scores are those
+    of the model. For ResNets, the authors compute them from the output of the replaced attention pool instead.
     """
 
     replaces_pool = True
@@ -43,12 +43,12 @@ class CLIPSurgery(ReplacedAttention):
         if single:
             return maps[:, :1] - maps[:, 1:], image
         scores = cosines(image.image_embeds, texts.text_embeds)
-        weights = (2 * scores).softmax(1) * scores.shape[1]  # 2 is the authors'; their mean is 1
+        weights = (2 * scores).softmax(1) * scores.shape[1]  # their mean is 1; the factor 2 is the authors'
         maps = maps * weights[..., None, None]
         return maps - maps.mean(1, keepdim=True), image
 
     def empty_text(self, templates: tuple[str, ...]) -> ICLIPTextFeatures:
-        """Encodes the empty text in these prompts, `(1, P)`. A prompt of which nothing is left is "a photo of"."""
+        """Encodes the empty text in these prompts, `(1, P)`. If a prompt is then empty, it becomes "a photo of"."""
         if templates not in self._empty:
             prompts = [template.replace("{}", "") for template in templates]
             encoded = self.model.encode_texts([prompt if prompt.strip() else "a photo of" for prompt in prompts], "{}")

@@ -15,20 +15,20 @@ from ..model.similarity import cosine_similarity_map, cosines
 from .explainer import Explainer
 
 
-# A noun does not compete with a text if their features, less the mean of the vocabulary, have this cosine or a higher
-# one.
+# A noun does not compete with a text if the cosine of their features, from which the mean of the vocabulary is
+# subtracted, is at least this.
 ALIKE = 0.5
 
 
 class CompetingITSM(Explainer):
     """
-    The map of [`ITSM`], lowered where other nouns match the patch too, see [`compete`]. Each noun competes
-    by the presence that it has in the image at its prior, or fully if the model has no presence. Nouns that mean much
-    the same as the text do not compete.
+    The map of [`ITSM`], lowered where other nouns match the patch too, see [`compete`]. The weight of each noun is its
+    presence in the image at its prior, or 1 if the model has no presence. Nouns with nearly the same meaning as the
+    text do not compete.
 
     Args:
-        rivals (`str`, a list or `Mapping[str, float]`, *optional*): the nouns, in one string ([`split_texts`]), as a
-            list, or with the prior of each, which is 0.5 otherwise; [`vocabulary`] if not given.
+        rivals (`str`, a list or `Mapping[str, float]`, *optional*): the other nouns, in one string ([`split_texts`]),
+            as a list, or with the prior of each, which is 0.5 otherwise; [`vocabulary`] if not given.
 
     Raises:
         `ValueError`: there is no noun, or a prior is not between 0 and 1.
@@ -47,7 +47,8 @@ class CompetingITSM(Explainer):
             raise ValueError(f"rivals is at least one noun, not {[*rivals]}.")
         check_priors(rivals)
         self.nouns, self.rivals = [*nouns], [*rivals]
-        # Nouns and rivals in the prompts of the texts, which would not resemble them in others.
+        # The mean of the vocabulary and the rivals by the prompts of the texts. In other prompts, they would not be
+        # similar to the texts.
         self._encoded: dict[tuple[str, ...], tuple[torch.Tensor, ICLIPTextFeatures]] = {}
         self.priors = torch.tensor([*rivals.values()], dtype=torch.float32)
         no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist()
@@ -83,15 +84,15 @@ class CompetingITSM(Explainer):
 
 
 def _directions(texts: ICLIPTextFeatures, mean: torch.Tensor) -> torch.Tensor:
-    """Returns the features of texts less the mean of the vocabulary, as unit vectors `(..., T, P)`."""
+    """Subtracts the mean of the vocabulary from the features of texts. Returns unit vectors `(..., T, P)`."""
     return normalize(texts.text_embeds.float() - mean)
 
 
 def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
     """
-    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals `(B, V, h, w)`, match too, with weights `(B, T,
-    V)` in [0, 1]: a value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), the mean of s and of what it
-    exceeds the smooth maximum of itself and the rivals by. `scale` is k.
+    Lowers maps `(B, T, h, w)` of cosines where other texts match too: the rivals, with maps `(B, V, h, w)` and weights
+    `(B, T, V)` in [0, 1]. A value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where k is `scale`. This
+    is the mean of s and its difference to the smooth maximum of itself and the rivals.
     """
     with torch.autocast(maps.device.type, enabled=False):
         highest = rivals.amax(1, keepdim=True)  # so that no power is infinite

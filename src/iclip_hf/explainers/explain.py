@@ -18,7 +18,7 @@ from ..model.prompts import split_texts
 from . import make_explainer
 
 
-# Number of nouns that answer what an image shows.
+# Number of nouns that explanations without texts have.
 NOUNS = 8
 
 
@@ -59,26 +59,26 @@ def explain(
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
             list of labels for each, which may differ in length; or labels with the prior of the presence of each,
-            which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or what else is to be explained in their
-            place, with the labels "0", "1", ... If not given, the nouns of [`vocabulary`] with the highest presence,
-            at most `NOUNS`.
-        method (`str`, *optional*), method_options: as for [`make_explainer`], which says what the default is.
-        templates, image_size, multi_scale: as for [`Engine`]. The templates `["{}"]` take the texts as they are.
-        refine (`bool`): as for [`Engine`]. `False` gives the maps as the model has them: a refined map has edges of
-            the image that the model may not use.
+            which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or other unit vectors in their place,
+            with the labels "0", "1", ... If not given, the nouns of [`vocabulary`] with the highest presence, at most
+            `NOUNS`.
+        method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default. templates,
+        image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they are. refine
+        (`bool`): as for [`Engine`]. With `False`, maps are as the model computes them. Refined maps have edges
+            of the image that the model may not use.
         target_sizes: `(height, width)` in pixels of each image's maps, as a list, array or tensor; the image's size if
             not given.
         batch_size (`int`): as for [`Engine.run`].
-        threshold, min_presence: of the masks, as for [`Explanation`].
+        threshold, min_presence: for the masks, as for [`Explanation`].
         timeout (`float`): time limit in seconds for the download of an image.
         progress (`bool`): whether to show a progress bar, for many images.
 
     Returns:
-        [`Explanation`] of one image, or a list of B for a list of images.
+        [`Explanation`] of one image, or a list of B explanations for a list of images.
 
     Raises:
-        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]; or the numbers of images,
-            texts and sizes differ.
+        `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]. `ValueError`: the numbers
+            of images, texts and sizes differ.
         `OSError`: an image cannot be read.
     """
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
@@ -94,7 +94,7 @@ def explain(
     explainer = make_explainer(model, method, signature(explain).parameters, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
-    loaded = (load_image(image, timeout=timeout) for image in images)  # as they are needed
+    loaded = (load_image(image, timeout=timeout) for image in images)  # loaded when they are needed
     explanations = engine.run(map(engine.prepare, loaded, sizes), texts, batch_size, best, encoded)
     explanations = [
         replace(explanation, threshold=threshold, min_presence=min_presence)

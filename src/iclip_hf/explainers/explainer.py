@@ -1,4 +1,4 @@
-"""The interface of every method."""
+"""The interface of explanation methods."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Explainer(ABC):
         model ([`ExplainableModel`]): or anything that [`load`] takes.
 
     Attributes:
-        name (`str`): the name by which [`make_explainer`] made it; that of the class otherwise.
+        name (`str`): name of the method that [`make_explainer`] was given; otherwise the name of the class.
         model ([`ExplainableModel`]): encodes texts and prepares images.
         sees_text (`bool`): whether maps depend on the text. If `False`, all texts of an image have the same map.
         needs_layers (`bool`): whether the method records the layers of the image tower. `model` is then a
@@ -44,14 +44,14 @@ class Explainer(ABC):
     @abstractmethod
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
-        Computes the raw maps of a batch. A method may take more arguments, by these names:
+        Computes the raw maps of a batch. A method may take further arguments by these names:
 
-        - `features` ([`ICLIPImageFeatures`]): those of the images, by `model.get_image_features`. A method that
-          computes its maps from them shares them with the scores and with other methods.
-        - `text_indices` (`torch.Tensor` of shape `(B, S)`): the texts whose maps are wanted, for a method whose cost
-          grows with their number, such as one with a backward pass for each text. It returns maps of these texts only,
-          `(B, S, h, w)`. Of other methods, the engine selects them from the maps of all texts.
-        - `templates` (`list[str]`): the prompts of the texts, for a method that encodes texts of its own.
+        - `features` ([`ICLIPImageFeatures`]): features of the images from `model.get_image_features`, which are also
+          used for the scores and by other methods.
+        - `text_indices` (`torch.Tensor` of shape `(B, S)`): indices of the texts to map. It is for methods whose cost
+          grows with the number of texts, such as methods with a backward pass for each text. They return maps of these
+          texts only, `(B, S, h, w)`. Other methods map all texts, and the engine selects.
+        - `templates` (`list[str]`): prompts of the texts, for methods that encode further texts.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.

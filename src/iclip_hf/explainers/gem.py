@@ -12,9 +12,9 @@ from .replaced_attention import ReplacedAttention
 
 class GEM(ReplacedAttention):
     """
-    Queries, keys and values each attend to themselves, `iterations` times as unit vectors, so that similar tokens form
-    clusters. The three results then attend to themselves to mix the values, and their outputs are averaged. The
-    sharpness is proportional to the mean norm of the tokens that enter the attention.
+    Queries, keys and values, as unit vectors, each attend to themselves `iterations` times, so that similar tokens
+    form clusters. Each of the three results then attends to itself to mix the values, and the three outputs are
+    averaged. The sharpness is proportional to the mean norm of the tokens that enter the attention.
 
     Args:
         depth (`int`): number of last blocks. The authors' `depth=7` means six blocks.

@@ -13,11 +13,11 @@ from .gradients import GradientExplainer
 
 class GradCAM(GradientExplainer):
     """
-    The positive part of the activations of the patches, weighted by the mean gradient of each channel and summed over
-    the channels. The default activations are the patch tokens after the first norm of the last block, as is usual with
-    pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last feature map. If the score
-    reads the feature tower of an ICLIP model alone, they are the last feature map of that tower, on the grid of
-    patches.
+    The activations of the patches are weighted by the mean gradient of each channel and summed over the channels, and
+    the positive part is the map. The default activations are the patch tokens after the first norm of the last block,
+    as is usual with pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last feature map.
+    If the score of an ICLIP model depends on its feature tower only, they are the last feature map of that tower, on
+    the grid of patches.
 
     Args:
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
@@ -44,8 +44,8 @@ class GradCAM(GradientExplainer):
             logits = self.model.logits(cosines(network.recognition.embed_image(average), texts.text_embeds.clone()))
             for text in range(logits.shape[1]):
                 (gradient,) = torch.autograd.grad(logits[:, text].sum(), average, retain_graph=True)
-                # A mean has the same gradient at each place. The product of the features f with theirs is that of
-                # their reduction W f, without its bias, with its own gradient.
+                # A mean has the same gradient at each patch. The product of a feature f and its gradient equals the
+                # product of its reduction W f, without the bias, and the gradient of the reduction.
                 reduced = features - network.feature_reduction.bias.to(features)
                 maps.append((reduced @ gradient.unsqueeze(-1)).squeeze(-1).relu())
         return torch.stack(maps, 1).detach().unflatten(-1, image.grid), image

@@ -35,7 +35,7 @@ class GradECLIP(GradientExplainer):
         if not self.model.pools_patches:
             key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
             return _one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
-        # For each query the positive part of sum_c g_c a v_c, summed over them.
+        # The positive part of sum_c g_c a v_c for each query, summed over the queries.
         relevance = ((gradient @ layer.value.mT) * layer.weights).float().sum(1).relu().sum(1)
         return relevance[:, -patches:]
 

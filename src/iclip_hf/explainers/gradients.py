@@ -1,4 +1,4 @@
-"""Base class of the methods that differentiate the similarity."""
+"""Base class of methods that differentiate the similarity."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .explainer import Explainer
 
 class GradientExplainer(Explainer):
     """
-    Runs one forward pass, with a graph from attention layer `layer` on, and one backward pass through this graph for
-    each text, for all images at once.
+    Runs one forward pass for all images, with a graph from attention layer `layer` on, and one backward pass through
+    this graph for each text.
 
     Args:
         layer (`int`): index of an attention layer of the image tower; -1 is the last.
@@ -48,7 +48,7 @@ class GradientExplainer(Explainer):
         inputs = self.differentiated(layers)
         maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
-            # A clone, because a tensor that was created in inference mode cannot be part of a graph.
+            # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             logits = self.model.logits(cosines(image.image_embeds, texts.text_embeds.clone()))
             for text in range(count):
                 # Images are independent, so the gradient of their sum contains the gradient of each.
@@ -64,4 +64,4 @@ class GradientExplainer(Explainer):
 
     @abstractmethod
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Computes the relevance of the patches to one text, `(B, N)`, from the gradients of those tensors."""
+        """Computes the relevance `(B, N)` of the patches to one text from the gradients of these tensors."""

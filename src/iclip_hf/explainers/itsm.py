@@ -9,7 +9,7 @@ from .explainer import Explainer
 
 
 class ITSM(Explainer):
-    """Cosine of each projected patch token with the text; for ICLIP the model's own map."""
+    """The model's own map for ICLIP; the cosine of each projected patch token and the text for other models."""
 
     needs_layers = False
 
@@ -22,7 +22,7 @@ class ITSM(Explainer):
 
 class ReversedITSM(ITSM):
     """
-    The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. Its raw maps are those of
+    The reversed map 1 - M (Eq. 5), which corrects CLIP's opposite maps without training. The raw maps are those of
     [`ITSM`] with the opposite sign.
     """
 

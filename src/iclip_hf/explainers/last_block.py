@@ -12,7 +12,7 @@ from .replaced_attention import ReplacedAttention
 
 class LastBlock(ReplacedAttention):
     """
-    Replaces the attention of the last block only.
+    Base class of methods that replace the attention of the last block only.
 
     Args:
         residual (`bool`): whether to keep the block's residual connection and MLP.
@@ -25,8 +25,8 @@ class LastBlock(ReplacedAttention):
 class MaskCLIP(LastBlock):
     """
     MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. This is also the value trick of
-    TIPSv2. `residual=False` is the variant that ClearCLIP's authors compare with. Of a ResNet, the values are those of
-    the attention pool, without its position embeddings.
+    TIPSv2. With `residual=False`, it is the variant that ClearCLIP's authors compare with. For a ResNet, the values
+    are those of the attention pool, without its position embeddings.
     """
 
     replaces_pool = True
@@ -91,7 +91,7 @@ class NACLIP(LastBlock):
 
 
 def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:
-    """Computes exp(-d^2 / (2 sigma^2)) of the patches, the last of `length` tokens; 0 for the others."""
+    """Computes exp(-d^2 / (2 sigma^2)) for the patches, which are the last of `length` tokens, and 0 for others."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
     others = length - len(places)

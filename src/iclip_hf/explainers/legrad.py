@@ -37,7 +37,7 @@ class LeGrad(Explainer):
         texts = texts if text_indices is None else select_texts(texts, text_indices)
         image, layers = self.model.trace(pixel_values, self.blocks[0])
         with torch.inference_mode(False), torch.enable_grad():
-            # A clone, because a tensor that was created in inference mode cannot be part of a graph.
+            # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
             maps = sum(self._relevance(index, layer, image, embeds) for index, layer in zip(self.blocks, layers))
         return maps[..., -math.prod(image.grid) :].unflatten(-1, image.grid), image
@@ -49,7 +49,7 @@ class LeGrad(Explainer):
         block = self.model.layers[index]
         mixed = layer.mixed.detach().requires_grad_()
         stream = layer.stream + block.output(mixed)
-        # With the weights that the MLP has at each call, because they may be randomised.
+        # The MLP's weights are passed at each call, because they may have been randomised.
         mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
         token = self.model.join_features(stream.mean(1, keepdim=True) + mean, image)
         scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
@@ -63,15 +63,16 @@ class LeGrad(Explainer):
 
 def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
-    Copies an MLP to compute the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is taken before the last
-    layer, which is linear. This halves the cost of each backward pass. If a norm follows, it is taken at the end.
+    Copies an MLP and makes the copy return the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is computed
+    before the last layer, which is linear. This halves the cost of each backward pass. If a norm follows, the mean is
+    computed after it.
     """
     copied, last = private_copy(mlp), ""
-    if isinstance([*mlp.children()][-1], nn.LayerNorm):  # of EVA02-E
+    if isinstance([*mlp.children()][-1], nn.LayerNorm):  # as in EVA02-E
         copied.register_forward_hook(lambda module, args, output: output.mean(1, keepdim=True))
         return copied
     for name, module in copied.named_modules():
-        # A layer with an adapter of PEFT is linear as a whole, and has other linear layers inside.
+        # A layer with an adapter of PEFT is linear as a whole, and contains other linear layers.
         if hasattr(module, "out_features") and not name.startswith(f"{last}."):
             last = name
     copied.get_submodule(last).register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))

@@ -1,4 +1,4 @@
-"""ProxyCLIP (Lan et al. 2024): attention of the last block from the patch similarities of a DINO tower."""
+"""ProxyCLIP (Lan et al. 2024): the last block attends by the similarities of a DINO tower's patches."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from .explainer import Explainer
 class ProxyCLIP(Explainer):
     """
     In the last block, the values of the patches are mixed by softmax(gamma (S - beta mean(S))), where S are the
-    cosines of the proxy's patch tokens. Entries whose logit is below 0 are masked. There is no residual connection and
-    no MLP. The proxy sees the same pixels, resized to the nearest multiple of its patch size. Maps have the grid of
-    the proxy, to which the values are interpolated.
+    cosines of the proxy's patch tokens. Entries with a logit below 0 are masked. There is no residual connection and
+    no MLP. The proxy sees the same pixels, resized to the nearest multiple of its patch size. The values are
+    interpolated to the grid of the proxy, and maps have this grid.
 
     Args:
         proxy (`str`, *optional*): folder or Hub id, with an image processor, of an image tower such as DINO, DINOv2 or
-            DINOv3, or of a two-tower model, whose image tower is used. If not given, an ICLIP model is its own proxy,
-            and other models use the ViT of the embedded model, which is no DINO.
+            DINOv3, or of a two-tower model, whose image tower is used. By default, an ICLIP model is its own proxy,
+            and other models use the ViT of the embedded model, which is not a DINO.
         beta (`float`): threshold, as a multiple of the mean similarity.
         gamma (`float`): sharpness of the softmax.
     """
@@ -71,7 +71,7 @@ class ProxyCLIP(Explainer):
         """Computes the weights of the values, `(B, 1, N, N)`, from unit vectors `(B, N, D)`."""
         similarity = tokens @ tokens.mT
         logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
-        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # no row is masked as a whole
+        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # so that no row is fully masked
         return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1).unsqueeze(1)
 
     def _proxy_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:

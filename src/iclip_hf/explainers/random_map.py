@@ -1,4 +1,4 @@
-"""Random maps, a baseline without information about image or text."""
+"""Random maps, a baseline without information about the image or the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Base classes of the training-free methods that replace the self-attention of the last blocks."""
+"""Base class of training-free methods that replace the self-attention of the last blocks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .explainer import Explainer
 
 class ReplacedAttention(Explainer):
     """
-    Computes a second residual stream, which starts as a copy of the model's own, `depth` blocks before the end. In
+    Computes a second residual stream. It starts as a copy of the model's own stream, `depth` blocks before the end. In
     each of these blocks, another attention mixes the values that the block computes from the model's stream. The maps
     are the cosines of texts and projected patch tokens of the second stream.
 
-    A method with `replaces_pool` also replaces the attention pool of a ResNet, which is a block without residual
-    connection and MLP.
+    If `replaces_pool`, the method also replaces the attention pool of a ResNet, which counts as a block without
+    residual connection and MLP.
 
     Args:
         depth (`int`): number of last blocks; all if the tower has fewer.
@@ -58,4 +58,6 @@ class ReplacedAttention(Explainer):
 
     @abstractmethod
     def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Mixes the values of a block, `(B, H, L, D / H)`; without residual connections those of patches suffice."""
+        """
+        Mixes the values of a block. Returns `(B, H, L, D / H)`. Without residual connections, the patches suffice.
+        """

@@ -18,15 +18,20 @@ def _check_within(interval: str, value: float | None) -> None:
     fits = value is None or (
         low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
     )
-    if not fits:  # NaN neither
+    if not fits:  # also for NaN
         raise ValueError(f"it is in {interval}, not {value}.")
 
 
 def _option(default, interval: str | None = None, *, cached: bool | str = False, read_by: str = "outputs"):
     """
-    Defines an option with its interval, such as "[0, 1)"; whether precomputed features of images depend on it, or do
-    with `max_over="similarity"` (`"patches"`); and who reads it: `"outputs"` of the model, `"training"` alone, or
-    `"weights"`, which begin with its value and then hold what training made of it.
+    Defines an option of the configuration.
+
+    Args:
+        interval (`str`, *optional*): interval of its values, such as "[0, 1)".
+        cached: whether precomputed features of images depend on it. `"patches"` means with `max_over="similarity"`
+            only.
+        read_by (`str`): what depends on it: the `"outputs"` of the model, the `"training"` only, or the `"weights"`
+            before they are trained.
     """
     checks = [] if interval is None else [partial(_check_within, interval)]
     return validated_field(checks, default=default, metadata={"cached": cached, "read_by": read_by})
@@ -38,8 +43,8 @@ class ICLIPConfig(PreTrainedConfig):
     Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP
     text tower, masked max pooling and dual projections.
 
-    The *map branch* is the pair of projections that the similarity maps are computed with: the interpretability
-    branch, or the only branch without dual projections.
+    The *map branch* is the pair of projections that computes the similarity maps: the interpretability branch, or the
+    only branch if there are no dual projections.
 
     The options of the paper:
 
@@ -49,7 +54,7 @@ class ICLIPConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*): configuration of the text tower.
         lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients
             and stays in eval mode.
-        text_pooling (`str`, defaults to `"eos"`): the feature of a text. `"eos"` is the pooled output of a CLIP or
+        text_pooling (`str`, defaults to `"eos"`): how a text is pooled. `"eos"` is the pooled output of a CLIP or
             SigLIP tower, `"mean"` the mean over the attended tokens.
         projection_dim (`int`, defaults to 512): width P of the shared image-text space.
         dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the
@@ -58,9 +63,9 @@ class ICLIPConfig(PreTrainedConfig):
         pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector.
             `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
         attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1].
-            `"minmax"` over the patches is the paper's. `"quantile"` maps `attention_quantile` to 1 and clips above it,
-            so that one bright token cannot dim all others.
-        attention_quantile (`float` in (0, 1], defaults to 0.9): used with `attention_norm="quantile"`.
+            `"minmax"` over the patches is the paper's. `"quantile"` maps the quantile `attention_quantile` of A to 1
+            and clips larger values, so that one bright token cannot dim all others.
+        attention_quantile (`float` in (0, 1], defaults to 0.9): the quantile of `attention_norm="quantile"`.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the
             logit scale, ln(1 / 0.07).
 
@@ -68,32 +73,32 @@ class ICLIPConfig(PreTrainedConfig):
             tower that is always locked: a convolutional backbone of timm (`TimmWrapperConfig` of Transformers). Its
             last feature map is resized to the grid of patches, reduced to `feature_dim` channels by a fixed linear map
             (`feature_reduction`), and joined to the patch tokens of the image tower. Scores and maps are computed from
-            both. Attention, `value_share`, `map_affinity` and the selection of `map_tokens` are those of the image
-            tower alone. It requires the package timm. This and the options below are not in the paper.
-        feature_dim (`int`, defaults to 256): width K of what the feature tower adds to the patch tokens, at most the
-            number of channels of its last feature map.
-        feature_image_mean, feature_image_std (`list[float]`, *optional*): mean and standard deviation of each channel
-            by which the pixel values, *which the processor has normalized*, are normalized again for the feature
-            tower: (pixel value - mean) / std. [`ICLIPModel.from_vision_text_pretrained`] computes them from the
-            normalization of the processor and that of the feature tower's training, so a configuration for new models
-            leaves them out.
-        vision_downsampling (`int`, defaults to 1): the image tower sees the means of squares of this side in pixels,
-            and the feature tower all pixels. The side of the model's patches is that of the image tower's times this
-            factor.
+            both. Attention, `value_share`, `map_affinity` and the selection of `map_tokens` depend on the image tower
+            only. It requires the package timm. This option and the options below are not in the paper.
+        feature_dim (`int`, defaults to 256): number K of features that the feature tower adds to the patch tokens, at
+            most the number of channels of its last feature map.
+        feature_image_mean, feature_image_std (`list[float]`, *optional*): mean and standard deviation of each channel,
+            by which pixel values *that the processor has normalized* are normalized again for the feature tower:
+            (pixel value - mean) / std. [`ICLIPModel.from_vision_text_pretrained`] computes them from the normalization
+            of the processor and the normalization that the feature tower was trained with, so a configuration for new
+            models leaves them out.
+        vision_downsampling (`int`, defaults to 1): the image tower sees the mean of each square of this side in
+            pixels, and the feature tower sees all pixels. The side of the model's patches is the side of the image
+            tower's patches times this factor.
 
         map_attention (`str`, defaults to `"similarity"`): how A weights the similarity map. `"similarity"` multiplies
-            the cosines by A. `"none"` does not use A. `"additive"` raises a cosine by its excess over the mean of the
-            patches, of at most 1 / (2 `max_sharpness`), times A, which is stretched to [0, 1]. What is below the mean
-            counts a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is learned
-            from noun prompts: texts of objects raise the patches with attention, texts of the background ("sky") lower
-            them.
+            the cosines by A. `"none"` does not use A. `"additive"` stretches A to [0, 1] and adds A times the excess
+            of a cosine over the mean of the patches, limited to 1 / (2 `max_sharpness`). Differences below the mean
+            are reduced to a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is
+            learned from noun prompts: texts of objects raise patches with attention, and texts of the background
+            ("sky") lower them.
         max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"`
             takes it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in
             the paper, takes it for each text over the similarities of the patches, after the projection
-            ([`~pooling.pool_similarities`]). The score that is trained is then the peak of the map. `"similarity"`
-            requires `dual_projection`, because this branch has no image vector.
+            ([`~pooling.pool_similarities`]). The trained score is then the peak of the map. `"similarity"` requires
+            `dual_projection`, because the map branch then has no image vector.
         max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The
-            larger, the nearer to the maximum. Must be positive.
+            larger it is, the nearer the smooth maximum is to the maximum. Must be positive.
         center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images'
             patch tokens from its patch tokens. The model stores this mean as `token_mean`. Requires
             `max_over="similarity"`.
@@ -109,39 +114,40 @@ class ICLIPConfig(PreTrainedConfig):
             branch. This branch applies its projection of the average patch to each patch. Requires
             `recognition_pooling="class_and_average"` or `"feature_average"`.
 
-        recognition_pooling (`str`, defaults to `"class_token"`): the vector of an image that the recognition branch of
-            dual projections projects. `"class_token"` is the paper's. `"class_and_average"` is the class token
+        recognition_pooling (`str`, defaults to `"class_token"`): how the recognition branch of dual projections pools
+            an image. `"class_token"` is the paper's. `"class_and_average"` is the class token
             followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. `"feature_average"` is the
             mean of the reduced feature map of the feature tower, which requires `feature_config`. Both
             require `dual_projection`.
-        average_layers (`int`, defaults to 1): number of the image tower's last layers whose mean patch tokens
-            `"class_and_average"` takes, each after the tower's final norm. The class token is that of the last layer.
+        average_layers (`int`, defaults to 1): number of last layers of the image tower whose mean patch tokens
+            `"class_and_average"` reads, each after the tower's final norm. The class token is from the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
-            projection, see [`~projections.Projection`]: of the image projection of the recognition branch, and of
-            the text projections. 0 is the paper's linear projection.
+            projection, see [`~projections.Projection`]: to the image projection of the recognition branch, and to the
+            text projections. 0 is the paper's linear projection.
         logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits,
-            which makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as that of
-            the noun loss. Without a bias, the model has no presence.
-        presence_bias (`float`, defaults to 0): added to the logits for the presence, so that it is calibrated at a
-            prior of 0.5. The logit bias itself fits the fraction of positives in training.
+            which makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as the
+            noun loss. Without a bias, the model has no presence.
+        presence_bias (`float`, defaults to 0): number added to the logits for the presence, so that it is calibrated
+            at a prior of 0.5. The logit bias itself fits the fraction of positives in training.
 
         noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, where a batch
             has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
-        unknown_weight (`float` in [0, 1], defaults to 0.1): weight of a noun that no text of an image names and no
-            label excludes, in the loss of a recognition branch with a bias.
+        unknown_weight (`float` in [0, 1], defaults to 0.1): weight, in the loss of a recognition branch with a bias,
+        of
+            a noun that no text of an image names and no label excludes.
         noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
             in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
-        known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, those that
-            it shows or is known not to show, compete for its patches, of the images whose labels are complete for the
-            background: a noun shown has patches, and a patch shows one of these nouns
-            ([`~losses.known_competition_loss`]). It is added to the loss of the map branch, and requires
-            `max_over="similarity"`. With it, nouns that are above or below others also compete by their place among
-            all nouns ([`~losses.shares_by_place`]).
+        known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, which it
+            is known to show or not to show, compete for its patches: each noun shown has patches, and each patch shows
+            one of the nouns shown ([`~losses.known_competition_loss`]). It reads images whose labels are complete for
+            the background. It is added to the loss of the map branch, and requires `max_over="similarity"`. With it,
+            nouns at the top or the bottom of images also compete by their place among all nouns
+            ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 
     Raises:
-        `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has another type,
+        `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has a wrong type,
         is not one of the listed names, or is out of range.
     """
 
@@ -206,11 +212,11 @@ class ICLIPConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
-        """Like the base class, without the attention of a file."""
+        """Like the base class, but ignores the attention implementation in a file."""
         return super().from_dict(without_attention(config_dict), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
+        """Like the base class, but leaves out pipelines if the folder lacks their code, which `pipeline` would need."""
         config = copy(self)
         files = [f"{pipeline['impl'].split('.')[0]}.py" for pipeline in getattr(self, "custom_pipelines", {}).values()]
         # The name of code on the Hub has "--".
@@ -220,13 +226,13 @@ class ICLIPConfig(PreTrainedConfig):
 
     @classmethod
     def option_names(cls, *read_by: str) -> list[str]:
-        """Returns the names of the options besides those of the towers; with `read_by`, of those alone, see above."""
+        """Returns the names of the options, except the towers; with `read_by`, only those with this mark."""
         marks = {option.name: option.metadata for option in fields(cls) if "read_by" in option.metadata}
         return [name for name, mark in marks.items() if not read_by or mark["read_by"] in read_by]
 
     @property
     def feature_options(self) -> dict[str, object]:
-        """The options that precomputed features of images depend on, and whether these have evenly spread patches."""
+        """The options that precomputed features of images depend on, and whether they hold evenly spread patches."""
         kinds = (True,) if self.max_over == "channels" else (True, "patches")
         names = [option.name for option in fields(self) if option.metadata.get("cached") in kinds]
         return {name: getattr(self, name) for name in names} | {"even_patches": self.known_competition > 0}
@@ -234,9 +240,9 @@ class ICLIPConfig(PreTrainedConfig):
     @property
     def poolings(self) -> tuple[list[str], str | None]:
         """
-        The poolings whose vectors the recognition branch reads, one behind the other, and that of the map branch,
-        which is None with `max_over="similarity"`: names in [`~pooling.POOLINGS`], `"earlier_averages"` and
-        `"feature_average"`. Without dual projections both are the same.
+        The poolings of the recognition branch, whose vectors are concatenated, and the pooling of the map branch,
+        which is None with `max_over="similarity"`. They are names in [`~pooling.POOLINGS`], `"earlier_averages"` or
+        `"feature_average"`. Without dual projections, both branches have the same pooling.
         """
         pooling = f"masked_max/{self.attention_norm}" if self.pooling == "masked_max" else self.pooling
         map_pooling = pooling if self.max_over == "channels" else None
@@ -258,13 +264,13 @@ class ICLIPConfig(PreTrainedConfig):
 
     @property
     def patch_dim(self) -> int:
-        """Width of the patch tokens: that of the image tower, and `feature_dim` with a feature tower."""
+        """Width of the patch tokens: the image tower's, plus `feature_dim` with a feature tower."""
         return self.vision_config.hidden_size + (0 if self.feature_config is None else self.feature_dim)
 
     def validate_architecture(self):
         """Checks combinations of options. `@strict` checks types and ranges before."""
-        # With "channels", tokens are pooled before the projection, and the feature cache holds them pooled without
-        # centring.
+        # With "channels", tokens are pooled before the projection, and the feature cache holds the pooled tokens,
+        # which are not centered.
         if self.center_tokens and self.max_over == "channels":
             raise ValueError('center_tokens=True needs max_over="similarity".')
         if self.max_over == "similarity" and not (self.dual_projection and self.pooling in ("masked_max", "max")):
@@ -287,13 +293,13 @@ class ICLIPConfig(PreTrainedConfig):
 
 
 def without_attention(content: dict) -> dict:
-    """Returns the content of a config.json without its choice of attention, which could name code of the Hub."""
+    """Returns the content of a config.json without its attention implementation, which could name code of the Hub."""
     return {name: value for name, value in content.items() if not name.endswith("attn_implementation")}
 
 
 def patch_side(config: PreTrainedConfig) -> int:
     """Returns the side in pixels of the square patches of a model or an image tower."""
-    size = getattr(config, "vision_config", config).patch_size  # of some towers a pair
+    size = getattr(config, "vision_config", config).patch_size  # some towers have a pair
     return (size if isinstance(size, int) else size[0]) * getattr(config, "vision_downsampling", 1)
 
 

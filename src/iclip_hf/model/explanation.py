@@ -1,5 +1,5 @@
 """
-The explanation of one image: scores, presence, maps, masks and regions of its texts, and COCO annotations of them.
+The explanation of one image: scores, presence, maps, masks and regions of its texts; and its COCO annotations.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ class Explanation:
         scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is
             low for an absent text, whose map is stretched to [0, 1] like any other.
         presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], at
-            the prior `prior`, see [`ICLIPModel.presence`]; None for a model that has none. Then no text counts as
+            the prior `prior`, see [`ICLIPModel.presence`]. None if the model has no presence; then no text counts as
             absent.
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid; if they are refined, at
-            half the height and width of the prepared image.
+        raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid. Refined maps have half
+            the height and width of the prepared image.
         unrefined_maps (`torch.Tensor` of shape `(T, h, w)`, *optional*): the values of refined maps before their
             refinement, on the patch grid.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. None is for
-            `label_map` alone: texts compete for all pixels.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. With None,
+            which only `label_map` takes, texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
         prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): fraction of the images that are assumed to show
             a text: 0.5, or for `explain` without texts the prior of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, also of those whose maps were
-            not wanted, see [`Engine.prepare`].
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, including those without a map,
+            see [`Engine.prepare`].
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps
-            have edges that the model may not use.
+            have edges of the image that the model may not use.
 
     Raises:
         `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
@@ -128,8 +128,8 @@ class Explanation:
     @property
     def presences(self) -> list[float | None]:
         """
-        The presence of each text as a number, which `min_presence` is compared with and JSON has; None if the model
-        has none.
+        The presence of each text as a number, as in JSON, to compare with `min_presence`; None if the model has no
+        presence.
         """
         return [None] * len(self) if self.presence is None else self.presence.tolist()
 
@@ -145,7 +145,7 @@ class Explanation:
 
     @property
     def presence_words(self) -> list[str | None]:
-        """The presence of each text as a word, see [`presence_word`]; None for a model that has none."""
+        """The presence of each text as a word, see [`presence_word`]; None if the model has no presence."""
         return [presence_word(value, self.min_presence) for value in self.presences]
 
     def map(self, text: int | str = 0) -> torch.Tensor:
@@ -154,13 +154,13 @@ class Explanation:
 
     def mask(self, text: int | str = 0, threshold: float | None = None) -> torch.Tensor:
         """
-        Returns the mask of one text, `(H, W)` boolean. The default is the threshold of the explanation. Raises
+        Returns the mask of one text, `(H, W)` boolean. The default threshold is that of the explanation. Raises
         `ValueError` if `threshold` is outside [0, 1].
         """
         return self.map_and_mask(text, threshold)[1]
 
     def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the map and the mask of one text, for which the map is computed once. Raises as `mask`."""
+        """Returns the map and the mask of one text. The map is computed once for both. Raises as `mask`."""
         index = self.index(text)
         least = self._threshold(index) if threshold is None else threshold
         heatmap = self.map(index)
@@ -172,9 +172,9 @@ class Explanation:
 
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
-        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64: the texts that are
-        present compete where their masks overlap, see [`~label_maps.label_map`]. `background` are texts that describe
-        the background. The default is the threshold of the explanation. Raises `ValueError` if `threshold` is outside
+        Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64. Where masks of present
+        texts overlap, the texts compete, see [`~label_maps.label_map`]. `background` are texts that describe the
+        background. The default threshold is that of the explanation. Raises `ValueError` if `threshold` is outside
         [0, 1].
         """
         return label_map(
@@ -188,12 +188,12 @@ class Explanation:
 
     def is_covered(self, text: int | str, segment: torch.Tensor | np.ndarray) -> bool:
         """
-        Returns whether the other texts cover a text in a label map: its segment, `(H, W)` boolean, holds less than 5 %
-        of its own mask. The mask is that of the threshold 0.5 if the explanation has none.
+        Returns whether the other texts cover a text in a label map: the area of its segment, `(H, W)` boolean, is less
+        than 5 % of the area of its own mask. The mask has the threshold 0.5 if the explanation has no threshold.
         """
         index, area = self.index(text), int(segment.sum())
         if not self.present[index] or area >= _COVERED * math.prod(self.size):
-            return False  # without the cost of a mask, which is empty, or at most the whole image
+            return False  # no mask is needed: it is empty, or at most the whole image
         threshold = Explanation.threshold if self.threshold is None else None
         return area < _COVERED * int(self.mask(index, threshold).sum())
 
@@ -210,7 +210,7 @@ class Explanation:
     def arrays(self) -> dict[str, np.ndarray]:
         """
         Returns the explanation as arrays, for `np.savez`: `texts`, `scores` and `presence` `(T,)` (NaN for a model
-        without), `prior` `(T,)`, `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
+        without presence), `prior` `(T,)`, `raw_maps` `(T, h, w)`, and `masks` `(T, H, W)`, boolean.
         """
         return {
             "texts": np.array(self.labels),
@@ -229,15 +229,13 @@ class Explanation:
             `dict` with `height` and `width` of maps and masks in pixels, `method` and `refined` of the maps, and
             `texts`, a list of T `dict`:
 
-            - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`, or None for a model that
-              has none)
+            - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`; None without presence)
             - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in
               [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and
               `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
-            Numbers that are not integers are rounded to 4 decimals, except the presence, which decides whether the
-            mask is empty.
+            Floats are rounded to 4 decimals, except the presence, which decides whether the mask is empty.
         """
         return {**self.settings(), "texts": [self._text_to_dict(index) for index in range(len(self))]}
 
@@ -313,8 +311,8 @@ def coco_annotations(
 
 def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
     """
-    Returns the thresholds of `count` texts, `(count,)` float64. `ValueError` unless one or `count` are given, in
-    [0, 1].
+    Returns the thresholds of `count` texts, `(count,)` float64. Raises `ValueError` unless one threshold or `count`
+    thresholds in [0, 1] are given.
     """
     try:
         thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
@@ -333,8 +331,8 @@ def masks_of_maps(
     min_presence: float,
 ) -> torch.Tensor:
     """
-    Computes the masks of T texts, `(T, H, W)` boolean: the pixels whose map, in [0, 1], is greater than the threshold
-    of the text, if the text is present, see [`is_present`].
+    Computes the masks of T texts, `(T, H, W)` boolean. A pixel is foreground if the map, in [0, 1], is greater than
+    the threshold of the text, and the text is present, see [`is_present`].
     """
     thresholds = check_thresholds(threshold, len(maps)).float().to(maps.device)
     present = [is_present(presence, min_presence) for presence in presences]

@@ -16,15 +16,16 @@ from .downloads import download, is_url
 if TYPE_CHECKING:
     import torch
 
-# The first characters of a JPEG, PNG, GIF and WebP file in base64, that of a JPEG also in the letters for URLs.
+# The first characters of a JPEG, PNG, GIF and WebP file in base64. A JPEG file has two, because one alphabet is for
+# URLs.
 _BASE64 = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR")
-# Other decoders of Pillow are excluded, because some start external programs (EPS runs Ghostscript).
+# Other decoders of Pillow are excluded, because some run external programs (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Returns the suffixes of the images that can be read, in lower case: of HEIC only with `pillow-heif`."""
+    """Returns the suffixes of readable images, in lower case. HEIC is readable only with `pillow-heif`."""
     try:
         from pillow_heif import register_heif_opener
 
@@ -43,11 +44,11 @@ def open_image(
     Args:
         source: path of an image file, its bytes, or a PIL image, which is returned unchanged.
         name (`str`, *optional*): name of the image in errors; its path if not given.
-        decode (`bool`): whether to read the pixels too, or the header alone.
+        decode (`bool`): whether to read the pixels, or only the header.
 
     Raises:
         `FileNotFoundError`: there is no file at the path. `ValueError`: the image is not readable, or has more than
-        `PIL.Image.MAX_IMAGE_PIXELS` pixels. `TypeError`: `source` has another type.
+        `PIL.Image.MAX_IMAGE_PIXELS` pixels. `TypeError`: `source` has none of these types.
     """
     name = name or _name(source)
     # Reading a pipe or a device may never end.
@@ -60,7 +61,7 @@ def open_image(
             if 0 in source.size:
                 raise ValueError("it has no pixels")
             return source
-        image_suffixes()  # registers the optional formats, so that the absent ones are known
+        image_suffixes()  # registers the optional formats that are installed
         formats = [format for format in _FORMATS if format in Image.OPEN]
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             # Pillow itself only warns between one and two times its limit.
@@ -76,7 +77,7 @@ def open_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
     except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files
-        if "DataLoader worker" in str(error):  # from torch's signal handler, which can raise anywhere
+        if "DataLoader worker" in str(error):  # raised by torch's signal handler, which can run anywhere
             raise
         problem = f"it is damaged ({str(error) or type(error).__name__}); replace it by an undamaged copy"
     raise ValueError(f"{name}: expected a readable image, but {problem}.")
@@ -84,28 +85,28 @@ def open_image(
 
 def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Image:
     """
-    Loads an image upright, as 8-bit RGB, with transparent parts on white, the first frame. A given image is not
-    modified. 16-bit grayscale is scaled (65535 becomes 255). Integers of 32 bits are 16-bit grayscale if one is above
-    255.
+    Loads the first frame of an image upright, as 8-bit RGB, with transparent parts on white. A given image is not
+    modified. 16-bit grayscale is scaled (65535 becomes 255). 32-bit integers count as 16-bit grayscale if one of them
+    is above 255.
 
     Args:
-        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path, URL, base64 text of a JPEG,
-            PNG, GIF or WebP file or after "data:", also with the letters for URLs, the bytes of a file, an image of
-            any mode, or the pixels, in the ranges of [`to_8_bit`]. An `os.PathLike` is always a path.
+        image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path; a URL; a "data:" URL, or the
+            base64 text of a JPEG, PNG, GIF or WebP file, in either alphabet of base64; the bytes of a file; an image
+            of any mode; or the pixels, in the ranges of [`to_8_bit`]. An `os.PathLike` is always a path.
         name (`str`, *optional*): name of the image in errors; its path if not given.
-        timeout (`float`): time limit in seconds for a download, of at most `MAX_DOWNLOAD` bytes.
+        timeout (`float`): time limit in seconds for a download, which has at most `MAX_DOWNLOAD` bytes.
 
     Raises:
         `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the
         range of the pixels is not defined (floats, or integers above 65535). `OSError`: the download fails.
     """
-    if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # a text of numpy has a shape
+    if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # numpy's strings have a shape too
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
         name, text = name or repr(image[:100]), image.strip()
         if is_url(image):
             image = download(image, timeout)
-        elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # no file's name
+        elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # not the name of a file
             try:
                 letters = (text.partition(",")[2] or text).replace("-", "+").replace("_", "/")
                 image = base64.b64decode(letters + "==")  # padding may be left out, and more of it is ignored
@@ -116,15 +117,15 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, as [`load_image`] does and with its errors, but without rotation."""
+    """Converts an image of any mode to 8-bit RGB, as [`load_image`] with its errors, but does not rotate it."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):  # "I;16" in its byte orders, or "I"
-        import numpy as np  # not above, because commands check their files before they load anything
+        import numpy as np  # not above, because commands check their files before they import anything else
 
         values = np.asarray(image).astype(np.int32)
         if values.min() >= 0 and values.max() <= 65535:
-            is_8_bit = image.mode == "I" and values.max() <= 255  # "I" is of 32 bits, whose white is not known
+            is_8_bit = image.mode == "I" and values.max() <= 255  # the white of "I", with 32 bits, is not known
             gray = values if is_8_bit else (values + 128) // 257  # rounded
             gray[values == image.info.get("transparency", -1)] = 255
             return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
@@ -142,16 +143,17 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 def to_8_bit(image) -> torch.Tensor:
     """
-    Converts an array or tensor of pixels to the nearest values in 0..255, uint8, of the same device.
+    Converts an array or tensor of pixels to the nearest values in 0..255, uint8, on the same device.
 
     Args:
-        image: of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. Where both ends of the shape could be channels,
-            they are the last of a numpy array, which becomes `(C, H, W)`, and the first of a tensor. White is 65535 in
-            uint16, 127 in int8, 1 in floats and booleans, and 255 in all other integers.
+        image: array or tensor of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. If both ends of the shape could
+            be channels, the last dimension of a numpy array has the channels, and the array becomes `(C, H, W)`; in a
+            tensor, the first dimension has them. White is 65535 in uint16, 127 in int8, 1 in floats and booleans, and
+            255 in all other integers.
 
     Raises:
-        `ValueError`: the shape is another, or a value is NaN, infinite or outside of the range of its type.
-        `TypeError`: the values are no real numbers.
+        `ValueError`: the shape is wrong, or a value is NaN, infinite or outside of the range of its type.
+        `TypeError`: the values are not real numbers.
     """
     import torch
 
@@ -185,9 +187,9 @@ def to_pixels(image) -> torch.Tensor:
         )
     if isinstance(image, np.ndarray):
         if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
-            image = np.moveaxis(image, -1, 0)  # the image processor would take the first for the channels
-        # torch takes its own byte order and no negative strides, as of image[:, :, ::-1], and warns of arrays that
-        # cannot be written, such as those of PIL images.
+            image = np.moveaxis(image, -1, 0)  # the image processor would take the first dimension for the channels
+        # torch needs the native byte order and strides that are not negative, as in image[:, :, ::-1], and warns of
+        # read-only arrays, such as those of PIL images.
         image = np.require(image, image.dtype.newbyteorder("="), requirements="CW")
     pixels = torch.as_tensor(image)
     if not torch.isfinite(pixels).all():
@@ -214,9 +216,9 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turns an image of [`open_image`] by its orientation in EXIF."""
+    """Rotates an image from [`open_image`] by its orientation in EXIF."""
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image  # no copy of it
-    except Exception:  # damaged EXIF raises anything; like viewers, show the pixels as stored
+        return ImageOps.exif_transpose(image) if turned else image  # without a copy
+    except Exception:  # damaged EXIF raises various errors; like viewers, show the pixels as stored
         return image

@@ -1,4 +1,4 @@
-"""Pipelines from images and labels to scores, maps and masks, and to segments."""
+"""Pipelines that predict scores, maps and masks, or segments, from images and labels."""
 
 import os
 from collections.abc import Sequence
@@ -27,8 +27,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     """
     Predicts which labels an image shows, and which of its pixels match them.
 
-    The labels are encoded once for each call, also for a data set or a generator of images, whose results are yielded
-    one by one.
+    A call encodes the labels once, also for a data set or a generator of images, whose results are yielded one by one.
 
     Example:
 
@@ -69,21 +68,22 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         Args:
             images: an image as a path, a URL, base64 text, a PIL image or an array; or a list, a `Dataset` or a
                 generator of them.
-            candidate_labels (`str` or T of them): class names or phrases. Commas separate the labels of one string, as
-                in transformers; in a list they belong to the label, see [`split_texts`].
+            candidate_labels (`str` or T of them): class names or phrases. In one string, commas separate the labels,
+                as in transformers. In a list, commas belong to the label, see [`split_texts`].
             template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged.
                 Those of the processor if not given; `"{}"` takes the labels as they are.
-            threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask holds the pixels whose map is greater.
-            min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
-            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
+            threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask has the pixels where the map is
+            greater. min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty
+            mask. refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
             multi_scale (`bool`, defaults to `False`): whether maps and scores are at two scales, see [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
                 `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
             image_size (`int` or `dict`, *optional*): size of the image for the maps, see [`Engine`]. Score and
-                presence of the whole image come from the processor's size, so another costs a second forward pass.
+                presence of the whole image are computed at the processor's size, so another size costs a second
+                forward pass.
             timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
-            batch_size (`int`, defaults to 1): largest number of images in one forward pass. These have one shape.
+            batch_size (`int`, defaults to 1): largest number of images, of one shape, in one forward pass.
 
         Returns:
             For one image, a list of T `dict`, best score first. For a list of images, a list of such lists. For a
@@ -92,12 +92,12 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             - **label** (`str`)
             - **score** (`float`): cosine of image and label, in [-1, 1].
             - **presence** (`float`): probability that the image shows the label, in [0, 1] at a prior of 0.5, see
-              [`ICLIPModel.presence`]; None if the model has none.
+              [`ICLIPModel.presence`]; None if the model has no presence.
             - **map** (`torch.Tensor` of shape `(height, width)`): map at the size of the image, in [0, 1].
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0
               elsewhere.
-            - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around the mask's parts, the
-              last two exclusive, best part first.
+            - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around each part of the mask,
+              the last two exclusive, best part first.
 
         Raises:
             `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels or
@@ -195,8 +195,8 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
             background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall", given like
                 the labels. They compete like the others, and their pixels are background.
-            threshold (`float` in [0, 1] or one for each text, defaults to 0.5): a label competes for the pixels whose
-                map is greater; None lets it compete for all.
+            threshold (`float` in [0, 1] or one for each text, defaults to 0.5): a label competes for the pixels where
+                its map is greater; with None, for all pixels.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets no pixel.
             refine, return_json, image_size, multi_scale, timeout, batch_size: as for
                 [`ImageTextSimilarityMapPipeline`].

@@ -29,16 +29,17 @@ from .regions import MIN_AREA, Region, find_regions, negative_points, positive_p
 from .similarity import check_map_size, resize_and_normalize
 
 
-# Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` makes a narrow image very large.
+# Largest number of pixels of a prepared image, which takes 200 MB in float32. `shortest_edge` would make a narrow
+# image larger.
 MAX_PIXELS = 2**24
-# A text that any tokenizer knows words of.
+# A text with words that every tokenizer knows.
 _PROBE = "a photo of a dog"
-# Arguments of `from_pretrained` that say where its files are.
+# Arguments of `from_pretrained` that locate its files.
 _OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def check_processor(name, processor, config) -> None:
-    """Raises `ValueError` unless a processor is of images and texts, and its tokenizer fits the model."""
+    """Raises `ValueError` unless a processor prepares images and texts, and its tokenizer fits the model."""
     expected = "an ICLIPProcessor" if config.model_type == "iclip" else "the processor of the model"
     parts = ["image_processor", "tokenizer", *["patch_size"] * (config.model_type == "iclip")]
     if not all(hasattr(processor, part) for part in parts):
@@ -50,13 +51,14 @@ def check_processor(name, processor, config) -> None:
 
 def check_tokenizer(name, tokenizer, config=None) -> None:
     """
-    Raises `ValueError` unless a tokenizer knows words, and fits the text tower of the configuration of a model.
-    Without its files, transformers makes a tokenizer that knows none; one of another model gives wrong numbers.
+    Raises `ValueError` unless a tokenizer knows words, and fits the text tower in the configuration of a model. If its
+    files are missing, transformers returns a tokenizer that knows no words. The tokenizer of another model gives wrong
+    numbers.
     """
     tokens, problem = tokenizer(_PROBE)["input_ids"], None
     if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
         problem = f'knows no word of "{_PROBE}"'
-    # Embeddings are padded, and tokens added, by less than that.
+    # Padded embeddings and added tokens make a smaller difference.
     elif config is not None and abs(len(tokenizer) / config.text_config.vocab_size - 1) > 0.02:
         problem = f"has {len(tokenizer)} tokens where the model has {config.text_config.vocab_size}"
     if problem:
@@ -66,7 +68,7 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
 
 
 def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
-    """Returns a size of images as a dictionary, a number as that of a square. Raises `ValueError` for others."""
+    """Returns a size of images as a dictionary. A number is the side of a square. Raises `ValueError` for no size."""
     try:
         sides = dict.fromkeys(("height", "width"), int(size)) if isinstance(size, Integral) else dict(size)
         is_size = sides.keys() in ({"height", "width"}, {"shortest_edge"}) and min(sides.values()) >= 1
@@ -112,7 +114,7 @@ class ICLIPProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
         """
         Like the base class, but never asks on standard input whether code of a tokenizer or an image processor may
-        run. It runs only with `trust_remote_code=True`.
+        run. Such code runs only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -122,11 +124,11 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
         """
-        Reads the arguments of this class from `processor_config.json`, and nothing else of it: for an audio tokenizer,
-        the base class would load what the file names. Returns them and the keyword arguments that name no files.
+        Reads only the arguments of this class from `processor_config.json`: the base class would load any audio
+        tokenizer that the file names. Returns them, and the keyword arguments that do not locate files.
         """
         files = {name: kwargs.pop(name) for name in _OF_FILES if name in kwargs}
-        # An absent file is a processor of an older version of Transformers.
+        # Older versions of Transformers saved a processor without this file.
         file = cached_file(
             pretrained_model_name_or_path, PROCESSOR_NAME, **files, _raise_exceptions_for_missing_entries=False
         )
@@ -140,15 +142,16 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins
-        the towers. Raises `OSError` or `ValueError` if a folder or id has none of them.
+        the towers. Raises `OSError` or `ValueError` if a folder or id has no image processor or no tokenizer.
 
         Args:
             vision, text (`str`): folders or Hub ids of the towers.
             image_size (`int`, defaults to 224): side in pixels of the square to which whole images are resized,
                 without a crop.
-            image_processor (*optional*): instead of that of the image tower; `image_size` does not apply to it.
-            options: arguments of [`ICLIPProcessor`]. Those that depend on the towers have their values by default.
-                With `vision_downsampling`, give `image_size` and `patch_size`, which are larger by this factor.
+            image_processor (*optional*): image processor that replaces the image tower's; `image_size` does not apply
+                to it.
+            options: arguments of [`ICLIPProcessor`]. The defaults of some depend on the towers. With
+                `vision_downsampling`, give `image_size` and `patch_size`, which are larger by this factor.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = image_processor or AutoImageProcessor.from_pretrained(
@@ -178,8 +181,8 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`],
                 or other inputs of [`load_image`]. The EXIF orientation of a PIL image is ignored.
-            text: texts without templates: one text, a list of T texts for all images, or one list for each image
-                (shorter lists are padded with their last text).
+            text: texts that are taken as they are: one text, a list of T texts for all images, or one list for each
+                image (shorter lists are padded with their last text).
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for
                 each image, or a string, which [`split_texts`] splits at commas.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
@@ -211,7 +214,8 @@ class ICLIPProcessor(ProcessorMixin):
             dict(kwargs.pop(name, None) or {}) for name in ("common_kwargs", "text_kwargs", "images_kwargs")
         )
         if images is not None:
-            # Where it was given, because the base class refuses a keyword that is given flat and in a dictionary.
+            # The size goes to where it was given, because the base class refuses a keyword that is given flat and in a
+            # dictionary.
             sized = kwargs if "size" in kwargs else images_kwargs
             images, sized["size"] = self._prepared(images, sized.get("size"), {**images_kwargs, **kwargs})
             kwargs.pop("do_center_crop", None)
@@ -236,8 +240,8 @@ class ICLIPProcessor(ProcessorMixin):
 
     def _prepared(self, images, size: int | dict[str, int] | None, options: dict) -> tuple[list, dict[str, int]]:
         """
-        Returns images as a list of PIL images and tensors for the image processor, and their size. `options` are those
-        of the call, which replace the image processor's own.
+        Returns images as a list of PIL images and tensors for the image processor, and their size. `options` of the
+        call replace options of the image processor.
         """
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
         do_rescale, do_resize = (
@@ -269,8 +273,8 @@ class ICLIPProcessor(ProcessorMixin):
 
     def _exact_size(self, images: list, size: int | dict[str, int] | None) -> dict[str, int]:
         """
-        Converts a requested size, by default the image processor's, to height and width in multiples of the patch
-        size.
+        Converts a requested size to height and width in multiples of the patch size. None is the size of the image
+        processor.
         """
         size = size_dict(self.image_processor.size if size is None else size)
         patch = self.patch_size
@@ -305,7 +309,7 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             maps (`torch.Tensor` of shape `(B, T, h, w)`): raw similarity maps of [`ICLIPModel`].
             target_sizes (list, array or tensor of B `(height, width)`): sizes of the original images in pixels.
-            reverse (`bool`): whether to return 1 - M, which corrects CLIP's opposite maps without training.
+            reverse (`bool`): whether to return 1 - M. This corrects CLIP's opposite maps without training.
 
         Returns:
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
@@ -326,7 +330,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            threshold (`float` in [0, 1], or T of them): such as the best threshold of each class.
+            threshold (`float` in [0, 1], or T of them): one for all texts, or one for each, such as the best threshold
+                of each class.
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is
                 higher for present texts.
             min_presence (`float`): a text with a lower presence counts as absent and gets an empty mask.
@@ -358,8 +363,8 @@ class ICLIPProcessor(ProcessorMixin):
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
             target_sizes (list, array or tensor of B `(height, width)`, *optional*): sizes of the label maps in pixels;
                 the patch grid's if not given.
-            threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels whose map is
-                greater, for all pixels if not given.
+            threshold (`float` in [0, 1], or T of them, *optional*): a text competes for the pixels where its map is
+                greater, or for all pixels if not given.
             background (list of `int`): indices of texts that describe the background, such as "sky" and "wall".
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`].
             min_presence (`float` in [0, 1]): a text with a lower presence gets no pixel.
@@ -390,7 +395,7 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             maps (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
             masks (list of B `torch.Tensor` of shape `(T, H, W)`): from `post_process_masks`.
-            min_area (`float`): smaller parts are left out, as a share of the image's area, in [0, 1].
+            min_area (`float` in [0, 1]): smallest area of a part, as a fraction of the image's area.
 
         Returns:
             list of B `dict` with R boxes, ordered by text, then best first:
@@ -451,7 +456,7 @@ class ICLIPProcessor(ProcessorMixin):
 
 
 def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarray, np.ndarray, list[Region]]]]:
-    """Yields index, map, mask and regions of each text that has any, for each image."""
+    """Yields for each image a list with index, map, mask and regions of each text that has regions."""
     for image_maps, image_masks in zip(maps, masks, strict=True):
         texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
         found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
@@ -459,14 +464,14 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarra
 
 
 def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:
-    """Returns a PIL image in RGB, or the pixels of an array or tensor by `convert`. Other forms are loaded."""
+    """Converts arrays and tensors by `convert`, and other images to PIL images in RGB, which are loaded if needed."""
     if hasattr(image, "shape"):
         return convert(image)
     return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
 
 
 def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
-    """Converts texts to a list of prompts, or to one list of prompts for each image, all of the same length."""
+    """Converts texts to a list of prompts, or lists of texts to lists of prompts of the same length."""
     texts = [texts] if isinstance(texts, str) else split_texts(texts)
     if not texts:
         raise ValueError("There is no text.")

@@ -216,7 +216,7 @@ class ICLIPConfig(PreTrainedConfig):
         return super().from_dict(without_attention(config_dict), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Like the base class, but leaves out pipelines if the folder lacks their code, which `pipeline` would need."""
+        """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
         config = copy(self)
         files = [f"{pipeline['impl'].split('.')[0]}.py" for pipeline in getattr(self, "custom_pipelines", {}).values()]
         # The name of code on the Hub has "--".

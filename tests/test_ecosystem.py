@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from iclip_hf import ICLIPModel, embedded_model, explain
 from iclip_hf.data.nouns import NounPrompts
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import CachedPairs, ICLIPTrainer, PairCollator, presets
+from iclip_hf.training import CachedPairs, ICLIPTrainer, PairCollator
 
 
 @pytest.mark.parametrize(("vision", "features"), [*((vision, {}) for vision in VISION), ("vit", FEATURES)])
@@ -161,8 +161,8 @@ def test_the_recipe_of_the_guide_trains(tiny_processor, tmp_path, monkeypatch):
     for part in (model, tiny_processor):
         part.save_pretrained(tmp_path / "start")
     monkeypatch.setattr("iclip_hf.embedded_model", lambda: "start")
-    monkeypatch.setattr(presets, "STEPS", 20)
-    monkeypatch.setattr(presets, "RATE", 1e-2)
+    monkeypatch.setattr("iclip_hf.training.arguments.STEPS", 20)
+    monkeypatch.setattr("iclip_hf.training.arguments.RATE", 1e-2)
     write_table(tmp_path, 20)
     trainer = recipe_of_the_guide(monkeypatch, tmp_path)
     assert trainer.state.global_step == 20 and (Path("runs/trainer") / "README.md").is_file()

@@ -38,8 +38,8 @@ class _Parser(argparse.ArgumentParser):
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             is_text = unknown[0][:1] != "-" and any(action.dest == "texts" for action in self._actions)
-            cure = "; several texts stand between commas, as in --text 'dog, red ball'" if is_text else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{cure}")
+            hint = "; several texts stand between commas, as in --text 'dog, red ball'" if is_text else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return options
 
     def error(self, message: str):
@@ -49,10 +49,6 @@ class _Parser(argparse.ArgumentParser):
             if not (name in known or is_short):  # perhaps a required option that was mistyped
                 message = f"unrecognized arguments: {name}{self._cure(name, known)}"
                 break
-        self.fail(message)
-
-    def fail(self, message: str):
-        """Ends the command with one line on stderr."""
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -92,7 +88,7 @@ def _run(arguments: Sequence[str]) -> int:
         if command in COMMANDS:
             options = command_parser.parse_args(arguments[1:])
         elif command and command[0] != "-":
-            command_parser.fail(f"there is no command {command!r}{_suggestion(command, COMMANDS)}")
+            command_parser.error(f"there is no command {command!r}{_suggestion(command, COMMANDS)}")
         else:
             options = command_parser.parse_args(arguments or ["--help"])
     except SystemExit as stop:  # after a wrong option or a help text

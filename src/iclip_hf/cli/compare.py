@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
     model_titles = _model_titles(models)
-    rows = [{"text": text, "scores": {}, "presence": {}} for text in texts]
+    rows, notes = [{"text": text, "scores": {}, "presence": {}} for text in texts], [[] for _ in texts]
     for name in models:
         model = load_model(name, options)
         for method in tqdm(methods, desc=name, unit="method", delay=2):
@@ -89,9 +89,10 @@ def run(options: argparse.Namespace) -> None:
             columns[title] = explanation.maps.numpy()
             words[title] = explanation.presence_words
         # Score and presence do not depend on the method.
-        for row, score, presence in zip(rows, explanation.scores.tolist(), explanation.presences):
-            row["scores"][name], row["presence"][name] = round(score, 4), presence
-    titles = [f"{row['text']}\n{', '.join(_note(row, name) for name in models)}" for row in rows]
+        for index, (score, presence) in enumerate(zip(explanation.scores.tolist(), explanation.presences)):
+            rows[index]["scores"][name], rows[index]["presence"][name] = round(score, 4), presence
+            notes[index].append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
+    titles = [f"{text}\n{', '.join(model_notes)}" for text, model_notes in zip(texts, notes)]
     sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
     output = save_picture(sheet, output, dpi, output == options.output)
     if options.json:
@@ -113,12 +114,6 @@ def _model_titles(models: list[str]) -> dict[str, str]:
     """Returns names of models for a picture: without their paths, unless two models have the same name."""
     titles = {name: public_name(name) for name in models}
     return titles if len({*titles.values()}) == len(models) else dict(zip(models, models))
-
-
-def _note(row: dict, model: str) -> str:
-    """Returns presence and score of a text by a model."""
-    score = f"score {row['scores'][model]:.2f}"
-    return " · ".join(filter(None, [presence_text(row["presence"][model]), score]))
 
 
 def _open(options: argparse.Namespace, output: Path, models: list[str]) -> _Opened:

@@ -195,10 +195,11 @@ def test_a_batch_of_no_image_and_no_text_are_refused(tiny_processor, name, numbe
         Engine(tiny_model(), tiny_processor).run(IMAGES, TEXTS, **{name: number})
 
 
-@pytest.mark.parametrize("refine", [3, "no", None])
-def test_refine_is_a_boolean(tiny_processor, refine):
-    with pytest.raises(ValueError, match="refine"):
-        explain((tiny_model(), tiny_processor), IMAGES[0], TEXTS, refine=refine)
+@pytest.mark.parametrize("name", ["refine", "multi_scale"])
+@pytest.mark.parametrize("value", [3, "no", None])
+def test_refine_and_multi_scale_are_booleans(tiny_processor, name, value):
+    with pytest.raises(ValueError, match=name):
+        explain((tiny_model(), tiny_processor), IMAGES[0], TEXTS, **{name: value})
 
 
 @pytest.mark.parametrize("method", ["itsm", "grad_cam", "clip_surgery"])

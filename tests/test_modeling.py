@@ -292,14 +292,14 @@ def test_a_constant_map_stays_exactly_constant(map_attention):
     assert torch.equal(maps.amin((2, 3)), maps.amax((2, 3)))
 
 
-def slow_sharing(tokens, attention, affinity, patches):
-    """By patch the token and the attention that it shares with the patches like it."""
-    units, shared = [slow_unit(token) for token in tokens], {}
+def slow_average(tokens, attention, affinity, patches):
+    """By patch the averages of token and attention over the patches that are similar to it."""
+    units, averages = [slow_unit(token) for token in tokens], {}
     for patch in patches:
         weights = [math.exp(affinity * sum(a * b for a, b in zip(units[patch], other))) for other in units]
         token = [sum(w * x for w, x in zip(weights, channel)) / sum(weights) for channel in zip(*tokens)]
-        shared[patch] = token, sum(w * a for w, a in zip(weights, attention)) / sum(weights)
-    return shared
+        averages[patch] = token, sum(w * a for w, a in zip(weights, attention)) / sum(weights)
+    return averages
 
 
 def test_the_loss_over_similarities_equals_a_slow_implementation():
@@ -311,10 +311,10 @@ def test_the_loss_over_similarities_equals_a_slow_implementation():
     branch, texts, similarities = model.interpretability, outputs.map_text_embeds.tolist(), []
     for image in range(3):
         tokens = (outputs.vision_model_output.patch_tokens[image] - model.token_mean).tolist()
-        shared = slow_sharing(tokens, outputs.attention[image].tolist(), 3.0, range(24)).values()
-        embeds = [slow_unit(slow_linear(branch.visual_projection, token)) for token, _ in shared]
+        averages = slow_average(tokens, outputs.attention[image].tolist(), 3.0, range(24)).values()
+        embeds = [slow_unit(slow_linear(branch.visual_projection, token)) for token, _ in averages]
         cosines = [[sum(a * b for a, b in zip(embed, text)) for embed in embeds] for text in texts]
-        lit = [attention for _, attention in shared]
+        lit = [attention for _, attention in averages]
         similarities.append(
             [math.log(sum(a / sum(lit) * math.exp(10 * c) for a, c in zip(lit, row))) / 10 for row in cosines]
         )
@@ -748,10 +748,6 @@ def test_a_share_of_the_recognition_branch_leaves_the_weight_of_the_attention():
     both = ~(alone.isnan() | shared.isnan())
     torch.testing.assert_close(shared[both], alone[both], atol=1e-4, rtol=1e-4)
     assert both.sum() > 10 and alone[both].abs().max() > 1e-3
-
-
-def test_a_model_of_a_softmax_has_no_presence():
-    assert tiny_model().presence(torch.zeros(2, 3)) is None
 
 
 def test_a_share_of_the_recognition_branch_in_the_map_leaves_the_loss():

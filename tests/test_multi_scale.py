@@ -135,12 +135,6 @@ def test_some_texts_and_refined_maps(tiny_processor):
     assert refined.raw_maps.shape[1:] == tuple(side // 2 for side in pixels.shape[2:])
 
 
-@pytest.mark.parametrize("size", [0, {}])
-def test_a_wrong_size_is_not_taken_for_none(tiny_processor, size):
-    with pytest.raises(ValueError, match="size is a number"):
-        Engine(tiny_model(), tiny_processor, image_size=size, multi_scale=True)
-
-
 @pytest.mark.parametrize(
     ("size", "plain"), [(SizeDict(height=24, width=40), {"height": 24, "width": 40}), (np.int64(40), 40)]
 )
@@ -150,12 +144,6 @@ def test_a_size_as_transformers_or_numpy_keep_it(tiny_processor, size, plain):
     assert torch.equal(*(engine.prepare(IMAGES[0]).pixel_values for engine in engines))
     pixels = (tiny_processor(images=IMAGES[0], size=of)["pixel_values"] for of in (size, plain))
     assert torch.equal(*pixels)
-
-
-@pytest.mark.parametrize("value", [None, "yes"])
-def test_multi_scale_is_a_boolean(tiny_processor, value):
-    with pytest.raises(ValueError, match="multi_scale"):
-        Engine(tiny_model(), tiny_processor, multi_scale=value)
 
 
 def test_pipelines_compute_maps_at_two_scales(tiny_processor):

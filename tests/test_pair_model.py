@@ -60,7 +60,7 @@ def test_even_patches_cover_each_row_and_column():
     assert heights[0, 0] == 1 / 16 and heights[7, 7] == 15 / 16 and (heights == heights[:, :1]).all()
 
 
-def test_the_loss_reads_representative_patches_shared_among_those_like_them():
+def test_the_loss_reads_representative_patches_averaged_over_similar_ones():
     options = {"max_over": "similarity", "map_affinity": 5.0, "map_tokens": 6, "known_competition": 1.0}
     model, inputs = tiny_model(**options), tiny_inputs(size=(80, 72))
     with torch.no_grad():

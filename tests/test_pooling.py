@@ -123,12 +123,12 @@ def test_pooling_knows_no_order_and_stays_within_the_tokens(seed, patches, mode)
 
 
 @pytest.mark.parametrize("columns", [3, 8, 9])
-def test_sharing_equals_its_formula_without_the_matrix_of_all_patches(columns):
+def test_the_average_by_affinity_equals_its_formula_without_the_matrix_of_all_patches(columns):
     torch.manual_seed(0)
     tokens, values, queries = torch.randn(2, 7, 8), torch.randn(2, 7, columns), torch.randn(2, 4, 8)
     for asked in (tokens, queries):
         units, others = (one / one.norm(dim=-1, keepdim=True) for one in (asked, tokens))
         weights = (4 * units @ others.mT).softmax(-1)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # an error if only the kernel with the matrix fits
-            shared = average_by_affinity(values, tokens, 4, asked)
-        torch.testing.assert_close(shared, weights @ values, atol=1e-5, rtol=1e-4)
+            averaged = average_by_affinity(values, tokens, 4, asked)
+        torch.testing.assert_close(averaged, weights @ values, atol=1e-5, rtol=1e-4)

@@ -1,6 +1,6 @@
 """
-The engine computes explanations from a model, images and texts. `explain`, pipelines, evaluation, pictures and the
-demo use it.
+The engine computes explanations from a model, images and texts. `explain`, the pipelines, evaluation, pictures in
+training and the demo use it.
 
 A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`,
 `similarity_maps` and `presence`, such as an [`ExplainableModel`].
@@ -77,8 +77,8 @@ class Engine:
     """
     Explains images with one model and one method.
 
-    Scores and presence of the whole image always come from the model's own size of images, so a map of another size
-    costs a second forward pass.
+    Scores and presence of the whole image are always computed at the model's own image size, so maps of another size
+    cost a second forward pass.
 
     Example:
 
@@ -93,25 +93,26 @@ class Engine:
     ```
 
     Args:
-        model, processor: a model, see above, and its [`ICLIPProcessor`].
-        method ([`Explainer`], *optional*): computes the maps: an object with `forward(pixel_values, texts)`, which may
-            also take `features`, `text_indices` and `templates`, see [`Explainer.forward`]; the model's own maps if
-            not given, as of `itsm`. [`make_explainer`] gives the method that suits the model.
-        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. `["{}"]` takes
-            texts as they are.
+        model, processor: a model, as described above, and its [`ICLIPProcessor`].
+        method ([`Explainer`], *optional*): object that computes the maps by `forward(pixel_values, texts)`, which may
+            also take `features`, `text_indices` and `templates`, see [`Explainer.forward`]. The default is the model's
+            own map, as by the method `itsm`. [`make_explainer`] returns the method that suits the model.
+        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. With `["{}"]`,
+            texts are taken as they are.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
-        multi_scale (`bool`): whether maps and scores are computed at two scales, see [`TwoScales`], which takes ten
-            times as long.
+        multi_scale (`bool`): whether to compute maps and scores at two scales, see [`TwoScales`]. This takes ten times
+            as long.
 
     Attributes:
-        takes_features (`bool`): whether maps are computed from the features of encoded images, which several engines
-            can share.
+        takes_features (`bool`): whether the method computes maps from the features of encoded images. Several engines
+            can use the same features.
         method_name (`str`): the name of the method.
 
     Raises:
-        `ValueError`: a template has no `{}`, `image_size` is no size, or `refine` or `multi_scale` is no boolean.
+        `ValueError`: a template has no `{}`, `image_size` is not a size, or `refine` or `multi_scale` is not a
+        boolean.
     """
 
     def __init__(
@@ -139,8 +140,8 @@ class Engine:
 
     def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
         """
-        Encodes T labels, averaged over the templates, as unit vectors `text_embeds` and `map_text_embeds` of shape
-        `(T, P)`. Raises `ValueError` if one is empty.
+        Encodes T labels as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`, averaged over the
+        templates. Raises `ValueError` if a label is empty.
         """
         step, parts = max(1, TEXT_BATCH // len(self.templates)), []
         for start in tqdm(range(0, len(labels), step), "Encoding texts", leave=False, unit="batch", delay=2):
@@ -326,7 +327,7 @@ class Engine:
         return explanations
 
     def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
-        """Encodes images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
+        """Encodes the views of images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
         features, embeds = batch.features, batch.image_embeds
         if features is None and for_maps:
             features = [self._features(view) for view in self.scales.views(batch.pixel_values)]
@@ -340,7 +341,7 @@ class Engine:
     def _score(
         self, embeds: Sequence[torch.Tensor], texts: ICLIPTextFeatures, priors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the scores `(B, T)` and the presence, which is None for a model without."""
+        """Computes the scores and the presence, `(B, T)`. The presence is None if the model has none."""
         scores = self.scales.score([cosines(view, texts.text_embeds) for view in embeds])
         check_finite(scores)
         presence = self.model.presence(scores)
@@ -419,7 +420,7 @@ class Engine:
         """Encodes pixel values. Features are returned unchanged."""
         if not isinstance(image, torch.Tensor):
             return image
-        # Other models than those of transformers convert the dtype themselves.
+        # Models that are not from transformers convert the dtype themselves.
         return self.model.get_image_features(image.to(input_device(self.model), getattr(self.model, "dtype", None)))
 
 
@@ -436,8 +437,8 @@ def input_device(model) -> torch.device:
 
 def _has_english_words(tokenizer) -> bool:
     """
-    Whether a tokenizer of words and their parts, as BERT's, has ASCII characters almost alone. Tokenizers of bytes and
-    of sentencepiece have no such parts.
+    Returns whether a tokenizer with parts of words, such as BERT's, has almost only ASCII tokens. Tokenizers of bytes
+    and of sentencepiece have no such parts.
     """
     tokens = [*getattr(tokenizer, "get_vocab", dict)()]
     return any(token.startswith("##") for token in tokens) and sum(map(str.isascii, tokens)) > 0.9 * len(tokens)

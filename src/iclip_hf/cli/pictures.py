@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..model.batches import PreparedImage
     from ..model.engine import Engine
     from ..model.explanation import Explanation
-    from ..model.modeling_iclip import ICLIPTextFeatures
+    from ..model.outputs import ICLIPTextFeatures
     from ..utils.prefetch import ThreadPool
 
 

@@ -169,8 +169,11 @@ def test_rows_of_any_data_set_and_a_collator_of_the_user(pairs, tiny_processor, 
     assert "eval_loss_change_low" in metrics
     for name in ("eval_loss", "eval_image_to_text", "eval_text_to_image"):
         assert metrics[name] == pytest.approx(of_pairs[name], rel=1e-4)
+    trainer = ICLIPTrainer(tiny_model(), arguments(), collator)
+    several = [{"image": pair["image"], "captions": [pair["caption"], "a blue sky"]} for pair in pairs]
+    assert trainer.evaluate(several)["eval_loss"] == trainer.evaluate(several)["eval_loss"]  # by the same captions
     with pytest.raises(ValueError, match="requires an eval_dataset"):
-        ICLIPTrainer(tiny_model(), arguments(), collator).evaluate()
+        trainer.evaluate()
 
 
 def test_a_trainer_trains_again(pairs, tiny_processor, arguments):

@@ -15,13 +15,12 @@ class BadPairError(ValueError):
 class BadPairTally:
     """
     Counts good and bad pairs that this process reads. Logs bad pairs, and raises `ValueError` if their share is too
-    large. A pair of a data set counts once, in whatever number of epochs it is read; those of a stream have no index
-    and count each time.
+    large. A pair of a data set counts once in all epochs. A pair of a stream has no index and counts each time.
     """
 
     def __init__(self, max_bad_share: float, pairs: int | None = None):
         self._max_bad_share = max_bad_share
-        self._counts_from = 100 if pairs is None else min(100, pairs)  # from so many on, the share is meaningful
+        self._counts_from = 100 if pairs is None else min(100, pairs)  # the share of fewer says little
         self._seen = bytearray(pairs or 0)
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None

@@ -1,5 +1,5 @@
 """
-Class names of the segmentation data sets, in the order of their ids, written as in a prompt, and which are stuff.
+Class names of the segmentation data sets, by ascending id and written as in a prompt, and the names of stuff classes.
 """
 
 
@@ -62,7 +62,7 @@ CITYSCAPES = _names("""
 
 CAMVID = _names("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 
-# Lists of names that the pairs of training can be completely labelled for, by the name of their data set.
+# Lists of names that `complete` of a training pair may stand for, by data set.
 CLASS_NAMES = {
     "ade20k": ADE20K,
     "camvid": CAMVID,

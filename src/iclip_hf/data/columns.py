@@ -44,9 +44,9 @@ class Columns(NamedTuple):
 
     def texts(self, row: Mapping) -> PairTexts:
         """
-        Returns the captions of the first column with text, none without text, and the labels. Raises `ValueError` if
-        `labels` or `complete` are neither lists of names nor numbers, if `complete` names an unknown list, and if
-        there is `complete` without a list of names as labels.
+        Returns the captions of the first column with text, if there is one, and the labels. Raises `ValueError` if
+        `labels` or `complete` is neither a list of names nor numbers, if `complete` names an unknown list, or if it
+        has names and `labels` is no list of names.
         """
         parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
         texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
@@ -80,7 +80,7 @@ class PairTexts(NamedTuple):
     Attributes:
         captions: all captions; none for a pair without.
         labels: names of what the image shows.
-        complete: names that the labels are complete for: the image does not show one of them that is no label.
+        complete: names that the labels are complete for. The image shows none of them that is not among the labels.
     """
 
     captions: Sequence[str]
@@ -90,7 +90,7 @@ class PairTexts(NamedTuple):
     @classmethod
     def joined(cls, parts: Iterable[PairTexts]) -> PairTexts:
         """Returns the texts of all parts, each once."""
-        return cls(*([*dict.fromkeys(chain(*of_parts))] for of_parts in zip(*parts)))
+        return cls(*([*dict.fromkeys(chain(*texts))] for texts in zip(*parts)))
 
 
 def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
@@ -98,7 +98,7 @@ def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -
 
 
 def _texts(column: str, value) -> list[str]:
-    """Returns the texts in a value of a column of captions, stripped; none if it is neither text nor has texts."""
+    """Returns the stripped texts in a value of a column of captions; none if it is neither text nor has texts."""
     value = _parsed(column, value)
     items = _items(value)
     texts = (_stripped(text) for text in ([value] if items is None else items) if isinstance(text, str))
@@ -107,12 +107,12 @@ def _texts(column: str, value) -> list[str]:
 
 def _names(column: str, value) -> list[str] | None:
     """
-    Returns the names in a value of a column of labels; "dog, cat" are two. None without a list, and for numbers, which
-    have another meaning, such as ids of classes. Raises `ValueError` for anything else.
+    Returns the names in a value of a column of labels; "dog, cat" are two. None for an empty value and for numbers,
+    which mean something else, such as class ids. Raises `ValueError` if the value is not a list of names.
     """
     parsed = _parsed(column, value)
     items = _items(parsed)
-    if _is_empty(parsed) or isinstance(parsed, Number) or (items and all(isinstance(one, Number) for one in items)):
+    if _is_empty(parsed) or isinstance(parsed, Number) or (items and all(isinstance(item, Number) for item in items)):
         return None
     if items is None or not all(isinstance(item, str) for item in items):
         raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
@@ -122,7 +122,7 @@ def _names(column: str, value) -> list[str] | None:
 
 def _parsed(column: str, value):
     """
-    Returns a value of a column. A list as text, as in a .csv, is parsed; that of "captions" is no caption otherwise.
+    Returns a value of a column. A list in text, as in a .csv, is parsed. Other text in "captions" is no caption.
     """
     if not isinstance(value, str) or not (column in ("captions", *LABEL_COLUMNS) or value.lstrip().startswith('["')):
         return value

@@ -12,15 +12,15 @@ from ..model.images import image_suffixes
 
 logger = logging.getLogger(__name__)
 
-# Whether a file has the name by default of a picture or label map that the commands write.
+# Matches the default names of pictures and label maps that the commands write.
 is_written = re.compile(r"-(explanation|segments|labels|comparison)(-\d+)?\.[a-z]+$", re.IGNORECASE).search
-_OTHERS = (".heic", ".heif", ".avif", ".pdf")  # which Pillow may not read
+_OTHERS = (".heic", ".heif", ".avif", ".pdf")  # Pillow may not read them
 
 
 def image_files(folder: Path) -> list[Path]:
     """
-    Returns the images of a folder and its subfolders, sorted. Hidden files and folders are left out, and, with a
-    warning, pictures with the names of those that the commands write, and files such as HEIC that cannot be read.
+    Returns the images of a folder and its subfolders, sorted. Leaves out hidden files and folders and, with a warning,
+    pictures that are named like outputs of the commands, and files that cannot be read, such as HEIC.
     """
     files = []
     for root, folders, names in os.walk(folder, followlinks=True):

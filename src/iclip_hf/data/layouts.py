@@ -1,6 +1,6 @@
 """
-The segmentation data sets: titles, files, class names and mask values. Separate from their readers, so that the help
-of commands does not import these.
+The segmentation data sets: titles, files, class names and mask values. Separate from their readers, which the help of
+commands need not import.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ class Layout(NamedTuple):
     Title, files and mask values of a data set.
 
     Attributes:
-        title: as on model cards.
-        images, masks: patterns of the files below the root, with `<split>`; of alternatives in braces, the first that
-            finds files. `*` is the same for an image and its mask. If the pattern of images ends with `*`, every image
-            needs a mask, and its format is free. Otherwise every mask needs an image, and an image without a mask is
-            left out.
-        classes: the names, by id; None if `classes.txt` holds them.
-        split: the default.
+        title: name on model cards.
+        images, masks: patterns of the files below the root, with `<split>`. Braces hold alternatives; the first that
+            finds files is used. `*` is the same for an image and its mask. If the pattern of images ends with `*`,
+            every image needs a mask, and images have any format. Otherwise every mask needs an image, and an image
+            without a mask is left out.
+        classes: names of the classes, by ascending id; None if `classes.txt` holds them.
+        split: the default split.
         split_sizes: numbers of images of the splits with public masks; empty for own data.
         lists: pattern of the file that names the images, where the folders hold others too.
         instances: whether COCO's file of instances is read if there are no masks.
-        values: those of the classes in the masks, by default 1..K; 255 is void, unless `background` names it. Others
-            are errors.
+        values: values of the classes in the masks, by default 1..K.
+        background, void: values of background and of ignored pixels. 255 is void unless it is in `background`. Values
+            that are in none of the three are errors.
         stuff: classes without instances; None if the data set does not tell.
-        templates: those of ICLIP's paper for its data sets and for folders; others have CLIP's, as papers on
-            segmentation do.
+        templates: prompt templates: ICLIP's for folders and the data sets of its paper, CLIP's for all others, as in
+            papers on segmentation.
     """
 
     title: str
@@ -85,8 +86,8 @@ _CONTEXT = Layout(
 )
 _WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
 _COCO_SIZES = {"train2017": 118_287, "val2017": 5000}
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids, of which 11 are
-# not used.
+# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids. 11 values are not
+# used.
 _STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
 _COCO_STUFF = Layout(
     "COCO-Stuff 164k",
@@ -110,7 +111,7 @@ DATASETS = {
     "voc20": _VOC._replace(title=f"{_VOC.title}, without background", **_WITHOUT_BACKGROUND),
     "context60": _CONTEXT,
     "context59": _CONTEXT._replace(title=f"{_CONTEXT.title}, without background", **_WITHOUT_BACKGROUND),
-    # The background is all that is no thing, also unlabelled, as in GroupViT's conversion.
+    # All other pixels are background, also unlabelled ones, as in GroupViT's conversion.
     "coco_object": _COCO_STUFF._replace(
         title="COCO-Object",
         classes=COCO_THINGS,

@@ -31,34 +31,34 @@ TEMPLATES = (
     "there is a {} in the photo",
 )
 PROMPTS = 3  # of each image, as in GroupViT
-# In a caption more often a colour than the fruit, unless the caption ends with it, as "a photo of an orange" does.
+# Captions use it for the colour more often than for the fruit, unless they end with it: "a photo of an orange".
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
 _LINE = re.compile(r"([^()#,;\x00-\x1f]+?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
 
-# By each of its names, the names of a class.
+# All names of a class, by each of them.
 _SAME_CLASS = {name: frozenset(names) for names in SAME_CLASS for name in names}
 
 
 def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
     """
     Returns the nouns of a vocabulary in lower case, each with its marks. Blank lines do not count. Raises `ValueError`
-    for a line that is not a noun with its marks, a noun above and below others, and one that stands twice.
+    for a line that is not a noun with its marks, for a noun that is both above and below, and for a repeated noun.
     """
     marks = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         found = _LINE.fullmatch(line.strip().lower())
-        noun, of_noun = found.groups() if found else ("", "")
-        if not _name(noun) or ("above" in of_noun and "below" in of_noun):
+        noun, noun_marks = found.groups() if found else ("", "")
+        if not _name(noun) or ("above" in noun_marks and "below" in noun_marks):
             raise ValueError(
                 f'line {number}: {line!r:.100} is not a noun with its marks, such as "sky (background) (above)"; '
                 "correct or remove it."
             )
         if noun in marks:
             raise ValueError(f"line {number}: {noun!r} is there already; remove one of them.")
-        marks[noun] = of_noun
+        marks[noun] = noun_marks
     return marks
 
 
@@ -83,10 +83,10 @@ class NounPrompts:
     Samples noun prompts for images. The prompts depend only on (seed, epoch, captions, nouns shown).
 
     Args:
-        nouns: the vocabulary: nouns of one or several words, in the singular. Those of the background, which is behind
-            or below objects, are marked: "sky (background)". So are those that images show "(above)" or "(below)" most
-            others: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is how many training
-            photographs show the noun, without effect on prompts.
+        nouns: the vocabulary: nouns of one or several words, in the singular, each with its marks. "(background)"
+            marks what is behind or below objects; "(above)" and "(below)" mark what images show above or below most
+            other nouns: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is the number of
+            training photographs that show the noun, without effect on prompts.
         seed: seed of the prompts.
 
     Raises:
@@ -96,15 +96,17 @@ class NounPrompts:
     def __init__(self, nouns: Sequence[str], seed: int = 0):
         marks = marked_nouns(nouns)
         self.nouns = list(marks)
-        # What a batch says of the nouns of its prompts, see `BatchNouns`.
+        # The marks that a batch has of each prompt, see `BatchNouns`.
         self.marks = {
-            "is_background": np.array(["background" in of_noun for of_noun in marks.values()]),
-            "place": np.array([("below" in of_noun) - ("above" in of_noun) for of_noun in marks.values()], np.int8),
+            "is_background": np.array(["background" in noun_marks for noun_marks in marks.values()]),
+            "place": np.array(
+                [("below" in noun_marks) - ("above" in noun_marks) for noun_marks in marks.values()], np.int8
+            ),
         }
         self.seed = seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
-        # As captions are read: "carpenter's kit" is three words.
+        # In the words that captions are read in: "carpenter's kit" is three.
         singular = [*map(_name, self.nouns)]
         self._by_form = {noun: number for number, noun in enumerate(singular)}
         for number, noun in enumerate(singular):
@@ -128,20 +130,20 @@ class NounPrompts:
 
     def sentences(self, captions: Sequence[str]) -> Sequence[str]:
         """
-        Returns the captions that are no noun prompts, such as "a photo of an oven", whose noun the noun loss has
-        anyway. If there are no others, returns all.
+        Returns the captions without noun prompts such as "a photo of an oven", whose nouns the noun loss has anyway;
+        all captions if there are no others.
         """
         return [caption for caption in captions if caption.replace(" an ", " a ") not in self._prompts] or captions
 
     def nouns_in(self, caption: str, phrases: Collection[str] = ()) -> set[int]:
         """
-        Returns the indices of the nouns that a caption names, in the singular or plural. A longer noun takes its
-        words: a hot dog is no dog, and "laptop computer" no laptop. Of two that share a word, the one to the right
-        takes it: a "city bus stop" is a bus stop.
+        Returns the indices of the nouns that a caption names, in the singular or plural. A word belongs to the longest
+        noun around it: a hot dog is no dog, and "laptop computer" no laptop. If two of one length overlap, it belongs
+        to the right one: a "city bus stop" is a bus stop.
 
         Args:
             caption: the text.
-            phrases: more nouns of several words that take theirs, as words in lower case.
+            phrases: other names of several words, in lower case. Their words name no noun either.
         """
         words = _words(caption)
         free_words, nouns = set(range(len(words))), set()
@@ -160,9 +162,9 @@ class NounPrompts:
     ) -> ImageNouns:
         """
         Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. Labels
-        precede captions: a noun that a caption names and complete labels deny is unknown. Names of several words take
-        theirs in captions, also if they are not in the vocabulary. A label by the name of its class in another data
-        set, such as VOC's "tvmonitor" with the names of COCO, has the name in `complete` too.
+        precede captions: a noun that a caption names and complete labels deny is unknown. The words of labels and of
+        names in `complete` name no other noun in captions, even if the vocabulary does not have them. A label counts
+        by all names of its class: VOC's "tvmonitor" is the "tv" in a `complete` with the names of COCO.
         """
         listed = {*map(_name, complete)}
         labelled = {name for label in labels for name in _names_of(label, listed)}
@@ -189,10 +191,10 @@ class NounPrompts:
         Samples prompts for B images.
 
         Returns:
-            `tuple`: 3 B prompts, grouped by image, and a `dict` of `noun_ids` (3 B,), the indices of their nouns,
-            `noun_labels` (B, vocabulary), 1 for the nouns that an image shows, -1 for those that it is known not to
-            show, else 0, and their marks: `is_background` (3 B,), boolean, and `place` (3 B,), -1 for those above, 1
-            for those below, else 0. An image without nouns gets random prompts.
+            `tuple`: 3 B prompts, grouped by image, and a `dict`: `noun_ids` (3 B,), the index of the noun of each
+            prompt; `noun_labels` (B, vocabulary), 1 for a noun that an image shows, -1 for a noun that it is known not
+            to show, else 0; `is_background` (3 B,), boolean; and `place` (3 B,), -1 for a noun above others, 1 for a
+            noun below, else 0. An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
@@ -204,12 +206,12 @@ class NounPrompts:
                 sampled.append(noun)
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
         sampled = np.array(sampled)
-        of_prompts = {name: values[sampled] for name, values in self.marks.items()}
-        return prompts, {"noun_ids": sampled, "noun_labels": noun_labels, **of_prompts}
+        prompt_marks = {name: values[sampled] for name, values in self.marks.items()}
+        return prompts, {"noun_ids": sampled, "noun_labels": noun_labels, **prompt_marks}
 
 
 def _name(text: str) -> str:
-    """Returns a name as vocabularies are looked up by: words in lower case."""
+    """Returns a name in the form that vocabularies are searched in: words in lower case."""
     return " ".join(_words(text))
 
 
@@ -221,9 +223,9 @@ def _names_of(label: str, listed: Set[str]) -> set[str]:
 
 @lru_cache(2**12)  # many images have the same names
 def _words(text: str) -> tuple[str, ...]:
-    # Composed, because macOS names files by decomposed letters.
+    # Composed, because file names of macOS have decomposed letters.
     composed = unicodedata.normalize("NFC", text.lower())
-    return (*"".join(one if _is_of_word(one) else " " for one in composed).split(),)
+    return (*"".join(letter if _is_of_word(letter) else " " for letter in composed).split(),)
 
 
 def _is_of_word(character: str) -> bool:

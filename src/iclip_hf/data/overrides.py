@@ -41,8 +41,11 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
     names = overrides.get("names") or {}
     if not isinstance(names, Mapping):
         raise ValueError(f"{where}: names maps names of classes to others, and {names!r:.100} does not.")
-    known = {"names", "background", "templates"}, {*class_names}
-    if unknown := [key for keys, of in zip((overrides, names), known) for key in keys if key not in of]:
+    entries = ("names", "background", "templates")
+    if unknown := [
+        *(key for key in overrides if key not in entries),
+        *(key for key in names if key not in class_names),
+    ]:
         raise ValueError(
             f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of {dataset!r}."
         )
@@ -50,7 +53,7 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
     background = texts(overrides["background"]) if "background" in overrides else ()
     if background and not layout.background:
         raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset!r} is void.")
-    all_texts = [text for names in synonyms for text in names]  # papers have texts of the background among them
+    all_texts = [text for names in synonyms for text in names]  # may contain texts of the background, as in papers
     if twice := [text for text in all_texts if all_texts.count(text) > 1]:
         raise ValueError(f"{where}: {twice[0]!r} names two classes.")
     return Overrides(synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates))))
@@ -58,14 +61,14 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
 
 def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> Mapping:
     """
-    Reads a text file with a line for each class, synonyms separated by semicolons or else by commas, and perhaps one
-    for the background before.
+    Reads a text file with a line for each class, possibly after a line for the background. Synonyms are separated by
+    semicolons if the file has any, otherwise by commas.
     """
     content = read_text(path).rstrip()
     separator = ";" if ";" in content else ","
     lines = [[text.strip() for text in line.split(separator)] for line in content.splitlines()]
-    has_first = DATASETS[dataset].background and len(lines) == len(class_names) + 1
-    background = {"background": lines.pop(0)} if has_first else {}
+    has_background = DATASETS[dataset].background and len(lines) == len(class_names) + 1
+    background = {"background": lines.pop(0)} if has_background else {}
     if len(lines) != len(class_names):
         raise ValueError(
             f"{path}: {dataset!r} has {len(class_names)} classes with a line for each, and this file has "

@@ -2,7 +2,7 @@
 Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
 Local images are neither unpacked nor read into memory. A pair is a row of its source, or several rows of one image,
-and one array holds the places of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not
+and one array holds the numbers of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not
 imported, so that data can be checked before a run.
 """
 
@@ -74,10 +74,10 @@ class PairDataset(Epochs):
     pickled.
 
     Args:
-        sources: of the pairs, see [`~iclip_hf.data.formats.open_sources`]. A source may be repeated.
+        sources: sources of the pairs, from [`~iclip_hf.data.formats.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
         max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this
-            process read. Loading processes count for themselves.
+            process read. Each loading process counts its own.
 
     Raises:
         `ValueError`: there are no pairs. During access, too many pairs are bad.
@@ -98,10 +98,10 @@ class PairDataset(Epochs):
         self.tally = BadPairTally(max_bad_share, len(self))
 
     def _select(self, indices: np.ndarray) -> PairDataset:
-        """Returns a part, by the indices of its pairs or a mask of all."""
+        """Returns a data set of the pairs with these indices, or of a boolean mask of all pairs."""
         part = copy(self)
         part._pairs, part._digests = self._pairs[indices], None if self._digests is None else self._digests[indices]
-        part.tally, part._epoch = BadPairTally(self.max_bad_share, len(part)), 0  # of its own
+        part.tally, part._epoch = BadPairTally(self.max_bad_share, len(part)), 0
         return part
 
     def __len__(self) -> int:
@@ -123,8 +123,8 @@ class PairDataset(Epochs):
 
     def read(self, index: int) -> dict:
         """
-        Returns a pair without replacement, `image`, `captions`, `labels`, `complete` and `key` of an item. Raises
-        `BadPairError` if the pair is unusable.
+        Returns `image`, `captions`, `labels`, `complete` and `key` of a pair. Raises `BadPairError` if the pair is
+        unusable, instead of replacing it.
         """
         pair = self.raw(index)
         return {"image": _load(pair), **pair.texts._asdict(), "key": pair.key}
@@ -145,7 +145,7 @@ class PairDataset(Epochs):
         source, (row, *others) = self._rows(pair)
         name, file = source.names[row], source.file(row)
         try:
-            first, *more = (source.rows[one] for one in (row, *others))
+            first, *more = (source.rows[number] for number in (row, *others))
             texts = source.columns.texts(first)
             if more:
                 texts = PairTexts.joined([texts, *map(source.columns.texts, more)])
@@ -167,7 +167,7 @@ class PairDataset(Epochs):
         number = np.searchsorted(self._ends, pair, side="right")
         source = self.sources[number]
         rows, bounds = source.images
-        image = pair - self._ends[number]  # from the end of the bounds, which are one more
+        image = pair - self._ends[number]  # negative: `bounds[-1]` is the end of the last image
         return source, rows[bounds[image - 1] : bounds[image]].tolist()
 
     def some_texts(self) -> Iterator[PairTexts]:
@@ -190,15 +190,20 @@ class PairDataset(Epochs):
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Splits off a part of the pairs, which is always the same. Pairs of one image stay together, also those of
-        copies of its file or of its bytes in a shard or table, see `image_digests`. `share`, in (0, 1), is that of the
-        images, rounded up.
+        Divides the pairs in two, always in the same way. Pairs of equal images stay together, also if these are copies
+        of a file, or equal bytes in a shard or table, see `image_digests`.
 
-        Returns the other pairs, and the part, in which a pair of a repeated source is contained once. Raises
-        `ValueError` if one of them would be empty.
+        Args:
+            share (`float` in (0, 1)): share of the images in the second part, rounded up.
+
+        Returns:
+            `tuple`: both parts. The second has the pairs of a repeated source once.
+
+        Raises:
+            `ValueError`: a part would be empty.
         """
         groups = self.image_digests()
-        # In the order of the pairs, so that the place of the files does not count.
+        # In the order of the pairs, so that the split does not depend on the paths of the files.
         distinct = list(dict.fromkeys(groups))
         count = math.ceil(share * len(distinct))
         if not 0 < count < len(distinct):
@@ -206,14 +211,14 @@ class PairDataset(Epochs):
                 f"A share of {share} does not split {len(distinct)} images in two; change it, or add pairs."
             )
         order = np.random.default_rng(0).permutation(len(distinct))
-        held_out = {distinct[place] for place in order[:count]}
+        held_out = {distinct[index] for index in order[:count]}
         inside = np.array([group in held_out for group in groups])
         return self._select(~inside), self._select(inside).distinct()[0]
 
     def readable(self) -> PairDataset:
         """
-        Returns the pairs that can be read, for measurements, in which a pair must not be replaced by another. Reads
-        all pairs, and logs the others. Raises `ValueError` if too many cannot be read.
+        Reads all pairs and returns those that can be read, for measurements, in which no pair may replace another.
+        Logs the bad pairs. Raises `ValueError` if they are too many.
         """
 
         def error_of(index: int) -> BadPairError | None:
@@ -231,16 +236,16 @@ class PairDataset(Epochs):
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
-        Returns the pairs without the repetitions of sources that are named several times, in order, and for each pair
-        its row among them, `(N,)`.
+        Returns the pairs without repetitions of sources, in order, and for each of the N pairs of this data set its
+        index among them, `(N,)`.
         """
         _, indices, rows = np.unique(self._pairs, return_index=True, return_inverse=True)
         return self._select(indices), rows.reshape(-1)
 
     def image_digests(self) -> list[bytes]:
         """
-        Returns a digest of the encoded image of each pair, 32 bytes. Computed once, also for the parts of a split. Of
-        more than a gigabyte of data, digests are kept in the cache folder, until a path, a size or a modification time
+        Returns a digest of the encoded image of each pair, 32 bytes. Computed once, also for the parts of a split. The
+        cache folder keeps the digests of more than a gigabyte of data until a path, a size or a modification time
         changes.
         """
         if self._digests is None:
@@ -268,10 +273,10 @@ class PairDataset(Epochs):
         try:
             image = self._raw(pair, need_captions=False).image
             return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()
-        except (OSError, ValueError):  # is a bad pair as it is read
+        except (OSError, ValueError):  # a bad pair, which is counted when it is read for training
             source, (row, *_) = self._rows(pair)
-            place = os.path.abspath(source.file(row) or f"{source.path}, row {row + 1}")
-            return hashlib.sha256(place.encode(errors="surrogatepass")).digest()
+            location = os.path.abspath(source.file(row) or f"{source.path}, row {row + 1}")
+            return hashlib.sha256(location.encode(errors="surrogatepass")).digest()
 
     def files(self) -> set[str]:
         """Returns the absolute paths of the sources and of the images that they name."""
@@ -291,7 +296,7 @@ def load_pairs(
     world_size: int = 1,
 ) -> PairDataset | PairStream:
     """
-    Opens image-text pairs for training, of one source or a list of local ones. The guide (`docs/guide/train.md`)
+    Opens image-text pairs for training, from one source or a list of local ones. The guide (`docs/guide/train.md`)
     describes their forms, and columns with labels.
 
     - Tar shards of webdataset or img2dataset: a file, a folder, or a pattern such as "cc3m/{00000..00331}.tar" or

@@ -38,8 +38,8 @@ class SegmentationDataset(Sequence):
         labels (`tuple[int, ...]`): ids of the classes, 1..K.
         stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others
             are things. None if the data set does not tell them apart, as Pascal Context and folders.
-        supercategories (`tuple[str, ...]`, *optional*): that of each class, from COCO's files of instances; None in
-            other data sets.
+        supercategories (`tuple[str, ...]`, *optional*): supercategory of each class, from COCO's files of instances;
+            None in other data sets.
         void (`int`): value of ignored pixels in masks, 255; 65535 if K > 254.
         background (`bool`): whether pixels can be background (0). Otherwise, pixels of no class are void.
         background_texts (`tuple[str, ...]`): texts that describe the background; none by default.
@@ -106,8 +106,8 @@ class SegmentationDataset(Sequence):
 
     def fingerprint(self) -> str:
         """
-        Returns a digest, 16 hex digits, over names and content of images and annotations. Of more than a gigabyte,
-        sizes and modification times of the files stand for the content.
+        Returns a digest, 16 hex digits, over names and content of images and annotations. For data of more than a
+        gigabyte, sizes and modification times of the files stand for the content.
         """
         return content_digest(self.files, read=total_size(self.files) <= LARGE)
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = False) -> Source:
     """
-    Opens a data set with images as bytes or as paths. Raises `ValueError` if it is none, or has no such split or
-    columns.
+    Opens a data set with images as bytes or as paths. Raises `ValueError` if the path is no data set, or has no such
+    split or columns.
     """
     with require_extra("train"):
         import datasets
@@ -41,7 +41,7 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
         rows = rows.with_format(None).select_columns([image, *kept])  # some formats hide columns, or return no dict
         rows = rows.rename_column(image, "image") if image != "image" else rows
         rows = rows.cast_column("image", datasets.Image(decode=False))
-    # Of images within the rows, no byte is read. They may share one path, and are images of their own.
+    # The bytes of images within rows are not read. Each is another image, also if several rows have one path.
     stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
     lengths, names = pc.binary_length(pc.struct_field(stored, "bytes")), pc.struct_field(stored, "path")
     names = (None if length else name.as_py() for length, name in zip(lengths.to_pylist(), names))

@@ -1,4 +1,4 @@
-"""What a format gives."""
+"""The rows of image-text pairs that a format reads."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ..columns import Columns
 
 class PackedRows(Sequence):
     """
-    Values that JSON has, in one block of memory. As Python objects, the rows of a million pairs take several times as
-    much, and each loading process would come to hold a copy of them.
+    JSON values in one block of memory. As Python objects, the rows of a million pairs take several times as much, and
+    each loading process would end up with a copy of them.
     """
 
     def __init__(self, rows: Iterable = ()):
@@ -93,9 +93,8 @@ class Source:
     @cached_property
     def images(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        The rows (R,), those of one image one behind the other, and where the rows of each of I images begin and the
-        last ones end (I + 1,). Rows that name one image are one pair, because in a batch the captions of other pairs
-        count as wrong.
+        All rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images. Rows that name one
+        image are one pair, because in a batch the captions of other pairs count as wrong.
         """
         names = bytearray()
         for row in range(len(self.names)):
@@ -103,6 +102,6 @@ class Source:
             name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row
             names += hashlib.blake2b(name, digest_size=16).digest()
         _, first, inverse = np.unique(np.frombuffer(names, "S16"), return_index=True, return_inverse=True)
-        first = first[inverse.reshape(-1)]  # of the rows of its image
+        first = first[inverse.reshape(-1)]  # for each row, the first row of its image
         rows = np.argsort(first, kind="stable")
         return rows, np.flatnonzero(np.diff(first[rows], prepend=-1, append=-1))

@@ -19,15 +19,15 @@ METADATA = ("metadata.jsonl", "metadata.csv")  # the table of a folder, as in an
 def read_table(path: Path, columns: Columns) -> Source:
     """
     Reads a text file in UTF-8: .csv or .tsv (without quoting) with a header line, or .jsonl. Fields of a .csv are
-    separated by the character of ",", ";" and tab that its header has most of. Raises `ValueError` if a line is no
-    row, or there is no column of images or captions.
+    separated by ",", ";" or tab, whichever is most frequent in its header. Raises `ValueError` if a line is no row, or
+    there is no column of images or captions.
     """
     rows, names, found = PackedRows(), PackedRows(), {}
     read = _objects if path.suffix.lower() == ".jsonl" else _fields
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for row in read(file):
-                found |= dict.fromkeys(row)  # a row of a .jsonl may lack some
+                found |= dict.fromkeys(row)  # rows of a .jsonl may have different columns
                 name = next((row[column] for column in columns.image if row.get(column)), None)
                 names.append(name if isinstance(name, str) else None)
                 rows.append({column: row[column] for column in (*columns.caption, *LABEL_COLUMNS) if column in row})

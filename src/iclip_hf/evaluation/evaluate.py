@@ -69,13 +69,13 @@ def evaluate_model(
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
-        methods (*optional*): names of explainers, or for each name its options, such as `{"gem": {"depth": 3}}`; that
-            of [`make_explainer`] for the model if not given.
-        metrics: a name of `TASKS`, which leaves out what the data set or the model does not have; or names of
-            `METRICS` and metrics with options such as `Segmentation(window=224)`.
+        methods (*optional*): names of explainers, or their options by name, such as `{"gem": {"depth": 3}}`; if not
+            given, the method that [`make_explainer`] chooses for the model.
+        metrics: a name of `TASKS`, whose metrics are left out if the data set or the model does not have what they
+            measure; or names of `METRICS` and metrics with options such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
-            or a `size` of [`ICLIPProcessor`]; if not given, what a metric prefers ([`Metric`]), and otherwise the
-            processor's. mAP and presence of whole images always come from the processor's.
+            or a `size` of [`ICLIPProcessor`]; if not given, the size that a metric prefers ([`Metric`]), or else the
+            processor's. mAP and presence of whole images always come from the processor's size.
         templates: prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         multi_scale (`bool`): whether to compute maps and scores at two scales, see [`Engine`].
@@ -115,8 +115,7 @@ def evaluate_model(
     dataset[:limit].check_classes()
     totals = {}
     for run in runs.values():
-        of_run = [metric for metric in run_of if run_of[metric] is run]
-        totals |= run.measure(of_run)
+        totals |= run.measure([metric for metric in run_of if run_of[metric] is run])
     _join_processes(totals)
 
     first, metrics = next(iter(runs.values())), [metric for metric in run_of if metric is not report]
@@ -148,14 +147,14 @@ def evaluate_model(
 def _join_processes(totals: Mapping[tuple, Metric]) -> None:
     """Merges the items that each process measured, so that the metrics are alike on every process."""
     first, *others = gather_object([[total.state for total in totals.values()]])
-    for total, of_all, *parts in zip(totals.values(), first, *others):
+    for total, merged, *parts in zip(totals.values(), first, *others):
         for part in parts:
-            of_all.merge(part)
-        total.state = of_all
+            merged.merge(part)
+        total.state = merged
 
 
 def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
-    """Returns the protocol of the first run, with the options of each metric, and its size of images if it differs."""
+    """Returns the protocol of the first run, with the options of each metric and its image size if it is another."""
     metrics = {}
     for metric, run in run_of.items():
         size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
@@ -221,7 +220,7 @@ class EvaluationRun:
         methods = methods or [None]
         if not isinstance(methods, Mapping):
             methods = {method: {} for method in methods}
-        explainers = [make_explainer(self.model, method, **of_method) for method, of_method in methods.items()]
+        explainers = [make_explainer(self.model, method, **chosen) for method, chosen in methods.items()]
         self.methods = [explainer.name for explainer in explainers]
         self.method_options = dict(zip(self.methods, methods.values()))
         self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
@@ -242,14 +241,16 @@ class EvaluationRun:
             method: [metric for metric in metrics if metric.by_method == bool(method)]
             for method in (None, *self.methods)
         }
-        totals = {(metric.name, method): metric.empty() for method, of in metrics_of.items() for metric in of}
+        totals = {
+            (metric.name, method): metric.empty() for method, measured in metrics_of.items() for metric in measured
+        }
 
         def update(image: EvaluatedImage) -> list[Metric]:
             """Returns the metrics of `totals` with this image alone."""
             parts = []
-            for method, of_method in metrics_of.items():
+            for method, measured in metrics_of.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
-                for metric in of_method:
+                for metric in measured:
                     parts.append(metric.empty())
                     parts[-1].update_from(image, method, maps)
             return parts

@@ -116,10 +116,9 @@ class MetricModule(evaluate.Metric, ABC):
 
     def compute(self, *, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
-        metric = self.metric(
-            **self.options | self._options(items)
-        )  # first, so that an error does not lose the added items
-        items = {name: values for name, values in items.items() if values is not None}  # None is of `evaluate.combine`
+        # First, so that an error in the options does not lose the added items.
+        metric = self.metric(**self.options | self._options(items))
+        items = {name: values for name, values in items.items() if values is not None}  # `evaluate.combine` gives None
         if not items and self.num_process > 1:
             # Process 0 waits for a file of every process, so a process without items writes an empty one.
             items = dict.fromkeys(self.features, ())

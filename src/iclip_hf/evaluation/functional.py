@@ -31,7 +31,7 @@ def to_numpy(array) -> np.ndarray:
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """Returns a map as an array of floats. Others than those in [0, 1] would be counted wrongly."""
+    """Returns a map as an array of floats. Raises `ValueError` outside [0, 1], which would be counted wrongly."""
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind != "f":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones
@@ -138,8 +138,8 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
 
-    # Twice the number of pairs of a pixel of i and one of j where M_i is greater at i, plus the ties; and of all these
-    # pairs.
+    # `pairs` counts the pairs of a pixel of i and a pixel of j. `wins` is twice the number of pairs in which M_i is
+    # greater at i, plus the number of ties.
     wins, pairs = np.zeros((2, number, number), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
@@ -182,9 +182,9 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
     """
-    Groups probabilities `(N,)` into bins of equal width, of which the last includes 1 (Guo et al. 2017). Returns the
-    mean probability (NaN in an empty bin), the share of `shown` (likewise) and the number of items of each bin, as
-    `mean`, `shown` and `items`.
+    Groups probabilities `(N,)` into bins of equal width; the last one includes 1 (Guo et al. 2017). Returns for the
+    bins their mean probability (`mean`) and share of shown items (`shown`), both NaN in an empty bin, and their number
+    of items (`items`).
     """
     index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
     items = np.bincount(index, minlength=bins)
@@ -210,7 +210,7 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
         codes += _thresholds_below(confidence[counted])
 
     def above(pixels: np.ndarray | slice) -> np.ndarray:
-        """Counts (K, L) of these pixels by predicted class, at each threshold those above it."""
+        """Returns the number of these pixels above each threshold by predicted class, (K, L)."""
         bins = np.bincount(codes[pixels], minlength=num_classes * levels).reshape(-1, levels)
         return bins if confidence is None else bins[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
 

@@ -1,6 +1,6 @@
 """
 The protocols by which papers on training-free open-vocabulary segmentation measure mIoU, as their released
-configurations state them. No torch, because the help of a command lists them.
+configurations state them. Torch is not imported, because the help of a command lists them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Protocol:
 
 _WHOLE = {"window": None, "stride": None}
 _CITYSCAPES = {"short_side": 560}
-# For each paper its settings, and what differs for a data set.
+# The settings of each paper, and its other settings for single data sets.
 _PAPERS = {
     "sclip": (
         Protocol({"sclip": {}}),
@@ -94,7 +94,7 @@ _NAMES_OF = {"naclip": "sclip"}
 def protocol_settings(paper: str, dataset: str) -> Protocol:
     """
     Returns the settings of a paper, a name of `PROTOCOLS`, for a data set, a name of
-    [`~iclip_hf.data.layouts.DATASETS`]. A data set that the paper does not have gets those that most others have.
+    [`~iclip_hf.data.layouts.DATASETS`]. A data set that the paper does not have gets the settings of most others.
     Raises `ValueError` if there is no such paper.
     """
     if paper not in _PAPERS:

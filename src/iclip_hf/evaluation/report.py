@@ -22,9 +22,9 @@ class _Seen:
     """What a report shows, of one image or of several."""
 
     def __init__(self):
-        self.names: dict[int, str] = {}  # of images
-        self.presences: dict[int, np.ndarray] = {}  # (K,) of each image, of a model that has it
-        self.areas: dict[tuple[int, int], float] = {}  # share of the image, by image and class id
+        self.names: dict[int, str] = {}  # by image
+        self.presences: dict[int, np.ndarray] = {}  # (K,) by image; empty for a model without presence
+        self.areas: dict[tuple[int, int], float] = {}  # share of the image that a class covers, by image and class id
         self.overlaps: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # IoU at each threshold, by method
 
     def merge(self, other: _Seen) -> None:
@@ -94,7 +94,9 @@ class Report(Metric):
         for index, presence in sorted(seen.presences.items()):
             present = np.flatnonzero(presence >= MIN_PRESENCE).tolist()
             alarms += [
-                [index, one, _rounded(presence[one])] for one in present if (index, one + 1) not in seen.overlaps
+                [index, column, _rounded(presence[column])]
+                for column in present
+                if (index, column + 1) not in seen.overlaps
             ]
         protocol = result.protocol
         names = [seen.names.get(index, "") for index in range(max(seen.names, default=-1) + 1)]
@@ -125,12 +127,14 @@ def _scores_of_classes(result: EvaluationResult, count: int) -> dict[str, dict[s
     scores: dict[str, dict[str, list[float | None]]] = {}
     for method, classes in result.per_class.items():
         for row in classes:
-            for metric, of_metric in row.items():
-                for name, score in of_metric.items() if isinstance(of_metric, dict) and row["id"] else ():
+            for metric, values in row.items():
+                for name, score in values.items() if isinstance(values, dict) and row["id"] else ():
                     numbers = scores.setdefault(f"{metric} {name}", {}).setdefault(method, [None] * count)
                     numbers[row["id"] - 1] = score
     return {
-        name: of for name, of in scores.items() if any(number is not None for part in of.values() for number in part)
+        name: by_method
+        for name, by_method in scores.items()
+        if any(number is not None for numbers in by_method.values() for number in numbers)
     }
 
 

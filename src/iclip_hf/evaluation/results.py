@@ -48,8 +48,10 @@ class EvaluationResult:
         rows = []
         for method, classes in self.per_class.items():
             for row in classes:
-                scores = {name: of_metric for name, of_metric in row.items() if isinstance(of_metric, dict)}
-                named = {f"{name}.{score}": one for name, of in scores.items() for score, one in of.items()}
+                scores = {metric: values for metric, values in row.items() if isinstance(values, dict)}
+                named = {
+                    f"{metric}.{name}": score for metric, values in scores.items() for name, score in values.items()
+                }
                 rows.append({"method": method, "id": row["id"], "name": row["name"], **named})
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))

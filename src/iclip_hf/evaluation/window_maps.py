@@ -57,7 +57,7 @@ class WindowMaps:
 
     @classmethod
     def cut(cls, pixels: torch.Tensor, window: int | None, stride: int | None, **options) -> WindowMaps:
-        """Divides an image into windows that slide over it by `stride`; one of the whole image without `window`."""
+        """Divides an image into windows that slide over it by `stride`; without `window`, the whole image is one."""
         size = tuple(pixels.shape[1:])
         sides = tuple(min(window or side, side) for side in size)
         return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **options)
@@ -77,8 +77,8 @@ class WindowMaps:
             image = _bilinear(self.pixels[None].to(maps), self.size)
             weights = affinity(image, self.dilations, PAMR_SPREAD, centers=len(self.dilations))
         for part in maps.split(CHUNK, 1):
-            of_windows = (_bilinear(one[None], window) for one in part)
-            joined = mean_of_windows(of_windows, self.windows, self.pixels.shape[1:], patch_size=1)
+            large_windows = (_bilinear(window_maps[None], window) for window_maps in part)
+            joined = mean_of_windows(large_windows, self.windows, self.pixels.shape[1:], patch_size=1)
             large = _bilinear(joined, self.size)
             yield from (large if weights is None else propagate(large, weights, self.dilations))[0]
 

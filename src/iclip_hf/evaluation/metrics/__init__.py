@@ -17,7 +17,7 @@ from ..protocols import PROTOCOLS
 if TYPE_CHECKING:
     from .metric import Metric
 
-# For each metric its module here and its class.
+# Module and class of each metric.
 METRICS = {
     "mAP": "recognition:MultiLabelAveragePrecision",
     "mMIoU": "maps:MeanMaxIoU",
@@ -40,9 +40,9 @@ TASKS = {
 }
 MAX_SEED = 2**32 - 1  # as numpy's
 
-# Parameters of metrics that are options of `iclip evaluate`: for each its form, and its help. The form is that of a
-# number ("pixels" and "count" from 1, "seed" from 0 to `MAX_SEED`, "number", "share" in [0, 1]), "texts", or a tuple
-# of choices.
+# Form and help of each parameter of metrics that is an option of `iclip evaluate`. A form is a kind of number
+# ("pixels" and "count" from 1, "seed" from 0 to `MAX_SEED`, "number", "share" in [0, 1]), "texts", or a tuple of
+# choices.
 OPTIONS = {
     "aggregate": (
         ("image", "pixel"),
@@ -75,7 +75,7 @@ OPTIONS = {
     "seed": ("seed", "seed of all random values (default: 0)"),
 }
 
-_MODULES = {name: f".{module}" for module, _, name in (place.partition(":") for place in METRICS.values())}
+_MODULES = {name: f".{module}" for module, _, name in (path.partition(":") for path in METRICS.values())}
 _MODULES |= dict.fromkeys(["Metric", "ClassMeans", "MeasuredClassMeans"], ".metric") | {"MeanIoU": ".segmentation"}
 __all__ = ["METRICS", "OPTIONS", "TASKS", "make_metrics", *_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
@@ -93,11 +93,11 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
         `ValueError`: there is no metric, a name is unknown, two metrics have one name, no metric has an option, or a
             value is not allowed.
     """
-    of_task = isinstance(metrics, str)
-    if of_task and metrics not in TASKS:
+    is_task = isinstance(metrics, str)
+    if is_task and metrics not in TASKS:
         raise ValueError(f"{metrics!r} is no task: choose one of {', '.join(TASKS)}, or give a list of metrics.")
     made, used = [], set()
-    for metric in TASKS[metrics] if of_task else metrics:
+    for metric in TASKS[metrics] if is_task else metrics:
         if isinstance(metric, str):
             if metric not in METRICS:
                 raise ValueError(f"{metric!r} is no metric: choose one of {', '.join(METRICS)}.")
@@ -105,7 +105,7 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
             metric_class = getattr(import_module(f"{__name__}.{module}"), name)
             taken = options.keys() & signature(metric_class).parameters.keys()
             metric = metric_class(**{option: options[option] for option in taken})
-            metric.optional = of_task
+            metric.optional = is_task
             used |= taken
         made.append(metric)
     if not made:

@@ -88,8 +88,8 @@ def area_under(curves: torch.Tensor) -> torch.Tensor:
 
 class DeletionInsertion(MeasuredClassMeans):
     """
-    Areas under the curves of deletion and insertion, of the cosine and of the probability among all classes, and
-    insertion minus deletion.
+    Areas under the curves of deletion and insertion, and their difference, insertion minus deletion: for the cosine of
+    the class, and for its probability among all classes.
 
     Args:
         steps (`int`): number of steps of each.

@@ -18,9 +18,9 @@ from .recognition import like_classes
 
 class LabelMaps(Metric):
     """
-    Label maps as [`Explanation.label_map`] computes them with its default thresholds, all texts competing: the classes
-    that an image shows, and two absent ones. One of these is like a shown class, see [`like_classes`], the other is
-    any. Both are sampled by `seed` and the position of the image. With refined maps, label maps are those of
+    Scores of label maps, which [`Explanation.label_map`] computes with its default thresholds. The competing texts are
+    the classes that an image shows and two absent ones: one that is like a shown class, see [`like_classes`], and any
+    other one. Both are sampled by `seed` and the position of the image. With refined maps, label maps are those of
     `iclip segment`.
 
     Args:
@@ -57,10 +57,10 @@ class LabelMaps(Metric):
         Adds one image.
 
         Args:
-            label_map (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): at each pixel the index of a text, of which
-                the first T are the shown classes and the others absent, or -1.
-            masks (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): one for each shown class, whose pixels equal
-                to the label belong to it.
+            label_map (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): the index of a text at each pixel, or -1. The
+                first T texts are the shown classes, the others are absent.
+            masks (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): the mask of each shown class. Pixels equal to
+                its label belong to it.
             labels (`Sequence[int]`): ids of the T classes. An image without a class is left out.
         """
         label_map, masks = to_numpy(label_map), to_numpy(masks)

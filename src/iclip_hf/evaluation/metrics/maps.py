@@ -31,7 +31,7 @@ class MaskMetric(Metric):
             that of the data set.
     """
 
-    count: Callable[..., np.ndarray]  # from the arguments of `update` and `ignore_index` to the counts of an item
+    count: Callable[..., np.ndarray]  # takes the arguments of `update` and `ignore_index`, returns counts of an item
     reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
@@ -226,13 +226,13 @@ class TextContrast(MaskMetric):
 
 class StuffContrast(TextContrast):
     """
-    The share of a class's own pixels that its map ranks above the pixels of the other classes in the image,
-    P(M_i at i > M_i at j), ties half, mean over the images and partners of a class (the area under the ROC curve of
-    two regions): the mean over the classes of the background (`stuff_contrast`) and of objects (`thing_contrast`), in
-    percent.
+    Stuff contrast and thing contrast: how well the map of a class of the background, or of objects, ranks its own
+    pixels above those of the other classes in the image.
 
-    50 is chance. Unlike text contrast, it takes one map at a time. So a map of saliency, which does not depend on the
-    text, is above 50 for things and equally far below for stuff; a good map has both scores above 50.
+    The value of a class is the mean of P(M_i at i > M_i at j), ties half, over all its images and partners: the area
+    under the ROC curve of two regions. The scores are the means over the classes of each kind, in percent. 50 is
+    chance. Unlike text contrast, they take one map at a time: a map of saliency, which does not depend on the text, is
+    above 50 for things and equally far below for stuff. A good map has both scores above 50.
 
     Args:
         stuff: the class ids of the background; in [`evaluate_model`] those of the data set.
@@ -274,11 +274,11 @@ class StuffContrast(TextContrast):
         """
         scores = super().compute()
         del scores["text_contrast"]
-        of_kinds = {}
+        by_kind = {}
         for name, is_stuff in (("stuff_contrast", True), ("thing_contrast", False)):
             values = [score for label, score in scores["per_class"].items() if (label in self.stuff) == is_stuff]
-            of_kinds[name] = mean(values)
-        return of_kinds | scores
+            by_kind[name] = mean(values)
+        return by_kind | scores
 
 
 class PointingGame(ClassMeans):

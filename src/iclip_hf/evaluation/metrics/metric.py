@@ -33,7 +33,7 @@ class EvaluatedImage:
     prepared: PreparedImage
     scores: torch.Tensor | None = None  # (K,), cosines with all classes, if a metric needs scores
     presence: torch.Tensor | None = None  # (K,), if a metric needs presence
-    explanations: dict[str, Explanation] = field(default_factory=dict)  # of T texts, by method, if a metric needs maps
+    explanations: dict[str, Explanation] = field(default_factory=dict)  # by method, of T texts, if a metric needs maps
     outputs: dict[str, Any] = field(default_factory=dict)  # by the name of a metric, from `Metric.run_model`
 
     @cached_property
@@ -79,18 +79,18 @@ class Metric(ABC):
 
     Attributes:
         name (`str`): its name in `metrics=`, in `--metrics` and in results.
-        columns (`dict`): the scores of `compute` that tables show: for each its heading and its number of digits, None
-            for a score that is shown as it is.
+        columns (`dict`): heading and number of digits of each score of `compute` that tables show. None digits show a
+            score as it is.
         legend (`str`): a line below the table that explains the columns.
-        rows (`dict`): the scores of a class: for each its name in the row of the class, and its name in `compute`, a
-            `dict` by class id.
+        rows (`dict`): for each score of classes, its name in the row of a class, and its name in `compute`, where it
+            is a `dict` by class id.
         needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
         by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with
             the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the metric prefers.
         definition (`str`): what the protocol of a result states besides the options.
-        optional (`bool`): whether it is left out where it raises [`CannotMeasure`], as a metric that a task takes by
-            default.
+        optional (`bool`): whether an evaluation leaves it out if it raises [`CannotMeasure`]. Metrics that a task
+            takes by default are optional.
         ignore_index (`int`): value of ignored pixels in masks; that of the data set in [`evaluate_model`].
         state: what `update` adds to and `merge` merges.
     """
@@ -150,7 +150,7 @@ class Metric(ABC):
         """
 
     def report(self) -> tuple[dict, dict[int, dict]]:
-        """Returns the scores of `compute` (None for NaN) but for those of classes, and these by class id."""
+        """Returns the scores of `compute` (None for NaN) without those of classes, and the latter by class id."""
         scores = self.compute()
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
         labels = dict.fromkeys(itertools.chain(*by_class.values()))

@@ -42,7 +42,7 @@ class LayerRandomization:
         self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Computes the [`rank_correlation`] `(L, N, M)` of maps with those after the last 1, ..., L layers are
+        Computes the [`rank_correlation`] `(L, N, M)` between maps before and after the last 1, ..., L layers are
         randomised. `explain` is a function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
         """
         maps, correlations, replaced = explain(pixel_values), [], []
@@ -71,8 +71,8 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 class Randomization(MeasuredClassMeans):
     """
-    Rank correlations of the maps with those after the last 1, 2, ... layers of the image tower are randomised, see
-    [`LayerRandomization`]. `seed` is that of the random weights.
+    Rank correlations between maps before and after the last 1, 2, ... layers of the image tower are randomised, see
+    [`LayerRandomization`]. `seed` is the seed of the random weights.
     """
 
     name = "randomization"
@@ -106,8 +106,8 @@ class Randomization(MeasuredClassMeans):
 
     def compute(self) -> dict:
         """
-        Returns the scores of [`ClassMeans`]: `randomization` is a list with a correlation for each depth, of a class
-        the last of them.
+        Returns the scores of [`ClassMeans`]. `randomization` is a list with a correlation for each depth; that of a
+        class is the last of them.
         """
         scores = super().compute()
         last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}

@@ -23,7 +23,7 @@ with require_extra("eval"):
 
 
 class Rows:
-    """Scores of images, and whether the classes are shown, `(B, K)` each: a ranking cannot be summed."""
+    """Scores of images, and whether they show the classes, `(B, K)` each. A ranking needs all scores, not sums."""
 
     def __init__(self):
         self.rows: list[tuple[np.ndarray, np.ndarray]] = []
@@ -61,7 +61,7 @@ class MultiLabelAveragePrecision(Metric):
     needs = frozenset({"scores"})
     by_method = False
     state_type = Rows
-    ranked_by = "scores"  # of an image, one number for each class
+    ranked_by = "scores"  # attribute of an image with a number for each class
 
     def update(self, scores, shown) -> None:
         """
@@ -141,22 +141,23 @@ class Presence(MultiLabelAveragePrecision):
         """
         Returns the scores of all pairs of an image and a class so far. A score without data is None.
 
-        - **auc**, **auc_hard** -- area under the ROC curve, in [0, 1]; of `auc_hard` the only absent classes are those
-          like one that the image shows.
+        - **auc** -- area under the ROC curve of shown against absent classes, in [0, 1].
+        - **auc_hard** -- the same against absent classes that are like one that the image shows.
         - **auc_of_classes** -- mean over classes of the AUC of one class over the images. Classes that all images or
           none show are left out.
-        - **auc_without_image** -- AUC of the mean logit of each class over all images, which all images then share:
-          what frequent classes contribute to `auc`.
-        - **kept**, **passed** -- share of the shown and of the absent classes whose presence is at least
-          `min_presence`, percent; **passed_hard** of the absent ones that are like a shown class, **kept_things** and
-          **kept_stuff** of the shown ones of each kind.
+        - **auc_without_image** -- AUC where all images have the mean logit of each class over the images: what
+          frequent classes contribute to `auc`.
+        - **kept** -- share of the shown classes whose presence is at least `min_presence`, percent; **kept_things**
+          and **kept_stuff** are the shares of each kind.
+        - **passed** -- the same share of the absent classes; **passed_hard** is that of absent classes that are like a
+          shown one.
         - **map** -- mAP of images ranked by presence, percent.
         - **groups** -- `auc`, `auc_of_classes`, `kept` and `passed` of the classes of each group alone.
-        - **prior** -- share of pairs that is shown.
-        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]) its mean, the share of
-          pairs that is shown and the number of pairs; None where the prior is 0 or 1.
-        - **calibration_error** -- mean distance of the two, weighted by the number (expected calibration error), in
-          [0, 1]; None likewise.
+        - **prior** -- share of pairs whose class is shown.
+        - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]): mean presence, share of
+          pairs whose class is shown, number of pairs; None if the prior is 0 or 1.
+        - **calibration_error** -- mean over the bins of the distance between mean presence and share, weighted by the
+          number of pairs (expected calibration error), in [0, 1]; None if the prior is 0 or 1.
         """
         values, shown = self.state.joined()
         labels = np.arange(shown.shape[1]) + 1
@@ -171,13 +172,13 @@ class Presence(MultiLabelAveragePrecision):
             distance = np.abs(bins["mean"] - bins["shown"])
             error = float(np.nansum(distance * bins["items"]) / values.size)
             bins = [
-                {"mean": none_if_nan(center), "shown": none_if_nan(of_bin), "pairs": int(items)}
-                for center, of_bin, items in zip(*bins.values())
+                {"mean": none_if_nan(center), "shown": none_if_nan(share), "pairs": int(items)}
+                for center, share, items in zip(*bins.values())
             ]
-        of_groups = {}
+        groups = {}
         for name, classes in self.groups.items():
             columns = np.isin(labels, list(classes))
-            of_groups[name] = _separation(values[:, columns], shown[:, columns])
+            groups[name] = _separation(values[:, columns], shown[:, columns])
         return {
             "min_presence": MIN_PRESENCE,
             **_separation(values, shown),
@@ -187,7 +188,7 @@ class Presence(MultiLabelAveragePrecision):
             "kept_stuff": _share_present(values[shown & stuff]),
             "passed_hard": _share_present(values[hard]),
             "map": none_if_nan(super().compute()["map"]),
-            "groups": of_groups,
+            "groups": groups,
             "prior": prior,
             "calibration_error": error,
             "reliability": bins,
@@ -198,7 +199,7 @@ class Presence(MultiLabelAveragePrecision):
         return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else nearest}
 
     def tables(self, scores: Mapping) -> list[str]:
-        """Without rows that the data cannot measure, and without empty bins."""
+        """Returns the tables, without rows that the data cannot measure and without empty bins."""
         least = scores["min_presence"]
         names = {
             "auc": ("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
@@ -248,7 +249,7 @@ class Presence(MultiLabelAveragePrecision):
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve of the pairs `shown` against those `absent`; None without one of both."""
+    """Returns the area under the ROC curve of shown against absent pairs; None if one of both is missing."""
     pairs = shown | absent
     return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
 
@@ -261,10 +262,10 @@ def _share_present(values: np.ndarray) -> float | None:
 def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
     """Returns the scores of [`Presence`] that any classes have; presence and `shown` are `(B, K)`."""
     varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
-    of_classes = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
+    class_aucs = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
     return {
         "auc": _auc(values, shown, ~shown),
-        "auc_of_classes": none_if_nan(mean(of_classes)),
+        "auc_of_classes": none_if_nan(mean(class_aucs)),
         "kept": _share_present(values[shown]),
         "passed": _share_present(values[~shown]),
     }

@@ -22,8 +22,8 @@ from .metric import EvaluatedImage, Metric
 
 # Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
 SHORT_SIDE = 336
-# Options whose default is that of the protocol.
-_OF_PROTOCOLS = ("window", "stride", "logit_scale", "threshold")
+# Options that a protocol sets if they are not given.
+_PROTOCOL_OPTIONS = ("window", "stride", "logit_scale", "threshold")
 
 
 class MeanIoU:
@@ -138,8 +138,8 @@ def _best_texts(
     maps: Iterable[torch.Tensor], logit_scale: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
-    Returns for each pixel of maps `(H, W)` the index of the highest one, the first of equal ones, its value, and with
-    `logit_scale` its probability.
+    Returns the index of the highest map at each pixel (the first of equal ones), its value and, with `logit_scale`,
+    its probability, `(H, W)` each.
     """
     best = None
     for index, values in enumerate(maps):
@@ -165,9 +165,9 @@ def protocol_label_map(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Finds the class with the highest probability at each pixel, as papers do, see [`~protocols.Protocol`]. Arguments
-    and results are those of [`argmax_label_map`], but the pixel of a text is background if its probability is lower
-    than the threshold, and the pixels of a class below `min_area` go to the best of the other classes, with the
-    probability that this one has among all texts.
+    and results are those of [`argmax_label_map`], with two differences. A pixel is background if its probability is
+    lower than the threshold, not if it is equal. And the pixels of a class below `min_area` go to the best of the
+    other classes, with the probability of that class among all texts.
     """
     classes = torch.as_tensor(classes, dtype=torch.long, device=maps.maps.device)
     winner, best, confidence = _best_texts(maps.enlarged(), logit_scale)
@@ -212,7 +212,7 @@ class SlidingWindows(WholeImage):
 class Segmentation(Metric):
     """
     The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data
-    set, see [`argmax_label_map`]. It needs `prepare`, which takes classes and background from the data set. Alone, use
+    set, see [`argmax_label_map`]. `prepare` takes classes and background from the data set; without a data set, use
     [`MeanIoU`].
 
     If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those
@@ -224,8 +224,8 @@ class Segmentation(Metric):
         window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given.
             Images then keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
         stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
-        background: texts that describe the background; those of the data set's overrides if not given. Of equal values
-            of such a text and a class, the background counts.
+        background: texts that describe the background; those of the data set's overrides if not given. Where such a
+            text and a class have equal values, the background counts.
         threshold (`float` in [0, 1], *optional*): background threshold.
         logit_scale (`float`, *optional*): makes the confidence a probability, see [`argmax_label_map`].
         protocol (`str`, *optional*): takes the steps of a paper, and its values for the data set where options are not
@@ -248,7 +248,7 @@ class Segmentation(Metric):
     rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
     needs = frozenset()
     definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
-    definition_of_protocols = (
+    protocol_definition = (
         "image resized to int(factor * side + 0.5), bilinear without antialiasing; maps of windows averaged in "
         "pixels, bilinear to the image's size, PAMR there; softmax over all texts; the highest class counts"
     )
@@ -295,7 +295,7 @@ class Segmentation(Metric):
         self.classes += [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
         texts = [*self.texts_of_background, *itertools.chain(*dataset.synonyms)]
         different = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
-        self.places = [different.index(text) for text in texts]
+        self.text_indices = [different.index(text) for text in texts]
         self.encoded = run.engine.encode(different)
         self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
@@ -308,20 +308,20 @@ class Segmentation(Metric):
                 "Leave out protocol, or else refine, multi_scale and image_size: a protocol has a refinement, windows "
                 "and a size of its own."
             )
-        given = {"short_side": size.get("shortest_edge"), **{name: getattr(self, name) for name in _OF_PROTOCOLS}}
+        given = {"short_side": size.get("shortest_edge"), **{name: getattr(self, name) for name in _PROTOCOL_OPTIONS}}
         given = {name: value for name, value in given.items() if value is not None}
         self.resolved = replace(protocol_settings(self.protocol, run.dataset.name), **given)
-        for name in _OF_PROTOCOLS:
+        for name in _PROTOCOL_OPTIONS:
             setattr(self, name, getattr(self.resolved, name))
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor | WindowMaps]]:
-        """Returns raw maps of all texts `(T, h, w)` by method for each image, or with a protocol those of windows."""
+        """Returns raw maps of all texts `(T, h, w)` by method for each image; with a protocol, maps of its windows."""
         if self.protocol:
             return [self._window_maps(image) for image in images]
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         windows = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
         by_method = {
-            method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0][:, self.places].cpu()
+            method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0][:, self.text_indices].cpu()
             for method, engine in self.run.engines.items()
         }
         return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
@@ -340,7 +340,7 @@ class Segmentation(Metric):
         by_method = {}
         for method, engine in self.run.engines.items():
             maps = torch.cat([engine.raw_maps(batch, self.encoded)[0] for batch in batches])
-            by_method[method] = replace(cut, maps=maps[:, self.places])
+            by_method[method] = replace(cut, maps=maps[:, self.text_indices])
         return by_method
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
@@ -382,7 +382,7 @@ class Segmentation(Metric):
         resolved = {}
         if self.protocol:
             resolved = {name: getattr(self.resolved, name) for name in ("short_side", "min_area", "pamr_dilations")}
-            resolved["definition"] = self.definition_of_protocols
+            resolved["definition"] = self.protocol_definition
         return (
             super().settings()
             | resolved

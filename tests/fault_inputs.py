@@ -49,20 +49,27 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
-# Rows of the threat model: formats that could run code or read files, and bombs, come from somebody who reaches the
-# demo's port; the others are likely mistakes.
-UNREADABLE_IMAGES = {
-    "empty": b"",
+# Rows of the threat model, as the table of CONTRIBUTING.md calls them.
+STRANGER = "a model folder or Hub id of a stranger"
+PORT = "somebody who reaches the demo's port"
+ARCHIVE = "a URL or an archive"
+MISTAKE = "the user's likely mistakes"
+
+UPLOADED_IMAGES = {  # by somebody who reaches the demo's port
     "svg": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
     "eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # Pillow would run Ghostscript
     "pickle": pickle.dumps(Trap()),
+    "bomb": png(60_000, 60_000),
+}
+MISTAKEN_IMAGES = {
+    "empty": b"",
     "floating point": encoded(Image.fromarray(np.full((5, 5), np.nan, np.float32)), "TIFF"),
     "32-bit integers": encoded(Image.fromarray(np.full((5, 5), 70_000, np.int32)), "TIFF"),
-    "bomb": png(60_000, 60_000),
     "no pixels": png(0, 8),
     "header alone": png(8, 8),
     **{f"half a {format}": data[: len(data) // 2] for format, data in BY_FORMAT.items()},
 }
+UNREADABLE_IMAGES = MISTAKEN_IMAGES | UPLOADED_IMAGES
 # One for each way through a reader: nothing, another format, code, a bomb, a part.
 FEW_UNREADABLE = ("empty", "svg", "pickle", "bomb", "half a JPEG")
 
@@ -165,7 +172,7 @@ def outside_shard(folder: Path) -> None:
 
 
 # Damages to a whole model folder, by the row of the threat model: the user's likely mistakes, a stranger's folder.
-_MISTAKEN_FOLDERS = {
+MISTAKEN_FOLDERS = {
     "missing": shutil.rmtree,
     "no config": removed("config.json"),
     "no weights": removed("model.safetensors"),
@@ -181,12 +188,12 @@ _MISTAKEN_FOLDERS = {
     "no tokenizer": lambda folder: [path.unlink() for path in folder.glob("*token*")],
     "processor with a template without a place": edited_json("processor_config.json", templates=["a photo"]),
 }
-_FOLDERS_OF_STRANGERS = {
+FOLDERS_OF_STRANGERS = {
     "pickled weights only": pickled,
     "weights hold NaN": edited_weights(
         lambda weights: weights["recognition.visual_projection.weight"][0].fill_(torch.nan)
     ),
     "symlinked code": with_code,
 }
-MODEL_FOLDERS = _MISTAKEN_FOLDERS | _FOLDERS_OF_STRANGERS
+MODEL_FOLDERS = MISTAKEN_FOLDERS | FOLDERS_OF_STRANGERS
 FEW_MODEL_FOLDERS = ("missing", "weights hold NaN", "symlinked code")

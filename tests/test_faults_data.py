@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import fault_inputs as inputs
 import numpy as np
 import pytest
-from fault_inputs import encoded, index_mask, masks_folder, written
+from fault_inputs import ARCHIVE, MISTAKE, PORT, STRANGER, encoded, index_mask, masks_folder, written
 from pycocotools import mask as coco_mask
 
 from iclip_hf.backends.loading import load_pretrained
@@ -100,18 +101,18 @@ GOOD_TAR = (("a.png", inputs.BY_FORMAT["PNG"]), ("a.txt", "a dog"))
 HEADER, ROW = b"file_name,caption\n", b"photo.png,a dog\n"
 
 
-# By the reader and what the error names, one of the words
+# By the row of the threat model, the reader and what the error names, one of the words.
 REFUSED = {
-    (mask, "image.png"): {
+    (MISTAKE, mask, "image.png"): {
         "no image": b"",
         "a class that is not listed": index_mask(np.full((24, 30), 7, np.uint8)),
         "colours": inputs.BY_FORMAT["PNG"],
         "16 bits": index_mask(np.full((24, 30), 1, np.uint16)),
         "1 bit of two classes": index_mask(np.ones((24, 30), bool)),
     },
-    (image_of_mask, "image.png"): {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
-    (two_images, "image.jpg image.png"): {"of one mask": inputs.BY_FORMAT["JPEG"]},
-    (classes, "classes.txt"): {
+    (MISTAKE, image_of_mask, "image.png"): {"another size": encoded(inputs.PHOTO.resize((31, 24)), "PNG")},
+    (MISTAKE, two_images, "image.jpg image.png"): {"of one mask": inputs.BY_FORMAT["JPEG"]},
+    (MISTAKE, classes, "classes.txt"): {
         "empty": "",
         "UTF-16": "dog".encode("utf-16"),
         "a blank line": "dog\n\ncat",
@@ -119,7 +120,7 @@ REFUSED = {
         "background of labelme": "_background_\ndog",
         "300": "\n".join(map(str, range(300))),
     },
-    (coco, "instances_val2017.json image.png absent.png"): {
+    (MISTAKE, coco, "instances_val2017.json image.png absent.png"): {
         **inputs.FEW_JSON,
         "image of another size": {"images": [PICTURE | {"height": 23}]},
         "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
@@ -129,18 +130,15 @@ REFUSED = {
         "no images": {"images": [], "annotations": []},
         "image twice": {"images": [PICTURE, PICTURE]},
     },
-    (coco, "json: annotation 7 image.png"): {
+    (MISTAKE, coco, "json: annotation 7 image.png"): {
         "polygon of two points": annotation(segmentation=[[1, 1, 9, 9]]),
         "polygon of two points after another": annotation(segmentation=[POLYGON["segmentation"][0], [1, 1, 9, 9]]),
         "polygon of five numbers": annotation(segmentation=[[1, 1, 9, 9, 5, 5, 5]]),
         "polygon of no numbers": annotation(segmentation=[["a"] * 6]),
         "run lengths of another size": annotation(segmentation={"size": [30, 24], "counts": [20, 700]}),
-        "truncated run lengths": annotation(segmentation={"size": [24, 30], "counts": [20, 600]}),
-        "truncated compressed run lengths": annotation(segmentation={"size": [24, 30], "counts": RUNS[:-4]}),
-        "run lengths beyond the image": annotation(segmentation={"size": [24, 30], "counts": [20, 600, 120]}),
         "run lengths without counts": annotation(segmentation={"size": [24, 30]}),
     },
-    (overrides("names.json"), "names.json"): {
+    (MISTAKE, overrides("names.json"), "names.json"): {
         **inputs.FEW_JSON,
         "unknown name": {"names": {"no class": "dog"}},
         "a list of names": {"names": ["dog", "cat"]},
@@ -148,23 +146,23 @@ REFUSED = {
         "name twice": {"names": {"dog": "cat"}},
         "blank name": {"names": {"dog": " "}},
     },
-    (overrides("names.json"), "template"): {
+    (MISTAKE, overrides("names.json"), "template"): {
         "no template": {"templates": None},
         "a mapping of templates": {"templates": {"a {}": 1}},
     },
-    (overrides("names.yaml"), "names.yaml"): {
-        "an object of Python": "!!python/object/apply:os.mkdir [executed]",
-        "two documents": "a: {}\n---\nb: {}",
+    (MISTAKE, overrides("names.yaml"), "names.yaml"): {"two documents": "a: {}\n---\nb: {}"},
+    (STRANGER, overrides("names.yaml"), "names.yaml"): {
+        "an object of Python": "!!python/object/apply:os.mkdir [executed]"
     },
-    (pairs("a.tar"), "a.tar"): {
+    (MISTAKE, pairs("a.tar"), "a.tar"): {
         "empty": b"",
         "compressed": inputs.tar(*GOOD_TAR, mode="w:gz"),
         "truncated": inputs.tar(*GOOD_TAR)[:700],
-        "links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd"),
         "caption in UTF-16": inputs.tar(GOOD_TAR[0], ("a.txt", "a dog".encode("utf-16"))),
         "no JSON": inputs.tar(GOOD_TAR[0], ("a.json", "{")),
     },
-    (pairs("a.csv"), "a.csv absent.png /dev/zero"): {
+    (ARCHIVE, pairs("a.tar"), "a.tar"): {"links": inputs.tar(*GOOD_TAR, type=b"2", linkname="/etc/passwd")},
+    (MISTAKE, pairs("a.csv"), "a.csv absent.png /dev/zero"): {
         "empty": b"",
         "header alone": HEADER,
         "no header": ROW,
@@ -176,17 +174,17 @@ REFUSED = {
         "UTF-16": (HEADER + ROW).decode().encode("utf-16"),
         "a column twice": b"file_name,caption,caption\nphoto.png,a dog,\n",
     },
-    (pairs("a.jsonl"), "a.jsonl"): {
+    (MISTAKE, pairs("a.jsonl"), "a.jsonl"): {
         **inputs.FEW_JSON,
         "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
     },
-    (nouns, "nouns.txt"): {
+    (MISTAKE, nouns, "nouns.txt"): {
         "empty": "\n",
         "UTF-16": "dog".encode("utf-16"),
         "UTF-16 without a mark": "dog".encode("utf-16-le"),
         "Latin-1": "café".encode("latin-1"),
     },
-    (nouns, "3:"): {  # of the line, after two good ones
+    (MISTAKE, nouns, "3:"): {  # of the line, after two good ones
         name: f"dog\nsky (background) (above)\n{line}\n"
         for name, line in {
             "marks alone": "(above)",
@@ -202,9 +200,11 @@ REFUSED = {
             "one twice, with other marks": "sky",
         }.items()
     },
-    (model, "model"): inputs.MODEL_FOLDERS,
-    (evaluation, "written.json"): inputs.FEW_JSON | {"results as a list": '{"protocol": {}, "results": []}'},
-    (image, "image.png"): inputs.UNREADABLE_IMAGES,
+    (MISTAKE, model, "model"): inputs.MISTAKEN_FOLDERS,
+    (STRANGER, model, "model"): inputs.FOLDERS_OF_STRANGERS,
+    (MISTAKE, evaluation, "written.json"): inputs.FEW_JSON | {"results as a list": '{"protocol": {}, "results": []}'},
+    (MISTAKE, image, "image.png"): inputs.MISTAKEN_IMAGES,
+    (PORT, image, "image.png"): inputs.UPLOADED_IMAGES,
 }
 
 BORNE = [
@@ -236,11 +236,16 @@ def harmless(sandbox, world):
     assert sorted(path.name for path in world.folder.iterdir()) == ["model", "photo.png"]
 
 
+def test_each_fault_is_in_the_threat_model():
+    threats = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    assert all(f"| {threat} |" in threats for threat, *_ in REFUSED)
+
+
 @pytest.mark.parametrize(
     ("read", "content", "names"),
     [
         pytest.param(read, content, names.split(), id=f"{names}: {name}")
-        for (read, names), contents in REFUSED.items()
+        for (_, read, names), contents in REFUSED.items()
         for name, content in contents.items()
     ],
 )

@@ -80,7 +80,7 @@ class InstancesSample(SegmentationSample):
     def _pixels(self, instance: Instance) -> np.ndarray:
         """
         Decodes an instance to `(H, W)` boolean. Raises `ValueError` for polygons and run lengths that pycocotools
-        refuses, or would read beyond their end.
+        refuses, for polygons that it would read beyond their end, and for run lengths of another size.
         """
         segmentation = instance.segmentation
         if not segmentation:
@@ -94,9 +94,6 @@ class InstancesSample(SegmentationSample):
             size, counts = tuple(segmentation["size"]), segmentation["counts"]
             if size != self.size:
                 raise ValueError(f"run lengths of {size[0]}x{size[1]} pixels")
-            total = sum(counts if isinstance(counts, list) else _run_lengths(counts))
-            if total != size[0] * size[1]:
-                raise ValueError(f"run lengths of {total} of {size[0] * size[1]} pixels")
             packed = coco_mask.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
             return coco_mask.decode(packed).view(bool)
         except Exception as error:  # pycocotools raises any
@@ -104,23 +101,6 @@ class InstancesSample(SegmentationSample):
                 f"{self.annotation_path}: the mask of annotation {instance.annotation_id}, on {self.image_path.name} "
                 f"of {self.size[0]}x{self.size[1]} pixels (height x width), cannot be read: {error}; correct it."
             ) from error
-
-
-def _run_lengths(text: str | bytes) -> list[int]:
-    """
-    Returns the run lengths in COCO's compressed form: numbers of 5 bits a letter, lowest first. From the fourth on,
-    each is the difference to the last but one.
-    """
-    lengths, value, shift = [], 0, 0
-    for letter in text.encode() if isinstance(text, str) else text:
-        bits = letter - 48
-        value |= (bits & 31) << shift
-        shift += 5
-        if not bits & 32:  # the last letter of a number, with its sign
-            value -= (bits & 16) << (shift - 4)
-            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
-            value = shift = 0
-    return lengths
 
 
 def _pycocotools_mask() -> ModuleType:

@@ -96,7 +96,7 @@ class Metric(ABC):
     """
 
     name: str
-    columns: dict[str, tuple[str, int]] = {}
+    columns: dict[str, tuple[str, int | None]] = {}
     legend = ""
     rows: dict[str, str] = {}
     needs: frozenset[str] = frozenset({"maps"})

@@ -538,20 +538,6 @@ def test_void_pixels_are_those_of_the_data_set(name):
 # ---- presence ----
 
 
-def test_presence_by_hand():
-    metric = Presence(like=np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], bool), stuff=[3])
-    metric.update(np.array([[0.9, 0.6, 0.7], [0.2, 0.4, 0.3]]), np.array([[1, 0, 1], [1, 0, 0]]))
-    found = metric.compute()
-    assert (found["kept"], found["kept_things"], found["kept_stuff"]) == pytest.approx((200 / 3, 50.0, 100.0))
-    assert (found["passed"], found["passed_hard"]) == pytest.approx(
-        (100 / 3, 50.0)
-    )  # 0.6 of three; of those alike 0.6, 0.4
-    assert found["auc"] == pytest.approx(6 / 9) and found["auc_hard"] == pytest.approx(4 / 6)
-    plain = Presence()
-    plain.merge(metric)
-    assert plain.compute()["auc_hard"] is plain.compute()["passed_hard"] is plain.compute()["kept_things"] is None
-
-
 def above(values, others):
     """The share of pairs whose first is greater, ties half."""
     return np.mean([(value > other) + (value == other) / 2 for value in values for other in others])
@@ -566,6 +552,7 @@ def test_presence_of_each_class_without_the_image_and_of_groups_in_loops():
     for row in range(7):
         metric.update(values[[row]], shown[[row]])
     found = metric.compute()
+    assert found["auc_hard"] is found["passed_hard"] is None  # it is not known which classes are alike
     of_class = {k + 1: above(values[shown[:, k], k], values[~shown[:, k], k]) for k in (2, 3, 4)}
     assert found["auc_of_classes"] == pytest.approx(np.mean(list(of_class.values())))
     means = np.log(values / (1 - values)).mean(0)
@@ -594,6 +581,7 @@ def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
     metric.update(np.array([[1.0, 0.3], [0.0, 0.9]]), np.full((2, 2), shown))
     found = metric.compute()
     assert found["prior"] == shown and found["calibration_error"] is found["reliability"] is found["auc"] is None
+    assert found["kept_things"] is None  # no stuff is known
     (table,) = metric.tables(found)  # without the table of the bins
     assert ("passed" in table) != shown and "AUC" not in table  # without rows that cannot be measured
     metric.update(np.array([[1.0, 0.0]]), np.array([[1, 0]]))  # certain, at a prior between 0 and 1

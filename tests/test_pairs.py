@@ -242,15 +242,6 @@ def test_rows_of_an_image_are_one_pair(tmp_path, form):
             dataset.raw(index)
 
 
-def test_one_path_in_two_spellings_is_one_image(tmp_path):
-    """As pairs of their own, each would count the caption of the other as wrong."""
-    write_images(tmp_path, ["0.png"])
-    rows = ["0.png,a dog", "./0.png,a brown dog", "sub/../0.png,a pet", f"{tmp_path}/0.png,a dog"]
-    (tmp_path / "a.csv").write_text("\n".join(["image,caption", *rows]))
-    dataset = load_pairs(tmp_path / "a.csv")
-    assert len(dataset) == 1 and dataset.captions(0) == ["a dog", "a brown dog", "a pet"]
-
-
 def test_rows_with_images_of_their_own_and_one_path_are_pairs_of_their_own(tmp_path):
     """Some programs store one path, such as "image.jpg", beside the bytes of each image."""
     (tmp_path / "image.jpg").write_bytes(jpeg(9))

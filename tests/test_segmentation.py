@@ -450,16 +450,6 @@ def test_which_classes_are_stuff(tmp_path, voc):
     assert unknown == {"folder", "context59", "context60"}
 
 
-def test_a_mask_with_values_of_another_data_set_or_without_an_image_is_named(tmp_path):
-    write_layout(tmp_path, "coco_stuff")
-    write_index_mask(tmp_path / "stuffthingmaps" / "val2017" / "a_2.png", [[0, 11, 200, 3, 4, 5]])
-    with pytest.raises(ValueError, match=r"a_2\.png: .*\[11, 200\]"):
-        load_segmentation("coco_stuff", tmp_path)[0].label_map  # noqa: B018
-    (tmp_path / "val2017" / "b_1.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"val2017/b_1\.jpg"):
-        load_segmentation("coco_stuff", tmp_path)
-
-
 @pytest.mark.parametrize("order", [1, -1])
 def test_coco_object_of_instances_has_the_smaller_before_the_larger(tmp_path, order):
     """CAT (9 pixels) and DOG (24) share a pixel; crowds are void."""

@@ -37,7 +37,7 @@ def max_sensitivity(
 
 
 class MaxSensitivity(MeasuredClassMeans):
-    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is the noise's."""
+    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is for the noise."""
 
     name = "max_sensitivity"
     columns = {"max_sensitivity": ("max-sensitivity", 3)}

@@ -66,12 +66,15 @@ def by_hand(model, processor, images, texts, templates=None):
         outputs = model(**processor(images, labels=texts, templates=templates))
         scale, bias = model.recognition.logit_scale.exp(), model.recognition.logit_bias
         scores = outputs.image_embeds @ outputs.text_embeds.T
+        peaks = (outputs.patch_embeds.flatten(1, 2) @ outputs.map_text_embeds.T).max(1).values
+        scores = scores + model.config.peak_share * (peaks - scores)
         return scores, 1 / (1 + (-(scale * scores + bias + model.config.presence_bias)).exp())
 
 
-@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery"])
-def test_scores_and_presence_beside_the_maps_of_every_method(tiny_processor, method):
-    model = sigmoid_model()
+@pytest.mark.parametrize("share", [0.0, 0.4])
+@pytest.mark.parametrize("method", ["itsm", "reversed_itsm", "attention", "gem", "grad_cam", "clip_surgery", "sclip"])
+def test_scores_and_presence_beside_the_maps_of_every_method(tiny_processor, method, share):
+    model = sigmoid_model(peak_share=share)
     explainer = make_explainer((model, tiny_processor), method)
     maps, _ = raw_maps(explainer, tiny_processor(IMAGES)["pixel_values"], explainer.model.encode_texts(TEXTS))
     scores, presences = by_hand(model, tiny_processor, IMAGES, TEXTS)

@@ -85,17 +85,18 @@ def slow(model, pixel_values):
         hidden = model.vision_model(squares[None], interpolate_pos_encoding=True, output_hidden_states=True)
         norm = model.vision_model.layernorm
         last, before = (norm(layer)[0].double().numpy() for layer in hidden.hidden_states[:-3:-1])
-        channels = torch.stack([(channel - m) / s for channel, m, s in zip(image, MEAN, STD)])
-        raw, matrix = (
-            backbone.forward_features(channels[None])[0].double().numpy(),
-            weights["feature_reduction.weight"],
+        matrix = weights["feature_reduction.weight"]
+        raw, small = (
+            backbone.forward_features(torch.stack([(c - m) / s for c, m, s in zip(view, MEAN, STD)])[None])[0]
+            for view in (image, squares)
         )
-        on_map = raw.reshape(len(raw), -1).T @ matrix.T + weights["feature_reduction.bias"]
+        raw, small = raw.double().numpy(), small.double().numpy()
+        average = (raw.mean((1, 2)) + small.mean((1, 2))) / 2 @ matrix.T + weights["feature_reduction.bias"]
         features = bilinear(raw, GRID) @ matrix.T + weights["feature_reduction.bias"]
         tokens = np.concatenate([last[1:], features], 1)
         assert tokens.shape == (24, 32 + 6)
         if alone := model.config.recognition_pooling == "feature_average":
-            images.append(recognition @ on_map.mean(0))
+            images.append(recognition @ average)
         else:
             images.append(recognition @ np.concatenate([before[1:].mean(0), last[0], tokens.mean(0)]))
         centered, mean = tokens - weights["token_mean"], weights["token_mean"]
@@ -134,15 +135,17 @@ def test_grad_cam_weighs_the_feature_map_that_the_score_reads(tiny_processor):
         of_images = ICLIPTextFeatures(text_embeds=texts.text_embeds.expand(2, -1, -1))
         maps, _ = make_explainer(loaded, "grad_cam").forward(inputs["pixel_values"], of_images)
     for image in range(2):
-        features = model.feature_map(inputs["pixel_values"])[image : image + 1].detach().requires_grad_()
-        reduced = model.feature_reduction(features.movedim(1, -1)).mean((1, 2))
+        pixel_values = inputs["pixel_values"][image : image + 1]
+        features = model.feature_map(pixel_values).detach().requires_grad_()
+        average = (features.mean((2, 3)) + model.feature_map(F.avg_pool2d(pixel_values, 2)).mean((2, 3))) / 2
+        reduced = model.feature_reduction(average)
         scores = model.recognition(model.recognition.embed_image(reduced) @ texts.text_embeds.T)[0]
         for text, score in enumerate(scores):
             (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
             on_grid = F.interpolate(features, GRID, mode="bilinear")
             expected = (gradient.mean((2, 3), keepdim=True) * on_grid).sum(1).relu()[0]
-            places = features.shape[2] * features.shape[3]  # whose mean the gradient is of
-            torch.testing.assert_close(maps[image, text], places * expected, atol=1e-4, rtol=1e-3)
+            places = features.shape[2] * features.shape[3]  # whose mean is half of what the score reads
+            torch.testing.assert_close(maps[image, text], 2 * places * expected, atol=1e-4, rtol=1e-3)
         assert expected.any()
     for method in ("grad_eclip", "bi_modal"):
         with pytest.raises(ValueError, match="reads its feature tower alone"):

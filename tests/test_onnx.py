@@ -29,7 +29,13 @@ def model():
     """As the embedded model, with a feature tower, and trained values that are not those of its configuration."""
     options = {"max_over": "similarity", "center_tokens": True, "map_attention": "signed", "map_affinity": 10.0}
     options |= {"recognition_pooling": "class_and_average", "average_layers": 2, "recognition_share": 0.4}
-    options |= {"image_hidden_size": 12, "text_hidden_size": 20, "logit_bias_init_value": -6.0, "presence_bias": 0.5}
+    options |= {
+        "peak_share": 0.3,
+        "image_hidden_size": 12,
+        "text_hidden_size": 20,
+        "logit_bias_init_value": -6.0,
+        "presence_bias": 0.5,
+    }
     options |= {**FEATURES, "feature_image_mean": [0.1, 0.0, -0.1], "feature_image_std": [2.0, 1.0, 0.5]}
     model = tiny_model("dinov2", attention_norm="quantile", **options)
     with torch.no_grad():

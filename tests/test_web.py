@@ -67,6 +67,7 @@ OPTIONS = {
     "image_hidden_size": 12,
     "text_hidden_size": 20,
     "recognition_share": 0.4,
+    "peak_share": 0.3,
     "logit_bias_init_value": -1.5,
     "presence_bias": 0.5,
 }
@@ -134,9 +135,11 @@ def test_sizes_are_the_processors(tiny_processor, edge):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("map_attention", ["similarity", "additive", "signed", "none"])
-def test_maps_are_the_models(map_attention):
-    options = {**OPTIONS, "map_attention": map_attention, "max_sharpness": 7.0}
+@pytest.mark.parametrize(
+    ("map_attention", "peak_share"), [("similarity", 0.0), ("additive", 0.3), ("signed", 0.4), ("none", 1.0)]
+)
+def test_maps_and_scores_are_the_models(map_attention, peak_share):
+    options = {**OPTIONS, "map_attention": map_attention, "max_sharpness": 7.0, "peak_share": peak_share}
     model, generator = tiny_model("dinov2", **options), torch.Generator().manual_seed(0)
     if map_attention == "signed":
         model.attention_direction.normal_(std=0.1, generator=generator)
@@ -148,6 +151,11 @@ def test_maps_are_the_models(map_attention):
         rawMap(similarities(patches, text), attention, options, weight)"""
     found = numerics(raw_map, features, options, weight)
     np.testing.assert_allclose(found, model.similarity_maps(image, text).flatten(), atol=1e-5)
+    score = """({ dot, score, similarities }, [patches, , text], vectors, options) =>
+        score(dot(...vectors), similarities(patches, text), options)"""
+    vectors = [part.flatten() for part in (image.image_embeds, text.text_embeds)]
+    found = numerics(score, features, vectors, options)
+    assert found == pytest.approx(model.scores(image, text).item(), abs=1e-5)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import nn
 from ..model.engine import Engine, input_device
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.projections import average_prompts, normalize
-from ..model.similarity import cosine_similarity_map
+from ..model.similarity import cosine_similarity_map, cosines
 from .identity import identity
 from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, record, unrecorded
 
@@ -83,6 +83,10 @@ class ExplainableModel(ABC):
     def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Weighs maps of cosines by attention if the model does so, see [`ICLIPModel.weigh_maps`]."""
         return maps
+
+    def scores(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Computes the scores `(B, T)`, float32: cosines of images and texts, see [`ICLIPModel.scores`]."""
+        return cosines(image.image_embeds, texts.text_embeds)
 
     @abstractmethod
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,9 @@ class _ICLIP(ExplainableModel):
     def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         return self.network.weigh_maps(maps, image, texts)
 
+    def scores(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.network.scores(image, texts)
+
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         return self.network.recognition(cosines)
 

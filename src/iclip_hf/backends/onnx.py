@@ -101,6 +101,7 @@ class ONNXModel:
     """
 
     similarity_maps, weigh_maps = ICLIPModel.similarity_maps, ICLIPModel.weigh_maps
+    scores = ICLIPModel.scores
     presence = ICLIPModel.presence
     device, dtype = torch.device("cpu"), torch.float32
 

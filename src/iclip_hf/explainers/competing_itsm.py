@@ -11,7 +11,7 @@ from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.presence import EVEN_PRIOR, at_prior, check_priors
 from ..model.projections import normalize
 from ..model.prompts import check_text, split_texts
-from ..model.similarity import cosine_similarity_map, cosines
+from ..model.similarity import cosine_similarity_map
 from .explainer import Explainer
 
 
@@ -63,7 +63,7 @@ class CompetingITSM(Explainer):
         templates: Sequence[str],
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         mean, rivals = self._encode(tuple(templates))
-        scores = cosines(features.image_embeds, rivals.text_embeds)
+        scores = self.model.scores(features, rivals)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
         alike = _directions(texts, mean) @ _directions(rivals, mean).mT

@@ -23,15 +23,15 @@ class ImageBatch:
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): for the maps.
         score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): for the scores, if the model's own
             size is another.
-        image_embeds (`list[torch.Tensor]`, *optional*): unit vectors `(B, P)` of each view of the images, for the
-            scores: of the whole image at the model's own size and, at two scales, of its windows. [`Engine`] fills it.
+        score_features (`list[ICLIPImageFeatures]`, *optional*): what the scores are computed from, of each view of the
+            images: the whole at the model's own size and, at two scales, windows.
         features (`list[ICLIPImageFeatures]`, *optional*): features of each view of `pixel_values`, for the maps.
             [`Engine`] fills it.
     """
 
     pixel_values: torch.Tensor
     score_pixel_values: torch.Tensor | None = None
-    image_embeds: list[torch.Tensor] | None = None
+    score_features: list[ICLIPImageFeatures] | None = None
     features: list[ICLIPImageFeatures] | None = None
 
 
@@ -55,7 +55,7 @@ class PreparedImage(ImageBatch):
         """Images with equal keys can share a forward pass."""
         pixels = (self.pixel_values, self.score_pixel_values)
         shapes = [None if values is None else values.shape for values in pixels]
-        return *shapes, self.text_indices is None, self.image_embeds is None, self.features is None
+        return *shapes, self.text_indices is None, self.score_features is None, self.features is None
 
 
 def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:

@@ -40,7 +40,7 @@ from .presence import EVEN_PRIOR, at_prior, check_priors
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
-from .similarity import check_finite, check_map_size, cosines
+from .similarity import check_finite, check_map_size
 from .windows import TwoScales, WholeImage
 
 
@@ -203,11 +203,11 @@ class Engine:
             if not self.takes_features and group[0].score_pixel_values is None:
                 return group  # the scores come with the maps
             batch = self._encode_views(join_images(group), self.takes_features)
-            encoded = [batch.image_embeds, batch.features]
+            encoded = [batch.score_features, batch.features]
             rows = [map_tensors(itemgetter(slice(row, row + 1)), encoded) for row in range(len(group))]
             return [
-                replace(image, image_embeds=embeds, features=features)
-                for image, (embeds, features) in zip(group, rows)
+                replace(image, score_features=score_features, features=features)
+                for image, (score_features, features) in zip(group, rows)
             ]
 
         return map_groups(encode, images, [image.batch_key for image in images])
@@ -297,7 +297,7 @@ class Engine:
             maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices, refine=False)
             batch = replace(batch, features=features)
         batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
-        scores, presence = self._score(batch.image_embeds, texts, question.priors)
+        scores, presence = self._score(batch.score_features, texts, question.priors)
         if best is not None:
             mapped = _best_texts(scores if presence is None else presence, texts.text_embeds, mapped, best)
             texts, text_indices = select_texts(texts, pad_indices(mapped)), None
@@ -328,21 +328,26 @@ class Engine:
 
     def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
         """Encodes the views of images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
-        features, embeds = batch.features, batch.image_embeds
+        features, score_features = batch.features, batch.score_features
         if features is None and for_maps:
             features = [self._features(view) for view in self.scales.views(batch.pixel_values)]
-        if embeds is None:
+        if score_features is None:
             views = [*(features or self.scales.views(batch.pixel_values))]
             if batch.score_pixel_values is not None:  # the whole image, at the model's own size
                 views[0] = batch.score_pixel_values
-            embeds = [self._features(view).image_embeds for view in views]
-        return replace(batch, features=features, image_embeds=embeds)
+            score_features = [self._scored(self._features(view)) for view in views]
+        return replace(batch, features=features, score_features=score_features)
+
+    @staticmethod
+    def _scored(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
+        """Returns the part of the features that scores read."""
+        return ICLIPImageFeatures(image_embeds=features.image_embeds, patch_embeds=features.patch_embeds)
 
     def _score(
-        self, embeds: Sequence[torch.Tensor], texts: ICLIPTextFeatures, priors: torch.Tensor | None
+        self, views: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes the scores and the presence, `(B, T)`. The presence is None if the model has none."""
-        scores = self.scales.score([cosines(view, texts.text_embeds) for view in embeds])
+        scores = self.scales.score([self.model.scores(view, texts) for view in views])
         check_finite(scores)
         presence = self.model.presence(scores)
         if presence is not None and priors is not None:

@@ -192,11 +192,22 @@ class ICLIPModel(ICLIPTowers):
         """The map branch: the interpretability branch, or the only branch."""
         return self.recognition if self.interpretability is None else self.interpretability
 
+    def scores(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.Tensor:
+        """
+        Computes how well images match texts, `(B, T)` in [-1, 1], float32: the cosines of the recognition branch and,
+        with `config.peak_share`, the highest cosine of the map. `text` is of `(T, P)` or `(B, T, P)`.
+        """
+        scores = cosines(image.image_embeds, text.text_embeds)
+        if share := self.config.peak_share:
+            peaks = cosine_similarity_map(image.patch_embeds, text.map_text_embeds).amax((2, 3))
+            scores = (1 - share) * scores + share * peaks
+        return scores
+
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * cosine + logit bias
-        + `config.presence_bias`. `scores` are cosines of the recognition branch. Returns a tensor of their shape,
-        float32, in [0, 1]; None if the model has no logit bias, because it was trained with a softmax.
+        Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * score + logit bias
+        + `config.presence_bias`. `scores` are from [`~ICLIPModel.scores`]. Returns a tensor of their shape, float32,
+        in [0, 1]; None if the model has no logit bias, because it was trained with a softmax.
         """
         if self.config.logit_bias_init_value is None:
             return None
@@ -519,7 +530,7 @@ class ICLIPModel(ICLIPTowers):
 
     def _compare(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures, output_maps: bool) -> ICLIPOutput:
         """Returns the output for encoded images and texts."""
-        logits_per_image = self.recognition(cosines(image.image_embeds, text.text_embeds))
+        logits_per_image = self.recognition(self.scores(image, text))
         return ICLIPOutput(
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_image.mT,

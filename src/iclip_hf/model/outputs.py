@@ -48,8 +48,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention`, averaged over similar patches, see
             `config.map_affinity`.
-        feature_average (`torch.Tensor` of shape `(B, K)`): mean of the reduced feature map; None without a feature
-            tower.
+        feature_average (`torch.Tensor` of shape `(B, K)`): what the recognition branch projects with
+            `recognition_pooling="feature_average"`; None otherwise.
     """
 
     image_embeds: torch.FloatTensor | None = None

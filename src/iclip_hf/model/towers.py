@@ -94,7 +94,7 @@ class ImageTokens(NamedTuple):
     tower_output: BaseModelOutputWithPooling
     # (B, L - 1, D), mean patch tokens of the layers before the last, where L is `average_layers`; None with L = 1
     earlier_averages: torch.Tensor | None = None
-    feature_average: torch.Tensor | None = None  # (B, K), mean of the reduced feature map; None without feature tower
+    feature_average: torch.Tensor | None = None  # (B, K), with `recognition_pooling="feature_average"`
 
 
 class ICLIPTowers(PreTrainedModel):
@@ -237,7 +237,11 @@ class ICLIPTowers(PreTrainedModel):
         if self.feature_model is not None:
             with torch.no_grad():
                 features = self.feature_map(pixel_values)
-                feature_average = self.feature_reduction(features.mean((2, 3))).to(patch_tokens)
+                if self.config.recognition_pooling == "feature_average":
+                    average = features.mean((2, 3))
+                    if factor > 1:
+                        average = (average + self.feature_map(seen).mean((2, 3))) / 2
+                    feature_average = self.feature_reduction(average).to(patch_tokens)
                 on_grid = F.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2).mT
                 on_grid = self.feature_reduction(on_grid).to(patch_tokens)
             patch_tokens = torch.cat([patch_tokens, on_grid], -1)

@@ -93,7 +93,7 @@ def export_web(
     """
     folder = Path(folder)
     settings = {
-        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness")},
+        "model": {name: getattr(model.config, name) for name in ("map_attention", "max_sharpness", "peak_share")},
         "image": _image_settings(processor),
         "text": _text_settings(processor),
         "presence": _presence_settings(model),

@@ -12,7 +12,7 @@ import torch
 
 from ...backends.explainable import ExplainableModel, recordable
 from ...model.outputs import ICLIPTextFeatures
-from ...model.similarity import cosines, resize_maps
+from ...model.similarity import resize_maps
 from .metric import EvaluatedImage, MeasuredClassMeans
 
 
@@ -20,14 +20,14 @@ STEPS = 10  # of deletion and of insertion
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function from images `(N, 3, H, W)` to cosine and probability of each text, `(N, T, 2)`."""
+    """Returns a function from images `(N, 3, H, W)` to score and probability of each text, `(N, T, 2)`."""
 
     model = recordable(model, "deletion and insertion")
 
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:
-        cosine = cosines(model.get_image_features(pixel_values).image_embeds, texts.text_embeds)
-        return torch.stack([cosine, model.logits(cosine).softmax(-1)], -1)
+        scores = model.scores(model.get_image_features(pixel_values), texts)
+        return torch.stack([scores, model.logits(scores).softmax(-1)], -1)
 
     return score
 

@@ -173,6 +173,11 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }, wei
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }
 
+/** The score of an image, whose cosine with the text is given, and its map of cosines: `ICLIPModel.scores`. */
+export function score(cosine, cosines, { peak_share }) {
+  return peak_share ? (1 - peak_share) * cosine + peak_share * Math.max(...cosines) : cosine;
+}
+
 /**
  * The probability that the image shows the text, as `ICLIPModel.presence` computes it; null for a model that was
  * trained with a softmax, which has no settings of presence.

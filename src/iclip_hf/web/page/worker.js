@@ -60,8 +60,8 @@ async function answer({ photo, photoId, texts, refine }, tell) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
     if (asked) return;
     const { embeds, mapEmbeds, weight } = await encodeText(model, text);
-    const score = numerics.dot(image.embeds, embeds);
     const cosines = numerics.similarities(image.patches, mapEmbeds);
+    const score = numerics.score(numerics.dot(image.embeds, embeds), cosines, settings.model);
     let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid, unrefined = null;
     if (refine) {
       unrefined = numerics.enlarge(raw, grid, ...image.size).levels;

@@ -32,8 +32,8 @@ class Explanation:
 
     Attributes:
         labels (`list[str]`): the T texts.
-        scores (`torch.Tensor` of shape `(T,)`): cosine of image and text by the recognition branch, in [-1, 1]. It is
-            low for an absent text, whose map is stretched to [0, 1] like any other.
+        scores (`torch.Tensor` of shape `(T,)`): from [`ICLIPModel.scores`], in [-1, 1]. It is low for an absent text,
+            whose map is stretched to [0, 1] like any other.
         presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], at
             the prior `prior`, see [`ICLIPModel.presence`]. None if the model has no presence; then no text counts as
             absent.
@@ -48,7 +48,7 @@ class Explanation:
         prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): fraction of the images that are assumed to show
             a text: 0.5, or for `explain` without texts the prior of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): cosines of all K texts, including those without a map,
+        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): scores of all K texts, including those without a map,
             see [`Engine.prepare`].
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps

@@ -1,6 +1,6 @@
 """
 Measures what a model names photographs that each show one thing: whether its best text is a label of the photograph,
-among the first labels of all photographs, and whether the nearest other photograph by the score's vector shows the
+among the first labels of all photographs, and whether the nearest other photograph by the image's vector shows the
 same.
 
     python benchmarks/names.py DATA/imagenet_nips17
@@ -31,17 +31,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the shards")
     parser.add_argument("--model", default="embedded", help="as for load")
     options = parser.parse_args()
-    model, labels, embeds = load(options.model), [], []
+    model, scores, embeds = load(options.model), [], []
     items = [item for shard in sorted(options.folder.glob("*.tar")) for _, item in shard_items(shard)]
+    labels = [json.loads(item["json"])["labels"] for item in items]
+    names = sorted({first for first, *_ in labels})
+    texts = model.encode_texts(names, TEMPLATES)
     for item in tqdm(items):
         image = Image.open(io.BytesIO(item["jpg"])).convert("RGB")
         with torch.inference_mode():
             pixel_values = model.processor(images=[image])["pixel_values"].to(model.device)
-            embeds.append(model.get_image_features(pixel_values).image_embeds.float().cpu())
-        labels.append(json.loads(item["json"])["labels"])
-    embeds, names = torch.cat(embeds), sorted({first for first, *_ in labels})
-    texts = model.encode_texts(names, TEMPLATES).text_embeds.float().cpu()
-    best = (embeds @ texts.T).topk(5).indices.tolist()
+            features = model.get_image_features(pixel_values)
+            scores.append(model.scores(features, texts).cpu())
+            embeds.append(features.image_embeds.float().cpu())
+    embeds, best = torch.cat(embeds), torch.cat(scores).topk(5).indices.tolist()
     right = np.array([[names[text] in of_image for text in of_best] for of_best, of_image in zip(best, labels)])
 
     first = np.array([of_image[0] for of_image in labels])

@@ -29,7 +29,7 @@ from iclip_hf.hub.model_card import describe_tower
 
 
 # Of `iclip evaluate --dataset coco2017 --split train2017` on these images, 448 pixels, 80 classes.
-GOLDEN = {"map": 70.3, "mmiou": 31.53, "floor": 10.7, "mfmb": 0.3982, "text_contrast": 72.29}
+GOLDEN = {"map": 73.28, "mmiou": 31.48, "floor": 10.7, "mfmb": 0.3961, "text_contrast": 71.79}
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_the_model_is_right_about_the_photograph_of_the_package(folder, multi_sc
     named = explain(str(folder), image, multi_scale=multi_scale)
     present = [label for label, word in zip(named.labels, named.presence_words) if word == "present"]
     shown = {"tower", "city", "building", "sky", "cloud"}
-    assert {"tower"} <= {*present} <= shown | {"person", "bell cote"}
+    assert {*present} & {"tower", "clock tower"} and {*present} <= shown | {"clock tower", "person"}
 
 
 @pytest.mark.slow

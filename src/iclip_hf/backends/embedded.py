@@ -34,7 +34,7 @@ from .identity import digest
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
 _SCALES = ".scales"  # after the name of a matrix: the scale of each row
 # The smallest number of training photographs that show a noun of `vocabulary`.
-_MIN_PHOTOGRAPHS = 20
+_MIN_PHOTOGRAPHS = 100
 # The prior of all nouns of `vocabulary`. With it, the presence of COCO's classes is calibrated on `coco80`. A prior by
 # the number of photographs adds nothing: the logit has learned it.
 _PRIOR = 0.07
@@ -44,7 +44,7 @@ _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFea
 
 def vocabulary() -> dict[str, float]:
     """
-    Returns the nouns that at least 20 training photographs of the embedded model show, in the singular: objects,
+    Returns the nouns that at least 100 training photographs of the embedded model show, in the singular: objects,
     materials, places and backgrounds. The model has learned rarer nouns too, but gives them a presence too often.
 
     Returns:

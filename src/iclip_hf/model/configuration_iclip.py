@@ -120,10 +120,10 @@ class ICLIPConfig(PreTrainedConfig):
             mean of the reduced feature map of the feature tower, which requires `feature_config`. With
             `vision_downsampling`, it is half this mean and half the mean for the smaller image that the image tower
             sees. Both require `dual_projection`.
-        peak_share (`float` in [0, 1], defaults to 0): weight of the map's peak in the score of an image and a text. The
-            score is then (1 - weight) times the cosine of the recognition branch plus the weight times the highest
-            cosine of the map. A small object raises the peak more than the vector of the whole image. Losses,
-            `image_embeds` and gradient methods do not read the peak.
+        peak_share (`float` in [0, 1], defaults to 0): weight of the map's peak in the score of an image and a text,
+            which is (1 - weight) times the cosine of the recognition branch plus the weight times the highest cosine
+            of the map. A small object raises the peak more than the vector of the whole image. Losses, `image_embeds`
+            and gradient methods do not read the peak.
         average_layers (`int`, defaults to 1): number of last layers of the image tower whose mean patch tokens
             `"class_and_average"` reads, each after the tower's final norm. The class token is from the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a

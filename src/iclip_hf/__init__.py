@@ -7,6 +7,7 @@ are imported on first access, and the classes are registered as soon as Transfor
 
 import importlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wrapt import register_post_import_hook
@@ -55,15 +56,18 @@ __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 # Each registers its classes with the Auto classes, the last with `pipeline`.
 _REGISTERING = [f"{__name__}.model.{kind}_iclip" for kind in ("configuration", "modeling", "processing", "pipeline")]
+_OF_MODEL = [f"{__name__}.model.{file.stem}" for file in Path(__file__).parent.joinpath("model").glob("[!_]*.py")]
 
 
 def _register(imported) -> None:
     """
-    Called after Transformers, its pipelines, which are slow to import and so not imported here, and each of these
-    modules: where Transformers was imported in the middle of one of them, they wait for its end.
+    Called after Transformers, its pipelines, which are slow to import and so not imported here, and each module of
+    the model: where Transformers was imported in the middle of one of them, the registration waits for its end.
     """
-    started = [sys.modules[name] for name in _REGISTERING if name in sys.modules]
-    if any(module.__spec__._initializing for module in started if module is not imported):
+    started = [sys.modules[name] for name in _OF_MODEL if name in sys.modules]
+    if "transformers" not in sys.modules or any(
+        module.__spec__._initializing for module in started if module is not imported
+    ):
         return
     has_pipelines = hasattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY")
     for name in _REGISTERING if has_pipelines else _REGISTERING[:-1]:
@@ -85,5 +89,5 @@ def _draw_in_notebooks(module) -> None:
 
 register_post_import_hook(_draw_in_notebooks, f"{__name__}.model.explanation")
 # After Transformers as a whole, because its Auto classes are also imported in the middle of its other modules.
-for _name in ("transformers", "transformers.pipelines", *_REGISTERING):  # called at once if it is imported already
+for _name in ("transformers", "transformers.pipelines", *_OF_MODEL):  # called at once if it is imported already
     register_post_import_hook(_register, _name)

@@ -252,6 +252,10 @@ def test_the_feature_tower_sees_pixels_as_in_its_training(towers):
             {"feature_config": {"model_type": "timm_wrapper", "architecture": "test_vit"}},
             "test_vit returns no feature",
         ),
+        (
+            {"feature_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:org/tower"}},
+            "'hf-hub:org/tower' is no architecture",
+        ),
     ],
 )
 def test_what_is_no_feature_tower_is_refused(options, message):

@@ -23,6 +23,8 @@ class FeatureTower(TimmWrapperModel):
             raise ImportError(
                 "A feature tower needs the package timm: install it with `pip install timm`.", name="timm"
             )
+        if ":" in config.architecture:  # a source such as hf-hub:NAME, from which timm would download
+            raise ValueError(f"The feature tower {config.architecture!r:.100} is no architecture of timm.")
         super().__init__(config)
 
     @property

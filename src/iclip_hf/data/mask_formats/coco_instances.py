@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +21,8 @@ from .sample import Annotations, SegmentationSample, mask_type
 
 
 logger = logging.getLogger(__name__)
+
+_FARTHEST = 1e6  # pixels: more than an image has, also of a polygon that extends beyond it
 
 
 class Instance(NamedTuple):
@@ -90,6 +92,9 @@ class InstancesSample(SegmentationSample):
             if isinstance(segmentation, list):
                 if wrong := [polygon for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]:
                     raise ValueError(f"a polygon of {len(wrong[0])} numbers; it has x and y of at least 3 points")
+                # pycocotools takes memory by the length of the outline, of NaN without a limit.
+                if not all((np.abs(polygon) <= _FARTHEST).all() for polygon in segmentation):
+                    raise ValueError("a polygon with a coordinate that is no position in pixels")
                 return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *self.size))).view(bool)
             size, counts = tuple(segmentation["size"]), segmentation["counts"]
             if size != self.size:
@@ -140,10 +145,14 @@ def read_coco_instances(root: Path, split: str) -> Annotations:
         class_names = [category["name"] for category in categories]
         if not images:
             raise ValueError("there are no images")
-        if len(instances) < len(images):
-            ids = [image["id"] for image in images]
-            twice = next(first for first, second in itertools.pairwise(ids) if first == second)
-            raise ValueError(f"there are two images with the id {twice}")
+        for of_which, values in (
+            ("images with the id", [image["id"] for image in images]),
+            ("images with the file_name", [image["file_name"] for image in images]),
+            ("categories with the id", [category["id"] for category in categories]),
+            ("categories with the name", class_names),
+        ):
+            if twice := [value for value, count in Counter(values).items() if count > 1]:
+                raise ValueError(f"there are two {of_which} {twice[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "

@@ -15,7 +15,7 @@ from transformers import pipeline
 
 from iclip_hf import ICLIPModel, load
 from iclip_hf.backends.loading import has_bfloat16, load_iclip
-from iclip_hf.demo.app import encode_photo, to_npz, viewer_value
+from iclip_hf.demo.questions import encode_photo, to_npz, viewer_value
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.processing_iclip import ICLIPProcessor
 from iclip_hf.web.viewer import examples

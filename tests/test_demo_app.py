@@ -20,7 +20,7 @@ from PIL import Image
 
 from iclip_hf import ICLIPModel, example_image, explain, load
 from iclip_hf.backends import explainable
-from iclip_hf.demo import app
+from iclip_hf.demo import app, questions
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
     engine = Engine(tiny_model(logit_bias_init_value=0.0), tiny_processor)
-    seen = app.encode_photo(engine, image)
+    seen = questions.encode_photo(engine, image)
     (explanation,) = engine.run([seen.prepared], TEXTS)
     return image, seen, explanation
 
@@ -85,7 +85,7 @@ def client(server, tmp_path_factory):
     ],
 )
 def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
-    assert app.asked_texts(typed) == texts
+    assert questions.asked_texts(typed) == texts
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_texts_are_typed_between_commas_or_one_a_line(typed, texts):
 )
 def test_too_few_too_many_and_too_long_texts(typed):
     with pytest.raises(ValueError, match="1 to 12 texts|at most 1000 characters"):
-        app.asked_texts(typed)
+        questions.asked_texts(typed)
 
 
 def test_the_maps_are_those_of_explain_at_the_size_of_the_view(tiny_processor, explained):
@@ -110,26 +110,26 @@ def test_the_maps_are_those_of_explain_at_the_size_of_the_view(tiny_processor, e
 
 def test_the_browser_gets_the_photograph_and_raw_maps(tiny_processor, explained):
     _, seen, explanation = explained
-    value = app.viewer_value(seen, explanation)
+    value = questions.viewer_value(seen, explanation)
     assert value["size"] == (640, 320) and value["original_size"] == (1300, 650)
     photo = Image.open(io.BytesIO(base64.b64decode(value["image"].partition(",")[2])))
     assert photo.size == (640, 320)
     assert [row["text"] for row in value["texts"]] == TEXTS
     assert [row["word"] for row in value["texts"]] == explanation.presence_words
     np.testing.assert_array_equal(drawn_maps(value), explanation.maps)
-    without = app.viewer_value(seen, replace(explanation, presence=None))
+    without = questions.viewer_value(seen, replace(explanation, presence=None))
     assert {(row["presence"], row["word"]) for row in without["texts"]} == {(None, None)}
 
 
 def test_the_archive_holds_scores_and_maps(explained):
     *_, explanation = explained
-    archive = np.load(io.BytesIO(app.to_npz(explanation)))
+    archive = np.load(io.BytesIO(questions.to_npz(explanation)))
     assert archive["texts"].tolist() == TEXTS
     np.testing.assert_array_equal(archive["scores"], explanation.scores)
     np.testing.assert_array_equal(archive["presence"], explanation.presence)
     np.testing.assert_array_equal(archive["raw_maps"], explanation.raw_maps)
     np.testing.assert_allclose(archive["maps"], explanation.maps, atol=5e-4)
-    without = np.load(io.BytesIO(app.to_npz(replace(explanation, presence=None))))
+    without = np.load(io.BytesIO(questions.to_npz(replace(explanation, presence=None))))
     assert np.isnan(without["presence"]).all() and len(without["presence"]) == len(TEXTS)
 
 
@@ -337,7 +337,7 @@ def test_a_visitor_on_a_phone(page, server, folder, monkeypatch):
     monkeypatch.setattr(Explanation, "presence_words", words)
     # The first image is explained without any input, nothing comes from elsewhere, nothing is wider than the phone.
     first = page.locator("figcaption").all_inner_texts()
-    assert first == app.asked_texts(viewer.examples()[0].texts)
+    assert first == questions.asked_texts(viewer.examples()[0].texts)
     assert all(url.startswith((server, "data:", "blob:")) for url in page.requested)
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     boxes = page.locator(".controls .check input")  # Gradio's style would hide which one is chosen
@@ -399,19 +399,19 @@ def test_a_bad_upload_is_answered_in_the_page(page, folder):
 
 def test_a_large_image_is_reduced_first_and_a_larger_one_refused(tmp_path, monkeypatch):
     """Before it is converted, which takes several times the memory. As it is seen otherwise."""
-    monkeypatch.setattr(app, "MAX_KEPT_PIXELS", 1000)
+    monkeypatch.setattr(questions, "MAX_KEPT_PIXELS", 1000)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned
     grey = np.arange(100 * 50, dtype=np.uint16).reshape(50, 100) * 13
     for name, image in (("a.png", Image.fromarray(grey)), ("b.jpg", Image.fromarray(grey // 256).convert("L"))):
         image.save(tmp_path / name, exif=exif)
-        found, whole = app.read_photo(str(tmp_path / name)), load_image(tmp_path / name)
+        found, whole = questions.read_photo(str(tmp_path / name)), load_image(tmp_path / name)
         assert found.mode == "RGB" and found.size == (22, 44) and whole.size == (50, 100)
         difference = np.subtract(found, whole.resize(found.size, Image.Resampling.BOX), dtype=float)
         assert np.abs(difference).max() < 8
-    monkeypatch.setattr(app, "MAX_PIXELS", 100 * 50 - 1)
+    monkeypatch.setattr(questions, "MAX_PIXELS", 100 * 50 - 1)
     with pytest.raises(ValueError, match="b.jpg: .* 4,999 pixels"):
-        app.read_photo(str(tmp_path / "b.jpg"))
+        questions.read_photo(str(tmp_path / "b.jpg"))
 
 
 FORM = b'--b\r\nContent-Disposition: form-data; name="x"\r\n\r\n%s\r\n--b--\r\n'

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import io
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from ..backends.explainable import ExplainableModel
 from ..backends.loading import load
 from ..explainers import METHODS, make_explainer
-from ..model.batches import PreparedImage
 from ..model.engine import Engine
-from ..model.explanation import Explanation
-from ..model.images import open_image, to_rgb, upright
-from ..model.prompts import split_texts
 from ..utils.extras import require_extra
-from ..web.viewer import (
-    MAX_CHARACTERS,
-    MAX_TEXTS,
-    Example,
-    examples,
-    introduction,
-    read_asset,
-    view_size,
-    viewer_theme,
-)
+from ..web.viewer import MAX_TEXTS, Example, examples, introduction, read_asset, viewer_theme
+from .questions import SeenImage, asked_texts, encode_photo, read_photo, to_npz, viewer_value
 
 
 with require_extra("demo"):
@@ -44,11 +25,7 @@ with require_extra("demo"):
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes
-MAX_BODY_SIZE = 2**20  # of other requests, whose values take a hundred times the memory of their text
-# Of an image. Decoding takes up to twelve bytes of each pixel.
-MAX_PIXELS = 50_000_000
-# Larger images are reduced to this number of pixels, because the model's preparation takes twenty bytes of each.
-MAX_KEPT_PIXELS = 2**24
+MAX_BODY_SIZE = 2**20  # of other requests: the values of JSON take up to a hundred times the memory of its text
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
@@ -61,82 +38,6 @@ _CSS = """
 #photographs img { width: 100%; aspect-ratio: 4 / 3; object-fit: cover; }
 @media (max-width: 640px) { .gradio-container main { padding: 12px !important; } }
 """
-
-
-def asked_texts(typed: str) -> list[str]:
-    """Returns the texts that a visitor typed, each once. Raises `ValueError` if they are too many or too long."""
-    texts = list(dict.fromkeys(split_texts(typed)))
-    if not 1 <= len(texts) <= MAX_TEXTS:
-        raise ValueError(f"Type 1 to {MAX_TEXTS} texts, between commas or one a line, not {len(texts)}.")
-    longest = max(map(len, texts))
-    if longest > MAX_CHARACTERS:
-        raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}.")
-    return texts
-
-
-def read_photo(path: str) -> Image.Image:
-    """Loads a visitor's image as [`load_image`] does, but reduces a large one before anything else."""
-    name = Path(path).name
-    width, height = open_image(path, name, decode=False).size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: this image has more than {MAX_PIXELS:,} pixels; reduce it.")
-    image, scale = open_image(path, name), math.sqrt(MAX_KEPT_PIXELS / (width * height))
-    if scale < 1:
-        image = image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.NEAREST)
-    return to_rgb(upright(image), name)
-
-
-class SeenImage(NamedTuple):
-    """A visitor's image, kept for further texts."""
-
-    prepared: PreparedImage  # encoded, without the image
-    view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
-
-
-def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
-    """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the view."""
-    size, photo = view_size(image), io.BytesIO()
-    image.resize(size).save(photo, "JPEG", quality=85)
-    url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
-    (prepared,) = engine.encode_images([engine.prepare(image, size[::-1])])
-    return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": image.size})
-
-
-def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
-    """Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges."""
-    unrefined = explanation.unrefined_maps
-    return {
-        **seen.view,
-        "made_by": explanation.made_by,
-        "grid": list(explanation.raw_maps.shape[1:]),
-        "unrefined_grid": None if unrefined is None else list(unrefined.shape[1:]),
-        "texts": [
-            {
-                "text": text,
-                "score": round(score, 4),
-                "presence": present,
-                "word": word,
-                "map": raw_map,
-                "unrefined": unrefined_map,
-            }
-            for text, score, present, word, raw_map, unrefined_map in zip(
-                explanation.labels,
-                explanation.scores.tolist(),
-                explanation.presences,
-                explanation.presence_words,
-                explanation.raw_maps.flatten(1).tolist(),
-                [None] * len(explanation) if unrefined is None else unrefined.flatten(1).tolist(),
-            )
-        ],
-    }
-
-
-def to_npz(explanation: Explanation) -> bytes:
-    """Returns a NumPy archive: the [`Explanation.arrays`], and `maps` `(T, H, W)` in [0, 1], float16."""
-    archive = io.BytesIO()
-    # Compression saves a third, and takes longer than the texts and maps of an image seen before.
-    np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
-    return archive.getvalue()
 
 
 def build_app(model) -> gr.Blocks:
@@ -184,8 +85,8 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
         if photo is None:
             raise gr.Error("There is no image: upload one.", print_exception=False)
-        # Gradio checks no path that lacks its mark of a file. Only who uploaded an image knows its path, which has a
-        # keyed digest.
+        # Gradio does not check a path without its mark of a file. The path of an upload has a keyed digest, so only
+        # the visitor who uploaded the image knows it.
         if not (photo["path"] in app.upload_file_set or photo["path"] in paths):
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
         try:
@@ -202,7 +103,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
 
 
 def _question(photographs: Sequence[Example], default_method: str) -> tuple:
-    """Adds the column of the question. Returns its fields, the button, and the event of a chosen photograph."""
+    """Adds the column of the question. Returns its fields, the button, and the event after a photograph is chosen."""
     first = photographs[0]
     photo = gr.Image(str(first.file), label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo")
     typed = gr.Textbox(
@@ -232,7 +133,7 @@ def _question(photographs: Sequence[Example], default_method: str) -> tuple:
 
 def _answer() -> tuple[gr.HTML, gr.DownloadButton]:
     """Adds the column of the answer. Returns the viewer of the maps and the button for the file of the arrays."""
-    # Modules for the exported page; Gradio runs a function's body.
+    # The exported page loads these files as modules. Gradio runs them as the body of a function, without exports.
     modules = (read_asset("numerics.js") + read_asset("viewer.js")).replace("export function", "function")
     viewer = gr.HTML(
         html_template="",
@@ -250,8 +151,8 @@ def _answer() -> tuple[gr.HTML, gr.DownloadButton]:
 
 class LimitedBodies:
     """
-    Middleware that cuts off the body of a request above `MAX_FILE_SIZE`, or `MAX_BODY_SIZE` if it uploads no file:
-    Gradio limits files alone.
+    Middleware that cuts off the body of a request above `MAX_FILE_SIZE`, or above `MAX_BODY_SIZE` if it uploads no
+    file. Gradio limits only files.
     """
 
     def __init__(self, app):

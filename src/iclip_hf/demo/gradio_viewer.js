@@ -1,12 +1,12 @@
-// What Gradio runs when the viewer is there, after numerics.js and viewer.js. It hands in `element`, `props` and
-// `watch`.
+// Gradio runs this code, after numerics.js and viewer.js, when the viewer is in the page. `element`, `props` and `watch`
+// are its arguments.
 
 const viewer = createViewer(element, props.theme);
 
 watch("value", async () => {
   const value = props.value, photo = Object.assign(new Image(), { src: value.image });
   await photo.decode();
-  if (value !== props.value) return; // a newer one came meanwhile
+  if (value !== props.value) return; // a newer value has arrived
   const texts = value.texts.map(({ text }) => text);
   viewer.show({ photo, size: value.size, originalSize: value.original_size, texts, madeBy: value.made_by });
   value.texts.forEach(({ map, unrefined, ...result }, index) => viewer.add(index, {

@@ -56,8 +56,8 @@ _STATIC_SPACE = {
     },
 }
 CDN = "https://cdn.jsdelivr.net/npm"
-# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Of each
-# the digest as browsers check it, and the size in bytes as servers send it, compressed.
+# Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Each has
+# its digest, in the form that browsers check, and its compressed size in bytes, which servers send.
 _RUNTIME = json.loads(read_asset("runtime.json"))
 RUNTIME_FILES = [_RUNTIME["tokenizers"], *_RUNTIME["wasm"].values(), *_RUNTIME["webgpu"].values()]
 
@@ -73,9 +73,9 @@ def export_web(
     """
     Writes a page that runs a model in the browser: static files for any server, which are also a static Space.
 
-    The page has the model's own maps and scores, and its presence if it has one. ONNX Runtime and the tokenizer are
-    npm packages of fixed versions; browsers check their digests. Graphs in 8 bits run on WebAssembly, the others on
-    WebGPU where there is one.
+    The page computes the model's own maps and scores, and the presence if the model has one. ONNX Runtime and the
+    tokenizer are npm packages of fixed versions, whose digests browsers check. Graphs in 8 bits run on WebAssembly,
+    the others on WebGPU where there is one.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
@@ -150,19 +150,19 @@ def _packages() -> list[str]:
 
 
 def _at_cdn(file: dict, cdn: str) -> dict:
-    """Returns what the page knows of a file of an npm package."""
+    """Returns the settings of a file of an npm package."""
     return {"url": f"{cdn}/{file['package']}/{file['path']}", "integrity": file["integrity"], "bytes": file["bytes"]}
 
 
 def _with_version(texts: dict[str, str]) -> dict[str, str]:
-    """Adds a version to the addresses by which the files of a page refer to each other, because of caches."""
+    """Adds a version to the references between the files of a page, so that a cache does not mix two exports."""
     version = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
     reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, texts))})(?=")')
     return {name: reference.sub(rf"\g<0>?{version}", text) for name, text in texts.items()}
 
 
 def _image_settings(processor: ICLIPProcessor) -> dict:
-    """Returns what `worker.js` does with an image, if it can do what the processor does."""
+    """Returns the settings by which `worker.js` prepares an image as the processor does."""
     images = processor.image_processor
     size = {name: side for name, side in dict(images.size).items() if side is not None}
     kernel = _KERNELS.get(int(images.resample))
@@ -184,9 +184,9 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
 
 
 def _text_settings(processor: ICLIPProcessor) -> dict:
-    """Returns what `worker.js` does with a text, if its tokenizer is one that `worker.js` can read."""
+    """Returns the settings by which `worker.js` prepares a text as the processor does."""
     if not processor.tokenizer.is_fast:
-        raise ValueError("Expected a tokenizer that has a tokenizer.json, got one of Python alone: convert it.")
+        raise ValueError("The page needs a tokenizer with a tokenizer.json: convert this slow one to a fast one.")
     return {
         "templates": list(processor.templates),
         "max_length": processor.max_text_length,
@@ -196,7 +196,7 @@ def _text_settings(processor: ICLIPProcessor) -> dict:
 
 
 def _presence_settings(model: ICLIPModel) -> dict | None:
-    """Returns what `numerics.js` computes presence with; None for a model that has none."""
+    """Returns the settings by which `numerics.js` computes the presence; None for a model without presence."""
     config = trained_config(model)
     if config.logit_bias_init_value is None:
         return None
@@ -205,7 +205,7 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
-    """Writes a file that the worker decompresses and checks. Its address changes with its content."""
+    """Writes a compressed file, and returns what the worker needs to load and check it. Its URL has a digest."""
     packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {
@@ -217,7 +217,7 @@ def _compressed(folder: Path, name: str, data: bytes) -> dict:
 
 
 def _place_example(example: Example, folder: Path) -> dict:
-    """Writes a photograph to try as JPEG, unchanged if it is a small one, and returns what the page knows of it."""
+    """Writes an example photograph as JPEG, a small JPEG unchanged, and returns the settings of the example."""
     name = f"{example.file.stem}.jpg"
     with Image.open(example.file) as photo:
         if example.file.suffix == ".jpg" and view_size(photo) == photo.size:

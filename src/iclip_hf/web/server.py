@@ -10,7 +10,7 @@ from typing import ClassVar
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    # On Windows, the registry can tell otherwise, and browsers run no other script.
+    # On Windows, the registry can name another type for .js, with which browsers do not run a module.
     extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript; charset=utf-8"}
 
     def end_headers(self) -> None:
@@ -43,6 +43,6 @@ def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -
             return ThreadingHTTPServer((host, candidate), handler)
         except OSError as error:
             problem = error.strerror
-            if error.errno != errno.EADDRINUSE:  # such as an unknown host, which other ports do not help
+            if error.errno != errno.EADDRINUSE:  # such as an unknown host, for which no port works
                 break
     raise OSError(f"{host}:{candidate}: cannot listen on this address and port: {problem}.")

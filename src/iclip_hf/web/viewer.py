@@ -14,7 +14,7 @@ from ..plots.colors import OPACITY, SEGMENTS, color_table
 
 
 MAX_TEXTS = 12
-# Of one text. A model reads far fewer; texts of megabytes would fill memory and the answer.
+# Of one text. A model reads far fewer characters. A text of megabytes would fill the memory and the answer.
 MAX_CHARACTERS = 1000
 # Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
 VIEW_SIDE = 640
@@ -33,13 +33,13 @@ def examples() -> list[Example]:
     """Returns the photographs to try: that of this package, and two of scikit-image where it is installed."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).with_name("data") if package else Path()
-    # Chosen, photographs and texts, because the embedded model is right about them.
-    all_of = [
+    # Photographs and texts that the embedded model is right about.
+    all_examples = [
         Example(Path(example_image()), "Tower", "tower, tree, sky, horse", "Pexels, CC0"),
         Example(folder / "coffee.png", "Cup of coffee", "cup of coffee, plate, dog", "Rachel Michetti, CC0"),
         Example(folder / "chelsea.png", "Cat", "cat, bicycle", "Stefan van der Walt, CC0"),
     ]
-    return [example for example in all_of if example.file.is_file()]
+    return [example for example in all_examples if example.file.is_file()]
 
 
 def view_size(image: Image.Image) -> tuple[int, int]:
@@ -51,7 +51,8 @@ def view_size(image: Image.Image) -> tuple[int, int]:
 def introduction(has_presence: bool) -> str:
     """Returns the text above the maps, as HTML. `has_presence`: whether the model computes presence."""
     text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image
-lights up as well. Most models know English texts only."""
+lights up as well. A refined map follows edges that the model may not use: the pointer also reads the unrefined map.
+Most models know English texts only."""
     if has_presence:
         text += f"""
 <b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A
@@ -62,8 +63,8 @@ Texts that resemble what is shown often pass."""
 
 def viewer_theme() -> dict:
     """
-    Returns the colours that `viewer.js` draws with, of the 256 levels of a map and of texts, and where the words of
-    presence change.
+    Returns the settings of `viewer.js`: the colours of the 256 levels of a map, the opacity, the colours of texts, and
+    the limits between the words of presence.
     """
     colors = {name: color_table(name).tolist() for name in COLORMAPS}
     return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS, "limits": [MIN_PRESENCE, PRESENT]}

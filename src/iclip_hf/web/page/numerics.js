@@ -1,5 +1,5 @@
-// What the processor and the model do around the two graphs, as pure functions: the upright and resized image,
-// similarities, presence, enlarged maps. The tests compare each with its counterpart in Python.
+// The steps of the processor and the model before and after the two graphs, as pure functions: image, similarities,
+// presence, enlarged maps. The tests compare each function with its counterpart in Python.
 
 /**
  * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because some
@@ -63,7 +63,7 @@ function antialiased(source, target, [kernel, support]) {
     const first = Math.max(0, Math.trunc(center - support * stretch + 0.5));
     const end = Math.min(source, Math.trunc(center + support * stretch + 0.5));
     const weights = Array.from({ length: end - first }, (_, i) => kernel((first + i + 0.5 - center) / stretch));
-    const sum = weights.reduce((one, other) => one + other, 0);
+    const sum = weights.reduce((sum, value) => sum + value, 0);
     return { first, weights: weights.map((weight) => weight / sum) };
   });
   const largest = taps.reduce((most, { weights }) => Math.max(most, ...weights), 0);
@@ -160,7 +160,7 @@ const BELOW_MEAN = 0.1; // as in modeling_iclip.py
 /** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is that of signed attention. */
 export function rawMap(cosines, attention, { map_attention, max_sharpness }, weight) {
   const [low, span] = range(attention);
-  const mean = cosines.reduce((one, other) => one + other, 0) / cosines.length;
+  const mean = cosines.reduce((sum, value) => sum + value, 0) / cosines.length;
   const add = (value, a) => {
     const above = value - mean;
     return mean + (above > 0 ? above + a * Math.min(above, 1 / (2 * max_sharpness)) : BELOW_MEAN * above);
@@ -260,13 +260,13 @@ export function neighbours(rgb, width, height) {
   for (let cell = 0; cell < count; cell++) {
     for (let at = 0; at < 3 * count; at += count) {
       const own = colors[at + cell], others = near.map(({ cells }) => colors[at + cells[cell]]);
-      const mean = others.reduce((one, other) => one + other, own) / (others.length + 1);
+      const mean = others.reduce((sum, value) => sum + value, own) / (others.length + 1);
       const squares = others.reduce((sum, value) => sum + (value - mean) ** 2, (own - mean) ** 2);
       const spread = SPREAD * Math.sqrt(squares / others.length) || 1;
       others.forEach((value, i) => (near[i].weights[cell] -= Math.abs(value - own) / spread / 3));
     }
     const powers = near.map(({ weights }) => Math.exp(weights[cell]));
-    const sum = powers.reduce((one, other) => one + other, 0);
+    const sum = powers.reduce((sum, value) => sum + value, 0);
     near.forEach(({ weights }, i) => (weights[cell] = powers[i] / sum));
   }
   return { grid: [rows, columns], near };

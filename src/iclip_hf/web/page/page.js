@@ -1,4 +1,4 @@
-// The page: image and texts in, maps out. The worker computes; this draws and speaks.
+// The page takes an image and texts, asks the worker, and shows its maps and messages.
 
 import { presenceWord } from "./numerics.js";
 import { createViewer } from "./viewer.js";

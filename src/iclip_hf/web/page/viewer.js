@@ -1,9 +1,9 @@
-// Draws one overlay a text, for both demos: colours, opacity, outline, segments, the value under the pointer and the
-// picture to save are made here, from maps of 256 levels.
+// Draws an overlay for each text, in the live demo and in the exported page, from maps of 256 levels: colours, opacity,
+// outline, segments, the value under the pointer, and the picture to save.
 
 const WHITE = 0xffffffff, BLACK = 0xff000000; // alpha, blue, green, red
 const MIXED = 0.65; // opacity of segments
-const FADED = 0.35; // what is left of an absent text's map, as in viewer.css
+const FADED = 0.35; // opacity of an absent text's panel, as in viewer.css
 const NAMES = { heat: "Heat", cividis: "Colour-blind safe", jet: "Jet" };
 
 const packed = ([red, green, blue, alpha = 255]) => (alpha << 24 | blue << 16 | green << 8 | red) >>> 0;
@@ -13,7 +13,7 @@ function create(tag, parent, properties = {}) {
   return parent.appendChild(Object.assign(document.createElement(tag), properties));
 }
 
-// Fills a canvas by `draw`, which sets pixels in an array of four bytes each, all transparent before.
+// Fills a canvas by `draw`, which sets pixels in an array of four bytes each. All pixels are transparent at first.
 function paint(canvas, draw) {
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(canvas.width, canvas.height);
@@ -60,7 +60,7 @@ export function createViewer(element, theme) {
   const palettes = Object.fromEntries(
     Object.entries(theme.colors).map(([name, colors]) => [name, colors.map(packed)]));
   let shown = null; // {photo, size, originalSize}
-  let panels = []; // one a text: {text, heat, outline, ring, label, ...}, with `levels` and scores once they are there
+  let panels = []; // one for each text: {text, heat, outline, ring, label, ...}, later with `levels` and scores
   let overview = null; // the panel of segments
 
   const ready = () => panels.filter(({ levels }) => levels);
@@ -133,7 +133,8 @@ export function createViewer(element, theme) {
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
     const limit = (threshold.value === "1" ? 0.5 : threshold.value) * 255;
-    const average = (values, of = (value) => value) => values.reduce((sum, value) => sum + of(value), 0) / values.length;
+    const average = (values, term = (value) => value) =>
+      values.reduce((sum, value) => sum + term(value), 0) / values.length;
     const moments = present.map(({ levels, low, high }) => {
       const step = (high - low) / 255, mean = average(levels);
       return { step, mean: low + step * mean, std: step * Math.sqrt(average(levels, (level) => (level - mean) ** 2)) };
@@ -254,9 +255,9 @@ export function createViewer(element, theme) {
       const y = gap + Math.floor(index / columns) * (height + line + gap);
       const words = legend ?? [[word ? `${text} · ${word}` : text, "black"]];
       context.font = "600 18px system-ui, sans-serif";
-      words.forEach(([one, ink], i) => {
+      words.forEach(([caption, ink], i) => {
         context.fillStyle = ink;
-        context.fillText(one, x + i * width / words.length, y + 18, width / words.length - 6);
+        context.fillText(caption, x + i * width / words.length, y + 18, width / words.length - 6);
       });
       context.drawImage(photo, x, y + line);
       context.globalAlpha = heat.style.opacity;

@@ -1,5 +1,4 @@
-// All work of the page: the download, both graphs, and the maps. The page stays responsive, and nothing leaves the
-// machine.
+// Downloads the model and computes scores and maps, so that the page stays responsive. Nothing leaves the machine.
 
 import * as numerics from "./numerics.js";
 
@@ -182,7 +181,7 @@ async function load() {
   const loaded = new Map();
   const progress = (file, bytes) => {
     loaded.set(file, Math.min(bytes, file.bytes)); // some servers send the decompressed file
-    postMessage({ kind: "progress", loaded: [...loaded.values()].reduce((one, other) => one + other, 0), total });
+    postMessage({ kind: "progress", loaded: [...loaded.values()].reduce((sum, bytes) => sum + bytes, 0), total });
   };
   const cache = await openCache();
   const ended = await Promise.allSettled(all.map((file) => download(file, cache, progress)));

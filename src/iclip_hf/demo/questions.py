@@ -1,0 +1,102 @@
+"""A question of a visitor of the demo, its texts and image, and the data of the answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ..model.batches import PreparedImage
+from ..model.engine import Engine
+from ..model.explanation import Explanation
+from ..model.images import open_image, to_rgb, upright
+from ..model.prompts import split_texts
+from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, view_size
+
+
+# Pixels of an image. Decoding takes up to twelve bytes for each.
+MAX_PIXELS = 50_000_000
+# Larger images are reduced to this number of pixels. The preparation for the model takes twenty bytes for each.
+MAX_KEPT_PIXELS = 2**24
+
+
+def asked_texts(typed: str) -> list[str]:
+    """Returns the texts that a visitor typed, each once. Raises `ValueError` if they are too many or too long."""
+    texts = list(dict.fromkeys(split_texts(typed)))
+    if not 1 <= len(texts) <= MAX_TEXTS:
+        raise ValueError(f"Type 1 to {MAX_TEXTS} texts, between commas or one a line, not {len(texts)}.")
+    longest = max(map(len, texts))
+    if longest > MAX_CHARACTERS:
+        raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}.")
+    return texts
+
+
+def read_photo(path: str) -> Image.Image:
+    """Loads a visitor's image as [`load_image`] does, but reduces a large one before anything else."""
+    name = Path(path).name
+    width, height = open_image(path, name, decode=False).size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: this image has more than {MAX_PIXELS:,} pixels; reduce it.")
+    image, scale = open_image(path, name), math.sqrt(MAX_KEPT_PIXELS / (width * height))
+    if scale < 1:
+        image = image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.NEAREST)
+    return to_rgb(upright(image), name)
+
+
+class SeenImage(NamedTuple):
+    """A visitor's image, kept for further texts."""
+
+    prepared: PreparedImage  # encoded, without the image
+    view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
+
+
+def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
+    """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the view."""
+    size, photo = view_size(image), io.BytesIO()
+    image.resize(size).save(photo, "JPEG", quality=85)
+    url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
+    (prepared,) = engine.encode_images([engine.prepare(image, size[::-1])])
+    return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": image.size})
+
+
+def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
+    """Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges."""
+    unrefined = explanation.unrefined_maps
+    return {
+        **seen.view,
+        "made_by": explanation.made_by,
+        "grid": list(explanation.raw_maps.shape[1:]),
+        "unrefined_grid": None if unrefined is None else list(unrefined.shape[1:]),
+        "texts": [
+            {
+                "text": text,
+                "score": round(score, 4),
+                "presence": present,
+                "word": word,
+                "map": raw_map,
+                "unrefined": unrefined_map,
+            }
+            for text, score, present, word, raw_map, unrefined_map in zip(
+                explanation.labels,
+                explanation.scores.tolist(),
+                explanation.presences,
+                explanation.presence_words,
+                explanation.raw_maps.flatten(1).tolist(),
+                [None] * len(explanation) if unrefined is None else unrefined.flatten(1).tolist(),
+            )
+        ],
+    }
+
+
+def to_npz(explanation: Explanation) -> bytes:
+    """Returns a NumPy archive: the [`Explanation.arrays`], and `maps` `(T, H, W)` in [0, 1], float16."""
+    archive = io.BytesIO()
+    # Compression saves a third, and takes longer than the texts and maps of an image seen before.
+    np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
+    return archive.getvalue()

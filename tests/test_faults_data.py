@@ -140,6 +140,9 @@ REFUSED = {
         "polygon of no numbers": annotation(segmentation=[["a"] * 6]),
         "polygon of no position": annotation(segmentation=[[1, 1, 9, float("nan"), 9, 9]]),
         "run lengths of another size": annotation(segmentation={"size": [30, 24], "counts": [20, 700]}),
+        "truncated run lengths": annotation(segmentation={"size": [24, 30], "counts": [20, 600]}),
+        "truncated compressed run lengths": annotation(segmentation={"size": [24, 30], "counts": RUNS[:-4]}),
+        "run lengths beyond the image": annotation(segmentation={"size": [24, 30], "counts": [20, 600, 120]}),
         "run lengths without counts": annotation(segmentation={"size": [24, 30]}),
     },
     (MISTAKE, overrides("names.json"), "names.json"): {

@@ -82,7 +82,7 @@ class InstancesSample(SegmentationSample):
     def _pixels(self, instance: Instance) -> np.ndarray:
         """
         Decodes an instance to `(H, W)` boolean. Raises `ValueError` for polygons and run lengths that pycocotools
-        refuses, for polygons that it would read beyond their end, and for run lengths of another size.
+        refuses, for polygons that it would read beyond their end, and for run lengths of another size or sum.
         """
         segmentation = instance.segmentation
         if not segmentation:
@@ -99,6 +99,10 @@ class InstancesSample(SegmentationSample):
             size, counts = tuple(segmentation["size"]), segmentation["counts"]
             if size != self.size:
                 raise ValueError(f"run lengths of {size[0]}x{size[1]} pixels")
+            # pycocotools decodes run lengths that are cut off to a wrong mask.
+            total = sum(counts if isinstance(counts, list) else _run_lengths(counts))
+            if total != size[0] * size[1]:
+                raise ValueError(f"run lengths of {total} of {size[0] * size[1]} pixels")
             packed = coco_mask.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
             return coco_mask.decode(packed).view(bool)
         except Exception as error:  # pycocotools raises any
@@ -106,6 +110,23 @@ class InstancesSample(SegmentationSample):
                 f"{self.annotation_path}: the mask of annotation {instance.annotation_id}, on {self.image_path.name} "
                 f"of {self.size[0]}x{self.size[1]} pixels (height x width), cannot be read: {error}; correct it."
             ) from error
+
+
+def _run_lengths(text: str | bytes) -> list[int]:
+    """
+    Returns the run lengths in COCO's compressed form. A letter has 5 bits of a number, the lowest first. From the
+    fourth on, a number is the difference to the last but one.
+    """
+    lengths, value, shift = [], 0, 0
+    for letter in text.encode() if isinstance(text, str) else text:
+        bits = letter - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:  # the last letter of a number, with its sign
+            value -= (bits & 16) << (shift - 4)
+            lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+            value = shift = 0
+    return lengths
 
 
 def _pycocotools_mask() -> ModuleType:

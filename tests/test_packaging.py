@@ -119,7 +119,7 @@ NEEDS = {  # names of modules by the extra that they need
     "eval": [
         f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
     ],
-    "train": ["training.callbacks", "training.trainer"],
+    "train": ["cli.train.training", "training.callbacks", "training.trainer"],
 }
 
 

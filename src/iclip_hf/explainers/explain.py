@@ -62,9 +62,10 @@ def explain(
             which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or other unit vectors in their place,
             with the labels "0", "1", ... If not given, the nouns of [`vocabulary`] with the highest presence, at most
             `NOUNS`.
-        method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default. templates,
-        image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they are. refine
-        (`bool`): as for [`Engine`]. With `False`, maps are as the model computes them. Refined maps have edges
+        method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default.
+        templates, image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they
+            are.
+        refine (`bool`): as for [`Engine`]. With `False`, maps are as the model computes them. Refined maps have edges
             of the image that the model may not use.
         target_sizes: `(height, width)` in pixels of each image's maps, as a list, array or tensor; the image's size if
             not given.

@@ -138,8 +138,7 @@ class ICLIPConfig(PreTrainedConfig):
         noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, where a batch
             has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
         unknown_weight (`float` in [0, 1], defaults to 0.1): weight, in the loss of a recognition branch with a bias,
-        of
-            a noun that no text of an image names and no label excludes.
+            of a noun that no text of an image names and no label excludes.
         noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
             in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, which it

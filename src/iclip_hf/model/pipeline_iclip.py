@@ -73,8 +73,9 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged.
                 Those of the processor if not given; `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask has the pixels where the map is
-            greater. min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty
-            mask. refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
+                greater.
+            min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
+            refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
             multi_scale (`bool`, defaults to `False`): whether maps and scores are at two scales, see [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and

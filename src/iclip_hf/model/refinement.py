@@ -26,11 +26,16 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     and s_i is the standard deviation of the channel over i and its neighbours. Cells beyond the edge of the image
     repeat the nearest cell inside.
     """
-    image = F.avg_pool2d(pixel_values.float(), CELL)
-    weights = affinity(image, DILATIONS, SPREAD)
+    images, low = F.avg_pool2d(pixel_values.float(), CELL), raw_maps.float().amin((-2, -1), keepdim=True)
     # Subtracting the minimum keeps a constant map exactly constant.
-    low = raw_maps.float().amin((-2, -1), keepdim=True)
-    return propagate(resize_maps(raw_maps.float() - low, image.shape[-2:]), weights, DILATIONS) + low
+    maps = resize_maps(raw_maps.float() - low, images.shape[-2:])
+    # A CPU refines images one after the other, because the cells of one fit in its cache.
+    count = 1 if images.device.type == "cpu" else max(1, len(images))
+    refined = [
+        propagate(some_maps, affinity(some_images, DILATIONS, SPREAD), DILATIONS)
+        for some_maps, some_images in zip(maps.split(count), images.split(count))
+    ]
+    return torch.cat(refined) + low
 
 
 def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
@@ -42,10 +47,14 @@ def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, cente
     near = list(_neighbours(image, dilations))
     count = len(near) + centers
     mean = (centers * image + sum(near)) / count
-    variance = sum((cells - mean).square() for cells in (*[image] * centers, *near)) / (count - 1)
+    variance = centers * (image - mean).square()
+    for cells in near:
+        deviation = cells - mean
+        variance.addcmul_(deviation, deviation)
     # Cells of one colour have the deviation 0. The smallest number gives them equal weights.
-    scale = spread * variance.sqrt() + torch.finfo(image.dtype).tiny
-    return torch.stack([-((cells - image).abs() / scale).mean(1) for cells in near]).softmax(0)[:, :, None]
+    scale = spread * (variance / (count - 1)).sqrt() + torch.finfo(image.dtype).tiny
+    distances = torch.stack([(cells - image).abs_().div_(scale).mean(1) for cells in near])
+    return distances.neg_().softmax(0)[:, :, None]
 
 
 def propagate(maps: torch.Tensor, weights: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -53,22 +54,21 @@ def build_app(model) -> gr.Blocks:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                question = _question(photographs, model.default_method)
-                photo, typed, method, refine, multi_scale, button, chosen = question
+                question = _add_question(photographs, model.default_method)
             with gr.Column(scale=5, min_width=300):
-                viewer, download = _answer()
+                viewer, download = _add_answer()
         run = {
             "fn": _explain_function(model, app, photographs, download.GRADIO_CACHE),
-            "inputs": [photo, typed, method, refine, multi_scale],
+            "inputs": [question.photo, question.typed, question.method, question.refine, question.multi_scale],
             "outputs": [viewer, download],
             "preprocess": False,  # `read_photo` reads the uploaded file itself
             "concurrency_id": "model",
             "trigger_mode": "always_last",
         }
-        changes = [method.change, refine.change, multi_scale.change]
-        triggers = [app.load, photo.upload, typed.submit, *changes, button.click]
+        changes = [question.method.change, question.refine.change, question.multi_scale.change]
+        triggers = [app.load, question.photo.upload, question.typed.submit, *changes, question.button.click]
         gr.on(triggers, **run, api_name="explain")
-        chosen.success(**run, api_visibility="private")
+        question.chosen.success(**run, api_visibility="private")
     return app.queue(max_size=32)
 
 
@@ -102,8 +102,18 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     return explain
 
 
-def _question(photographs: Sequence[Example], default_method: str) -> tuple:
-    """Adds the column of the question. Returns its fields, the button, and the event after a photograph is chosen."""
+class _Question(NamedTuple):
+    photo: gr.Image
+    typed: gr.Textbox
+    method: gr.Dropdown
+    refine: gr.Checkbox
+    multi_scale: gr.Checkbox
+    button: gr.Button
+    chosen: gr.events.Dependency  # a photograph to try was chosen and put into `photo` and `typed`
+
+
+def _add_question(photographs: Sequence[Example], default_method: str) -> _Question:
+    """Adds the column of the question."""
     first = photographs[0]
     photo = gr.Image(str(first.file), label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo")
     typed = gr.Textbox(
@@ -128,10 +138,10 @@ def _question(photographs: Sequence[Example], default_method: str) -> tuple:
     )
     options = {"show_progress": "hidden", "api_visibility": "private"}
     chosen = thumbnails.click(questions.__getitem__, thumbnails, [photo, typed], **options)
-    return photo, typed, method, refine, multi_scale, button, chosen
+    return _Question(photo, typed, method, refine, multi_scale, button, chosen)
 
 
-def _answer() -> tuple[gr.HTML, gr.DownloadButton]:
+def _add_answer() -> tuple[gr.HTML, gr.DownloadButton]:
     """Adds the column of the answer. Returns the viewer of the maps and the button for the file of the arrays."""
     # The exported page loads these files as modules. Gradio runs them as the body of a function, without exports.
     modules = (read_asset("numerics.js") + read_asset("viewer.js")).replace("export function", "function")

@@ -58,9 +58,9 @@ class SeenImage(NamedTuple):
 
 def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
     """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the view."""
-    size, photo = view_size(image), io.BytesIO()
-    image.resize(size).save(photo, "JPEG", quality=85)
-    url = "data:image/jpeg;base64," + base64.b64encode(photo.getvalue()).decode()
+    size, jpeg = view_size(image), io.BytesIO()
+    image.resize(size).save(jpeg, "JPEG", quality=85)
+    url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
     (prepared,) = engine.encode_images([engine.prepare(image, size[::-1])])
     return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": image.size})
 
@@ -77,12 +77,12 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
             {
                 "text": text,
                 "score": round(score, 4),
-                "presence": present,
+                "presence": presence,
                 "word": word,
                 "map": raw_map,
                 "unrefined": unrefined_map,
             }
-            for text, score, present, word, raw_map, unrefined_map in zip(
+            for text, score, presence, word, raw_map, unrefined_map in zip(
                 explanation.labels,
                 explanation.scores.tolist(),
                 explanation.presences,

@@ -59,7 +59,7 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
         `ValueError`: there is no such colour map, or an error of [`load_image`].
     """
     if hasattr(heatmap, "detach"):
-        heatmap = heatmap.detach().cpu().float().numpy()  # bfloat16, which numpy lacks, too
+        heatmap = heatmap.detach().cpu().float().numpy()  # numpy has no bfloat16
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
     mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]

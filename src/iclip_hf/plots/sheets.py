@@ -94,7 +94,7 @@ def draw(
         pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
         notes = [presence_text(presence, explanation.min_presence), f"score {score:.2f}"]
         titles.append(f"{' '.join(text.split())}\n{' · '.join(filter(None, notes))}")
-    return picture_grid(pictures, titles, columns, legend=colormap, dpi=dpi)
+    return picture_grid(pictures, titles, columns, color_bar=colormap, dpi=dpi)
 
 
 def png(explanation: Explanation) -> bytes | None:
@@ -165,10 +165,10 @@ def comparison_sheet(
             word = words[title][index] if title in words else None
             pictures.append(None if maps[index] is None else _map_picture(image, maps[index], word, colormap))
     if len(row_titles) == 1:
-        return picture_grid(pictures, [*row_titles, *heatmaps], 5, legend=colormap, dpi=dpi)
+        return picture_grid(pictures, [*row_titles, *heatmaps], 5, color_bar=colormap, dpi=dpi)
     titles = ["", *heatmaps]
     titles += [""] * (len(pictures) - len(titles))
-    return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, legend=colormap, dpi=dpi)
+    return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, color_bar=colormap, dpi=dpi)
 
 
 def picture_grid(
@@ -177,12 +177,12 @@ def picture_grid(
     columns: int,
     row_titles: Sequence[str] = (),
     *,
-    legend: str | None = None,
+    color_bar: str | None = None,
     dpi: int = DPI,
 ) -> Image.Image:
     """
     Arranges pictures in rows of equal length, each under its title; lines after the first one are notes. None leaves a
-    gap. `legend` is the colour map that is explained below the pictures.
+    gap. `color_bar` is the colour map whose bar is drawn below the pictures.
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
@@ -209,8 +209,8 @@ def picture_grid(
                 shown = ImageOps.pad(picture, (side, height), Image.Resampling.LANCZOS, color="white")
                 placed.append((shown, margin + column * (side + gap), top))
         top += height
-    if legend is not None:
-        placed.append((_color_bar(legend, scale), margin, top + gap))
+    if color_bar is not None:
+        placed.append((_color_bar(color_bar, scale), margin, top + gap))
         top += gap + round(_NOTE * scale)
     canvas = Image.new("RGB", (width + 2 * margin, top + margin), "white")
     for picture, x, y in placed:
@@ -255,16 +255,16 @@ def _title_block(text: str, width: int, scale: float) -> Image.Image:
 
 
 def _color_bar(colormap: str, scale: float) -> Image.Image:
-    """Draws a legend of a colour map."""
+    """Draws the bar of a colour map between the words for its ends."""
     size, gap = _NOTE * scale, round(8 * scale)
     levels = np.linspace(0, 1, round(140 * scale))[None].repeat(round(10 * scale), 0)
     bar = overlay(Image.new("RGB", levels.shape[::-1], _BACKGROUND), levels, colormap=colormap)
     low, high = text_mask("low", size), text_mask("high, each map on its own scale", size)
-    legend = Image.new("RGB", (low.width + bar.width + high.width + 2 * gap, low.height), "white")
-    legend.paste(_PALE, (0, 0), low)
-    legend.paste(bar, (low.width + gap, (low.height - bar.height) // 2))
-    legend.paste(_PALE, (low.width + bar.width + 2 * gap, 0), high)
-    return legend
+    line = Image.new("RGB", (low.width + bar.width + high.width + 2 * gap, low.height), "white")
+    line.paste(_PALE, (0, 0), low)
+    line.paste(bar, (low.width + gap, (low.height - bar.height) // 2))
+    line.paste(_PALE, (low.width + bar.width + 2 * gap, 0), high)
+    return line
 
 
 def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:

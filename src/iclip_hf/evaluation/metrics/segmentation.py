@@ -199,14 +199,14 @@ class SlidingWindows(WholeImage):
     def __init__(self, window: int, stride: int, patch_size: int):
         self.window, self.stride, self.patch_size = window, stride, patch_size
 
-    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    def _positions(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
         return sliding_windows(size, (self.window,) * 2, (self.stride,) * 2)
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        return [pixel_values[..., rows, columns] for rows, columns in self._places(pixel_values.shape[2:])]
+        return [pixel_values[..., rows, columns] for rows, columns in self._positions(pixel_values.shape[2:])]
 
     def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        return mean_of_windows(maps, self._places(size), size, self.patch_size)
+        return mean_of_windows(maps, self._positions(size), size, self.patch_size)
 
 
 class Segmentation(Metric):
@@ -273,11 +273,11 @@ class Segmentation(Metric):
         dataset = run.dataset
         if self.protocol:
             self._resolve(run)
-        self.texts_of_background = list(dataset.background_texts if self.background is None else self.background)
-        if not dataset.background and (self.texts_of_background or self.threshold is not None):
+        self.background_texts = list(dataset.background_texts if self.background is None else self.background)
+        if not dataset.background and (self.background_texts or self.threshold is not None):
             raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
         # Whether the background threshold is chosen on other images.
-        self.sweeps = dataset.background and self.threshold is None and not self.texts_of_background
+        self.sweeps = dataset.background and self.threshold is None and not self.background_texts
         if self.sweeps and run.count < 2:
             raise ValueError(
                 "The background threshold cannot be chosen on other images than this one: give a threshold."
@@ -291,13 +291,13 @@ class Segmentation(Metric):
                 f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
                 f"window, not {self.window} and {self.stride}."
             )
-        self.classes = [BACKGROUND_LABEL] * len(self.texts_of_background)
+        self.classes = [BACKGROUND_LABEL] * len(self.background_texts)
         self.classes += [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
-        texts = [*self.texts_of_background, *itertools.chain(*dataset.synonyms)]
+        texts = [*self.background_texts, *itertools.chain(*dataset.synonyms)]
         different = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
         self.text_indices = [different.index(text) for text in texts]
         self.encoded = run.engine.encode(different)
-        self.iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
+        self.new_iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
     def _resolve(self, run) -> None:
@@ -320,11 +320,11 @@ class Segmentation(Metric):
             return [self._window_maps(image) for image in images]
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         windows = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
-        by_method = {
+        method_maps = {
             method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0][:, self.text_indices].cpu()
             for method, engine in self.run.engines.items()
         }
-        return [dict(zip(by_method, maps)) for maps in zip(*by_method.values())]
+        return [dict(zip(method_maps, maps)) for maps in zip(*method_maps.values())]
 
     def _window_maps(self, image: EvaluatedImage) -> dict[str, WindowMaps]:
         processor, settings = self.run.model.processor, self.resolved
@@ -337,11 +337,11 @@ class Segmentation(Metric):
         )
         pixel_values = processor(images=cut.views(processor.patch_size), do_resize=False)["pixel_values"]
         batches = pixel_values.split(self.run.batch_size)
-        by_method = {}
+        method_maps = {}
         for method, engine in self.run.engines.items():
             maps = torch.cat([engine.raw_maps(batch, self.encoded)[0] for batch in batches])
-            by_method[method] = replace(cut, maps=maps[:, self.text_indices])
-        return by_method
+            method_maps[method] = replace(cut, maps=maps[:, self.text_indices])
+        return method_maps
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
         maps, options = image.outputs[self.name][method], (self.classes, self.threshold, self.logit_scale)
@@ -354,7 +354,7 @@ class Segmentation(Metric):
 
     def update(self, prediction, reference, confidence, index: int) -> None:
         """Adds the image at this position of the data set. The other arguments are those of [`MeanIoU`]."""
-        iou = self.iou()
+        iou = self.new_iou()
         iou.update(prediction, reference, confidence if self.sweeps else None)
         self.state.add(iou.areas, index % 2)  # by even and odd positions
 
@@ -363,7 +363,8 @@ class Segmentation(Metric):
         Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds
         of the images at even and at odd positions, or None.
         """
-        whole, folds, thresholds, best = self.iou(), [self.iou(), self.iou()], None, [0, 0]
+        whole, folds = self.new_iou(), [self.new_iou(), self.new_iou()]
+        thresholds, best = None, [0, 0]
         for fold, areas in self.state.sums.items():
             folds[fold].add_counts(areas)
         if self.sweeps:  # each fold takes the best threshold of the other
@@ -388,7 +389,7 @@ class Segmentation(Metric):
             | resolved
             | {
                 "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
-                "background": self.texts_of_background,
+                "background": self.background_texts,
                 "threshold": chosen if self.sweeps else self.threshold,
             }
         )

@@ -169,8 +169,8 @@ class Presence(MultiLabelAveragePrecision):
         prior, bins, error = float(shown.mean()) if shown.size else None, None, None
         if prior and prior < 1:
             bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
-            distance = np.abs(bins["mean"] - bins["shown"])
-            error = float(np.nansum(distance * bins["items"]) / values.size)
+            distances = np.abs(bins["mean"] - bins["shown"])
+            error = float(np.nansum(distances * bins["items"]) / values.size)
             bins = [
                 {"mean": none_if_nan(center), "shown": none_if_nan(share), "pairs": int(items)}
                 for center, share, items in zip(*bins.values())
@@ -235,12 +235,12 @@ class Presence(MultiLabelAveragePrecision):
             rows = [
                 [
                     f"{index / len(bins):.1f} to {(index + 1) / len(bins):.1f}",
-                    cell(of_bin["mean"], 2),
-                    cell(of_bin["shown"], 2),
-                    str(of_bin["pairs"]),
+                    cell(interval["mean"], 2),
+                    cell(interval["shown"], 2),
+                    str(interval["pairs"]),
                 ]
-                for index, of_bin in enumerate(bins)
-                if of_bin["pairs"]
+                for index, interval in enumerate(bins)
+                if interval["pairs"]
             ]
             presence = f"presence at a prior of {100 * scores['prior']:.1f} %"
             headings = [presence, "its mean", "share that is shown", "pairs of image and class"]

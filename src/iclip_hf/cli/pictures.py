@@ -161,7 +161,7 @@ def _entries(
 
 
 def _texts(options: argparse.Namespace, engine: Engine) -> _Texts:
-    """Returns the texts that the user named. Without any, returns all nouns, the best of which each image shows."""
+    """Returns the texts that the user named, otherwise all nouns and the number that is shown of each image."""
     if options.texts:
         return _Texts(options.texts + options.background, None, None, ("text", "presence"))
     from ..backends.embedded import encoded_vocabulary, vocabulary

@@ -78,7 +78,7 @@ class ICLIPTrainingArguments(TrainingArguments):
             self.data_seed = self.seed
         # Without a launcher, one of several GPUs trains. `DataParallel` would contrast the pairs of each GPU alone.
         self._n_gpu = min(self.n_gpu, 1)
-        self.dataloader_pin_memory &= self.device.type != "cpu"  # of which torch would warn
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # torch would warn
 
 
 def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:

@@ -34,7 +34,7 @@ class PairCollator:
 
     Args:
         processor ([`ICLIPProcessor`]): of the model.
-        nouns ([`NounPrompts`], *optional*): of which prompts follow the captions of a batch.
+        nouns ([`NounPrompts`], *optional*): nouns whose prompts follow the captions of a batch.
         transform (`Callable`, *optional*): from an image to `pixel_values` (3, H, W), such as [`augmentation`]; the
             processor by default.
         text_features (`Callable`, *optional*): from texts to their features (M, D) from the text tower, such as a

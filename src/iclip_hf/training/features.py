@@ -1,5 +1,5 @@
 """
-Features of images and texts, which the projections learn from: of a batch, and in a cache for towers that are locked.
+The statistics of training images that a model keeps, and a cache on disk of the features of locked towers.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _whiten(model: ICLIPModel, mean: torch.Tensor, products: torch.Tensor) -> No
 
 
 _IMAGES, _DEVIATION = 1024, 4.0
-# A file has so many bytes, or what is computed in so many seconds: files are few, and a killed run loses little.
+# A file is written after this number of bytes or seconds, so that files are few and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
 _VERSION = 3
@@ -122,7 +122,7 @@ class FeatureStore:
         self.reload()
 
     def reload(self) -> None:
-        """Finds what other processes have added, behind what is known, whose positions stay."""
+        """Finds the files that other processes have added. Positions that are known already stay the same."""
         keys = [self._keys]
         for path in sorted(self.folder.glob("*.npy")):
             if path not in self._files:
@@ -136,7 +136,7 @@ class FeatureStore:
         self._order = np.argsort(self._keys, kind="stable")
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Returns the positions of the features of these keys, (N,); -1 for a key without."""
+        """Returns the positions of the features of these keys, (N,); -1 for a key without features."""
         keys = np.array(keys, "S32")
         if not len(self._keys):
             return np.full(len(keys), -1)
@@ -158,7 +158,7 @@ class FeatureStore:
             np.save(file, records)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the records at these positions, (N,). Raises `KeyError` if one of them is that of no features."""
+        """Returns the records at these positions, (N,). Raises `KeyError` if a position is -1."""
         if (positions < 0).any():
             raise KeyError(f"{self.folder} has no features of {(positions < 0).sum()} of {len(positions)} items.")
         records, numbers = np.empty(len(positions), self._record), np.searchsorted(self._ends, positions, side="right")
@@ -177,13 +177,14 @@ class FeatureStore:
         self, items: Dataset | Sequence, keys: Sequence[bytes], encode: Callable, batch_size: int, workers: int = 0
     ) -> np.ndarray:
         """
-        Adds the features of items whose keys are missing, each process a part of them.
+        Adds the features of items whose keys are missing. Each process encodes a part of them.
 
         Args:
             items: items by number. One that is None, such as a broken image, has no features.
             keys: those of the items.
             encode: from a list of N items to their features by name, tensors (N, ...).
-            batch_size, workers (`int`): items in a call of `encode`, and processes that load them.
+            batch_size (`int`): number of items in a call of `encode`.
+            workers (`int`): number of processes that load items.
 
         Returns:
             `np.ndarray`: positions of the features of all items, (len(items),); -1 for an item without.
@@ -193,7 +194,7 @@ class FeatureStore:
         """
         state = partial_state("train")
         self.reload()
-        # Of one process: another run may add features between the looks of two.
+        # Only one process looks: another run may add features before a second process does.
         missing = broadcast_from_main(self._missing(keys) if state.is_main_process else None)
         mine = missing[state.process_index :: state.num_processes]
         batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
@@ -302,7 +303,7 @@ class FeatureCache:
         Computes the features of the image of each pair. Returns their positions (N,); -1 for an image that cannot be
         read.
         """
-        with partial_state("train").main_process_first():  # of much data, it keeps them
+        with partial_state("train").main_process_first():  # it keeps the digests of large data for the others
             digests = pairs.image_digests()
         images = _Images(pairs, self.processor)
         return self._images.fill(images, digests, self._encode_images, 64, self.num_workers)
@@ -323,7 +324,7 @@ class FeatureCache:
 
     def _encode_images(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         config = self.model.config
-        # Those of all models with these options, so that they share the folder.
+        # All poolings that models with these options can have, so that these models share the folder.
         poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
         with self._inference():
             image = self.model.encode_image(torch.stack(images).to(self.model.device))

@@ -53,7 +53,7 @@ MAX_BAD_STEPS = 30  # in a row, after which a training stops
 
 class ICLIPTrainer(Trainer):
     """
-    `Trainer` for [`ICLIPModel`]. It takes the arguments of the base class, of which these differ:
+    `Trainer` for [`ICLIPModel`]. It takes the arguments of the base class. These differ:
 
     Args:
         args ([`ICLIPTrainingArguments`]): arguments of the training.
@@ -153,7 +153,7 @@ class ICLIPTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **options):
         """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # of which the base class says more
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # True raises in the base class
         self._bad_steps = 0
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **options)
@@ -271,7 +271,7 @@ class ICLIPTrainer(Trainer):
             return super().get_eval_dataloader()  # raises
         data = self.eval_dataset[data] if isinstance(data, str) else data
         if data is self.train_dataset and isinstance(data, Epochs):
-            data = copy(data)  # of which the loader sets the epoch
+            data = copy(data)  # the loader sets the epoch of the copy
             data._epoch = 0
         workers = 0 if isinstance(data, CachedPairs) else self.args.dataloader_num_workers
         collator = self.data_collator

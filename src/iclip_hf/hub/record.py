@@ -78,7 +78,7 @@ def _embedded_record() -> dict:
 
 def _record_file(source: str | Path) -> Path | None:
     """Returns the file with the record of a folder or Hub id, None if there is none."""
-    if not source:  # of a model in memory
+    if not source:  # the model was made in memory
         return None
     if Path(source).is_dir():
         file = Path(source, RECORD)
@@ -146,4 +146,4 @@ def _shown_data(protocol: Mapping) -> tuple[dict, bool]:
     classes, size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
     if data["images_in_split"] > size or tuple(protocol["class_names"]) != tuple(classes):
         return data, True
-    return {**data, "images_in_split": size}, False  # of a part of the images
+    return {**data, "images_in_split": size}, False  # the folder may hold a part of the split only

@@ -404,7 +404,7 @@ class ICLIPProcessor(ProcessorMixin):
         """
         results = []
         for texts in _regions(maps, masks, min_area):
-            regions = [(label, region) for label, *_, of_text in texts for region in of_text]
+            regions = [(label, region) for label, *_, text_regions in texts for region in text_regions]
             results.append(
                 {
                     "scores": torch.tensor([region.score for _, region in regions]),

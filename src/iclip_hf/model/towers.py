@@ -140,14 +140,14 @@ class ICLIPTowers(PreTrainedModel):
                 raise ValueError(f"feature_dim is at most {channels}, the number of the feature tower's channels.")
             self.feature_reduction = nn.Linear(channels, config.feature_dim)
 
-        self._find_last_attention()
+        self._prepare_last_attention()
         if (layers := config.average_layers) > 1:
             depth = config.vision_config.num_hidden_layers
             stack = next(m for m in self.vision_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
             for layer in stack[-layers:-1]:
                 layer.register_forward_hook(_keep_output, with_kwargs=True)
 
-    def _find_last_attention(self):
+    def _prepare_last_attention(self):
         """
         Makes the last attention layer of the image tower compute the class token's row besides the fused attention.
         """
@@ -163,7 +163,7 @@ class ICLIPTowers(PreTrainedModel):
         attention.
         """
         super().set_attn_implementation(*args, **kwargs)
-        self._find_last_attention()
+        self._prepare_last_attention()
 
     def train(self, mode: bool = True):
         """
@@ -287,7 +287,7 @@ class ICLIPTowers(PreTrainedModel):
         output of the tower.
         """
         config = self.config.text_config
-        if padded := config.model_type == "siglip_text_model":
+        if is_siglip := config.model_type == "siglip_text_model":
             # SigLIP reads the last position, which was padding during its training. Some callers pad less.
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
@@ -300,7 +300,7 @@ class ICLIPTowers(PreTrainedModel):
         tokens, weights = outputs.last_hidden_state, attention_mask
         if weights is None:
             # SigLIP's processors pad all texts, and return no mask.
-            weights = input_ids != config.pad_token_id if padded else torch.ones_like(input_ids)
+            weights = input_ids != config.pad_token_id if is_siglip else torch.ones_like(input_ids)
         weights = weights.unsqueeze(-1).float()
         mean = (tokens.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         return mean.to(tokens.dtype), outputs

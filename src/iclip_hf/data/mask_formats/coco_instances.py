@@ -166,14 +166,14 @@ def read_coco_instances(root: Path, split: str) -> Annotations:
         class_names = [category["name"] for category in categories]
         if not images:
             raise ValueError("there are no images")
-        for of_which, values in (
+        for what, values in (
             ("images with the id", [image["id"] for image in images]),
             ("images with the file_name", [image["file_name"] for image in images]),
             ("categories with the id", [category["id"] for category in categories]),
             ("categories with the name", class_names),
         ):
             if twice := [value for value, count in Counter(values).items() if count > 1]:
-                raise ValueError(f"there are two {of_which} {twice[0]}")
+                raise ValueError(f"there are two {what} {twice[0]}")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "

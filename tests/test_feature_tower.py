@@ -20,7 +20,7 @@ from iclip_hf.explainers import make_explainer
 from iclip_hf.hub.folders import export_model, init_model
 from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.pooling import even_patches, representative_patches
-from iclip_hf.training.features import set_statistics
+from iclip_hf.training.statistics import set_statistics
 
 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)  # of the image processor

@@ -23,8 +23,8 @@ from iclip_hf.model.losses import (
     shares_of_texts,
 )
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
-from iclip_hf.training.features import set_statistics
 from iclip_hf.training.kept_presence import KeptPresence
+from iclip_hf.training.statistics import set_statistics
 
 
 def test_representative_patches_by_hand():

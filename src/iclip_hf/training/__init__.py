@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from .arguments import ICLIPTrainingArguments, few_pairs
     from .collator import PairCollator, augmentation
     from .datasets import CachedPairs, StreamedPairs
-    from .features import FeatureCache, set_statistics
+    from .features import FeatureCache
+    from .statistics import set_statistics
     from .trainer import ICLIPTrainer
 
 _MODULES = {
@@ -21,7 +22,7 @@ _MODULES = {
     "StreamedPairs": ".datasets",
     "augmentation": ".collator",
     "few_pairs": ".arguments",
-    "set_statistics": ".features",
+    "set_statistics": ".statistics",
 }
 __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)

@@ -1,6 +1,4 @@
-"""
-The statistics of training images that a model keeps, and a cache on disk of the features of locked towers.
-"""
+"""A cache on disk of the features of locked towers."""
 
 from __future__ import annotations
 
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -32,77 +29,10 @@ from ..utils.files import atomic_write
 logger = logging.getLogger(__name__)
 
 
-@torch.no_grad()
-def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
-    """
-    Sets what a model keeps of the statistics of training images: `feature_reduction` to the whitening of
-    the features of a feature tower, and `token_mean`, with `center_tokens`, to the mean patch token. Keeps those of an
-    earlier training, which its branches learned with. All processes have those of the first.
-
-    The whitening projects to the principal components with the largest variance, and scales each to a standard
-    deviation of 4 over the positions of its map. Those of the tokens of DINOv2 are 2: with less, they would outweigh
-    the features.
-
-    Args:
-        model: model on its device.
-        processor: of the model.
-        pairs: rows with an `image`; about a thousand are read, of a data set with random access evenly spread ones.
-    """
-    whiten = model.feature_model is not None and not model.feature_reduction.weight.any()
-    center = model.config.center_tokens and not model.token_mean.any()
-    if not whiten and not center:
-        return
-    if partial_state("train").is_main_process:
-        if isinstance(pairs, PairDataset):
-            distinct, _ = pairs.distinct()
-            sample = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES))]
-        else:
-            sample = [pair for pair, _ in zip(pairs, range(_IMAGES))]
-
-        maps, hook = [], None  # of the feature tower, which `encode_image` runs
-        if whiten:
-            hook = model.feature_model.register_forward_hook(lambda *call: maps.append(call[-1].last_hidden_state))
-        tokens, on_grid, count, total, products = [], [], 0, 0.0, 0.0
-        for start in tqdm(range(0, len(sample), 32), "Statistics", delay=3, leave=False):
-            pixel_values = processor(images=[pair["image"] for pair in sample[start : start + 32]])["pixel_values"]
-            image = model.encode_image(pixel_values.to(model.device))
-            tokens.append(image.patch_tokens.float().mean(1))
-            if whiten:
-                features = maps.pop()
-                on_grid.append(F.interpolate(features, image.grid, mode="bilinear", align_corners=False).mean((2, 3)))
-                features = features.movedim(1, -1).flatten(0, 2).cpu().double()
-                count, total = count + len(features), total + features.sum(0)
-                products = products + features.T @ features
-        token_mean = torch.cat(tokens).mean(0)
-        if whiten:
-            hook.remove()
-            _whiten(model, total / count, products / count)
-            token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(on_grid).mean(0))
-        if center:
-            model.token_mean.copy_(token_mean)
-    for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
-        weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
-
-
-def _whiten(model: ICLIPModel, mean: torch.Tensor, products: torch.Tensor) -> None:
-    """Sets `feature_reduction` to the whitening of features with this mean (C,) and mean outer product (C, C)."""
-    variances, directions = torch.linalg.eigh(products - torch.outer(mean, mean))  # in ascending order
-    variances, directions = variances.flip(0)[: model.config.feature_dim], directions.flip(1)
-    directions = directions[:, : model.config.feature_dim].T
-    # Directions among dead channels have no variance, and stay small.
-    weight = _DEVIATION * directions * variances.clamp(min=1e-6 * variances[0]).rsqrt().unsqueeze(1)
-    model.feature_reduction.weight.copy_(weight)
-    model.feature_reduction.bias.copy_(-weight @ mean)
-
-
-# ---------------------------------------------------------------------------------------------------------- on disk
-
-
-_IMAGES, _DEVIATION = 1024, 4.0
 # A file is written after this number of bytes or seconds, so that files are few and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
 # Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
-_VERSION = 3
+_VERSION = 4
 
 
 class FeatureStore:

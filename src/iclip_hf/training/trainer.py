@@ -432,8 +432,8 @@ def last_checkpoint(folder: str | Path) -> str | None:
 
 def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
     """
-    Sets what [`~features.set_statistics`] has set before a checkpoint. Computed again on another machine, the features
-    could be others than those that the projections have learned with.
+    Sets what [`~statistics.set_statistics`] has set before a checkpoint. Computed again on another machine, the
+    features could be others than those that the projections have learned with.
     """
     with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]

@@ -21,7 +21,8 @@ from ...model.processing_iclip import ICLIPProcessor
 from ...training.arguments import card_of
 from ...training.collator import PairCollator, augmentation
 from ...training.datasets import CachedPairs, StreamedPairs
-from ...training.features import FeatureCache, set_statistics
+from ...training.features import FeatureCache
+from ...training.statistics import set_statistics
 from ...training.trainer import ICLIPTrainer, last_checkpoint, load_statistics
 from ...utils.hub_ids import public_name
 from .arguments import Arguments, ModelArguments

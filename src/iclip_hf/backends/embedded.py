@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..data.class_names import COCO_THINGS
 from ..data.nouns import marked_nouns
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
@@ -44,15 +45,16 @@ _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFea
 
 def vocabulary() -> dict[str, float]:
     """
-    Returns the nouns that at least 100 training photographs of the embedded model show, in the singular: objects,
-    materials, places and backgrounds. The model has learned rarer nouns too, but gives them a presence too often.
+    Returns the nouns that at least 100 training photographs of the embedded model show, and the classes of COCO, for
+    which labels are complete, in the singular: objects, materials, places and backgrounds. The model has learned rarer
+    nouns too, but gives them too high a presence.
 
     Returns:
         `dict` from each noun to the prior of its presence, 0.07.
     """
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
     counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in marked_nouns(text.splitlines()).items()}
-    return {noun: _PRIOR for noun, count in counts.items() if count >= _MIN_PHOTOGRAPHS}
+    return {noun: _PRIOR for noun, count in counts.items() if count >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS}
 
 
 def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:

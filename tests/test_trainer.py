@@ -15,7 +15,7 @@ from conftest import tiny_model, write_folder
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 from training_runs import write_table
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import PairDataset, load_pairs
@@ -185,6 +185,38 @@ def test_a_trainer_trains_again(pairs, tiny_processor, arguments):
         trainer.train()
     state = json.loads(Path(args.output_dir, "checkpoint-2", "trainer_state.json").read_text())
     assert [row["eval_one"] for row in state["log_history"] if "eval_one" in row] == [1, 1]
+
+
+class Stop(TrainerCallback):
+    """Ends a training at its second step by an error, once."""
+
+    def on_step_end(self, args, state, control, **options):
+        if state.global_step == 2:
+            raise InterruptedError
+
+
+def test_a_resumed_trainer_ends_as_its_start_where_nothing_is_better(pairs, tiny_processor, arguments):
+    """Also if it is the trainer that was interrupted, whose model has learned."""
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    best = {"eval_on_start": True, "load_best_model_at_end": True, "metric_for_best_model": "same"}
+    args = arguments(**steps, **best, greater_is_better=True)
+    metrics = {"compute_metrics": lambda prediction: {"same": 0.0}, "callbacks": [Stop()]}
+    trainer = ICLIPTrainer(tiny_model(), args, None, pairs, pairs, tiny_processor, **metrics)
+    start = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    with pytest.raises(InterruptedError):
+        trainer.train()
+    trainer.remove_callback(Stop)
+    trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-1")
+    assert trainer.kept_start
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, start[name]), name
+
+
+def test_no_rate_is_above_the_learning_rate(pairs, tiny_processor, arguments):
+    args = arguments(learning_rate=1e-6, logging_steps=1, max_steps=4)
+    trainer = ICLIPTrainer(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor)
+    trainer.train()
+    assert 0 < max(row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row) <= 1e-6
 
 
 def test_an_evaluation_in_bfloat16(pairs, tiny_processor, arguments):

@@ -127,14 +127,18 @@ class Start(TrainerCallback):
         scores (`dict`): the scores of each pair by metric, of the pairs of an evaluation by a digest of the captions.
         regressed (`dict`): the metrics that got worse in the last evaluation, alike.
         presence ([`KeptPresence`], *optional*): of its model.
+        is_kept (`bool`): whether the model of the start is kept already, so that a resumed training keeps no other.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer, self.held_out, self.scores, self.regressed = trainer, [], {}, {}
-        self.presence, self._weights = None, {}
+        self.presence, self._weights, self.is_kept = None, {}, False
 
     def keep(self) -> None:
-        """Keeps what is needed of the model, before a checkpoint is loaded."""
+        """Keeps what is needed of the model, before a checkpoint is loaded, unless it is kept."""
+        if self.is_kept:
+            return
+        self.is_kept = True
         args, model = self.trainer.args, self.trainer.model
         if args.eval_on_start and args.load_best_model_at_end:
             learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

@@ -60,10 +60,10 @@ class ICLIPTrainer(Trainer):
         data_collator ([`PairCollator`], *optional*): of the batches; one without nouns and augmentation by default.
         train_dataset: pairs of [`~iclip_hf.data.load_pairs`], [`CachedPairs`], [`StreamedPairs`], or any rows that the
             collator takes.
-        eval_dataset: held-out pairs, alike, a [`SegmentationDataset`], or a `dict` of these.
+        eval_dataset: held-out pairs, alike but no stream, a [`SegmentationDataset`], or a `dict` of these.
         processing_class ([`ICLIPProcessor`], *optional*): of the model; that of the collator by default.
-        compute_loss_func (`Callable`, *optional*): from [`ICLIPOutput`], None and None to the loss, instead of the
-            model's own.
+        compute_loss_func (`Callable`, *optional*): function of [`ICLIPOutput`], None and `num_items_in_batch=None`. It
+            returns the loss of a training step, instead of the model's own, which stays that of an evaluation.
         compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
             vectors of N images and those of their captions, (N, P) each; the labels (N, 2) number the images and the
             captions, such that equal ones share a number.
@@ -77,8 +77,8 @@ class ICLIPTrainer(Trainer):
     lost in no other metric of the held-out pairs. Without one, the model ends as it was at the start.
 
     Raises:
-        `TypeError`: `args` is none of these. `ValueError`: a tower learns, and cached features or `keep_presence` need
-        it locked.
+        `TypeError`: `args` are no [`ICLIPTrainingArguments`], or there is no processor. `ValueError`: a tower learns,
+        and cached features or `keep_presence` need it locked.
         `FloatingPointError`: 30 steps in a row have no finite gradient, or the held-out loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.
 
@@ -155,6 +155,8 @@ class ICLIPTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # True raises in the base class
         self._bad_steps = 0
+        if not resume_from_checkpoint:
+            self.start.is_kept = False  # of an earlier training
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **options)
         if self.interrupts.stopped:
@@ -241,7 +243,8 @@ class ICLIPTrainer(Trainer):
         if self.args.lr_scheduler_type != "cosine" or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
-        start, peak, end = self.args.warmup_learning_rate, self.args.learning_rate, self.args.min_learning_rate
+        peak = self.args.learning_rate
+        start, end = (min(rate, peak) for rate in (self.args.warmup_learning_rate, self.args.min_learning_rate))
         self._created_lr_scheduler = True
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,

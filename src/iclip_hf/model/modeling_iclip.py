@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification
 from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
@@ -62,14 +62,8 @@ class ICLIPModel(ICLIPTowers):
     input_modalities = ("image", "text")
     _no_split_modules = ["Projection"]  # its two parts are added; the towers name their own modules
 
-    def __init__(
-        self,
-        config: ICLIPConfig,
-        vision_model: PreTrainedModel | None = None,
-        text_model: PreTrainedModel | None = None,
-        feature_model: PreTrainedModel | None = None,
-    ):
-        super().__init__(config, vision_model, text_model, feature_model)
+    def __init__(self, config: ICLIPConfig, *towers, **named_towers):
+        super().__init__(config, *towers, **named_towers)
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head

@@ -101,6 +101,11 @@ class ICLIPTowers(PreTrainedModel):
     """
     The towers of an [`ICLIPModel`]: how they are joined, locked and run. The image and the text tower are used through
     their public outputs.
+
+    Args:
+        config ([`ICLIPConfig`]): configuration of the model.
+        vision_model, text_model, feature_model (`PreTrainedModel`, *optional*): loaded towers; initialised from their
+            configurations if not given.
     """
 
     config: ICLIPConfig
@@ -127,13 +132,13 @@ class ICLIPTowers(PreTrainedModel):
         if config.feature_config is not None and config.feature_config.model_type != "timm_wrapper":
             raise ValueError(f"A feature tower is a backbone of timm, not {config.feature_config.model_type!r}.")
         super().__init__(config)
-        self.vision_model = vision_model if vision_model is not None else load_tower(config.vision_config)
-        self.text_model = text_model if text_model is not None else load_tower(config.text_config)
+        self.vision_model = vision_model or load_tower(config.vision_config)
+        self.text_model = text_model or load_tower(config.text_config)
         # A tower may copy its configuration. The model refers to this copy, so that later changes reach the layers.
         config.vision_config, config.text_config = self.vision_model.config, self.text_model.config
         self.feature_model = self.feature_reduction = None
         if config.feature_config is not None:
-            self.feature_model = feature_model if feature_model is not None else load_tower(config.feature_config)
+            self.feature_model = feature_model or load_tower(config.feature_config)
             config.feature_config = self.feature_model.config
             channels = self.feature_model.timm_model.num_features
             if config.feature_dim > channels:

@@ -182,7 +182,7 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     engine = Engine(tiny_model(), tiny_processor)
     texts = engine.encode(NAMES)
     pixels = torch.randn(2, 3, 48, 56, generator=torch.Generator().manual_seed(0))
-    found = engine.raw_maps(pixels, texts, scales=SlidingWindows(32, 16, 8))[0]
+    found = engine.raw_maps(pixels, texts, tiling=SlidingWindows(32, 16, 8))[0]
     assert found.shape == (2, 3, 6, 7)
     values = [[[] for _ in range(7)] for _ in range(6)]
     for top in (0, 16):
@@ -194,7 +194,7 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     expected = torch.stack([torch.stack([torch.stack(cell).mean(0) for cell in row], -1) for row in values], -2)
     assert torch.allclose(found, expected, atol=1e-5)
     whole, _ = engine.raw_maps(pixels, texts)
-    assert torch.equal(engine.raw_maps(pixels, texts, scales=SlidingWindows(64, 8, 8))[0], whole)
+    assert torch.equal(engine.raw_maps(pixels, texts, tiling=SlidingWindows(64, 8, 8))[0], whole)
 
 
 def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):

@@ -133,7 +133,7 @@ def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder
     right = total = 0
     for sample in dataset:
         pixels = tiny_processor(images=[sample.image], size={"shortest_edge": 40})["pixel_values"]
-        maps = refine_maps(engine.raw_maps(pixels, texts, scales=SlidingWindows(32, 16, 8))[0], pixels)[0]
+        maps = refine_maps(engine.raw_maps(pixels, texts, tiling=SlidingWindows(32, 16, 8))[0], pixels)[0]
         labels = argmax_label_map(maps, sample.size, range(len(maps)))[0].numpy() + 1
         known = (sample.label_map > 0) & (sample.label_map < 255)
         right, total = right + (labels == sample.label_map)[known].sum(), total + known.sum()

@@ -132,7 +132,7 @@ class Engine:
         self.templates = check_templates(processor.templates if templates is None else templates)
         self.image_size = None if image_size is None else size_dict(image_size)
         self.refine, self.multi_scale = refine, multi_scale
-        self.scales = TwoScales(processor.patch_size) if multi_scale else WholeImage()
+        self.tiling = TwoScales(processor.patch_size) if multi_scale else WholeImage()
         self._forward = self._own_maps if method is None else method.forward
         self.method_name = "itsm" if method is None else getattr(method, "name", type(method).__name__)
         self._arguments = signature(self._forward).parameters.keys()
@@ -173,7 +173,7 @@ class Engine:
                 still see all of them, and `Explanation.all_scores` has all scores.
         """
         image, own_size = load_image(image), size_dict(self.processor.image_processor.size)
-        map_size = self.scales.size(self.image_size or own_size)
+        map_size = self.tiling.size(self.image_size or own_size)
 
         def pixels(size: dict[str, int]) -> torch.Tensor:
             # With do_resize=False, the processor takes no size.
@@ -330,9 +330,9 @@ class Engine:
         """Encodes the views of images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
         features, score_features = batch.features, batch.score_features
         if features is None and for_maps:
-            features = [self._features(view) for view in self.scales.views(batch.pixel_values)]
+            features = [self._features(view) for view in self.tiling.views(batch.pixel_values)]
         if score_features is None:
-            views = [*(features or self.scales.views(batch.pixel_values))]
+            views = [*(features or self.tiling.views(batch.pixel_values))]
             if batch.score_pixel_values is not None:  # the whole image, at the model's own size
                 views[0] = batch.score_pixel_values
             score_features = [self._scored(self._features(view)) for view in views]
@@ -347,7 +347,7 @@ class Engine:
         self, views: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes the scores and the presence, `(B, T)`. The presence is None if the model has none."""
-        scores = self.scales.score([self.model.scores(view, texts) for view in views])
+        scores = self.tiling.score([self.model.scores(view, texts) for view in views])
         check_finite(scores)
         presence = self.model.presence(scores)
         if presence is not None and priors is not None:
@@ -360,27 +360,28 @@ class Engine:
         texts: ICLIPTextFeatures,
         features: Sequence[ICLIPImageFeatures] | None = None,
         text_indices: Sequence[Sequence[int]] | None = None,
-        scales: WholeImage | None = None,
+        tiling: WholeImage | None = None,
         refine: bool = True,
     ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
-        Computes the raw maps `(B, T, h, w)`, float32, of prepared images `(B, 3, H, W)`, with the scales and the
-        refinement of the engine, or with other `scales`, such as [`SlidingWindows`]. Returns the maps, and the
-        features of the views.
+        Computes the raw maps `(B, T, h, w)`, float32, of prepared images `(B, 3, H, W)`, with the tiling and the
+        refinement of the engine. Returns the maps, and the features of the views.
 
         Args:
             texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
             features (`list[ICLIPImageFeatures]`, *optional*): features of the views, if they are encoded already.
             text_indices (*optional*): for each image the indices of the texts to map; all if not given. S is the
                 largest number of them: an image with fewer has maps of any texts behind its own.
+            tiling ([`WholeImage`], *optional*): another tiling than that of the engine, such as [`SlidingWindows`].
             refine (`bool`): False leaves out the refinement of the engine.
         """
-        texts, scales = for_images(texts, len(pixel_values)), scales or self.scales
-        views = scales.views(pixel_values)
+        texts = for_images(texts, len(pixel_values))
+        tiling = tiling or self.tiling
+        views = tiling.views(pixel_values)
         maps, features = zip(
             *(self._view_maps(view, texts, image, text_indices) for view, image in zip(views, features or views))
         )
-        maps = scales.join(maps, pixel_values.shape[2:])
+        maps = tiling.join(maps, pixel_values.shape[2:])
         return refine_maps(maps, pixel_values.to(maps.device)) if refine and self.refine else maps, [*features]
 
     def _view_maps(

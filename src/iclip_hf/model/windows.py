@@ -1,4 +1,7 @@
-"""Views of prepared images, the whole or windows of it, and how their maps and scores are joined."""
+"""
+Tilings: how prepared images are divided into views, the whole or windows of it, and how their maps and scores are
+joined.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ WINDOW_SHARPNESS = 20.0
 
 
 class WholeImage:
-    """One view, the whole prepared image."""
+    """The tiling with one view, the whole prepared image. Other tilings derive from it."""
 
     def size(self, usual: dict[str, int]) -> dict[str, int]:
         """Returns the size that images are prepared in, so that their views have the usual size."""

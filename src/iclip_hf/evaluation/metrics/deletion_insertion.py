@@ -131,7 +131,7 @@ class DeletionInsertion(MeasuredClassMeans):
         # Scores come from the whole image at the model's own size.
         pixel_values = prepared.score_pixel_values
         if pixel_values is None:
-            pixel_values = self.run.engine.scales.views(prepared.pixel_values)[0]
+            pixel_values = self.run.engine.tiling.views(prepared.pixel_values)[0]
         curves = deletion_insertion(
             self.score,
             pixel_values[0].to(self.run.texts.text_embeds.device),

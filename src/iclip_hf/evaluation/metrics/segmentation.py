@@ -321,7 +321,7 @@ class Segmentation(Metric):
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         windows = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
         method_maps = {
-            method: engine.raw_maps(pixel_values, self.encoded, scales=windows)[0][:, self.text_indices].cpu()
+            method: engine.raw_maps(pixel_values, self.encoded, tiling=windows)[0][:, self.text_indices].cpu()
             for method, engine in self.run.engines.items()
         }
         return [dict(zip(method_maps, maps)) for maps in zip(*method_maps.values())]

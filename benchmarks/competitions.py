@@ -12,8 +12,8 @@ from measuring import command_line, table
 
 from iclip_hf import load
 from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation.argmax import argmax_label_map
 from iclip_hf.evaluation.metrics import MeanIoU
-from iclip_hf.evaluation.metrics.segmentation import argmax_label_map
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import resize_and_normalize

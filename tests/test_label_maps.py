@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPProcessor
-from iclip_hf.evaluation.metrics.segmentation import argmax_label_map
+from iclip_hf.evaluation.argmax import argmax_label_map
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.label_maps import BACKGROUND_LABEL, label_map
 from iclip_hf.model.outputs import ICLIPOutput

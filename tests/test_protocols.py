@@ -17,9 +17,9 @@ from transformers import CLIPImageProcessor
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.overrides import read_overrides
+from iclip_hf.evaluation.argmax import protocol_label_map
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import Segmentation
-from iclip_hf.evaluation.metrics.segmentation import protocol_label_map
 from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
 from iclip_hf.evaluation.window_maps import WindowMaps, resized
 from iclip_hf.explainers import make_explainer

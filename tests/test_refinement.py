@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
 from iclip_hf.data import load_segmentation
+from iclip_hf.evaluation.argmax import argmax_label_map
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
-from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows, argmax_label_map
+from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.refinement import refine_maps

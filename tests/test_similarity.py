@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from iclip_hf.evaluation.metrics.segmentation import argmax_label_map
+from iclip_hf.evaluation.argmax import argmax_label_map
 from iclip_hf.explainers.competing_itsm import compete
 from iclip_hf.model.similarity import (
     cosine_similarity_map,

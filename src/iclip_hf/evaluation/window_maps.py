@@ -1,6 +1,6 @@
 """
-Label maps by the steps that papers on training-free open-vocabulary segmentation share, see [`~protocols.Protocol`].
-Their resizing is bilinear without antialiasing, and windows are averaged in pixels.
+Maps of sliding windows by the steps that papers on training-free open-vocabulary segmentation share, see
+[`~protocols.Protocol`]. Resizing is bilinear without antialiasing, and windows are averaged in pixels.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ OPTIONS = {
 }
 
 _MODULES = {name: f".{module}" for module, _, name in (path.partition(":") for path in METRICS.values())}
-_MODULES |= dict.fromkeys(["Metric", "ClassMeans", "MeasuredClassMeans"], ".metric") | {"MeanIoU": ".segmentation"}
+_MODULES |= dict.fromkeys(["Metric", "ClassMeans", "MeasuredClassMeans"], ".metric") | {"MeanIoU": ".mean_iou"}
 __all__ = ["METRICS", "OPTIONS", "TASKS", "make_metrics", *_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from ...model.label_maps import BACKGROUND_LABEL
-from ...model.similarity import resize_maps, stretch
 from ...model.windows import WholeImage, mean_of_windows, sliding_windows
-from ..functional import THRESHOLDS, area_counts
+from ..argmax import argmax_label_map, protocol_label_map
+from ..functional import THRESHOLDS
 from ..protocols import protocol_settings
 from ..window_maps import WindowMaps, resized
+from .mean_iou import MeanIoU
 from .metric import EvaluatedImage, Metric
 
 
@@ -24,166 +23,6 @@ from .metric import EvaluatedImage, Metric
 SHORT_SIDE = 336
 # Options that a protocol sets if they are not given.
 _PROTOCOL_OPTIONS = ("window", "stride", "logit_scale", "threshold")
-
-
-class MeanIoU:
-    """
-    mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
-
-    Args:
-        num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
-        background (`bool`): whether the background, class 0, is one of the classes of the mean.
-        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
-
-    Example:
-        >>> metric = MeanIoU(num_classes=2)
-        >>> metric.update(np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
-        >>> metric.compute()["miou"]
-        50.0
-    """
-
-    def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
-        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
-        self.areas = np.zeros((3, self.num_classes, 1), np.int64)
-
-    def update(self, prediction, reference, confidence=None) -> None:
-        """
-        Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none.
-        """
-        self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
-
-    def add_counts(self, areas: np.ndarray) -> None:
-        """Adds one image by its counts from [`area_counts`]."""
-        self.areas = self.areas + areas
-
-    def curve(self) -> np.ndarray:
-        """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
-        iou = self._iou()
-        known = ~np.isnan(iou)
-        return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
-
-    def compute(self) -> dict:
-        """
-        Returns the scores of all images so far, at the lowest threshold.
-
-        - **miou** -- mean over classes, percent (NaN without pixels).
-        - **pixel_accuracy** -- share of the pixels with the right class, percent.
-        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left
-          out.
-        - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
-        - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
-        - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
-        """
-        first = 0 if self.background else 1
-        in_both, _, referenced = self.areas[:, first:, 0]
-        iou = self._iou()[:, 0]
-        shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
-        floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
-        return {
-            "miou": float(self.curve()[0]),
-            "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
-            "per_class": {first + int(k): float(iou[k]) for k in np.flatnonzero(~np.isnan(iou))},
-            "per_class_accuracy": {first + int(k): 100 * int(in_both[k]) / int(referenced[k]) for k in shown},
-            "floor": float(floor.max()),
-            "floor_class": first + int(referenced.argmax()),
-            "pixels": pixels,
-            "left_out": {"no_pixels": int(np.isnan(iou).sum())},
-        }
-
-    def _iou(self) -> np.ndarray:
-        """Returns the IoU of each class of the mean at each threshold, percent; NaN for a class without pixels."""
-        in_both, predicted, referenced = self.areas[:, 0 if self.background else 1 :]
-        union = predicted + referenced - in_both
-        return 100 * in_both / np.where(union, union, np.nan)
-
-
-@torch.no_grad()
-def argmax_label_map(
-    raw_maps: torch.Tensor,
-    size: tuple[int, int],
-    classes: Sequence[int],
-    threshold: float | None = None,
-    logit_scale: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Finds the text with the highest raw value at each pixel, as benchmarks of segmentation do with all classes of a
-    data set. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of
-    texts.
-
-    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. With `logit_scale`, it
-    is the probability of the best text: a softmax of the scaled values over all texts, which needs cosines.
-
-    Args:
-        raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
-        size (`tuple[int, int]`): height and width of the label map in pixels.
-        classes (T integers): class of each text. Texts of one class are synonyms. [`BACKGROUND_LABEL`] marks texts
-            that describe the background.
-        threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
-
-    Returns:
-        `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1].
-    """
-    values = torch.empty(size, dtype=torch.float32, device=raw_maps.device)
-    # One map at a time, so that equal maps stay equal.
-    winner, best, confidence = _best_texts((resize_maps(raw, size, out=values) for raw in raw_maps), logit_scale)
-    if confidence is None:
-        confidence = stretch(best, *best.aminmax(), out=best)
-    labels = torch.as_tensor(classes, dtype=torch.long, device=best.device)[winner.long()]
-    if threshold is not None:
-        labels[confidence <= threshold] = BACKGROUND_LABEL
-    return labels, confidence
-
-
-def _best_texts(
-    maps: Iterable[torch.Tensor], logit_scale: float | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """
-    Returns the index of the highest map at each pixel (the first of equal ones), its value and, with `logit_scale`,
-    its probability, `(H, W)` each.
-    """
-    best = None
-    for index, values in enumerate(maps):
-        if best is None:
-            best, winner = values.clone(), torch.zeros_like(values, dtype=torch.int32)
-            total = torch.zeros_like(best)  # sum of exp(logit - highest logit so far)
-        higher = values > best
-        winner.masked_fill_(higher, index)
-        if logit_scale is not None:
-            below = (values - best).abs_().mul_(-logit_scale).exp_()
-            total = torch.where(higher, total * below + 1, total + below)
-        torch.maximum(best, values, out=best)
-    return winner, best, None if logit_scale is None else 1 / total
-
-
-@torch.no_grad()
-def protocol_label_map(
-    maps: WindowMaps,
-    classes: Sequence[int],
-    threshold: float | None,
-    logit_scale: float,
-    min_area: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Finds the class with the highest probability at each pixel, as papers do, see [`~protocols.Protocol`]. Arguments
-    and results are those of [`argmax_label_map`], with two differences. A pixel is background if its probability is
-    lower than the threshold, not if it is equal. And the pixels of a class below `min_area` go to the best of the
-    other classes, with the probability of that class among all texts.
-    """
-    classes = torch.as_tensor(classes, dtype=torch.long, device=maps.maps.device)
-    winner, best, confidence = _best_texts(maps.enlarged(), logit_scale)
-    labels = classes[winner.long()]
-    if min_area:
-        areas = torch.bincount(labels.flatten() + 1, minlength=int(classes.max()) + 2)[1:]  # without the background
-        stays = (classes == BACKGROUND_LABEL) | (areas > min_area * areas.sum())[classes]
-        kept = stays.nonzero().flatten()
-        labels.fill_(BACKGROUND_LABEL)
-        if len(kept):
-            winner, lower, _ = _best_texts(maps.enlarged(kept.tolist()), logit_scale)
-            labels = classes[kept][winner.long()]
-            confidence *= (logit_scale * (lower - best)).exp()
-    if threshold is not None:
-        labels[confidence < threshold] = BACKGROUND_LABEL
-    return labels, confidence
 
 
 class SlidingWindows(WholeImage):
@@ -199,14 +38,14 @@ class SlidingWindows(WholeImage):
     def __init__(self, window: int, stride: int, patch_size: int):
         self.window, self.stride, self.patch_size = window, stride, patch_size
 
-    def _positions(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+    def _windows(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
         return sliding_windows(size, (self.window,) * 2, (self.stride,) * 2)
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        return [pixel_values[..., rows, columns] for rows, columns in self._positions(pixel_values.shape[2:])]
+        return [pixel_values[..., rows, columns] for rows, columns in self._windows(pixel_values.shape[2:])]
 
     def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        return mean_of_windows(maps, self._positions(size), size, self.patch_size)
+        return mean_of_windows(maps, self._windows(size), size, self.patch_size)
 
 
 class Segmentation(Metric):
@@ -265,14 +104,16 @@ class Segmentation(Metric):
         super().__init__()
         self.window, self.stride = window, stride or (window and window // 2)
         self.background, self.threshold, self.logit_scale = background, threshold, logit_scale
-        self.protocol, self.resolved = protocol, None
+        self.protocol = protocol
         if window and not protocol:
             self.image_size = {"shortest_edge": SHORT_SIDE}
 
     def prepare(self, run) -> None:
-        dataset = run.dataset
         if self.protocol:
             self._resolve(run)
+        if self.window:
+            self._check_windows(run)
+        dataset = run.dataset
         self.background_texts = list(dataset.background_texts if self.background is None else self.background)
         if not dataset.background and (self.background_texts or self.threshold is not None):
             raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
@@ -281,15 +122,6 @@ class Segmentation(Metric):
         if self.sweeps and run.count < 2:
             raise ValueError(
                 "The background threshold cannot be chosen on other images than this one: give a threshold."
-            )
-        if self.window and run.engine.multi_scale:
-            raise ValueError("Leave out window or multi_scale: each has windows of its own.")
-        patch = run.model.processor.patch_size
-        steps = (self.window, self.stride) if self.window and not self.protocol else ()
-        if self.window and (any(step % patch for step in steps) or not 0 < self.stride <= self.window):
-            raise ValueError(
-                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
-                f"window, not {self.window} and {self.stride}."
             )
         self.classes = [BACKGROUND_LABEL] * len(self.background_texts)
         self.classes += [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
@@ -300,6 +132,18 @@ class Segmentation(Metric):
         self.new_iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
+    def _check_windows(self, run) -> None:
+        """Raises `ValueError` unless the windows suit the patches and the other options."""
+        if run.engine.multi_scale:
+            raise ValueError("Leave out window or multi_scale: each has windows of its own.")
+        patch = run.model.processor.patch_size
+        in_patches = self.protocol or not (self.window % patch or self.stride % patch)
+        if not (in_patches and 0 < self.stride <= self.window):
+            raise ValueError(
+                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
+                f"window, not {self.window} and {self.stride}."
+            )
+
     def _resolve(self, run) -> None:
         """Takes the values of the protocol for the options that are not given."""
         size = run.engine.image_size or {}
@@ -308,8 +152,9 @@ class Segmentation(Metric):
                 "Leave out protocol, or else refine, multi_scale and image_size: a protocol has a refinement, windows "
                 "and a size of its own."
             )
-        given = {"short_side": size.get("shortest_edge"), **{name: getattr(self, name) for name in _PROTOCOL_OPTIONS}}
-        given = {name: value for name, value in given.items() if value is not None}
+        options = {name: getattr(self, name) for name in _PROTOCOL_OPTIONS}
+        options["short_side"] = size.get("shortest_edge")
+        given = {name: value for name, value in options.items() if value is not None}
         self.resolved = replace(protocol_settings(self.protocol, run.dataset.name), **given)
         for name in _PROTOCOL_OPTIONS:
             setattr(self, name, getattr(self.resolved, name))
@@ -344,7 +189,8 @@ class Segmentation(Metric):
         return method_maps
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
-        maps, options = image.outputs[self.name][method], (self.classes, self.threshold, self.logit_scale)
+        maps = image.outputs[self.name][method]
+        options = (self.classes, self.threshold, self.logit_scale)
         if self.protocol:
             labels, confidence = protocol_label_map(maps, *options, self.resolved.min_area)
             labels, confidence = labels.cpu(), confidence.cpu()
@@ -363,8 +209,10 @@ class Segmentation(Metric):
         Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds
         of the images at even and at odd positions, or None.
         """
-        whole, folds = self.new_iou(), [self.new_iou(), self.new_iou()]
-        thresholds, best = None, [0, 0]
+        whole = self.new_iou()
+        folds = [self.new_iou(), self.new_iou()]
+        thresholds = None
+        best = [0, 0]
         for fold, areas in self.state.sums.items():
             folds[fold].add_counts(areas)
         if self.sweeps:  # each fold takes the best threshold of the other
@@ -379,17 +227,13 @@ class Segmentation(Metric):
         return scores | {"thresholds": thresholds}
 
     def settings(self) -> dict:
-        chosen = "the best of the images at the other (even or odd) positions"
-        resolved = {}
+        settings = super().settings() | {
+            "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
+            "background": self.background_texts,
+        }
+        if self.sweeps:
+            settings["threshold"] = "the best of the images at the other (even or odd) positions"
         if self.protocol:
-            resolved = {name: getattr(self.resolved, name) for name in ("short_side", "min_area", "pamr_dilations")}
-            resolved["definition"] = self.protocol_definition
-        return (
-            super().settings()
-            | resolved
-            | {
-                "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
-                "background": self.background_texts,
-                "threshold": chosen if self.sweeps else self.threshold,
-            }
-        )
+            settings |= {name: getattr(self.resolved, name) for name in ("short_side", "min_area", "pamr_dilations")}
+            settings["definition"] = self.protocol_definition
+        return settings

@@ -1,0 +1,80 @@
+"""mIoU of label maps over a data set. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..functional import area_counts
+
+
+class MeanIoU:
+    """
+    mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
+
+    Args:
+        num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
+        background (`bool`): whether the background, class 0, is one of the classes of the mean.
+        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
+
+    Example:
+        >>> metric = MeanIoU(num_classes=2)
+        >>> metric.update(np.array([[1, 1, 0]]), np.array([[1, 0, 0]]))
+        >>> metric.compute()["miou"]
+        50.0
+    """
+
+    def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
+        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
+        self.areas = np.zeros((3, self.num_classes, 1), np.int64)
+
+    def update(self, prediction, reference, confidence=None) -> None:
+        """
+        Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none.
+        """
+        self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
+
+    def add_counts(self, areas: np.ndarray) -> None:
+        """Adds one image by its counts from [`area_counts`]."""
+        self.areas = self.areas + areas
+
+    def curve(self) -> np.ndarray:
+        """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
+        iou = self._iou()
+        known = ~np.isnan(iou)
+        return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
+
+    def compute(self) -> dict:
+        """
+        Returns the scores of all images so far, at the lowest threshold.
+
+        - **miou** -- mean over classes, percent (NaN without pixels).
+        - **pixel_accuracy** -- share of the pixels with the right class, percent.
+        - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left
+          out.
+        - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
+        - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
+        - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
+        """
+        first = 0 if self.background else 1
+        in_both, _, referenced = self.areas[:, first:, 0]
+        iou = self._iou()[:, 0]
+        shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
+        floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
+        return {
+            "miou": float(self.curve()[0]),
+            "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
+            "per_class": {first + int(k): float(iou[k]) for k in np.flatnonzero(~np.isnan(iou))},
+            "per_class_accuracy": {first + int(k): 100 * int(in_both[k]) / int(referenced[k]) for k in shown},
+            "floor": float(floor.max()),
+            "floor_class": first + int(referenced.argmax()),
+            "pixels": pixels,
+            "left_out": {"no_pixels": int(np.isnan(iou).sum())},
+        }
+
+    def _iou(self) -> np.ndarray:
+        """Returns the IoU of each class of the mean at each threshold, percent; NaN for a class without pixels."""
+        in_both, predicted, referenced = self.areas[:, 0 if self.background else 1 :]
+        union = predicted + referenced - in_both
+        return 100 * in_both / np.where(union, union, np.nan)

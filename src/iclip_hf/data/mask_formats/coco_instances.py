@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
@@ -80,36 +81,47 @@ class InstancesSample(SegmentationSample):
         return painted
 
     def _pixels(self, instance: Instance) -> np.ndarray:
-        """
-        Decodes an instance to `(H, W)` boolean. Raises `ValueError` for polygons and run lengths that pycocotools
-        refuses, for polygons that it would read beyond their end, and for run lengths of another size or sum.
-        """
-        segmentation = instance.segmentation
-        if not segmentation:
+        """Decodes an instance to `(H, W)` boolean. Raises `ValueError` if it cannot be decoded."""
+        if not instance.segmentation:
             return np.zeros(self.size, bool)
-        coco_mask = _pycocotools_mask()
+        decode = _decode_polygons if isinstance(instance.segmentation, list) else _decode_run_lengths
         try:
-            if isinstance(segmentation, list):
-                if wrong := [polygon for polygon in segmentation if len(polygon) < 6 or len(polygon) % 2]:
-                    raise ValueError(f"a polygon of {len(wrong[0])} numbers; it has x and y of at least 3 points")
-                # pycocotools takes memory by the length of the outline, of NaN without a limit.
-                if not all((np.abs(polygon) <= _FARTHEST).all() for polygon in segmentation):
-                    raise ValueError("a polygon with a coordinate that is no position in pixels")
-                return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, *self.size))).view(bool)
-            size, counts = tuple(segmentation["size"]), segmentation["counts"]
-            if size != self.size:
-                raise ValueError(f"run lengths of {size[0]}x{size[1]} pixels")
-            # pycocotools decodes run lengths that are cut off to a wrong mask.
-            total = sum(counts if isinstance(counts, list) else _run_lengths(counts))
-            if total != size[0] * size[1]:
-                raise ValueError(f"run lengths of {total} of {size[0] * size[1]} pixels")
-            packed = coco_mask.frPyObjects(segmentation, *size) if isinstance(counts, list) else segmentation
-            return coco_mask.decode(packed).view(bool)
+            return decode(instance.segmentation, self.size).view(bool)
         except Exception as error:  # pycocotools raises any
             raise ValueError(
                 f"{self.annotation_path}: the mask of annotation {instance.annotation_id}, on {self.image_path.name} "
                 f"of {self.size[0]}x{self.size[1]} pixels (height x width), cannot be read: {error}; correct it."
             ) from error
+
+
+def _decode_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """
+    Decodes polygons to `(H, W)` uint8. Raises `ValueError` for polygons that pycocotools would read beyond their end,
+    or that lie far outside of any image: it takes memory by the length of the outline, of NaN without a limit.
+    """
+    if wrong := [polygon for polygon in polygons if len(polygon) < 6 or len(polygon) % 2]:
+        raise ValueError(f"a polygon of {len(wrong[0])} numbers; it has x and y of at least 3 points")
+    if not all((np.abs(polygon) <= _FARTHEST).all() for polygon in polygons):
+        raise ValueError("a polygon with a coordinate that is no position in pixels")
+    coco_mask = _pycocotools_mask()
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size)))
+
+
+def _decode_run_lengths(segmentation: dict, size: tuple[int, int]) -> np.ndarray:
+    """
+    Decodes plain or compressed run lengths to `(H, W)` uint8. Raises `ValueError` for those of another size, and for
+    those that are cut off, which pycocotools would decode to a wrong mask.
+    """
+    height, width = segmentation["size"]
+    counts = segmentation["counts"]
+    if (height, width) != size:
+        raise ValueError(f"run lengths of {height}x{width} pixels")
+    is_plain = isinstance(counts, list)
+    total = sum(counts if is_plain else _run_lengths(counts))
+    if total != height * width:
+        raise ValueError(f"run lengths of {total} of {height * width} pixels")
+    coco_mask = _pycocotools_mask()
+    return coco_mask.decode(coco_mask.frPyObjects(segmentation, *size) if is_plain else segmentation)
 
 
 def _run_lengths(text: str | bytes) -> list[int]:
@@ -141,49 +153,79 @@ def read_coco_instances(root: Path, split: str) -> Annotations:
     if the file or an image is missing, and `ValueError` if the file is not as described.
     """
     _pycocotools_mask()  # raises now if the package is missing
-    path = root / "annotations" / f"instances_{split}.json"
-    if not path.is_file():
-        others = sorted(file.stem.removeprefix("instances_") for file in path.parent.glob("instances_*.json"))
-        cure = (
-            f"name another split (--split, or --eval_split of a training): {', '.join(others)}"
-            if others
-            else "the data set's folder has annotations/instances_SPLIT.json"
-        )
-        raise FileNotFoundError(f"{path}: there is no such file; {cure}.")
-    folder = root / split
+    path = _instances_file(root, split)
     try:
-        content = json.loads(read_text(path))
-        categories, images = (sorted(content[kind], key=itemgetter("id")) for kind in ("categories", "images"))
-        # In some files, names are relative to the folder of the data set, and begin with the split.
-        files = [folder / image["file_name"].removeprefix(f"{split}/") for image in images]
-        sizes = [(image["height"], image["width"]) for image in images]
-        labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
-        instances = {image["id"]: [] for image in images}
-        for item in content["annotations"]:
-            label, is_crowd = labels[item["category_id"]], bool(item.get("iscrowd"))
-            instance = Instance(label, is_crowd, item.get("segmentation"), item.get("id"))
-            instances[item["image_id"]].append(instance)
+        categories, images, instances = _parse(json.loads(read_text(path)))
         class_names = [category["name"] for category in categories]
-        if not images:
-            raise ValueError("there are no images")
-        for what, values in (
-            ("images with the id", [image["id"] for image in images]),
-            ("images with the file_name", [image["file_name"] for image in images]),
-            ("categories with the id", [category["id"] for category in categories]),
-            ("categories with the name", class_names),
-        ):
-            if twice := [value for value, count in Counter(values).items() if count > 1]:
-                raise ValueError(f"there are two {what} {twice[0]}")
+        sizes = [(image["height"], image["width"]) for image in images]
+        # In some files, names are relative to the folder of the data set, and begin with the split.
+        files = [root / split / image["file_name"].removeprefix(f"{split}/") for image in images]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: these are no COCO instance annotations (categories, images, annotations): "
             f"{type(error).__name__}: {error}"
         ) from error
-    count = len(content["annotations"])
-    if boxes := sum(not item.get("segmentation") for item in content["annotations"]):
-        if boxes == count:
-            raise ValueError(f"{path}: the annotations are boxes without a mask; export polygons or run lengths.")
-        logger.warning("%s: %d of %d annotations have no mask: shown, without a pixel", path, boxes, count)
+    _check_masks(path, [*chain(*instances)])
+    _check_images(path, files)
+    samples = [
+        InstancesSample(file.stem, file, len(class_names), size, instances_of_image, path)
+        for file, size, instances_of_image in zip(files, sizes, instances, strict=True)
+    ]
+    supercategories = [category.get("supercategory") for category in categories]
+    return Annotations(class_names, samples, [path], supercategories if all(supercategories) else None)
+
+
+def _instances_file(root: Path, split: str) -> Path:
+    """Returns the file of a split. Raises `FileNotFoundError` if there is none."""
+    path = root / "annotations" / f"instances_{split}.json"
+    if path.is_file():
+        return path
+    cure = "the data set's folder has annotations/instances_SPLIT.json"
+    if others := sorted(file.stem.removeprefix("instances_") for file in path.parent.glob("instances_*.json")):
+        cure = f"name another split (--split, or --eval_split of a training): {', '.join(others)}"
+    raise FileNotFoundError(f"{path}: there is no such file; {cure}.")
+
+
+def _parse(content: dict) -> tuple[list[dict], list[dict], list[list[Instance]]]:
+    """
+    Returns categories and images by ascending id, and the instances of each image. Raises `KeyError`, `TypeError` or
+    `ValueError` if the content is not as described.
+    """
+    categories, images = (sorted(content[name], key=itemgetter("id")) for name in ("categories", "images"))
+    if not images:
+        raise ValueError("there are no images")
+    labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+    instances = {image["id"]: [] for image in images}
+    for annotation in content["annotations"]:
+        instance = Instance(
+            label=labels[annotation["category_id"]],
+            is_crowd=bool(annotation.get("iscrowd")),
+            segmentation=annotation.get("segmentation"),
+            annotation_id=annotation.get("id"),
+        )
+        instances[annotation["image_id"]].append(instance)
+    for name, items, key in (
+        ("images", images, "id"),
+        ("images", images, "file_name"),
+        ("categories", categories, "id"),
+        ("categories", categories, "name"),
+    ):
+        if twice := [value for value, count in Counter(item[key] for item in items).items() if count > 1]:
+            raise ValueError(f"there are two {name} with the {key} {twice[0]}")
+    return categories, images, [*instances.values()]
+
+
+def _check_masks(path: Path, instances: Sequence[Instance]) -> None:
+    """Raises `ValueError` if no instance has a mask. Warns if some have none."""
+    boxes = sum(not instance.segmentation for instance in instances)
+    if boxes and boxes == len(instances):
+        raise ValueError(f"{path}: the annotations are boxes without a mask; export polygons or run lengths.")
+    if boxes:
+        logger.warning("%s: %d of %d annotations have no mask: shown, without a pixel", path, boxes, len(instances))
+
+
+def _check_images(path: Path, files: Sequence[Path]) -> None:
+    """Raises `FileNotFoundError` if an image is missing."""
     # Folders are listed once, because single look-ups are slow on network drives.
     present = {file for parent in {file.parent for file in files} if parent.is_dir() for file in parent.iterdir()}
     if missing := [file for file in files if file not in present]:
@@ -191,9 +233,3 @@ def read_coco_instances(root: Path, split: str) -> Annotations:
             f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(files)} are); complete "
             "the data."
         )
-    samples = [
-        InstancesSample(file.stem, file, len(class_names), size, instances_of_image, path)
-        for file, size, instances_of_image in zip(files, sizes, instances.values(), strict=True)
-    ]
-    supercategories = [category.get("supercategory") for category in categories]
-    return Annotations(class_names, samples, [path], supercategories if all(supercategories) else None)

@@ -9,6 +9,7 @@ from inspect import signature
 from itertools import chain
 from numbers import Integral
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -404,12 +405,12 @@ class ICLIPProcessor(ProcessorMixin):
         """
         results = []
         for texts in _regions(maps, masks, min_area):
-            regions = [(label, region) for label, *_, text_regions in texts for region in text_regions]
+            regions = [region for text in texts for region in text.regions]
             results.append(
                 {
-                    "scores": torch.tensor([region.score for _, region in regions]),
-                    "labels": torch.tensor([label for label, _ in regions], dtype=torch.long),
-                    "boxes": torch.tensor([region.box for _, region in regions], dtype=torch.float32).view(-1, 4),
+                    "scores": torch.tensor([region.score for region in regions]),
+                    "labels": _labels(texts),
+                    "boxes": torch.tensor([region.box for region in regions], dtype=torch.float32).view(-1, 4),
                 }
             )
         return results
@@ -439,15 +440,14 @@ class ICLIPProcessor(ProcessorMixin):
         point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
         results = []
         for texts in _regions(maps, masks, min_area):
-            labels, points = [], []
-            for label, heatmap, mask, regions in texts:
-                outside = negative_points(heatmap, mask, num_negative)
-                inside = [positive_points(heatmap, region, num_positive) for region in regions]
+            points = []
+            for text in texts:
+                outside = negative_points(text.heatmap, text.mask, num_negative)
+                inside = [positive_points(text.heatmap, region, num_positive) for region in text.regions]
                 points += [np.concatenate([positive, outside]) for positive in inside]
-                labels += [label] * len(regions)
             results.append(
                 {
-                    "labels": torch.tensor(labels, dtype=torch.long),
+                    "labels": _labels(texts),
                     "points": torch.tensor(np.array(points), dtype=torch.long).view(-1, len(point_labels), 2),
                     "point_labels": point_labels.repeat(len(points), 1),
                 }
@@ -455,12 +455,29 @@ class ICLIPProcessor(ProcessorMixin):
         return results
 
 
-def _regions(maps, masks, min_area: float) -> Iterator[list[tuple[int, np.ndarray, np.ndarray, list[Region]]]]:
-    """Yields for each image a list with index, map, mask and regions of each text that has regions."""
+class _TextRegions(NamedTuple):
+    """The regions of one text in one image."""
+
+    index: int  # of the text
+    heatmap: np.ndarray  # (H, W)
+    mask: np.ndarray  # (H, W)
+    regions: list[Region]
+
+
+def _regions(maps, masks, min_area: float) -> Iterator[list[_TextRegions]]:
+    """Yields the texts of each image that have regions."""
     for image_maps, image_masks in zip(maps, masks, strict=True):
-        texts = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
-        found = [(label, *text, find_regions(*text, min_area)) for label, text in enumerate(texts)]
-        yield [text for text in found if text[-1]]
+        arrays = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
+        texts = [
+            _TextRegions(index, heatmap, mask, find_regions(heatmap, mask, min_area))
+            for index, (heatmap, mask) in enumerate(arrays)
+        ]
+        yield [text for text in texts if text.regions]
+
+
+def _labels(texts: Sequence[_TextRegions]) -> torch.Tensor:
+    """Returns the index of the text of each region, `(R,)` int64."""
+    return torch.tensor([text.index for text in texts for _ in text.regions], dtype=torch.long)
 
 
 def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:

@@ -33,8 +33,8 @@ def text_mask(text: str, size: float, bold: bool = False) -> Image.Image:
     widest = max(text_width(line, size, bold) for line in lines)
     mask = Image.new("L", (max(1, round(widest)), round(_LINE_HEIGHT * size * len(lines))))
     draw = ImageDraw.Draw(mask)
-    for number, line in enumerate(lines):
-        x, y = 0.0, (_ASCENT + _LINE_HEIGHT * number) * size
+    for index, line in enumerate(lines):
+        x, y = 0.0, (_ASCENT + _LINE_HEIGHT * index) * size
         for run, font in _runs(line, size, bold):
             draw.text((x, y), run, fill=255, font=font, anchor="ls")
             x += font.getlength(run)

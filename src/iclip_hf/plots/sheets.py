@@ -123,23 +123,18 @@ def label_sheet(
     the `background` follow `texts`, and all are grey. `words` are the [`Explanation.presence_words`] of both.
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
+    colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
     # Computed before the image is reduced, so that tables have the same shares.
     areas = np.bincount(labels.ravel() + 1, minlength=len(names) + 1)[1:] / labels.size
     image = at_picture_size(image, dpi)
-    labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
-    inks = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
-    entries = [
-        (inks[index], names[index], f"{f'{words[index]} · ' if words[index] else ''}{100 * areas[index]:.1f} %")
-        for index in np.flatnonzero(areas)
-    ]
-    entries += [("white", names[index], words[index] or "") for index in np.flatnonzero(areas == 0)]
-    colors = np.array([ImageColor.getrgb(ink) for ink in ("black", *inks)], np.uint8)
-    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
-    blended = Image.composite(Image.fromarray(colors[labels + 1]), image, strength)
+    entries = []
+    for index in sorted(range(len(names)), key=lambda index: areas[index] == 0):
+        color, share = (colors[index], f"{100 * areas[index]:.1f} %") if areas[index] else ("white", None)
+        entries.append((color, names[index], " · ".join(filter(None, [words[index], share]))))
     legend = _legend(entries, _aspect([image]), dpi)
-    shares = "presence and share of the image" if any(words) else "share of the image"
-    titles = ["image", f"best text of each pixel\n{made_by}", shares]
-    return picture_grid([image, blended, legend], titles, 3, dpi=dpi)
+    notes = "presence and share of the image" if any(words) else "share of the image"
+    titles = ["image", f"best text of each pixel\n{made_by}", notes]
+    return picture_grid([image, _label_picture(image, labels, colors, opacity), legend], titles, 3, dpi=dpi)
 
 
 def comparison_sheet(
@@ -187,8 +182,10 @@ def picture_grid(
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
     columns = -(-len(pictures) // -(-len(pictures) // columns))  # the smallest number for the same number of rows
-    width, height = columns * (side + gap) - gap, round(side * _aspect(pictures))
-    placed, top = [], margin  # pictures and titles, each with the position of its upper left corner
+    width = columns * (side + gap) - gap
+    height = round(side * _aspect(pictures))
+    placed = []  # pictures and titles, each with the coordinates of its upper left corner
+    top = margin
 
     def place_titles(texts: Sequence[str], title_width: int) -> None:
         """Places titles side by side, so that their lower edges are aligned."""
@@ -199,12 +196,12 @@ def picture_grid(
             placed.append((block, margin + column * (side + gap), top + highest - block.height))
         top += highest + round(_SPACE * scale) * bool(highest)
 
-    for number, start in enumerate(range(0, len(pictures), columns)):
-        row = slice(start, start + columns)
-        top += 2 * gap if start else 0
-        place_titles(titles[row], side)
-        place_titles(row_titles[number : number + 1], width)
-        for column, picture in enumerate(pictures[row]):
+    for row, start in enumerate(range(0, len(pictures), columns)):
+        in_row = slice(start, start + columns)
+        top += 2 * gap if row else 0
+        place_titles(titles[in_row], side)
+        place_titles(row_titles[row : row + 1], width)
+        for column, picture in enumerate(pictures[in_row]):
             if picture is not None:
                 shown = ImageOps.pad(picture, (side, height), Image.Resampling.LANCZOS, color="white")
                 placed.append((shown, margin + column * (side + gap), top))
@@ -226,6 +223,14 @@ def _map_picture(
     return Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED) if word == ABSENT else picture
 
 
+def _label_picture(image: Image.Image, labels: np.ndarray, colors: Sequence[str], opacity: float) -> Image.Image:
+    """Draws a label map over an image in the colours of its labels. Pixels of -1 are dimmed."""
+    labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
+    palette = np.array([ImageColor.getrgb(color) for color in ("black", *colors)], np.uint8)
+    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
+    return Image.composite(Image.fromarray(palette[labels + 1]), image, strength)
+
+
 def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
     """Returns a copy of an image, reduced to the size that it has on a sheet of this resolution."""
     image = image.copy()
@@ -243,7 +248,8 @@ def _aspect(pictures: Sequence[Image.Image | None]) -> float:
 def _title_block(text: str, width: int, scale: float) -> Image.Image:
     """Draws a title and its notes."""
     title, _, notes = text.partition("\n")
-    title, notes = fitted(title, _TITLE * scale, width, 3, bold=True), fitted(notes, _NOTE * scale, width, 2)
+    title = fitted(title, _TITLE * scale, width, 3, bold=True)
+    notes = fitted(notes, _NOTE * scale, width, 2)
     masks = [(text_mask(title, _TITLE * scale, bold=True), _INK)] if title else []
     masks += [(text_mask(notes, _NOTE * scale), _PALE)] if notes else []
     block = Image.new("RGB", (width, sum(mask.height for mask, _ in masks)), "white")
@@ -267,7 +273,7 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
     return line
 
 
-def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: float, dpi: int) -> Image.Image:
+def _legend(entries: Sequence[tuple[str, str, str]], aspect: float, dpi: int) -> Image.Image:
     """Draws a legend of colours, names and notes as a picture of a sheet. The last line counts what does not fit."""
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
@@ -276,8 +282,8 @@ def _legend(entries: Sequence[tuple[str | tuple[int, ...], str, str]], aspect: f
     fitting = legend.height // line
     if len(entries) > fitting:
         entries = [*entries[: fitting - 1], ("white", f"and {len(entries) - fitting + 1} more", "")]
-    for number, (color, name, note) in enumerate(entries):
-        y = line * number
+    for index, (color, name, note) in enumerate(entries):
+        y = line * index
         note_mask = text_mask(note, size)
         room = width - 2 * line - note_mask.width
         name_mask = text_mask(fitted(name, size, room, 1), size)

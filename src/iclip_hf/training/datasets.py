@@ -40,18 +40,19 @@ class CachedPairs(Epochs, Dataset):
     def __init__(self, pairs: PairDataset, cache: FeatureCache, collator: PairCollator):
         self.pairs, self.seed, self._cache = pairs, pairs.seed, cache
         distinct, rows = pairs.distinct()
-        positions = cache.images(distinct)
+        record_indices = cache.images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
         for row in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
-            texts = _texts_of(distinct, row) if positions[row] >= 0 else PairTexts([])
-            positions[row] = positions[row] if texts.captions else -1
+            texts = _texts_of(distinct, row) if record_indices[row] >= 0 else PairTexts([])
+            record_indices[row] = record_indices[row] if texts.captions else -1
             self._texts.append([*collator.read(texts).values()])
-        if bad := int((positions < 0).sum()):
+        if bad := int((record_indices < 0).sum()):
             logger.warning("%d of %d pairs are left out, as logged here", bad, len(distinct))
         if bad > pairs.max_bad_share * len(distinct):
             raise ValueError(f"max_bad_share: {bad} of {len(distinct)} pairs are bad; fix the data or raise it.")
-        self.indices = np.flatnonzero(positions[rows] >= 0)  # among all pairs
-        self._rows, self._positions = rows[self.indices], positions[rows[self.indices]]
+        self.indices = np.flatnonzero(record_indices[rows] >= 0)  # among all pairs
+        self._rows = rows[self.indices]
+        self._record_indices = record_indices[self._rows]
         if collator.text_features is not None:
             cache.texts(chain.from_iterable(captions for captions, _ in self._texts))
 
@@ -64,7 +65,7 @@ class CachedPairs(Epochs, Dataset):
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""
         items = []
-        for index, features in zip(indices, self._cache.features(self._positions[indices])):
+        for index, features in zip(indices, self._cache.features(self._record_indices[indices])):
             captions, nouns = self._texts[self._rows[index]]
             texts = {"captions": captions, "nouns": nouns and ImageNouns(*nouns)}
             items.append({"features": features, **texts, "draw": (self.seed, self.epoch, int(self.indices[index]))})

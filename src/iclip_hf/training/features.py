@@ -40,19 +40,20 @@ class FeatureStore:
     Named features by key in a folder, whose name stands for what all of them depend on. Files are added and never
     changed, atomically, so that several processes and runs share the folder, and an interrupted run continues.
 
-    A key is the digest of an image or a text, 32 bytes. The position of its features is their number among all that
-    this store has found. A file holds two arrays of numpy, one behind the other: keys, and a record of named arrays
-    for each, of float16. A record is one block, and none is mapped into memory, because the features of many images
-    are larger than the memory, and are read from the disk in random order.
+    A key is the digest of an image or a text, 32 bytes. A file holds two arrays of numpy, one behind the other: keys,
+    and a record of named arrays for each, of float16. The index of a record counts all records that this store has
+    found. A record is one block, and none is mapped into memory, because the features of many images are larger than
+    the memory, and are read from the disk in random order.
     """
 
     def __init__(self, folder: Path):
         self.folder, self._keys, self._record = folder, np.empty(0, "S32"), None
-        self._files, self._ends = {}, []  # where the records of each file begin in it, and the positions behind them
+        self._files = {}  # where the records of each file begin in it, in bytes
+        self._ends = []  # the index behind the records of each file
         self.reload()
 
     def reload(self) -> None:
-        """Finds the files that other processes have added. Positions that are known already stay the same."""
+        """Finds the files that other processes have added. The indices of known records stay the same."""
         keys = [self._keys]
         for path in sorted(self.folder.glob("*.npy")):
             if path not in self._files:
@@ -66,7 +67,7 @@ class FeatureStore:
         self._order = np.argsort(self._keys, kind="stable")
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Returns the positions of the features of these keys, (N,); -1 for a key without features."""
+        """Returns the indices of the records of these keys, (N,); -1 for a key without features."""
         keys = np.array(keys, "S32")
         if not len(self._keys):
             return np.full(len(keys), -1)
@@ -87,19 +88,20 @@ class FeatureStore:
             np.save(file, np.array(keys, "S32"))
             np.save(file, records)
 
-    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the records at these positions, (N,). Raises `KeyError` if a position is -1."""
-        if (positions < 0).any():
-            raise KeyError(f"{self.folder} has no features of {(positions < 0).sum()} of {len(positions)} items.")
-        records, numbers = np.empty(len(positions), self._record), np.searchsorted(self._ends, positions, side="right")
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the records with these indices, (N,). Raises `KeyError` if an index is -1."""
+        if (indices < 0).any():
+            raise KeyError(f"{self.folder} has no features of {(indices < 0).sum()} of {len(indices)} items.")
+        records = np.empty(len(indices), self._record)
         memory, size = memoryview(records.view(np.uint8)), records.itemsize
         files = [*self._files.items()]
-        for number in np.unique(numbers):
-            path, start = files[number]
-            first = self._ends[number - 1] if number else 0
+        file_indices = np.searchsorted(self._ends, indices, side="right")
+        for file_index in np.unique(file_indices):
+            path, start = files[file_index]
+            first = self._ends[file_index - 1] if file_index else 0
             with open(path, "rb", buffering=0) as file:
-                for row in np.flatnonzero(numbers == number).tolist():
-                    file.seek(start + int(positions[row] - first) * size)
+                for row in np.flatnonzero(file_indices == file_index).tolist():
+                    file.seek(start + int(indices[row] - first) * size)
                     file.readinto(memory[row * size : (row + 1) * size])
         return records
 
@@ -110,14 +112,14 @@ class FeatureStore:
         Adds the features of items whose keys are missing. Each process encodes a part of them.
 
         Args:
-            items: items by number. One that is None, such as a broken image, has no features.
+            items: items by index. One that is None, such as a broken image, has no features.
             keys: those of the items.
             encode: from a list of N items to their features by name, tensors (N, ...).
             batch_size (`int`): number of items in a call of `encode`.
             workers (`int`): number of processes that load items.
 
         Returns:
-            `np.ndarray`: positions of the features of all items, (len(items),); -1 for an item without.
+            `np.ndarray`: indices of the records of all items, (len(items),); -1 for an item without.
 
         Raises:
             `OSError`: features are missing that a process has added.
@@ -126,33 +128,39 @@ class FeatureStore:
         self.reload()
         # Only one process looks: another run may add features before a second process does.
         missing = broadcast_from_main(self._missing(keys) if state.is_main_process else None)
-        mine = missing[state.process_index :: state.num_processes]
-        batches = [mine[start : start + batch_size].tolist() for start in range(0, len(mine), batch_size)]
+        own = missing[state.process_index :: state.num_processes]
+        batches = [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
         loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
-        title, broken, done, began = f"Features of {self.folder.parent.name}", [], [], time.monotonic()
-        bar = tqdm(total=len(mine), desc=title, delay=2, disable=not state.is_main_process)
+        title = f"Features of {self.folder.parent.name}"
+        with tqdm(total=len(own), desc=title, delay=2, disable=not state.is_main_process) as bar:
+            broken = self._encode(zip(loader, batches), keys, encode, bar)
+        broken = {*gathered_lists(broken)}  # when all processes have added theirs
+        self.reload()
+        indices = self.find(keys)
+        if lost := sum(keys[item] not in broken for item in np.flatnonzero(indices < 0)):
+            raise OSError(f"{self.folder}: {lost} features are missing that this run has added; run again.")
+        return indices
+
+    def _encode(
+        self, batches: Iterable[tuple[list, list[int]]], keys: Sequence[bytes], encode: Callable, bar: tqdm
+    ) -> list[bytes]:
+        """Adds the features of batches of items with their indices. Returns the keys of items without features."""
+        broken, done, began = [], [], time.monotonic()
         try:
-            for batch, chosen in zip(loader, batches):
-                usable = {keys[index]: item for index, item in zip(chosen, batch) if item is not None}
-                broken += [keys[index] for index in chosen if keys[index] not in usable]
+            for items, indices in batches:
+                usable = {keys[index]: item for index, item in zip(indices, items) if item is not None}
+                broken += [keys[index] for index in indices if keys[index] not in usable]
                 if usable:
                     features = encode([*usable.values()])
-                    arrays = {name: array.half().cpu().numpy() for name, array in features.items()}
-                    done.append(([*usable], arrays))
-                bar.update(len(chosen))
+                    done.append(([*usable], {name: array.half().cpu().numpy() for name, array in features.items()}))
+                bar.update(len(indices))
                 size = sum(array.nbytes for _, arrays in done for array in arrays.values())
                 if size >= _BYTES_OF_FILE or time.monotonic() > began + _SECONDS_OF_FILE:
                     self._add_batches(done)
                     done, began = [], time.monotonic()
         finally:  # also at Ctrl-C
             self._add_batches(done)
-            bar.close()
-        broken = {*gathered_lists(broken)}  # when all processes have added theirs
-        self.reload()
-        positions = self.find(keys)
-        if lost := sum(keys[item] not in broken for item in np.flatnonzero(positions < 0)):
-            raise OSError(f"{self.folder}: {lost} features are missing that this run has added; run again.")
-        return positions
+        return broken
 
     def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
         """Returns the first item of each key that has no features, in order."""
@@ -230,17 +238,17 @@ class FeatureCache:
 
     def images(self, pairs: PairDataset) -> np.ndarray:
         """
-        Computes the features of the image of each pair. Returns their positions (N,); -1 for an image that cannot be
-        read.
+        Computes the features of the image of each pair. Returns the indices of their records (N,); -1 for an image
+        that cannot be read.
         """
         with partial_state("train").main_process_first():  # it keeps the digests of large data for the others
             digests = pairs.image_digests()
         images = _Images(pairs, self.processor)
         return self._images.fill(images, digests, self._encode_images, 64, self.num_workers)
 
-    def features(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the features of images at these positions, records (N,) of named arrays, float16."""
-        return self._images[positions]
+    def features(self, record_indices: np.ndarray) -> np.ndarray:
+        """Returns the features of images, records (N,) of named arrays, float16, by the indices from `images`."""
+        return self._images[record_indices]
 
     def texts(self, texts: Iterable[str]) -> None:
         """Computes the text tower's features of texts."""

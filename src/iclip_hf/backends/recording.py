@@ -144,9 +144,9 @@ def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
         layer.tokens = args[0] if args else kwargs["hidden_states"]
 
 
-def split_heads(tokens: torch.Tensor, number: int) -> torch.Tensor:
+def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
     """Splits `(B, L, D)` into heads `(B, H, L, D / H)`."""
-    return tokens.unflatten(-1, (number, -1)).transpose(1, 2)
+    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(heads: torch.Tensor) -> torch.Tensor:

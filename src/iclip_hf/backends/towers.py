@@ -178,27 +178,27 @@ def _message(content: memoryview) -> dict[int, list]:
     Parses a protobuf message. Returns the values of each field by its number in onnx.proto, as integers or bytes. The
     few fields of the pinned file do not justify a dependency on `onnx` in every installation.
     """
-    fields, position = defaultdict(list), 0
+    fields, offset = defaultdict(list), 0
 
     def varint() -> int:
-        nonlocal position
+        nonlocal offset
         value = shift = 0
         while True:
-            byte = content[position]
-            position += 1
+            byte = content[offset]
+            offset += 1
             value |= (byte & 0x7F) << shift
             shift += 7
             if byte < 0x80:
                 return value
 
-    while position < len(content):
+    while offset < len(content):
         number, wire_type = divmod(varint(), 8)
         if wire_type == 0:
             fields[number].append(varint())
         else:
             size = varint() if wire_type == 2 else {1: 8, 5: 4}[wire_type]
-            fields[number].append(content[position : position + size])
-            position += size
+            fields[number].append(content[offset : offset + size])
+            offset += size
     return fields
 
 

@@ -132,19 +132,20 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         raise ValueError(f"Maps and label mask must have one height and width, not {maps.shape} and {mask.shape}.")
     for label in labels:
         _check_label(label, ignore_index)
-    masks, number = np.broadcast_to(mask, maps.shape), len(maps)
+    masks = np.broadcast_to(mask, maps.shape)
+    num_classes = len(maps)
     void = (masks == ignore_index).any(0)
     regions = [(class_mask == label) & ~void for class_mask, label in zip(masks, labels, strict=True)]
     pixels = [np.flatnonzero(region) for region in regions]
-    shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(number) for j in range(i)}
+    shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(num_classes) for j in range(i)}
 
     # `pairs` counts the pairs of a pixel of i and a pixel of j. `wins` is twice the number of pairs in which M_i is
     # greater at i, plus the number of ties.
-    wins, pairs = np.zeros((2, number, number), np.int64)
+    wins, pairs = np.zeros((2, num_classes, num_classes), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
         histograms = [_histogram(heatmap[region]) for region in pixels]
-        for j in range(number):
+        for j in range(num_classes):
             if i != j:
                 both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
                 inside, outside = histograms[i] - both, histograms[j] - both
@@ -188,8 +189,8 @@ def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) ->
     """
     index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
     items = np.bincount(index, minlength=bins)
-    number = np.where(items, items, np.nan)
-    mean, share = (np.bincount(index, weights, bins) / number for weights in (probabilities, shown))
+    divisor = np.where(items, items, np.nan)
+    mean, share = (np.bincount(index, weights, bins) / divisor for weights in (probabilities, shown))
     return {"mean": mean, "shown": share, "items": items}
 
 

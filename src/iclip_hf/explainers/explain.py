@@ -59,7 +59,7 @@ def explain(
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
         texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
             list of labels for each, which may differ in length; or labels with the prior of the presence of each,
-            which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or other unit vectors in their place,
+            which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or other unit vectors instead,
             with the labels "0", "1", ... If not given, the nouns of [`vocabulary`] with the highest presence, at most
             `NOUNS`.
         method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default.

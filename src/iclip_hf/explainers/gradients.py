@@ -33,12 +33,12 @@ class GradientExplainer(Explainer):
                 "The score of this model reads its feature tower alone, so it has no gradient in the image tower: use "
                 "grad_cam, which differentiates with respect to the feature map."
             )
-        number = len(self.model.layers)
-        if not -number <= layer < number:
+        count = len(self.model.layers)
+        if not -count <= layer < count:
             raise ValueError(
-                f"layer is an index of the {number} attention layers, from {-number} to {number - 1}, not {layer!r}."
+                f"layer is an index of the {count} attention layers, from {-count} to {count - 1}, not {layer!r}."
             )
-        self.layer = range(number)[layer]
+        self.layer = range(count)[layer]
 
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None

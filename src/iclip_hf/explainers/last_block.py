@@ -93,6 +93,7 @@ class NACLIP(LastBlock):
 def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:
     """Computes exp(-d^2 / (2 sigma^2)) for the patches, which are the last of `length` tokens, and 0 for others."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
-    places = torch.stack([rows.flatten(), columns.flatten()], 1).float()
-    others = length - len(places)
-    return F.pad((-torch.cdist(places, places).square() / (2 * sigma**2)).exp(), (others, 0, others, 0))
+    coordinates = torch.stack([rows.flatten(), columns.flatten()], 1).float()
+    others = length - len(coordinates)
+    distances = torch.cdist(coordinates, coordinates)
+    return F.pad((-distances.square() / (2 * sigma**2)).exp(), (others, 0, others, 0))

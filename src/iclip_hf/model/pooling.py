@@ -102,22 +102,23 @@ def representative_patches(
     attention and square root of the distance to the selected patches. The last four are in the middle of the image's
     quarters, so that large objects and the ground also count by their area.
     """
-    number, patches = len(tokens), tokens.shape[1]
+    images, patches = tokens.shape[:2]
     if count >= patches:
-        return torch.arange(patches, device=tokens.device).expand(number, -1)
-    batch = torch.arange(number, device=tokens.device)
+        return torch.arange(patches, device=tokens.device).expand(images, -1)
+    each_image = torch.arange(images, device=tokens.device)
     units = F.normalize(tokens.float(), dim=-1)
-    wanted, distance = attention, torch.full_like(attention, 2.0)
+    wanted = attention
+    distance = torch.full_like(attention, 2.0)
     salient = []
     for _ in range(count - 4):
         salient.append(wanted.argmax(1))
-        distance = torch.minimum(distance, 1 - (units @ units[batch, salient[-1]].unsqueeze(-1)).squeeze(-1))
+        distance = torch.minimum(distance, 1 - (units @ units[each_image, salient[-1]].unsqueeze(-1)).squeeze(-1))
         # Patches without attention can be selected too. By the distance alone, a large object, whose patches are
         # similar, would have fewer patches than its surroundings.
         wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
     rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
     middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
-    return torch.cat([torch.stack(salient, 1), middles.expand(number, -1)], 1)
+    return torch.cat([torch.stack(salient, 1), middles.expand(images, -1)], 1)
 
 
 EVEN_SIDE = 8  # rows and columns of the patches that `even_patches` selects

@@ -146,10 +146,10 @@ class ICLIPTowers(PreTrainedModel):
             self.feature_reduction = nn.Linear(channels, config.feature_dim)
 
         self._prepare_last_attention()
-        if (layers := config.average_layers) > 1:
+        if config.average_layers > 1:
             depth = config.vision_config.num_hidden_layers
-            stack = next(m for m in self.vision_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-            for layer in stack[-layers:-1]:
+            layers = next(m for m in self.vision_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+            for layer in layers[-config.average_layers : -1]:
                 layer.register_forward_hook(_keep_output, with_kwargs=True)
 
     def _prepare_last_attention(self):
@@ -232,8 +232,8 @@ class ICLIPTowers(PreTrainedModel):
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
-            if (layers := self.config.average_layers) > 1:
-                earlier = list(last_layers.earlier.values())[1 - layers :]
+            if self.config.average_layers > 1:
+                earlier = list(last_layers.earlier.values())[1 - self.config.average_layers :]
                 averages = torch.stack([norm(output.to(tokens.device))[:, patches].mean(1) for output in earlier], 1)
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
@@ -241,13 +241,13 @@ class ICLIPTowers(PreTrainedModel):
         patch_tokens, feature_average = tokens[:, patches], None
         if self.feature_model is not None:
             with torch.no_grad():
-                features = self.feature_map(pixel_values)
+                feature_map = self.feature_map(pixel_values)
                 if self.config.recognition_pooling == "feature_average":
-                    average = features.mean((2, 3))
+                    average = feature_map.mean((2, 3))
                     if factor > 1:
                         average = (average + self.feature_map(seen).mean((2, 3))) / 2
                     feature_average = self.feature_reduction(average).to(patch_tokens)
-                on_grid = F.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2).mT
+                on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT
                 on_grid = self.feature_reduction(on_grid).to(patch_tokens)
             patch_tokens = torch.cat([patch_tokens, on_grid], -1)
         return ImageTokens(
@@ -271,14 +271,14 @@ class ICLIPTowers(PreTrainedModel):
             pixel_values = (pixel_values - mean) / std
         # With channels last, convolutions are a sixth faster on CPUs.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        features = self.feature_model(pixel_values, do_pooling=False).last_hidden_state
+        feature_map = self.feature_model(pixel_values, do_pooling=False).last_hidden_state
         channels = self.feature_reduction.in_features
-        if features.ndim != 4 or features.shape[1] != channels:
+        if feature_map.ndim != 4 or feature_map.shape[1] != channels:
             raise ValueError(
                 f"{self.config.feature_config.architecture} returns no feature map of {channels} channels: use a "
                 "convolutional backbone of timm."
             )
-        return features
+        return feature_map
 
     def encode_text(
         self,

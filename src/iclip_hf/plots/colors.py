@@ -66,8 +66,8 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
     return Image.composite(Image.fromarray(table[levels, :3]), load_image(image), Image.fromarray(mask))
 
 
-def label_colors(number: int) -> np.ndarray:
+def label_colors(count: int) -> np.ndarray:
     """Returns the colours of class ids 0, 1, ..., `(number, 3)` uint8, as VOC numbers them."""
-    ids = np.arange(number)[:, None]
+    ids = np.arange(count)[:, None]
     bits = [((ids >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)

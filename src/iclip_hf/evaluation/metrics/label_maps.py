@@ -90,7 +90,7 @@ class LabelMaps(Metric):
         images, absent = self.state.sums.get("images", np.zeros(2))
         means = {"iou": (iou, classes), "absent": (absent, images), "kept": (kept, classes)}
         scores = {
-            name: 100 * float(total / number) if number else float("nan") for name, (total, number) in means.items()
+            name: 100 * float(total / count) if count else float("nan") for name, (total, count) in means.items()
         }
         return scores | {"classes": int(classes), "images": int(images)}
 

@@ -42,7 +42,7 @@ class MaskMetric(Metric):
         """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
-    def numbers(self, counted: str) -> dict:
+    def item_counts(self, counted: str) -> dict:
         items = self.state.items
         return {counted: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
 
@@ -129,7 +129,7 @@ class MeanMaxIoU(PairMetric):
             "per_class": per_class,
             "thresholds": {label: float(THRESHOLDS[i]) for label, i in best.items()},
             "floor": mean(float(curve[0]) for curve in iou.values()),
-            **self.numbers("pairs"),
+            **self.item_counts("pairs"),
         }
 
 
@@ -167,7 +167,7 @@ class MeanForegroundMinusBackground(PairMetric):
         """
         means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self.state.sums.items())}
         per_class = {label: float(foreground - background) for label, (background, foreground) in means.items()}
-        return {"mfmb": mean(per_class.values()), "per_class": per_class, **self.numbers("pairs")}
+        return {"mfmb": mean(per_class.values()), "per_class": per_class, **self.item_counts("pairs")}
 
 
 class TextContrast(MaskMetric):
@@ -220,8 +220,8 @@ class TextContrast(MaskMetric):
           others}.
         """
         sums = sorted(self.state.sums.items())
-        per_class = {label: float(100 * total / number) for label, (number, total) in sums}
-        return {"text_contrast": mean(per_class.values()), "per_class": per_class, **self.numbers("images")}
+        per_class = {label: float(100 * total / count) for label, (count, total) in sums}
+        return {"text_contrast": mean(per_class.values()), "per_class": per_class, **self.item_counts("images")}
 
 
 class StuffContrast(TextContrast):

@@ -200,12 +200,10 @@ class ClassMeans(Metric):
           of a score}.
         """
         sums, width = self.state.sums, len(self.names or self.columns)
-        per_class = {
-            label: total / np.where(number, number, np.nan) for label, (number, total) in sorted(sums.items())
-        }
+        per_class = {label: total / np.where(count, count, np.nan) for label, (count, total) in sorted(sums.items())}
         columns = np.array([*per_class.values()]).reshape(-1, width).T
         means = np.array([mean(column[~np.isnan(column)]) for column in columns])
-        known = sum((number for number, _ in sums.values()), np.zeros(width)).astype(int)
+        known = sum((count for count, _ in sums.values()), np.zeros(width)).astype(int)
         pairs = self.state.items["counted"]
         return {
             **self.named(means),

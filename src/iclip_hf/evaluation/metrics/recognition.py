@@ -22,17 +22,17 @@ with require_extra("eval"):
     from sklearn.metrics import average_precision_score, roc_auc_score
 
 
-class Rows:
+class StoredScores:
     """Scores of images, and whether they show the classes, `(B, K)` each. A ranking needs all scores, not sums."""
 
     def __init__(self):
-        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self.batches: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def merge(self, other: Rows) -> None:
-        self.rows += other.rows
+    def merge(self, other: StoredScores) -> None:
+        self.batches += other.batches
 
     def joined(self) -> tuple[np.ndarray, np.ndarray]:
-        scores, shown = zip(*self.rows or [(np.zeros((0, 0)), np.zeros((0, 0), bool))])
+        scores, shown = zip(*self.batches or [(np.zeros((0, 0)), np.zeros((0, 0), bool))])
         return np.concatenate(scores), np.concatenate(shown)
 
 
@@ -60,14 +60,14 @@ class MultiLabelAveragePrecision(Metric):
     rows = {"AP": "per_class"}
     needs = frozenset({"scores"})
     by_method = False
-    state_type = Rows
+    state_type = StoredScores
     ranked_by = "scores"  # attribute of an image with a number for each class
 
     def update(self, scores, shown) -> None:
         """
         Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`.
         """
-        self.state.rows.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
+        self.state.batches.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
 
     def update_from(self, image: EvaluatedImage, method: None, maps: None) -> None:
         self.update(getattr(image, self.ranked_by)[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])
@@ -94,10 +94,10 @@ class MultiLabelAveragePrecision(Metric):
 
     def tables(self, scores: Mapping) -> list[str]:
         """Returns a remark on classes that every image shows."""
-        number, classes = scores["always_shown"], len(self.run.dataset.labels)
-        if not number:
+        count, total = scores["always_shown"], len(self.run.dataset.labels)
+        if not count:
             return []
-        return [f"Classes that every image shows: {number} of {classes}. Their average precision is always 100."]
+        return [f"Classes that every image shows: {count} of {total}. Their average precision is always 100."]
 
 
 class Presence(MultiLabelAveragePrecision):
@@ -226,7 +226,7 @@ class Presence(MultiLabelAveragePrecision):
         if scores["groups"]:
             digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
             rows = [
-                [group, *(cell(separation[name], number) for name, number in digits.items())]
+                [group, *(cell(separation[name], decimals) for name, decimals in digits.items())]
                 for group, separation in scores["groups"].items()
             ]
             headings = ["presence of", "AUC", "AUC of each class", "kept %", "passed %"]
@@ -286,13 +286,13 @@ def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tenso
     among the nearest tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No
     class is like itself.
     """
-    number = len(text_embeds)
+    count = len(text_embeds)
     if supercategories is not None:
         like = np.equal.outer(*[np.array(supercategories)] * 2)
     else:
         cosines = (text_embeds @ text_embeds.T).float().fill_diagonal_(-torch.inf)
-        nearest = cosines.topk(min(max(1, round(number / 10)), number - 1)).indices.numpy(force=True)
-        like = np.zeros((number, number), bool)
+        nearest = cosines.topk(min(max(1, round(count / 10)), count - 1)).indices.numpy(force=True)
+        like = np.zeros((count, count), bool)
         np.put_along_axis(like, nearest, True, 1)
     np.fill_diagonal(like, False)
     return like

@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_model, write_folder
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
+from torch.utils.data import ConcatDataset, Subset, random_split
 from training_runs import write_table
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -21,6 +22,7 @@ from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import PairDataset, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator, few_pairs
+from iclip_hf.training.datasets import leaf_of
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,9 @@ def test_a_tower_that_learns_is_not_left_as_it_is(pairs, tiny_processor, argumen
     collator = PairCollator(tiny_processor)
     cached = CachedPairs(pairs, cache, collator)
     unlocked, locked_text = tiny_model(lock_vision=False), tiny_model()
-    with pytest.raises(ValueError, match="CachedPairs: it needs a locked image tower"):
-        ICLIPTrainer(unlocked, arguments(), collator, cached)
+    for data in (cached, Subset(cached, [0, 1, 2, 3]), ConcatDataset([pairs, cached])):
+        with pytest.raises(ValueError, match="CachedPairs: it needs a locked image tower"):
+            ICLIPTrainer(unlocked, arguments(), collator, data)
     with pytest.raises(ValueError, match="keep_presence: it needs a locked image tower"):
         ICLIPTrainer(unlocked, arguments(keep_presence=1.0), collator, pairs)
     with pytest.raises(ValueError, match="keep_presence: it needs a locked text tower"):
@@ -247,11 +250,13 @@ def test_a_training_runs_in_any_thread(pairs, tiny_processor, arguments):
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize("kind", ["pairs", "cached"])
+@pytest.mark.parametrize("kind", ["pairs", "cached", "wrapped"])
 def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, tmp_path, kind):
     collator = PairCollator(tiny_processor)
     if kind == "cached":
         pairs = CachedPairs(pairs, FeatureCache(tiny_model(), tiny_processor, tmp_path / "cache"), collator)
+    if kind == "wrapped":
+        pairs = ConcatDataset(random_split(pairs, [0.6, 0.4]))
     args = arguments(max_steps=-1, num_train_epochs=3, dataloader_num_workers=1, dataloader_persistent_workers=True)
     args.per_device_train_batch_size = 10
     epochs = []
@@ -370,6 +375,28 @@ def test_an_evaluation_leaves_the_epoch_of_the_pairs(pairs, tiny_processor, argu
     pairs.set_epoch(3)
     assert trainer.evaluate()["eval_loss"] == before and pairs.epoch == 3
     pairs.set_epoch(0)
+
+
+def test_pairs_inside_of_other_data_sets_are_held_out(tmp_path, tiny_processor, arguments):
+    """Those that are held out share the pairs whose epoch is set, are the same in each, and known by a digest."""
+    table = write_table(tmp_path / "pairs", 24)
+    table.write_text(table.read_text() + "".join(f"{number}.png,a blue sky {number}\n" for number in range(24)))
+    pairs, collator = load_pairs(table), PairCollator(tiny_processor)
+    learned, held_out = random_split(pairs, [0.5, 0.5], torch.Generator().manual_seed(0))
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    args = arguments(**evaluated, save_strategy="steps", save_steps=1, max_steps=4, pictures=2)
+    trainer = ICLIPTrainer(tiny_model(), args, lambda rows: collator(rows), learned, held_out, tiny_processor)
+    trainer.train()
+    assert pairs.epoch == 1 and "eval_loss_change_low" in trainer.state.log_history[-2]  # of the same captions
+    assert len([*tmp_path.glob("run/pictures/*.png")]) == 5
+    held_out.indices = held_out.indices[1:]
+    trainer = ICLIPTrainer(tiny_model(), args, collator, learned, held_out, tiny_processor)
+    with pytest.raises(ValueError, match="the held-out pairs are not those of the start"):
+        trainer.train(resume_from_checkpoint=True)
+    cache = FeatureCache(tiny_model(), tiny_processor, tmp_path / "cache")
+    both = ConcatDataset([held_out, CachedPairs(part(pairs, 3, 4), cache, collator)])
+    found = [leaf.captions(index) for leaf, index in (leaf_of(both, index) for index in range(len(both)))]
+    assert found == [pairs.captions(index) for index in (*held_out.indices, 3, 4)]
 
 
 def test_few_pairs_from_python(pairs, tiny_processor, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -25,10 +25,9 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.utils import reduce
 
-from ..data.pairs import PairDataset
 from ..utils.files import atomic_write
 from .collator import seed_everything
-from .datasets import CachedPairs, StreamedPairs
+from .datasets import CachedPairs, StreamedPairs, are_pairs, leaf_of, leaves
 from .evaluation import change_interval, draw_examples, regressed_metrics
 from .kept_presence import kept_presence
 
@@ -63,10 +62,10 @@ class Flow(TrainerCallback):
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **options):
         # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. A stream that does
         # not skip what a resumed epoch has had would begin with the same pairs again.
-        pairs = train_dataloader.dataset
-        if hasattr(pairs, "set_epoch"):
-            begins_anew = isinstance(pairs, StreamedPairs) and args.ignore_data_skip
-            pairs.set_epoch(state.global_step if begins_anew else int(state.epoch))
+        for pairs in leaves(train_dataloader.dataset):
+            if hasattr(pairs, "set_epoch"):
+                begins_anew = isinstance(pairs, StreamedPairs) and args.ignore_data_skip
+                pairs.set_epoch(state.global_step if begins_anew else int(state.epoch))
 
     def on_step_begin(self, args, state, control, **options):
         # Dropout depends on the step and the process, so that a resumed step is the same.
@@ -165,7 +164,7 @@ class Start(TrainerCallback):
     def on_train_begin(self, args, state, control, **options):
         held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
         held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
-        held_out = [_digest(pairs) for pairs in held_out if isinstance(pairs, (PairDataset, CachedPairs))]
+        held_out = [_digest(pairs) for pairs in held_out if are_pairs(pairs)]
         self.regressed = {}
         if not state.global_step:
             self.scores, self.held_out = {}, held_out
@@ -201,9 +200,10 @@ class Start(TrainerCallback):
                 partial.write_text(json.dumps({"held_out": self.held_out, "scores": self.scores}))
 
 
-def _digest(pairs: PairDataset | CachedPairs) -> str:
+def _digest(pairs: Dataset) -> str:
     """Of the captions alone: the data may be elsewhere now."""
-    captions = [pairs.captions(index) for index in range(len(pairs))]
+    items = (leaf_of(pairs, index) for index in range(len(pairs)))
+    captions = [leaf.captions(index) for leaf, index in items]
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
 
 
@@ -217,9 +217,12 @@ class Pictures(TrainerCallback):
 
     def on_evaluate(self, args, state, control, model=None, processing_class=None, eval_dataloader=None, **options):
         pairs = eval_dataloader.dataset
-        pairs = pairs.pairs if isinstance(pairs, CachedPairs) else pairs
-        if isinstance(pairs, PairDataset) and args.pictures and state.global_step != self._step:
+        if args.pictures and are_pairs(pairs) and state.global_step != self._step:
             self._step = state.global_step
             if state.is_world_process_zero:
-                shown = [pairs[index] for index in range(min(args.pictures, len(pairs)))]
+                items = (leaf_of(pairs, index) for index in range(min(args.pictures, len(pairs))))
+                shown = [
+                    leaf.pairs[int(leaf.indices[index])] if isinstance(leaf, CachedPairs) else leaf[index]
+                    for leaf, index in items
+                ]
                 draw_examples(model, processing_class, shown, Path(args.output_dir, "pictures"), state.global_step)

@@ -9,7 +9,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from copy import copy
 from pathlib import Path
 
 import torch
@@ -28,7 +27,6 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.data_loader import prepare_data_loader
 
-from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
@@ -42,7 +40,7 @@ from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
 from .callbacks import Flow, Interrupts, Pictures, Start
 from .collator import PairCollator
-from .datasets import CachedPairs, StreamedPairs
+from .datasets import CachedPairs, StreamedPairs, at_first_epoch, leaves
 from .evaluation import numbers_of_rows, retrieval_scores
 
 
@@ -137,7 +135,7 @@ class ICLIPTrainer(Trainer):
 
     def _check_towers(self) -> None:
         """Raises `ValueError` if a tower learns that would stay as it is, because what it computes is kept."""
-        cached = "CachedPairs" if isinstance(self.train_dataset, CachedPairs) else ""
+        cached = "CachedPairs" if any(isinstance(leaf, CachedPairs) for leaf in leaves(self.train_dataset)) else ""
         kept = "keep_presence" if self.args.keep_presence else ""
         if (user := cached or kept) and not self.model.config.lock_vision:
             raise ValueError(f"{user}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
@@ -273,10 +271,9 @@ class ICLIPTrainer(Trainer):
         if data is None:
             return super().get_eval_dataloader()  # raises
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        if data is self.train_dataset and isinstance(data, Epochs):
-            data = copy(data)  # the loader sets the epoch of the copy
-            data._epoch = 0
-        workers = 0 if isinstance(data, CachedPairs) else self.args.dataloader_num_workers
+        data = at_first_epoch(data)  # the loader sets its epoch, which may be that of the pairs to train on
+        cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(data))
+        workers = 0 if cached else self.args.dataloader_num_workers
         collator = self.data_collator
         collator = collator.for_evaluation() if isinstance(collator, PairCollator) else collator
         loader = DataLoader(data, self.args.eval_batch_size, collate_fn=collator, num_workers=workers)

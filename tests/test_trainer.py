@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import ConcatDataset, Subset, random_split
 from training_runs import write_table
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import PairDataset, load_pairs
@@ -47,7 +49,7 @@ def part(pairs: PairDataset, *indices: int) -> PairDataset:
 # ---- the methods of `Trainer` that are overridden: a new version that changes one of them fails here ----
 
 OVERRIDDEN = """
-    __init__ train get_train_dataloader get_eval_dataloader get_test_dataloader compute_loss prediction_step
+    __init__ train hyperparameter_search get_train_dataloader get_eval_dataloader get_test_dataloader compute_loss prediction_step
     create_scheduler get_decay_parameter_names evaluation_loop log floating_point_ops save_model create_model_card
     _load_from_checkpoint _load_optimizer_and_scheduler _get_grad_norm _determine_best_metric _save_checkpoint
 """.split()
@@ -57,7 +59,7 @@ USED = ["_train_batch_size", "_created_lr_scheduler", "loss_is_scaled_for_ga", "
 def test_methods_of_the_base_class_are_as_they_are_overridden(pairs, tiny_processor, arguments):
     own = {name for name, value in vars(ICLIPTrainer).items() if callable(value) and hasattr(Trainer, name)}
     assert own == {*OVERRIDDEN}
-    for name in {*OVERRIDDEN} - {"__init__", "train", "create_model_card"}:  # which pass all arguments on
+    for name in {*OVERRIDDEN} - {"__init__", "train", "hyperparameter_search", "create_model_card"}:  # which pass all arguments on
         base, ours = (list(inspect.signature(getattr(one, name)).parameters) for one in (Trainer, ICLIPTrainer))
         assert ours == base, name
     init = [*inspect.signature(Trainer.__init__).parameters]
@@ -115,6 +117,28 @@ def test_a_model_is_made_anew_for_each_training(pairs, tiny_processor, arguments
         trainer.train()
         expected = tiny_model(seed=seed).state_dict()
         assert trainer.kept_start and all(torch.equal(w, expected[n]) for n, w in trainer.model.state_dict().items())
+
+
+def test_a_search_minimizes_the_loss(pairs, tiny_processor, arguments, monkeypatch):
+    """Not the sum of all metrics, of which most are to be large."""
+
+    class Backend:
+        default_hp_space = None
+
+        def ensure_available(self):
+            pass
+
+        def run(self, trainer, n_trials, direction):
+            metrics = trainer.evaluate()
+            return direction, trainer.compute_objective(metrics), metrics
+
+    monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Backend)
+    data = {"eval_dataset": part(pairs, 0, 1, 2), "processing_class": tiny_processor}
+    trainer = ICLIPTrainer(args=arguments(), model_init=lambda: tiny_model(), **data)
+    direction, objective, metrics = trainer.hyperparameter_search(backend="optuna")
+    assert direction == "minimize" and objective == metrics["eval_loss"]
+    given = trainer.hyperparameter_search(backend="optuna", compute_objective=len)
+    assert given[1] == len(metrics)
 
 
 def test_a_loss_function_and_metrics_of_the_user_are_called(pairs, tiny_processor, arguments):

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -160,6 +161,14 @@ class ICLIPTrainer(Trainer):
         if self.interrupts.stopped:
             raise KeyboardInterrupt(f"interrupted; --resume continues from {last_checkpoint(self.args.output_dir)}")
         return output
+
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **options):
+        """
+        Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics. An evaluation
+        of several held-out sets, or of maps alone, has none.
+        """
+        objective = compute_objective or itemgetter("eval_loss")
+        return super().hyperparameter_search(hp_space, objective, *arguments, **options)
 
     @property
     def kept_start(self) -> bool:

@@ -154,9 +154,16 @@ def test_a_wrong_argument(world, table, sandbox, start, rest):
     assert any(os.path.basename(word).lstrip("-") in line for word in typed), line
 
 
-@pytest.mark.parametrize("option", ["--noun_weight=0.5", "--noun-weight"])
-def test_an_option_of_the_model_is_no_setting(sandbox, option):
-    assert "--model_options noun_weight=VALUE" in refused("train", "pairs.csv", option)
+@pytest.mark.parametrize(
+    ("option", "cure"),
+    [
+        ("--noun_weight=0.5", "--model_options noun_weight=VALUE"),
+        ("--noun-weight", "--model_options noun_weight=VALUE"),
+        ("--resume_from_checkpoint=run", "use resume"),
+    ],
+)
+def test_an_option_that_is_another_one(sandbox, option, cure):
+    assert cure in refused("train", "pairs.csv", option)
 
 
 def explained(world, image, *more) -> str:

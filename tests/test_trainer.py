@@ -84,6 +84,8 @@ def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments)
         ICLIPTrainer(tiny_model(), TrainingArguments("run"), collator)
     with pytest.raises(TypeError, match="processing_class"):
         ICLIPTrainer(tiny_model(), arguments())
+    with pytest.raises(TypeError, match="resume"):  # of the command line; here, `train` resumes
+        arguments(resume=True)
 
 
 def test_a_tower_that_learns_is_not_left_as_it_is(pairs, tiny_processor, arguments, tmp_path):

@@ -145,7 +145,7 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, num
     done = hooked_run(hub, tmp_path / "run", ["--max_steps", 6], twice)
     said, checkpoint = done.stderr.splitlines()[-1], tmp_path / "run" / "checkpoint-3"
     assert done.returncode == 130, done.stderr
-    assert said == f"iclip train: interrupted; --resume continues from {checkpoint}"
+    assert said == f"iclip train: interrupted; resume from {checkpoint}"
     assert not list((tmp_path / "run").glob("*.safetensors"))
     hooked_run(hub, tmp_path / "run", ["--max_steps", 6, "--resume"])
     hooked_run(hub, tmp_path / "whole", ["--max_steps", 6])
@@ -196,7 +196,7 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
     arguments = ["--data", "org/pairs", "--pairs_per_epoch", 96, "--num_train_epochs", 1, "--resume"]
     arguments += ["--ignore_data_skip", True]
     for step in (2, 3):
-        with pytest.raises(KeyboardInterrupt, match=f"interrupted; --resume continues from .*{step}$"):
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted; resume from .*{step}$"):
             run(hub, tmp_path, *arguments)
     assert run(hub, tmp_path, *arguments).state.global_step == 6
     assert [{epoch for _, epoch, _ in batch} for batch in seen] == [{0}, {0}, {2}, {3}, {3}, {3}]
@@ -232,7 +232,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
     whole = run(hub, tmp_path / "whole", *arguments)
     with monkeypatch.context() as patch:
         interrupt_at(patch, step)
-        with pytest.raises(KeyboardInterrupt, match="resume continues from .*checkpoint"):
+        with pytest.raises(KeyboardInterrupt, match="resume from .*checkpoint"):
             run(hub, tmp_path / "run", *arguments)
     resumed = run(hub, tmp_path / "run", *arguments, "--resume")
     assert_same_weights(tmp_path / "run", tmp_path / "whole")
@@ -261,7 +261,7 @@ def test_a_resumed_run_keeps_the_presence_of_its_start(hub, tmp_path, tiny_proce
     assert moved["kept"].mean() < moved["free"].mean() / 2
 
     interrupt_at(monkeypatch, 3)
-    with pytest.raises(KeyboardInterrupt, match="resume continues"):
+    with pytest.raises(KeyboardInterrupt, match="resume from"):
         run(hub, tmp_path / "again", *keep)
     run(hub, tmp_path / "again", *keep, "--resume")
     assert_same_weights(tmp_path / "again", tmp_path / "kept")
@@ -386,7 +386,7 @@ def test_a_signal_to_one_of_two_processes_stops_both(hub, tmp_path):
     options = {"capture_output": True, "text": True, "timeout": 240, "env": {**os.environ, "ACCELERATE_USE_CPU": "1"}}
     stopped = subprocess.run([sys.executable, *map(str, command)], **options)
     checkpoint = tmp_path / "two" / "checkpoint-3"
-    said = f"iclip train: interrupted; --resume continues from {checkpoint}"
+    said = f"iclip train: interrupted; resume from {checkpoint}"
     assert stopped.returncode == 1 and said in stopped.stderr.partition("Root Cause")[2], stopped.stderr[-3000:]
     run(hub, tmp_path / "two", *arguments, "--resume")  # in one process
     run(hub, tmp_path / "one", *arguments)

@@ -70,7 +70,6 @@ class ICLIPTrainingArguments(TrainingArguments):
     warmup_learning_rate: float = argument(1e-6, "first learning rate of the warm-up")
     min_learning_rate: float = argument(1e-5, "last learning rate")
     pictures: int = argument(4, "number of held-out images whose maps are drawn at each evaluation")
-    resume: bool = argument(False, "resume from the last checkpoint in output_dir, if there is one")
 
     def __post_init__(self):
         super().__post_init__()

@@ -159,7 +159,7 @@ class ICLIPTrainer(Trainer):
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **options)
         if self.interrupts.stopped:
-            raise KeyboardInterrupt(f"interrupted; --resume continues from {last_checkpoint(self.args.output_dir)}")
+            raise KeyboardInterrupt(f"interrupted; resume from {last_checkpoint(self.args.output_dir)}")
         return output
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **options):

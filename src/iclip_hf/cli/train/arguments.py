@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -81,17 +81,25 @@ class EvaluationArguments:
     eval_split: str = argument("", "split of eval_dataset; the validation split if not given")
 
 
+@dataclass
+class RunArguments(ICLIPTrainingArguments):
+    """The arguments of the trainer, and how a run is resumed."""
+
+    resume: bool = argument(False, "resume from the last checkpoint in output_dir, if there is one")
+    resume_from_checkpoint: str | None = field(default=None, init=False)  # an argument of scripts, which is `resume`
+
+
 class Arguments(NamedTuple):
     """What `iclip train` is given."""
 
     model: ModelArguments
     data: DataArguments
     evaluation: EvaluationArguments
-    training: ICLIPTrainingArguments
+    training: RunArguments
 
 
-_DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, ICLIPTrainingArguments)
-_RENAMED = {
+_DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, RunArguments)
+_OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size, the pairs of each process",
     "epochs": "num_train_epochs",
     "warmup_epochs": "warmup_steps, or below 1 their share of all steps",
@@ -101,6 +109,7 @@ _RENAMED = {
     "log_steps": "logging_steps",
     "checkpoint_steps": "save_steps",
     "best_metric": "metric_for_best_model",
+    "resume_from_checkpoint": "resume, which takes the last checkpoint in output_dir",
 }
 
 
@@ -116,9 +125,9 @@ def argument_parser(**options) -> HfArgumentParser:
 
 
 def cure_of(name: str) -> str:
-    """Returns what a name that is no argument may mean: an older name of one, or an option of the model."""
-    if name in _RENAMED:
-        return f"; use {_RENAMED[name]}"
+    """Returns what a name that is no argument may mean: another name of one, or an option of the model."""
+    if name in _OTHER_NAMES:
+        return f"; use {_OTHER_NAMES[name]}"
     if name in ICLIPConfig.__annotations__:
         return f"; an option of the model is set by --model_options {name}=VALUE"
     return ""

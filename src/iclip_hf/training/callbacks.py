@@ -10,7 +10,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.utils import reduce
 
+from ..model.modeling_iclip import ICLIPModel
 from ..utils.files import atomic_write
+from .arguments import ICLIPTrainingArguments
 from .collator import seed_everything
 from .datasets import CachedPairs, StreamedPairs, are_pairs, leaf_of, leaves
 from .evaluation import change_interval, draw_examples, regressed_metrics
@@ -41,11 +43,13 @@ START = "start.json"
 
 class Flow(TrainerCallback):
     """
-    Numbers the epochs of the pairs, seeds the steps, limits the logit scales, and tells of a training with few steps.
+    Checks what learns, numbers the epochs of the pairs, seeds the steps, limits the logit scales, and tells of a
+    training with few steps.
     """
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **options):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **options):
         pairs = train_dataloader.dataset
+        _check_towers(model, args, pairs, train_dataloader.collate_fn)
         is_few = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
         if is_few and state.is_world_process_zero:
             pairs, batch = len(pairs), args.per_device_train_batch_size * args.world_size
@@ -76,6 +80,20 @@ class Flow(TrainerCallback):
         # Above 100, the clamp in the model has no gradient, so a scale could not decrease again.
         for branch in filter(None, (model.recognition, model.interpretability)):
             branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
+
+
+def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Dataset, collator: Callable) -> None:
+    """Raises `ValueError` if a tower learns that would stay as it is, because what it computes is kept."""
+    cached = "CachedPairs" if any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs)) else ""
+    kept = "keep_presence" if args.keep_presence else ""
+    if (user := cached or kept) and not model.config.lock_vision:
+        raise ValueError(f"{user}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
+    texts = "text_features of the collator" if getattr(collator, "text_features", None) else ""
+    learns = any(weight.requires_grad for weight in model.text_model.parameters())
+    if (user := texts or kept) and learns:
+        raise ValueError(
+            f"{user}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
+        )
 
 
 class Interrupts(TrainerCallback):

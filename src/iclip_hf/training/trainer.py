@@ -129,23 +129,9 @@ class ICLIPTrainer(Trainer):
         data = data_collator or PairCollator(processing_class), train_dataset, eval_dataset
         super().__init__(model, args, *data, processing_class, *arguments, **options)
         vars(self.model.config).pop("use_cache", None)  # of language models, which the base class sets
-        self._check_towers()
         self.interrupts, self.start = Interrupts(), Start(self)
         for callback in (Flow(), self.start, Pictures(), self.interrupts):
             self.add_callback(callback)
-
-    def _check_towers(self) -> None:
-        """Raises `ValueError` if a tower learns that would stay as it is, because what it computes is kept."""
-        cached = "CachedPairs" if any(isinstance(leaf, CachedPairs) for leaf in leaves(self.train_dataset)) else ""
-        kept = "keep_presence" if self.args.keep_presence else ""
-        if (user := cached or kept) and not self.model.config.lock_vision:
-            raise ValueError(f"{user}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
-        texts = "text_features of the collator" if getattr(self.data_collator, "text_features", None) else ""
-        learns = any(weight.requires_grad for weight in self.model.text_model.parameters())
-        if (user := texts or kept) and learns:
-            raise ValueError(
-                f"{user}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
-            )
 
     # -------------------------------------------------------------------------------------------------------- steps
 
@@ -164,8 +150,8 @@ class ICLIPTrainer(Trainer):
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **options):
         """
-        Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics. An evaluation
-        of several held-out sets, or of maps alone, has none.
+        Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics. Evaluations
+        of several held-out sets, or of maps alone, have no `eval_loss`.
         """
         objective = compute_objective or itemgetter("eval_loss")
         return super().hyperparameter_search(hp_space, objective, *arguments, **options)

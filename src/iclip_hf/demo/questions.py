@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,15 +16,9 @@ from PIL import Image
 from ..model.batches import PreparedImage
 from ..model.engine import Engine
 from ..model.explanation import Explanation
-from ..model.images import open_image, to_rgb, upright
 from ..model.prompts import split_texts
 from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, view_size
-
-
-# Pixels of an image. Decoding takes up to twelve bytes for each.
-MAX_PIXELS = 50_000_000
-# Larger images are reduced to this number of pixels. The preparation for the model takes twenty bytes for each.
-MAX_KEPT_PIXELS = 2**24
+from . import decoder
 
 
 def asked_texts(typed: str) -> list[str]:
@@ -38,15 +33,16 @@ def asked_texts(typed: str) -> list[str]:
 
 
 def read_photo(path: str) -> Image.Image:
-    """Loads a visitor's image as [`load_image`] does, but reduces a large one before anything else."""
-    name = Path(path).name
-    width, height = open_image(path, name, decode=False).size
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: this image has more than {MAX_PIXELS:,} pixels; reduce it.")
-    image, scale = open_image(path, name), math.sqrt(MAX_KEPT_PIXELS / (width * height))
-    if scale < 1:
-        image = image.resize((max(1, int(width * scale)), max(1, int(height * scale))), Image.Resampling.NEAREST)
-    return to_rgb(upright(image), name)
+    """
+    Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Raises `ValueError` if
+    the image is not readable or takes too much memory.
+    """
+    command = [sys.executable, "-m", decoder.__name__, path]
+    decoded = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    if decoded.returncode:
+        too_large = f"{Path(path).name}: this image takes more than {decoder.MAX_MEMORY >> 20} MiB; reduce it."
+        raise ValueError(decoded.stdout.decode() or too_large)
+    return Image.open(io.BytesIO(decoded.stdout), formats=["PPM"])
 
 
 class SeenImage(NamedTuple):

@@ -76,6 +76,8 @@ def open_image(
             problem += ", and HEIC needs `pip install pillow-heif`"
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         problem = f"it has more than {Image.MAX_IMAGE_PIXELS:,} pixels"
+    except MemoryError:
+        problem = "it takes too much memory"
     except Exception as error:  # decoders raise various errors, such as SyntaxError and struct.error, on damaged files
         if "DataLoader worker" in str(error):  # raised by torch's signal handler, which can run anywhere
             raise

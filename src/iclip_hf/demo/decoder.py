@@ -1,0 +1,48 @@
+"""
+Decodes a visitor's image in a process of its own, whose memory is limited: a file of kilobytes can hold tags or tiles
+that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a PPM image, or with exit code 1 what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from ..model.images import open_image, to_rgb, upright
+
+
+MAX_MEMORY = 2**29  # bytes
+# Larger images are reduced to this number of pixels. The preparation for the model takes twenty bytes for each.
+MAX_KEPT_PIXELS = 2**24
+
+
+def decode(path: str) -> Image.Image:
+    """Loads an image as [`load_image`] does, but reduces a large one before it is converted."""
+    name = Path(path).name
+    image = open_image(path, name)
+    scale = math.sqrt(MAX_KEPT_PIXELS / (image.width * image.height))
+    if scale < 1:
+        size = (max(1, int(side * scale)) for side in image.size)
+        image = image.resize(tuple(size), Image.Resampling.NEAREST)
+    return to_rgb(upright(image), name)
+
+
+def _limit_memory() -> None:
+    """Limits the memory of this process: on Linux all of it, on macOS a part, on Windows none."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
+
+
+if __name__ == "__main__":
+    _limit_memory()
+    try:
+        decode(sys.argv[1]).save(sys.stdout.buffer, "PPM")
+    except (OSError, ValueError) as error:
+        sys.stdout.buffer.write(str(error).encode(errors="replace"))
+        sys.exit(1)

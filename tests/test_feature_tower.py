@@ -40,6 +40,7 @@ WHOLE = {
     "known_competition": 1.0,
     "map_tokens": 6,
 }
+FEATURES_ALONE = {"recognition_pooling": "feature_average", "average_layers": 1}
 GRID = (4, 6)  # of the images of 64x96 pixels below
 
 
@@ -108,7 +109,7 @@ def slow(model, pixel_values):
     return unit(np.stack(images)), np.stack(patches)
 
 
-@pytest.mark.parametrize("options", [{}, {"recognition_pooling": "feature_average", "average_layers": 1}])
+@pytest.mark.parametrize("options", [{}, FEATURES_ALONE])
 def test_scores_and_maps_are_of_joined_tokens(options):
     model, inputs = joined_model(**options), tiny_inputs(size=(64, 96))
     with torch.no_grad():
@@ -126,8 +127,7 @@ def test_scores_and_maps_are_of_joined_tokens(options):
 
 
 def test_grad_cam_weighs_the_feature_map_that_the_score_reads(tiny_processor):
-    options = {"recognition_pooling": "feature_average", "average_layers": 1, "image_hidden_size": 5}
-    model, inputs = joined_model(**options), tiny_inputs(size=(64, 96))
+    model, inputs = joined_model(**FEATURES_ALONE, image_hidden_size=5), tiny_inputs(size=(64, 96))
     model.recognition.visual_projection.hidden[-1].weight.data.normal_(generator=torch.Generator().manual_seed(1))
     loaded = model.eval(), tiny_processor
     with torch.no_grad():
@@ -189,14 +189,15 @@ def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
     assert loaded.vision_model.layernorm.weight.grad.any() and loaded.recognition.visual_projection.weight.grad.any()
 
 
-def test_statistics_of_training_images_whiten_the_features(tiny_processor, recorded):
-    model = tiny_model(**{**WHOLE, "vision_downsampling": 1})
+@pytest.mark.parametrize(("options", "views"), [({"vision_downsampling": 1}, 1), (FEATURES_ALONE, 2)])
+def test_statistics_of_training_images_whiten_the_features(options, views, tiny_processor, recorded):
+    model = tiny_model(**{**WHOLE, **options})
     for weight in model.feature_reduction.parameters():
         weight.data.zero_()
     rows = [{"image": noise((40, 40), seed=seed, spread=20 + seed)} for seed in range(70)]
-    batches = recorded(model.feature_model, "forward", lambda pixel_values, **options: len(pixel_values))
+    images = recorded(model.feature_model, "forward", lambda pixel_values, **options: len(pixel_values))
     set_statistics(model, tiny_processor, rows)
-    assert batches == [32, 32, 6]
+    assert images == [1] * 70 * views  # one at a time, on a CPU
     with torch.no_grad():
         pixel_values = tiny_processor(images=[row["image"] for row in rows])["pixel_values"]
         tokens = model.encode_image(pixel_values).patch_tokens

@@ -94,6 +94,7 @@ class ImageTokens(NamedTuple):
     tower_output: BaseModelOutputWithPooling
     # (B, L - 1, D), mean patch tokens of the layers before the last, where L is `average_layers`; None with L = 1
     earlier_averages: torch.Tensor | None = None
+    feature_map: torch.Tensor | None = None  # (B, C, h', w') of C channels, of a feature tower
     feature_average: torch.Tensor | None = None  # (B, K), with `recognition_pooling="feature_average"`
 
 
@@ -238,7 +239,7 @@ class ICLIPTowers(PreTrainedModel):
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
             raw_attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
-        patch_tokens, feature_average = tokens[:, patches], None
+        patch_tokens, feature_map, feature_average = tokens[:, patches], None, None
         if self.feature_model is not None:
             with torch.no_grad():
                 feature_map = self.feature_map(pixel_values)
@@ -257,6 +258,7 @@ class ICLIPTowers(PreTrainedModel):
             grid=grid,
             tower_output=outputs,
             earlier_averages=averages,
+            feature_map=feature_map,
             feature_average=feature_average,
         )
 
@@ -271,7 +273,11 @@ class ICLIPTowers(PreTrainedModel):
             pixel_values = (pixel_values - mean) / std
         # With channels last, convolutions are a sixth faster on CPUs.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        feature_map = self.feature_model(pixel_values, do_pooling=False).last_hidden_state
+        # A CPU encodes one image at a time, because clearing new memory for the maps of several takes as long as
+        # computing them. A graph has any number of images.
+        one_by_one = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
+        parts = pixel_values.split(1) if one_by_one else [pixel_values]
+        feature_map = torch.cat([self.feature_model(part, do_pooling=False).last_hidden_state for part in parts])
         channels = self.feature_reduction.in_features
         if feature_map.ndim != 4 or feature_map.shape[1] != channels:
             raise ValueError(

@@ -44,23 +44,19 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
         else:
             sample = [pair for pair, _ in zip(pairs, range(_IMAGES))]
 
-        maps, hook = [], None  # of the feature tower, which `encode_image` runs
-        if whiten:
-            hook = model.feature_model.register_forward_hook(lambda *call: maps.append(call[-1].last_hidden_state))
         tokens, on_grid, count, total, products = [], [], 0, 0.0, 0.0
         for start in tqdm(range(0, len(sample), 32), "Statistics", delay=3, leave=False):
             pixel_values = processor(images=[pair["image"] for pair in sample[start : start + 32]])["pixel_values"]
             image = model.encode_image(pixel_values.to(model.device))
             tokens.append(image.patch_tokens.float().mean(1))
             if whiten:
-                features = maps.pop()
+                features = image.feature_map
                 on_grid.append(F.interpolate(features, image.grid, mode="bilinear", align_corners=False).mean((2, 3)))
                 features = features.movedim(1, -1).flatten(0, 2).cpu().double()
                 count, total = count + len(features), total + features.sum(0)
                 products = products + features.T @ features
         token_mean = torch.cat(tokens).mean(0)
         if whiten:
-            hook.remove()
             _whiten(model, total / count, products / count)
             token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(on_grid).mean(0))
         if center:

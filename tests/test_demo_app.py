@@ -400,6 +400,8 @@ def test_a_bad_upload_is_answered_in_the_page(page, folder):
 
 def test_a_large_image_is_reduced_first(tmp_path, monkeypatch):
     """Before it is converted, which takes several times the memory. As it is seen otherwise."""
+    Image.new("L", (100_000, 1)).save(tmp_path / "narrow.png")
+    assert decoder.decode(str(tmp_path / "narrow.png")).size == (16_384, 1)
     monkeypatch.setattr(decoder, "MAX_KEPT_PIXELS", 1000)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned

@@ -15,15 +15,16 @@ from ..model.images import open_image, to_rgb, upright
 
 
 MAX_MEMORY = 2**29  # bytes
-# Larger images are reduced to this number of pixels. The preparation for the model takes twenty bytes for each.
-MAX_KEPT_PIXELS = 2**24
+# Larger images are reduced to this number of pixels, and to this length of a side. The preparation for the model takes
+# twenty bytes for each pixel, and more for those of a long row.
+MAX_KEPT_PIXELS, MAX_KEPT_SIDE = 2**24, 2**14
 
 
 def decode(path: str) -> Image.Image:
     """Loads an image as [`load_image`] does, but reduces a large one before it is converted."""
     name = Path(path).name
     image = open_image(path, name)
-    scale = math.sqrt(MAX_KEPT_PIXELS / (image.width * image.height))
+    scale = min(math.sqrt(MAX_KEPT_PIXELS / (image.width * image.height)), MAX_KEPT_SIDE / max(image.size))
     if scale < 1:
         size = (max(1, int(side * scale)) for side in image.size)
         image = image.resize(tuple(size), Image.Resampling.NEAREST)

@@ -118,6 +118,7 @@ REFUSED = {
         "a blank line": "dog\n\ncat",
         "one twice": "dog\ncat\ndog",
         "background of labelme": "_background_\ndog",
+        "background with its number": "0: background\n1: dog",
         "300": "\n".join(map(str, range(300))),
     },
     (MISTAKE, coco, "instances_val2017.json image.png absent.png"): {
@@ -180,6 +181,7 @@ REFUSED = {
         "URL": HEADER + b"https://127.0.0.1:9/a.png,a dog\n",
         "UTF-16": (HEADER + ROW).decode().encode("utf-16"),
         "a column twice": b"file_name,caption,caption\nphoto.png,a dog,\n",
+        "a list of Python": HEADER + b"photo.png,\"['a dog', 'a cat']\"\n",
     },
     (MISTAKE, pairs("a.jsonl"), "a.jsonl"): {
         **inputs.FEW_JSON,

@@ -196,8 +196,8 @@ def test_caption_lists(tmp_path):
     (tmp_path / "p.csv").write_text('image,captions\n0.jpg,"[""null"", ""b""]"\n1.jpg,"[\'a\']"\n2.jpg,3\n')
     dataset = load_pairs(tmp_path / "p.csv")
     assert dataset.captions(0) == ["null", "b"]
-    for bad in (1, 2):
-        with pytest.raises(BadPairError, match=rf"p\.csv, row {bad + 1}: no caption"):
+    for bad, problem in ((1, "captions: .* is no list in JSON"), (2, "no caption")):
+        with pytest.raises(BadPairError, match=rf"p\.csv, row {bad + 1}: {problem}"):
             dataset.captions(bad)
 
 

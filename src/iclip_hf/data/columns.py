@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Number
@@ -20,6 +21,7 @@ from .class_names import CLASS_NAMES
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 LABEL_COLUMNS = ("labels", "complete")  # lists of names, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`
+_LIST = re.compile(r"""\s*\[\s*["'].*["']\s*\]\s*""", re.DOTALL)  # of texts, as text
 
 
 class Columns(NamedTuple):
@@ -44,9 +46,9 @@ class Columns(NamedTuple):
 
     def texts(self, row: Mapping) -> PairTexts:
         """
-        Returns the captions of the first column with text, if there is one, and the labels. Raises `ValueError` if
-        `labels` or `complete` is neither a list of names nor numbers, if `complete` names an unknown list, or if it
-        has names and `labels` is no list of names.
+        Returns the captions of the first column with text, if there is one, and the labels. Raises `ValueError` if a
+        list in text is not JSON, if `labels` or `complete` is neither a list of names nor numbers, if `complete` names
+        an unknown list, or if it has names and `labels` is no list of names.
         """
         parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
         texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
@@ -123,12 +125,16 @@ def _names(column: str, value) -> list[str] | None:
 def _parsed(column: str, value):
     """
     Returns a value of a column. A list in text, as in a .csv, is parsed. Other text in "captions" is no caption.
+    Raises `ValueError` for a list that is not JSON, such as one that Python prints.
     """
-    if not isinstance(value, str) or not (column in ("captions", *LABEL_COLUMNS) or value.lstrip().startswith('["')):
+    is_list = isinstance(value, str) and _LIST.fullmatch(value)
+    if not (is_list or (isinstance(value, str) and column in ("captions", *LABEL_COLUMNS))):
         return value
     try:
         return json.loads(value)
     except ValueError:
+        if is_list:
+            raise ValueError(f'{column}: {value!r:.100} is no list in JSON, such as ["a dog"]') from None
         return None if column == "captions" else value
 
 

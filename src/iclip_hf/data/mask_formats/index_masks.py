@@ -144,7 +144,8 @@ def _around(pattern: str) -> tuple[str, str]:
 def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
-    is_background = names[:1] and names[0].strip("_").lower() == "background"  # labelme writes "_background_"
+    # labelme writes "_background_", and others number the classes, as in "0: background".
+    is_background = names[:1] and names[0].strip("_0:.,; \t").lower() == "background"
     if is_background or not 1 <= len(names) < VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
             f"{path}: line 1 names class id 1, without the background; there are 1 to {VOID - 1} lines with "

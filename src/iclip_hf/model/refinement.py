@@ -29,12 +29,14 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     images, low = F.avg_pool2d(pixel_values.float(), CELL), raw_maps.float().amin((-2, -1), keepdim=True)
     # Subtracting the minimum keeps a constant map exactly constant.
     maps = resize_maps(raw_maps.float() - low, images.shape[-2:])
-    # A CPU refines images one after the other, because the cells of one fit in its cache.
-    count = 1 if images.device.type == "cpu" else max(1, len(images))
-    refined = [
-        propagate(some_maps, affinity(some_images, DILATIONS, SPREAD), DILATIONS)
-        for some_maps, some_images in zip(maps.split(count), images.split(count))
-    ]
+    # A CPU refines one image and two of its maps at a time, because their cells fit in its cache.
+    at_once = (1, 2) if images.device.type == "cpu" else maps.shape[:2]
+    image_count, map_count = (max(1, count) for count in at_once)
+    refined = []
+    for image, image_maps in zip(images.split(image_count), maps.split(image_count)):
+        weights = affinity(image, DILATIONS, SPREAD)
+        parts = [propagate(part, weights, DILATIONS) for part in image_maps.split(map_count, 1)]
+        refined.append(torch.cat(parts, 1))
     return torch.cat(refined) + low
 
 

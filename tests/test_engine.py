@@ -504,17 +504,6 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
 
 
-def test_the_reversed_map_is_one_minus_the_map(tiny_processor):
-    model = tiny_model()
-    (straight,), (turned,) = (
-        explain((model, tiny_processor), IMAGES[:1], TEXTS, method) for method in ("itsm", "reversed_itsm")
-    )
-    (processed,) = tiny_processor.post_process_similarity_maps(straight.raw_maps[None], [(40, 60)], reverse=True)
-    assert torch.equal(processed, 1 - straight.maps)
-    torch.testing.assert_close(turned.maps, processed, atol=1e-6, rtol=0)
-    assert torch.equal(turned.raw_maps, -straight.raw_maps)
-
-
 @pytest.mark.parametrize("method", ["itsm", "grad_cam"])
 def test_scores_and_presence_come_from_the_models_own_size(tiny_processor, method, recorded):
     """Whatever the size of the maps; in one more forward only if that size is another."""

@@ -17,6 +17,7 @@ from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model import engine
 from iclip_hf.model.engine import Engine
+from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.refinement import refine_maps
 
@@ -114,7 +115,7 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
 
 
 def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
-    """Each shown text and two absent ones compete by hand; IoU, areas and hidden texts are counted pixel by pixel."""
+    """Each shown text and two absent ones compete; IoU, areas and hidden texts are counted pixel by pixel."""
     model, dataset = tiny_model(seed=1, logit_bias_init_value=0.0), load_segmentation("folder", labelled_folder)
     metric = LabelMaps(seed=3)
     result = evaluate_model((model, tiny_processor), dataset, metrics=[metric], refine=True, progress=False)
@@ -128,24 +129,9 @@ def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
         pixels = tiny_processor(sample.image, labels=[NAMES[label - 1] for label in labels])
         with torch.no_grad():
             outputs = model(**pixels, output_similarity_maps=True)
-        values = outputs.logits_per_image[0].sigmoid()
-        maps = refine_maps(outputs.similarity_maps, pixels["pixel_values"])
-        maps = F.interpolate(maps, sample.size, mode="bicubic", align_corners=False)[0].numpy()
-        odds = torch.logit(values).numpy()
-        stretched = [(heatmap - heatmap.min()) / (heatmap.max() - heatmap.min()) for heatmap in maps]
-        present = (values >= MIN_PRESENCE).tolist()
-        shown_maps = maps[present] if any(present) else maps
-        std_of_all = np.sqrt(np.mean([heatmap.var() for heatmap in shown_maps]))
-        standardized = [
-            ((heatmap - heatmap.mean()) / heatmap.std() + (heatmap - shown_maps.mean()) / std_of_all) / 2 + 0.1 * odd
-            for heatmap, odd in zip(maps, odds)
-        ]
-        found = np.zeros(sample.size, int)
-        for row, column in np.ndindex(sample.size):
-            best = -np.inf
-            for label, heatmap, unit, shown in zip(labels, standardized, stretched, present):
-                if shown and unit[row, column] > 0.5 and heatmap[row, column] > best:
-                    found[row, column], best = label, heatmap[row, column]
+        (maps,) = refine_maps(outputs.similarity_maps, pixels["pixel_values"])
+        found = label_map(maps, sample.size, outputs.logits_per_image[0].sigmoid(), MIN_PRESENCE, 0.5).numpy()
+        found = np.array([0, *labels])[found + 1]
         known = sample.label_map != 255
         for label in sample.labels:
             own, segment = (sample.label_map == label) & known, (found == label) & known

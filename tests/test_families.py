@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from conftest import VISION, tiny_model
 from families import CONVOLUTIONAL, FAMILIES, ICLIP, build, liven, pixels, raw_maps, tiny_timm
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
@@ -65,10 +66,11 @@ def test_a_patch_is_projected_as_the_image(made, family):
     assert (image.image_embeds[0] - image.image_embeds[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CONVOLUTIONAL])
-def test_recorded_blocks_rebuild_their_output(made, family):
-    given, tokenizer, size = made(family)
-    model, outputs = load((given, tokenizer)), []
+@pytest.mark.parametrize("family", [*(family for family in FAMILIES if family not in CONVOLUTIONAL), *VISION])
+def test_recorded_blocks_rebuild_their_output(made, tiny_processor, family):
+    """Of each family, and of ICLIP with each image tower."""
+    *pair, size = (tiny_model(family), tiny_processor, (32, 48)) if family in VISION else made(family)
+    model, outputs = load(tuple(pair)), []
     for layer in model.layers:
         layer.block.register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.no_grad():
@@ -226,10 +228,8 @@ def test_configurations_of_open_clip(name, default, side, patch):
 def gemma_tokenizer(folder, **options):
     """A tokenizer as SigLIP2's folders have it, with two words in lower and in upper case."""
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-    vocabulary, merges = (
-        {word: index for index, word in enumerate([*words, *sorted({*"EiffelTower.eiffeltower▁"})])},
-        [],
-    )
+    vocabulary = {word: index for index, word in enumerate([*words, *sorted({*"EiffelTower.eiffeltower▁"})])}
+    merges = []
     for word in ("Eiffel", "Tower", "eiffel", "tower"):
         for end in range(2, len(word) + 1):
             if word[:end] not in vocabulary:
@@ -261,16 +261,12 @@ def test_texts_of_siglip_are_the_same_by_either_library(tmp_path, kind, declared
     text |= {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
     if kind == "siglip":
         vision = {**sizes, "image_size": 32, "patch_size": 8}
-        model, image_processor = (
-            SiglipModel(SiglipConfig(vision_config=vision, text_config=text)),
-            SiglipImageProcessor(),
-        )
+        model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+        image_processor = SiglipImageProcessor()
     else:
         vision = {**sizes, "num_patches": 16, "patch_size": 8}
-        model, image_processor = (
-            Siglip2Model(Siglip2Config(vision_config=vision, text_config=text)),
-            Siglip2ImageProcessor(patch_size=8),
-        )
+        model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+        image_processor = Siglip2ImageProcessor(patch_size=8)
     folder = tmp_path / "transformers"
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)

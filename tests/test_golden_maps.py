@@ -55,6 +55,7 @@ CASES = [
     ("sclip", "sclip", {}),
     ("clearclip", "clearclip", {}),
     ("clearclip/residual", "clearclip", {"residual": True}),
+    ("naclip/no_window", "clearclip", {"tokens": "key"}),  # the same attention
     ("maskclip/quick_gelu", "maskclip", {}),
     ("maskclip/released", "maskclip", {}),
     ("maskclip/variant", "maskclip", {"residual": False}),

@@ -204,10 +204,8 @@ def state_of(before: dict, after: dict | None) -> TrainerState:
 
 
 def test_the_report_shows_what_changed_and_where_the_model_is(tmp_path):
-    held_out, folder = (
-        load_pairs(write_table(tmp_path, 24, ["Two dogs run.", "A dog and a ball.", "A cat."] * 8)),
-        Path("runs/my pairs"),
-    )
+    held_out = load_pairs(write_table(tmp_path, 24, ["Two dogs run.", "A dog and a ball.", "A cat."] * 8))
+    folder = Path("runs/my pairs")
     hits = {count: np.where(np.arange(24) < count, 100.0, 0.0) for count in (6, 12)}
     better = report(state_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), folder, held_out, "")
     low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()

@@ -123,10 +123,10 @@ MAPS = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 SIZES = [(33, 50), (20, 20)]
 
 
-def test_maps_are_resized_then_stretched(tiny_processor):
-    processed = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
-    for raw, done, size in zip(MAPS, processed, SIZES):
-        assert done.shape == (3, *size)
+def test_maps_are_resized_then_stretched_and_reversed_if_asked_for(tiny_processor):
+    processed, turned = (tiny_processor.post_process_similarity_maps(MAPS, SIZES, turn) for turn in (False, True))
+    for raw, done, reverse, size in zip(MAPS, processed, turned, SIZES):
+        assert done.shape == (3, *size) and torch.equal(reverse, 1 - done)
         big = F.interpolate(raw[None], size=size, mode="bicubic", align_corners=False)[0]
         for text in range(3):
             low, high = big[text].min(), big[text].max()
@@ -182,10 +182,8 @@ def test_there_is_one_threshold_or_one_for_each_text(tiny_processor, threshold):
 @pytest.mark.parametrize("min_presence", [50, -0.1, float("nan")])
 def test_a_least_presence_that_is_no_probability_is_refused(tiny_processor, min_presence):
     """Masks compare any score, such as a cosine, but a label map needs a probability."""
-    outputs, options = (
-        SimpleNamespace(similarity_maps=MAPS),
-        {"presence": torch.zeros(2, 3), "min_presence": min_presence},
-    )
+    outputs = SimpleNamespace(similarity_maps=MAPS)
+    options = {"presence": torch.zeros(2, 3), "min_presence": min_presence}
     with pytest.raises(ValueError, match="min_presence"):
         tiny_processor.post_process_semantic_segmentation(outputs, **options)
     with pytest.raises(ValueError, match="min_presence"):

@@ -17,10 +17,8 @@ from iclip_hf.utils.cache import build_once
 def onnx_file(onnx, names):
     """A graph with one MatMul per name, whose weight is anonymous, as torch.onnx folds a linear layer."""
     helper, rng = onnx.helper, np.random.default_rng(0)
-    nodes, tensors = (
-        [],
-        [("onnx::Concat_1957", (1, 1, 4)), ("onnx::Reshape_1962", (1, 9, 4)), ("backbone.a.bias", (300,))],
-    )
+    nodes = []
+    tensors = [("onnx::Concat_1957", (1, 1, 4)), ("onnx::Reshape_1962", (1, 9, 4)), ("backbone.a.bias", (300,))]
     for i, name in enumerate(names):
         tensors.append((f"onnx::MatMul_{i}", (4, 3 + i)))
         nodes.append(helper.make_node("MatMul", ["x", f"onnx::MatMul_{i}"], [f"y{i}"], name=f"/{name}/MatMul"))

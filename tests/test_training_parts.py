@@ -113,10 +113,8 @@ def test_a_metric_is_worse_if_its_interval_holds_a_loss_and_no_gain():
 
 
 def test_augmentation_depends_on_seed_epoch_and_pair_alone(hub, tiny_processor):
-    pairs, collator = (
-        load_pairs(str(hub / "pairs.tar")),
-        PairCollator(tiny_processor, None, augmentation(tiny_processor)),
-    )
+    pairs = load_pairs(str(hub / "pairs.tar"))
+    collator = PairCollator(tiny_processor, None, augmentation(tiny_processor))
 
     def images(*places, pairs=pairs):
         return collator([pairs[place] for place in places])["pixel_values"]

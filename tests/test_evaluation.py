@@ -167,6 +167,11 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
         assert 0 < len(group) < len(pairs)
         assert measured[name] == pytest.approx(100 * np.mean([value >= MIN_PRESENCE for value, *_ in group]))
     assert 0 < len(hard) < len(absent) and measured["kept"] != measured["passed"]
+    counts = {"shown": shown, "absent": absent, "absent_hard": hard}
+    counts |= {f"shown_{kind}": groups[f"kept_{kind}"] for kind in ("stuff", "things")}
+    assert measured["pairs"] == {name: len(group) for name, group in counts.items()}
+    line = next(line for line in result.table().splitlines() if "passed, of those" in line)
+    assert [cell.strip() for cell in line.split("|")][-3:-1] == ["", str(len(hard))]
 
     error = 0
     assert measured["prior"] == pytest.approx(len(shown) / len(pairs))

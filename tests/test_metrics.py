@@ -523,7 +523,10 @@ def test_a_metric_without_data_computes(name):
 def test_presence_without_data_is_none():
     for metric in (Presence(), Presence(like=np.eye(3, dtype=bool), stuff=[1])):
         scores = metric.compute()
-        assert (scores.pop("min_presence"), scores.pop("groups")) == (0.5, {}) and set(scores.values()) == {None}
+        assert (scores.pop("min_presence"), scores.pop("groups")) == (0.5, {}) and not any(
+            scores.pop("pairs").values()
+        )
+        assert set(scores.values()) == {None}
 
 
 @pytest.mark.parametrize("name", ["mMIoU", "mFMB", "text_contrast", "stuff_contrast", "label_maps", "pointing_game"])

@@ -43,13 +43,14 @@ def test_the_rows_are_the_pairs_of_the_evaluation(evaluated):
     folder, dataset, result, _ = evaluated
     data = data_of(folder)
     assert data["texts"] == NAMES and data["methods"] == METHODS and data["images"] == [one.name for one in dataset]
+    assert [*data["scores"]][0] == "IoU (mMIoU)" and data["title"].endswith(" on folder")
     pairs = [(image, label - 1) for image, sample in enumerate(dataset) for label in sample.labels]
     assert [tuple(row[:2]) for row in data["rows"]] == pairs
     for place, method in enumerate(METHODS):
         for text, row in enumerate(result.per_class[method]):
             overlaps = [values[place] for _, one, _, _, values in data["rows"] if one == text]
             assert 100 * np.mean(overlaps) == pytest.approx(row["mMIoU"]["IoU"], abs=0.01)
-            assert data["scores"]["mMIoU IoU"][method][text] == row["mMIoU"]["IoU"]
+            assert data["scores"]["IoU (mMIoU)"][method][text] == row["mMIoU"]["IoU"]
     areas = [(dataset[image].mask(text + 1) == text + 1).mean() for image, text in pairs]
     assert [row[2] for row in data["rows"]] == pytest.approx(areas, abs=1e-4)
     alarms = {(image, text) for image, text, presence in data["alarms"] if presence >= MIN_PRESENCE}
@@ -125,7 +126,8 @@ def test_explained_images_have_the_same_page(browser, workspace, tmp_path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
     assert str(tmp_path / "report" / "index.html") in capsys.readouterr().err
     data = data_of(tmp_path / "report")
-    assert data["images"] == ["a.jpg"] * 3 and data["texts"] == ["dog", "red ball"] and len(data["rows"]) == 6
+    assert data["title"] == "Maps of 3 images" and data["images"] == ["a.jpg"] * 3
+    assert data["texts"] == ["dog", "red ball"] and len(data["rows"]) == 6
     with opened(browser, (tmp_path / "report" / "index.html").as_uri(), "article") as page:
         assert sorted(texts_of(page)) == 3 * ["dog"] + 3 * ["red ball"] and not page.locator("#plot").is_visible()
         assert page.locator("article figure").count() == 18  # the image, its map, and the map before the refinement

@@ -93,7 +93,7 @@ class _Report:
 
     def write(self) -> Path:
         """Writes the page and returns its path."""
-        title = f"{len(self.images)} images"
+        title = f"Maps of {len(self.images)} image{'' if len(self.images) == 1 else 's'}"
         texts, methods = [*self.texts], [self.made_by]
         return self.files.write_page(title, self.images, texts, methods, "score", self.rows, refined=self.refined)
 

@@ -31,7 +31,7 @@ class Layout(NamedTuple):
     Title, files and mask values of a data set.
 
     Attributes:
-        title: name on model cards.
+        title: name on model cards and in reports.
         images, masks: patterns of the files below the root, with `<split>`. Braces hold alternatives; the first that
             finds files is used. `*` is the same for an image and its mask. If the pattern of images ends with `*`,
             every image needs a mask, and images have any format. Otherwise every mask needs an image, and an image

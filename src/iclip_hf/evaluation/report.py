@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..backends.embedded import embedded_folder
+from ..data.layouts import DATASETS
 from ..model.presence import MIN_PRESENCE
 from ..plots.report import ReportFolder
 from .functional import threshold_counts
@@ -100,8 +102,9 @@ class Report(Metric):
             ]
         protocol = result.protocol
         names = [seen.names.get(index, "") for index in range(max(seen.names, default=-1) + 1)]
+        model = "the embedded model" if protocol["model"] == embedded_folder().name else protocol["model"]
         return self.files.write_page(
-            f"{protocol['model']} on {protocol['dataset']['name']}",
+            f"Maps of {model} on {DATASETS[protocol['dataset']['name']].title}",
             names,
             classes,
             methods,
@@ -123,18 +126,21 @@ class Report(Metric):
 
 
 def _scores_of_classes(result: EvaluationResult, count: int) -> dict[str, dict[str, list[float | None]]]:
-    """Returns for each score of classes and each method a number or None for each class."""
+    """
+    Returns for each score of classes and each method a number or None for each class. The IoU comes first, which the
+    pictures have.
+    """
     scores: dict[str, dict[str, list[float | None]]] = {}
     for method, classes in result.per_class.items():
         for row in classes:
             for metric, values in row.items():
                 for name, score in values.items() if isinstance(values, dict) and row["id"] else ():
-                    numbers = scores.setdefault(f"{metric} {name}", {}).setdefault(method, [None] * count)
+                    numbers = scores.setdefault(f"{name} ({metric})", {}).setdefault(method, [None] * count)
                     numbers[row["id"] - 1] = score
     return {
-        name: by_method
-        for name, by_method in scores.items()
-        if any(number is not None for numbers in by_method.values() for number in numbers)
+        name: scores[name]
+        for name in sorted(scores, key=lambda name: not name.startswith("IoU"))
+        if any(number is not None for numbers in scores[name].values() for number in numbers)
     }
 
 

@@ -152,7 +152,9 @@ class Presence(MultiLabelAveragePrecision):
         - **passed** -- the same share of the absent classes; **passed_hard** is that of absent classes that are like a
           shown one.
         - **map** -- mAP of images ranked by presence, percent.
-        - **groups** -- `auc`, `auc_of_classes`, `kept` and `passed` of the classes of each group alone.
+        - **pairs** -- number of pairs whose class is `shown` or `absent`, of `shown_things` and `shown_stuff`, and of
+          `absent_hard`, whose class is absent and like a shown one.
+        - **groups** -- `auc`, `auc_of_classes`, `kept`, `passed` and `pairs` of the classes of each group alone.
         - **prior** -- share of pairs whose class is shown.
         - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]): mean presence, share of
           pairs whose class is shown, number of pairs; None if the prior is 0 or 1.
@@ -179,9 +181,12 @@ class Presence(MultiLabelAveragePrecision):
         for name, classes in self.groups.items():
             columns = np.isin(labels, list(classes))
             groups[name] = _separation(values[:, columns], shown[:, columns])
+        separation = _separation(values, shown)
+        of_kind = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
+        separation["pairs"].update((name, int(pairs.sum())) for name, pairs in of_kind.items())
         return {
             "min_presence": MIN_PRESENCE,
-            **_separation(values, shown),
+            **separation,
             "auc_hard": _auc(values, shown, hard),
             "auc_without_image": _auc(without_image, shown, ~shown),
             "kept_things": _share_present(values[shown & ~stuff]) if self.stuff else None,
@@ -200,37 +205,43 @@ class Presence(MultiLabelAveragePrecision):
 
     def tables(self, scores: Mapping) -> list[str]:
         """Returns the tables, without rows that the data cannot measure and without empty bins."""
-        least = scores["min_presence"]
+        least, pairs = scores["min_presence"], scores["pairs"]
+        both = ("shown", "absent")
         names = {
-            "auc": ("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
-            "auc_hard": ("AUC against absent classes that resemble a shown one", 3),
-            "auc_of_classes": ("AUC of each class over the images, mean over the classes", 3),
-            "auc_without_image": ("AUC without the image: of the mean of each class over all images", 3),
-            "kept": (f"kept: shown classes with a presence of at least {least}, %", 1),
-            "kept_things": ("kept things, %", 1),
-            "kept_stuff": ("kept stuff, %", 1),
-            "passed": (f"passed: absent classes with a presence of at least {least}, %", 1),
-            "passed_hard": ("passed, of those that resemble a shown class, %", 1),
-            "map": ("mAP of ranking the images by presence, %", 1),
+            "auc": ("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3, both),
+            "auc_hard": ("AUC against absent classes that resemble a shown one", 3, ("shown", "absent_hard")),
+            "auc_of_classes": ("AUC of each class over the images, mean over the classes", 3, both),
+            "auc_without_image": ("AUC without the image: of the mean of each class over all images", 3, both),
+            "kept": (f"kept: shown classes with a presence of at least {least}, %", 1, ("shown", None)),
+            "kept_things": ("kept things, %", 1, ("shown_things", None)),
+            "kept_stuff": ("kept stuff, %", 1, ("shown_stuff", None)),
+            "passed": (f"passed: absent classes with a presence of at least {least}, %", 1, (None, "absent")),
+            "passed_hard": ("passed, of those that resemble a shown class, %", 1, (None, "absent_hard")),
+            "map": ("mAP of ranking the images by presence, %", 1, both),
             "calibration_error": (
                 "calibration error: mean distance of presence and share that is shown, in the table below",
                 3,
+                both,
             ),
         }
         rows = [
-            [heading, cell(scores[name], digits)]
-            for name, (heading, digits) in names.items()
+            [heading, cell(scores[name], digits), *(str(pairs[kind]) if kind else "" for kind in kinds)]
+            for name, (heading, digits, kinds) in names.items()
             if scores[name] is not None
         ]
-        tables = [markdown(["presence of the classes in the images", ""], rows)]
+        counted = ["shown pairs", "absent pairs"]
+        tables = [markdown(["presence of the classes in the images", "", *counted], rows)]
         if scores["groups"]:
             digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
             rows = [
-                [group, *(cell(separation[name], decimals) for name, decimals in digits.items())]
+                [
+                    group,
+                    *(cell(separation[name], decimals) for name, decimals in digits.items()),
+                    *(str(separation["pairs"][kind]) for kind in both),
+                ]
                 for group, separation in scores["groups"].items()
             ]
-            headings = ["presence of", "AUC", "AUC of each class", "kept %", "passed %"]
-            tables.append(markdown(headings, rows))
+            tables.append(markdown(["presence of", "AUC", "AUC of each class", "kept %", "passed %", *counted], rows))
         if bins := scores["reliability"]:
             rows = [
                 [
@@ -259,7 +270,7 @@ def _share_present(values: np.ndarray) -> float | None:
     return 100 * float(is_present(values).mean()) if len(values) else None
 
 
-def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None]:
+def _separation(values: np.ndarray, shown: np.ndarray) -> dict:
     """Returns the scores of [`Presence`] that any classes have; presence and `shown` are `(B, K)`."""
     varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
     class_aucs = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
@@ -268,6 +279,7 @@ def _separation(values: np.ndarray, shown: np.ndarray) -> dict[str, float | None
         "auc_of_classes": none_if_nan(mean(class_aucs)),
         "kept": _share_present(values[shown]),
         "passed": _share_present(values[~shown]),
+        "pairs": {"shown": int(shown.sum()), "absent": int((~shown).sum())},
     }
 
 

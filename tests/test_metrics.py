@@ -513,7 +513,7 @@ def test_a_metric_without_data_computes(name):
                 engine=SimpleNamespace(encode=len, multi_scale=False),
             )
         )
-    scores, rows = metric.report()
+    scores, rows = metric.scores_and_rows()
     json.dumps(scores, allow_nan=False)
     assert rows == {} and all(
         scores.get(column) is None for column in metric.columns if column not in ("floor_class", "thresholds")

@@ -127,7 +127,8 @@ def set_as_default() -> None:
 def _join(folder: Path) -> None:
     vision, text, feature_tower = map(str, (*towers.embedded_towers(), towers.embedded_feature_tower()))
     with safe_open(PROJECTIONS, framework="pt") as file:
-        saved, metadata = {name: file.get_tensor(name).float() for name in file.keys()}, file.metadata()
+        saved = {name: file.get_tensor(name).float() for name in file.keys()}
+        metadata = file.metadata()
     names = [name for name in saved if not name.endswith(_SCALES)]
     weights = {name: saved[name] * saved.get(name + _SCALES, 1) for name in names}
     model = ICLIPModel.from_vision_text_pretrained(vision, text, feature_tower, **json.loads(metadata["config"]))
@@ -145,7 +146,8 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     Saves the result of a training on the locked embedded towers: projections, temperatures and the options of model
     and processor. Matrices have 8 bits with a scale for each row, the rest has half precision.
     """
-    model, processor = ICLIPModel.from_pretrained(model_folder), ICLIPProcessor.from_pretrained(model_folder)
+    model = ICLIPModel.from_pretrained(model_folder)
+    processor = ICLIPProcessor.from_pretrained(model_folder)
     weights = {}
     for name, weight in model.state_dict().items():
         if name.startswith(OWN_WEIGHTS) and weight.ndim == 2:

@@ -63,7 +63,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
 
 def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
     """
-    Returns the parts of the identity in which a model differs from the one that results or a card describe. If the
+    Returns the parts of the identity that differ between a model and what results or a card describe. If the
     described dtype is lower than the model's, the weights are rounded to it. `start` is the identity that the model
     had before a training.
     """
@@ -113,7 +113,8 @@ def _plain(value):
         return {**_counted(value.to_dict()), **parts}
     if isinstance(value, (PreTrainedConfig, ImageProcessingMixin)):
         # Without defaults, so that a model stays the same when a new version of Transformers adds options.
-        defaults, options = type(value)().to_dict(), {**value.to_dict()}
+        defaults = type(value)().to_dict()
+        options = {**value.to_dict()}
         options |= {name: part for name in options if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
         return _counted({name: part for name, part in options.items() if name in _KINDS or part != defaults.get(name)})
     if backend := getattr(value, "backend_tokenizer", None):

@@ -123,14 +123,15 @@ def _explainable(model, processor) -> ExplainableModel:
         check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
-        family, fits = _tower(model.visual), True
+        family = _tower(model.visual)
+        fits = family in _FAMILIES
     else:
         family = getattr(getattr(model, "config", None), "model_type", None)
-        fits = hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
+        fits = family in _FAMILIES and hasattr(model, "get_text_features")  # CLIP's image classifier has CLIP's config
     description = type(model).__name__ + (f" ({family})" if family else "")
     if family in REFUSED:
         raise TypeError(f"A {description} cannot be explained: {REFUSED[family]}.")
-    if family not in _FAMILIES or not fits:
+    if not fits:
         raise TypeError(
             "Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
             f"{', '.join(MODEL_TYPES)}, got {description}: load one of them."

@@ -153,7 +153,8 @@ def _vision_program(model: ICLIPModel):
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
-    inputs, Dim = processor(text=["dog", "a dog", "red ball", "a red ball", "car", "a car"]), torch.export.Dim
+    inputs = processor(text=["dog", "a dog", "red ball", "a red ball", "car", "a car"])
+    Dim = torch.export.Dim
     prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}
     # The export assumes these smallest sizes; the graph also takes one prompt.
     shape = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: Dim("length", min=2, max=processor.max_text_length)}

@@ -157,7 +157,9 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     and position embeddings in two parts, of the class token and of the patches.
     """
     (graph,) = _message(memoryview(onnx_file))[7]
-    graph, tensors, weights = _message(graph), {}, {}
+    graph = _message(graph)
+    tensors = {}
+    weights = {}
     for tensor in map(_message, graph[5]):
         if tensor[2] == [1]:  # float32
             tensors[_text(tensor[8])] = np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1])

@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> None:
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
     model_titles = _model_titles(models)
-    rows, notes = [{"text": text, "scores": {}, "presence": {}} for text in texts], [[] for _ in texts]
+    rows = [{"text": text, "scores": {}, "presence": {}} for text in texts]
+    notes = [[] for _ in texts]
     for name in models:
         model = load_model(name, options)
         for method in tqdm(methods, desc=name, unit="method", delay=2):

@@ -59,8 +59,13 @@ class SegmentationDataset(Sequence):
         supercategories: Sequence[str] | None = None,
     ):
         layout = DATASETS[name]
-        self.name, self.split, self.background, self.templates = name, split, bool(layout.background), layout.templates
-        self.annotation_paths, self._samples, self.images_in_split = annotation_paths, samples, len(samples)
+        self.name = name
+        self.split = split
+        self.background = bool(layout.background)
+        self.templates = layout.templates
+        self.annotation_paths = annotation_paths
+        self._samples = samples
+        self.images_in_split = len(samples)
         self.synonyms = tuple((name,) for name in class_names)
         self.supercategories = None if supercategories is None else tuple(supercategories)
         stuff = layout.stuff

@@ -95,20 +95,20 @@ def evaluate_model(
     start = time.perf_counter()
     if isinstance(methods, str):
         raise ValueError(f'methods is a list of names, such as ["itsm"], not {methods!r:.100}.')
-    state = partial_state("eval")
+    processes = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
     if report is not None:
-        if state.is_main_process:
+        if processes.is_main_process:
             check_new_folder(Path(report))
-        state.wait_for_everyone()
+        processes.wait_for_everyone()
         report = Report(report)
         report.image_size = metrics[0].image_size  # one run with the first metric
         metrics.append(report)
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
     # another.
     sizes = {metric: metric.image_size if image_size is None else image_size for metric in metrics}
-    progress = progress and state.is_main_process
-    options = (methods, templates, refine, multi_scale, limit, batch_size, state, progress)
+    progress = progress and processes.is_main_process
+    options = (methods, templates, refine, multi_scale, limit, batch_size, processes, progress)
     new_run = partial(EvaluationRun, load(model), dataset, *options)
     runs = {name: new_run(size) for name, size in {str(size): size for size in sizes.values()}.items()}
     run_of = {metric: runs[str(size)] for metric, size in sizes.items() if _measurable(metric, runs[str(size)])}
@@ -118,16 +118,18 @@ def evaluate_model(
         totals |= run.measure([metric for metric in run_of if run_of[metric] is run])
     _join_processes(totals)
 
-    first, metrics = next(iter(runs.values())), [metric for metric in run_of if metric is not report]
+    first = next(iter(runs.values()))
+    metrics = [metric for metric in run_of if metric is not report]
     results, per_class = {}, {}
     for method in first.methods:
-        reports = {
-            metric.name: totals[metric.name, method if metric.by_method else None].report() for metric in metrics
+        measured = {
+            metric.name: totals[metric.name, method if metric.by_method else None].scores_and_rows()
+            for metric in metrics
         }
-        results[method] = {name: scores for name, (scores, _) in reports.items()}
-        per_class[method] = _class_rows({name: rows for name, (_, rows) in reports.items()}, dataset)
-    measured = {metric: run_of[metric] for metric in metrics}
-    protocol = broadcast_from_main(_protocol(first, measured) if state.is_main_process else None)
+        results[method] = {name: scores for name, (scores, _) in measured.items()}
+        per_class[method] = _class_rows({name: rows for name, (_, rows) in measured.items()}, dataset)
+    run_of = {metric: run_of[metric] for metric in metrics}
+    protocol = broadcast_from_main(_protocol(first, run_of) if processes.is_main_process else None)
     result = EvaluationResult(
         protocol=protocol,
         results=results,
@@ -139,7 +141,7 @@ def evaluate_model(
         },
         tables=result_tables(metrics, results, first.count, dataset.images_in_split),
     )
-    if report is not None and state.is_main_process:
+    if report is not None and processes.is_main_process:
         report.merged([totals[report.name, method] for method in first.methods]).write(result, first.methods)
     return result
 
@@ -208,7 +210,7 @@ class EvaluationRun:
         multi_scale: bool,
         limit: int | None,
         batch_size: int,
-        state: PartialState,
+        processes: PartialState,
         progress: bool,
         image_size: int | dict[str, int] | None,
     ):
@@ -226,7 +228,7 @@ class EvaluationRun:
         self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
         self.batch_size = batch_size
         self.count = min(len(dataset), limit or len(dataset))
-        self.indices = range(state.process_index, self.count, state.num_processes)
+        self.indices = range(processes.process_index, self.count, processes.num_processes)
         self.progress, self.seconds_in_model = progress, 0.0
 
     @cached_property
@@ -281,7 +283,7 @@ class EvaluationRun:
         takes_features = any(engine.takes_features for engine in self.engines.values())
         encoder = self.engine if needs_scores or takes_features else next(iter(self.engines.values()))
 
-        def run(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
+        def run_batch(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
             # Encoded once for the scores and for methods that compute maps from features. Every other method runs the
             # image tower itself, and so do metrics of maps of their own, such as those of windows.
             if needs:
@@ -305,7 +307,7 @@ class EvaluationRun:
 
         while batch := list(itertools.islice(images, self.batch_size)):
             began = time.perf_counter()
-            batch = map_groups(run, batch, [image.prepared.batch_key for image in batch])
+            batch = map_groups(run_batch, batch, [image.prepared.batch_key for image in batch])
             self.seconds_in_model += time.perf_counter() - began
             yield from batch
 

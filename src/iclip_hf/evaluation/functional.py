@@ -48,7 +48,9 @@ def _check_label(label: int, ignore_index: int) -> None:
 
 def _pair_blocks(heatmap, mask, label, ignore_index):
     """Yields map values, foreground and void of one pair in flat blocks."""
-    heatmap, mask, label = _check_map(heatmap), to_numpy(mask), operator.index(label)
+    heatmap = _check_map(heatmap)
+    mask = to_numpy(mask)
+    label = operator.index(label)
     if heatmap.shape != mask.shape:
         raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
     _check_label(label, ignore_index)
@@ -127,7 +129,9 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over
         them. Two classes of the image are partners if each has a pixel that does not belong to the other.
     """
-    maps, mask, labels = _check_map(maps), to_numpy(mask), [operator.index(label) for label in labels]
+    maps = _check_map(maps)
+    mask = to_numpy(mask)
+    labels = [operator.index(label) for label in labels]
     if mask.shape[-2:] != maps.shape[-2:]:
         raise ValueError(f"Maps and label mask must have one height and width, not {maps.shape} and {mask.shape}.")
     for label in labels:

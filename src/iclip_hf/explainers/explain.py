@@ -84,7 +84,10 @@ def explain(
     """
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
     is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
-    images = [images] if is_one else images if isinstance(images, Sized) else [*images]
+    if is_one:
+        images = [images]
+    elif not isinstance(images, Sized):
+        images = [*images]
     best, texts = (NOUNS, vocabulary()) if texts is None else (None, texts)
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
     per_image = isinstance(next(iter(texts), None), (list, tuple))

@@ -37,7 +37,9 @@ class GradCAM(GradientExplainer):
         if not self.model.reads_features:
             return super().forward(pixel_values, texts, text_indices)
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        image, network, maps = self.model.get_image_features(pixel_values), self.model.network, []
+        image = self.model.get_image_features(pixel_values)
+        network = self.model.network
+        maps = []
         features = image.patch_tokens[..., -image.feature_average.shape[-1] :]
         with torch.inference_mode(False), torch.enable_grad():
             average = image.feature_average.clone().requires_grad_()

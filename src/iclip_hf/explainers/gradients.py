@@ -46,7 +46,9 @@ class GradientExplainer(Explainer):
         texts = texts if text_indices is None else select_texts(texts, text_indices)
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
-        maps, patches, count = [], math.prod(image.grid), texts.text_embeds.shape[1]
+        maps = []
+        patches = math.prod(image.grid)
+        count = texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             logits = self.model.logits(cosines(image.image_embeds, texts.text_embeds.clone()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -58,7 +57,8 @@ class ProxyCLIP(Explainer):
             tokens = vision_tokens.unflatten(1, image.grid)
         else:
             tokens = self._proxy_tokens(pixel_values)
-        grid, value = tokens.shape[1:3], layer.value[:, :, -math.prod(image.grid) :]
+        grid = tokens.shape[1:3]
+        value = layer.value[:, :, -math.prod(image.grid) :]
         if grid != image.grid:
             on_grid = value.flatten(0, 1).mT.unflatten(-1, image.grid)
             value = F.interpolate(on_grid, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
@@ -80,10 +80,10 @@ class ProxyCLIP(Explainer):
         model_processor, proxy_processor = self.model.processor.image_processor, self.proxy_processor
         pixels = pixel_values.to(weight)
         if model_processor.do_normalize:  # undone, because the proxy has its own normalisation
-            mean, std = _channels(model_processor.image_mean, weight), _channels(model_processor.image_std, weight)
+            mean, std = _statistics(model_processor, weight)
             pixels = pixels * std + mean
         if proxy_processor.do_normalize:
-            mean, std = _channels(proxy_processor.image_mean, weight), _channels(proxy_processor.image_std, weight)
+            mean, std = _statistics(proxy_processor, weight)
             pixels = (pixels - mean) / std
         patch = patch_side(config)
         grid = [max(1, round(side / patch)) for side in pixels.shape[2:]]
@@ -94,5 +94,6 @@ class ProxyCLIP(Explainer):
         return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :].unflatten(1, grid)
 
 
-def _channels(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values).to(like).view(3, 1, 1)
+def _statistics(image_processor, like: torch.Tensor) -> torch.Tensor:
+    """Returns mean and standard deviation of the channels, `(2, 3, 1, 1)`."""
+    return torch.tensor([image_processor.image_mean, image_processor.image_std]).to(like).view(2, 3, 1, 1)

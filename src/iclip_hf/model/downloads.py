@@ -28,7 +28,8 @@ def download(url: str, timeout: float) -> bytes:
     Downloads a file of at most [`MAX_DOWNLOAD`] bytes. Raises `OSError` if the file is larger, the download takes
     longer than `timeout` seconds, or the URL is not valid.
     """
-    content, end = bytearray(), time.monotonic() + timeout
+    content = bytearray()
+    end = time.monotonic() + timeout
     address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     try:
         # Some sites refuse Python's default.

@@ -143,7 +143,8 @@ class Engine:
         Encodes T labels as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`, averaged over the
         templates. Raises `ValueError` if a label is empty.
         """
-        step, parts = max(1, TEXT_BATCH // len(self.templates)), []
+        step = max(1, TEXT_BATCH // len(self.templates))
+        parts = []
         for start in tqdm(range(0, len(labels), step), "Encoding texts", leave=False, unit="batch", delay=2):
             prompts = self.processor(labels=labels[start : start + step], templates=self.templates)
             mask = prompts.get("attention_mask")
@@ -179,7 +180,8 @@ class Engine:
             # With do_resize=False, the processor takes no size.
             return self.processor(images=[image], size=None if size == own_size else size)["pixel_values"]
 
-        pixel_values, score_pixel_values = pixels(map_size), None
+        pixel_values = pixels(map_size)
+        score_pixel_values = None
         if self.image_size is not None:
             score_pixel_values = pixel_values if map_size == own_size else pixels(own_size)
             if score_pixel_values.shape == pixel_values.shape and not self.multi_scale:
@@ -284,7 +286,8 @@ class Engine:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         if label_indices[0] is None:
-            labels, texts = [question.labels] * len(images), for_images(question.encoded, len(images))
+            labels = [question.labels] * len(images)
+            texts = for_images(question.encoded, len(images))
         else:
             labels = [[question.labels[index] for index in indices] for indices in label_indices]
             texts = select_texts(question.encoded, torch.tensor(label_indices))
@@ -300,7 +303,8 @@ class Engine:
         scores, presence = self._score(batch.score_features, texts, question.priors)
         if best is not None:
             mapped = _best_texts(scores if presence is None else presence, texts.text_embeds, mapped, best)
-            texts, text_indices = select_texts(texts, pad_indices(mapped)), None
+            texts = select_texts(texts, pad_indices(mapped))
+            text_indices = None
         if maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
         unrefined = None
@@ -395,22 +399,25 @@ class Engine:
         Computes the maps of the method for one view of the images, and checks them. Returns them with the features of
         the view. `image` is the features if they are known, otherwise the pixel values.
         """
-        expected, selected, options = tuple(texts.text_embeds.shape[:2]), None, {}
+        options = {}
         if self.takes_features:
             options["features"] = self._features(image)
         if "templates" in self._arguments:
             options["templates"] = self.templates
-        if text_indices is not None:
-            selected = pad_indices(text_indices)
-            if "text_indices" in self._arguments:
-                options["text_indices"], expected, selected = selected, tuple(selected.shape), None
+        expected = tuple(texts.text_embeds.shape[:2])
+        selected = None if text_indices is None else pad_indices(text_indices)
+        if selected is not None and "text_indices" in self._arguments:
+            options["text_indices"] = selected
+            expected = tuple(selected.shape)
         maps, features = self._forward(pixel_values, texts, **options)
         if maps.ndim != 4 or maps.shape[:2] != expected:
             raise ValueError(
                 f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images "
                 f"with {expected[1]} texts each, instead of {(*expected, 'h', 'w')}."
             )
-        maps = maps.float() if selected is None else maps[torch.arange(len(maps))[:, None], selected].float()
+        maps = maps.float()
+        if selected is not None and "text_indices" not in options:
+            maps = maps[torch.arange(len(maps))[:, None], selected]
         check_finite(maps)
         return maps, map_tensors(torch.Tensor.detach, features)
 
@@ -459,7 +466,8 @@ def _best_texts(
     """
     best = []
     for ranked, embeds, allowed in zip(scores.argsort(descending=True).tolist(), text_embeds, map(set, text_indices)):
-        ranked, chosen = [index for index in ranked if index in allowed], []
+        ranked = [index for index in ranked if index in allowed]
+        chosen = []
         for index in ranked:
             if len(chosen) < count and not (chosen and (embeds[chosen] @ embeds[index]).max() >= SIMILAR_TEXTS):
                 chosen.append(index)

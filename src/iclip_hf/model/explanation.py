@@ -191,7 +191,8 @@ class Explanation:
         Returns whether the other texts cover a text in a label map: the area of its segment, `(H, W)` boolean, is less
         than 5 % of the area of its own mask. The mask has the threshold 0.5 if the explanation has no threshold.
         """
-        index, area = self.index(text), int(segment.sum())
+        index = self.index(text)
+        area = int(segment.sum())
         if not self.present[index] or area >= _COVERED * math.prod(self.size):
             return False  # no mask is needed: it is empty, or at most the whole image
         threshold = Explanation.threshold if self.threshold is None else None
@@ -202,7 +203,8 @@ class Explanation:
         Yields each text with its segment in the [`Explanation.label_map`], `(H, W)` boolean, and whether the other
         texts cover it.
         """
-        label_map, hidden = self.label_map(background=background), [self.index(text) for text in background]
+        label_map = self.label_map(background=background)
+        hidden = [self.index(text) for text in background]
         for index, text in enumerate(self.labels):
             segment = label_map == index
             yield text, segment, index not in hidden and self.is_covered(index, segment)

@@ -105,7 +105,8 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
     if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # numpy's strings have a shape too
         return _from_array(to_8_bit(image))
     if isinstance(image, str) and not os.path.exists(image):
-        name, text = name or repr(image[:100]), image.strip()
+        name = name or repr(image[:100])
+        text = image.strip()
         if is_url(image):
             image = download(image, timeout)
         elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # not the name of a file

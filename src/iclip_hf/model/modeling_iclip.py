@@ -289,8 +289,7 @@ class ICLIPModel(ICLIPTowers):
         return tensor
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Returns patch tokens `(..., D)` as the map branch uses them, before they are averaged over similar
-        patches."""
+        """Returns patch tokens `(..., D)` of the map branch, before they are averaged over similar patches."""
         if not self.config.center_tokens:
             return patch_tokens
         return patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
@@ -334,7 +333,8 @@ class ICLIPModel(ICLIPTowers):
         recognition_poolings, map_pooling = self.config.poolings
         recognition, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
         patches, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
-        projected, map_image_embeds = self.recognition.visual_projection(recognition), None
+        projected = self.recognition.visual_projection(recognition)
+        map_image_embeds = None
         if map_pooled is not None:
             map_image_embeds = self.map_branch.embed_image(map_pooled).to(projected.dtype)
         return ICLIPImageFeatures(
@@ -496,7 +496,8 @@ class ICLIPModel(ICLIPTowers):
             `ValueError`: images or texts are missing, or H or W is not a multiple of the patch size; with
                 `return_loss` and without nouns, there is not one text for each image.
         """
-        tokens, texts = (input_ids, attention_mask, token_type_ids), text_inputs if return_loss else text_features
+        tokens = (input_ids, attention_mask, token_type_ids)
+        texts = text_inputs if return_loss else text_features
         if (pixel_values is None and image_inputs is None) or (input_ids is None and texts is None):
             raise ValueError(
                 "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "

@@ -51,7 +51,8 @@ def pair_loss(
     with torch.autocast(images.device.type, enabled=False):
         prompts = None if nouns is None else nouns.prompts(texts[count:])
         batch = BranchBatch(model.recognition, model.config, images, texts[:count], None, nouns, prompts)
-        losses, attention_loss = [branch_loss("recognition", batch)], 0
+        losses = [branch_loss("recognition", batch)]
+        attention_loss = 0
         if branch:  # it can be on another device
             prompts = None if nouns is None else nouns.prompts(map_texts[count:])
             batch = BranchBatch(branch, model.config, map_images, map_texts[:count], image.map_attention)

@@ -56,7 +56,8 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
     files are missing, transformers returns a tokenizer that knows no words. The tokenizer of another model gives wrong
     numbers.
     """
-    tokens, problem = tokenizer(_PROBE)["input_ids"], None
+    tokens = tokenizer(_PROBE)["input_ids"]
+    problem = None
     if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
         problem = f'knows no word of "{_PROBE}"'
     # Padded embeddings and added tokens make a smaller difference.
@@ -494,7 +495,8 @@ def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
         raise ValueError("There is no text.")
     if all(isinstance(text, (list, tuple)) for text in texts):
         lists = [_nested(image_texts, templates) for image_texts in texts]
-        longest, step = max(map(len, lists)), len(templates)
+        longest = max(map(len, lists))
+        step = len(templates)
         return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
     texts = [check_text(text) for text in texts]
     return [template.replace("{}", text) for text in texts for template in templates]

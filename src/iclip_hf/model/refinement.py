@@ -26,7 +26,8 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     and s_i is the standard deviation of the channel over i and its neighbours. Cells beyond the edge of the image
     repeat the nearest cell inside.
     """
-    images, low = F.avg_pool2d(pixel_values.float(), CELL), raw_maps.float().amin((-2, -1), keepdim=True)
+    images = F.avg_pool2d(pixel_values.float(), CELL)
+    low = raw_maps.float().amin((-2, -1), keepdim=True)
     # Subtracting the minimum keeps a constant map exactly constant.
     maps = resize_maps(raw_maps.float() - low, images.shape[-2:])
     # A CPU refines one image and two of its maps at a time, because their cells fit in its cache.

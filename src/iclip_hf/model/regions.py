@@ -59,8 +59,8 @@ def find_regions(
     heatmap: np.ndarray, mask: np.ndarray, min_area: float = MIN_AREA, min_weight: float = MIN_WEIGHT
 ) -> list[Region]:
     """
-    Finds the connected parts of a mask, those of the largest weight first. The weight of a part is the sum over its
-    pixels of the map minus the lowest value in the mask, which is nearly the threshold. Pixels that share a corner are
+    Finds the connected parts of a mask, sorted by descending weight. The weight of a part is the sum over its pixels
+    of the map minus the lowest value in the mask, which is nearly the threshold. Pixels that share a corner are
     connected.
 
     Args:
@@ -71,7 +71,8 @@ def find_regions(
     """
     runs = _runs(mask)
     parts = _connected(runs, mask.shape[1])
-    lengths, sums = runs[:, 2] - runs[:, 1], _sums(heatmap, runs)
+    lengths = runs[:, 2] - runs[:, 1]
+    sums = _sums(heatmap, runs)
     areas, totals = np.bincount(parts, weights=lengths), np.bincount(parts, weights=sums)
     weights = totals - areas * heatmap.min(where=mask, initial=1)
     large = np.flatnonzero((areas > 0) & (areas >= min_area * mask.size))
@@ -79,7 +80,8 @@ def find_regions(
     regions = []
     for part in ranked[weights[ranked] >= min_weight * weights[ranked].max(initial=0)]:
         part_runs = runs[parts == part]
-        (y0, x0, _), (y1, _, x1) = part_runs.min(axis=0).tolist(), part_runs.max(axis=0).tolist()
+        y0, x0, _ = part_runs.min(axis=0).tolist()
+        y1, _, x1 = part_runs.max(axis=0).tolist()
         regions.append(Region((x0, y0, x1, y1 + 1), float(totals[part] / areas[part]), mask.shape, part_runs))
     return regions
 

@@ -221,7 +221,8 @@ class ICLIPTowers(PreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
         patches = slice(-grid[0] * grid[1], None)  # after the class token and, in some towers, registers
-        last_layers, averages = LastLayers(self.config.value_share), None
+        last_layers = LastLayers(self.config.value_share)
+        averages = None
         if self.vision_model.config._attn_implementation == "eager":
             if self.config.value_share:
                 raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
@@ -239,7 +240,8 @@ class ICLIPTowers(PreTrainedModel):
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
             raw_attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
-        patch_tokens, feature_map, feature_average = tokens[:, patches], None, None
+        patch_tokens = tokens[:, patches]
+        feature_map = feature_average = None
         if self.feature_model is not None:
             with torch.no_grad():
                 feature_map = self.feature_map(pixel_values)

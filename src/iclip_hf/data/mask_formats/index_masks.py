@@ -123,7 +123,8 @@ def _find_files(root: Path, pattern: str, split: str | None) -> tuple[str, dict[
             names = [name for name in names if os.path.splitext(name)[1].lower() in image_suffixes()]
         files = {}
         for name in names:
-            key, path = name if end else os.path.splitext(name)[0], root / f"{start}{name}{end}"
+            key = name if end else os.path.splitext(name)[0]
+            path = root / f"{start}{name}{end}"
             if key in files:
                 raise ValueError(f"{path}: {files[key].name} has the same name for its mask; rename one of them.")
             files[key] = path

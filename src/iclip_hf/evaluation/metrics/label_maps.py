@@ -20,8 +20,8 @@ class LabelMaps(Metric):
     """
     Scores of label maps, which [`Explanation.label_map`] computes with its default thresholds. The competing texts are
     the classes that an image shows and two absent ones: one that is like a shown class, see [`like_classes`], and any
-    other one. Both are sampled by `seed` and the position of the image. With refined maps, label maps are those of
-    `iclip segment`.
+    other one. Both are sampled by `seed` and the index of the image. `iclip segment` computes the same label maps from
+    refined maps.
 
     Args:
         seed (`int`): seed of the absent classes.

@@ -60,7 +60,8 @@ class MeanIoU:
         first = 0 if self.background else 1
         in_both, _, referenced = self.areas[:, first:, 0]
         iou = self._iou()[:, 0]
-        shown, pixels = np.flatnonzero(referenced), int(referenced.sum())
+        shown = np.flatnonzero(referenced)
+        pixels = int(referenced.sum())
         floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
         return {
             "miou": float(self.curve()[0]),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluatedImage:
-    """One image of an evaluation. T is the number of classes that it shows, K that of the data set."""
+    """One image of an evaluation. T classes are shown, K are in the data set."""
 
     index: int  # position in the data set
     sample: SegmentationSample
@@ -149,8 +149,8 @@ class Metric(ABC):
         `(T, height, width)`, if the metric needs maps.
         """
 
-    def report(self) -> tuple[dict, dict[int, dict]]:
-        """Returns the scores of `compute` (None for NaN) without those of classes, and the latter by class id."""
+    def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
+        """Returns the scores of `compute` in two parts: of all items (None for NaN), and of each class by its id."""
         scores = self.compute()
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
         labels = dict.fromkeys(itertools.chain(*by_class.values()))
@@ -212,7 +212,7 @@ class ClassMeans(Metric):
             "left_out": {"no_value": int((pairs - known).max(initial=0))},
         }
 
-    def report(self) -> tuple[dict, dict[int, dict]]:
+    def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
         scores = self.compute()
         return scores, scores.pop("per_class")
 

@@ -45,7 +45,9 @@ class LayerRandomization:
         Computes the [`rank_correlation`] `(L, N, M)` between maps before and after the last 1, ..., L layers are
         randomised. `explain` is a function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
         """
-        maps, correlations, replaced = explain(pixel_values), [], []
+        maps = explain(pixel_values)
+        correlations = []
+        replaced = []
         try:
             for replacements in self._layers:
                 for module, name, sampled in replacements:
@@ -106,8 +108,8 @@ class Randomization(MeasuredClassMeans):
 
     def compute(self) -> dict:
         """
-        Returns the scores of [`ClassMeans`]. `randomization` is a list with a correlation for each depth; that of a
-        class is the last of them.
+        Returns the scores of [`ClassMeans`]. `randomization` is a list with a correlation for each depth. A class has
+        the last correlation alone.
         """
         scores = super().compute()
         last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}

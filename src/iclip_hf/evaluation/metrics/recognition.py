@@ -168,7 +168,9 @@ class Presence(MultiLabelAveragePrecision):
         logits = np.log(values.clip(1e-12, 1 - 1e-12)) - np.log1p(-values.clip(1e-12, 1 - 1e-12))
         without_image = np.broadcast_to(logits.mean(0) if len(logits) else 0.0, values.shape)
 
-        prior, bins, error = float(shown.mean()) if shown.size else None, None, None
+        prior = float(shown.mean()) if shown.size else None
+        bins = None
+        error = None
         if prior and prior < 1:
             bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
             distances = np.abs(bins["mean"] - bins["shown"])
@@ -287,9 +289,9 @@ def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str
     """Groups the class ids 1, ..., K, without empty groups; no groups if there is no stuff."""
     groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
     for label, name in enumerate(class_names, 1) if stuff else ():
-        kind = "stuff" if label in stuff else "things that COCO names" if name in COCO_THINGS else "other things"
-        groups[kind].append(label)
-    return {kind: labels for kind, labels in groups.items() if labels}
+        things = "things that COCO names" if name in COCO_THINGS else "other things"
+        groups["stuff" if label in stuff else things].append(label)
+    return {group: labels for group, labels in groups.items() if labels}
 
 
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:

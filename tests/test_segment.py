@@ -126,7 +126,7 @@ def test_the_sheet_paints_labels_and_names_them(shown):
 
 
 def test_a_legend_names_presence_and_shares_of_the_whole_image_and_fades_absent_texts(recorded):
-    """First the texts with pixels, in their order."""
+    """First the texts with pixels, in their order, and the pixels without a text."""
     legends, labels = recorded(sheets, "_legend", lambda entries, *size: entries), np.full((500, 1000), -1)
     labels[:, ::4] = 1
     labels[:, 1::1000] = 0  # one column of a thousand, of a picture of 336
@@ -134,12 +134,12 @@ def test_a_legend_names_presence_and_shares_of_the_whole_image_and_fades_absent_
     texts, words = ["tree", "dog", "sky", "cat"], ["absent", "unsure", "present", "present"]
     sheet = label_sheet(Image.new("RGB", (1000, 500)), labels, texts, words)
     (entries,) = legends
-    shares = [("dog", "unsure · 0.1 %"), ("cat", "present · 25.0 %"), ("tree", "absent"), ("sky", "present")]
-    assert [entry[1:] for entry in entries] == shares
-    assert entries[1][0] == SEGMENTS[3] and entries[2][0] == entries[3][0] == "white"
-    lines = np.asarray(sheet.crop((sheet.width - 354, sheet.height - 186, sheet.width - 100, sheet.height - 90)))
-    darkest = lines.reshape(4, 24, *lines.shape[1:])[:, :, 40:].min((1, 2, 3))
-    assert darkest[2] > darkest[[0, 1, 3]].max() + 20
+    shares = [("dog", "unsure · 0.1 %"), ("cat", "present · 25.0 %"), ("no text", "74.9 %")]
+    assert [entry[1:] for entry in entries] == [*shares, ("tree", "absent"), ("sky", "present")]
+    assert entries[1][0] == SEGMENTS[3] and entries[3][0] == entries[4][0] == "white"
+    lines = np.asarray(sheet.crop((sheet.width - 354, sheet.height - 186, sheet.width - 100, sheet.height - 66)))
+    darkest = lines.reshape(5, 24, *lines.shape[1:])[:, :, 40:].min((1, 2, 3))
+    assert darkest[3] > darkest[[0, 1, 2, 4]].max() + 20
 
 
 def test_the_sheet_shows_what_counted_as_background(shown, recorded):
@@ -149,8 +149,8 @@ def test_the_sheet_shows_what_counted_as_background(shown, recorded):
     image = Image.new("RGB", (400, 200), "white")
     label_sheet(image, labels, ["dog"], ["absent", "present", "unsure"], ["sky", "sea"], opacity=1)
     ((_, painted, _),), (entries,) = shown, legends
-    names = [("sky (background)", "present · 25.0 %"), ("sea (background)", "unsure · 25.0 %"), ("dog", "absent")]
-    assert [entry[1:] for entry in entries] == names
+    names = [("sky (background)", "present · 25.0 %"), ("sea (background)", "unsure · 25.0 %"), ("no text", "50.0 %")]
+    assert [entry[1:] for entry in entries] == [*names, ("dog", "absent")]
     middle = painted.shape[1] // 2
     assert (painted[:, middle:] == ImageColor.getrgb(entries[0][0])).all() and entries[0][0] == entries[1][0]
     assert (painted[:, :middle] != painted[0, -1]).all()

@@ -34,6 +34,8 @@ _INK, _PALE = "#1c2430", "#5b6472"
 _BACKGROUND = "#c9cdd4"
 # Opacity of the black over the pixels of a label map that have no text.
 _DIMMED = 0.4
+# Colour of these pixels in the legend.
+_DARK = "#4d4d4d"
 # Largest number of maps in a picture.
 MAX_MAPS = 24
 # Opacity of the picture of an absent text, on white.
@@ -118,22 +120,27 @@ def label_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels, with their share of
-    the image, then the others. `labels` has the index of a text for each pixel, or -1, which is dimmed. The texts of
-    the `background` follow `texts`, and all are grey. `words` are the [`Explanation.presence_words`] of both.
+    Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels and the pixels without
+    a text, with their share of the image, then the other texts. `labels` has the index of a text for each pixel, or
+    -1, which is dimmed. The texts of the `background` follow `texts`, and all are grey. `words` are the
+    [`Explanation.presence_words`] of both.
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
     colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
     # Computed before the image is reduced, so that tables have the same shares.
-    areas = np.bincount(labels.ravel() + 1, minlength=len(names) + 1)[1:] / labels.size
+    without, *areas = np.bincount(labels.ravel() + 1, minlength=len(names) + 1) / labels.size
     image = at_picture_size(image, dpi)
-    entries = []
-    for index in sorted(range(len(names)), key=lambda index: areas[index] == 0):
-        color, share = (colors[index], f"{100 * areas[index]:.1f} %") if areas[index] else ("white", None)
-        entries.append((color, names[index], " · ".join(filter(None, [words[index], share]))))
-    legend = _legend(entries, _aspect([image]), dpi)
+    with_pixels, others = [], []
+    for color, name, word, area in zip(colors, names, words, areas):
+        if area:
+            with_pixels.append((color, name, " · ".join(filter(None, [word, f"{100 * area:.1f} %"]))))
+        else:
+            others.append(("white", name, word or ""))
+    if without:
+        with_pixels.append((_DARK, "no text", f"{100 * without:.1f} %"))
+    legend = _legend(with_pixels + others, _aspect([image]), dpi)
     notes = "presence and share of the image" if any(words) else "share of the image"
-    titles = ["image", f"best text of each pixel\n{made_by}", notes]
+    titles = ["image", f"at most one text for each pixel\n{made_by}", notes]
     return picture_grid([image, _label_picture(image, labels, colors, opacity), legend], titles, 3, dpi=dpi)
 
 

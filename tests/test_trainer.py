@@ -23,8 +23,17 @@ from transformers.trainer_utils import HPSearchBackend
 from iclip_hf import ICLIPModel
 from iclip_hf.data.pairs import PairDataset, load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator, few_pairs
-from iclip_hf.training.datasets import leaf_of
+from iclip_hf.data.wrappers import leaf_of
+from iclip_hf.training import (
+    CachedPairs,
+    FeatureCache,
+    ICLIPTrainer,
+    ICLIPTrainingArguments,
+    PairCollator,
+    augmentation,
+    few_pairs,
+)
+from iclip_hf.training.datasets import NumberedRows
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +61,12 @@ OVERRIDDEN = """
     __init__ train hyperparameter_search get_train_dataloader get_eval_dataloader get_test_dataloader compute_loss
     prediction_step create_scheduler get_decay_parameter_names evaluation_loop log floating_point_ops save_model
     create_model_card _load_from_checkpoint _load_optimizer_and_scheduler _get_grad_norm _determine_best_metric
-    _save_checkpoint
+    _save_checkpoint push_to_hub
 """.split()
-USED = ["_train_batch_size", "_created_lr_scheduler", "loss_is_scaled_for_ga", "compute_loss_func", "compute_metrics"]
+USED = """
+    _get_dataloader _get_train_sampler _train_batch_size _created_lr_scheduler loss_is_scaled_for_ga compute_loss_func
+    compute_metrics
+""".split()
 
 
 def test_methods_of_the_base_class_are_as_they_are_overridden(pairs, tiny_processor, arguments):
@@ -86,6 +98,17 @@ def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments)
         ICLIPTrainer(tiny_model(), TrainingArguments("run"), collator)
     with pytest.raises(TypeError, match="processing_class"):
         ICLIPTrainer(tiny_model(), arguments())
+    for name, value in (
+        ("batch_eval_metrics", True),
+        ("eval_do_concat_batches", False),
+        ("remove_unused_columns", True),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: the collator reads all columns, and metrics"):
+            ICLIPTrainer(tiny_model(), arguments(**{name: value}), collator)
+    with pytest.raises(ValueError, match="^preprocess_logits_for_metrics: "):
+        ICLIPTrainer(tiny_model(), arguments(), collator, preprocess_logits_for_metrics=lambda logits, labels: logits)
+    with pytest.raises(ValueError, match="'maps' is the name of map_dataset"):
+        ICLIPTrainer(tiny_model(), arguments(), collator, None, {"maps": pairs}, map_dataset=pairs)
     with pytest.raises(TypeError, match="resume"):  # of the command line; here, `train` resumes
         arguments(resume=True)
 
@@ -211,6 +234,21 @@ def test_rows_of_any_data_set_and_a_collator_of_the_user(pairs, tiny_processor, 
         trainer.evaluate()
 
 
+def test_rows_of_any_data_set_resume_with_the_same_captions(pairs, tiny_processor, arguments):
+    """And the same augmentation, by the seed of the training."""
+    rows = [{"image": pair["image"], "captions": [pair["caption"], "a blue sky", "the red car"]} for pair in pairs]
+    rows = datasets.Dataset.from_list(rows)
+    collator = PairCollator(tiny_processor, transform=augmentation(tiny_processor))
+    args, weights = arguments(save_strategy="steps", save_steps=6, max_steps=8, learning_rate=1e-2), []
+    for start in (None, f"{args.output_dir}/checkpoint-6"):
+        trainer = ICLIPTrainer(tiny_model(), args, collator, rows)
+        trainer.train(resume_from_checkpoint=start)
+        weights.append(trainer.model.recognition.text_projection.weight)
+    assert torch.equal(*weights)
+    numbered = NumberedRows(ConcatDataset([rows, pairs]), seed=3)
+    assert [row["draw"] for row in numbered.__getitems__([4, 24])] == [(3, 0, 4), (0, 0, 4)]
+
+
 def test_a_trainer_trains_again(pairs, tiny_processor, arguments):
     """With what `compute_metrics` returns in the state of a checkpoint, as NumPy computes it."""
     args = arguments(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1)
@@ -241,6 +279,8 @@ def test_a_resumed_trainer_ends_as_its_start_where_nothing_is_better(pairs, tiny
     with pytest.raises(InterruptedError):
         trainer.train()
     trainer.remove_callback(Stop)
+    with pytest.raises(ValueError, match="valid checkpoint at absent"):  # not that the options are others
+        trainer.train(resume_from_checkpoint="absent")
     trainer.train(resume_from_checkpoint=f"{args.output_dir}/checkpoint-1")
     assert trainer.kept_start
     for name, weight in trainer.model.state_dict().items():
@@ -254,9 +294,12 @@ def test_no_rate_is_above_the_learning_rate(pairs, tiny_processor, arguments):
     assert 0 < max(row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row) <= 1e-6
 
 
-def test_an_evaluation_in_bfloat16(pairs, tiny_processor, arguments):
-    trainer = ICLIPTrainer(tiny_model(), arguments(bf16_full_eval=True), None, None, pairs, tiny_processor)
-    assert math.isfinite(trainer.evaluate()["eval_loss"]) and trainer.model.dtype == torch.bfloat16
+def test_an_evaluation_in_bfloat16(pairs, tiny_processor, arguments, tmp_path):
+    """Also of maps alone."""
+    maps = load_segmentation("folder", write_folder(tmp_path, [[1, 2], [0, 3]], 40))
+    for data, name in ((pairs, "eval_loss"), (maps, "eval_mMIoU")):
+        trainer = ICLIPTrainer(tiny_model(), arguments(bf16_full_eval=True), None, None, data, tiny_processor)
+        assert math.isfinite(trainer.evaluate()[name]) and trainer.model.dtype == torch.bfloat16
 
 
 def test_an_optimizer_and_a_schedule_of_the_user_stay(pairs, tiny_processor, arguments):
@@ -282,13 +325,15 @@ def test_a_training_runs_in_any_thread(pairs, tiny_processor, arguments):
     assert trainer.state.global_step == 2
 
 
-@pytest.mark.parametrize("kind", ["pairs", "cached", "wrapped"])
+@pytest.mark.parametrize("kind", ["pairs", "cached", "wrapped", "rows"])
 def test_workers_that_persist_see_each_epoch(pairs, tiny_processor, arguments, tmp_path, kind):
     collator = PairCollator(tiny_processor)
     if kind == "cached":
         pairs = CachedPairs(pairs, FeatureCache(tiny_model(), tiny_processor, tmp_path / "cache"), collator)
     if kind == "wrapped":
         pairs = ConcatDataset(random_split(pairs, [0.6, 0.4]))
+    if kind == "rows":
+        pairs = [{"image": pair["image"], "caption": pair["caption"]} for pair in pairs]
     args = arguments(max_steps=-1, num_train_epochs=3, dataloader_num_workers=1, dataloader_persistent_workers=True)
     args.per_device_train_batch_size = 10
     epochs = []
@@ -355,6 +400,7 @@ def test_a_training_of_few_steps_says_so(pairs, tiny_processor, arguments, caplo
     few = {"max_steps": -1, "per_device_train_batch_size": 16}
     assert "1 steps" in said(num_train_epochs=1, **few)
     assert "20 pairs is 1 batches of 16, which leave 4 pairs out" in caplog.text and "num_train_epochs" in caplog.text
+    assert "is 2 batches of 16, which leave 0 pairs out" in said(num_train_epochs=1, dataloader_drop_last=False, **few)
     assert "teach little" not in said(max_steps=1)  # the user's own number
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
 from fault_inputs import index_mask, masks_folder
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from training_runs import evaluations, run, weights, write_table
 
@@ -295,15 +296,18 @@ def test_masks_without_a_class_end_the_training_before_its_first_step(hub, tmp_p
 
 def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch):
     """It is pushed once, at the end. `push_to_hub` of the base class saves the model by itself."""
-    pushed = []
-    api = SimpleNamespace(
-        create_repo=lambda *names, **options: SimpleNamespace(repo_id="org/pairs"),
-        upload_folder=lambda **options: pushed.append(options["folder_path"]),
-    )
-    monkeypatch.setattr("transformers.trainer.hf_api", lambda: api)
-    run(hub, tmp_path, "--max_steps", 2, "--save_steps", 1, "--push_to_hub", True)
-    assert pushed == [str(tmp_path)] and not (tmp_path / "training_args.bin").exists()
-    assert str(hub) not in (tmp_path / "config.json").read_text()
+    pushed, log = [], ["--report_to", "tensorboard", "--validation_data", hub / "held_out.tar", "--eval_steps", 1]
+    monkeypatch.setattr(HfApi, "create_repo", lambda *name, **options: SimpleNamespace(repo_id="org/pairs"))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options))
+    run(hub, tmp_path, "--max_steps", 2, "--save_steps", 1, "--push_to_hub", True, *log)
+    (options,) = pushed
+    assert options["folder_path"] == str(tmp_path) and options["repo_id"] == "org/pairs"
+    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"runs", "pictures", "checkpoint-2", "start.json"} <= {file.split("/")[0] for file in files}
+    shown = [*filter_repo_objects(files, allow_patterns=options["allow_patterns"])]
+    assert {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= {*shown}
+    assert all("/" not in file and str(hub).encode() not in (tmp_path / file).read_bytes() for file in shown)
+    assert "start.json" not in shown and not (tmp_path / "training_args.bin").exists()
 
 
 def test_the_weights_outlive_a_full_disk(hub, tmp_path, monkeypatch):

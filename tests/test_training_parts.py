@@ -62,9 +62,9 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
 
 def test_a_full_gpu_is_not_taken_for_other_options():
     said = "checkpoint-5: this training had other options"
-    with pytest.raises(torch.OutOfMemoryError), _same_options("run/checkpoint-5"):
+    with pytest.raises(torch.OutOfMemoryError), _same_options("run/checkpoint-5", RuntimeError):
         raise torch.OutOfMemoryError
-    with pytest.raises(ValueError, match=said), _same_options("run/checkpoint-5"):
+    with pytest.raises(ValueError, match=said), _same_options("run/checkpoint-5", RuntimeError):
         raise RuntimeError("size mismatch")
 
 

@@ -84,8 +84,8 @@ def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given
     """
     Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on so many pairs: 200
     steps with a low learning rate. If pairs are held out, the start is evaluated, and every fifth of the steps. Those
-    arguments that are `given` stay, and others depend on them. A batch is without `max_bad_share` of the pairs, which
-    [`CachedPairs`] leaves out.
+    arguments that are `given` stay, and others depend on them. A batch can be filled if `max_bad_share` of the pairs
+    are broken, which [`CachedPairs`] leaves out.
 
     ```python
     >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))

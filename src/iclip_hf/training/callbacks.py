@@ -25,11 +25,12 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.utils import reduce
 
+from ..data.wrappers import leaf_of, leaves
 from ..model.modeling_iclip import ICLIPModel
 from ..utils.files import atomic_write
 from .arguments import ICLIPTrainingArguments
 from .collator import seed_everything
-from .datasets import CachedPairs, StreamedPairs, are_pairs, leaf_of, leaves
+from .datasets import CachedPairs, StreamedPairs, are_pairs
 from .evaluation import change_interval, draw_examples, regressed_metrics
 from .kept_presence import kept_presence
 
@@ -52,21 +53,17 @@ class Flow(TrainerCallback):
         _check_towers(model, args, pairs, train_dataloader.collate_fn)
         is_few = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
         if is_few and state.is_world_process_zero:
-            pairs, batch = len(pairs), args.per_device_train_batch_size * args.world_size
+            batches, batch = len(train_dataloader), args.per_device_train_batch_size * args.world_size
             logger.warning(
                 "The training has %d steps, which teach little: an epoch of %d pairs is %d batches of %d, which leave "
                 "%d pairs out. Raise num_train_epochs, or lower per_device_train_batch_size.",
-                state.max_steps,
-                pairs,
-                pairs // batch,
-                batch,
-                pairs % batch,
+                *(state.max_steps, len(pairs), batches, batch, max(len(pairs) - batches * batch, 0)),
             )
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **options):
         # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. A stream that does
         # not skip what a resumed epoch has had would begin with the same pairs again.
-        for pairs in leaves(train_dataloader.dataset):
+        for pairs in (train_dataloader.dataset, *leaves(train_dataloader.dataset)):
             if hasattr(pairs, "set_epoch"):
                 begins_anew = isinstance(pairs, StreamedPairs) and args.ignore_data_skip
                 pairs.set_epoch(state.global_step if begins_anew else int(state.epoch))

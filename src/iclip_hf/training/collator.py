@@ -21,8 +21,9 @@ class PairCollator:
     Makes batches of rows for [`ICLIPTrainer`], or for any other loop: what [`ICLIPModel`] takes with `return_loss`.
 
     The caption, the noun prompts and the augmentation of a row depend only on its `draw`: seed and epoch of its data
-    set, as of [`~iclip_hf.data.load_pairs`], and the index of the row. Rows without it sample by torch's random
-    numbers, which `Trainer` seeds.
+    set, as of [`~iclip_hf.data.load_pairs`], and the index of the row. [`ICLIPTrainer`] gives other rows a `draw` by
+    its `data_seed`. Rows without one, such as those of an `IterableDataset`, sample by torch's random numbers, and
+    differ after a training is resumed.
 
     Example:
 

@@ -1,18 +1,15 @@
 """
-Data sets for [`ICLIPTrainer`] beside those of [`~iclip_hf.data.load_pairs`]: pairs with cached features, and streamed
-ones; and what is inside of torch's `Subset` and `ConcatDataset`.
+Data sets for [`ICLIPTrainer`] beside those of [`~iclip_hf.data.load_pairs`]: cached pairs, streamed ones, other rows.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from copy import copy
 from itertools import chain, count
 
 import numpy as np
-from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from tqdm import tqdm
 
 from ..data.columns import PairTexts
@@ -21,6 +18,7 @@ from ..data.formats.source import PackedRows
 from ..data.nouns import ImageNouns
 from ..data.pairs import BadPairError, PairDataset
 from ..data.streams import PairStream
+from ..data.wrappers import leaves
 from .collator import PairCollator
 from .features import FeatureCache
 
@@ -119,36 +117,16 @@ class StreamedPairs(Epochs, IterableDataset):
 _PASSES = 2**32  # more than any number of epochs or steps
 
 
-def leaves(data) -> list:
-    """Returns the data sets inside of `Subset`, such as of `random_split`, and `ConcatDataset`; others as they are."""
-    if isinstance(data, Subset):
-        return leaves(data.dataset)
-    return [*chain.from_iterable(map(leaves, data.datasets))] if isinstance(data, ConcatDataset) else [data]
+class NumberedRows(Epochs, Subset):
+    """All rows of a data set, with a `draw` of seed, epoch and number for a [`PairCollator`], unless they have one."""
 
+    def __init__(self, rows: Dataset | Sequence, seed: int):
+        super().__init__(rows, range(len(rows)))
+        self.seed = seed
 
-def leaf_of(data, index: int) -> tuple[Dataset, int]:
-    """Returns the one of the [`leaves`] that has an item, and its index there."""
-    if isinstance(data, Subset):
-        return leaf_of(data.dataset, int(data.indices[index]))
-    if isinstance(data, ConcatDataset):
-        number = bisect_right(data.cumulative_sizes, index)
-        part = data.datasets[number]
-        return leaf_of(part, index - data.cumulative_sizes[number] + len(part))
-    return data, index
-
-
-def at_first_epoch(data):
-    """Returns a data set of the same items in epoch 0, whose epoch is its own. Others stay as they are."""
-    if isinstance(data, Subset):
-        data = copy(data)
-        data.dataset = at_first_epoch(data.dataset)
-    elif isinstance(data, ConcatDataset):
-        data = copy(data)
-        data.datasets = [*map(at_first_epoch, data.datasets)]
-    elif isinstance(data, Epochs):
-        data = copy(data)
-        data._epoch = 0
-    return data
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        rows = zip(indices, super().__getitems__(indices))
+        return [{"draw": (self.seed, self.epoch, index), **row} for index, row in rows]
 
 
 def are_pairs(data) -> bool:

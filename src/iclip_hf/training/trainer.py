@@ -13,9 +13,10 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
@@ -28,7 +29,9 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.data_loader import prepare_data_loader
 
+from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
+from ..data.wrappers import at_first_epoch, leaves
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
@@ -41,7 +44,7 @@ from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
 from .callbacks import Flow, Interrupts, Pictures, Start
 from .collator import PairCollator
-from .datasets import CachedPairs, StreamedPairs, at_first_epoch, leaves
+from .datasets import CachedPairs, NumberedRows, StreamedPairs
 from .evaluation import numbers_of_rows, retrieval_scores
 
 
@@ -71,14 +74,16 @@ class ICLIPTrainer(Trainer):
         card (`dict`, *optional*): options of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
 
     The negatives of a pair are the pairs of all processes, with gradients. An evaluation measures `loss`,
-    `text_to_image` and `image_to_text` of all held-out pairs at once. Of a model that has learned before, evaluate the
-    start (`eval_on_start=True`): then with `load_best_model_at_end` only a model counts that is better, and that has
-    lost in no other metric of the held-out pairs. Without one, the model ends as it was at the start.
+    `text_to_image` and `image_to_text` of all held-out pairs at once. For a model that is trained already, set
+    `eval_on_start` and `load_best_model_at_end`: the training then ends with the best model by
+    `metric_for_best_model`, among those that are worse than the start in no other metric of the held-out pairs. If
+    none is better than the start, it ends with the model of the start.
 
     Raises:
-        `TypeError`: `args` are no [`ICLIPTrainingArguments`], or there is no processor. `ValueError`: a tower learns,
-        and cached features or `keep_presence` need it locked.
-        `FloatingPointError`: 30 steps in a row have no finite gradient, or the held-out loss is not finite.
+        `TypeError`: `args` are no [`ICLIPTrainingArguments`], or there is no processor. `ValueError`: an argument of
+            `Trainer` does not fit; in `train`, a tower learns, and cached features or `keep_presence` need it locked.
+        `FloatingPointError`: 30 steps in a row, or all of a shorter training, have no finite gradient, or the held-out
+            loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.
 
     Example:
@@ -122,6 +127,8 @@ class ICLIPTrainer(Trainer):
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):
+            if "maps" in eval_dataset:
+                raise ValueError("eval_dataset: 'maps' is the name of map_dataset; choose another one.")
             eval_dataset = {**eval_dataset, "maps": map_dataset}
         processing_class = processing_class or getattr(data_collator, "processor", None)
         if processing_class is None:
@@ -129,6 +136,16 @@ class ICLIPTrainer(Trainer):
         data = data_collator or PairCollator(processing_class), train_dataset, eval_dataset
         super().__init__(model, args, *data, processing_class, *arguments, **options)
         vars(self.model.config).pop("use_cache", None)  # of language models, which the base class sets
+        unfit = {
+            "remove_unused_columns": args.remove_unused_columns and isinstance(self.data_collator, PairCollator),
+            "batch_eval_metrics": args.batch_eval_metrics,
+            "eval_do_concat_batches": not args.eval_do_concat_batches,
+            "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
+        }
+        if names := ", ".join(name for name, is_set in unfit.items() if is_set):
+            raise ValueError(
+                f"{names}: the collator reads all columns, and metrics need the vectors of all pairs; leave it out."
+            )
         self.interrupts, self.start = Interrupts(), Start(self)
         for callback in (Flow(), self.start, Pictures(), self.interrupts):
             self.add_callback(callback)
@@ -164,7 +181,7 @@ class ICLIPTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.start.keep()
-        with _same_options(resume_from_checkpoint):
+        with _same_options(resume_from_checkpoint, RuntimeError):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -174,12 +191,13 @@ class ICLIPTrainer(Trainer):
                 "interruption.",
                 checkpoint,
             )
-        with _same_options(checkpoint):
+        with _same_options(checkpoint, ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
         rows, batch, args = self.train_dataset, self._train_batch_size, self.args
+        lacks_draws = has_length(rows) and not isinstance(rows, (Epochs, IterableDataset))
         if isinstance(rows, StreamedPairs):
             loader = DataLoader(
                 rows,
@@ -190,6 +208,9 @@ class ICLIPTrainer(Trainer):
                 prefetch_factor=args.dataloader_prefetch_factor,
                 persistent_workers=args.dataloader_persistent_workers,
             )
+        elif lacks_draws and isinstance(self.data_collator, PairCollator):
+            rows = NumberedRows(rows, args.data_seed)
+            loader = self._get_dataloader(rows, "Training", batch, self._get_train_sampler, is_training=True)
         else:
             loader = super().get_train_dataloader()
         if has_length(loader) and not len(loader):
@@ -288,6 +309,8 @@ class ICLIPTrainer(Trainer):
         """
         data, measured = dataloader.dataset, {}
         if maps_alone := isinstance(data, SegmentationDataset):
+            if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
+                self.model.to(self.args.device, torch.float16 if self.args.fp16_full_eval else torch.bfloat16)
             self.callback_handler.eval_dataloader = dataloader
             output = EvalLoopOutput(None, None, {}, len(data))
         else:
@@ -391,25 +414,43 @@ class ICLIPTrainer(Trainer):
             with writing_errors(folder):
                 save_model(self.model, self.processing_class, partial, name=folder.resolve().name, **card)
                 (folder / HUB_RESULTS).unlink(missing_ok=True)  # of the model before, if this one has none
-                for file in [path for path in partial.rglob("*") if path.is_file()]:
-                    with atomic_write(folder / file.relative_to(partial)) as temporary:
-                        os.replace(file, temporary)
+                files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+                for file in files:
+                    with atomic_write(folder / file) as temporary:
+                        os.replace(partial / file, temporary)
                 shutil.rmtree(partial)
+            self._model_files = [file.as_posix() for file in files]
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Like the base class. Uploads the files of the model alone: logs name paths, and pictures show the data."""
+        args, token = self.args, token or self.args.hub_token
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self._finish_current_push()
+            where = {"repo_id": self.hub_model_id, "revision": revision or args.hub_revision, "token": token}
+            what = {"folder_path": args.output_dir, "allow_patterns": self._model_files}
+            return HfApi().upload_folder(**where, **what, commit_message=commit_message, run_as_future=not blocking)
 
     def create_model_card(self, *arguments, **options) -> None:
         """Does nothing: `save_model` writes the card, with the options `card` of the constructor."""
 
 
 @contextmanager
-def _same_options(checkpoint: str | None) -> Iterator[None]:
+def _same_options(checkpoint: str, kind: type[Exception]) -> Iterator[None]:
+    """Explains an error of this type, which torch raises for weights or the state of an optimizer of other shapes."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError) as error:  # weights or states of other shapes
+    except kind as error:
         raise ValueError(f"{checkpoint}: this training had other options: repeat the same command.") from error
 
 
@@ -433,7 +474,7 @@ def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
     with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
         statistics = {name: file.get_tensor(name) for name in names}
-    with _same_options(checkpoint):
+    with _same_options(checkpoint, RuntimeError):
         model.load_state_dict(statistics, strict=False)
 
 

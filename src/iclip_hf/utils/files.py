@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import itertools
 import os
 import secrets
@@ -77,6 +78,16 @@ def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda 
                 name.touch(exist_ok=False)
                 os.replace(temporary, name)
                 return name
+
+
+def write_image(image, path: Path, **options) -> None:
+    """
+    Writes a PIL image. Options are those of `Image.save`, with the format. Pillow itself raises no error if a disk is
+    full before the end of a JPEG file.
+    """
+    content = io.BytesIO()
+    image.save(content, **options)
+    path.write_bytes(content.getbuffer())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from ..hub.model_card import write_model_card
 from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, PRESENT
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
-from ..utils.files import atomic_folder
+from ..utils.files import atomic_folder, write_image
 from ..utils.hub_ids import public_name
 from .viewer import (
     MAX_CHARACTERS,
@@ -223,7 +223,8 @@ def _place_example(example: Example, folder: Path) -> dict:
         if example.file.suffix == ".jpg" and view_size(photo) == photo.size:
             shutil.copyfile(example.file, folder / name)
         else:
-            photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC).save(folder / name, quality=90)
+            reduced = photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC)
+            write_image(reduced, folder / name, format="JPEG", quality=90)
     return {"file": name, "title": example.title, "texts": example.texts}
 
 

@@ -3,7 +3,7 @@ start.
 
     python benchmarks/bench_commands.py --data DATA
 
-The embedded model, images seen at 224 pixels; `DATA/coco100` has images with masks. Prints Markdown tables.
+The embedded model, images seen at 448 pixels; `DATA/coco100` has images with masks. Prints Markdown tables.
 """
 
 import json
@@ -22,7 +22,7 @@ from measuring import command_line, machine, medians, ratio, table, take_turns
 from PIL import Image
 
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.backends.towers import embedded_towers
+from iclip_hf.backends.towers import embedded_feature_tower, embedded_towers
 from iclip_hf.cli import main as iclip
 from iclip_hf.model.images import load_image
 
@@ -98,7 +98,7 @@ def starting(rounds: int) -> str:
     def run(*command: str, fails: bool = False) -> Callable[[], object]:
         return lambda: subprocess.run([sys.executable, *command], check=not fails, capture_output=True)
 
-    vision, text = map(str, embedded_towers())
+    vision, text, features = map(str, (*embedded_towers(), embedded_feature_tower()))
     bare = f"""
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -106,7 +106,9 @@ from PIL import Image
 image = AutoImageProcessor.from_pretrained({vision!r})(Image.new("RGB", (640, 480)), return_tensors="pt")
 text = AutoTokenizer.from_pretrained({text!r})(["a photo of a dog"], return_tensors="pt")
 with torch.no_grad():
-    AutoModel.from_pretrained({vision!r})(**image), AutoModel.from_pretrained({text!r})(**text)
+    for images in ({vision!r}, {features!r}):
+        AutoModel.from_pretrained(images)(**image)
+    AutoModel.from_pretrained({text!r})(**text)
 """
     with tempfile.TemporaryDirectory() as folder:
         photo = str(Path(folder, "photo.png"))

@@ -1,4 +1,4 @@
-"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image tower's own
+"""How time and memory of explaining grow with images, texts and pixels, and what pixels add to the image towers' own
 growth.
 
     python benchmarks/bench_growth.py
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_explain import SIZE, loaded, without_gradients
+from bench_explain import SIZE, loaded, run_image_towers, without_gradients
 from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
@@ -25,12 +25,12 @@ with needed():
     from matplotlib.figure import Figure
 
 PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
-# One image, 20 texts and 224 pixels per side, but for what grows.
-FIXED = {"images": 1, "texts": 20, "pixels per side": 224}
+# One image, 20 texts and 448 pixels per side, but for what grows.
+FIXED = {"images": 1, "texts": 20, "pixels per side": 448}
 GROWN = {
     "images": (1, 10, 100),
     "texts": (1, 10, 100, 1000, 10_000),
-    "pixels per side": (224, 448, 896, 1344),
+    "pixels per side": (448, 896, 1792, 2688),
 }
 
 
@@ -65,7 +65,7 @@ def plot(rows: list[list], path: Path) -> None:
         shown = np.array([next(rows) for _ in sizes], dtype=float)
         size, (seconds, memory) = shown[:, column], shown[:, 3:].T
         if name == "pixels per side":
-            name, size = "patches", (size / 14) ** 2
+            name, size = "patches", (size / 28) ** 2
         axes.loglog(size, seconds, "o-", label="seconds")
         axes.loglog(size, memory, "s-", label="MiB")
         axes.loglog(size, seconds[-1] * size / size[-1], ":", color="gray", label="linear")
@@ -76,27 +76,27 @@ def plot(rows: list[list], path: Path) -> None:
         figure.savefig(partial, format="png", dpi=100)
 
 
-def bare_tower(model: ICLIPModel, pixels: int) -> Callable[[], object]:
-    """The image tower alone on one image of so many pixels per side."""
+def bare_towers(model: ICLIPModel, pixels: int) -> Callable[[], object]:
+    """The image towers alone on one image of so many pixels per side."""
     pixel_values = torch.randn(1, 3, pixels, pixels)
-    return without_gradients(lambda: model.vision_model(pixel_values))
+    return without_gradients(lambda: run_image_towers(model, pixel_values))
 
 
 def large_images(model: ICLIPModel) -> str:
-    """One image with one text against the image tower's own forward: what the attention row and the affinity add."""
+    """One image with one text against the image towers alone: what the attention row and the affinity add."""
     rows = []
-    for pixels in (224, 448, 896):
-        contenders = {"explain": grown(model, 1, 1, pixels), "tower": bare_tower(model, pixels)}
-        taken = take_turns(contenders, 10 if pixels == 224 else 3)
+    for pixels in (448, 896, 1792):
+        contenders = {"explain": grown(model, 1, 1, pixels), "towers": bare_towers(model, pixels)}
+        taken = take_turns(contenders, 10 if pixels == 448 else 3)
         memory = [cost(function)[1] for function in contenders.values()]
-        slower = f"{ratio(taken, 'explain', 'tower'):.3f}"
+        slower = f"{ratio(taken, 'explain', 'towers'):.3f}"
         rows.append([pixels, *medians(taken).values(), slower, *(f"{mebibytes:.0f}" for mebibytes in memory)])
-    return table(["pixels per side", "seconds", "tower alone", "ratio", "MiB", "tower's MiB"], rows)
+    return table(["pixels per side", "seconds", "towers alone", "ratio", "MiB", "towers' MiB"], rows)
 
 
 def main():
     command_line(__doc__).parse_args()
-    print(f"{machine()}; each size once, ratios as medians of 3 rounds (10 at 224 pixels)\n", flush=True)
+    print(f"{machine()}; each size once, ratios as medians of 3 rounds (10 at 448 pixels)\n", flush=True)
     model = loaded()
     rows = growth(model)
     plot(rows, PLOT)

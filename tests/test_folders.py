@@ -858,8 +858,8 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
 
 def test_a_run_that_starts_from_the_embedded_model_has_its_terms(tmp_path, tiny_processor):
     training = shown_of(model="embedded", data=["pairs.csv"], num_train_epochs=2)
-    start = read_record("embedded")["identity"]
-    card = card_of(tmp_path, tiny_processor, training=training, source="embedded", start=start)
+    before = read_record("embedded")["identity"]
+    card = card_of(tmp_path, tiny_processor, training=training, source="embedded", source_identity=before)
     assert "| training data imagenet1k_sample | ImageNet: non-commercial research" in card.text
     assert "| training data broad | 23 public repositories" in card.text
     assert "| training data pairs.csv | not known here |" in card.text and "Not measured" in card.text
@@ -929,13 +929,13 @@ def test_a_tower_that_is_locked_now_may_have_learned_before(tmp_path, tiny_proce
 def test_a_run_that_starts_from_changed_weights_says_so(tmp_path, tiny_processor):
     model, source = tiny_model(), tmp_path / "model"
     model.save_pretrained(source)
-    start = ICLIPModel.from_pretrained(source)
-    write_model_card(start, tiny_processor, source, training={"data": ["pairs.csv"]})
+    trained = ICLIPModel.from_pretrained(source)
+    write_model_card(trained, tiny_processor, source, training={"data": ["pairs.csv"]})
     again, data = {"model": "model", "data": ["more.csv"]}, []
     for change in (0.0, 1.0):  # by another program
         with torch.no_grad():
-            start.recognition.visual_projection.weight.add_(change)
-        folder, began = tmp_path / f"run {change}", identity(start, tiny_processor)
-        write_model_card(start, tiny_processor, folder, training=again, source=source, start=began)
+            trained.recognition.visual_projection.weight.add_(change)
+        folder, began = tmp_path / f"run {change}", identity(trained, tiny_processor)
+        write_model_card(trained, tiny_processor, folder, training=again, source=source, source_identity=began)
         data.append(recorded(folder)[1])
     assert data == [["pairs.csv", "more.csv"], ["pairs.csv", "(not recorded)", "more.csv"]]

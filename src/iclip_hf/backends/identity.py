@@ -61,13 +61,13 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     }
 
 
-def changed_model(described: Mapping, model, processor, start: Mapping | None = None) -> list[str]:
+def changed_model(described: Mapping, model, processor, source_identity: Mapping | None = None) -> list[str]:
     """
     Returns the parts of the identity that differ between a model and what results or a card describe. If the
-    described dtype is lower than the model's, the weights are rounded to it. `start` is the identity that the model
-    had before a training.
+    described dtype is lower than the model's, the weights are rounded to it. `source_identity`, the
+    identity before a training, is compared instead of the model's own.
     """
-    compared = start or identity(model, processor, described.get("dtype"))
+    compared = source_identity or identity(model, processor, described.get("dtype"))
     return [part for part in ("configuration", "processor", "weights") if described.get(part) != compared[part]]
 
 

@@ -51,7 +51,7 @@ def write_model_card(
     name: str | None = None,
     source: str | Path | None = None,
     training: Mapping | None = None,
-    start: Mapping | None = None,
+    source_identity: Mapping | None = None,
     metrics: EvaluationResult | Mapping | None = None,
 ) -> Path:
     """
@@ -73,8 +73,8 @@ def write_model_card(
             `source`, or else of the folder, and the code names the folder.
         source (`str` or `Path`, *optional*): folder or Hub id of a model with a record, or `"embedded"`.
         training (`dict`, *optional*): settings of the run by their names; its `data` lists names of training data.
-        start (`dict`, *optional*): identity, see [`~identity.identity`], of the model when the run began. It is
-            compared with that in the record of `source`, whose weights may have changed since.
+        source_identity (`dict`, *optional*): identity, see [`~identity.identity`], of the model that the run loaded
+            from `source`. It is compared with that in the record of `source`, whose weights may have changed since.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON
             file.
 
@@ -84,7 +84,7 @@ def write_model_card(
     Raises:
         `ValueError`: `metrics` has no score of the card.
     """
-    record = assemble_record(model, processor, source, training, start)
+    record = assemble_record(model, processor, source, training, source_identity)
     if metrics is not None:
         record["evaluation"] = shown_results(metrics)
     evaluation, folder_name = record.get("evaluation"), Path(folder).resolve().name

@@ -91,13 +91,13 @@ def _record_file(source: str | Path) -> Path | None:
         return None
 
 
-def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, training, start) -> dict:
+def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, training, source_identity) -> dict:
     """Returns the record of a model. The arguments are those of [`~model_card.write_model_card`]."""
     if training is None:
         record = _valid_record(source or model.name_or_path, model, processor)
     else:
         data = {name: _DATA_TERMS.get(name, NOT_KNOWN) for name in training.get("data", [])}
-        earlier_data = _valid_record(source, model, processor, start)["data"] if source else {}
+        earlier_data = _valid_record(source, model, processor, source_identity)["data"] if source else {}
         record = {"training": dict(training), "data": earlier_data | data}
     described = identity(model, processor)
     del described["model"]  # the name of a folder
@@ -105,11 +105,14 @@ def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, traini
 
 
 def _valid_record(
-    source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, start: Mapping | None = None
+    source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, source_identity: Mapping | None = None
 ) -> dict:
-    """Returns the record of `source`, without what it says of other weights than this model has, or had at `start`."""
+    """
+    Returns the record of `source`, without what it says of other weights than this model has, or than those of
+    `source_identity`, with which its training began.
+    """
     record = read_record(source)
-    differing = changed_model(record["identity"], model, processor, start) if "identity" in record else []
+    differing = changed_model(record["identity"], model, processor, source_identity) if "identity" in record else []
     if differing and record.pop("evaluation", None):
         parts = " and ".join(differing)
         logger.warning("The results of %s are left out: they were measured with another %s.", source, parts)

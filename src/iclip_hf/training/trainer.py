@@ -405,7 +405,7 @@ class ICLIPTrainer(Trainer):
             card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
             if self.kept_start:  # whose record goes on
-                card |= {"training": None, "start": None}
+                card |= {"training": None, "source_identity": None}
             evaluation = Path(self.args.output_dir, "evaluations", f"{step}.json")
             if evaluation.is_file():
                 card["metrics"] = json.loads(evaluation.read_text())

@@ -21,12 +21,12 @@ _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast"
 _LOOKED_AT = 1000  # pairs, for the labels
 
 
-def report(state: TrainerState, folder: Path, held_out: PairDataset | None, start: str) -> list[str]:
+def report(state: TrainerState, folder: Path, held_out: PairDataset | None, kept_source: str) -> list[str]:
     """
     Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
-    change, the folder of the model, and the command that explains an image with it. `start` is the name of the model
-    that the training began with if no evaluation was better, so that the folder holds that model; otherwise it is
-    empty.
+    change, the folder of the model, and the command that explains an image with it. `kept_source` is the name
+    of the model that was trained further if no evaluation was better, so that the folder holds that model; otherwise
+    it is empty.
     """
     evaluations = {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
     before, after = evaluations.get(0, {}), evaluations.get(state.best_global_step or max(evaluations, default=0), {})
@@ -47,9 +47,9 @@ def report(state: TrainerState, folder: Path, held_out: PairDataset | None, star
     else:
         lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
     quoted = shlex.quote(str(folder))
-    if start:
+    if kept_source:
         lines.append(
-            f"No evaluation was better than the start: {quoted} holds the model that you started from ({start})."
+            f"No evaluation was better than the start: {quoted} holds the model that you started from ({kept_source})."
         )
     else:
         lines.append(f"The trained model is in {quoted}.")

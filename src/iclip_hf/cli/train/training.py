@@ -63,8 +63,8 @@ def train(
         raise ValueError(str(error)) from error
     _save(trainer)
     if trainer.is_world_process_zero():
-        start = arguments.model.model if trainer.kept_start else ""
-        print(*report(trainer.state, Path(args.output_dir), data.held_out, start), sep="\n", flush=True)
+        kept_source = arguments.model.model if trainer.kept_start else ""
+        print(*report(trainer.state, Path(args.output_dir), data.held_out, kept_source), sep="\n", flush=True)
     return trainer
 
 
@@ -86,7 +86,7 @@ def _open_model(settings: ModelArguments) -> tuple[ICLIPModel, ICLIPProcessor]:
 
 def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor: ICLIPProcessor) -> ICLIPTrainer:
     """Returns the trainer, after it has computed the features that are cached."""
-    args, start = arguments.training, arguments.model.model
+    args, source = arguments.training, arguments.model.model
     collator, pairs, held_out = PairCollator(processor, data.nouns), data.pairs, data.held_out
     if folder := arguments.data.cache_features:
         cache = FeatureCache(model, processor, folder, args.mixed_precision, args.dataloader_num_workers)
@@ -102,9 +102,9 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
         collator.transform = augmentation(processor, *options)
     if data.is_stream:
         pairs = StreamedPairs(pairs, arguments.data.pairs_per_epoch // args.world_size)
-    card = {"training": card_settings(arguments, args.world_size), "source": start or None}
-    if start:  # whose record is continued
-        card["start"] = identity(model, processor)
+    card = {"training": card_settings(arguments, args.world_size), "source": source or None}
+    if source:  # whose record is continued
+        card["source_identity"] = identity(model, processor)
     try:
         return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.maps, card=card)
     except RuntimeError as error:  # a package of `report_to` is not installed

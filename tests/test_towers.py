@@ -146,7 +146,7 @@ def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
 @needs_pip
 @pytest.mark.slow
 def test_feature_tower_equals_the_wheels_own_code(tmp_path, monkeypatch):
-    """At the size of its training: at others, that code pads as at this one. Dilation adds positions between its own."""
+    """At the size of its training: at others, that code pads as at this one. Dilation adds positions between its."""
     from transformers import AutoModel
 
     _, *pin = towers.EFFICIENTNET

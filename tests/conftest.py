@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,8 @@ settings.load_profile("any speed")
 
 # The nouns that random models encode stay out of the user's cache too.
 embedded.nouns_folder = lambda: Path(_MODULES.name, "nouns")
+
+explain = partial(iclip_hf.explain, refine=False)  # the maps as the model has them
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
@@ -100,17 +103,23 @@ def tiny_config(vision: str = "vit", text: str = "bert", **options) -> ICLIPConf
     return ICLIPConfig(vision_config=VISION[vision], text_config=TEXT[text], **{"projection_dim": 16, **options})
 
 
+@torch.no_grad()
+def liven(model: torch.nn.Module) -> torch.nn.Module:
+    """At the usual initial scale all tokens would be nearly equal."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            parameter.normal_(std=0.1)
+        elif "bn" in name:
+            parameter.fill_(1)  # a ResNet starts with its blocks' last norm at 0
+    return model.eval()
+
+
 def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options) -> ICLIPModel:
-    """A random model whose towers say something: at the usual initial scale all tokens would be nearly equal."""
+    """A random model whose towers say something."""
     torch.manual_seed(seed)
-    model = ICLIPModel(tiny_config(vision, text, **options)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                parameter.normal_(std=0.1)
-    return model
+    return liven(ICLIPModel(tiny_config(vision, text, **options)))
 
 
 def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:
@@ -125,6 +134,18 @@ def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32)
         attention_mask[row, end + 1 :] = 0
     pixel_values = torch.randn(batch, 3, *size, generator=generator)
     return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes `(..., h, w)` by the weights of the two nearest rows and columns; beyond the border, the last counts."""
+    for axis, length in ((-2, size[0]), (-1, size[1])):
+        old = values.shape[axis]
+        place = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, old - 1)
+        low = np.floor(place).astype(int)
+        high, share = np.minimum(low + 1, old - 1), place - low
+        share = share[:, None] if axis == -2 else share
+        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
+    return values
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -274,6 +295,15 @@ def iclip_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data: {folder} does not exist, set ICLIP_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def embedded_folder() -> Path:
+    """The folder of the embedded model."""
+    try:
+        return embedded.embedded_model()
+    except OSError as error:
+        pytest.skip(f"the embedded towers cannot be had here: {error}")
 
 
 @pytest.fixture(scope="module")

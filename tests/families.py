@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP_TOKENS, FEATURES, TRANSFORMER, VIT, tiny_model
+from conftest import CLIP_TOKENS, FEATURES, TRANSFORMER, VIT, liven, tiny_model
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -53,19 +53,6 @@ def images():
 
 def pixels(size=(32, 48), batch=2):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def liven(model: nn.Module) -> nn.Module:
-    """At the usual initial scale all tokens would be nearly equal."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        elif name.endswith("bias"):
-            parameter.normal_(std=0.1)
-        elif "bn" in name:
-            parameter.fill_(1)  # a ResNet starts with its blocks' last norm at 0
-    return model.eval()
 
 
 def tiny_open_clip(tokenizer, embed_dim=16, **vision):

@@ -12,7 +12,6 @@ from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, example_image, exp
 from iclip_hf.backends import embedded, towers
 from iclip_hf.backends.embedded import (
     PROJECTIONS,
-    embedded_model,
     encoded_vocabulary,
     save_projections,
     vocabulary,
@@ -32,22 +31,14 @@ from iclip_hf.hub.model_card import describe_tower
 GOLDEN = {"map": 73.28, "mmiou": 31.48, "floor": 10.7, "mfmb": 0.3961, "text_contrast": 71.79}
 
 
-@pytest.fixture(scope="module")
-def folder():
-    try:
-        return embedded_model()
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
-
-
 @pytest.mark.slow
-def test_projections_survive_the_way_out_and_in(folder, tmp_path):
+def test_projections_survive_the_way_out_and_in(embedded_folder, tmp_path):
     def metadata(file) -> dict:
         """With the defaults of options that are newer than the file."""
         options = json.loads(file.metadata()["config"])
         return file.metadata() | {"config": ICLIPConfig().to_dict() | options}
 
-    save_projections(folder, tmp_path / "projections.safetensors")
+    save_projections(embedded_folder, tmp_path / "projections.safetensors")
     with safe_open(tmp_path / "projections.safetensors", framework="pt") as copy, safe_open(PROJECTIONS, "pt") as file:
         assert metadata(copy) == metadata(file)
         assert all(torch.equal(copy.get_tensor(name), file.get_tensor(name)) for name in file.keys())
@@ -55,14 +46,14 @@ def test_projections_survive_the_way_out_and_in(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_saved_projections_are_near_the_trained_ones(folder, tmp_path, monkeypatch):
+def test_saved_projections_are_near_the_trained_ones(embedded_folder, tmp_path, monkeypatch):
     """Each weight of a matrix by half of 254 steps between plus and minus the largest of its row, rows of any size."""
-    model = ICLIPModel.from_pretrained(folder)
+    model = ICLIPModel.from_pretrained(embedded_folder)
     weight = model.recognition.visual_projection.weight.data
     weight.normal_().mul_(torch.logspace(-2, 1, len(weight))[:, None])
     weight[0] = 127 * 10.49 * 2**-24  # half precision rounds the scale to 10 * 2**-24, so 133 steps would be needed
     model.save_pretrained(tmp_path / "trained")
-    ICLIPProcessor.from_pretrained(folder).save_pretrained(tmp_path / "trained")
+    ICLIPProcessor.from_pretrained(embedded_folder).save_pretrained(tmp_path / "trained")
     monkeypatch.setattr(embedded, "PROJECTIONS", tmp_path / "projections.safetensors")
     save_projections(tmp_path / "trained", embedded.PROJECTIONS)
     embedded._join(tmp_path / "joined")
@@ -135,34 +126,34 @@ def test_a_model_encodes_the_nouns_once(tiny_processor, tmp_path, text_batches):
 
 
 @pytest.mark.slow
-def test_the_embedded_model_comes_with_the_nouns(folder, tmp_path, text_batches):
+def test_the_embedded_model_comes_with_the_nouns(embedded_folder, tmp_path, text_batches):
     embedded._join(tmp_path / "joined")
     assert sum(text_batches) == len(vocabulary())
     encoded = encoded_vocabulary(load(tmp_path / "joined"))
     assert sum(text_batches) == len(vocabulary())
-    expected = load(folder).encode_texts([*vocabulary()])
+    expected = load(embedded_folder).encode_texts([*vocabulary()])
     torch.testing.assert_close(dict(encoded), dict(expected), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
-def test_its_towers_are_known_wherever_the_cache_is(folder):
+def test_its_towers_are_known_wherever_the_cache_is(embedded_folder):
     joined, _ = join_towers(SHIPPED / "iclip-dinov2-s14-minilm", "embedded", "embedded", feature_tower="embedded")
     for config in (load_iclip("embedded")[0].config, joined.config):
         towers = [describe_tower(getattr(config, side)) for side in ("vision_config", "text_config", "feature_config")]
         ids = ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2", "timm/tf_efficientnet_lite2.in1k"]
         assert [tower["id"] for tower in towers] == ids
         assert [tower["licence"] for tower in towers] == 3 * ["Apache-2.0"]
-    assert str(folder.parent) not in (folder / "config.json").read_text()
+    assert str(embedded_folder.parent) not in (embedded_folder / "config.json").read_text()
 
 
 @pytest.mark.slow
-def test_its_name_stands_for_its_folder(folder, tmp_path, monkeypatch):
+def test_its_name_stands_for_its_folder(embedded_folder, tmp_path, monkeypatch):
     """Also beside another model in a folder of this name, which `./embedded` names."""
     (tmp_path / "embedded").mkdir()
     for name in (VISION_FILE, "config.json"):
         (tmp_path / "embedded" / name).write_text("{}")
     monkeypatch.chdir(tmp_path)
-    expected = load_file(folder / "model.safetensors")["recognition.visual_projection.weight"]
+    expected = load_file(embedded_folder / "model.safetensors")["recognition.visual_projection.weight"]
     loaded = load("embedded")
     for model, processor in (
         (loaded.network, loaded.processor),
@@ -174,20 +165,20 @@ def test_its_name_stands_for_its_folder(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_its_card_shows_figures_of_the_shipped_weights(folder):
+def test_its_card_shows_figures_of_the_shipped_weights(embedded_folder):
     measured = json.loads((SHIPPED / "iclip-dinov2-s14-minilm" / "results.json").read_text())
-    assert changed_model(measured["protocol"], *load_iclip(folder)) == []
+    assert changed_model(measured["protocol"], *load_iclip(embedded_folder)) == []
     scores = {name: score for by_name in measured["results"]["itsm"].values() for name, score in by_name.items()}
     assert {name: round(score, len(str(GOLDEN[name]).split(".")[1])) for name, score in scores.items()} == GOLDEN
 
 
 @pytest.mark.slow
-def test_a_cat_is_found_where_it_is(folder):
+def test_a_cat_is_found_where_it_is(embedded_folder):
     """The cat's face fills the middle of this photograph, with blurred background left and right of its ears."""
     data = pytest.importorskip("skimage.data")
     from PIL import Image
 
-    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    model, processor = ICLIPModel.from_pretrained(embedded_folder), ICLIPProcessor.from_pretrained(embedded_folder)
     image = Image.fromarray(data.chelsea())
     with torch.no_grad():
         outputs = model(**processor(image, labels=["cat", "bus", "pizza"]), output_similarity_maps=True)
@@ -199,10 +190,10 @@ def test_a_cat_is_found_where_it_is(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("multi_scale", [False, True])
-def test_the_model_is_right_about_the_photograph_of_the_package(folder, multi_scale):
+def test_the_model_is_right_about_the_photograph_of_the_package(embedded_folder, multi_scale):
     """With the texts that the README names, and without texts."""
     image = example_image()
-    asked = explain(str(folder), image, ["tower", "tree", "sky", "horse"], multi_scale=multi_scale)
+    asked = explain(str(embedded_folder), image, ["tower", "tree", "sky", "horse"], multi_scale=multi_scale)
     assert asked.presence_words == ["present", "unsure", "present", "absent"]
     tower, tree, sky, _ = asked.maps
     height, width = asked.size
@@ -211,16 +202,16 @@ def test_the_model_is_right_about_the_photograph_of_the_package(folder, multi_sc
     assert tower[at_tower].mean() > 2 * tower[above, beside].mean()
     assert tree[below, beside].mean() > 2 * tree[above, beside].mean()
     assert sky[above].mean() > 1.2 * sky[below].mean()
-    named = explain(str(folder), image, multi_scale=multi_scale)
+    named = explain(str(embedded_folder), image, multi_scale=multi_scale)
     present = [label for label, word in zip(named.labels, named.presence_words) if word == "present"]
     shown = {"tower", "city", "building", "sky", "cloud"}
     assert {*present} & {"tower", "clock tower"} and {*present} <= shown | {"clock tower", "person"}
 
 
 @pytest.mark.slow
-def test_the_same_by_another_name_is_no_rival(folder):
+def test_the_same_by_another_name_is_no_rival(embedded_folder):
     def raw_map(method, **options):
-        return explain(str(folder), example_image(), ["puppy"], method, **options).raw_maps.flatten()
+        return explain(str(embedded_folder), example_image(), ["puppy"], method, **options).raw_maps.flatten()
 
     own = raw_map("itsm")
     close, far = (
@@ -231,10 +222,10 @@ def test_the_same_by_another_name_is_no_rival(folder):
 
 
 @pytest.mark.slow
-def test_figures_on_coco100(folder, iclip_data):
+def test_figures_on_coco100(embedded_folder, iclip_data):
     """The README's row, above the floors: everything foreground, and the tower's attention alone (19.9 and 0.100)."""
     dataset = load_segmentation("coco2017", iclip_data / "coco100", split="train2017")
-    model, processor = ICLIPModel.from_pretrained(folder), ICLIPProcessor.from_pretrained(folder)
+    model, processor = ICLIPModel.from_pretrained(embedded_folder), ICLIPProcessor.from_pretrained(embedded_folder)
     scores = evaluate_model((model, processor), dataset, progress=False).results["itsm"]
     assert scores["mMIoU"]["floor"] == pytest.approx(GOLDEN["floor"], abs=0.01)
     for name, apart in (("mAP", 0.3), ("mMIoU", 0.2), ("mFMB", 0.003), ("text_contrast", 0.3)):

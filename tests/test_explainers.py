@@ -4,16 +4,14 @@ Explainers against slow independent implementations, on tiny random models of ev
 
 import copy
 import itertools
-import math
 import sys
 import threading
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import tiny_model
+from conftest import explain, tiny_model
 from families import (
     CONVOLUTIONAL,
     FAMILIES,
@@ -36,7 +34,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers import Siglip2ImageProcessor
 
-from iclip_hf import explain
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
@@ -45,9 +42,6 @@ from iclip_hf.model.batches import for_images, join_texts
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.similarity import cosines, min_max_normalize
-
-
-explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 # What every method keeps, for every family
@@ -261,20 +255,12 @@ def test_attention_of_iclip_is_its_own(norm, tiny_processor):
 
 
 @pytest.mark.parametrize("affinity", [0.0, 3.0])
-def test_attention_affinity_is_each_patchs_mean_over_its_like(affinity, tiny_processor):
+def test_attention_affinity_is_the_models_average_over_similar_patches(affinity, tiny_processor):
     model = tiny_model(map_affinity=affinity)
     _, _, maps = maps_by((model, tiny_processor), "attention_affinity")
-    assert maps.shape == (2, len(LABELS), *GRID)
     with torch.no_grad():
-        image = model.get_image_features(pixels())
-    for tokens, attention, of_texts in zip(image.patch_tokens, image.attention, maps):
-        expected = []
-        for token in tokens:
-            weights = [math.exp(affinity * F.cosine_similarity(token, other, dim=0)) for other in tokens]
-            expected.append(sum(w * a for w, a in zip(weights, attention)) / sum(weights))
-        expected = torch.stack(expected if affinity else list(attention)).view(GRID)
-        for one in of_texts:
-            torch.testing.assert_close(one, expected, atol=1e-5, rtol=0)
+        expected = model.get_image_features(pixels()).map_attention.unflatten(-1, GRID)
+    torch.testing.assert_close(maps, expected[:, None].expand(-1, len(LABELS), -1, -1), atol=1e-5, rtol=0)
 
 
 def test_grad_cam_of_a_resnet_weighs_its_last_feature_map(made):
@@ -451,17 +437,6 @@ def test_clip_surgery_subtracts_the_empty_text_in_the_same_prompts_from_a_single
     both = for_images(join_texts([dog, ICLIPTextFeatures(text_embeds=mean, map_text_embeds=mean)]), 2)
     cosines_of_both, _ = ReplacedAttention.forward(explainer, pixels(), both)
     torch.testing.assert_close(maps, cosines_of_both[:, :1] - cosines_of_both[:, 1:], atol=1e-5, rtol=1e-3)
-
-
-def test_what_enters_the_pooling_of_a_resnet_is_recorded_as_tokens(made):
-    model, tokenizer, size = made("open_clip_resnet")
-    visual = model.visual
-    with torch.no_grad():
-        _, (layer,) = make_explainer((model, tokenizer), "itsm").model.trace(pixels(size), 0)
-        features = visual.layer4(visual.layer3(visual.layer2(visual.layer1(visual.stem(pixels(size))))))
-    batch, width, height, _ = features.shape
-    assert layer.stream.shape == (batch, layer.key.shape[2] - 1, width)  # without the mean, which the pooling adds
-    torch.testing.assert_close(layer.stream[:, height], features[:, :, 1, 0], atol=1e-5, rtol=1e-4)
 
 
 # explain: the short form

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import FEATURES, VISION, noise, tiny_image_processor, tiny_inputs, tiny_model, tiny_tokenizer
+from conftest import FEATURES, VISION, bilinear, noise, tiny_image_processor, tiny_inputs, tiny_model, tiny_tokenizer
 from torch.nn import functional as F
 from training_runs import run, weights
 from transformers import TimmWrapperConfig, TimmWrapperModel
@@ -51,23 +51,6 @@ def joined_model(**options):
     return model
 
 
-def bilinear(features: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Resizes a map (C, H, W) with the centres of places at halves, and values beyond them repeated; (h * w, C)."""
-    places = []
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            value = 0
-            y, x = ((at + 0.5) * of / side - 0.5 for at, of, side in zip((row, column), features.shape[1:], grid))
-            for near_y in (np.floor(y), np.floor(y) + 1):
-                for near_x in (np.floor(x), np.floor(x) + 1):
-                    i, j = (int(np.clip(n, 0, of - 1)) for n, of in zip((near_y, near_x), features.shape[1:]))
-                    # Beyond the border, the nearest place counts.
-                    share = (1 - abs(y - near_y)) * (1 - abs(x - near_x))
-                    value = value + share * features[:, i, j]
-            places.append(value)
-    return np.stack(places)
-
-
 def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
@@ -93,7 +76,7 @@ def slow(model, pixel_values):
         )
         raw, small = raw.double().numpy(), small.double().numpy()
         average = (raw.mean((1, 2)) + small.mean((1, 2))) / 2 @ matrix.T + weights["feature_reduction.bias"]
-        features = bilinear(raw, GRID) @ matrix.T + weights["feature_reduction.bias"]
+        features = bilinear(raw, GRID).reshape(len(raw), -1).T @ matrix.T + weights["feature_reduction.bias"]
         tokens = np.concatenate([last[1:], features], 1)
         assert tokens.shape == (24, 32 + 6)
         if alone := model.config.recognition_pooling == "feature_average":

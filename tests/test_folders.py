@@ -537,11 +537,9 @@ def test_init_says_what_it_downloads_before_it_waits(towers, tmp_path, capsys, m
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded_folder")
 def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
-    try:
-        init_model("iclip-dinov2-s14-minilm", tmp_path / "model")
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
+    init_model("iclip-dinov2-s14-minilm", tmp_path / "model")
     model, card = ICLIPModel.from_pretrained(tmp_path / "model"), ModelCard.load(tmp_path / "model" / "README.md")
     assert model.config.vision_config.hidden_size == 384 and model.config.max_over == "similarity"
     towers = ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2", "timm/tf_efficientnet_lite2.in1k"]

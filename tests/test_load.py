@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEXT, VISION
+from conftest import TEXT, VISION, explain
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -31,7 +31,7 @@ from transformers import (
     pipeline,
 )
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, cli, evaluate_model, explain, load
+from iclip_hf import ICLIPModel, ICLIPProcessor, cli, evaluate_model, load
 from iclip_hf import explainers as registry
 from iclip_hf.backends import check_model_name, loading
 from iclip_hf.backends.explainable import RecordableModel
@@ -40,9 +40,6 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.hub.folders import init_model
 from iclip_hf.utils.hub_ids import is_hub_id
-
-
-explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))

@@ -729,27 +729,6 @@ def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path
                     )
 
 
-def test_a_share_of_the_recognition_branch_leaves_the_weight_of_the_attention():
-    options = {"max_over": "similarity", "recognition_pooling": "class_and_average", "map_attention": "signed"}
-    model = tiny_model(**options)
-    with torch.no_grad():
-        model.attention_direction.normal_(std=0.01)
-
-    def attention_part():
-        """The share of the excess over the mean, of at most 1 / 20, that the attention adds."""
-        signed, model.config.map_attention = run(model).similarity_maps, "none"
-        plain, model.config.map_attention = run(model).similarity_maps, "signed"
-        above = plain - plain.mean((-2, -1), keepdim=True)
-        return torch.where(above > 0.01, (signed - plain) / above.clamp(0.01, 1 / 20), torch.nan)
-
-    alone = attention_part()
-    model.config.recognition_share = 0.6
-    shared = attention_part()
-    both = ~(alone.isnan() | shared.isnan())
-    torch.testing.assert_close(shared[both], alone[both], atol=1e-4, rtol=1e-4)
-    assert both.sum() > 10 and alone[both].abs().max() > 1e-3
-
-
 def test_a_share_of_the_recognition_branch_in_the_map_leaves_the_loss():
     model = tiny_model(max_over="similarity", recognition_pooling="class_and_average")
     inputs, losses = tiny_inputs(batch=3, texts=3), []

@@ -1,17 +1,16 @@
 """Maps and scores at two scales against loops over windows and patches, and their doors."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from conftest import iclip, tiny_model
+from conftest import explain, iclip, tiny_model
 from test_engine import IMAGES, TEXTS, engine_of, sigmoid_model
 from torch.nn import functional as F
 from transformers.image_utils import SizeDict
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
@@ -19,9 +18,6 @@ from iclip_hf.model.engine import Engine
 from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import cosines
 from iclip_hf.model.windows import TwoScales, mean_of_windows, sliding_windows
-
-
-explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 METHODS = ["itsm", "reversed_itsm", "gem", "clip_surgery", "grad_cam"]

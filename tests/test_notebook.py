@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from iclip_hf.backends.embedded import embedded_model
-
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra [dev]")
 pytest.importorskip("nbclient", reason="needs the extra [dev]")
@@ -51,9 +49,6 @@ def test_progress_bars_are_no_outputs():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded_folder")
 def test_it_runs_and_shows_what_it_says():
-    try:
-        embedded_model()
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
     check(executed())

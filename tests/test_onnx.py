@@ -6,18 +6,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FEATURES, noise, tiny_inputs, tiny_model
+from conftest import FEATURES, explain, noise, tiny_inputs, tiny_model
 from torch.nn import functional as F
 
-from iclip_hf import ICLIPConfig, cli, explain, load
+from iclip_hf import ICLIPConfig, cli, load
 from iclip_hf.backends import onnx as onnx_export
 from iclip_hf.backends.onnx import ONNXModel, export_onnx, trained_config
 from iclip_hf.evaluation.metrics.deletion_insertion import scorer
 from iclip_hf.evaluation.metrics.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
-
-
-explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 IMAGE = ("image_embeds", "patch_embeds", "attention", "map_attention")

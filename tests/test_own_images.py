@@ -16,7 +16,7 @@ from PIL import Image
 from training_runs import write_table
 from transformers import TrainerState
 
-from iclip_hf import ICLIPModel, cli, embedded_model
+from iclip_hf import ICLIPModel, cli
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.data import open_pairs
 from iclip_hf.cli.train.preset import check_pairs, preset
@@ -283,6 +283,7 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("embedded_folder")
 def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
     """Its commands with 50 real pairs, from the table on."""
     (tmp_path / "photos").mkdir()
@@ -297,10 +298,6 @@ def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
     guide = (Path(__file__).parents[1] / "docs" / "guide" / "own-images.md").read_text(encoding="utf-8")
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^iclip (.*)", guide, re.MULTILINE)]
     assert [words[0] for words in commands] == ["train", "explain", "push"]
-    try:
-        embedded_model()
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
     for words in commands:
         assert cli.main(words) == 0, words
     out = capsys.readouterr().out

@@ -274,7 +274,7 @@ def test_the_readme_begins_with_a_command_for_its_picture_and_one_for_the_tests(
 
 
 @pytest.mark.slow
-def test_the_demo_writes_its_picture_and_prints_where_it_is(embedded, tmp_path):
+def test_the_demo_writes_its_picture_and_prints_where_it_is(embedded_folder, tmp_path):
     """By the Python that runs the tests, without an installation."""
     programs = Path(sys.executable).parent
     command = ["make", "demo", "--assume-old=.venv/.package", f"BIN={programs}", f"CURDIR={tmp_path}"]
@@ -304,16 +304,6 @@ def test_the_recipe_for_coco100_keeps_its_images_alone(tmp_path, monkeypatch):
     assert subset["categories"] == official["categories"] and (tmp_path / "DATA" / "coco100" / "train2017").is_dir()
 
 
-@pytest.fixture
-def embedded():
-    from iclip_hf.backends.embedded import embedded_model
-
-    try:
-        embedded_model()
-    except OSError as error:
-        pytest.skip(f"the embedded towers cannot be had here: {error}")
-
-
 PYTHON = [page for page in PAGES if code_blocks(page, "python")]
 
 
@@ -336,7 +326,7 @@ def test_python_examples_define_their_names(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_examples_run(page, embedded, tmp_path, monkeypatch):
+def test_python_examples_run(page, embedded_folder, tmp_path, monkeypatch):
     """The blocks of a page run one after the other, as a reader would run them."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(example_image(), "dog.jpg")  # the photograph that other pages take

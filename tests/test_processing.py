@@ -1,22 +1,18 @@
 import json
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import explain, tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, explain
+from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.projections import average_prompts
-
-
-explain = partial(explain, refine=False)  # the maps as the model has them
 
 
 def photo(width=48, height=32, mode="RGB", seed=0):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import iclip, tiny_image_processor, tiny_model
+from conftest import bilinear, iclip, tiny_image_processor, tiny_model
 from golden_segmentation import CLASSES, clip, photograph, text_features
 from PIL import Image
 from transformers import CLIPImageProcessor
@@ -34,18 +34,6 @@ OVERRIDES = {
     "background": ["sky", "grass", "red ball"],  # the last is a class, too
     "templates": ["a {}.", "the {}."],
 }
-
-
-def bilinear(values, size):
-    """`(..., h, w)` to a size, by the weights of the two nearest rows and columns."""
-    for axis, length in ((-2, size[0]), (-1, size[1])):
-        old = values.shape[axis]
-        place = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, old - 1)
-        low = np.floor(place).astype(int)
-        high, share = np.minimum(low + 1, old - 1), place - low
-        share = share[:, None] if axis == -2 else share
-        values = values.take(low, axis) * (1 - share) + values.take(high, axis) * share
-    return values
 
 
 def expected_label_map(engine, image, classes, settings):

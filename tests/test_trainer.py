@@ -245,6 +245,9 @@ def test_rows_of_any_data_set_resume_with_the_same_captions(pairs, tiny_processo
         trainer.train(resume_from_checkpoint=start)
         weights.append(trainer.model.recognition.text_projection.weight)
     assert torch.equal(*weights)
+    trainer.args.train_sampling_strategy = "group_by_length"
+    trainer.train_dataset = rows.add_column("length", [*range(20)])
+    assert trainer.get_train_dataloader().batch_sampler.sampler.lengths == [*range(20)]
     numbered = NumberedRows(ConcatDataset([rows, pairs]), seed=3)
     assert [row["draw"] for row in numbered.__getitems__([4, 24])] == [(3, 0, 4), (0, 0, 4)]
 

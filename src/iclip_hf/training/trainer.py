@@ -209,8 +209,8 @@ class ICLIPTrainer(Trainer):
                 persistent_workers=args.dataloader_persistent_workers,
             )
         elif lacks_draws and isinstance(self.data_collator, PairCollator):
-            rows = NumberedRows(rows, args.data_seed)
-            loader = self._get_dataloader(rows, "Training", batch, self._get_train_sampler, is_training=True)
+            numbered, sampler = NumberedRows(rows, args.data_seed), self._get_train_sampler
+            loader = self._get_dataloader(numbered, "Training", batch, lambda _: sampler(rows), is_training=True)
         else:
             loader = super().get_train_dataloader()
         if has_length(loader) and not len(loader):

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import noise
 
+from iclip_hf.plots.report import ReportFolder
 from iclip_hf.utils.cache import build_once
 from iclip_hf.utils.files import (
     atomic_folder,
@@ -105,19 +107,31 @@ def test_an_error_leaves_the_file_that_was_there(folder):
     assert names(folder) == before and (folder / "photo.png").read_text() == "input"
 
 
-def test_a_picture_that_is_written_in_part_is_an_error(tmp_path):
-    """With a limit to the size of files, the last write of a file takes only a part of it, as on a full disk."""
-    resource, image = pytest.importorskip("resource"), noise((60, 40))
+@contextmanager
+def file_size_limited(size: int):
+    """Of a file that grows beyond `size` bytes, the last write takes only a part, as on a full disk."""
+    resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for name, suffix in (("JPEG", "jpg"), ("PNG", "png")):
-        write_image(image, tmp_path / f"whole.{suffix}", format=name)
-        size = (tmp_path / f"whole.{suffix}").stat().st_size
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 10, limits[1]))
-        try:
-            with pytest.raises(OSError):
-                write_image(image, tmp_path / f"part.{suffix}", format=name)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("name", ["JPEG", "PNG"])
+def test_a_picture_that_is_written_in_part_is_an_error(tmp_path, name):
+    write_image(noise((60, 40)), tmp_path / "whole", format=name)
+    size = (tmp_path / "whole").stat().st_size
+    with file_size_limited(size - 10), pytest.raises(OSError):
+        write_image(noise((60, 40)), tmp_path / "part", format=name)
+
+
+def test_a_report_has_no_picture_that_is_written_in_part(tmp_path):
+    report = ReportFolder(tmp_path)
+    with file_size_limited(500), pytest.raises(OSError, match=r"0\.jpg: writing failed"):
+        report.save_image(0, noise((60, 40)))
+    assert names(tmp_path / "images") == []
 
 
 def test_a_run_that_is_killed_before_the_renaming_leaves_the_file_that_was_there(tmp_path):

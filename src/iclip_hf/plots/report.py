@@ -125,4 +125,5 @@ def _reduced(image: Image.Image) -> Image.Image:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    write_image(picture, path, format="JPEG", quality=80)
+    with atomic_write(path) as temporary:
+        write_image(picture, temporary, format="JPEG", quality=80)

@@ -210,20 +210,6 @@ def test_json_and_arrays_say_what_the_masks_are(workspace, tmp_path, capsys):
     assert [text["score"] for text in entry["texts"]] == pytest.approx(arrays["scores"].tolist(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("least", "threshold", "empty"), [("0", "0.5", False), ("1", "0.5", True), ("0", "1", True)], ids=str
-)
-def test_masks_are_above_their_threshold_and_empty_for_absent_texts(
-    workspace, tmp_path, capsys, least, threshold, empty
-):
-    """Above, not at it: every map reaches 1."""
-    options = ["--min-presence", least, "--threshold", threshold, "--output", tmp_path / "a.png", "--json"]
-    assert run(workspace, workspace / "0" / "a.jpg", "--text", "dog", *options) == 0
-    (text,) = json.loads(capsys.readouterr().out)["texts"]
-    assert 0 < text["presence"] < 1
-    assert (text["mask"]["counts"] == [40 * 60]) == empty == (not text["regions"])
-
-
 def test_help_says_what_every_option_is():
     for name in (None, *cli.COMMANDS):
         parser = cli.parser(name)

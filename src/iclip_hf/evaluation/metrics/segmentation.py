@@ -164,9 +164,9 @@ class Segmentation(Metric):
         if self.protocol:
             return [self._window_maps(image) for image in images]
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
-        windows = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
+        tiling = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
         method_maps = {
-            method: engine.raw_maps(pixel_values, self.encoded, tiling=windows)[0][:, self.text_indices].cpu()
+            method: engine.raw_maps(pixel_values, self.encoded, tiling=tiling)[0][:, self.text_indices].cpu()
             for method, engine in self.run.engines.items()
         }
         return [dict(zip(method_maps, maps)) for maps in zip(*method_maps.values())]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from iclip_hf import ICLIPConfig, ICLIPModel
 from iclip_hf.backends import towers
 from iclip_hf.utils.cache import build_once
 
@@ -141,6 +142,14 @@ def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
         tokens = model(pixel_values).last_hidden_state
     assert tokens.shape == (2, 257, 384)
     assert np.abs(tokens.numpy() - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["timm_backbone", "upernet"])
+def test_a_backbone_is_no_text_tower(kind):
+    """Its weights could be downloaded, although the model is in a folder."""
+    config = ICLIPConfig(text_config={"model_type": kind}, text_pooling="mean")
+    with pytest.raises(ValueError, match=f"text encoder of Transformers, not '{kind}'"):
+        ICLIPModel(config)
 
 
 @needs_pip

@@ -1,11 +1,9 @@
 """
 Measures presence on photographs with complete labels. With `--held-out`, it first fits `presence_bias`, the one number
-of presence, on others. With `--train`, it first fits the `presence_weights` of an ICLIP model on the photographs that
-it has learned from, as `iclip train` does at its end, and writes the model to a folder.
+of presence, on others.
 
     python benchmarks/presence.py --data-root DATA
     python benchmarks/presence.py --data-root DATA --held-out runs/held_out
-    python benchmarks/presence.py --data-root DATA --train DATA/coco_captions DATA/flickr8k --output runs/model
 
 `DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`).
 `runs/held_out`, which `hold_out.py` writes, has rooms, streets and landscapes whose `json` also lists the names that
@@ -27,7 +25,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
 from measuring import command_line
 from measuring import table as markdown
 from PIL import Image
@@ -37,14 +34,10 @@ from sklearn.metrics import roc_auc_score
 
 from iclip_hf import load
 from iclip_hf.backends.embedded import vocabulary
-from iclip_hf.backends.loading import load_iclip
-from iclip_hf.data import load_pairs, load_segmentation
+from iclip_hf.data import load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, COCO_THINGS
-from iclip_hf.data.nouns import NounPrompts
-from iclip_hf.hub.configs import EMBEDDED
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.presence import MIN_PRESENCE, PRESENT, at_prior
-from iclip_hf.training.statistics import set_presence_weights
 
 
 # Names of the background that the labels of `hold_out.py`'s shards are complete for, each in some of them.
@@ -80,21 +73,17 @@ def masked(dataset) -> Iterator[tuple[Image.Image, np.ndarray]]:
         yield sample.image, np.isin(dataset.labels, sample.labels)
 
 
-def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tuple[str, ...], by_text: bool = True):
-    """
-    Returns the presence and whether the class is shown, both (images, K). Without `by_text`, all classes have the same
-    presence bias.
-    """
+def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tuple[str, ...]):
+    """Returns the presence and whether the class is shown, both (images, K)."""
     engine, truth = Engine(model, model.processor, templates=TEMPLATES), []
-    texts = engine.encode(names)
 
     def prepared():
         for image, shown in images:
             truth.append(shown)
             yield engine.prepare(image, text_indices=[])
 
-    explanations = engine.run(prepared(), names, batch_size=16, encoded=texts)
-    presence = [model.presence(found.all_scores, texts if by_text else None) for found in explanations]
+    scores = [explanation.all_scores for explanation in engine.run(prepared(), names, batch_size=16)]
+    presence = [model.presence(of_image) for of_image in scores]
     return np.stack([of_image.detach().numpy() for of_image in presence]).astype(float), np.array(truth)
 
 
@@ -146,23 +135,11 @@ def calibration(presence: np.ndarray, shown: np.ndarray, names: Sequence[str]) -
     return rows
 
 
-def fit_weights(source: str, shards: Sequence[str], output: Path):
-    """Writes a model with `presence_weights` that are fitted on shards, and returns it."""
-    model, processor = load_iclip(source)
-    model.config.presence_by_text = True
-    model.presence_weights = torch.nn.Buffer(torch.zeros(model.config.projection_dim + 1))
-    nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt").nouns
-    set_presence_weights(model, processor, load_pairs(shards), nouns)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    return load((model, processor))
-
-
 def fit_bias(model, root: Path, held_out: Path) -> None:
     """Sets the `presence_bias` of a model to the one that fits both sets, and prints it."""
     presences, shares = [], []
     for folder, names in ((root / "coco80", COCO_THINGS), (held_out, BACKGROUND)):
-        presence, shown = measure(model, labelled(folder, names), names, by_text=False)
+        presence, shown = measure(model, labelled(folder, names), names)
         known = ~np.isnan(shown)
         presences.append(presence[known])
         shares.append(shown[known].mean())
@@ -179,13 +156,8 @@ def main():
         "--held-out", type=Path, help="folder of shards that `hold_out.py` wrote, to fit presence_bias"
     )
     parser.add_argument("--model", default="embedded", help="as for load")
-    parser.add_argument("--train", nargs="+", help="shards that the model has learned from, to fit presence_weights")
-    parser.add_argument("--output", type=Path, help="folder of the model with these weights")
     options = parser.parse_args()
-    if (options.train is None) != (options.output is None):
-        parser.error("--train and --output belong together.")
-    root = options.data_root
-    model = fit_weights(options.model, options.train, options.output) if options.train else load(options.model)
+    model, root = load(options.model), options.data_root
     if not hasattr(model.network.config, "presence_bias") or model.network.config.logit_bias_init_value is None:
         parser.error(f"{options.model} was not trained with a sigmoid, so it has no presence.")
 

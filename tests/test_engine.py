@@ -47,9 +47,7 @@ TEXTS = ["dog", "red ball", "car"]
 
 def sigmoid_model(**options):
     """A model with a presence."""
-    model = tiny_model(logit_bias_init_value=0.0, presence_bias=0.3, presence_by_text=True, **options)
-    model.presence_weights.copy_(torch.linspace(-1, 1, len(model.presence_weights)))
-    return model
+    return tiny_model(logit_bias_init_value=0.0, presence_bias=0.3, **options)
 
 
 def engine_of(model, processor, method="itsm", **options):
@@ -65,8 +63,7 @@ def by_hand(model, processor, images, texts, templates=None):
         scores = outputs.image_embeds @ outputs.text_embeds.T
         peaks = (outputs.patch_embeds.flatten(1, 2) @ outputs.map_text_embeds.T).max(1).values
         scores = scores + model.config.peak_share * (peaks - scores)
-        bias = bias + model.presence_biases(outputs.text_embeds)
-        return scores, 1 / (1 + (-(scale * scores + bias)).exp())
+        return scores, 1 / (1 + (-(scale * scores + bias + model.config.presence_bias)).exp())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])

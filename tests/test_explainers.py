@@ -336,10 +336,8 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     share = 0.3 if family == "iclip" else 0.0  # of the map's peak in the score
     if family == "iclip":
         options = {"map_attention": "signed", "max_over": "similarity", "logit_bias_init_value": -0.3}
-        options |= {"presence_bias": 0.2, "presence_by_text": True, "peak_share": share}
-        given = tiny_model(**options), tiny_processor
-        for weight in (given[0].attention_direction, given[0].presence_weights):
-            nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
+        given = tiny_model(**options, presence_bias=0.2, peak_share=share), tiny_processor
+        nn.init.normal_(given[0].attention_direction, generator=torch.Generator().manual_seed(0))
     else:
         given = made("clip")[:2]
     priors = {"cat": 0.1, "tree": 0.9, "dog": 0.8}
@@ -349,7 +347,7 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
     (own, others) = (cosine_map(image.patch_embeds.flatten(1, 2), one.map_text_embeds, GRID) for one in (texts, nouns))
     scale = (model.logits(torch.ones(1)) - model.logits(torch.zeros(1))).item()
     cosine = cosines(image.image_embeds, nouns.text_embeds)
-    shown = model.presence(cosine + share * (others.amax((-2, -1)) - cosine), nouns)
+    shown = model.presence(cosine + share * (others.amax((-2, -1)) - cosine))
     mean = model.encode_texts([*vocabulary()]).text_embeds.mean(0)
     expected, left_out = own.clone(), 0
     for batch, text in itertools.product(range(2), range(3)):

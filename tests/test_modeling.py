@@ -581,7 +581,6 @@ def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_proces
     [
         ({"logit_bias_init_value": -2.0}, "recognition.logit_bias"),  # the model would have no presence
         ({"max_over": "similarity", "center_tokens": True}, "token_mean"),
-        ({"presence_by_text": True}, "presence_weights"),
         ({"dual_projection": True}, "interpretability.logit_scale"),
     ],
 )
@@ -589,8 +588,7 @@ def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, ti
     tiny_model(**options).save_pretrained(tmp_path)
     tiny_processor.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    without = {"logit_bias_init_value": None, "dual_projection": False}
-    without |= {"center_tokens": False, "presence_by_text": False}
+    without = {"logit_bias_init_value": None, "center_tokens": False, "dual_projection": False}
     (tmp_path / "config.json").write_text(
         json.dumps(config | {name: without[name] for name in options if name in without})
     )
@@ -687,7 +685,6 @@ def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path
         "text_hidden_size": 7,
         "logit_bias_init_value": -2.0,
         "presence_bias": 0.5,
-        "presence_by_text": True,
     }
     model = tiny_model(**options, recognition_share=share)
     with torch.no_grad():
@@ -696,7 +693,6 @@ def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path
                 if projection.hidden is not None:
                     projection.hidden[-1].weight.normal_()
         model.token_mean.normal_()
-        model.presence_weights.normal_()
     assert model.interpretability.visual_projection.hidden is None  # of the recognition branch alone
     outputs, inputs = run(model), tiny_inputs(size=(32, 48))
     model.save_pretrained(tmp_path)
@@ -720,9 +716,8 @@ def test_maps_of_both_branches_and_presence_equal_a_slow_implementation(tmp_path
                 cosine = vector @ own
                 scale, bias = model.recognition.logit_scale.exp().squeeze(), model.recognition.logit_bias.squeeze()
                 torch.testing.assert_close(outputs.logits_per_image[i, j], scale * cosine + bias, atol=1e-4, rtol=1e-4)
-                presence = model.presence(cosine.expand(len(texts)), outputs.text_model_output)[j]
-                added = min(model.presence_weights[:-1] @ own + model.presence_weights[-1], torch.tensor(0.5))
-                torch.testing.assert_close(presence, 1 / (1 + (-(scale * cosine + bias + added)).exp()))
+                presence = model.presence(cosine)
+                torch.testing.assert_close(presence, 1 / (1 + (-(scale * cosine + bias + 0.5)).exp()))
                 for n, token in enumerate(tokens):
                     map_patch = project(model.interpretability.visual_projection, token - model.token_mean)
                     seen = F.normalize(average @ token, dim=0) @ own

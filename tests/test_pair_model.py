@@ -23,7 +23,7 @@ from iclip_hf.model.losses import (
 )
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
 from iclip_hf.training.kept_presence import KeptPresence
-from iclip_hf.training.statistics import set_presence_weights, set_statistics
+from iclip_hf.training.statistics import set_statistics
 
 
 def test_representative_patches_by_hand():
@@ -89,22 +89,6 @@ def test_the_token_mean_is_that_of_the_images_and_stays(tiny_processor):
     before = model.token_mean.clone()
     set_statistics(model, tiny_processor, rows[:1])
     assert torch.equal(model.token_mean, before)
-
-
-def test_the_presence_bias_of_a_noun_falls_with_its_frequency_in_training_and_stays(tiny_processor):
-    model = tiny_model(logit_bias_init_value=0.0, presence_bias=100.0, presence_by_text=True, peak_share=0.4)
-    rows, nouns = [{"image": noise((32, 32), seed=k)} for k in range(40)], ["dog", "ball", "car", "sky", "red ball"]
-    set_presence_weights(model, tiny_processor, rows, nouns)
-    with torch.no_grad():
-        image = model.get_image_features(tiny_processor(images=[row["image"] for row in rows])["pixel_values"])
-        texts = model.get_text_features(**tiny_processor(labels=nouns))
-        frequencies = model.recognition(model.scores(image, texts)).sigmoid().mean(0)
-    expected = 0.5 - frequencies.logit()
-    assert expected.std() > 0.1
-    torch.testing.assert_close(texts.presence_bias, expected, atol=0.02, rtol=0)
-    before = model.presence_weights.clone()
-    set_presence_weights(model, tiny_processor, rows[:1], nouns)
-    assert torch.equal(model.presence_weights, before)
 
 
 @pytest.mark.parametrize("lock_vision", [True, False])

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_model
+from conftest import tiny_model
 from families import FAMILIES
 
 from iclip_hf.backends.loading import load
@@ -34,14 +34,6 @@ def test_the_presence_of_an_iclip_model_is_that_of_its_logit(tiny_processor):
     expected = [1 / (1 + math.exp(-(scale * score + bias + 0.7))) for score in scores[0].tolist()]
     for one in (model, load((model, tiny_processor))):
         assert one.presence(scores).tolist()[0] == pytest.approx(expected, abs=1e-5)
-
-
-def test_until_a_training_has_set_it_no_text_has_a_presence_bias_of_its_own():
-    model = tiny_model(logit_bias_init_value=-2.0, presence_bias=1.7, presence_by_text=True)
-    with torch.no_grad():
-        texts = model.get_text_features(tiny_inputs(texts=3)["input_ids"])
-    scores = torch.tensor([[0.1, -0.2, 0.05]])
-    assert torch.equal(model.presence(scores, texts), model.presence(scores))
 
 
 def test_a_model_of_open_clip_has_the_presence_of_its_bias(made):

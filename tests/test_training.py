@@ -212,13 +212,6 @@ def test_the_logged_loss_is_the_trained_one(hub, tmp_path):
     assert all(row["logit_scale"] == pytest.approx(1 / 0.07, rel=0.01) for row in rows)
 
 
-def test_a_training_with_nouns_ends_with_the_presence_weights(hub, tmp_path):
-    (tmp_path / "nouns.txt").write_text("dog\nball\nsky\ngrass")
-    options = ["--model_options", "logit_bias_init_value=-2", "presence_by_text=true"]
-    run(hub, tmp_path / "run", *options, "--nouns", tmp_path / "nouns.txt", "--max_steps", 2)
-    assert weights(tmp_path / "run")["presence_weights"][:-1].any()
-
-
 def test_the_loss_has_its_share_of_kept_presence(tiny_processor, tmp_path, monkeypatch):
     """The divergence is that from the start; the loss of captions does not depend on the bias."""
     model = tiny_model(logit_bias_init_value=-2)

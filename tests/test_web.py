@@ -31,7 +31,6 @@ from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.loading import load_iclip
 from iclip_hf.backends.onnx import TEXT_FILE, VISION_FILE, ONNXModel, trained_config
 from iclip_hf.model.label_maps import label_map
-from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.presence import presence_text, presence_word
 from iclip_hf.model.refinement import refine_maps
 from iclip_hf.model.similarity import resize_and_normalize, resize_maps
@@ -71,7 +70,6 @@ OPTIONS = {
     "peak_share": 0.3,
     "logit_bias_init_value": -1.5,
     "presence_bias": 0.5,
-    "presence_by_text": True,
 }
 
 
@@ -167,9 +165,6 @@ def test_presence_and_its_word_are_those_of_python():
         .map((value) => [value, presenceWord(value, settings)])"""
     values, words = zip(*numerics(speak, scores.tolist(), web._presence_settings(model)))
     assert values == pytest.approx(model.presence(scores).tolist(), abs=1e-6)
-    text = ICLIPTextFeatures(presence_bias=torch.tensor([-1.7]))
-    found = numerics("({ presence }, ...values) => presence(...values)", 0.3, web._presence_settings(model), -1.7)
-    assert found == pytest.approx(model.presence(torch.tensor([0.3]), text).item(), abs=1e-6)
     assert list(words) == list(map(presence_word, values)) and len(set(words)) == 3
     limits = "({ presenceWord }, settings) => [0.5, 0.8].map((value) => presenceWord(value, settings))"
     assert numerics(limits, web._presence_settings(model)) == list(map(presence_word, (0.5, 0.8)))
@@ -218,7 +213,6 @@ def model():
     model.name_or_path = "org/tiny"
     with torch.no_grad():
         model.attention_direction.copy_(torch.linspace(-1, 1, len(model.attention_direction)))
-        model.presence_weights.copy_(torch.linspace(-2, 2, len(model.presence_weights)))
         model.recognition.logit_scale.fill_(2.0)
     return model
 
@@ -375,7 +369,7 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, model, pro
         assert len(downloaded()) == len(set(downloaded())) == 8
         image = Image.open(photos / "noise.png")
         expected = explained(image, ["dog", "red ball"])
-        check(page, expected, expected.presence)
+        check(page, expected, model.presence(expected.scores))
 
         # A further text and image need no server.
         asked = len(page.requested)
@@ -383,7 +377,7 @@ def test_a_visitor_from_the_first_paint_to_offline(browser, exported, model, pro
         long = " ".join(["dog", "car"] * 50)  # is cut to the tokenizer's length
         ask(page, texts=f"sky, {long}")
         expected = explained(image, ["sky", long])
-        check(page, expected, expected.presence)
+        check(page, expected, model.presence(expected.scores))
         ask(page, photos / "large.jpg")
         assert canvas(page, 0).shape == (320, 640, 4)
         ask(page, photos / "huge.jpg")  # is reduced before
@@ -404,12 +398,12 @@ def test_maps_are_refined_unless_asked_otherwise(page, model, processor, photos)
     ask(page, photos / "noise.png", ", ".join(texts))
     plain, refined = (explain((model, processor), image, texts, refine=refine) for refine in (False, True))
     assert (plain.maps - refined.maps).abs().max() > 0.1
-    check(page, refined, refined.presence, atol=1e-4)
+    check(page, refined, model.presence(refined.scores), atol=1e-4)
     for expected in (plain, refined):
         with answered(page):
             page.click("#refine")
         assert page.locator("#refine").is_checked() == (expected is refined)
-        check(page, expected, expected.presence, atol=1e-4)
+        check(page, expected, model.presence(expected.scores), atol=1e-4)
         # The pointer also reads the unrefined map, whose edges are the model's.
         box = page.locator(".stack").first.bounding_box()
         page.mouse.move(box["x"] + 30.5 / 61 * box["width"], box["y"] + 10.5 / 40 * box["height"])
@@ -642,7 +636,7 @@ def test_photographs_stand_upright_as_in_python(page, model, processor, tmp_path
             upright = ImageOps.exif_transpose(stored).convert("RGB")
         ask(page, tmp_path / name, "dog")
         expected = explain((model, processor), upright, ["dog"])
-        check(page, expected, expected.presence)
+        check(page, expected, model.presence(expected.scores))
 
 
 def test_without_https_the_page_starts_without_an_error(browser, url):
@@ -816,7 +810,7 @@ def test_page_onnx_and_python_agree_on_a_photograph_for_the_embedded_model(brows
     of_graphs, expected = (explain((one, processor), example_image(), texts) for one in (onnx, model))
     with page_served(folder) as address, visited(browser, address) as page:
         ask(page, example_image(), ", ".join(texts))
-        check(page, of_graphs, of_graphs.presence, atol=1e-4)
+        check(page, of_graphs, onnx.presence(of_graphs.scores), atol=1e-4)
     # Of weights in 8 bits.
     torch.testing.assert_close(of_graphs.scores, expected.scores, atol=0.02, rtol=0)
     assert (of_graphs.maps - expected.maps).abs().mean() < 0.03

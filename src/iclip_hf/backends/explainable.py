@@ -92,7 +92,7 @@ class ExplainableModel(ABC):
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         """Converts cosines of images and texts to the logits that the model was trained with, float32."""
 
-    def presence(self, scores: torch.Tensor, texts: ICLIPTextFeatures | None = None) -> torch.Tensor | None:
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
         Converts cosines to the probability that images show texts, float32 in [0, 1]. Returns None for a model that
         was not trained with a sigmoid, see [`ICLIPModel.presence`].
@@ -167,7 +167,7 @@ class RecordableModel(ExplainableModel):
         bias = getattr(self.network, "logit_bias", None)  # of SigLIP
         return logits if bias is None else logits + bias.float().to(cosines.device)
 
-    def presence(self, scores: torch.Tensor, texts: ICLIPTextFeatures | None = None) -> torch.Tensor | None:
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         return None if getattr(self.network, "logit_bias", None) is None else self.logits(scores).sigmoid()
 
     def self_attentions(self, method: str, depth: int) -> list[int]:

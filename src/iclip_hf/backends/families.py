@@ -73,8 +73,8 @@ class _ICLIP(ExplainableModel):
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         return self.network.recognition(cosines)
 
-    def presence(self, scores: torch.Tensor, texts: ICLIPTextFeatures | None = None) -> torch.Tensor | None:
-        return self.network.presence(scores, texts)
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
+        return self.network.presence(scores)
 
 
 class ExplainableICLIP(_ICLIP, TransformersModel):

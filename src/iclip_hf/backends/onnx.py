@@ -7,7 +7,7 @@ import importlib
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -41,9 +41,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
       `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, and to `attention` and `map_attention` `(B, N)` in
       [0, 1], as in [`ICLIPImageFeatures`].
     - `text_model.onnx`: from `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` for K
-      prompts of each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, with
-      `map_attention="signed"` to the `attention_weights` `(T,)`, and with `presence_by_text` to the `presence_bias`
-      `(T,)`, as in [`ICLIPTextFeatures`].
+      prompts of each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with
+      `map_attention="signed"` to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
     `patch_embeds` and `map_text_embeds` have 2 P numbers with a `recognition_share`.
@@ -159,15 +158,16 @@ def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
     prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}
     # The export assumes these smallest sizes; the graph also takes one prompt.
     shape = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: Dim("length", min=2, max=processor.max_text_length)}
+    outputs = ICLIPTextFeatures.compared
+    if model.config.map_attention != "signed":
+        outputs = outputs[:-1]  # without the weights of the attention
 
     def encode(**prompts: torch.Tensor) -> ICLIPTextFeatures:
         num_templates = prompts["input_ids"].shape[1]
         tokens = {name: value.flatten(0, 1) for name, value in prompts.items()}
         return model.get_text_features(**tokens, num_templates=num_templates)
 
-    with torch.no_grad():
-        computed = encode(**prompts)  # without the fields that the model does not have
-    return _program(model, encode, prompts, [name for name in ICLIPTextFeatures.compared if name in computed], shape)
+    return _program(model, encode, prompts, outputs, shape)
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def _program(
     model: ICLIPModel,
     encode: Callable[..., ModelOutput],
     inputs: Mapping[str, torch.Tensor],
-    outputs: Sequence[str],
+    outputs: tuple[str, ...],
     shape: dict,
 ):
     """Exports the function `encode` of a model. All inputs have the same dynamic sizes, `shape`."""

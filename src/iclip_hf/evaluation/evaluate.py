@@ -294,8 +294,7 @@ class EvaluationRun:
                 without_maps = [replace(image, text_indices=()) for image in prepared]
                 for image, explanation in zip(images, self.engine.run(without_maps, self.texts, len(images))):
                     image.scores = explanation.all_scores
-                    scores = explanation.all_scores.to(self.texts.text_embeds.device)
-                    presence = self.model.presence(scores, self.texts)
+                    presence = self.model.presence(explanation.all_scores.to(self.texts.text_embeds.device))
                     image.presence = None if presence is None else presence.cpu()
             if "maps" in needs:
                 for method, engine in self.engines.items():

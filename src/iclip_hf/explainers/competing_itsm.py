@@ -64,7 +64,7 @@ class CompetingITSM(Explainer):
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         mean, rivals = self._encode(tuple(templates))
         scores = self.model.scores(features, rivals)
-        presence = self.model.presence(scores, rivals)
+        presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
         alike = _directions(texts, mean) @ _directions(rivals, mean).mT
         maps, rival_maps = (

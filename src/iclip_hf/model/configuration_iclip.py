@@ -134,9 +134,6 @@ class ICLIPConfig(PreTrainedConfig):
             noun loss. Without a bias, the model has no presence.
         presence_bias (`float`, defaults to 0): number added to the logits for the presence, so that it is calibrated
             at a prior of 0.5. The logit bias itself fits the fraction of positives in training.
-        presence_by_text (`bool`, defaults to `False`): whether `presence_bias` is only the most that is added, and
-            less is added to the logit of a text that many training images show, such as "person". How much is linear
-            in the text's unit vector. The model stores the weights as `presence_weights`.
 
         noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, where a batch
             has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
@@ -203,7 +200,6 @@ class ICLIPConfig(PreTrainedConfig):
     text_hidden_size: int = _option(0, "[0, inf)")
     logit_bias_init_value: int | float | None = _option(None, "(-inf, inf)", read_by="weights")
     presence_bias: int | float = _option(0.0, "(-inf, inf)")
-    presence_by_text: bool = _option(False)
 
     # the loss of nouns
     noun_weight: int | float = _option(0.5, "[0, 1]", read_by="training")

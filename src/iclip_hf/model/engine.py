@@ -353,7 +353,7 @@ class Engine:
         """Computes the scores and the presence, `(B, T)`. The presence is None if the model has none."""
         scores = self.tiling.score([self.model.scores(view, texts) for view in views])
         check_finite(scores)
-        presence = self.model.presence(scores, texts)
+        presence = self.model.presence(scores)
         if presence is not None and priors is not None:
             presence = at_prior(presence, priors.to(presence))
         return scores, presence

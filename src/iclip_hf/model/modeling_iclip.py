@@ -26,16 +26,7 @@ from .towers import EOS_TEXT_TOWERS, ICLIPTowers, ImageTokens
 
 
 # Prefixes of the names of weights that belong to the model itself, and not to a tower.
-OWN_WEIGHTS = (
-    "recognition.",
-    "interpretability.",
-    "feature_reduction.",
-    "token_mean",
-    "attention_direction",
-    "presence_weights",
-)
-# Constant of `presence_weights` that limits no `presence_bias`; half precision holds it.
-_NO_LIMIT = 1e4
+OWN_WEIGHTS = ("recognition.", "interpretability.", "feature_reduction.", "token_mean", "attention_direction")
 # With additive or signed attention, the part of a map below its mean is multiplied by this factor: it stays low and
 # keeps its order.
 BELOW_MEAN = 0.1
@@ -88,8 +79,6 @@ class ICLIPModel(ICLIPTowers):
             self.token_mean = nn.Buffer(torch.zeros(config.patch_dim))
         if config.map_attention == "signed":
             self.attention_direction = nn.Parameter(torch.zeros(config.projection_dim))
-        if config.presence_by_text:
-            self.presence_weights = nn.Buffer(torch.zeros(config.projection_dim + 1))  # the last is the constant
         self.post_init()
         self.train(self.training)
 
@@ -108,11 +97,9 @@ class ICLIPModel(ICLIPTowers):
         elif module is self.feature_reduction:  # until a training sets it
             init.zeros_(module.weight)
         elif isinstance(module, ICLIPModel):
-            for name in ("token_mean", "attention_direction", "presence_weights"):
+            for name in ("token_mean", "attention_direction"):
                 if hasattr(module, name):
                     init.zeros_(getattr(module, name))
-            if self.config.presence_by_text:  # until a training sets it, every text has the whole `presence_bias`
-                init.constant_(module.presence_weights[-1:], _NO_LIMIT)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -210,26 +197,15 @@ class ICLIPModel(ICLIPTowers):
             scores = (1 - share) * scores + share * peaks
         return scores
 
-    def presence(self, scores: torch.Tensor, text: ICLIPTextFeatures | None = None) -> torch.Tensor | None:
+    def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
         Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * score + logit bias
-        + presence bias.
-
-        Args:
-            scores (`torch.Tensor` of shape `(B, T)` or `(T,)`): from [`~ICLIPModel.scores`].
-            text ([`ICLIPTextFeatures`], *optional*): the texts, `(T, P)` or `(B, T, P)`, with the presence bias of
-                each. Without them, and without `config.presence_by_text`, all have `config.presence_bias`.
-
-        Returns:
-            Tensor of the shape of `scores`, float32, in [0, 1]; None if the model has no logit bias, because it was
-            trained with a softmax.
+        + `config.presence_bias`. `scores` are from [`~ICLIPModel.scores`]. Returns a tensor of their shape, float32,
+        in [0, 1]; None if the model has no logit bias, because it was trained with a softmax.
         """
         if self.config.logit_bias_init_value is None:
             return None
-        bias = self.config.presence_bias
-        if text is not None and text.presence_bias is not None:
-            bias = text.presence_bias.to(scores.device)
-        return (self.recognition(scores.float()) + bias).sigmoid()
+        return (self.recognition(scores.float()) + self.config.presence_bias).sigmoid()
 
     def normalized_attention(self, image: ImageTokens) -> torch.Tensor:
         """
@@ -302,8 +278,8 @@ class ICLIPModel(ICLIPTowers):
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """
-        Returns `token_mean`, `attention_direction` or `presence_weights`. If Accelerate offloads it, its hook is
-        called here, because by itself it loads the tensor for `forward` only.
+        Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook is called here, because by
+        itself it loads the tensor for `forward` only.
         """
         tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
         if tensor.is_meta and hook is not None:
@@ -406,7 +382,6 @@ class ICLIPModel(ICLIPTowers):
         attention_weights = None
         if self.config.map_attention == "signed":
             attention_weights = self.attention_weights(map_text_embeds).clamp(-1, 1)
-        presence_bias = self.presence_biases(text_embeds) if self.config.presence_by_text else None
         if weight := self.config.recognition_share:
             map_text_embeds = join_branches(map_text_embeds, text_embeds.float(), weight)
         return ICLIPTextFeatures(
@@ -417,7 +392,6 @@ class ICLIPModel(ICLIPTowers):
             text_embeds=text_embeds,
             map_text_embeds=map_text_embeds.to(projected.dtype),
             attention_weights=attention_weights,
-            presence_bias=presence_bias,
         )
 
     def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
@@ -428,15 +402,6 @@ class ICLIPModel(ICLIPTowers):
         direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
             return self.config.map_scale * (map_text_embeds.float() @ direction)
-
-    def presence_biases(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """
-        Computes what is added to the logits of texts for the presence, from unit vectors of the recognition branch
-        `(..., T, P)`. Returns `(..., T)`, float32, at most `config.presence_bias`.
-        """
-        weights = self._own_tensor("presence_weights").to(text_embeds.device, torch.float32)
-        with torch.autocast(weights.device.type, enabled=False):
-            return (text_embeds.float() @ weights[:-1] + weights[-1]).clamp(max=self.config.presence_bias)
 
     def similarity_maps(
         self, image: torch.FloatTensor | ICLIPImageFeatures, text: ICLIPTextFeatures

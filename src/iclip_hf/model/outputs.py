@@ -21,17 +21,13 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
             text, float32: positive for objects, negative for the background. None unless `config.map_attention` is
             `"signed"`. A `"signed"` model takes None as 1, for a target that is not a text.
-        presence_bias (`torch.Tensor` of shape `(..., T)`): number added to the logits of each text for the presence,
-            float32. None unless `config.presence_by_text`: then it is `config.presence_bias`.
     """
 
     text_embeds: torch.FloatTensor | None = None
     map_text_embeds: torch.FloatTensor | None = None
     attention_weights: torch.FloatTensor | None = None
-    presence_bias: torch.FloatTensor | None = None
 
-    # what scores, maps and presence are computed from
-    compared = ("text_embeds", "map_text_embeds", "attention_weights", "presence_bias")
+    compared = ("text_embeds", "map_text_embeds", "attention_weights")  # what scores and maps are computed from
 
 
 @dataclass

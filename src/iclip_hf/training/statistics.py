@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from ..data.pairs import PairDataset
-from ..model.engine import Engine
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state
 
 
 _IMAGES, _DEVIATION = 1024, 4.0
-# Logit of a text, above its frequency, that is at even odds: the largest, in quarters, at which "person" passes in at
-# most 35 % of the photographs of `coco80` that show nobody.
-_EVEN_LOGIT = 0.5
-_RIDGE = 1e-4  # of the variance of the texts
 
 
 @torch.no_grad()
@@ -43,9 +38,15 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     if not whiten and not center:
         return
     if partial_state("train").is_main_process:
+        if isinstance(pairs, PairDataset):
+            distinct, _ = pairs.distinct()
+            sample = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES))]
+        else:
+            sample = [pair for pair, _ in zip(pairs, range(_IMAGES))]
+
         tokens, on_grid, count, total, products = [], [], 0, 0.0, 0.0
-        distinct = pairs.distinct()[0] if isinstance(pairs, PairDataset) else pairs
-        for pixel_values in _sample(distinct, processor):
+        for start in tqdm(range(0, len(sample), 32), "Statistics", delay=3, leave=False):
+            pixel_values = processor(images=[pair["image"] for pair in sample[start : start + 32]])["pixel_values"]
             image = model.encode_image(pixel_values.to(model.device))
             tokens.append(image.patch_tokens.float().mean(1))
             if whiten:
@@ -62,59 +63,6 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
             model.token_mean.copy_(token_mean)
     for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
         weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
-
-
-@torch.no_grad()
-def set_presence_weights(
-    model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping], nouns: Sequence[str]
-) -> None:
-    """
-    Sets `presence_weights`, with `presence_by_text`, so that less is added to the logits of frequent texts for the
-    presence. A sigmoid that was trained with nouns has learned how many images show each of them, which a presence at
-    a prior of 0.5 has to undo. Keeps the weights of an earlier training. All processes have those of the first.
-
-    The frequency of a noun is its mean probability over the images, without a presence bias. Its presence bias would
-    be 0.5 minus the logit of its frequency. The weights predict this from the nouns' unit vectors by ridge regression,
-    in which a noun counts by its frequency.
-
-    Args:
-        model: trained model on its device, not sharded.
-        processor: of the model.
-        pairs: rows with an `image`; about a thousand are read, of a data set with random access evenly spread ones.
-        nouns: nouns that the model has learned.
-    """
-    if not model.config.presence_by_text or model.presence_weights[:-1].any():
-        return
-    was_training = model.training
-    model.eval()
-    if partial_state("train").is_main_process:
-        texts = Engine(model, processor).encode(nouns)
-        probabilities = []
-        for pixel_values in _sample(pairs, processor):
-            for images in pixel_values.to(model.device).split(8):  # each with a map of each noun
-                scores = model.scores(model.get_image_features(images), texts)
-                probabilities.append(model.recognition(scores).sigmoid())
-        frequencies = torch.cat(probabilities).double().mean(0)
-        vectors, biases = texts.text_embeds.double(), _EVEN_LOGIT - frequencies.logit(eps=1e-6)
-        shares = frequencies / frequencies.sum()
-        mean, mean_bias = shares @ vectors, shares @ biases
-        centered = vectors - mean
-        products = centered.T @ (shares.unsqueeze(1) * centered)
-        products.diagonal().add_(_RIDGE * products.trace() + 1e-9)  # of a single noun there is no variance
-        weights = torch.linalg.solve(products, centered.T @ (shares * (biases - mean_bias)))
-        model.presence_weights.copy_(torch.cat([weights, (mean_bias - mean @ weights).unsqueeze(0)]))
-    model.presence_weights.copy_(broadcast_from_main(model.presence_weights.cpu()))
-    model.train(was_training)
-
-
-def _sample(pairs: Iterable[Mapping], processor: ICLIPProcessor) -> Iterator[torch.Tensor]:
-    """Yields the pixel values of about a thousand images in batches, of a data set evenly spread ones."""
-    if isinstance(pairs, PairDataset):
-        sample = [pairs[index] for index in range(0, len(pairs), max(1, len(pairs) // _IMAGES))]
-    else:
-        sample = [pair for pair, _ in zip(pairs, range(_IMAGES))]
-    for start in tqdm(range(0, len(sample), 32), "Statistics", delay=3, leave=False):
-        yield processor(images=[pair["image"] for pair in sample[start : start + 32]])["pixel_values"]
 
 
 def _whiten(model: ICLIPModel, mean: torch.Tensor, products: torch.Tensor) -> None:

@@ -200,13 +200,8 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
     config = trained_config(model)
     if config.logit_bias_init_value is None:
         return None
-    return {
-        "scale": math.exp(config.logit_scale_init_value),
-        "logit_bias": config.logit_bias_init_value,
-        "presence_bias": config.presence_bias,
-        "min_presence": MIN_PRESENCE,
-        "present": PRESENT,
-    }
+    scale, bias = math.exp(config.logit_scale_init_value), config.logit_bias_init_value + config.presence_bias
+    return {"scale": scale, "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:

@@ -22,7 +22,7 @@ from ...training.arguments import card_of
 from ...training.collator import PairCollator, augmentation
 from ...training.datasets import CachedPairs, StreamedPairs
 from ...training.features import FeatureCache
-from ...training.statistics import set_presence_weights, set_statistics
+from ...training.statistics import set_statistics
 from ...training.trainer import ICLIPTrainer, last_checkpoint, load_statistics
 from ...utils.hub_ids import public_name
 from .arguments import Arguments, ModelArguments
@@ -61,8 +61,6 @@ def train(
         trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
-    if data.nouns and not trainer.is_fsdp_enabled:  # which shards the model
-        set_presence_weights(model, processor, data.pairs, data.nouns.nouns)
     _save(trainer)
     if trainer.is_world_process_zero():
         kept_source = arguments.model.model if trainer.kept_start else ""

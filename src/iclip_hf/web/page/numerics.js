@@ -180,10 +180,10 @@ export function score(cosine, cosines, { peak_share }) {
 
 /**
  * The probability that the image shows the text, as `ICLIPModel.presence` computes it; null for a model that was
- * trained with a softmax, which has no settings of presence. `bias` is the presence bias of the text.
+ * trained with a softmax, which has no settings of presence.
  */
-export function presence(score, settings, bias = settings?.presence_bias) {
-  return settings && 1 / (1 + Math.exp(-(settings.scale * score + settings.logit_bias + bias)));
+export function presence(score, settings) {
+  return settings && 1 / (1 + Math.exp(-(settings.scale * score + settings.bias)));
 }
 
 /** The presence as a word, as `presence_word` says it; null without a presence. */

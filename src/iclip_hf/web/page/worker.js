@@ -16,7 +16,7 @@ let asked = null; // the newest question; older ones are dropped
 let answering = false;
 let loading = null; // promise of the model
 let image = null; // features of the last image
-const encoded = new Map(); // text -> its vectors, its weight of the attention, and its presence bias
+const encoded = new Map(); // text -> its vectors, and its weight of the attention
 
 onmessage = ({ data }) => {
   settings ??= data.settings;
@@ -58,7 +58,7 @@ async function answer({ photo, photoId, texts, refine }, tell) {
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
     if (asked) return;
-    const { embeds, mapEmbeds, weight, bias } = await encodeText(model, text);
+    const { embeds, mapEmbeds, weight } = await encodeText(model, text);
     const cosines = numerics.similarities(image.patches, mapEmbeds);
     const score = numerics.score(numerics.dot(image.embeds, embeds), cosines, settings.model);
     let raw = numerics.rawMap(cosines, image.attention, settings.model, weight), grid = image.grid, unrefined = null;
@@ -69,7 +69,7 @@ async function answer({ photo, photoId, texts, refine }, tell) {
       grid = image.neighbours.grid;
     }
     const map = numerics.enlarge(raw, grid, ...image.size);
-    const presence = numerics.presence(score, settings.presence, bias);
+    const presence = numerics.presence(score, settings.presence);
     const transferred = [map.levels, ...(unrefined ? [unrefined] : [])].map(({ buffer }) => buffer);
     tell({ kind: "map", index, score, presence, ...map, unrefined }, transferred);
   }
@@ -155,8 +155,7 @@ async function encodeText({ ort, text: graph, tokenizer }, text) {
     });
     const outputs = await graph.run(Object.fromEntries(feeds));
     const [embeds, mapEmbeds] = [outputs.text_embeds.data, outputs.map_text_embeds.data];
-    const [weight, bias] = [outputs.attention_weights?.data[0], outputs.presence_bias?.data[0]]; // if the model has them
-    encoded.set(text, { embeds, mapEmbeds, weight, bias });
+    encoded.set(text, { embeds, mapEmbeds, weight: outputs.attention_weights?.data[0] }); // with signed attention
   }
   return encoded.get(text);
 }

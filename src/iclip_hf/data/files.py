@@ -48,10 +48,10 @@ def expand_braces(pattern: str) -> list[str]:
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
-    count = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     parts = match[1].split(",")
-    if count:
-        parts = [str(number).zfill(len(count[1])) for number in range(int(count[1]), int(count[2]) + 1)]
+    if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+        first, last = bounds.groups()
+        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return [name for part in parts for name in expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
 
 

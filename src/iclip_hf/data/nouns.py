@@ -108,10 +108,10 @@ class NounPrompts:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
         # In the words that captions are read in: "carpenter's kit" is three.
         singular = [*map(_name, self.nouns)]
-        self._by_form = {noun: number for number, noun in enumerate(singular)}
-        for number, noun in enumerate(singular):
+        self._by_form = {noun: index for index, noun in enumerate(singular)}
+        for index, noun in enumerate(singular):
             for plural in _plurals(noun):
-                self._by_form.setdefault(plural, number)
+                self._by_form.setdefault(plural, index)
         self._longest = max(len(noun.split()) for noun in singular)
         self._prompts = frozenset(self.all_prompts())
 
@@ -170,10 +170,12 @@ class NounPrompts:
         labelled = {name for label in labels for name in _names_of(label, listed)}
         others = (name for name in labelled | listed if " " in name and name not in self._by_form)
         phrases = {form for name in others for form in (name, *_plurals(name))}
-        named = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
-        shown, known = ({self._by_form[name] for name in names & self._by_form.keys()} for names in (labelled, listed))
-        denied = known - shown
-        return ImageNouns(sorted(shown | named - denied), sorted(denied - named), captions)
+        captioned = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
+        shown, denied = self._indices(labelled), self._indices(listed) - self._indices(labelled)
+        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions)
+
+    def _indices(self, names: Set[str]) -> set[int]:
+        return {self._by_form[name] for name in names & self._by_form.keys()}
 
     def unknown_labels(self, texts: PairTexts) -> set[str]:
         """

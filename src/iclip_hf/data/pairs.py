@@ -2,7 +2,7 @@
 Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
 Local images are neither unpacked nor read into memory. A pair is a row of its source, or several rows of one image,
-and one array holds the numbers of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not
+and one array holds the indices of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not
 imported, so that data can be checked before a run.
 """
 
@@ -86,10 +86,10 @@ class PairDataset(Epochs):
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
         self.sources = [*dict.fromkeys(sources)]
-        # A pair is the number of its image among those of all sources.
+        # A pair is the index of its image among those of all sources.
         self._ends = np.cumsum([len(source.images[1]) - 1 for source in self.sources], dtype=int)
-        numbers = dict(zip(self.sources, np.split(np.arange(self._ends[-1:].sum()), self._ends[:-1])))
-        self._pairs = np.concatenate([np.empty(0, int), *map(numbers.get, sources)])
+        indices = dict(zip(self.sources, np.split(np.arange(self._ends[-1:].sum()), self._ends[:-1])))
+        self._pairs = np.concatenate([np.empty(0, int), *map(indices.get, sources)])
         self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(
@@ -142,10 +142,11 @@ class PairDataset(Epochs):
         return self._raw(self._pairs[index], need_captions)
 
     def _raw(self, pair: int, need_captions: bool) -> RawPair:
-        source, (row, *others) = self._rows(pair)
+        source, rows = self._rows(pair)
+        row = rows[0]
         name, file = source.names[row], source.file(row)
         try:
-            first, *more = (source.rows[number] for number in (row, *others))
+            first, *more = map(source.rows.__getitem__, rows)
             texts = source.columns.texts(first)
             if more:
                 texts = PairTexts.joined([texts, *map(source.columns.texts, more)])
@@ -164,10 +165,10 @@ class PairDataset(Epochs):
 
     def _rows(self, pair: int) -> tuple[Source, list[int]]:
         """Returns the source of a pair, and its rows."""
-        number = np.searchsorted(self._ends, pair, side="right")
-        source = self.sources[number]
+        index = np.searchsorted(self._ends, pair, side="right")
+        source = self.sources[index]
         rows, bounds = source.images
-        image = pair - self._ends[number]  # negative: `bounds[-1]` is the end of the last image
+        image = pair - self._ends[index]  # negative: `bounds[-1]` is the end of the last image
         return source, rows[bounds[image - 1] : bounds[image]].tolist()
 
     def some_texts(self) -> Iterator[PairTexts]:
@@ -250,17 +251,17 @@ class PairDataset(Epochs):
         """
         if self._digests is None:
             large = sum(source.size for source in self.sources) > LARGE
-            digests = [self._source_digests(number, large) for number in range(len(self.sources))]
+            digests = [self._source_digests(index, large) for index in range(len(self.sources))]
             self._digests = np.concatenate(digests)[self._pairs]
         return self._digests.tolist()
 
-    def _source_digests(self, number: int, large: bool) -> np.ndarray:
+    def _source_digests(self, index: int, large: bool) -> np.ndarray:
         """Returns a digest of each image of a source, see above."""
-        source = self.sources[number]
+        source = self.sources[index]
         kept = cache_folder() / "digests" / f"{source.state}.bin" if large else None
         if large and kept.is_file():
             return np.fromfile(kept, "V32")
-        pairs = range(self._ends[number] - len(source.images[1]) + 1, self._ends[number])
+        pairs = range(self._ends[index] - len(source.images[1]) + 1, self._ends[index])
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
             found = prefetch_map(pool, self._image_digest, pairs, 64)
             bar = tqdm(found, "Comparing images", len(pairs), unit="pair", delay=2, leave=False)

@@ -23,9 +23,9 @@ def leaf_of(data, index: int) -> tuple[Dataset, int]:
     if isinstance(data, Subset):
         return leaf_of(data.dataset, int(data.indices[index]))
     if isinstance(data, ConcatDataset):
-        number = bisect_right(data.cumulative_sizes, index)
-        part = data.datasets[number]
-        return leaf_of(part, index - data.cumulative_sizes[number] + len(part))
+        position = bisect_right(data.cumulative_sizes, index)
+        part = data.datasets[position]
+        return leaf_of(part, index - data.cumulative_sizes[position] + len(part))
     return data, index
 
 

@@ -46,17 +46,15 @@ class GradientExplainer(Explainer):
         texts = texts if text_indices is None else select_texts(texts, text_indices)
         image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
-        maps = []
-        patches = math.prod(image.grid)
-        count = texts.text_embeds.shape[1]
+        maps, num_texts = [], texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             logits = self.model.logits(cosines(image.image_embeds, texts.text_embeds.clone()))
-            for text in range(count):
+            for index in range(num_texts):
                 # Images are independent, so the gradient of their sum contains the gradient of each.
-                gradients = torch.autograd.grad(logits[:, text].sum(), inputs, retain_graph=text < count - 1)
+                gradients = torch.autograd.grad(logits[:, index].sum(), inputs, retain_graph=index < num_texts - 1)
                 with torch.no_grad():
-                    maps.append(self.weigh(layers, gradients, patches))
+                    maps.append(self.weigh(layers, gradients, math.prod(image.grid)))
         detached = ICLIPImageFeatures(**{name: value.detach() for name, value in image.items()})
         return torch.stack(maps, 1).unflatten(-1, image.grid), detached
 
@@ -66,4 +64,4 @@ class GradientExplainer(Explainer):
 
     @abstractmethod
     def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Computes the relevance `(B, N)` of the patches to one text from the gradients of these tensors."""
+        """Computes the relevance `(B, N)` of N `patches` to one text from the gradients of these tensors."""

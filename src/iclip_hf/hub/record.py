@@ -63,8 +63,8 @@ def read_record(source: str | Path) -> dict:
         if (file := _record_file(source)) is None:
             return {**_UNKNOWN}
         content = json.loads(file.read_text(encoding="utf-8"))
-        names = ("training", "data", "identity", *["evaluation"] * ("evaluation" in content))
-        return {name: content[name] for name in names}
+        record = {name: content[name] for name in ("training", "data", "identity")}
+        return record | {"evaluation": content["evaluation"]} if "evaluation" in content else record
     except (OSError, ValueError, KeyError, TypeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
         return {**_UNKNOWN}
@@ -108,8 +108,9 @@ def _valid_record(
     source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, source_identity: Mapping | None = None
 ) -> dict:
     """
-    Returns the record of `source`, without what it says of other weights than this model has, or than those of
-    `source_identity`, with which its training began.
+    Returns the record of `source`. Compares the identity in it with that of the model or, if given, with
+    `source_identity`, the identity before a training. The record loses its results if any part differs, and the
+    settings of its training if the weights do.
     """
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, source_identity) if "identity" in record else []
@@ -146,7 +147,7 @@ def _shown_data(protocol: Mapping) -> tuple[dict, bool]:
     layout = DATASETS.get(data["name"])
     if layout is None or not layout.split_sizes:
         return data, False
-    classes, size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
-    if data["images_in_split"] > size or tuple(protocol["class_names"]) != tuple(classes):
+    classes, split_size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
+    if data["images_in_split"] > split_size or tuple(protocol["class_names"]) != tuple(classes):
         return data, True
-    return {**data, "images_in_split": size}, False  # the folder may hold a part of the split only
+    return {**data, "images_in_split": split_size}, False  # the folder may hold a part of the split only

@@ -67,7 +67,7 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
 
 
 def label_colors(count: int) -> np.ndarray:
-    """Returns the colours of class ids 0, 1, ..., `(number, 3)` uint8, as VOC numbers them."""
+    """Returns the colours of class ids 0, 1, ..., `(count, 3)` uint8, as VOC numbers them."""
     ids = np.arange(count)[:, None]
     bits = [((ids >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)

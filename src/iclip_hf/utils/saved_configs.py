@@ -14,8 +14,8 @@ _SOURCES = ("_name_or_path", "name_or_path")
 
 def clean_configs(folder: str | Path) -> None:
     """
-    Removes from the configurations in a saved folder two things of the folder that the model was loaded from: its path
-    on this machine, and the code that it named, which would run for anybody who trusts the new folder.
+    Removes two things from the configurations in a saved folder: the path on this machine that the model was loaded
+    from, and the code that this model named, which would run for anybody who trusts the new folder.
     """
 
     def stays(name: str, part) -> bool:

@@ -22,8 +22,8 @@ from .source import Source
 from .tables import METADATA, TABLES, read_table
 
 
-# For each suffix of a file, the function that opens it. A folder stands for its files, but for a table only if
-# `METADATA` names it.
+# For each suffix of a file, the function that opens it. A folder stands for its files with these suffixes, except
+# tables: of these, only the one that `METADATA` names.
 FORMATS = {".tar": open_shard, ".parquet": open_arrow, **dict.fromkeys(TABLES, read_table)}
 
 

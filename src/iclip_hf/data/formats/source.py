@@ -55,7 +55,7 @@ class Source:
         folder: names of image files are relative to it.
         columns: names of the columns of the texts in `rows`; `USUAL_COLUMNS` for a format that names them itself, such
             as "caption".
-        rows: `dict`s of columns, by number. `image` is as `datasets` stores it, `{"bytes": ..., "path": ...}`, for an
+        rows: `dict`s of columns. `image` is as `datasets` stores it, `{"bytes": ..., "path": ...}`, for an
             image within the row. `__key__` names the row. Reading a row raises `ValueError` if it is unusable.
         names: the image file of each row, None for an image within the row and for a row without an image.
         files: the files of the source itself.

@@ -42,9 +42,9 @@ class MaskMetric(Metric):
         """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
         self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
 
-    def item_counts(self, counted: str) -> dict:
+    def item_counts(self, name: str) -> dict:
         items = self.state.items
-        return {counted: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
+        return {name: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
 
 
 class PairMetric(MaskMetric):
@@ -68,8 +68,12 @@ class PairMetric(MaskMetric):
     def add_counts(self, counts: np.ndarray, label: int) -> None:
         """Adds one pair by its counts from `count`."""
         background, foreground = counts[:, 0] > 0
-        shown = {"all_void": background or foreground, "no_foreground": foreground, "no_background": background}
-        reason = next((reason for reason in self.reasons if not shown[reason]), "counted")
+        applies = {
+            "all_void": not (background or foreground),
+            "no_foreground": not foreground,
+            "no_background": not background,
+        }
+        reason = next(filter(applies.get, self.reasons), "counted")
         self.state.items[reason] += 1
         if reason == "counted":
             self.state.add(self.summands(counts), operator.index(label))

@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 import torch
 from conftest import noise, tiny_inputs, tiny_model
+from torch.utils.data import Dataset
 from training_runs import eight_pairs, gradients, outputs_of
 
 from iclip_hf.data.nouns import TEMPLATES, NounPrompts
@@ -22,6 +23,7 @@ from iclip_hf.model.losses import (
     shares_of_texts,
 )
 from iclip_hf.model.pooling import even_heights, even_patches, representative_patches
+from iclip_hf.training import statistics
 from iclip_hf.training.kept_presence import KeptPresence
 from iclip_hf.training.statistics import set_statistics
 
@@ -89,6 +91,30 @@ def test_the_token_mean_is_that_of_the_images_and_stays(tiny_processor):
     before = model.token_mean.clone()
     set_statistics(model, tiny_processor, rows[:1])
     assert torch.equal(model.token_mean, before)
+
+
+class Rows(Dataset):
+    """Images, of which it notes those that are read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __len__(self):
+        return 120
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return {"image": noise((32, 32), seed=index)}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_statistics_are_of_images_evenly_spread_over_a_data_set(tiny_processor, monkeypatch, recorded, streamed):
+    """Of a stream, they are those of its beginning. Few images are in memory at once."""
+    monkeypatch.setattr(statistics, "_IMAGES", 40)
+    rows, model = Rows(), tiny_model(max_over="similarity", center_tokens=True)
+    read = recorded(model, "encode_image", lambda pixel_values: len(rows.read))
+    set_statistics(model, tiny_processor, iter(rows) if streamed else rows)
+    assert read == [32, 40] and rows.read == [*range(0, 40 if streamed else 120, 1 if streamed else 3)]
 
 
 @pytest.mark.parametrize("lock_vision", [True, False])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import islice
 
 import torch
 from torch.nn import functional as F
+from torch.utils.data import IterableDataset
 from tqdm import tqdm
+from transformers.trainer_utils import has_length
 
 from ..data.pairs import PairDataset
 from ..model.modeling_iclip import ICLIPModel
@@ -38,15 +41,11 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     if not whiten and not center:
         return
     if partial_state("train").is_main_process:
-        if isinstance(pairs, PairDataset):
-            distinct, _ = pairs.distinct()
-            sample = [distinct[index] for index in range(0, len(distinct), max(1, len(distinct) // _IMAGES))]
-        else:
-            sample = [pair for pair, _ in zip(pairs, range(_IMAGES))]
-
         tokens, on_grid, count, total, products = [], [], 0, 0.0, 0.0
-        for start in tqdm(range(0, len(sample), 32), "Statistics", delay=3, leave=False):
-            pixel_values = processor(images=[pair["image"] for pair in sample[start : start + 32]])["pixel_values"]
+        rows = _sample(pairs.distinct()[0] if isinstance(pairs, PairDataset) else pairs)
+        images = (row["image"] for row in tqdm(rows, "Statistics", unit="image", delay=3, leave=False))
+        while batch := [*islice(images, 32)]:  # a thousand photographs can be larger than the memory
+            pixel_values = processor(images=batch)["pixel_values"]
             image = model.encode_image(pixel_values.to(model.device))
             tokens.append(image.patch_tokens.float().mean(1))
             if whiten:
@@ -63,6 +62,13 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
             model.token_mean.copy_(token_mean)
     for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
         weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
+
+
+def _sample(pairs: Iterable[Mapping]) -> Iterable[Mapping]:
+    """Returns about a thousand rows, one after the other: evenly spread ones, or the first ones of a stream."""
+    if isinstance(pairs, IterableDataset) or not has_length(pairs):
+        return islice(pairs, _IMAGES)
+    return (pairs[index] for index in range(0, len(pairs), max(1, len(pairs) // _IMAGES)))
 
 
 def _whiten(model: ICLIPModel, mean: torch.Tensor, products: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_right
 from copy import copy
 from itertools import chain
 
+import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .epochs import Epochs
@@ -27,6 +28,11 @@ def leaf_of(data, index: int) -> tuple[Dataset, int]:
         part = data.datasets[position]
         return leaf_of(part, index - data.cumulative_sizes[position] + len(part))
     return data, index
+
+
+def without_subsets(data):
+    """Returns the pairs that a `Subset` chooses of a [`~pairs.PairDataset`] as another one; other data as they are."""
+    return without_subsets(data.dataset)._select(np.array(data.indices)) if isinstance(data, Subset) else data
 
 
 def at_first_epoch(data):

@@ -18,7 +18,7 @@ from ..data.formats.source import PackedRows
 from ..data.nouns import ImageNouns
 from ..data.pairs import BadPairError, PairDataset
 from ..data.streams import PairStream
-from ..data.wrappers import leaves
+from ..data.wrappers import leaves, without_subsets
 from .collator import PairCollator
 from .features import FeatureCache
 
@@ -32,7 +32,7 @@ class CachedPairs(Epochs, Dataset):
     texts. Pairs with a broken image or no caption are left out. `indices` are those of the others among all `pairs`.
 
     Args:
-        pairs: the pairs.
+        pairs: the pairs, which can be inside of torch's `Subset`.
         cache: of the features of images and, if the collator takes its features of texts, also of captions.
         collator: of the batches.
 
@@ -40,8 +40,9 @@ class CachedPairs(Epochs, Dataset):
         `ValueError`: too many pairs are bad.
     """
 
-    def __init__(self, pairs: PairDataset, cache: FeatureCache, collator: PairCollator):
-        self.pairs, self.seed, self._cache = pairs, pairs.seed, cache
+    def __init__(self, pairs: PairDataset | Subset, cache: FeatureCache, collator: PairCollator):
+        self.pairs = pairs = without_subsets(pairs)
+        self.seed, self._cache = pairs.seed, cache
         distinct, rows = pairs.distinct()
         record_indices = cache.images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair

@@ -109,6 +109,10 @@ def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments)
         ICLIPTrainer(tiny_model(), arguments(), collator, preprocess_logits_for_metrics=lambda logits, labels: logits)
     with pytest.raises(ValueError, match="'maps' is the name of map_dataset"):
         ICLIPTrainer(tiny_model(), arguments(), collator, None, {"maps": pairs}, map_dataset=pairs)
+    with pytest.raises(ValueError, match="hub_strategy: checkpoints name paths and hold the token"):
+        args = arguments()
+        args.set_push_to_hub("org/name")  # whose default it is to push every checkpoint
+        ICLIPTrainer(tiny_model(), args, collator)
     with pytest.raises(TypeError, match="resume"):  # of the command line; here, `train` resumes
         arguments(resume=True)
 

@@ -123,6 +123,11 @@ class ICLIPTrainer(Trainer):
         args = ICLIPTrainingArguments("tmp_trainer") if args is None else args  # the folder of the base class
         if not isinstance(args, ICLIPTrainingArguments):
             raise TypeError(f"args: expected ICLIPTrainingArguments, got {type(args).__name__}.")
+        if args.push_to_hub and args.hub_strategy != "end":
+            raise ValueError(
+                "hub_strategy: checkpoints name paths and hold the token of this machine; set it to 'end', which "
+                "pushes the model alone."
+            )
         self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
         if eval_dataset is None:
             eval_dataset = map_dataset

@@ -180,6 +180,10 @@ def test_a_search_minimizes_the_loss(pairs, tiny_processor, arguments, monkeypat
     assert given[1] == len(metrics)
 
 
+    trainer.eval_dataset = {"near": pairs, "far": pairs}
+    with pytest.raises(ValueError, match="compute_objective: name one"):
+        trainer.hyperparameter_search(backend="optuna")
+    assert trainer.hyperparameter_search(backend="optuna", compute_objective=len)[1] > len(metrics)
 def test_a_loss_function_and_metrics_of_the_user_are_called(pairs, tiny_processor, arguments):
     def squared(outputs, labels, num_items_in_batch=None):
         assert labels is None

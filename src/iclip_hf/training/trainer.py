@@ -171,10 +171,9 @@ class ICLIPTrainer(Trainer):
         return output
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **options):
-        """
-        Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics. Evaluations
-        of several held-out sets, or of maps alone, have no `eval_loss`.
-        """
+        """Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics."""
+        if compute_objective is None and isinstance(self.eval_dataset, (dict, SegmentationDataset)):
+            raise ValueError("compute_objective: name one; several held-out sets, or maps alone, have no eval_loss.")
         objective = compute_objective or itemgetter("eval_loss")
         return super().hyperparameter_search(hp_space, objective, *arguments, **options)
 

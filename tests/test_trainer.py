@@ -304,11 +304,18 @@ def test_a_resumed_trainer_ends_as_its_start_where_nothing_is_better(pairs, tiny
         assert torch.equal(weight, start[name]), name
 
 
-def test_no_rate_is_above_the_learning_rate(pairs, tiny_processor, arguments):
-    args = arguments(learning_rate=1e-6, logging_steps=1, max_steps=4)
-    trainer = ICLIPTrainer(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor)
-    trainer.train()
-    assert 0 < max(row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row) <= 1e-6
+def test_rates_are_those_of_the_arguments(pairs, tiny_processor, arguments):
+    """None is above the learning rate. With arguments of a schedule, it is that of Transformers."""
+
+    def rates(**options) -> list[float]:
+        args = arguments(logging_steps=1, max_steps=4, **options)
+        trainer = ICLIPTrainer(tiny_model(), args, train_dataset=pairs, processing_class=tiny_processor)
+        trainer.train()
+        return [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+
+    assert 0 < max(rates(learning_rate=1e-6)) <= 1e-6 and max(rates(learning_rate=0.0)) == 0
+    found = rates(learning_rate=1e-4, warmup_steps=0, lr_scheduler_kwargs={"num_cycles": 1})
+    assert found == pytest.approx([1e-4, 5e-5, 0, 5e-5])
 
 
 def test_an_evaluation_in_bfloat16(pairs, tiny_processor, arguments, tmp_path):

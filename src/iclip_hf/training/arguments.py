@@ -40,8 +40,8 @@ class ICLIPTrainingArguments(TrainingArguments):
     paper's recipe, and GroupViT's, to which the paper refers. Its batch of 1024 pairs is that of four devices.
 
     `lr_scheduler_type="cosine"` is GroupViT's schedule: linear from `warmup_learning_rate` during `warmup_steps`, then
-    half a cosine over all steps to `min_learning_rate`. Other schedules are those of Transformers. The fields tell
-    what each argument is, as `iclip train --help` does.
+    half a cosine over all steps to `min_learning_rate`. Other schedules, and one with `lr_scheduler_kwargs`, are those
+    of Transformers. The fields tell what each argument is, as `iclip train --help` does.
     """
 
     per_device_train_batch_size: int = argument(256, "number of pairs in a batch of each process")

@@ -263,16 +263,16 @@ class ICLIPTrainer(Trainer):
         return [name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Like the base class, with GroupViT's schedule for "cosine"."""
-        if self.args.lr_scheduler_type != "cosine" or self.lr_scheduler is not None:
+        """Like the base class, with GroupViT's schedule for "cosine" without `lr_scheduler_kwargs`."""
+        args = self.args
+        if args.lr_scheduler_type != "cosine" or args.lr_scheduler_kwargs or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup = min(self.args.get_warmup_steps(num_training_steps), num_training_steps - 1)
-        peak = self.args.learning_rate
-        start, end = (min(rate, peak) for rate in (self.args.warmup_learning_rate, self.args.min_learning_rate))
+        warmup, peak = min(args.get_warmup_steps(num_training_steps), num_training_steps - 1), args.learning_rate
+        start, end = (min(rate, peak) for rate in (args.warmup_learning_rate, args.min_learning_rate))
         self._created_lr_scheduler = True
         self.lr_scheduler = LambdaLR(
             optimizer or self.optimizer,
-            lambda step: cosine_schedule(step, num_training_steps, warmup, peak, start, end) / peak,
+            lambda step: cosine_schedule(step, num_training_steps, warmup, peak, start, end) / (peak or 1),
         )
         return self.lr_scheduler
 

@@ -102,6 +102,7 @@ def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments)
         ("batch_eval_metrics", True),
         ("eval_do_concat_batches", False),
         ("remove_unused_columns", True),
+        ("include_for_metrics", ["loss"]),
     ):
         with pytest.raises(ValueError, match=f"{name}: the collator reads all columns, and metrics"):
             ICLIPTrainer(tiny_model(), arguments(**{name: value}), collator)

@@ -144,6 +144,7 @@ class ICLIPTrainer(Trainer):
         unfit = {
             "remove_unused_columns": args.remove_unused_columns and isinstance(self.data_collator, PairCollator),
             "batch_eval_metrics": args.batch_eval_metrics,
+            "include_for_metrics": "loss" in args.include_for_metrics,
             "eval_do_concat_batches": not args.eval_do_concat_batches,
             "preprocess_logits_for_metrics": self.preprocess_logits_for_metrics,
         }

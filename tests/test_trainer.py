@@ -30,6 +30,7 @@ from iclip_hf.training import (
     ICLIPTrainer,
     ICLIPTrainingArguments,
     PairCollator,
+    StreamedPairs,
     augmentation,
     few_pairs,
 )
@@ -101,19 +102,19 @@ def test_arguments_are_taken_by_their_position(pairs, tiny_processor, arguments)
     for name, value in (
         ("batch_eval_metrics", True),
         ("eval_do_concat_batches", False),
-        ("remove_unused_columns", True),
         ("include_for_metrics", ["loss"]),
+        ("remove_unused_columns", True),
     ):
         with pytest.raises(ValueError, match=f"{name}: the collator reads all columns, and metrics"):
             ICLIPTrainer(tiny_model(), arguments(**{name: value}), collator)
     with pytest.raises(ValueError, match="^preprocess_logits_for_metrics: "):
         ICLIPTrainer(tiny_model(), arguments(), collator, preprocess_logits_for_metrics=lambda logits, labels: logits)
-    with pytest.raises(ValueError, match="'maps' is the name of map_dataset"):
-        ICLIPTrainer(tiny_model(), arguments(), collator, None, {"maps": pairs}, map_dataset=pairs)
     with pytest.raises(ValueError, match="hub_strategy: checkpoints name paths and hold the token"):
         args = arguments()
         args.set_push_to_hub("org/name")  # whose default it is to push every checkpoint
         ICLIPTrainer(tiny_model(), args, collator)
+    with pytest.raises(ValueError, match="'maps' is the name of map_dataset"):
+        ICLIPTrainer(tiny_model(), arguments(), collator, None, {"maps": pairs}, map_dataset=pairs)
     with pytest.raises(TypeError, match="resume"):  # of the command line; here, `train` resumes
         arguments(resume=True)
 
@@ -179,12 +180,12 @@ def test_a_search_minimizes_the_loss(pairs, tiny_processor, arguments, monkeypat
     assert direction == "minimize" and objective == metrics["eval_loss"]
     given = trainer.hyperparameter_search(backend="optuna", compute_objective=len)
     assert given[1] == len(metrics)
-
-
     trainer.eval_dataset = {"near": pairs, "far": pairs}
     with pytest.raises(ValueError, match="compute_objective: name one"):
         trainer.hyperparameter_search(backend="optuna")
     assert trainer.hyperparameter_search(backend="optuna", compute_objective=len)[1] > len(metrics)
+
+
 def test_a_loss_function_and_metrics_of_the_user_are_called(pairs, tiny_processor, arguments):
     def squared(outputs, labels, num_items_in_batch=None):
         assert labels is None
@@ -247,6 +248,36 @@ def test_rows_of_any_data_set_and_a_collator_of_the_user(pairs, tiny_processor, 
     assert trainer.evaluate(several)["eval_loss"] == pytest.approx(loss, rel=1e-5)  # by the same captions
     with pytest.raises(ValueError, match="requires an eval_dataset"):
         trainer.evaluate()
+    for data in (rows.select([]), Subset(pairs, [])):
+        with pytest.raises(ValueError, match="eval_dataset: it has no pairs"):
+            trainer.predict(data)
+
+
+def test_a_collator_gets_the_columns_that_the_model_takes(pairs, tiny_processor, arguments):
+    """In evaluations as in trainings, with `remove_unused_columns` and a collator of the user."""
+    batch = PairCollator(tiny_processor)([*pairs])
+    taken = {name: batch[name].tolist() for name in ("pixel_values", "input_ids", "attention_mask")}
+    rows = datasets.Dataset.from_dict({**taken, "name": ["a pair"] * 20})
+
+    def collator(rows):
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+    trainer = ICLIPTrainer(tiny_model(), arguments(remove_unused_columns=True), collator, rows, rows, tiny_processor)
+    trainer.train()
+    expected = ICLIPTrainer(trainer.model, arguments(), processing_class=tiny_processor).evaluate(pairs)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rows_are_loaded_by_the_arguments(pairs, tiny_processor, arguments, streamed):
+    options = {"num_workers": 1, "prefetch_factor": 3, "multiprocessing_context": "spawn", "in_order": False}
+    args = arguments(**{f"dataloader_{name}": value for name, value in options.items()})
+    rows = StreamedPairs(None, 8) if streamed else pairs
+    trainer = ICLIPTrainer(tiny_model(), args, None, rows, pairs, tiny_processor)
+    for loader in (trainer.get_train_dataloader(), trainer.get_eval_dataloader()):
+        context = loader.multiprocessing_context.get_start_method()
+        found = {name: getattr(loader, name) for name in options} | {"multiprocessing_context": context}
+        assert found == options
 
 
 def test_rows_of_any_data_set_resume_with_the_same_captions(pairs, tiny_processor, arguments):

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from operator import itemgetter
 from pathlib import Path
@@ -31,7 +31,7 @@ with require_extra("train"):
 
 from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
-from ..data.wrappers import at_first_epoch, leaves
+from ..data.wrappers import at_first_epoch
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import save_model
 from ..hub.model_card import HUB_RESULTS
@@ -44,7 +44,7 @@ from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
 from .callbacks import Flow, Interrupts, Pictures, Start
 from .collator import PairCollator
-from .datasets import CachedPairs, NumberedRows, StreamedPairs
+from .datasets import NumberedRows, StreamedPairs
 from .evaluation import numbers_of_rows, retrieval_scores
 
 
@@ -203,15 +203,8 @@ class ICLIPTrainer(Trainer):
         """Like the base class. A stream is split over the processes already."""
         rows, batch, args = self.train_dataset, self._train_batch_size, self.args
         if isinstance(rows, StreamedPairs):
-            loader = DataLoader(
-                rows,
-                batch,
-                num_workers=args.dataloader_num_workers,
-                collate_fn=self.data_collator,
-                drop_last=True,
-                prefetch_factor=args.dataloader_prefetch_factor,
-                persistent_workers=args.dataloader_persistent_workers,
-            )
+            persistent = args.dataloader_persistent_workers
+            loader = self._loader(rows, batch, self.data_collator, drop_last=True, persistent_workers=persistent)
         elif (numbered := self._numbered(rows)) is not rows:
             sampler = self._get_train_sampler
             loader = self._get_dataloader(numbered, "Training", batch, lambda _: sampler(rows), is_training=True)
@@ -224,9 +217,15 @@ class ICLIPTrainer(Trainer):
             )
         return loader
 
+    def _loader(self, rows, batch: int, collator: Callable, **options) -> DataLoader:
+        """Returns a loader of rows in their order that the accelerator does not keep."""
+        names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
+        options |= {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        return DataLoader(rows, batch, collate_fn=collator, **options)
+
     def _numbered(self, rows):
         """Returns rows with the `draw` that a [`PairCollator`] samples by. Those that cannot be numbered stay."""
-        has_draws = isinstance(rows, (Epochs, IterableDataset, SegmentationDataset)) or not has_length(rows)
+        has_draws = isinstance(rows, (Epochs, IterableDataset)) or not has_length(rows)
         if has_draws or not isinstance(self.data_collator, PairCollator):
             return rows
         return NumberedRows(rows, self.args.data_seed)
@@ -298,13 +297,14 @@ class ICLIPTrainer(Trainer):
         if data is None:
             return super().get_eval_dataloader()  # raises
         data = self.eval_dataset[data] if isinstance(data, str) else data
-        # The loader sets its epoch, which may be that of the pairs to train on.
-        data = self._numbered(at_first_epoch(data))
-        cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(data))
-        workers = 0 if cached else self.args.dataloader_num_workers
-        collator = self.data_collator
+        if has_length(data) and not len(data):
+            raise ValueError("eval_dataset: it has no pairs; give others, or leave it out.")
+        if isinstance(data, SegmentationDataset):
+            return DataLoader(data, batch_sampler=[])  # the evaluation of maps reads the images
+        collator = self._get_collator_with_removed_columns(self.data_collator)
         collator = collator.for_evaluation() if isinstance(collator, PairCollator) else collator
-        loader = DataLoader(data, self.args.eval_batch_size, collate_fn=collator, num_workers=workers)
+        # The loader sets its epoch, which may be that of the pairs to train on.
+        loader = self._loader(self._numbered(at_first_epoch(data)), self.args.eval_batch_size, collator)
         # Not by the accelerator, which would keep it.
         processes = self.accelerator.num_processes, self.accelerator.process_index
         return prepare_data_loader(loader, self.args.device, *processes, put_on_device=True)
@@ -319,20 +319,13 @@ class ICLIPTrainer(Trainer):
         Like the base class. Measures retrieval with the recognition branch, and its loss over all held-out pairs at
         once, and the maps of a segmentation data set.
         """
-        data, measured = dataloader.dataset, {}
-        if maps_alone := isinstance(data, SegmentationDataset):
-            if not self.is_in_train and (self.args.fp16_full_eval or self.args.bf16_full_eval):
-                self.model.to(self.args.device, torch.float16 if self.args.fp16_full_eval else torch.bfloat16)
-            self.callback_handler.eval_dataloader = dataloader
-            output = EvalLoopOutput(None, None, {}, len(data))
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if isinstance(dataloader.dataset, SegmentationDataset):
+            measured = self._map_metrics(dataloader.dataset)
         else:
-            output = super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
             measured = self._retrieval_metrics(output)
-        maps = data if maps_alone else self.map_dataset
-        if maps_alone or (maps is not None and metric_key_prefix == "eval"):
-            measured |= self._map_metrics(maps)
+            if self.map_dataset is not None and metric_key_prefix == "eval":
+                measured |= self._map_metrics(self.map_dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
         return output
 

@@ -91,7 +91,8 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
     if folder := arguments.data.cache_features:
         cache = FeatureCache(model, processor, folder, args.mixed_precision, args.dataloader_num_workers)
         args.dataloader_num_workers = 0
-        args.dataloader_persistent_workers, args.dataloader_prefetch_factor = False, None  # of workers
+        args.dataloader_persistent_workers = False  # of workers, as the others
+        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
         if arguments.model.lock_text:
             collator.text_features = cache
             cache.texts(data.nouns.all_prompts() if data.nouns else ())

@@ -231,8 +231,8 @@ class ICLIPTowers(PreTrainedModel):
             kwargs["output_attentions"] = True
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             factor = self.config.vision_downsampling
-            seen = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
-            outputs = self.vision_model(seen, last_layers=last_layers, **kwargs)
+            downsampled = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
+            outputs = self.vision_model(downsampled, last_layers=last_layers, **kwargs)
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
             if not kind.normed:
                 tokens = norm(tokens)
@@ -245,16 +245,9 @@ class ICLIPTowers(PreTrainedModel):
         patch_tokens = tokens[:, patches]
         feature_map = feature_average = None
         if self.feature_model is not None:
-            with torch.no_grad():
-                feature_map = self.feature_map(pixel_values)
-                if self.config.recognition_pooling == "feature_average":
-                    average = feature_map.mean((2, 3))
-                    if factor > 1:
-                        average = (average + self.feature_map(seen).mean((2, 3))) / 2
-                    feature_average = self.feature_reduction(average).to(patch_tokens)
-                on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT
-                on_grid = self.feature_reduction(on_grid).to(patch_tokens)
-            patch_tokens = torch.cat([patch_tokens, on_grid], -1)
+            encoded = self._encode_features(pixel_values, downsampled, grid, like=patch_tokens)
+            feature_map, features, feature_average = encoded
+            patch_tokens = torch.cat([patch_tokens, features], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
             patch_tokens=patch_tokens,
@@ -265,6 +258,27 @@ class ICLIPTowers(PreTrainedModel):
             feature_map=feature_map,
             feature_average=feature_average,
         )
+
+    @torch.no_grad()
+    def _encode_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        downsampled: torch.FloatTensor,
+        grid: tuple[int, int],
+        like: torch.FloatTensor,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.FloatTensor | None]:
+        """
+        Runs the feature tower. Returns its feature map, and with the type and on the device of `like` the features of
+        the patches `(B, N, K)` and, for `recognition_pooling="feature_average"`, their mean `(B, K)`.
+        """
+        feature_map, feature_average = self.feature_map(pixel_values), None
+        if self.config.recognition_pooling == "feature_average":
+            average = feature_map.mean((2, 3))
+            if self.config.vision_downsampling > 1:
+                average = (average + self.feature_map(downsampled).mean((2, 3))) / 2
+            feature_average = self.feature_reduction(average).to(like)
+        on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT
+        return feature_map, self.feature_reduction(on_grid).to(like), feature_average
 
     def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """

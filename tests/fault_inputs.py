@@ -69,9 +69,6 @@ MISTAKEN_IMAGES = {
     "header alone": png(8, 8),
     **{f"half a {format}": data[: len(data) // 2] for format, data in BY_FORMAT.items()},
 }
-UNREADABLE_IMAGES = MISTAKEN_IMAGES | UPLOADED_IMAGES
-# One for each way through a reader: nothing, another format, code, a bomb, a part.
-FEW_UNREADABLE = ("empty", "svg", "pickle", "bomb", "half a JPEG")
 
 # JSON and near JSON, for whoever reads JSON and expects something of a certain form.
 BAD_JSON = {

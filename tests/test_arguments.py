@@ -71,7 +71,9 @@ def test_forms_of_a_file_of_arguments(tmp_path, capsys, content):
     [
         ("--epochs 3", "--epochs; use num_train_epochs"),
         ("--mixed-precision fp16", "bf16 or fp16"),
-        ("--pooling max", "--model_options pooling=VALUE"),
+        ("--pooling=max", "--model_options pooling=VALUE"),
+        ("--noun-weight", "--model_options noun_weight=VALUE"),
+        ("--resume_from_checkpoint=run", "use resume"),
         ("--lerning_rate 1", "did you mean --learning_rate?"),
         ("--num_train_epoch 3", "did you mean --num_train_epochs?"),
     ],

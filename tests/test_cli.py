@@ -335,14 +335,6 @@ def test_the_package_lists_what_it_imports_late():
         iclip_hf.nothing  # noqa: B018
 
 
-def test_data_sets_of_the_command_are_those_of_the_package():
-    from iclip_hf.cli.train.arguments import EvaluationArguments
-    from iclip_hf.data.layouts import DATASETS
-
-    evaluated = {*EvaluationArguments.__dataclass_fields__["eval_dataset"].metadata["choices"]}
-    assert set(DATASETS) == evaluated - {"none"}
-
-
 def test_options_of_the_command_are_parameters_of_metrics():
     from inspect import signature
 
@@ -354,15 +346,6 @@ def test_options_of_the_command_are_parameters_of_metrics():
 
 def test_limits_of_numbers_are_allowed():
     assert [fraction("0"), fraction("1"), at_least_1("1"), seed("0"), seed(str(MAX_SEED))] == [0, 1, 1, 0, MAX_SEED]
-
-
-def test_settings_take_dashes_and_underscores():
-    from iclip_hf.cli.train.arguments import parse_arguments
-
-    config = ["--config", "iclip-dinov2-s14-minilm"]
-    for sign in "-_":
-        arguments = parse_arguments([*config, f"--output{sign}dir", "a", "b"])
-        assert (arguments.training.output_dir, arguments.data.data) == ("a", ["b"])
 
 
 def test_without_a_command_the_help_lists_them(capsys):

@@ -53,10 +53,6 @@ ARGUMENTS = {
         "export": "{empty}/absent new",
         "train": "absent.csv",
         "train {table} --model {model}": """
-            --sharpness 3
-            --learning_rat 1
-            --noun_weight 0.5
-            --batch_size 0
             --config absent.yaml
             --nouns absent.txt
             --eval_dataset voc2012 --eval_root absent
@@ -154,36 +150,13 @@ def test_a_wrong_argument(world, table, sandbox, start, rest):
     assert any(os.path.basename(word).lstrip("-") in line for word in typed), line
 
 
-@pytest.mark.parametrize(
-    ("option", "cure"),
-    [
-        ("--noun_weight=0.5", "--model_options noun_weight=VALUE"),
-        ("--noun-weight", "--model_options noun_weight=VALUE"),
-        ("--resume_from_checkpoint=run", "use resume"),
-    ],
-)
-def test_an_option_that_is_another_one(sandbox, option, cure):
-    assert cure in refused("train", "pairs.csv", option)
-
-
 def explained(world, image, *more) -> str:
     return refused("explain", image, "--text", "dog", "--model", world.folder / "model", *more)
-
-
-@pytest.mark.parametrize("content", inputs.FEW_UNREADABLE)
-def test_a_file_that_is_no_image(world, sandbox, content):
-    image = inputs.written(sandbox / "case", inputs.UNREADABLE_IMAGES[content], "image.png")
-    assert "image.png" in explained(world, image)
 
 
 @pytest.mark.parametrize("name", ["absent.png", "http://127.0.0.1:9/a.png", "http://[a.png", ""])
 def test_a_place_that_is_no_image(world, sandbox, name):
     assert repr(name) in explained(world, name)
-
-
-@pytest.mark.parametrize("text", [" \t\u3000"])
-def test_a_text_that_is_none(world, sandbox, text):
-    assert "--text" in explained(world, world.photo, "--text", text)
 
 
 @pytest.mark.parametrize("damage", inputs.FEW_MODEL_FOLDERS)

@@ -251,6 +251,11 @@ def test_rows_of_any_data_set_and_a_collator_of_the_user(pairs, tiny_processor, 
     for data in (rows.select([]), Subset(pairs, [])):
         with pytest.raises(ValueError, match="eval_dataset: it has no pairs"):
             trainer.predict(data)
+    args = arguments(eval_strategy="steps", eval_steps=1)
+    trainer = ICLIPTrainer(tiny_model(), args, collator, rows, {"near": rows, "none": rows.select([])})
+    with pytest.raises(ValueError, match="eval_dataset: it has no pairs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_collator_gets_the_columns_that_the_model_takes(pairs, tiny_processor, arguments):

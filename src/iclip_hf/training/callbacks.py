@@ -181,6 +181,9 @@ class Start(TrainerCallback):
     def on_train_begin(self, args, state, control, **options):
         held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
         held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
+        if args.eval_strategy != "no":
+            for pairs in held_out:
+                self.trainer.get_eval_dataloader(pairs)  # raises for an empty set, before the first step
         held_out = [_digest(pairs) for pairs in held_out if are_pairs(pairs)]
         self.regressed = {}
         if not state.global_step:

@@ -86,12 +86,7 @@ class PairCollator:
             image_nouns: list[ImageNouns] = [row["nouns"] for row in texts]
             prompts, arrays = self.nouns.sample(image_nouns, draws[0][1])
             nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
-        return {
-            **self._images(rows, draws),
-            **self._texts(captions + prompts),
-            **nouns,
-            "return_loss": True,
-        }
+        return {**self._images(rows, draws), **self._texts(captions + prompts), **nouns, "return_loss": True}
 
     def _draw(self, index: int, row: Mapping) -> tuple[int, int, int | str]:
         """Returns the seed, the epoch and the index that the random choices for a row depend on."""
@@ -113,11 +108,9 @@ class PairCollator:
         return {"pixel_values": torch.stack(images)}
 
     def _texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        return (
-            dict(self.processor(text=texts))
-            if self.text_features is None
-            else {"text_inputs": self.text_features(texts)}
-        )
+        if self.text_features is not None:
+            return {"text_inputs": self.text_features(texts)}
+        return dict(self.processor(text=texts))
 
 
 def _texts_of(number: int, row: Mapping) -> PairTexts:

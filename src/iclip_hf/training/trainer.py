@@ -103,9 +103,8 @@ class ICLIPTrainer(Trainer):
     ```
     """
 
-    loss_is_scaled_for_ga = (
-        False  # the negatives of a pair are in its own batch, so a step has the mean of its batches
-    )
+    # The negatives of a pair are in its own batch, so a step has the mean of its batches.
+    loss_is_scaled_for_ga = False
 
     def __init__(
         self,

@@ -143,7 +143,6 @@ REFUSED = {
         "run lengths of another size": annotation(segmentation={"size": [30, 24], "counts": [20, 700]}),
         "truncated run lengths": annotation(segmentation={"size": [24, 30], "counts": [20, 600]}),
         "truncated compressed run lengths": annotation(segmentation={"size": [24, 30], "counts": RUNS[:-4]}),
-        "run lengths beyond the image": annotation(segmentation={"size": [24, 30], "counts": [20, 600, 120]}),
         "run lengths without counts": annotation(segmentation={"size": [24, 30]}),
     },
     (MISTAKE, overrides("names.json"), "names.json"): {

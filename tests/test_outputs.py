@@ -189,14 +189,6 @@ def test_commands_at_once_keep_their_pictures_apart_and_name_what_belongs_togeth
     assert after[drawn[0].name] == b"another command's" and new.split()[0] in capsys.readouterr().out
 
 
-def test_a_named_file_is_replaced_whoever_wrote_it_and_a_link_stays_one(world, mine):
-    before = (mine / "photos" / "dog.png").read_bytes()
-    assert typed(world, "explain photo.jpg SEE --output link.png") == 0
-    assert (mine / "link.png").is_symlink() and (mine / "photos" / "dog.png").read_bytes() != before
-    assert typed(world, "evaluate DATA --output scores.json") == 0
-    assert json.loads((mine / "scores.json").read_text())["protocol"]
-
-
 def test_the_folder_of_pictures_may_hold_anything(world, mine):
     (mine / "out" / "new").mkdir(parents=True)
     assert typed(world, "explain photos/cat.jpg photo.jpg SEE --output out") == 0

@@ -38,7 +38,7 @@ def evaluations(trainer: ICLIPTrainer) -> dict[int, dict[str, float]]:
     }
 
 
-def write_table(folder: Path, count: int, captions=None, suffix: str = "png", seed: int = 0) -> Path:
+def write_table(folder: Path, count: int, captions=None, seed: int = 0) -> Path:
     """A table of pairs of noise images with random captions, if none are given."""
     draws = np.random.default_rng(seed)
     folder.mkdir(exist_ok=True)
@@ -46,9 +46,9 @@ def write_table(folder: Path, count: int, captions=None, suffix: str = "png", se
         table = csv.writer(file)
         table.writerow(["image", "caption"])
         for number in range(count):
-            Image.fromarray(draws.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / f"{number}.{suffix}")
+            Image.fromarray(draws.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / f"{number}.png")
             caption = captions[number] if captions else " ".join(WORDS[word] for word in draws.integers(0, 12, 5))
-            table.writerow([f"{number}.{suffix}", caption])
+            table.writerow([f"{number}.png", caption])
     return folder / "pairs.csv"
 
 

@@ -122,7 +122,6 @@ def representative_patches(
 
 
 EVEN_SIDE = 8  # rows and columns of the patches that `even_patches` selects
-EVEN_PATCHES = EVEN_SIDE**2
 
 
 def even_patches(grid: tuple[int, int]) -> torch.Tensor:

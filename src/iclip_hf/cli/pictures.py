@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..model.downloads import is_url
-from ..model.presence import MIN_PRESENCE, presence_text
+from ..model.presence import MIN_PRESENCE, is_present, presence_text
 from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image
 from .options import MODEL, PROMPTS, add_shared, fraction
@@ -127,7 +127,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
                     print_error(options.command, problem)
                 if entry:
                     explained += 1
-                    print_lines(*([text] if options.json else _report(entry, texts.headings, options.min_presence)))
+                    print_lines(*([text] if options.json else _report(entry, texts, options.min_presence)))
         if lines is not None and not options.json:
             print_lines(f"{explained} image{'s' if explained > 1 else ''} -> {lines.name}")
     return 0 if explained == len(names) else 2
@@ -207,11 +207,11 @@ def _load_engine(options: argparse.Namespace) -> Engine:
     return Engine(explainer.model, explainer.model.processor, explainer, *settings)
 
 
-def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[str]:
-    """Returns the lines that are printed for an image. `headings` are those of texts and presence."""
+def _report(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
+    """Returns the lines that are printed for an image."""
     files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
     is_segmentation = "segments" in entry
-    headings = [*headings, "score", "share of the image" if is_segmentation else "regions"]
+    headings = [*texts.headings, "score", "share of the image" if is_segmentation else "regions"]
     rows = [
         [
             cut(f"{row['text']} (background)" if row.get("id") == 0 else row["text"]),
@@ -221,4 +221,7 @@ def _report(entry: dict, headings: Sequence[str], min_presence: float) -> list[s
         ]
         for row in entry.get("segments") or entry["texts"]
     ]
-    return [f"{entry['image']} -> {files}", *table(headings, rows)]
+    lines = [f"{entry['image']} -> {files}", *table(headings, rows)]
+    if texts.best and not any(is_present(row["presence"], min_presence) for row in entry["texts"]):
+        lines.append("None of the nouns is present: name by --text what you look for.")
+    return lines

@@ -519,13 +519,13 @@ def test_presence_compares_images_and_is_calibrated(iclip_data):
     # Of the shown texts eight of ten reach 0.5, of the absent ones one in thirty.
     assert (presences[truth] >= 0.5).mean() == pytest.approx(0.833, abs=0.06)
     assert (presences[~truth] >= 0.5).mean() == pytest.approx(0.03, abs=0.02)
-    # The presence is fitted on rooms, streets and landscapes too. A fit on COCO alone would raise its logit by 0.295.
-    odds = presences / (1 - presences) * math.exp(0.295)
+    # The presence is fitted on rooms, streets and landscapes too. A fit on COCO alone would raise its logit by 0.277.
+    odds = presences / (1 - presences) * math.exp(0.277)
     probable = at_prior(odds / (1 + odds), truth.mean())
     for low, high in ((0.0, 0.05), (0.05, 0.2), (0.2, 1.0)):
         inside = (low <= probable) & (probable < high)
-        # On these images it is too low, at most by a factor of 2.2.
-        assert 0.8 < (truth[inside].mean() + 0.01) / (probable[inside].mean() + 0.01) < 2.5
+        # On these images it is too low, at most by a factor of 2.9.
+        assert 0.8 < (truth[inside].mean() + 0.01) / (probable[inside].mean() + 0.01) < 3.2
 
 
 def test_a_text_is_named_by_itself_or_by_its_index(tiny_processor):

@@ -3,7 +3,7 @@ start.
 
     python benchmarks/bench_commands.py --data DATA
 
-The embedded model, images seen at 448 pixels; `DATA/coco100` has images with masks. Prints Markdown tables.
+The embedded model, images seen at 504 pixels; `DATA/coco100` has images with masks. Prints Markdown tables.
 """
 
 import json

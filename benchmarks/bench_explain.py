@@ -2,7 +2,7 @@
 
     python benchmarks/bench_explain.py
 
-The embedded model, images seen at 448 pixels, maps in [0, 1] of 480x640. Prints Markdown tables.
+The embedded model, images seen at 504 pixels, maps in [0, 1] of 480x640. Prints Markdown tables.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from iclip_hf.web.viewer import examples
 
 
 SIZE = (480, 640)
-SIDE = 448  # of an image as the model sees it, in pixels
+SIDE = 504  # of an image as the model sees it, in pixels
 COMPILED = "`torch.compile`"
 
 

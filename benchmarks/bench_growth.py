@@ -25,12 +25,12 @@ with needed():
     from matplotlib.figure import Figure
 
 PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
-# One image, 20 texts and 448 pixels per side, but for what grows.
-FIXED = {"images": 1, "texts": 20, "pixels per side": 448}
+# One image, 20 texts and 504 pixels per side, but for what grows.
+FIXED = {"images": 1, "texts": 20, "pixels per side": 504}
 GROWN = {
     "images": (1, 10, 100),
     "texts": (1, 10, 100, 1000, 10_000),
-    "pixels per side": (448, 896, 1792, 2688),
+    "pixels per side": (504, 1008, 2016, 3024),
 }
 
 
@@ -85,9 +85,9 @@ def bare_towers(model: ICLIPModel, pixels: int) -> Callable[[], object]:
 def large_images(model: ICLIPModel) -> str:
     """One image with one text against the image towers alone: what the attention row and the affinity add."""
     rows = []
-    for pixels in (448, 896, 1792):
+    for pixels in (504, 1008, 2016):
         contenders = {"explain": grown(model, 1, 1, pixels), "towers": bare_towers(model, pixels)}
-        taken = take_turns(contenders, 10 if pixels == 448 else 3)
+        taken = take_turns(contenders, 10 if pixels == 504 else 3)
         memory = [cost(function)[1] for function in contenders.values()]
         slower = f"{ratio(taken, 'explain', 'towers'):.3f}"
         rows.append([pixels, *medians(taken).values(), slower, *(f"{mebibytes:.0f}" for mebibytes in memory)])
@@ -96,7 +96,7 @@ def large_images(model: ICLIPModel) -> str:
 
 def main():
     command_line(__doc__).parse_args()
-    print(f"{machine()}; each size once, ratios as medians of 3 rounds (10 at 448 pixels)\n", flush=True)
+    print(f"{machine()}; each size once, ratios as medians of 3 rounds (10 at 504 pixels)\n", flush=True)
     model = loaded()
     rows = growth(model)
     plot(rows, PLOT)

@@ -57,7 +57,11 @@ class Flow(TrainerCallback):
             logger.warning(
                 "The training has %d steps, which teach little: an epoch of %d pairs is %d batches of %d, which leave "
                 "%d pairs out. Raise num_train_epochs, or lower per_device_train_batch_size.",
-                *(state.max_steps, len(pairs), batches, batch, max(len(pairs) - batches * batch, 0)),
+                state.max_steps,
+                len(pairs),
+                batches,
+                batch,
+                max(len(pairs) - batches * batch, 0),
             )
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **options):

@@ -124,6 +124,8 @@ REFUSED = {
     (MISTAKE, coco, "instances_val2017.json image.png absent.png"): {
         **inputs.FEW_JSON,
         "image of another size": {"images": [PICTURE | {"height": 23}]},
+        "height as text": {"images": [PICTURE | {"height": "24"}]},
+        "width as a float": {"images": [PICTURE | {"width": 30.0}]},
         "absent image": {"images": [PICTURE | {"file_name": "absent.png"}]},
         "unlisted category": annotation(category_id=4),
         "unlisted image": annotation(image_id=6),

@@ -212,6 +212,9 @@ def _parse(content: dict) -> tuple[list[dict], list[dict], list[list[Instance]]]
     ):
         if twice := [value for value, count in Counter(item[key] for item in items).items() if count > 1]:
             raise ValueError(f"there are two {name} with the {key} {twice[0]}")
+    for image in images:
+        if wrong := [side for side in ("height", "width") if not isinstance(image[side], int)]:
+            raise ValueError(f"the {wrong[0]} {image[wrong[0]]!r} of {image['file_name']} is no integer")
     return categories, images, [*instances.values()]
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 from functools import partial
 from zipfile import ZipFile
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from iclip_hf import ICLIPConfig, ICLIPModel
+from iclip_hf import ICLIPConfig, ICLIPModel, load
 from iclip_hf.backends import towers
 from iclip_hf.utils.cache import build_once
 
@@ -150,6 +151,20 @@ def test_a_backbone_is_no_text_tower(kind):
     config = ICLIPConfig(text_config={"model_type": kind}, text_pooling="mean")
     with pytest.raises(ValueError, match=f"text encoder of Transformers, not '{kind}'"):
         ICLIPModel(config)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [("vision_config", "CLIP's or a ViT"), ("text_config", "text encoder")],
+)
+def test_a_backbone_is_no_tower_of_a_dual_encoder(tmp_path, monkeypatch, side, message):
+    """Its Auto class would make it before anybody sees it, and timm would ask the Hub for its architecture."""
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("asked"))
+    towers = {"vision_config": {"model_type": "vit"}, "text_config": {"model_type": "bert"}}
+    towers[side] = {"model_type": "timm_wrapper", "architecture": "hf-hub:org/tower"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vision-text-dual-encoder", **towers}))
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{message}"):
+        load(tmp_path)
 
 
 @needs_pip

@@ -13,13 +13,14 @@ import torch
 from tokenizers import Regex, normalizers
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel, GradientCheckpointingLayer, SiglipImageProcessor
+from transformers import CLIPModel, GradientCheckpointingLayer, SiglipImageProcessor, VisionTextDualEncoderConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..model.configuration_iclip import patch_side
 from ..model.modeling_iclip import ICLIPModel
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
+from ..model.tower_loading import check_text_tower
 from .explainable import (
     ExplainableModel,
     RecordableModel,
@@ -220,11 +221,17 @@ class ExplainableDualEncoder(ExplainableCLIP):
     """VisionTextDualEncoder with an image tower of CLIP, or with a ViT, which has a pooler for the class token."""
 
     def __init__(self, model, processor):
-        tower = model.config.vision_config.model_type
+        self.check_towers(model.config)
+        self._is_vit = model.config.vision_config.model_type == "vit"
+        super().__init__(model, processor)
+
+    @staticmethod
+    def check_towers(config: VisionTextDualEncoderConfig) -> None:
+        """Raises `ValueError` for towers of other types, such as a backbone that timm would read from the Hub."""
+        tower = config.vision_config.model_type
         if tower not in ("clip_vision_model", "vit"):
             raise ValueError(f"The image tower of a vision-text-dual-encoder is CLIP's or a ViT, not {tower}.")
-        self._is_vit = tower == "vit"
-        super().__init__(model, processor)
+        check_text_tower(config.text_config)
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         if not self._is_vit:

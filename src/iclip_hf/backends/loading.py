@@ -177,6 +177,8 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
             shared["revision"] = resolve_revision(name)
         config = AutoConfig.from_pretrained(name, **shared)
         check_model_type(name, config.model_type, types)
+        if config.model_type == "vision-text-dual-encoder":
+            families.ExplainableDualEncoder.check_towers(config)
         config._attn_implementation = None  # the file could name code of the Hub
         with loading_errors(name, **({"cure": "correct model_options"} if options else {})):
             for option, value in options.items():

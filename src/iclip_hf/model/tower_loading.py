@@ -48,6 +48,12 @@ def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
     return getattr(config, side, config)
 
 
+def check_text_tower(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` unless a configuration is of a text encoder: a backbone could be read from the Hub."""
+    if config.model_type.startswith("timm") or config.sub_configs:
+        raise ValueError(f"A text tower is a text encoder of Transformers, not {config.model_type!r}.")
+
+
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
     """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import

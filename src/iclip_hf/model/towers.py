@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_iclip import ICLIPConfig, patch_side
-from .tower_loading import load_tower
+from .tower_loading import check_text_tower, load_tower
 
 
 class VisionTower(NamedTuple):
@@ -128,8 +128,7 @@ class ICLIPTowers(PreTrainedModel):
             raise ValueError(
                 f"An image tower needs a class token: one of {sorted(VISION_TOWERS)}, not {vision_type!r}."
             )
-        if text_type.startswith("timm") or config.text_config.sub_configs:  # its backbone could be read from the Hub
-            raise ValueError(f"A text tower is a text encoder of Transformers, not {text_type!r}.")
+        check_text_tower(config.text_config)
         if config.text_pooling == "eos" and text_type not in EOS_TEXT_TOWERS:
             raise ValueError(f'text_pooling="eos" needs one of {sorted(EOS_TEXT_TOWERS)}, not {text_type!r}.')
         if config.feature_config is not None and config.feature_config.model_type != "timm_wrapper":

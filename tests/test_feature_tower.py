@@ -180,7 +180,7 @@ def test_statistics_of_training_images_whiten_the_features(options, views, tiny_
     rows = [{"image": noise((40, 40), seed=seed, spread=20 + seed)} for seed in range(70)]
     images = recorded(model.feature_model, "forward", lambda pixel_values, **options: len(pixel_values))
     set_statistics(model, tiny_processor, rows)
-    assert images == [1] * 70 * views  # one at a time, on a CPU
+    assert images == [1] * 70 * (views + 1)  # one at a time, on a CPU; for the tokens, and for the whitening
     with torch.no_grad():
         pixel_values = tiny_processor(images=[row["image"] for row in rows])["pixel_values"]
         tokens = model.encode_image(pixel_values).patch_tokens

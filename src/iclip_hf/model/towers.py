@@ -94,7 +94,6 @@ class ImageTokens(NamedTuple):
     tower_output: BaseModelOutputWithPooling
     # (B, L - 1, D), mean patch tokens of the layers before the last, where L is `average_layers`; None with L = 1
     earlier_averages: torch.Tensor | None = None
-    feature_map: torch.Tensor | None = None  # (B, C, h', w') of C channels, of a feature tower
     feature_average: torch.Tensor | None = None  # (B, K), with `recognition_pooling="feature_average"`
 
 
@@ -242,10 +241,9 @@ class ICLIPTowers(PreTrainedModel):
             # Layers may be on several devices.
             raw_attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
         patch_tokens = tokens[:, patches]
-        feature_map = feature_average = None
+        feature_average = None
         if self.feature_model is not None:
-            encoded = self._encode_features(pixel_values, downsampled, grid, like=patch_tokens)
-            feature_map, features, feature_average = encoded
+            features, feature_average = self._encode_features(pixel_values, downsampled, grid, like=patch_tokens)
             patch_tokens = torch.cat([patch_tokens, features], -1)
         return ImageTokens(
             class_token=tokens[:, 0],
@@ -254,7 +252,6 @@ class ICLIPTowers(PreTrainedModel):
             grid=grid,
             tower_output=outputs,
             earlier_averages=averages,
-            feature_map=feature_map,
             feature_average=feature_average,
         )
 
@@ -265,10 +262,10 @@ class ICLIPTowers(PreTrainedModel):
         downsampled: torch.FloatTensor,
         grid: tuple[int, int],
         like: torch.FloatTensor,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor, torch.FloatTensor | None]:
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
-        Runs the feature tower. Returns its feature map, and with the type and on the device of `like` the features of
-        the patches `(B, N, K)` and, for `recognition_pooling="feature_average"`, their mean `(B, K)`.
+        Runs the feature tower. Returns the features of the patches `(B, N, K)` and, for
+        `recognition_pooling="feature_average"`, their mean `(B, K)`, with the type and on the device of `like`.
         """
         feature_map, feature_average = self.feature_map(pixel_values), None
         if self.config.recognition_pooling == "feature_average":
@@ -277,7 +274,7 @@ class ICLIPTowers(PreTrainedModel):
                 average = (average + self.feature_map(downsampled).mean((2, 3))) / 2
             feature_average = self.feature_reduction(average).to(like)
         on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT
-        return feature_map, self.feature_reduction(on_grid).to(like), feature_average
+        return self.feature_reduction(on_grid).to(like), feature_average
 
     def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """

@@ -41,22 +41,22 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     if not whiten and not center:
         return
     if partial_state("train").is_main_process:
-        tokens, on_grid, count, total, products = [], [], 0, 0.0, 0.0
+        tokens, on_grid, num_positions, total, products = [], [], 0, 0.0, 0.0
         rows = _sample(pairs.distinct()[0] if isinstance(pairs, PairDataset) else pairs)
         images = (row["image"] for row in tqdm(rows, "Statistics", unit="image", delay=3, leave=False))
         while batch := [*islice(images, 32)]:  # a thousand photographs can be larger than the memory
-            pixel_values = processor(images=batch)["pixel_values"]
-            image = model.encode_image(pixel_values.to(model.device))
+            pixel_values = processor(images=batch)["pixel_values"].to(model.device)
+            image = model.encode_image(pixel_values)
             tokens.append(image.patch_tokens.float().mean(1))
             if whiten:
-                features = image.feature_map
+                features = model.feature_map(pixel_values)
                 on_grid.append(F.interpolate(features, image.grid, mode="bilinear", align_corners=False).mean((2, 3)))
                 features = features.movedim(1, -1).flatten(0, 2).cpu().double()
-                count, total = count + len(features), total + features.sum(0)
+                num_positions, total = num_positions + len(features), total + features.sum(0)
                 products = products + features.T @ features
         token_mean = torch.cat(tokens).mean(0)
         if whiten:
-            _whiten(model, total / count, products / count)
+            _whiten(model, total / num_positions, products / num_positions)
             token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(on_grid).mean(0))
         if center:
             model.token_mean.copy_(token_mean)

@@ -1025,7 +1025,7 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert pairs.read(0)["captions"] == ["a"]
         with pytest.raises(BadPairError, match="no image"):
             pairs.read(1)
-        assert [*pairs.sources[0].names] == [None, None]  # nor read for a digest
+        assert [*pairs.sources[0].image_names] == [None, None]  # nor read for a digest
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         own = tmp_path / "datasets--org--name" / "snapshots" / "1a2b" / "0.jpg"  # as `datasets` downloads it
         own.parent.mkdir(parents=True)

@@ -86,10 +86,10 @@ class PairDataset(Epochs):
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
         self.sources = [*dict.fromkeys(sources)]
-        # A pair is the index of its image among those of all sources.
-        self._ends = np.cumsum([len(source.images[1]) - 1 for source in self.sources], dtype=int)
+        # A pair is the image with this index among those of all sources.
+        self._ends = np.cumsum([source.num_images for source in self.sources], dtype=int)
         indices = dict(zip(self.sources, np.split(np.arange(self._ends[-1:].sum()), self._ends[:-1])))
-        self._pairs = np.concatenate([np.empty(0, int), *map(indices.get, sources)])
+        self._image_indices = np.concatenate([np.empty(0, int), *map(indices.get, sources)])
         self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(
@@ -100,12 +100,13 @@ class PairDataset(Epochs):
     def _select(self, indices: np.ndarray) -> PairDataset:
         """Returns a data set of the pairs with these indices, or of a boolean mask of all pairs."""
         part = copy(self)
-        part._pairs, part._digests = self._pairs[indices], None if self._digests is None else self._digests[indices]
+        part._image_indices = self._image_indices[indices]
+        part._digests = None if self._digests is None else self._digests[indices]
         part.tally, part._epoch = BadPairTally(self.max_bad_share, len(part)), 0
         return part
 
     def __len__(self) -> int:
-        return len(self._pairs)
+        return len(self._image_indices)
 
     def __getitem__(self, index: int) -> dict:
         index, epoch = range(len(self))[index], self.epoch
@@ -139,12 +140,12 @@ class PairDataset(Epochs):
 
     def raw(self, index: int, need_captions: bool = True) -> RawPair:
         """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
-        return self._raw(self._pairs[index], need_captions)
+        return self._raw(self._image_indices[index], need_captions)
 
-    def _raw(self, pair: int, need_captions: bool) -> RawPair:
-        source, rows = self._rows(pair)
+    def _raw(self, image_index: int, need_captions: bool) -> RawPair:
+        source, rows = self._rows(image_index)
         row = rows[0]
-        name, file = source.names[row], source.file(row)
+        name, file = source.image_names[row], source.file(row)
         try:
             first, *more = map(source.rows.__getitem__, rows)
             texts = source.columns.texts(first)
@@ -163,13 +164,11 @@ class PairDataset(Epochs):
         key = first.get("__key__") or name or stored.get("path") or f"row {row + 1}"
         return RawPair(image, None if file else f"{source.path}: {stored.get('path') or key!r}", texts, key)
 
-    def _rows(self, pair: int) -> tuple[Source, list[int]]:
-        """Returns the source of a pair, and its rows."""
-        index = np.searchsorted(self._ends, pair, side="right")
-        source = self.sources[index]
-        rows, bounds = source.images
-        image = pair - self._ends[index]  # negative: `bounds[-1]` is the end of the last image
-        return source, rows[bounds[image - 1] : bounds[image]].tolist()
+    def _rows(self, image_index: int) -> tuple[Source, list[int]]:
+        """Returns the source of an image, and its rows there."""
+        source_index = np.searchsorted(self._ends, image_index, side="right")
+        source = self.sources[source_index]
+        return source, source.rows_of_image(image_index - self._ends[source_index] + source.num_images)
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of 2000 to 4000 pairs evenly spread over all, or of fewer, without bad ones."""
@@ -206,13 +205,13 @@ class PairDataset(Epochs):
         groups = self.image_digests()
         # In the order of the pairs, so that the split does not depend on the paths of the files.
         distinct = list(dict.fromkeys(groups))
-        count = math.ceil(share * len(distinct))
-        if not 0 < count < len(distinct):
+        num_held_out = math.ceil(share * len(distinct))
+        if not 0 < num_held_out < len(distinct):
             raise ValueError(
                 f"A share of {share} does not split {len(distinct)} images in two; change it, or add pairs."
             )
         order = np.random.default_rng(0).permutation(len(distinct))
-        held_out = {distinct[index] for index in order[:count]}
+        held_out = {distinct[index] for index in order[:num_held_out]}
         inside = np.array([group in held_out for group in groups])
         return self._select(~inside), self._select(inside).distinct()[0]
 
@@ -240,7 +239,7 @@ class PairDataset(Epochs):
         Returns the pairs without repetitions of sources, in order, and for each of the N pairs of this data set its
         index among them, `(N,)`.
         """
-        _, indices, rows = np.unique(self._pairs, return_index=True, return_inverse=True)
+        _, indices, rows = np.unique(self._image_indices, return_index=True, return_inverse=True)
         return self._select(indices), rows.reshape(-1)
 
     def image_digests(self) -> list[bytes]:
@@ -252,7 +251,7 @@ class PairDataset(Epochs):
         if self._digests is None:
             large = sum(source.size for source in self.sources) > LARGE
             digests = [self._source_digests(index, large) for index in range(len(self.sources))]
-            self._digests = np.concatenate(digests)[self._pairs]
+            self._digests = np.concatenate(digests)[self._image_indices]
         return self._digests.tolist()
 
     def _source_digests(self, index: int, large: bool) -> np.ndarray:
@@ -261,21 +260,21 @@ class PairDataset(Epochs):
         kept = cache_folder() / "digests" / f"{source.state}.bin" if large else None
         if large and kept.is_file():
             return np.fromfile(kept, "V32")
-        pairs = range(self._ends[index] - len(source.images[1]) + 1, self._ends[index])
+        image_indices = range(self._ends[index] - source.num_images, self._ends[index])
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
-            found = prefetch_map(pool, self._image_digest, pairs, 64)
-            bar = tqdm(found, "Comparing images", len(pairs), unit="pair", delay=2, leave=False)
+            found = prefetch_map(pool, self._image_digest, image_indices, 64)
+            bar = tqdm(found, "Comparing images", len(image_indices), unit="pair", delay=2, leave=False)
             digests = np.array([*bar], "V32")
         if large:
             keep_in_cache(kept, digests.tofile)
         return digests
 
-    def _image_digest(self, pair: int) -> bytes:
+    def _image_digest(self, image_index: int) -> bytes:
         try:
-            image = self._raw(pair, need_captions=False).image
+            image = self._raw(image_index, need_captions=False).image
             return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()
         except (OSError, ValueError):  # a bad pair, which is counted when it is read for training
-            source, (row, *_) = self._rows(pair)
+            source, (row, *_) = self._rows(image_index)
             location = os.path.abspath(source.file(row) or f"{source.path}, row {row + 1}")
             return hashlib.sha256(location.encode(errors="surrogatepass")).digest()
 

@@ -57,7 +57,7 @@ class Source:
             as "caption".
         rows: `dict`s of columns. `image` is as `datasets` stores it, `{"bytes": ..., "path": ...}`, for an
             image within the row. `__key__` names the row. Reading a row raises `ValueError` if it is unusable.
-        names: the image file of each row, None for an image within the row and for a row without an image.
+        image_names: the image file of each row, None for an image within the row and for a row without an image.
         files: the files of the source itself.
     """
 
@@ -65,17 +65,17 @@ class Source:
     folder: Path
     columns: Columns
     rows: Sequence[dict]
-    names: Sequence[str | None]
+    image_names: Sequence[str | None]
     files: Sequence[str | os.PathLike]
 
     def file(self, row: int) -> str | None:
         """Returns the path of the image file of a row."""
-        name = self.names[row]
+        name = self.image_names[row]
         return name and os.path.join(self.folder, name)
 
     def all_files(self) -> Iterable[str | os.PathLike]:
         """Yields the files of the source itself, and those of its images."""
-        return chain(self.files, filter(None, map(self.file, range(len(self.names)))))
+        return chain(self.files, filter(None, map(self.file, range(len(self.image_names)))))
 
     @cached_property
     def size(self) -> int:
@@ -90,14 +90,23 @@ class Source:
             state.update(file_state(file))
         return state.hexdigest()[:32]
 
+    @property
+    def num_images(self) -> int:
+        return len(self._rows_by_image[1]) - 1
+
+    def rows_of_image(self, image_index: int) -> list[int]:
+        """
+        Returns the rows that name an image. They are one pair, because in a batch the captions of other pairs count as
+        wrong. Images are in the order of their first rows.
+        """
+        rows, bounds = self._rows_by_image
+        return rows[bounds[image_index] : bounds[image_index + 1]].tolist()
+
     @cached_property
-    def images(self) -> tuple[np.ndarray, np.ndarray]:
-        """
-        All rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images. Rows that name one
-        image are one pair, because in a batch the captions of other pairs count as wrong.
-        """
+    def _rows_by_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images."""
         names = bytearray()
-        for row in range(len(self.names)):
+        for row in range(len(self.image_names)):
             file = self.file(row)
             name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row
             names += hashlib.blake2b(name, digest_size=16).digest()

@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         for index, (text, segment, is_covered) in enumerate(explanation.segments()):
             mask = segment.numpy()
             labels[mask] = index
-            covered += [text] if is_covered and index < num_texts else []
+            covered += [index] if is_covered and index < num_texts else []
             segments.append(
                 {
                     "id": index + 1 if index < num_texts else 0,  # 0 is the background
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
             )
         entry = {**explanation.settings(), "segments": segments}
         if covered:
-            reasons = "; ".join(_covering(explanation, text, labels) for text in covered)
+            reasons = "; ".join(_covering(explanation, index, labels) for index in covered)
             entry["problem"] = f"{name}: {reasons}; iclip explain shows each map"
         if picture is None:
             return entry
@@ -77,15 +77,17 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def _covering(explanation, text: str, labels) -> str:
-    """Says which texts have a tenth or more of the mask of a text in a label map, the largest part first."""
+def _covering(explanation, text: int, labels) -> str:
+    """Says which other texts have a tenth or more of the mask of a text in a label map, the largest part first."""
     import numpy as np
 
     inside = labels[explanation.mask(text).numpy()]
     counts = np.bincount(inside[inside >= 0], minlength=len(explanation))
+    counts[text] = 0
     least = min(counts.max(), inside.size / 10)
     names = [explanation.labels[index] for index in np.argsort(-counts) if counts[index] >= least]
-    return f"{' and '.join(names)} {'has' if len(names) == 1 else 'have'} nearly all pixels of the mask of {text}"
+    have = "has" if len(names) == 1 else "have"
+    return f"{' and '.join(names)} {have} most pixels of the mask of {explanation.labels[text]}"
 
 
 def _save_labels(labels, num_texts: int, path: Path) -> Path:

@@ -20,7 +20,7 @@ from .similarity import resize_and_normalize
 
 
 # A text is covered by the others if it keeps less than this fraction of its own mask in a label map.
-_COVERED = 0.05
+_COVERED = 0.25
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -189,7 +189,7 @@ class Explanation:
     def is_covered(self, text: int | str, segment: torch.Tensor | np.ndarray) -> bool:
         """
         Returns whether the other texts cover a text in a label map: the area of its segment, `(H, W)` boolean, is less
-        than 5 % of the area of its own mask. The mask has the threshold 0.5 if the explanation has no threshold.
+        than a quarter of the area of its own mask. The mask has the threshold 0.5 if the explanation has no threshold.
         """
         index = self.index(text)
         area = int(segment.sum())

@@ -239,7 +239,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
             if mask.any():
                 answers.append({"label": label, "score": score, "mask": _mask(mask, return_json)})
             if is_covered:
-                logger.warning(f"{label!r} is present, but other labels match better nearly everywhere in its mask.")
+                logger.warning(f"{label!r} is present, but other labels match better in most of its mask.")
         return answers
 
 

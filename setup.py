@@ -17,7 +17,7 @@ extras = {
     # `iclip evaluate` and the metric modules
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scikit-learn>=1.5"],
     # Gradio apps, and their example photographs
-    "demo": ["gradio>=6.10", "scikit-image>=0.25"],
+    "demo": ["gradio>=6.24", "scikit-image>=0.25"],
     # `iclip export --format onnx`, and models so exported
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
     # models of open_clip in the explainers; pip before 23.3 knows an extra by its normalised name alone

@@ -258,6 +258,7 @@ def test_the_app_serves_only_its_own_files(server, folder, world):
     assert traversal.status_code != 200 or ".." not in traversal.json()[0]
     assert upload(server, bytes(21_000_000)).status_code == 413
     assert httpx.get(f"{server}monitoring/summary").status_code == 403
+    assert httpx.get(f"{server}gradio_api/run-history/buckets").status_code == 404
 
 
 def test_a_question_without_an_image_is_answered_with_an_error(server):
@@ -447,3 +448,17 @@ def test_a_large_body_is_cut_off(server, path):
 
     limit = app.MAX_FILE_SIZE if path == "upload" else app.MAX_BODY_SIZE
     assert answered(1000) and not answered(limit + 2**20)
+
+
+@pytest.mark.parametrize("route", ["run", "call", "stream"])
+def test_only_an_upload_of_files_may_be_large(server, route):
+    """Not the values of an endpoint or event that is called "upload"."""
+    content = b'{"data": ["%s"]}' % (b"a" * 2 * app.MAX_BODY_SIZE)
+    answered = httpx.post(f"{server}gradio_api/{route}/upload", content=content, timeout=60)
+    assert answered.status_code == 400 and "parsing the body" in answered.text
+
+
+def test_no_recording_of_the_screen_is_taken(server):
+    """A file of a few hundred kilobytes can take gigabytes in ffmpeg."""
+    video = {"video": ("video.mp4", b"frames")}
+    assert not httpx.post(f"{server}gradio_api/process_recording", files=video, timeout=60).is_success

@@ -163,15 +163,18 @@ def _add_answer() -> tuple[gr.HTML, gr.DownloadButton]:
 class LimitedBodies:
     """
     Middleware that cuts off the body of a request above `MAX_FILE_SIZE`, or above `MAX_BODY_SIZE` if it uploads no
-    file. Gradio limits only files.
+    file. Gradio limits only files. A screen recording, which the page does not make, is cut off at once: Gradio gives
+    it to ffmpeg, whose memory has no limit.
     """
+
+    _LIMITS = {"/gradio_api/upload": MAX_FILE_SIZE + 2**16, "/gradio_api/process_recording": 0}  # by the end of a path
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        received = 0
-        limit = MAX_FILE_SIZE + 2**16 if scope.get("path", "").endswith("/upload") else MAX_BODY_SIZE
+        received, path = 0, scope.get("path", "")
+        limit = next((size for end, size in self._LIMITS.items() if path.endswith(end)), MAX_BODY_SIZE)
 
         async def limited():
             nonlocal received
@@ -203,6 +206,7 @@ def launch(
         max_file_size=MAX_FILE_SIZE,
         app_kwargs={"middleware": [Middleware(LimitedBodies)]},
         enable_monitoring=False,  # the monitoring page would show its usage to everybody
+        run_history=False,  # it opens URLs, and the buckets of the Hub token of this machine
         state_session_capacity=MAX_SESSIONS,
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,

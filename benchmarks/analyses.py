@@ -104,7 +104,7 @@ def semantic_shift(
     sums = np.zeros((len(SHARES), 4), np.int64)  # images, B2F, F2B, same
     on_foreground: dict[str, int] = {}
     for sample in samples:
-        masks = [sample.mask(label) for label in sample.labels] or [np.zeros(sample.size, np.uint8)]
+        masks = [sample.mask(label) for label in sample.class_ids] or [np.zeros(sample.size, np.uint8)]
         foreground = np.any([(mask > 0) & (mask != sample.void) for mask in masks], 0)
         labelled = foreground | ~np.any([mask == sample.void for mask in masks], 0)
         if not foreground.any():
@@ -129,7 +129,7 @@ def prompt_hits(explanation: Explanation, sample: SegmentationSample) -> list[tu
     IoU of at least 0.5 with that of an object, and its first positive point lies on the class.
     """
     hits = []
-    for index, label in enumerate(sample.labels):
+    for index, label in enumerate(sample.class_ids):
         mask, (heatmap, drawn) = sample.mask(label) == label, explanation.map_and_mask(index)
         objects = find_regions(mask.astype(np.float32), mask, min_weight=0)
         for rank, region in enumerate(find_regions(heatmap.numpy(), drawn.numpy())):
@@ -210,7 +210,7 @@ def prompts(options: argparse.Namespace) -> None:
     engine = Engine(model, model.processor, make_explainer(model), templates=dataset.templates, refine=True)
     texts, hits, pairs = engine.encode(dataset.class_names), [], 0
     for sample in tqdm(dataset[1::2] if options.odd else dataset[: options.limit], unit="image"):
-        shown = [label - 1 for label in sample.labels]
+        shown = [label - 1 for label in sample.class_ids]
         (explanation,) = engine.run([engine.prepare(sample.image, sample.size, shown)], texts)
         hits += prompt_hits(replace(explanation, min_presence=0.0), sample)
         pairs += len(shown)

@@ -47,14 +47,14 @@ RULES = {"stretched maximum": stretched_maximum, "masks": label_map, "each stret
 def measure(dataset, refine: bool, background: list[str]) -> list[list]:
     model = load("embedded")
     texts = [text for synonyms in dataset.synonyms for text in synonyms]
-    labels = np.array([label for label, names in zip(dataset.labels, dataset.synonyms) for _ in names])
+    labels = np.array([label for label, names in zip(dataset.class_ids, dataset.synonyms) for _ in names])
     engine = Engine(model, model.processor, templates=dataset.templates, refine=refine)
     asked_texts = [*texts, *background]
-    folds = {rule: [MeanIoU(max(dataset.labels) + 1, True) for _ in range(2)] for rule in RULES}
+    folds = {rule: [MeanIoU(max(dataset.class_ids) + 1, True) for _ in range(2)] for rule in RULES}
     hidden, asked = dict.fromkeys(RULES, 0), 0
     explanations = engine.run((sample.image for sample in dataset), asked_texts, batch_size=1)
     for position, (sample, explanation) in enumerate(zip(dataset, explanations)):
-        rows = np.flatnonzero(np.isin(labels, sample.labels))
+        rows = np.flatnonzero(np.isin(labels, sample.class_ids))
         names = np.append(labels[rows], 0)  # the last for the label -1
         rows = [*rows.tolist(), *range(len(texts), len(asked_texts))]
         present = torch.tensor(explanation.present)[rows]

@@ -70,7 +70,7 @@ def labelled(folder: Path, names: Sequence[str]) -> Iterator[tuple[Image.Image, 
 def masked(dataset) -> Iterator[tuple[Image.Image, np.ndarray]]:
     """Yields the images of a segmentation data set and whether they show each class, (K,) boolean."""
     for sample in dataset:
-        yield sample.image, np.isin(dataset.labels, sample.labels)
+        yield sample.image, np.isin(dataset.class_ids, sample.class_ids)
 
 
 def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tuple[str, ...]):

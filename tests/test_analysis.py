@@ -38,7 +38,7 @@ class Sample:
     def __init__(self, index, image=None):
         self.index = np.asarray(index, np.uint8)
         self.size = self.index.shape
-        self.labels = tuple(sorted(set(self.index.ravel().tolist()) - {0, 255}))
+        self.class_ids = tuple(sorted(set(self.index.ravel().tolist()) - {0, 255}))
         self.image = image
 
     def mask(self, label):

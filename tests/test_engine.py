@@ -514,7 +514,7 @@ def test_presence_compares_images_and_is_calibrated(iclip_data):
     samples = [dataset[index] for index in range(20)]
     found = list(Engine(model, processor).run([sample.image for sample in samples], dataset.class_names))
     presences = torch.stack([one.presence for one in found]).numpy()
-    truth = np.stack([np.isin(dataset.labels, sample.labels) for sample in samples])
+    truth = np.stack([np.isin(dataset.class_ids, sample.class_ids) for sample in samples])
     assert roc_auc_score(truth.ravel(), presences.ravel()) > 0.92  # over the pairs of all images
     # Of the shown texts eight of ten reach 0.5, of the absent ones one in thirty.
     assert (presences[truth] >= 0.5).mean() == pytest.approx(0.833, abs=0.06)

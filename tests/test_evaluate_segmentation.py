@@ -122,10 +122,10 @@ def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
     result = result.results["itsm"]["label_maps"]
     ious, hidden, areas = [], [], []
     for sample in dataset:
-        absent = [label for label in (1, 2, 3) if label not in sample.labels]
-        if not sample.labels:
+        absent = [label for label in (1, 2, 3) if label not in sample.class_ids]
+        if not sample.class_ids:
             continue
-        labels = [*sample.labels, *absent]  # of three classes, at most two are absent
+        labels = [*sample.class_ids, *absent]  # of three classes, at most two are absent
         pixels = tiny_processor(sample.image, labels=[NAMES[label - 1] for label in labels])
         with torch.no_grad():
             outputs = model(**pixels, output_similarity_maps=True)
@@ -133,7 +133,7 @@ def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
         found = label_map(maps, sample.size, outputs.logits_per_image[0].sigmoid(), MIN_PRESENCE, 0.5).numpy()
         found = np.array([0, *labels])[found + 1]
         known = sample.label_map != 255
-        for label in sample.labels:
+        for label in sample.class_ids:
             own, segment = (sample.label_map == label) & known, (found == label) & known
             ious.append((own & segment).sum() / (own | segment).sum())
             hidden.append(not segment.any())
@@ -147,11 +147,11 @@ def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
 def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
     labels = tuple(range(1, 9))
     metric = LabelMaps(seed=1)
-    metric.run = SimpleNamespace(dataset=SimpleNamespace(labels=labels))
+    metric.run = SimpleNamespace(dataset=SimpleNamespace(class_ids=labels))
     metric.like = like_classes(["animal"] * 3 + ["food"] * 5, torch.eye(8))
 
     def typed(index, *shown):
-        return metric.typed(SimpleNamespace(index=index, sample=SimpleNamespace(labels=shown)))
+        return metric.typed(SimpleNamespace(index=index, sample=SimpleNamespace(class_ids=shown)))
 
     drawn = [typed(index, 2) for index in range(60)]
     assert drawn == [typed(index, 2) for index in range(60)]  # by the seed and the position alone

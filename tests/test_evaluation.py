@@ -65,10 +65,10 @@ def test_figures_of_every_method_are_those_of_one_image_and_class_at_a_time(labe
         texts = explainer.model.encode_texts(NAMES)
         for sample in dataset:
             maps, scores = raw_maps(explainer, tiny_processor(images=[sample.image])["pixel_values"], texts)
-            heatmaps = resize_and_normalize(maps[0, [label - 1 for label in sample.labels]], sample.size)
-            precision.update(scores, np.isin([1, 2, 3], sample.labels)[None])
-            contrast.update(heatmaps, sample.label_map, sample.labels)
-            for heatmap, label in zip(heatmaps, sample.labels):
+            heatmaps = resize_and_normalize(maps[0, [label - 1 for label in sample.class_ids]], sample.size)
+            precision.update(scores, np.isin([1, 2, 3], sample.class_ids)[None])
+            contrast.update(heatmaps, sample.label_map, sample.class_ids)
+            for heatmap, label in zip(heatmaps, sample.class_ids):
                 miou.update(heatmap, sample.mask(label), label)
                 mfmb.update(heatmap, sample.mask(label), label)
         for metric in alone:
@@ -102,7 +102,7 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
         for sample in dataset:
             pixels = tiny_processor(images=[sample.image])["pixel_values"]
             maps, _ = raw_maps(explainer, pixels, model.encode_texts(NAMES))
-            for i, j in itertools.permutations(sample.labels, 2):
+            for i, j in itertools.permutations(sample.class_ids, 2):
                 heatmap = resize_and_normalize(maps[0, i - 1 : i], sample.size)[0].numpy()
                 own, other = (heatmap[sample.mask(label) == label] for label in (i, j))
                 ranked.setdefault(i, []).append(np.mean(own[:, None] > other))
@@ -123,7 +123,7 @@ def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, t
     assert (passes, backwards) == ([4, 3], [])
     evaluate_model((model, tiny_processor), dataset, ["grad_cam"], batch_size=4, progress=False)
     assert passes[2:] == [4, 4, 3, 3]
-    shown = [len(sample.labels) for sample in dataset]
+    shown = [len(sample.class_ids) for sample in dataset]
     assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
 
 
@@ -141,13 +141,13 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
         values = model.presence(image.image_embeds @ texts.text_embeds.T)[0].tolist()
         for label, value in enumerate(values, 1):
             like = False
-            for other in set(sample.labels) - {label}:
+            for other in set(sample.class_ids) - {label}:
                 if supercategories is None:  # the nearest of the two others
                     near = max({1, 2, 3} - {other}, key=lambda k: cosines[other - 1][k - 1])
                     like |= near == label
                 else:
                     like |= supercategories[other - 1] == supercategories[label - 1]
-            pairs.append((value, label in sample.labels, like, label))
+            pairs.append((value, label in sample.class_ids, like, label))
     result = evaluate_model(model, dataset, metrics=["presence"], templates=templates, progress=False)
     measured = result.results["itsm"]["presence"]
 
@@ -215,7 +215,9 @@ def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     names = {}
     exec(re.search(r"```py\n(import math.*?)\ndataset =", guide, re.DOTALL)[1], names)
     masks = np.array([[[1, 1]], [[0, 255]]])
-    image = EvaluatedImage(0, SimpleNamespace(labels=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1]), None)
+    image = EvaluatedImage(
+        0, SimpleNamespace(class_ids=(1, 2), size=(1, 2), void=255, mask=lambda k: masks[k - 1]), None
+    )
     metric = names["AreaRatio"]()
     metric.update_from(image, "itsm", torch.tensor([[[0.9, 0.1]]] * 2))
     assert metric.compute()["area_ratio"] == 0.5 and metric.compute()["left_out"] == {"no_value": 1}

@@ -228,7 +228,7 @@ def slowly(model, processor, dataset, method, refine):
     score = scorer(explainer.model, texts)
     for index, sample in enumerate(dataset):
         pixels = processor(images=[sample.image])["pixel_values"]
-        for label in sample.labels:
+        for label in sample.class_ids:
 
             def explain(images, label=label):
                 maps = raw_maps(explainer, images, texts)[0][:, label - 1 : label]

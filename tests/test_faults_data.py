@@ -23,7 +23,7 @@ from iclip_hf.model.images import load_image
 
 def mask(world, folder, content):
     sample = load_segmentation("folder", masks_folder(folder, mask=content))[0]
-    return sample.labels, sample.mask(1), sample.image
+    return sample.class_ids, sample.mask(1), sample.image
 
 
 def image_of_mask(world, folder, content):

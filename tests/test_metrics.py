@@ -503,7 +503,7 @@ def test_a_metric_without_data_computes(name):
     (metric,) = make_metrics([name])
     if name == "segmentation":
         dataset = SimpleNamespace(
-            labels=[1], synonyms=[["a"]], class_names=["a"], background=True, background_texts=[], void=255
+            class_ids=[1], synonyms=[["a"]], class_names=["a"], background=True, background_texts=[], void=255
         )
         metric.prepare(
             SimpleNamespace(

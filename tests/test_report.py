@@ -44,7 +44,7 @@ def test_the_rows_are_the_pairs_of_the_evaluation(evaluated):
     data = data_of(folder)
     assert data["texts"] == NAMES and data["methods"] == METHODS and data["images"] == [one.name for one in dataset]
     assert [*data["scores"]][0] == "IoU (mMIoU)" and data["title"].endswith(" on folder")
-    pairs = [(image, label - 1) for image, sample in enumerate(dataset) for label in sample.labels]
+    pairs = [(image, label - 1) for image, sample in enumerate(dataset) for label in sample.class_ids]
     assert [tuple(row[:2]) for row in data["rows"]] == pairs
     for place, method in enumerate(METHODS):
         for text, row in enumerate(result.per_class[method]):

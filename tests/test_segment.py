@@ -10,7 +10,7 @@ from PIL import Image, ImageColor
 
 from iclip_hf import explain
 from iclip_hf.backends.loading import load_pretrained
-from iclip_hf.cli.segment import _save_labels
+from iclip_hf.cli.segment import _save_label_map
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.regions import run_lengths
 from iclip_hf.plots import sheets
@@ -92,7 +92,7 @@ def test_thresholds_and_presence_leave_pixels_to_the_background(workspace, capsy
 def test_no_id_is_that_of_void_pixels(tmp_path, texts, mode, void):
     """Whichever texts the image shows: files of one call have one form."""
     for shown in (np.arange(-1, texts), np.array([-1, 0])):
-        with Image.open(_save_labels(shown[None], texts, tmp_path / "a.png")) as labels:
+        with Image.open(_save_label_map(shown[None], texts, tmp_path / "a.png")) as labels:
             assert labels.mode == mode and np.asarray(labels).max() < void
             np.testing.assert_array_equal(np.asarray(labels)[0], shown + 1)
 

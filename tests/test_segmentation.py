@@ -142,11 +142,11 @@ def test_voc(voc):
     dataset = load_segmentation("voc2012", voc)
     assert (dataset.name, dataset.split, len(dataset)) == ("voc2012", "val", 2)
     assert [sample.name for sample in dataset] == ["2007_000002", "2007_000001"]  # the list's order
-    assert dataset.class_names == VOC and dataset.labels == tuple(range(1, 21))
+    assert dataset.class_names == VOC and dataset.class_ids == tuple(range(1, 21))
     assert dataset.templates == ("a photo of the {}",)
     nothing, sample = dataset
-    assert (nothing.labels, nothing.size) == ((), (3, 2))
-    assert (sample.labels, sample.size) == ((1, 20), (2, 3))
+    assert (nothing.class_ids, nothing.size) == ((), (3, 2))
+    assert (sample.class_ids, sample.size) == ((1, 20), (2, 3))
     assert sample.image.mode == "RGB" and sample.image.size == (3, 2)
     assert sample.mask(1).tolist() == [[0, 1, 1], [0, 0, 255]] and sample.mask(1).dtype == np.uint8
     assert sample.mask(20).tolist() == [[0, 0, 0], [20, 20, 255]]
@@ -161,13 +161,13 @@ def test_voc_root_may_be_any_of_its_folders(voc, inside):
 
 def test_coco(coco):
     dataset = load_segmentation("coco2017", coco)
-    assert (dataset.split, dataset.class_names, dataset.labels) == ("val2017", ("person", "cat", "dog"), (1, 2, 3))
+    assert (dataset.split, dataset.class_names, dataset.class_ids) == ("val2017", ("person", "cat", "dog"), (1, 2, 3))
     assert dataset.supercategories == ("person", "animal", "animal")
     empty, sample = dataset  # by image id
-    assert (empty.name, empty.size, empty.labels) == ("000000000003", (4, 5), ())
+    assert (empty.name, empty.size, empty.class_ids) == ("000000000003", (4, 5), ())
     assert not empty.mask(2).any()
     assert (sample.name, sample.size) == ("000000000007", (6, 8))
-    assert sample.labels == (1, 2, 3)  # the person too, though only a crowd shows it
+    assert sample.class_ids == (1, 2, 3)  # the person too, though only a crowd shows it
     dogs = np.maximum(DOG, box(0, 7, 2, 8))
     for label, instances in ((2, CAT), (3, dogs), (1, np.zeros_like(CAT))):
         # classes overlap each other; crowd regions count nowhere, also where instances lie
@@ -194,7 +194,7 @@ def test_coco_files_of_other_programs(tmp_path, subfolder):
 def test_boxes_among_masks_are_counted_in_a_warning(tmp_path, caplog):
     annotations = [{"category_id": 1, "segmentation": mask} for mask in (plain_runs(DOG), [])] + [{"category_id": 1}]
     (sample,) = load_segmentation("coco2017", write_coco(tmp_path, annotations))
-    assert ((sample.mask(sample.labels[0]) > 0) == (DOG > 0)).all()
+    assert ((sample.mask(sample.class_ids[0]) > 0) == (DOG > 0)).all()
     assert "instances_val2017.json: 2 of 3 annotations have no mask" in caplog.text
 
 
@@ -225,7 +225,7 @@ def test_coco_union_equals_a_pixel_loop(instances):
             if any(crowd and mask[row, column] for _, crowd, _, mask in instances):
                 expected[row, column] = 255
         assert sample.mask(label).tolist() == expected.tolist()
-    assert sample.labels == tuple(sorted({label for label, *_ in instances}))
+    assert sample.class_ids == tuple(sorted({label for label, *_ in instances}))
 
 
 def test_a_split_without_a_file_names_the_others(tmp_path):
@@ -258,7 +258,7 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
         )
         # The pixels that count are those without the crowd, and all classes of the image are counted.
         miou = MeanMaxIoU()
-        for label, mask in zip(sample.labels, EvaluatedImage(0, sample, None).masks, strict=True):
+        for label, mask in zip(sample.class_ids, EvaluatedImage(0, sample, None).masks, strict=True):
             miou.add_counts(miou.count((mask == label).astype(float), mask, label, void), label)
         scores = miou.compute()
         assert scores["mmiou"] == 100 and sorted(scores["per_class"]) == [1, count]
@@ -269,8 +269,8 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
 
 def test_folder(folder):
     dataset = load_segmentation("folder", folder)
-    assert (dataset.split, dataset.class_names, dataset.labels) == (None, ("red kite", "b\xe9b\xe9"), (1, 2))
-    assert [(sample.name, sample.labels) for sample in dataset] == [("a", ()), ("b", (1, 2))]
+    assert (dataset.split, dataset.class_names, dataset.class_ids) == (None, ("red kite", "b\xe9b\xe9"), (1, 2))
+    assert [(sample.name, sample.class_ids) for sample in dataset] == [("a", ()), ("b", (1, 2))]
     assert dataset[1].mask(2).tolist() == [[0, 0, 0], [2, 0, 255]]
 
 
@@ -306,12 +306,12 @@ def test_samples_are_fresh_lazy_and_picklable(name, request):
     assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint()
     loaded = list(DataLoader(dataset, batch_size=None, num_workers=2))
     for one, other in zip(loaded, dataset, strict=True):
-        assert (one.name, one.labels, one.size) == (other.name, other.labels, other.size)
+        assert (one.name, one.class_ids, one.size) == (other.name, other.class_ids, other.size)
         assert one.image.size == one.size[::-1]
-        for label in one.labels:
+        for label in one.class_ids:
             np.testing.assert_array_equal(one.mask(label), other.mask(label))
     part = dataset[1:]
-    assert [one.name for one in part] == [one.name for one in dataset][1:] and part.labels == dataset.labels
+    assert [one.name for one in part] == [one.name for one in dataset][1:] and part.class_ids == dataset.class_ids
     assert part.fingerprint() != dataset.fingerprint()
     with pytest.raises(IndexError):
         dataset[len(dataset)]
@@ -410,8 +410,8 @@ def test_benchmarks(name, tmp_path):
     for sample, stem in zip(dataset, ("a_2", "b_1"), strict=True):
         assert sample.name.removesuffix("_leftImg8bit") == stem
         assert sample.label_map.tolist() == expected and sample.image.size == sample.size[::-1]
-        assert sample.labels == tuple(sorted(set(expected[0]) - {0, 255}))
-        for label in sample.labels:
+        assert sample.class_ids == tuple(sorted(set(expected[0]) - {0, 255}))
+        for label in sample.class_ids:
             assert sample.mask(label).tolist() == [[value if value in (label, 255) else 0 for value in expected[0]]]
     with pytest.raises((FileNotFoundError, ValueError), match="no-such-split"):
         load_segmentation(name, tmp_path, "no-such-split")
@@ -532,12 +532,12 @@ def test_what_is_missing_is_named(voc, folder):
 def test_coco100(iclip_data):
     dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")
     assert (len(dataset), len(dataset.class_names), dataset.class_names[0]) == (100, 80, "person")
-    assert sum(len(sample.labels) for sample in dataset) == 291
-    assert sum(not sample.labels for sample in dataset) == 2  # images without things
+    assert sum(len(sample.class_ids) for sample in dataset) == 291
+    assert sum(not sample.class_ids for sample in dataset) == 2  # images without things
     shares = {}
     for sample in dataset:
         assert sample.image.size == sample.size[::-1]
-        for label in sample.labels:
+        for label in sample.class_ids:
             mask = sample.mask(label)
             shares.setdefault(label, []).append((mask == label).sum() / (mask != 255).sum())
     floor = 100 * np.mean([np.mean(values) for values in shares.values()])
@@ -550,8 +550,8 @@ def test_voc_layout_agrees_with_coco100(iclip_data):
     assert len(voc) == 77
     for sample in voc:
         other = coco[sample.name[-6:]]
-        assert sample.labels and sample.size == other.size
-        if 15 in sample.labels and 1 in other.labels:  # person
+        assert sample.class_ids and sample.size == other.size
+        if 15 in sample.class_ids and 1 in other.class_ids:  # person
             voc_mask, coco_mask = sample.mask(15), other.mask(1)
             counted = (voc_mask != 255) & (coco_mask != 255)
             np.testing.assert_array_equal(voc_mask[counted] == 15, coco_mask[counted] == 1)

@@ -133,8 +133,8 @@ def _open(options: argparse.Namespace, output: Path, models: list[str]) -> _Open
     check_outputs([output], inputs)
     if sample is None:
         return _Opened(load_named_image(options.image), {}, options.templates)
-    ids = dict(zip(dataset.class_names, dataset.labels))
-    texts = options.texts or [dataset.class_names[label - 1] for label in sample.labels]
+    ids = dict(zip(dataset.class_names, dataset.class_ids))
+    texts = options.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
     return _Opened(sample.image, truths, options.templates or dataset.templates)
 

@@ -37,10 +37,10 @@ def run(options: argparse.Namespace) -> int:
         from ..plots.sheets import label_sheet
 
         num_texts = len(options.texts)  # the texts of the background follow
-        segments, covered, labels = [], [], np.full(explanation.size, -1)
+        segments, covered, label_map = [], [], np.full(explanation.size, -1)
         for index, (text, segment, is_covered) in enumerate(explanation.segments()):
             mask = segment.numpy()
-            labels[mask] = index
+            label_map[mask] = index
             covered += [index] if is_covered and index < num_texts else []
             segments.append(
                 {
@@ -54,22 +54,22 @@ def run(options: argparse.Namespace) -> int:
             )
         entry = {**explanation.settings(), "segments": segments}
         if covered:
-            reasons = "; ".join(_covering(explanation, index, labels) for index in covered)
+            reasons = "; ".join(_covering(explanation, index, label_map) for index in covered)
             entry["problem"] = f"{name}: {reasons}; iclip explain shows each map"
         if picture is None:
             return entry
         words = explanation.presence_words
         dpi = resolution(picture)
         made_by = explanation.made_by
-        sheet = label_sheet(explanation.image, labels, options.texts, words, options.background, made_by, dpi=dpi)
+        sheet = label_sheet(explanation.image, label_map, options.texts, words, options.background, made_by, dpi=dpi)
         is_named = picture == options.output
         picture = save_picture(sheet, picture, dpi, is_named)
         # photo-labels-2.png belongs to photo-segments-2.png.
         stem = "labels".join(picture.stem.rsplit("segments", 1))
-        label_name = name_for(picture, "labels.png") if is_named else f"{stem}.png"
-        labels[labels >= num_texts] = -1
-        label_file = _save_labels(labels, num_texts, picture.with_name(label_name))
-        return {"picture": str(picture), "labels": str(label_file), **entry}
+        label_map_name = name_for(picture, "labels.png") if is_named else f"{stem}.png"
+        label_map[label_map >= num_texts] = -1
+        label_map_file = _save_label_map(label_map, num_texts, picture.with_name(label_map_name))
+        return {"picture": str(picture), "labels": str(label_map_file), **entry}
 
     code = explain_files(options, "segments", write)
     if not options.json:
@@ -77,11 +77,11 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def _covering(explanation, text: int, labels) -> str:
+def _covering(explanation, text: int, label_map) -> str:
     """Says which other texts have a tenth or more of the mask of a text in a label map, the largest part first."""
     import numpy as np
 
-    inside = labels[explanation.mask(text).numpy()]
+    inside = label_map[explanation.mask(text).numpy()]
     counts = np.bincount(inside[inside >= 0], minlength=len(explanation))
     counts[text] = 0
     least = min(counts.max(), inside.size / 10)
@@ -90,7 +90,7 @@ def _covering(explanation, text: int, labels) -> str:
     return f"{' and '.join(names)} {have} most pixels of the mask of {explanation.labels[text]}"
 
 
-def _save_labels(labels, num_texts: int, path: Path) -> Path:
+def _save_label_map(label_map, num_texts: int, path: Path) -> Path:
     """
     Writes a label map as a new PNG file, and returns its path: 0 is background, and i the i-th text. The file has 8
     bits and a palette for up to 254 texts, otherwise 16 bits, so that no text has the highest value, which marks void
@@ -103,7 +103,7 @@ def _save_labels(labels, num_texts: int, path: Path) -> Path:
     from ..utils.files import write_new
 
     has_palette = num_texts < 255
-    image = Image.fromarray((labels + 1).astype(np.uint8 if has_palette else np.uint16))
+    image = Image.fromarray((label_map + 1).astype(np.uint8 if has_palette else np.uint16))
     if has_palette:
         image.putpalette(label_colors(256).tobytes())
     return write_new(path, partial(image.save, format="PNG"))

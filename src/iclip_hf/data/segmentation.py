@@ -35,7 +35,7 @@ class SegmentationDataset(Sequence):
         images_in_split (`int`): number of images of the whole split, also in a slice.
         synonyms (`tuple[tuple[str, ...], ...]`): all names of each class.
         class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
-        labels (`tuple[int, ...]`): ids of the classes, 1..K.
+        class_ids (`tuple[int, ...]`): ids of the classes, 1..K.
         stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others
             are things. None if the data set does not tell them apart, as Pascal Context and folders.
         supercategories (`tuple[str, ...]`, *optional*): supercategory of each class, from COCO's files of instances;
@@ -69,7 +69,7 @@ class SegmentationDataset(Sequence):
         self.synonyms = tuple((name,) for name in class_names)
         self.supercategories = None if supercategories is None else tuple(supercategories)
         stuff = layout.stuff
-        self.stuff = None if stuff is None else tuple(id_ for id_ in self.labels if class_names[id_ - 1] in stuff)
+        self.stuff = None if stuff is None else tuple(id_ for id_ in self.class_ids if class_names[id_ - 1] in stuff)
         self.void = int(np.iinfo(mask_type(len(class_names))).max)
         self.background_texts: tuple[str, ...] = ()
 
@@ -78,7 +78,7 @@ class SegmentationDataset(Sequence):
         return tuple(texts[0] for texts in self.synonyms)
 
     @property
-    def labels(self) -> tuple[int, ...]:
+    def class_ids(self) -> tuple[int, ...]:
         return tuple(range(1, len(self.synonyms) + 1))
 
     def __len__(self) -> int:
@@ -92,13 +92,12 @@ class SegmentationDataset(Sequence):
         return replace(self._samples[index])  # a copy, so that decoded data is freed with it
 
     def __repr__(self) -> str:
-        return (
-            f"SegmentationDataset({self.name!r}, split={self.split!r}, images={len(self)}, classes={len(self.labels)})"
-        )
+        num_classes = len(self.class_ids)
+        return f"SegmentationDataset({self.name!r}, split={self.split!r}, images={len(self)}, classes={num_classes})"
 
     def check_classes(self) -> None:
         """Raises `ValueError` if no image shows a class, as with binary masks of 0 and 255."""
-        if not any(sample.labels for sample in self):
+        if not any(sample.class_ids for sample in self):
             raise ValueError(
                 f"None of the {len(self)} images shows a class: a mask holds the ids of classes, and {self.void} is "
                 "void."

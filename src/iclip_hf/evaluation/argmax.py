@@ -42,10 +42,10 @@ def argmax_label_map(
     winner, best, confidence = _best_texts((resize_maps(raw, size, out=values) for raw in raw_maps), logit_scale)
     if confidence is None:
         confidence = stretch(best, *best.aminmax(), out=best)
-    labels = torch.as_tensor(classes, dtype=torch.long, device=best.device)[winner.long()]
+    label_map = torch.as_tensor(classes, dtype=torch.long, device=best.device)[winner.long()]
     if threshold is not None:
-        labels[confidence <= threshold] = BACKGROUND_LABEL
-    return labels, confidence
+        label_map[confidence <= threshold] = BACKGROUND_LABEL
+    return label_map, confidence
 
 
 def _best_texts(
@@ -85,16 +85,16 @@ def protocol_label_map(
     """
     classes = torch.as_tensor(classes, dtype=torch.long, device=maps.maps.device)
     winner, best, confidence = _best_texts(maps.enlarged(), logit_scale)
-    labels = classes[winner.long()]
+    label_map = classes[winner.long()]
     if min_area:
-        areas = torch.bincount(labels.flatten() + 1, minlength=int(classes.max()) + 2)[1:]  # without the background
+        areas = torch.bincount(label_map.flatten() + 1, minlength=int(classes.max()) + 2)[1:]  # without the background
         stays = (classes == BACKGROUND_LABEL) | (areas > min_area * areas.sum())[classes]
         kept = stays.nonzero().flatten()
-        labels.fill_(BACKGROUND_LABEL)
+        label_map.fill_(BACKGROUND_LABEL)
         if len(kept):
             winner, lower, _ = _best_texts(maps.enlarged(kept.tolist()), logit_scale)
-            labels = classes[kept][winner.long()]
+            label_map = classes[kept][winner.long()]
             confidence *= (logit_scale * (lower - best)).exp()
     if threshold is not None:
-        labels[confidence < threshold] = BACKGROUND_LABEL
-    return labels, confidence
+        label_map[confidence < threshold] = BACKGROUND_LABEL
+    return label_map, confidence

@@ -179,12 +179,12 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
     """Returns a row for each class, from the rows of each metric by class id. A class without a score has None."""
     by_metric = {name: rows for name, rows in by_metric.items() if rows}
     has_background = any(0 in rows for rows in by_metric.values())
-    names = ({0: "background"} if has_background else {}) | dict(zip(dataset.labels, dataset.class_names))
+    names = ({0: "background"} if has_background else {}) | dict(zip(dataset.class_ids, dataset.class_names))
     empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
     return [
-        {"id": label, "name": class_name}
-        | {name: empty[name] | rows.get(label, {}) for name, rows in by_metric.items()}
-        for label, class_name in names.items()
+        {"id": class_id, "name": class_name}
+        | {name: empty[name] | rows.get(class_id, {}) for name, rows in by_metric.items()}
+        for class_id, class_name in names.items()
     ]
 
 
@@ -272,7 +272,7 @@ class EvaluationRun:
 
     def _prepared(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
-        shown = [label - 1 for label in sample.labels]
+        shown = [class_id - 1 for class_id in sample.class_ids]
         return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, shown))
 
     def _run_model(

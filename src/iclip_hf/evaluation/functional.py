@@ -40,41 +40,43 @@ def _check_map(heatmap) -> np.ndarray:
     return heatmap
 
 
-def _check_label(label: int, ignore_index: int) -> None:
+def _check_class_id(class_id: int, ignore_index: int) -> None:
     """Raises `ValueError` if the pixels of a class are ignored, as in masks of 0 and 255."""
-    if label == ignore_index:
-        raise ValueError(f"The class id {label} is the value of ignored pixels: set another ignore_index, such as -1.")
+    if class_id == ignore_index:
+        raise ValueError(
+            f"The class id {class_id} is the value of ignored pixels: set another ignore_index, such as -1."
+        )
 
 
-def _pair_blocks(heatmap, mask, label, ignore_index):
+def _pair_blocks(heatmap, mask, class_id, ignore_index):
     """Yields map values, foreground and void of one pair in flat blocks."""
     heatmap = _check_map(heatmap)
     mask = to_numpy(mask)
-    label = operator.index(label)
+    class_id = operator.index(class_id)
     if heatmap.shape != mask.shape:
         raise ValueError(f"Map and label mask must have one shape, not {heatmap.shape} and {mask.shape}.")
-    _check_label(label, ignore_index)
+    _check_class_id(class_id, ignore_index)
     heatmap, mask = heatmap.ravel(), mask.ravel()
     for start in range(0, heatmap.size, _BLOCK):
         block = mask[start : start + _BLOCK]
-        yield heatmap[start : start + _BLOCK], block == label, block == ignore_index
+        yield heatmap[start : start + _BLOCK], block == class_id, block == ignore_index
 
 
-def threshold_counts(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+def threshold_counts(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.ndarray:
     """
     Counts the pixels above each threshold in one pass over the map.
 
     Args:
         heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): floats in [0, 1], or integers 0 and 1.
-        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `label` are foreground.
-        label (`int`), ignore_index (`int`): class id, and mask value of the pixels that are ignored.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): integers; pixels equal to `class_id` are foreground.
+        class_id (`int`), ignore_index (`int`): id of the class, and mask value of the pixels that are ignored.
 
     Returns:
         `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M >
         0, M > 0.01, ..., M > 1.
     """
     histogram = np.zeros(256, dtype=np.int64)
-    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+    for values, foreground, void in _pair_blocks(heatmap, mask, class_id, ignore_index):
         codes = _thresholds_below(values)
         codes += foreground * np.uint8(LEVELS)
         np.copyto(codes, _VOID_CODE, where=void)
@@ -95,13 +97,13 @@ def _thresholds_below(values: np.ndarray) -> np.ndarray:
     return codes
 
 
-def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+def region_means(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.ndarray:
     """
     Computes the number of pixels and the mean of the map (0 without pixels) for background and foreground, `(2, 2)`
     float64. Arguments and errors are those of [`threshold_counts`].
     """
     sums = np.zeros((2, 2))
-    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+    for values, foreground, void in _pair_blocks(heatmap, mask, class_id, ignore_index):
         # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
         inside, nowhere = values[foreground], values[void]
         total, high, void_total = (part.sum(dtype=np.float64) for part in (values, inside, nowhere))
@@ -111,7 +113,7 @@ def region_means(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarr
     return sums
 
 
-def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool = True) -> np.ndarray:
+def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: bool = True) -> np.ndarray:
     """
     Compares each map of an image on the pixels of its own class and of the other classes.
 
@@ -122,7 +124,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
         maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
         mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or
             one mask for each class. These can overlap.
-        labels (`Sequence[int]`): K different class ids.
+        class_ids (`Sequence[int]`): K different class ids.
         both_maps (`bool`): whether to compare the maps of both classes, c; otherwise only that of the class itself, a.
 
     Returns:
@@ -131,15 +133,15 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     """
     maps = _check_map(maps)
     mask = to_numpy(mask)
-    labels = [operator.index(label) for label in labels]
+    class_ids = [operator.index(class_id) for class_id in class_ids]
     if mask.shape[-2:] != maps.shape[-2:]:
         raise ValueError(f"Maps and label mask must have one height and width, not {maps.shape} and {mask.shape}.")
-    for label in labels:
-        _check_label(label, ignore_index)
+    for class_id in class_ids:
+        _check_class_id(class_id, ignore_index)
     masks = np.broadcast_to(mask, maps.shape)
     num_classes = len(maps)
     void = (masks == ignore_index).any(0)
-    regions = [(class_mask == label) & ~void for class_mask, label in zip(masks, labels, strict=True)]
+    regions = [(class_mask == class_id) & ~void for class_mask, class_id in zip(masks, class_ids, strict=True)]
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(num_classes) for j in range(i)}
 
@@ -159,7 +161,7 @@ def contrast_counts(maps, mask, labels, ignore_index: int = 255, both_maps: bool
     return np.stack([(pairs > 0).sum(1), (wins / (4 * pairs.clip(1))).sum(1)])
 
 
-def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.ndarray:
+def pointing_shares(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.ndarray:
     """
     Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments are those of
     [`threshold_counts`]. Returns `(3,)` in [0, 1]: whether the map's highest pixel belongs to the class (if several
@@ -167,7 +169,7 @@ def pointing_shares(heatmap, mask, label: int, ignore_index: int = 255) -> np.nd
     without a pixel of the class.
     """
     counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
-    for values, foreground, void in _pair_blocks(heatmap, mask, label, ignore_index):
+    for values, foreground, void in _pair_blocks(heatmap, mask, class_id, ignore_index):
         for row, region in enumerate((values[~(foreground | void)], values[foreground])):
             if region.size and region.max() > peak:
                 counts[:, 0], peak = 0, region.max()

@@ -52,17 +52,19 @@ class Report(Metric):
         super().__init__()
         self.files = ReportFolder(folder)
 
-    def update(self, image: EvaluatedImage, method: str, heatmap: torch.Tensor, mask: np.ndarray, label: int) -> None:
+    def update(
+        self, image: EvaluatedImage, method: str, heatmap: torch.Tensor, mask: np.ndarray, class_id: int
+    ) -> None:
         """Adds the map of a method for a class, an id in 1..K."""
-        inside = mask == label
-        background, foreground = threshold_counts(heatmap, mask, label, image.sample.void)
+        inside = mask == class_id
+        background, foreground = threshold_counts(heatmap, mask, class_id, image.sample.void)
         overlaps = foreground[1:] / np.maximum(foreground[0] + background[1:], 1)
-        self.state.overlaps[image.index, label] = {method: overlaps.astype(np.float32)}
-        self.state.areas[image.index, label] = inside.mean()
+        self.state.overlaps[image.index, class_id] = {method: overlaps.astype(np.float32)}
+        self.state.areas[image.index, class_id] = inside.mean()
         number, unrefined = self.run.methods.index(method), image.explanations[method].unrefined_maps
         if unrefined is not None:
-            unrefined = unrefined[list(image.sample.labels).index(label)]
-        self.files.save_map(image.index, label - 1, image.sample.image, heatmap, inside, number, unrefined)
+            unrefined = unrefined[list(image.sample.class_ids).index(class_id)]
+        self.files.save_map(image.index, class_id - 1, image.sample.image, heatmap, inside, number, unrefined)
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         if method == self.run.methods[0]:  # once for each image
@@ -70,8 +72,8 @@ class Report(Metric):
             self.state.names[image.index] = image.sample.name
             if image.presence is not None:
                 self.state.presences[image.index] = image.presence.numpy()
-        for heatmap, mask, label in image.pairs(maps):
-            self.update(image, method, heatmap, mask, label)
+        for heatmap, mask, class_id in image.pairs(maps):
+            self.update(image, method, heatmap, mask, class_id)
 
     def compute(self) -> dict:
         """Returns no score."""
@@ -88,11 +90,11 @@ class Report(Metric):
         seen, classes = self.state, self.run.dataset.class_names
         best = self._best_thresholds(methods)
         rows, alarms = [], []
-        for index, label in sorted(seen.overlaps):
+        for index, class_id in sorted(seen.overlaps):
             presence = seen.presences.get(index)
-            values = [_rounded(seen.overlaps[index, label][method][best[method, label]]) for method in methods]
-            known = None if presence is None else _rounded(presence[label - 1])
-            rows.append([index, label - 1, _rounded(seen.areas[index, label]), known, values])
+            values = [_rounded(seen.overlaps[index, class_id][method][best[method, class_id]]) for method in methods]
+            known = None if presence is None else _rounded(presence[class_id - 1])
+            rows.append([index, class_id - 1, _rounded(seen.areas[index, class_id]), known, values])
         for index, presence in sorted(seen.presences.items()):
             present = np.flatnonzero(presence >= MIN_PRESENCE).tolist()
             alarms += [
@@ -119,9 +121,9 @@ class Report(Metric):
     def _best_thresholds(self, methods: list[str]) -> dict[tuple[str, int], int]:
         """Returns for each method and class the index of the threshold with the highest mean IoU."""
         sums = {}
-        for (_, label), overlaps in self.state.overlaps.items():
+        for (_, class_id), overlaps in self.state.overlaps.items():
             for method in methods:
-                sums[method, label] = sums.get((method, label), 0) + overlaps[method].astype(np.float64)
+                sums[method, class_id] = sums.get((method, class_id), 0) + overlaps[method].astype(np.float64)
         return {key: int(total.argmax()) for key, total in sums.items()}
 
 

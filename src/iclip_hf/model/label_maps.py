@@ -56,7 +56,7 @@ def label_map(
     if presence is not None:
         present = [is_present(value, min_presence) for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
-    labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
+    winners = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
     columns = zip(present, range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)
     texts = [_Text(*values) for is_shown, *values in columns if is_shown]
@@ -72,6 +72,6 @@ def label_map(
         won = standardized > best
         if text.threshold is not None:
             won &= min_max_normalize(values) > text.threshold
-        labels.masked_fill_(won, BACKGROUND_LABEL if text.index in background else text.index)
+        winners.masked_fill_(won, BACKGROUND_LABEL if text.index in background else text.index)
         best = torch.where(won, standardized, best)
-    return labels
+    return winners

@@ -110,7 +110,7 @@ def png(explanation: Explanation) -> bytes | None:
 
 def label_sheet(
     image: Image.Image,
-    labels: np.ndarray,
+    label_map: np.ndarray,
     texts: Sequence[str],
     words: Sequence[str | None],
     background: Sequence[str] = (),
@@ -121,14 +121,14 @@ def label_sheet(
 ) -> Image.Image:
     """
     Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels and the pixels without
-    a text, with their share of the image, then the other texts. `labels` has the index of a text for each pixel, or
+    a text, with their share of the image, then the other texts. `label_map` has the index of a text for each pixel, or
     -1, which is dimmed. The texts of the `background` follow `texts`, and all are grey. `words` are the
     [`Explanation.presence_words`] of both.
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
     colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
     # Computed before the image is reduced, so that tables have the same shares.
-    without, *areas = np.bincount(labels.ravel() + 1, minlength=len(names) + 1) / labels.size
+    without, *areas = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1) / label_map.size
     image = at_picture_size(image, dpi)
     with_pixels, others = [], []
     for color, name, word, area in zip(colors, names, words, areas):
@@ -141,7 +141,7 @@ def label_sheet(
     legend = _legend(with_pixels + others, _aspect([image]), dpi)
     notes = "presence and share of the image" if any(words) else "share of the image"
     titles = ["image", f"at most one text for each pixel\n{made_by}", notes]
-    return picture_grid([image, _label_picture(image, labels, colors, opacity), legend], titles, 3, dpi=dpi)
+    return picture_grid([image, _label_picture(image, label_map, colors, opacity), legend], titles, 3, dpi=dpi)
 
 
 def comparison_sheet(
@@ -230,12 +230,12 @@ def _map_picture(
     return Image.blend(Image.new("RGB", picture.size, "white"), picture, _FADED) if word == ABSENT else picture
 
 
-def _label_picture(image: Image.Image, labels: np.ndarray, colors: Sequence[str], opacity: float) -> Image.Image:
-    """Draws a label map over an image in the colours of its labels. Pixels of -1 are dimmed."""
-    labels = np.asarray(Image.fromarray(labels.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
+def _label_picture(image: Image.Image, label_map: np.ndarray, colors: Sequence[str], opacity: float) -> Image.Image:
+    """Draws a label map over an image in the colours of its texts. Pixels of -1 are dimmed."""
+    label_map = np.asarray(Image.fromarray(label_map.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     palette = np.array([ImageColor.getrgb(color) for color in ("black", *colors)], np.uint8)
-    strength = Image.fromarray(np.where(labels < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
-    return Image.composite(Image.fromarray(palette[labels + 1]), image, strength)
+    strength = Image.fromarray(np.where(label_map < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
+    return Image.composite(Image.fromarray(palette[label_map + 1]), image, strength)
 
 
 def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:

@@ -31,13 +31,13 @@ class Instance(NamedTuple):
     One annotation of an image.
 
     Attributes:
-        label: class id in the data set, 1..K.
+        class_id: id of its class, 1..K.
         is_crowd: whether it is a region of many objects.
         segmentation: polygons, or plain or compressed run lengths; empty for a box alone.
         annotation_id: id in the file, for errors.
     """
 
-    label: int
+    class_id: int
     is_crowd: bool
     segmentation: list | dict | None
     annotation_id: int | None = None
@@ -48,8 +48,8 @@ class InstancesSample(SegmentationSample):
     """
     A sample with COCO instances. The mask of a class is the union of its instances. Classes can overlap.
 
-    Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `labels`, but its mask
-    has no foreground.
+    Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `class_ids`, but its
+    mask has no foreground.
     """
 
     size: tuple[int, int]
@@ -57,22 +57,22 @@ class InstancesSample(SegmentationSample):
     annotation_path: Path
 
     @cached_property
-    def labels(self) -> tuple[int, ...]:
-        return tuple(sorted({instance.label for instance in self.instances}))
+    def class_ids(self) -> tuple[int, ...]:
+        return tuple(sorted({instance.class_id for instance in self.instances}))
 
     @cached_property
     def label_map(self) -> np.ndarray:
-        return self._painted(self.labels)
+        return self._painted(self.class_ids)
 
-    def mask(self, label: int) -> np.ndarray:
-        return self._painted([label])
+    def mask(self, class_id: int) -> np.ndarray:
+        return self._painted([class_id])
 
-    def _painted(self, labels: Sequence[int]) -> np.ndarray:
-        """Returns an array with each of these labels on the pixels of its instances, and void on crowds."""
+    def _painted(self, class_ids: Sequence[int]) -> np.ndarray:
+        """Returns an array with each of these ids on the pixels of its instances, and void on crowds."""
         areas = [
-            (self.void if instance.is_crowd else instance.label, self._pixels(instance))
+            (self.void if instance.is_crowd else instance.class_id, self._pixels(instance))
             for instance in self.instances
-            if instance.is_crowd or instance.label in labels
+            if instance.is_crowd or instance.class_id in class_ids
         ]
         painted = np.zeros(self.size, mask_type(self.num_classes))
         # The smaller of two overlapping instances lies in front.
@@ -194,11 +194,11 @@ def _parse(content: dict) -> tuple[list[dict], list[dict], list[list[Instance]]]
     categories, images = (sorted(content[name], key=itemgetter("id")) for name in ("categories", "images"))
     if not images:
         raise ValueError("there are no images")
-    labels = {category["id"]: label for label, category in enumerate(categories, start=1)}
+    class_ids = {category["id"]: class_id for class_id, category in enumerate(categories, start=1)}
     instances = {image["id"]: [] for image in images}
     for annotation in content["annotations"]:
         instance = Instance(
-            label=labels[annotation["category_id"]],
+            class_id=class_ids[annotation["category_id"]],
             is_crowd=bool(annotation.get("iscrowd")),
             segmentation=annotation.get("segmentation"),
             annotation_id=annotation.get("id"),

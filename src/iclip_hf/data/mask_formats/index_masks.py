@@ -32,11 +32,11 @@ class IndexSample(SegmentationSample):
         return self.label_map.shape
 
     @cached_property
-    def labels(self) -> tuple[int, ...]:
+    def class_ids(self) -> tuple[int, ...]:
         return tuple(np.setdiff1d(self.label_map, (0, VOID)).tolist())
 
-    def mask(self, label: int) -> np.ndarray:
-        return self.label_map * ((self.label_map == label) | (self.label_map == VOID))
+    def mask(self, class_id: int) -> np.ndarray:
+        return self.label_map * ((self.label_map == class_id) | (self.label_map == VOID))
 
     @cached_property
     def label_map(self) -> np.ndarray:

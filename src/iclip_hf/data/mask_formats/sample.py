@@ -30,7 +30,7 @@ class SegmentationSample:
         num_classes (`int`): number K of classes of the data set.
         image (`PIL.Image.Image`): image of mode "RGB".
         size (`tuple[int, int]`): height and width of image and masks in pixels.
-        labels (`tuple[int, ...]`): ids of the classes in the image, ascending, without background and void.
+        class_ids (`tuple[int, ...]`): ids of the classes in the image, ascending, without background and void.
         label_map (`np.ndarray` of shape `(H, W)`): uint8, the class id of each pixel, 0 for background, `void` for
             ignored pixels; uint16 if K > 254.
         void (`int`): value of ignored pixels, 255; 65535 if K > 254.
@@ -54,11 +54,11 @@ class SegmentationSample:
             )
         return image
 
-    def mask(self, label: int) -> np.ndarray:
+    def mask(self, class_id: int) -> np.ndarray:
         """
         Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of
-        `label_map`, `label` on the pixels of the class, `void` on ignored pixels, 0 on all others. Raises `ValueError`
-        if the file is not as described.
+        `label_map`, `class_id` on the pixels of the class, `void` on ignored pixels, 0 on all others. Raises
+        `ValueError` if the file is not as described.
         """
         raise NotImplementedError
 

@@ -121,7 +121,7 @@ class DeletionInsertion(MeasuredClassMeans):
         self.score = scorer(run.model, run.texts)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        shown = torch.tensor(image.sample.labels) - 1
+        shown = torch.tensor(image.sample.class_ids) - 1
         prepared, followed = image.prepared, []
         # Maps of the image alone: in a batch, rounding would order equal pixels in another way.
         for method, explain in self.run.map_functions(image).items():

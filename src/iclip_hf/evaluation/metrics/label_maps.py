@@ -52,7 +52,7 @@ class LabelMaps(Metric):
         super().__init__()
         self.seed, self.ignore_index = seed, ignore_index
 
-    def update(self, label_map, masks, labels) -> None:
+    def update(self, label_map, masks, class_ids) -> None:
         """
         Adds one image.
 
@@ -60,19 +60,19 @@ class LabelMaps(Metric):
             label_map (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): the index of a text at each pixel, or -1. The
                 first T texts are the shown classes, the others are absent.
             masks (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): the mask of each shown class. Pixels equal to
-                its label belong to it.
-            labels (`Sequence[int]`): ids of the T classes. An image without a class is left out.
+                its id belong to it.
+            class_ids (`Sequence[int]`): ids of the T classes. An image without a class is left out.
         """
         label_map, masks = to_numpy(label_map), to_numpy(masks)
-        if not len(labels):
+        if not len(class_ids):
             return
         counted = (masks != self.ignore_index).all(0)
-        for index, (label, mask) in enumerate(zip(labels, masks, strict=True)):
-            shown, segment = (mask == label) & counted, (label_map == index) & counted
+        for index, (class_id, mask) in enumerate(zip(class_ids, masks, strict=True)):
+            shown, segment = (mask == class_id) & counted, (label_map == index) & counted
             if shown.any():
                 iou = (shown & segment).sum() / (shown | segment).sum()
                 self.state.add(np.array([1, iou, segment.any()]), "classes")
-        absent = (label_map >= len(labels))[counted]
+        absent = (label_map >= len(class_ids))[counted]
         if absent.size:
             self.state.add(np.array([1, absent.mean()]), "images")
 
@@ -99,8 +99,8 @@ class LabelMaps(Metric):
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
 
     def typed(self, image: EvaluatedImage) -> list[int]:
-        """Returns the indices of the shown classes, in the order of the labels, then of the absent ones."""
-        shown = np.isin(self.run.dataset.labels, image.sample.labels)
+        """Returns the indices of the shown classes, by ascending id, then of the absent ones."""
+        shown = np.isin(self.run.dataset.class_ids, image.sample.class_ids)
         generator = np.random.default_rng((self.seed, image.index))
         left, typed = ~shown, np.flatnonzero(shown).tolist()
         for preferred in (shown @ self.like, left):
@@ -116,4 +116,4 @@ class LabelMaps(Metric):
         return [dict(zip(self.run.engines, explanations)) for explanations in zip(*explained)]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
-        self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.labels)
+        self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.class_ids)

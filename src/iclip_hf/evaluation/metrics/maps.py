@@ -38,9 +38,9 @@ class MaskMetric(Metric):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def update(self, maps, mask, labels) -> None:
+    def update(self, maps, mask, class_ids) -> None:
         """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
-        self.add_counts(self.count(maps, mask, labels, self.ignore_index), labels)
+        self.add_counts(self.count(maps, mask, class_ids, self.ignore_index), class_ids)
 
     def item_counts(self, name: str) -> dict:
         items = self.state.items
@@ -65,7 +65,7 @@ class PairMetric(MaskMetric):
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
-    def add_counts(self, counts: np.ndarray, label: int) -> None:
+    def add_counts(self, counts: np.ndarray, class_id: int) -> None:
         """Adds one pair by its counts from `count`."""
         background, foreground = counts[:, 0] > 0
         applies = {
@@ -76,7 +76,7 @@ class PairMetric(MaskMetric):
         reason = next(filter(applies.get, self.reasons), "counted")
         self.state.items[reason] += 1
         if reason == "counted":
-            self.state.add(self.summands(counts), operator.index(label))
+            self.state.add(self.summands(counts), operator.index(class_id))
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for pair in image.pairs(maps):
@@ -124,14 +124,14 @@ class MeanMaxIoU(PairMetric):
         - **floor** -- the same mean for a map that marks every pixel, percent.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
         """
-        iou = {label: 100 * sums[0] / sums[1] for label, sums in sorted(self.state.sums.items())}
+        iou = {class_id: 100 * sums[0] / sums[1] for class_id, sums in sorted(self.state.sums.items())}
         # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
-        best = {label: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for label, curve in iou.items()}
-        per_class = {label: float(iou[label][1 + i]) for label, i in best.items()}
+        best = {class_id: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for class_id, curve in iou.items()}
+        per_class = {class_id: float(iou[class_id][1 + i]) for class_id, i in best.items()}
         return {
             "mmiou": mean(per_class.values()),
             "per_class": per_class,
-            "thresholds": {label: float(THRESHOLDS[i]) for label, i in best.items()},
+            "thresholds": {class_id: float(THRESHOLDS[i]) for class_id, i in best.items()},
             "floor": mean(float(curve[0]) for curve in iou.values()),
             **self.item_counts("pairs"),
         }
@@ -169,8 +169,8 @@ class MeanForegroundMinusBackground(PairMetric):
         - **per_class** -- {class id: difference}.
         - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
         """
-        means = {label: sums[:, 1] / sums[:, 0] for label, sums in sorted(self.state.sums.items())}
-        per_class = {label: float(foreground - background) for label, (background, foreground) in means.items()}
+        means = {class_id: sums[:, 1] / sums[:, 0] for class_id, sums in sorted(self.state.sums.items())}
+        per_class = {class_id: float(foreground - background) for class_id, (background, foreground) in means.items()}
         return {"mfmb": mean(per_class.values()), "per_class": per_class, **self.item_counts("pairs")}
 
 
@@ -204,15 +204,15 @@ class TextContrast(MaskMetric):
     reasons = ("fewer_than_two_classes",)
     count = staticmethod(contrast_counts)
 
-    def add_counts(self, counts: np.ndarray, labels: Sequence[int]) -> None:
+    def add_counts(self, counts: np.ndarray, class_ids: Sequence[int]) -> None:
         """Adds one image by its counts from `count`."""
-        paired = [(operator.index(label), sums) for label, sums in zip(labels, counts.T) if sums[0]]
+        paired = [(operator.index(class_id), sums) for class_id, sums in zip(class_ids, counts.T) if sums[0]]
         self.state.items["counted" if paired else "fewer_than_two_classes"] += 1
-        for label, sums in paired:
-            self.state.add(sums, label)
+        for class_id, sums in paired:
+            self.state.add(sums, class_id)
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
-        self.update(maps, image.masks, image.sample.labels)
+        self.update(maps, image.masks, image.sample.class_ids)
 
     def compute(self) -> dict:
         """
@@ -224,7 +224,7 @@ class TextContrast(MaskMetric):
           others}.
         """
         sums = sorted(self.state.sums.items())
-        per_class = {label: float(100 * total / count) for label, (count, total) in sums}
+        per_class = {class_id: float(100 * total / count) for class_id, (count, total) in sums}
         return {"text_contrast": mean(per_class.values()), "per_class": per_class, **self.item_counts("images")}
 
 
@@ -280,7 +280,7 @@ class StuffContrast(TextContrast):
         del scores["text_contrast"]
         by_kind = {}
         for name, is_stuff in (("stuff_contrast", True), ("thing_contrast", False)):
-            values = [score for label, score in scores["per_class"].items() if (label in self.stuff) == is_stuff]
+            values = [score for class_id, score in scores["per_class"].items() if (class_id in self.stuff) == is_stuff]
             by_kind[name] = mean(values)
         return by_kind | scores
 
@@ -310,9 +310,9 @@ class PointingGame(ClassMeans):
         super().__init__()
         self.ignore_index = ignore_index
 
-    def update(self, heatmap, mask, label: int) -> None:
+    def update(self, heatmap, mask, class_id: int) -> None:
         """Adds one pair. Arguments and errors are those of [`pointing_shares`]."""
-        super().update(100 * pointing_shares(heatmap, mask, label, self.ignore_index), label)
+        super().update(100 * pointing_shares(heatmap, mask, class_id, self.ignore_index), class_id)
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         for pair in image.pairs(maps):

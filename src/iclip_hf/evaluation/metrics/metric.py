@@ -39,12 +39,12 @@ class EvaluatedImage:
     @cached_property
     def masks(self) -> np.ndarray:
         """The mask of each shown class, `(T, height, width)`."""
-        masks = [self.sample.mask(label) for label in self.sample.labels]
+        masks = [self.sample.mask(class_id) for class_id in self.sample.class_ids]
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
     def pairs(self, maps: torch.Tensor) -> Iterator[tuple]:
-        """Returns map, mask and label of each shown class."""
-        return zip(maps, self.masks, self.sample.labels)
+        """Returns map, mask and class id of each shown class."""
+        return zip(maps, self.masks, self.sample.class_ids)
 
 
 class Sums:
@@ -153,8 +153,8 @@ class Metric(ABC):
         """Returns the scores of `compute` in two parts: of all items (None for NaN), and of each class by its id."""
         scores = self.compute()
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
-        labels = dict.fromkeys(itertools.chain(*by_class.values()))
-        rows = {label: {row: values.get(label) for row, values in by_class.items()} for label in labels}
+        class_ids = dict.fromkeys(itertools.chain(*by_class.values()))
+        rows = {class_id: {row: values.get(class_id) for row, values in by_class.items()} for class_id in class_ids}
         return {
             name: none_if_nan(score) if isinstance(score, float) else score for name, score in scores.items()
         }, rows
@@ -184,12 +184,12 @@ class ClassMeans(Metric):
 
     names: tuple = ()
 
-    def update(self, scores, label: int) -> None:
+    def update(self, scores, class_id: int) -> None:
         """Adds the scores of one pair of an image and a class, F floats."""
         scores = np.asarray(scores, dtype=np.float64)
         known = ~np.isnan(scores)
         self.state.items["counted"] += 1
-        self.state.add(np.array([known, np.where(known, scores, 0)]), label)
+        self.state.add(np.array([known, np.where(known, scores, 0)]), class_id)
 
     def compute(self) -> dict:
         """
@@ -200,14 +200,16 @@ class ClassMeans(Metric):
           of a score}.
         """
         sums, width = self.state.sums, len(self.names or self.columns)
-        per_class = {label: total / np.where(count, count, np.nan) for label, (count, total) in sorted(sums.items())}
+        per_class = {
+            class_id: total / np.where(count, count, np.nan) for class_id, (count, total) in sorted(sums.items())
+        }
         columns = np.array([*per_class.values()]).reshape(-1, width).T
         means = np.array([mean(column[~np.isnan(column)]) for column in columns])
         known = sum((count for count, _ in sums.values()), np.zeros(width)).astype(int)
         pairs = self.state.items["counted"]
         return {
             **self.named(means),
-            "per_class": {label: self.named(values) for label, values in per_class.items()},
+            "per_class": {class_id: self.named(values) for class_id, values in per_class.items()},
             "pairs": pairs,
             "left_out": {"no_value": int((pairs - known).max(initial=0))},
         }
@@ -233,13 +235,13 @@ class MeasuredClassMeans(ClassMeans):
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, np.ndarray]]:
         outputs = []
         for image in images:
-            scores = self.measure(image) if image.sample.labels else {}
+            scores = self.measure(image) if image.sample.class_ids else {}
             outputs.append({method: part.cpu().double().numpy() for method, part in scores.items()})
         return outputs
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
-        for scores, label in zip(image.outputs[self.name].get(method, ()), image.sample.labels):
-            self.update(scores, label)
+        for scores, class_id in zip(image.outputs[self.name].get(method, ()), image.sample.class_ids):
+            self.update(scores, class_id)
 
 
 def mean(values: Iterable[float]) -> float:

@@ -112,7 +112,7 @@ class Randomization(MeasuredClassMeans):
         the last correlation alone.
         """
         scores = super().compute()
-        last = {label: {self.name: row[self.name][-1]} for label, row in scores["per_class"].items()}
+        last = {class_id: {self.name: row[self.name][-1]} for class_id, row in scores["per_class"].items()}
         return scores | {"per_class": last}
 
     def shown(self, scores: Mapping) -> list:

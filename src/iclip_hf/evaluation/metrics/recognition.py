@@ -70,7 +70,9 @@ class MultiLabelAveragePrecision(Metric):
         self.state.batches.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
 
     def update_from(self, image: EvaluatedImage, method: None, maps: None) -> None:
-        self.update(getattr(image, self.ranked_by)[None], np.isin(self.run.dataset.labels, image.sample.labels)[None])
+        self.update(
+            getattr(image, self.ranked_by)[None], np.isin(self.run.dataset.class_ids, image.sample.class_ids)[None]
+        )
 
     def compute(self) -> dict:
         """
@@ -94,7 +96,7 @@ class MultiLabelAveragePrecision(Metric):
 
     def tables(self, scores: Mapping) -> list[str]:
         """Returns a remark on classes that every image shows."""
-        count, total = scores["always_shown"], len(self.run.dataset.labels)
+        count, total = scores["always_shown"], len(self.run.dataset.class_ids)
         if not count:
             return []
         return [f"Classes that every image shows: {count} of {total}. Their average precision is always 100."]
@@ -162,9 +164,9 @@ class Presence(MultiLabelAveragePrecision):
           number of pairs (expected calibration error), in [0, 1]; None if the prior is 0 or 1.
         """
         values, shown = self.state.joined()
-        labels = np.arange(shown.shape[1]) + 1
+        class_ids = np.arange(shown.shape[1]) + 1
         hard = np.zeros_like(shown) if self.like is None or not shown.size else (shown @ self.like) & ~shown
-        stuff = np.broadcast_to(np.isin(labels, list(self.stuff)), shown.shape)
+        stuff = np.broadcast_to(np.isin(class_ids, list(self.stuff)), shown.shape)
         logits = np.log(values.clip(1e-12, 1 - 1e-12)) - np.log1p(-values.clip(1e-12, 1 - 1e-12))
         without_image = np.broadcast_to(logits.mean(0) if len(logits) else 0.0, values.shape)
 
@@ -181,7 +183,7 @@ class Presence(MultiLabelAveragePrecision):
             ]
         groups = {}
         for name, classes in self.groups.items():
-            columns = np.isin(labels, list(classes))
+            columns = np.isin(class_ids, list(classes))
             groups[name] = _separation(values[:, columns], shown[:, columns])
         separation = _separation(values, shown)
         of_kind = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
@@ -288,10 +290,10 @@ def _separation(values: np.ndarray, shown: np.ndarray) -> dict:
 def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str, list[int]]:
     """Groups the class ids 1, ..., K, without empty groups; no groups if there is no stuff."""
     groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
-    for label, name in enumerate(class_names, 1) if stuff else ():
+    for class_id, name in enumerate(class_names, 1) if stuff else ():
         things = "things that COCO names" if name in COCO_THINGS else "other things"
-        groups["stuff" if label in stuff else things].append(label)
-    return {group: labels for group, labels in groups.items() if labels}
+        groups["stuff" if class_id in stuff else things].append(class_id)
+    return {group: class_ids for group, class_ids in groups.items() if class_ids}
 
 
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:

@@ -124,12 +124,12 @@ class Segmentation(Metric):
                 "The background threshold cannot be chosen on other images than this one: give a threshold."
             )
         self.classes = [BACKGROUND_LABEL] * len(self.background_texts)
-        self.classes += [label for label, texts in enumerate(dataset.synonyms) for _ in texts]
+        self.classes += [index for index, texts in enumerate(dataset.synonyms) for _ in texts]
         texts = [*self.background_texts, *itertools.chain(*dataset.synonyms)]
         different = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
         self.text_indices = [different.index(text) for text in texts]
         self.encoded = run.engine.encode(different)
-        self.new_iou = partial(MeanIoU, len(dataset.labels) + 1, dataset.background, dataset.void)
+        self.new_iou = partial(MeanIoU, len(dataset.class_ids) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
     def _check_windows(self, run) -> None:
@@ -192,11 +192,11 @@ class Segmentation(Metric):
         maps = image.outputs[self.name][method]
         options = (self.classes, self.threshold, self.logit_scale)
         if self.protocol:
-            labels, confidence = protocol_label_map(maps, *options, self.resolved.min_area)
-            labels, confidence = labels.cpu(), confidence.cpu()
+            label_map, confidence = protocol_label_map(maps, *options, self.resolved.min_area)
+            label_map, confidence = label_map.cpu(), confidence.cpu()
         else:
-            labels, confidence = argmax_label_map(maps, image.sample.size, *options)
-        self.update(labels + 1, image.sample.label_map, confidence, image.index)
+            label_map, confidence = argmax_label_map(maps, image.sample.size, *options)
+        self.update(label_map + 1, image.sample.label_map, confidence, image.index)
 
     def update(self, prediction, reference, confidence, index: int) -> None:
         """Adds the image at this position of the data set. The other arguments are those of [`MeanIoU`]."""

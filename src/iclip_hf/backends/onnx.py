@@ -129,10 +129,10 @@ class ONNXModel:
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
-        labels = (*inputs["input_ids"].shape[:-2], -1)
+        shape = (*inputs["input_ids"].shape[:-2], -1)
         prompts = {name: value.flatten(0, -2).unflatten(0, (-1, num_templates)) for name, value in inputs.items()}
         outputs = _run(self._text, prompts)
-        return ICLIPTextFeatures(**{name: value.unflatten(0, labels) for name, value in outputs.items()})
+        return ICLIPTextFeatures(**{name: value.unflatten(0, shape) for name, value in outputs.items()})
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

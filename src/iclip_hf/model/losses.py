@@ -38,8 +38,8 @@ def contrastive_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tens
     process's images with all texts, and of its texts with all images. Column `i + offset` is the positive of row i.
     `offset` is B times the rank if the columns come from several processes.
     """
-    labels = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
-    return (F.cross_entropy(logits_per_image.float(), labels) + F.cross_entropy(logits_per_text.float(), labels)) / 2
+    targets = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
+    return (F.cross_entropy(logits_per_image.float(), targets) + F.cross_entropy(logits_per_text.float(), targets)) / 2
 
 
 def sigmoid_loss(

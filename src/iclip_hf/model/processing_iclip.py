@@ -410,7 +410,7 @@ class ICLIPProcessor(ProcessorMixin):
             results.append(
                 {
                     "scores": torch.tensor([region.score for region in regions]),
-                    "labels": _labels(texts),
+                    "labels": _text_indices(texts),
                     "boxes": torch.tensor([region.box for region in regions], dtype=torch.float32).view(-1, 4),
                 }
             )
@@ -448,7 +448,7 @@ class ICLIPProcessor(ProcessorMixin):
                 points += [np.concatenate([positive, outside]) for positive in inside]
             results.append(
                 {
-                    "labels": _labels(texts),
+                    "labels": _text_indices(texts),
                     "points": torch.tensor(np.array(points), dtype=torch.long).view(-1, len(point_labels), 2),
                     "point_labels": point_labels.repeat(len(points), 1),
                 }
@@ -476,7 +476,7 @@ def _regions(maps, masks, min_area: float) -> Iterator[list[_TextRegions]]:
         yield [text for text in texts if text.regions]
 
 
-def _labels(texts: Sequence[_TextRegions]) -> torch.Tensor:
+def _text_indices(texts: Sequence[_TextRegions]) -> torch.Tensor:
     """Returns the index of the text of each region, `(R,)` int64."""
     return torch.tensor([text.index for text in texts for _ in text.regions], dtype=torch.long)
 

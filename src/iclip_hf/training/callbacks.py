@@ -165,21 +165,21 @@ class Start(TrainerCallback):
             self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
         self.presence = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
 
-    def changes(self, labels: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def changes(self, pair_ids: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Returns the 95 % interval of the change of each score (N,) since the start, of pairs with these labels (N, 2).
+        Returns the 95 % interval of the change of each score (N,) since the start, of pairs with these ids (N, 2).
         There is none of the start itself, whose scores are kept, and of pairs that were not scored then.
         """
         # By the captions: another machine may compute other pixels.
-        pairs, trainer = hashlib.sha256(labels[:, 1].tobytes()).hexdigest(), self.trainer
+        pairs_digest, trainer = hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest(), self.trainer
         if trainer.is_in_train and trainer.state.global_step == 0:
-            self.scores[pairs] = {name: values.tolist() for name, values in scores.items()}
+            self.scores[pairs_digest] = {name: values.tolist() for name, values in scores.items()}
             self._write()
             return {}
-        if not (before := self.scores.get(pairs)):
+        if not (before := self.scores.get(pairs_digest)):
             return {}
         change = {name: change_interval(before[name], scores[name].tolist()) for name in before}
-        self.regressed[pairs] = regressed_metrics(change, len(labels))
+        self.regressed[pairs_digest] = regressed_metrics(change, len(pair_ids))
         return {f"{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])}
 
     def on_train_begin(self, args, state, control, **options):

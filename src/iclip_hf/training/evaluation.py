@@ -23,20 +23,20 @@ _BLOCK = 1024  # rows of logits that are in memory at once
 _BOOTSTRAPS = 2000
 
 
-def numbers_of_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Returns a number of each row of tensors (B, ...), (B,). Equal rows, up to zeros at their end, share it."""
+def ids_of_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns an id of each row of tensors (B, ...), (B,). Equal rows, up to zeros at their end, share it."""
     rows = zip(*(tensor.flatten(1).cpu().numpy() for tensor in tensors))
     contents = (b"".join(part.tobytes() for part in row).rstrip(b"\0") for row in rows)
     digests = (hashlib.sha256(content).digest()[:8] for content in contents)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
-def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     Returns the scores of pairs, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
-    A query finds its pair also by another one with the same image or caption, by the labels (N, 2): some data sets
-    have a row for each of several captions. The logits are computed in blocks, so that memory does not grow with N
-    squared.
+    A query finds its pair also by another one with the same image or caption, by the ids (N, 2) of both: some data
+    sets have a row for each of several captions. The logits are computed in blocks, so that memory does not grow with
+    N squared.
     """
 
     def search(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +44,7 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, labels: torch.Te
         for rows in torch.arange(len(queries), device=queries.device).split(_BLOCK):
             logits = queries[rows] @ candidates.T
             losses.append(F.cross_entropy(logits, rows, reduction="none"))
-            hits.append(100 * (labels[logits.argmax(1)] == labels[rows]).any(1).float())
+            hits.append(100 * (pair_ids[logits.argmax(1)] == pair_ids[rows]).any(1).float())
         return torch.cat(losses), torch.cat(hits)
 
     (image_loss, image_to_text), (text_loss, text_to_image) = search(images, texts), search(texts, images)
@@ -65,12 +65,12 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> list[flo
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def regressed_metrics(change: Mapping[str, Sequence[float]], pairs: int) -> list[str]:
+def regressed_metrics(change: Mapping[str, Sequence[float]], num_pairs: int) -> list[str]:
     """
     Returns the metrics that got worse, by their intervals of [`change_interval`] over so many pairs: the interval
     holds a loss and no gain. None on fewer than `FEWEST` pairs.
     """
-    if pairs < FEWEST:
+    if num_pairs < FEWEST:
         return []
     gains = {name: [-high, -low] if name == "loss" else [low, high] for name, (low, high) in change.items()}
     return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]

@@ -45,7 +45,7 @@ from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
 from .callbacks import Flow, Interrupts, Pictures, Start
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
-from .evaluation import numbers_of_rows, retrieval_scores
+from .evaluation import ids_of_rows, retrieval_scores
 
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ class ICLIPTrainer(Trainer):
         compute_loss_func (`Callable`, *optional*): function of [`ICLIPOutput`], None and `num_items_in_batch=None`. It
             returns the loss of a training step, instead of the model's own, which stays that of an evaluation.
         compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
-            vectors of N images and those of their captions, (N, P) each; the labels (N, 2) number the images and the
-            captions, such that equal ones share a number.
+            vectors of N images and those of their captions, (N, P) each; the labels (N, 2) are ids of the images and
+            of the captions, which equal ones share.
         map_dataset ([`SegmentationDataset`], *optional*): also evaluated with `eval_dataset`, by mAP, mMIoU, mFMB and
             text contrast.
         card (`dict`, *optional*): options of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
@@ -331,28 +331,28 @@ class ICLIPTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
         Returns no loss, which the pairs only have together; the scaled unit vectors of B images and those of their
-        captions, (B, P) each; and labels (B, 2), which number images and captions.
+        captions, (B, P) each; and the ids of images and captions (B, 2), as labels.
         """
         inputs, recognition = self._prepare_inputs(inputs), self.model.recognition
         names = self.processing_class.tokenizer.model_input_names
         tokens = {name: inputs[name] for name in names if name in inputs}
         text_inputs = inputs.get("text_inputs")
-        shown = inputs["image_features"].values() if "image_features" in inputs else [inputs["pixel_values"]]
+        image_rows = inputs["image_features"].values() if "image_features" in inputs else [inputs["pixel_values"]]
         # Batches are padded to lengths of their own.
-        said = tokens["input_ids"] * tokens.get("attention_mask", 1) if text_inputs is None else text_inputs
-        labels = torch.stack([numbers_of_rows(shown), numbers_of_rows([said])], 1).to(self.args.device)
+        text_rows = tokens["input_ids"] * tokens.get("attention_mask", 1) if text_inputs is None else text_inputs
+        pair_ids = torch.stack([ids_of_rows(image_rows), ids_of_rows([text_rows])], 1).to(self.args.device)
         with torch.no_grad(), self.accelerator.autocast():
             if text_inputs is None:
                 text_inputs, _ = self.model.encode_text(**tokens)
             images = recognition.embed_image(self._image_inputs(inputs).recognition)
-            return None, (recognition.logit_scale.exp() * images, recognition.embed_text(text_inputs)), labels
+            return None, (recognition.logit_scale.exp() * images, recognition.embed_text(text_inputs)), pair_ids
 
     def _retrieval_metrics(self, output: EvalLoopOutput) -> dict[str, float]:
         """Returns the means of the scores of pairs, and how they changed since the start."""
-        images, texts, labels = (
+        images, texts, pair_ids = (
             torch.from_numpy(array).to(self.args.device) for array in (*output.predictions, output.label_ids)
         )
-        scores = retrieval_scores(images, texts, labels)
+        scores = retrieval_scores(images, texts, pair_ids)
         metrics = {name: values.mean().item() for name, values in scores.items()}
         if not math.isfinite(metrics["loss"]):  # no later loss would be better
             raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")

@@ -31,6 +31,6 @@ def read_class_folders(path: Path) -> Source:
         logger.warning(
             "%s: left out %d images in no folder of a class, such as %r", path, len(elsewhere), str(elsewhere[0])
         )
-    labels = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
-    rows = PackedRows({"caption": CLASS_CAPTION.format(label)} for label in labels)
+    class_names = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
+    rows = PackedRows({"caption": CLASS_CAPTION.format(name)} for name in class_names)
     return Source(path, path, USUAL_COLUMNS, rows, PackedRows(image.as_posix() for image in images), [])

@@ -19,7 +19,7 @@ from transformers import TrainerState
 from iclip_hf import ICLIPModel, cli
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.data import open_pairs
-from iclip_hf.cli.train.preset import check_pairs, preset
+from iclip_hf.cli.train.few_pairs import check_pairs, few_pairs_arguments
 from iclip_hf.cli.train.report import common_labels, report
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation
@@ -55,17 +55,17 @@ def test_a_run_has_the_name_of_its_data(tmp_path, monkeypatch, data, name):
     (tmp_path / "photos" / "sub").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "photos" / "sub")
     pairs = open_pairs([str(write_table(tmp_path / "table", 4))], {})
-    assert preset({"data": [data]}, pairs)["output_dir"] == f"runs/{name}"
+    assert few_pairs_arguments({"data": [data]}, pairs)["output_dir"] == f"runs/{name}"
 
 
-def preset_of(given: dict) -> dict:
-    return preset(given, open_pairs(given["data"], given))
+def chosen_for(given: dict) -> dict:
+    return few_pairs_arguments(given, open_pairs(given["data"], given))
 
 
 @pytest.mark.parametrize("count", [2, 19, 20, 21, 300])
 def test_what_is_chosen_makes_a_run(tmp_path, count):
     data = [str(write_table(tmp_path, count))]
-    chosen = preset_of({"data": data})
+    chosen = chosen_for({"data": data})
     model, _, validation, training = resolve_arguments({"data": data, **chosen})
     held_out = -(-count // 10) if count >= 20 else 0  # rounded up
     assert training.learning_rate == 1e-5 > training.min_learning_rate
@@ -80,17 +80,17 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
 
 def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypatch):
     given = {"data": [str(write_table(tmp_path, 40))], "num_train_epochs": 3, "per_device_train_batch_size": 8}
-    assert given.keys().isdisjoint(preset_of(given))
+    assert given.keys().isdisjoint(chosen_for(given))
     del given["num_train_epochs"]
-    assert preset_of(given)["num_train_epochs"] == round(STEPS / (36 // 8))  # 36 pairs are not held out
+    assert chosen_for(given)["num_train_epochs"] == round(STEPS / (36 // 8))  # 36 pairs are not held out
     monkeypatch.setenv("WORLD_SIZE", "8")
-    of_eight = preset_of({"data": given["data"]})  # of each process 35 // 8 pairs
+    of_eight = chosen_for({"data": given["data"]})  # of each process 35 // 8 pairs
     assert (of_eight["per_device_train_batch_size"], of_eight["num_train_epochs"]) == (4, STEPS)
 
 
 def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path):
     """A tenth of the pairs is fewer."""
-    assert preset_of({"data": [str(write_table(tmp_path, 100))]})["metric_for_best_model"] == "loss"
+    assert chosen_for({"data": [str(write_table(tmp_path, 100))]})["metric_for_best_model"] == "loss"
     assert (best_metric(99), best_metric(100)) == ("loss", "text_to_image")
 
 
@@ -99,10 +99,10 @@ def test_what_needs_locked_towers_is_not_chosen_for_towers_that_learn(tmp_path):
     tiny_model(lock_vision=False).save_pretrained(tmp_path / "unlocked")
     unlocked = {**given, "model": str(tmp_path / "unlocked")}
     of_locked = {"cache_features", "keep_presence"}
-    assert of_locked.isdisjoint(preset_of({**given, "model_options": ["lock_vision=false"]}))
-    assert of_locked.isdisjoint(preset_of(unlocked))
-    assert of_locked <= preset_of({**unlocked, "model_options": ["lock_vision=true"]}).keys()
-    assert of_locked & preset_of({**given, "lock_text": False}).keys() == {"cache_features"}
+    assert of_locked.isdisjoint(chosen_for({**given, "model_options": ["lock_vision=false"]}))
+    assert of_locked.isdisjoint(chosen_for(unlocked))
+    assert of_locked <= chosen_for({**unlocked, "model_options": ["lock_vision=true"]}).keys()
+    assert of_locked & chosen_for({**given, "lock_text": False}).keys() == {"cache_features"}
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

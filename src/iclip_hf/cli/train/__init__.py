@@ -11,7 +11,7 @@ from ...training.arguments import ICLIPTrainingArguments
 from ...utils.files import check_outside
 from .arguments import Arguments, argument_parser, read_arguments, resolve_arguments
 from .data import open_pairs
-from .preset import preset
+from .few_pairs import few_pairs_arguments
 
 
 def parents() -> list[argparse.ArgumentParser]:
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
         arguments = read_arguments(given)
     else:
         pairs = open_pairs(given["data"], {"seed": ICLIPTrainingArguments.seed, **given})
-        chosen = preset(given, pairs)
+        chosen = few_pairs_arguments(given, pairs)
         arguments = resolve_arguments(chosen, given)
     check_output_dir(arguments)
     from .training import train  # imports all that a training needs

@@ -20,7 +20,7 @@ from .arguments import RUNS
 _LOOKED_AT = 200  # pairs, evenly spaced over all
 
 
-def preset(given: Mapping, pairs: PairDataset) -> dict[str, object]:
+def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     """
     Returns the arguments of `iclip train` for few pairs: the projections of a trained model are trained as by
     [`few_pairs`], and evaluated on a tenth of the pairs. Those that are `given` are left out, and others depend on

@@ -70,9 +70,9 @@ def test_the_loss_reads_representative_patches_averaged_over_similar_ones():
         patches, _ = model._average_similar(image.patch_tokens, model.normalized_attention(image))
     chosen = representative_patches(image.patch_tokens, model.normalized_attention(image), image.grid, 6)
     rows = torch.arange(2).unsqueeze(1)
-    torch.testing.assert_close(few.patches, patches[rows, chosen])
+    torch.testing.assert_close(few.patch_tokens, patches[rows, chosen])
     torch.testing.assert_close(few.map_attention, every.map_attention[rows, chosen])
-    torch.testing.assert_close(few.even_patches, patches[:, even_patches(image.grid)])
+    torch.testing.assert_close(few.even_tokens, patches[:, even_patches(image.grid)])
 
 
 def test_no_word_of_a_prompt_is_a_noun_of_the_embedded_model():
@@ -424,7 +424,7 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
         inputs = model.image_inputs(model.encode_image(batch["pixel_values"]))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
         patches, even = (
-            model.interpretability.embed_image(tokens) for tokens in (inputs.patches, inputs.even_patches[1:])
+            model.interpretability.embed_image(tokens) for tokens in (inputs.patch_tokens, inputs.even_tokens[1:])
         )
         prior = attention_prior(inputs.map_attention, known.is_background)
         shares = shares_of_texts(20 * patches @ texts.T, prior)

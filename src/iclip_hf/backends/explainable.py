@@ -141,9 +141,9 @@ class RecordableModel(ExplainableModel):
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         image, (layer,) = self.trace(pixel_values, weights=True)
-        patches = math.prod(image.grid)
-        queries = slice(-patches, None) if self.pools_patches else slice(0, 1)
-        return image, layer.weights[:, :, queries, -patches:].float().mean((1, 2))
+        num_patches = math.prod(image.grid)
+        queries = slice(-num_patches, None) if self.pools_patches else slice(0, 1)
+        return image, layer.weights[:, :, queries, -num_patches:].float().mean((1, 2))
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,9 @@ class BiModal(GradientExplainer):
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layer.weights for layer in layers]
 
-    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+    def weigh(
+        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+    ) -> torch.Tensor:
         # One tensor (B, Q, L) for each layer
         relevances = [(layer.weights * grad).float().relu().mean(1) for layer, grad in zip(layers, gradients)]
         # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
@@ -33,4 +35,4 @@ class BiModal(GradientExplainer):
             row[..., read] += 1
         for relevance in reversed(relevances[:-1]):
             row = row + row @ relevance
-        return row[:, 0, -patches:]
+        return row[:, 0, -num_patches:]

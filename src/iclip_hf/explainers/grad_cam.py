@@ -55,7 +55,9 @@ class GradCAM(GradientExplainer):
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[0].tokens if self.normed else layers[0].stream]
 
-    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+    def weigh(
+        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+    ) -> torch.Tensor:
         (activations,), (gradient,) = self.differentiated(layers), gradients
-        weights = gradient[:, -patches:].mean(1, keepdim=True)  # (B, 1, D)
-        return (activations[:, -patches:] * weights).sum(-1).relu()
+        weights = gradient[:, -num_patches:].mean(1, keepdim=True)  # (B, 1, D)
+        return (activations[:, -num_patches:] * weights).sum(-1).relu()

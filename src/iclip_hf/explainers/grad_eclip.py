@@ -30,14 +30,16 @@ class GradECLIP(GradientExplainer):
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[-1].mixed]
 
-    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
+    def weigh(
+        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+    ) -> torch.Tensor:
         (layer,), (gradient,) = layers, gradients
         if not self.model.pools_patches:
-            key, value = layer.key[:, :, -patches:], layer.value[:, :, -patches:]
+            key, value = layer.key[:, :, -num_patches:], layer.value[:, :, -num_patches:]
             return _one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
         # The positive part of sum_c g_c a v_c for each query, summed over the queries.
         relevance = ((gradient @ layer.value.mT) * layer.weights).float().sum(1).relu().sum(1)
-        return relevance[:, -patches:]
+        return relevance[:, -num_patches:]
 
 
 def _one_query_relevance(

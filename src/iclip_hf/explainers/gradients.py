@@ -63,5 +63,7 @@ class GradientExplainer(Explainer):
         """Returns the tensors that the similarity is differentiated with respect to."""
 
     @abstractmethod
-    def weigh(self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], patches: int) -> torch.Tensor:
-        """Computes the relevance `(B, N)` of N `patches` to one text from the gradients of these tensors."""
+    def weigh(
+        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+    ) -> torch.Tensor:
+        """Computes the relevance `(B, N)` of the N patches to one text from the gradients of these tensors."""

@@ -63,8 +63,8 @@ class ProxyCLIP(Explainer):
             on_grid = value.flatten(0, 1).mT.unflatten(-1, image.grid)
             value = F.interpolate(on_grid, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
         mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
-        patches = self.model.join_features(self.model.layers[self.block].output(mixed), image, grid)
-        patch_embeds = unit(self.model.project(patches)).unflatten(1, grid)
+        patch_stream = self.model.join_features(self.model.layers[self.block].output(mixed), image, grid)
+        patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
 
     def weights(self, tokens: torch.Tensor) -> torch.Tensor:

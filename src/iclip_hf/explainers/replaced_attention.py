@@ -52,8 +52,8 @@ class ReplacedAttention(Explainer):
             stream = stream + attended if self.residual else attended
             if self.mlp:
                 stream = stream + block.mlp(stream)
-        patches = self.model.join_features(stream[:, -math.prod(image.grid) :], image)
-        patch_embeds = unit(self.model.project(patches)).unflatten(1, image.grid)
+        patch_stream = self.model.join_features(stream[:, -math.prod(image.grid) :], image)
+        patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, image.grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
 
     @abstractmethod

@@ -210,10 +210,10 @@ def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch
     this process's images from unit vectors of texts (T, P). The logits of a caption with all images are gathered from
     the other processes, because logits are smaller than the embeddings of patches.
     """
-    pairs = len(captions)
-    offset = pairs * (distributed.get_rank() if _is_distributed() else 0)
+    num_pairs = len(captions)
+    offset = num_pairs * (distributed.get_rank() if _is_distributed() else 0)
     per_image = logits(gather_with_gradient(captions))
-    per_text = gather_with_gradient(per_image)[:, offset : offset + pairs].mT
+    per_text = gather_with_gradient(per_image)[:, offset : offset + num_pairs].mT
     return contrastive_loss(per_image, per_text, offset)
 
 
@@ -234,21 +234,21 @@ def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tenso
 
 
 def shares_by_place(
-    shares: torch.Tensor, patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
+    shares: torch.Tensor, patch_embeds: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
     Recomputes the shares `(B, V)` of the nouns with a place in the b images that show one: from evenly spread patches
     `(b, 64, P)` ([`~pooling.even_patches`]), weighted by [`place_prior`]. `prompts` are unit vectors `(V, P)`, and
     `scale` multiplies the cosines in the softmax.
     """
-    prior = place_prior(even_heights().to(patches.device), nouns.place)
-    by_place = shares_of_texts(scale * (patches.float() @ prompts.float().mT), prior)
+    prior = place_prior(even_heights().to(patch_embeds.device), nouns.place)
+    by_place = shares_of_texts(scale * (patch_embeds.float() @ prompts.float().mT), prior)
     rows, columns = nouns.shows_place.nonzero(), nouns.place.nonzero().squeeze(1)
     return shares.index_put((rows, columns), by_place[:, columns])
 
 
 def known_competition_loss(
-    patches: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
+    patch_embeds: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
     Returns the loss of nouns that compete for the evenly spread patches `(b, 64, P)` of the b images with
@@ -270,7 +270,7 @@ def known_competition_loss(
     shown, known = nouns.shown[counted], (nouns.shown | nouns.absent)[counted]
     columns = known.any(0).nonzero().squeeze(1)  # few nouns, among them all nouns shown
     shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
-    logits = scale * (patches.float() @ prompts[columns].float().mT)
+    logits = scale * (patch_embeds.float() @ prompts[columns].float().mT)
     # A large number instead of infinity, because the gradient of infinity would be NaN for a noun without known
     # patches.
     log_softmax = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
@@ -299,7 +299,7 @@ class BranchBatch:
         map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): attention of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
         prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of a prompt of each noun.
-        even_patches (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
+        even_embeds (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
             the b images that are `nouns.spread_evenly`; None without `known_competition`.
     """
 
@@ -310,7 +310,7 @@ class BranchBatch:
     map_attention: torch.Tensor | None = None
     nouns: BatchNouns | None = None
     prompts: torch.Tensor | None = None
-    even_patches: torch.Tensor | None = None
+    even_embeds: torch.Tensor | None = None
 
     @property
     def noun_weight(self) -> float:
@@ -336,7 +336,7 @@ class BranchBatch:
 
     def evenly(self, images: torch.Tensor) -> torch.Tensor:
         """Selects the evenly spread patches of some of the images that are `nouns.spread_evenly`, (B,) boolean."""
-        return self.even_patches[images[self.nouns.spread_evenly]]
+        return self.even_embeds[images[self.nouns.spread_evenly]]
 
 
 class LossTerm(NamedTuple):
@@ -390,14 +390,14 @@ def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
 def _noun_competition(batch: BranchBatch) -> torch.Tensor:
     scale = batch.config.map_scale
     shares = shares_of_texts(scale * batch.similarities, batch.prior)
-    if batch.even_patches is not None:
+    if batch.even_embeds is not None:
         shares = shares_by_place(shares, batch.evenly(batch.nouns.shows_place), batch.prompts, scale, batch.nouns)
     return competition_loss(shares, batch.nouns.shown)
 
 
 def _known_competition(batch: BranchBatch) -> torch.Tensor:
-    patches = batch.evenly(batch.nouns.knows_background)
-    return known_competition_loss(patches, batch.prompts, batch.config.map_scale, batch.nouns)
+    patch_embeds = batch.evenly(batch.nouns.knows_background)
+    return known_competition_loss(patch_embeds, batch.prompts, batch.config.map_scale, batch.nouns)
 
 
 LOSS_TERMS = {

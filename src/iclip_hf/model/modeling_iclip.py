@@ -234,8 +234,8 @@ class ICLIPModel(ICLIPTowers):
     def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
         Returns the features of images that a loss can read, by name: the pooled tokens by each of `poolings`, see
-        `config.poolings`; and with `max_over="similarity"` also `patches`, `attention` (`map_attention`) and, with
-        `known_competition`, `even_patches` of [`ImageInputs`]. With a locked tower they can be computed once and kept.
+        `config.poolings`; and with `max_over="similarity"` also `patches`, `attention` and, with `known_competition`,
+        `even_patches`, see [`ImageInputs`]. With a locked tower they can be computed once and kept.
         """
         config, features = self.config, self._pooled(image, poolings)
         if config.max_over == "channels":
@@ -303,13 +303,13 @@ class ICLIPModel(ICLIPTowers):
         if weight := self.config.recognition_share:
             # The recognition branch was trained with tokens that are not centered. In its input, they follow the class
             # token, which is zero here.
-            patches = patch_tokens
+            tokens = patch_tokens
             if self.config.center_tokens:
-                patches = patches + self._own_tensor("token_mean").to(patches)
+                tokens = tokens + self._own_tensor("token_mean").to(tokens)
             projection = self.recognition.visual_projection
             if self.config.recognition_pooling == "feature_average":
-                patches = patches[..., -self.config.feature_dim :]
-            recognition_embeds = normalize(projection(patches, linear=True).float())
+                tokens = tokens[..., -self.config.feature_dim :]
+            recognition_embeds = normalize(projection(tokens, linear=True).float())
             patch_embeds = join_branches(patch_embeds, recognition_embeds, weight)
         return patch_embeds.to(patch_tokens.dtype)
 
@@ -332,7 +332,7 @@ class ICLIPModel(ICLIPTowers):
         attention = self.normalized_attention(image)
         recognition_poolings, map_pooling = self.config.poolings
         recognition, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
-        patches, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
+        averaged, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
         projected = self.recognition.visual_projection(recognition)
         map_image_embeds = None
         if map_pooled is not None:
@@ -344,7 +344,7 @@ class ICLIPModel(ICLIPTowers):
             pooler_output=projected,
             image_embeds=normalize(projected),
             map_image_embeds=map_image_embeds,
-            patch_embeds=self.embed_patches(patches).unflatten(1, image.grid),
+            patch_embeds=self.embed_patches(averaged).unflatten(1, image.grid),
             patch_tokens=image.patch_tokens,
             attention=attention,
             map_attention=map_attention,

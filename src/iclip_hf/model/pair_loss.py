@@ -23,9 +23,9 @@ class ImageInputs(NamedTuple):
     pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the `representative_patches`. Both are averaged over
     # similar patches, and the tokens are centered before. None with `max_over="channels"`.
-    patches: torch.Tensor | None = None
+    patch_tokens: torch.Tensor | None = None
     map_attention: torch.Tensor | None = None
-    even_patches: torch.Tensor | None = None  # as `patches`, (B, 64, D); None without `known_competition`
+    even_tokens: torch.Tensor | None = None  # as `patch_tokens`, (B, 64, D); None without `known_competition`
 
 
 def pair_loss(
@@ -39,25 +39,25 @@ def pair_loss(
         raise ValueError(
             f"The loss needs a caption for each of {len(image.recognition)} images, not {len(text_inputs)}."
         )
-    count = len(image.recognition)
+    num_images = len(image.recognition)
     images, texts = model.recognition.embed_image(image.recognition), model.recognition.embed_text(text_inputs)
-    map_texts, even_patches = texts, None
+    map_texts, even_embeds = texts, None
     if branch := model.interpretability:
-        map_images = branch.embed_image(image.patches if image.pooled is None else image.pooled)
+        map_images = branch.embed_image(image.patch_tokens if image.pooled is None else image.pooled)
         map_texts = branch.embed_text(text_inputs)
-        if nouns is not None and image.even_patches is not None:
-            even_patches = branch.embed_image(image.even_patches[nouns.spread_evenly])
+        if nouns is not None and image.even_tokens is not None:
+            even_embeds = branch.embed_image(image.even_tokens[nouns.spread_evenly])
     # In half precision, scaled cosines would be rounded to multiples of 1/16.
     with torch.autocast(images.device.type, enabled=False):
-        prompts = None if nouns is None else nouns.prompts(texts[count:])
-        batch = BranchBatch(model.recognition, model.config, images, texts[:count], None, nouns, prompts)
+        prompts = None if nouns is None else nouns.prompts(texts[num_images:])
+        batch = BranchBatch(model.recognition, model.config, images, texts[:num_images], None, nouns, prompts)
         losses = [branch_loss("recognition", batch)]
         attention_loss = 0
         if branch:  # it can be on another device
-            prompts = None if nouns is None else nouns.prompts(map_texts[count:])
-            batch = BranchBatch(branch, model.config, map_images, map_texts[:count], image.map_attention)
+            prompts = None if nouns is None else nouns.prompts(map_texts[num_images:])
+            batch = BranchBatch(branch, model.config, map_images, map_texts[:num_images], image.map_attention)
             if model.config.max_over == "similarity":  # other maps do not learn from nouns
-                batch.nouns, batch.prompts, batch.even_patches = nouns, prompts, even_patches
+                batch.nouns, batch.prompts, batch.even_embeds = nouns, prompts, even_embeds
             losses.append(branch_loss("map", batch).to(images.device))
         if model.config.map_attention == "signed":
             attention_loss = _attention_loss(model, prompts, nouns).to(images.device)

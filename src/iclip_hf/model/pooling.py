@@ -102,10 +102,10 @@ def representative_patches(
     attention and square root of the distance to the selected patches. The last four are in the middle of the image's
     quarters, so that large objects and the ground also count by their area.
     """
-    images, patches = tokens.shape[:2]
-    if count >= patches:
-        return torch.arange(patches, device=tokens.device).expand(images, -1)
-    each_image = torch.arange(images, device=tokens.device)
+    num_images, num_patches = tokens.shape[:2]
+    if count >= num_patches:
+        return torch.arange(num_patches, device=tokens.device).expand(num_images, -1)
+    each_image = torch.arange(num_images, device=tokens.device)
     units = F.normalize(tokens.float(), dim=-1)
     wanted = attention
     distance = torch.full_like(attention, 2.0)
@@ -118,7 +118,7 @@ def representative_patches(
         wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
     rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
     middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
-    return torch.cat([torch.stack(salient, 1), middles.expand(images, -1)], 1)
+    return torch.cat([torch.stack(salient, 1), middles.expand(num_images, -1)], 1)
 
 
 EVEN_SIDE = 8  # rows and columns of the patches that `even_patches` selects

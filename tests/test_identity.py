@@ -153,7 +153,7 @@ WITHOUT_EFFECT = ICLIPConfig.option_names("training", "weights")
 def test_every_option_says_what_depends_on_it():
     """The lists as they were kept by hand."""
     assert {*ICLIPConfig.option_names()} == {*ICLIPConfig.__annotations__} - {*ICLIPConfig.sub_configs}
-    loss = {"noun_weight", "unknown_weight", "noun_competition", "known_competition"}
+    loss = {"noun_weight", "unknown_weight", "noun_competition", "known_competition", "distillation_weight"}
     assert {*ICLIPConfig.option_names("training")} == loss | {"map_tokens", "lock_vision"}
     assert ICLIPConfig.option_names("weights") == ["logit_scale_init_value", "logit_bias_init_value"]
     always = {"max_over", "attention_quantile", "value_share", "average_layers", "even_patches"}

@@ -11,6 +11,7 @@ from iclip_hf.model.losses import (
     BatchNouns,
     competition_loss,
     contrastive_loss,
+    distillation_loss,
     known_competition_loss,
     multi_positive_loss,
     place_prior,
@@ -126,6 +127,15 @@ def test_positives_are_not_one_anothers_negatives():
     assert loss.item() == pytest.approx(by_hand / 3, abs=1e-6)
     loss.backward()
     assert torch.isfinite(logits.grad).all() and not logits.grad[1:].any()
+
+
+def test_distillation_counts_an_image_by_its_probabilities():
+    logits = torch.tensor([[2.0, 1.0, 0.0], [5.0, -5.0, 0.0], [1.0, 2.0, 3.0]])
+    probabilities = torch.tensor([[0.5, 0.25, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    sums = [sum(map(math.exp, row)) for row in logits.tolist()]
+    first = -0.5 * math.log(math.exp(2) / sums[0]) - 0.25 * math.log(math.exp(1) / sums[0])
+    third = -math.log(math.exp(3) / sums[2])
+    assert distillation_loss(logits, probabilities).item() == pytest.approx((first + third) / 3, abs=1e-6)
 
 
 def test_a_place_prefers_the_lower_or_upper_patches_by_hand():

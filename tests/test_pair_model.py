@@ -222,6 +222,35 @@ def test_sampled_prompts_are_of_nouns_shown():
     assert set(sampled["noun_ids"][:3].tolist()) <= {1, 2} and set(sampled["noun_ids"][3:].tolist()) == {2}
 
 
+def test_each_class_has_a_prompt_and_the_probabilities_of_images():
+    nouns = NounPrompts(["dog", "crane (class) (2)", "pug (class)"])
+    classes = [("Crane", 0.25), ("dog", 0.5), ("crane", 0.5), ("unheard of", 0.1)]  # two classes of one name
+    known = nouns.known_nouns(["a pug"], class_probabilities=classes)
+    prompts, sampled = nouns.sample([known, nouns.known_nouns(["a dog"])], epoch=0)
+    assert sampled["class_probabilities"].tolist() == [[0.75, 0], [0, 0]]
+    assert len(prompts) == 8 and len(sampled["noun_ids"]) == 6
+    assert "crane" in prompts[6] and "pug" in prompts[7]
+
+
+def test_the_recognition_branch_learns_the_probabilities_of_classes():
+    """With its weight, from the last texts, which no other loss reads."""
+    model, batch = tiny_model(), tiny_inputs(2, 8)
+    marks = {"is_background": torch.tensor([False, True, False]), "place": torch.tensor([0, 1, -1])}
+    nouns = {"noun_ids": torch.arange(3), "noun_labels": torch.tensor([[1, 0, 0], [0, 1, -1]]), **marks}
+    probabilities, losses = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.5]]), {}
+    for weight in (0, 0.4):
+        distilled = {**batch, "nouns": {**nouns, "class_probabilities": probabilities}}
+        with torch.no_grad():
+            losses[weight] = outputs_of(model, distilled, distillation_weight=weight)["branch_losses"]
+    first = {name: value[:5] for name, value in batch.items() if name != "pixel_values"}
+    with torch.no_grad():
+        without = outputs_of(model, {**batch, **first, "nouns": nouns})["branch_losses"]
+        logits = model(**batch).logits_per_image[:, 5:]
+    torch.testing.assert_close(losses[0], without)
+    expected = -(probabilities * logits.log_softmax(1)).sum() / 2
+    torch.testing.assert_close(losses[0.4] - losses[0], torch.stack([0.4 * expected, torch.zeros(())]))
+
+
 def test_marks_say_where_a_noun_is():
     lines = [
         "sky (background) (above)",

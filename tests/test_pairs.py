@@ -225,8 +225,8 @@ def test_rows_of_an_image_are_one_pair(tmp_path, form):
         table.write_text("\n".join(json.dumps(dict(zip(names, row))) for row in rows))
     dataset = load_pairs(table)
     assert len(dataset) == 4
-    assert dataset.raw(0).texts == (["a dog", "a ball"], ["dog", "ball"], ["dog", "cat", "ball"])
-    assert dataset.raw(1).texts == (["a cat"], ["cat"], [])
+    assert dataset.raw(0).texts == (["a dog", "a ball"], ["dog", "ball"], ["dog", "cat", "ball"], [])
+    assert dataset.raw(1).texts == (["a cat"], ["cat"], [], [])
     for index, row in ((2, 3), (3, 6)):
         with pytest.raises(BadPairError, match=f"row {row}: "):
             dataset.raw(index)
@@ -655,18 +655,21 @@ def test_a_blank_caption_does_not_hide_the_next(row):
 
 def test_labels_in_every_format(tmp_path):
     rows = [
-        {"labels": ["dog", "cat"], "complete": ["dog", "cat", "car"]},
-        {"labels": ["dog"], "complete": ["voc2012"]},
+        {"labels": ["dog", "cat"], "complete": ["dog", "cat", "car"], "class_probabilities": {"pug": 0.5}},
+        {"labels": ["dog"], "complete": ["voc2012"], "class_probabilities": {"pug": 0.75, "box": 0.125}},
         {"labels": [], "complete": []},
         {"labels": None, "complete": ["coco2017"]},
     ]
-    expected = [(["dog", "cat"], ["dog", "cat", "car"]), (["dog"], [*class_names.VOC]), ([], [])]
+    expected = [(["dog", "cat"], ["dog", "cat", "car"], [("pug", 0.5)])]
+    expected.append((["dog"], [*class_names.VOC], [("pug", 0.75), ("box", 0.125)]))
+    expected.append(([], [], []))
     write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
     rows = [{"image": f"{number}.jpg", "caption": "a", **row} for number, row in enumerate(rows)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     with open(tmp_path / "a.csv", "w", newline="") as file:
-        cells = [[row["image"], "a", json.dumps(row["labels"]), json.dumps(row["complete"])] for row in rows]
-        csv.writer(file).writerows([["image", "caption", "labels", "complete"], *cells])
+        names = ("labels", "complete", "class_probabilities")
+        cells = [[row["image"], "a", *(json.dumps(row.get(name)) for name in names)] for row in rows]
+        csv.writer(file).writerows([["image", "caption", *names], *cells])
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     shard = write_members(tmp_path / "a.tar", range(4), jpg=jpeg, json=lambda row: json.dumps(rows[row]))
     for suffix in ("jsonl", "csv", "parquet", "tar"):
@@ -674,7 +677,7 @@ def test_labels_in_every_format(tmp_path):
         assert [pairs.raw(row).texts[1:] for row in range(3)] == expected, suffix
         with pytest.raises(BadPairError, match=rf"a\.{suffix}, row 4: labels: .* is no list of names"):
             pairs.raw(3)  # it would count as an image that shows none of the names
-    items = {item["key"]: (item["labels"], item["complete"]) for item in stream(shard.parent, max_bad_share=1)}
+    items = {item["key"]: tuple(item[name] for name in names) for item in stream(shard.parent, max_bad_share=1)}
     assert [items[f"k0{row}"] for row in range(3)] == expected and len(items) == 3
 
 
@@ -692,7 +695,7 @@ def test_labels_in_every_format(tmp_path):
 def test_labels_are_any_sequence_of_names_and_no_numbers(value, names):
     row = {"captions": ("a", "b"), "labels": value, "complete": value}
     for of_row in (row, {"json": row}):
-        assert columns.USUAL_COLUMNS.texts(of_row) == (["a", "b"], names, names)
+        assert columns.USUAL_COLUMNS.texts(of_row) == (["a", "b"], names, names, [])
 
 
 @pytest.mark.parametrize(
@@ -711,9 +714,20 @@ def test_complete_may_name_a_data_set_and_needs_labels(complete, expected):
             columns.USUAL_COLUMNS.texts({"caption": "a", "complete": complete, **labels})
 
 
-@pytest.mark.parametrize("value", [{"dog": 1}, [["dog"]], ["dog", 3], ["dog", None], "dog", '"dog"', '["dog"'])
-@pytest.mark.parametrize("column", ["labels", "complete"])
-def test_labels_that_are_no_list_of_names_are_refused(column, value, tiny_processor):
+NO_NAMES = [{"dog": 1}, [["dog"]], ["dog", 3], ["dog", None], "dog", '"dog"', '["dog"']
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *((column, value) for column in ("labels", "complete") for value in NO_NAMES),
+        *(
+            ("class_probabilities", value)
+            for value in ({"dog": 2}, {"dog": "a"}, ["dog"], [0.5], "dog", '{"dog": 0.5')
+        ),
+    ],
+)
+def test_labels_of_another_kind_are_refused(column, value, tiny_processor):
     rows = [{"image": Image.new("RGB", (9, 9)), "caption": "a"}, {"caption": "a", "labels": [], column: value}]
     with pytest.raises(ValueError, match=f"^Row 2 of the batch: {column}: "):
         PairCollator(tiny_processor)(rows)
@@ -749,7 +763,7 @@ def test_a_class_has_the_names_of_other_data_sets(name):
     """VOC's are not those of COCO: an image with a sofa would train that it shows no couch."""
     nouns = NounPrompts([*class_names.COCO_THINGS, "sofa"])
     texts = columns.PairTexts(["a"], [name], class_names.COCO_THINGS)
-    shown, absent, _ = nouns.known_nouns(*texts)
+    shown, absent, *_ = nouns.known_nouns(*texts)
     known = {"TVmonitor": "tv", "sofa": "couch", "motorbike": "motorcycle"}
     known |= {"aeroplane": "airplane", "diningtable": "dining table", "pottedplant": "potted plant"}
     assert {nouns.nouns[noun] for noun in shown} == {known[name], name} & {*nouns.nouns}

@@ -90,20 +90,24 @@ def terms(model: ICLIPModel, batch: dict, **options) -> dict[str, tuple[torch.Te
 
 
 def eight_pairs(part: slice) -> tuple[ICLIPModel, dict]:
-    """A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns."""
+    """
+    A model of which both towers learn, and a part of eight pairs with two noun prompts each, out of five nouns, and
+    with probabilities of four classes.
+    """
     options = {"max_over": "similarity", "map_affinity": 2.0, "logit_bias_init_value": -2, "known_competition": 0.5}
     model = tiny_model(lock_vision=False, map_attention="signed", **options).eval()
     torch.nn.init.constant_(model.attention_direction, 0.1)
-    generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 24)
+    generator, inputs = torch.Generator().manual_seed(0), tiny_inputs(8, 28)
     noun_ids = torch.randint(5, (16,), generator=generator)
     noun_labels = torch.randint(-1, 2, (8, 5), generator=generator)
     prompts = slice(2 * part.start, 2 * part.stop)
     batch = {"pixel_values": inputs.pop("pixel_values")[part]}
-    batch |= {name: torch.cat([value[:8][part], value[8:][prompts]]) for name, value in inputs.items()}
+    batch |= {name: torch.cat([value[:8][part], value[8:24][prompts], value[24:]]) for name, value in inputs.items()}
     nouns = {
         "noun_ids": noun_ids[prompts],
         "is_background": noun_ids[prompts] > 3,
         "place": (noun_ids[prompts] % 3 - 1).to(torch.int8),
         "noun_labels": noun_labels[part].to(torch.int8),
+        "class_probabilities": torch.rand(8, 4, generator=generator)[part],
     }
     return model, {**batch, "nouns": nouns}

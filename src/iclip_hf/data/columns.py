@@ -20,7 +20,8 @@ from .class_names import CLASS_NAMES
 # "captions" is a list, all others are text. Members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
-LABEL_COLUMNS = ("labels", "complete")  # lists of names, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`
+# Lists of names and an object of probabilities, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`.
+LABEL_COLUMNS = ("labels", "complete", "class_probabilities")
 _LIST = re.compile(r"""\s*\[\s*["'].*["']\s*\]\s*""", re.DOTALL)  # of texts, as text
 
 
@@ -48,12 +49,13 @@ class Columns(NamedTuple):
         """
         Returns the captions of the first column with text, if there is one, and the labels. Raises `ValueError` if a
         list in text is not JSON, if `labels` or `complete` is neither a list of names nor numbers, if `complete` names
-        an unknown list, or if it has names and `labels` is no list of names.
+        an unknown list, or if it has names and `labels` is no list of names; and if `class_probabilities` is no object
+        of names and numbers in [0, 1].
         """
         parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
         texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
         captions = next(filter(None, texts), [])
-        labels, complete = (
+        labels, complete, probabilities = (
             next((part[name] for part in parts if not _is_empty(part.get(name))), None) for name in LABEL_COLUMNS
         )
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
@@ -69,7 +71,7 @@ class Columns(NamedTuple):
                 "none of them is []"
             )
         complete_for = chain.from_iterable(CLASS_NAMES.get(name.lower(), (name,)) for name in listed or ())
-        return PairTexts(captions, names or [], [*complete_for])
+        return PairTexts(captions, names or [], [*complete_for], _probabilities("class_probabilities", probabilities))
 
 
 USUAL_COLUMNS = Columns()
@@ -83,11 +85,13 @@ class PairTexts(NamedTuple):
         captions: all captions; none for a pair without.
         labels: names of what the image shows.
         complete: names that the labels are complete for. The image shows none of them that is not among the labels.
+        class_probabilities: names of classes of a classifier, each with the probability that the image shows it.
     """
 
     captions: Sequence[str]
     labels: Sequence[str] = ()
     complete: Sequence[str] = ()
+    class_probabilities: Sequence[tuple[str, float]] = ()
 
     @classmethod
     def joined(cls, parts: Iterable[PairTexts]) -> PairTexts:
@@ -120,6 +124,21 @@ def _names(column: str, value) -> list[str] | None:
         raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
     names = (_stripped(name) for item in items for name in item.split(","))
     return [name for name in names if name]
+
+
+def _probabilities(column: str, value) -> list[tuple[str, float]]:
+    """
+    Returns the items of an object of names and probabilities; none for an empty value. A table of Arrow has a column
+    for each name, so names without a value are left out. Raises `ValueError` if the value is no such object.
+    """
+    parsed = _parsed(column, value)
+    if _is_empty(parsed):
+        return []
+    if isinstance(parsed, Mapping):
+        items = [(_stripped(name), number) for name, number in parsed.items() if number is not None]
+        if all(isinstance(number, Number) and 0 <= number <= 1 for _, number in items):
+            return items
+    raise ValueError(f'{column}: {value!r:.100} is no object of names and probabilities, such as {{"dog": 0.9}}')
 
 
 def _parsed(column: str, value):

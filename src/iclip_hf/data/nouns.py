@@ -34,7 +34,7 @@ PROMPTS = 3  # of each image, as in GroupViT
 # Captions use it for the colour more often than for the fruit, unless they end with it: "a photo of an orange".
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
-_LINE = re.compile(r"([^()#,;\x00-\x1f]+?)\s*((?:\((?:background|above|below|\d+)\)\s*)*)")
+_LINE = re.compile(r"([^()#,;\x00-\x1f]+?)\s*((?:\((?:background|above|below|class|\d+)\)\s*)*)")
 
 # All names of a class, by each of them.
 _SAME_CLASS = {name: frozenset(names) for names in SAME_CLASS for name in names}
@@ -71,11 +71,13 @@ class ImageNouns(NamedTuple):
         shown: nouns of its labels, and those that its captions name and complete labels do not deny.
         absent: nouns that complete labels deny and no caption names.
         captions: its captions, on which the sampled prompts depend.
+        class_probabilities: numbers among the `classes` of the vocabulary, each with its probability.
     """
 
     shown: list[int]
     absent: list[int]
     captions: Sequence[str]
+    class_probabilities: Sequence[tuple[int, float]] = ()
 
 
 class NounPrompts:
@@ -85,8 +87,9 @@ class NounPrompts:
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular, each with its marks. "(background)"
             marks what is behind or below objects; "(above)" and "(below)" mark what images show above or below most
-            other nouns: "sky (background) (above)", "floor (background) (below)". A number, "(3)", is the number of
-            training photographs that show the noun, without effect on prompts.
+            other nouns: "sky (background) (above)", "floor (background) (below)". "(class)" marks the classes of the
+            classifier that `class_probabilities` of images are from. A number, "(3)", is the number of training
+            photographs that show the noun, without effect on prompts.
         seed: seed of the prompts.
 
     Raises:
@@ -103,6 +106,8 @@ class NounPrompts:
                 [("below" in noun_marks) - ("above" in noun_marks) for noun_marks in marks.values()], np.int8
             ),
         }
+        self.classes = [index for index, noun_marks in enumerate(marks.values()) if "class" in noun_marks]
+        self._class_numbers = {index: number for number, index in enumerate(self.classes)}
         self.seed = seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
@@ -158,13 +163,18 @@ class NounPrompts:
         return nouns
 
     def known_nouns(
-        self, captions: Sequence[str], labels: Sequence[str] = (), complete: Sequence[str] = ()
+        self,
+        captions: Sequence[str],
+        labels: Sequence[str] = (),
+        complete: Sequence[str] = (),
+        class_probabilities: Sequence[tuple[str, float]] = (),
     ) -> ImageNouns:
         """
         Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. Labels
         precede captions: a noun that a caption names and complete labels deny is unknown. The words of labels and of
         names in `complete` name no other noun in captions, even if the vocabulary does not have them. A label counts
-        by all names of its class: VOC's "tvmonitor" is the "tv" in a `complete` with the names of COCO.
+        by all names of its class: VOC's "tvmonitor" is the "tv" in a `complete` with the names of COCO. Probabilities
+        of names that are no `classes` do not count.
         """
         listed = {*map(_name, complete)}
         labelled = {name for label in labels for name in _names_of(label, listed)}
@@ -172,7 +182,9 @@ class NounPrompts:
         phrases = {form for name in others for form in (name, *_plurals(name))}
         captioned = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
         shown, denied = self._indices(labelled), self._indices(listed) - self._indices(labelled)
-        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions)
+        classes = ((self._by_form.get(_name(name)), probability) for name, probability in class_probabilities)
+        known = [(self._class_numbers[noun], value) for noun, value in classes if noun in self._class_numbers]
+        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions, known)
 
     def _indices(self, names: Set[str]) -> set[int]:
         return {self._by_form[name] for name in names & self._by_form.keys()}
@@ -193,10 +205,11 @@ class NounPrompts:
         Samples prompts for B images.
 
         Returns:
-            `tuple`: 3 B prompts, grouped by image, and a `dict`: `noun_ids` (3 B,), the index of the noun of each
-            prompt; `noun_labels` (B, vocabulary), 1 for a noun that an image shows, -1 for a noun that it is known not
-            to show, else 0; `is_background` (3 B,), boolean; and `place` (3 B,), -1 for a noun above others, 1 for a
-            noun below, else 0. An image without nouns gets random prompts.
+            `tuple`: 3 B prompts, grouped by image, and one of each of the C `classes`; and a `dict`: `noun_ids` (3
+            B,), the index of the noun of each of the 3 B prompts; `noun_labels` (B, vocabulary), 1 for a noun that an
+            image shows, -1 for a noun that it is known not to show, else 0; `is_background` (3 B,), boolean; `place`
+            (3 B,), -1 for a noun above others, 1 for a noun below, else 0; and, in a vocabulary with classes,
+            `class_probabilities` (B, C), float32. An image without nouns gets random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
@@ -209,7 +222,15 @@ class NounPrompts:
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
         sampled = np.array(sampled)
         prompt_marks = {name: values[sampled] for name, values in self.marks.items()}
-        return prompts, {"noun_ids": sampled, "noun_labels": noun_labels, **prompt_marks}
+        arrays = {"noun_ids": sampled, "noun_labels": noun_labels, **prompt_marks}
+        if self.classes:
+            rng = random.Random(f"{self.seed}/{epoch}/{images[0].captions}")
+            prompts += [rng.choice(TEMPLATES).format(self.nouns[noun]) for noun in self.classes]
+            arrays["class_probabilities"] = np.zeros((len(images), len(self.classes)), np.float32)
+            for image, row in zip(images, arrays["class_probabilities"]):
+                for number, probability in image.class_probabilities:
+                    row[number] += probability
+        return prompts, arrays
 
 
 def _name(text: str) -> str:

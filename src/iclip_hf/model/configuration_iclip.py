@@ -139,6 +139,8 @@ class ICLIPConfig(PreTrainedConfig):
             has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
         unknown_weight (`float` in [0, 1], defaults to 0.1): weight, in the loss of a recognition branch with a bias,
             of a noun that no text of an image names and no label excludes.
+        distillation_weight (`float`, defaults to 1): weight of a loss in which the recognition branch learns the
+            probabilities of a classifier ([`~losses.distillation_loss`]), of images that have `class_probabilities`.
         noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
             in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, which it
@@ -204,6 +206,7 @@ class ICLIPConfig(PreTrainedConfig):
     # the loss of nouns
     noun_weight: int | float = _option(0.5, "[0, 1]", read_by="training")
     unknown_weight: int | float = _option(0.1, "[0, 1]", read_by="training")
+    distillation_weight: int | float = _option(1.0, "[0, inf)", read_by="training")
     noun_competition: int | float = _option(0.0, "[0, 1]", read_by="training")
     known_competition: int | float = _option(0.0, "[0, inf)", read_by="training")
     map_tokens: int = _option(20, "[5, inf)", cached="patches", read_by="training")

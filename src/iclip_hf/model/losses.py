@@ -68,6 +68,15 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
     return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
+def distillation_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the cross entropy between the probabilities of the classes of a classifier and the softmax of the logits of
+    their texts, both `(B, C)`, as in knowledge distillation: the mean over the images. An image counts by the sum of
+    its probabilities, so one without any counts as 0.
+    """
+    return -(probabilities * logits.float().log_softmax(1)).sum(1).mean()
+
+
 def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
     Returns the loss of texts that compete for the patches of images: the negative logarithm of the shares `(B, T)`
@@ -166,9 +175,17 @@ class BatchNouns(NamedTuple):
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
     is_background: torch.Tensor  # whether the nouns describe the background, boolean (V,)
     place: torch.Tensor  # 1 for nouns at the bottom of images, -1 at the top, otherwise 0 (V,)
+    # Of the images of this process for the C classes of a classifier, whose prompts follow those of the nouns (B, C)
+    class_probabilities: torch.Tensor | None = None
 
     @classmethod
-    def gathered(cls, noun_ids: torch.Tensor, noun_labels: torch.Tensor, **marks: torch.Tensor) -> BatchNouns:
+    def gathered(
+        cls,
+        noun_ids: torch.Tensor,
+        noun_labels: torch.Tensor,
+        class_probabilities: torch.Tensor | None = None,
+        **marks: torch.Tensor,
+    ) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are the `nouns` of [`ICLIPModel.forward`]."""
         noun_ids, all_labels = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
         # The nouns are sorted. `torch.unique` does not return the first index of each.
@@ -176,7 +193,13 @@ class BatchNouns(NamedTuple):
         nouns = noun_ids[first]
         marks = {name: gather_with_gradient(mark)[first] for name, mark in marks.items()}
         labels = noun_labels[:, nouns]
-        return cls(first, labels > 0, all_labels[:, nouns] > 0, labels < 0, **marks)
+        shown, all_shown, absent = labels > 0, all_labels[:, nouns] > 0, labels < 0
+        return cls(first, shown, all_shown, absent, **marks, class_probabilities=class_probabilities)
+
+    @property
+    def num_classes(self) -> int:
+        """The number C of classes."""
+        return 0 if self.class_probabilities is None else self.class_probabilities.shape[1]
 
     @property
     def shows_place(self) -> torch.Tensor:
@@ -197,7 +220,7 @@ class BatchNouns(NamedTuple):
         return self.knows_background | self.shows_place
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Returns the vector of one prompt of each noun (V, P), from this process's prompt vectors (M - B, P)."""
+        """Returns the vector of one prompt of each noun (V, P), from this process's noun prompts' (M - B - C, P)."""
         return gather_with_gradient(embeds)[self.first]
 
 
@@ -301,6 +324,8 @@ class BranchBatch:
         prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of a prompt of each noun.
         even_embeds (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
             the b images that are `nouns.spread_evenly`; None without `known_competition`.
+        class_prompts (`torch.Tensor` of shape `(C, P)`, *optional*): unit vectors of a prompt of each class; None in
+            the map branch, and if `nouns` have no classes.
     """
 
     branch: nn.Module
@@ -311,6 +336,7 @@ class BranchBatch:
     nouns: BatchNouns | None = None
     prompts: torch.Tensor | None = None
     even_embeds: torch.Tensor | None = None
+    class_prompts: torch.Tensor | None = None
 
     @property
     def noun_weight(self) -> float:
@@ -382,6 +408,10 @@ def _nouns_by_sigmoid(batch: BranchBatch) -> torch.Tensor:
     return sigmoid_noun_loss(batch.logits(batch.prompts), batch.nouns, batch.config.unknown_weight)
 
 
+def _distillation(batch: BranchBatch) -> torch.Tensor:
+    return distillation_loss(batch.logits(batch.class_prompts), batch.nouns.class_probabilities)
+
+
 def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
     pooled = smooth_maximum(batch.similarities, batch.prior.log(), batch.config.max_sharpness, 1)
     return softmax_noun_loss(batch.branch(pooled), batch.nouns)
@@ -409,6 +439,9 @@ LOSS_TERMS = {
         ),
         "nouns_by_sigmoid": LossTerm(
             _nouns_by_sigmoid, lambda batch: batch.noun_weight * (batch.branch.logit_bias is not None)
+        ),
+        "distillation": LossTerm(
+            _distillation, lambda batch: 0 if batch.class_prompts is None else batch.config.distillation_weight
         ),
     },
     "map": {

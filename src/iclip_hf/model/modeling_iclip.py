@@ -466,7 +466,7 @@ class ICLIPModel(ICLIPTowers):
         Args:
             input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
                 ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, and the others
-                noun prompts.
+                noun prompts, with those of C classes at the end.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
             attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): outputs of the
                 tokenizer.
@@ -475,14 +475,15 @@ class ICLIPModel(ICLIPTowers):
                 `get_text_features`.
             image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed
                 by `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
-            nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B noun prompts, as [`PairCollator`]
-                returns them:
-                - **noun_ids** `(M - B,)` -- index of the noun in the vocabulary.
+            nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B - C noun prompts, as
+                [`PairCollator`] returns them:
+                - **noun_ids** `(M - B - C,)` -- index of the noun in the vocabulary.
                 - **noun_labels** `(B, vocabulary)` -- 1 if an image shows a noun, -1 if it is known not to show it,
                   otherwise 0; of a signed type.
-                - **is_background** `(M - B,)` -- whether the noun describes the background, boolean.
-                - **place** `(M - B,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at the
-                  top, such as sky, otherwise 0.
+                - **is_background** `(M - B - C,)` -- whether the noun describes the background, boolean.
+                - **place** `(M - B - C,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at
+                  the top, such as sky, otherwise 0.
+                - **class_probabilities** `(B, C)`, *optional* -- of a classifier.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
             chunk_size (`int`, *optional*): number of images, and of texts, that a tower encodes at once for the loss.

@@ -33,7 +33,8 @@ def pair_loss(
 ) -> ICLIPOutput:
     """
     Returns the losses of B images with their captions and nouns (Eq. 13), as the `forward` of `model`, an
-    [`ICLIPModel`]. The first B of the texts `(M, Dt)` are the captions, and the others are noun prompts.
+    [`ICLIPModel`]. The first B of the texts `(M, Dt)` are the captions, the others are noun prompts, and the last C
+    prompts of classes.
     """
     if nouns is None and len(text_inputs) != len(image.recognition):  # further texts would be ignored
         raise ValueError(
@@ -41,16 +42,22 @@ def pair_loss(
         )
     num_images = len(image.recognition)
     images, texts = model.recognition.embed_image(image.recognition), model.recognition.embed_text(text_inputs)
+    class_prompts = None
+    if nouns is not None and nouns.num_classes:
+        texts, class_prompts = texts[: -nouns.num_classes], texts[-nouns.num_classes :]
     map_texts, even_embeds = texts, None
     if branch := model.interpretability:
         map_images = branch.embed_image(image.patch_tokens if image.pooled is None else image.pooled)
-        map_texts = branch.embed_text(text_inputs)
+        map_texts = branch.embed_text(text_inputs[: len(texts)])
         if nouns is not None and image.even_tokens is not None:
             even_embeds = branch.embed_image(image.even_tokens[nouns.spread_evenly])
     # In half precision, scaled cosines would be rounded to multiples of 1/16.
     with torch.autocast(images.device.type, enabled=False):
         prompts = None if nouns is None else nouns.prompts(texts[num_images:])
-        batch = BranchBatch(model.recognition, model.config, images, texts[:num_images], None, nouns, prompts)
+        captions = texts[:num_images]
+        batch = BranchBatch(
+            model.recognition, model.config, images, captions, None, nouns, prompts, class_prompts=class_prompts
+        )
         losses = [branch_loss("recognition", batch)]
         attention_loss = 0
         if branch:  # it can be on another device

@@ -68,7 +68,8 @@ class PairCollator:
         """
         Args:
             rows: B `dict`s with an `image`, for the processor, a `caption` or a list of `captions`, and *optional*
-                `labels` and `complete`, see [`~data.columns.PairTexts`]; or rows of [`~datasets.CachedPairs`].
+                `labels`, `complete` and `class_probabilities`, see [`~data.columns.PairTexts`]; or rows of
+                [`~datasets.CachedPairs`].
 
         Returns:
             `dict` of `pixel_values` (B, 3, H, W) or `image_features`, a `dict` of tensors (B, ...) for

@@ -1,9 +1,6 @@
 """A second, locked image tower, whose features are joined to the patch tokens."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ from transformers import TimmWrapperConfig, TimmWrapperModel
 from iclip_hf import ICLIPModel, load
 from iclip_hf.backends.identity import digest
 from iclip_hf.explainers import make_explainer
-from iclip_hf.hub.folders import export_model, init_model
+from iclip_hf.hub.folders import init_model
 from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.pooling import even_patches, representative_patches
 from iclip_hf.training.statistics import set_statistics
@@ -297,31 +294,3 @@ def test_a_moved_training_keeps_the_whitening_of_its_start(hub, towers, tmp_path
         after["recognition.visual_projection.weight"], before["recognition.visual_projection.weight"]
     )
     assert len([*(cache / "images").iterdir()]) == 1
-
-
-FRESH = """
-import json, sys
-
-import torch
-from transformers import AutoModel
-
-sys.modules["iclip_hf"] = None
-model = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
-generator = torch.Generator().manual_seed(0)
-with torch.no_grad():
-    features = model.get_image_features(torch.randn(2, 3, 64, 96, generator=generator))
-print(json.dumps(features.patch_embeds.tolist()))
-"""
-
-
-def test_an_exported_model_runs_by_its_own_code(tiny_processor, tmp_path):
-    model = joined_model()
-    export_model(model, tiny_processor, tmp_path / "model")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "model")]
-    fresh = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert fresh.returncode == 0, fresh.stderr
-    with torch.no_grad():
-        pixel_values = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
-        expected = model.get_image_features(pixel_values).patch_embeds
-    torch.testing.assert_close(torch.tensor(json.loads(fresh.stdout.splitlines()[-1])), expected, atol=1e-5, rtol=0)

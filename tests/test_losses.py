@@ -21,21 +21,6 @@ from iclip_hf.model.losses import (
 from iclip_hf.model.pooling import even_heights
 
 
-def in_loops(logits: list[list[float]]) -> float:
-    """Eq. 13's branch for one process, with no tensor operation."""
-    n, total = len(logits), 0.0
-    for i in range(n):
-        row = [math.exp(logits[i][j]) for j in range(n)]
-        column = [math.exp(logits[j][i]) for j in range(n)]
-        total -= math.log(row[i] / sum(row)) / 2 + math.log(column[i] / sum(column)) / 2
-    return total / n
-
-
-def test_equals_loops():
-    logits = torch.randn(7, 7, generator=torch.Generator().manual_seed(0)) * 5
-    assert contrastive_loss(logits, logits.mT, 0).item() == pytest.approx(in_loops(logits.tolist()), abs=1e-5)
-
-
 @pytest.mark.parametrize("parts", [2, 3, 6])
 def test_parts_of_a_batch_average_to_the_whole(parts):
     """What each process computes from its rows and all columns, against one process with all rows."""

@@ -507,15 +507,6 @@ def test_held_out_pairs_can_have_names(pairs, tiny_processor, arguments, tmp_pat
     assert "evaluation" in json.loads((tmp_path / "elsewhere" / "model_card.json").read_text())
 
 
-def test_an_evaluation_leaves_the_epoch_of_the_pairs(pairs, tiny_processor, arguments):
-    """Pairs can be trained on and evaluated."""
-    trainer = ICLIPTrainer(tiny_model(), arguments(), None, pairs, pairs, tiny_processor)
-    before = trainer.evaluate()["eval_loss"]
-    pairs.set_epoch(3)
-    assert trainer.evaluate()["eval_loss"] == before and pairs.epoch == 3
-    pairs.set_epoch(0)
-
-
 def test_pairs_inside_of_other_data_sets_are_held_out(tmp_path, tiny_processor, arguments):
     """Those that are held out share the pairs whose epoch is set, are the same in each, and known by a digest."""
     table = write_table(tmp_path / "pairs", 24)

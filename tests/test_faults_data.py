@@ -122,7 +122,7 @@ REFUSED = {
         "300": "\n".join(map(str, range(300))),
     },
     (MISTAKE, coco, "instances_val2017.json image.png absent.png"): {
-        **inputs.FEW_JSON,
+        **inputs.BAD_JSON,
         "image of another size": {"images": [PICTURE | {"height": 23}]},
         "height as text": {"images": [PICTURE | {"height": "24"}]},
         "width as a float": {"images": [PICTURE | {"width": 30.0}]},
@@ -148,7 +148,7 @@ REFUSED = {
         "run lengths without counts": annotation(segmentation={"size": [24, 30]}),
     },
     (MISTAKE, overrides("names.json"), "names.json"): {
-        **inputs.FEW_JSON,
+        **inputs.BAD_JSON,
         "unknown name": {"names": {"no class": "dog"}},
         "a list of names": {"names": ["dog", "cat"]},
         "names of no text": {"names": {"dog": False}},
@@ -185,7 +185,7 @@ REFUSED = {
         "a list of Python": HEADER + b"photo.png,\"['a dog', 'a cat']\"\n",
     },
     (MISTAKE, pairs("a.jsonl"), "a.jsonl"): {
-        **inputs.FEW_JSON,
+        **inputs.BAD_JSON,
         "captions as an object": '{"file_name": "photo.png", "captions": {"a": 1}}',
     },
     (MISTAKE, nouns, "nouns.txt"): {
@@ -212,7 +212,7 @@ REFUSED = {
     },
     (MISTAKE, model, "model"): inputs.MISTAKEN_FOLDERS,
     (STRANGER, model, "model"): inputs.FOLDERS_OF_STRANGERS,
-    (MISTAKE, evaluation, "written.json"): inputs.FEW_JSON | {"results as a list": '{"protocol": {}, "results": []}'},
+    (MISTAKE, evaluation, "written.json"): inputs.BAD_JSON | {"results as a list": '{"protocol": {}, "results": []}'},
     (MISTAKE, image, "image.png"): inputs.MISTAKEN_IMAGES,
     (PORT, image, "image.png"): inputs.UPLOADED_IMAGES,
 }

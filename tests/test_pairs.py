@@ -245,34 +245,19 @@ def test_rows_with_images_of_their_own_and_one_path_are_pairs_of_their_own(tmp_p
 
 def test_image_folder(tmp_path):
     rows = [
-        {"file_name": "0.jpg", "text": "null"},
+        {"file_name": "0.jpg"},  # columns are those of all rows
         {"file_name": "sub/1.jpg", "captions": ["a", "b"]},
         {"file_name": "2.jpg", "caption": "\ud800lone surrogate"},
+        {"file_name": "3.jpg", "text": "null"},
     ]
-    (tmp_path / "sub").mkdir()
-    write_images(tmp_path, ["0.jpg", "sub/1.jpg", "2.jpg"])
+    write_images(tmp_path, ["0.jpg", "sub/1.jpg", "2.jpg", "3.jpg"])
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     for source in (tmp_path, tmp_path / "metadata.jsonl"):
         dataset = load_pairs(source)
-        assert [dataset.captions(i) for i in range(3)] == [["null"], ["a", "b"], ["lone surrogate"]]
-        assert keys(dataset)[:2] == ["0.jpg", "sub/1.jpg"]
-
-
-def test_the_first_row_may_lack_its_caption(tmp_path):
-    write_images(tmp_path, ["a.jpg", "b.jpg"])
-    rows = [{"file_name": "a.jpg"}, {"file_name": "b.jpg", "caption": "a dog"}]
-    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    dataset = load_pairs(tmp_path)
-    assert dataset.captions(1) == ["a dog"]
-    with pytest.raises(BadPairError, match="row 1: no caption"):
-        dataset.read(0)
-
-
-def test_the_metadata_of_a_folder_of_classes_is_not_ignored(tmp_path):
-    write_images(tmp_path, ["dog/1.jpg", "cat/1.jpg"])
-    (tmp_path / "metadata.csv").write_text("file_name,text\ndog/1.jpg,a brown dog\ncat/1.jpg,a cat asleep\n")
-    dataset = load_pairs(tmp_path)
-    assert [dataset.captions(i) for i in range(2)] == [["a brown dog"], ["a cat asleep"]]
+        assert [dataset.captions(i) for i in (1, 2, 3)] == [["a", "b"], ["lone surrogate"], ["null"]]
+        assert dataset.read(1)["key"] == "sub/1.jpg"  # not a class
+        with pytest.raises(BadPairError, match="row 1: no caption"):
+            dataset.read(0)
 
 
 def write_images(folder, names):
@@ -325,23 +310,16 @@ def test_saved_datasets(tmp_path, form):
         load_pairs(source)
 
 
-def test_parquet_with_plain_bytes_and_without_an_image(tmp_path):
-    table = pa.table({"image": [jpeg(7), None], "text": ["a dog", "a cat"]})
-    pq.write_table(table, tmp_path / "pairs.parquet")
+@pytest.mark.parametrize("stored", [jpeg(7), {"bytes": jpeg(7)}, {"path": "7.jpg"}, {"bytes": b"", "path": "7.jpg"}])
+def test_parquet_with_bytes_and_with_structs_of_bytes_or_paths(tmp_path, stored):
+    """The latter as pandas writes dictionaries. The second row has no image."""
+    (tmp_path / "7.jpg").write_bytes(jpeg(7))
+    pq.write_table(pa.table({"image": [stored, None], "text": ["a dog", "a cat"]}), tmp_path / "pairs.parquet")
     dataset = load_pairs(tmp_path)
     assert dataset[0]["image"].size == (12, 8) and dataset[0]["caption"] == "a dog"
+    assert dataset.image_digests()[0] == hashlib.sha256(jpeg(7)).digest()
     with pytest.raises(BadPairError, match="row 2: no image"):
         dataset.read(1)
-
-
-@pytest.mark.parametrize("stored", [{"bytes": jpeg(7)}, {"path": "7.jpg"}, {"bytes": b"", "path": "7.jpg"}])
-def test_parquet_with_bytes_or_paths_in_structs(tmp_path, stored):
-    """As pandas writes dictionaries."""
-    (tmp_path / "7.jpg").write_bytes(jpeg(7))
-    pq.write_table(pa.table({"image": [stored], "text": ["a dog"]}), tmp_path / "pairs.parquet")
-    dataset = load_pairs(tmp_path / "pairs.parquet")
-    assert len(dataset) == 1 and dataset[0]["image"].size == (12, 8)
-    assert dataset.image_digests() == [hashlib.sha256(jpeg(7)).digest()]
 
 
 def test_named_columns(tmp_path):
@@ -880,9 +858,10 @@ def stream(folder, **options):
     return PairStream(rows, **options)
 
 
-@pytest.mark.parametrize("shards", [1, 6])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("shards", "world_size", "num_workers"),
+    [(1, 1, 2), (1, 2, 0), (1, 3, 2), (6, 1, 0), (6, 2, 2), (6, 3, 0)],
+)
 def test_stream_is_split_without_loss_or_repetition(tmp_path, shards, world_size, num_workers):
     folder = write_shards(tmp_path, 24, shards)
     parts = []
@@ -1108,10 +1087,3 @@ def test_real_shards(iclip_data):
     assert dataset.captions(0)[0] == "A black dog is running after a white dog in the snow ."
     assert dataset[0]["image"].size == (224, 224)
     assert dataset.captions(6000) == ["a photo of the tench"] and min(dataset[6000]["image"].size) == 224
-    with tarfile.open(iclip_data / "flickr8k" / "train-00003.tar") as tar:
-        members = tar.getmembers()
-        for number in (0, 500, 999):
-            image, text, captions = (tar.extractfile(member).read() for member in members[3 * number : 3 * number + 3])
-            pair = dataset.read(3000 + number)
-            assert pair["captions"] == json.loads(captions)["captions"] and pair["captions"][0] == text.decode()
-            np.testing.assert_array_equal(np.asarray(pair["image"]), np.asarray(Image.open(io.BytesIO(image))))

@@ -529,34 +529,6 @@ def test_what_is_missing_is_named(voc, folder):
 # ---- real data ----
 
 
-def test_coco100(iclip_data):
-    dataset = load_segmentation("coco2017", iclip_data / "coco100", "train2017")
-    assert (len(dataset), len(dataset.class_names), dataset.class_names[0]) == (100, 80, "person")
-    assert sum(len(sample.class_ids) for sample in dataset) == 291
-    assert sum(not sample.class_ids for sample in dataset) == 2  # images without things
-    shares = {}
-    for sample in dataset:
-        assert sample.image.size == sample.size[::-1]
-        for label in sample.class_ids:
-            mask = sample.mask(label)
-            shares.setdefault(label, []).append((mask == label).sum() / (mask != 255).sum())
-    floor = 100 * np.mean([np.mean(values) for values in shares.values()])
-    assert floor == pytest.approx(10.6958, abs=1e-4)  # everything foreground
-
-
-def test_voc_layout_agrees_with_coco100(iclip_data):
-    voc = load_segmentation("voc2012", iclip_data / "voc_layout")
-    coco = {sample.name[-6:]: sample for sample in load_segmentation("coco2017", iclip_data / "coco100", "train2017")}
-    assert len(voc) == 77
-    for sample in voc:
-        other = coco[sample.name[-6:]]
-        assert sample.class_ids and sample.size == other.size
-        if 15 in sample.class_ids and 1 in other.class_ids:  # person
-            voc_mask, coco_mask = sample.mask(15), other.mask(1)
-            counted = (voc_mask != 255) & (coco_mask != 255)
-            np.testing.assert_array_equal(voc_mask[counted] == 15, coco_mask[counted] == 1)
-
-
 def test_camvid(iclip_data):
     if not (iclip_data / "camvid").is_dir():
         pytest.skip("needs camvid")

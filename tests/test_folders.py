@@ -229,14 +229,6 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
 
-def test_figures_are_where_the_hub_looks_for_them(exported):
-    entries = parse_eval_result_entries(yaml.safe_load((exported / ".eval_results" / "iclip.yaml").read_text()))
-    assert {entry.dataset_id for entry in entries} == {"nateraw/pascal-voc-2012"}
-    assert {entry.notes for entry in entries} == {"1449 images of val"}
-    values = {entry.task_id: entry.value for entry in entries}
-    assert len(values) == 5 and (values["itsm_mmiou"], values["reversed_itsm_mfmb"]) == (50.31, -0.3055)
-
-
 def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(exported, source):
     files = files_of(exported)
     expected = {"config.json", "model.safetensors", "processor_config.json", "README.md", "tokenizer.json"}
@@ -246,6 +238,10 @@ def test_an_exported_folder_holds_what_it_needs_and_nothing_of_this_machine(expo
         if path.suffix != ".safetensors":
             text = path.read_text()
             assert str(source) not in text and "/home/" not in text and str(ROOT) not in text, path.name
+    entries = parse_eval_result_entries(yaml.safe_load((exported / ".eval_results" / "iclip.yaml").read_text()))
+    assert {(one.dataset_id, one.notes) for one in entries} == {("nateraw/pascal-voc-2012", "1449 images of val")}
+    values = {entry.task_id: entry.value for entry in entries}
+    assert len(values) == 5 and (values["itsm_mmiou"], values["reversed_itsm_mfmb"]) == (50.31, -0.3055)
     weights = ICLIPModel.from_pretrained(exported).state_dict()
     assert all(torch.equal(weights[name], w) for name, w in tiny_model().state_dict().items())
 
@@ -675,11 +671,13 @@ def test_the_card_tells_configuration_training_and_terms(source):
         ("/home/someone/flickr8k-1.0/", "flickr8k-1.0"),
         ("/mnt/Photos/Pairs.CSV", "Pairs.CSV"),
         ("org/name.v2", "org/name.v2"),
+        ("/home/me/cc3m-wds.csv", "cc3m-wds.csv"),  # named like data that are known, in part
+        ("/home/me/coco2014", "coco2014"),
     ],
 )
-def test_folders_and_files_are_no_data_sets_of_the_hub(tmp_path, tiny_processor, data, shown):
+def test_folders_and_files_are_no_data_sets_that_are_known(tmp_path, tiny_processor, data, shown):
     card = card_of(tmp_path, tiny_processor, training=shown_of(data=[data]))
-    assert f"| training data {shown} |" in card.text
+    assert f"| training data {shown} | not known here |" in card.text
     assert card.data.datasets == (["org/name.v2"] if data == shown else None)
 
 
@@ -688,12 +686,6 @@ def test_the_card_leaves_out_arguments_without_effect():
     assert cached["cache_features"] is True and not {"crop_scale", "auto_augment"} & cached.keys()
     assert (plain["crop_scale"], plain["auto_augment"]) == (0.08, "none") and "lock_text" not in plain
     assert "max_steps" not in plain and shown_of(max_steps=7)["max_steps"] == 7
-
-
-@pytest.mark.parametrize("name", ["cc3m-wds.csv", "coco2014"])
-def test_data_are_not_known_by_a_part_of_their_name(tmp_path, tiny_processor, name):
-    card = card_of(tmp_path, tiny_processor, training=shown_of(data=[f"/home/me/{name}"]))
-    assert f"| training data {name} | not known here |" in card.text
 
 
 def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, exported, tmp_path, tiny_processor):
@@ -721,27 +713,20 @@ def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path):
     assert str(tmp_path) not in str(card)
 
 
-def test_figures_of_another_model(exported, tmp_path, capsys, tiny_processor):
+def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys, tiny_processor):
     """Or of nobody knows which."""
     other_mean = copy.deepcopy(tiny_processor)
     other_mean.image_processor.image_mean = [0.5] * 3
     results, command = tmp_path / "results.json", ["export", str(exported), str(tmp_path / "a"), "--results"]
-    for protocol, parts in (
-        (identity(tiny_model(seed=1), other_mean), "processor, weights"),
-        ({}, "configuration, processor, weights"),
+    segmentation = {"results": {"itsm": {"segmentation": {"miou": 40.0}}}}
+    for protocol, figures, said in (
+        (identity(tiny_model(seed=1), other_mean), {}, "got those of other processor, weights;"),
+        ({}, {}, "got those of other configuration, processor, weights;"),
+        (identity(tiny_model(), tiny_processor), segmentation, "Expected results of mAP, mMIoU"),
     ):
-        results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}}))
+        results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}, **figures}))
         assert cli.main([*command, str(results)]) == 2
-        said = capsys.readouterr().err
-        assert f"got those of other {parts};" in said and not (tmp_path / "a").exists()
-
-
-def test_results_of_another_task_are_refused(exported, tmp_path, capsys, tiny_processor):
-    protocol = {**METRICS["protocol"], **identity(tiny_model(), tiny_processor)}
-    results = {"protocol": protocol, "results": {"itsm": {"segmentation": {"miou": 40.0}}}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    assert cli.main(["export", str(exported), str(tmp_path / "a"), "--results", str(tmp_path / "results.json")]) == 2
-    assert "Expected results of mAP, mMIoU" in capsys.readouterr().err and not (tmp_path / "a").exists()
+        assert said in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
 def test_a_training_keeps_no_results_of_the_model_before(tmp_path, tiny_processor):

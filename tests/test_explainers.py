@@ -47,12 +47,28 @@ from iclip_hf.model.similarity import cosines, min_max_normalize
 # What every method keeps, for every family
 
 
+def snapshot(model):
+    modules = [
+        (name, type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), set(vars(one)))
+        for name, one in model.named_modules()
+    ]
+    tensors = [
+        (name, tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.grad)
+        for name, tensor in model.named_parameters()
+    ]
+    return modules, tensors, copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None
+
+
 @pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_batch_order_and_texts_do_not_matter(made, family, method):
+def test_batch_order_and_texts_do_not_matter_and_the_model_stays_as_it_was(made, family, method):
     model, processor, size = made(family)
+    model.train()
+    given = snapshot(model)
     explainer = make_explainer((model, processor), method)
     texts, pixel_values = explainer.model.encode_texts(LABELS, ["{}"]), pixels(size)
     before = pixel_values.clone()
+    with pytest.raises((ValueError, RuntimeError)):  # after which nothing is left of what was being recorded
+        raw_maps(explainer, torch.zeros(1, 4, *size), texts)
     maps, scores = raw_maps(explainer, pixel_values, texts)
     assert maps.dtype == scores.dtype == torch.float32 and not maps.requires_grad and not scores.requires_grad
     assert maps.shape[:2] == scores.shape == (2, 3) and scores.abs().max() <= 1 + 1e-6
@@ -79,34 +95,9 @@ def test_batch_order_and_texts_do_not_matter(made, family, method):
     torch.testing.assert_close(different, torch.stack([maps[0], maps[1].flip(0)]), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(score, torch.stack([scores[0], scores[1].flip(0)]), atol=1e-5, rtol=1e-4)
 
-
-def snapshot(model):
-    modules = [
-        (name, type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks), set(vars(one)))
-        for name, one in model.named_modules()
-    ]
-    tensors = [
-        (name, tensor.data_ptr(), tensor._version, tensor.requires_grad, tensor.grad)
-        for name, tensor in model.named_parameters()
-    ]
-    return modules, tensors, copy.deepcopy(model.config.to_dict()) if hasattr(model, "config") else None
-
-
-@pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_the_model_stays_as_it_was(made, family, method):
-    model, processor, size = made(family)
-    model.train()
-    before = snapshot(model)
-    explainer = make_explainer((model, processor), method)
-    texts, pixel_values = explainer.model.encode_texts(LABELS), pixels(size)
-    expected = raw_maps(explainer, pixel_values, texts)[0]
-    with pytest.raises((ValueError, RuntimeError)):
-        raw_maps(explainer, torch.zeros(1, 4, *size), texts)
-    assert snapshot(model) == before
-    # and the explainer is as before: what was being recorded is gone
-    torch.testing.assert_close(raw_maps(explainer, pixel_values, texts)[0], expected)
-    model.eval()
-    torch.testing.assert_close(raw_maps(make_explainer((model, processor), method), pixel_values, texts)[0], expected)
+    assert snapshot(model) == given
+    of_evaluation = make_explainer((model.eval(), processor), method)
+    torch.testing.assert_close(raw_maps(of_evaluation, pixel_values, texts)[0], maps)
 
 
 # One method that encodes the image, one that records its layers, and one that differentiates.

@@ -262,12 +262,8 @@ for command in {commands}:
     assert len(done.stderr.splitlines()) == len(commands)  # one sentence each, of the help none
 
 
-@pytest.mark.parametrize("writes", ["help", "maps", "maps of many texts"])
-def test_a_closed_pipe_ends_a_command_silently(workspace, writes):
-    """Python keeps what was not written in the buffer, but nothing of a text that is longer."""
-    text = ",".join(map(str, range(200))) if writes == "maps of many texts" else "dog"
-    image = ["explain", workspace / "0" / "a.jpg", "--text", text, "--json", "--model", workspace / "model"]
-    command = [sys.executable, "-m", "iclip_hf.cli", *(["--help"] if writes == "help" else map(str, image))]
+def test_a_closed_pipe_ends_a_command_silently():
+    command = [sys.executable, "-m", "iclip_hf.cli", "--help"]
     unread, output = os.pipe()
     os.close(unread)
     environment = {**os.environ, "PYTHONUNBUFFERED": ""}  # without a buffer, argparse hides the error

@@ -252,12 +252,6 @@ def test_an_image_is_prepared_once_at_each_size_that_is_seen(tiny_processor, rec
         assert image.score_pixel_values.shape == (1, 3, 32, 32)
 
 
-def test_an_image_that_the_processor_does_not_resize_keeps_its_size(tiny_processor):
-    image_processor = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False, do_resize=False)
-    processor = ICLIPProcessor(image_processor, tiny_processor.tokenizer, patch_size=8)
-    assert Engine(tiny_model(), processor).prepare(noise((48, 24))).pixel_values.shape == (1, 3, 24, 48)
-
-
 @pytest.mark.parametrize("size", [None, 48])
 def test_engines_share_the_features_of_images(tiny_processor, recorded, size):
     """Of several questions about one image too."""
@@ -344,11 +338,6 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
     assert alone.to_dict()["texts"][0]["prior"] == 0.2
 
 
-def test_a_prior_may_be_a_number_of_numpy(tiny_processor):
-    (found,) = explain((sigmoid_model(), tiny_processor), IMAGES[:1], {"dog": np.float32(0.25)})
-    assert found.priors == [0.25]
-
-
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():
     cosines = [1.0, 0.72, 0.68]
     embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
@@ -372,12 +361,12 @@ def test_the_vocabulary_has_plain_nouns():
     assert {*nouns.values()} == {0.07}
 
 
-@pytest.mark.parametrize("image", IMAGES)
-def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image):
-    """Of an image of another size than the model's own, refined, also reversed."""
+@pytest.mark.parametrize(("image", "multi_scale"), [*zip(IMAGES, (False, True))])
+def test_all_fronts_give_one_answer_to_the_last_bit(tiny_processor, image, multi_scale):
+    """Of an image of another size than the model's own, refined, at one or two scales, also reversed."""
     model = sigmoid_model(max_over="similarity", map_attention="signed", recognition_pooling="class_and_average")
     pair, size, shape = (model, tiny_processor), {"height": 48, "width": 40}, (image.height, image.width)
-    options = {"image_size": size, "refine": True}
+    options = {"image_size": size, "refine": True, "multi_scale": multi_scale}
     straight, turned = (explain(pair, image, TEXTS, method, **options) for method in ("itsm", "reversed_itsm"))
     enough = straight.presence.median().item()
     straight, turned = (replace(one, min_presence=enough) for one in (straight, turned))
@@ -581,7 +570,7 @@ def test_explain_takes_the_limits_of_masks(tiny_processor):
     assert not explain(given, IMAGES[0], TEXTS, min_presence=least).mask(0).any()
 
 
-def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):
+def test_thresholds_and_priors_may_be_arrays_and_numbers_of_numpy(tiny_processor):
     (found,) = explain((tiny_model(), tiny_processor), IMAGES[:1], TEXTS)
     thresholds = [0.2, 0.9, 0.6][: len(found)]
     given = [thresholds, np.float32(thresholds), torch.tensor(thresholds)]
@@ -589,6 +578,7 @@ def test_a_threshold_of_each_text_may_be_an_array(tiny_processor):
     for other in others:
         assert other.label_map().equal(first.label_map()) and other[1].mask().equal(first.mask(1))
     assert replace(found, threshold=np.float32(0.9)).mask(1).equal(first.mask(1))
+    assert explain((sigmoid_model(), tiny_processor), IMAGES[0], {"dog": np.float32(0.25)}).priors == [0.25]
 
 
 def test_one_string_is_several_texts_and_a_list_is_taken_as_it_is(tiny_processor):

@@ -301,19 +301,6 @@ def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_pr
 # ---- what a metric gets, and where its scores stand ----
 
 
-def test_another_size_of_images_changes_maps_alone(labelled_folder, tiny_processor):
-    """mAP and presence are those of the model's own size."""
-    model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
-    dataset = load_segmentation("folder", labelled_folder)
-    metrics = ["mAP", "mMIoU", "presence"]
-    own, large = (
-        evaluate_model(model, dataset, metrics=metrics, image_size=size, progress=False) for size in (None, 64)
-    )
-    one, two = own.results["itsm"], large.results["itsm"]
-    assert one["mAP"] == two["mAP"] and one["presence"] == two["presence"]
-    assert one["mMIoU"]["mmiou"] != two["mMIoU"]["mmiou"]
-
-
 def test_scores_and_options_stand_by_metric(labelled_folder, tiny_processor):
     """Two metrics have a floor, and two a seed."""
     dataset, model = load_segmentation("folder", labelled_folder), (tiny_model(), tiny_processor)

@@ -596,14 +596,9 @@ def test_calibration_cannot_be_measured_where_the_prior_is_0_or_1(shown):
 
 
 @pytest.mark.parametrize(("number", "nearest"), [(4, 1), (24, 2), (37, 4)])
-def test_like_classes_are_the_nearest_tenth_or_those_of_the_supercategory(number, nearest):
+def test_like_classes_are_the_nearest_tenth(number, nearest):
     vectors = torch.nn.functional.normalize(torch.randn(number, 8, generator=torch.Generator().manual_seed(0)))
     like = like_classes(None, vectors)
     for index, cosines in enumerate((vectors @ vectors.T).tolist()):
         order = sorted(set(range(number)) - {index}, key=lambda other: -cosines[other])
         assert np.flatnonzero(like[index]).tolist() == sorted(order[:nearest])
-    kinds = [index % 3 for index in range(number)]
-    like = like_classes(kinds, vectors)
-    assert [[bool(cell) for cell in row] for row in like] == [
-        [i != j and kinds[i] == kinds[j] for j in range(number)] for i in range(number)
-    ]

@@ -5,17 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import explain, iclip, tiny_model
+from conftest import tiny_model
 from test_engine import IMAGES, TEXTS, engine_of, sigmoid_model
 from torch.nn import functional as F
 from transformers.image_utils import SizeDict
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.label_maps import label_map
 from iclip_hf.model.similarity import cosines
 from iclip_hf.model.windows import TwoScales, mean_of_windows, sliding_windows
 
@@ -142,53 +140,7 @@ def test_a_size_as_transformers_or_numpy_keep_it(tiny_processor, size, plain):
     assert torch.equal(*pixels)
 
 
-def test_pipelines_compute_maps_at_two_scales(tiny_processor):
-    model = tiny_model()
-    given = {"candidate_labels": TEXTS, "min_presence": 0, "refine": False, "multi_scale": True}
-    found = (explain((model, tiny_processor), IMAGES[0], TEXTS, multi_scale=value) for value in (False, True))
-    plain, expected = found
-    pipe = ImageTextSimilarityMapPipeline(model=model, processor=tiny_processor, device="cpu")
-    for answer in pipe(IMAGES[0], **given):
-        torch.testing.assert_close(answer["map"], expected.map(TEXTS.index(answer["label"])), atol=1e-4, rtol=0)
-    assert (plain.maps - expected.maps).abs().max() > 0.05
-    pipe = ZeroShotImageSegmentationPipeline(model=model, processor=tiny_processor, device="cpu")
-    labels = label_map(expected.raw_maps, expected.size, expected.presence, 0)
-    for answer in pipe(IMAGES[0], **given):
-        wanted = labels == TEXTS.index(answer["label"])
-        assert ((torch.from_numpy(np.array(answer["mask"]) == 255) != wanted).float().mean()) < 0.01
-
-
-def test_commands_compute_maps_at_two_scales(labelled_folder, world, tmp_path, capsys):
-    photo, model = next((labelled_folder / "images").iterdir()), ["--model", world.folder / "model"]
-    asked = [photo, "--text", "dog", "--min-presence", 0, "--json", *model]
-    for command in ("explain", "segment"):
-        answers = []
-        for option in ([], ["--multi-scale"]):
-            assert iclip(command, *asked, *option) == 0
-            answers.append(capsys.readouterr().out)
-        assert answers[0] != answers[1]
-    pictures = [tmp_path / "usual.png", tmp_path / "two.png"]
-    for picture, option in zip(pictures, ([], ["--multi-scale"])):
-        assert iclip("compare", photo, "--text", "dog", "--output", picture, *model, *option) == 0
-    assert pictures[0].read_bytes() != pictures[1].read_bytes()
-
-
-def test_evaluation_measures_maps_at_two_scales(labelled_folder, world, capsys, tiny_processor):
-    command = ["evaluate", "--dataset", "folder", "--data-root", labelled_folder, "--limit", 3, "--json"]
-    results = []
-    for option in ([], ["--multi-scale"]):
-        capsys.readouterr()
-        assert iclip(*command, "--model", world.folder / "model", *option) == 0
-        results.append(json.loads(capsys.readouterr().out))
-    usual, found = results
-    assert (usual["protocol"]["multi_scale"], found["protocol"]["multi_scale"]) == (False, True)
-    assert usual["results"]["itsm"]["mFMB"] != found["results"]["itsm"]["mFMB"]
-    dataset = load_segmentation("folder", labelled_folder)
+def test_windows_are_not_measured_at_two_scales(labelled_folder, tiny_processor):
+    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder)
     with pytest.raises(ValueError, match="window or multi_scale"):
-        evaluate_model(
-            (tiny_model(), tiny_processor),
-            dataset,
-            metrics=[Segmentation(window=32)],
-            multi_scale=True,
-            progress=False,
-        )
+        evaluate_model(model, dataset, metrics=[Segmentation(window=32)], multi_scale=True, progress=False)

@@ -260,8 +260,6 @@ def test_code_of_a_model_folder_does_not_take_the_task_over():
 
 # ---- "zero-shot-image-segmentation" ----
 
-SEGMENTATION = "zero-shot-image-segmentation"
-
 
 @pytest.fixture(scope="module")
 def segment(pipe):

@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from families import FAMILIES
 
 from iclip_hf.backends.loading import load
@@ -25,15 +24,6 @@ def test_only_a_model_trained_with_a_sigmoid_has_a_presence(made, family):
     assert found.tolist()[0] == pytest.approx(expected, abs=1e-5)
     # Scores may be on another device than the weights.
     assert load((model, processor)).presence(scores.to("meta")).device.type == "meta"
-
-
-def test_the_presence_of_an_iclip_model_is_that_of_its_logit(tiny_processor):
-    model = tiny_model(logit_bias_init_value=-2.0, presence_bias=0.7)
-    scores = torch.tensor([[0.1, -0.2, 0.05]])
-    scale, bias = model.recognition.logit_scale.exp().item(), model.recognition.logit_bias.item()
-    expected = [1 / (1 + math.exp(-(scale * score + bias + 0.7))) for score in scores[0].tolist()]
-    for one in (model, load((model, tiny_processor))):
-        assert one.presence(scores).tolist()[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_model_of_open_clip_has_the_presence_of_its_bias(made):

@@ -113,13 +113,6 @@ def test_images_are_resized_as_by_the_processor(tiny_processor, size, kernel):
     assert np.abs(np.array(found).reshape(32, 32, 3) - expected).max() <= (0 if exact else 1)
 
 
-def test_pixels_are_normalized_as_by_the_processor(tiny_processor):
-    image = noise((32, 32), 120)
-    settings = web._image_settings(tiny_processor)
-    found = numerics("(numerics, ...all) => numerics.normalize(...all)", np.asarray(image), settings)
-    np.testing.assert_allclose(found, tiny_processor(images=image)["pixel_values"].flatten(), atol=1e-5)
-
-
 @pytest.mark.parametrize("edge", [24, 32, 100])
 def test_sizes_are_the_processors(tiny_processor, edge):
     sizes = [(60, 40), (40, 60), (33, 33), (300, 20), (24, 28), (22, 22), (55, 22)]  # the last two are ties

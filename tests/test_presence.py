@@ -26,17 +26,6 @@ def test_only_a_model_trained_with_a_sigmoid_has_a_presence(made, family):
     assert load((model, processor)).presence(scores.to("meta")).device.type == "meta"
 
 
-def test_a_model_of_open_clip_has_the_presence_of_its_bias(made):
-    model, processor, _ = made("open_clip")
-    loaded = load((model, processor))
-    loaded.network.logit_bias = torch.nn.Parameter(torch.tensor(-1.5))
-    scale = model.logit_scale.exp().item()
-    with torch.no_grad():
-        assert loaded.presence(torch.tensor([0.2])).item() == pytest.approx(
-            1 / (1 + math.exp(1.5 - scale * 0.2)), abs=1e-5
-        )
-
-
 def test_the_prior_changes_the_odds_by_its_own():
     assert at_prior(0.5, 0.5) == 0.5
     assert at_prior(0.8, 0.2) == pytest.approx(0.5)  # odds of 4 to 1, times 1 to 4

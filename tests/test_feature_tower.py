@@ -169,6 +169,41 @@ def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
     assert loaded.vision_model.layernorm.weight.grad.any() and loaded.recognition.visual_projection.weight.grad.any()
 
 
+def test_batch_norms_are_folded_into_convolutions(monkeypatch):
+    tower, pixel_values = joined_model().feature_model, tiny_inputs(size=(64, 97))["pixel_values"]
+    generator = torch.Generator().manual_seed(0)
+    for norm in tower.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            for values in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+                values.data.uniform_(0.5, 1.5, generator=generator)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+
+    def check(dtype=torch.float32):
+        plain = TimmWrapperModel.forward(tower, pixel_values, do_pooling=False).last_hidden_state
+        with monkeypatch.context() as context:
+            context.setattr(F, "batch_norm", None)
+            folded = tower(pixel_values, do_pooling=False).last_hidden_state
+        assert folded.dtype == dtype and plain.std() > 0.01
+        torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-4)
+
+    with torch.no_grad():
+        check()
+        assert tower.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in tower.state_dict().items())
+        tower.timm_model.bn1.running_mean.add_(1.0)  # the weights may change
+        check()
+        tower.load_state_dict({name: value * 0.9 for name, value in before.items()})
+        check()
+        tower.double()
+        check(torch.float64)
+        seen = []
+        tower.timm_model.bn1.register_forward_hook(lambda *arguments: seen.append(arguments))
+        tower(pixel_values, do_pooling=False)
+        assert len(seen) == 1
+        tower.train()(pixel_values, do_pooling=False)
+    assert not torch.equal(tower.timm_model.bn1.running_var, before["timm_model.bn1.running_var"])
+
+
 @pytest.mark.parametrize(("options", "views"), [({"vision_downsampling": 1}, 1), (FEATURES_ALONE, 2)])
 def test_statistics_of_training_images_whiten_the_features(options, views, tiny_processor, recorded):
     model = tiny_model(**{**WHOLE, **options})

@@ -126,7 +126,7 @@ def _save(trainer: ICLIPTrainer) -> None:
 
 # Of whole images there is no augmentation.
 _AUGMENTATION = {"crop_scale", "auto_augment", "random_erasing"}
-_NAMES = {"model", "vision", "text", "nouns", "config"}  # of what may be a path of this machine
+_NAMES = {"model", "vision", "text", "feature_tower", "nouns", "config"}  # of what may be a path of this machine
 
 
 def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:

@@ -49,6 +49,17 @@ def logits(model: torch.nn.Module, image: bytes) -> torch.Tensor:
     return (model(pixels) + model(F.avg_pool2d(pixels, 2)))[0] / 2
 
 
+def class_items(folder: Path) -> list[dict[str, bytes]]:
+    """Returns the items of `imagenet1k_sample`, one of each class, in the order of the classes."""
+    items = [item for shard in sorted(folder.glob("*.tar")) for _, item in shard_items(shard)]
+    return sorted(items, key=lambda item: json.loads(item["json"])["wnid"])
+
+
+def class_names(folder: Path) -> list[str]:
+    """Returns the names of the classes."""
+    return [json.loads(item["json"])["class"] for item in class_items(folder)]
+
+
 def by_name(names: list[str], probabilities: torch.Tensor) -> dict[str, float]:
     """Returns the probabilities of names, the largest first. "crane" names two classes."""
     totals = {}
@@ -66,9 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     model = classifier()
 
-    known = [item for shard in sorted(options.names.glob("*.tar")) for _, item in shard_items(shard)]
-    known.sort(key=lambda item: json.loads(item["json"])["wnid"])  # the order of the classes
-    names = [json.loads(item["json"])["class"] for item in known]
+    known, names = class_items(options.names), class_names(options.names)
     of_known = torch.stack([logits(model, item["jpg"]) for item in tqdm(known, "Calibration")])
     truth = torch.arange(len(names))
     factor = minimize_scalar(lambda factor: float(F.cross_entropy(factor * of_known, truth)), bounds=(0.1, 10)).x

@@ -10,10 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import noise
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from iclip_hf.plots.report import ReportFolder
 from iclip_hf.utils.cache import build_once
+from iclip_hf.utils.errors import writing_errors
 from iclip_hf.utils.files import (
     atomic_folder,
     atomic_write,
@@ -125,6 +130,22 @@ def test_a_picture_that_is_written_in_part_is_an_error(tmp_path, name):
     size = (tmp_path / "whole").stat().st_size
     with file_size_limited(size - 10), pytest.raises(OSError):
         write_image(noise((60, 40)), tmp_path / "part", format=name)
+
+
+@pytest.mark.parametrize("library", ["safetensors", "torch", "tokenizers"])
+def test_a_full_disk_is_one_sentence_whatever_library_writes(tmp_path, library):
+    """Each has a class of its own for the error, or none."""
+    vocabulary = {f"word {number}": number for number in range(9000)}
+    write = {
+        "safetensors": lambda path: save_file({"weight": torch.zeros(9000)}, path),
+        "torch": lambda path: torch.save(torch.zeros(9000), path),
+        "tokenizers": lambda path: Tokenizer(WordLevel(vocabulary)).save(str(path)),
+    }[library]
+    (tmp_path / "full").mkdir()
+    for folder in (writing_errors(tmp_path / "full"), atomic_folder(tmp_path / "new")):
+        with file_size_limited(10_000), pytest.raises(OSError, match="(full|new): writing failed"), folder:
+            write(tmp_path / "full" / "file")
+    assert names(tmp_path) == ["full"]
 
 
 def test_a_report_has_no_picture_that_is_written_in_part(tmp_path):

@@ -15,13 +15,21 @@ def writing_errors(path: Path) -> Iterator[None]:
     """Converts the errors that libraries raise for a full disk or missing permissions into one `OSError`."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):  # torch's file writer
+    except Exception as error:
+        if not is_writing_error(error):
             raise
         problem = str(error).splitlines()[0]
         raise OSError(
             f"{path}: writing failed ({problem}); check free space and permissions, then run again."
         ) from error
+
+
+def is_writing_error(error: Exception) -> bool:
+    """Returns whether an error may be of a full disk or missing permissions, also as libraries raise it."""
+    if isinstance(error, (OSError, SafetensorError)):
+        return True
+    # Of torch's file writer, and of tokenizers, which raises a plain `Exception`.
+    return "inline_container" in str(error) or "(os error " in str(error)
 
 
 @contextmanager

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from .errors import writing_errors
+from .errors import is_writing_error, writing_errors
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -146,8 +144,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         # The configuration last: without it no part of a model loads.
         for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not is_writing_error(error) or (isinstance(error, OSError) and error.errno != errno.ENOSPC):
             raise
         problem = getattr(error, "strerror", error)
         raise OSError(f"{folder}: writing failed ({problem}); check free space, then run again.") from error

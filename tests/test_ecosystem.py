@@ -1,5 +1,6 @@
 """The model in the hands of Accelerate, Trainer and torch's parallelism: hooks, gathering, sharding."""
 
+import itertools
 import math
 import re
 import subprocess
@@ -261,8 +262,7 @@ SIMILARITY = {"max_over": "similarity", "map_attention": "signed", "map_affinity
 
 
 @pytest.mark.parametrize("options", [{}, SIMILARITY], ids=["paper", "similarity"])
-@pytest.mark.parametrize("text", TEXT)
-@pytest.mark.parametrize("vision", VISION)
+@pytest.mark.parametrize(("vision", "text"), [*zip(VISION, itertools.cycle(TEXT))])
 def test_every_trained_parameter_gets_a_gradient_under_checkpointing(vision, text, options):
     """DDP waits for those of all."""
     model = tiny_model(vision, text, lock_vision=False, **options).train()

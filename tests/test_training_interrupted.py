@@ -201,14 +201,12 @@ def test_a_stream_interrupted_twice_in_a_row_goes_on_with_other_pairs(hub, tmp_p
 
 
 WORKERS = ["--dataloader_num_workers", 1, "--dataloader_persistent_workers", True]
-OF_WORKERS = ["--dataloader_prefetch_factor", 2, "--dataloader_multiprocessing_context", "fork"]
+WORKERS += ["--dataloader_prefetch_factor", 2, "--dataloader_multiprocessing_context", "fork"]
 # Options of a run, and the forward pass that is interrupted: in the second epoch, or with an evaluation of the first
 RESUMED = {
-    "plain": ([], 5),
     "accumulation": (["--gradient_accumulation_steps", 4, "--per_device_train_batch_size", 4], 18),
-    "persistent workers": (WORKERS, 5),
     "stream": (["--data", "org/pairs", "--pairs_per_epoch", 64, "--dataloader_num_workers", 1], 5),
-    "cached features": (["--cache_features", "cache", "--lock_text", *WORKERS, *OF_WORKERS], 5),
+    "cached features": (["--cache_features", "cache", "--lock_text", *WORKERS], 5),
     "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
     "bfloat16": (["--bf16", True, "--use_cpu", True], 5),
     "evaluation by epoch": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 2),

@@ -1,11 +1,13 @@
 """Arguments of `iclip train` from a train.yaml and the command line: what is taken, and what is refused."""
 
+import itertools
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from fault_inputs import written
+from test_faults_command_line import ARGUMENTS
 from transformers import TrainingArguments
 
 from iclip_hf import cli
@@ -14,22 +16,26 @@ from iclip_hf.training import ICLIPTrainingArguments
 
 
 GOOD = {"vision": "v", "text": "t", "data": "[d]"}
-# An argument, what it is set to, and what of it the error shows: one row a rule
-BAD = [
-    ("learning_rates", 1, "'learning_rates'"),
-    ("seed", 1.5, "'1.5'"),
-    ("lock_text", "maybe", "maybe"),
-    ("data", "[]", "data"),
-    ("model", "m", "model='m'"),
-    ("vision", "''", "vision=''"),
-    ("validation_share", "0.1\nvalidation_data: [v]", "validation_data, validation_share"),
-    ("keep_presence", 1, "keep_presence: "),  # of no model to train further
-    ("keep_presence", -1, "keep_presence: -1"),
-    ("crop_scale", 5, "crop_scale: 5"),
-    ("eval_dataset", "cocos", "'cocos'"),
-    ("batch_size", 9, "use per_device_train_batch_size"),
-    ("noun_weight", 0.7, "--model_options noun_weight=VALUE"),
-]
+# By the likely mistake of the threat model: an argument, what it is set to, and what of it the error shows.
+BAD = {
+    "a mistyped path, Hub id, option, command, class name or method": [
+        ("learning_rates", 1, "'learning_rates'"),
+        ("eval_dataset", "cocos", "'cocos'"),
+        ("batch_size", 9, "use per_device_train_batch_size"),
+        ("noun_weight", 0.7, "--model_options noun_weight=VALUE"),
+    ],
+    "a value out of range or a combination without meaning": [
+        ("seed", 1.5, "'1.5'"),
+        ("lock_text", "maybe", "maybe"),
+        ("data", "[]", "data"),
+        ("model", "m", "model='m'"),
+        ("vision", "''", "vision=''"),
+        ("validation_share", "0.1\nvalidation_data: [v]", "validation_data, validation_share"),
+        ("keep_presence", 1, "keep_presence: "),  # of no model to train further
+        ("keep_presence", -1, "keep_presence: -1"),
+        ("crop_scale", 5, "crop_scale: 5"),
+    ],
+}
 
 
 def said(tmp_path, capsys, content: str | bytes) -> str:
@@ -44,7 +50,11 @@ def said(tmp_path, capsys, content: str | bytes) -> str:
     return message
 
 
-@pytest.mark.parametrize(("name", "value", "shown"), BAD)
+def test_each_mistake_is_in_the_threat_model():
+    assert BAD.keys() <= ARGUMENTS.keys()
+
+
+@pytest.mark.parametrize(("name", "value", "shown"), [*itertools.chain(*BAD.values())])
 def test_a_wrong_argument_is_named(tmp_path, capsys, name, value, shown):
     content = "\n".join(f"{other}: {its}" for other, its in {**GOOD, name: value}.items())
     assert shown in said(tmp_path, capsys, content)

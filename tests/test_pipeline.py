@@ -302,15 +302,6 @@ def test_a_present_label_without_a_pixel_is_named(segment, photographs, monkeypa
     assert len(warnings) == 1
 
 
-def test_a_label_that_keeps_its_own_mask_is_not_named(segment, photographs, monkeypatch):
-    """However small the mask is."""
-    warnings = []
-    monkeypatch.setattr(pipeline_iclip.logger, "warning", warnings.append)
-    (answer,) = segment(str(photographs[0]), ["dog"], threshold=0.999, min_presence=0)
-    assert 0 < inside(answer).float().mean() < 0.002
-    assert not warnings
-
-
 @pytest.mark.parametrize(
     "options", [{"threshold": 1.5}, {"threshold": [0.5, 0.5]}, {"min_presence": 50}, {"min_presence": float("nan")}]
 )

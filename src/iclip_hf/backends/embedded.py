@@ -34,27 +34,36 @@ from .identity import digest
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
 _SCALES = ".scales"  # after the name of a matrix: the scale of each row
-# The smallest number of training photographs that show a noun of `vocabulary`.
+# The smallest number of training photographs that show a frequent noun of `vocabulary`.
 _MIN_PHOTOGRAPHS = 100
-# The prior of all nouns of `vocabulary`. With it, the presence of COCO's classes is calibrated on `coco80`. A prior by
-# the number of photographs adds nothing: the logit has learned it.
+# The prior of the frequent nouns of `vocabulary`. With it, the presence of COCO's classes is calibrated on `coco80`. A
+# prior by the number of photographs adds nothing: the logit has learned it.
 _PRIOR = 0.07
+# The prior of the other nouns. It was chosen by photographs with captions, which seldom name such a class, and by
+# photographs of ImageNet, each of which shows one.
+_RARE_PRIOR = 0.02
 # The encoded nouns of each loaded model, by the templates.
 _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFeatures]] = WeakKeyDictionary()
 
 
 def vocabulary() -> dict[str, float]:
     """
-    Returns the nouns that at least 100 training photographs of the embedded model show, and the classes of COCO, for
-    which labels are complete, in the singular: objects, materials, scenes and backgrounds. The model has learned rarer
-    nouns too, but gives them too high a presence.
+    Returns nouns in the singular: objects, materials, scenes and backgrounds. The frequent ones are those that at
+    least 100 training photographs of the embedded model show, and the classes of COCO, for which labels are complete.
+    The rare ones are the other classes of ImageNet, which the model has learned from a classifier. It has learned
+    other rare nouns too, but gives them too high a presence.
 
     Returns:
-        `dict` from each noun to the prior of its presence, 0.07.
+        `dict` from each noun to the prior of its presence: 0.07 for a frequent noun, 0.02 for a rare one.
     """
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
-    counts = {noun: int(re.search(r"\d+", marks)[0]) for noun, marks in marked_nouns(text.splitlines()).items()}
-    return {noun: _PRIOR for noun, count in counts.items() if count >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS}
+    priors = {}
+    for noun, marks in marked_nouns(text.splitlines()).items():
+        if int(re.search(r"\d+", marks)[0]) >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS:
+            priors[noun] = _PRIOR
+        elif "class" in marks:
+            priors[noun] = _RARE_PRIOR
+    return priors
 
 
 def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:

@@ -168,8 +168,8 @@ def _texts(options: argparse.Namespace, engine: Engine) -> _Texts:
     from ..explainers.explain import NOUNS
 
     nouns, encoded = vocabulary(), encoded_vocabulary(engine.model, engine.templates)
-    prior = nouns[next(iter(nouns))]  # all nouns have the same
-    return _Texts(nouns, NOUNS, encoded, (f"best of {len(nouns):,} nouns", f"presence at a prior of {prior}"))
+    priors = " or ".join(map(str, sorted({*nouns.values()}, reverse=True)))
+    return _Texts(nouns, NOUNS, encoded, (f"best of {len(nouns):,} nouns", f"presence at a prior of {priors}"))
 
 
 def _outputs(

@@ -508,7 +508,7 @@ def test_a_metric_without_data_computes(name):
         metric.prepare(
             SimpleNamespace(
                 dataset=dataset,
-                count=2,
+                num_images=2,
                 model=SimpleNamespace(processor=SimpleNamespace(patch_size=8)),
                 engine=SimpleNamespace(encode=len, multi_scale=False),
             )

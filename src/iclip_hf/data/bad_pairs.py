@@ -18,10 +18,10 @@ class BadPairTally:
     large. A pair of a data set counts once in all epochs. A pair of a stream has no index and counts each time.
     """
 
-    def __init__(self, max_bad_share: float, pairs: int | None = None):
+    def __init__(self, max_bad_share: float, num_pairs: int | None = None):
         self._max_bad_share = max_bad_share
-        self._counts_from = 100 if pairs is None else min(100, pairs)  # the share of fewer says little
-        self._seen = bytearray(pairs or 0)
+        self._counts_from = 100 if num_pairs is None else min(100, num_pairs)  # the share of fewer says little
+        self._seen = bytearray(num_pairs or 0)
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
 

@@ -139,7 +139,7 @@ def evaluate_model(
             "seconds_in_model": sum(run.seconds_in_model for run in runs.values()),
             "images": len(first.indices),
         },
-        tables=result_tables(metrics, results, first.count, dataset.images_in_split),
+        tables=result_tables(metrics, results, first.num_images, dataset.images_in_split),
     )
     if report is not None and processes.is_main_process:
         report.merged([totals[report.name, method] for method in first.methods]).write(result, first.methods)
@@ -196,7 +196,7 @@ class EvaluationRun:
         model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
         engine ([`Engine`]): computes the scores.
         engines (`dict`): for each method an [`Engine`], which computes its maps.
-        count (`int`): number of images of all processes.
+        num_images (`int`): number of images of all processes.
         indices (`range`): positions of the images of this process.
     """
 
@@ -227,8 +227,8 @@ class EvaluationRun:
         self.method_options = dict(zip(self.methods, methods.values()))
         self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
         self.batch_size = batch_size
-        self.count = min(len(dataset), limit or len(dataset))
-        self.indices = range(processes.process_index, self.count, processes.num_processes)
+        self.num_images = min(len(dataset), limit or len(dataset))
+        self.indices = range(processes.process_index, self.num_images, processes.num_processes)
         self.progress, self.seconds_in_model = progress, 0.0
 
     @cached_property
@@ -263,11 +263,13 @@ class EvaluationRun:
         with ThreadPool(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
             images = self._run_model(images, metrics, needs)
-            for count, parts in enumerate(prefetch_map(pool, update, images, 2 * self.batch_size), 1):
+            for num_done, parts in enumerate(prefetch_map(pool, update, images, 2 * self.batch_size), 1):
                 for total, part in zip(totals.values(), parts):
                     total.merge(part)
-                if count % self.batch_size == 0 or count == len(self.indices):
-                    bar.update(count - bar.n)  # after one image of a batch, the estimate would be many times too high
+                if num_done % self.batch_size == 0 or num_done == len(self.indices):
+                    bar.update(
+                        num_done - bar.n
+                    )  # after one image of a batch, the estimate would be many times too high
         return totals
 
     def _prepared(self, index: int) -> EvaluatedImage:
@@ -331,9 +333,9 @@ class EvaluationRun:
             "dataset": {
                 "name": dataset.name,
                 "split": dataset.split,
-                "images": self.count,
+                "images": self.num_images,
                 "images_in_split": dataset.images_in_split,
-                "fingerprint": dataset[: self.count].fingerprint(),
+                "fingerprint": dataset[: self.num_images].fingerprint(),
             },
             "methods": self.method_options,
             **map_settings(self.engine),

@@ -107,7 +107,7 @@ class MetricModule(evaluate.Metric, ABC):
         """Adds items: `predictions`, `references` and `labels` of equal length."""
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         items = zip(predictions, references, labels, strict=True)
-        counts = [self.metric.count(*item, ignore_index) for item in items]
+        counts = [self.metric.count_item(*item, ignore_index) for item in items]
         super().add_batch(
             predictions=[second for _, second in counts],
             references=[first for first, _ in counts],

@@ -127,7 +127,7 @@ class Report(Metric):
         return {key: int(total.argmax()) for key, total in sums.items()}
 
 
-def _scores_of_classes(result: EvaluationResult, count: int) -> dict[str, dict[str, list[float | None]]]:
+def _scores_of_classes(result: EvaluationResult, num_classes: int) -> dict[str, dict[str, list[float | None]]]:
     """
     Returns for each score of classes and each method a number or None for each class. The IoU comes first, which the
     pictures have.
@@ -137,7 +137,7 @@ def _scores_of_classes(result: EvaluationResult, count: int) -> dict[str, dict[s
         for row in classes:
             for metric, values in row.items():
                 for name, score in values.items() if isinstance(values, dict) and row["id"] else ():
-                    numbers = scores.setdefault(f"{name} ({metric})", {}).setdefault(method, [None] * count)
+                    numbers = scores.setdefault(f"{name} ({metric})", {}).setdefault(method, [None] * num_classes)
                     numbers[row["id"] - 1] = score
     return {
         name: scores[name]

@@ -33,12 +33,13 @@ class GradientExplainer(Explainer):
                 "The score of this model reads its feature tower alone, so it has no gradient in the image tower: use "
                 "grad_cam, which differentiates with respect to the feature map."
             )
-        count = len(self.model.layers)
-        if not -count <= layer < count:
+        num_layers = len(self.model.layers)
+        if not -num_layers <= layer < num_layers:
             raise ValueError(
-                f"layer is an index of the {count} attention layers, from {-count} to {count - 1}, not {layer!r}."
+                f"layer is an index of the {num_layers} attention layers, from {-num_layers} to {num_layers - 1}, not "
+                f"{layer!r}."
             )
-        self.layer = range(count)[layer]
+        self.layer = range(num_layers)[layer]
 
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None

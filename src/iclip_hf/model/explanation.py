@@ -311,19 +311,19 @@ def coco_annotations(
     return annotations
 
 
-def check_thresholds(threshold: float | Sequence[float], count: int) -> torch.Tensor:
+def check_thresholds(threshold: float | Sequence[float], num_texts: int) -> torch.Tensor:
     """
-    Returns the thresholds of `count` texts, `(count,)` float64. Raises `ValueError` unless one threshold or `count`
+    Returns the thresholds of T = `num_texts` texts, `(T,)` float64. Raises `ValueError` unless one threshold or T
     thresholds in [0, 1] are given.
     """
     try:
         thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # such as None or a string
         thresholds = torch.tensor(torch.nan)
-    if thresholds.shape not in ((), (count,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
-        several = f", or a list of {count}, one for each text" if count > 1 else ""
+    if thresholds.shape not in ((), (num_texts,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
+        several = f", or a list of {num_texts}, one for each text" if num_texts > 1 else ""
         raise ValueError(f"threshold is a number in [0, 1]{several}, not {threshold!r:.100}.")
-    return thresholds.expand(count)
+    return thresholds.expand(num_texts)
 
 
 def masks_of_maps(

@@ -32,11 +32,11 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     maps = resize_maps(raw_maps.float() - low, images.shape[-2:])
     # A CPU refines one image and two of its maps at a time, because their cells fit in its cache.
     at_once = (1, 2) if images.device.type == "cpu" else maps.shape[:2]
-    image_count, map_count = (max(1, count) for count in at_once)
+    num_images, num_maps = (max(1, number) for number in at_once)
     refined = []
-    for image, image_maps in zip(images.split(image_count), maps.split(image_count)):
+    for image, image_maps in zip(images.split(num_images), maps.split(num_images)):
         weights = affinity(image, DILATIONS, SPREAD)
-        parts = [propagate(part, weights, DILATIONS) for part in image_maps.split(map_count, 1)]
+        parts = [propagate(part, weights, DILATIONS) for part in image_maps.split(num_maps, 1)]
         refined.append(torch.cat(parts, 1))
     return torch.cat(refined) + low
 
@@ -48,14 +48,14 @@ def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, cente
     which counts `centers` times.
     """
     near = list(_neighbours(image, dilations))
-    count = len(near) + centers
-    mean = (centers * image + sum(near)) / count
+    num_cells = len(near) + centers
+    mean = (centers * image + sum(near)) / num_cells
     variance = centers * (image - mean).square()
     for cells in near:
         deviation = cells - mean
         variance.addcmul_(deviation, deviation)
     # Cells of one colour have the deviation 0. The smallest number gives them equal weights.
-    scale = spread * (variance / (count - 1)).sqrt() + torch.finfo(image.dtype).tiny
+    scale = spread * (variance / (num_cells - 1)).sqrt() + torch.finfo(image.dtype).tiny
     distances = torch.stack([(cells - image).abs_().div_(scale).mean(1) for cells in near])
     return distances.neg_().softmax(0)[:, :, None]
 

@@ -70,10 +70,10 @@ def check_pairs(pairs: PairDataset) -> None:
     """
     Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used.
     """
-    count, where = len(pairs), pairs.sources[0].path
-    if count < 2:
-        raise ValueError(f"{where}: training contrasts pairs, and this has {count}; add more.")
-    looked_at = np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT)).astype(int)).tolist()
+    num_pairs, where = len(pairs), pairs.sources[0].path
+    if num_pairs < 2:
+        raise ValueError(f"{where}: training contrasts pairs, and this has {num_pairs}; add more.")
+    looked_at = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _LOOKED_AT)).astype(int)).tolist()
     texts, bad = set(), []
     for index in looked_at:
         try:

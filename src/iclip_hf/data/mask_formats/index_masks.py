@@ -93,12 +93,13 @@ def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotatio
             )
     list_of_classes = [] if layout.classes else [root / "classes.txt"]
     class_names = layout.classes or _read_class_names(list_of_classes[0])
-    count = len(class_names)
+    num_classes = len(class_names)
     table = np.full(256, _UNKNOWN, np.int16)
     table[[VOID, *layout.void]] = VOID
     table[list(layout.background)] = 0
-    table[list(layout.values or range(1, count + 1))] = range(1, count + 1)
-    samples = [IndexSample(images[name].stem, images[name], count, masks[name], table) for name in names]
+    class_ids = range(1, num_classes + 1)
+    table[list(layout.values or class_ids)] = class_ids
+    samples = [IndexSample(images[name].stem, images[name], num_classes, masks[name], table) for name in names]
     return Annotations(class_names, samples, [*list_of_classes, *map(masks.get, names)])
 
 

@@ -31,7 +31,7 @@ class MaskMetric(Metric):
             that of the data set.
     """
 
-    count: Callable[..., np.ndarray]  # takes the arguments of `update` and `ignore_index`, returns counts of an item
+    count_item: Callable[..., np.ndarray]  # from the arguments of `update` and `ignore_index` to the counts of an item
     reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
@@ -40,7 +40,7 @@ class MaskMetric(Metric):
 
     def update(self, maps, mask, class_ids) -> None:
         """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
-        self.add_counts(self.count(maps, mask, class_ids, self.ignore_index), class_ids)
+        self.add_counts(self.count_item(maps, mask, class_ids, self.ignore_index), class_ids)
 
     def item_counts(self, name: str) -> dict:
         items = self.state.items
@@ -66,7 +66,7 @@ class PairMetric(MaskMetric):
         self.aggregate = aggregate
 
     def add_counts(self, counts: np.ndarray, class_id: int) -> None:
-        """Adds one pair by its counts from `count`."""
+        """Adds one pair by its counts from `count_item`."""
         background, foreground = counts[:, 0] > 0
         applies = {
             "all_void": not (background or foreground),
@@ -104,7 +104,7 @@ class MeanMaxIoU(PairMetric):
     )
     rows = {"IoU": "per_class", "threshold": "thresholds"}
     reasons = ("all_void", "no_foreground")
-    count = staticmethod(threshold_counts)
+    count_item = staticmethod(threshold_counts)
 
     def summands(self, counts: np.ndarray) -> np.ndarray:
         """Returns (2, 102) float64, numerator and denominator of the IoU of all pixels and at each threshold."""
@@ -154,7 +154,7 @@ class MeanForegroundMinusBackground(PairMetric):
     legend = "mFMB: mean of the map on the object minus its mean elsewhere, -1 to 1."
     rows = {"FMB": "per_class"}
     reasons = ("all_void", "no_foreground", "no_background")
-    count = staticmethod(region_means)
+    count_item = staticmethod(region_means)
 
     def summands(self, counts: np.ndarray) -> np.ndarray:
         """Returns (2, 2) float64, background and foreground: weight, and weighted mean."""
@@ -202,10 +202,10 @@ class TextContrast(MaskMetric):
         "without pixels of both; mean over a class's images and partners, then over classes"
     )
     reasons = ("fewer_than_two_classes",)
-    count = staticmethod(contrast_counts)
+    count_item = staticmethod(contrast_counts)
 
     def add_counts(self, counts: np.ndarray, class_ids: Sequence[int]) -> None:
-        """Adds one image by its counts from `count`."""
+        """Adds one image by its counts from `count_item`."""
         paired = [(operator.index(class_id), sums) for class_id, sums in zip(class_ids, counts.T) if sums[0]]
         self.state.items["counted" if paired else "fewer_than_two_classes"] += 1
         for class_id, sums in paired:
@@ -254,7 +254,7 @@ class StuffContrast(TextContrast):
         "P(M_i at i > M_i at j) for classes i, j of an image, ties half; mean over a class's images and partners, "
         "then over the classes of each kind"
     )
-    count = staticmethod(partial(contrast_counts, both_maps=False))
+    count_item = staticmethod(partial(contrast_counts, both_maps=False))
 
     def __init__(self, stuff: Collection[int] = (), ignore_index: int = 255):
         super().__init__(ignore_index)

@@ -96,10 +96,11 @@ class MultiLabelAveragePrecision(Metric):
 
     def tables(self, scores: Mapping) -> list[str]:
         """Returns a remark on classes that every image shows."""
-        count, total = scores["always_shown"], len(self.run.dataset.class_ids)
-        if not count:
+        always_shown, num_classes = scores["always_shown"], len(self.run.dataset.class_ids)
+        if not always_shown:
             return []
-        return [f"Classes that every image shows: {count} of {total}. Their average precision is always 100."]
+        shares = f"{always_shown} of {num_classes}"
+        return [f"Classes that every image shows: {shares}. Their average precision is always 100."]
 
 
 class Presence(MultiLabelAveragePrecision):
@@ -302,13 +303,13 @@ def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tenso
     among the nearest tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No
     class is like itself.
     """
-    count = len(text_embeds)
+    num_classes = len(text_embeds)
     if supercategories is not None:
         like = np.equal.outer(*[np.array(supercategories)] * 2)
     else:
         cosines = (text_embeds @ text_embeds.T).float().fill_diagonal_(-torch.inf)
-        nearest = cosines.topk(min(max(1, round(count / 10)), count - 1)).indices.numpy(force=True)
-        like = np.zeros((count, count), bool)
+        nearest = cosines.topk(min(max(1, round(num_classes / 10)), num_classes - 1)).indices.numpy(force=True)
+        like = np.zeros((num_classes, num_classes), bool)
         np.put_along_axis(like, nearest, True, 1)
     np.fill_diagonal(like, False)
     return like

@@ -119,7 +119,7 @@ class Segmentation(Metric):
             raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
         # Whether the background threshold is chosen on other images.
         self.sweeps = dataset.background and self.threshold is None and not self.background_texts
-        if self.sweeps and run.count < 2:
+        if self.sweeps and run.num_images < 2:
             raise ValueError(
                 "The background threshold cannot be chosen on other images than this one: give a threshold."
             )

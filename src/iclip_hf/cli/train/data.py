@@ -26,7 +26,7 @@ class Data(NamedTuple):
     pairs: PairDataset | PairStream
     held_out: PairDataset | None
     nouns: NounPrompts | None
-    maps: SegmentationDataset | None  # to evaluate maps on
+    map_dataset: SegmentationDataset | None  # to evaluate maps on
 
     @property
     def is_stream(self) -> bool:
@@ -42,7 +42,7 @@ def open_pairs(sources: list[str], given: Mapping, **options) -> PairDataset | P
 
 def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
     """Opens what the arguments name, apart from `pairs` if they are open already."""
-    maps = _open_maps(arguments.evaluation)
+    map_dataset = _open_map_dataset(arguments.evaluation)
     args, given = arguments.training, {**vars(arguments.data), "seed": arguments.training.seed}
     if pairs is None:
         is_stream = arguments.data.pairs_per_epoch > 0 and any(map(is_hub_id, arguments.data.data))
@@ -52,17 +52,17 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
     nouns = NounPrompts.from_file(arguments.data.nouns, args.seed) if arguments.data.nouns else None
     if nouns:
         warn_of_unknown_labels(pairs, nouns)
-    return Data(pairs, held_out, nouns, maps)
+    return Data(pairs, held_out, nouns, map_dataset)
 
 
-def _open_maps(evaluation: EvaluationArguments) -> SegmentationDataset | None:
+def _open_map_dataset(evaluation: EvaluationArguments) -> SegmentationDataset | None:
     if evaluation.eval_dataset == "none":
         return None
     if not Path(evaluation.eval_root or "?").is_dir():
         raise FileNotFoundError(f"eval_root: {evaluation.eval_root!r} is no folder; name that of the data set.")
-    maps = load_segmentation(evaluation.eval_dataset, evaluation.eval_root, evaluation.eval_split or None)
-    maps.check_classes()
-    return maps
+    map_dataset = load_segmentation(evaluation.eval_dataset, evaluation.eval_root, evaluation.eval_split or None)
+    map_dataset.check_classes()
+    return map_dataset
 
 
 def _hold_out(

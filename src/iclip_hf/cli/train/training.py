@@ -107,7 +107,7 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
     if source:  # whose record is continued
         card["source_identity"] = identity(model, processor)
     try:
-        return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.maps, card=card)
+        return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.map_dataset, card=card)
     except RuntimeError as error:  # a package of `report_to` is not installed
         raise ImportError(str(error)) from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..backends import check_model_name
 from .inputs import silence_transformers
 from .options import option_type, refuse
-from .output import print_folder, print_lines, shown_steps
+from .output import print_folder, print_lines, printed_steps
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
 
     silence_transformers()
     model, processor = load_iclip(options.model, dtype="float32")
-    with shown_steps():
+    with printed_steps():
         if target == "onnx":
             from ..backends.onnx import export_onnx
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from .inputs import silence_transformers
-from .output import print_folder, shown_steps
+from .output import print_folder, printed_steps
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> None:
 
     silence_transformers()
     try:
-        with shown_steps():
+        with printed_steps():
             folder = init_model(options.config, options.output, *towers)
     except StrictDataclassError as error:  # a wrong model option
         raise ValueError(str(error)) from error

@@ -98,7 +98,7 @@ def print_error(command: str, text: str) -> None:
 
 
 @contextmanager
-def shown_steps() -> Iterator[None]:
+def printed_steps() -> Iterator[None]:
     """Prints on stderr what functions log at the level INFO: their steps."""
     logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
     level = logger.level

@@ -266,10 +266,9 @@ class EvaluationRun:
             for num_done, parts in enumerate(prefetch_map(pool, update, images, 2 * self.batch_size), 1):
                 for total, part in zip(totals.values(), parts):
                     total.merge(part)
+                # After one image of a batch, the estimate would be many times too high.
                 if num_done % self.batch_size == 0 or num_done == len(self.indices):
-                    bar.update(
-                        num_done - bar.n
-                    )  # after one image of a batch, the estimate would be many times too high
+                    bar.update(num_done - bar.n)
         return totals
 
     def _prepared(self, index: int) -> EvaluatedImage:

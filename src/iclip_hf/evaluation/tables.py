@@ -29,8 +29,8 @@ def result_tables(
     columns = [column for metric in in_table for column in metric.columns.values()]
     rows = []
     for method, scores in results.items():
-        shown = itertools.chain(*(metric.shown(scores[metric.name]) for metric in in_table))
-        rows.append([method, *(cell(score, digits) for score, (_, digits) in zip(shown, columns, strict=True))])
+        in_row = itertools.chain(*(metric.table_scores(scores[metric.name]) for metric in in_table))
+        rows.append([method, *(cell(score, digits) for score, (_, digits) in zip(in_row, columns, strict=True))])
     scores = next(iter(results.values()))  # metrics with further tables do not depend on the method
     notes = [metric.legend for metric in in_table if metric.legend]
     counts = [

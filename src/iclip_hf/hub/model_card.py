@@ -19,7 +19,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
 from ..utils.hub_ids import is_hub_id
 from .configs import EMBEDDED, SHIPPED
-from .record import DIGITS, RECORD, assemble_record, shown_results
+from .record import DIGITS, RECORD, assemble_record, card_results
 
 
 # Known towers by Hub id: display name and licence.
@@ -86,7 +86,7 @@ def write_model_card(
     """
     record = assemble_record(model, processor, source, training, source_identity)
     if metrics is not None:
-        record["evaluation"] = shown_results(metrics)
+        record["evaluation"] = card_results(metrics)
     evaluation, folder_name = record.get("evaluation"), Path(folder).resolve().name
     title = name or (_name_of(source) if source and training is None else folder_name)
     name = name or folder_name

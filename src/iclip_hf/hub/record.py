@@ -54,7 +54,7 @@ def read_record(source: str | Path) -> dict:
           None if the run is not recorded
         - **data**: `terms` of each training data set of this and earlier runs by its name, and whether it is
           `restricted`
-        - **evaluation** (*optional*): protocol and results, see [`shown_results`]
+        - **evaluation** (*optional*): protocol and results, see [`card_results`]
         - **identity** (*optional*): that of the model, see [`~identity.identity`]
     """
     if str(source) in ("embedded", str(embedded_folder())):
@@ -73,7 +73,7 @@ def read_record(source: str | Path) -> dict:
 def _embedded_record() -> dict:
     training, data = (yaml.safe_load((EMBEDDED / name).read_text("utf-8")) for name in ("train.yaml", "data.yaml"))
     results = json.loads((EMBEDDED / "results.json").read_text())
-    return {"training": training, "data": data, "evaluation": shown_results(results), "identity": results["protocol"]}
+    return {"training": training, "data": data, "evaluation": card_results(results), "identity": results["protocol"]}
 
 
 def _record_file(source: str | Path) -> Path | None:
@@ -122,7 +122,7 @@ def _valid_record(
     return record
 
 
-def shown_results(metrics: EvaluationResult | Mapping) -> dict:
+def card_results(metrics: EvaluationResult | Mapping) -> dict:
     """Returns the parts of an evaluation, or of its JSON file, that the card shows."""
     metrics = asdict(metrics) if is_dataclass(metrics) else metrics
     protocol = metrics["protocol"]
@@ -132,16 +132,16 @@ def shown_results(metrics: EvaluationResult | Mapping) -> dict:
     }
     if not any(results.values()):
         raise ValueError(f"Expected results of {', '.join(DIGITS)}, which `iclip evaluate` measures, but got none.")
-    shown = {name: protocol[name] for name in _PROTOCOL if name in protocol}
+    conditions = {name: protocol[name] for name in _PROTOCOL if name in protocol}
     options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
-    shown["metrics"] = {
+    conditions["metrics"] = {
         name: {"aggregate": given["aggregate"]} for name, given in options.items() if "aggregate" in given
     }
-    shown["dataset"], shown["own_data"] = _shown_data(protocol)
-    return {"protocol": shown, "results": results}
+    conditions["dataset"], conditions["own_data"] = _card_data(protocol)
+    return {"protocol": conditions, "results": results}
 
 
-def _shown_data(protocol: Mapping) -> tuple[dict, bool]:
+def _card_data(protocol: Mapping) -> tuple[dict, bool]:
     """Returns what the card shows of the data, and whether they are other data in the layout of a known data set."""
     data = {name: protocol["dataset"][name] for name in _DATASET}
     layout = DATASETS.get(data["name"])

@@ -84,14 +84,14 @@ def draw(
         raise ValueError("draw takes one explanation: draw each of the list.")
     image = load_image(explanation.image if image is None else image)
     present = explanation.present
-    shown = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
-    left_out = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
+    drawn = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
+    left_out = f" · {len(drawn)} of {len(explanation)} texts" if len(drawn) < len(explanation) else ""
     titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{left_out}"]
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))
     rows = [*zip(explanation.labels, explanation.scores.tolist(), explanation.presences, explanation.presence_words)]
-    for index in shown:
+    for index in drawn:
         text, score, presence, word = rows[index]
         pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
         notes = [presence_text(presence, explanation.min_presence), f"score {score:.2f}"]
@@ -210,8 +210,8 @@ def picture_grid(
         place_titles(row_titles[row : row + 1], width)
         for column, picture in enumerate(pictures[in_row]):
             if picture is not None:
-                shown = ImageOps.pad(picture, (side, height), Image.Resampling.LANCZOS, color="white")
-                placed.append((shown, margin + column * (side + gap), top))
+                padded = ImageOps.pad(picture, (side, height), Image.Resampling.LANCZOS, color="white")
+                placed.append((padded, margin + column * (side + gap), top))
         top += height
     if color_bar is not None:
         placed.append((_color_bar(color_bar, scale), margin, top + gap))

@@ -123,7 +123,7 @@ def best_metric(held_out: int) -> str:
 
 def card_of(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:
     """Returns the arguments of a training that its model depends on, for [`write_model_card`]."""
-    shown = {name: getattr(training, name) for name in _RECIPE}
+    recipe = {name: getattr(training, name) for name in _RECIPE}
     if training.max_steps < 0:
-        del shown["max_steps"]
-    return shown | {"processes": processes, "precision": training.mixed_precision}
+        del recipe["max_steps"]
+    return recipe | {"processes": processes, "precision": training.mixed_precision}

@@ -245,8 +245,8 @@ class Pictures(TrainerCallback):
             self._step = state.global_step
             if state.is_world_process_zero:
                 items = (leaf_of(pairs, index) for index in range(min(args.pictures, len(pairs))))
-                shown = [
+                examples = [
                     leaf.pairs[int(leaf.indices[index])] if isinstance(leaf, CachedPairs) else leaf[index]
                     for leaf, index in items
                 ]
-                draw_examples(model, processing_class, shown, Path(args.output_dir, "pictures"), state.global_step)
+                draw_examples(model, processing_class, examples, Path(args.output_dir, "pictures"), state.global_step)

@@ -77,13 +77,13 @@ def regressed_metrics(change: Mapping[str, Sequence[float]], num_pairs: int) -> 
 
 
 def draw_examples(
-    model: ICLIPModel, processor: ICLIPProcessor, shown: Sequence[Mapping], folder: Path, step: int
+    model: ICLIPModel, processor: ICLIPProcessor, pairs: Sequence[Mapping], folder: Path, step: int
 ) -> None:
     """
     Draws pairs as `<step>.png`: each image beside the map of its caption, after the map that
     the model of step 0 had. Its maps are kept in the folder.
     """
-    images, captions = ([pair[name] for pair in shown] for name in ("image", "caption"))
+    images, captions = ([pair[name] for pair in pairs] for name in ("image", "caption"))
     explanations = Engine(model, processor, templates="{}").run(images, [[caption] for caption in captions])
     columns = {f"step {step}": [explanation.map(0).numpy() for explanation in explanations]}
     file = folder / "before.npz"

@@ -131,16 +131,17 @@ _NAMES = {"model", "vision", "text", "feature_tower", "nouns", "config"}  # of w
 
 def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
     """Returns the arguments of `iclip train` that its model depends on, without paths of this machine."""
-    shown = {
+    settings = {
         entry.name: value
         for part in (arguments.model, arguments.data)
         for entry in fields(part)
         if (value := getattr(part, entry.name)) or entry.name in _AUGMENTATION
     }
     if arguments.data.cache_features:
-        shown = {name: value for name, value in shown.items() if name not in _AUGMENTATION} | {"cache_features": True}
-    shown |= {name: public_name(shown[name]) for name in shown.keys() & _NAMES}
-    if shown.get("auto_augment") == "":
-        shown["auto_augment"] = "none"
-    shown["data"] = [public_name(name) for name in shown["data"]]
-    return shown | card_of(arguments.training, processes)
+        settings = {name: value for name, value in settings.items() if name not in _AUGMENTATION}
+        settings["cache_features"] = True
+    settings |= {name: public_name(settings[name]) for name in settings.keys() & _NAMES}
+    if settings.get("auto_augment") == "":
+        settings["auto_augment"] = "none"
+    settings["data"] = [public_name(name) for name in settings["data"]]
+    return settings | card_of(arguments.training, processes)

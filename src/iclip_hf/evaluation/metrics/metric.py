@@ -164,7 +164,7 @@ class Metric(ABC):
         options = {option: getattr(self, option) for option in signature(type(self)).parameters}
         return options | ({"definition": self.definition} if self.definition else {})
 
-    def shown(self, scores: Mapping) -> list:
+    def table_scores(self, scores: Mapping) -> list:
         """Returns the scores of a method in the order of `columns`."""
         return [scores[name] for name in self.columns]
 

@@ -115,5 +115,5 @@ class Randomization(MeasuredClassMeans):
         last = {class_id: {self.name: row[self.name][-1]} for class_id, row in scores["per_class"].items()}
         return scores | {"per_class": last}
 
-    def shown(self, scores: Mapping) -> list:
+    def table_scores(self, scores: Mapping) -> list:
         return [scores[self.name][layer] for layer in (0, -1)]

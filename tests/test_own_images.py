@@ -20,7 +20,7 @@ from iclip_hf import ICLIPModel, cli
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.data import open_pairs
 from iclip_hf.cli.train.few_pairs import check_pairs, few_pairs_arguments
-from iclip_hf.cli.train.report import common_labels, report
+from iclip_hf.cli.train.summary import common_labels, summary
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation
 from iclip_hf.training.arguments import STEPS, best_metric
@@ -196,21 +196,21 @@ def state_of(before: dict, after: dict | None) -> TrainerState:
     return TrainerState(log_history=[{"loss": 1.0, "step": 3}, *rows], best_global_step=7 if after else None)
 
 
-def test_the_report_shows_what_changed_and_where_the_model_is(tmp_path):
+def test_the_summary_shows_what_changed_and_where_the_model_is(tmp_path):
     held_out = load_pairs(write_table(tmp_path, 24, ["Two dogs run.", "A dog and a ball.", "A cat."] * 8))
     folder = Path("runs/my pairs")
     hits = {count: np.where(np.arange(24) < count, 100.0, 0.0) for count in (6, 12)}
-    better = report(state_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), folder, held_out, "")
+    better = summary(state_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), folder, held_out, "")
     low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
     assert 0 < float(low) < 25 < float(high) and better[3] == "24 held-out pairs"
     assert better[4] == "The trained model is in 'runs/my pairs'."
     assert better[5] == "Next: iclip explain PHOTO --text 'dog, ball' --model 'runs/my pairs'"
-    kept = report(state_of({"text_to_image": hits[6]}, None), folder, held_out, "m")
+    kept = summary(state_of({"text_to_image": hits[6]}, None), folder, held_out, "m")
     assert "'runs/my pairs' holds the model that you started from (m)" in "\n".join(kept)
     few = load_pairs(write_table(tmp_path, 6))
-    said = "\n".join(report(state_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), folder, few, ""))
+    said = "\n".join(summary(state_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), folder, few, ""))
     assert "6 held-out pairs, too few to tell a change" in said and "95 %" not in said and " to 0" not in said
-    assert "Nothing was measured" in "\n".join(report(TrainerState(), folder, None, ""))
+    assert "Nothing was measured" in "\n".join(summary(TrainerState(), folder, None, ""))
 
 
 def test_the_interval_is_that_of_paired_changes():

@@ -98,8 +98,8 @@ def run(options: argparse.Namespace) -> None:
     output = save_picture(sheet, output, dpi, output == options.output)
     if options.json:
         maps = [title.replace("\n", ", ") for title in words]
-        report = {"image": options.image, "picture": str(output), "maps": maps, "texts": rows}
-        print_lines(*json.dumps(report, indent=2, ensure_ascii=False).split("\n"))
+        entry = {"image": options.image, "picture": str(output), "maps": maps, "texts": rows}
+        print_lines(*json.dumps(entry, indent=2, ensure_ascii=False).split("\n"))
         return
     print_lines(f"{options.image} -> {output}")
     model_cells = [cut(name) if len(models) > 1 else "" for name in models]

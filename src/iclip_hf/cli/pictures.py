@@ -1,4 +1,4 @@
-"""The common part of `iclip explain` and `iclip segment`: a picture and a report of each image."""
+"""The common part of `iclip explain` and `iclip segment`: a picture and an entry of each image."""
 
 from __future__ import annotations
 
@@ -87,11 +87,11 @@ class _Texts(NamedTuple):
 def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
     """
     Explains images in a command, and returns its exit code. Each image gets a picture, whose name ends in `ending`,
-    such as `photo-explanation.png`, and a report, which is printed at once. The reports of several images are also
+    such as `photo-explanation.png`, and an entry, which is printed at once. The entries of several images are also
     written to a file of JSON lines.
 
     `write` takes the name of an image, its explanation and the path of its picture, which is None if no picture is
-    wanted. It writes the picture and returns the entry of the report, which may have a `"problem"` for stderr.
+    wanted. It writes the picture and returns the entry, which may have a `"problem"` for stderr.
     """
     from tqdm import tqdm
 
@@ -127,7 +127,7 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
                     print_error(options.command, problem)
                 if entry:
                     explained += 1
-                    print_lines(*([text] if options.json else _report(entry, texts, options.min_presence)))
+                    print_lines(*([text] if options.json else _printed(entry, texts, options.min_presence)))
         if lines is not None and not options.json:
             print_lines(f"{explained} image{'s' if explained > 1 else ''} -> {lines.name}")
     return 0 if explained == len(names) else 2
@@ -208,7 +208,7 @@ def _load_engine(options: argparse.Namespace) -> Engine:
     return Engine(explainer.model, explainer.model.processor, explainer, *settings)
 
 
-def _report(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
+def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
     """Returns the lines that are printed for an image."""
     files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
     is_segmentation = "segments" in entry

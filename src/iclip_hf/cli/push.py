@@ -39,14 +39,14 @@ def run(options: argparse.Namespace) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         terms = terms_of(folder)
-        report = {"repo_id": options.repo_id, "files": sizes, **terms}
+        entry = {"repo_id": options.repo_id, "files": sizes, **terms}
         if not options.dry_run:
             from ..hub.folders import push_model
 
-            report["commit"] = push_model(folder, options.repo_id, options.private)
+            entry["commit"] = push_model(folder, options.repo_id, options.private)
     if options.json:
-        print_lines(*json.dumps(report, indent=2).split("\n"))
+        print_lines(*json.dumps(entry, indent=2).split("\n"))
     else:
         print_lines(*(f"{size:>13,}  {name}" for name, size in sizes.items()))
         print_terms(**terms)
-        print_lines(f"{sum(sizes.values()):>13,}  bytes: {report.get('commit', 'a dry run, nothing was uploaded')}")
+        print_lines(f"{sum(sizes.values()):>13,}  bytes: {entry.get('commit', 'a dry run, nothing was uploaded')}")

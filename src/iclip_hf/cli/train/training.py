@@ -27,7 +27,7 @@ from ...training.trainer import ICLIPTrainer, last_checkpoint, load_statistics
 from ...utils.hub_ids import public_name
 from .arguments import Arguments, ModelArguments
 from .data import Data, open_data
-from .report import report
+from .summary import summary
 
 
 def train(
@@ -64,7 +64,7 @@ def train(
     _save(trainer)
     if trainer.is_world_process_zero():
         kept_source = arguments.model.model if trainer.kept_start else ""
-        print(*report(trainer.state, Path(args.output_dir), data.held_out, kept_source), sep="\n", flush=True)
+        print(*summary(trainer.state, Path(args.output_dir), data.held_out, kept_source), sep="\n", flush=True)
     return trainer
 
 

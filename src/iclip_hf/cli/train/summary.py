@@ -1,4 +1,4 @@
-"""The report of a training: what it changed, and what to do with its model."""
+"""The summary of a training: what it changed, and what to do with its model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast"
 _LOOKED_AT = 1000  # pairs, for the labels
 
 
-def report(state: TrainerState, folder: Path, held_out: PairDataset | None, kept_source: str) -> list[str]:
+def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kept_source: str) -> list[str]:
     """
     Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
     change, the folder of the model, and the command that explains an image with it. `kept_source` is the name
@@ -37,10 +37,10 @@ def report(state: TrainerState, folder: Path, held_out: PairDataset | None, kept
         heading = "change (95 %)" if before and not few and any(changes.values()) else ""
         rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
         for name, change in changes.items():
-            shown = name.removeprefix("eval_")
-            shown += " %" if shown in _IN_PERCENT else ""
+            metric = name.removeprefix("eval_")
+            metric += " %" if metric in _IN_PERCENT else ""
             number = _number(before[name]) if before else ""
-            rows.append([shown, number, _number(after[name]), change if heading else ""])
+            rows.append([metric, number, _number(after[name]), change if heading else ""])
         lines += ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
         if held_out is not None:
             lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if few else ''}")

@@ -79,17 +79,18 @@ class _Report:
 
     def add(self, name: str, explanation) -> None:
         """Writes the pictures of an image."""
-        image, unrefined = len(self.images), explanation.unrefined_maps
+        image_index, unrefined = len(self.images), explanation.unrefined_maps
         self.made_by, self.refined = explanation.made_by, explanation.refined
         self.images.append(Path(name).name)
-        self.files.save_image(image, explanation.image)
+        self.files.save_image(image_index, explanation.image)
         figures = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
         for index, (text, score, presence) in enumerate(figures):
-            number = self.texts.setdefault(text, len(self.texts))
+            text_index = self.texts.setdefault(text, len(self.texts))
             heatmap, mask = explanation.map_and_mask(index)
-            before = None if unrefined is None else unrefined[index]
-            self.files.save_map(image, number, explanation.image, heatmap, mask.numpy(), unrefined=before)
-            self.rows.append([image, number, round(mask.float().mean().item(), 4), presence, [round(score, 4)]])
+            plain = None if unrefined is None else unrefined[index]
+            self.files.save_map(image_index, text_index, explanation.image, heatmap, mask.numpy(), unrefined=plain)
+            area = round(mask.float().mean().item(), 4)
+            self.rows.append([image_index, text_index, area, presence, [round(score, 4)]])
 
     def write(self) -> Path:
         """Writes the page and returns its path."""

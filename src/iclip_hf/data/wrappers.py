@@ -31,12 +31,12 @@ def leaf_of(data, index: int) -> tuple[Dataset, int]:
 
 
 def without_subsets(data):
-    """Returns the pairs that a `Subset` chooses of a [`~pairs.PairDataset`] as another one; other data as they are."""
+    """Returns the pairs that a `Subset` selects as a [`~pairs.PairDataset`]. Other data are returned unchanged."""
     return without_subsets(data.dataset)._select(np.array(data.indices)) if isinstance(data, Subset) else data
 
 
 def at_first_epoch(data):
-    """Returns a copy in epoch 0, whose epoch is its own. Data sets without an epoch stay as they are."""
+    """Returns a copy in epoch 0, with an epoch of its own. Data sets without an epoch are returned unchanged."""
     if isinstance(data, Subset):
         data = copy(data)
         data.dataset = at_first_epoch(data.dataset)

@@ -61,10 +61,10 @@ class Report(Metric):
         overlaps = foreground[1:] / np.maximum(foreground[0] + background[1:], 1)
         self.state.overlaps[image.index, class_id] = {method: overlaps.astype(np.float32)}
         self.state.areas[image.index, class_id] = inside.mean()
-        number, unrefined = self.run.methods.index(method), image.explanations[method].unrefined_maps
+        method_index, unrefined = self.run.methods.index(method), image.explanations[method].unrefined_maps
         if unrefined is not None:
             unrefined = unrefined[list(image.sample.class_ids).index(class_id)]
-        self.files.save_map(image.index, class_id - 1, image.sample.image, heatmap, inside, number, unrefined)
+        self.files.save_map(image.index, class_id - 1, image.sample.image, heatmap, inside, method_index, unrefined)
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         if method == self.run.methods[0]:  # once for each image
@@ -129,8 +129,8 @@ class Report(Metric):
 
 def _scores_of_classes(result: EvaluationResult, num_classes: int) -> dict[str, dict[str, list[float | None]]]:
     """
-    Returns for each score of classes and each method a number or None for each class. The IoU comes first, which the
-    pictures have.
+    Returns for each score of classes and each method a number or None for each class. The IoU, which the pictures
+    show, comes first.
     """
     scores: dict[str, dict[str, list[float | None]]] = {}
     for method, classes in result.per_class.items():

@@ -23,8 +23,8 @@ class RandomMap(Explainer):
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        draws = (_generator(pixels) for pixels in pixel_values)
-        maps = torch.stack([torch.rand(features.grid, dtype=torch.float32, generator=draw) for draw in draws])
+        generators = map(_generator, pixel_values)
+        maps = torch.stack([torch.rand(features.grid, dtype=torch.float32, generator=each) for each in generators])
         maps = maps.to(features.image_embeds.device).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), features
 

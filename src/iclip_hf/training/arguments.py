@@ -83,9 +83,9 @@ class ICLIPTrainingArguments(TrainingArguments):
 def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
     """
     Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on so many pairs: 200
-    steps with a low learning rate. If pairs are held out, the start is evaluated, and every fifth of the steps. Those
-    arguments that are `given` stay, and others depend on them. A batch can be filled if `max_bad_share` of the pairs
-    are broken, which [`CachedPairs`] leaves out.
+    steps with a low learning rate. If pairs are held out, they are evaluated at the start and after each fifth of the
+    steps. Arguments that are `given` stay, and the others are derived from them. Batches are small enough to be filled
+    if `max_bad_share` of the pairs are broken, which [`CachedPairs`] leaves out.
 
     ```python
     >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))

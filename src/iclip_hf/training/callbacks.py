@@ -84,7 +84,7 @@ class Flow(TrainerCallback):
 
 
 def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Dataset, collator: Callable) -> None:
-    """Raises `ValueError` if a tower learns that would stay as it is: what it computes is kept, or it is locked."""
+    """Raises `ValueError` if a tower learns that the model locks, or that cached or kept features need locked."""
     if model.config.lock_vision and any(weight.requires_grad for weight in model.vision_model.parameters()):
         raise ValueError("vision_model: the model locks it; load the model with lock_vision=False.")
     cached = "CachedPairs" if any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs)) else ""
@@ -144,9 +144,9 @@ class Start(TrainerCallback):
 
     Attributes:
         held_out (`list[str]`): digests of the held-out pairs.
-        scores (`dict`): the scores of each pair by metric, of the pairs of an evaluation by a digest of the captions.
-        regressed (`dict`): the metrics that got worse in the last evaluation, alike.
-        presence ([`KeptPresence`], *optional*): of its model.
+        scores (`dict`): for each set of pairs, by a digest of their captions, a score of each pair by metric.
+        regressed (`dict`): for each of these sets, the metrics that got worse in the last evaluation.
+        presence ([`KeptPresence`], *optional*): the loss that keeps the presence of the model of the start.
         is_kept (`bool`): whether the model of the start is kept already, so that a resumed training keeps no other.
     """
 
@@ -168,7 +168,7 @@ class Start(TrainerCallback):
     def changes(self, pair_ids: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
         Returns the 95 % interval of the change of each score (N,) since the start, of pairs with these ids (N, 2).
-        There is none of the start itself, whose scores are kept, and of pairs that were not scored then.
+        Empty at the start itself, whose scores are kept, and for pairs that were not scored then.
         """
         # By the captions: another machine may compute other pixels.
         pairs_digest, trainer = hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest(), self.trainer
@@ -225,7 +225,7 @@ class Start(TrainerCallback):
 
 
 def _digest(pairs: Dataset) -> str:
-    """Of the captions alone: the data may be elsewhere now."""
+    """Returns a digest of the captions alone, because the data may have moved."""
     items = (leaf_of(pairs, index) for index in range(len(pairs)))
     captions = [leaf.captions(index) for leaf, index in items]
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()

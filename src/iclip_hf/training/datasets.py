@@ -29,12 +29,12 @@ logger = logging.getLogger(__name__)
 class CachedPairs(Epochs, Dataset):
     """
     Pairs with the features of their images, computed unless the cache has them, and what a collator needs of their
-    texts. Pairs with a broken image or no caption are left out. `indices` are those of the others among all `pairs`.
+    texts. Pairs with a broken image or no caption are left out. `indices` are the indices of the others in `pairs`.
 
     Args:
         pairs: the pairs, which can be inside of torch's `Subset`.
-        cache: of the features of images and, if the collator takes its features of texts, also of captions.
-        collator: of the batches.
+        cache: the features of images and, if the collator reads text features, of captions.
+        collator: makes the batches.
 
     Raises:
         `ValueError`: too many pairs are bad.

@@ -23,18 +23,18 @@ _IMAGES, _DEVIATION = 1024, 4.0
 @torch.no_grad()
 def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
     """
-    Sets what a model keeps of the statistics of training images: `feature_reduction` to the whitening of
-    the features of a feature tower, and `token_mean`, with `center_tokens`, to the mean patch token. Keeps those of an
-    earlier training, which its branches learned with. All processes have those of the first.
+    Sets the statistics of training images that a model keeps: `feature_reduction` to the whitening of the features of
+    a feature tower and, with `center_tokens`, `token_mean` to the mean patch token. Statistics of an earlier training
+    stay, because the branches were trained with them. All processes get the statistics of the first.
 
     The whitening projects to the principal components with the largest variance, and scales each to a standard
-    deviation of 4 over the positions of its map. Those of the tokens of DINOv2 are 2: with less, they would outweigh
-    the features.
+    deviation of 4 over the positions of its map. The tokens of DINOv2 have a standard deviation of 2, and would
+    outweigh smaller features.
 
     Args:
         model: model on its device.
         processor: of the model.
-        pairs: rows with an `image`; about a thousand are read, of a data set with random access evenly spread ones.
+        pairs: rows with an `image`. About a thousand are read, evenly spread if the data set has random access.
     """
     whiten = model.feature_model is not None and not model.feature_reduction.weight.any()
     center = model.config.center_tokens and not model.token_mean.any()

@@ -23,8 +23,8 @@ _LOOKED_AT = 200  # pairs, evenly spaced over all
 def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     """
     Returns the arguments of `iclip train` for few pairs: the projections of a trained model are trained as by
-    [`few_pairs`], and evaluated on a tenth of the pairs. Those that are `given` are left out, and others depend on
-    them. Raises as [`check_pairs`].
+    [`few_pairs`], and evaluated on a tenth of the pairs. Arguments that are `given` are left out, and the others are
+    derived from them. Raises as [`check_pairs`].
     """
     check_pairs(pairs)
     chosen: dict[str, object] = {"output_dir": f"{RUNS}/{_stem(given['data'][0])}", "lock_text": True}
@@ -48,8 +48,8 @@ def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]
 
 def _stem(data: str) -> str:
     """
-    Returns the name of a file or folder up to the first dot. For a pattern and for a hidden file, it is that of the
-    folder: a run in a folder `*` would be deleted with all others.
+    Returns the name of a file or folder up to the first dot. A pattern and a hidden file get the name of their folder:
+    a run in a folder `*` would be deleted with all others.
     """
     stems = [part.partition(".")[0] for part in Path(os.path.abspath(data)).parts[1:]]
     return next((stem for stem in reversed(stems) if stem and not set(stem) & set("*?[]{}")), "pairs")

@@ -82,5 +82,5 @@ def common_labels(pairs: PairDataset) -> list[str]:
         labels = [caption.removeprefix(start).removesuffix(end) for caption in captions]
     else:
         nouns = NounPrompts.from_file(EMBEDDED / "nouns.txt")
-        labels = [nouns.nouns[number] for caption in captions for number in sorted(nouns.nouns_in(caption))]
+        labels = [nouns.nouns[index] for caption in captions for index in sorted(nouns.nouns_in(caption))]
     return [label for label, _ in Counter(labels).most_common(2)]

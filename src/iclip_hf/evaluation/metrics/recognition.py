@@ -187,8 +187,8 @@ class Presence(MultiLabelAveragePrecision):
             columns = np.isin(class_ids, list(classes))
             groups[name] = _separation(values[:, columns], shown[:, columns])
         separation = _separation(values, shown)
-        of_kind = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
-        separation["pairs"].update((name, int(pairs.sum())) for name, pairs in of_kind.items())
+        pair_masks = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
+        separation["pairs"].update((name, int(pairs.sum())) for name, pairs in pair_masks.items())
         return {
             "min_presence": MIN_PRESENCE,
             **separation,

@@ -113,7 +113,7 @@ class Study:
         own = torch.arange(len(rows))[:, None] == own
         features = self.collator(pairs)["image_features"]
         features = {name: of_images.float() for name, of_images in features.items()}
-        images = branch.embed_image(model.loss_inputs(features).recognition)
+        images = branch.embed_image(model.loss_inputs(features).pooled)
         cosines = images @ branch.embed_text(self.cache(texts)).mT
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()

@@ -212,7 +212,7 @@ def test_the_loss_has_its_share_of_kept_presence(tiny_processor, tmp_path, monke
     trainer.start.presence = KeptPresence(model.recognition, torch.randn(5, model.config.text_config.hidden_size))
     with torch.no_grad():
         model.recognition.logit_bias.add_(1)
-        features = model.image_inputs(model.encode_image(batch["pixel_values"])).recognition
+        features = model.image_inputs(model.encode_image(batch["pixel_values"])).pooled
         divergence = trainer.start.presence(model.recognition, features)
     share = trainer.compute_loss(model, {**batch}) - alone
     assert share.item() == pytest.approx(3 * divergence.item(), rel=1e-4) != 0

@@ -252,8 +252,8 @@ class ICLIPModel(ICLIPTowers):
     def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
         """Selects the inputs of this model's loss from the `loss_features` of images."""
         recognition_poolings, map_pooling = self.config.poolings
-        recognition = torch.cat([features[name] for name in recognition_poolings], -1)
-        return ImageInputs(recognition, *map(features.get, (map_pooling, "patches", "attention", "even_patches")))
+        pooled = torch.cat([features[name] for name in recognition_poolings], -1)
+        return ImageInputs(pooled, *map(features.get, (map_pooling, "patches", "attention", "even_patches")))
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
         """Returns the inputs of this model's loss from the tokens of images."""
@@ -331,9 +331,9 @@ class ICLIPModel(ICLIPTowers):
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
         recognition_poolings, map_pooling = self.config.poolings
-        recognition, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
+        pooled, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
         averaged, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
-        projected = self.recognition.visual_projection(recognition)
+        projected = self.recognition.visual_projection(pooled)
         map_image_embeds = None
         if map_pooled is not None:
             map_image_embeds = self.map_branch.embed_image(map_pooled).to(projected.dtype)

@@ -19,8 +19,8 @@ class ImageInputs(NamedTuple):
     # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"` and L
     # `average_layers`, (B, (1 + L) D): averages of the layers before the last, class token, average of the last layer.
     # With a feature tower, averages have K more numbers.
-    recognition: torch.Tensor
-    pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
+    pooled: torch.Tensor
+    map_pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the `representative_patches`. Both are averaged over
     # similar patches, and the tokens are centered before. None with `max_over="channels"`.
     patch_tokens: torch.Tensor | None = None
@@ -36,18 +36,16 @@ def pair_loss(
     [`ICLIPModel`]. The first B of the texts `(M, Dt)` are the captions, the others are noun prompts, and the last C
     prompts of classes.
     """
-    if nouns is None and len(text_inputs) != len(image.recognition):  # further texts would be ignored
-        raise ValueError(
-            f"The loss needs a caption for each of {len(image.recognition)} images, not {len(text_inputs)}."
-        )
-    num_images = len(image.recognition)
-    images, texts = model.recognition.embed_image(image.recognition), model.recognition.embed_text(text_inputs)
+    num_images = len(image.pooled)
+    if nouns is None and len(text_inputs) != num_images:  # further texts would be ignored
+        raise ValueError(f"The loss needs a caption for each of {num_images} images, not {len(text_inputs)}.")
+    images, texts = model.recognition.embed_image(image.pooled), model.recognition.embed_text(text_inputs)
     class_prompts = None
     if nouns is not None and nouns.num_classes:
         texts, class_prompts = texts[: -nouns.num_classes], texts[-nouns.num_classes :]
     map_texts, even_embeds = texts, None
     if branch := model.interpretability:
-        map_images = branch.embed_image(image.patch_tokens if image.pooled is None else image.pooled)
+        map_images = branch.embed_image(image.patch_tokens if image.map_pooled is None else image.map_pooled)
         map_texts = branch.embed_text(text_inputs[: len(texts)])
         if nouns is not None and image.even_tokens is not None:
             even_embeds = branch.embed_image(image.even_tokens[nouns.spread_evenly])

@@ -238,7 +238,7 @@ class ICLIPTrainer(Trainer):
         loss = outputs["loss"] if function is None else function(outputs, None, num_items_in_batch=num_items_in_batch)
         if self.start.presence is not None:
             with self.accelerator.autocast():
-                kept = self.start.presence(self.model.recognition, inputs["image_inputs"].recognition)
+                kept = self.start.presence(self.model.recognition, inputs["image_inputs"].pooled)
             loss = loss + self.args.keep_presence * kept
         self._last_losses = outputs["branch_losses"]
         return (loss, outputs) if return_outputs else loss
@@ -344,7 +344,7 @@ class ICLIPTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             if text_inputs is None:
                 text_inputs, _ = self.model.encode_text(**tokens)
-            images = recognition.embed_image(self._image_inputs(inputs).recognition)
+            images = recognition.embed_image(self._image_inputs(inputs).pooled)
             return None, (recognition.logit_scale.exp() * images, recognition.embed_text(text_inputs)), pair_ids
 
     def _retrieval_metrics(self, output: EvalLoopOutput) -> dict[str, float]:

@@ -36,8 +36,13 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
 
 
 def check_outside(output: str | os.PathLike, source: str | os.PathLike) -> None:
-    """Raises `FileExistsError` if an output is the file or folder `source`, or lies in it, also by symbolic links."""
-    if os.path.exists(source) and Path(os.path.realpath(output)).is_relative_to(os.path.realpath(source)):
+    """
+    Raises `FileExistsError` if an output is the file or folder `source`, or lies in it, also by symbolic links, or by
+    another case where `A.jpg` and `a.jpg` are one file.
+    """
+    path = Path(os.path.realpath(output))
+    places = filter(os.path.exists, (path, *path.parents))
+    if os.path.exists(source) and any(os.path.samefile(place, source) for place in places):
         raise FileExistsError(f"{output}: this output would change the input {source}; name another.")
 
 

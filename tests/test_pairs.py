@@ -653,6 +653,8 @@ def test_labels_in_every_format(tmp_path):
     for suffix in ("jsonl", "csv", "parquet", "tar"):
         pairs = load_pairs(tmp_path / f"a.{suffix}")
         assert [pairs.raw(row).texts[1:] for row in range(3)] == expected, suffix
+        items = [columns.USUAL_COLUMNS.texts(pairs.read(row)) for row in range(3)]  # as a collator reads them
+        assert [texts[1:] for texts in items] == expected, suffix
         with pytest.raises(BadPairError, match=rf"a\.{suffix}, row 4: labels: .* is no list of names"):
             pairs.raw(3)  # it would count as an image that shows none of the names
     items = {item["key"]: tuple(item[name] for name in names) for item in stream(shard.parent, max_bad_share=1)}

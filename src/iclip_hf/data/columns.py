@@ -128,12 +128,15 @@ def _names(column: str, value) -> list[str] | None:
 
 def _probabilities(column: str, value) -> list[tuple[str, float]]:
     """
-    Returns the items of an object of names and probabilities; none for an empty value. A table of Arrow has a column
-    for each name, so names without a value are left out. Raises `ValueError` if the value is no such object.
+    Returns the items of an object of names and probabilities; none for an empty value. The value may be these items,
+    as in a [`PairTexts`]. A table of Arrow has a column for each name, so names without a value are left out. Raises
+    `ValueError` if the value is no such object.
     """
     parsed = _parsed(column, value)
     if _is_empty(parsed):
         return []
+    if isinstance(parsed, (list, tuple)) and all(isinstance(item, tuple) for item in parsed):
+        parsed = dict(parsed)
     if isinstance(parsed, Mapping):
         items = [(_stripped(name), number) for name, number in parsed.items() if number is not None]
         if all(isinstance(number, Number) and 0 <= number <= 1 for _, number in items):

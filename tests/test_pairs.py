@@ -738,13 +738,6 @@ def test_labels_that_teach_nothing_are_counted_in_one_warning(tmp_path, caplog):
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("probabilities", [[], [("dog", 0.9), ("cat", 0.1)]])
-def test_the_row_of_a_pair_has_its_texts(probabilities):
-    """The collator reads it as any other row."""
-    texts = columns.PairTexts(["a", "b"], ["dog"], ["dog", "cat"], probabilities)
-    assert columns.USUAL_COLUMNS.texts(texts.row()) == texts
-
-
 @pytest.mark.parametrize("name", ["TVmonitor", "sofa", "motorbike", "aeroplane", "diningtable", "pottedplant"])
 def test_a_class_has_the_names_of_other_data_sets(name):
     """VOC's are not those of COCO: an image with a sofa would train that it shows no couch."""

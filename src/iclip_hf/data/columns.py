@@ -98,10 +98,6 @@ class PairTexts(NamedTuple):
         """Returns the texts of all parts, each once."""
         return cls(*([*dict.fromkeys(chain(*texts))] for texts in zip(*parts)))
 
-    def row(self) -> dict:
-        """Returns the columns from which [`Columns.texts`] reads these texts."""
-        return {**self._asdict(), "class_probabilities": dict(self.class_probabilities)}
-
 
 def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
     return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]

@@ -128,7 +128,7 @@ class PairDataset(Epochs):
         unusable, instead of replacing it.
         """
         pair = self.raw(index)
-        return {"image": _load(pair), **pair.texts.row(), "key": pair.key}
+        return {"image": _load(pair), **pair.texts._asdict(), "key": pair.key}
 
     def image(self, index: int) -> Image.Image:
         """Returns the image of a pair, which needs no caption. Raises like `read`."""

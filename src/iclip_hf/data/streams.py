@@ -106,7 +106,7 @@ class PairStream(Epochs, IterableDataset):
             self.tally.add()
             draw = (self.seed, epoch, key)
             caption = sample_caption(texts.captions, *draw)
-            yield {"image": image, **texts.row(), "key": key, "caption": caption, "draw": draw}
+            yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw}
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of the first 256 pairs of the data set, without bad ones."""

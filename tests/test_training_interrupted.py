@@ -295,7 +295,7 @@ for module, name in ((os, "replace"), (torch, "save"), (shutil, "rmtree")):
 def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path):
     """Kill -9 of a run that saves after every step, somewhere inside the saving."""
     arguments = ["--validation_data", hub / "held_out.tar", "--eval_steps", 2, "--save_steps", 2]
-    arguments += ["--pictures", 0, "--num_train_epochs", 1, "--resume"]
+    arguments += ["--pictures", 0, "--num_train_epochs", 2, "--resume"]
     assert hooked_run(hub, tmp_path / "whole", arguments).returncode == 0
     draws, codes = random.Random(0), []
     while not codes or codes[-1] == -signal.SIGKILL:
@@ -307,8 +307,8 @@ def test_killed_at_any_moment_and_resumed_is_the_uninterrupted_run(hub, tmp_path
         json.loads(Path(last_checkpoint(tmp_path / name), "trainer_state.json").read_text())
         for name in ("killed", "whole")
     ]
-    assert states[0]["best_metric"] == states[1]["best_metric"] and states[0]["global_step"] == 4
-    assert_same_weights(*(tmp_path / name / "checkpoint-4" for name in ("killed", "whole")))
+    assert states[0]["best_metric"] == states[1]["best_metric"] and states[0]["global_step"] == 8
+    assert_same_weights(*(tmp_path / name / "checkpoint-8" for name in ("killed", "whole")))
 
 
 TWO_PROCESSES = """

@@ -51,13 +51,19 @@ def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, cente
     num_cells = len(near) + centers
     mean = (centers * image + sum(near)) / num_cells
     variance = centers * (image - mean).square()
+    difference = torch.empty_like(image)  # one for all neighbours, because new memory takes longer than the sums
     for cells in near:
-        deviation = cells - mean
-        variance.addcmul_(deviation, deviation)
+        torch.sub(cells, mean, out=difference)
+        variance.addcmul_(difference, difference)
     # Cells of one colour have the deviation 0. The smallest number gives them equal weights.
     scale = spread * (variance / (num_cells - 1)).sqrt() + torch.finfo(image.dtype).tiny
-    distances = torch.stack([(cells - image).abs_().div_(scale).mean(1) for cells in near])
-    return distances.neg_().softmax(0)[:, :, None]
+    weights = image.new_empty(len(near), len(image), 1, *image.shape[2:])
+    for weight, cells in zip(weights, near):
+        torch.sub(cells, image, out=difference).abs_().div_(scale)
+        torch.mean(difference, 1, keepdim=True, out=weight)
+    # A softmax. The nearest neighbour is at most five deviations away, so not all numbers are 0 after `exp`.
+    weights.neg_().exp_()
+    return weights.div_(weights.sum(0))
 
 
 def propagate(maps: torch.Tensor, weights: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:

@@ -53,12 +53,16 @@ def explained(tiny_processor):
     return image, seen, explanation
 
 
+def numbers(encoded: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(encoded), "<f4")
+
+
 def drawn_maps(value: dict) -> np.ndarray:
     """
     The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as
     tests/test_web.py shows.
     """
-    raw_maps = torch.tensor([row["map"] for row in value["texts"]]).unflatten(-1, value["grid"])
+    raw_maps = torch.tensor(np.stack([numbers(row["map"]) for row in value["texts"]])).unflatten(-1, value["grid"])
     return resize_and_normalize(raw_maps, value["size"][::-1]).numpy()
 
 
@@ -144,6 +148,7 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
         np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
         unrefined = [row["unrefined"] for row in value["texts"]]
         if refine:
+            unrefined = np.stack([*map(numbers, unrefined)])
             np.testing.assert_allclose(unrefined, expected.unrefined_maps.flatten(1), atol=1e-3)
             assert value["unrefined_grid"] == list(expected.unrefined_maps.shape[1:])
         else:

@@ -27,9 +27,9 @@ with require_extra("demo"):
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes
 MAX_BODY_SIZE = 2**20  # of other requests: the values of JSON take up to a hundred times the memory of its text
-# By default Gradio keeps the last answer, up to two megabytes, of 10,000 visitors. The page does not need them.
+# By default Gradio keeps the last answer, up to 16 megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
-MAX_IMAGES = 16  # encoded images that are kept: each takes four megabytes, at two scales 27
+MAX_IMAGES = 4  # encoded images that are kept: each takes five megabytes, at two scales 35
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }

@@ -2,6 +2,7 @@
 // are its arguments.
 
 const viewer = createViewer(element, props.theme);
+const numbers = (base64) => new Float32Array(Uint8Array.from(atob(base64), (byte) => byte.charCodeAt(0)).buffer);
 
 watch("value", async () => {
   const value = props.value, photo = Object.assign(new Image(), { src: value.image });
@@ -10,8 +11,8 @@ watch("value", async () => {
   const texts = value.texts.map(({ text }) => text);
   viewer.show({ photo, size: value.size, originalSize: value.original_size, texts, madeBy: value.made_by });
   value.texts.forEach(({ map, unrefined, ...result }, index) => viewer.add(index, {
-    ...result, ...enlarge(map, value.grid, ...value.size),
-    unrefined: unrefined && enlarge(unrefined, value.unrefined_grid, ...value.size).levels,
+    ...result, ...enlarge(numbers(map), value.grid, ...value.size),
+    unrefined: unrefined && enlarge(numbers(unrefined), value.unrefined_grid, ...value.size).levels,
   }));
 });
 window.addEventListener("iclip-save-picture", viewer.savePicture);

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..model.batches import PreparedImage
@@ -62,7 +63,10 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
-    """Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges."""
+    """
+    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. A map is base64 text of float32
+    numbers, little-endian: lists of the three million numbers of twelve maps at two scales take hundreds of megabytes.
+    """
     unrefined = explanation.unrefined_maps
     return {
         **seen.view,
@@ -83,11 +87,15 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 explanation.scores.tolist(),
                 explanation.presences,
                 explanation.presence_words,
-                explanation.raw_maps.flatten(1).tolist(),
-                [None] * len(explanation) if unrefined is None else unrefined.flatten(1).tolist(),
+                map(_base64, explanation.raw_maps),
+                [None] * len(explanation) if unrefined is None else map(_base64, unrefined),
             )
         ],
     }
+
+
+def _base64(values: torch.Tensor) -> str:
+    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 
 def to_npz(explanation: Explanation) -> bytes:

@@ -9,6 +9,7 @@ from training_runs import eight_pairs, terms
 
 from iclip_hf.model.losses import (
     BatchNouns,
+    class_presence_loss,
     competition_loss,
     contrastive_loss,
     distillation_loss,
@@ -121,6 +122,15 @@ def test_distillation_counts_an_image_by_its_probabilities():
     first = -0.5 * math.log(math.exp(2) / sums[0]) - 0.25 * math.log(math.exp(1) / sums[0])
     third = -math.log(math.exp(3) / sums[2])
     assert distillation_loss(logits, probabilities).item() == pytest.approx((first + third) / 3, abs=1e-6)
+
+
+def test_a_sure_classifier_denies_other_classes_unless_labels_show_them():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [1.0, 0.0, 0.0, 0.0]])
+    probabilities = torch.tensor([[0.8, 0.1, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0]])
+    labels = torch.tensor([[0, 1, 0, -1], [-1, 0, 0, 0]], dtype=torch.int8)
+    shown = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))
+    absent = 0.8**2 * math.log(2) + math.log(1 + math.exp(-1)) + math.log(1 + math.e) + 0.36 * 2.6 * math.log(2)
+    assert class_presence_loss(logits, probabilities, labels).item() == pytest.approx((shown + absent) / 2, abs=1e-6)
 
 
 def test_a_place_prefers_the_lower_or_upper_patches_by_hand():

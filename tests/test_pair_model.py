@@ -203,7 +203,7 @@ def test_each_class_has_a_prompt_and_the_probabilities_of_images():
     classes = [("Crane", 0.25), ("dog", 0.5), ("crane", 0.5), ("unheard of", 0.1)]  # two classes of one name
     known = nouns.known_nouns(["a pug"], class_probabilities=classes)
     prompts, sampled = nouns.sample([known, nouns.known_nouns(["a dog"])], epoch=0)
-    assert sampled["class_probabilities"].tolist() == [[0.75, 0], [0, 0]]
+    assert sampled["class_ids"].tolist() == [1, 2] and sampled["class_probabilities"].tolist() == [[0.75, 0], [0, 0]]
     assert len(prompts) == 8 and len(sampled["noun_ids"]) == 6
     assert "crane" in prompts[6] and "pug" in prompts[7]
 
@@ -215,7 +215,8 @@ def test_the_recognition_branch_learns_the_probabilities_of_classes():
     nouns = {"noun_ids": torch.arange(3), "noun_labels": torch.tensor([[1, 0, 0], [0, 1, -1]]), **marks}
     probabilities, losses = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.5]]), {}
     for weight in (0, 0.4):
-        distilled = {**batch, "nouns": {**nouns, "class_probabilities": probabilities}}
+        classes = {"class_ids": torch.tensor([2, 0, 1]), "class_probabilities": probabilities}
+        distilled = {**batch, "nouns": {**nouns, **classes}}
         with torch.no_grad():
             losses[weight] = outputs_of(model, distilled, distillation_weight=weight)["branch_losses"]
     first = {name: value[:5] for name, value in batch.items() if name != "pixel_values"}

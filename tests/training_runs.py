@@ -108,6 +108,7 @@ def eight_pairs(part: slice) -> tuple[ICLIPModel, dict]:
         "is_background": noun_ids[prompts] > 3,
         "place": (noun_ids[prompts] % 3 - 1).to(torch.int8),
         "noun_labels": noun_labels[part].to(torch.int8),
+        "class_ids": torch.tensor([4, 0, 2, 1]),
         "class_probabilities": torch.rand(8, 4, generator=generator)[part],
     }
     return model, {**batch, "nouns": nouns}

@@ -209,7 +209,8 @@ class NounPrompts:
             B,), the index of the noun of each of the 3 B prompts; `noun_labels` (B, vocabulary), 1 for a noun that an
             image shows, -1 for a noun that it is known not to show, else 0; `is_background` (3 B,), boolean; `place`
             (3 B,), -1 for a noun above others, 1 for a noun below, else 0; and, in a vocabulary with classes,
-            `class_probabilities` (B, C), float32. An image without nouns gets random prompts.
+            `class_ids` (C,), their indices, and `class_probabilities` (B, C), float32. An image without nouns gets
+            random prompts.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
@@ -226,6 +227,7 @@ class NounPrompts:
         if self.classes:
             rng = random.Random(f"{self.seed}/{epoch}/{images[0].captions}")
             prompts += [rng.choice(TEMPLATES).format(self.nouns[noun]) for noun in self.classes]
+            arrays["class_ids"] = np.array(self.classes)
             arrays["class_probabilities"] = np.zeros((len(images), len(self.classes)), np.float32)
             for image, row in zip(images, arrays["class_probabilities"]):
                 for number, probability in image.class_probabilities:

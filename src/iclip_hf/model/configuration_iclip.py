@@ -141,6 +141,7 @@ class ICLIPConfig(PreTrainedConfig):
             of a noun that no text of an image names and no label excludes.
         distillation_weight (`float`, defaults to 1): weight of a loss in which the recognition branch learns the
             probabilities of a classifier ([`~losses.distillation_loss`]), of images that have `class_probabilities`.
+            A branch with a bias also learns from them which classes are absent ([`~losses.class_presence_loss`]).
         noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
             in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, which it

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # otherwise a circle: it imports transformers, which imports 
 # Sharpness of the prior of place: for a noun at the bottom, the lowest patches are exp(3) times as likely as the
 # highest.
 PLACE_SHARPNESS = 3.0
+# Weight of the sigmoid loss of classes relative to their distillation. With more, fewer look-alikes of what an image
+# shows have a high presence, and more of what it shows a low one.
+CLASS_PRESENCE = 0.1
 SHARE_EXPONENT = 4.0  # exponent of the power mean over patches, by which the share of a known noun is computed
 
 
@@ -175,14 +178,17 @@ class BatchNouns(NamedTuple):
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
     is_background: torch.Tensor  # whether the nouns describe the background, boolean (V,)
     place: torch.Tensor  # 1 for nouns at the bottom of images, -1 at the top, otherwise 0 (V,)
-    # Of the images of this process for the C classes of a classifier, whose prompts follow those of the nouns (B, C)
+    # Of the images of this process for the C classes of a classifier, whose prompts follow those of the nouns (B, C):
+    # its probabilities, and labels as in `noun_labels`
     class_probabilities: torch.Tensor | None = None
+    class_labels: torch.Tensor | None = None
 
     @classmethod
     def gathered(
         cls,
         noun_ids: torch.Tensor,
         noun_labels: torch.Tensor,
+        class_ids: torch.Tensor | None = None,
         class_probabilities: torch.Tensor | None = None,
         **marks: torch.Tensor,
     ) -> BatchNouns:
@@ -194,7 +200,16 @@ class BatchNouns(NamedTuple):
         marks = {name: gather_with_gradient(mark)[first] for name, mark in marks.items()}
         labels = noun_labels[:, nouns]
         shown, all_shown, absent = labels > 0, all_labels[:, nouns] > 0, labels < 0
-        return cls(first, shown, all_shown, absent, **marks, class_probabilities=class_probabilities)
+        class_labels = None if class_ids is None else noun_labels[:, class_ids]
+        return cls(
+            first,
+            shown,
+            all_shown,
+            absent,
+            **marks,
+            class_probabilities=class_probabilities,
+            class_labels=class_labels,
+        )
 
     @property
     def num_classes(self) -> int:
@@ -248,6 +263,20 @@ def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
     num_positives = nouns.all_shown.sum().clamp(min=1) * len(nouns.shown) / len(nouns.all_shown)
     return sigmoid_loss(per_image, nouns.shown, negative_weights, num_positives)
+
+
+def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the sigmoid loss of the classes of a classifier, from their logits, probabilities and labels (1 for shown,
+    -1 for absent, 0 for unknown), each `(B, C)`. An unknown class counts as shown if its probability p is above 0.5.
+    Otherwise it counts as absent, with the weight (1 - p) q^2, where q is the highest probability of the image: a
+    classifier that is sure of a class denies those that look like it.
+    """
+    positives = torch.where(labels == 0, probabilities > 0.5, labels > 0)
+    unknown_weights = (1 - probabilities) * probabilities.amax(1, keepdim=True) ** 2
+    negative_weights = torch.where(labels < 0, 1.0, unknown_weights)
+    num_positives = gather_with_gradient(positives.sum().float()[None]).mean().clamp(min=1)
+    return sigmoid_loss(logits, positives, negative_weights, num_positives)
 
 
 def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
@@ -412,6 +441,15 @@ def _distillation(batch: BranchBatch) -> torch.Tensor:
     return distillation_loss(batch.logits(batch.class_prompts), batch.nouns.class_probabilities)
 
 
+def _class_presence(batch: BranchBatch) -> torch.Tensor:
+    nouns = batch.nouns
+    return class_presence_loss(batch.logits(batch.class_prompts), nouns.class_probabilities, nouns.class_labels)
+
+
+def _distillation_weight(batch: BranchBatch) -> float:
+    return 0.0 if batch.class_prompts is None else batch.config.distillation_weight
+
+
 def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
     pooled = smooth_maximum(batch.similarities, batch.prior.log(), batch.config.max_sharpness, 1)
     return softmax_noun_loss(batch.branch(pooled), batch.nouns)
@@ -440,8 +478,10 @@ LOSS_TERMS = {
         "nouns_by_sigmoid": LossTerm(
             _nouns_by_sigmoid, lambda batch: batch.noun_weight * (batch.branch.logit_bias is not None)
         ),
-        "distillation": LossTerm(
-            _distillation, lambda batch: 0 if batch.class_prompts is None else batch.config.distillation_weight
+        "distillation": LossTerm(_distillation, _distillation_weight),
+        "class_presence": LossTerm(
+            _class_presence,
+            lambda batch: CLASS_PRESENCE * _distillation_weight(batch) * (batch.branch.logit_bias is not None),
         ),
     },
     "map": {

@@ -483,7 +483,8 @@ class ICLIPModel(ICLIPTowers):
                 - **is_background** `(M - B - C,)` -- whether the noun describes the background, boolean.
                 - **place** `(M - B - C,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at
                   the top, such as sky, otherwise 0.
-                - **class_probabilities** `(B, C)`, *optional* -- of a classifier.
+                - **class_ids** `(C,)` and **class_probabilities** `(B, C)`, *optional* -- indices of the classes of a
+                  classifier in the vocabulary, and its probabilities.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
             chunk_size (`int`, *optional*): number of images, and of texts, that a tower encodes at once for the loss.

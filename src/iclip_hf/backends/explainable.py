@@ -76,17 +76,17 @@ class ExplainableModel(ABC):
         the mean of the patches pools, it is the mean attention of all patches.
         """
 
-    def similarity_maps(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+    def similarity_maps(self, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes raw maps `(B, T, h, w)`: the cosines of patches and texts (Eq. 1-3), weighed by `weigh_maps`."""
-        return self.weigh_maps(cosine_similarity_map(image.patch_embeds, texts.map_text_embeds), image, texts)
+        return self.weigh_maps(cosine_similarity_map(features.patch_embeds, texts.map_text_embeds), features, texts)
 
-    def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+    def weigh_maps(self, maps: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Weighs maps of cosines by attention if the model does so, see [`ICLIPModel.weigh_maps`]."""
         return maps
 
-    def scores(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+    def scores(self, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
         """Computes the scores `(B, T)`, float32: cosines of images and texts, see [`ICLIPModel.scores`]."""
-        return cosines(image.image_embeds, texts.text_embeds)
+        return cosines(features.image_embeds, texts.text_embeds)
 
     @abstractmethod
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
@@ -140,10 +140,10 @@ class RecordableModel(ExplainableModel):
         return self.network.get_image_features(pixel_values)
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        image, (layer,) = self.trace(pixel_values, weights=True)
-        num_patches = math.prod(image.grid)
+        features, (layer,) = self.trace(pixel_values, weights=True)
+        num_patches = math.prod(features.grid)
         queries = slice(-num_patches, None) if self.pools_patches else slice(0, 1)
-        return image, layer.weights[:, :, queries, -num_patches:].float().mean((1, 2))
+        return features, layer.weights[:, :, queries, -num_patches:].float().mean((1, 2))
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -153,12 +153,12 @@ class RecordableModel(ExplainableModel):
         """
 
     def join_features(
-        self, stream: torch.Tensor, image: ICLIPImageFeatures, grid: tuple[int, int] | None = None
+        self, stream: torch.Tensor, features: ICLIPImageFeatures, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """
-        Appends the features of a feature tower to a stream, for `project`: to the stream of the patches, `(B, N, D)`,
-        or of one mean token of each image, `(B, 1, D)`. Features are resized if the patches have another `grid` than
-        the image. A model without a feature tower returns the stream itself.
+        Appends the tokens of a feature tower to a stream, for `project`: to the stream of the patches, `(B, N, D)`,
+        or of one mean token of each image, `(B, 1, D)`. These tokens are resized if the patches have another
+        `grid` than the image. A model without a feature tower returns the stream itself.
         """
         return stream
 

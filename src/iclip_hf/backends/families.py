@@ -62,14 +62,14 @@ class _ICLIP(ExplainableModel):
         self.pools_patches = pooling != "class_token"
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        image = self.get_image_features(pixel_values)
-        return image, image.attention
+        features = self.get_image_features(pixel_values)
+        return features, features.attention
 
-    def weigh_maps(self, maps: torch.Tensor, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        return self.network.weigh_maps(maps, image, texts)
+    def weigh_maps(self, maps: torch.Tensor, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.network.weigh_maps(maps, features, texts)
 
-    def scores(self, image: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
-        return self.network.scores(image, texts)
+    def scores(self, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        return self.network.scores(features, texts)
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         return self.network.recognition(cosines)
@@ -87,12 +87,12 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         self.reads_features = model.config.recognition_pooling == "feature_average"
 
     def join_features(
-        self, stream: torch.Tensor, image: ICLIPImageFeatures, grid: tuple[int, int] | None = None
+        self, stream: torch.Tensor, features: ICLIPImageFeatures, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        features = image.patch_tokens[..., stream.shape[-1] :]
-        if grid not in (None, image.grid):
-            features = F.interpolate(features.mT.unflatten(-1, image.grid), grid, mode="bilinear").flatten(2).mT
-        return torch.cat([stream, features if stream.shape[1] > 1 else features.mean(1, keepdim=True)], -1)
+        tokens = features.patch_tokens[..., stream.shape[-1] :]
+        if grid not in (None, features.grid):
+            tokens = F.interpolate(tokens.mT.unflatten(-1, features.grid), grid, mode="bilinear").flatten(2).mT
+        return torch.cat([stream, tokens if stream.shape[1] > 1 else tokens.mean(1, keepdim=True)], -1)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         width = self.network.config.vision_config.hidden_size  # features of a feature tower may follow

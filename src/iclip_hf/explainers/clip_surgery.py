@@ -29,7 +29,7 @@ class CLIPSurgery(ReplacedAttention):
         super().__init__(model, depth)
         self._empty: dict[tuple[str, ...], ICLIPTextFeatures] = {}  # by the prompts
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(layer.value, layer.value, layer.value)
 
     @torch.no_grad()
@@ -39,13 +39,13 @@ class CLIPSurgery(ReplacedAttention):
         single = texts.text_embeds.shape[1] == 1
         if single:
             texts = join_texts([texts, for_images(self.empty_text(tuple(templates)), len(pixel_values))])
-        maps, image = super().forward(pixel_values, texts)
+        maps, features = super().forward(pixel_values, texts)
         if single:
-            return maps[:, :1] - maps[:, 1:], image
-        scores = cosines(image.image_embeds, texts.text_embeds)
+            return maps[:, :1] - maps[:, 1:], features
+        scores = cosines(features.image_embeds, texts.text_embeds)
         weights = (2 * scores).softmax(1) * scores.shape[1]  # their mean is 1; the factor 2 is the authors'
         maps = maps * weights[..., None, None]
-        return maps - maps.mean(1, keepdim=True), image
+        return maps - maps.mean(1, keepdim=True), features
 
     def empty_text(self, templates: tuple[str, ...]) -> ICLIPTextFeatures:
         """Encodes the empty text in these prompts, `(1, P)`. If a prompt is then empty, it becomes "a photo of"."""

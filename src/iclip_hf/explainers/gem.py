@@ -25,7 +25,7 @@ class GEM(ReplacedAttention):
         super().__init__(model, depth)
         self.iterations = iterations
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         norm = layer.tokens.float().norm(dim=-1).mean(-1)
         scale = (norm * layer.value.shape[-1] ** -0.5)[:, None, None, None].to(layer.value.dtype)
 

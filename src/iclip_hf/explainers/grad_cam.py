@@ -37,20 +37,20 @@ class GradCAM(GradientExplainer):
         if not self.model.reads_features:
             return super().forward(pixel_values, texts, text_indices)
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        image = self.model.get_image_features(pixel_values)
+        features = self.model.get_image_features(pixel_values)
         network = self.model.network
         maps = []
-        features = image.patch_tokens[..., -image.feature_average.shape[-1] :]
+        feature_map = features.patch_tokens[..., -features.feature_average.shape[-1] :]
         with torch.inference_mode(False), torch.enable_grad():
-            average = image.feature_average.clone().requires_grad_()
+            average = features.feature_average.clone().requires_grad_()
             logits = self.model.logits(cosines(network.recognition.embed_image(average), texts.text_embeds.clone()))
             for text in range(logits.shape[1]):
                 (gradient,) = torch.autograd.grad(logits[:, text].sum(), average, retain_graph=True)
                 # A mean has the same gradient at each patch. The product of a feature f and its gradient equals the
                 # product of its reduction W f, without the bias, and the gradient of the reduction.
-                reduced = features - network.feature_reduction.bias.to(features)
+                reduced = feature_map - network.feature_reduction.bias.to(feature_map)
                 maps.append((reduced @ gradient.unsqueeze(-1)).squeeze(-1).relu())
-        return torch.stack(maps, 1).detach().unflatten(-1, image.grid), image
+        return torch.stack(maps, 1).detach().unflatten(-1, features.grid), features
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[0].tokens if self.normed else layers[0].stream]

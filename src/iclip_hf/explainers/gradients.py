@@ -45,19 +45,19 @@ class GradientExplainer(Explainer):
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        image, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
+        features, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
         maps, num_texts = [], texts.text_embeds.shape[1]
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
-            logits = self.model.logits(cosines(image.image_embeds, texts.text_embeds.clone()))
+            logits = self.model.logits(cosines(features.image_embeds, texts.text_embeds.clone()))
             for index in range(num_texts):
                 # Images are independent, so the gradient of their sum contains the gradient of each.
                 gradients = torch.autograd.grad(logits[:, index].sum(), inputs, retain_graph=index < num_texts - 1)
                 with torch.no_grad():
-                    maps.append(self.weigh(layers, gradients, math.prod(image.grid)))
-        detached = ICLIPImageFeatures(**{name: value.detach() for name, value in image.items()})
-        return torch.stack(maps, 1).unflatten(-1, image.grid), detached
+                    maps.append(self.weigh(layers, gradients, math.prod(features.grid)))
+        detached = ICLIPImageFeatures(**{name: value.detach() for name, value in features.items()})
+        return torch.stack(maps, 1).unflatten(-1, features.grid), detached
 
     @abstractmethod
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:

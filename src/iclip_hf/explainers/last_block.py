@@ -34,7 +34,7 @@ class MaskCLIP(LastBlock):
     def __init__(self, model, residual: bool = True):
         super().__init__(model, residual)
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         if not self.is_pool:
             return layer.value
         pool = self.model.layers[0].block
@@ -49,7 +49,7 @@ class SCLIP(LastBlock):
     def __init__(self, model, residual: bool = True):
         super().__init__(model, residual)
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return sum(F.scaled_dot_product_attention(tokens, tokens, layer.value) for tokens in (layer.query, layer.key))
 
 
@@ -65,7 +65,7 @@ class ClearCLIP(LastBlock):
         super().__init__(model, residual)
         self.tokens = tokens
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         tokens = getattr(layer, self.tokens)
         return F.scaled_dot_product_attention(tokens, tokens, layer.value)
 
@@ -83,10 +83,10 @@ class NACLIP(LastBlock):
         super().__init__(model, residual)
         self.sigma = sigma
 
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         key, window = layer.key, None
         if self.sigma is not None:
-            window = gaussian_window(image.grid, self.sigma, key.shape[2]).to(key)
+            window = gaussian_window(features.grid, self.sigma, key.shape[2]).to(key)
         return F.scaled_dot_product_attention(key, key, layer.value, attn_mask=window)
 
 

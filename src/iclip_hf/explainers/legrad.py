@@ -35,15 +35,15 @@ class LeGrad(Explainer):
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        image, layers = self.model.trace(pixel_values, self.blocks[0])
+        features, layers = self.model.trace(pixel_values, self.blocks[0])
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
-            maps = sum(self._relevance(index, layer, image, embeds) for index, layer in zip(self.blocks, layers))
-        return maps[..., -math.prod(image.grid) :].unflatten(-1, image.grid), image
+            maps = sum(self._relevance(index, layer, features, embeds) for index, layer in zip(self.blocks, layers))
+        return maps[..., -math.prod(features.grid) :].unflatten(-1, features.grid), features
 
     def _relevance(
-        self, index: int, layer: AttentionRecord, image: ICLIPImageFeatures, text_embeds: torch.Tensor
+        self, index: int, layer: AttentionRecord, features: ICLIPImageFeatures, text_embeds: torch.Tensor
     ) -> torch.Tensor:
         """Computes the relevance of all tokens in one block, `(B, T, L)`."""
         block = self.model.layers[index]
@@ -51,7 +51,7 @@ class LeGrad(Explainer):
         stream = layer.stream + block.output(mixed)
         # The MLP's weights are passed at each call, because they may have been randomised.
         mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
-        token = self.model.join_features(stream.mean(1, keepdim=True) + mean, image)
+        token = self.model.join_features(stream.mean(1, keepdim=True) + mean, features)
         scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
         maps = []
         for text in range(scores.shape[1]):

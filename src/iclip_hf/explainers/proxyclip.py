@@ -51,21 +51,21 @@ class ProxyCLIP(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, (layer, *_) = self.model.trace(pixel_values, self.block)
+        features, (layer, *_) = self.model.trace(pixel_values, self.block)
         if self.proxy is None:
-            vision_tokens = image.patch_tokens[..., : layer.stream.shape[-1]]  # without features of a feature tower
-            tokens = vision_tokens.unflatten(1, image.grid)
+            vision_tokens = features.patch_tokens[..., : layer.stream.shape[-1]]  # without features of a feature tower
+            tokens = vision_tokens.unflatten(1, features.grid)
         else:
             tokens = self._proxy_tokens(pixel_values)
         grid = tokens.shape[1:3]
-        value = layer.value[:, :, -math.prod(image.grid) :]
-        if grid != image.grid:
-            on_grid = value.flatten(0, 1).mT.unflatten(-1, image.grid)
+        value = layer.value[:, :, -math.prod(features.grid) :]
+        if grid != features.grid:
+            on_grid = value.flatten(0, 1).mT.unflatten(-1, features.grid)
             value = F.interpolate(on_grid, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
         mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
-        patch_stream = self.model.join_features(self.model.layers[self.block].output(mixed), image, grid)
+        patch_stream = self.model.join_features(self.model.layers[self.block].output(mixed), features, grid)
         patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, grid)
-        return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds), features
 
     def weights(self, tokens: torch.Tensor) -> torch.Tensor:
         """Computes the weights of the values, `(B, 1, N, N)`, from unit vectors `(B, N, D)`."""

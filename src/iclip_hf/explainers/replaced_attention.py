@@ -44,20 +44,20 @@ class ReplacedAttention(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        image, layers = self.model.trace(pixel_values, self.blocks[0])
+        features, layers = self.model.trace(pixel_values, self.blocks[0])
         stream = layers[0].stream
         for index, layer in zip(self.blocks, layers):
             block = self.model.layers[index]
-            attended = block.output(self.mix(layer, image, pixel_values))
+            attended = block.output(self.mix(layer, features, pixel_values))
             stream = stream + attended if self.residual else attended
             if self.mlp:
                 stream = stream + block.mlp(stream)
-        patch_stream = self.model.join_features(stream[:, -math.prod(image.grid) :], image)
-        patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, image.grid)
-        return cosine_similarity_map(patch_embeds, texts.map_text_embeds), image
+        patch_stream = self.model.join_features(stream[:, -math.prod(features.grid) :], features)
+        patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, features.grid)
+        return cosine_similarity_map(patch_embeds, texts.map_text_embeds), features
 
     @abstractmethod
-    def mix(self, layer: AttentionRecord, image: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Mixes the values of a block. Returns `(B, H, L, D / H)`. Without residual connections, the patches suffice.
         """

@@ -24,8 +24,8 @@ from iclip_hf.cli.train.arguments import parse_arguments
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.callbacks import Interrupts
+from iclip_hf.training.checkpoints import last_checkpoint
 from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
-from iclip_hf.training.trainer import last_checkpoint
 
 
 def test_a_folder_holds_one_run(hub, tmp_path):

@@ -18,8 +18,9 @@ from iclip_hf.training import (
     augmentation,
     evaluation,
 )
+from iclip_hf.training.checkpoints import same_options
 from iclip_hf.training.evaluation import regressed_metrics
-from iclip_hf.training.trainer import _same_options, cosine_schedule
+from iclip_hf.training.trainer import cosine_schedule
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(12, 4), (12, 0), (5, 4), (100, 7)])
@@ -62,9 +63,9 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
 
 def test_a_full_gpu_is_not_taken_for_other_options():
     said = "checkpoint-5: this training had other options"
-    with pytest.raises(torch.OutOfMemoryError), _same_options("run/checkpoint-5", RuntimeError):
+    with pytest.raises(torch.OutOfMemoryError), same_options("run/checkpoint-5", RuntimeError):
         raise torch.OutOfMemoryError
-    with pytest.raises(ValueError, match=said), _same_options("run/checkpoint-5", RuntimeError):
+    with pytest.raises(ValueError, match=said), same_options("run/checkpoint-5", RuntimeError):
         raise RuntimeError("size mismatch")
 
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 from transformers.trainer_utils import has_length
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..data.pairs import PairDataset
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state
+from .checkpoints import same_options
 
 
 _IMAGES, _DEVIATION = 1024, 4.0
@@ -62,6 +66,18 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
             model.token_mean.copy_(token_mean)
     for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
         weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
+
+
+def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
+    """
+    Loads the statistics that a checkpoint has. If they were computed again on another machine, they could differ from
+    those that the projections were trained with.
+    """
+    with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
+        statistics = {name: file.get_tensor(name) for name in names}
+    with same_options(checkpoint, RuntimeError):
+        model.load_state_dict(statistics, strict=False)
 
 
 def _sample(pairs: Iterable[Mapping]) -> Iterable[Mapping]:

@@ -7,20 +7,16 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from operator import itemgetter
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from safetensors import safe_open
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..utils.extras import require_extra
 
@@ -43,6 +39,7 @@ from ..utils.files import atomic_write
 from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
 from .callbacks import Flow, Interrupts, Pictures, Start
+from .checkpoints import last_checkpoint, same_options
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
 from .evaluation import ids_of_rows, retrieval_scores
@@ -185,7 +182,7 @@ class ICLIPTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.start.keep()
-        with _same_options(resume_from_checkpoint, RuntimeError):
+        with same_options(resume_from_checkpoint, RuntimeError):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -195,7 +192,7 @@ class ICLIPTrainer(Trainer):
                 "interruption.",
                 checkpoint,
             )
-        with _same_options(checkpoint, ValueError):
+        with same_options(checkpoint, ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -445,41 +442,6 @@ class ICLIPTrainer(Trainer):
 
     def create_model_card(self, *arguments, **options) -> None:
         """Does nothing: `save_model` writes the card, with the options `card` of the constructor."""
-
-
-@contextmanager
-def _same_options(checkpoint: str, kind: type[Exception]) -> Iterator[None]:
-    """Explains an error of this type, which torch raises for weights or the state of an optimizer of other shapes."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except kind as error:
-        raise ValueError(f"{checkpoint}: this training had other options: repeat the same command.") from error
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """
-    Returns the last checkpoint in a folder whose state, which is written last, is whole; None without one. A full disk
-    may leave an empty state.
-    """
-    complete = {}
-    for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-        with suppress(ValueError):
-            complete[json.loads(file.read_text())["global_step"]] = str(file.parent)
-    return complete[max(complete)] if complete else None
-
-
-def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
-    """
-    Sets what [`~statistics.set_statistics`] has set before a checkpoint. Computed again on another machine, the
-    features could be others than those that the projections have learned with.
-    """
-    with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
-        names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
-        statistics = {name: file.get_tensor(name) for name in names}
-    with _same_options(checkpoint, RuntimeError):
-        model.load_state_dict(statistics, strict=False)
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:

@@ -62,7 +62,7 @@ def check_output_dir(arguments: Arguments) -> None:
 def _is_training(folder: Path, names: set[str]) -> bool:
     """Whether a folder with these names is that of a training of ICLIP, which may have no checkpoint yet."""
     from ...training.callbacks import START  # imports torch
-    from ...training.trainer import last_checkpoint
+    from ...training.checkpoints import last_checkpoint
 
     if (last := last_checkpoint(folder)) is None:
         parts = (START, "pictures", "evaluations", "runs", "checkpoint-")

@@ -19,11 +19,12 @@ from ...hub.folders import join_towers, options_of_model
 from ...model.modeling_iclip import ICLIPModel
 from ...model.processing_iclip import ICLIPProcessor
 from ...training.arguments import card_of
+from ...training.checkpoints import last_checkpoint
 from ...training.collator import PairCollator, augmentation
 from ...training.datasets import CachedPairs, StreamedPairs
 from ...training.features import FeatureCache
-from ...training.statistics import set_statistics
-from ...training.trainer import ICLIPTrainer, last_checkpoint, load_statistics
+from ...training.statistics import load_statistics, set_statistics
+from ...training.trainer import ICLIPTrainer
 from ...utils.hub_ids import public_name
 from .arguments import Arguments, ModelArguments
 from .data import Data, open_data

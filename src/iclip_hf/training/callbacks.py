@@ -1,4 +1,4 @@
-"""The callbacks of [`ICLIPTrainer`]: epochs and seeds, signals, the start of a training, and pictures."""
+"""The callbacks of [`ICLIPTrainer`]: checks, epochs and seeds, logit scales, signals, the start, and pictures."""
 
 from __future__ import annotations
 
@@ -42,11 +42,8 @@ FEW_STEPS = 50  # below which a training is told to teach little
 START = "start.json"
 
 
-class Flow(TrainerCallback):
-    """
-    Checks what learns, numbers the epochs of the pairs, seeds the steps, limits the logit scales, and tells of a
-    training with few steps.
-    """
+class Checks(TrainerCallback):
+    """Checks that the towers learn or are locked as the training needs, and warns of a training with few steps."""
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **options):
         pairs = train_dataloader.dataset
@@ -64,6 +61,10 @@ class Flow(TrainerCallback):
                 max(len(pairs) - batches * batch, 0),
             )
 
+
+class EpochsAndSeeds(TrainerCallback):
+    """Sets the epoch of the pairs and the seed of each step, so that a resumed training has the same batches."""
+
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **options):
         # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. A stream that does
         # not skip what a resumed epoch has had would begin with the same pairs again.
@@ -75,6 +76,10 @@ class Flow(TrainerCallback):
     def on_step_begin(self, args, state, control, **options):
         # Dropout depends on the step and the process, so that a resumed step is the same.
         seed_everything(args.seed, state.global_step, args.process_index)
+
+
+class LogitScaleLimit(TrainerCallback):
+    """Limits the logit scales to slightly less than 100."""
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, model=None, **options):

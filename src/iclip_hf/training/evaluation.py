@@ -18,7 +18,7 @@ from ..plots.sheets import picture_grid
 from ..utils.files import atomic_write
 
 
-FEWEST = 10  # held-out pairs; on fewer, the interval of a change is too narrow
+MIN_PAIRS_FOR_INTERVAL = 10  # held-out pairs; on fewer, the interval of a change is too narrow
 _BLOCK = 1024  # rows of logits that are in memory at once
 _BOOTSTRAPS = 2000
 
@@ -68,9 +68,9 @@ def change_interval(before: Sequence[float], after: Sequence[float]) -> list[flo
 def regressed_metrics(change: Mapping[str, Sequence[float]], num_pairs: int) -> list[str]:
     """
     Returns the metrics that got worse, by their intervals of [`change_interval`] over so many pairs: the interval
-    holds a loss and no gain. None on fewer than `FEWEST` pairs.
+    holds a loss and no gain. None on fewer than `MIN_PAIRS_FOR_INTERVAL` pairs.
     """
-    if num_pairs < FEWEST:
+    if num_pairs < MIN_PAIRS_FOR_INTERVAL:
         return []
     gains = {name: [-high, -low] if name == "loss" else [low, high] for name, (low, high) in change.items()}
     return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]

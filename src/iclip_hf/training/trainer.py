@@ -38,7 +38,7 @@ from ..utils.errors import writing_errors
 from ..utils.files import atomic_write
 from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
-from .callbacks import Flow, Interrupts, Pictures, Start
+from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pictures, Start
 from .checkpoints import last_checkpoint, same_options
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
@@ -149,7 +149,7 @@ class ICLIPTrainer(Trainer):
                 f"{names}: the collator reads all columns, and metrics need the vectors of all pairs; leave it out."
             )
         self.interrupts, self.start = Interrupts(), Start(self)
-        for callback in (Flow(), self.start, Pictures(), self.interrupts):
+        for callback in (Checks, EpochsAndSeeds, LogitScaleLimit, self.start, Pictures, self.interrupts):
             self.add_callback(callback)
 
     # -------------------------------------------------------------------------------------------------------- steps

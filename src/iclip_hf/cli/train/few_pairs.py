@@ -17,7 +17,7 @@ from ...utils.errors import loading_errors
 from .arguments import RUNS
 
 
-_LOOKED_AT = 200  # pairs, evenly spaced over all
+_CHECKED_PAIRS = 200  # evenly spaced over all
 
 
 def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]:
@@ -73,9 +73,9 @@ def check_pairs(pairs: PairDataset) -> None:
     num_pairs, where = len(pairs), pairs.sources[0].path
     if num_pairs < 2:
         raise ValueError(f"{where}: training contrasts pairs, and this has {num_pairs}; add more.")
-    looked_at = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _LOOKED_AT)).astype(int)).tolist()
+    checked = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _CHECKED_PAIRS)).astype(int)).tolist()
     texts, bad = set(), []
-    for index in looked_at:
+    for index in checked:
         try:
             pair = pairs.raw(index)
         except BadPairError as error:
@@ -86,9 +86,9 @@ def check_pairs(pairs: PairDataset) -> None:
             bad.append(
                 f"{pair.image.absolute()}: there is no such image; paths are relative to the folder of the table"
             )
-    if len(bad) > pairs.max_bad_share * len(looked_at):
+    if len(bad) > pairs.max_bad_share * len(checked):
         raise ValueError(
-            f"{where}: {len(bad)} of the {len(looked_at)} pairs looked at have no image or no caption. The first: "
+            f"{where}: {len(bad)} of the {len(checked)} pairs looked at have no image or no caption. The first: "
             f"{bad[0]}."
         )
     if len(texts) == 1:

@@ -14,11 +14,11 @@ from ...data.nouns import NounPrompts
 from ...data.pairs import PairDataset
 from ...hub.configs import EMBEDDED
 from ...training.arguments import MAP_METRICS, RETRIEVAL_METRICS
-from ...training.evaluation import FEWEST
+from ...training.evaluation import MIN_PAIRS_FOR_INTERVAL
 
 
 _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast")
-_LOOKED_AT = 1000  # pairs, for the labels
+_PAIRS_FOR_LABELS = 1000  # the first ones, whose captions `common_labels` reads
 
 
 def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kept_source: str) -> list[str]:
@@ -31,7 +31,7 @@ def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kep
     evaluations = {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
     before, after = evaluations.get(0, {}), evaluations.get(state.best_global_step or max(evaluations, default=0), {})
     lines = [""]
-    few = held_out is not None and len(held_out) < FEWEST
+    few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL
     if after:
         changes = {name: _change(after, name) for name in filter(_is_metric, after)}
         heading = "change (95 %)" if before and not few and any(changes.values()) else ""
@@ -73,10 +73,10 @@ def _number(value: float) -> str:
 
 def common_labels(pairs: PairDataset) -> list[str]:
     """
-    Returns the two labels that occur in most of the first captions: classes if all captions are made from class
+    Returns the two most frequent labels of the first captions: classes if all captions are made from class
     folders, otherwise nouns.
     """
-    captions = [caption for row in range(min(len(pairs), _LOOKED_AT)) for caption in pairs.captions(row)]
+    captions = [caption for row in range(min(len(pairs), _PAIRS_FOR_LABELS)) for caption in pairs.captions(row)]
     start, end = CLASS_CAPTION.split("{}")
     if all(caption.startswith(start) for caption in captions) and len(set(captions)) < len(captions):
         labels = [caption.removeprefix(start).removesuffix(end) for caption in captions]

@@ -24,7 +24,7 @@ MODEL_TYPES = {
     "chinese_clip": "ExplainableCLIP",
     "vision-text-dual-encoder": "ExplainableDualEncoder",
 }
-# Models of images and texts that cannot be explained, and why: by type, or by the class of the tower in open_clip.
+# Models of images and texts that cannot be explained, and why: by `model_type`, or "timm" and the class of the tower.
 REFUSED = {
     "align": "its image tower, EfficientNet, has neither a class token nor attention",
     "blip": "the checkpoints of BLIP lack the projections of BlipModel",
@@ -33,7 +33,7 @@ REFUSED = {
     "groupvit": "its tower joins patches to groups, so that no patch is left at the end",
     "owlv2": "it was trained for boxes, without the head that would be explained",
     "owlvit": "it was trained for boxes, without the head that would be explained",
-    "timm SwinTransformer": "its attention is limited to windows, and none pools the image",
+    "timm SwinTransformer": "its attention is limited to windows, and the image is pooled without attention",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -20,7 +20,7 @@ _BLOCKS = ("Block", "RelPosBlock", "EvaBlock", "EvaBlockPostNorm")
 class ExplainableTimm(ExplainableOpenCLIP):
     """
     A transformer that pools by a class token, the mean of the patches, or an attention with a learned query. A patch
-    is projected into the space of the texts as by the head on a sequence of equal patches.
+    is projected into the space of the texts by the head, which gets a sequence of copies of this patch.
     """
 
     @property
@@ -39,11 +39,11 @@ class ExplainableTimm(ExplainableOpenCLIP):
         if self.side not in self.trunk.patch_embed.img_size:
             self.trunk.set_input_size((self.side, self.side))
         for block in self.trunk.blocks:
-            gates = [getattr(block, "gamma_1", None), getattr(block.attn, "gate", None)]
-            if type(block).__name__ not in _BLOCKS or gates != [None, None]:
+            unrecorded = [getattr(block, "gamma_1", None), getattr(block.attn, "gate", None)]
+            if type(block).__name__ not in _BLOCKS or unrecorded != [None, None]:
                 raise TypeError(f"A {type(block).__name__} of timm with these options cannot be recorded.")
             projection = nn.Sequential(getattr(block.attn, "norm", nn.Identity()), block.attn.proj)
-            if type(block).__name__ == "EvaBlockPostNorm":
+            if type(block).__name__ == "EvaBlockPostNorm":  # its norms are where other blocks have a layer scale
                 scale, mlp = block.norm1, nn.Sequential(block.mlp, block.norm2)
             else:
                 scale = getattr(block, "ls1", None)
@@ -78,7 +78,10 @@ class ExplainableTimm(ExplainableOpenCLIP):
 
 
 class ExplainableTimmMap(ExplainableTimm):
-    """A convolutional tower. It ends in the mean of a feature map."""
+    """
+    A convolutional tower, which pools a feature map by its mean. Its head is recorded like a pooling head, and gets
+    the positions of the map as tokens.
+    """
 
     has_attention = False
 
@@ -87,13 +90,13 @@ class ExplainableTimmMap(ExplainableTimm):
 
     def _prepare_layers(self) -> None:
         head = self.trunk.head
-        head.forward = partial(_pool, head)
+        head.forward = partial(_head_on_tokens, head)
         self._add_layer(head, head, nn.Identity())
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self._project_output(stream)
 
 
-def _pool(head: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Computes the head from the tokens `(B, L, D)` of a feature map; their order does not count."""
+def _head_on_tokens(head: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Applies the head to the positions of a feature map `(B, L, D)`. Their mean does not depend on their order."""
     return type(head).forward(head, tokens.mT.unsqueeze(-1))

@@ -30,7 +30,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, "--model", action="append", dest="models", default=None, help=models)
     add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine", "--multi-scale")
     truth = command.add_argument_group(
-        "ground truth", "a data set that contains IMAGE adds the masks of its classes, which are the default of --text"
+        "ground truth",
+        "a data set that contains IMAGE adds the masks of its classes, and --text defaults to the classes",
     )
     add_shared(truth, *DATASET)
     command.add_argument(
@@ -43,7 +44,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 class _Opened(NamedTuple):
-    """The image of a command with what a data set tells of it."""
+    """The image of the command, with the masks and the prompts of the data set that contains it."""
 
     image: Image.Image
     truths: dict[str, np.ndarray]  # masks of the texts that are classes of the data set
@@ -51,7 +52,7 @@ class _Opened(NamedTuple):
 
 
 def run(options: argparse.Namespace) -> None:
-    output = options.output or Path(name_for(options.image, "comparison.png"))
+    output = options.output or Path(name_for(options.image, "comparison.png"))  # the latter with a number if it exists
     check_output_file(output, PICTURES)
     models = list({os.path.realpath(name): name for name in options.models or ["embedded"]}.values())
     methods = list(dict.fromkeys(options.methods or [None]))

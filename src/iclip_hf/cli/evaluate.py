@@ -13,7 +13,7 @@ from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, fraction, 
 from .output import check_output_file, model_files, print_error, print_lines
 
 
-# Arguments of argparse for the forms in `metrics.OPTIONS`.
+# Keywords of `add_argument` for the forms of values in `metrics.OPTIONS`.
 _FORMS = {
     "pixels": {"type": at_least_1, "metavar": "PIXELS"},
     "count": {"type": at_least_1, "metavar": "N"},
@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--short-side",
         type=at_least_1,
         metavar="PIXELS",
-        help="short side of images that keep their proportions (default: a square; with --window 336)",
+        help="short side of images that keep their proportions (default: a square, or 336 with --window)",
     )
     measured.add_argument(
         "--metrics",

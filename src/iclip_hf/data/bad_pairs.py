@@ -20,7 +20,8 @@ class BadPairTally:
 
     def __init__(self, max_bad_share: float, num_pairs: int | None = None):
         self._max_bad_share = max_bad_share
-        self._counts_from = 100 if num_pairs is None else min(100, num_pairs)  # the share of fewer says little
+        # The share of bad pairs among fewer says little.
+        self._min_read = 100 if num_pairs is None else min(100, num_pairs)
         self._seen = bytearray(num_pairs or 0)
         self._read = self._bad = 0
         self._last_error: BadPairError | None = None
@@ -36,7 +37,7 @@ class BadPairTally:
             self._bad, self._last_error = self._bad + 1, error
             if self._bad <= 10 or self._bad.bit_count() == 1:  # later only the 16th, 32nd, 64th, ...
                 logger.warning("Bad pair, number %d among %d: %s", self._bad, self._read, error)
-        if self._read >= self._counts_from and self._bad > self._max_bad_share * self._read:
+        if self._read >= self._min_read and self._bad > self._max_bad_share * self._read:
             raise ValueError(
                 f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share "
                 f"({self._max_bad_share:.2%}): fix the data, or raise it. The last one: {self._last_error}"

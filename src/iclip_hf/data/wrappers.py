@@ -1,4 +1,4 @@
-"""The data sets inside of torch's `Subset`, such as of `random_split`, and `ConcatDataset`."""
+"""Access to the data sets that torch's wrappers contain: `Subset`, as of `random_split`, and `ConcatDataset`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .epochs import Epochs
 
 
 def leaves(data) -> list:
-    """Returns the data sets inside of the wrappers; of another data set, the one itself."""
+    """Returns the data sets that wrappers contain, or the data set itself if it is no wrapper."""
     if isinstance(data, Subset):
         return leaves(data.dataset)
     return [*chain.from_iterable(map(leaves, data.datasets))] if isinstance(data, ConcatDataset) else [data]
 
 
 def leaf_of(data, index: int) -> tuple[Dataset, int]:
-    """Returns which of the [`leaves`] has an item, and the index of the item there."""
+    """Returns the one of the [`leaves`] that holds an item, and the index of the item in it."""
     if isinstance(data, Subset):
         return leaf_of(data.dataset, int(data.indices[index]))
     if isinstance(data, ConcatDataset):
@@ -31,12 +31,12 @@ def leaf_of(data, index: int) -> tuple[Dataset, int]:
 
 
 def without_subsets(data):
-    """Returns the pairs that a `Subset` selects as a [`~pairs.PairDataset`]. Other data are returned unchanged."""
+    """Converts a `Subset` of pairs to a [`~pairs.PairDataset`]. Other data are returned unchanged."""
     return without_subsets(data.dataset)._select(np.array(data.indices)) if isinstance(data, Subset) else data
 
 
 def at_first_epoch(data):
-    """Returns a copy in epoch 0, with an epoch of its own. Data sets without an epoch are returned unchanged."""
+    """Returns a copy in epoch 0, whose epoch can be set alone. Data sets without an epoch are returned unchanged."""
     if isinstance(data, Subset):
         data = copy(data)
         data.dataset = at_first_epoch(data.dataset)

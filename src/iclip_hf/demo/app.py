@@ -26,7 +26,7 @@ with require_extra("demo"):
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes
-MAX_BODY_SIZE = 2**20  # of other requests: the values of JSON take up to a hundred times the memory of its text
+MAX_BODY_SIZE = 2**20  # of other requests; parsed JSON takes up to a hundred times the memory of its text
 # By default Gradio keeps the last answer, up to 16 megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 MAX_IMAGES = 4  # encoded images that are kept: each takes five megabytes, at two scales 35
@@ -46,7 +46,7 @@ def build_app(model) -> gr.Blocks:
     """Builds the app for a model, or anything that [`load`] takes."""
     model = load(model)
     has_presence = model.presence(torch.zeros(1)) is not None
-    # Copies, because the page names their paths. Static files are neither copied again nor deleted.
+    # Copies, because the page shows their paths. Static files are neither copied again nor deleted.
     folder = get_upload_folder()
     photographs = [example._replace(file=Path(save_file_to_cache(example.file, folder))) for example in examples()]
     gr.set_static_paths([str(example.file) for example in photographs])
@@ -86,7 +86,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
         if photo is None:
             raise gr.Error("There is no image: upload one.", print_exception=False)
-        # Gradio does not check a path without its mark of a file. The path of an upload has a keyed digest, so only
+        # Gradio checks only paths that the request marks as files. The path of an upload has a keyed digest, so only
         # the visitor who uploaded the image knows it.
         if not (photo["path"] in app.upload_file_set or photo["path"] in paths):
             raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)

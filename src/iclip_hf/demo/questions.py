@@ -1,4 +1,4 @@
-"""A question of a visitor of the demo, its texts and image, and the data of the answer."""
+"""The texts and the image that a visitor of the demo asks about, and the data of the answer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_photo(path: str) -> Image.Image:
     """
     command = [sys.executable, "-m", decoder.__name__, path]
     decoded = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    if decoded.returncode:
+    if decoded.returncode:  # without a message, the process had too little memory
         too_large = f"{Path(path).name}: this image takes more than {decoder.MAX_MEMORY >> 20} MiB; reduce it."
         raise ValueError(decoded.stdout.decode() or too_large)
     return Image.open(io.BytesIO(decoded.stdout), formats=["PPM"])
@@ -101,6 +101,6 @@ def _base64(values: torch.Tensor) -> str:
 def to_npz(explanation: Explanation) -> bytes:
     """Returns a NumPy archive: the [`Explanation.arrays`], and `maps` `(T, H, W)` in [0, 1], float16."""
     archive = io.BytesIO()
-    # Compression saves a third, and takes longer than the texts and maps of an image seen before.
+    # Compression would save a third, but take longer than the maps of new texts for an encoded image.
     np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
     return archive.getvalue()

@@ -26,7 +26,7 @@ from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.modeling_iclip import ICLIPModel
 from iclip_hf.training import CachedPairs, FeatureCache, ICLIPTrainer, ICLIPTrainingArguments, PairCollator
-from iclip_hf.training.arguments import KEEP_PRESENCE, RATE, STEPS
+from iclip_hf.training.arguments import FEW_PAIRS_KEEP_PRESENCE, FEW_PAIRS_RATE, FEW_PAIRS_STEPS
 
 
 RECALLS = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5)]
@@ -42,8 +42,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 500])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-5, 1e-4], help="peaks, for the batch")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0, KEEP_PRESENCE], help="values of keep_presence")
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument(
+        "--keep", type=float, nargs="+", default=[0, FEW_PAIRS_KEEP_PRESENCE], help="values of keep_presence"
+    )
+    parser.add_argument("--steps", type=int, default=FEW_PAIRS_STEPS)
     options = parser.parse_args()
 
     study = Study(options)
@@ -71,7 +73,7 @@ class Study:
         self.start.encode_image = remembered(self.start.encode_image, {})
         self.start.encode_text = remembered(self.start.encode_text, {})
 
-    def run(self, seed: int, count: int = 0, rate: float = RATE, keep: float = 0) -> dict[str, float]:
+    def run(self, seed: int, count: int = 0, rate: float = FEW_PAIRS_RATE, keep: float = 0) -> dict[str, float]:
         """Returns the scores after fine-tuning on `count` pairs; with 0 pairs those of the embedded model itself."""
         model = copy.deepcopy(self.start)
         own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)

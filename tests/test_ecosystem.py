@@ -162,8 +162,8 @@ def test_the_recipe_of_the_guide_trains(tiny_processor, tmp_path, monkeypatch):
     for part in (model, tiny_processor):
         part.save_pretrained(tmp_path / "start")
     monkeypatch.setattr("iclip_hf.embedded_model", lambda: "start")
-    monkeypatch.setattr("iclip_hf.training.arguments.STEPS", 20)
-    monkeypatch.setattr("iclip_hf.training.arguments.RATE", 1e-2)
+    monkeypatch.setattr("iclip_hf.training.arguments.FEW_PAIRS_STEPS", 20)
+    monkeypatch.setattr("iclip_hf.training.arguments.FEW_PAIRS_RATE", 1e-2)
     write_table(tmp_path, 20)
     trainer = recipe_of_the_guide(monkeypatch, tmp_path)
     assert trainer.state.global_step == 20 and (Path("runs/trainer") / "README.md").is_file()

@@ -23,7 +23,7 @@ from iclip_hf.cli.train.few_pairs import check_pairs, few_pairs_arguments
 from iclip_hf.cli.train.summary import common_labels, summary
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation
-from iclip_hf.training.arguments import STEPS, best_metric
+from iclip_hf.training.arguments import FEW_PAIRS_STEPS, best_metric
 from iclip_hf.training.evaluation import change_interval, draw_examples
 
 
@@ -72,7 +72,7 @@ def test_what_is_chosen_makes_a_run(tmp_path, count):
     batch = training.per_device_train_batch_size
     steps = (count - held_out) // batch * training.num_train_epochs
     assert 1 <= batch <= count - held_out and training.eval_steps == training.save_steps == -(-steps // 5)
-    assert abs(steps - STEPS) <= 100
+    assert abs(steps - FEW_PAIRS_STEPS) <= 100
     assert (model.model, training.output_dir, model.lock_text) == ("embedded", "runs/pairs", True)
     assert validation.validation_share == (0.1 if held_out else 0)
     assert training.eval_on_start == training.load_best_model_at_end == bool(held_out)
@@ -82,10 +82,10 @@ def test_what_is_given_takes_precedence_and_the_rest_follows(tmp_path, monkeypat
     given = {"data": [str(write_table(tmp_path, 40))], "num_train_epochs": 3, "per_device_train_batch_size": 8}
     assert given.keys().isdisjoint(chosen_for(given))
     del given["num_train_epochs"]
-    assert chosen_for(given)["num_train_epochs"] == round(STEPS / (36 // 8))  # 36 pairs are not held out
+    assert chosen_for(given)["num_train_epochs"] == round(FEW_PAIRS_STEPS / (36 // 8))  # 36 pairs are not held out
     monkeypatch.setenv("WORLD_SIZE", "8")
     of_eight = chosen_for({"data": given["data"]})  # of each process 35 // 8 pairs
-    assert (of_eight["per_device_train_batch_size"], of_eight["num_train_epochs"]) == (4, STEPS)
+    assert (of_eight["per_device_train_batch_size"], of_eight["num_train_epochs"]) == (4, FEW_PAIRS_STEPS)
 
 
 def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path):

@@ -15,11 +15,11 @@ from ..utils.prefetch import spare_processors
 
 RETRIEVAL_METRICS = ("loss", "text_to_image", "image_to_text")  # of held-out pairs
 MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # of a segmentation data set
-# On few pairs. With 50 and with 500, ten times the learning rate cost the embedded model retrieval.
-RATE = 1e-5
-STEPS = 200
-# Without it, of the classes that images show, 50 pairs make every tenth absent.
-KEEP_PRESENCE = 1.0
+# Arguments for few pairs. With ten times this learning rate, the embedded model gets worse in retrieval, on 50 and on
+# 500 pairs. Without a loss that keeps presence, a training on 50 pairs makes a tenth of the shown classes absent.
+FEW_PAIRS_RATE = 1e-5
+FEW_PAIRS_STEPS = 200
+FEW_PAIRS_KEEP_PRESENCE = 1.0
 # Arguments of a `Trainer` that a model depends on.
 _RECIPE = """
     per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps warmup_learning_rate
@@ -28,7 +28,7 @@ _RECIPE = """
 
 
 def argument(default, help: str, **options):
-    """Returns a field with what `add_argument` takes."""
+    """Returns a field with the keywords of `add_argument` as its metadata, which `HfArgumentParser` reads."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**default, metadata={"help": help, **options})
 
@@ -60,7 +60,7 @@ class ICLIPTrainingArguments(TrainingArguments):
     # The collator reads the columns of rows, and `noun_labels` are not labels to gather.
     remove_unused_columns: bool = argument(False, "columns of a data set stay, because the collator reads them")
     label_names: list[str] | None = argument([], "names of labels to gather; none")
-    # The others push `training_args.bin`, which holds paths and the token of this machine.
+    # Other strategies push `training_args.bin`, which holds paths and the token of this machine.
     hub_strategy: str = argument("end", "when push_to_hub pushes: at the end, with the model card")
 
     chunk_size: int = argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
@@ -82,10 +82,10 @@ class ICLIPTrainingArguments(TrainingArguments):
 
 def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
     """
-    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on so many pairs: 200
-    steps with a low learning rate. If pairs are held out, they are evaluated at the start and after each fifth of the
-    steps. Arguments that are `given` stay, and the others are derived from them. Batches are small enough to be filled
-    if `max_bad_share` of the pairs are broken, which [`CachedPairs`] leaves out.
+    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on this number of
+    pairs: 200 steps with a low learning rate. If pairs are held out, they are evaluated at the start and after each
+    fifth of the steps. Arguments that are `given` stay, and the others are derived from them. Batches are small enough
+    to be filled if `max_bad_share` of the pairs are broken, which [`CachedPairs`] leaves out.
 
     ```python
     >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
@@ -95,17 +95,17 @@ def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given
     batch = given.get("per_device_train_batch_size", max(min(usable, 256) // processes, 1))
     batches = pairs // max(batch * processes, 1)  # a batch of 0 is refused later
     steps_per_epoch = max(math.ceil(batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
-    epochs = given.get("num_train_epochs", max(1, round(STEPS / steps_per_epoch)))
+    epochs = given.get("num_train_epochs", max(1, round(FEW_PAIRS_STEPS / steps_per_epoch)))
     steps = given["max_steps"] if given.get("max_steps", 0) > 0 else math.ceil(epochs * steps_per_epoch)
     chosen = {
         "per_device_train_batch_size": batch,
         "num_train_epochs": epochs,
-        "learning_rate": RATE,
+        "learning_rate": FEW_PAIRS_RATE,
         "warmup_learning_rate": 0.0,
         "min_learning_rate": 0.0,
         "warmup_steps": 0.1,
-        "keep_presence": KEEP_PRESENCE,
-        # Not shares of all steps: to Transformers, these are not the numbers of a checkpoint.
+        "keep_presence": FEW_PAIRS_KEEP_PRESENCE,
+        # Not shares of all steps: Transformers warns of them, because a checkpoint has the numbers of steps.
         "eval_steps": math.ceil(steps / 5),
         "save_steps": math.ceil(steps / 5),
         "logging_steps": math.ceil(steps / 10),
@@ -118,10 +118,11 @@ def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given
 
 
 def best_metric(held_out: int) -> str:
-    return "loss" if held_out < 100 else "text_to_image"  # a share of right answers is too coarse on few
+    """Returns the metric that selects the best model on this number of held-out pairs."""
+    return "loss" if held_out < 100 else "text_to_image"  # a share of right answers is too coarse on fewer
 
 
-def card_of(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:
+def training_recipe(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:
     """Returns the arguments of a training that its model depends on, for [`write_model_card`]."""
     recipe = {name: getattr(training, name) for name in _RECIPE}
     if training.max_steps < 0:

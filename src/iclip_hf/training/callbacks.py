@@ -37,7 +37,7 @@ from .kept_presence import kept_presence
 
 logger = logging.getLogger(__name__)
 
-FEW_STEPS = 50  # below which a training is told to teach little
+FEW_STEPS = 50  # fewer are warned of
 # Digests of the held-out pairs of a training, and their scores by the model that it started from.
 START = "start.json"
 

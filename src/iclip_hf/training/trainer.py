@@ -37,7 +37,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.errors import writing_errors
 from ..utils.files import atomic_write
 from ..utils.saved_configs import clean_configs
-from .arguments import MAP_METRICS, ICLIPTrainingArguments, card_of
+from .arguments import MAP_METRICS, ICLIPTrainingArguments, training_recipe
 from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pictures, Start
 from .checkpoints import last_checkpoint, same_options
 from .collator import PairCollator
@@ -403,7 +403,7 @@ class ICLIPTrainer(Trainer):
             return clean_configs(output_dir) if self.args.should_save else None
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            card = {"training": card_of(self.args, self.accelerator.num_processes), **self.card}
+            card = {"training": training_recipe(self.args, self.accelerator.num_processes), **self.card}
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
             if self.kept_start:  # whose record goes on
                 card |= {"training": None, "source_identity": None}

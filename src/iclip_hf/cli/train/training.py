@@ -18,7 +18,7 @@ from ...data.pairs import PairDataset
 from ...hub.folders import join_towers, options_of_model
 from ...model.modeling_iclip import ICLIPModel
 from ...model.processing_iclip import ICLIPProcessor
-from ...training.arguments import card_of
+from ...training.arguments import training_recipe
 from ...training.checkpoints import last_checkpoint
 from ...training.collator import PairCollator, augmentation
 from ...training.datasets import CachedPairs, StreamedPairs
@@ -145,4 +145,4 @@ def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
     if settings.get("auto_augment") == "":
         settings["auto_augment"] = "none"
     settings["data"] = [public_name(name) for name in settings["data"]]
-    return settings | card_of(arguments.training, processes)
+    return settings | training_recipe(arguments.training, processes)

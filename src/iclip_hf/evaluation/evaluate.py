@@ -102,16 +102,31 @@ def evaluate_model(
             check_new_folder(Path(report))
         processes.wait_for_everyone()
         report = Report(report)
-        report.image_size = metrics[0].image_size  # one run with the first metric
+        report.image_size = metrics[0].image_size  # so that it shares the run of the first metric
         metrics.append(report)
+    new_run = partial(
+        EvaluationRun,
+        load(model),
+        dataset,
+        methods,
+        templates=templates,
+        refine=refine,
+        multi_scale=multi_scale,
+        limit=limit,
+        batch_size=batch_size,
+        processes=processes,
+        progress=progress and processes.is_main_process,
+    )
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
-    # another.
-    sizes = {metric: metric.image_size if image_size is None else image_size for metric in metrics}
-    progress = progress and processes.is_main_process
-    options = (methods, templates, refine, multi_scale, limit, batch_size, processes, progress)
-    new_run = partial(EvaluationRun, load(model), dataset, *options)
-    runs = {name: new_run(size) for name, size in {str(size): size for size in sizes.values()}.items()}
-    run_of = {metric: runs[str(size)] for metric, size in sizes.items() if _measurable(metric, runs[str(size)])}
+    # another. The key of a run is its size as text, because a dict has no hash.
+    runs: dict[str, EvaluationRun] = {}
+    run_of: dict[Metric, EvaluationRun] = {}
+    for metric in metrics:
+        size = metric.image_size if image_size is None else image_size
+        if str(size) not in runs:
+            runs[str(size)] = new_run(image_size=size)
+        if _measurable(metric, runs[str(size)]):
+            run_of[metric] = runs[str(size)]
     dataset[:limit].check_classes()
     totals = {}
     for run in runs.values():
@@ -128,10 +143,9 @@ def evaluate_model(
         }
         results[method] = {name: scores for name, (scores, _) in measured.items()}
         per_class[method] = _class_rows({name: rows for name, (_, rows) in measured.items()}, dataset)
-    run_of = {metric: run_of[metric] for metric in metrics}
-    protocol = broadcast_from_main(_protocol(first, run_of) if processes.is_main_process else None)
+    protocol = _protocol(first, {metric: run_of[metric] for metric in metrics}) if processes.is_main_process else None
     result = EvaluationResult(
-        protocol=protocol,
+        protocol=broadcast_from_main(protocol),
         results=results,
         per_class=per_class,
         timing={
@@ -147,7 +161,7 @@ def evaluate_model(
 
 
 def _join_processes(totals: Mapping[tuple, Metric]) -> None:
-    """Merges the items that each process measured, so that the metrics are alike on every process."""
+    """Merges the items of all processes, so that the metrics are alike on every process."""
     first, *others = gather_object([[total.state for total in totals.values()]])
     for total, merged, *parts in zip(totals.values(), first, *others):
         for part in parts:
@@ -156,7 +170,7 @@ def _join_processes(totals: Mapping[tuple, Metric]) -> None:
 
 
 def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
-    """Returns the protocol of the first run, with the options of each metric and its image size if it is another."""
+    """Returns the protocol of the first run, with the options of each metric and its image size if it differs."""
     metrics = {}
     for metric, run in run_of.items():
         size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
@@ -180,6 +194,7 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
     by_metric = {name: rows for name, rows in by_metric.items() if rows}
     has_background = any(0 in rows for rows in by_metric.values())
     names = ({0: "background"} if has_background else {}) | dict(zip(dataset.class_ids, dataset.class_names))
+    # All columns of each metric, with None.
     empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
     return [
         {"id": class_id, "name": class_name}
@@ -190,7 +205,8 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
 
 class EvaluationRun:
     """
-    What the metrics of an evaluation share. Parameters: [`evaluate_model`].
+    Runs a model and its methods on images of one size, for all metrics that take this size. The parameters are those
+    of [`evaluate_model`].
 
     Attributes:
         model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
@@ -237,22 +253,23 @@ class EvaluationRun:
         return self.engine.encode(self.dataset.class_names)
 
     def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
-        """Measures the images of this process. Returns a metric with its items by its name and the method or None."""
+        """
+        Measures the images of this process. Returns the metrics with their items by name and method. The method is
+        None for a metric that has one value for all methods.
+        """
         needs = frozenset().union(*(metric.needs for metric in metrics))
         metrics_of = {
             method: [metric for metric in metrics if metric.by_method == bool(method)]
             for method in (None, *self.methods)
         }
-        totals = {
-            (metric.name, method): metric.empty() for method, measured in metrics_of.items() for metric in measured
-        }
+        totals = {(metric.name, method): metric.empty() for method, group in metrics_of.items() for metric in group}
 
         def update(image: EvaluatedImage) -> list[Metric]:
             """Returns the metrics of `totals` with this image alone."""
             parts = []
-            for method, measured in metrics_of.items():
+            for method, group in metrics_of.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
-                for metric in measured:
+                for metric in group:
                     parts.append(metric.empty())
                     parts[-1].update_from(image, method, maps)
             return parts
@@ -279,20 +296,20 @@ class EvaluationRun:
     def _run_model(
         self, images: Iterator[EvaluatedImage], metrics: Sequence[Metric], needs: frozenset[str]
     ) -> Iterator[EvaluatedImage]:
-        """Yields the images after the model has run."""
+        """Yields the images with their scores, explanations and outputs, batch by batch."""
         needs_scores = bool(needs & {"scores", "presence"})
         takes_features = any(engine.takes_features for engine in self.engines.values())
+        # Images are encoded once, for the scores and for methods that compute maps from features. Every other method
+        # runs the image tower itself, and so do metrics of maps of their own, such as those of windows.
         encoder = self.engine if needs_scores or takes_features else next(iter(self.engines.values()))
 
         def run_batch(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
-            # Encoded once for the scores and for methods that compute maps from features. Every other method runs the
-            # image tower itself, and so do metrics of maps of their own, such as those of windows.
             if needs:
                 for image, encoded in zip(images, encoder.encode_images([image.prepared for image in images])):
                     image.prepared = encoded
             prepared = [image.prepared for image in images]
             if needs_scores:
-                without_maps = [replace(image, text_indices=()) for image in prepared]
+                without_maps = [replace(image.prepared, text_indices=()) for image in images]
                 for image, explanation in zip(images, self.engine.run(without_maps, self.texts, len(images))):
                     image.scores = explanation.all_scores
                     presence = self.model.presence(explanation.all_scores.to(self.texts.text_embeds.device))

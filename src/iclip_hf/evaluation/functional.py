@@ -1,9 +1,9 @@
 """
 The arithmetic of the metrics on single images, in numpy.
 
-A *pair* is one image and one class: a map (H, W) in [0, 1], a label mask (H, W) of integers, and the class id whose
-pixels are the foreground. Pixels equal to `ignore_index` are ignored, all others are background. Text contrast
-compares all pairs of an image.
+Most functions compare the map (H, W) in [0, 1] of one class with a label mask (H, W) of integers. The pixels of the
+class are the foreground, pixels equal to `ignore_index` are ignored, and all others are background. Text contrast
+compares the maps of all classes of an image.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def _check_class_id(class_id: int, ignore_index: int) -> None:
         )
 
 
-def _pair_blocks(heatmap, mask, class_id, ignore_index):
-    """Yields map values, foreground and void of one pair in flat blocks."""
+def _blocks(heatmap, mask, class_id, ignore_index):
+    """Yields the values of a map, where the class is and where pixels are ignored, in flat blocks."""
     heatmap = _check_map(heatmap)
     mask = to_numpy(mask)
     class_id = operator.index(class_id)
@@ -76,7 +76,7 @@ def threshold_counts(heatmap, mask, class_id: int, ignore_index: int = 255) -> n
         0, M > 0.01, ..., M > 1.
     """
     histogram = np.zeros(256, dtype=np.int64)
-    for values, foreground, void in _pair_blocks(heatmap, mask, class_id, ignore_index):
+    for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
         codes = _thresholds_below(values)
         codes += foreground * np.uint8(LEVELS)
         np.copyto(codes, _VOID_CODE, where=void)
@@ -103,12 +103,12 @@ def region_means(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.nd
     float64. Arguments and errors are those of [`threshold_counts`].
     """
     sums = np.zeros((2, 2))
-    for values, foreground, void in _pair_blocks(heatmap, mask, class_id, ignore_index):
+    for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
         # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
-        inside, nowhere = values[foreground], values[void]
-        total, high, void_total = (part.sum(dtype=np.float64) for part in (values, inside, nowhere))
-        outside = values.size - inside.size - nowhere.size
-        sums += (outside, total - high - void_total), (inside.size, high)
+        inside, ignored = values[foreground], values[void]
+        total, inside_total, ignored_total = (part.sum(dtype=np.float64) for part in (values, inside, ignored))
+        num_outside = values.size - inside.size - ignored.size
+        sums += (num_outside, total - inside_total - ignored_total), (inside.size, inside_total)
     sums[:, 1] /= sums[:, 0].clip(1)
     return sums
 
@@ -145,9 +145,9 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(num_classes) for j in range(i)}
 
-    # `pairs` counts the pairs of a pixel of i and a pixel of j. `wins` is twice the number of pairs in which M_i is
-    # greater at i, plus the number of ties.
-    wins, pairs = np.zeros((2, num_classes, num_classes), np.int64)
+    # `comparisons` counts the pairs of a pixel of i and a pixel of j. `wins` is twice the number of those in which M_i
+    # is greater at i, plus the number of ties.
+    wins, comparisons = np.zeros((2, num_classes, num_classes), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
         histograms = [_histogram(heatmap[region]) for region in pixels]
@@ -156,9 +156,10 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
                 both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
                 inside, outside = histograms[i] - both, histograms[j] - both
                 wins[i, j] = inside @ (2 * outside.cumsum() - outside)
-                pairs[i, j] = inside.sum() * outside.sum()
-    wins = wins + wins.T if both_maps else 2 * wins  # integers, so that equal maps have exactly one half
-    return np.stack([(pairs > 0).sum(1), (wins / (4 * pairs.clip(1))).sum(1)])
+                comparisons[i, j] = inside.sum() * outside.sum()
+    # Added as integers, so that equal maps have exactly one half.
+    four_wins = (wins + wins.T) if both_maps else 2 * wins
+    return np.stack([(comparisons > 0).sum(1), (four_wins / (4 * comparisons.clip(1))).sum(1)])
 
 
 def pointing_shares(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.ndarray:
@@ -169,7 +170,7 @@ def pointing_shares(heatmap, mask, class_id: int, ignore_index: int = 255) -> np
     without a pixel of the class.
     """
     counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
-    for values, foreground, void in _pair_blocks(heatmap, mask, class_id, ignore_index):
+    for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
         for row, region in enumerate((values[~(foreground | void)], values[foreground])):
             if region.size and region.max() > peak:
                 counts[:, 0], peak = 0, region.max()
@@ -223,7 +224,7 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
 
     in_both, predicted = above(prediction == reference), above(slice(None))
     referenced = np.bincount(reference, minlength=num_classes)
-    # Pixels of no class above the threshold are background.
+    # A pixel counts as background unless its class is kept, which needs a confidence above the threshold.
     in_both[0] = referenced[0] - above(reference == 0)[1:].sum(axis=0)
     predicted[0] = reference.size - predicted[1:].sum(axis=0)
     return np.stack([in_both, predicted, np.broadcast_to(referenced[:, None], predicted.shape)])

@@ -33,6 +33,6 @@ def parse_options(model_options: Sequence[str]) -> dict[str, object]:
         try:
             name, value = option.split("=", 1)
             parsed[name] = yaml.safe_load(value)
-        except (AttributeError, ValueError, yaml.YAMLError):  # a file may have other values than texts
+        except (AttributeError, ValueError, yaml.YAMLError):  # a train.yaml may list values that are not strings
             raise ValueError(f"model_options: {option!r} is not name=value.") from None
     return parsed

@@ -37,7 +37,7 @@ _DATA_TERMS = {
 }
 NOT_KNOWN = {"terms": "not known here"}
 # The record of a model whose training is not recorded.
-_UNKNOWN = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
+_UNRECORDED = {"training": None, "data": {"(not recorded)": NOT_KNOWN}}
 # What the card shows of an evaluation's protocol and of its data.
 _PROTOCOL = ("templates", "image_size", "versions", "refine", "multi_scale", "note")
 _DATASET = ("name", "split", "fingerprint", "images", "images_in_split")
@@ -61,13 +61,13 @@ def read_record(source: str | Path) -> dict:
         return _embedded_record()
     try:
         if (file := _record_file(source)) is None:
-            return {**_UNKNOWN}
+            return {**_UNRECORDED}
         content = json.loads(file.read_text(encoding="utf-8"))
         record = {name: content[name] for name in ("training", "data", "identity")}
         return record | {"evaluation": content["evaluation"]} if "evaluation" in content else record
     except (OSError, ValueError, KeyError, TypeError):
         logger.warning("%s: its %s is unreadable or not of iclip, so nothing is taken over.", source, RECORD)
-        return {**_UNKNOWN}
+        return {**_UNRECORDED}
 
 
 def _embedded_record() -> dict:
@@ -108,9 +108,9 @@ def _valid_record(
     source: str | Path, model: ICLIPModel, processor: ICLIPProcessor, source_identity: Mapping | None = None
 ) -> dict:
     """
-    Returns the record of `source`. Compares the identity in it with that of the model or, if given, with
-    `source_identity`, the identity before a training. The record loses its results if any part differs, and the
-    settings of its training if the weights do.
+    Returns the record of `source` as far as it is valid. The identity in the record is compared with that of the model
+    or, after a training, with `source_identity`, which was computed before it. If any part differs, the record loses
+    its results. If the weights differ, it also loses the settings of its training.
     """
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, source_identity) if "identity" in record else []
@@ -118,27 +118,27 @@ def _valid_record(
         parts = " and ".join(differing)
         logger.warning("The results of %s are left out: they were measured with another %s.", source, parts)
     if "weights" in differing:
-        record |= {"training": None, "data": record["data"] | _UNKNOWN["data"]}
+        record |= {"training": None, "data": record["data"] | _UNRECORDED["data"]}
     return record
 
 
-def card_results(metrics: EvaluationResult | Mapping) -> dict:
+def card_results(evaluation: EvaluationResult | Mapping) -> dict:
     """Returns the parts of an evaluation, or of its JSON file, that the card shows."""
-    metrics = asdict(metrics) if is_dataclass(metrics) else metrics
-    protocol = metrics["protocol"]
+    evaluation = asdict(evaluation) if is_dataclass(evaluation) else evaluation
+    protocol = evaluation["protocol"]
     results = {  # a metric is None if it could not be measured on the data
         method: {name: scores[name] for name in DIGITS if name in scores and scores[name][name.lower()] is not None}
-        for method, scores in metrics["results"].items()
+        for method, scores in evaluation["results"].items()
     }
     if not any(results.values()):
         raise ValueError(f"Expected results of {', '.join(DIGITS)}, which `iclip evaluate` measures, but got none.")
-    conditions = {name: protocol[name] for name in _PROTOCOL if name in protocol}
-    options = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
-    conditions["metrics"] = {
-        name: {"aggregate": given["aggregate"]} for name, given in options.items() if "aggregate" in given
+    card_protocol = {name: protocol[name] for name in _PROTOCOL if name in protocol}
+    settings = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
+    card_protocol["metrics"] = {
+        name: {"aggregate": values["aggregate"]} for name, values in settings.items() if "aggregate" in values
     }
-    conditions["dataset"], conditions["own_data"] = _card_data(protocol)
-    return {"protocol": conditions, "results": results}
+    card_protocol["dataset"], card_protocol["own_data"] = _card_data(protocol)
+    return {"protocol": card_protocol, "results": results}
 
 
 def _card_data(protocol: Mapping) -> tuple[dict, bool]:

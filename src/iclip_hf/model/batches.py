@@ -1,4 +1,4 @@
-"""Batches of prepared images and of encoded texts: what images of one shape are, joined, repeated and selected."""
+"""Batches of prepared images, and functions that join, repeat and select images and encoded texts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ImageBatch:
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): for the maps.
         score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): for the scores, if the model's own
             size is another.
-        score_features (`list[ICLIPImageFeatures]`, *optional*): what the scores are computed from, of each view of the
-            images: the whole at the model's own size and, at two scales, windows.
+        score_features (`list[ICLIPImageFeatures]`, *optional*): features of each view of the images, for the scores.
+            The views are the whole images at the model's own size and, at two scales, windows.
         features (`list[ICLIPImageFeatures]`, *optional*): features of each view of `pixel_values`, for the maps.
             [`Engine`] fills it.
     """
@@ -58,11 +58,11 @@ class PreparedImage(ImageBatch):
         return *shapes, self.text_indices is None, self.score_features is None, self.features is None
 
 
-def for_images(texts: ICLIPTextFeatures, images: int) -> ICLIPTextFeatures:
-    """Repeats encoded texts `(T, P)` for each of B images, `(B, T, P)`. Texts of this shape are returned unchanged."""
+def for_images(texts: ICLIPTextFeatures, num_images: int) -> ICLIPTextFeatures:
+    """Repeats encoded texts `(T, P)` for B images. Texts of each image, `(B, T, P)`, are returned unchanged."""
     if texts.text_embeds.ndim == 3:
         return texts
-    return map_tensors(lambda values: values.expand(images, *values.shape), texts)
+    return map_tensors(lambda values: values.expand(num_images, *values.shape), texts)
 
 
 def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:

@@ -50,7 +50,7 @@ class FeatureTower(TimmWrapperModel):
         """Returns a copy with folded batch norms, and makes it again if the weights have changed."""
         state = [(weight.data_ptr(), weight._version) for weight in weights]
         if self not in _FOLDED or _FOLDED[self][0] != state:
-            # The kept weights hold their memory, so that other weights have other addresses.
+            # The weights are kept, because the addresses of freed weights could be those of other weights later.
             _FOLDED[self] = state, [weight.detach() for weight in weights], _fold_batch_norms(copy.deepcopy(self))
         return _FOLDED[self][2]
 
@@ -92,7 +92,7 @@ def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
 
 
 def check_text_tower(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` unless a configuration is of a text encoder: a backbone could be read from the Hub."""
+    """Raises `ValueError` unless a configuration is of a text encoder: timm could download a backbone."""
     if config.model_type.startswith("timm") or config.sub_configs:
         raise ValueError(f"A text tower is a text encoder of Transformers, not {config.model_type!r}.")
 
@@ -146,7 +146,7 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
 def non_finite_weight(model: nn.Module) -> str | None:
     """Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded ones are not read."""
     for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
-        known = weight.is_floating_point() and not weight.is_meta
-        if known and not weight.detach().sum(dtype=torch.float32).isfinite():
+        readable = weight.is_floating_point() and not weight.is_meta
+        if readable and not weight.detach().sum(dtype=torch.float32).isfinite():
             return name
     return None

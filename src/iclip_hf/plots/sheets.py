@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -89,7 +90,7 @@ def draw(
     titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{left_out}"]
     image = at_picture_size(image, dpi)
     pictures = [image]
-    explanation = replace(explanation, size=(image.height, image.width))
+    explanation = replace(explanation, size=(image.height, image.width))  # maps of this size
     rows = [*zip(explanation.labels, explanation.scores.tolist(), explanation.presences, explanation.presence_words)]
     for index in drawn:
         text, score, presence, word = rows[index]
@@ -127,8 +128,8 @@ def label_sheet(
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
     colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
-    # Computed before the image is reduced, so that tables have the same shares.
-    without, *areas = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1) / label_map.size
+    # Of the whole label map, as in the table of `iclip segment`.
+    without_text, *areas = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1) / label_map.size
     image = at_picture_size(image, dpi)
     with_pixels, others = [], []
     for color, name, word, area in zip(colors, names, words, areas):
@@ -136,8 +137,8 @@ def label_sheet(
             with_pixels.append((color, name, " · ".join(filter(None, [word, f"{100 * area:.1f} %"]))))
         else:
             others.append(("white", name, word or ""))
-    if without:
-        with_pixels.append((_DARK, "no text", f"{100 * without:.1f} %"))
+    if without_text:
+        with_pixels.append((_DARK, "no text", f"{100 * without_text:.1f} %"))
     legend = _legend(with_pixels + others, _aspect([image]), dpi)
     notes = "presence and share of the image" if any(words) else "share of the image"
     titles = ["image", f"at most one text for each pixel\n{made_by}", notes]
@@ -188,7 +189,8 @@ def picture_grid(
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
-    columns = -(-len(pictures) // -(-len(pictures) // columns))  # the smallest number for the same number of rows
+    num_rows = math.ceil(len(pictures) / columns)
+    columns = math.ceil(len(pictures) / num_rows)
     width = columns * (side + gap) - gap
     height = round(side * _aspect(pictures))
     placed = []  # pictures and titles, each with the coordinates of its upper left corner
@@ -201,7 +203,8 @@ def picture_grid(
         highest = max((block.height for block in blocks), default=0)
         for column, block in enumerate(blocks):
             placed.append((block, margin + column * (side + gap), top + highest - block.height))
-        top += highest + round(_SPACE * scale) * bool(highest)
+        if highest:
+            top += highest + round(_SPACE * scale)
 
     for row, start in enumerate(range(0, len(pictures), columns)):
         in_row = slice(start, start + columns)

@@ -114,9 +114,9 @@ def export_web(
         for name in (VISION_FILE, TEXT_FILE, "tokenizer.json", "tokenizer_config.json"):
             part = name.removesuffix("_model.onnx").removesuffix(".json")
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
-        first = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
-        settings["bytes"] = sum(file["bytes"] for file in first)
-        settings["examples"] = [_place_example(example, built) for example in examples()]
+        downloads = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
+        settings["bytes"] = sum(file["bytes"] for file in downloads)
+        settings["examples"] = [_write_example(example, built) for example in examples()]
 
         _write_page(built, settings, cdn)
         # The card names the model, which is not in this folder.
@@ -145,7 +145,7 @@ def _write_page(folder: Path, settings: dict, cdn: str) -> None:
 
 
 def _packages() -> list[str]:
-    """Returns the npm packages that a page loads: the tokenizer, and ONNX Runtime."""
+    """Returns the npm packages that a page loads: the tokenizer, then ONNX Runtime."""
     return sorted({file["package"] for file in RUNTIME_FILES})
 
 
@@ -216,8 +216,8 @@ def _compressed(folder: Path, name: str, data: bytes) -> dict:
     }
 
 
-def _place_example(example: Example, folder: Path) -> dict:
-    """Writes an example photograph as JPEG, a small JPEG unchanged, and returns the settings of the example."""
+def _write_example(example: Example, folder: Path) -> dict:
+    """Writes an example photograph as JPEG, and returns its settings. A small JPEG is copied unchanged."""
     name = f"{example.file.stem}.jpg"
     with Image.open(example.file) as photo:
         if example.file.suffix == ".jpg" and view_size(photo) == photo.size:

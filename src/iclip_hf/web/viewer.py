@@ -14,7 +14,7 @@ from ..plots.colors import OPACITY, SEGMENTS, color_table
 
 
 MAX_TEXTS = 12
-# Of one text. A model reads far fewer characters. A text of megabytes would fill the memory and the answer.
+# Longest text. A model reads far fewer characters, and a text of megabytes would fill the memory and the answer.
 MAX_CHARACTERS = 1000
 # Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
 VIEW_SIDE = 640

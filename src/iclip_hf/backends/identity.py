@@ -110,13 +110,14 @@ def _plain(value):
         return [value.name, file_digest(value).hex()]
     if isinstance(value, ProcessorMixin):
         parts = {name: getattr(value, name) for name in value.get_attributes()}
-        return {**_counted(value.to_dict()), **parts}
+        return {**_with_effect(value.to_dict()), **parts}
     if isinstance(value, (PreTrainedConfig, ImageProcessingMixin)):
         # Without defaults, so that a model stays the same when a new version of Transformers adds options.
         defaults = type(value)().to_dict()
         options = {**value.to_dict()}
         options |= {name: part for name in options if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
-        return _counted({name: part for name, part in options.items() if name in _KINDS or part != defaults.get(name)})
+        changed = {name: part for name, part in options.items() if name in _KINDS or part != defaults.get(name)}
+        return _with_effect(changed)
     if backend := getattr(value, "backend_tokenizer", None):
         rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # of the last call
         return [rules, value.special_tokens_map, value.padding_side, value.truncation_side, value.model_input_names]
@@ -128,5 +129,5 @@ def _plain(value):
     return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value
 
 
-def _counted(options: Mapping) -> dict:
+def _with_effect(options: Mapping) -> dict:
     return {name: value for name, value in options.items() if name not in _WITHOUT_EFFECT}

@@ -22,7 +22,7 @@ IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 # Lists of names and an object of probabilities, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`.
 LABEL_COLUMNS = ("labels", "complete", "class_probabilities")
-_LIST = re.compile(r"""\s*\[\s*["'].*["']\s*\]\s*""", re.DOTALL)  # of texts, as text
+_LIST = re.compile(r"""\s*\[\s*["'].*["']\s*\]\s*""", re.DOTALL)  # a list of texts, written as text
 
 
 class Columns(NamedTuple):
@@ -47,10 +47,12 @@ class Columns(NamedTuple):
 
     def texts(self, row: Mapping) -> PairTexts:
         """
-        Returns the captions of the first column with text, if there is one, and the labels. Raises `ValueError` if a
-        list in text is not JSON, if `labels` or `complete` is neither a list of names nor numbers, if `complete` names
-        an unknown list, or if it has names and `labels` is no list of names; and if `class_probabilities` is no object
-        of names and numbers in [0, 1].
+        Returns the captions of the first column with text, if there is one, and the labels.
+
+        Raises:
+            `ValueError`: a list in text is not JSON; `labels` or `complete` is neither a list of names nor numbers;
+                `complete` names an unknown list, or has names while `labels` is no list of names; or
+                `class_probabilities` is no object of names and numbers in [0, 1].
         """
         parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
         texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
@@ -67,8 +69,8 @@ class Columns(NamedTuple):
         names, listed = _names("labels", labels), _names("complete", complete)
         if listed and names is None:  # all of these would count as absent
             raise ValueError(
-                f"labels: {labels!r:.100} is no list of names, which complete needs; that of an image which shows "
-                "none of them is []"
+                f"labels: {labels!r:.100} is no list of names, which complete needs; an image that shows none of them "
+                "has the list []"
             )
         complete_for = chain.from_iterable(CLASS_NAMES.get(name.lower(), (name,)) for name in listed or ())
         return PairTexts(captions, names or [], [*complete_for], _probabilities("class_probabilities", probabilities))

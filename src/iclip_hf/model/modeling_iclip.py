@@ -60,7 +60,7 @@ class ICLIPModel(ICLIPTowers):
 
     base_model_prefix = "iclip"
     input_modalities = ("image", "text")
-    _no_split_modules = ["Projection"]  # its two parts are added; the towers name their own modules
+    _no_split_modules = ["Projection"]  # adds the outputs of its two parts; the towers name their own modules
 
     def __init__(self, config: ICLIPConfig, *towers, **named_towers):
         super().__init__(config, *towers, **named_towers)

@@ -81,10 +81,10 @@ class PairCollator:
         """
         draws = [self._draw(index, row) for index, row in enumerate(rows)]
         texts = [row if "nouns" in row else self.read(_texts_of(number, row)) for number, row in enumerate(rows, 1)]
-        captions = [sample_caption(row["captions"], *draw) for row, draw in zip(texts, draws)]
+        captions = [sample_caption(text["captions"], *draw) for text, draw in zip(texts, draws)]
         prompts, nouns = [], {}
         if self.nouns:
-            image_nouns: list[ImageNouns] = [row["nouns"] for row in texts]
+            image_nouns: list[ImageNouns] = [text["nouns"] for text in texts]
             prompts, arrays = self.nouns.sample(image_nouns, draws[0][1])
             nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
         return {**self._images(rows, draws), **self._texts(captions + prompts), **nouns, "return_loss": True}

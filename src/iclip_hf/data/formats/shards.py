@@ -27,8 +27,8 @@ def open_shard(path: Path, columns: Columns) -> Source:
 
 class TarRows(Sequence):
     """
-    The rows of a tar file. Adjacent members with the same key are a row, and a member whose full name repeats begins
-    the next one. Their bytes are a small tar file. Nothing is extracted to disk, and links are ignored.
+    The rows of a tar file. Adjacent members with the same key are a row, until a suffix repeats. The bytes of a row
+    are read as a small tar file. Nothing is extracted to disk, and links are ignored.
     """
 
     def __init__(self, path: Path):

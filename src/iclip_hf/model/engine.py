@@ -383,7 +383,7 @@ class Engine:
         tiling = tiling or self.tiling
         views = tiling.views(pixel_values)
         maps, features = zip(
-            *(self._view_maps(view, texts, image, text_indices) for view, image in zip(views, features or views))
+            *(self._view_maps(pixels, texts, view, text_indices) for pixels, view in zip(views, features or views))
         )
         maps = tiling.join(maps, pixel_values.shape[2:])
         return refine_maps(maps, pixel_values.to(maps.device)) if refine and self.refine else maps, [*features]
@@ -392,16 +392,16 @@ class Engine:
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
-        image: torch.Tensor | ICLIPImageFeatures,
+        view: torch.Tensor | ICLIPImageFeatures,
         text_indices: Sequence[Sequence[int]] | None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
         Computes the maps of the method for one view of the images, and checks them. Returns them with the features of
-        the view. `image` is the features if they are known, otherwise the pixel values.
+        the view. `view` has the features if they are known, otherwise the pixel values.
         """
         options = {}
         if self.takes_features:
-            options["features"] = self._features(image)
+            options["features"] = self._features(view)
         if "templates" in self._arguments:
             options["templates"] = self.templates
         expected = tuple(texts.text_embeds.shape[:2])
@@ -429,12 +429,12 @@ class Engine:
         return self.model.similarity_maps(features, texts), features
 
     @torch.no_grad()
-    def _features(self, image: torch.Tensor | ICLIPImageFeatures) -> ICLIPImageFeatures:
+    def _features(self, view: torch.Tensor | ICLIPImageFeatures) -> ICLIPImageFeatures:
         """Encodes pixel values. Features are returned unchanged."""
-        if not isinstance(image, torch.Tensor):
-            return image
+        if not isinstance(view, torch.Tensor):
+            return view
         # Models that are not from transformers convert the dtype themselves.
-        return self.model.get_image_features(image.to(input_device(self.model), getattr(self.model, "dtype", None)))
+        return self.model.get_image_features(view.to(input_device(self.model), getattr(self.model, "dtype", None)))
 
 
 def input_device(model) -> torch.device:

@@ -282,7 +282,7 @@ def test_what_is_no_feature_tower_is_refused(options, message):
 def test_a_missing_package_is_named(towers, tmp_path, tiny_processor, monkeypatch):
     for part in (tiny_model(**FEATURES), tiny_processor):
         part.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("iclip_hf.model.tower_loading.is_timm_available", lambda: False)
+    monkeypatch.setattr("iclip_hf.model.feature_tower.is_timm_available", lambda: False)
     with pytest.raises(ImportError, match="needs the package timm: install it with `pip install timm`"):
         load(tmp_path / "model")
     with pytest.raises(ImportError, match="pip install timm"):

@@ -179,7 +179,7 @@ def pointing_shares(heatmap, mask, class_id: int, ignore_index: int = 255) -> np
     if not counts[1, 2]:
         return np.full(3, np.nan)
     shares = counts[1] / np.where(total, total, 1)
-    return np.where(total, shares, shares[2])  # a map of zeros counts as constant
+    return np.where(total, shares, shares[2])  # without a sum, in a map of zeros, as for a constant map
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:

@@ -1,0 +1,72 @@
+"""The feature tower: a convolutional backbone of timm, a second image tower."""
+
+import copy
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers import PreTrainedConfig, TimmWrapperModel
+from transformers.utils import is_timm_available
+
+
+class FeatureTower(TimmWrapperModel):
+    """A convolutional backbone of timm."""
+
+    _no_split_modules = ["FeatureTower"]
+
+    def __init__(self, config: PreTrainedConfig):
+        if not is_timm_available():
+            raise ImportError(
+                "A feature tower needs the package timm: install it with `pip install timm`.", name="timm"
+            )
+        if ":" in config.architecture:  # a source such as hf-hub:NAME, from which timm would download
+            raise ValueError(f"The feature tower {config.architecture!r:.100} is no architecture of timm.")
+        super().__init__(config)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that `forward` moves its input to: the CPU if the weights are offloaded. Hooks then move it."""
+        device = super().device
+        return torch.device("cpu") if device.type == "meta" else device
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs):
+        """Like the base class. In eval mode on a CPU, batch norms are folded into the convolutions before them."""
+        weights = [*self.parameters(), *self.buffers()]
+        # Offloaded weights are not at hand, and those made in inference mode have no version.
+        foldable = all(weight.device.type == "cpu" and not weight.is_inference() for weight in weights)
+        hooked = any(module._forward_pre_hooks or module._forward_hooks for module in self.timm_model.modules())
+        if not foldable or hooked or self.training or torch.compiler.is_compiling():
+            return super().forward(pixel_values, **kwargs)
+        return super(FeatureTower, self._folded(weights)).forward(pixel_values, **kwargs)
+
+    def _folded(self, weights: list[torch.Tensor]) -> "FeatureTower":
+        """Returns a copy with folded batch norms, and makes it again if the weights have changed."""
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self not in _FOLDED or _FOLDED[self][0] != state:
+            # The weights are kept, because the addresses of freed weights could be those of other weights later.
+            _FOLDED[self] = state, [weight.detach() for weight in weights], _fold_batch_norms(copy.deepcopy(self))
+        return _FOLDED[self][2]
+
+
+# The copy of a feature tower is neither a submodule nor saved, copied or pickled with it.
+_FOLDED: WeakKeyDictionary[FeatureTower, tuple[list, list[torch.Tensor], FeatureTower]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _fold_batch_norms(tower: nn.Module) -> nn.Module:
+    """
+    Replaces each batch norm of a tower by its activation, and the convolution before it by one with the weights and
+    the bias of both. Returns the tower.
+    """
+    from timm.layers import BatchNormAct2d, Conv2dSame
+
+    for parent in [*tower.modules()]:
+        for (conv_name, conv), (norm_name, norm) in pairwise([*parent.named_children()]):
+            # Convolutions of other types can change their weights in each call. A plain `BatchNorm2d` need not follow
+            # the convolution before it, as in RepViT.
+            if type(conv) in (nn.Conv2d, Conv2dSame) and isinstance(norm, BatchNormAct2d):
+                setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, norm.act)
+    return tower

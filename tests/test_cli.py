@@ -18,7 +18,7 @@ from iclip_hf.backends.loading import load
 from iclip_hf.cli import explain as explain_command
 from iclip_hf.cli.options import MAX_SEED, at_least_1, fraction, seed
 from iclip_hf.cli.output import cut
-from iclip_hf.cli.pictures import _report, _Texts
+from iclip_hf.cli.pictures import _printed, _Texts
 from iclip_hf.data import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.model.regions import find_regions, run_lengths
@@ -134,7 +134,7 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
 def test_nouns_of_which_none_is_present_are_told(presence, told):
     row = {"text": "dog", "presence": presence, "score": 0.1, "area": 0.0, "regions": []}
     texts = _Texts({"dog": 0.07}, 8, None, ("best of 1 nouns", "presence at a prior of 0.07"))
-    lines = _report({"image": "a.jpg", "picture": "b.png", "texts": [row]}, texts, 0.5)
+    lines = _printed({"image": "a.jpg", "picture": "b.png", "texts": [row]}, texts, 0.5)
     assert ("--text" in lines[-1]) == told
 
 

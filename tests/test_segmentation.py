@@ -259,7 +259,7 @@ def test_many_classes_need_16_bits_and_no_id_is_void(tmp_path):
         # The pixels that count are those without the crowd, and all classes of the image are counted.
         miou = MeanMaxIoU()
         for label, mask in zip(sample.class_ids, EvaluatedImage(0, sample, None).masks, strict=True):
-            miou.add_counts(miou.count((mask == label).astype(float), mask, label, void), label)
+            miou.add_counts(miou.count_item((mask == label).astype(float), mask, label, void), label)
         scores = miou.compute()
         assert scores["mmiou"] == 100 and sorted(scores["per_class"]) == [1, count]
         miou = MeanIoU(count + 1, ignore_index=dataset.void)

@@ -15,6 +15,7 @@ from iclip_hf.model import pair_loss
 from iclip_hf.model.losses import (
     BatchNouns,
     attention_prior,
+    class_presence_loss,
     competition_loss,
     contrastive_loss,
     known_competition_loss,
@@ -208,9 +209,10 @@ def test_each_class_has_a_prompt_and_the_probabilities_of_images():
     assert "crane" in prompts[6] and "pug" in prompts[7]
 
 
-def test_the_recognition_branch_learns_the_probabilities_of_classes():
-    """With its weight, from the last texts, which no other loss reads."""
-    model, batch = tiny_model(), tiny_inputs(2, 8)
+@pytest.mark.parametrize("bias", [None, -2.0])
+def test_the_recognition_branch_learns_the_probabilities_of_classes(bias):
+    """With its weight, from the last texts, which no other loss reads. With a bias, also which classes are absent."""
+    model, batch = tiny_model(logit_bias_init_value=bias), tiny_inputs(2, 8)
     marks = {"is_background": torch.tensor([False, True, False]), "place": torch.tensor([0, 1, -1])}
     nouns = {"noun_ids": torch.arange(3), "noun_labels": torch.tensor([[1, 0, 0], [0, 1, -1]]), **marks}
     probabilities, losses = torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.0, 0.5]]), {}
@@ -225,6 +227,9 @@ def test_the_recognition_branch_learns_the_probabilities_of_classes():
         logits = model(**batch).logits_per_image[:, 5:]
     torch.testing.assert_close(losses[0], without)
     expected = -(probabilities * logits.log_softmax(1)).sum() / 2
+    if bias is not None:
+        labels = nouns["noun_labels"][:, classes["class_ids"]]
+        expected = expected + 0.1 * class_presence_loss(logits, probabilities, labels)
     torch.testing.assert_close(losses[0.4] - losses[0], torch.stack([0.4 * expected, torch.zeros(())]))
 
 

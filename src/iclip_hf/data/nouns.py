@@ -182,9 +182,9 @@ class NounPrompts:
         phrases = {form for name in others for form in (name, *_plurals(name))}
         captioned = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
         shown, denied = self._indices(labelled), self._indices(listed) - self._indices(labelled)
-        classes = ((self._by_form.get(_name(name)), probability) for name, probability in class_probabilities)
-        known = [(self._class_numbers[noun], value) for noun, value in classes if noun in self._class_numbers]
-        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions, known)
+        named = ((self._by_form.get(_name(name)), probability) for name, probability in class_probabilities)
+        classes = [(self._class_numbers[noun], value) for noun, value in named if noun in self._class_numbers]
+        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions, classes)
 
     def _indices(self, names: Set[str]) -> set[int]:
         return {self._by_form[name] for name in names & self._by_form.keys()}

@@ -272,7 +272,7 @@ def test_every_trained_parameter_gets_a_gradient_under_checkpointing(vision, tex
 
 
 def test_the_guide_explains_a_dataset_in_two_processes(world, tmp_path):
-    guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text(encoding="utf-8")
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "tools.md").read_text(encoding="utf-8")
     (code,) = (block for block in re.findall(r"```py\n(.*?)```", guide, re.DOTALL) if "with_rank" in block)
     for written, here in (("torch.cuda.device_count(),", "2,"), ('"embedded"', repr(str(world.folder / "model")))):
         assert written in code

@@ -692,7 +692,7 @@ def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_pat
     monkeypatch.setattr(SamProcessor, "from_pretrained", lambda name: SamProcessor(SamImageProcessor(**shapes)))
     monkeypatch.chdir(tmp_path)
     noise((90, 60)).save("dog.png")
-    guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text()
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "tools.md").read_text()
     (code,) = re.findall(r"```py\n(import torch\nfrom transformers import SamModel.*?)```", guide, re.DOTALL)
     names = {"model": (tiny_model(), tiny_processor)}
     exec(code.replace("dog.jpg", "dog.png").replace('"embedded"', "model"), names)
@@ -710,7 +710,7 @@ def test_the_example_with_sam_runs_as_the_guide_shows_it(tiny_processor, tmp_pat
 
 def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp_path, monkeypatch):
     coco = pytest.importorskip("pycocotools.coco", reason="needs pycocotools")
-    guide = (Path(__file__).parents[1] / "docs" / "guide" / "explain.md").read_text()
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "tools.md").read_text()
     (code,) = re.findall(r"```py\n(import json.*?coco_annotations.*?)```", guide, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     for name, image in zip(("dog.png", "street.png"), IMAGES):

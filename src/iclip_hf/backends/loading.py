@@ -68,7 +68,7 @@ def load(
 
     Args:
         source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a model of transformers, whose types
-            docs/guide/explain.md lists; an exported ONNX folder; a pair of a model, already on its device, and its
+            docs/guide/models.md lists; an exported ONNX folder; a pair of a model, already on its device, and its
             processor; a pair of a model of open_clip and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
         device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or

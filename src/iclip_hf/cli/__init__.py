@@ -35,12 +35,12 @@ class _Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         self._words = args or ()
-        options, unknown = self.parse_known_args(args, namespace)
+        parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             is_text = unknown[0][:1] != "-" and any(action.dest == "texts" for action in self._actions)
             hint = "; several texts stand between commas, as in --text 'dog, red ball'" if is_text else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return options
+        return parsed
 
     def error(self, message: str):
         known = self._option_string_actions
@@ -86,15 +86,15 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         command_parser = parser(command)
         if command in COMMANDS:
-            options = command_parser.parse_args(arguments[1:])
+            args = command_parser.parse_args(arguments[1:])
         elif command and command[0] != "-":
             command_parser.error(f"there is no command {command!r}{_suggestion(command, COMMANDS)}")
         else:
-            options = command_parser.parse_args(arguments or ["--help"])
+            args = command_parser.parse_args(arguments or ["--help"])
     except SystemExit as stop:  # after a wrong option or a help text
         return stop.code
     try:
-        return options.run(options) or 0
+        return args.run(args) or 0
     except BrokenPipeError:
         raise
     except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:

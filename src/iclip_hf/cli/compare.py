@@ -51,13 +51,13 @@ class _Opened(NamedTuple):
     templates: list[str] | None
 
 
-def run(options: argparse.Namespace) -> None:
-    output = options.output or Path(name_for(options.image, "comparison.png"))  # the latter with a number if it exists
+def run(args: argparse.Namespace) -> None:
+    output = args.output or Path(name_for(args.image, "comparison.png"))  # the latter with a number if it exists
     check_output_file(output, PICTURES)
-    models = list({os.path.realpath(name): name for name in options.models or ["embedded"]}.values())
-    methods = list(dict.fromkeys(options.methods or [None]))
-    image, truths, templates = _open(options, options.output or free_name(output), models)
-    texts = list(dict.fromkeys(options.texts or truths))
+    models = list({os.path.realpath(name): name for name in args.models or ["embedded"]}.values())
+    methods = list(dict.fromkeys(args.methods or [None]))
+    image, truths, templates = _open(args, args.output or free_name(output), models)
+    texts = list(dict.fromkeys(args.texts or truths))
     if not texts:
         raise ValueError("There is nothing to look for: give --text, or a --dataset whose IMAGE shows a class.")
     from tqdm import tqdm
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     rows = [{"text": text, "scores": {}, "presence": {}} for text in texts]
     notes = [[] for _ in texts]
     for name in models:
-        model = load_model(name, options)
+        model = load_model(name, args)
         for method in tqdm(methods, desc=name, unit="method", delay=2):
             explanation = explain(
                 model,
@@ -83,9 +83,9 @@ def run(options: argparse.Namespace) -> None:
                 method,
                 templates=templates,
                 target_sizes=[(small.height, small.width)],
-                image_size=options.image_size,
-                refine=options.refine,
-                multi_scale=options.multi_scale,
+                image_size=args.image_size,
+                refine=args.refine,
+                multi_scale=args.multi_scale,
             )[0]
             title = f"{model_titles[name]}\n{explanation.made_by}" if len(models) > 1 else explanation.made_by
             columns[title] = explanation.maps.numpy()
@@ -95,14 +95,14 @@ def run(options: argparse.Namespace) -> None:
             rows[index]["scores"][name], rows[index]["presence"][name] = round(score, 4), presence
             notes[index].append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
     titles = [f"{text}\n{', '.join(model_notes)}" for text, model_notes in zip(texts, notes)]
-    sheet = comparison_sheet(small, columns, titles, words, colormap=options.colormap, dpi=dpi)
-    output = save_picture(sheet, output, dpi, output == options.output)
-    if options.json:
+    sheet = comparison_sheet(small, columns, titles, words, colormap=args.colormap, dpi=dpi)
+    output = save_picture(sheet, output, dpi, output == args.output)
+    if args.json:
         maps = [title.replace("\n", ", ") for title in words]
-        entry = {"image": options.image, "picture": str(output), "maps": maps, "texts": rows}
+        entry = {"image": args.image, "picture": str(output), "maps": maps, "texts": rows}
         print_lines(*json.dumps(entry, indent=2, ensure_ascii=False).split("\n"))
         return
-    print_lines(f"{options.image} -> {output}")
+    print_lines(f"{args.image} -> {output}")
     model_cells = [cut(name) if len(models) > 1 else "" for name in models]
     cells = [
         [cut(row["text"]), presence_text(row["presence"][name]), f"{row['scores'][name]:.3f}", model_cell]
@@ -118,49 +118,48 @@ def _model_titles(models: list[str]) -> dict[str, str]:
     return titles if len({*titles.values()}) == len(models) else dict(zip(models, models))
 
 
-def _open(options: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
+def _open(args: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
     """Opens the image, and the data set if there is one. Checks that the output is none of the files that are read."""
     from ..data.segmentation import load_segmentation
     from ..utils.files import check_outputs
 
-    inputs = [options.image, options.overrides, *(file for model in models for file in model_files(model))]
+    inputs = [args.image, args.overrides, *(file for model in models for file in model_files(model))]
     sample = None
-    if (options.dataset is None) != (options.data_root is None):
+    if (args.dataset is None) != (args.data_root is None):
         raise ValueError("--dataset and --data-root belong together: give both.")
-    if options.dataset is not None:
-        dataset = load_segmentation(options.dataset, options.data_root, options.split, options.overrides)
-        sample = _named_sample(dataset, options)
+    if args.dataset is not None:
+        dataset = load_segmentation(args.dataset, args.data_root, args.split, args.overrides)
+        sample = _named_sample(dataset, args)
         inputs += dataset.files
     check_outputs([output], inputs)
     if sample is None:
-        return _Opened(load_named_image(options.image), {}, options.templates)
+        return _Opened(load_named_image(args.image), {}, args.templates)
     ids = dict(zip(dataset.class_names, dataset.class_ids))
-    texts = options.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
+    texts = args.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
     truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
-    return _Opened(sample.image, truths, options.templates or dataset.templates)
+    return _Opened(sample.image, truths, args.templates or dataset.templates)
 
 
-def _named_sample(dataset, options: argparse.Namespace):
+def _named_sample(dataset, args: argparse.Namespace):
     """
     Returns the sample that the user named by its image file, its name or the end of its path. Raises `ValueError` if
     there is none, or several.
     """
-    path = Path(options.image)
+    path = Path(args.image)
 
     def is_named(sample) -> bool:
         if os.path.isfile(path):  # False also for a name that no file can have
             return sample.image_path.samefile(path)
-        return sample.name == options.image or sample.image_path.parts[-len(path.parts) :] == path.parts
+        return sample.name == args.image or sample.image_path.parts[-len(path.parts) :] == path.parts
 
     found = [sample for sample in dataset if is_named(sample)]
     if not found:
         raise ValueError(
-            f"{options.image} is none of the images in {options.data_root}, such as {dataset[0].name}: name one of "
-            "them."
+            f"{args.image} is none of the images in {args.data_root}, such as {dataset[0].name}: name one of them."
         )
     if len(found) > 1:
         paths = " and ".join(str(sample.image_path) for sample in found[:2])
-        raise ValueError(f"{options.image} is the name of {len(found)} images, such as {paths}: name the path of one.")
+        raise ValueError(f"{args.image} is the name of {len(found)} images, such as {paths}: name the path of one.")
     return found[0]
 
 

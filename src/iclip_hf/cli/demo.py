@@ -20,27 +20,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> None:
-    if options.web:
+def run(args: argparse.Namespace) -> None:
+    if args.web:
         from ..web.server import web_server
 
-        with web_server(options.web, options.host, options.port) as server:
-            print_lines(f"http://{options.host}:{server.server_port}/")
+        with web_server(args.web, args.host, args.port) as server:
+            print_lines(f"http://{args.host}:{server.server_port}/")
             server.serve_forever()
         return
-    host = options.host.strip("[]")
+    host = args.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, options.port or 0), family=family).close()
+        socket.create_server((host, args.port or 0), family=family).close()
     except OSError as error:  # Gradio would tell it in its own words, or after trying each port
-        port = f", --port {options.port}" if options.port else ""
-        raise ValueError(f"--host {options.host}{port}: {error.strerror}.") from error
-    print_error("demo", f"loading Gradio and {options.model}, which may take a minute")
+        port = f", --port {args.port}" if args.port else ""
+        raise ValueError(f"--host {args.host}{port}: {error.strerror}.") from error
+    print_error("demo", f"loading Gradio and {args.model}, which may take a minute")
     from ..demo.app import launch
 
     silence_transformers()
-    precision = {"dtype": options.dtype, "device": options.device}
+    precision = {"dtype": args.dtype, "device": args.device}
     # Quiet, because Gradio would advertise its Python option for sharing.
-    app = launch(options.model, options.host, options.port, **precision, quiet=True, prevent_thread_lock=True)
+    app = launch(args.model, args.host, args.port, **precision, quiet=True, prevent_thread_lock=True)
     print_lines(f"{app.local_url}")
     app.block_thread()

@@ -71,49 +71,49 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, "--json")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..data.segmentation import load_segmentation
 
-    if options.image_size and options.short_side:
+    if args.image_size and args.short_side:
         raise ValueError("Leave out --image-size or --short-side.")
-    overrides, methods = options.overrides, options.methods
-    if options.protocol:
-        settings = protocol_settings(options.protocol, options.dataset)
+    overrides, methods = args.overrides, args.methods
+    if args.protocol:
+        settings = protocol_settings(args.protocol, args.dataset)
         overrides, methods = overrides or settings.overrides, methods or settings.methods
-    dataset = load_segmentation(options.dataset, options.data_root, options.split, overrides)
-    if options.output:
-        check_output_file(options.output, (".json",))
-        check_outputs([options.output], [options.overrides, *dataset.files, *model_files(options.model)])
-    if options.report:
-        check_new_folder(options.report)
-        check_outside(options.report, options.model)
+    dataset = load_segmentation(args.dataset, args.data_root, args.split, overrides)
+    if args.output:
+        check_output_file(args.output, (".json",))
+        check_outputs([args.output], [args.overrides, *dataset.files, *model_files(args.model)])
+    if args.report:
+        check_new_folder(args.report)
+        check_outside(args.report, args.model)
     from ..evaluation.metrics import make_metrics
 
-    given = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
-    metrics = make_metrics(options.metrics or options.task, **given)
+    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    metrics = make_metrics(args.metrics or args.task, **given)
     from ..evaluation.evaluate import evaluate_model
     from ..utils.distributed import partial_state
 
-    size = {"shortest_edge": options.short_side} if options.short_side else options.image_size
+    size = {"shortest_edge": args.short_side} if args.short_side else args.image_size
     state = partial_state("eval")  # selects the device, before the model is loaded
     result = evaluate_model(
-        load_model(options.model, options),
+        load_model(args.model, args),
         dataset,
         methods,
         metrics,
         image_size=size,
-        templates=options.templates,
-        refine=options.refine,
-        multi_scale=options.multi_scale,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        report=options.report,
+        templates=args.templates,
+        refine=args.refine,
+        multi_scale=args.multi_scale,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        report=args.report,
     )
     if state.is_main_process:
-        if options.report:
-            print_error("evaluate", f"wrote {options.report / 'index.html'}")
-        if options.output:  # written before the table is printed, because a pipe may be closed
-            written = " and ".join(map(str, result.save(options.output)))
+        if args.report:
+            print_error("evaluate", f"wrote {args.report / 'index.html'}")
+        if args.output:  # written before the table is printed, because a pipe may be closed
+            written = " and ".join(map(str, result.save(args.output)))
             print_error("evaluate", f"wrote {written}")
-        print_lines(*(result.to_json() if options.json else result.table()).split("\n"))
+        print_lines(*(result.to_json() if args.json else result.table()).split("\n"))
     state.destroy_process_group()

@@ -30,15 +30,15 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     report = None
-    if options.report:
+    if args.report:
         from ..utils.files import check_new_folder, check_outside
 
-        check_new_folder(options.report)
-        for source in (*options.images, options.model):  # a later run would read the report's pictures
-            check_outside(options.report, source)
-        report = _Report(options.report)
+        check_new_folder(args.report)
+        for source in (*args.images, args.model):  # a later run would read the report's pictures
+            check_outside(args.report, source)
+        report = _Report(args.report)
 
     def write(name: str, explanation, picture: Path | None) -> dict:
         from ..plots.sheets import draw
@@ -47,10 +47,10 @@ def run(options: argparse.Namespace) -> int:
         files = {}
         if picture is not None:
             dpi = resolution(picture)
-            sheet = draw(explanation, colormap=options.colormap, dpi=dpi)
-            picture = save_picture(sheet, picture, dpi, picture == options.output)
+            sheet = draw(explanation, colormap=args.colormap, dpi=dpi)
+            picture = save_picture(sheet, picture, dpi, picture == args.output)
             files["picture"] = str(picture)
-            if options.npz:
+            if args.npz:
                 arrays = write_new(picture.with_suffix(".npz"), partial(_save_arrays, explanation))
                 files["arrays"] = str(arrays)
         if report:
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
         return files | explanation.to_dict()
 
     try:
-        return explain_files(options, "explanation", write)
+        return explain_files(args, "explanation", write)
     finally:  # an interrupted run reports the images so far
         if report and report.images:
             print_error("explain", f"wrote {report.write()}")

@@ -50,62 +50,62 @@ def add_source_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..utils.files import check_new_folder, check_outside
 
-    if options.model != "embedded":
-        check_outside(options.directory, options.model)
-    check_new_folder(options.directory)
-    target, _, weights = options.format.partition("-")
+    if args.model != "embedded":
+        check_outside(args.directory, args.model)
+    check_new_folder(args.directory)
+    target, _, weights = args.format.partition("-")
     if target != "web":
-        refuse(options, ["cdn"], f"--format {options.format}")
+        refuse(args, ["cdn"], f"--format {args.format}")
     if target == "transformers":
-        folder = export(options, options.directory)
+        folder = export(args, args.directory)
         print_terms(**terms_of(folder))
         print_folder(folder, "iclip", "push", str(folder), f"your-name/{folder.resolve().name}", "--dry-run")
         return
-    refuse(options, ["results"], f"--format {options.format}")
-    print(f"Loading {options.model} and exporting two graphs, which takes some minutes.", file=sys.stderr)
+    refuse(args, ["results"], f"--format {args.format}")
+    print(f"Loading {args.model} and exporting two graphs, which takes some minutes.", file=sys.stderr)
     from ..backends.loading import load_iclip
 
     silence_transformers()
-    model, processor = load_iclip(options.model, dtype="float32")
+    model, processor = load_iclip(args.model, dtype="float32")
     with printed_steps():
         if target == "onnx":
             from ..backends.onnx import export_onnx
 
-            folder = export_onnx(model, processor, options.directory, weights or "float32")
+            folder = export_onnx(model, processor, args.directory, weights or "float32")
             use = ("explain", "photo.jpg", "--text", "dog", "--model", str(folder))
         else:
             from ..web.export import export_web
 
-            server = {"cdn": options.cdn.rstrip("/")} if options.cdn else {}
-            folder = export_web(model, processor, options.directory, weights or "int8", source=options.model, **server)
+            server = {"cdn": args.cdn.rstrip("/")} if args.cdn else {}
+            folder = export_web(model, processor, args.directory, weights or "int8", source=args.model, **server)
             use = ("demo", "--web", str(folder))
     print_folder(folder, "iclip", *use)
 
 
-def export(options: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
-    """Exports the model that the options name, with the results that they name on its card."""
+def export(args: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
+    """Exports the model that the arguments name, with the results that they name on its card."""
     metrics = None
-    if options.results is not None:
+    if args.results is not None:
         from ..evaluation.results import read_results
 
-        metrics = read_results(options.results, "protocol", "results")
+        metrics = read_results(args.results, "protocol", "results")
     # Not by `print_error`, because an error of the command is one line.
-    print(f"Loading {options.model} and writing its files, which may take a minute.", file=sys.stderr)
+    print(f"Loading {args.model} and writing its files, which may take a minute.", file=sys.stderr)
     from ..backends.identity import changed_model
     from ..backends.loading import load_iclip
     from ..hub.folders import export_model
 
     silence_transformers()
-    model, processor = load_iclip(options.model)
+    model, processor = load_iclip(args.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {options.results}: expected figures of this model, got those of other {', '.join(differing)}; "
+            f"--results {args.results}: expected figures of this model, got those of other {', '.join(differing)}; "
             "measure this model by `iclip evaluate --output`."
         )
-    return export_model(model, processor, directory, name=name, source=options.model, metrics=metrics)
+    return export_model(model, processor, directory, name=name, source=args.model, metrics=metrics)
 
 
 def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:

@@ -26,16 +26,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..hub.configs import config_folder
     from ..utils.files import check_new_folder, check_outside
 
     # These checks precede the import of torch.
-    source = config_folder(options.config)
-    towers = options.vision, options.text, options.feature_tower
+    source = config_folder(args.config)
+    towers = args.vision, args.text, args.feature_tower
     for folder in filter(None, (source, *towers)):
-        check_outside(options.output, folder)
-    check_new_folder(options.output)
+        check_outside(args.output, folder)
+    check_new_folder(args.output)
     if (source / "train.yaml").is_file():
         from .train.arguments import read_file  # imports torch
 
@@ -47,11 +47,11 @@ def run(options: argparse.Namespace) -> None:
     silence_transformers()
     try:
         with printed_steps():
-            folder = init_model(options.config, options.output, *towers)
+            folder = init_model(args.config, args.output, *towers)
     except StrictDataclassError as error:  # a wrong model option
         raise ValueError(str(error)) from error
     command = ["iclip", "train", "pairs.csv", "--model", str(folder)]
-    if not is_embedded(options.config, *towers):  # the defaults of a training are for trained models
+    if not is_embedded(args.config, *towers):  # the defaults of a training are for trained models
         command += ["--learning_rate", "2e-3", "--keep_presence", "0"]
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         if config.get("logit_bias_init_value") is not None:  # a bias learns from nouns alone

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from ..backends.explainable import ExplainableModel
 
 
-def load_model(name: str, options: argparse.Namespace) -> ExplainableModel:
+def load_model(name: str, args: argparse.Namespace) -> ExplainableModel:
     """Like [`iclip_hf.load`], without output of Transformers."""
     from ..backends.loading import load
 
     silence_transformers()
-    return load(name, dtype=options.dtype, device=options.device)
+    return load(name, dtype=args.dtype, device=args.device)
 
 
 def silence_transformers() -> None:

@@ -11,7 +11,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     pass
 
 
-def run(options: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from ..evaluation.evaluate_modules import install_metrics
 
     for name, folder in install_metrics().items():

@@ -158,8 +158,8 @@ def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> N
         command.add_argument(name, **{**SHARED[name], **changes})
 
 
-def refuse(options: argparse.Namespace, names: Iterable[str], context: str) -> None:
+def refuse(args: argparse.Namespace, names: Iterable[str], context: str) -> None:
     """Raises `ValueError` if one of these options was given, which do not apply in a context."""
     for name in names:
-        if getattr(options, name):
+        if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} does not apply to {context}: leave it out.")

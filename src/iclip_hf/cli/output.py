@@ -63,12 +63,12 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
 
     form = path.suffix[1:].lower()
     # Compression by run lengths: the PNG of a photograph is as small as by default, in a quarter of the time.
-    options = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
-    options |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi)}
+    kwargs = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
+    kwargs |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi)}
     if not replace:
-        return write_new(path, partial(write_image, picture, **options))
+        return write_new(path, partial(write_image, picture, **kwargs))
     with atomic_write(path) as temporary:
-        write_image(picture, temporary, **options)
+        write_image(picture, temporary, **kwargs)
     return path
 
 

@@ -84,7 +84,7 @@ class _Texts(NamedTuple):
     headings: tuple[str, str]
 
 
-def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> int:
+def explain_files(args: argparse.Namespace, ending: str, write: Callable) -> int:
     """
     Explains images in a command, and returns its exit code. Each image gets a picture, whose name ends in `ending`,
     such as `photo-explanation.png`, and an entry, which is printed at once. The entries of several images are also
@@ -98,21 +98,21 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
     from ..utils.files import write_new
     from ..utils.prefetch import ThreadPool
 
-    names = image_names(options.images)
-    is_single = names == options.images and len(names) == 1
-    picture, folder = _outputs(options, ending, names, is_single)
-    engine = _load_engine(options)
-    texts = _texts(options, engine)
+    names = image_names(args.images)
+    is_single = names == args.images and len(names) == 1
+    picture, folder = _outputs(args, ending, names, is_single)
+    engine = _load_engine(args)
+    texts = _texts(args, engine)
 
     def entry_of(name: str, explanation: Explanation) -> dict:
-        explanation = replace(explanation, threshold=options.threshold, min_presence=options.min_presence)
+        explanation = replace(explanation, threshold=args.threshold, min_presence=args.min_presence)
         path = folder / name_for(name, f"{ending}.png") if folder else picture
         return {"image": name, **write(name, explanation, path)}
 
     explained, lines = 0, None
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPool(1))  # loads images and writes pictures while the model runs
-        entries = _entries(thread, engine, names, texts, options.batch_size, entry_of)
+        entries = _entries(thread, engine, names, texts, args.batch_size, entry_of)
         for entry in tqdm(entries, total=len(names), unit="image", disable=is_single or None):
             problem = entry.pop("problem", None)
             text = json.dumps(entry, ensure_ascii=False)
@@ -124,11 +124,11 @@ def explain_files(options: argparse.Namespace, ending: str, write: Callable) -> 
                 print(text, file=lines, flush=True)
             with tqdm.external_write_mode():  # above the bar
                 if problem:
-                    print_error(options.command, problem)
+                    print_error(args.command, problem)
                 if entry:
                     explained += 1
-                    print_lines(*([text] if options.json else _printed(entry, texts, options.min_presence)))
-        if lines is not None and not options.json:
+                    print_lines(*([text] if args.json else _printed(entry, texts, args.min_presence)))
+        if lines is not None and not args.json:
             print_lines(f"{explained} image{'s' if explained > 1 else ''} -> {lines.name}")
     return 0 if explained == len(names) else 2
 
@@ -160,10 +160,10 @@ def _entries(
     return prefetch_map(thread, entry, zip(inputs, explanations), 4)
 
 
-def _texts(options: argparse.Namespace, engine: Engine) -> _Texts:
+def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
     """Returns the texts that the user named, otherwise all nouns and the number that is shown of each image."""
-    if options.texts:
-        return _Texts(options.texts + options.background, None, None, ("text", "presence"))
+    if args.texts:
+        return _Texts(args.texts + args.background, None, None, ("text", "presence"))
     from ..backends.embedded import encoded_vocabulary, vocabulary
     from ..explainers.explain import NOUNS
 
@@ -173,7 +173,7 @@ def _texts(options: argparse.Namespace, engine: Engine) -> _Texts:
 
 
 def _outputs(
-    options: argparse.Namespace, ending: str, names: Sequence[str], is_single: bool
+    args: argparse.Namespace, ending: str, names: Sequence[str], is_single: bool
 ) -> tuple[Path | None, Path | None]:
     """
     Returns the picture that the user named, or else the folder for pictures; neither if only JSON or a report is
@@ -184,8 +184,8 @@ def _outputs(
 
     if is_single and not is_url(names[0]):
         open_image(names[0], decode=False)
-    output = options.output
-    if output is None and (options.json or options.report) and not options.npz:
+    output = args.output
+    if output is None and (args.json or args.report) and not args.npz:
         return None, None
     picture, folder = None, output
     if output is None:
@@ -195,16 +195,16 @@ def _outputs(
         check_output_file(output, PICTURES)
     else:
         check_output_folder(output)
-    check_outputs([picture or free_name(folder / "new")], [*names, *model_files(options.model)])
+    check_outputs([picture or free_name(folder / "new")], [*names, *model_files(args.model)])
     return picture, folder
 
 
-def _load_engine(options: argparse.Namespace) -> Engine:
+def _load_engine(args: argparse.Namespace) -> Engine:
     from ..explainers import make_explainer
     from ..model.engine import Engine
 
-    explainer = make_explainer(load_model(options.model, options), options.method)
-    settings = options.templates, options.image_size, options.refine, options.multi_scale
+    explainer = make_explainer(load_model(args.model, args), args.method)
+    settings = args.templates, args.image_size, args.refine, args.multi_scale
     return Engine(explainer.model, explainer.model.processor, explainer, *settings)
 
 

@@ -24,27 +24,27 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, "--json")
 
 
-def run(options: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     from huggingface_hub.utils import validate_repo_id
 
-    validate_repo_id(options.repo_id)
-    if "/" not in options.repo_id:  # the model card names the owner
-        raise ValueError(f"Expected REPO_ID with its owner, such as org/iclip-vit-b16, got {options.repo_id}.")
-    if not options.dry_run:
+    validate_repo_id(args.repo_id)
+    if "/" not in args.repo_id:  # the model card names the owner
+        raise ValueError(f"Expected REPO_ID with its owner, such as org/iclip-vit-b16, got {args.repo_id}.")
+    if not args.dry_run:
         from ..hub.folders import check_login
 
         check_login()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = export(options, Path(scratch, "model"), name=options.repo_id)
+        folder = export(args, Path(scratch, "model"), name=args.repo_id)
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         terms = terms_of(folder)
-        entry = {"repo_id": options.repo_id, "files": sizes, **terms}
-        if not options.dry_run:
+        entry = {"repo_id": args.repo_id, "files": sizes, **terms}
+        if not args.dry_run:
             from ..hub.folders import push_model
 
-            entry["commit"] = push_model(folder, options.repo_id, options.private)
-    if options.json:
+            entry["commit"] = push_model(folder, args.repo_id, args.private)
+    if args.json:
         print_lines(*json.dumps(entry, indent=2).split("\n"))
     else:
         print_lines(*(f"{size:>13,}  {name}" for name, size in sizes.items()))

@@ -29,14 +29,14 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     def write(name: str, explanation, picture: Path | None) -> dict:
         import numpy as np
 
         from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
 
-        num_texts = len(options.texts)  # the texts of the background follow
+        num_texts = len(args.texts)  # the texts of the background follow
         segments, covered, label_map = [], [], np.full(explanation.size, -1)
         for index, (text, segment, is_covered) in enumerate(explanation.segments()):
             mask = segment.numpy()
@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> int:
         words = explanation.presence_words
         dpi = resolution(picture)
         made_by = explanation.made_by
-        sheet = label_sheet(explanation.image, label_map, options.texts, words, options.background, made_by, dpi=dpi)
-        is_named = picture == options.output
+        sheet = label_sheet(explanation.image, label_map, args.texts, words, args.background, made_by, dpi=dpi)
+        is_named = picture == args.output
         picture = save_picture(sheet, picture, dpi, is_named)
         # photo-labels-2.png belongs to photo-segments-2.png.
         stem = "labels".join(picture.stem.rsplit("segments", 1))
@@ -71,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
         label_map_file = _save_label_map(label_map, num_texts, picture.with_name(label_map_name))
         return {"picture": str(picture), "labels": str(label_map_file), **entry}
 
-    code = explain_files(options, "segments", write)
-    if not options.json:
+    code = explain_files(args, "segments", write)
+    if not args.json:
         print_lines("Maps are often wrong, and segments with them: check the pictures.")
     return code
 

@@ -22,8 +22,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.allow_abbrev = False
 
 
-def run(options: argparse.Namespace) -> None:
-    given = {name: value for name, value in vars(options).items() if name not in ("command", "run")}
+def run(args: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "run")}
     if given.get("model") and not (given.get("data") or given.get("config")):
         raise ValueError(f"data: name pairs to train {given['model']} on, as in `iclip train pairs.csv`, or a config.")
     pairs, chosen = None, {}

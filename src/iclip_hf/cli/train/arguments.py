@@ -113,9 +113,9 @@ _OTHER_NAMES = {
 }
 
 
-def argument_parser(**options) -> HfArgumentParser:
+def argument_parser(**kwargs) -> HfArgumentParser:
     """Returns a parser of all arguments. Those that are not given are absent from its result."""
-    parser = HfArgumentParser(_DATACLASSES, allow_abbrev=False, **options)
+    parser = HfArgumentParser(_DATACLASSES, allow_abbrev=False, **kwargs)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     parser.add_argument(

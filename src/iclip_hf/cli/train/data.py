@@ -33,11 +33,11 @@ class Data(NamedTuple):
         return isinstance(self.pairs, PairStream)
 
 
-def open_pairs(sources: list[str], given: Mapping, **options) -> PairDataset | PairStream:
+def open_pairs(sources: list[str], given: Mapping, **kwargs) -> PairDataset | PairStream:
     """Opens pairs by the arguments that are parameters of [`~iclip_hf.data.pairs.load_pairs`]."""
     names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
-    options = {"streaming": False, **options, **{name: given[name] for name in names if name in given}}
-    return load_pairs(sources[0] if len(sources) == 1 else sources, **options)
+    kwargs = {"streaming": False, **kwargs, **{name: given[name] for name in names if name in given}}
+    return load_pairs(sources[0] if len(sources) == 1 else sources, **kwargs)
 
 
 def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
@@ -46,8 +46,8 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
     args, given = arguments.training, {**vars(arguments.data), "seed": arguments.training.seed}
     if pairs is None:
         is_stream = arguments.data.pairs_per_epoch > 0 and any(map(is_hub_id, arguments.data.data))
-        options = {"rank": args.process_index, "world_size": args.world_size, "streaming": is_stream}
-        pairs = open_pairs(arguments.data.data, given, **options)
+        process = {"rank": args.process_index, "world_size": args.world_size}
+        pairs = open_pairs(arguments.data.data, given, streaming=is_stream, **process)
     pairs, held_out = _hold_out(pairs, arguments.evaluation, given)
     nouns = NounPrompts.from_file(arguments.data.nouns, args.seed) if arguments.data.nouns else None
     if nouns:

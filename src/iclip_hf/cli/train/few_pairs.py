@@ -57,13 +57,13 @@ def _stem(data: str) -> str:
 
 def _locks_vision(values: Mapping) -> bool:
     """
-    Whether the image tower is locked: by the options or, without them, by the configuration of a model in a folder.
+    Whether the image tower is locked: by `model_options` or, if they do not say, by the config.json of a model folder.
     """
-    options, model = parse_options(values.get("model_options", ())), values.get("model", "")
+    model_options, model = parse_options(values.get("model_options", ())), values.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
         with loading_errors(model):
-            options = json.loads(file.read_text(encoding="utf-8")) | options
-    return bool(options.get("lock_vision", True))
+            model_options = json.loads(file.read_text(encoding="utf-8")) | model_options
+    return bool(model_options.get("lock_vision", True))
 
 
 def check_pairs(pairs: PairDataset) -> None:

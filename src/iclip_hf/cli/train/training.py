@@ -72,12 +72,12 @@ def train(
 def _open_model(settings: ModelArguments) -> tuple[ICLIPModel, ICLIPProcessor]:
     """Returns a model to train further, or two towers with new projections, in single precision."""
     try:
-        options = options_of_model(settings.model_options)
+        model_options = options_of_model(settings.model_options)
         if settings.model:  # small steps are lost in half precision
-            model, processor = load_iclip(settings.model, dtype="float32", **options)
+            model, processor = load_iclip(settings.model, dtype="float32", **model_options)
         else:
             towers = settings.vision, settings.text, settings.image_size or None, settings.feature_tower
-            model, processor = join_towers(Path(settings.config).parent, *towers, **options)
+            model, processor = join_towers(Path(settings.config).parent, *towers, **model_options)
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
     if settings.lock_text:
@@ -100,8 +100,10 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
         pairs = CachedPairs(pairs, cache, collator)
         held_out = held_out and CachedPairs(held_out, cache, collator.for_evaluation())
     else:
-        options = arguments.data.crop_scale, arguments.data.auto_augment, arguments.data.random_erasing
-        collator.transform = augmentation(processor, *options)
+        settings = arguments.data
+        collator.transform = augmentation(
+            processor, settings.crop_scale, settings.auto_augment, settings.random_erasing
+        )
     if data.is_stream:
         pairs = StreamedPairs(pairs, arguments.data.pairs_per_epoch // args.world_size)
     card = {"training": card_settings(arguments, args.world_size), "source": source or None}

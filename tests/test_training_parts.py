@@ -18,7 +18,7 @@ from iclip_hf.training import (
     augmentation,
     evaluation,
 )
-from iclip_hf.training.checkpoints import same_options
+from iclip_hf.training.checkpoints import checkpoint_errors
 from iclip_hf.training.evaluation import regressed_metrics
 from iclip_hf.training.trainer import cosine_schedule
 
@@ -63,9 +63,9 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
 
 def test_a_full_gpu_is_not_taken_for_other_options():
     said = "checkpoint-5: this training had other options"
-    with pytest.raises(torch.OutOfMemoryError), same_options("run/checkpoint-5", RuntimeError):
+    with pytest.raises(torch.OutOfMemoryError), checkpoint_errors("run/checkpoint-5", RuntimeError):
         raise torch.OutOfMemoryError
-    with pytest.raises(ValueError, match=said), same_options("run/checkpoint-5", RuntimeError):
+    with pytest.raises(ValueError, match=said), checkpoint_errors("run/checkpoint-5", RuntimeError):
         raise RuntimeError("size mismatch")
 
 

@@ -144,8 +144,8 @@ def _join(folder: Path) -> None:
     model.load_state_dict({**model.state_dict(), **weights})
     towers.name_towers(model, *towers.TOWER_IDS)
     model.save_pretrained(folder)
-    options = {"patch_size": patch_side(model.config), **json.loads(metadata["processor"])}
-    processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **options)
+    processor_options = {"patch_size": patch_side(model.config), **json.loads(metadata["processor"])}
+    processor = ICLIPProcessor.from_vision_text_pretrained(vision, text, **processor_options)
     processor.save_pretrained(folder)
     encoded_vocabulary(ExplainableICLIP(model.eval(), processor))
 

@@ -128,8 +128,8 @@ class ExplainableCLIP(TransformersModel):
         patch = patch_side(vision_config)
         # A multiple of the patch: 378 for SigLIP So400m, which has patches of 14 pixels at 384.
         side = vision_config.image_size // patch * patch
-        options = {"size": {"height": side, "width": side}, "do_center_crop": False}
-        return type(image_processor)(**(image_processor.to_dict() | options))
+        changes = {"size": {"height": side, "width": side}, "do_center_crop": False}
+        return type(image_processor)(**(image_processor.to_dict() | changes))
 
     def _prepared_tokenizer(self, tokenizer):
         return tokenizer

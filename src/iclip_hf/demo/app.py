@@ -50,8 +50,8 @@ def build_app(model) -> gr.Blocks:
     folder = get_upload_folder()
     photographs = [example._replace(file=Path(save_file_to_cache(example.file, folder))) for example in examples()]
     gr.set_static_paths([str(example.file) for example in photographs])
-    options = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
-    with gr.Blocks(title="ICLIP", **options) as app:
+    settings = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
+    with gr.Blocks(title="ICLIP", **settings) as app:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -137,8 +137,8 @@ def _add_question(photographs: Sequence[Example], default_method: str) -> _Quest
         label="Photographs to try",
         elem_id="photographs",
     )
-    options = {"show_progress": "hidden", "api_visibility": "private"}
-    chosen = thumbnails.click(questions.__getitem__, thumbnails, [photo, typed], **options)
+    settings = {"show_progress": "hidden", "api_visibility": "private"}
+    chosen = thumbnails.click(questions.__getitem__, thumbnails, [photo, typed], **settings)
     return _Question(photo, typed, method, refine, multi_scale, button, chosen)
 
 
@@ -192,11 +192,11 @@ def launch(
     *,
     dtype: str | None = None,
     device: str | None = None,
-    **options,
+    **kwargs,
 ) -> gr.Blocks:
     """
     Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a
-    Space. The options are those of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at
+    Space. `kwargs` are arguments of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at
     once.
     """
     app = build_app(load(model, dtype=dtype, device=device))
@@ -211,6 +211,6 @@ def launch(
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,
         footer_links=[],
-        **options,
+        **kwargs,
     )
     return app

@@ -232,8 +232,8 @@ class EvaluationRun:
     ):
         self.model, self.dataset = model, dataset
         templates = dataset.templates if templates is None else templates
-        options = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
-        new_engine = partial(Engine, self.model, self.model.processor, **options)
+        settings = {"templates": templates, "image_size": image_size, "refine": refine, "multi_scale": multi_scale}
+        new_engine = partial(Engine, self.model, self.model.processor, **settings)
         self.engine = new_engine()
         methods = methods or [None]
         if not isinstance(methods, Mapping):

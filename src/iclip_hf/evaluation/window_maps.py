@@ -56,11 +56,11 @@ class WindowMaps:
     maps: torch.Tensor | None = None
 
     @classmethod
-    def cut(cls, pixels: torch.Tensor, window: int | None, stride: int | None, **options) -> WindowMaps:
+    def cut(cls, pixels: torch.Tensor, window: int | None, stride: int | None, **kwargs) -> WindowMaps:
         """Divides an image into windows that slide over it by `stride`; without `window`, the whole image is one."""
         size = tuple(pixels.shape[1:])
         sides = tuple(min(window or side, side) for side in size)
-        return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **options)
+        return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **kwargs)
 
     def views(self, patch_size: int) -> list[torch.Tensor]:
         """Returns the windows. Like a convolution without padding, they leave out incomplete patches at the edges."""

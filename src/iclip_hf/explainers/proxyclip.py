@@ -90,8 +90,8 @@ class ProxyCLIP(Explainer):
         size = [side * patch for side in grid]
         if pixels.shape[2:] != torch.Size(size):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
-        options = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type].interpolates else {}
-        return self.proxy(pixels, **options).last_hidden_state[:, -math.prod(grid) :].unflatten(1, grid)
+        kwargs = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type].interpolates else {}
+        return self.proxy(pixels, **kwargs).last_hidden_state[:, -math.prod(grid) :].unflatten(1, grid)
 
 
 def _statistics(image_processor, like: torch.Tensor) -> torch.Tensor:

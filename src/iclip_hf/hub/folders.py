@@ -94,13 +94,13 @@ def init_model(
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     model_options = arguments.get("model_options") or []
-    options = options_of_model([model_options] if isinstance(model_options, str) else model_options)
+    overrides = options_of_model([model_options] if isinstance(model_options, str) else model_options)
     image_size = int(arguments.get("image_size") or 0) or None
     with atomic_folder(output) as folder:
         if trained:
             save_model(*load_iclip("embedded"), folder, source="embedded")
         else:
-            joined = join_towers(source, vision, text, image_size, feature_tower, **options)
+            joined = join_towers(source, vision, text, image_size, feature_tower, **overrides)
             save_model(*joined, folder, training={})
     return Path(output)
 
@@ -114,7 +114,7 @@ def options_of_model(model_options: Sequence[str]) -> dict[str, object]:
 
 
 def join_towers(
-    source: Path, vision: str, text: str, image_size: int | None = None, feature_tower: str = "", **options
+    source: Path, vision: str, text: str, image_size: int | None = None, feature_tower: str = "", **model_options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
     Joins towers with untrained projections, and their processors, after checks of their files. Raises the errors of
@@ -124,7 +124,7 @@ def join_towers(
         source: folder of a configuration. Its `config.json` and `processor_config.json` override those of the towers.
         vision, text, feature_tower: folders, Hub ids or `"embedded"`.
         image_size (`int`, *optional*): height and width in pixels; if not given, the image tower sees 224 pixels.
-        options: options of [`ICLIPConfig`], which override the configuration.
+        model_options: options of [`ICLIPConfig`], which override the configuration.
     """
     named = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
     embedded_sides = [side for side, name in named.items() if name == "embedded"]
@@ -133,10 +133,10 @@ def join_towers(
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
     if feature_tower == "embedded":
         feature_tower = str(embedded_feature_tower())
-    model_options, processor_options = {}, {}
+    config_content, processor_options = {}, {}
     if (source / "config.json").is_file():
         content, _ = ICLIPConfig.get_config_dict(source)
-        model_options = without_attention(content)
+        config_content = without_attention(content)
     if (source / "processor_config.json").is_file():
         processor_options, _ = ICLIPProcessor.get_processor_dict(source)
     if "image_processor" in processor_options:
@@ -144,15 +144,16 @@ def join_towers(
         processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
             source, trust_remote_code=False, **size
         )
-    config = ICLIPConfig(**{**model_options, **options})
+    model_options = {**config_content, **model_options}
+    config = ICLIPConfig(**model_options)
     if "image_processor" not in processor_options:
         processor_options["image_size"] = image_size or 224 * config.vision_downsampling
-    _check_tower(vision, "vision_config", config if "vision_config" in model_options else None)
-    _check_tower(text, "text_config", config if "text_config" in model_options else None)
+    _check_tower(vision, "vision_config", config if "vision_config" in config_content else None)
+    _check_tower(text, "text_config", config if "text_config" in config_content else None)
     if feature_tower:
-        _check_tower(feature_tower, "feature_config", config if model_options.get("feature_config") else None)
+        _check_tower(feature_tower, "feature_config", config if config_content.get("feature_config") else None)
     model = ICLIPModel.from_vision_text_pretrained(
-        vision, text, feature_tower, processor_options.get("image_processor"), **{**model_options, **options}
+        vision, text, feature_tower, processor_options.get("image_processor"), **model_options
     )
     name_towers(model, *embedded_sides)
     processor_options.setdefault("patch_size", patch_side(model.config))
@@ -195,7 +196,7 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
     Args:
         model, processor: model to export and its processor; they are not changed.
         folder: new or empty. Raises `FileExistsError` for another.
-        card: options of [`write_model_card`].
+        card: arguments of [`write_model_card`].
 
     Returns:
         `Path`: the folder.
@@ -212,8 +213,9 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
-    Saves a model for `from_pretrained` of this package into a new folder, with its processor and card (`card`: options
-    of [`write_model_card`]), without paths of this machine and without code of the folder that it was loaded from.
+    Saves a model for `from_pretrained` of this package into a new folder, with its processor and card (`card`:
+    arguments of [`write_model_card`]), without paths of this machine and without code of the folder that it was loaded
+    from.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -236,8 +238,10 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     with _hub_errors(api):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # Results of an earlier model, unless they are replaced. Other files of the repository stay.
-        options = {"commit_message": "Upload model", "delete_patterns": HUB_RESULTS}
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload model", delete_patterns=HUB_RESULTS
+        )
+        return commit.commit_url
 
 
 def check_login() -> None:

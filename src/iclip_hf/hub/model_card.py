@@ -167,7 +167,7 @@ def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
     conditions = [f"{data['images']} images at {size} pixels without a crop"]
     conditions += ["at two scales"] if protocol.get("multi_scale") else []
     conditions += ["maps refined by the image's colours"] if protocol.get("refine") else []
-    conditions += [f"aggregated by {options['aggregate']}" for options in protocol["metrics"].values()][:1]
+    conditions += [f"aggregated by {settings['aggregate']}" for settings in protocol["metrics"].values()][:1]
     return {"protocol": protocol, "conditions": conditions, "rows": rows}
 
 

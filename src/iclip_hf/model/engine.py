@@ -399,24 +399,24 @@ class Engine:
         Computes the maps of the method for one view of the images, and checks them. Returns them with the features of
         the view. `view` has the features if they are known, otherwise the pixel values.
         """
-        options = {}
+        arguments = {}
         if self.takes_features:
-            options["features"] = self._features(view)
+            arguments["features"] = self._features(view)
         if "templates" in self._arguments:
-            options["templates"] = self.templates
+            arguments["templates"] = self.templates
         expected = tuple(texts.text_embeds.shape[:2])
         selected = None if text_indices is None else pad_indices(text_indices)
         if selected is not None and "text_indices" in self._arguments:
-            options["text_indices"] = selected
+            arguments["text_indices"] = selected
             expected = tuple(selected.shape)
-        maps, features = self._forward(pixel_values, texts, **options)
+        maps, features = self._forward(pixel_values, texts, **arguments)
         if maps.ndim != 4 or maps.shape[:2] != expected:
             raise ValueError(
                 f"{type(self.method).__name__} returned maps of shape {tuple(maps.shape)} for {expected[0]} images "
                 f"with {expected[1]} texts each, instead of {(*expected, 'h', 'w')}."
             )
         maps = maps.float()
-        if selected is not None and "text_indices" not in options:
+        if selected is not None and "text_indices" not in arguments:
             maps = maps[torch.arange(len(maps))[:, None], selected]
         check_finite(maps)
         return maps, map_tensors(torch.Tensor.detach, features)

@@ -139,7 +139,7 @@ class ICLIPModel(ICLIPTowers):
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision: str, text: str, features: str | None = None, image_processor=None, **config_options
+        cls, vision: str, text: str, features: str | None = None, image_processor=None, **model_options
     ) -> "ICLIPModel":
         """
         Joins pretrained towers with newly initialised projections, in float32.
@@ -153,7 +153,7 @@ class ICLIPModel(ICLIPTowers):
             image_processor (*optional*): image processor of a model with a feature tower; the image tower's if not
                 given. `feature_image_mean` and `feature_image_std` default to the values that convert its pixel values
                 to those that the feature tower was trained with.
-            config_options: options of [`ICLIPConfig`]. The configurations of the towers default to those of the
+            model_options: options of [`ICLIPConfig`]. The configurations of the towers default to those of the
                 checkpoints, and `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
 
         Returns:
@@ -165,7 +165,7 @@ class ICLIPModel(ICLIPTowers):
         towers = {"vision_config": vision, "text_config": text} | ({"feature_config": features} if features else {})
         found = {name: tower_config(tower, name) for name, tower in towers.items()}
         pooling = "eos" if found["text_config"].model_type in EOS_TEXT_TOWERS else "mean"
-        given = {name: value for name, value in config_options.items() if value is not None or name not in found}
+        given = {name: value for name, value in model_options.items() if value is not None or name not in found}
         config = cls.config_class(**{**found, "text_pooling": pooling, **given})
         if config.feature_config is not None and not features:
             raise ValueError("The configuration has a feature tower: name one (features, --feature_tower).")

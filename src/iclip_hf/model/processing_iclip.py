@@ -140,7 +140,7 @@ class ICLIPProcessor(ProcessorMixin):
 
     @classmethod
     def from_vision_text_pretrained(
-        cls, vision: str, text: str, image_size: int = 224, image_processor=None, **options
+        cls, vision: str, text: str, image_size: int = 224, image_processor=None, **kwargs
     ) -> "ICLIPProcessor":
         """
         Joins the image processor and the tokenizer of two towers, as [`ICLIPModel.from_vision_text_pretrained`] joins
@@ -152,7 +152,7 @@ class ICLIPProcessor(ProcessorMixin):
                 without a crop.
             image_processor (*optional*): image processor that replaces the image tower's; `image_size` does not apply
                 to it.
-            options: arguments of [`ICLIPProcessor`]. The defaults of some depend on the towers. With
+            kwargs: arguments of [`ICLIPProcessor`]. The defaults of some depend on the towers. With
                 `vision_downsampling`, give `image_size` and `patch_size`, which are larger by this factor.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
@@ -163,11 +163,11 @@ class ICLIPProcessor(ProcessorMixin):
             do_convert_rgb=True,
             trust_remote_code=False,
         )
-        options.setdefault("patch_size", patch_side(config))
+        kwargs.setdefault("patch_size", patch_side(config))
         if AutoConfig.from_pretrained(text, trust_remote_code=False).model_type.startswith("siglip"):
-            options.setdefault("max_text_length", 64)
-            options.setdefault("text_padding", "max_length")
-        return cls(image_processor, AutoTokenizer.from_pretrained(text, trust_remote_code=False), **options)
+            kwargs.setdefault("max_text_length", 64)
+            kwargs.setdefault("text_padding", "max_length")
+        return cls(image_processor, AutoTokenizer.from_pretrained(text, trust_remote_code=False), **kwargs)
 
     def __call__(
         self,
@@ -188,7 +188,7 @@ class ICLIPProcessor(ProcessorMixin):
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for
                 each image, or a string, which [`split_texts`] splits at commas.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
-            kwargs: options of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`.
+            kwargs: arguments of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`.
                 `size=s` or `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the
                 proportions of the image. Sizes are multiples of the patch size with at most `MAX_PIXELS` pixels.
 
@@ -240,14 +240,14 @@ class ICLIPProcessor(ProcessorMixin):
             batch["num_templates"] = len(prompts)
         return batch
 
-    def _prepared(self, images, size: int | dict[str, int] | None, options: dict) -> tuple[list, dict[str, int]]:
+    def _prepared(self, images, size: int | dict[str, int] | None, kwargs: dict) -> tuple[list, dict[str, int]]:
         """
-        Returns images as a list of PIL images and tensors for the image processor, and their size. `options` of the
-        call replace options of the image processor.
+        Returns images as a list of PIL images and tensors for the image processor, and their size. `kwargs` of the
+        call replace settings of the image processor.
         """
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
         do_rescale, do_resize = (
-            options.get(name, getattr(self.image_processor, name, True)) for name in ("do_rescale", "do_resize")
+            kwargs.get(name, getattr(self.image_processor, name, True)) for name in ("do_rescale", "do_resize")
         )
         convert = to_8_bit if do_rescale else to_pixels
         images = [_converted(image, convert) for image in (images if is_batch else [images])]

@@ -43,16 +43,16 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     else:
         tower_class = MODEL_MAPPING[type(config)]
     takes_pooler = "add_pooling_layer" in inspect.signature(tower_class.__init__).parameters
-    options = {"add_pooling_layer": False} if takes_pooler else {}
+    kwargs = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
-        return tower_class._from_config(config, **options)
+        return tower_class._from_config(config, **kwargs)
     # Transformers would report weights that the tower does not use, such as a pooler's. Missing weights are checked
     # below.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         tower, loading = tower_class.from_pretrained(
-            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **options
+            checkpoint, config=config, dtype=torch.float32, output_loading_info=True, **kwargs
         )
     except ImportError:  # a package is missing
         raise

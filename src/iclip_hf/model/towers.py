@@ -201,13 +201,13 @@ class ICLIPTowers(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.text_model.set_input_embeddings(value)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **options):
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs):
         # Reentrant checkpoints drop the gradients of tensors that are not outputs of a layer, such as the attention of
         # the class token.
-        function = options.get("gradient_checkpointing_func")
+        function = kwargs.get("gradient_checkpointing_func")
         if getattr(function, "keywords", {}).get("use_reentrant"):
-            options["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, **options)
+            kwargs["gradient_checkpointing_func"] = partial(function, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, **kwargs)
 
     def encode_image(self, pixel_values: torch.FloatTensor, **kwargs) -> ImageTokens:
         """

@@ -27,10 +27,10 @@ _RECIPE = """
 """.split()
 
 
-def argument(default, help: str, **options):
+def argument(default, help: str, **kwargs):
     """Returns a field with the keywords of `add_argument` as its metadata, which `HfArgumentParser` reads."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**default, metadata={"help": help, **options})
+    return field(**default, metadata={"help": help, **kwargs})
 
 
 @dataclass

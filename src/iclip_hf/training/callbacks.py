@@ -45,7 +45,7 @@ START = "start.json"
 class Checks(TrainerCallback):
     """Checks that the towers learn or are locked as the training needs, and warns of a training with few steps."""
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **options):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         pairs = train_dataloader.dataset
         _check_towers(model, args, pairs, train_dataloader.collate_fn)
         is_few = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
@@ -65,7 +65,7 @@ class Checks(TrainerCallback):
 class EpochsAndSeeds(TrainerCallback):
     """Sets the epoch of the pairs and the seed of each step, so that a resumed training has the same batches."""
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **options):
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. A stream that does
         # not skip what a resumed epoch has had would begin with the same pairs again.
         for pairs in (train_dataloader.dataset, *leaves(train_dataloader.dataset)):
@@ -73,7 +73,7 @@ class EpochsAndSeeds(TrainerCallback):
                 begins_anew = isinstance(pairs, StreamedPairs) and args.ignore_data_skip
                 pairs.set_epoch(state.global_step if begins_anew else int(state.epoch))
 
-    def on_step_begin(self, args, state, control, **options):
+    def on_step_begin(self, args, state, control, **kwargs):
         # Dropout depends on the step and the process, so that a resumed step is the same.
         seed_everything(args.seed, state.global_step, args.process_index)
 
@@ -82,7 +82,7 @@ class LogitScaleLimit(TrainerCallback):
     """Limits the logit scales to slightly less than 100."""
 
     @torch.no_grad()
-    def on_optimizer_step(self, args, state, control, model=None, **options):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         # Above 100, the clamp in the model has no gradient, so a scale could not decrease again.
         for branch in filter(None, (model.recognition, model.interpretability)):
             branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
@@ -131,11 +131,11 @@ class Interrupts(TrainerCallback):
         elif number == signal.SIGINT and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt
 
-    def on_step_end(self, args, state, control, **options):
+    def on_step_end(self, args, state, control, **kwargs):
         if reduce(torch.tensor(float(self.requested), device=args.device), "sum"):
             control.should_save = control.should_training_stop = self.stopped = True
 
-    def on_epoch_end(self, args, state, control, **options):
+    def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:  # within an epoch, whose end comes after the training is resumed
             ended = float(state.epoch).is_integer()
             control.should_log &= ended
@@ -187,7 +187,7 @@ class Start(TrainerCallback):
         self.regressed[pairs_digest] = regressed_metrics(change, len(pair_ids))
         return {f"{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])}
 
-    def on_train_begin(self, args, state, control, **options):
+    def on_train_begin(self, args, state, control, **kwargs):
         held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
         held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
         if args.eval_strategy != "no":
@@ -212,12 +212,12 @@ class Start(TrainerCallback):
         if best.is_dir():
             state.best_model_checkpoint = str(best)
 
-    def on_evaluate(self, args, state, control, metrics=None, **options):
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.trainer.is_in_train and state.global_step == 0 and args.metric_for_best_model:
             best = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
             state.best_metric = metrics.get(best, state.best_metric)  # later models have to be better
 
-    def on_train_end(self, args, state, control, model=None, **options):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.trainer.kept_start:
             model.load_state_dict(self._weights, strict=False)
             if not self.trainer.interrupts.stopped:
@@ -241,10 +241,10 @@ class Pictures(TrainerCallback):
 
     _step: int | None = None  # for which they are drawn
 
-    def on_train_begin(self, args, state, control, **options):
+    def on_train_begin(self, args, state, control, **kwargs):
         self._step = None
 
-    def on_evaluate(self, args, state, control, model=None, processing_class=None, eval_dataloader=None, **options):
+    def on_evaluate(self, args, state, control, model=None, processing_class=None, eval_dataloader=None, **kwargs):
         pairs = eval_dataloader.dataset
         if args.pictures and are_pairs(pairs) and state.global_step != self._step:
             self._step = state.global_step

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 @contextmanager
-def same_options(checkpoint: str, kind: type[Exception]) -> Iterator[None]:
+def checkpoint_errors(checkpoint: str, kind: type[Exception]) -> Iterator[None]:
     """Explains an error of this type, which torch raises for weights or the state of an optimizer of other shapes."""
     try:
         yield

@@ -18,7 +18,7 @@ from ..data.pairs import PairDataset
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.distributed import broadcast_from_main, partial_state
-from .checkpoints import same_options
+from .checkpoints import checkpoint_errors
 
 
 _IMAGES, _DEVIATION = 1024, 4.0
@@ -76,7 +76,7 @@ def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
     with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
         statistics = {name: file.get_tensor(name) for name in names}
-    with same_options(checkpoint, RuntimeError):
+    with checkpoint_errors(checkpoint, RuntimeError):
         model.load_state_dict(statistics, strict=False)
 
 

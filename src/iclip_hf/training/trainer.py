@@ -39,7 +39,7 @@ from ..utils.files import atomic_write
 from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, training_recipe
 from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pictures, Start
-from .checkpoints import last_checkpoint, same_options
+from .checkpoints import checkpoint_errors, last_checkpoint
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
 from .evaluation import ids_of_rows, retrieval_scores
@@ -68,7 +68,7 @@ class ICLIPTrainer(Trainer):
             of the captions, which equal ones share.
         map_dataset ([`SegmentationDataset`], *optional*): also evaluated with `eval_dataset`, by mAP, mMIoU, mFMB and
             text contrast.
-        card (`dict`, *optional*): options of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
+        card (`dict`, *optional*): arguments of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
 
     The negatives of a pair are the pairs of all processes, with gradients. An evaluation measures `loss`,
     `text_to_image` and `image_to_text` of all held-out pairs at once. For a model that is trained already, set
@@ -114,7 +114,7 @@ class ICLIPTrainer(Trainer):
         *arguments,
         map_dataset: SegmentationDataset | None = None,
         card: Mapping | None = None,
-        **options,
+        **kwargs,
     ):
         args = ICLIPTrainingArguments("tmp_trainer") if args is None else args  # the folder of the base class
         if not isinstance(args, ICLIPTrainingArguments):
@@ -135,7 +135,7 @@ class ICLIPTrainer(Trainer):
         if processing_class is None:
             raise TypeError("processing_class: name the processor of the model.")
         data = data_collator or PairCollator(processing_class), train_dataset, eval_dataset
-        super().__init__(model, args, *data, processing_class, *arguments, **options)
+        super().__init__(model, args, *data, processing_class, *arguments, **kwargs)
         vars(self.model.config).pop("use_cache", None)  # of language models, which the base class sets
         unfit = {
             "remove_unused_columns": args.remove_unused_columns and isinstance(self.data_collator, PairCollator),
@@ -154,7 +154,7 @@ class ICLIPTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------------------- steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **options):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *arguments, **kwargs):
         """Like the base class. `resume_from_checkpoint=True` takes the last complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # True raises in the base class
@@ -162,17 +162,17 @@ class ICLIPTrainer(Trainer):
         if not resume_from_checkpoint:
             self.start.is_kept = False  # of an earlier training
         with self.interrupts:
-            output = super().train(resume_from_checkpoint, *arguments, **options)
+            output = super().train(resume_from_checkpoint, *arguments, **kwargs)
         if self.interrupts.stopped:
             raise KeyboardInterrupt(f"interrupted; resume from {last_checkpoint(self.args.output_dir)}")
         return output
 
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **options):
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **kwargs):
         """Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics."""
         if compute_objective is None and isinstance(self.eval_dataset, (dict, SegmentationDataset)):
             raise ValueError("compute_objective: name one; several held-out sets, or maps alone, have no eval_loss.")
         objective = compute_objective or itemgetter("eval_loss")
-        return super().hyperparameter_search(hp_space, objective, *arguments, **options)
+        return super().hyperparameter_search(hp_space, objective, *arguments, **kwargs)
 
     @property
     def kept_start(self) -> bool:
@@ -182,7 +182,7 @@ class ICLIPTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         self.start.keep()
-        with same_options(resume_from_checkpoint, RuntimeError):
+        with checkpoint_errors(resume_from_checkpoint, RuntimeError):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
@@ -192,7 +192,7 @@ class ICLIPTrainer(Trainer):
                 "interruption.",
                 checkpoint,
             )
-        with same_options(checkpoint, ValueError):
+        with checkpoint_errors(checkpoint, ValueError):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -213,11 +213,11 @@ class ICLIPTrainer(Trainer):
             )
         return loader
 
-    def _loader(self, rows, batch: int, collator: Callable, **options) -> DataLoader:
+    def _loader(self, rows, batch: int, collator: Callable, **kwargs) -> DataLoader:
         """Returns a loader of rows in their order that the accelerator does not keep."""
         names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
-        options |= {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        return DataLoader(rows, batch, collate_fn=collator, **options)
+        kwargs |= {name: getattr(self.args, f"dataloader_{name}") for name in names}
+        return DataLoader(rows, batch, collate_fn=collator, **kwargs)
 
     def _numbered(self, rows):
         """Returns rows with the `draw` that a [`PairCollator`] samples by. Those that cannot be numbered stay."""
@@ -440,8 +440,8 @@ class ICLIPTrainer(Trainer):
             what = {"folder_path": args.output_dir, "allow_patterns": self._model_files}
             return HfApi().upload_folder(**where, **what, commit_message=commit_message, run_as_future=not blocking)
 
-    def create_model_card(self, *arguments, **options) -> None:
-        """Does nothing: `save_model` writes the card, with the options `card` of the constructor."""
+    def create_model_card(self, *arguments, **kwargs) -> None:
+        """Does nothing: `save_model` writes the card, with the arguments `card` of the constructor."""
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:

@@ -83,13 +83,13 @@ def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda 
                 return name
 
 
-def write_image(image, path: Path, **options) -> None:
+def write_image(image, path: Path, **kwargs) -> None:
     """
-    Writes a PIL image. Options are those of `Image.save`, with the format. Pillow itself raises no error if a disk is
-    full before the end of a JPEG file.
+    Writes a PIL image. `kwargs` are arguments of `Image.save`, with the format. Pillow itself raises no error if a
+    disk is full before the end of a JPEG file.
     """
     content = io.BytesIO()
-    image.save(content, **options)
+    image.save(content, **kwargs)
     path.write_bytes(content.getbuffer())
 
 

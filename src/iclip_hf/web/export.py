@@ -82,7 +82,7 @@ def export_web(
         folder: new or empty.
         weights (`str`): `"int8"`, `"bfloat16"` or `"float32"`, as for [`export_onnx`].
         cdn (`str`): address of a server of npm packages, from which the page loads them.
-        card: options of [`write_model_card`].
+        card: arguments of [`write_model_card`].
 
     Returns:
         The folder.
@@ -170,7 +170,7 @@ def _image_settings(processor: ICLIPProcessor) -> dict:
         raise ValueError(
             "The page resizes the whole image with bilinear or bicubic resampling, not with "
             f"do_resize={images.do_resize}, do_center_crop={getattr(images, 'do_center_crop', False)} and "
-            f"resample={images.resample}: set these options of the image processor."
+            f"resample={images.resample}: set these of the image processor."
         )
     return {
         "size": size,

@@ -65,11 +65,11 @@ def _is_downloaded(name: str) -> bool:
     return any(Path(name).resolve().is_relative_to(Path(folder).resolve()) for folder in folders)
 
 
-def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
+def open_hub_dataset(name: str, split: str, **kwargs) -> datasets.Dataset | datasets.IterableDataset:
     """
-    Opens a dataset of the Hub. Options and errors are those of `datasets.load_dataset`. Raises `ConnectionError` at
-    once if the Hub cannot be reached and the dataset is not in the cache; `load_dataset` would retry for half a
-    minute.
+    Opens a dataset of the Hub. Further arguments and errors are those of `datasets.load_dataset`. Raises
+    `ConnectionError` at once if the Hub cannot be reached and the dataset is not in the cache; `load_dataset` would
+    retry for half a minute.
     """
     with require_extra("train"):
         from datasets import load_dataset
@@ -84,4 +84,4 @@ def open_hub_dataset(name: str, split: str, **options) -> datasets.Dataset | dat
             f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; "
             "check the name or the connection."
         ) from error
-    return load_dataset(name, split=split, **options)
+    return load_dataset(name, split=split, **kwargs)

@@ -190,12 +190,12 @@ class Segmentation(Metric):
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
         maps = image.outputs[self.name][method]
-        options = (self.classes, self.threshold, self.logit_scale)
+        settings = (self.classes, self.threshold, self.logit_scale)
         if self.protocol:
-            label_map, confidence = protocol_label_map(maps, *options, self.resolved.min_area)
+            label_map, confidence = protocol_label_map(maps, *settings, self.resolved.min_area)
             label_map, confidence = label_map.cpu(), confidence.cpu()
         else:
-            label_map, confidence = argmax_label_map(maps, image.sample.size, *options)
+            label_map, confidence = argmax_label_map(maps, image.sample.size, *settings)
         self.update(label_map + 1, image.sample.label_map, confidence, image.index)
 
     def update(self, prediction, reference, confidence, index: int) -> None:

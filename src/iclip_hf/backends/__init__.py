@@ -59,7 +59,7 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
             if os.path.isfile(Path(name, "adapter_config.json")):
                 raise ValueError(
                     f"{name}: this folder holds an adapter, not a model; load it with peft, and give `iclip_hf.load` "
-                    "the pair (model, processor)."
+                    "the tuple (model, processor)."
                 )
             unfinished = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
             instead = f"resume its training, or take {unfinished[-1]}" if unfinished else "check the path"

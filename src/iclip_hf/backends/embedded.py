@@ -114,7 +114,7 @@ def embedded_model() -> Path:
 
 class _Default:
     """
-    The pair of a model and a revision that Transformers unpacks from the default of a pipeline. Only then is the model
+    The tuple (model, revision) that Transformers unpacks from the default of a pipeline. Only then is the model
     downloaded. The revision is printed.
     """
 

@@ -34,7 +34,7 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     weights are read, 100 MB in 0.1 s.
 
     Args:
-        model, processor: a pair for [`load`].
+        model, processor: as in a tuple for [`load`].
         dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
 
     Returns:
@@ -124,7 +124,7 @@ def _plain(value):
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if parts := {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in _TOKENIZER_STATE}:
-        # Items, because JSON has no pairs as keys, which the merges have.
+        # Items, because JSON has no tuples as keys, which the merges have.
         return {name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()}
     return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value
 

@@ -68,8 +68,8 @@ def load(
 
     Args:
         source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a model of transformers, whose types
-            docs/guide/models.md lists; an exported ONNX folder; a pair of a model, already on its device, and its
-            processor; a pair of a model of open_clip and its tokenizer; or the result of an earlier call.
+            docs/guide/models.md lists; an exported ONNX folder; a tuple of a model, already on its device, and its
+            processor; a tuple of a model of open_clip and its tokenizer; or the result of an earlier call.
         dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
         device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or
             the CPU.
@@ -103,7 +103,7 @@ def load(
         return _FAMILIES[model.config.model_type](model.to(device), processor)
     if not isinstance(source, tuple) or len(source) != 2:
         raise TypeError(
-            "Expected a folder, a Hub id, a pair (model, processor) or a result of load, got "
+            "Expected a folder, a Hub id, a tuple (model, processor) or a result of load, got "
             f"{type(source).__name__}: pass one of them."
         )
     return _explainable(*source)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..utils.extras import require_extra
 from ..utils.files import atomic_write
-from .metrics.maps import MaskMetric, PairMetric
+from .metrics.maps import ImageClassMetric, MaskMetric
 
 
 with require_extra("eval"):
@@ -35,7 +35,7 @@ Args:
 `add` also accepts the singular names. Options can also be set in `evaluate.load`.
 
 """
-_PAIRS = {
+_ONE_CLASS = {
     "what": "one class",
     "shape": "(H, W)",
     "masks": "(H, W)",
@@ -43,7 +43,7 @@ _PAIRS = {
     "aggregate": '\n    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools '
     "their pixels.",
 }
-_IMAGES = {
+_ALL_CLASSES = {
     "what": "all of its K classes",
     "shape": "(K, H, W)",
     "masks": "(H, W), or (K, H, W) with a mask for each class where classes overlap",
@@ -87,9 +87,9 @@ class MetricModule(evaluate.Metric, ABC):
         # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the
         # inputs, because `evaluate.combine` passes no others.
         row, label = Sequence(Value("float64")), Value("int64")
-        per_pair = issubclass(self.metric, PairMetric)
-        labels = label if per_pair else Sequence(label)
-        inputs = _INPUTS.format(**(_PAIRS if per_pair else _IMAGES))
+        has_one_class = issubclass(self.metric, ImageClassMetric)
+        labels = label if has_one_class else Sequence(label)
+        inputs = _INPUTS.format(**(_ONE_CLASS if has_one_class else _ALL_CLASSES))
         return evaluate.MetricInfo(
             description=getdoc(self.metric).partition("Example:")[0].strip(),
             citation=_CITATION,

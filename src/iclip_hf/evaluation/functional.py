@@ -145,8 +145,8 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(num_classes) for j in range(i)}
 
-    # `comparisons` counts the pairs of a pixel of i and a pixel of j. `wins` is twice the number of those in which M_i
-    # is greater at i, plus the number of ties.
+    # `comparisons` counts the comparisons of a pixel of i with a pixel of j. `wins` is twice the number of those in
+    # which M_i is greater at i, plus the number of ties.
     wins, comparisons = np.zeros((2, num_classes, num_classes), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()

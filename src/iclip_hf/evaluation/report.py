@@ -1,4 +1,4 @@
-"""The report of an evaluation: the pictures and numbers of each pair of an image and a class."""
+"""The report of an evaluation: the pictures and numbers of each image-class pair."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class _Seen:
     def merge(self, other: _Seen) -> None:
         for name in ("names", "presences", "areas"):
             getattr(self, name).update(getattr(other, name))
-        for pair, overlaps in other.overlaps.items():
-            self.overlaps.setdefault(pair, {}).update(overlaps)
+        for image_and_class, overlaps in other.overlaps.items():
+            self.overlaps.setdefault(image_and_class, {}).update(overlaps)
 
 
 class Report(Metric):

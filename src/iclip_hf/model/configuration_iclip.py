@@ -43,8 +43,8 @@ class ICLIPConfig(PreTrainedConfig):
     Configuration of an [`ICLIPModel`]. The defaults are those of the paper: a locked DINO ViT-B/16 image tower, a CLIP
     text tower, masked max pooling and dual projections.
 
-    The *map branch* is the pair of projections that computes the similarity maps: the interpretability branch, or the
-    only branch if there are no dual projections.
+    A *branch* has an image and a text projection. The *map branch* computes the similarity maps: it is the
+    interpretability branch, or the only branch if there are no dual projections.
 
     The options of the paper:
 
@@ -57,9 +57,9 @@ class ICLIPConfig(PreTrainedConfig):
         text_pooling (`str`, defaults to `"eos"`): how a text is pooled. `"eos"` is the pooled output of a CLIP or
             SigLIP tower, `"mean"` the mean over the attended tokens.
         projection_dim (`int`, defaults to 512): width P of the shared image-text space.
-        dual_projection (`bool`, defaults to `True`): whether there are two pairs of projections (Eq. 12): the
-            recognition branch, which projects `recognition_pooling`, and the interpretability branch. If `False`, one
-            branch does both (Table 3).
+        dual_projection (`bool`, defaults to `True`): whether there are two branches (Eq. 12): the recognition
+            branch, which projects `recognition_pooling`, and the interpretability branch. If `False`, one branch does
+            both (Table 3).
         pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector.
             `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
         attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1].
@@ -308,7 +308,7 @@ def without_attention(content: dict) -> dict:
 
 def patch_side(config: PreTrainedConfig) -> int:
     """Returns the side in pixels of the square patches of a model or an image tower."""
-    size = getattr(config, "vision_config", config).patch_size  # some towers have a pair
+    size = getattr(config, "vision_config", config).patch_size  # some towers have (height, width)
     return (size if isinstance(size, int) else size[0]) * getattr(config, "vision_downsampling", 1)
 
 

@@ -270,8 +270,8 @@ class Engine:
         self, images: Iterable, question: _Question, batch_size: int, best: int | None
     ) -> Iterator[Explanation | None]:
         """Yields the explanations of images in their order, computed in batches."""
-        pairs = zip(images, question.indices or itertools.repeat(None), strict=question.indices is not None)
-        while batch := list(itertools.islice(pairs, batch_size)):
+        questions = zip(images, question.indices or itertools.repeat(None), strict=question.indices is not None)
+        while batch := list(itertools.islice(questions, batch_size)):
             asked = [
                 _Asked(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
                 for image, indices in batch

@@ -37,8 +37,8 @@ class Projection(nn.Module):
 
 class ICLIPBranch(nn.Module):
     """
-    One pair of projections into a shared image-text space (Eq. 12), with its logit scale and, if it is trained with a
-    sigmoid, its logit bias.
+    An image and a text projection into a shared space (Eq. 12), with a logit scale and, if they are trained with a
+    sigmoid, a logit bias.
 
     `logit_scale` is the logarithm of the scale. Scale and bias have the shape (1,), because FSDP cannot shard scalars.
     """

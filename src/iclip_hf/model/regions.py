@@ -111,7 +111,7 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
     counts = (np.searchsorted(starts, stops + width + 2, side="right") - first).clip(0)
     upper = np.repeat(np.arange(len(rows)), counts)
     lower = np.arange(counts.sum()) + np.repeat(first - counts.cumsum() + counts, counts)
-    # Both runs of a touching pair point to the lower of their parts, until nothing changes.
+    # Two runs that touch both point to the lower of their parts, until nothing changes.
     parts = np.arange(len(rows))
     while True:
         least = np.minimum(parts[upper], parts[lower])

@@ -41,7 +41,7 @@ class TarRows(Sequence):
         self._starts_and_ends = np.frombuffer(content, np.int64).reshape(-1, 2)
 
     def _ranges(self) -> bytes:
-        """Returns the byte range of each row, pairs of int64."""
+        """Returns the byte range of each row: its start and its end, int64."""
         ranges, last_key, suffixes = array("q"), None, set()
         try:
             with tarfile.open(self.path, "r:") as tar:

@@ -80,11 +80,10 @@ class LabelMaps(Metric):
         """
         Returns the scores of all images so far, in percent; NaN without data.
 
-        - **iou** -- IoU of a shown class and its mask, mean over all pairs of an image and a shown class that has a
-          pixel in its mask.
+        - **iou** -- IoU of a shown class and its mask, mean over all image-class pairs whose mask has a pixel.
         - **absent** -- share of an image that the absent classes take, mean over the images.
-        - **kept** -- share of these pairs whose class keeps a pixel.
-        - **classes**, **images** -- numbers of pairs and of images.
+        - **kept** -- share of these pairs whose class keeps a pixel in the label map.
+        - **classes**, **images** -- numbers of image-class pairs and of images.
         """
         classes, iou, kept = self.state.sums.get("classes", np.zeros(3))
         images, absent = self.state.sums.get("images", np.zeros(2))

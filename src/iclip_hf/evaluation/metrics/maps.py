@@ -39,7 +39,7 @@ class MaskMetric(Metric):
         self.ignore_index = ignore_index
 
     def update(self, maps, mask, class_ids) -> None:
-        """Adds one item, as for [`threshold_counts`] if it is a pair, for [`contrast_counts`] if it is an image."""
+        """Adds one image-class pair as for [`threshold_counts`], or one image as for [`contrast_counts`]."""
         self.add_counts(self.count_item(maps, mask, class_ids, self.ignore_index), class_ids)
 
     def item_counts(self, name: str) -> dict:
@@ -47,9 +47,9 @@ class MaskMetric(Metric):
         return {name: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
 
 
-class PairMetric(MaskMetric):
+class ImageClassMetric(MaskMetric):
     """
-    Scores of pairs of an image and a class.
+    Scores of image-class pairs.
 
     Args:
         aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"`
@@ -66,7 +66,7 @@ class PairMetric(MaskMetric):
         self.aggregate = aggregate
 
     def add_counts(self, counts: np.ndarray, class_id: int) -> None:
-        """Adds one pair by its counts from `count_item`."""
+        """Adds one image-class pair by its counts from `count_item`."""
         background, foreground = counts[:, 0] > 0
         applies = {
             "all_void": not (background or foreground),
@@ -79,15 +79,15 @@ class PairMetric(MaskMetric):
             self.state.add(self.summands(counts), operator.index(class_id))
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
-        for pair in image.pairs(maps):
-            self.update(*pair)
+        for heatmap, mask, class_id in image.pairs(maps):
+            self.update(heatmap, mask, class_id)
 
 
-class MeanMaxIoU(PairMetric):
+class MeanMaxIoU(ImageClassMetric):
     """
     mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes. With
-    `aggregate="pixel"`, intersections and unions are pooled over the images of a class. A pair without foreground is
-    left out.
+    `aggregate="pixel"`, intersections and unions are pooled over the images of a class. An image
+    without foreground is left out of the class.
 
     Example:
         >>> metric = MeanMaxIoU()
@@ -116,13 +116,13 @@ class MeanMaxIoU(PairMetric):
 
     def compute(self) -> dict:
         """
-        Returns the scores of all pairs so far.
+        Returns the scores of all image-class pairs so far.
 
-        - **mmiou** -- mean over classes, percent (NaN without any pair).
+        - **mmiou** -- mean over classes, percent (NaN without any).
         - **per_class** -- {class id: best IoU in percent}.
         - **thresholds** -- {class id: its best threshold, the lowest if several are equal}.
         - **floor** -- the same mean for a map that marks every pixel, percent.
-        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
+        - **pairs**, **left_out** -- number of image-class pairs in the mean, and {reason: number} of the others.
         """
         iou = {class_id: 100 * sums[0] / sums[1] for class_id, sums in sorted(self.state.sums.items())}
         # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
@@ -137,10 +137,11 @@ class MeanMaxIoU(PairMetric):
         }
 
 
-class MeanForegroundMinusBackground(PairMetric):
+class MeanForegroundMinusBackground(ImageClassMetric):
     """
-    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. A
-    pair without foreground or without background is left out. The score of the reversed maps 1 - M is the negative.
+    mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. An
+    image without foreground or without background is left out of the class. The score of the reversed maps 1 - M is
+    the negative.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -163,11 +164,11 @@ class MeanForegroundMinusBackground(PairMetric):
 
     def compute(self) -> dict:
         """
-        Returns the scores of all pairs so far.
+        Returns the scores of all image-class pairs so far.
 
-        - **mfmb** -- mean over classes, in [-1, 1] (NaN without any pair).
+        - **mfmb** -- mean over classes, in [-1, 1] (NaN without any).
         - **per_class** -- {class id: difference}.
-        - **pairs**, **left_out** -- number of pairs in the mean, and {reason: number} of the others.
+        - **pairs**, **left_out** -- number of image-class pairs in the mean, and {reason: number} of the others.
         """
         means = {class_id: sums[:, 1] / sums[:, 0] for class_id, sums in sorted(self.state.sums.items())}
         per_class = {class_id: float(foreground - background) for class_id, (background, foreground) in means.items()}
@@ -311,9 +312,9 @@ class PointingGame(ClassMeans):
         self.ignore_index = ignore_index
 
     def update(self, heatmap, mask, class_id: int) -> None:
-        """Adds one pair. Arguments and errors are those of [`pointing_shares`]."""
+        """Adds one image-class pair. Arguments and errors are those of [`pointing_shares`]."""
         super().update(100 * pointing_shares(heatmap, mask, class_id, self.ignore_index), class_id)
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
-        for pair in image.pairs(maps):
-            self.update(*pair)
+        for heatmap, mask, class_id in image.pairs(maps):
+            self.update(heatmap, mask, class_id)

@@ -43,7 +43,7 @@ class EvaluatedImage:
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
     def pairs(self, maps: torch.Tensor) -> Iterator[tuple]:
-        """Returns map, mask and class id of each shown class."""
+        """Returns map, mask and class id of each image-class pair, one for each shown class."""
         return zip(maps, self.masks, self.sample.class_ids)
 
 
@@ -179,13 +179,13 @@ class ClassMeans(Metric):
     A subclass implements `update_from`, which calls `update` for each shown class.
 
     Attributes:
-        names (`tuple`): the names of the F scores of a pair of an image and a class; those of `columns` if not given.
+        names (`tuple`): the names of the F scores of an image-class pair; those of `columns` if not given.
     """
 
     names: tuple = ()
 
     def update(self, scores, class_id: int) -> None:
-        """Adds the scores of one pair of an image and a class, F floats."""
+        """Adds the scores of one image-class pair, F floats."""
         scores = np.asarray(scores, dtype=np.float64)
         known = ~np.isnan(scores)
         self.state.items["counted"] += 1
@@ -193,11 +193,11 @@ class ClassMeans(Metric):
 
     def compute(self) -> dict:
         """
-        Returns the scores of all pairs so far: for each name the mean over classes (None without any value).
+        Returns the scores of all image-class pairs so far: for each name the mean over classes, None without any.
 
         - **per_class** -- {class id: {name: mean over images}}.
-        - **pairs**, **left_out** -- number of pairs, and {"no_value": the largest number of pairs that have no value
-          of a score}.
+        - **pairs**, **left_out** -- number of image-class pairs, and {"no_value": the largest number of them that
+          have no value of a score}.
         """
         sums, width = self.state.sums, len(self.names or self.columns)
         per_class = {
@@ -206,12 +206,12 @@ class ClassMeans(Metric):
         columns = np.array([*per_class.values()]).reshape(-1, width).T
         means = np.array([mean(column[~np.isnan(column)]) for column in columns])
         known = sum((count for count, _ in sums.values()), np.zeros(width)).astype(int)
-        pairs = self.state.items["counted"]
+        num_pairs = self.state.items["counted"]
         return {
             **self.named(means),
             "per_class": {class_id: self.named(values) for class_id, values in per_class.items()},
-            "pairs": pairs,
-            "left_out": {"no_value": int((pairs - known).max(initial=0))},
+            "pairs": num_pairs,
+            "left_out": {"no_value": int((num_pairs - known).max(initial=0))},
         }
 
     def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:

@@ -142,7 +142,7 @@ class Presence(MultiLabelAveragePrecision):
 
     def compute(self) -> dict:
         """
-        Returns the scores of all pairs of an image and a class so far. A score without data is None.
+        Returns the scores of all image-class pairs so far. A score without data is None.
 
         - **auc** -- area under the ROC curve of shown against absent classes, in [0, 1].
         - **auc_hard** -- the same against absent classes that are like one that the image shows.
@@ -155,12 +155,12 @@ class Presence(MultiLabelAveragePrecision):
         - **passed** -- the same share of the absent classes; **passed_hard** is that of absent classes that are like a
           shown one.
         - **map** -- mAP of images ranked by presence, percent.
-        - **pairs** -- number of pairs whose class is `shown` or `absent`, of `shown_things` and `shown_stuff`, and of
-          `absent_hard`, whose class is absent and like a shown one.
+        - **pairs** -- number of image-class pairs whose class is `shown` or `absent`, of `shown_things` and
+          `shown_stuff`, and of `absent_hard`, whose class is absent and like a shown one.
         - **groups** -- `auc`, `auc_of_classes`, `kept`, `passed` and `pairs` of the classes of each group alone.
-        - **prior** -- share of pairs whose class is shown.
+        - **prior** -- share of image-class pairs whose class is shown.
         - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]): mean presence, share of
-          pairs whose class is shown, number of pairs; None if the prior is 0 or 1.
+          image-class pairs whose class is shown, number of pairs; None if the prior is 0 or 1.
         - **calibration_error** -- mean over the bins of the distance between mean presence and share, weighted by the
           number of pairs (expected calibration error), in [0, 1]; None if the prior is 0 or 1.
         """
@@ -187,8 +187,8 @@ class Presence(MultiLabelAveragePrecision):
             columns = np.isin(class_ids, list(classes))
             groups[name] = _separation(values[:, columns], shown[:, columns])
         separation = _separation(values, shown)
-        pair_masks = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
-        separation["pairs"].update((name, int(pairs.sum())) for name, pairs in pair_masks.items())
+        counted = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
+        separation["pairs"].update((name, int(mask.sum())) for name, mask in counted.items())
         return {
             "min_presence": MIN_PRESENCE,
             **separation,
@@ -265,13 +265,13 @@ class Presence(MultiLabelAveragePrecision):
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve of shown against absent pairs; None if one of both is missing."""
-    pairs = shown | absent
-    return float(roc_auc_score(shown[pairs], values[pairs])) if shown.any() and absent.any() else None
+    """Returns the area under the ROC curve of shown against absent classes; None if one of both is missing."""
+    counted = shown | absent
+    return float(roc_auc_score(shown[counted], values[counted])) if shown.any() and absent.any() else None
 
 
 def _share_present(values: np.ndarray) -> float | None:
-    """Returns the share of the pairs that count as shown, percent; None without pairs."""
+    """Returns the share of presence values that count as shown, percent; None without values."""
     return 100 * float(is_present(values).mean()) if len(values) else None
 
 

@@ -80,25 +80,25 @@ class ICLIPTrainingArguments(TrainingArguments):
         self.dataloader_pin_memory &= self.device.type != "cpu"  # torch would warn
 
 
-def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
+def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:
     """
-    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on this number of
-    pairs: 200 steps with a low learning rate. If pairs are held out, they are evaluated at the start and after each
-    fifth of the steps. Arguments that are `given` stay, and the others are derived from them. Batches are small enough
-    to be filled if `max_bad_share` of the pairs are broken, which [`CachedPairs`] leaves out.
+    Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on `num_pairs` pairs:
+    200 steps with a low learning rate. If `num_held_out` pairs are held out, they are evaluated at the start and after
+    each fifth of the steps. Arguments that are `given` stay, and the others are derived from them. Batches are small
+    enough to be filled if `max_bad_share` of the pairs are broken, which [`CachedPairs`] leaves out.
 
     ```python
     >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
     ```
     """
-    processes, usable = int(os.environ.get("WORLD_SIZE", 1)), pairs - int(max_bad_share * pairs)
-    batch = given.get("per_device_train_batch_size", max(min(usable, 256) // processes, 1))
-    batches = pairs // max(batch * processes, 1)  # a batch of 0 is refused later
-    steps_per_epoch = max(math.ceil(batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
+    processes, num_usable = int(os.environ.get("WORLD_SIZE", 1)), num_pairs - int(max_bad_share * num_pairs)
+    batch_size = given.get("per_device_train_batch_size", max(min(num_usable, 256) // processes, 1))
+    num_batches = num_pairs // max(batch_size * processes, 1)  # a batch of 0 is refused later
+    steps_per_epoch = max(math.ceil(num_batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
     epochs = given.get("num_train_epochs", max(1, round(FEW_PAIRS_STEPS / steps_per_epoch)))
     steps = given["max_steps"] if given.get("max_steps", 0) > 0 else math.ceil(epochs * steps_per_epoch)
     chosen = {
-        "per_device_train_batch_size": batch,
+        "per_device_train_batch_size": batch_size,
         "num_train_epochs": epochs,
         "learning_rate": FEW_PAIRS_RATE,
         "warmup_learning_rate": 0.0,
@@ -109,17 +109,17 @@ def few_pairs(pairs: int, held_out: int = 0, max_bad_share: float = 0.0, **given
         "eval_steps": math.ceil(steps / 5),
         "save_steps": math.ceil(steps / 5),
         "logging_steps": math.ceil(steps / 10),
-        "dataloader_num_workers": min(pairs // 250, 4, spare_processors()),
+        "dataloader_num_workers": min(num_pairs // 250, 4, spare_processors()),
     }
-    if held_out:
+    if num_held_out:
         chosen |= {"eval_strategy": "steps", "eval_on_start": True, "load_best_model_at_end": True}
-        chosen["metric_for_best_model"] = best_metric(held_out)
+        chosen["metric_for_best_model"] = best_metric(num_held_out)
     return chosen | given
 
 
-def best_metric(held_out: int) -> str:
-    """Returns the metric that selects the best model on this number of held-out pairs."""
-    return "loss" if held_out < 100 else "text_to_image"  # a share of right answers is too coarse on fewer
+def best_metric(num_held_out: int) -> str:
+    """Returns the metric that selects the best model on `num_held_out` pairs."""
+    return "loss" if num_held_out < 100 else "text_to_image"  # a share of right answers is too coarse on fewer
 
 
 def training_recipe(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:

@@ -93,17 +93,17 @@ class StreamedPairs(Epochs, IterableDataset):
 
     Args:
         stream: this process's part of the pairs.
-        pairs: number of pairs in an epoch of this process.
+        num_pairs: number of pairs in an epoch of this process.
 
     Raises:
         `ValueError`: during iteration, the stream has no pairs.
     """
 
-    def __init__(self, stream: PairStream, pairs: int):
-        self.stream, self._pairs = stream, pairs
+    def __init__(self, stream: PairStream, num_pairs: int):
+        self.stream, self._num_pairs = stream, num_pairs
 
     def __len__(self) -> int:
-        return self._pairs
+        return self._num_pairs
 
     def __iter__(self) -> Iterator[dict]:
         first = self.epoch

@@ -34,13 +34,13 @@ def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]
         chosen["validation_share"] = 0.1 if len(pairs) >= 20 else 0.0
     values = {**chosen, **given}
     share = values.get("validation_share")
-    training = len(pairs.split(share)[0]) if share else len(pairs)
-    if held_out := len(pairs) - training:
-        chosen["metric_for_best_model"] = best_metric(held_out)
+    num_training = len(pairs.split(share)[0]) if share else len(pairs)
+    if num_held_out := len(pairs) - num_training:
+        chosen["metric_for_best_model"] = best_metric(num_held_out)
     locked = _locks_vision(values)
     if locked:
         chosen["cache_features"] = str(cache_folder() / "features")
-    chosen |= few_pairs(training, **{**given, "max_bad_share": pairs.max_bad_share})
+    chosen |= few_pairs(num_training, **{**given, "max_bad_share": pairs.max_bad_share})
     if not (locked and values["lock_text"] and values.get("model")):
         del chosen["keep_presence"]
     return {name: value for name, value in chosen.items() if name not in given}

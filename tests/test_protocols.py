@@ -117,7 +117,7 @@ def test_the_label_map_of_the_code_of_naclip(tiny_processor):
     engine, texts = Engine(explainer.model, explainer.model.processor, explainer), text_features(GOLDEN_SEED)
     size = (image.height, image.width)
     cut = WindowMaps.cut(resized(image, 100), 64, 32, size=size, dilations=(8, 16))
-    pixels = engine.processor(images=cut.views(8), do_resize=False)["pixel_values"]
+    pixels = engine.processor(images=cut.crops(8), do_resize=False)["pixel_values"]
     maps, _ = engine.raw_maps(pixels, ICLIPTextFeatures(text_embeds=texts, map_text_embeds=texts))
     labels, _ = protocol_label_map(replace(cut, maps=maps), CLASSES, 0.3, 40.0)
     assert (labels.numpy() + 1 != expected).mean() < 0.001 and len(np.unique(expected)) == 3

@@ -18,7 +18,7 @@ from ..model.batches import PreparedImage
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.prompts import split_texts
-from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, view_size
+from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, shown_size
 from . import decoder
 
 
@@ -50,12 +50,12 @@ class SeenImage(NamedTuple):
     """A visitor's image, kept for further texts."""
 
     prepared: PreparedImage  # encoded, without the image
-    view: dict  # `image`, a data URL; its `size` and the `original_size`, (width, height)
+    shown: dict  # what the page shows: `image`, a data URL; its `size` and the `original_size`, (width, height)
 
 
 def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
-    """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the view."""
-    size, jpeg = view_size(image), io.BytesIO()
+    """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the shown image."""
+    size, jpeg = shown_size(image), io.BytesIO()
     image.resize(size).save(jpeg, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
     (prepared,) = engine.encode_images([engine.prepare(image, size[::-1])])
@@ -69,7 +69,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """
     unrefined = explanation.unrefined_maps
     return {
-        **seen.view,
+        **seen.shown,
         "made_by": explanation.made_by,
         "grid": list(explanation.raw_maps.shape[1:]),
         "unrefined_grid": None if unrefined is None else list(unrefined.shape[1:]),

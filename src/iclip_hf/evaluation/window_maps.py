@@ -62,11 +62,14 @@ class WindowMaps:
         sides = tuple(min(window or side, side) for side in size)
         return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **kwargs)
 
-    def views(self, patch_size: int) -> list[torch.Tensor]:
-        """Returns the windows. Like a convolution without padding, they leave out incomplete patches at the edges."""
-        views = [self.pixels[:, rows, columns] for rows, columns in self.windows]
-        height, width = (side - side % patch_size for side in views[0].shape[1:])
-        return [view[:, :height, :width] for view in views]
+    def crops(self, patch_size: int) -> list[torch.Tensor]:
+        """
+        Returns the pixels of each window. Like a convolution without padding, they leave out incomplete patches at the
+        edges.
+        """
+        crops = [self.pixels[:, rows, columns] for rows, columns in self.windows]
+        height, width = (side - side % patch_size for side in crops[0].shape[1:])
+        return [crop[:, :height, :width] for crop in crops]
 
     def enlarged(self, texts: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
         """Yields the map `(height, width)` of each text, or of those with these indices."""

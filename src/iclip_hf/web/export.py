@@ -27,12 +27,12 @@ from ..utils.hub_ids import public_name
 from .viewer import (
     MAX_CHARACTERS,
     MAX_TEXTS,
-    VIEW_SIDE,
+    SHOWN_SIDE,
     Example,
     examples,
     introduction,
     read_asset,
-    view_size,
+    shown_size,
     viewer_theme,
 )
 
@@ -99,7 +99,7 @@ def export_web(
         "presence": _presence_settings(model),
         "max_texts": MAX_TEXTS,
         "max_characters": MAX_CHARACTERS,
-        "view_side": VIEW_SIDE,
+        "shown_side": SHOWN_SIDE,
         "theme": viewer_theme(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
@@ -220,10 +220,10 @@ def _write_example(example: Example, folder: Path) -> dict:
     """Writes an example photograph as JPEG, and returns its settings. A small JPEG is copied unchanged."""
     name = f"{example.file.stem}.jpg"
     with Image.open(example.file) as photo:
-        if example.file.suffix == ".jpg" and view_size(photo) == photo.size:
+        if example.file.suffix == ".jpg" and shown_size(photo) == photo.size:
             shutil.copyfile(example.file, folder / name)
         else:
-            reduced = photo.convert("RGB").resize(view_size(photo), Image.Resampling.BICUBIC)
+            reduced = photo.convert("RGB").resize(shown_size(photo), Image.Resampling.BICUBIC)
             write_image(reduced, folder / name, format="JPEG", quality=90)
     return {"file": name, "title": example.title, "texts": example.texts}
 

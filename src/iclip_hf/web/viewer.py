@@ -17,7 +17,7 @@ MAX_TEXTS = 12
 # Longest text. A model reads far fewer characters, and a text of megabytes would fill the memory and the answer.
 MAX_CHARACTERS = 1000
 # Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
-VIEW_SIDE = 640
+SHOWN_SIDE = 640
 
 
 class Example(NamedTuple):
@@ -42,9 +42,9 @@ def examples() -> list[Example]:
     return [example for example in all_examples if example.file.is_file()]
 
 
-def view_size(image: Image.Image) -> tuple[int, int]:
+def shown_size(image: Image.Image) -> tuple[int, int]:
     """Returns width and height in pixels of the shown image and maps."""
-    scale = min(1.0, VIEW_SIDE / max(image.size))
+    scale = min(1.0, SHOWN_SIDE / max(image.size))
     return tuple(max(1, round(side * scale)) for side in image.size)
 
 

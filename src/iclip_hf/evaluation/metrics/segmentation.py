@@ -180,7 +180,7 @@ class Segmentation(Metric):
             size=image.sample.size,
             dilations=settings.pamr_dilations,
         )
-        pixel_values = processor(images=cut.views(processor.patch_size), do_resize=False)["pixel_values"]
+        pixel_values = processor(images=cut.crops(processor.patch_size), do_resize=False)["pixel_values"]
         batches = pixel_values.split(self.run.batch_size)
         method_maps = {}
         for method, engine in self.run.engines.items():

@@ -110,9 +110,9 @@ const answers = {
     find("progress").hidden = true;
     say(sentence);
   },
-  photo({ view, size, originalSize }) {
+  photo({ shown, size, originalSize }) {
     picture?.photo.close();
-    picture = { photo: view, size, originalSize };
+    picture = { photo: shown, size, originalSize };
   },
   map({ index, ...result }) {
     if (unseen) viewer.show({ ...picture, ...pending });

@@ -51,9 +51,9 @@ async function answer({ photo, photoId, texts, refine }, tell) {
   if (decoded) {
     tell({ kind: "status", sentence: "Looking at the image …" });
     image = { ...await encodeImage(model, decoded), id: photoId };
-    const { view, size, originalSize } = decoded;
+    const { shown, size, originalSize } = decoded;
     // Also of an older question, because it is sent once.
-    postMessage({ kind: "photo", view, size, originalSize }, [view]);
+    postMessage({ kind: "photo", shown, size, originalSize }, [shown]);
   }
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // lets a newer question in
@@ -94,7 +94,7 @@ async function decode(blob) {
   }
   const originalSize = orientation > 4 ? [bitmap.height, bitmap.width] : [bitmap.width, bitmap.height];
   const reduced = draw(bitmap, orientation, Math.sqrt(MAX_PIXELS / (bitmap.width * bitmap.height)));
-  const viewed = draw(bitmap, orientation, settings.view_side / Math.max(...originalSize));
+  const shown = draw(bitmap, orientation, settings.shown_side / Math.max(...originalSize));
   bitmap.close();
   const { width, height } = reduced.canvas;
   const [newHeight, newWidth] = numerics.modelSize(settings.image, height, width);
@@ -106,8 +106,8 @@ async function decode(blob) {
   return {
     rgb,
     shape: [newHeight, newWidth],
-    size: [viewed.canvas.width, viewed.canvas.height],
-    view: viewed.canvas.transferToImageBitmap(),
+    size: [shown.canvas.width, shown.canvas.height],
+    shown: shown.canvas.transferToImageBitmap(),
     originalSize,
   };
 }

@@ -222,7 +222,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
     return normalize(features.float())
 
 
-def text_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
+def label_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
     """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
     embeds = average_prompts(unit(projected), num_templates)
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)

@@ -27,7 +27,7 @@ from .explainable import (
     block_mlp,
     check_side,
     each_alone,
-    text_features,
+    label_features,
     unit,
 )
 from .onnx import ONNXModel
@@ -136,7 +136,7 @@ class ExplainableCLIP(TransformersModel):
 
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
         output = self.network.get_text_features(input_ids=input_ids, **inputs)
-        return text_features(output.pooler_output, num_templates)
+        return label_features(output.pooler_output, num_templates)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         output = self._vision_output(pixel_values)

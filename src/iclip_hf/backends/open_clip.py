@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 from ..model.processing_iclip import ICLIPProcessor
 from ..model.prompts import check_text
-from .explainable import RecordableModel, block_mlp, check_side, text_features, unit
+from .explainable import RecordableModel, block_mlp, check_side, label_features, unit
 from .families import square_processor
 from .recording import attend, input_weights, merge_heads, split_heads
 
@@ -81,7 +81,7 @@ class ExplainableOpenCLIP(RecordableModel):
             self._add_layer(block, block.attn, block.attn.out_proj, block.ls_1, mlp)
 
     def get_text_features(self, input_ids: torch.Tensor, num_templates: int = 1, **inputs) -> ICLIPTextFeatures:
-        return text_features(self.network.encode_text(input_ids), num_templates)
+        return label_features(self.network.encode_text(input_ids), num_templates)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         check_side(pixel_values, self.side)

@@ -310,8 +310,8 @@ class ICLIPTowers(PreTrainedModel):
         **kwargs,
     ):
         """
-        Runs the text tower on token ids `(M, L)`. Returns text features `(M, Dt)`, see `config.text_pooling`, and the
-        output of the tower.
+        Runs the text tower on token ids `(M, L)`. Returns the pooled texts `(M, Dt)`, see `config.text_pooling`, and
+        the output of the tower.
         """
         config = self.config.text_config
         if is_siglip := config.model_type == "siglip_text_model":

@@ -33,7 +33,7 @@ class CachedPairs(Epochs, Dataset):
 
     Args:
         pairs: the pairs, which can be inside of torch's `Subset`.
-        cache: the features of images and, if the collator reads text features, of captions.
+        cache: the features of images and, if the collator has `text_features`, of captions.
         collator: makes the batches.
 
     Raises:

@@ -12,6 +12,7 @@ from iclip_hf.model.losses import (
     class_presence_loss,
     competition_loss,
     contrastive_loss,
+    count_per_process,
     distillation_loss,
     known_competition_loss,
     multi_positive_loss,
@@ -32,6 +33,13 @@ def test_parts_of_a_batch_average_to_the_whole(parts):
         for start in range(0, 6, rows)
     ]
     assert torch.stack(losses).mean().item() == pytest.approx(contrastive_loss(logits, logits.mT, 0).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("counts, expected", [([1, 0], 0.5), ([3, 1], 2.0), ([0, 0], 0.5)])
+def test_sums_of_all_processes_are_divided_by_one_count(counts, expected, monkeypatch):
+    """Also where there are fewer values than processes, or none."""
+    monkeypatch.setattr("iclip_hf.model.losses.gather_with_gradient", lambda local: torch.tensor(counts))
+    assert count_per_process(torch.tensor([[True, False]])).item() == expected
 
 
 EACH_TERM = """

@@ -45,18 +45,6 @@ def contrastive_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tens
     return (F.cross_entropy(logits_per_image.float(), targets) + F.cross_entropy(logits_per_text.float(), targets)) / 2
 
 
-def sigmoid_loss(
-    logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor, num_positives: torch.Tensor | float
-) -> torch.Tensor:
-    """
-    Returns the binary cross entropy of images and texts, as in SigLIP, from logits, boolean positives and weights of
-    the negatives, each `(B, T)`. The sum is divided by `num_positives`, which is the mean over the processes.
-    """
-    weights = torch.where(positives, 1.0, negative_weights)
-    losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
-    return losses / num_positives
-
-
 def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
     Returns the cross entropy of scaled cosines `(B, T)` with any number of positives in a row, `(B, T)` boolean. A
@@ -165,6 +153,15 @@ def _is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
+def count_per_process(local: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the number of true values in a boolean tensor, as the mean over all processes; of at least one in all. A
+    loss that divides a sum by it is a mean over the values of all processes.
+    """
+    counts = gather_with_gradient(local.sum()[None])
+    return counts.sum().clamp(min=1) / len(counts)
+
+
 class BatchNouns(NamedTuple):
     """
     The V distinct nouns in the noun prompts of all processes, and the labels of images for them. A noun of several
@@ -255,14 +252,23 @@ def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch
     return contrastive_loss(per_image, per_text, offset)
 
 
+def sigmoid_loss(logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor) -> torch.Tensor:
+    """
+    Returns the binary cross entropy of this process's images and texts, as in SigLIP, from logits, boolean positives
+    and weights of the negatives, each `(B, T)`: the sum, divided by the [`count_per_process`] of the positives.
+    """
+    weights = torch.where(positives, 1.0, negative_weights)
+    losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
+    return losses / count_per_process(positives)
+
+
 def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight: float) -> torch.Tensor:
     """
     Returns the loss of each noun by itself. Nouns that are not known to be shown or absent have the weight
     `unknown_weight`.
     """
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
-    num_positives = nouns.all_shown.sum().clamp(min=1) * len(nouns.shown) / len(nouns.all_shown)
-    return sigmoid_loss(per_image, nouns.shown, negative_weights, num_positives)
+    return sigmoid_loss(per_image, nouns.shown, negative_weights)
 
 
 def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -275,8 +281,7 @@ def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, label
     positives = torch.where(labels == 0, probabilities > 0.5, labels > 0)
     unknown_weights = (1 - probabilities) * probabilities.amax(1, keepdim=True) ** 2
     negative_weights = torch.where(labels < 0, 1.0, unknown_weights)
-    num_positives = gather_with_gradient(positives.sum().float()[None]).mean().clamp(min=1)
-    return sigmoid_loss(logits, positives, negative_weights, num_positives)
+    return sigmoid_loss(logits, positives, negative_weights)
 
 
 def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
@@ -330,8 +335,7 @@ def known_competition_loss(
     log_shares = smooth_maximum(log_softmax, log_prior, SHARE_EXPONENT, 1)
     noun_losses = -(log_shares * shown).sum(1) / shown.sum(1)
     patch_losses = -log_softmax.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
-    all_counted = gather_with_gradient(counted)
-    return (noun_losses + patch_losses).sum() * len(all_counted) / len(counted) / all_counted.sum().clamp(min=1)
+    return (noun_losses + patch_losses).sum() / count_per_process(counted)
 
 
 # ----------------------------------------------------------------------------------------------------------- terms
@@ -402,9 +406,8 @@ class LossTerm(NamedTuple):
         loss: function of a [`BranchBatch`] that returns a scalar, by one rule: **it is a mean over the rows of this
             process**, images or texts, and rows of other processes are gathered with their gradient
             ([`gather_with_gradient`]). Then the mean over all processes is the loss of the whole batch. A sum is
-            divided by B, or by B times a mean over all processes, as in [`sigmoid_noun_loss`] and
-            [`known_competition_loss`]. The logarithm of a mean, for example, breaks the rule, unless the rows of all
-            processes are gathered first.
+            divided by B, or by a [`count_per_process`]. The logarithm of a mean, for example, breaks the rule, unless
+            the rows of all processes are gathered first.
         weight: function of a [`BranchBatch`] that returns the factor of the term, which is equal on all processes. A
             term with the weight 0 is not computed.
 

@@ -201,7 +201,7 @@ def test_sampled_prompts_are_of_nouns_shown():
 
 def test_each_class_has_a_prompt_and_the_probabilities_of_images():
     nouns = NounPrompts(["dog", "crane (class) (2)", "pug (class)"])
-    classes = [("Crane", 0.25), ("dog", 0.5), ("crane", 0.5), ("unheard of", 0.1)]  # two classes of one name
+    classes = {"Crane": 0.25, "dog": 0.5, "crane": 0.5, "unheard of": 0.1}  # two classes of one name
     known = nouns.known_nouns(["a pug"], class_probabilities=classes)
     prompts, sampled = nouns.sample([known, nouns.known_nouns(["a dog"])], epoch=0)
     assert sampled["class_ids"].tolist() == [1, 2] and sampled["class_probabilities"].tolist() == [[0.75, 0], [0, 0]]

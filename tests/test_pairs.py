@@ -638,9 +638,9 @@ def test_labels_in_every_format(tmp_path):
         {"labels": [], "complete": []},
         {"labels": None, "complete": ["coco2017"]},
     ]
-    expected = [(["dog", "cat"], ["dog", "cat", "car"], [("pug", 0.5)])]
-    expected.append((["dog"], [*class_names.VOC], [("pug", 0.75), ("box", 0.125)]))
-    expected.append(([], [], []))
+    expected = [(["dog", "cat"], ["dog", "cat", "car"], {"pug": 0.5})]
+    expected.append((["dog"], [*class_names.VOC], {"pug": 0.75, "box": 0.125}))
+    expected.append(([], [], {}))
     write_images(tmp_path, [f"{number}.jpg" for number in range(4)])
     rows = [{"image": f"{number}.jpg", "caption": "a", **row} for number, row in enumerate(rows)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -661,6 +661,13 @@ def test_labels_in_every_format(tmp_path):
     assert [items[f"k0{row}"] for row in range(3)] == expected and len(items) == 3
 
 
+def test_rows_of_one_image_join_their_texts():
+    row = {"image": "a.jpg", "caption": "a", "labels": ["dog"], "class_probabilities": {"pug": 0.5}}
+    other = {**row, "caption": "b", "class_probabilities": {"box": 0.25}}
+    joined = columns.PairTexts.joined(map(columns.USUAL_COLUMNS.texts, (row, other)))
+    assert joined == (["a", "b"], ["dog"], [], {"pug": 0.5, "box": 0.25})
+
+
 @pytest.mark.parametrize(
     ("value", "names"),
     [
@@ -675,7 +682,7 @@ def test_labels_in_every_format(tmp_path):
 def test_labels_are_any_sequence_of_names_and_no_numbers(value, names):
     row = {"captions": ("a", "b"), "labels": value, "complete": value}
     for of_row in (row, {"json": row}):
-        assert columns.USUAL_COLUMNS.texts(of_row) == (["a", "b"], names, names, [])
+        assert columns.USUAL_COLUMNS.texts(of_row) == (["a", "b"], names, names, {})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from numbers import Number
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -87,18 +88,20 @@ class PairTexts(NamedTuple):
         captions: all captions; none for a pair without.
         labels: names of what the image shows.
         complete: names that the labels are complete for. The image shows none of them that is not among the labels.
-        class_probabilities: names of classes of a classifier, each with the probability that the image shows it.
+        class_probabilities: the probability that the image shows a class of a classifier, by the name of the class.
     """
 
     captions: Sequence[str]
     labels: Sequence[str] = ()
     complete: Sequence[str] = ()
-    class_probabilities: Sequence[tuple[str, float]] = ()
+    class_probabilities: Mapping[str, float] = MappingProxyType({})
 
     @classmethod
     def joined(cls, parts: Iterable[PairTexts]) -> PairTexts:
         """Returns the texts of all parts, each once."""
-        return cls(*([*dict.fromkeys(chain(*texts))] for texts in zip(*parts)))
+        captions, labels, complete, probabilities = zip(*parts)
+        lists = ([*dict.fromkeys(chain(*texts))] for texts in (captions, labels, complete))
+        return cls(*lists, {name: number for by_name in probabilities for name, number in by_name.items()})
 
 
 def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
@@ -128,21 +131,18 @@ def _names(column: str, value) -> list[str] | None:
     return [name for name in names if name]
 
 
-def _probabilities(column: str, value) -> list[tuple[str, float]]:
+def _probabilities(column: str, value) -> dict[str, float]:
     """
-    Returns the items of an object of names and probabilities; none for an empty value. The value may be these items,
-    as in a [`PairTexts`]. A table of Arrow has a column for each name, so names without a value are left out. Raises
-    `ValueError` if the value is no such object.
+    Returns an object of probabilities by name; an empty one for an empty value. A table of Arrow has a column for each
+    name, so names without a value are left out. Raises `ValueError` if the value is no such object.
     """
     parsed = _parsed(column, value)
     if _is_empty(parsed):
-        return []
-    if isinstance(parsed, (list, tuple)) and all(isinstance(item, tuple) for item in parsed):
-        parsed = dict(parsed)
+        return {}
     if isinstance(parsed, Mapping):
-        items = [(_stripped(name), number) for name, number in parsed.items() if number is not None]
-        if all(isinstance(number, Number) and 0 <= number <= 1 for _, number in items):
-            return items
+        by_name = {_stripped(name): number for name, number in parsed.items() if number is not None}
+        if all(isinstance(number, Number) and 0 <= number <= 1 for number in by_name.values()):
+            return by_name
     raise ValueError(f'{column}: {value!r:.100} is no object of names and probabilities, such as {{"dog": 0.9}}')
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import re
 import unicodedata
-from collections.abc import Collection, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -167,7 +168,7 @@ class NounPrompts:
         captions: Sequence[str],
         labels: Sequence[str] = (),
         complete: Sequence[str] = (),
-        class_probabilities: Sequence[tuple[str, float]] = (),
+        class_probabilities: Mapping[str, float] = MappingProxyType({}),
     ) -> ImageNouns:
         """
         Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. Labels
@@ -182,9 +183,12 @@ class NounPrompts:
         phrases = {form for name in others for form in (name, *_plurals(name))}
         captioned = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
         shown, denied = self._indices(labelled), self._indices(listed) - self._indices(labelled)
-        named = ((self._by_form.get(_name(name)), probability) for name, probability in class_probabilities)
-        classes = [(self._class_numbers[noun], value) for noun, value in named if noun in self._class_numbers]
-        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions, classes)
+        known_classes = []
+        for name, probability in class_probabilities.items():
+            number = self._class_numbers.get(self._by_form.get(_name(name)))
+            if number is not None:
+                known_classes.append((number, probability))
+        return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions, known_classes)
 
     def _indices(self, names: Set[str]) -> set[int]:
         return {self._by_form[name] for name in names & self._by_form.keys()}

@@ -37,6 +37,7 @@ from transformers import BertTokenizer, CLIPImageProcessor
 
 from iclip_hf import ICLIPConfig, ICLIPModel, ICLIPProcessor, ImageTextSimilarityMapPipeline, cli
 from iclip_hf.backends import embedded
+from iclip_hf.data.segmentation import SegmentationDataset, load_segmentation
 
 
 # Tests of properties on a machine of any speed.
@@ -47,6 +48,7 @@ settings.load_profile("any speed")
 embedded.nouns_folder = lambda: Path(_MODULES.name, "nouns")
 
 explain = partial(iclip_hf.explain, refine=False)  # the maps as the model has them
+evaluate_model = partial(iclip_hf.evaluate_model, progress=False)
 
 
 def noise(size: tuple[int, int], spread: int = 80, seed: int = 0) -> Image.Image:
@@ -122,6 +124,20 @@ def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options
     return liven(ICLIPModel(tiny_config(vision, text, **options)))
 
 
+def save(folder: Path, *parts) -> Path:
+    """Saves a model and its processor, or other parts, to one folder."""
+    for part in parts:
+        part.save_pretrained(folder)
+    return folder
+
+
+def save_towers(folder: Path, model: ICLIPModel, processor: ICLIPProcessor) -> tuple[str, str]:
+    """Saves the image tower and the text tower of a model, each with its part of the processor, to folders."""
+    vision = save(folder / "vision", model.vision_model, processor.image_processor)
+    text = save(folder / "text", model.text_model, processor.tokenizer)
+    return str(vision), str(text)
+
+
 def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:
     """Pixels and token ids; the last id of each text is the end of sequence, followed by padding."""
     generator = torch.Generator().manual_seed(seed)
@@ -189,8 +205,7 @@ def world(tmp_path_factory, tiny_processor) -> SimpleNamespace:
     """A tiny model for the doors of test_faults_*.py, and a folder with it and a photo that nothing may change."""
     folder = tmp_path_factory.mktemp("world")
     model = tiny_model(logit_bias_init_value=0.0)
-    model.save_pretrained(folder / "model")
-    tiny_processor.save_pretrained(folder / "model")
+    save(folder / "model", model, tiny_processor)
     PHOTO.save(folder / "photo.png")
     return SimpleNamespace(
         folder=folder,
@@ -272,8 +287,7 @@ def sandbox(monkeypatch):
 def workspace(tmp_path_factory, tiny_processor) -> Path:
     """A tiny model, three photographs of different shapes and a damaged one."""
     folder = tmp_path_factory.mktemp("cli")
-    tiny_model(logit_bias_init_value=0.0).save_pretrained(folder / "model")
-    tiny_processor.save_pretrained(folder / "model")
+    save(folder / "model", tiny_model(logit_bias_init_value=0.0), tiny_processor)
     for number, size in enumerate([(60, 40), (30, 90), (64, 64)]):
         (folder / str(number)).mkdir()
         noise(size).save(folder / str(number) / "a.jpg")
@@ -286,6 +300,12 @@ def labelled_folder(tmp_path_factory) -> Path:
     """Seven images with masks: some classes absent, void pixels, one image without a class."""
     values = [[0, 0, 255, 1 + number % 3, 1 + number % 2] for number in range(7)]
     return write_folder(tmp_path_factory.mktemp("folder"), [*values[:4], [0, 0, 255], *values[5:]], 60)
+
+
+@pytest.fixture
+def dataset(labelled_folder) -> SegmentationDataset:
+    """The images and masks of `labelled_folder`."""
+    return load_segmentation("folder", labelled_folder)
 
 
 @pytest.fixture(scope="session")
@@ -315,8 +335,7 @@ def made(tiny_processor, tmp_path_factory):
     from families import build
 
     proxy = tmp_path_factory.mktemp("proxy")
-    tiny_model("dinov2").vision_model.save_pretrained(proxy)
-    tiny_image_processor().save_pretrained(proxy)
+    save(proxy, tiny_model("dinov2").vision_model, tiny_image_processor())
     cache = {}
 
     def get(family):
@@ -368,11 +387,8 @@ def hub(tmp_path_factory, tiny_processor) -> Path:
     """Tiny towers, pairs, and a folder as in hub_configs: 64 pairs in 4 steps an epoch, 12 steps in all."""
     folder = tmp_path_factory.mktemp("hub")
     model = tiny_model()
-    model.vision_model.save_pretrained(folder / "vision")
-    model.text_model.save_pretrained(folder / "text")
-    model.config.save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    tiny_processor.tokenizer.save_pretrained(folder / "text")
+    save_towers(folder, model, tiny_processor)
+    save(folder, model.config, tiny_processor)
     write_pairs(folder / "pairs.tar", 64)
     write_pairs(folder / "held_out.tar", 17, seed=1)
     (folder / "train.yaml").write_text(

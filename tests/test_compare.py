@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NAMES, iclip, noise, tiny_model
+from conftest import NAMES, iclip, noise, save, tiny_model
 from PIL import Image
 
 from iclip_hf import explain
@@ -17,8 +17,7 @@ def folder(tmp_path_factory, tiny_processor):
     """Two models and a data set of two photographs: the first shows a dog and a car, the second nothing."""
     folder = tmp_path_factory.mktemp("compare")
     for seed in range(2):
-        tiny_model(seed=seed, logit_bias_init_value=0.0).save_pretrained(folder / f"model{seed}")
-        tiny_processor.save_pretrained(folder / f"model{seed}")
+        save(folder / f"model{seed}", tiny_model(seed=seed, logit_bias_init_value=0.0), tiny_processor)
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
     (folder / "classes.txt").write_text("\n".join(NAMES))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, infer_auto_device_map
 from accelerate.utils import pad_across_processes
-from conftest import FEATURES, TEXT, VISION, noise, tiny_inputs, tiny_model
+from conftest import FEATURES, TEXT, VISION, noise, save, tiny_inputs, tiny_model
 from datasets import Dataset
 from processes import run_script
 from safetensors.torch import load_file
@@ -159,8 +159,7 @@ def recipe_of_the_guide(monkeypatch, folder: Path) -> ICLIPTrainer:
 
 def test_the_recipe_of_the_guide_trains(tiny_processor, tmp_path, monkeypatch):
     model = tiny_model(max_over="similarity", logit_bias_init_value=-1)
-    for part in (model, tiny_processor):
-        part.save_pretrained(tmp_path / "start")
+    save(tmp_path / "start", model, tiny_processor)
     monkeypatch.setattr("iclip_hf.embedded_model", lambda: "start")
     monkeypatch.setattr("iclip_hf.training.arguments.FEW_PAIRS_STEPS", 20)
     monkeypatch.setattr("iclip_hf.training.arguments.FEW_PAIRS_RATE", 1e-2)

@@ -6,12 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, tiny_model
+from conftest import NAMES, evaluate_model, tiny_model
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import LabelMaps
 from iclip_hf.evaluation.metrics.recognition import like_classes
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
@@ -30,7 +29,7 @@ def enlarged(model, processor, sample, texts):
 
 
 def segment(model, dataset, methods=("itsm",), **options):
-    return evaluate_model(model, dataset, methods, [Segmentation(**options)], progress=False)
+    return evaluate_model(model, dataset, methods, [Segmentation(**options)])
 
 
 def miou(pairs):
@@ -44,9 +43,9 @@ def miou(pairs):
     return np.mean(list(iou.values())), iou
 
 
-def test_figures_equal_the_protocol_in_plain_steps(labelled_folder, tiny_processor):
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    result = evaluate_model((model, tiny_processor), dataset, metrics=["segmentation"], batch_size=3, progress=False)
+def test_figures_equal_the_protocol_in_plain_steps(dataset, tiny_processor):
+    model = tiny_model()
+    result = evaluate_model((model, tiny_processor), dataset, metrics=["segmentation"], batch_size=3)
     found = []
     for sample in dataset:
         maps = enlarged(model, tiny_processor, sample, NAMES)
@@ -85,8 +84,8 @@ def test_synonyms_and_background_texts(labelled_folder, tiny_processor):
     assert figures["thresholds"] is None and len(iou) == 4
 
 
-def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_processor):
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
+def test_a_given_threshold_and_every_kind_of_method(dataset, tiny_processor):
+    model = tiny_model()
     methods = ["itsm", "reversed_itsm", "attention", "grad_cam", "gem"]
     result = segment((model, tiny_processor), dataset, methods, threshold=0.25)
     pairs, turned = [], []
@@ -114,11 +113,10 @@ def test_a_given_threshold_and_every_kind_of_method(labelled_folder, tiny_proces
 # ---- label maps of typed texts ----
 
 
-def test_label_maps_in_plain_steps(labelled_folder, tiny_processor):
+def test_label_maps_in_plain_steps(dataset, tiny_processor):
     """Each shown text and two absent ones compete; IoU, areas and hidden texts are counted pixel by pixel."""
-    model, dataset = tiny_model(seed=1, logit_bias_init_value=0.0), load_segmentation("folder", labelled_folder)
-    metric = LabelMaps(seed=3)
-    result = evaluate_model((model, tiny_processor), dataset, metrics=[metric], refine=True, progress=False)
+    model, metric = tiny_model(seed=1, logit_bias_init_value=0.0), LabelMaps(seed=3)
+    result = evaluate_model((model, tiny_processor), dataset, metrics=[metric], refine=True)
     result = result.results["itsm"]["label_maps"]
     ious, hidden, areas = [], [], []
     for sample in dataset:
@@ -183,14 +181,10 @@ def test_windows_are_cut_run_and_averaged(tiny_processor):
     assert torch.equal(engine.raw_maps(pixels, texts, tiling=SlidingWindows(64, 8, 8))[0], whole)
 
 
-def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_processor):
-    dataset = load_segmentation("folder", labelled_folder)
-    options = {"metrics": [Segmentation(window=32, threshold=0.5)], "progress": False}
+def test_images_keep_their_proportions_under_windows(dataset, tiny_processor):
+    options = {"metrics": [Segmentation(window=32, threshold=0.5)], "image_size": {"shortest_edge": 48}}
     alone, result = (
-        evaluate_model(
-            (tiny_model(), tiny_processor), dataset, image_size={"shortest_edge": 48}, batch_size=size, **options
-        )
-        for size in (1, 4)
+        evaluate_model((tiny_model(), tiny_processor), dataset, batch_size=size, **options) for size in (1, 4)
     )
     assert [result.protocol["metrics"]["segmentation"][name] for name in ("window", "stride")] == [32, 16]
     assert alone.results["itsm"]["segmentation"]["miou"] == pytest.approx(
@@ -201,12 +195,12 @@ def test_images_keep_their_proportions_under_windows(labelled_folder, tiny_proce
             segment((tiny_model(), tiny_processor), dataset, window=window, stride=stride)
 
 
-def test_a_metric_with_windows_changes_no_other(labelled_folder, tiny_processor):
+def test_a_metric_with_windows_changes_no_other(dataset, tiny_processor):
     """Its images keep their proportions, and those of the others are squares."""
-    dataset, windows = load_segmentation("folder", labelled_folder)[:3], Segmentation(window=224, threshold=0.5)
+    dataset, windows = dataset[:3], Segmentation(window=224, threshold=0.5)
     metrics = [["mMIoU", "presence"], [windows], ["mMIoU", windows, "presence"], [windows, "presence", "mMIoU"]]
     model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
-    squares, windowed, *together = (evaluate_model(model, dataset, metrics=one, progress=False) for one in metrics)
+    squares, windowed, *together = (evaluate_model(model, dataset, metrics=one) for one in metrics)
     expected = squares.results["itsm"] | windowed.results["itsm"]
     for result in together:
         assert result.results["itsm"] == expected and result.timing["images"] == len(dataset)
@@ -217,12 +211,12 @@ def test_a_metric_with_windows_changes_no_other(labelled_folder, tiny_processor)
         assert result.per_class["itsm"][1].keys() >= {"mMIoU", "segmentation"}
 
 
-def test_texts_are_encoded_in_parts_under_a_bar(labelled_folder, tiny_processor, monkeypatch, capsys):
-    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder)
+def test_texts_are_encoded_in_parts_under_a_bar(dataset, tiny_processor, monkeypatch, capsys):
+    model = (tiny_model(), tiny_processor)
     at_once = segment(model, dataset)
     monkeypatch.setattr(engine, "TEXT_BATCH", 2)
     monkeypatch.setattr(engine, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "delay": 0}))
-    in_parts = evaluate_model(model, dataset, ["itsm"], [Segmentation()])
+    in_parts = evaluate_model(model, dataset, ["itsm"], [Segmentation()], progress=True)
     assert "Encoding texts" in capsys.readouterr().err
     assert in_parts.results["itsm"]["segmentation"]["miou"] == pytest.approx(
         at_once.results["itsm"]["segmentation"]["miou"]
@@ -230,8 +224,7 @@ def test_texts_are_encoded_in_parts_under_a_bar(labelled_folder, tiny_processor,
 
 
 @pytest.mark.parametrize("options", [{"threshold": 0.5}, {"background": ["sky"]}])
-def test_a_void_background_is_not_predicted(labelled_folder, tiny_processor, options):
-    dataset = load_segmentation("folder", labelled_folder)
+def test_a_void_background_is_not_predicted(dataset, tiny_processor, options):
     dataset.background = False
     with pytest.raises(ValueError, match="Leave out .* of the background"):
         segment((tiny_model(), tiny_processor), dataset, **options)

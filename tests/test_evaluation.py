@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, tiny_model, write_folder
+from conftest import NAMES, evaluate_model, tiny_model, write_folder
 from families import raw_maps
 from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
@@ -19,22 +19,16 @@ from iclip_hf import ICLIPModel, cli
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation import evaluate
-from iclip_hf.evaluation.evaluate import evaluate_model
-from iclip_hf.evaluation.metrics import (
-    TASKS,
-    MeanMaxIoU,
-    make_metrics,
-)
+from iclip_hf.evaluation.metrics import TASKS, MeanMaxIoU, make_metrics
 from iclip_hf.evaluation.metrics.metric import EvaluatedImage
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.presence import MIN_PRESENCE
 from iclip_hf.model.similarity import resize_and_normalize
 
 
-def test_the_remaining_time_is_estimated_from_whole_batches(labelled_folder, tiny_processor, recorded, monkeypatch):
+def test_the_remaining_time_is_estimated_from_whole_batches(dataset, tiny_processor, recorded, monkeypatch):
     """After one image of the first batch, the bar would state the time of a batch for each image, and of the texts."""
-    dataset, bars = load_segmentation("folder", labelled_folder), []
-    encoded = recorded(ICLIPModel, "encode_text")
+    bars, encoded = [], recorded(ICLIPModel, "encode_text")
 
     class Bar(tqdm):
         def __init__(self, *args, **options):
@@ -47,16 +41,16 @@ def test_the_remaining_time_is_estimated_from_whole_batches(labelled_folder, tin
             super().update(count)
 
     monkeypatch.setattr(evaluate, "tqdm", Bar)
-    evaluate_model((tiny_model(), tiny_processor), dataset[:5], metrics=["mMIoU"], batch_size=2)
+    evaluate_model((tiny_model(), tiny_processor), dataset[:5], metrics=["mMIoU"], batch_size=2, progress=True)
     assert [bar.seen for bar in bars] == [[1, 2, 2, 1]]
 
 
-def test_figures_of_every_method_are_those_of_one_image_and_class_at_a_time(labelled_folder, tiny_processor):
+def test_figures_of_every_method_are_those_of_one_image_and_class_at_a_time(dataset, tiny_processor):
     """
     Maps are drawn for the shown classes alone where that saves time: they are those of a method that is asked for all.
     """
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    result = evaluate_model((model, tiny_processor), dataset, list(METHODS), batch_size=3, progress=False)
+    model = tiny_model()
+    result = evaluate_model((model, tiny_processor), dataset, list(METHODS), batch_size=3)
     assert list(result.results) == list(METHODS)
     tolerances = {"mAP": 1e-3, "mMIoU": 0.1, "mFMB": 1e-5, "text_contrast": 1e-2}  # of few pixels
     for method in METHODS:
@@ -90,13 +84,12 @@ def test_figures_of_every_method_are_those_of_one_image_and_class_at_a_time(labe
     assert "text_contrast.contrast" in result.per_class_csv().splitlines()[0].split(",")
 
 
-def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny_processor):
+def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(dataset, tiny_processor):
     """
     In plain loops over pixels; the map of the first class alone is that of all classes for a method without text.
     """
-    model, dataset = load((tiny_model(), tiny_processor)), load_segmentation("folder", labelled_folder)
-    dataset.stuff = (2,)
-    result = evaluate_model(model, dataset, ["itsm", "attention"], progress=False)
+    model, dataset.stuff = load((tiny_model(), tiny_processor)), (2,)
+    result = evaluate_model(model, dataset, ["itsm", "attention"])
     for method, figures in result.results.items():
         explainer, ranked = make_explainer(model, method), {}
         for sample in dataset:
@@ -115,23 +108,22 @@ def test_stuff_contrast_by_hand_and_with_a_map_of_saliency(labelled_folder, tiny
     assert result.protocol["metrics"]["stuff_contrast"]["stuff"] == (2,) and "stuff contrast %" in result.table()
 
 
-def test_images_are_encoded_once_for_maps_reversal_and_scores(labelled_folder, tiny_processor, recorded):
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
+def test_images_are_encoded_once_for_maps_reversal_and_scores(dataset, tiny_processor, recorded):
+    model = tiny_model()
     passes = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
     backwards = recorded(torch.autograd, "grad")
-    evaluate_model((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=4, progress=False)
+    evaluate_model((model, tiny_processor), dataset, ["itsm", "reversed_itsm"], batch_size=4)
     assert (passes, backwards) == ([4, 3], [])
-    evaluate_model((model, tiny_processor), dataset, ["grad_cam"], batch_size=4, progress=False)
+    evaluate_model((model, tiny_processor), dataset, ["grad_cam"], batch_size=4)
     assert passes[2:] == [4, 4, 3, 3]
     shown = [len(sample.class_ids) for sample in dataset]
     assert len(backwards) == max(shown[:4]) + max(shown[4:]) < 2 * len(NAMES)
 
 
 @pytest.mark.parametrize("supercategories", [("animal", "toy", "animal"), None])
-def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tiny_processor, supercategories):
+def test_presence_in_loops_over_pairs_and_with_scikit_learn(dataset, tiny_processor, supercategories):
     """In prompts of the caller's. Of three classes, the nearest tenth is one."""
     model = load((tiny_model(seed=1, logit_bias_init_value=0.0), tiny_processor))
-    dataset = load_segmentation("folder", labelled_folder)
     dataset.supercategories, dataset.stuff, templates = supercategories, (2,), ["the dog {}"]
     texts = model.encode_texts(NAMES, templates)
     cosines = (texts.text_embeds @ texts.text_embeds.T).tolist()
@@ -148,7 +140,7 @@ def test_presence_in_loops_over_pairs_and_with_scikit_learn(labelled_folder, tin
                 else:
                     like |= supercategories[other - 1] == supercategories[label - 1]
             pairs.append((value, label in sample.class_ids, like, label))
-    result = evaluate_model(model, dataset, metrics=["presence"], templates=templates, progress=False)
+    result = evaluate_model(model, dataset, metrics=["presence"], templates=templates)
     measured = result.results["itsm"]["presence"]
 
     shown, absent = ([pair for pair in pairs if pair[1] == which] for which in (True, False))
@@ -189,7 +181,7 @@ def test_an_image_of_one_class_gives_valid_json_and_a_table_without_nan(tiny_pro
     dataset = load_segmentation("folder", write_folder(tmp_path, [[0, 1]], 40))
     metrics = [*TASKS["interpretability"][:4], "presence", *TASKS["faithfulness"], "label_maps"]
     model = (tiny_model(logit_bias_init_value=0.0), tiny_processor)
-    result = evaluate_model(model, dataset, ["grad_cam"], metrics, progress=False)
+    result = evaluate_model(model, dataset, ["grad_cam"], metrics)
     scores = result.results["grad_cam"]
     assert scores["text_contrast"]["text_contrast"] is None and scores["mMIoU"]["pairs"] == 1
     json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -200,14 +192,12 @@ def test_an_image_of_one_class_gives_valid_json_and_a_table_without_nan(tiny_pro
     assert "presence of at least 0.5" in result.table() and re.search(r"\bnan\b", result.table().lower()) is None
 
 
-def test_images_without_any_class_are_refused(labelled_folder, tiny_processor):
+def test_images_without_any_class_are_refused(dataset, tiny_processor):
     """As those with binary masks of 0 and 255, which is void."""
-    dataset = load_segmentation("folder", labelled_folder)
-    with pytest.raises(
-        ValueError, match="None of the 1 images shows a class: a mask holds the ids of classes, and 255"
-    ):
-        evaluate_model((tiny_model(), tiny_processor), dataset[4:5], metrics=["mMIoU"], progress=False)
-    evaluate_model((tiny_model(), tiny_processor), dataset[4:6], metrics=["mMIoU"], progress=False)
+    model = (tiny_model(), tiny_processor)
+    with pytest.raises(ValueError, match="None of the 1 images shows a class: .* ids of classes, and 255"):
+        evaluate_model(model, dataset[4:5], metrics=["mMIoU"])
+    evaluate_model(model, dataset[4:6], metrics=["mMIoU"])
 
 
 def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
@@ -223,19 +213,15 @@ def test_the_measure_of_the_guide_leaves_out_a_class_that_is_a_crowd_only():
     assert metric.compute()["area_ratio"] == 0.5 and metric.compute()["left_out"] == {"no_value": 1}
 
 
-def test_a_limit_and_what_the_protocol_says(labelled_folder, tiny_processor):
-    dataset = load_segmentation("folder", labelled_folder)
-    result = evaluate_model(
-        (tiny_model(), tiny_processor), dataset, image_size=40, limit=2, templates=["a {}"], progress=False
-    )
+def test_a_limit_and_what_the_protocol_says(dataset, tiny_processor):
+    model, options = (tiny_model(), tiny_processor), {"image_size": 40, "templates": ["a {}"]}
+    result = evaluate_model(model, dataset, **options, limit=2)
     protocol = result.protocol
     assert protocol["dataset"]["images"] == 2 and protocol["dataset"]["images_in_split"] == len(dataset)
     assert protocol["dataset"]["fingerprint"] == dataset[:2].fingerprint()
     assert protocol["image_size"] == {"height": 40, "width": 40} and protocol["templates"] == ["a {}"]
     assert protocol["dtype"] == "float32"
-    alone = evaluate_model(
-        (tiny_model(), tiny_processor), dataset[:2], image_size=40, templates=["a {}"], progress=False
-    )
+    alone = evaluate_model(model, dataset[:2], **options)
     assert result.results == alone.results and result.per_class == alone.per_class
     # A part of a split does not pass for the whole.
     assert len(dataset) > 2 and alone.protocol["dataset"]["images_in_split"] == len(dataset)
@@ -292,7 +278,7 @@ def test_results_are_written_if_nobody_reads_the_table(labelled_folder, world, t
 def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_processor):
     dataset = load_segmentation("folder", write_folder(tmp_path, [[1, 3]] * 3 + [[1, 2]], 60))
     for images, number in ((dataset, 1), (dataset[:3], 2)):
-        result = evaluate_model((tiny_model(), tiny_processor), images, metrics=["mAP"], progress=False)
+        result = evaluate_model((tiny_model(), tiny_processor), images, metrics=["mAP"])
         assert result.results["itsm"]["mAP"]["always_shown"] == number
         assert f"Classes that every image shows: {number} of 3." in result.table()
     assert result.results["itsm"]["mAP"]["map"] == 100
@@ -301,15 +287,13 @@ def test_average_precisions_that_no_score_changes_are_remarked(tmp_path, tiny_pr
 # ---- what a metric gets, and where its scores stand ----
 
 
-def test_scores_and_options_stand_by_metric(labelled_folder, tiny_processor):
+def test_scores_and_options_stand_by_metric(dataset, tiny_processor):
     """Two metrics have a floor, and two a seed."""
-    dataset, model = load_segmentation("folder", labelled_folder), (tiny_model(), tiny_processor)
+    model = (tiny_model(), tiny_processor)
     names = ["mMIoU", "segmentation", "max_sensitivity", "label_maps"]
-    result = evaluate_model(model, dataset, metrics=make_metrics(names, seed=3), progress=False)
+    result = evaluate_model(model, dataset, metrics=make_metrics(names, seed=3))
     together = result.results["itsm"]
-    alone = [
-        evaluate_model(model, dataset, metrics=[name], progress=False).results["itsm"][name] for name in names[:2]
-    ]
+    alone = [evaluate_model(model, dataset, metrics=[name]).results["itsm"][name] for name in names[:2]]
     assert [together[name] for name in names[:2]] == alone and alone[0]["floor"] != alone[1]["floor"]
     for scores, heading in zip(alone, ("floor %", "floor of mIoU %")):
         headings, _, row = (line.split("|") for line in result.table().split("\n")[:3])
@@ -323,40 +307,29 @@ def test_scores_and_options_stand_by_metric(labelled_folder, tiny_processor):
 
 
 def test_presence_is_computed_when_it_is_asked_for_and_left_out_where_a_model_has_none(
-    labelled_folder, tiny_processor, monkeypatch
+    dataset, tiny_processor, recorded
 ):
-    dataset = load_segmentation("folder", labelled_folder)
     model = (tiny_model(), tiny_processor)
-    assert "presence" not in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
+    assert "presence" not in evaluate_model(model, dataset, limit=1).results["itsm"]
     with pytest.raises(ValueError, match="no presence of its own"):
-        evaluate_model(model, dataset, metrics=["presence"], progress=False)
+        evaluate_model(model, dataset, metrics=["presence"])
     model = load((tiny_model(seed=1, logit_bias_init_value=0.0), tiny_processor))
-    assert "presence" in evaluate_model(model, dataset, limit=1, progress=False).results["itsm"]
-    encoded = []
-    encode_texts = type(model).get_text_features
-    monkeypatch.setattr(
-        type(model), "get_text_features", lambda *args, **texts: encoded.append(1) or encode_texts(*args, **texts)
-    )
-    evaluate_model(model, dataset, metrics=["segmentation"], progress=False)
+    assert "presence" in evaluate_model(model, dataset, limit=1).results["itsm"]
+    encoded = recorded(type(model), "get_text_features")
+    evaluate_model(model, dataset, metrics=["segmentation"])
     assert len(encoded) == 1  # the class names, which segmentation competes with, and nothing else
 
 
-def test_without_a_name_the_method_is_that_of_the_model(labelled_folder, made):
+def test_without_a_name_the_method_is_that_of_the_model(dataset, made):
     """Of plain maps, unless refined ones are asked for."""
-    dataset = load_segmentation("folder", labelled_folder)
-    usual, named = (
-        evaluate_model(made("clip")[:2], dataset, methods, ["mFMB"], progress=False) for methods in (None, ["naclip"])
-    )
+    usual, named = (evaluate_model(made("clip")[:2], dataset, methods, ["mFMB"]) for methods in (None, ["naclip"]))
     assert usual.results == named.results and usual.protocol["refine"] is False
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [
-        ({"methods": "itsm"}, "methods is a list"),
-        ({"metrics": []}, "There is no metric"),
-    ],
+    [({"methods": "itsm"}, "methods is a list"), ({"metrics": []}, "There is no metric")],
 )
-def test_an_evaluation_of_nothing_is_refused(labelled_folder, tiny_processor, options, message):
+def test_an_evaluation_of_nothing_is_refused(dataset, tiny_processor, options, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_model((tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), **options)
+        evaluate_model((tiny_model(), tiny_processor), dataset, **options)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VISION, tiny_model
+from conftest import VISION, save, tiny_model
 from families import GRID, LABELS, cosine_map, drawn, maps_by, pixels, raw_maps
 from torch.nn import functional as F
 from transformers import AutoConfig, BitImageProcessor
@@ -30,10 +30,8 @@ def test_the_rest_of_the_block_is_kept_if_asked_for(made, method):
 def test_the_proxy_sees_pixels_as_in_its_own_training(made, vision, tmp_path):
     """Those of CLIP with the normalisation of the proxy, which is asked for CLIP's grid."""
     model, processor, _ = made("clip")
-    proxy = tiny_model(vision).vision_model
-    proxy.save_pretrained(tmp_path)
-    imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    BitImageProcessor(image_mean=imagenet[0], image_std=imagenet[1]).save_pretrained(tmp_path)
+    proxy, imagenet = tiny_model(vision).vision_model, ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    save(tmp_path, proxy, BitImageProcessor(image_mean=imagenet[0], image_std=imagenet[1]))
     explainer = make_explainer((model, processor), "proxyclip", proxy=str(tmp_path))
     clip = processor.image_processor.image_mean, processor.image_processor.image_std
     (mean, std), (own_mean, own_std) = (torch.tensor(one).view(2, 3, 1, 1) for one in (clip, imagenet))
@@ -88,14 +86,14 @@ def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale):
 
 def test_the_proxy_is_an_image_tower_or_that_of_a_two_tower_model(made, tmp_path):
     model, processor, _ = made("clip")
-    model.save_pretrained(tmp_path / "both")
-    model.vision_model.save_pretrained(tmp_path / "one")
-    for name in ("both", "one"):
-        processor.image_processor.save_pretrained(tmp_path / name)
-    tower, own = (maps_by((model, processor), "proxyclip", proxy=str(tmp_path / name))[2] for name in ("one", "both"))
+    proxies = {"one": model.vision_model, "both": model}
+    tower, own = (
+        maps_by((model, processor), "proxyclip", proxy=str(save(tmp_path / name, proxy, processor.image_processor)))[2]
+        for name, proxy in proxies.items()
+    )
     torch.testing.assert_close(tower, own)
-    model.text_model.save_pretrained(tmp_path / "text")
-    made("siglip")[0].save_pretrained(tmp_path / "siglip")
+    save(tmp_path / "text", model.text_model)
+    save(tmp_path / "siglip", made("siglip")[0])
     for name in ("text", "siglip"):
         with pytest.raises(ValueError, match=f"{name}: a proxy is one of .*dinov2.*, not '"):
             make_explainer((model, processor), "proxyclip", proxy=str(tmp_path / name))

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, iclip, tiny_model, write_folder
+from conftest import NAMES, evaluate_model, iclip, tiny_model, write_folder
 from families import raw_maps
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +16,6 @@ from torchmetrics.functional import spearman_corrcoef
 
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.functional import pointing_shares
 from iclip_hf.evaluation.metrics import ClassMeans, DeletionInsertion, MaxSensitivity, PointingGame, Randomization
 from iclip_hf.evaluation.metrics.deletion_insertion import area_under, deletion_insertion, scorer
@@ -258,7 +257,7 @@ def test_figures_equal_the_protocol_in_plain_steps_for_the_cost_that_is_told(
     model, dataset = tiny_model(), load_segmentation("folder", root)
     seen = recorded(type(model), "get_image_features", lambda self, pixels: len(pixels))
     metrics = [DeletionInsertion(steps=2, seed=3), MaxSensitivity(seed=3), Randomization(seed=3), PointingGame()]
-    options = {"refine": refine, "batch_size": 5, "progress": False}
+    options = {"refine": refine, "batch_size": 5}
     result = evaluate_model((model, tiny_processor), dataset, methods, metrics, **options)
     if methods == METHODS:
         # The four images are encoded once, and by each of the three methods that run the tower; three of them show
@@ -289,7 +288,7 @@ def test_pixels_are_ordered_by_the_same_maps_in_every_batch(root, tiny_processor
     model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", root)
     scores = []
     for size in (1, 4):
-        result = evaluate_model(model, dataset, METHODS, [DeletionInsertion(steps=2)], batch_size=size, progress=False)
+        result = evaluate_model(model, dataset, METHODS, [DeletionInsertion(steps=2)], batch_size=size)
         scores.append([result.results[method]["deletion_insertion"] for method in METHODS])
     assert len(seen) == 6 and all(map(torch.equal, seen[:3], seen[3:]))
     for one, other in zip(*scores):

@@ -9,7 +9,7 @@ from pathlib import Path
 import fault_inputs as inputs
 import numpy as np
 import pytest
-from conftest import iclip
+from conftest import iclip, save, save_towers
 
 
 def refused(*line) -> str:
@@ -172,13 +172,10 @@ def test_a_folder_that_is_no_model(world, sandbox, damage):
 @pytest.mark.parametrize("damage", ["missing", "symlinked code", "weights are truncated", "pickled weights only"])
 def test_a_folder_that_is_no_tower(world, sandbox, side, damage):
     folder = sandbox / "case"
-    world.model.vision_model.save_pretrained(folder / "vision")
-    world.model.text_model.save_pretrained(folder / "text")
-    world.processor.tokenizer.save_pretrained(folder / "text")
-    world.model.config.save_pretrained(folder / "config")
-    world.processor.save_pretrained(folder / "config")
+    vision, text = save_towers(folder, world.model, world.processor)
+    save(folder / "config", world.model.config, world.processor)
     inputs.MODEL_FOLDERS[damage](folder / side)
-    towers = ("--vision", folder / "vision", "--text", folder / "text")
+    towers = ("--vision", vision, "--text", text)
     assert side in refused("init", "--config", folder / "config", *towers, "--output", "new")
 
 

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import FEATURES, VISION, bilinear, noise, tiny_image_processor, tiny_inputs, tiny_model, tiny_tokenizer
+from conftest import (
+    FEATURES,
+    VISION,
+    bilinear,
+    noise,
+    save,
+    save_towers,
+    tiny_image_processor,
+    tiny_inputs,
+    tiny_model,
+)
 from torch.nn import functional as F
 from training_runs import run, weights
 from transformers import TimmWrapperConfig, TimmWrapperModel
@@ -231,19 +241,12 @@ def test_statistics_of_training_images_whiten_the_features(options, views, tiny_
 
 
 @pytest.fixture
-def towers(tmp_path):
+def towers(tmp_path, tiny_processor):
     """Folders of an image, a text and a feature tower with its own mean and standard deviation."""
-    model = joined_model()
-    model.vision_model.save_pretrained(tmp_path / "vision")
-    tiny_image_processor().save_pretrained(tmp_path / "vision")
-    model.text_model.save_pretrained(tmp_path / "text")
-    (tmp_path / "text").mkdir(exist_ok=True)
-    tiny_tokenizer(tmp_path / "text").save_pretrained(tmp_path / "text")
     training = {"mean": [0.4, 0.5, 0.6], "std": [0.1, 0.2, 0.3]}
-    TimmWrapperModel(
-        TimmWrapperConfig(architecture="test_efficientnet", num_labels=0, pretrained_cfg=training)
-    ).save_pretrained(tmp_path / "features")
-    return [str(tmp_path / name) for name in ("vision", "text", "features")]
+    config = TimmWrapperConfig(architecture="test_efficientnet", num_labels=0, pretrained_cfg=training)
+    features = save(tmp_path / "features", TimmWrapperModel(config))
+    return [*save_towers(tmp_path, joined_model(), tiny_processor), str(features)]
 
 
 def test_the_feature_tower_sees_pixels_as_in_its_training(towers):
@@ -280,8 +283,7 @@ def test_what_is_no_feature_tower_is_refused(options, message):
 
 
 def test_a_missing_package_is_named(towers, tmp_path, tiny_processor, monkeypatch):
-    for part in (tiny_model(**FEATURES), tiny_processor):
-        part.save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", tiny_model(**FEATURES), tiny_processor)
     monkeypatch.setattr("iclip_hf.model.feature_tower.is_timm_available", lambda: False)
     with pytest.raises(ImportError, match="needs the package timm: install it with `pip install timm`"):
         load(tmp_path / "model")

@@ -4,7 +4,7 @@ Gradients are finite, whatever options, towers and parts that learn come togethe
 
 import pytest
 import torch
-from conftest import VISION, noise, tiny_inputs, tiny_model
+from conftest import VISION, noise, save, tiny_inputs, tiny_model
 from pairwise import pairwise
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
@@ -105,8 +105,7 @@ def test_a_model_that_gives_nan_is_refused_by_every_command(tiny_processor, tmp_
             *(branch.visual_projection for branch in model.children() if hasattr(branch, "visual_projection")),
         ):
             layer.weight.fill_(1e20)
-    model.save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", model, tiny_processor)
     (tmp_path / "photos").mkdir()
     photo = tmp_path / "photos" / "a.png"
     noise((60, 40)).save(photo)

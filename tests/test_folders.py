@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import QuietHandler, served, tiny_model
+from conftest import QuietHandler, save, save_towers, served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
@@ -82,8 +82,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
     folder = tmp_path_factory.mktemp("source")
     model = tiny_model()
     model.config.vision_config.name_or_path = "/home/someone/vit"
-    model.save_pretrained(folder / "model")
-    tiny_processor.save_pretrained(folder / "model")
+    save(folder / "model", model, tiny_processor)
     training = {
         "data": ["pixparse/cc3m-wds", "/home/someone/data/flickr8k/train-{00..05}.tar", "data/coco2014"],
         "num_train_epochs": 7,
@@ -271,8 +270,7 @@ def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_p
     assert "evil/repo" not in saved and "trap" not in saved
 
 
-def test_an_exported_folder_is_a_configuration(exported, towers, tmp_path, tiny_processor):
-    tiny_processor.image_processor.save_pretrained(towers / "vision")
+def test_an_exported_folder_is_a_configuration(exported, towers, tmp_path):
     init_model(exported, tmp_path / "new", *(str(towers / side) for side in ("vision", "text")))
     assert ICLIPModel.from_pretrained(tmp_path / "new").config.pooling == tiny_model().config.pooling
 
@@ -388,11 +386,8 @@ def towers(tmp_path_factory, tiny_processor) -> Path:
     folder = tmp_path_factory.mktemp("towers")
     model = tiny_model()
     model.vision_model.config.layer_norm_eps = 1e-12
-    model.vision_model.save_pretrained(folder / "vision")
-    model.text_model.save_pretrained(folder / "text")
-    tiny_processor.tokenizer.save_pretrained(folder / "text")
-    config = tiny_model(pooling="max").config
-    config.save_pretrained(folder / "config")
+    save_towers(folder, model, tiny_processor)
+    save(folder / "config", tiny_model(pooling="max").config)
     options = {
         "processor_class": "ICLIPProcessor",
         "patch_size": 8,
@@ -430,9 +425,8 @@ def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
     assert "It was not trained: train it before use" in card.text and "Not measured" in card.text
 
 
-def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, tiny_processor, capsys):
+def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, capsys):
     """As `iclip train --config` does. A model with a bias is to be trained with nouns."""
-    tiny_processor.image_processor.save_pretrained(towers / "vision")
     (tmp_path / "own").mkdir()
     file, given = tmp_path / "own" / "train.yaml", f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n"
     file.write_text(f"{given}image_size: 64\nmodel_options: [max_over=similarity, logit_bias_init_value=-3]\n")
@@ -457,7 +451,6 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, t
 
 
 def test_a_configuration_needs_no_more_than_the_names_of_the_towers(towers, tmp_path, tiny_processor):
-    tiny_processor.image_processor.save_pretrained(towers / "vision")
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "train.yaml").write_text(f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n")
     init_model(tmp_path / "own", tmp_path / "new")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, VISION, tiny_inputs, tiny_model
+from conftest import TEXT, VISION, save, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, CLIPImageProcessor, Dinov2Config, PreTrainedConfig
 
@@ -20,10 +20,7 @@ from iclip_hf.hub.folders import export_model
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, tiny_processor) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_model("dinov2").save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+    return save(tmp_path_factory.mktemp("saved") / "model", tiny_model("dinov2"), tiny_processor)
 
 
 def changed(then: dict, now: dict) -> list[str]:
@@ -111,9 +108,7 @@ def test_a_saved_and_exported_model_is_the_same(tmp_path, tiny_processor, vision
     model = tiny_model(vision, text)
     before = identity(model, tiny_processor)
     tiny_processor(labels=["dog"] * 2, padding="max_length", max_length=9, truncation=True)
-    model.save_pretrained(tmp_path / "saved")
-    tiny_processor.save_pretrained(tmp_path / "saved")
-    edit_json(tmp_path / "saved", CONFIG, "transformers_version", to="1.0")
+    edit_json(save(tmp_path / "saved", model, tiny_processor), CONFIG, "transformers_version", to="1.0")
     loaded = load_pretrained(tmp_path / "saved")
     export_model(*loaded, tmp_path / "exported")
     names = set()

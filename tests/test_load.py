@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEXT, VISION, explain
+from conftest import TEXT, VISION, evaluate_model, explain, save, save_towers
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -31,23 +31,17 @@ from transformers import (
     pipeline,
 )
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, cli, evaluate_model, load
+from iclip_hf import ICLIPModel, ICLIPProcessor, cli, load
 from iclip_hf import explainers as registry
 from iclip_hf.backends import check_model_name, loading
 from iclip_hf.backends.explainable import RecordableModel
 from iclip_hf.backends.loading import load_iclip
-from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.explainers import Explainer, make_explainer, register_explainer
 from iclip_hf.hub.folders import init_model
 from iclip_hf.utils.hub_ids import is_hub_id
 
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def dataset(labelled_folder):
-    return load_segmentation("folder", labelled_folder)[:2]
 
 
 def test_every_source_gives_the_same_model(world):
@@ -103,9 +97,8 @@ def two_folders(world, tmp_path) -> tuple[Path, Path]:
     """Folders of a CLIP and of an ICLIP model."""
     sides = {"vision_config": VISION["clip_vision_model"], "text_config": TEXT["clip_text_model"]}
     torch.manual_seed(0)
-    CLIPModel(CLIPConfig(**sides)).save_pretrained(tmp_path / "clip")
     parts = {"image_processor": world.processor.image_processor, "tokenizer": world.processor.tokenizer}
-    CLIPProcessor(**parts).save_pretrained(tmp_path / "clip")
+    save(tmp_path / "clip", CLIPModel(CLIPConfig(**sides)), CLIPProcessor(**parts))
     shutil.copytree(world.folder / "model", tmp_path / "iclip")
     return tmp_path / "clip", tmp_path / "iclip"
 
@@ -125,11 +118,7 @@ def test_a_folder_names_no_kernel_of_the_hub(world, two_folders, tmp_path, monke
         load(folder)
     AutoModel.from_pretrained(tmp_path / "iclip")
     ICLIPModel.from_vision_text_pretrained(str(tmp_path / "clip"), str(tmp_path / "clip"))
-    vision, text = tmp_path / "vision", tmp_path / "text"
-    world.model.vision_model.save_pretrained(vision)
-    world.model.text_model.save_pretrained(text)
-    world.processor.tokenizer.save_pretrained(text)
-    init_model(tmp_path / "iclip", tmp_path / "new", str(vision), str(text))
+    init_model(tmp_path / "iclip", tmp_path / "new", *save_towers(tmp_path, world.model, world.processor))
     assert not fetched
 
 
@@ -285,7 +274,7 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
         make_explainer(model, "corner")
     register_explainer("corner")(Corner)
     assert explain(model, PHOTO, ["dog"], "corner").raw_maps.flatten().tolist() == [1, *[0] * 15]
-    assert evaluate_model(model, dataset, ["corner"], progress=False).results["corner"]["mMIoU"]["mmiou"] > 0
+    assert evaluate_model(model, dataset[:2], ["corner"]).results["corner"]["mMIoU"]["mmiou"] > 0
 
     registry._registered.clear()
     PHOTO.save(tmp_path / "a.png")

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import TEXT, VISION, tiny_inputs, tiny_model
+from conftest import TEXT, VISION, save, tiny_inputs, tiny_model
 from torch.nn import functional as F
 from transformers import (
     AttentionInterface,
@@ -559,8 +559,7 @@ def test_missing_weights_and_nan_are_refused_by_every_door(tmp_path, tiny_proces
     ],
 )
 def test_weights_of_a_part_that_the_configuration_lacks_are_refused(tmp_path, tiny_processor, options, weight):
-    tiny_model(**options).save_pretrained(tmp_path)
-    tiny_processor.save_pretrained(tmp_path)
+    save(tmp_path, tiny_model(**options), tiny_processor)
     config = json.loads((tmp_path / "config.json").read_text())
     without = {"logit_bias_init_value": None, "center_tokens": False, "dual_projection": False}
     (tmp_path / "config.json").write_text(

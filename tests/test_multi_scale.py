@@ -5,13 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import evaluate_model, tiny_model
 from test_engine import IMAGES, TEXTS, engine_of, sigmoid_model
 from torch.nn import functional as F
 from transformers.image_utils import SizeDict
 
-from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.similarity import cosines
@@ -140,7 +138,6 @@ def test_a_size_as_transformers_or_numpy_keep_it(tiny_processor, size, plain):
     assert torch.equal(*pixels)
 
 
-def test_windows_are_not_measured_at_two_scales(labelled_folder, tiny_processor):
-    model, dataset = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder)
+def test_windows_are_not_measured_at_two_scales(dataset, tiny_processor):
     with pytest.raises(ValueError, match="window or multi_scale"):
-        evaluate_model(model, dataset, metrics=[Segmentation(window=32)], multi_scale=True, progress=False)
+        evaluate_model((tiny_model(), tiny_processor), dataset, metrics=[Segmentation(window=32)], multi_scale=True)

@@ -6,7 +6,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FEATURES, explain, noise, tiny_inputs, tiny_model
+from conftest import FEATURES, explain, noise, save, tiny_inputs, tiny_model
 from torch.nn import functional as F
 
 from iclip_hf import ICLIPConfig, cli, load
@@ -211,8 +211,7 @@ def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch
 @pytest.mark.slow
 @pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.01), ("int8", 0.01)])
 def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weights, error):
-    model.save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
+    save(tmp_path / "model", model, tiny_processor)
     arguments = ["export", str(tmp_path / "model"), str(tmp_path / "exported"), "--format", f"onnx-{weights}"]
     capsys.readouterr()
     assert cli.main(arguments) == 0

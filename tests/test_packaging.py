@@ -153,7 +153,7 @@ def test_a_copy_of_the_package_is_not_tested(tmp_path):
     """`pip install '.[demo]'` in the environment of `make` replaces the editable install by a copy."""
     (tmp_path / "iclip_hf").mkdir()
     (tmp_path / "iclip_hf" / "__init__.py").touch()
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_prompts.py"]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_prefetch.py"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 4 and f"{tmp_path}/iclip_hf/__init__.py is not of this clone" in run.stderr, run

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, VISION, QuietHandler, served, tiny_model
+from conftest import TEXT, VISION, QuietHandler, save, served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 from transformers import (
@@ -229,8 +229,7 @@ def test_pipelines_take_a_folder_that_an_exported_model_was_saved_to(world, phot
     pipe = pipeline(TASK, model=str(exported), trust_remote_code=True)
     expected = pipe(str(photographs[0]), LABELS)
     for folder in (tmp_path / "saved", exported):
-        ICLIPModel.from_pretrained(exported).save_pretrained(folder)
-        world.processor.save_pretrained(folder)
+        save(folder, ICLIPModel.from_pretrained(exported), world.processor)
         named = "custom_pipelines" in json.loads((folder / "config.json").read_text())
         assert named == (folder == exported)
         answers = pipeline(TASK, model=str(folder), trust_remote_code=named)(str(photographs[0]), LABELS)

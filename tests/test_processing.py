@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import explain, tiny_config, tiny_model
+from conftest import explain, save, save_towers, tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPImageProcessor
@@ -103,12 +103,9 @@ def test_processors_of_two_towers_are_joined(tiny_processor, tmp_path):
     """Also where the image tower's configuration stores the patch size as a pair."""
     config = tiny_config()
     config.vision_config.patch_size = (8, 8)
-    for part in (config.vision_config, tiny_processor.image_processor):
-        part.save_pretrained(tmp_path / "vision")
-    for part in (config.text_config, tiny_processor.tokenizer):
-        part.save_pretrained(tmp_path / "text")
-    towers = str(tmp_path / "vision"), str(tmp_path / "text")
-    processor = ICLIPProcessor.from_vision_text_pretrained(*towers, image_size=40)
+    vision = save(tmp_path / "vision", config.vision_config, tiny_processor.image_processor)
+    text = save(tmp_path / "text", config.text_config, tiny_processor.tokenizer)
+    processor = ICLIPProcessor.from_vision_text_pretrained(str(vision), str(text), image_size=40)
     assert processor(photo())["pixel_values"].shape == (1, 3, 40, 40)
     assert processor(photo(), size={"shortest_edge": 16})["pixel_values"].shape == (1, 3, 16, 24)
     with pytest.raises(ValueError, match="no multiple of the patch size 8"):
@@ -348,8 +345,7 @@ def test_images_that_are_not_resized_have_the_size_that_is_asked_for(tiny_proces
 def test_code_beside_a_tokenizer_is_refused_without_a_question(
     tiny_processor, tmp_path, monkeypatch, auto_class, options
 ):
-    tiny_processor.save_pretrained(tmp_path)
-    tiny_config().save_pretrained(tmp_path)
+    save(tmp_path, tiny_config(), tiny_processor)
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["other.Tokenizer", None]}, "tokenizer_class": "Tokenizer"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -363,14 +359,11 @@ def test_code_beside_a_tokenizer_is_refused_without_a_question(
 @pytest.mark.parametrize("side", ["vision", "text"])
 @pytest.mark.parametrize("joined", [ICLIPProcessor, ICLIPModel])
 def test_code_beside_a_tower_is_refused_without_a_question(tiny_processor, tmp_path, monkeypatch, joined, side):
-    model = tiny_model()
-    for name, part in (("vision", tiny_processor.image_processor), ("text", tiny_processor.tokenizer)):
-        getattr(model, f"{name}_model").save_pretrained(tmp_path / name)
-        part.save_pretrained(tmp_path / name)
+    towers = save_towers(tmp_path, tiny_model(), tiny_processor)
     config = {"model_type": "other", "auto_map": {"AutoConfig": "other.Config"}}
     (tmp_path / side / "config.json").write_text(json.dumps(config))
     (tmp_path / side / "other.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
     monkeypatch.setattr("builtins.input", lambda *question: pytest.fail(f"asked: {question}"))
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        joined.from_vision_text_pretrained(str(tmp_path / "vision"), str(tmp_path / "text"))
+        joined.from_vision_text_pretrained(*towers)
     assert not (tmp_path / "ran").exists()

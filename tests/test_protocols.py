@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import bilinear, iclip, tiny_image_processor, tiny_model
+from conftest import bilinear, evaluate_model, iclip, save, tiny_image_processor, tiny_model
 from golden_segmentation import CLASSES, clip, photograph, text_features
 from PIL import Image
 from transformers import CLIPImageProcessor
@@ -18,7 +18,6 @@ from iclip_hf.data import load_segmentation
 from iclip_hf.data.layouts import DATASETS
 from iclip_hf.data.overrides import read_overrides
 from iclip_hf.evaluation.argmax import protocol_label_map
-from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import Segmentation
 from iclip_hf.evaluation.protocols import PROTOCOLS, protocol_settings
 from iclip_hf.evaluation.window_maps import WindowMaps, resized
@@ -92,7 +91,7 @@ def test_label_maps_are_those_of_the_steps(labelled_folder, tiny_processor, monk
 
     monkeypatch.setattr(Segmentation, "update", recording)
     model = (model, tiny_processor)
-    evaluate_model(model, dataset, settings.methods, [Segmentation(protocol=paper)], batch_size=3, progress=False)
+    evaluate_model(model, dataset, settings.methods, [Segmentation(protocol=paper)], batch_size=3)
     explainer = make_explainer(model, paper)
     engine = Engine(explainer.model, explainer.model.processor, explainer, dataset.templates)
     classes = [dataset.background_texts, *dataset.synonyms]
@@ -227,22 +226,16 @@ def test_the_command_states_what_it_used_and_options_replace_it(voc, world, caps
 
 
 @pytest.mark.parametrize("option", [{"refine": True}, {"multi_scale": True}, {"image_size": 32}])
-def test_a_protocol_excludes_options_of_maps(labelled_folder, tiny_processor, option):
-    dataset = load_segmentation("folder", labelled_folder)
+def test_a_protocol_excludes_options_of_maps(dataset, tiny_processor, option):
     with pytest.raises(ValueError, match="Leave out protocol, or else refine, multi_scale and image_size"):
         evaluate_model((tiny_model(), tiny_processor), dataset, metrics=[Segmentation(protocol="naclip")], **option)
 
 
-def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(labelled_folder, tiny_processor, tmp_path):
+def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(dataset, tiny_processor, tmp_path):
     """That of ProxyCLIP has a proxy, and none of them a threshold for other data than the paper's."""
-    tiny_model("dinov2").vision_model.save_pretrained(tmp_path)
-    tiny_image_processor().save_pretrained(tmp_path)
-    dataset = load_segmentation("folder", labelled_folder)
-    options = {"proxy": str(tmp_path)}
-    metrics = [Segmentation(window=32, protocol="proxyclip")]
-    model = (tiny_model(), tiny_processor)
-    size = {"shortest_edge": 40}
-    result = evaluate_model(model, dataset, {"proxyclip": options}, metrics, image_size=size, progress=False)
+    options = {"proxy": str(save(tmp_path, tiny_model("dinov2").vision_model, tiny_image_processor()))}
+    model, metrics = (tiny_model(), tiny_processor), [Segmentation(window=32, protocol="proxyclip")]
+    result = evaluate_model(model, dataset, {"proxyclip": options}, metrics, image_size={"shortest_edge": 40})
     assert result.protocol["methods"] == {"proxyclip": options}
     scores = result.results["proxyclip"]["segmentation"]
     assert scores["miou"] > 0 and all(0 <= threshold <= 1 for threshold in scores["thresholds"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import iclip, tiny_model, write_folder, write_pairs
+from conftest import iclip, save_towers, tiny_model, write_folder, write_pairs
 from PIL import Image
 
 from iclip_hf import ICLIPModel, example_image
@@ -30,11 +30,7 @@ def home(tmp_path, tiny_processor, monkeypatch) -> Path:
     home = tmp_path / NAME
     for folder in ("data", "images"):
         (home / folder).mkdir(parents=True)
-    model = tiny_model("dinov2", logit_bias_init_value=0.0)
-    model.vision_model.save_pretrained(home / "vision")
-    model.text_model.save_pretrained(home / "text")
-    tiny_processor.image_processor.save_pretrained(home / "vision")
-    tiny_processor.tokenizer.save_pretrained(home / "text")
+    save_towers(home, tiny_model("dinov2", logit_bias_init_value=0.0), tiny_processor)
     write_folder(home / "data", [[0, 1, 2], [0, 3, 255]], 60)
     write_pairs(home / "pairs.tar", 8)
     Image.effect_noise((60, 40), 80).save(home / "images" / "a.png")

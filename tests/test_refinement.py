@@ -5,14 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import iclip, tiny_model
+from conftest import evaluate_model, iclip, tiny_model
 from test_engine import IMAGES, TEXTS
 from torch.nn import functional as F
 
 from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, explain
-from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation.argmax import argmax_label_map
-from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import MeanForegroundMinusBackground
 from iclip_hf.evaluation.metrics.segmentation import Segmentation, SlidingWindows
 from iclip_hf.model.engine import Engine
@@ -104,8 +102,8 @@ def test_explanations_are_refined_in_batches_and_from_features(tiny_processor):
         torch.testing.assert_close(two.scores, one.scores)
 
 
-def test_measures_take_the_refined_maps_of_the_shown_classes(labelled_folder, tiny_processor):
-    model, dataset, seen = (tiny_model(), tiny_processor), load_segmentation("folder", labelled_folder), {}
+def test_measures_take_the_refined_maps_of_the_shown_classes(dataset, tiny_processor):
+    model, seen = (tiny_model(), tiny_processor), {}
 
     class Spy(MeanForegroundMinusBackground):
         def update_from(self, image, method, maps):
@@ -113,7 +111,7 @@ def test_measures_take_the_refined_maps_of_the_shown_classes(labelled_folder, ti
             super().update_from(image, method, maps)
 
     for refine in (False, True):
-        evaluate_model(model, dataset, ["itsm", "gem"], [Spy()], refine=refine, progress=False)
+        evaluate_model(model, dataset, ["itsm", "gem"], [Spy()], refine=refine)
     assert len(seen) == len(dataset)
     for of_image in seen.values():
         for (image, plain), (_, refined) in zip(of_image[:2], of_image[2:]):
@@ -122,11 +120,10 @@ def test_measures_take_the_refined_maps_of_the_shown_classes(labelled_folder, ti
                 torch.testing.assert_close(refined, expected, atol=1e-5, rtol=0)
 
 
-def test_label_maps_are_those_of_refined_maps_of_the_whole_image(labelled_folder, tiny_processor):
-    model, dataset = tiny_model(), load_segmentation("folder", labelled_folder)
-    dataset.background = False
+def test_label_maps_are_those_of_refined_maps_of_the_whole_image(dataset, tiny_processor):
+    model, dataset.background = tiny_model(), False
     options = {"metrics": [Segmentation(window=32, stride=16)], "image_size": {"shortest_edge": 40}}
-    result = evaluate_model((model, tiny_processor), dataset, **options, refine=True, progress=False)
+    result = evaluate_model((model, tiny_processor), dataset, **options, refine=True)
     engine = Engine(model, tiny_processor, templates=dataset.templates)
     texts = engine.encode(dataset.class_names)
     right = total = 0

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import NAMES, iclip, opened
+from conftest import NAMES, evaluate_model, iclip, opened
 from PIL import Image
 
-from iclip_hf import evaluate_model
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.presence import MIN_PRESENCE
@@ -28,8 +27,8 @@ def evaluated(world, labelled_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     dataset = load_segmentation("folder", labelled_folder)
     model = (world.model, world.processor)
-    result = evaluate_model(model, dataset, METHODS, batch_size=2, report=folder, progress=False)
-    plain = evaluate_model(model, dataset, METHODS, batch_size=2, progress=False)
+    result = evaluate_model(model, dataset, METHODS, batch_size=2, report=folder)
+    plain = evaluate_model(model, dataset, METHODS, batch_size=2)
     return folder, dataset, result, plain
 
 

@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
+from conftest import evaluate_model
 from families import FAMILIES, REFUSED
 from pairwise import pairwise
 
 from iclip_hf.backends.loading import load
-from iclip_hf.data import load_segmentation
-from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics import make_metrics
 
 
@@ -34,7 +33,7 @@ def metrics(task: str, side: int) -> list:
 
 
 @pytest.mark.parametrize("row", pairwise(FACTORS), ids=lambda row: "-".join(map(str, row.values())))
-def test_every_task_gives_finite_figures(made, labelled_folder, row):
+def test_every_task_gives_finite_figures(made, dataset, row):
     if (row["family"], row["method"]) in REFUSED:
         row = {**row, "method": "itsm"}
     model, processor, (side, _) = made(row["family"])
@@ -42,8 +41,7 @@ def test_every_task_gives_finite_figures(made, labelled_folder, row):
     options = {name: row[name] for name in ("templates", "refine", "batch_size")}
     if row["task"] == "windows":
         options["image_size"] = {"shortest_edge": side + 32}
-    dataset = load_segmentation("folder", labelled_folder)[:2]
-    result = evaluate_model(model, dataset, [row["method"]], metrics(row["task"], side), progress=False, **options)
+    result = evaluate_model(model, dataset[:2], [row["method"]], metrics(row["task"], side), **options)
     (by_metric,) = result.results.values()
     scores = itertools.chain(*(of_metric.values() for of_metric in by_metric.values()))
     numbers = itertools.chain(*(one if isinstance(one, list) else [one] for one in scores))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_inputs, tiny_model, write_folder
+from conftest import save, tiny_inputs, tiny_model, write_folder
 from fault_inputs import index_mask, masks_folder
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
@@ -54,8 +54,7 @@ def test_a_run_ends_with_a_model_that_loads(hub, tmp_path):
 
 def test_a_model_in_half_precision_is_trained_in_single_precision(hub, tmp_path, tiny_processor):
     half = tiny_model().bfloat16()
-    half.save_pretrained(tmp_path / "half")
-    tiny_processor.save_pretrained(tmp_path / "half")
+    save(tmp_path / "half", half, tiny_processor)
     run(hub, tmp_path / "run", "--model", tmp_path / "half", "--max_steps", 1, "--learning_rate", 1e-6)
     before, after = half.recognition.visual_projection.weight, weights(tmp_path / "run")
     after = after["recognition.visual_projection.weight"]
@@ -258,9 +257,7 @@ def test_maps_are_measured_too(hub, tmp_path, tiny_processor):
     assert {2, 4} == metrics.keys() and {"mAP", "mMIoU", "mFMB", "text_contrast"} <= metrics[2].keys()
     shown = json.loads((tmp_path / "run" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
     assert shown["mMIoU"]["mmiou"] == metrics[trainer.state.best_global_step]["mMIoU"]
-    start = tiny_model()  # whose card has no results
-    for part in (start, tiny_processor):
-        part.save_pretrained(tmp_path / "start")
+    save(tmp_path / "start", tiny_model(), tiny_processor)  # whose card has no results
     again = run(hub, tmp_path / "again", *options, "--model", tmp_path / "start", "--learning_rate", 1e-12)
     shown = json.loads((tmp_path / "again" / "model_card.json").read_text())["evaluation"]["results"]["itsm"]
     assert again.kept_start and shown["mMIoU"]["mmiou"] == evaluations(again)[0]["mMIoU"]

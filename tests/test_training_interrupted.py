@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save, tiny_model
 from fault_inputs import written
 from processes import run_script
 from training_runs import assert_same_weights, evaluations, run, write_table
@@ -219,8 +219,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
     """To the bit, with the same evaluations."""
     options, step = RESUMED[name]
     if name == "kept presence":
-        for part in (tiny_model(logit_bias_init_value=-1), tiny_processor):
-            part.save_pretrained(tmp_path / "start")
+        save(tmp_path / "start", tiny_model(logit_bias_init_value=-1), tiny_processor)
     places = {"cache": tmp_path / "cache", "start": tmp_path / "start", "held_out.tar": hub / "held_out.tar"}
     arguments = [places.get(option, option) for option in options] + ["--max_steps", 6, "--pictures", 0]
     arguments += ["--learning_rate", 0.01]
@@ -239,10 +238,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
 
 
 def test_the_presence_of_nouns_moves_less_if_it_is_kept(hub, tmp_path, tiny_processor):
-    start = tiny_model(logit_bias_init_value=-1)
-    start.save_pretrained(tmp_path / "start")
-    tiny_processor.save_pretrained(tmp_path / "start")
-    arguments = ["--model", tmp_path / "start", "--lock_text", "--learning_rate", 0.003, "--warmup_steps", 0]
+    start = save(tmp_path / "start", tiny_model(logit_bias_init_value=-1), tiny_processor)
+    arguments = ["--model", start, "--lock_text", "--learning_rate", 0.003, "--warmup_steps", 0]
     run(hub, tmp_path / "free", *arguments)
     run(hub, tmp_path / "kept", *arguments, "--keep_presence", 10)
     pairs = load_pairs(str(hub / "pairs.tar"))

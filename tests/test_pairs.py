@@ -225,8 +225,8 @@ def test_rows_of_an_image_are_one_pair(tmp_path, form):
         table.write_text("\n".join(json.dumps(dict(zip(names, row))) for row in rows))
     dataset = load_pairs(table)
     assert len(dataset) == 4
-    assert dataset.raw(0).texts == (["a dog", "a ball"], ["dog", "ball"], ["dog", "cat", "ball"], [])
-    assert dataset.raw(1).texts == (["a cat"], ["cat"], [], [])
+    assert dataset.raw(0).texts == (["a dog", "a ball"], ["dog", "ball"], ["dog", "cat", "ball"], {})
+    assert dataset.raw(1).texts == (["a cat"], ["cat"], [], {})
     for index, row in ((2, 3), (3, 6)):
         with pytest.raises(BadPairError, match=f"row {row}: "):
             dataset.raw(index)

@@ -304,6 +304,7 @@ def test_a_new_model_has_the_patches_of_both_towers(towers, tmp_path):
     assert loaded.get_image_features(pixel_values[..., :64, :96]).grid == (4, 6)
     card = (tmp_path / "new" / "README.md").read_text()
     assert "joined to the patch tokens" in card and "`test_efficientnet` of timm" in card
+    assert "one value for each patch of 16 pixels" in card and "pillow and timm" in card
     with pytest.raises(ValueError, match="name one .*--feature_tower"):
         init_model(tmp_path / "new", tmp_path / "again", *towers[:2])
     config = json.loads((tmp_path / "new" / "config.json").read_text())

@@ -12,13 +12,12 @@ the probability of the classifier is calibrated, by one factor of its logits.
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
-from measuring import command_line, needed, shard_items
+from measuring import command_line, needed, shard_items, write_labelled
 from PIL import Image
 from scipy.optimize import minimize_scalar
 from torch.nn import functional as F
@@ -83,24 +82,16 @@ def main() -> None:
     factor = minimize_scalar(lambda factor: float(F.cross_entropy(factor * of_known, truth)), bounds=(0.1, 10)).x
     print(f"The logits are multiplied by {factor:.2f}.")
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    for shard in sorted(options.folder.glob("*.tar")):
-        added = 0
-        with tarfile.open(options.output / shard.name, "x", format=tarfile.USTAR_FORMAT) as output:
-            for key, item in tqdm(shard_items(shard), shard.name):
-                content = json.loads(item["json"])
-                probabilities = (factor * logits(model, item["jpg"])).softmax(0)
-                content["class_probabilities"] = by_name(names, probabilities)
-                probability, index = probabilities.max(0)
-                labels = content.get("labels", [])
-                if probability > SURE and names[index] not in labels:
-                    content["labels"] = [*labels, names[index]]
-                    added += 1
-                for suffix, part in {**item, "json": json.dumps(content).encode()}.items():
-                    member = tarfile.TarInfo(f"{key}.{suffix}")
-                    member.size = len(part)
-                    output.addfile(member, io.BytesIO(part))
-        print(f"{shard.name}: {added} labels added")
+    def label(content: dict, image: bytes) -> bool:
+        probabilities = (factor * logits(model, image)).softmax(0)
+        content["class_probabilities"] = by_name(names, probabilities)
+        probability, index = probabilities.max(0)
+        labels = content.get("labels", [])
+        if new := bool(probability > SURE and names[index] not in labels):
+            content["labels"] = [*labels, names[index]]
+        return new
+
+    write_labelled(options.folder, options.output, label)
 
 
 if __name__ == "__main__":

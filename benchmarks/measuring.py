@@ -11,6 +11,8 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import io
+import json
 import os
 import platform
 import statistics
@@ -23,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 @contextmanager
@@ -147,6 +150,25 @@ def shard_items(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
             key, _, suffix = member.name.rpartition(".")
             items.setdefault(key, {})[suffix] = file.extractfile(member).read()
     yield from items.items()
+
+
+def write_labelled(folder: Path, output: Path, label: Callable[[dict, bytes], bool]) -> None:
+    """
+    Writes the shards of a folder to another one with changed labels: `label` gets the JSON content of an item, which
+    it changes, and the encoded image. It returns whether a label was added, which is counted and printed.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    for shard in sorted(folder.glob("*.tar")):
+        added = 0
+        with tarfile.open(output / shard.name, "x", format=tarfile.USTAR_FORMAT) as labelled:
+            for key, item in tqdm(shard_items(shard), shard.name):
+                content = json.loads(item["json"])
+                added += label(content, item["jpg"])
+                for suffix, part in {**item, "json": json.dumps(content).encode()}.items():
+                    member = tarfile.TarInfo(f"{key}.{suffix}")
+                    member.size = len(part)
+                    labelled.addfile(member, io.BytesIO(part))
+        print(f"{shard.name}: {added} labels added")
 
 
 def table(headings: list[str], rows: list[list[object]]) -> str:

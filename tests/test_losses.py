@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from processes import run_script
+from torch.nn import functional as F
 from training_runs import eight_pairs, terms
 
 from iclip_hf.model.losses import (
@@ -19,6 +20,7 @@ from iclip_hf.model.losses import (
     place_prior,
     shares_by_place,
     shares_of_texts,
+    sigmoid_noun_loss,
 )
 from iclip_hf.model.pooling import even_heights
 
@@ -139,6 +141,19 @@ def test_a_sure_classifier_denies_other_classes_unless_labels_show_them():
     shown = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))
     absent = 0.8**2 * math.log(2) + math.log(1 + math.exp(-1)) + math.log(1 + math.e) + 0.36 * 2.6 * math.log(2)
     assert class_presence_loss(logits, probabilities, labels).item() == pytest.approx((shown + absent) / 2, abs=1e-6)
+
+
+def test_only_the_logits_of_common_nouns_are_adjusted():
+    """The first noun is shown in 5 of 10 images and unknown in the others, the second is shown in 1 of 10."""
+    logits = torch.linspace(-3, 3, 20).view(10, 2)
+    shown = torch.zeros(10, 2, dtype=torch.bool)
+    shown[:5, 0] = shown[0, 1] = True
+    absent, marks = ~shown & torch.tensor([False, True]), torch.zeros(2)
+    nouns = BatchNouns(torch.arange(2), shown, shown, absent, marks > 0, marks)
+    adjusted = logits + torch.tensor([math.log(5.5 / (0.5 + 0.5) * 4), 0])
+    weights = torch.where(shown | absent, 1.0, 0.1)
+    expected = F.binary_cross_entropy_with_logits(adjusted, shown.float(), weights, reduction="sum") / 6
+    torch.testing.assert_close(sigmoid_noun_loss(logits, nouns, 0.1), expected)
 
 
 def test_a_place_prefers_the_lower_or_upper_patches_by_hand():

@@ -29,6 +29,7 @@ PLACE_SHARPNESS = 3.0
 # Weight of the sigmoid loss of classes relative to their distillation. With more, fewer look-alikes of what an image
 # shows have a high presence, and more of what it shows a low one.
 CLASS_PRESENCE = 0.1
+COMMON_ODDS = 1 / 4  # from which a noun is so common that its logits are adjusted
 SHARE_EXPONENT = 4.0  # exponent of the power mean over patches, by which the share of a known noun is computed
 
 
@@ -266,9 +267,16 @@ def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight
     """
     Returns the loss of each noun by itself. Nouns that are not known to be shown or absent have the weight
     `unknown_weight`.
+
+    The logits of common nouns are adjusted (https://huggingface.co/papers/2007.07314): the logarithm of a noun's odds
+    in the batch is added, as far as they exceed `COMMON_ODDS`. So the model itself need not learn that "person" is
+    likely in any image, and one `presence_bias` fits common and rare nouns.
     """
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
-    return sigmoid_loss(per_image, nouns.shown, negative_weights)
+    weights = torch.stack([nouns.shown.float(), negative_weights * ~nouns.shown]).sum(1)
+    positives, negatives = gather_with_gradient(weights[None]).sum(0) + 0.5
+    adjustments = (positives / negatives / COMMON_ODDS).log().clamp(min=0)
+    return sigmoid_loss(per_image + adjustments, nouns.shown, negative_weights)
 
 
 def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

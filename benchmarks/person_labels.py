@@ -91,10 +91,9 @@ def main() -> None:
         score = detector.score(image)
         if ABSENT <= score <= SHOWN:
             return False
-        content["complete"] = [*complete, "person"]
-        if new := score > SHOWN:
-            content["labels"] = [*labels, "person"]
-        return new
+        shown = ["person"] if score > SHOWN else []
+        content.update(labels=labels + shown, complete=[*complete, "person"])
+        return bool(shown)
 
     write_labelled(options.folder, options.output, label)
 

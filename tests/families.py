@@ -42,7 +42,6 @@ from iclip_hf.model.similarity import cosines
 
 LABELS = ["dog", "red ball", "blue car"]
 SIZES = [(40, 50), (33, 32), (64, 20)]  # height, width
-WIDE = {"height": 32, "width": 48}
 GRID = (4, 6)
 
 

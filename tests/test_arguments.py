@@ -6,11 +6,11 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+from conftest import iclip
 from fault_inputs import written
 from test_faults_command_line import ARGUMENTS
 from transformers import TrainingArguments
 
-from iclip_hf import cli
 from iclip_hf.cli.train.arguments import argument_parser, parse_arguments
 from iclip_hf.training import ICLIPTrainingArguments
 
@@ -44,7 +44,7 @@ def said(tmp_path, capsys, content: str | bytes) -> str:
     with ExitStack() as stack:
         for name in ("training.train", "check_output_dir"):
             stack.enter_context(patch(f"iclip_hf.cli.train.{name}"))
-        code = cli.main(["train", "--config", str(file)])
+        code = iclip("train", "--config", file)
     message = capsys.readouterr().err
     assert (code, message.count("\n")) in ((0, 0), (2, 1)), message
     return message
@@ -89,7 +89,7 @@ def test_forms_of_a_file_of_arguments(tmp_path, capsys, content):
     ],
 )
 def test_an_option_that_is_unknown_has_a_cure(capsys, typed, cure):
-    assert cli.main(["train", "pairs.csv", *typed.split()]) == 2
+    assert iclip("train", "pairs.csv", *typed.split()) == 2
     assert cure in capsys.readouterr().err
 
 

@@ -276,7 +276,7 @@ def test_a_closed_pipe_ends_a_command_silently():
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch, given):
     """The variable is read when torch is imported, which the commands do late."""
     monkeypatch.setenv("OMP_WAIT_POLICY", given) if given else monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert cli.main(["--version"]) == 0
+    assert iclip("--version") == 0
     assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
 
 
@@ -293,7 +293,7 @@ def test_a_full_gpu_is_one_sentence(monkeypatch, capsys, command, cure):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
     monkeypatch.setattr(f"iclip_hf.cli.{command[0]}.run", full)
-    assert cli.main(command) == 2
+    assert iclip(*command) == 2
     line = f"iclip {command[0]}: the memory of the GPU is full; set a smaller {cure}\n"
     assert capsys.readouterr().err == line
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from iclip_hf.backends.identity import digest
-from iclip_hf.data import load_pairs, pairs
 from iclip_hf.utils.digests import content_digest
 
 
@@ -35,20 +34,6 @@ def test_what_a_digest_is_of(tmp_path, read):
     os.utime(both[1], ns=(stat.st_atime_ns, stat.st_mtime_ns))
     renamed = both[1].rename(tmp_path / "other")
     assert content_digest([both[0], renamed], read=read) != first
-
-
-def test_large_data_are_read_once(tmp_path, cache, monkeypatch):
-    """Of all sources together."""
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text('{"image": "1.jpg", "caption": "a"}')
-    monkeypatch.setattr(pairs, "LARGE", (tmp_path / "a.jsonl").stat().st_size + 10)
-    found = []
-    for content in (b"0123456789", b"9876543210"):
-        (tmp_path / "1.jpg").write_bytes(content)
-        os.utime(tmp_path / "1.jpg", (1, 1))
-        opened = [load_pairs([tmp_path / f"{name}.jsonl" for name in names]) for names in ("a", "ab")]
-        found.append([one.image_digests() for one in opened])
-    assert [before != after for before, after in zip(*found)] == [True, False]
 
 
 def test_order_names_and_sizes_count_and_the_place_does_not(tmp_path):

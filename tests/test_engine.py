@@ -272,13 +272,6 @@ def test_engines_share_the_features_of_images(tiny_processor, recorded, size):
     torch.testing.assert_close(again.scores, expected[0][1].scores[2:], atol=1e-5, rtol=0)
 
 
-def test_encoded_texts_are_asked_about_any_number_of_images(tiny_processor):
-    engine = engine_of(sigmoid_model(), tiny_processor)
-    for one, other in zip(engine.run(IMAGES, engine.encode(TEXTS)), engine.run(IMAGES, TEXTS)):
-        assert one.labels == ["0", "1", "2"]
-        assert_same(replace(one, labels=TEXTS), other)
-
-
 @pytest.mark.parametrize("method", ["itsm", "gem"])
 @pytest.mark.parametrize("size", [None, 48])
 def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method, size, monkeypatch):
@@ -731,22 +724,6 @@ def test_the_guide_writes_annotations_that_pycocotools_reads(tiny_processor, tmp
                 assert np.array_equal(read.annToMask(annotation), mask) and annotation["area"] == mask.sum()
                 assert annotation["bbox"] == coco.maskUtils.toBbox(read.annToRLE(annotation)).tolist()
                 assert annotation["score"] == pytest.approx(region.score, abs=1e-4) and not annotation["iscrowd"]
-
-
-def test_arrays_and_pictures_are_one_image(tiny_processor):
-    """Also where both ends of a shape could be channels."""
-    model, draws = (tiny_model(), tiny_processor), np.random.default_rng(0)
-    for shape in ((1, 40, 3), (3, 40, 3), (3, 1, 3), (30, 20, 3)):
-        array = draws.integers(0, 256, shape, dtype=np.uint8)
-        of_picture, of_array, of_tensor = (
-            explain(model, image, "dog")
-            for image in (Image.fromarray(array), array, torch.from_numpy(array).movedim(-1, 0))
-        )
-        for one in (of_array, of_tensor):
-            assert one.size == of_picture.size == shape[:2]
-            torch.testing.assert_close(one.raw_maps, of_picture.raw_maps, atol=1e-5, rtol=0)
-        given = (tiny_processor(images=image)["pixel_values"] for image in (Image.fromarray(array), array))
-        torch.testing.assert_close(*given, atol=1e-5, rtol=0)
 
 
 def test_a_text_that_is_cut_is_told(tiny_processor, caplog):

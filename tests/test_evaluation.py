@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NAMES, evaluate_model, tiny_model, write_folder
+from conftest import NAMES, evaluate_model, iclip, tiny_model, write_folder
 from families import raw_maps
 from processes import COMMAND, run_script
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from iclip_hf import ICLIPModel, cli
+from iclip_hf import ICLIPModel
 from iclip_hf.backends.loading import load
 from iclip_hf.data import load_segmentation
 from iclip_hf.evaluation import evaluate
@@ -229,20 +229,20 @@ def test_a_limit_and_what_the_protocol_says(dataset, tiny_processor):
 
 
 def arguments(labelled_folder, world, *more):
-    data = ["--dataset", "folder", "--data-root", str(labelled_folder)]
-    return ["evaluate", "--model", str(world.folder / "model"), *data, *more]
+    data = ["--dataset", "folder", "--data-root", labelled_folder]
+    return ["evaluate", "--model", world.folder / "model", *data, *more]
 
 
 def test_command_writes_json_and_csv_alike_with_two_processes(labelled_folder, world, tmp_path, capsys):
     output = tmp_path / "results.json"
-    assert cli.main(arguments(labelled_folder, world, "--output", str(output), "--json")) == 0
+    assert iclip(*arguments(labelled_folder, world, "--output", output, "--json")) == 0
     written = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out) == written
     with (tmp_path / "results.csv").open() as file:
         assert [row["name"] for row in csv.DictReader(file)] == NAMES
 
     two = tmp_path / "two.json"
-    command = arguments(labelled_folder, world, "--output", str(two))
+    command = arguments(labelled_folder, world, "--output", two)
     first, second = run_script(COMMAND, *command, processes=2)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "| itsm" in first.stdout and not second.stdout
@@ -271,7 +271,7 @@ def test_results_are_written_if_nobody_reads_the_table(labelled_folder, world, t
     monkeypatch.setattr("sys.stdout", Closed())
     monkeypatch.setattr("os.dup2", lambda *descriptors: None)  # of this process, not of a command
     output = tmp_path / "results.json"
-    assert cli.main(arguments(labelled_folder, world, "--limit", "2", "--output", str(output))) == 141
+    assert iclip(*arguments(labelled_folder, world, "--limit", 2, "--output", output)) == 141
     assert json.loads(output.read_text())["results"]["itsm"]
 
 

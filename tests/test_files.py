@@ -22,7 +22,6 @@ from iclip_hf.utils.errors import writing_errors
 from iclip_hf.utils.files import (
     atomic_folder,
     atomic_write,
-    check_new_folder,
     check_outputs,
     free_name,
     write_image,
@@ -79,16 +78,6 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_work(tmp_path, monke
     for output in (tmp_path / "a.json", tmp_path / "new" / "a.json", tmp_path / "link.json"):
         with pytest.raises(PermissionError, match="is not a folder that can be written"):
             check_outputs([output])
-
-
-def test_a_folder_is_new_or_empty(tmp_path):
-    folder = tmp_path / "run"
-    check_new_folder(folder)
-    folder.mkdir()
-    check_new_folder(folder)
-    (folder / "notes.txt").touch()
-    with pytest.raises(FileExistsError, match=r"run: this folder holds other files, such as notes\.txt"):
-        check_new_folder(folder)
 
 
 # ---- whole files ----

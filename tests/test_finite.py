@@ -4,10 +4,10 @@ Gradients are finite, whatever options, towers and parts that learn come togethe
 
 import pytest
 import torch
-from conftest import VISION, noise, save, tiny_inputs, tiny_model
+from conftest import VISION, iclip, noise, save, tiny_inputs, tiny_model
 from pairwise import pairwise
 
-from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, cli
+from iclip_hf import ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline
 from iclip_hf.model.pooling import normalize_attention, pool_similarities
 
 
@@ -113,7 +113,7 @@ def test_a_model_that_gives_nan_is_refused_by_every_command(tiny_processor, tmp_
     for command, image in (("explain", photo), ("segment", photo), ("compare", photo), ("explain", photo.parent)):
         output = tmp_path / f"{command}-{image.stem}{image.suffix}"
         arguments = [command, image, "--text", "dog", "--model", tmp_path / "model", "--output", output]
-        assert cli.main([*map(str, arguments)]) == 2, command
+        assert iclip(*arguments) == 2, command
         out, err = capsys.readouterr()
         assert "nan" not in out.lower() and err.splitlines()[-1].startswith(f"iclip {command}: {sentence}")
         assert not [path for path in (output, *output.glob("[!.]*")) if path.is_file()]

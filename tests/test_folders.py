@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import QuietHandler, save, save_towers, served, tiny_model
+from conftest import QuietHandler, iclip, save, save_towers, served, tiny_model
 from huggingface_hub import EvalResult, ModelCard, parse_eval_result_entries
 from huggingface_hub.errors import EntryNotFoundError
 from packaging.requirements import Requirement
@@ -29,7 +29,7 @@ from PIL import Image
 from training_runs import run, write_table
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, cli
+from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.backends.embedded import embedded_folder
 from iclip_hf.backends.identity import identity
 from iclip_hf.cli.train.arguments import resolve_arguments
@@ -102,7 +102,7 @@ def source(tmp_path_factory, tiny_processor) -> Path:
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "export"
-    assert cli.main(["export", str(source / "model"), str(folder)]) == 0
+    assert iclip("export", source / "model", folder) == 0
     return folder
 
 
@@ -218,7 +218,7 @@ def test_with_the_package_a_folders_code_is_not_run(exported, tmp_path):
     assert type(AutoProcessor.from_pretrained(folder)) is ICLIPProcessor
     with pytest.raises(ValueError, match="trust_remote_code"):
         pipeline("image-text-similarity-map", model=str(folder))
-    assert cli.main(["export", str(folder), str(tmp_path / "again")]) == 0
+    assert iclip("export", folder, tmp_path / "again") == 0
     assert not (tmp_path / "ran").exists()
     for file in exported.glob("*.py"):  # the package's own code, not the folder's
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
@@ -260,12 +260,11 @@ def test_what_is_saved_names_no_code_of_the_folder_that_was_loaded(source, tmp_p
         file = tmp_path / "model" / f"{name}.json"
         content = json.loads(file.read_text())
         file.write_text(json.dumps(content | code | {part: content[part] | code for part in parts}))
-    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "exported")]) == 0
+    assert iclip("export", tmp_path / "model", tmp_path / "exported") == 0
     saved = "".join(path.read_text() for path in (tmp_path / "exported").glob("*.json"))
     assert "evil/repo" not in saved and "trap" not in saved and "image-text-similarity-map" in saved
-    command = ["train", str(write_table(tmp_path / "data", 8)), "--model", str(tmp_path / "model")]
-    command += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--save_steps", "1"]
-    assert cli.main(command) == 0
+    command = ["train", write_table(tmp_path / "data", 8), "--model", tmp_path / "model"]
+    assert iclip(*command, "--output_dir", tmp_path / "run", "--max_steps", 1, "--save_steps", 1) == 0
     saved = "".join(path.read_text() for path in (tmp_path / "run" / "checkpoint-1").glob("*.json"))
     assert "evil/repo" not in saved and "trap" not in saved
 
@@ -338,7 +337,7 @@ def committed(stand_in, kind: str) -> list[dict]:
 
 
 def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys):
-    assert cli.main(["push", str(source / "model"), "org/tiny", "--dry-run", "--json"]) == 0
+    assert iclip("push", source / "model", "org/tiny", "--dry-run", "--json") == 0
     printed = capsys.readouterr()
     listed = json.loads(printed.out)
     assert str(source / "model") in printed.err  # what takes the time
@@ -346,7 +345,7 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys)
     assert listed["data_terms"]["pixparse/cc3m-wds"].startswith("Conceptual Captions")
     assert listed["licence"] == "unknown"  # of its towers
     assert set(listed["files"]) == files_of(exported).keys()
-    assert cli.main(["push", str(source / "model"), "org/tiny", "--private", "--json"]) == 0
+    assert iclip("push", source / "model", "org/tiny", "--private", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["commit"].endswith(f"/org/tiny/commit/{'0' * 40}") and report["files"] == listed["files"]
     assert {authorization for _, authorization, _ in stand_in.requests} == {"Bearer hf_token"}
@@ -360,7 +359,7 @@ def test_push_uploads_what_the_dry_run_lists(exported, source, stand_in, capsys)
 
 def test_push_asks_for_the_token_before_its_work(source, monkeypatch, capsys):
     def error_of_push(*_) -> str:
-        assert cli.main(["push", str(source / "model"), "org/tiny"]) == 2
+        assert iclip("push", source / "model", "org/tiny") == 2
         return capsys.readouterr().err
 
     monkeypatch.setattr("iclip_hf.cli.push.export", None)
@@ -401,8 +400,8 @@ def towers(tmp_path_factory, tiny_processor) -> Path:
 
 def init(towers: Path, output: Path, **options) -> int:
     options = {"config": towers / "config", "vision": towers / "vision", "text": towers / "text", **options}
-    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return cli.main(["init", *arguments, "--output", str(output)])
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return iclip("init", *arguments, "--output", output)
 
 
 def test_init_joins_towers_as_the_configuration_says(towers, tmp_path, capsys):
@@ -430,7 +429,7 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, c
     (tmp_path / "own").mkdir()
     file, given = tmp_path / "own" / "train.yaml", f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n"
     file.write_text(f"{given}image_size: 64\nmodel_options: [max_over=similarity, logit_bias_init_value=-3]\n")
-    assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "new")]) == 0
+    assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "new") == 0
     assert "--nouns" in capsys.readouterr().out.split()
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     assert (model.config.max_over, model.config.logit_bias_init_value) == ("similarity", -3)
@@ -443,10 +442,10 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, c
         ("", "train.yaml"),
     ):
         file.write_text(content)
-        assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "other")]) == 2
+        assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "other") == 2
         assert named in capsys.readouterr().err and not (tmp_path / "other").exists()
     file.write_text(f'{given}image_size: "64"\n')
-    assert cli.main(["init", "--config", str(tmp_path / "own"), "--output", str(tmp_path / "other")]) == 0
+    assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "other") == 0
     assert ICLIPProcessor.from_pretrained(tmp_path / "other").image_processor.size["height"] == 64
 
 
@@ -476,7 +475,7 @@ def test_init_refuses_what_does_not_fit(towers, tmp_path, capsys):
     assert init(towers, tmp_path / "new", config="iclip-vit-s16") == 2
     error = capsys.readouterr().err
     assert "hidden_size is 32 instead of 384" in error and "num_attention_heads is 4 instead of 6" in error
-    assert cli.main(["init", "--config", str(towers / "config"), "--output", str(tmp_path / "new")]) == 2
+    assert iclip("init", "--config", towers / "config", "--output", tmp_path / "new") == 2
     assert "give vision and text" in capsys.readouterr().err
     for side in ("vision", "text"):
         assert init(towers, tmp_path / "new", **{side: towers / "config"}) == 2
@@ -687,8 +686,7 @@ def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, ex
     measured = {**METRICS["protocol"], **identity(tiny_model().to(torch.bfloat16), tiny_processor)}
     results = {**METRICS, "protocol": measured, "results": {"itsm": METRICS["results"]["itsm"]}}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    command = ["export", str(exported), str(tmp_path / "again"), "--results", str(tmp_path / "results.json")]
-    assert cli.main(command) == 0
+    assert iclip("export", exported, tmp_path / "again", "--results", tmp_path / "results.json") == 0
     third = ModelCard.load(tmp_path / "again" / "README.md")
     assert len(third.data.eval_results) == 3 and "| `num_train_epochs` | 7 |" in third.text
 
@@ -700,7 +698,7 @@ def test_a_card_does_not_tell_results_of_another_model(exported, tmp_path):
     config["vision_config"]["layer_norm_eps"] = 1e-3
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     assert ModelCard.load(exported / "README.md").data.eval_results
-    assert cli.main(["export", str(tmp_path / "model"), str(tmp_path / "again")]) == 0
+    assert iclip("export", tmp_path / "model", tmp_path / "again") == 0
     card = ModelCard.load(tmp_path / "again" / "README.md")
     assert card.data.eval_results is None and "Not measured" in card.text
     assert str(tmp_path) not in str(card)
@@ -710,7 +708,7 @@ def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys
     """Or of nobody knows which."""
     other_mean = copy.deepcopy(tiny_processor)
     other_mean.image_processor.image_mean = [0.5] * 3
-    results, command = tmp_path / "results.json", ["export", str(exported), str(tmp_path / "a"), "--results"]
+    results, command = tmp_path / "results.json", ["export", exported, tmp_path / "a", "--results"]
     segmentation = {"results": {"itsm": {"segmentation": {"miou": 40.0}}}}
     for protocol, figures, said in (
         (identity(tiny_model(seed=1), other_mean), {}, "got those of other processor, weights;"),
@@ -718,7 +716,7 @@ def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys
         (identity(tiny_model(), tiny_processor), segmentation, "Expected results of mAP, mMIoU"),
     ):
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}, **figures}))
-        assert cli.main([*command, str(results)]) == 2
+        assert iclip(*command, results) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "a").exists()
 
 
@@ -779,15 +777,7 @@ def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor
         assert describe_tower(config) == unknown
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "{",
-        "[]",
-        '{"name": "a model of another program"}',
-    ],
-    ids=range(3),
-)
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "a model of another program"}'], ids=range(3))
 def test_a_record_of_another_form_is_not_taken_over(tmp_path, tiny_processor, caplog, content):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "model_card.json").write_text(content)
@@ -815,7 +805,7 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
     run(hub, tmp_path / "second", *more)
     rates = [f"--{name}learning_rate={rate}" for name, rate in (("", 1e-30), ("warmup_", 0), ("min_", 0))]
     run(hub, tmp_path / "kept", *more, *rates, "--validation_data", hub / "held_out.tar")
-    assert cli.main(["export", str(tmp_path / "second"), str(tmp_path / "exported")]) == 0
+    assert iclip("export", tmp_path / "second", tmp_path / "exported") == 0
     told = capsys.readouterr().out
     first, of_first = recorded(tmp_path / "first")
     second, of_second = recorded(tmp_path / "second")
@@ -824,7 +814,7 @@ def test_the_record_has_the_last_run_and_all_data(hub, tmp_path, capsys):
     assert recorded(tmp_path / "kept") == (first, of_first) and recorded(tmp_path / "exported") == (second, of_second)
     assert "Licence on the model card: unknown." in told
     assert "own.tar: not known here" in told and "pairs.tar: not known here" in told
-    assert cli.main(["push", str(tmp_path / "exported"), "org/tiny", "--dry-run"]) == 0
+    assert iclip("push", tmp_path / "exported", "org/tiny", "--dry-run") == 0
     said = capsys.readouterr().out
     assert "Licence on the model card: unknown." in said and "own.tar: not known here" in said
     card = (tmp_path / "exported" / "README.md").read_text()

@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from conftest import QuietHandler, iclip, served
 from fault_inputs import PHOTO, encoded, noise
 from PIL import Image
@@ -123,6 +124,14 @@ def test_arrays(dtype):
     for image in (pixels, pixels.transpose(2, 0, 1)):
         assert np.asarray(load_image(image))[0, :, 0].tolist() == [0, 255]
         assert np.asarray(load_image(image[:, ::-1, ::-1]))[0].tolist() in ([[0] * 3, [255] * 3], [[255] * 3, [0] * 3])
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 3), (3, 40, 3), (3, 1, 3)])
+def test_channels_of_an_array_are_last_and_of_a_tensor_first(shape):
+    """Where both ends of the shape could be channels."""
+    array = noise(*shape)
+    for image in (array, torch.from_numpy(array).movedim(-1, 0)):
+        np.testing.assert_array_equal(load_image(image), array)
 
 
 @pytest.mark.parametrize(

@@ -194,18 +194,6 @@ def test_an_explanation_segments_by_its_own_masks():
 
 def test_templates_by_name(tiny_processor):
     assert len(set(IMAGENET_TEMPLATES)) == 80 and all(one.count("{}") == 1 for one in IMAGENET_TEMPLATES)
-    # One of each group, as CLIP's authors write them.
-    assert {
-        "a bad photo of a {}.",
-        "a photo of the hard to see {}.",
-        "itap of my {}.",
-        "the origami {}.",
-        "art of the {}.",
-        "a jpeg corrupted photo of the {}.",
-        "a {} in a video game.",
-        "a rendition of the {}.",
-        "a photo of the {}.",
-    } < set(IMAGENET_TEMPLATES)
     assert check_templates("imagenet") == check_templates(["imagenet"]) == list(IMAGENET_TEMPLATES)
     batch = tiny_processor(labels=["dog", "cat"], templates="imagenet")
     assert batch["num_templates"] == 80 and len(batch["input_ids"]) == 160

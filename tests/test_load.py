@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TEXT, VISION, evaluate_model, explain, save, save_towers
+from conftest import TEXT, VISION, evaluate_model, explain, iclip, save, save_towers
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -31,7 +31,7 @@ from transformers import (
     pipeline,
 )
 
-from iclip_hf import ICLIPModel, ICLIPProcessor, cli, load
+from iclip_hf import ICLIPModel, ICLIPProcessor, load
 from iclip_hf import explainers as registry
 from iclip_hf.backends import check_model_name, loading
 from iclip_hf.backends.explainable import RecordableModel
@@ -278,12 +278,12 @@ def test_a_method_of_another_package(world, dataset, tmp_path, monkeypatch):
 
     registry._registered.clear()
     PHOTO.save(tmp_path / "a.png")
-    command = ["compare", str(tmp_path / "a.png"), "--text", "dog", "--methods", "gem", "corner"]
-    command += ["--model", str(world.folder / "model"), "--output", str(tmp_path / "out.png")]
-    assert cli.main(command) == 2
+    command = ["compare", tmp_path / "a.png", "--text", "dog", "--methods", "gem", "corner"]
+    command += ["--model", world.folder / "model", "--output", tmp_path / "out.png"]
+    assert iclip(*command) == 2
     point = EntryPoint("corner", f"{__name__}:Corner", "iclip_hf.explainers")
     monkeypatch.setattr(registry, "entry_points", lambda group: EntryPoints([point]).select(group=group))
-    assert cli.main(command) == 0 and (tmp_path / "out.png").is_file()
+    assert iclip(*command) == 0 and (tmp_path / "out.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------ devices, sizes, processors

@@ -6,10 +6,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import FEATURES, explain, noise, save, tiny_inputs, tiny_model
+from conftest import FEATURES, explain, iclip, noise, save, tiny_inputs, tiny_model
 from torch.nn import functional as F
 
-from iclip_hf import ICLIPConfig, cli, load
+from iclip_hf import ICLIPConfig, load
 from iclip_hf.backends import onnx as onnx_export
 from iclip_hf.backends.onnx import ONNXModel, export_onnx, trained_config
 from iclip_hf.evaluation.metrics.deletion_insertion import scorer
@@ -212,9 +212,8 @@ def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch
 @pytest.mark.parametrize(("weights", "error"), [("bfloat16", 0.01), ("int8", 0.01)])
 def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weights, error):
     save(tmp_path / "model", model, tiny_processor)
-    arguments = ["export", str(tmp_path / "model"), str(tmp_path / "exported"), "--format", f"onnx-{weights}"]
     capsys.readouterr()
-    assert cli.main(arguments) == 0
+    assert iclip("export", tmp_path / "model", tmp_path / "exported", "--format", f"onnx-{weights}") == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 'exported'}: ") and "--model" in out
     assert [line.rsplit(" (")[1] for line in err.splitlines() if " of 2)" in line] == ["1 of 2)", "2 of 2)"]

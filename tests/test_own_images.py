@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import noise, tiny_model
+from conftest import iclip, noise, tiny_model
 from PIL import Image
 from training_runs import write_table
 from transformers import TrainerState
 
-from iclip_hf import ICLIPModel, cli
+from iclip_hf import ICLIPModel
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.cli.train.data import open_pairs
 from iclip_hf.cli.train.few_pairs import check_pairs, few_pairs_arguments
@@ -111,7 +111,7 @@ def test_what_needs_locked_towers_is_not_chosen_for_towers_that_learn(tmp_path):
 def said(arguments: list, capsys) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("iclip_hf.training.trainer.ICLIPTrainer.train", lambda *_, **__: pytest.fail("it trained"))
-        code = cli.main(["train", *map(str, arguments)])
+        code = iclip("train", *arguments)
     message = capsys.readouterr().err
     assert code == 2 and message.count("\n") == 1, message
     return message
@@ -165,9 +165,9 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     model = world.folder / "model"
     table = write_table(tmp_path, 30)
     (tmp_path / "0.png").write_bytes(b"no image")  # one bad pair of 30 is allowed
-    arguments = ["--validation_data", str(table), "--num_train_epochs", "3", "--learning_rate", "1e-3"]
-    arguments += ["--metric_for_best_model", "loss", "--eval_steps", "1", "--cache_features", str(tmp_path / "cache")]
-    assert cli.main(["train", str(table), "--model", str(model), *arguments]) == 0
+    arguments = ["--validation_data", table, "--num_train_epochs", 3, "--learning_rate", 1e-3]
+    arguments += ["--metric_for_best_model", "loss", "--eval_steps", 1, "--cache_features", tmp_path / "cache"]
+    assert iclip("train", table, "--model", model, *arguments) == 0
     out = capsys.readouterr().out
     assert "Chosen by the number of pairs" in out and re.search(r"per_device_train_batch_size +29\n", out)
     assert "29 held-out pairs" in out
@@ -278,7 +278,7 @@ def test_the_guide_ends_with_a_model_for_the_hub(tmp_path, iclip_data, capsys):
     commands = [shlex.split(line, comments=True) for line in re.findall(r"^iclip (.*)", guide, re.MULTILINE)]
     assert [words[0] for words in commands] == ["train", "explain", "push"]
     for words in commands:
-        assert cli.main(words) == 0, words
+        assert iclip(*words) == 0, words
     out = capsys.readouterr().out
     assert "5 held-out pairs" in out and "model.safetensors" in out and len([*Path().glob("*-explanation.png")]) == 1
 

@@ -1,7 +1,6 @@
 """What is installed: the files of wheel and sdist, and what is said where an optional package is missing."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -147,16 +146,6 @@ def test_what_is_loaded_late_says_its_extra_too():
         assert sentence.startswith(f"{package} is not installed: install the extra [{extra}] with `pip install ")
         # The requirements themselves, so that the command works for a wheel too.
         assert f"'{'scikit-learn' if package == 'sklearn' else package}>=" in sentence
-
-
-def test_a_copy_of_the_package_is_not_tested(tmp_path):
-    """`pip install '.[demo]'` in the environment of `make` replaces the editable install by a copy."""
-    (tmp_path / "iclip_hf").mkdir()
-    (tmp_path / "iclip_hf" / "__init__.py").touch()
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "tests/test_prefetch.py"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 4 and f"{tmp_path}/iclip_hf/__init__.py is not of this clone" in run.stderr, run
 
 
 def test_make_installs_again_where_the_package_is_a_copy(tmp_path):

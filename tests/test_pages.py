@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import iclip
 
 from iclip_hf import cli, example_image
 
@@ -73,10 +74,6 @@ def test_iclip_commands_parse(page, arguments, tmp_path, monkeypatch):
     assert cli.parser(spelled[0]).parse_args(spelled[1:]).run
 
 
-def test_commands_are_found():
-    assert {arguments[0] for _, arguments in ICLIP} >= set("explain compare demo evaluate init export push".split())
-
-
 def written_folder(words: list[str]) -> str | None:
     """The folder that a command of a page writes, which must be new."""
     scripted = ["train", *words[words.index("train.py") + 1 :]] if "train.py" in words else [""]
@@ -104,21 +101,6 @@ def test_make_targets_and_scripts_exist():
             assert words[1] in targets, (page.name, words)
         for script in (word for word in words if word.endswith((".py", ".yaml"))):
             assert (ROOT / script).is_file(), (page.name, script)
-
-
-def test_selected_tests_exist():
-    selections = [words for _, words in COMMANDS if "pytest" in words and "-k" in words]
-    assert selections
-    for words in selections:
-        (file,) = (ROOT / word for word in words if word.endswith(".py"))
-        assert re.search(rf"^def test_\w*{words[words.index('-k') + 1]}", file.read_text(), re.MULTILINE), words
-
-
-def test_test_files_that_the_makefile_names_exist():
-    lines = re.findall(r"^NUMBERS \+?:?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    names = " ".join(lines).split()
-    assert "similarity" in names
-    assert not [name for name in names if not (ROOT / "tests" / f"test_{name}.py").is_file()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -333,7 +315,7 @@ def test_python_examples_run(page, embedded_folder, tmp_path, monkeypatch):
     if "iclip install-metrics" in page.read_text(encoding="utf-8"):
         evaluate = pytest.importorskip("evaluate", reason="needs the extra [eval]")
         monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", True)
-        assert cli.main(["install-metrics"]) == 0
+        assert iclip("install-metrics") == 0
     names = {}
     for block in code_blocks(page, "python"):
         exec(compile(block, str(page), "exec"), names)

@@ -172,23 +172,19 @@ def test_spaces_after_the_separators(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "line"),
+    ("name", "rows", "line"),
     [
-        ('0.jpg,"a" dog\n', 2),
-        ('0.jpg,"two\nlines"\n1.jpg,"open', 4),
-        ("0.jpg,a dog\n1.jpg,a dog, a cat\n", 3),
-        ("0.jpg\n", 2),
+        ("p.csv", '0.jpg,"a" dog\n', 2),
+        ("p.csv", '0.jpg,"two\nlines"\n1.jpg,"open', 4),
+        ("p.csv", "0.jpg,a dog\n1.jpg,a dog, a cat\n", 3),
+        ("p.csv", "0.jpg\n", 2),
+        *(("p.jsonl", f'{{"image": "0.jpg", "caption": "a"}}\n\n{bad}\n', 3) for bad in ("{", "[]", '"text"')),
     ],
 )
-def test_a_line_that_is_no_row_is_an_error_with_its_number(tmp_path, rows, line):
-    (tmp_path / "p.csv").write_text("image,caption\n" + rows, errors="surrogateescape")
-    with pytest.raises(ValueError, match=f"p.csv, line {line}: "):
-        load_pairs(tmp_path / "p.csv")
-    good = '{"image": "0.jpg", "caption": "a dog"}\n'
-    for bad in ("{", "[]", '"text"'):
-        (tmp_path / "p.jsonl").write_text(f"{good}\n{bad}\n{good}")
-        with pytest.raises(ValueError, match="p.jsonl, line 3: "):
-            load_pairs(tmp_path / "p.jsonl")
+def test_a_line_that_is_no_row_is_an_error_with_its_number(tmp_path, name, rows, line):
+    (tmp_path / name).write_text(rows if name == "p.jsonl" else f"image,caption\n{rows}")
+    with pytest.raises(ValueError, match=f"{name}, line {line}: "):
+        load_pairs(tmp_path / name)
 
 
 def test_a_list_of_captions_in_another_column_is_no_text(tmp_path):
@@ -825,6 +821,19 @@ def test_images_of_large_data_are_read_once(tmp_path, cache, monkeypatch, record
     assert digests("moved")[:4] + digests("moved")[5:] == expected[:4] + expected[5:]
 
 
+def test_data_are_large_by_the_size_of_all_sources_together(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"image": "1.jpg", "caption": "a"}')
+    monkeypatch.setattr(pairs_module, "LARGE", (tmp_path / "a.jsonl").stat().st_size + 10)
+    found = []
+    for content in (b"0123456789", b"9876543210"):
+        (tmp_path / "1.jpg").write_bytes(content)
+        os.utime(tmp_path / "1.jpg", (1, 1))
+        opened = [load_pairs([tmp_path / f"{name}.jsonl" for name in names]) for names in ("a", "ab")]
+        found.append([one.image_digests() for one in opened])
+    assert [before != after for before, after in zip(*found)] == [True, False]
+
+
 def test_images_that_cannot_be_read_have_digests_of_their_own(tmp_path):
     write_images(tmp_path, ["0.png"])
     rows = [{"image": name, "caption": "a dog"} for name in ("0.png", "absent.png", "\0.png", "")]
@@ -1084,15 +1093,3 @@ def test_a_hub_that_cannot_be_reached_is_not_tried_again(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConnectionError, match="^org/name: .* Hub"):
         load_pairs("org/name", streaming=streaming)
-
-
-# ---- real data ----
-
-
-def test_real_shards(iclip_data):
-    dataset = load_pairs([iclip_data / "flickr8k" / "train-{00000..00005}.tar", iclip_data / "imagenet1k_sample"])
-    assert len(dataset) == 7000
-    assert dataset[0]["key"] == "2513260012_03d33305cf" and len(dataset.captions(0)) == 5
-    assert dataset.captions(0)[0] == "A black dog is running after a white dog in the snow ."
-    assert dataset[0]["image"].size == (224, 224)
-    assert dataset.captions(6000) == ["a photo of the tench"] and min(dataset[6000]["image"].size) == 224

@@ -152,13 +152,6 @@ def test_masks_by_hand(tiny_processor):
     assert each.sum((1, 2)).tolist() == [4, 1]
 
 
-def test_an_absent_text_gets_an_empty_mask(tiny_processor):
-    maps = tiny_processor.post_process_similarity_maps(MAPS, SIZES)
-    presence = torch.tensor([[0.3, 0.1, 0.2], [0.0, 0.25, 0.4]])
-    masks = tiny_processor.post_process_masks(maps, presence=presence, min_presence=0.2)
-    assert [mask.any((1, 2)).tolist() for mask in masks] == [[True, False, True], [False, True, True]]
-
-
 @pytest.mark.parametrize(
     "threshold", [[0.1, 0.2], [0.1] * 4, [0.5], [[0.1, 0.2, 0.3]], [0.1, 0.2, -0.3], "0.5", [None] * 3]
 )

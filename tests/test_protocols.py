@@ -123,58 +123,29 @@ def test_the_label_map_of_the_code_of_naclip(tiny_processor):
 
 
 # As the released configurations state them: short side, window, stride, scale and, with a background, the threshold.
-RELEASED = {
-    "sclip": {
-        "voc21": (336, 224, 112, 65, 0.1),
-        "context60": (336, 224, 112, 50, 0.1),
-        "coco_object": (336, 224, 112, 50, 0.1),
-        "voc20": (336, 224, 112, 40, None),
-        "context59": (336, 224, 112, 40, None),
-        "coco_stuff": (448, 224, 112, 40, None),
-        "cityscapes": (560, 224, 112, 40, None),
-        "ade20k": (336, 224, 112, 40, None),
-    },
-    "naclip": {
-        "voc21": (336, None, None, 40, 0.1),
-        "context60": (336, 224, 112, 40, 0.1),
-        "coco_object": (336, 224, 112, 40, 0.1),
-        "voc20": (336, None, None, 40, None),
-        "context59": (336, 224, 112, 40, None),
-        "coco_stuff": (336, 224, 112, 40, None),
-        "cityscapes": (560, 224, 112, 40, None),
-        "ade20k": (336, 224, 112, 40, None),
-    },
-    "clearclip": {
-        "voc21": (448, 448, 224, 50, 0.5),
-        "context60": (448, 448, 224, 50, 0.15),
-        "coco_object": (448, 448, 224, 50, 0.4),
-        "voc20": (448, 448, 224, 50, None),
-        "context59": (448, 448, 224, 50, None),
-        "coco_stuff": (448, 448, 224, 50, None),
-        "cityscapes": (448, 224, 224, 50, None),
-        "ade20k": (448, 448, 224, 50, None),
-    },
-    "proxyclip": {
-        "voc21": (336, 336, 112, 40, 0.2),
-        "context60": (336, 336, 112, 40, 0.15),
-        "coco_object": (336, 336, 112, 40, 0.25),
-        "voc20": (336, 336, 112, 40, None),
-        "context59": (336, 336, 112, 40, None),
-        "coco_stuff": (336, 336, 112, 40, None),
-        "cityscapes": (448, 224, 112, 40, None),
-        "ade20k": (448, 336, 112, 40, None),
-    },
-}
+RELEASED = """
+             sclip                naclip               clearclip             proxyclip
+voc21        336 224 112 65 0.1   336  -   -  40 0.1   448 448 224 50 0.5    336 336 112 40 0.2
+context60    336 224 112 50 0.1   336 224 112 40 0.1   448 448 224 50 0.15   336 336 112 40 0.15
+coco_object  336 224 112 50 0.1   336 224 112 40 0.1   448 448 224 50 0.4    336 336 112 40 0.25
+voc20        336 224 112 40  -    336  -   -  40  -    448 448 224 50  -     336 336 112 40  -
+context59    336 224 112 40  -    336 224 112 40  -    448 448 224 50  -     336 336 112 40  -
+coco_stuff   448 224 112 40  -    336 224 112 40  -    448 448 224 50  -     336 336 112 40  -
+cityscapes   560 224 112 40  -    560 224 112 40  -    448 224 224 50  -     448 224 112 40  -
+ade20k       336 224 112 40  -    336 224 112 40  -    448 448 224 50  -     448 336 112 40  -
+"""
 
 
 def test_settings_are_the_released_ones_and_class_names_are_found():
-    assert [*RELEASED] == [*PROTOCOLS]
+    papers, *rows = (line.split() for line in RELEASED.strip().splitlines())
+    assert papers == [*PROTOCOLS]
     differ = {"context59": 2, "context60": 2, "coco_stuff": 46, "cityscapes": 2, "ade20k": 17}
     backgrounds = {"voc21": (26, 26, 1, 26), "context60": (1, 1, 1, 1), "coco_object": (26, 26, 1, 17)}
-    for number, (paper, datasets) in enumerate(RELEASED.items()):
-        for name, expected in datasets.items():
+    for name, *cells in rows:
+        for number, paper in enumerate(papers):
             found = protocol_settings(paper, name)
             values = (found.short_side, found.window, found.stride, found.logit_scale, found.threshold)
+            expected = tuple(None if cell == "-" else float(cell) for cell in cells[5 * number : 5 * number + 5])
             assert values == expected, (paper, name)
             assert found.min_area == (0.1 if (paper, name) == ("sclip", "voc21") else 0)
             assert found.pamr_dilations == ((8, 16) if paper == "naclip" else ()) and [*found.methods] == [paper]

@@ -524,21 +524,3 @@ def test_what_is_missing_is_named(voc, folder):
     write_image(folder / "masks" / "d.png", 2, 3)  # of a copy that was interrupted
     with pytest.raises(FileNotFoundError, match=r"images/d: .*1 of"):
         load_segmentation("folder", folder)
-
-
-# ---- real data ----
-
-
-def test_camvid(iclip_data):
-    if not (iclip_data / "camvid").is_dir():
-        pytest.skip("needs camvid")
-    dataset = load_segmentation("camvid", iclip_data / "camvid")
-    assert len(dataset) == 60 and [dataset.class_names[label - 1] for label in dataset.stuff] == [
-        "sky", "building", "road", "pavement", "tree", "fence"
-    ]  # fmt: skip
-    shares = np.zeros(256)
-    for sample in dataset:
-        assert sample.image.size == sample.size[::-1] == (480, 360)
-        shares += np.bincount(sample.label_map.ravel(), minlength=256) / sample.label_map.size / len(dataset)
-    assert shares[0] == 0 and shares[255] == pytest.approx(0.0345, abs=1e-4)  # unlabelled
-    assert dataset.class_names[shares[:255].argmax() - 1] == "road"

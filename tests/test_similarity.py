@@ -64,14 +64,6 @@ def test_weights_kept_from_inference_serve_a_gradient():
     assert maps.grad.sum() == pytest.approx(11 * 13, rel=1e-4)  # each pixel is a mean of patches
 
 
-def test_cosine_map_is_row_major_and_not_square():
-    patches = torch.eye(6).view(1, 2, 3, 6)  # patch i points along axis i
-    texts = torch.eye(6)[[4, 1]]
-    maps = cosine_similarity_map(patches, texts)
-    assert maps.shape == (1, 2, 2, 3)
-    assert maps[0, 0].nonzero().tolist() == [[1, 1]] and maps[0, 1].nonzero().tolist() == [[0, 1]]
-
-
 @pytest.mark.parametrize("scale", [3.0, 100.0])
 def test_rivals_lower_a_map_where_they_match(scale):
     draws = torch.Generator().manual_seed(0)

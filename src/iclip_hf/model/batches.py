@@ -99,8 +99,9 @@ def map_tensors(function: Callable[..., torch.Tensor], *parts):
     if isinstance(first, list):
         return [map_tensors(function, *items) for items in zip(*parts)]
     # Not the class of `first`: the code of a model folder has classes of its own.
-    kind = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
-    return kind(**{name: function(*(part[name] for part in parts)) for name in kind.compared if name in first})
+    features_class = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
+    names = [name for name in features_class.compared if name in first]
+    return features_class(**{name: function(*(part[name] for part in parts)) for name in names})
 
 
 def pad_indices(text_indices: Sequence[Sequence[int]]) -> torch.Tensor:

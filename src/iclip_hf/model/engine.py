@@ -205,12 +205,13 @@ class Engine:
             if not self.takes_features and group[0].score_pixel_values is None:
                 return group  # the scores come with the maps
             batch = self._encode_views(join_images(group), self.takes_features)
-            encoded = [batch.score_features, batch.features]
-            rows = [map_tensors(itemgetter(slice(row, row + 1)), encoded) for row in range(len(group))]
-            return [
-                replace(image, score_features=score_features, features=features)
-                for image, (score_features, features) in zip(group, rows)
-            ]
+            encoded = []
+            for row, image in enumerate(group):
+                take_row = itemgetter(slice(row, row + 1))
+                score_features = map_tensors(take_row, batch.score_features)
+                features = map_tensors(take_row, batch.features)
+                encoded.append(replace(image, score_features=score_features, features=features))
+            return encoded
 
         return map_groups(encode, images, [image.batch_key for image in images])
 
@@ -292,6 +293,7 @@ class Engine:
             labels = [[question.labels[index] for index in indices] for indices in label_indices]
             texts = select_texts(question.encoded, torch.tensor(label_indices))
         batch = join_images(images)
+        # The texts of each image that get a map
         mapped = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else mapped
         maps = None if any(map(len, mapped)) else torch.zeros(len(images), 0, 1, 1)  # no map is wanted
@@ -336,7 +338,7 @@ class Engine:
         if features is None and for_maps:
             features = [self._features(view) for view in self.tiling.views(batch.pixel_values)]
         if score_features is None:
-            views = [*(features or self.tiling.views(batch.pixel_values))]
+            views = [*(features or self.tiling.views(batch.pixel_values))]  # features or pixel values
             if batch.score_pixel_values is not None:  # the whole image, at the model's own size
                 views[0] = batch.score_pixel_values
             score_features = [self._scored(self._features(view)) for view in views]
@@ -382,26 +384,30 @@ class Engine:
         texts = for_images(texts, len(pixel_values))
         tiling = tiling or self.tiling
         views = tiling.views(pixel_values)
-        maps, features = zip(
-            *(self._view_maps(pixels, texts, view, text_indices) for pixels, view in zip(views, features or views))
-        )
-        maps = tiling.join(maps, pixel_values.shape[2:])
-        return refine_maps(maps, pixel_values.to(maps.device)) if refine and self.refine else maps, [*features]
+        view_maps, view_features = [], []
+        for view, encoded in zip(views, features or [None] * len(views)):
+            maps, encoded = self._view_maps(view, texts, encoded, text_indices)
+            view_maps.append(maps)
+            view_features.append(encoded)
+        maps = tiling.join(view_maps, pixel_values.shape[2:])
+        if refine and self.refine:
+            maps = refine_maps(maps, pixel_values.to(maps.device))
+        return maps, view_features
 
     def _view_maps(
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
-        view: torch.Tensor | ICLIPImageFeatures,
+        features: ICLIPImageFeatures | None,
         text_indices: Sequence[Sequence[int]] | None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
         Computes the maps of the method for one view of the images, and checks them. Returns them with the features of
-        the view. `view` has the features if they are known, otherwise the pixel values.
+        the view, which are computed unless they are given.
         """
         arguments = {}
         if self.takes_features:
-            arguments["features"] = self._features(view)
+            arguments["features"] = self._features(pixel_values) if features is None else features
         if "templates" in self._arguments:
             arguments["templates"] = self.templates
         expected = tuple(texts.text_embeds.shape[:2])
@@ -465,8 +471,9 @@ def _best_texts(
     `text_indices`, best first. Texts that resemble a better one come last.
     """
     best = []
-    for ranked, embeds, allowed in zip(scores.argsort(descending=True).tolist(), text_embeds, map(set, text_indices)):
-        ranked = [index for index in ranked if index in allowed]
+    rankings = scores.argsort(descending=True).tolist()
+    for ranking, embeds, allowed in zip(rankings, text_embeds, map(set, text_indices)):
+        ranked = [index for index in ranking if index in allowed]
         chosen = []
         for index in ranked:
             if len(chosen) < count and not (chosen and (embeds[chosen] @ embeds[index]).max() >= SIMILAR_TEXTS):

@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,15 +44,23 @@ class FeatureTower(TimmWrapperModel):
 
     def _folded(self, weights: list[torch.Tensor]) -> "FeatureTower":
         """Returns a copy with folded batch norms, and makes it again if the weights have changed."""
-        state = [(weight.data_ptr(), weight._version) for weight in weights]
-        if self not in _FOLDED or _FOLDED[self][0] != state:
-            # The weights are kept, because the addresses of freed weights could be those of other weights later.
-            _FOLDED[self] = state, [weight.detach() for weight in weights], _fold_batch_norms(copy.deepcopy(self))
-        return _FOLDED[self][2]
+        versions = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self not in _FOLDED or _FOLDED[self].versions != versions:
+            kept = [weight.detach() for weight in weights]
+            _FOLDED[self] = _Folded(versions, kept, _fold_batch_norms(copy.deepcopy(self)))
+        return _FOLDED[self].tower
+
+
+class _Folded(NamedTuple):
+    """A copy of a feature tower with folded batch norms, and what it was made from."""
+
+    versions: list[tuple[int, int]]  # address and version of each weight
+    weights: list[torch.Tensor]  # kept, because the addresses of freed weights could be those of other weights later
+    tower: FeatureTower
 
 
 # The copy of a feature tower is neither a submodule nor saved, copied or pickled with it.
-_FOLDED: WeakKeyDictionary[FeatureTower, tuple[list, list[torch.Tensor], FeatureTower]] = WeakKeyDictionary()
+_FOLDED: WeakKeyDictionary[FeatureTower, _Folded] = WeakKeyDictionary()
 
 
 @torch.no_grad()

@@ -58,8 +58,8 @@ def label_map(
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
     winners = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
     best = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
-    columns = zip(present, range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)
-    texts = [_Text(*values) for is_shown, *values in columns if is_shown]
+    columns = zip(range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)
+    texts = [_Text(*values) for values, is_shown in zip(columns, present, strict=True) if is_shown]
     # Each map is enlarged twice, one map at a time, so that the memory does not grow with the number of texts.
     moments = [torch.std_mean(resize_maps(text.raw_map, size), correction=0) for text in texts]
     stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)

@@ -170,7 +170,7 @@ class BatchNouns(NamedTuple):
     prompt.
     """
 
-    first: torch.Tensor  # index of the first prompt of each noun among the prompts of all processes (V,)
+    first_prompts: torch.Tensor  # index of the first prompt of each noun among the prompts of all processes (V,)
     shown: torch.Tensor  # whether the images of this process show the nouns, boolean (B, V)
     all_shown: torch.Tensor  # the same for the images of all processes
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
@@ -193,14 +193,15 @@ class BatchNouns(NamedTuple):
         """Gathers the nouns of all processes. Arguments are the `nouns` of [`ICLIPModel.forward`]."""
         noun_ids, all_labels = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
         # The nouns are sorted. `torch.unique` does not return the first index of each.
-        first = torch.from_numpy(np.unique(noun_ids.cpu(), return_index=True)[1]).to(noun_ids.device)
-        nouns = noun_ids[first]
-        marks = {name: gather_with_gradient(mark)[first] for name, mark in marks.items()}
+        _, first_prompts = np.unique(noun_ids.cpu(), return_index=True)
+        first_prompts = torch.from_numpy(first_prompts).to(noun_ids.device)
+        nouns = noun_ids[first_prompts]
+        marks = {name: gather_with_gradient(mark)[first_prompts] for name, mark in marks.items()}
         labels = noun_labels[:, nouns]
         shown, all_shown, absent = labels > 0, all_labels[:, nouns] > 0, labels < 0
         class_labels = None if class_ids is None else noun_labels[:, class_ids]
         return cls(
-            first,
+            first_prompts,
             shown,
             all_shown,
             absent,
@@ -234,7 +235,7 @@ class BatchNouns(NamedTuple):
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
         """Returns the vector of one prompt of each noun (V, P), from this process's noun prompts' (M - B - C, P)."""
-        return gather_with_gradient(embeds)[self.first]
+        return gather_with_gradient(embeds)[self.first_prompts]
 
 
 # ------------------------------------------------------------------------------------------------------ of a branch
@@ -401,8 +402,8 @@ class BranchBatch:
         """The prior of the patches for each noun, from their attention (B, K, V)."""
         return attention_prior(self.map_attention, self.nouns.is_background)
 
-    def evenly(self, images: torch.Tensor) -> torch.Tensor:
-        """Selects the evenly spread patches of some of the images that are `nouns.spread_evenly`, (B,) boolean."""
+    def even_embeds_of(self, images: torch.Tensor) -> torch.Tensor:
+        """Selects the `even_embeds` of some of the images that are `nouns.spread_evenly`, (B,) boolean."""
         return self.even_embeds[images[self.nouns.spread_evenly]]
 
 
@@ -470,12 +471,13 @@ def _noun_competition(batch: BranchBatch) -> torch.Tensor:
     scale = batch.config.map_scale
     shares = shares_of_texts(scale * batch.similarities, batch.prior)
     if batch.even_embeds is not None:
-        shares = shares_by_place(shares, batch.evenly(batch.nouns.shows_place), batch.prompts, scale, batch.nouns)
+        patch_embeds = batch.even_embeds_of(batch.nouns.shows_place)
+        shares = shares_by_place(shares, patch_embeds, batch.prompts, scale, batch.nouns)
     return competition_loss(shares, batch.nouns.shown)
 
 
 def _known_competition(batch: BranchBatch) -> torch.Tensor:
-    patch_embeds = batch.evenly(batch.nouns.knows_background)
+    patch_embeds = batch.even_embeds_of(batch.nouns.knows_background)
     return known_competition_loss(patch_embeds, batch.prompts, batch.config.map_scale, batch.nouns)
 
 

@@ -174,11 +174,11 @@ class ICLIPModel(ICLIPTowers):
             image_processor = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
             wanted = {
                 **model.feature_model.timm_model.pretrained_cfg,
-                **getattr(config.feature_config, "pretrained_cfg", {}),  # of the checkpoint
+                **getattr(config.feature_config, "pretrained_cfg", {}),  # the checkpoint's precede timm's
             }
-            channels = [*zip(image_processor.image_mean, image_processor.image_std, wanted["mean"], wanted["std"])]
-            config.feature_image_mean = [(to - mean) / std for mean, std, to, _ in channels]
-            config.feature_image_std = [to / std for _, std, _, to in channels]
+            means, stds = image_processor.image_mean, image_processor.image_std
+            config.feature_image_mean = [(new - mean) / std for new, mean, std in zip(wanted["mean"], means, stds)]
+            config.feature_image_std = [new / std for new, std in zip(wanted["std"], stds)]
         return model
 
     @property
@@ -253,7 +253,13 @@ class ICLIPModel(ICLIPTowers):
         """Selects the inputs of this model's loss from the `loss_features` of images."""
         recognition_poolings, map_pooling = self.config.poolings
         pooled = torch.cat([features[name] for name in recognition_poolings], -1)
-        return ImageInputs(pooled, *map(features.get, (map_pooling, "patches", "attention", "even_patches")))
+        return ImageInputs(
+            pooled,
+            map_pooled=features.get(map_pooling),
+            patch_tokens=features.get("patches"),
+            map_attention=features.get("attention"),
+            even_tokens=features.get("even_patches"),
+        )
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
         """Returns the inputs of this model's loss from the tokens of images."""
@@ -331,12 +337,12 @@ class ICLIPModel(ICLIPTowers):
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
         recognition_poolings, map_pooling = self.config.poolings
-        pooled, map_pooled, *_ = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
+        inputs = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
         averaged, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
-        projected = self.recognition.visual_projection(pooled)
+        projected = self.recognition.visual_projection(inputs.pooled)
         map_image_embeds = None
-        if map_pooled is not None:
-            map_image_embeds = self.map_branch.embed_image(map_pooled).to(projected.dtype)
+        if inputs.map_pooled is not None:
+            map_image_embeds = self.map_branch.embed_image(inputs.map_pooled).to(projected.dtype)
         return ICLIPImageFeatures(
             last_hidden_state=image.tower_output.last_hidden_state,
             hidden_states=image.tower_output.hidden_states,

@@ -54,13 +54,20 @@ def pair_loss(
         prompts = None if nouns is None else nouns.prompts(texts[num_images:])
         captions = texts[:num_images]
         batch = BranchBatch(
-            model.recognition, model.config, images, captions, None, nouns, prompts, class_prompts=class_prompts
+            model.recognition,
+            model.config,
+            images,
+            captions,
+            nouns=nouns,
+            prompts=prompts,
+            class_prompts=class_prompts,
         )
         losses = [branch_loss("recognition", batch)]
         attention_loss = 0
         if branch:  # it can be on another device
             prompts = None if nouns is None else nouns.prompts(map_texts[num_images:])
-            batch = BranchBatch(branch, model.config, map_images, map_texts[:num_images], image.map_attention)
+            captions = map_texts[:num_images]
+            batch = BranchBatch(branch, model.config, map_images, captions, map_attention=image.map_attention)
             if model.config.max_over == "similarity":  # other maps do not learn from nouns
                 batch.nouns, batch.prompts, batch.even_embeds = nouns, prompts, even_embeds
             losses.append(branch_loss("map", batch).to(images.device))

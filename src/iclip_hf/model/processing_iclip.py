@@ -36,13 +36,14 @@ MAX_PIXELS = 2**24
 # A text with words that every tokenizer knows.
 _PROBE = "a photo of a dog"
 # Arguments of `from_pretrained` that locate its files.
-_OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def check_processor(name, processor, config) -> None:
     """Raises `ValueError` unless a processor prepares images and texts, and its tokenizer fits the model."""
-    expected = "an ICLIPProcessor" if config.model_type == "iclip" else "the processor of the model"
-    parts = ["image_processor", "tokenizer", *["patch_size"] * (config.model_type == "iclip")]
+    expected, parts = "the processor of the model", ["image_processor", "tokenizer"]
+    if config.model_type == "iclip":
+        expected, parts = "an ICLIPProcessor", [*parts, "patch_size"]
     if not all(hasattr(processor, part) for part in parts):
         raise ValueError(
             f"{name}: expected {expected}, got {type(processor).__name__}; load it from the model's folder."
@@ -129,13 +130,14 @@ class ICLIPProcessor(ProcessorMixin):
         Reads only the arguments of this class from `processor_config.json`: the base class would load any audio
         tokenizer that the file names. Returns them, and the keyword arguments that do not locate files.
         """
-        files = {name: kwargs.pop(name) for name in _OF_FILES if name in kwargs}
+        files = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         # Older versions of Transformers saved a processor without this file.
         file = cached_file(
             pretrained_model_name_or_path, PROCESSOR_NAME, **files, _raise_exceptions_for_missing_entries=False
         )
         content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}  # of Transformers itself
+        # Transformers' own arguments begin with "_".
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
         return {name: content[name] for name in signature(cls).parameters if name in content}, kwargs
 
     @classmethod
@@ -218,8 +220,9 @@ class ICLIPProcessor(ProcessorMixin):
         if images is not None:
             # The size goes to where it was given, because the base class refuses a keyword that is given flat and in a
             # dictionary.
-            sized = kwargs if "size" in kwargs else images_kwargs
-            images, sized["size"] = self._prepared(images, sized.get("size"), {**images_kwargs, **kwargs})
+            size_kwargs = kwargs if "size" in kwargs else images_kwargs
+            size = size_kwargs.get("size")
+            images, size_kwargs["size"] = self._prepared(images, size, {**images_kwargs, **kwargs})
             kwargs.pop("do_center_crop", None)
             images_kwargs["do_center_crop"] = False  # maps cover the whole image
             if per_image and len(text) != len(images):
@@ -459,7 +462,7 @@ class ICLIPProcessor(ProcessorMixin):
 class _TextRegions(NamedTuple):
     """The regions of one text in one image."""
 
-    index: int  # of the text
+    index: int  # index of the text
     heatmap: np.ndarray  # (H, W)
     mask: np.ndarray  # (H, W)
     regions: list[Region]
@@ -497,6 +500,7 @@ def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
         lists = [_nested(image_texts, templates) for image_texts in texts]
         longest = max(map(len, lists))
         step = len(templates)
+        # Shorter lists repeat the prompts of their last text.
         return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
     texts = [check_text(text) for text in texts]
     return [template.replace("{}", text) for text in texts for template in templates]

@@ -96,9 +96,9 @@ def _runs(mask: np.ndarray) -> np.ndarray:
 
 def _sums(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
     """Returns the sum of the values of each run."""
-    ends = (runs[:, 1:] + runs[:, :1] * values.shape[1]).ravel()
-    ends = ends[ends < values.size]  # reduceat allows no index behind the last value
-    return np.add.reduceat(values.ravel(), ends, dtype=np.float64)[::2]
+    bounds = (runs[:, 1:] + runs[:, :1] * values.shape[1]).ravel()  # start and end of each run in one long row
+    bounds = bounds[bounds < values.size]  # reduceat allows no index behind the last value
+    return np.add.reduceat(values.ravel(), bounds, dtype=np.float64)[::2]  # without the sums between runs
 
 
 def _connected(runs: np.ndarray, width: int) -> np.ndarray:
@@ -107,8 +107,10 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
     # Positions in one long row, with a gap after each row of the mask: a run touches the runs that it overlaps when it
     # is shifted to the row below. Stops are exclusive, so pixels that share a corner touch.
     starts, stops = (columns + rows * (width + 2) for columns in (starts, stops))
+    # For each run, the first run below that it touches, and the number of those
     first = np.searchsorted(stops, starts + width + 2)
     counts = (np.searchsorted(starts, stops + width + 2, side="right") - first).clip(0)
+    # The two runs of each touch
     upper = np.repeat(np.arange(len(rows)), counts)
     lower = np.arange(counts.sum()) + np.repeat(first - counts.cumsum() + counts, counts)
     # Two runs that touch both point to the lower of their parts, until nothing changes.

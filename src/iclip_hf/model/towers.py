@@ -149,7 +149,8 @@ class ICLIPTowers(PreTrainedModel):
         self._prepare_last_attention()
         if config.average_layers > 1:
             depth = config.vision_config.num_hidden_layers
-            layers = next(m for m in self.vision_model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+            lists = (module for module in self.vision_model.modules() if isinstance(module, nn.ModuleList))
+            layers = next(module for module in lists if len(module) == depth)
             for layer in layers[-config.average_layers : -1]:
                 layer.register_forward_hook(_keep_output, with_kwargs=True)
 

@@ -52,7 +52,7 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
         if is_hub_id(name):
             return name
         raise FileNotFoundError(f"{name}: there is no such folder, and it is no Hub id (org/name); check the path.")
-    from ..utils.errors import loading_errors  # which imports slower packages
+    from ..utils.errors import loading_errors  # imports slower packages
 
     with loading_errors(name):
         if not os.path.exists(Path(name, "config.json")):

@@ -72,17 +72,18 @@ def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] |
     kept with the loaded model, and in the cache folder by the identity of the model. After a change of its weights,
     load the model again.
     """
-    templates = check_templates(model.processor.templates if templates is None else templates)
+    templates = tuple(check_templates(model.processor.templates if templates is None else templates))
     encoded = _ENCODED.setdefault(model, {})
-    if tuple(templates) not in encoded:
+    if templates not in encoded:
         nouns = [*vocabulary()]
         file = nouns_folder() / f"{digest([model.identity | {'model': ''}, templates, nouns])}.safetensors"
         if file.is_file():
-            encoded[tuple(templates)] = ICLIPTextFeatures(**load_file(file, str(model.device)))
+            encoded[templates] = ICLIPTextFeatures(**load_file(file, str(model.device)))
         else:
-            texts = encoded[tuple(templates)] = model.encode_texts(nouns, templates)
-            keep_in_cache(file, partial(save_file, {name: tensor.clone() for name, tensor in texts.items()}))
-    return encoded[tuple(templates)]
+            encoded[templates] = model.encode_texts(nouns, templates)
+            tensors = {name: tensor.clone() for name, tensor in encoded[templates].items()}
+            keep_in_cache(file, partial(save_file, tensors))
+    return encoded[templates]
 
 
 def nouns_folder() -> Path:

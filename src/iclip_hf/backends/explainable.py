@@ -164,7 +164,7 @@ class RecordableModel(ExplainableModel):
 
     def logits(self, cosines: torch.Tensor) -> torch.Tensor:
         logits = cosines * self.network.logit_scale.float().exp().to(cosines.device)
-        bias = getattr(self.network, "logit_bias", None)  # of SigLIP
+        bias = getattr(self.network, "logit_bias", None)  # SigLIP has one
         return logits if bias is None else logits + bias.float().to(cosines.device)
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:

@@ -46,7 +46,8 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         used_dtype = getattr(torch, dtype) if dtype else next(model.parameters()).dtype
         weights = _weights(model)
         if dtype:
-            weights = {name: w.to(used_dtype) if w.is_floating_point() else w for name, w in weights.items()}
+            rounded = {name: weight.to(used_dtype) for name, weight in weights.items() if weight.is_floating_point()}
+            weights = {**weights, **rounded}
     else:  # an ONNX model has the trained logit scale and bias in its configuration
         trained = [getattr(config, name) for name in ("logit_scale_init_value", "logit_bias_init_value")]
         used_dtype, weights = model.dtype, [trained, sorted(model.folder.glob("*.onnx*"))]
@@ -84,12 +85,12 @@ def _attributes(model: torch.nn.Module) -> dict[str, dict]:
     Returns the plain attributes of all modules. The text of a module leaves some out, such as the number of heads and
     the kind of pooling.
     """
-    plain = (bool, int, float, str, tuple)
-    return {
-        name: {key: value for key, value in vars(module).items() if isinstance(value, plain) and key[0] != "_"}
-        | dict.fromkeys(_MODULE_STATE)
-        for name, module in model.named_modules()
-    }
+    attributes = {}
+    for name, module in model.named_modules():
+        public = {key: value for key, value in vars(module).items() if key[0] != "_"}
+        plain = {key: value for key, value in public.items() if isinstance(value, (bool, int, float, str, tuple))}
+        attributes[name] = plain | dict.fromkeys(_MODULE_STATE)
+    return attributes
 
 
 def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -119,7 +120,7 @@ def _plain(value):
         changed = {name: part for name, part in saved.items() if name in _KINDS or part != defaults.get(name)}
         return _with_effect(changed)
     if backend := getattr(value, "backend_tokenizer", None):
-        rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # of the last call
+        rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # the last call has set them
         return [rules, value.special_tokens_map, value.padding_side, value.truncation_side, value.model_input_names]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))

@@ -36,7 +36,7 @@ from .timm import ExplainableTimm, ExplainableTimmMap
 logger = logging.getLogger(__name__)
 
 
-# Classes by the model type of a configuration, or by the image tower in open_clip, see `_tower`.
+# Classes by the model type of a configuration, or by the image tower in open_clip, see `_tower_kind`.
 _FAMILIES: dict[str, type[ExplainableModel]] = {
     **{model_type: getattr(families, name) for model_type, name in MODEL_TYPES.items()},
     "VisionTransformer": ExplainableOpenCLIP,
@@ -123,7 +123,7 @@ def _explainable(model, processor) -> ExplainableModel:
         check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
     if hasattr(model, "visual"):
-        family = _tower(model.visual)
+        family = _tower_kind(model.visual)
         fits = family in _FAMILIES
     else:
         family = getattr(getattr(model, "config", None), "model_type", None)
@@ -141,7 +141,7 @@ def _explainable(model, processor) -> ExplainableModel:
     return _FAMILIES[family](model, processor)
 
 
-def _tower(visual: torch.nn.Module) -> str:
+def _tower_kind(visual: torch.nn.Module) -> str:
     """Names the kind of an image tower of open_clip."""
     if hasattr(visual, "trunk"):
         return f"timm {type(visual.trunk).__name__}"

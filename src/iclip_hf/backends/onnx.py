@@ -61,8 +61,8 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
             `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     # Checks come before the export, which takes a minute.
-    if weights not in _SMALLER:
-        raise ValueError(f"weights is one of {list(_SMALLER)}, not {weights!r}.")
+    if weights not in _STORED:
+        raise ValueError(f"weights is one of {list(_STORED)}, not {weights!r}.")
     if (model.dtype, model.device.type) != (torch.float32, "cpu"):
         raise ValueError(f"Expected a model in float32 on the CPU, got {model.dtype} on {model.device}: convert it.")
     with require_extra("onnx"):
@@ -222,8 +222,8 @@ def _write(program, path: Path, weights: str) -> None:
     Writes a graph. Nodes of the graph restore smaller weights. ONNX Runtime executes them once, on loading.
     """
     logger.info("Writing %s", path.name)
-    shrink = _SMALLER[weights]
-    if shrink is None:
+    store = _STORED[weights]
+    if store is None:
         program.save(path)
         return
     import onnx
@@ -232,12 +232,13 @@ def _write(program, path: Path, weights: str) -> None:
     tensors, restoring = [], []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
-            stored, nodes = shrink(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
+            stored, nodes = store(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
             tensors += stored
             restoring += nodes
         else:
             tensors.append(tensor)
-    for field, values in ((model.graph.initializer, tensors), (model.graph.node, [*restoring, *model.graph.node])):
+    nodes = [*restoring, *model.graph.node]
+    for field, values in ((model.graph.initializer, tensors), (model.graph.node, nodes)):
         del field[:]
         field.extend(values)
     onnx.save(model, path)
@@ -262,13 +263,18 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     is_kernel = values.ndim == 4
     dims = (1, 2, 3) if is_kernel else tuple(range(values.ndim - 1))
     scale = values.abs().amax(dims, keepdim=is_kernel).clamp(min=1e-30) / 127
-    stored, scales, cast = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
-    tensors = {stored: (values / scale).round().to(torch.int8), scales: scale}
-    return [numpy_helper.from_array(tensor.numpy(), part) for part, tensor in tensors.items()], [
-        helper.make_node("Cast", [stored], [cast], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [cast, scales], [name]),
+    stored_name, scale_name, cast_name = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
+    stored = (values / scale).round().to(torch.int8)
+    tensors = [
+        numpy_helper.from_array(stored.numpy(), stored_name),
+        numpy_helper.from_array(scale.numpy(), scale_name),
     ]
+    nodes = [
+        helper.make_node("Cast", [stored_name], [cast_name], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [cast_name, scale_name], [name]),
+    ]
+    return tensors, nodes
 
 
-# Functions that store a matrix, by the names of `weights`.
-_SMALLER = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}
+# Functions that store a matrix in fewer bits, by the names of `weights`; None stores all as they are.
+_STORED = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}

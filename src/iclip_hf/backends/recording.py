@@ -37,6 +37,8 @@ class AttentionRecord:
 
 @dataclass
 class _Recording:
+    """What is recorded in a forward pass, see [`record`], and the records so far."""
+
     start: int
     grad: bool
     weights: bool
@@ -207,7 +209,7 @@ def input_weights(attention: nn.MultiheadAttention) -> Sequence[torch.Tensor]:
 def _multihead_attention(attention: nn.MultiheadAttention, query, key, value, **kwargs):
     """Computes `nn.MultiheadAttention.forward` for batch-first input without masks, and records it."""
     projections = zip((query, key, value), input_weights(attention), attention.in_proj_bias.chunk(3))
-    heads = [split_heads(F.linear(x, w, b), attention.num_heads) for x, w, b in projections]
+    heads = [split_heads(F.linear(tokens, weight, bias), attention.num_heads) for tokens, weight, bias in projections]
     return attention.out_proj(merge_heads(attend(*heads))), None
 
 

@@ -169,8 +169,7 @@ def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     """
     (graph,) = _message(memoryview(onnx_file))[7]
     graph = _message(graph)
-    tensors = {}
-    weights = {}
+    tensors, weights = {}, {}
     for tensor in map(_message, graph[5]):
         if tensor[2] == [1]:  # float32
             tensors[_text(tensor[8])] = np.frombuffer(tensor[9][0], "<f4").reshape(tensor[1])

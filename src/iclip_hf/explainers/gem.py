@@ -29,13 +29,13 @@ class GEM(ReplacedAttention):
         norm = layer.tokens.float().norm(dim=-1).mean(-1)
         scale = (norm * layer.value.shape[-1] ** -0.5)[:, None, None, None].to(layer.value.dtype)
 
-        def gather(tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        def attend(tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
             return F.scaled_dot_product_attention(tokens * scale, tokens, values, scale=1.0)
 
         mixed = []
         for tokens in (layer.query, layer.key, layer.value):
             for _ in range(self.iterations):
                 tokens = F.normalize(tokens, dim=-1)
-                tokens = gather(tokens, tokens)
-            mixed.append(gather(F.normalize(tokens, dim=-1), layer.value))
+                tokens = attend(tokens, tokens)
+            mixed.append(attend(F.normalize(tokens, dim=-1), layer.value))
         return torch.stack(mixed).mean(0)

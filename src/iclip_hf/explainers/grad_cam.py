@@ -44,8 +44,8 @@ class GradCAM(GradientExplainer):
         with torch.inference_mode(False), torch.enable_grad():
             average = features.feature_average.clone().requires_grad_()
             logits = self.model.logits(cosines(network.recognition.embed_image(average), texts.text_embeds.clone()))
-            for text in range(logits.shape[1]):
-                (gradient,) = torch.autograd.grad(logits[:, text].sum(), average, retain_graph=True)
+            for text_index in range(logits.shape[1]):
+                (gradient,) = torch.autograd.grad(logits[:, text_index].sum(), average, retain_graph=True)
                 # A mean has the same gradient at each patch. The product of a feature f and its gradient equals the
                 # product of its reduction W f, without the bias, and the gradient of the reduction.
                 reduced = feature_map - network.feature_reduction.bias.to(feature_map)

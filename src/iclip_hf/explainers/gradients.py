@@ -51,9 +51,10 @@ class GradientExplainer(Explainer):
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             logits = self.model.logits(cosines(features.image_embeds, texts.text_embeds.clone()))
-            for index in range(num_texts):
+            for text_index in range(num_texts):
                 # Images are independent, so the gradient of their sum contains the gradient of each.
-                gradients = torch.autograd.grad(logits[:, index].sum(), inputs, retain_graph=index < num_texts - 1)
+                retain_graph = text_index < num_texts - 1
+                gradients = torch.autograd.grad(logits[:, text_index].sum(), inputs, retain_graph=retain_graph)
                 with torch.no_grad():
                     maps.append(self.weigh(layers, gradients, math.prod(features.grid)))
         detached = ICLIPImageFeatures(**{name: value.detach() for name, value in features.items()})

@@ -54,8 +54,8 @@ class LeGrad(Explainer):
         token = self.model.join_features(stream.mean(1, keepdim=True) + mean, features)
         scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
         maps = []
-        for text in range(scores.shape[1]):
-            (gradient,) = torch.autograd.grad(scores[:, text].sum(), mixed, retain_graph=True)
+        for text_index in range(scores.shape[1]):
+            (gradient,) = torch.autograd.grad(scores[:, text_index].sum(), mixed, retain_graph=True)
             # The attention weight (i, j) of a head multiplies value j in the output of query i.
             maps.append((gradient @ layer.value.mT).float().relu().mean((1, 2)))
         return torch.stack(maps, 1)
@@ -67,10 +67,11 @@ def _mean_mlp(mlp: nn.Module) -> nn.Module:
     before the last layer, which is linear. This halves the cost of each backward pass. If a norm follows, the mean is
     computed after it.
     """
-    copied, last = private_copy(mlp), ""
+    copied = private_copy(mlp)
     if isinstance([*mlp.children()][-1], nn.LayerNorm):  # as in EVA02-E
         copied.register_forward_hook(lambda module, args, output: output.mean(1, keepdim=True))
         return copied
+    last = ""
     for name, module in copied.named_modules():
         # A layer with an adapter of PEFT is linear as a whole, and contains other linear layers.
         if hasattr(module, "out_features") and not name.startswith(f"{last}."):

@@ -24,8 +24,8 @@ class RandomMap(Explainer):
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         generators = map(_generator, pixel_values)
-        maps = torch.stack([torch.rand(features.grid, dtype=torch.float32, generator=each) for each in generators])
-        maps = maps.to(features.image_embeds.device).unsqueeze(1)
+        maps = [torch.rand(features.grid, dtype=torch.float32, generator=generator) for generator in generators]
+        maps = torch.stack(maps).to(features.image_embeds.device).unsqueeze(1)
         return maps.expand(-1, texts.text_embeds.shape[1], -1, -1), features
 
 

@@ -19,9 +19,10 @@ def require_extra(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         package, packages = error.name.partition(".")[0], []
         with suppress(PackageNotFoundError):
-            requirements = (requirement.partition(";") for requirement in requires("iclip-hf") or ())
-            extra = f'extra == "{name}"'
-            packages = [what.strip() for what, _, marker in requirements if marker.replace("'", '"').strip() == extra]
+            for requirement in requires("iclip-hf") or ():
+                specification, _, marker = requirement.partition(";")
+                if marker.replace("'", '"').strip() == f'extra == "{name}"':
+                    packages.append(specification.strip())
         command = shlex.join(["pip", "install", *(packages or [package])])
         sentence = f"{package} is not installed: install the extra [{name}] with `{command}`."
         raise ImportError(sentence, name=package) from error

@@ -98,7 +98,7 @@ def _temporary_file(path: Path) -> Iterator[Path]:
     """Yields an empty temporary file beside `path`, which is deleted at the end, and creates its folder."""
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(path)
+        temporary = _temporary_path(path)
         temporary.touch(exist_ok=False)
         try:
             yield temporary
@@ -106,8 +106,8 @@ def _temporary_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
-    """Returns a new hidden name beside a file or folder, also for a name of the greatest length."""
+def _temporary_path(path: Path) -> Path:
+    """Returns a new hidden path beside a file or folder, also if its name has the greatest length."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
@@ -134,12 +134,12 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     check_new_folder(folder)
     exists = folder.exists()
-    work = _temporary(folder / folder.name if exists else folder)
+    work = _temporary_path(folder / folder.name if exists else folder)
     built = work / folder.name  # the model card takes this name
     built.mkdir(parents=True)
     try:
         yield built
-        mode = built.stat().st_mode & 0o666  # of any new file; only the owner can read what safetensors writes
+        mode = built.stat().st_mode & 0o666  # as any new file has; only the owner can read what safetensors writes
         for path in built.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 path.chmod(mode)

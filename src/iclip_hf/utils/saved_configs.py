@@ -18,8 +18,8 @@ def clean_configs(folder: str | Path) -> None:
     from, and the code that this model named, which would run for anybody who trusts the new folder.
     """
 
-    def stays(name: str, part) -> bool:
-        return name not in ("auto_map", "custom_pipelines") and (name not in _SOURCES or is_hub_id(part or ""))
+    def stays(name: str, value) -> bool:
+        return name not in ("auto_map", "custom_pipelines") and (name not in _SOURCES or is_hub_id(value or ""))
 
     def cleaned(value):
         if not isinstance(value, dict):

@@ -16,4 +16,5 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool
     lines = zip(*columns)
     if markdown:
         return [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
-    return ["  ".join(["", first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]) for first, *others in lines]
+    aligned = ([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])] for first, *others in lines)
+    return ["  ".join(["", *cells]) for cells in aligned]

@@ -118,7 +118,7 @@ def evaluate_model(
         progress=progress and processes.is_main_process,
     )
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
-    # another. The key of a run is its size as text, because a dict has no hash.
+    # another. The key of a run is its size as text, because a size is a dict, which has no hash.
     runs: dict[str, EvaluationRun] = {}
     run_of: dict[Metric, EvaluationRun] = {}
     for metric in metrics:
@@ -137,12 +137,11 @@ def evaluate_model(
     metrics = [metric for metric in run_of if metric is not report]
     results, per_class = {}, {}
     for method in first.methods:
-        measured = {
-            metric.name: totals[metric.name, method if metric.by_method else None].scores_and_rows()
-            for metric in metrics
-        }
-        results[method] = {name: scores for name, (scores, _) in measured.items()}
-        per_class[method] = _class_rows({name: rows for name, (_, rows) in measured.items()}, dataset)
+        results[method], rows_of_classes = {}, {}
+        for metric in metrics:
+            total = totals[metric.name, method if metric.by_method else None]
+            results[method][metric.name], rows_of_classes[metric.name] = total.scores_and_rows()
+        per_class[method] = _class_rows(rows_of_classes, dataset)
     protocol = _protocol(first, {metric: run_of[metric] for metric in metrics}) if processes.is_main_process else None
     result = EvaluationResult(
         protocol=broadcast_from_main(protocol),
@@ -162,11 +161,11 @@ def evaluate_model(
 
 def _join_processes(totals: Mapping[tuple, Metric]) -> None:
     """Merges the items of all processes, so that the metrics are alike on every process."""
-    first, *others = gather_object([[total.state for total in totals.values()]])
-    for total, merged, *parts in zip(totals.values(), first, *others):
-        for part in parts:
-            merged.merge(part)
-        total.state = merged
+    states_of_processes = gather_object([[total.state for total in totals.values()]])
+    for total, first, *others in zip(totals.values(), *states_of_processes):
+        for other in others:
+            first.merge(other)
+        total.state = first
 
 
 def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
@@ -238,7 +237,7 @@ class EvaluationRun:
         methods = methods or [None]
         if not isinstance(methods, Mapping):
             methods = {method: {} for method in methods}
-        explainers = [make_explainer(self.model, method, **chosen) for method, chosen in methods.items()]
+        explainers = [make_explainer(self.model, method, **options) for method, options in methods.items()]
         self.methods = [explainer.name for explainer in explainers]
         self.method_options = dict(zip(self.methods, methods.values()))
         self.engines = {explainer.name: new_engine(method=explainer) for explainer in explainers}
@@ -270,8 +269,9 @@ class EvaluationRun:
             for method, group in metrics_of.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
                 for metric in group:
-                    parts.append(metric.empty())
-                    parts[-1].update_from(image, method, maps)
+                    part = metric.empty()
+                    part.update_from(image, method, maps)
+                    parts.append(part)
             return parts
 
         if needs:

@@ -108,7 +108,7 @@ class MetricModule(evaluate.Metric, ABC):
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         items = zip(predictions, references, labels, strict=True)
         counts = [self.metric.count_item(*item, ignore_index) for item in items]
-        super().add_batch(
+        super().add_batch(  # as `_info` says: the first row of counts as a reference, the second as a prediction
             predictions=[second for _, second in counts],
             references=[first for first, _ in counts],
             labels=[np.asarray(label).tolist() for label in labels],

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Seen:
-    """What a report shows, of one image or of several."""
+    """What a report shows of one image or several."""
 
     def __init__(self):
         self.names: dict[int, str] = {}  # by image
@@ -133,10 +133,11 @@ def _scores_of_classes(result: EvaluationResult, num_classes: int) -> dict[str, 
     show, comes first.
     """
     scores: dict[str, dict[str, list[float | None]]] = {}
-    for method, classes in result.per_class.items():
-        for row in classes:
-            for metric, values in row.items():
-                for name, score in values.items() if isinstance(values, dict) and row["id"] else ():
+    for method, rows in result.per_class.items():
+        for row in rows:
+            by_metric = {metric: values for metric, values in row.items() if isinstance(values, dict)}
+            for metric, values in by_metric.items() if row["id"] else ():  # 0 is the background
+                for name, score in values.items():
                     numbers = scores.setdefault(f"{name} ({metric})", {}).setdefault(method, [None] * num_classes)
                     numbers[row["id"] - 1] = score
     return {

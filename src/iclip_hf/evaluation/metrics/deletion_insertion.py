@@ -16,7 +16,7 @@ from ...model.similarity import resize_maps
 from .metric import EvaluatedImage, MeasuredClassMeans
 
 
-STEPS = 10  # of deletion and of insertion
+STEPS = 10  # number of steps of deletion, and of insertion
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:

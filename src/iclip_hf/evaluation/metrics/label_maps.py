@@ -85,13 +85,15 @@ class LabelMaps(Metric):
         - **kept** -- share of these pairs whose class keeps a pixel in the label map.
         - **classes**, **images** -- numbers of image-class pairs and of images.
         """
-        classes, iou, kept = self.state.sums.get("classes", np.zeros(3))
-        images, absent = self.state.sums.get("images", np.zeros(2))
-        means = {"iou": (iou, classes), "absent": (absent, images), "kept": (kept, classes)}
-        scores = {
-            name: 100 * float(total / count) if count else float("nan") for name, (total, count) in means.items()
+        num_classes, iou, kept = self.state.sums.get("classes", np.zeros(3))
+        num_images, absent = self.state.sums.get("images", np.zeros(2))
+        return {
+            "iou": _percent(iou, num_classes),
+            "absent": _percent(absent, num_images),
+            "kept": _percent(kept, num_classes),
+            "classes": int(num_classes),
+            "images": int(num_images),
         }
-        return scores | {"classes": int(classes), "images": int(images)}
 
     def prepare(self, run) -> None:
         super().prepare(run)
@@ -101,12 +103,12 @@ class LabelMaps(Metric):
         """Returns the indices of the shown classes, by ascending id, then of the absent ones."""
         shown = np.isin(self.run.dataset.class_ids, image.sample.class_ids)
         generator = np.random.default_rng((self.seed, image.index))
-        left, typed = ~shown, np.flatnonzero(shown).tolist()
-        for preferred in (shown @ self.like, left):
-            candidates = np.flatnonzero(left & preferred if (left & preferred).any() else left)
-            if len(candidates):
-                typed.append(int(generator.choice(candidates)))
-                left[typed[-1]] = False
+        typed, absent = np.flatnonzero(shown).tolist(), ~shown
+        like_shown = absent & (shown @ self.like)
+        for candidates in (like_shown if like_shown.any() else absent, absent):  # the second time without the first
+            if candidates.any():
+                typed.append(int(generator.choice(np.flatnonzero(candidates))))
+                absent[typed[-1]] = False
         return typed
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
@@ -116,3 +118,8 @@ class LabelMaps(Metric):
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.class_ids)
+
+
+def _percent(total: float, count: float) -> float:
+    """Returns a mean in percent; NaN without items."""
+    return 100 * float(total / count) if count else float("nan")

@@ -124,14 +124,15 @@ class MeanMaxIoU(ImageClassMetric):
         - **floor** -- the same mean for a map that marks every pixel, percent.
         - **pairs**, **left_out** -- number of image-class pairs in the mean, and {reason: number} of the others.
         """
+        # For each class, the IoU of all pixels, then at each threshold
         iou = {class_id: 100 * sums[0] / sums[1] for class_id, sums in sorted(self.state.sums.items())}
         # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
         best = {class_id: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for class_id, curve in iou.items()}
-        per_class = {class_id: float(iou[class_id][1 + i]) for class_id, i in best.items()}
+        per_class = {class_id: float(iou[class_id][1 + index]) for class_id, index in best.items()}
         return {
             "mmiou": mean(per_class.values()),
             "per_class": per_class,
-            "thresholds": {class_id: float(THRESHOLDS[i]) for class_id, i in best.items()},
+            "thresholds": {class_id: float(THRESHOLDS[index]) for class_id, index in best.items()},
             "floor": mean(float(curve[0]) for curve in iou.values()),
             **self.item_counts("pairs"),
         }

@@ -10,8 +10,8 @@ from ...model.similarity import min_max_normalize
 from .metric import EvaluatedImage, MeasuredClassMeans
 
 
-SAMPLES = 10  # noisy images
-RADIUS = 0.02  # of their noise: captum's default, about one of 255 levels
+SAMPLES = 10  # number of noisy images
+RADIUS = 0.02  # radius of their noise: captum's default, about one of 255 levels
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ class MeanIoU:
         - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
         - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
         """
-        first = 0 if self.background else 1
+        first = 0 if self.background else 1  # id of the class in the first row
         in_both, _, referenced = self.areas[:, first:, 0]
         iou = self._iou()[:, 0]
         shown = np.flatnonzero(referenced)
@@ -66,8 +66,8 @@ class MeanIoU:
         return {
             "miou": float(self.curve()[0]),
             "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
-            "per_class": {first + int(k): float(iou[k]) for k in np.flatnonzero(~np.isnan(iou))},
-            "per_class_accuracy": {first + int(k): 100 * int(in_both[k]) / int(referenced[k]) for k in shown},
+            "per_class": {first + int(row): float(iou[row]) for row in np.flatnonzero(~np.isnan(iou))},
+            "per_class_accuracy": {first + int(row): 100 * int(in_both[row]) / int(referenced[row]) for row in shown},
             "floor": float(floor.max()),
             "floor_class": first + int(referenced.argmax()),
             "pixels": pixels,

@@ -155,9 +155,9 @@ class Metric(ABC):
         by_class = {row: scores.pop(key) for row, key in self.rows.items()}
         class_ids = dict.fromkeys(itertools.chain(*by_class.values()))
         rows = {class_id: {row: values.get(class_id) for row, values in by_class.items()} for class_id in class_ids}
-        return {
-            name: none_if_nan(score) if isinstance(score, float) else score for name, score in scores.items()
-        }, rows
+        for name, score in scores.items():
+            scores[name] = none_if_nan(score) if isinstance(score, float) else score
+        return scores, rows
 
     def settings(self) -> dict:
         """Returns what is needed to repeat the measurement: the options and the definition."""

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from ...backends.explainable import ExplainableModel, recordable
 from .metric import EvaluatedImage, MeasuredClassMeans
+
+
+class _Weight(NamedTuple):
+    """A value for a parameter of a module."""
+
+    module: nn.Module
+    name: str
+    value: nn.Parameter
 
 
 class LayerRandomization:
@@ -23,7 +32,7 @@ class LayerRandomization:
     def __init__(self, model: ExplainableModel, seed: int = 0):
         model = recordable(model, "randomization")
         generator = torch.Generator().manual_seed(seed)
-        self._layers: list[list[tuple[nn.Module, str, nn.Parameter]]] = []
+        self._layers: list[list[_Weight]] = []
         for block in (layer.block for layer in reversed(model.layers)):
             replacements = []
             for path, weight in block.named_parameters():
@@ -31,7 +40,7 @@ class LayerRandomization:
                 sampled = torch.randn(weight.shape, generator=generator).to(weight.device) * std + mean
                 sampled = nn.Parameter(sampled.to(weight.dtype), requires_grad=False)
                 parent, _, name = path.rpartition(".")
-                replacements.append((block.get_submodule(parent), name, sampled))
+                replacements.append(_Weight(block.get_submodule(parent), name, sampled))
             self._layers.append(replacements)
 
     def __len__(self) -> int:
@@ -51,7 +60,7 @@ class LayerRandomization:
         try:
             for replacements in self._layers:
                 for module, name, sampled in replacements:
-                    replaced.append((module, name, getattr(module, name)))
+                    replaced.append(_Weight(module, name, getattr(module, name)))
                     setattr(module, name, sampled)
                 correlations.append(rank_correlation(maps, explain(pixel_values)))
         finally:

@@ -6,6 +6,7 @@ others.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -101,6 +102,15 @@ class MultiLabelAveragePrecision(Metric):
             return []
         shares = f"{always_shown} of {num_classes}"
         return [f"Classes that every image shows: {shares}. Their average precision is always 100."]
+
+
+class _Row(NamedTuple):
+    """A row of the table of presence: how a score is shown, and which numbers of image-class pairs stand beside it."""
+
+    heading: str
+    digits: int
+    shown: str | None = "shown"
+    absent: str | None = "absent"
 
 
 class Presence(MultiLabelAveragePrecision):
@@ -211,27 +221,31 @@ class Presence(MultiLabelAveragePrecision):
     def tables(self, scores: Mapping) -> list[str]:
         """Returns the tables, without rows that the data cannot measure and without empty bins."""
         least, pairs = scores["min_presence"], scores["pairs"]
-        both = ("shown", "absent")
-        names = {
-            "auc": ("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3, both),
-            "auc_hard": ("AUC against absent classes that resemble a shown one", 3, ("shown", "absent_hard")),
-            "auc_of_classes": ("AUC of each class over the images, mean over the classes", 3, both),
-            "auc_without_image": ("AUC without the image: of the mean of each class over all images", 3, both),
-            "kept": (f"kept: shown classes with a presence of at least {least}, %", 1, ("shown", None)),
-            "kept_things": ("kept things, %", 1, ("shown_things", None)),
-            "kept_stuff": ("kept stuff, %", 1, ("shown_stuff", None)),
-            "passed": (f"passed: absent classes with a presence of at least {least}, %", 1, (None, "absent")),
-            "passed_hard": ("passed, of those that resemble a shown class, %", 1, (None, "absent_hard")),
-            "map": ("mAP of ranking the images by presence, %", 1, both),
-            "calibration_error": (
-                "calibration error: mean distance of presence and share that is shown, in the table below",
-                3,
-                both,
+        table = {
+            "auc": _Row("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
+            "auc_hard": _Row("AUC against absent classes that resemble a shown one", 3, absent="absent_hard"),
+            "auc_of_classes": _Row("AUC of each class over the images, mean over the classes", 3),
+            "auc_without_image": _Row("AUC without the image: of the mean of each class over all images", 3),
+            "kept": _Row(f"kept: shown classes with a presence of at least {least}, %", 1, absent=None),
+            "kept_things": _Row("kept things, %", 1, "shown_things", None),
+            "kept_stuff": _Row("kept stuff, %", 1, "shown_stuff", None),
+            "passed": _Row(f"passed: absent classes with a presence of at least {least}, %", 1, shown=None),
+            "passed_hard": _Row(
+                "passed, of those that resemble a shown class, %", 1, shown=None, absent="absent_hard"
+            ),
+            "map": _Row("mAP of ranking the images by presence, %", 1),
+            "calibration_error": _Row(
+                "calibration error: mean distance of presence and share that is shown, in the table below", 3
             ),
         }
         rows = [
-            [heading, cell(scores[name], digits), *(str(pairs[kind]) if kind else "" for kind in kinds)]
-            for name, (heading, digits, kinds) in names.items()
+            [
+                row.heading,
+                cell(scores[name], row.digits),
+                str(pairs.get(row.shown, "")),
+                str(pairs.get(row.absent, "")),
+            ]
+            for name, row in table.items()
             if scores[name] is not None
         ]
         counted = ["shown pairs", "absent pairs"]
@@ -242,7 +256,7 @@ class Presence(MultiLabelAveragePrecision):
                 [
                     group,
                     *(cell(separation[name], decimals) for name, decimals in digits.items()),
-                    *(str(separation["pairs"][kind]) for kind in both),
+                    *(str(separation["pairs"][kind]) for kind in ("shown", "absent")),
                 ]
                 for group, separation in scores["groups"].items()
             ]

@@ -56,11 +56,13 @@ class Columns(NamedTuple):
                 `class_probabilities` is no object of names and numbers in [0, 1].
         """
         parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
+
+        def first_value(column: str):
+            return next((part[column] for part in parts if not _is_empty(part.get(column))), None)
+
         texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
         captions = next(filter(None, texts), [])
-        labels, complete, probabilities = (
-            next((part[name] for part in parts if not _is_empty(part.get(name))), None) for name in LABEL_COLUMNS
-        )
+        labels, complete, probabilities = map(first_value, LABEL_COLUMNS)
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete.lower() not in CLASS_NAMES:
                 raise ValueError(
@@ -105,6 +107,7 @@ class PairTexts(NamedTuple):
 
 
 def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
+    """Samples one of the captions of an image. The choice depends only on seed, epoch and key."""
     return random.Random(f"{seed}/{epoch}/{key!r}").choice(captions) if len(captions) > 1 else captions[0]
 
 

@@ -31,7 +31,7 @@ TEMPLATES = (
     "a photo of a large {}",
     "there is a {} in the photo",
 )
-PROMPTS = 3  # of each image, as in GroupViT
+PROMPTS = 3  # number of prompts of each image, as in GroupViT
 # Captions use it for the colour more often than for the fruit, unless they end with it: "a photo of an orange".
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
@@ -179,8 +179,8 @@ class NounPrompts:
         """
         listed = {*map(_name, complete)}
         labelled = {name for label in labels for name in _names_of(label, listed)}
-        others = (name for name in labelled | listed if " " in name and name not in self._by_form)
-        phrases = {form for name in others for form in (name, *_plurals(name))}
+        other_names = (name for name in labelled | listed if " " in name and name not in self._by_form)
+        phrases = {form for name in other_names for form in (name, *_plurals(name))}
         captioned = {noun for caption in captions for noun in self.nouns_in(caption, phrases)}
         shown, denied = self._indices(labelled), self._indices(listed) - self._indices(labelled)
         known_classes = []

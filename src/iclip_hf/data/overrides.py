@@ -34,7 +34,9 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
 
     def texts(value: str | Sequence[str]) -> tuple[str, ...]:
         items = (value,) if isinstance(value, str) else value
-        if not (isinstance(items, Sequence) and items and all(isinstance(t, str) and t.strip() for t in items)):
+        if not (
+            isinstance(items, Sequence) and items and all(isinstance(text, str) and text.strip() for text in items)
+        ):
             raise ValueError(f"{where}: {value!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
         return tuple(items)
 

@@ -68,8 +68,9 @@ class SegmentationDataset(Sequence):
         self.images_in_split = len(samples)
         self.synonyms = tuple((name,) for name in class_names)
         self.supercategories = None if supercategories is None else tuple(supercategories)
-        stuff = layout.stuff
-        self.stuff = None if stuff is None else tuple(id_ for id_ in self.class_ids if class_names[id_ - 1] in stuff)
+        self.stuff: tuple[int, ...] | None = None
+        if layout.stuff is not None:
+            self.stuff = tuple(class_id for class_id, name in enumerate(class_names, 1) if name in layout.stuff)
         self.void = int(np.iinfo(mask_type(len(class_names))).max)
         self.background_texts: tuple[str, ...] = ()
 

@@ -71,8 +71,8 @@ class PairStream(Epochs, IterableDataset):
         kept = (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
         names = [name for name in kept if name in features]
         if isinstance(features.get("json"), Mapping):
-            kinds = {name: kind for name, kind in features["json"].items() if name in kept}
-            dataset = dataset.cast_column("json", kinds)
+            json_features = {name: feature for name, feature in features["json"].items() if name in kept}
+            dataset = dataset.cast_column("json", json_features)
             names.append("json")
         dataset = dataset.select_columns(names)
         # Without decoding, because one bad image would end the stream.

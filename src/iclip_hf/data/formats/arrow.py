@@ -43,8 +43,9 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
         rows = rows.cast_column("image", datasets.Image(decode=False))
     # The bytes of images within rows are not read. Each is another image, also if several rows have one path.
     stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
-    lengths, names = pc.binary_length(pc.struct_field(stored, "bytes")), pc.struct_field(stored, "path")
-    names = (None if length else name.as_py() for length, name in zip(lengths.to_pylist(), names))
+    lengths = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
+    paths = pc.struct_field(stored, "path")
+    names = (None if length else path.as_py() for length, path in zip(lengths, paths))
     if hub:
         names = (name if name and _is_downloaded(name) else None for name in names)
     files = [path] if path.is_file() else [file["filename"] for file in rows.cache_files]

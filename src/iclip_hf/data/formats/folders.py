@@ -12,7 +12,7 @@ from .source import PackedRows, Source
 
 logger = logging.getLogger(__name__)
 
-CLASS_CAPTION = "a photo of a {}"  # of the images in a folder that is named by their class
+CLASS_CAPTION = "a photo of a {}"  # caption of the images in a folder that is named by their class
 
 
 def read_class_folders(path: Path) -> Source:

@@ -22,20 +22,20 @@ def read_table(path: Path, columns: Columns) -> Source:
     separated by ",", ";" or tab, whichever is most frequent in its header. Raises `ValueError` if a line is no row, or
     there is no column of images or captions.
     """
-    rows, names, found = PackedRows(), PackedRows(), {}
+    rows, image_names, found = PackedRows(), PackedRows(), {}
     read = _objects if path.suffix.lower() == ".jsonl" else _fields
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for row in read(file):
-                found |= dict.fromkeys(row)  # rows of a .jsonl may have different columns
+                found |= dict.fromkeys(row)  # all columns: rows of a .jsonl may have different ones
                 name = next((row[column] for column in columns.image if row.get(column)), None)
-                names.append(name if isinstance(name, str) else None)
+                image_names.append(name if isinstance(name, str) else None)
                 rows.append({column: row[column] for column in (*columns.caption, *LABEL_COLUMNS) if column in row})
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: this table is not UTF-8 ({error}); save it as UTF-8.") from error
     if rows:
         columns.check(path, found)
-    return Source(path, path.parent, columns, rows, names, [path])
+    return Source(path, path.parent, columns, rows, image_names, [path])
 
 
 def _objects(file: TextIO) -> Iterator[dict]:

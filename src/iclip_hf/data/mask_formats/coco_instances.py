@@ -69,15 +69,15 @@ class InstancesSample(SegmentationSample):
 
     def _painted(self, class_ids: Sequence[int]) -> np.ndarray:
         """Returns an array with each of these ids on the pixels of its instances, and void on crowds."""
-        areas = [
-            (self.void if instance.is_crowd else instance.class_id, self._pixels(instance))
-            for instance in self.instances
-            if instance.is_crowd or instance.class_id in class_ids
-        ]
         painted = np.zeros(self.size, mask_type(self.num_classes))
+        shown = [instance for instance in self.instances if not instance.is_crowd and instance.class_id in class_ids]
+        masks = [(instance.class_id, self._pixels(instance)) for instance in shown]
         # The smaller of two overlapping instances lies in front.
-        for value, pixels in sorted(areas, key=lambda area: (area[0] == self.void, -area[1].sum())):
-            painted[pixels] = value
+        for class_id, pixels in sorted(masks, key=lambda mask: -mask[1].sum()):
+            painted[pixels] = class_id
+        for instance in self.instances:
+            if instance.is_crowd:
+                painted[self._pixels(instance)] = self.void
         return painted
 
     def _pixels(self, instance: Instance) -> np.ndarray:

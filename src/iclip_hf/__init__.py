@@ -61,8 +61,9 @@ _OF_MODEL = [f"{__name__}.model.{file.stem}" for file in Path(__file__).parent.j
 
 def _register(imported) -> None:
     """
-    Called after Transformers, its pipelines, which are slow to import and so not imported here, and each module of
-    the model: where Transformers was imported in the middle of one of them, the registration waits for its end.
+    Registers the classes. It is called after the import of Transformers, of its pipelines and of each module of the
+    model. The pipelines are slow to import, so they are not imported here. If a module of the model imports
+    Transformers, the registration waits for the end of this module.
     """
     started = [sys.modules[name] for name in _OF_MODEL if name in sys.modules]
     if "transformers" not in sys.modules or any(
@@ -77,7 +78,7 @@ def _register(imported) -> None:
 
 
 def _draw_in_notebooks(module) -> None:
-    """Called after the module of explanations, which travels with exported models and so knows no plots."""
+    """Gives explanations their picture. Their module travels with exported models, so it knows no plots."""
 
     def picture(explanation) -> bytes | None:
         from .plots.sheets import png

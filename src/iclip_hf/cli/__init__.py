@@ -31,7 +31,7 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors say what may be meant by an unknown name."""
 
-    _words: Sequence[str] = ()  # of the command line
+    _words: Sequence[str] = ()  # the words of the command line
 
     def parse_args(self, args=None, namespace=None):
         self._words = args or ()

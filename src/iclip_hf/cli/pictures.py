@@ -151,8 +151,8 @@ def _entries(
             return _Input(name, None, " ".join(str(error).split()))
 
     def entry(item: tuple[_Input, Explanation | None]) -> dict:
-        (name, _, problem), explanation = item
-        return {"problem": problem} if explanation is None else entry_of(name, explanation)
+        asked, explanation = item
+        return {"problem": asked.problem} if explanation is None else entry_of(asked.name, explanation)
 
     inputs, copies = itertools.tee(prefetch_map(thread, read, names, batch_size))
     images = (copy.image for copy in copies)

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
         for index, (text, segment, is_covered) in enumerate(explanation.segments()):
             mask = segment.numpy()
             label_map[mask] = index
-            covered += [index] if is_covered and index < num_texts else []
+            if is_covered and index < num_texts:
+                covered.append(index)
             segments.append(
                 {
                     "id": index + 1 if index < num_texts else 0,  # 0 is the background
@@ -77,17 +78,17 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _covering(explanation, text: int, label_map) -> str:
+def _covering(explanation, text_index: int, label_map) -> str:
     """Says which other texts have a tenth or more of the mask of a text in a label map, the largest part first."""
     import numpy as np
 
-    inside = label_map[explanation.mask(text).numpy()]
+    inside = label_map[explanation.mask(text_index).numpy()]
     counts = np.bincount(inside[inside >= 0], minlength=len(explanation))
-    counts[text] = 0
+    counts[text_index] = 0
     least = min(counts.max(), inside.size / 10)
     names = [explanation.labels[index] for index in np.argsort(-counts) if counts[index] >= least]
     have = "has" if len(names) == 1 else "have"
-    return f"{' and '.join(names)} {have} most pixels of the mask of {explanation.labels[text]}"
+    return f"{' and '.join(names)} {have} most pixels of the mask of {explanation.labels[text_index]}"
 
 
 def _save_label_map(label_map, num_texts: int, path: Path) -> Path:

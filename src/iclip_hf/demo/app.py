@@ -26,7 +26,8 @@ with require_extra("demo"):
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes
-MAX_BODY_SIZE = 2**20  # of other requests; parsed JSON takes up to a hundred times the memory of its text
+# Bytes of any other request: parsed JSON takes up to a hundred times the memory of its text.
+MAX_BODY_SIZE = 2**20
 # By default Gradio keeps the last answer, up to 16 megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 64
 MAX_IMAGES = 4  # encoded images that are kept: each takes five megabytes, at two scales 35

@@ -68,6 +68,7 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     numbers, little-endian: lists of the three million numbers of twelve maps at two scales take hundreds of megabytes.
     """
     unrefined = explanation.unrefined_maps
+    presences, words = explanation.presences, explanation.presence_words
     return {
         **seen.shown,
         "made_by": explanation.made_by,
@@ -76,20 +77,13 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
         "texts": [
             {
                 "text": text,
-                "score": round(score, 4),
-                "presence": presence,
-                "word": word,
-                "map": raw_map,
-                "unrefined": unrefined_map,
+                "score": round(explanation.scores[index].item(), 4),
+                "presence": presences[index],
+                "word": words[index],
+                "map": _base64(explanation.raw_maps[index]),
+                "unrefined": None if unrefined is None else _base64(unrefined[index]),
             }
-            for text, score, presence, word, raw_map, unrefined_map in zip(
-                explanation.labels,
-                explanation.scores.tolist(),
-                explanation.presences,
-                explanation.presence_words,
-                map(_base64, explanation.raw_maps),
-                [None] * len(explanation) if unrefined is None else map(_base64, unrefined),
-            )
+            for index, text in enumerate(explanation.labels)
         ],
     }
 

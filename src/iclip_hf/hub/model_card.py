@@ -140,7 +140,7 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     locked = "locked during training" if training and "model" not in training else "locked in this configuration"
     return {
         "tower_training": locked if config.lock_vision else "trained with the projections",
-        "projections": sum(p.numel() for name, p in model.named_parameters() if name.startswith(_LEARNED)),
+        "projections": sum(weight.numel() for name, weight in model.named_parameters() if name.startswith(_LEARNED)),
         "options": options | {"templates": processor.templates},
         "vision": config.vision_config,
         "text": config.text_config,

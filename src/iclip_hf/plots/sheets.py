@@ -91,12 +91,12 @@ def draw(
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))  # maps of this size
-    rows = [*zip(explanation.labels, explanation.scores.tolist(), explanation.presences, explanation.presence_words)]
+    words, presences = explanation.presence_words, explanation.presences
     for index in drawn:
-        text, score, presence, word = rows[index]
-        pictures.append(_map_picture(image, explanation.map(index), word, colormap, opacity))
-        notes = [presence_text(presence, explanation.min_presence), f"score {score:.2f}"]
-        titles.append(f"{' '.join(text.split())}\n{' · '.join(filter(None, notes))}")
+        pictures.append(_map_picture(image, explanation.map(index), words[index], colormap, opacity))
+        presence = presence_text(presences[index], explanation.min_presence)
+        notes = " · ".join(filter(None, [presence, f"score {explanation.scores[index]:.2f}"]))
+        titles.append(f"{' '.join(explanation.labels[index].split())}\n{notes}")
     return picture_grid(pictures, titles, columns, color_bar=colormap, dpi=dpi)
 
 

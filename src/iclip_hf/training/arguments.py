@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from ..utils.prefetch import spare_processors
 
 
-RETRIEVAL_METRICS = ("loss", "text_to_image", "image_to_text")  # of held-out pairs
-MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # of a segmentation data set
+RETRIEVAL_METRICS = ("loss", "text_to_image", "image_to_text")  # measured on held-out pairs
+MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # measured on a segmentation data set
 # Arguments for few pairs. With ten times this learning rate, the embedded model gets worse in retrieval, on 50 and on
 # 500 pairs. Without a loss that keeps presence, a training on 50 pairs makes a tenth of the shown classes absent.
 FEW_PAIRS_RATE = 1e-5

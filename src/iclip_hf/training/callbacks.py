@@ -50,15 +50,15 @@ class Checks(TrainerCallback):
         _check_towers(model, args, pairs, train_dataloader.collate_fn)
         is_few = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
         if is_few and state.is_world_process_zero:
-            batches, batch = len(train_dataloader), args.per_device_train_batch_size * args.world_size
+            num_batches, batch_size = len(train_dataloader), args.per_device_train_batch_size * args.world_size
             logger.warning(
                 "The training has %d steps, which teach little: an epoch of %d pairs is %d batches of %d, which leave "
                 "%d pairs out. Raise num_train_epochs, or lower per_device_train_batch_size.",
                 state.max_steps,
                 len(pairs),
-                batches,
-                batch,
-                max(len(pairs) - batches * batch, 0),
+                num_batches,
+                batch_size,
+                max(len(pairs) - num_batches * batch_size, 0),
             )
 
 
@@ -89,16 +89,17 @@ class LogitScaleLimit(TrainerCallback):
 
 
 def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Dataset, collator: Callable) -> None:
-    """Raises `ValueError` if a tower learns that the model locks, or that cached or kept features need locked."""
+    """Raises `ValueError` if a tower learns although the model, cached features or `keep_presence` need it locked."""
     if model.config.lock_vision and any(weight.requires_grad for weight in model.vision_model.parameters()):
         raise ValueError("vision_model: the model locks it; load the model with lock_vision=False.")
-    cached = "CachedPairs" if any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs)) else ""
-    kept = "keep_presence" if args.keep_presence else ""
-    if (user := cached or kept) and not model.config.lock_vision:
+    has_cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs))
+    if not model.config.lock_vision and (has_cached or args.keep_presence):
+        user = "CachedPairs" if has_cached else "keep_presence"
         raise ValueError(f"{user}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
-    texts = "text_features of the collator" if getattr(collator, "text_features", None) else ""
-    learns = any(weight.requires_grad for weight in model.text_model.parameters())
-    if (user := texts or kept) and learns:
+    has_text_features = getattr(collator, "text_features", None) is not None
+    text_learns = any(weight.requires_grad for weight in model.text_model.parameters())
+    if text_learns and (has_text_features or args.keep_presence):
+        user = "text_features of the collator" if has_text_features else "keep_presence"
         raise ValueError(
             f"{user}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
         )
@@ -140,7 +141,7 @@ class Interrupts(TrainerCallback):
             ended = float(state.epoch).is_integer()
             control.should_log &= ended
             control.should_evaluate &= ended
-            control.should_save = control.should_evaluate  # which the checkpoint of the step does not know
+            control.should_save = control.should_evaluate  # the checkpoint of the step lacks the evaluation
 
 
 class Start(TrainerCallback):
@@ -185,7 +186,10 @@ class Start(TrainerCallback):
             return {}
         change = {name: change_interval(before[name], scores[name].tolist()) for name in before}
         self.regressed[pairs_digest] = regressed_metrics(change, len(pair_ids))
-        return {f"{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])}
+        bounds = {}
+        for name, (low, high) in change.items():
+            bounds |= {f"{name}_change_low": low, f"{name}_change_high": high}
+        return bounds
 
     def on_train_begin(self, args, state, control, **kwargs):
         held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)

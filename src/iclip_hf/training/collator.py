@@ -156,7 +156,7 @@ def augmentation(
             mean=tuple(image_processor.image_mean) if normalizes else (0.0, 0.0, 0.0),
             std=tuple(image_processor.image_std) if normalizes else (1.0, 1.0, 1.0),
         )
-    except AssertionError as error:  # of timm's parser
+    except AssertionError as error:  # timm's parser raises it
         raise ValueError(f"auto_augment: {auto_augment!r} is no policy of timm.") from error
 
 

@@ -115,7 +115,8 @@ class StreamedPairs(Epochs, IterableDataset):
                 raise ValueError("data: this process's part of the stream has no pairs.")
 
 
-_PASSES = 2**32  # more than any number of epochs or steps
+# Passes of two epochs differ in their number: there are fewer epochs and steps than this.
+_PASSES = 2**32
 
 
 class NumberedRows(Epochs, Subset):

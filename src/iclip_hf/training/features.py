@@ -48,7 +48,7 @@ class FeatureStore:
 
     def __init__(self, folder: Path):
         self.folder, self._keys, self._record = folder, np.empty(0, "S32"), None
-        self._files = {}  # where the records of each file begin in it, in bytes
+        self._files = {}  # the byte at which the records of each file begin
         self._ends = []  # the index behind the records of each file
         self.reload()
 

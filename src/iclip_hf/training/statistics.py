@@ -21,7 +21,8 @@ from ..utils.distributed import broadcast_from_main, partial_state
 from .checkpoints import checkpoint_errors
 
 
-_IMAGES, _DEVIATION = 1024, 4.0
+_IMAGES = 1024  # number of images that statistics are computed from
+_DEVIATION = 4.0  # standard deviation of a whitened component
 
 
 @torch.no_grad()
@@ -45,26 +46,31 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     if not whiten and not center:
         return
     if partial_state("train").is_main_process:
-        tokens, on_grid, num_positions, total, products = [], [], 0, 0.0, 0.0
+        mean_tokens, mean_features = [], []  # of each image, on the grid of patches
+        num_positions, feature_sum, product_sum = 0, 0.0, 0.0  # over all positions of feature maps
         rows = _sample(pairs.distinct()[0] if isinstance(pairs, PairDataset) else pairs)
         images = (row["image"] for row in tqdm(rows, "Statistics", unit="image", delay=3, leave=False))
         while batch := [*islice(images, 32)]:  # a thousand photographs can be larger than the memory
             pixel_values = processor(images=batch)["pixel_values"].to(model.device)
             image = model.encode_image(pixel_values)
-            tokens.append(image.patch_tokens.float().mean(1))
+            mean_tokens.append(image.patch_tokens.float().mean(1))
             if whiten:
                 features = model.feature_map(pixel_values)
-                on_grid.append(F.interpolate(features, image.grid, mode="bilinear", align_corners=False).mean((2, 3)))
+                on_grid = F.interpolate(features, image.grid, mode="bilinear", align_corners=False)
+                mean_features.append(on_grid.mean((2, 3)))
                 features = features.movedim(1, -1).flatten(0, 2).cpu().double()
-                num_positions, total = num_positions + len(features), total + features.sum(0)
-                products = products + features.T @ features
-        token_mean = torch.cat(tokens).mean(0)
+                num_positions += len(features)
+                feature_sum = feature_sum + features.sum(0)
+                product_sum = product_sum + features.T @ features
+        token_mean = torch.cat(mean_tokens).mean(0)
         if whiten:
-            _whiten(model, total / num_positions, products / num_positions)
-            token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(on_grid).mean(0))
+            _whiten(model, feature_sum / num_positions, product_sum / num_positions)
+            token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(mean_features).mean(0))
         if center:
             model.token_mean.copy_(token_mean)
-    for weight in (*(model.feature_reduction.parameters() if whiten else ()), *([model.token_mean] if center else ())):
+    statistics = [*model.feature_reduction.parameters()] if whiten else []
+    statistics += [model.token_mean] if center else []
+    for weight in statistics:
         weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
 
 

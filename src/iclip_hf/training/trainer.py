@@ -134,9 +134,9 @@ class ICLIPTrainer(Trainer):
         processing_class = processing_class or getattr(data_collator, "processor", None)
         if processing_class is None:
             raise TypeError("processing_class: name the processor of the model.")
-        data = data_collator or PairCollator(processing_class), train_dataset, eval_dataset
-        super().__init__(model, args, *data, processing_class, *arguments, **kwargs)
-        vars(self.model.config).pop("use_cache", None)  # of language models, which the base class sets
+        collator = data_collator or PairCollator(processing_class)
+        super().__init__(model, args, collator, train_dataset, eval_dataset, processing_class, *arguments, **kwargs)
+        vars(self.model.config).pop("use_cache", None)  # the base class sets this option of language models
         unfit = {
             "remove_unused_columns": args.remove_unused_columns and isinstance(self.data_collator, PairCollator),
             "batch_eval_metrics": args.batch_eval_metrics,
@@ -160,7 +160,7 @@ class ICLIPTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # True raises in the base class
         self._bad_steps = 0
         if not resume_from_checkpoint:
-            self.start.is_kept = False  # of an earlier training
+            self.start.is_kept = False  # an earlier training may have kept its own
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **kwargs)
         if self.interrupts.stopped:
@@ -256,7 +256,7 @@ class ICLIPTrainer(Trainer):
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Returns the names of the matrices. Vectors, biases and logit scales have no weight decay."""
-        return [name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith("bias")]
+        return [name for name, weight in model.named_parameters() if weight.ndim > 1 and not name.endswith("bias")]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """Like the base class, with GroupViT's schedule for "cosine" without `lr_scheduler_kwargs`."""
@@ -405,16 +405,16 @@ class ICLIPTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             card = {"training": training_recipe(self.args, self.accelerator.num_processes), **self.card}
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
-            if self.kept_start:  # whose record goes on
+            if self.kept_start:  # the record of this model goes on
                 card |= {"training": None, "source_identity": None}
             evaluation = Path(self.args.output_dir, "evaluations", f"{step}.json")
             if evaluation.is_file():
                 card["metrics"] = json.loads(evaluation.read_text())
             partial = folder / "model.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed here
+            shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
             with writing_errors(folder):
                 save_model(self.model, self.processing_class, partial, name=folder.resolve().name, **card)
-                (folder / HUB_RESULTS).unlink(missing_ok=True)  # of the model before, if this one has none
+                (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
                 files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
                 for file in files:
                     with atomic_write(folder / file) as temporary:

@@ -37,7 +37,7 @@ def train(
     """Trains a model as the arguments say, from `pairs` if they are open already. Prints those that were `chosen`."""
     transformers_logging.disable_progress_bar()
     args = arguments.training
-    set_seed(args.seed)  # of new projections
+    set_seed(args.seed)  # new projections depend on it
     data = open_data(arguments, pairs)
     model, processor = _open_model(arguments.model)
     if model.recognition.logit_bias is not None and not (data.nouns or arguments.model.model):
@@ -92,7 +92,7 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
     if folder := arguments.data.cache_features:
         cache = FeatureCache(model, processor, folder, args.mixed_precision, args.dataloader_num_workers)
         args.dataloader_num_workers = 0
-        args.dataloader_persistent_workers = False  # of workers, as the others
+        args.dataloader_persistent_workers = False  # there are no workers
         args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
         if arguments.model.lock_text:
             collator.text_features = cache
@@ -107,7 +107,7 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
     if data.is_stream:
         pairs = StreamedPairs(pairs, arguments.data.pairs_per_epoch // args.world_size)
     card = {"training": card_settings(arguments, args.world_size), "source": source or None}
-    if source:  # whose record is continued
+    if source:  # the record of this model is continued
         card["source_identity"] = identity(model, processor)
     try:
         return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.map_dataset, card=card)
@@ -127,9 +127,10 @@ def _save(trainer: ICLIPTrainer) -> None:
         raise OSError(f"{error} The trained model is in {folder}.") from error
 
 
-# Of whole images there is no augmentation.
+# Cached features are of whole images, without augmentation.
 _AUGMENTATION = {"crop_scale", "auto_augment", "random_erasing"}
-_NAMES = {"model", "vision", "text", "feature_tower", "nouns", "config"}  # of what may be a path of this machine
+# Arguments that may be paths of this machine.
+_NAMES = {"model", "vision", "text", "feature_tower", "nouns", "config"}
 
 
 def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:

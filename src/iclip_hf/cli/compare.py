@@ -103,12 +103,12 @@ def run(args: argparse.Namespace) -> None:
         print_lines(*json.dumps(entry, indent=2, ensure_ascii=False).split("\n"))
         return
     print_lines(f"{args.image} -> {output}")
-    model_cells = [cut(name) if len(models) > 1 else "" for name in models]
-    cells = [
-        [cut(row["text"]), presence_text(row["presence"][name]), f"{row['scores'][name]:.3f}", model_cell]
-        for row in rows
-        for name, model_cell in zip(models, model_cells)
-    ]
+    cells = []
+    for row in rows:
+        for name in models:
+            model_cell = cut(name) if len(models) > 1 else ""
+            presence, score = presence_text(row["presence"][name]), f"{row['scores'][name]:.3f}"
+            cells.append([cut(row["text"]), presence, score, model_cell])
     print_lines(*table(["text", "presence", "score", "model"], cells))
 
 

@@ -49,7 +49,10 @@ def image_names(names: Sequence[str]) -> list[str]:
         raise FileNotFoundError(
             f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
         )
-    return [image for name in names for image in (_folder_images(name) if os.path.isdir(name) else [name])]
+    images = []
+    for name in names:
+        images += _folder_images(name) if os.path.isdir(name) else [name]
+    return images
 
 
 def _folder_images(folder: str) -> list[str]:

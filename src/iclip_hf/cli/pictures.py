@@ -213,16 +213,13 @@ def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
     files = ", ".join(entry[name] for name in ("picture", "labels", "arrays") if name in entry)
     is_segmentation = "segments" in entry
     headings = [*texts.headings, "score", "share of the image" if is_segmentation else "regions"]
-    rows = [
-        [
-            cut(f"{row['text']} (background)" if row.get("id") == 0 else row["text"]),
-            presence_text(row["presence"], min_presence),
-            f"{row['score']:.3f}",
-            f"{100 * row['area']:.1f} %" if is_segmentation else str(len(row["regions"])),
-        ]
-        for row in entry.get("segments") or entry["texts"]
-    ]
+    rows = []
+    for text in entry["segments" if is_segmentation else "texts"]:
+        name = f"{text['text']} (background)" if text.get("id") == 0 else text["text"]
+        presence = presence_text(text["presence"], min_presence)
+        found = f"{100 * text['area']:.1f} %" if is_segmentation else str(len(text["regions"]))
+        rows.append([cut(name), presence, f"{text['score']:.3f}", found])
     lines = [f"{entry['image']} -> {files}", *table(headings, rows)]
-    if texts.best and not any(is_present(row["presence"], min_presence) for row in entry["texts"]):
+    if texts.best and not any(is_present(text["presence"], min_presence) for text in entry["texts"]):
         lines.append("None of the nouns is present: name by --text what you look for.")
     return lines

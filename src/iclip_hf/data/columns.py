@@ -39,11 +39,11 @@ class Columns(NamedTuple):
 
     def check(self, where: str | os.PathLike, names: Iterable[str]) -> None:
         """Raises `ValueError` if a table has no column for the image or none for the captions."""
-        for what, wanted in zip(("image", "caption"), self):
+        for kind, wanted in zip(("image", "caption"), self):
             if not set(wanted) & set(names):
                 raise ValueError(
-                    f"{where}: no column for the {what} ({' or '.join(map(repr, wanted))}) is among "
-                    f"{', '.join(map(repr, names))}; add a header line, or name the column by --{what}_column."
+                    f"{where}: no column for the {kind} ({' or '.join(map(repr, wanted))}) is among "
+                    f"{', '.join(map(repr, names))}; add a header line, or name the column by --{kind}_column."
                 )
 
     def texts(self, row: Mapping) -> PairTexts:

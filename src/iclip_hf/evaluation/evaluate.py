@@ -275,7 +275,7 @@ class EvaluationRun:
             return parts
 
         if needs:
-            _ = self.texts  # before the bar, which estimates the remaining time from that of the images
+            _ = self.texts  # before the bar, which estimates the remaining time from the time of the images
         bar = tqdm(total=len(self.indices), unit="image", disable=not self.progress)
         with ThreadPool(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)

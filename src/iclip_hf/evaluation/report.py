@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,7 @@ class Report(Metric):
         return self
 
     def write(self, result: EvaluationResult, methods: list[str]) -> Path:
-        """Writes the page of a result, whose IoU is that of each class's best threshold, and returns its path."""
+        """Writes the page of a result, with the IoU at the best threshold of each class, and returns its path."""
         seen, classes = self.state, self.run.dataset.class_names
         best = self._best_thresholds(methods)
         rows, alarms = [], []
@@ -140,11 +141,10 @@ def _scores_of_classes(result: EvaluationResult, num_classes: int) -> dict[str, 
                 for name, score in values.items():
                     numbers = scores.setdefault(f"{name} ({metric})", {}).setdefault(method, [None] * num_classes)
                     numbers[row["id"] - 1] = score
-    return {
-        name: scores[name]
-        for name in sorted(scores, key=lambda name: not name.startswith("IoU"))
-        if any(number is not None for numbers in scores[name].values() for number in numbers)
-    }
+    for name, by_method in [*scores.items()]:
+        if {*chain(*by_method.values())} == {None}:
+            del scores[name]
+    return {name: scores[name] for name in sorted(scores, key=lambda name: not name.startswith("IoU"))}
 
 
 def _rounded(value: float) -> float:

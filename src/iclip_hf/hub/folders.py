@@ -173,8 +173,11 @@ def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None
             logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
             resolve_revision(checkpoint)  # fails at once without a network; each download would be retried
         found, expected = tower_config(checkpoint, side), getattr(config, side, None)
-        values = [(name, getattr(found, name, None), getattr(expected, name, None)) for name in _TOWER_SHAPE]
-        differing = [f"{name} is {value} instead of {wanted}" for name, value, wanted in values if value != wanted]
+        differing = []
+        for name in _TOWER_SHAPE:
+            value, wanted = getattr(found, name, None), getattr(expected, name, None)
+            if value != wanted:
+                differing.append(f"{name} is {value} instead of {wanted}")
         if expected and differing:
             raise ValueError(f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differing)}.")
 

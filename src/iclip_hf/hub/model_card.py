@@ -180,24 +180,26 @@ def _figures(evaluation: Mapping) -> list[EvalResult]:
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
     conditions = {name: value for name, value in protocol.items() if value and name not in ("dataset", "own_data")}
-    return [
-        EvalResult(
-            task_type="zero-shot-image-classification",
-            task_name="Image-text similarity maps",
-            dataset_type=data["name"],
-            dataset_name=_TITLES.get(data["name"], data["name"]),
-            dataset_split=data["split"],
-            dataset_args={"images": data["images"], "fingerprint": data["fingerprint"], **conditions},
-            metric_type=metric.lower(),
-            metric_name=metric,
-            metric_config=method,
-            metric_value=round(scores[metric.lower()], DIGITS[metric]),
-            metric_args={"floor": round(scores["floor"], 2)} if "floor" in scores else None,
-        )
-        for method_index, (method, by_metric) in enumerate(evaluation["results"].items())
-        for metric, scores in by_metric.items()
-        if metric != "mAP" or method_index == 0  # mAP is the same for all methods
-    ]
+    figures, first_method = [], next(iter(evaluation["results"]))
+    for method, by_metric in evaluation["results"].items():
+        for metric, scores in by_metric.items():
+            if metric == "mAP" and method != first_method:  # mAP is the same for all methods
+                continue
+            figure = EvalResult(
+                task_type="zero-shot-image-classification",
+                task_name="Image-text similarity maps",
+                dataset_type=data["name"],
+                dataset_name=_TITLES.get(data["name"], data["name"]),
+                dataset_split=data["split"],
+                dataset_args={"images": data["images"], "fingerprint": data["fingerprint"], **conditions},
+                metric_type=metric.lower(),
+                metric_name=metric,
+                metric_config=method,
+                metric_value=round(scores[metric.lower()], DIGITS[metric]),
+                metric_args={"floor": round(scores["floor"], 2)} if "floor" in scores else None,
+            )
+            figures.append(figure)
+    return figures
 
 
 def _hub_results(protocol: Mapping, figures: list[EvalResult]) -> list[EvalResultEntry]:

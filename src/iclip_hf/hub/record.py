@@ -55,7 +55,7 @@ def read_record(source: str | Path) -> dict:
         - **data**: `terms` of each training data set of this and earlier runs by its name, and whether it is
           `restricted`
         - **evaluation** (*optional*): protocol and results, see [`card_results`]
-        - **identity** (*optional*): that of the model, see [`~identity.identity`]
+        - **identity** (*optional*): identity of the model, see [`~identity.identity`]
     """
     if str(source) in ("embedded", str(embedded_folder())):
         return _embedded_record()

@@ -84,14 +84,17 @@ def join_images(images: Sequence[PreparedImage]) -> ImageBatch:
     """Joins images of one `batch_key`."""
     if len(images) == 1:
         return images[0]
-    parts = {field.name: [getattr(image, field.name) for image in images] for field in fields(ImageBatch)}
-    return ImageBatch(**{name: map_tensors(lambda *rows: torch.cat(rows), *part) for name, part in parts.items()})
+    joined = {}
+    for field in fields(ImageBatch):
+        values = [getattr(image, field.name) for image in images]
+        joined[field.name] = map_tensors(lambda *rows: torch.cat(rows), *values)
+    return ImageBatch(**joined)
 
 
 def map_tensors(function: Callable[..., torch.Tensor], *parts):
     """
-    Applies a function to tensors, or to the tensors inside lists and features, item by item. Of features, only the
-    tensors that scores and maps are computed from are kept. None stays None.
+    Applies a function to tensors, or to the tensors inside lists and features, item by item. Features keep only the
+    tensors that scores and maps are computed from. None stays None.
     """
     first = parts[0]
     if first is None or isinstance(first, torch.Tensor):

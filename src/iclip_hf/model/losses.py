@@ -176,8 +176,8 @@ class BatchNouns(NamedTuple):
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
     is_background: torch.Tensor  # whether the nouns describe the background, boolean (V,)
     place: torch.Tensor  # 1 for nouns at the bottom of images, -1 at the top, otherwise 0 (V,)
-    # Of the images of this process for the C classes of a classifier, whose prompts follow those of the nouns (B, C):
-    # its probabilities, and labels as in `noun_labels`
+    # The probabilities of the C classes of a classifier for the images of this process (B, C), and labels for them as
+    # in `noun_labels`. The prompts of the classes follow the prompts of the nouns.
     class_probabilities: torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
 

@@ -103,5 +103,5 @@ def in_chunks(encode: Callable[..., tuple], size: int | None, *inputs: torch.Ten
     if size is None or len(inputs[0]) <= size:
         return encode(*inputs)
     chunks = zip(*(repeat(None) if tensor is None else tensor.split(size) for tensor in inputs))
-    parts = zip(*(checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks))
-    return tuple(None if part[0] is None else torch.cat(part) for part in parts)
+    encoded = [checkpoint(encode, *chunk, use_reentrant=False) for chunk in chunks]
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*encoded))

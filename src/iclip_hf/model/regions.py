@@ -107,7 +107,7 @@ def _connected(runs: np.ndarray, width: int) -> np.ndarray:
     # Positions in one long row, with a gap after each row of the mask: a run touches the runs that it overlaps when it
     # is shifted to the row below. Stops are exclusive, so pixels that share a corner touch.
     starts, stops = (columns + rows * (width + 2) for columns in (starts, stops))
-    # For each run, the first run below that it touches, and the number of those
+    # For each run, the first run below that it touches, and how many it touches
     first = np.searchsorted(stops, starts + width + 2)
     counts = (np.searchsorted(starts, stops + width + 2, side="right") - first).clip(0)
     # The two runs of each touch

@@ -13,7 +13,7 @@ from . import COLORMAPS
 
 # Opacity of a map over its image where the map is 1.
 OPACITY = 0.85
-# By the names of `COLORMAPS`: colours at equal distances from 0 to 1, and their opacity at 0 and at 1.
+# For each of `COLORMAPS`: colours at equal distances from 0 to 1, and their opacity at 0 and at 1.
 _TABLES = {
     # Low values are a thin dark veil, high values glow. Lightness grows with the value, so the maps also read in grey.
     "heat": ("10131a 1a1420 4a1030 a01c2c e5431f ff8a1a ffc93c fff3a0", 0.45, 1.0),

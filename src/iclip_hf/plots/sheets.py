@@ -128,7 +128,7 @@ def label_sheet(
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
     colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
-    # Of the whole label map, as in the table of `iclip segment`.
+    # Shares of the whole label map, as in the table of `iclip segment`.
     without_text, *areas = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1) / label_map.size
     image = at_picture_size(image, dpi)
     with_pixels, others = [], []

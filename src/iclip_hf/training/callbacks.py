@@ -107,9 +107,9 @@ def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Datase
 
 class Interrupts(TrainerCallback):
     """
-    Ends a training with a checkpoint after SIGINT or SIGTERM to any process. It is a context manager, in which these
-    only set `requested`. Another Ctrl-C, more than one second later, raises; within this second, launchers repeat a
-    signal that a process already got from the terminal. Outside of the main thread, signals stay as they are.
+    Ends a training with a checkpoint after SIGINT or SIGTERM to any process. Within its context, a signal only sets
+    `requested`. Another Ctrl-C, more than one second later, raises; within this second, launchers repeat a signal that
+    a process already got from the terminal. Outside of the main thread, signals stay as they are.
     """
 
     requested = stopped = False
@@ -146,7 +146,7 @@ class Interrupts(TrainerCallback):
 
 class Start(TrainerCallback):
     """
-    The start of a training, with which its evaluations are compared.
+    The start of a training. Later evaluations are compared with it.
 
     Attributes:
         held_out (`list[str]`): digests of the held-out pairs.
@@ -174,9 +174,9 @@ class Start(TrainerCallback):
     def changes(self, pair_ids: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
         Returns the 95 % interval of the change of each score (N,) since the start, of pairs with these ids (N, 2).
-        Empty at the start itself, whose scores are kept, and for pairs that were not scored then.
+        Returns nothing at the start itself, where it keeps the scores, and for pairs that were not scored there.
         """
-        # By the captions: another machine may compute other pixels.
+        # A digest of the captions alone, because another machine may compute other pixels.
         pairs_digest, trainer = hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest(), self.trainer
         if trainer.is_in_train and trainer.state.global_step == 0:
             self.scores[pairs_digest] = {name: values.tolist() for name, values in scores.items()}

@@ -50,7 +50,7 @@ class PairCollator:
         text_features: Callable[[list[str]], torch.Tensor] | None = None,
     ):
         self.processor, self.nouns, self.transform, self.text_features = processor, nouns, transform, text_features
-        self._epoch: int | None = None  # instead of that of the rows
+        self._epoch: int | None = None  # replaces the epoch of the rows
 
     def for_evaluation(self) -> PairCollator:
         """Returns a collator of the same images and of the captions of epoch 0, without nouns and augmentation."""

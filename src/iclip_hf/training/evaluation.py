@@ -80,8 +80,8 @@ def draw_examples(
     model: ICLIPModel, processor: ICLIPProcessor, pairs: Sequence[Mapping], folder: Path, step: int
 ) -> None:
     """
-    Draws pairs as `<step>.png`: each image beside the map of its caption, after the map that
-    the model of step 0 had. Its maps are kept in the folder.
+    Draws pairs as `<step>.png`: each image beside the maps of its caption, by the model of step 0, whose maps are kept
+    in the folder, and by this model.
     """
     images, captions = ([pair[name] for pair in pairs] for name in ("image", "caption"))
     explanations = Engine(model, processor, templates="{}").run(images, [[caption] for caption in captions])

@@ -42,8 +42,8 @@ class FeatureStore:
 
     A key is the digest of an image or a text, 32 bytes. A file holds two arrays of numpy, one behind the other: keys,
     and a record of named arrays for each, of float16. The index of a record counts all records that this store has
-    found. A record is one block, and none is mapped into memory, because the features of many images are larger than
-    the memory, and are read from the disk in random order.
+    found. A record is one block that is read from the disk. Files are not mapped into memory, because the features of
+    many images are larger than the memory, and are read in random order.
     """
 
     def __init__(self, folder: Path):
@@ -113,7 +113,7 @@ class FeatureStore:
 
         Args:
             items: items by index. One that is None, such as a broken image, has no features.
-            keys: those of the items.
+            keys: the key of each item.
             encode: from a list of N items to their features by name, tensors (N, ...).
             batch_size (`int`): number of items in a call of `encode`.
             workers (`int`): number of processes that load items.
@@ -196,7 +196,7 @@ class FeatureCache:
     Args:
         model, processor: the model on its device, with its `token_mean`, and its processor.
         folder (`str` or `Path`, *optional*): where the features are; `features` in the cache folder by default.
-        mixed_precision (`"no"`, `"bf16"` or `"fp16"`): in which they are computed.
+        mixed_precision (`"no"`, `"bf16"` or `"fp16"`): precision of the towers.
         num_workers (`int`, defaults to 0): number of processes that read images.
     """
 

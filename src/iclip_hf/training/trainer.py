@@ -56,11 +56,11 @@ class ICLIPTrainer(Trainer):
 
     Args:
         args ([`ICLIPTrainingArguments`]): arguments of the training.
-        data_collator ([`PairCollator`], *optional*): of the batches; one without nouns and augmentation by default.
+        data_collator ([`PairCollator`], *optional*): makes the batches; by default without nouns and augmentation.
         train_dataset: pairs of [`~iclip_hf.data.load_pairs`], [`CachedPairs`], [`StreamedPairs`], or any rows that the
             collator takes.
         eval_dataset: held-out pairs, alike but no stream, a [`SegmentationDataset`], or a `dict` of these.
-        processing_class ([`ICLIPProcessor`], *optional*): of the model; that of the collator by default.
+        processing_class ([`ICLIPProcessor`], *optional*): processor of the model; the collator's if not given.
         compute_loss_func (`Callable`, *optional*): function of [`ICLIPOutput`], None and `num_items_in_batch=None`. It
             returns the loss of a training step, instead of the model's own, which stays that of an evaluation.
         compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
@@ -176,7 +176,7 @@ class ICLIPTrainer(Trainer):
 
     @property
     def kept_start(self) -> bool:
-        """Whether no evaluation was better than that of the start, so that the model is the one of the start again."""
+        """Whether no evaluation was better than the first, so that the model is that of the start again."""
         args = self.args
         return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
 
@@ -227,7 +227,7 @@ class ICLIPTrainer(Trainer):
         return NumberedRows(rows, self.args.data_seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The loss of the model or of `compute_loss_func`, plus that of the kept presence."""
+        """Returns the loss of the model or of `compute_loss_func`, plus the loss that keeps the presence."""
         if "image_features" in inputs or self.start.presence is not None:  # the image tower is locked
             inputs["image_inputs"] = self._image_inputs(inputs)
         outputs = model(**{**inputs, "return_loss": True}, chunk_size=self.args.chunk_size)
@@ -299,7 +299,7 @@ class ICLIPTrainer(Trainer):
             return DataLoader(data, batch_sampler=[])  # the evaluation of maps reads the images
         collator = self._get_collator_with_removed_columns(self.data_collator)
         collator = collator.for_evaluation() if isinstance(collator, PairCollator) else collator
-        # The loader sets its epoch, which may be that of the pairs to train on.
+        # A copy, because the loader sets the epoch, and the pairs to train on may share it.
         loader = self._loader(self._numbered(at_first_epoch(data)), self.args.eval_batch_size, collator)
         # Not by the accelerator, which would keep it.
         processes = self.accelerator.num_processes, self.accelerator.process_index
@@ -363,7 +363,7 @@ class ICLIPTrainer(Trainer):
             with atomic_write(Path(self.args.output_dir, "evaluations", f"{self.state.global_step}.json")) as partial:
                 partial.write_text(json.dumps({"protocol": result.protocol, "results": result.results}))
         measured = {metric: result.results["itsm"][metric][metric.lower()] for metric in MAP_METRICS}
-        # Of images with one class each, there is no text contrast.
+        # Images with one class each have no text contrast.
         return {metric: value for metric, value in measured.items() if value is not None}
 
     @torch.no_grad()
@@ -436,9 +436,15 @@ class ICLIPTrainer(Trainer):
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             self._finish_current_push()
-            where = {"repo_id": self.hub_model_id, "revision": revision or args.hub_revision, "token": token}
-            what = {"folder_path": args.output_dir, "allow_patterns": self._model_files}
-            return HfApi().upload_folder(**where, **what, commit_message=commit_message, run_as_future=not blocking)
+            return HfApi().upload_folder(
+                repo_id=self.hub_model_id,
+                token=token,
+                revision=revision or args.hub_revision,
+                folder_path=args.output_dir,
+                allow_patterns=self._model_files,
+                commit_message=commit_message,
+                run_as_future=not blocking,
+            )
 
     def create_model_card(self, *arguments, **kwargs) -> None:
         """Does nothing: `save_model` writes the card, with the arguments `card` of the constructor."""

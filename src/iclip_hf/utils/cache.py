@@ -30,8 +30,8 @@ def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
-    Fills a model folder with `build`, unless it is complete. Of several processes, the first to finish wins. Raises
-    `FileExistsError` if the folder has files but is incomplete.
+    Fills a model folder with `build`, unless it is complete. If several processes fill it, the first to finish wins.
+    Raises `FileExistsError` if the folder has files but is incomplete.
     """
     files = [folder / "model.safetensors", folder / "config.json"]
     if not all(map(Path.is_file, files)):

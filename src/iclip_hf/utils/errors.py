@@ -28,7 +28,7 @@ def is_writing_error(error: Exception) -> bool:
     """Returns whether an error may be of a full disk or missing permissions, also as libraries raise it."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
-    # Of torch's file writer, and of tokenizers, which raises a plain `Exception`.
+    # Torch's file writer says the first, and tokenizers the second, in a plain `Exception`.
     return "inline_container" in str(error) or "(os error " in str(error)
 
 

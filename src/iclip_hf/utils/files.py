@@ -56,8 +56,8 @@ def free_name(path: str | os.PathLike) -> Path:
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """
-    Yields a temporary path; renamed to `path` on success, deleted on error. Creates the file's folder. Of a symbolic
-    link, the target is written. Several processes can write the same file.
+    Yields a temporary path; renamed to `path` on success, deleted on error. Creates the file's folder. A symbolic
+    link stays, and its target is written. Several processes can write the same file.
     """
     path = Path(os.path.realpath(path))
     with _temporary_file(path) as temporary:

@@ -60,7 +60,7 @@ def check_output_dir(arguments: Arguments) -> None:
 
 
 def _is_training(folder: Path, names: set[str]) -> bool:
-    """Whether a folder with these names is that of a training of ICLIP, which may have no checkpoint yet."""
+    """Whether a folder with these names belongs to a training of ICLIP, which may have no checkpoint yet."""
     from ...training.callbacks import START  # imports torch
     from ...training.checkpoints import last_checkpoint
 

@@ -135,8 +135,8 @@ def cure_of(name: str) -> str:
 
 def read_arguments(given: Mapping) -> Arguments:
     """
-    Returns the arguments of a training: `given`, such as the result of the parser, before those of the `train.yaml`
-    that `config` names, and these before the defaults. Raises `ValueError` for an invalid one.
+    Returns the arguments of a training. An argument that is `given`, such as by the parser, overrides the `train.yaml`
+    that `config` names, and this overrides the default. Raises `ValueError` for an invalid one.
     """
     file = Path(given.get("config") or "iclip-vit-b16")
     if not file.is_file():
@@ -172,7 +172,7 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
         measured = RETRIEVAL_METRICS * validated + MAP_METRICS * maps
         if (best := values["metric_for_best_model"]).removeprefix("eval_") not in measured:
             raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose of {', '.join(measured)}.")
-        # Of the best model there is a checkpoint. Steps and shares of all steps do not mix.
+        # The best model needs a checkpoint. Steps and shares of all steps do not mix.
         every, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
         unlike = save_steps % every or (save_steps < 1) != (every < 1)
         if values["load_best_model_at_end"] and unlike and "save_steps" not in given:
@@ -207,7 +207,7 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
 
 
 def run_name(values: Mapping) -> str:
-    """Returns the name of a model: that of its folder or configuration."""
+    """Returns the name of a model by its folder or configuration."""
     if values.get("output_dir"):
         return Path(values["output_dir"]).name
     return Path(values["config"]).resolve().parent.name

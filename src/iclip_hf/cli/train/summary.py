@@ -31,10 +31,10 @@ def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kep
     evaluations = {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
     before, after = evaluations.get(0, {}), evaluations.get(state.best_global_step or max(evaluations, default=0), {})
     lines = [""]
-    few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL
+    too_few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL
     if after:
         changes = {name: _change(after, name) for name in filter(_is_metric, after)}
-        heading = "change (95 %)" if before and not few and any(changes.values()) else ""
+        heading = "change (95 %)" if before and not too_few and any(changes.values()) else ""
         rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
         for name, change in changes.items():
             metric = name.removeprefix("eval_")
@@ -43,7 +43,7 @@ def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kep
             rows.append([metric, number, _number(after[name]), change if heading else ""])
         lines += ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
         if held_out is not None:
-            lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if few else ''}")
+            lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if too_few else ''}")
     else:
         lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
     quoted = shlex.quote(str(folder))

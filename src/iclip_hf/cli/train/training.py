@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -135,12 +134,8 @@ _NAMES = {"model", "vision", "text", "feature_tower", "nouns", "config"}
 
 def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
     """Returns the arguments of `iclip train` that its model depends on, without paths of this machine."""
-    settings = {
-        entry.name: value
-        for part in (arguments.model, arguments.data)
-        for entry in fields(part)
-        if (value := getattr(part, entry.name)) or entry.name in _AUGMENTATION
-    }
+    settings = {**vars(arguments.model), **vars(arguments.data)}
+    settings = {name: value for name, value in settings.items() if value or name in _AUGMENTATION}
     if arguments.data.cache_features:
         settings = {name: value for name, value in settings.items() if name not in _AUGMENTATION}
         settings["cache_features"] = True

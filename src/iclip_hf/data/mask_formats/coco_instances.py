@@ -210,7 +210,8 @@ def _parse(content: dict) -> tuple[list[dict], list[dict], list[list[Instance]]]
         ("categories", categories, "id"),
         ("categories", categories, "name"),
     ):
-        if twice := [value for value, count in Counter(item[key] for item in items).items() if count > 1]:
+        counts = Counter(item[key] for item in items)
+        if twice := [value for value, count in counts.items() if count > 1]:
             raise ValueError(f"there are two {name} with the {key} {twice[0]}")
     for image in images:
         if wrong := [side for side in ("height", "width") if not isinstance(image[side], int)]:
@@ -230,7 +231,8 @@ def _check_masks(path: Path, instances: Sequence[Instance]) -> None:
 def _check_images(path: Path, files: Sequence[Path]) -> None:
     """Raises `FileNotFoundError` if an image is missing."""
     # Folders are listed once, because single look-ups are slow on network drives.
-    present = {file for parent in {file.parent for file in files} if parent.is_dir() for file in parent.iterdir()}
+    folders = filter(Path.is_dir, {file.parent for file in files})
+    present = {*chain.from_iterable(map(Path.iterdir, folders))}
     if missing := [file for file in files if file not in present]:
         raise FileNotFoundError(
             f"{missing[0]}: {path} names this image, but it is missing ({len(missing)} of {len(files)} are); complete "

@@ -6,7 +6,7 @@ when they are inserted. The functions work with any model and any maps.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -66,12 +66,14 @@ def deletion_insertion(
     ranks = order.argsort(-1).unflatten(1, size)  # (M, H, W): 0 is the highest pixel
     counts = [round(size.numel() * step / (2 * steps)) for step in range(1, steps + 1)]
     starts = torch.stack([pixel_values, torch.zeros_like(pixel_values)])
-    changed = (
-        torch.where(rank < count, fill, start)
-        for rank in ranks
-        for start, fill in zip(starts, (noise, pixel_values))
-        for count in counts
-    )
+
+    def steps_of_maps() -> Iterator[torch.Tensor]:
+        for rank in ranks:
+            for start, fill in zip(starts, (noise, pixel_values)):  # deletion, then insertion
+                for count in counts:
+                    yield torch.where(rank < count, fill, start)
+
+    changed = steps_of_maps()
     parts = [score(starts)]
     while batch := list(itertools.islice(changed, batch_size)):
         parts.append(score(torch.stack(batch)))

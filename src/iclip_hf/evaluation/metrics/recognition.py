@@ -86,7 +86,10 @@ class MultiLabelAveragePrecision(Metric):
         """
         scores, shown = self.state.joined()
         classes = np.flatnonzero(shown.any(axis=0))
-        per_class = {int(k) + 1: 100 * float(average_precision_score(shown[:, k], scores[:, k])) for k in classes}
+        per_class = {
+            int(column) + 1: 100 * float(average_precision_score(shown[:, column], scores[:, column]))
+            for column in classes
+        }
         return {
             "map": mean(per_class.values()),
             "per_class": per_class,
@@ -252,14 +255,10 @@ class Presence(MultiLabelAveragePrecision):
         tables = [markdown(["presence of the classes in the images", "", *counted], rows)]
         if scores["groups"]:
             digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
-            rows = [
-                [
-                    group,
-                    *(cell(separation[name], decimals) for name, decimals in digits.items()),
-                    *(str(separation["pairs"][kind]) for kind in ("shown", "absent")),
-                ]
-                for group, separation in scores["groups"].items()
-            ]
+            rows = []
+            for group, separation in scores["groups"].items():
+                cells = [cell(separation[name], decimals) for name, decimals in digits.items()]
+                rows.append([group, *cells, *(str(separation["pairs"][kind]) for kind in ("shown", "absent"))])
             tables.append(markdown(["presence of", "AUC", "AUC of each class", "kept %", "passed %", *counted], rows))
         if bins := scores["reliability"]:
             rows = [
@@ -292,7 +291,7 @@ def _share_present(values: np.ndarray) -> float | None:
 def _separation(values: np.ndarray, shown: np.ndarray) -> dict:
     """Returns the scores of [`Presence`] that any classes have; presence and `shown` are `(B, K)`."""
     varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
-    class_aucs = [roc_auc_score(shown[:, k], values[:, k]) for k in varying]
+    class_aucs = [roc_auc_score(shown[:, column], values[:, column]) for column in varying]
     return {
         "auc": _auc(values, shown, ~shown),
         "auc_of_classes": none_if_nan(mean(class_aucs)),

@@ -263,17 +263,10 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
     is_kernel = values.ndim == 4
     dims = (1, 2, 3) if is_kernel else tuple(range(values.ndim - 1))
     scale = values.abs().amax(dims, keepdim=is_kernel).clamp(min=1e-30) / 127
-    stored_name, scale_name, cast_name = (f"{name}.{part}" for part in ("int8", "scale", "cast"))
-    stored = (values / scale).round().to(torch.int8)
-    tensors = [
-        numpy_helper.from_array(stored.numpy(), stored_name),
-        numpy_helper.from_array(scale.numpy(), scale_name),
-    ]
-    nodes = [
-        helper.make_node("Cast", [stored_name], [cast_name], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [cast_name, scale_name], [name]),
-    ]
-    return tensors, nodes
+    stored = numpy_helper.from_array((values / scale).round().to(torch.int8).numpy(), f"{name}.int8")
+    scales = numpy_helper.from_array(scale.numpy(), f"{name}.scale")
+    cast = helper.make_node("Cast", [stored.name], [f"{name}.cast"], to=TensorProto.FLOAT)
+    return [stored, scales], [cast, helper.make_node("Mul", [*cast.output, scales.name], [name])]
 
 
 # Functions that store a matrix in fewer bits, by the names of `weights`; None stores all as they are.

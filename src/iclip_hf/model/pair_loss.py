@@ -53,15 +53,8 @@ def pair_loss(
     with torch.autocast(images.device.type, enabled=False):
         prompts = None if nouns is None else nouns.prompts(texts[num_images:])
         captions = texts[:num_images]
-        batch = BranchBatch(
-            model.recognition,
-            model.config,
-            images,
-            captions,
-            nouns=nouns,
-            prompts=prompts,
-            class_prompts=class_prompts,
-        )
+        batch = BranchBatch(model.recognition, model.config, images, captions, nouns=nouns)
+        batch.prompts, batch.class_prompts = prompts, class_prompts
         losses = [branch_loss("recognition", batch)]
         attention_loss = 0
         if branch:  # it can be on another device

@@ -81,7 +81,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     set in the copy do not affect the model.
     """
     with torch.inference_mode(False):
-        shared = {
+        shared = {  # what `deepcopy` takes for tensors, instead of copies
             id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) if tensor.requires_grad else tensor
             for tensor in chain(model.parameters(), model.buffers())
         }

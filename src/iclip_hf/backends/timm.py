@@ -39,8 +39,9 @@ class ExplainableTimm(ExplainableOpenCLIP):
         if self.side not in self.trunk.patch_embed.img_size:
             self.trunk.set_input_size((self.side, self.side))
         for block in self.trunk.blocks:
-            unrecorded = [getattr(block, "gamma_1", None), getattr(block.attn, "gate", None)]
-            if type(block).__name__ not in _BLOCKS or unrecorded != [None, None]:
+            has_scale = getattr(block, "gamma_1", None) is not None
+            has_gate = getattr(block.attn, "gate", None) is not None
+            if type(block).__name__ not in _BLOCKS or has_scale or has_gate:
                 raise TypeError(f"A {type(block).__name__} of timm with these options cannot be recorded.")
             projection = nn.Sequential(getattr(block.attn, "norm", nn.Identity()), block.attn.proj)
             if type(block).__name__ == "EvaBlockPostNorm":  # its norms are where other blocks have a layer scale

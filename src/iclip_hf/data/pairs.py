@@ -86,10 +86,12 @@ class PairDataset(Epochs):
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
         self.sources = [*dict.fromkeys(sources)]
-        # A pair is the image with this index among those of all sources.
+        # Images are numbered over all sources: those of a source end before its number in `_ends`. A pair is an image.
         self._ends = np.cumsum([source.num_images for source in self.sources], dtype=int)
-        indices = dict(zip(self.sources, np.split(np.arange(self._ends[-1:].sum()), self._ends[:-1])))
-        self._image_indices = np.concatenate([np.empty(0, int), *map(indices.get, sources)])
+        indices_of = {}
+        for source, end in zip(self.sources, self._ends.tolist()):
+            indices_of[source] = np.arange(end - source.num_images, end)
+        self._image_indices = np.concatenate([np.empty(0, int), *map(indices_of.get, sources)])
         self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(

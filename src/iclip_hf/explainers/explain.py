@@ -92,7 +92,7 @@ def explain(
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
     per_image = isinstance(next(iter(texts), None), (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
-    if not len(images) == len(sizes) == (len(texts) if per_image else len(images)):
+    if len(sizes) != len(images) or (per_image and len(texts) != len(images)):
         lists = f", {len(texts)} lists of texts" if per_image else ""
         raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
     explainer = make_explainer(model, method, signature(explain).parameters, **method_options)

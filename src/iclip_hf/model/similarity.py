@@ -107,7 +107,7 @@ def _resize_above_lowest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Subtracts the lowest value of each map and resizes the maps. Returns the resized maps and the lowest values. This
-    keeps a constant map exactly constant, whose rounding errors min-max would stretch.
+    keeps a constant map exactly constant: min-max would stretch its rounding errors.
     """
     rows, columns = weights
     maps = maps.float()

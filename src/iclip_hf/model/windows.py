@@ -5,7 +5,6 @@ joined.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -87,9 +86,9 @@ def sliding_windows(
     Returns the rows and the columns of each window that slides over an image of size (H, W). The last window of a row
     or column ends at the image's edge, and a window is never larger than the image.
     """
-    last = (max(side - length, 0) for side, length in zip(size, window))
-    starts = ([*range(0, end, step), end] for end, step in zip(last, stride))
-    return [(slice(top, top + window[0]), slice(left, left + window[1])) for top, left in itertools.product(*starts)]
+    last_starts = (max(side - length, 0) for side, length in zip(size, window))
+    tops, lefts = ([*range(0, last, step), last] for last, step in zip(last_starts, stride))
+    return [(slice(top, top + window[0]), slice(left, left + window[1])) for top in tops for left in lefts]
 
 
 def mean_of_windows(

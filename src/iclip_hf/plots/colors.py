@@ -69,5 +69,6 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
 def label_colors(count: int) -> np.ndarray:
     """Returns the colours of class ids 0, 1, ..., `(count, 3)` uint8, as VOC numbers them."""
     ids = np.arange(count)[:, None]
+    # The lowest three bits of an id are the highest bits of red, green and blue, the next three the next lower ones.
     bits = [((ids >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)

@@ -64,8 +64,8 @@ class ReportFolder:
         picture = overlay(small, np.asarray(values))
         inside = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
         padded = np.pad(inside, 1, mode="edge")
-        around = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-        picture.paste(_OUTLINE, mask=Image.fromarray(inside & ~around))
+        surrounded = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        picture.paste(_OUTLINE, mask=Image.fromarray(inside & ~surrounded))
         _save(picture, self._images / f"{name}.jpg")
 
     def write_page(

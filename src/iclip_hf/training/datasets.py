@@ -48,7 +48,8 @@ class CachedPairs(Epochs, Dataset):
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
         for row in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
             texts = _texts_of(distinct, row) if record_indices[row] >= 0 else PairTexts([])
-            record_indices[row] = record_indices[row] if texts.captions else -1
+            if not texts.captions:
+                record_indices[row] = -1
             self._texts.append([*collator.read(texts).values()])
         if bad := int((record_indices < 0).sum()):
             logger.warning("%d of %d pairs are left out, as logged here", bad, len(distinct))

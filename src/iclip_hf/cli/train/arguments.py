@@ -169,14 +169,14 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
         usual = {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_on_start": bool(values.get("model"))}
         usual["metric_for_best_model"] = "text_to_image" if validated else "mMIoU"
         values = {**usual, **values}
-        measured = RETRIEVAL_METRICS * validated + MAP_METRICS * maps
+        measured = [*(RETRIEVAL_METRICS if validated else ()), *(MAP_METRICS if maps else ())]
         if (best := values["metric_for_best_model"]).removeprefix("eval_") not in measured:
             raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose of {', '.join(measured)}.")
         # The best model needs a checkpoint. Steps and shares of all steps do not mix.
-        every, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
-        unlike = save_steps % every or (save_steps < 1) != (every < 1)
-        if values["load_best_model_at_end"] and unlike and "save_steps" not in given:
-            values["save_steps"] = every
+        eval_steps, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
+        fits = save_steps % eval_steps == 0 and (save_steps < 1) == (eval_steps < 1)
+        if values["load_best_model_at_end"] and not fits and "save_steps" not in given:
+            values["save_steps"] = eval_steps
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value

@@ -66,7 +66,9 @@ def _local_paths(source: str) -> list[Path]:
         return [file for file in visible if file.suffix.lower() in FORMATS.keys() - TABLES] or [folder]
     if os.path.isfile(source):
         return [Path(source)]
-    files = [file for pattern in expand_braces(source) for file in sorted(glob.glob(pattern)) or [pattern]] or [source]
+    files = []
+    for pattern in expand_braces(source) or [source]:
+        files += sorted(glob.glob(pattern)) or [pattern]
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise FileNotFoundError(
             f"{missing[0]}: there is no such file or folder of pairs ({len(missing)} of {len(files)} are missing); "

@@ -110,7 +110,7 @@ class Source:
             file = self.file(row)
             name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row
             names += hashlib.blake2b(name, digest_size=16).digest()
-        _, first, inverse = np.unique(np.frombuffer(names, "S16"), return_index=True, return_inverse=True)
-        first = first[inverse.reshape(-1)]  # for each row, the first row of its image
-        rows = np.argsort(first, kind="stable")
-        return rows, np.flatnonzero(np.diff(first[rows], prepend=-1, append=-1))
+        _, indices, images = np.unique(np.frombuffer(names, "S16"), return_index=True, return_inverse=True)
+        first_rows = indices[images.reshape(-1)]  # for each row, the first row of its image
+        rows = np.argsort(first_rows, kind="stable")
+        return rows, np.flatnonzero(np.diff(first_rows[rows], prepend=-1, append=-1))

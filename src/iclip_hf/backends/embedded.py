@@ -135,6 +135,7 @@ def set_as_default() -> None:
 
 
 def _join(folder: Path) -> None:
+    """Writes the embedded model: its towers with the projections of this package, and its encoded nouns."""
     vision, text, feature_tower = map(str, (*towers.embedded_towers(), towers.embedded_feature_tower()))
     with safe_open(PROJECTIONS, framework="pt") as file:
         saved = {name: file.get_tensor(name).float() for name in file.keys()}

@@ -110,6 +110,7 @@ def load(
 
 
 def _usable(device: str | torch.device) -> torch.device:
+    """Returns a device. Raises `ValueError` if this machine does not have it."""
     try:
         tensor = torch.empty(0, device=device)
         tensor.cpu()  # fails on "meta", which has no values
@@ -119,6 +120,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 def _explainable(model, processor) -> ExplainableModel:
+    """Returns the class that explains a given model, made for it. Raises `TypeError` if there is none."""
     if isinstance(model, ONNXModel):
         check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)

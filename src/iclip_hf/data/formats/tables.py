@@ -39,6 +39,7 @@ def read_table(path: Path, columns: Columns) -> Source:
 
 
 def _objects(file: TextIO) -> Iterator[dict]:
+    """Yields the rows of a .jsonl."""
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
@@ -51,6 +52,7 @@ def _objects(file: TextIO) -> Iterator[dict]:
 
 
 def _fields(file: TextIO) -> Iterator[dict]:
+    """Yields the rows of a .csv or .tsv."""
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if file.name.lower().endswith(".csv"):
         form = {"delimiter": max(",;\t", key=file.readline().count), "skipinitialspace": True, "strict": True}

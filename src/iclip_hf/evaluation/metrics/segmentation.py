@@ -172,6 +172,7 @@ class Segmentation(Metric):
         return [dict(zip(method_maps, maps)) for maps in zip(*method_maps.values())]
 
     def _window_maps(self, image: EvaluatedImage) -> dict[str, WindowMaps]:
+        """Returns the raw maps of the windows of an image by method, by the steps of the protocol."""
         processor, settings = self.run.model.processor, self.resolved
         cut = WindowMaps.cut(
             resized(image.sample.image, settings.short_side),

@@ -341,11 +341,11 @@ class Engine:
             views = [*(features or self.tiling.views(batch.pixel_values))]  # features or pixel values
             if batch.score_pixel_values is not None:  # the whole image, at the model's own size
                 views[0] = batch.score_pixel_values
-            score_features = [self._scored(self._features(view)) for view in views]
+            score_features = [self._for_scores(self._features(view)) for view in views]
         return replace(batch, features=features, score_features=score_features)
 
     @staticmethod
-    def _scored(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
+    def _for_scores(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
         """Returns the part of the features that scores read."""
         return ICLIPImageFeatures(image_embeds=features.image_embeds, patch_embeds=features.patch_embeds)
 

@@ -211,7 +211,7 @@ class ICLIPProcessor(ProcessorMixin):
             text = split_texts(labels)
             prompts = self.templates if templates is None else check_templates(templates)
         if text is not None:
-            text = _nested(text, prompts)
+            text = _as_prompts(text, prompts)
         per_image = text is not None and isinstance(text[0], list)
 
         common_kwargs, text_kwargs, images_kwargs = (
@@ -491,13 +491,13 @@ def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:
     return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
 
 
-def _nested(texts, templates: list[str]) -> list[str] | list[list[str]]:
+def _as_prompts(texts, templates: list[str]) -> list[str] | list[list[str]]:
     """Converts texts to a list of prompts, or lists of texts to lists of prompts of the same length."""
     texts = [texts] if isinstance(texts, str) else split_texts(texts)
     if not texts:
         raise ValueError("There is no text.")
     if all(isinstance(text, (list, tuple)) for text in texts):
-        lists = [_nested(image_texts, templates) for image_texts in texts]
+        lists = [_as_prompts(image_texts, templates) for image_texts in texts]
         longest = max(map(len, lists))
         step = len(templates)
         # Shorter lists repeat the prompts of their last text.

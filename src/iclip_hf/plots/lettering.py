@@ -83,11 +83,11 @@ _font = cache(ImageFont.truetype)
 def _font_with(character: str, bold: bool) -> str:
     """Returns the file of the first font that has a character; the default font if none has."""
     default = str(_FONTS / f"DejaVuSans{'-Bold' if bold else ''}.ttf")
-    return next((path for path in (default, *_installed()) if _has(path, character)), default)
+    return next((path for path in (default, *_installed_fonts()) if _has_character(path, character)), default)
 
 
 @cache
-def _installed() -> list[str]:
+def _installed_fonts() -> list[str]:
     """Returns the fonts of `_MORE_SCRIPTS` that this machine has."""
     paths = []
     for name in _MORE_SCRIPTS:
@@ -96,7 +96,7 @@ def _installed() -> list[str]:
     return paths
 
 
-def _has(path: str, character: str) -> bool:
+def _has_character(path: str, character: str) -> bool:
     """Whether a font has a character. A font draws all characters that it lacks as the same glyph."""
     glyph, placeholder = (_font(path, 32).getmask(text) for text in (character, _NO_CHARACTER))
     return (glyph.size, bytes(glyph)) != (placeholder.size, bytes(placeholder))

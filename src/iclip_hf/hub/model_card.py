@@ -180,7 +180,7 @@ def _figures(evaluation: Mapping) -> list[EvalResult]:
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
     conditions = {name: value for name, value in protocol.items() if value and name not in ("dataset", "own_data")}
-    figures, first_method = [], next(iter(evaluation["results"]))
+    figures, first_method = [], next(iter(evaluation["results"]), None)
     for method, by_metric in evaluation["results"].items():
         for metric, scores in by_metric.items():
             if metric == "mAP" and method != first_method:  # mAP is the same for all methods

@@ -20,14 +20,7 @@ from iclip_hf.model.outputs import ICLIPImageFeatures
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import analyses
-from analyses import (
-    box_iou,
-    channel_matches,
-    foreground_tokens,
-    main,
-    prompt_hits,
-    semantic_shift,
-)
+from analyses import box_iou, channel_matches, foreground_tokens, main, prompt_hits, semantic_shift
 
 
 class Sample:

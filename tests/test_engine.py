@@ -20,12 +20,7 @@ from families import LABELS, pixels, raw_maps
 from PIL import Image
 from transformers import BertTokenizer, CLIPImageProcessor, SamConfig, SamImageProcessor, SamModel, SamProcessor
 
-from iclip_hf import (
-    ICLIPProcessor,
-    ImageTextSimilarityMapPipeline,
-    ZeroShotImageSegmentationPipeline,
-    draw,
-)
+from iclip_hf import ICLIPProcessor, ImageTextSimilarityMapPipeline, ZeroShotImageSegmentationPipeline, draw
 from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import Explainer, explainer_class, make_explainer, register_explainer

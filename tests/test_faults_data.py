@@ -220,16 +220,8 @@ REFUSED = {
 BORNE = [
     (mask, index_mask(np.full((24, 30), 255, np.uint8))),
     (classes, "\ufeffdog\r\ncat\r\n"),
-    (
-        coco,
-        {
-            "annotations": [
-                POLYGON,
-                {**POLYGON, "id": 8, "segmentation": []},
-                {**POLYGON, "id": 9, "segmentation": None},
-            ]
-        },
-    ),
+    (coco, {"annotations": [POLYGON, {**POLYGON, "id": 8, "segmentation": []}]}),
+    (coco, {"annotations": [POLYGON, {**POLYGON, "id": 9, "segmentation": None}]}),
     (coco, annotation(segmentation={"size": [24, 30], "counts": RUNS})),
     (pairs("a.csv"), b"file_name,caption,,\nphoto.png,a dog,,\n"),  # of a spreadsheet
     (pairs("a.csv"), b"\xef\xbb\xbffile_name;caption\nphoto.png;a dog, a cat\n"),

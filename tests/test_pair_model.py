@@ -234,13 +234,7 @@ def test_the_recognition_branch_learns_the_probabilities_of_classes(bias):
 
 
 def test_marks_say_where_a_noun_is():
-    lines = [
-        "sky (background) (above)",
-        "floor (below) (background)",
-        "lamp (above)",
-        "wall (background)",
-        "dog (19)",
-    ]
+    lines = ["sky (background) (above)", "floor (below) (background)", "lamp (above)", "wall (background)", "dog (19)"]
     nouns = NounPrompts(lines)
     assert nouns.nouns == ["sky", "floor", "lamp", "wall", "dog"]
     assert nouns.marks["place"].tolist() == [-1, 1, -1, 0, 0]

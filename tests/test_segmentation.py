@@ -41,10 +41,7 @@ def write_index_mask(path, values, palette=True):
     image.save(path)
 
 
-VOC_MASKS = {
-    "2007_000001": [[0, 1, 1], [20, 20, 255]],
-    "2007_000002": [[0, 0], [0, 0], [255, 0]],
-}
+VOC_MASKS = {"2007_000001": [[0, 1, 1], [20, 20, 255]], "2007_000002": [[0, 0], [0, 0], [255, 0]]}
 
 
 @pytest.fixture

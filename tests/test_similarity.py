@@ -9,12 +9,7 @@ from torch.nn import functional as F
 
 from iclip_hf.evaluation.argmax import argmax_label_map
 from iclip_hf.explainers.competing_itsm import compete
-from iclip_hf.model.similarity import (
-    cosine_similarity_map,
-    min_max_normalize,
-    resize_and_normalize,
-    resize_maps,
-)
+from iclip_hf.model.similarity import cosine_similarity_map, min_max_normalize, resize_and_normalize, resize_maps
 
 
 @settings(max_examples=30)

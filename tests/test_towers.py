@@ -110,10 +110,7 @@ def test_a_backbone_is_no_text_tower(kind):
         ICLIPModel(config)
 
 
-@pytest.mark.parametrize(
-    ("side", "message"),
-    [("vision_config", "CLIP's or a ViT"), ("text_config", "text encoder")],
-)
+@pytest.mark.parametrize(("side", "message"), [("vision_config", "CLIP's or a ViT"), ("text_config", "text encoder")])
 def test_a_backbone_is_no_tower_of_a_dual_encoder(tmp_path, monkeypatch, side, message):
     """Its Auto class would make it before anybody sees it, and timm would ask the Hub for its architecture."""
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("asked"))

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,24 +20,11 @@ from training_runs import assert_same_weights, evaluations, run, write_table
 
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.backends.embedded import vocabulary
-from iclip_hf.cli.train import check_output_dir
-from iclip_hf.cli.train.arguments import parse_arguments
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.callbacks import Interrupts
 from iclip_hf.training.checkpoints import last_checkpoint
 from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
-
-
-def test_a_folder_holds_one_run(hub, tmp_path):
-    run(hub, tmp_path / "run", "--max_steps", 2)
-    with pytest.raises(FileExistsError, match="add --resume"):
-        run(hub, tmp_path / "run", "--max_steps", 2)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "a.png").touch()
-    with pytest.raises(FileExistsError, match="holds files already"):
-        run(hub, tmp_path / "photos", "--resume")
-    check_output_dir(parse_arguments(["--config", str(hub), "--output_dir", str(tmp_path / "new"), "--resume"]))
 
 
 def test_the_last_checkpoint_is_a_complete_one(hub, tmp_path):
@@ -144,9 +132,7 @@ def test_an_interrupted_run_saves_a_checkpoint_and_says_where(hub, tmp_path, num
     assert done.returncode == 130, done.stderr
     assert said == f"iclip train: interrupted; resume from {checkpoint}"
     assert not list((tmp_path / "run").glob("*.safetensors"))
-    hooked_run(hub, tmp_path / "run", ["--max_steps", 6, "--resume"])
-    hooked_run(hub, tmp_path / "whole", ["--max_steps", 6])
-    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+    assert last_checkpoint(tmp_path / "run") == str(checkpoint)
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_its_repetition_by_a_launcher(monkeypatch, capsys):
@@ -242,11 +228,10 @@ def test_the_presence_of_nouns_moves_less_if_it_is_kept(hub, tmp_path, tiny_proc
     arguments = ["--model", start, "--lock_text", "--learning_rate", 0.003, "--warmup_steps", 0]
     run(hub, tmp_path / "free", *arguments)
     run(hub, tmp_path / "kept", *arguments, "--keep_presence", 10)
-    pairs = load_pairs(str(hub / "pairs.tar"))
-    images = [pairs[index]["image"] for index in range(16)]
+    images = [pair["image"] for pair in islice(load_pairs(str(hub / "pairs.tar")), 16)]
 
     def presences(folder: Path) -> torch.Tensor:  # most words of the 256 nouns are unknown to the tokenizer, as "man"
-        return torch.cat([explain(folder, image, ["man"]).presence for image in images])
+        return torch.cat([one.presence for one in explain(folder, images, ["man"], refine=False)])
 
     moved = {name: (presences(tmp_path / name) - presences(tmp_path / "start")).abs() for name in ("free", "kept")}
     assert moved["kept"].mean() < moved["free"].mean() / 2

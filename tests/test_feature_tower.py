@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import (
     FEATURES,
+    TIMM,
     VISION,
     bilinear,
     noise,
@@ -179,8 +180,10 @@ def test_the_feature_tower_is_locked_and_survives_saving(tmp_path):
     assert loaded.vision_model.layernorm.weight.grad.any() and loaded.recognition.visual_projection.weight.grad.any()
 
 
-def test_batch_norms_are_folded_into_convolutions(monkeypatch):
-    tower, pixel_values = joined_model().feature_model, tiny_inputs(size=(64, 97))["pixel_values"]
+@pytest.mark.parametrize("padding", ["same", ""])  # TensorFlow's and PyTorch's
+def test_batch_norms_are_folded_into_convolutions(padding, monkeypatch):
+    tower = joined_model(feature_config={**TIMM, "model_args": {"pad_type": padding}}).feature_model
+    pixel_values = tiny_inputs(size=(64, 97))["pixel_values"]
     generator = torch.Generator().manual_seed(0)
     for norm in tower.modules():
         if isinstance(norm, torch.nn.BatchNorm2d):
@@ -192,6 +195,7 @@ def test_batch_norms_are_folded_into_convolutions(monkeypatch):
         plain = TimmWrapperModel.forward(tower, pixel_values, do_pooling=False).last_hidden_state
         with monkeypatch.context() as context:
             context.setattr(F, "batch_norm", None)
+            context.setattr(F, "pad", None)
             folded = tower(pixel_values, do_pooling=False).last_hidden_state
         assert folded.dtype == dtype and plain.std() > 0.01
         torch.testing.assert_close(folded, plain, atol=1e-5, rtol=1e-4)

@@ -280,7 +280,7 @@ class ICLIPModel(ICLIPTowers):
         # The tokens of the image tower alone decide which patches are similar.
         width = self.config.vision_config.hidden_size
         averaged = average_by_affinity(values, tokens[..., :width], self.config.map_affinity, queries[..., :width])
-        return averaged[..., :-1], averaged[..., -1].float()
+        return averaged[..., :-1], averaged[..., -1].float().contiguous()  # without the memory of the tokens
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """

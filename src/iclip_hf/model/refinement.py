@@ -33,12 +33,11 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     # A CPU refines one image and two of its maps at a time, because their cells fit in its cache.
     at_once = (1, 2) if images.device.type == "cpu" else maps.shape[:2]
     num_images, num_maps = (max(1, number) for number in at_once)
-    refined = []
     for image, image_maps in zip(images.split(num_images), maps.split(num_images)):
         weights = affinity(image, DILATIONS, SPREAD)
-        parts = [propagate(part, weights, DILATIONS) for part in image_maps.split(num_maps, 1)]
-        refined.append(torch.cat(parts, 1))
-    return torch.cat(refined) + low
+        for part in image_maps.split(num_maps, 1):
+            part.copy_(propagate(part, weights, DILATIONS))
+    return maps.add_(low)
 
 
 def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:

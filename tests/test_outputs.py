@@ -3,6 +3,7 @@ A file that the user names is written, an input never, and a name that a command
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
 
-from iclip_hf.cli.output import model_files
+from iclip_hf.cli.output import model_files, name_for
 from iclip_hf.cli.train import check_output_dir
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.evaluation.results import EvaluationResult
@@ -120,6 +121,12 @@ def test_a_training_writes_nothing_into_a_model_or_a_tower(world, monkeypatch, r
     monkeypatch.chdir(world.folder)
     with pytest.raises(FileExistsError, match="model"):
         check_output_dir(resolve_arguments({"data": ["d"], "output_dir": "new", **read, **written}))
+
+
+def test_a_long_name_of_an_image_is_cut_in_the_names_of_outputs():
+    name = name_for("Ж" + "字" * 83 + ".jpg", "explanation.png")
+    assert name.startswith("Ж字") and name.endswith("字-explanation.png") and len(os.fsencode(name)) < 250
+    assert name_for("字.photo.jpg", "explanation.png") == "字.photo-explanation.png"
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def check_output_folder(path: Path) -> None:
 def name_for(image: str | Path, ending: str) -> str:
     """Returns the name of an output of an image: `photo-explanation.png` for "photo.jpg" or "http://a.b/photo.jpg?c"."""
     path = re.split("[?#]", image)[0] if is_url(image) else image
-    return f"{Path(path).stem}-{ending}"
+    # The name of a file has at most 255 bytes, and a long title in Chinese three for each character.
+    stem = os.fsencode(Path(path).stem)[:200].decode(errors="ignore")
+    return f"{stem}-{ending}"
 
 
 def model_files(model: str) -> list[Path]:

@@ -53,8 +53,9 @@ def explained(tiny_processor):
     return image, seen, explanation
 
 
-def numbers(encoded: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(encoded), "<f4")
+def raw_values(sent: dict) -> np.ndarray:
+    levels = np.frombuffer(base64.b64decode(sent["levels"]), "<u2").astype(np.float32)
+    return sent["low"] + levels * (sent["high"] - sent["low"]) / 65535
 
 
 def drawn_maps(value: dict) -> np.ndarray:
@@ -62,7 +63,7 @@ def drawn_maps(value: dict) -> np.ndarray:
     The maps `(T, H, W)` in [0, 1] that the browser draws: numerics.js computes the same as Python, as
     tests/test_web.py shows.
     """
-    raw_maps = torch.tensor(np.stack([numbers(row["map"]) for row in value["texts"]])).unflatten(-1, value["grid"])
+    raw_maps = torch.tensor(np.stack([raw_values(row["map"]) for row in value["texts"]])).unflatten(-1, value["grid"])
     return resize_and_normalize(raw_maps, value["size"][::-1]).numpy()
 
 
@@ -121,7 +122,7 @@ def test_the_browser_gets_the_photograph_and_raw_maps(tiny_processor, explained)
     assert photo.size == (640, 320)
     assert [row["text"] for row in value["texts"]] == TEXTS
     assert [row["word"] for row in value["texts"]] == explanation.presence_words
-    np.testing.assert_array_equal(drawn_maps(value), explanation.maps)
+    np.testing.assert_allclose(drawn_maps(value), explanation.maps, atol=1e-4)  # of 65,536 levels
     without = questions.viewer_value(seen, replace(explanation, presence=None))
     assert {(row["presence"], row["word"]) for row in without["texts"]} == {(None, None)}
 
@@ -148,7 +149,7 @@ def test_maps_are_refined_or_at_two_scales_on_request(client, folder, world):
         np.testing.assert_allclose(drawn_maps(value), expected.maps, atol=1e-3)
         unrefined = [row["unrefined"] for row in value["texts"]]
         if refine:
-            unrefined = np.stack([*map(numbers, unrefined)])
+            unrefined = np.stack([*map(raw_values, unrefined)])
             np.testing.assert_allclose(unrefined, expected.unrefined_maps.flatten(1), atol=1e-3)
             assert value["unrefined_grid"] == list(expected.unrefined_maps.shape[1:])
         else:

@@ -15,7 +15,7 @@ from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine
 from ..utils.extras import require_extra
 from ..web.viewer import MAX_TEXTS, Example, examples, introduction, read_asset, viewer_theme
-from .questions import SeenImage, asked_texts, encode_photo, read_photo, to_npz, viewer_value
+from .questions import SeenImage, asked_texts, encode_photo, read_photo, release_memory, to_npz, viewer_value
 
 
 with require_extra("demo"):
@@ -28,9 +28,9 @@ with require_extra("demo"):
 MAX_FILE_SIZE = 20 * 2**20  # bytes
 # Bytes of any other request: parsed JSON takes up to a hundred times the memory of its text.
 MAX_BODY_SIZE = 2**20
-# By default Gradio keeps the last answer, up to 16 megabytes, of 10,000 visitors. The page does not need them.
-MAX_SESSIONS = 64
-MAX_IMAGES = 4  # encoded images that are kept: each takes five megabytes, at two scales 35
+# By default Gradio keeps the last answer, up to 8 megabytes, of 10,000 visitors. The page does not need them.
+MAX_SESSIONS = 4
+MAX_IMAGES = 2  # encoded images that are kept, such as one at one and at two scales: up to 25 megabytes each
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
@@ -95,11 +95,14 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             texts = asked_texts(typed)
             method = None if method == model.default_method else method
             engine = Engine(model, model.processor, explainer(method), refine=refine, multi_scale=multi_scale)
+            release_memory()  # of the last answer, which Gradio has sent
             seen = seen_image(photo["path"], engine.multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
-        return viewer_value(seen, explanation), save_bytes_to_cache(to_npz(explanation), "explanation.npz", cache)
+        file = save_bytes_to_cache(to_npz(explanation), "explanation.npz", cache)
+        release_memory()
+        return viewer_value(seen, explanation), file
 
     return explain
 

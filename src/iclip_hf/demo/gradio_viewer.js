@@ -2,7 +2,10 @@
 // are its arguments.
 
 const viewer = createViewer(element, props.theme);
-const numbers = (base64) => new Float32Array(Uint8Array.from(atob(base64), (byte) => byte.charCodeAt(0)).buffer);
+const rawValues = ({ low, high, levels }) => {
+  const bytes = Uint8Array.from(atob(levels), (byte) => byte.charCodeAt(0));
+  return Float32Array.from(new Uint16Array(bytes.buffer), (level) => low + (level * (high - low)) / 65535);
+};
 
 watch("value", async () => {
   const value = props.value, photo = Object.assign(new Image(), { src: value.image });
@@ -11,8 +14,8 @@ watch("value", async () => {
   const texts = value.texts.map(({ text }) => text);
   viewer.show({ photo, size: value.size, originalSize: value.original_size, texts, madeBy: value.made_by });
   value.texts.forEach(({ map, unrefined, ...result }, index) => viewer.add(index, {
-    ...result, ...enlarge(numbers(map), value.grid, ...value.size),
-    unrefined: unrefined && enlarge(numbers(unrefined), value.unrefined_grid, ...value.size).levels,
+    ...result, ...enlarge(rawValues(map), value.grid, ...value.size),
+    unrefined: unrefined && enlarge(rawValues(unrefined), value.unrefined_grid, ...value.size).levels,
   }));
 });
 window.addEventListener("iclip-save-picture", viewer.savePicture);

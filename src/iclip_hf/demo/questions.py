@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import io
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -64,8 +66,9 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """
-    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. A map is base64 text of float32
-    numbers, little-endian: lists of the three million numbers of twelve maps at two scales take hundreds of megabytes.
+    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. A map has `levels`, base64 text
+    of 16-bit numbers, little-endian, and the raw values `low` of 0 and `high` of 65535: lists of the three million
+    numbers of twelve maps at two scales take hundreds of megabytes.
     """
     unrefined = explanation.unrefined_maps
     presences, words = explanation.presences, explanation.presence_words
@@ -80,21 +83,32 @@ def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
                 "score": round(explanation.scores[index].item(), 4),
                 "presence": presences[index],
                 "word": words[index],
-                "map": _base64(explanation.raw_maps[index]),
-                "unrefined": None if unrefined is None else _base64(unrefined[index]),
+                "map": _levels(explanation.raw_maps[index]),
+                "unrefined": None if unrefined is None else _levels(unrefined[index]),
             }
             for index, text in enumerate(explanation.labels)
         ],
     }
 
 
-def _base64(values: torch.Tensor) -> str:
-    return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
+def _levels(raw_map: torch.Tensor) -> dict:
+    low, high = (value.item() for value in raw_map.aminmax())
+    levels = (raw_map - low) * (65535 / ((high - low) or 1))  # a constant map becomes zeros
+    return {"low": low, "high": high, "levels": base64.b64encode(levels.round().numpy().astype("<u2")).decode()}
 
 
-def to_npz(explanation: Explanation) -> bytes:
+def to_npz(explanation: Explanation) -> memoryview:
     """Returns a NumPy archive: the [`Explanation.arrays`], and `maps` `(T, H, W)` in [0, 1], float16."""
     archive = io.BytesIO()
     # Compression would save a third, but take longer than the maps of new texts for an encoded image.
     np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
-    return archive.getvalue()
+    return archive.getbuffer()
+
+
+def release_memory() -> None:
+    """
+    Returns freed memory to the system. The GNU C library keeps it for each thread, and each question is answered by
+    another one.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

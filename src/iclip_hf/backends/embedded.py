@@ -33,14 +33,15 @@ from .identity import digest
 
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
-_SCALES = ".scales"  # after the name of a matrix: the scale of each row
+# Suffix of the name of a tensor that holds the scale of each row of an 8-bit matrix.
+_SCALES = ".scales"
 # The smallest number of training photographs that show a frequent noun of `vocabulary`.
 _MIN_PHOTOGRAPHS = 100
 # The prior of the frequent nouns of `vocabulary`. With it, the presence of COCO's classes is calibrated on `coco80`. A
-# prior by the number of photographs adds nothing: the logit has learned it.
+# prior that depends on the number of photographs of a noun adds nothing, because the logits reflect this number.
 _PRIOR = 0.07
-# The prior of the other nouns. It was chosen by photographs with captions, which seldom name such a class, and by
-# photographs of ImageNet, each of which shows one.
+# The prior of the rare nouns. It was chosen on photographs with captions, which seldom name a rare noun, and on
+# photographs of ImageNet, each of which shows one class.
 _RARE_PRIOR = 0.02
 # The encoded nouns of each loaded model, by the templates.
 _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFeatures]] = WeakKeyDictionary()
@@ -50,8 +51,8 @@ def vocabulary() -> dict[str, float]:
     """
     Returns nouns in the singular: objects, materials, scenes and backgrounds. The frequent ones are those that at
     least 100 training photographs of the embedded model show, and the classes of COCO, for which labels are complete.
-    The rare ones are the other classes of ImageNet, which the model has learned from a classifier. It has learned
-    other rare nouns too, but gives them too high a presence.
+    The rare ones are the other classes of ImageNet, which the model has learned from a classifier. All other nouns of
+    the training are left out, because the model gives them too high a presence.
 
     Returns:
         `dict` from each noun to the prior of its presence: 0.07 for a frequent noun, 0.02 for a rare one.
@@ -59,7 +60,8 @@ def vocabulary() -> dict[str, float]:
     text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
     priors = {}
     for noun, marks in marked_nouns(text.splitlines()).items():
-        if int(re.search(r"\d+", marks)[0]) >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS:
+        num_photographs = int(re.search(r"\d+", marks)[0])  # marks such as "(class) (10)"
+        if num_photographs >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS:
             priors[noun] = _PRIOR
         elif "class" in marks:
             priors[noun] = _RARE_PRIOR
@@ -76,11 +78,13 @@ def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] |
     encoded = _ENCODED.setdefault(model, {})
     if templates not in encoded:
         nouns = [*vocabulary()]
-        file = nouns_folder() / f"{digest([model.identity | {'model': ''}, templates, nouns])}.safetensors"
+        identity = model.identity | {"model": ""}  # without the name: a moved model has the same file
+        file = nouns_folder() / f"{digest([identity, templates, nouns])}.safetensors"
         if file.is_file():
             encoded[templates] = ICLIPTextFeatures(**load_file(file, str(model.device)))
         else:
             encoded[templates] = model.encode_texts(nouns, templates)
+            # Clones, because safetensors refuses tensors that share memory.
             tensors = {name: tensor.clone() for name, tensor in encoded[templates].items()}
             keep_in_cache(file, partial(save_file, tensors))
     return encoded[templates]
@@ -115,8 +119,8 @@ def embedded_model() -> Path:
 
 class _Default:
     """
-    The tuple (model, revision) that Transformers unpacks from the default of a pipeline. Only then is the model
-    downloaded. The revision is printed.
+    Default of a pipeline, which Transformers unpacks as a tuple (model, revision). Unpacking downloads the model.
+    Transformers prints the revision.
     """
 
     def __iter__(self) -> Iterator[str]:
@@ -162,7 +166,8 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
     weights = {}
     for name, weight in model.state_dict().items():
         if name.startswith(OWN_WEIGHTS) and weight.ndim == 2:
-            # In half precision, products with 8 bits are exact in float32, so weights that are saved again are equal.
+            # The scales have half precision. Their products with 8-bit integers are exact in float32, so a model that
+            # is saved again has equal weights.
             weights[name + _SCALES] = scales = (weight.abs().amax(1, keepdim=True) / 127).half()
             weights[name] = (weight / scales).round().clamp(-127, 127).to(torch.int8)
         elif name.startswith(OWN_WEIGHTS):

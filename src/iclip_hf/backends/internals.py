@@ -27,14 +27,17 @@ def _replaced(module_name: str, name: str, value) -> Iterator[None]:
 
 def without_question() -> AbstractContextManager:
     """
-    Keeps Transformers from asking on standard input whether code may run (5.24). Some of its loaders ask although
-    `trust_remote_code` is False, for that many seconds.
+    Keeps Transformers (5.24) from asking on standard input whether code may run, by a time limit of 0 seconds for the
+    answer. Some of its loaders ask although `trust_remote_code` is False.
     """
     return _replaced("transformers.dynamic_module_utils", "TIME_OUT_REMOTE_CODE", 0)
 
 
 def symbolic_grid(tower: nn.Module) -> AbstractContextManager:
-    """Keeps an image tower of Transformers (5.24) from converting its grid to int, which fixes the size in a graph."""
+    """
+    Keeps an image tower of Transformers (5.24) from converting its grid to int, which would fix the size of images in
+    an exported graph.
+    """
     module_name = type(tower).__module__
     if not hasattr(importlib.import_module(module_name), "torch_int"):
         return nullcontext()
@@ -47,12 +50,13 @@ def symbolic_grid(tower: nn.Module) -> AbstractContextManager:
 
 def symbolic_padding() -> AbstractContextManager:
     """
-    Replaces timm's convolutions with TensorFlow's padding (1.0.31) by nodes of ONNX that pad in the same way. The
-    sizes that timm computes, layer by layer, become expressions on which an export takes hours.
+    Replaces the convolutions of timm (1.0.31) that pad as TensorFlow does by nodes of ONNX with the same padding. In
+    an export, the sizes that timm computes in each layer are expressions that take hours to simplify.
     """
 
     def convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):
-        shape = (x.shape[0], len(weight), *(-(-side // step) for side, step in zip(x.shape[2:], stride)))
+        sides = (-(-side // step) for side, step in zip(x.shape[2:], stride))  # rounded up
+        shape = (x.shape[0], len(weight), *sides)
         attributes = {"auto_pad": "SAME_UPPER", "kernel_shape": [*weight.shape[2:]], "group": groups}
         attributes |= {"strides": [*stride], "dilations": [*dilation]}
         inputs = [x, weight] if bias is None else [x, weight, bias]

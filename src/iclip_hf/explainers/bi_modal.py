@@ -29,10 +29,11 @@ class BiModal(GradientExplainer):
         # One tensor (B, Q, L) for each layer
         relevances = [(layer.weights * grad).float().relu().mean(1) for layer, grad in zip(layers, gradients)]
         # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
-        read = slice(0, None if self.model.pools_patches else 1)
-        row = relevances[-1][:, read].sum(1, keepdim=True)
-        if self.model.layers[-1].residual:
-            row[..., read] += 1
+        # The tokens that the score depends on. The product starts with the sum of their rows.
+        read_tokens = slice(0, None if self.model.pools_patches else 1)
+        row = relevances[-1][:, read_tokens].sum(1, keepdim=True)
+        if self.model.layers[-1].residual:  # the identity I, which a pooling head does not have
+            row[..., read_tokens] += 1
         for relevance in reversed(relevances[:-1]):
             row = row + row @ relevance
         return row[:, 0, -num_patches:]

@@ -52,10 +52,12 @@ class _Opened(NamedTuple):
 
 
 def run(args: argparse.Namespace) -> None:
-    output = args.output or Path(name_for(args.image, "comparison.png"))  # the latter with a number if it exists
+    output = args.output or Path(name_for(args.image, "comparison.png"))
     check_output_file(output, PICTURES)
+    # Each model and each method once, also if a model is named by two paths.
     models = list({os.path.realpath(name): name for name in args.models or ["embedded"]}.values())
     methods = list(dict.fromkeys(args.methods or [None]))
+    # Without --output, the name gets a number if it exists.
     image, truths, templates = _open(args, args.output or free_name(output), models)
     texts = list(dict.fromkeys(args.texts or truths))
     if not texts:
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> None:
 
     dpi = resolution(output)
     small = at_picture_size(image, dpi)
-    columns, words = {}, {}  # maps and presence by the title of a column
+    columns, presence_words = {}, {}  # by the title of a column; the ground truth has no presence
     if truths:
         columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
     model_titles = _model_titles(models)
@@ -89,16 +91,16 @@ def run(args: argparse.Namespace) -> None:
             )[0]
             title = f"{model_titles[name]}\n{explanation.made_by}" if len(models) > 1 else explanation.made_by
             columns[title] = explanation.maps.numpy()
-            words[title] = explanation.presence_words
-        # Score and presence do not depend on the method.
+            presence_words[title] = explanation.presence_words
+        # Score and presence do not depend on the method, so those of the last explanation are those of the model.
         for index, (score, presence) in enumerate(zip(explanation.scores.tolist(), explanation.presences)):
             rows[index]["scores"][name], rows[index]["presence"][name] = round(score, 4), presence
             notes[index].append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
     titles = [f"{text}\n{', '.join(model_notes)}" for text, model_notes in zip(texts, notes)]
-    sheet = comparison_sheet(small, columns, titles, words, colormap=args.colormap, dpi=dpi)
-    output = save_picture(sheet, output, dpi, output == args.output)
+    sheet = comparison_sheet(small, columns, titles, presence_words, colormap=args.colormap, dpi=dpi)
+    output = save_picture(sheet, output, dpi, replace=args.output is not None)
     if args.json:
-        maps = [title.replace("\n", ", ") for title in words]
+        maps = [title.replace("\n", ", ") for title in presence_words]
         entry = {"image": args.image, "picture": str(output), "maps": maps, "texts": rows}
         print_lines(*json.dumps(entry, indent=2, ensure_ascii=False).split("\n"))
         return

@@ -63,10 +63,10 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
 
     from ..utils.files import atomic_write, write_image, write_new
 
-    form = path.suffix[1:].lower()
+    suffix = path.suffix.lower()
     # Compression by run lengths: the PNG of a photograph is as small as by default, in a quarter of the time.
-    kwargs = {"compress_type": zlib.Z_RLE} if form == "png" else {"quality": 92}
-    kwargs |= {"format": Image.registered_extensions()[f".{form}"], "dpi": (dpi, dpi)}
+    kwargs = {"compress_type": zlib.Z_RLE} if suffix == ".png" else {"quality": 92}
+    kwargs |= {"format": Image.registered_extensions()[suffix], "dpi": (dpi, dpi)}
     if not replace:
         return write_new(path, partial(write_image, picture, **kwargs))
     with atomic_write(path) as temporary:
@@ -76,8 +76,8 @@ def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
 
 def report_error(command: str, error: BaseException) -> None:
     """
-    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, whose own report ends with
-    the line of the process that failed first. If all processes are interrupted, the first one prints the line.
+    Prints an error as one line on stderr, and passes it to torchrun or `accelerate launch`, which reports the error of
+    the process that failed first. If all processes are interrupted, only the first process prints the line.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None:

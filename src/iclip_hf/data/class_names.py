@@ -30,6 +30,7 @@ COCO_THINGS = _names("""
     teddy bear, hair drier, toothbrush
 """)
 
+# The classes of the data set COCO-Stuff: COCO's things, then stuff.
 COCO_STUFF = COCO_THINGS + _names("""
     banner, blanket, branch, bridge, building, bush, cabinet, cage, cardboard, carpet, ceiling, tile ceiling, cloth,
     clothes, clouds, counter, cupboard, curtain, desk, dirt, door, fence, marble floor, floor, stone floor, tile floor,
@@ -62,7 +63,7 @@ CITYSCAPES = _names("""
 
 CAMVID = _names("sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist")
 
-# Lists of names that `complete` of a training pair may stand for, by data set.
+# Lists of class names by data set. `complete` of a training pair may name a data set instead of its classes.
 CLASS_NAMES = {
     "ade20k": ADE20K,
     "camvid": CAMVID,

@@ -45,7 +45,7 @@ def _objects(file: TextIO) -> Iterator[dict]:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"{row!r:.100}")
+                    raise ValueError(f"{row!r:.100}")  # the end of the sentence below
             except ValueError as error:
                 raise ValueError(f"{file.name}, line {number}: this is no JSON object: {error}.") from error
             yield row
@@ -53,11 +53,11 @@ def _objects(file: TextIO) -> Iterator[dict]:
 
 def _fields(file: TextIO) -> Iterator[dict]:
     """Yields the rows of a .csv or .tsv."""
-    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if file.name.lower().endswith(".csv"):
-        form = {"delimiter": max(",;\t", key=file.readline().count), "skipinitialspace": True, "strict": True}
+        dialect = {"delimiter": max(",;\t", key=file.readline().count), "skipinitialspace": True, "strict": True}
         file.seek(0)
-    lines = csv.reader(file, **form)
+    lines = csv.reader(file, **dialect)
     try:
         header = next(lines, [])
         if twice := [name for name in filter(None, header) if header.count(name) > 1]:

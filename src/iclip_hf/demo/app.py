@@ -25,12 +25,13 @@ with require_extra("demo"):
     from starlette.middleware import Middleware
 
 
-MAX_FILE_SIZE = 20 * 2**20  # bytes
-# Bytes of any other request: parsed JSON takes up to a hundred times the memory of its text.
+MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
+# Bytes of any other request. Parsed JSON takes up to a hundred times the memory of its text.
 MAX_BODY_SIZE = 2**20
 # By default Gradio keeps the last answer, up to 8 megabytes, of 10,000 visitors. The page does not need them.
 MAX_SESSIONS = 4
-MAX_IMAGES = 2  # encoded images that are kept, such as one at one and at two scales: up to 25 megabytes each
+# Encoded images that are kept, up to 25 megabytes each. An image at one scale and at two scales counts twice.
+MAX_IMAGES = 2
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _CSS = """
 .gradio-container { max-width: 1280px !important; margin: auto; }
@@ -75,7 +76,7 @@ def build_app(model) -> gr.Blocks:
 
 
 def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequence[Example], cache: str) -> Callable:
-    """Returns the function that answers a question, with a file of the arrays in the folder `cache`."""
+    """Returns the function that answers a question. It writes the arrays of the answer to a file in `cache`."""
     paths = {str(example.file) for example in photographs}
     explainer = functools.cache(functools.partial(make_explainer, model))
 
@@ -96,7 +97,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             method = None if method == model.default_method else method
             engine = Engine(model, model.processor, explainer(method), refine=refine, multi_scale=multi_scale)
             release_memory()  # of the last answer, which Gradio has sent
-            seen = seen_image(photo["path"], engine.multi_scale)
+            seen = seen_image(photo["path"], multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
         except (OSError, ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -133,16 +134,16 @@ def _add_question(photographs: Sequence[Example], default_method: str) -> _Quest
         False, label="Two scales", info="Finer maps and better scores, in ten times the time.", elem_id="multi-scale"
     )
     button = gr.Button("Explain", variant="primary")
-    questions = [[str(example.file), example.texts] for example in photographs]
+    choices = [[str(example.file), example.texts] for example in photographs]  # values of `photo` and `typed`
     thumbnails = gr.Dataset(
         components=[gr.Image(render=False)],
-        samples=[[path] for path, _ in questions],
+        samples=[[path] for path, _ in choices],
         type="index",
         label="Photographs to try",
         elem_id="photographs",
     )
     settings = {"show_progress": "hidden", "api_visibility": "private"}
-    chosen = thumbnails.click(questions.__getitem__, thumbnails, [photo, typed], **settings)
+    chosen = thumbnails.click(choices.__getitem__, thumbnails, [photo, typed], **settings)
     return _Question(photo, typed, method, refine, multi_scale, button, chosen)
 
 
@@ -171,7 +172,8 @@ class LimitedBodies:
     it to ffmpeg, whose memory has no limit.
     """
 
-    _LIMITS = {"/gradio_api/upload": MAX_FILE_SIZE + 2**16, "/gradio_api/process_recording": 0}  # by the end of a path
+    # By the end of a path. An upload has headers beside its file.
+    _LIMITS = {"/gradio_api/upload": MAX_FILE_SIZE + 2**16, "/gradio_api/process_recording": 0}
 
     def __init__(self, app):
         self.app = app

@@ -125,7 +125,7 @@ def evaluate_model(
         size = metric.image_size if image_size is None else image_size
         if str(size) not in runs:
             runs[str(size)] = new_run(image_size=size)
-        if _measurable(metric, runs[str(size)]):
+        if _prepare(metric, runs[str(size)]):
             run_of[metric] = runs[str(size)]
     dataset[:limit].check_classes()
     totals = {}
@@ -133,16 +133,18 @@ def evaluate_model(
         totals |= run.measure([metric for metric in run_of if run_of[metric] is run])
     _join_processes(totals)
 
-    first = next(iter(runs.values()))
+    first_run = next(iter(runs.values()))
     metrics = [metric for metric in run_of if metric is not report]
     results, per_class = {}, {}
-    for method in first.methods:
+    for method in first_run.methods:
         results[method], rows_of_classes = {}, {}
         for metric in metrics:
             total = totals[metric.name, method if metric.by_method else None]
             results[method][metric.name], rows_of_classes[metric.name] = total.scores_and_rows()
         per_class[method] = _class_rows(rows_of_classes, dataset)
-    protocol = _protocol(first, {metric: run_of[metric] for metric in metrics}) if processes.is_main_process else None
+    protocol = None
+    if processes.is_main_process:
+        protocol = _protocol(first_run, {metric: run_of[metric] for metric in metrics})
     result = EvaluationResult(
         protocol=broadcast_from_main(protocol),
         results=results,
@@ -150,12 +152,13 @@ def evaluate_model(
         timing={
             "seconds": time.perf_counter() - start,
             "seconds_in_model": sum(run.seconds_in_model for run in runs.values()),
-            "images": len(first.indices),
+            "images": len(first_run.indices),
         },
-        tables=result_tables(metrics, results, first.num_images, dataset.images_in_split),
+        tables=result_tables(metrics, results, first_run.num_images, dataset.images_in_split),
     )
     if report is not None and processes.is_main_process:
-        report.merged([totals[report.name, method] for method in first.methods]).write(result, first.methods)
+        reports = [totals[report.name, method] for method in first_run.methods]
+        report.merged(reports).write(result, first_run.methods)
     return result
 
 
@@ -168,17 +171,17 @@ def _join_processes(totals: Mapping[tuple, Metric]) -> None:
         total.state = first
 
 
-def _protocol(first: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
+def _protocol(first_run: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
     """Returns the protocol of the first run, with the options of each metric and its image size if it differs."""
     metrics = {}
     for metric, run in run_of.items():
-        size = {} if run is first else {"image_size": map_settings(run.engine)["image_size"]}
+        size = {} if run is first_run else {"image_size": map_settings(run.engine)["image_size"]}
         metrics[metric.name] = metric.settings() | size
-    return first.protocol() | {"metrics": metrics}
+    return first_run.protocol() | {"metrics": metrics}
 
 
-def _measurable(metric: Metric, run: EvaluationRun) -> bool:
-    """Prepares a metric. Returns False if it is optional and cannot be measured here."""
+def _prepare(metric: Metric, run: EvaluationRun) -> bool:
+    """Prepares a metric. Returns whether it can be measured. Raises `CannotMeasure` if not, unless it is optional."""
     try:
         metric.prepare(run)
     except CannotMeasure:
@@ -193,7 +196,7 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
     by_metric = {name: rows for name, rows in by_metric.items() if rows}
     has_background = any(0 in rows for rows in by_metric.values())
     names = ({0: "background"} if has_background else {}) | dict(zip(dataset.class_ids, dataset.class_names))
-    # All columns of each metric, with None.
+    # For each metric, a row whose columns, those of all its rows, hold None.
     empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
     return [
         {"id": class_id, "name": class_name}
@@ -253,18 +256,18 @@ class EvaluationRun:
 
     def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
         """
-        Measures the images of this process. Returns the metrics with their items by name and method. The method is
-        None for a metric that has one value for all methods.
+        Measures the images of this process. Returns a copy of each metric, with the items of these images, by the
+        names of metric and method. The method is None for a metric that has one value for all methods.
         """
         needs = frozenset().union(*(metric.needs for metric in metrics))
         metrics_of = {
-            method: [metric for metric in metrics if metric.by_method == bool(method)]
+            method: [metric for metric in metrics if metric.by_method == (method is not None)]
             for method in (None, *self.methods)
         }
         totals = {(metric.name, method): metric.empty() for method, group in metrics_of.items() for metric in group}
 
         def update(image: EvaluatedImage) -> list[Metric]:
-            """Returns the metrics of `totals` with this image alone."""
+            """Returns copies of the metrics with this image alone, in the order of `totals`."""
             parts = []
             for method, group in metrics_of.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
@@ -300,7 +303,8 @@ class EvaluationRun:
         needs_scores = bool(needs & {"scores", "presence"})
         takes_features = any(engine.takes_features for engine in self.engines.values())
         # Images are encoded once, for the scores and for methods that compute maps from features. Every other method
-        # runs the image tower itself, and so do metrics of maps of their own, such as those of windows.
+        # runs the image tower itself, and so do metrics that compute other maps, such as those of windows. If nothing
+        # needs features, `self.engine`, which always computes them, is not the encoder.
         encoder = self.engine if needs_scores or takes_features else next(iter(self.engines.values()))
 
         def run_batch(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
@@ -332,7 +336,7 @@ class EvaluationRun:
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
         Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image`
-        shows, `(N, T, h, w)`, refined as those of the evaluation.
+        shows, `(N, T, h, w)`. They are refined if the evaluation refines maps.
         """
 
         def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -342,7 +346,7 @@ class EvaluationRun:
         return {method: partial(explain, engine) for method, engine in self.engines.items()}
 
     def protocol(self) -> dict:
-        """Returns what is needed to repeat an evaluation of these images."""
+        """Returns what is needed to repeat an evaluation, apart from its metrics."""
         dataset = self.dataset
         return {
             **self.model.identity,

@@ -43,12 +43,14 @@ class EvaluatedImage:
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
     def pairs(self, maps: torch.Tensor) -> Iterator[tuple]:
-        """Returns map, mask and class id of each image-class pair, one for each shown class."""
+        """Returns map, mask and class id of each image-class pair. Each shown class has one pair."""
         return zip(maps, self.masks, self.sample.class_ids)
 
 
 class Sums:
-    """Sums of arrays by key, such as the class: they agree to about 1e-12 for any order of adding and merging."""
+    """
+    Sums of arrays by key, such as the class. Another order of adding and merging changes them by about 1e-12 at most.
+    """
 
     def __init__(self):
         self.sums: dict[Hashable, np.ndarray] = {}
@@ -69,8 +71,8 @@ class CannotMeasure(ValueError):
 
 class Metric(ABC):
     """
-    A metric with `update` and `compute`. The parameters of a subclass are its options, and its attributes of the same
-    names.
+    A metric with `update` and `compute`. The parameters of a subclass are its options, which it keeps as attributes of
+    the same names.
 
     Alone, `update` adds items, `merge` adds those of another process, and `compute` returns the scores. In
     [`evaluate_model`], `prepare` is called once; `run_model` for each batch of images of one shape, in the thread of
@@ -79,14 +81,14 @@ class Metric(ABC):
 
     Attributes:
         name (`str`): its name in `metrics=`, in `--metrics` and in results.
-        columns (`dict`): heading and number of digits of each score of `compute` that tables show. None digits show a
-            score as it is.
+        columns (`dict`): heading and number of digits of each score of `compute` that tables show. With None as the
+            number of digits, a score is shown as it is.
         legend (`str`): a line below the table that explains the columns.
-        rows (`dict`): for each score of classes, its name in the row of a class, and its name in `compute`, where it
-            is a `dict` by class id.
+        rows (`dict`): for each score that classes have, from its name in the row of a class to its name in `compute`,
+            whose value is a `dict` by class id.
         needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
-        by_method (`bool`): whether methods differ in it. Otherwise `update_from` is called once for each image, with
-            the method None.
+        by_method (`bool`): whether its value depends on the method. Otherwise `update_from` is called once for each
+            image, with the method None.
         image_size (`dict`, *optional*): a `size` of the processor that the metric prefers.
         definition (`str`): what the protocol of a result states besides the options.
         optional (`bool`): whether an evaluation leaves it out if it raises [`CannotMeasure`]. Metrics that a task
@@ -152,9 +154,9 @@ class Metric(ABC):
     def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
         """Returns the scores of `compute` in two parts: of all items (None for NaN), and of each class by its id."""
         scores = self.compute()
-        by_class = {row: scores.pop(key) for row, key in self.rows.items()}
-        class_ids = dict.fromkeys(itertools.chain(*by_class.values()))
-        rows = {class_id: {row: values.get(class_id) for row, values in by_class.items()} for class_id in class_ids}
+        by_name = {name: scores.pop(key) for name, key in self.rows.items()}  # for each name, values by class id
+        class_ids = dict.fromkeys(itertools.chain(*by_name.values()))
+        rows = {class_id: {name: values.get(class_id) for name, values in by_name.items()} for class_id in class_ids}
         for name, score in scores.items():
             scores[name] = none_if_nan(score) if isinstance(score, float) else score
         return scores, rows
@@ -196,8 +198,8 @@ class ClassMeans(Metric):
         Returns the scores of all image-class pairs so far: for each name the mean over classes, None without any.
 
         - **per_class** -- {class id: {name: mean over images}}.
-        - **pairs**, **left_out** -- number of image-class pairs, and {"no_value": the largest number of them that
-          have no value of a score}.
+        - **pairs** -- number of image-class pairs.
+        - **left_out** -- {"no_value": number of pairs without a value; of the scores, the one with most such pairs}.
         """
         sums, width = self.state.sums, len(self.names or self.columns)
         per_class = {

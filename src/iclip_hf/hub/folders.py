@@ -94,13 +94,13 @@ def init_model(
     if not (vision and text):
         raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
     model_options = arguments.get("model_options") or []
-    overrides = options_of_model([model_options] if isinstance(model_options, str) else model_options)
+    options = options_of_model([model_options] if isinstance(model_options, str) else model_options)
     image_size = int(arguments.get("image_size") or 0) or None
     with atomic_folder(output) as folder:
         if trained:
             save_model(*load_iclip("embedded"), folder, source="embedded")
         else:
-            joined = join_towers(source, vision, text, image_size, feature_tower, **overrides)
+            joined = join_towers(source, vision, text, image_size, feature_tower, **options)
             save_model(*joined, folder, training={})
     return Path(output)
 
@@ -127,7 +127,7 @@ def join_towers(
         model_options: options of [`ICLIPConfig`], which override the configuration.
     """
     named = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
-    embedded_sides = [side for side, name in named.items() if name == "embedded"]
+    embedded = [sub_config for sub_config, name in named.items() if name == "embedded"]
     if "embedded" in (vision, text):
         towers = map(str, embedded_towers())
         vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
@@ -155,7 +155,7 @@ def join_towers(
     model = ICLIPModel.from_vision_text_pretrained(
         vision, text, feature_tower, processor_options.get("image_processor"), **model_options
     )
-    name_towers(model, *embedded_sides)
+    name_towers(model, *embedded)
     processor_options.setdefault("patch_size", patch_side(model.config))
     if "image_processor" not in processor_options:
         with loading_errors(vision):  # otherwise the error would name the text tower
@@ -166,19 +166,21 @@ def join_towers(
     return model, processor
 
 
-def _check_tower(checkpoint: str, side: str, config: ICLIPConfig | None) -> None:
-    """Checks the files of a tower, and its shape against the configuration, if that has one."""
+def _check_tower(checkpoint: str, sub_config: str, config: ICLIPConfig | None) -> None:
+    """Checks the files of a tower, and its shape against that in `config`, which is None if it states no shape."""
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
             resolve_revision(checkpoint)  # fails at once without a network; each download would be retried
-        found, expected = tower_config(checkpoint, side), getattr(config, side, None)
+        found, expected = tower_config(checkpoint, sub_config), getattr(config, sub_config, None)
+        if expected is None:
+            return
         differing = []
         for name in _TOWER_SHAPE:
             value, wanted = getattr(found, name, None), getattr(expected, name, None)
             if value != wanted:
                 differing.append(f"{name} is {value} instead of {wanted}")
-        if expected and differing:
+        if differing:
             raise ValueError(f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differing)}.")
 
 
@@ -216,9 +218,9 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
-    Saves a model for `from_pretrained` of this package into a new folder, with its processor and card (`card`:
-    arguments of [`write_model_card`]), without paths of this machine and without code of the folder that it was loaded
-    from.
+    Saves a model, its processor and its card into a new folder, for `from_pretrained` of this package. `card` are
+    arguments of [`write_model_card`]. The folder has no paths of this machine, and no code of the folder that the
+    model was loaded from.
     """
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -256,7 +258,9 @@ def check_login() -> None:
 
 @contextmanager
 def _hub_errors(api: HfApi) -> Iterator[None]:
-    """Converts errors of the HTTP library, which depends on the version of huggingface_hub."""
+    """
+    Converts errors of the HTTP library, which differs between versions of huggingface_hub, to `ConnectionError`.
+    """
     try:
         yield
     except (OSError, ValueError):

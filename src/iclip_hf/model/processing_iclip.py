@@ -201,8 +201,8 @@ class ICLIPProcessor(ProcessorMixin):
         Raises:
             `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`;
                 images have different shapes with `shortest_edge`, or another size with `do_resize=False`; a keyword is
-                given flat and in the dictionary of its side; or an image is invalid, not finite or out of the range of
-                its type.
+                given flat and in a dictionary such as `images_kwargs`; or an image is invalid, not finite or out of
+                the range of its type.
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")

@@ -14,10 +14,11 @@ from .configuration_iclip import ICLIPConfig
 from .feature_tower import FeatureTower
 
 
-def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
+def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
     """
-    Returns the configuration of a tower checkpoint, or of one side of a two-tower checkpoint. Raises `ValueError` for
-    an ICLIP model, because its weights have other names than the weights of a tower.
+    Returns the configuration of a tower checkpoint, or of the tower `sub_config`, such as `"vision_config"`, of a
+    two-tower checkpoint. Raises `ValueError` for an ICLIP model, because its weights have other names than the weights
+    of a tower.
     """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if config.model_type == ICLIPConfig.model_type:
@@ -25,7 +26,7 @@ def tower_config(checkpoint: str, side: str) -> PreTrainedConfig:
             f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
         )
     config._attn_implementation = None  # the file could name code of the Hub
-    return getattr(config, side, config)
+    return getattr(config, sub_config, config)
 
 
 def check_text_tower(config: PreTrainedConfig) -> None:

@@ -28,10 +28,10 @@ def _option(default, interval: str | None = None, *, cached: bool | str = False,
 
     Args:
         interval (`str`, *optional*): interval of its values, such as "[0, 1)".
-        cached: whether precomputed features of images depend on it. `"patches"` means with `max_over="similarity"`
-            only.
-        read_by (`str`): what depends on it: the `"outputs"` of the model, the `"training"` only, or the `"weights"`
-            before they are trained.
+        cached: whether precomputed features of images depend on it. With `"patches"`, they do only if they hold
+            patches (`max_over="similarity"`).
+        read_by (`str`): what depends on it: the `"outputs"` of the model, its `"training"` only, or the initial
+            `"weights"` only.
     """
     checks = [] if interval is None else [partial(_check_within, interval)]
     return validated_field(checks, default=default, metadata={"cached": cached, "read_by": read_by})
@@ -87,11 +87,11 @@ class ICLIPConfig(PreTrainedConfig):
             tower's patches times this factor.
 
         map_attention (`str`, defaults to `"similarity"`): how A weights the similarity map. `"similarity"` multiplies
-            the cosines by A. `"none"` does not use A. `"additive"` stretches A to [0, 1] and adds A times the excess
-            of a cosine over the mean of the patches, limited to 1 / (2 `max_sharpness`). Differences below the mean
-            are reduced to a tenth. `"signed"` does the same with A times a weight of the text in [-1, 1], which is
-            learned from noun prompts: texts of objects raise patches with attention, and texts of the background
-            ("sky") lower them.
+            the cosines by A. `"none"` does not use A. `"additive"` changes the differences d of the cosines from
+            their mean over the patches: d becomes d + A min(d, 1 / (2 `max_sharpness`)) where it is positive, with A
+            stretched to [0, 1], and a tenth of d where it is negative. `"signed"` does the same with A times a weight
+            of the text in [-1, 1], which is learned from noun prompts: texts of objects raise patches with attention,
+            and texts of the background ("sky") lower them.
         max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"`
             takes it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in
             the paper, takes it for each text over the similarities of the patches, after the projection
@@ -137,19 +137,19 @@ class ICLIPConfig(PreTrainedConfig):
 
         noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, where a batch
             has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
-        unknown_weight (`float` in [0, 1], defaults to 0.1): weight, in the loss of a recognition branch with a bias,
-            of a noun that no text of an image names and no label excludes.
+        unknown_weight (`float` in [0, 1], defaults to 0.1): weight of unknown nouns in the loss of a recognition
+            branch with a bias. A noun is unknown if no text of the image names it and no label excludes it.
         distillation_weight (`float`, defaults to 1): weight of a loss in which the recognition branch learns the
-            probabilities of a classifier ([`~losses.distillation_loss`]), of images that have `class_probabilities`.
-            A branch with a bias also learns from them which classes are absent ([`~losses.class_presence_loss`]).
+            probabilities of a classifier ([`~losses.distillation_loss`]) on images that have `class_probabilities`. A
+            branch with a bias also learns from them which classes are absent ([`~losses.class_presence_loss`]).
         noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
             in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, which it
             is known to show or not to show, compete for its patches: each noun shown has patches, and each patch shows
-            one of the nouns shown ([`~losses.known_competition_loss`]). It reads images whose labels are complete for
-            the background. It is added to the loss of the map branch, and requires `max_over="similarity"`. With it,
-            nouns at the top or the bottom of images also compete by their place among all nouns
-            ([`~losses.shares_by_place`]).
+            one of the nouns shown ([`~losses.known_competition_loss`]). It is computed on images whose labels are
+            complete for the background. It is added to the loss of the map branch, and requires
+            `max_over="similarity"`. With it, the loss of `noun_competition` also depends on the place of nouns that
+            are at the top or the bottom of images ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 
@@ -228,7 +228,7 @@ class ICLIPConfig(PreTrainedConfig):
         """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
         config = copy(self)
         files = [f"{pipeline['impl'].split('.')[0]}.py" for pipeline in getattr(self, "custom_pipelines", {}).values()]
-        # The name of code on the Hub has "--".
+        # Code on the Hub is named "repository--module.Class".
         if not all("--" in file or os.path.isfile(os.path.join(save_directory, file)) for file in files):
             del config.custom_pipelines
         super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
@@ -241,7 +241,10 @@ class ICLIPConfig(PreTrainedConfig):
 
     @property
     def feature_options(self) -> dict[str, object]:
-        """The options that precomputed features of images depend on, and whether they hold evenly spread patches."""
+        """
+        The options that precomputed features of images depend on, and `even_patches`: whether the features hold evenly
+        spread patches.
+        """
         kinds = (True,) if self.max_over == "channels" else (True, "patches")
         names = [option.name for option in fields(self) if option.metadata.get("cached") in kinds]
         return {name: getattr(self, name) for name in names} | {"even_patches": self.known_competition > 0}

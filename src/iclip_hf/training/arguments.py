@@ -37,11 +37,12 @@ def argument(default, help: str, **kwargs):
 class ICLIPTrainingArguments(TrainingArguments):
     """
     Arguments of [`ICLIPTrainer`]: those of Transformers' `TrainingArguments`, and some more. The defaults are the
-    paper's recipe, and GroupViT's, to which the paper refers. Its batch of 1024 pairs is that of four devices.
+    paper's recipe, and GroupViT's where the paper refers to it. The paper's batch of 1024 pairs is that of four
+    devices.
 
     `lr_scheduler_type="cosine"` is GroupViT's schedule: linear from `warmup_learning_rate` during `warmup_steps`, then
-    half a cosine over all steps to `min_learning_rate`. Other schedules, and one with `lr_scheduler_kwargs`, are those
-    of Transformers. The fields tell what each argument is, as `iclip train --help` does.
+    half a cosine over all steps to `min_learning_rate`. Other schedules, and any schedule with `lr_scheduler_kwargs`,
+    are those of Transformers. The metadata of each field has its description, which `iclip train --help` prints.
     """
 
     per_device_train_batch_size: int = argument(256, "number of pairs in a batch of each process")
@@ -105,7 +106,7 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
         "min_learning_rate": 0.0,
         "warmup_steps": 0.1,
         "keep_presence": FEW_PAIRS_KEEP_PRESENCE,
-        # Not shares of all steps: Transformers warns of them, because a checkpoint has the numbers of steps.
+        # Numbers of steps, not shares: a checkpoint stores numbers, and Transformers warns if an argument differs.
         "eval_steps": math.ceil(steps / 5),
         "save_steps": math.ceil(steps / 5),
         "logging_steps": math.ceil(steps / 10),

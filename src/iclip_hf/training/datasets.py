@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class CachedPairs(Epochs, Dataset):
     """
     Pairs with the features of their images, computed unless the cache has them, and what a collator needs of their
-    texts. Pairs with a broken image or no caption are left out. `indices` are the indices of the others in `pairs`.
+    texts. Pairs with a broken image or no caption are left out. `indices` are the indices in `pairs` of the pairs that
+    are kept.
 
     Args:
         pairs: the pairs, which can be inside of torch's `Subset`.
@@ -43,7 +44,7 @@ class CachedPairs(Epochs, Dataset):
     def __init__(self, pairs: PairDataset | Subset, cache: FeatureCache, collator: PairCollator):
         self.pairs = pairs = without_subsets(pairs)
         self.seed, self._cache = pairs.seed, cache
-        distinct, rows = pairs.distinct()
+        distinct, rows = pairs.distinct()  # a row is an index in `distinct`; `rows` has that of each pair
         record_indices = cache.images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
         for row in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
@@ -88,6 +89,11 @@ def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
         return PairTexts([])
 
 
+# Difference between the numbers of two passes of an epoch. The first pass has the number of the epoch. There are fewer
+# epochs than this, so no two epochs have a pass of one number.
+_PASSES = 2**32
+
+
 class StreamedPairs(Epochs, IterableDataset):
     """
     A stream of pairs without end, in epochs of a fixed length. A pass is followed by another one in another order.
@@ -116,12 +122,10 @@ class StreamedPairs(Epochs, IterableDataset):
                 raise ValueError("data: this process's part of the stream has no pairs.")
 
 
-# Passes of two epochs differ in their number: there are fewer epochs and steps than this.
-_PASSES = 2**32
-
-
 class NumberedRows(Epochs, Subset):
-    """All rows of a data set, with a `draw` of seed, epoch and number for a [`PairCollator`], unless they have one."""
+    """
+    All rows of a data set. A row without a `draw` gets one for a [`PairCollator`]: seed, epoch and index of the row.
+    """
 
     def __init__(self, rows: Dataset | Sequence, seed: int):
         super().__init__(rows, range(len(rows)))

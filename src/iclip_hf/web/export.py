@@ -57,7 +57,7 @@ _STATIC_SPACE = {
 }
 CDN = "https://cdn.jsdelivr.net/npm"
 # Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Each has
-# its digest, in the form that browsers check, and its compressed size in bytes, which servers send.
+# its digest in the notation of `integrity` in HTML, and the number of bytes that a server sends, compressed.
 _RUNTIME = json.loads(read_asset("runtime.json"))
 RUNTIME_FILES = [_RUNTIME["tokenizers"], *_RUNTIME["wasm"].values(), *_RUNTIME["webgpu"].values()]
 
@@ -121,9 +121,9 @@ def export_web(
         _write_page(built, settings, cdn)
         # The card names the model, which is not in this folder.
         name = public_name(model.name_or_path) or folder.resolve().name
-        written = write_model_card(model, processor, scratch, name=name, **card)
-        shutil.copyfile(written, built / "model_card.md")
-        (built / "README.md").write_text(_readme(written, folder.resolve().name), encoding="utf-8")
+        card_file = write_model_card(model, processor, scratch, name=name, **card)
+        shutil.copyfile(card_file, built / "model_card.md")
+        (built / "README.md").write_text(_readme(card_file, folder.resolve().name), encoding="utf-8")
     return folder
 
 
@@ -163,22 +163,23 @@ def _with_version(texts: dict[str, str]) -> dict[str, str]:
 
 def _image_settings(processor: ICLIPProcessor) -> dict:
     """Returns the settings by which `worker.js` prepares an image as the processor does."""
-    images = processor.image_processor
-    size = {name: side for name, side in dict(images.size).items() if side is not None}
-    kernel = _KERNELS.get(int(images.resample))
-    if not images.do_resize or getattr(images, "do_center_crop", False) or kernel is None:
+    image_processor = processor.image_processor
+    size = {name: side for name, side in dict(image_processor.size).items() if side is not None}
+    kernel = _KERNELS.get(int(image_processor.resample))
+    crop = getattr(image_processor, "do_center_crop", False)
+    if not image_processor.do_resize or crop or kernel is None:
         raise ValueError(
             "The page resizes the whole image with bilinear or bicubic resampling, not with "
-            f"do_resize={images.do_resize}, do_center_crop={getattr(images, 'do_center_crop', False)} and "
-            f"resample={images.resample}: set these of the image processor."
+            f"do_resize={image_processor.do_resize}, do_center_crop={crop} and resample={image_processor.resample}: "
+            "set these of the image processor."
         )
     return {
         "size": size,
         "patch": processor.patch_size,
         "kernel": kernel,
-        "factor": images.rescale_factor if images.do_rescale else 1,
-        "mean": list(images.image_mean) if images.do_normalize else [0, 0, 0],
-        "std": list(images.image_std) if images.do_normalize else [1, 1, 1],
+        "factor": image_processor.rescale_factor if image_processor.do_rescale else 1,
+        "mean": list(image_processor.image_mean) if image_processor.do_normalize else [0, 0, 0],
+        "std": list(image_processor.image_std) if image_processor.do_normalize else [1, 1, 1],
         "max_pixels": MAX_PIXELS,
     }
 
@@ -205,7 +206,10 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
-    """Writes a compressed file, and returns what the worker needs to load and check it. Its URL has a digest."""
+    """
+    Writes a compressed file, and returns what the worker needs to load and check it: a URL with a digest, the size
+    compressed (`bytes`) and not (`length`), and the digest of the data.
+    """
     packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)
     return {
@@ -228,8 +232,8 @@ def _write_example(example: Example, folder: Path) -> dict:
     return {"file": name, "title": example.title, "texts": example.texts}
 
 
-def _readme(card: Path, name: str) -> str:
-    licence = ModelCard.load(card, ignore_metadata_errors=True).data.license
+def _readme(card_file: Path, name: str) -> str:
+    licence = ModelCard.load(card_file, ignore_metadata_errors=True).data.license
     photographs = [f"| photograph `{example.file.stem}.jpg` | {example.origin} |" for example in examples()]
     tokenizers, ort = _packages()
     page = string.Template(read_asset("README.md")).substitute(

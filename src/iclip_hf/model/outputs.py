@@ -20,7 +20,7 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
             vectors that patches are compared with. They are equal to `text_embeds` in a model with one branch.
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
             text, float32: positive for objects, negative for the background. None unless `config.map_attention` is
-            `"signed"`. A `"signed"` model takes None as 1, for vectors that are not of texts.
+            `"signed"`. A `"signed"` model takes None as 1, for a target that is not a text, such as an image.
     """
 
     text_embeds: torch.FloatTensor | None = None

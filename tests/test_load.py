@@ -167,7 +167,7 @@ def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
     load(folder)  # a whole model beside it
     (folder / "config.json").unlink()
     for loader in (load, load_iclip):
-        with pytest.raises(ValueError, match=r"adapter: this folder holds an adapter.*pair \(model, processor\)"):
+        with pytest.raises(ValueError, match=r"adapter: this folder holds an adapter.*tuple \(model, processor\)"):
             loader(folder)
 
 

@@ -43,7 +43,8 @@ class Detector:
             content = b"".join((path.parent / name).read_bytes() for name in group["paths"])
             offset = 0
             for entry in group["weights"]:
-                values = np.frombuffer(content, entry["dtype"], int(np.prod(entry["shape"])), offset)
+                stored = entry.get("quantization", entry)["dtype"]  # weights as float16
+                values = np.frombuffer(content, stored, int(np.prod(entry["shape"])), offset)
                 weights[entry["name"]] = values.reshape(entry["shape"])
                 offset += values.nbytes
         nodes = {"node": model["modelTopology"]["node"]}

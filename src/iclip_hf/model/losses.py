@@ -29,7 +29,8 @@ PLACE_SHARPNESS = 3.0
 # Weight of the sigmoid loss of classes relative to their distillation. With more, fewer look-alikes of what an image
 # shows have a high presence, and more of what it shows a low one.
 CLASS_PRESENCE = 0.1
-COMMON_ODDS = 1 / 4  # from which a noun is so common that its logits are adjusted
+# A noun with higher odds in a batch is common: the loss adjusts its logits.
+COMMON_ODDS = 1 / 4
 SHARE_EXPONENT = 4.0  # exponent of the power mean over patches, by which the share of a known noun is computed
 
 
@@ -274,9 +275,9 @@ def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight
     likely in any image, and one `presence_bias` fits common and rare nouns.
     """
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
-    weights = torch.stack([nouns.shown.float(), negative_weights * ~nouns.shown]).sum(1)
-    positives, negatives = gather_with_gradient(weights[None]).sum(0) + 0.5
-    adjustments = (positives / negatives / COMMON_ODDS).log().clamp(min=0)
+    negatives = gather_with_gradient((negative_weights * ~nouns.shown).sum(0, keepdim=True)).sum(0)
+    odds = (nouns.all_shown.sum(0) + 0.5) / (negatives + 0.5)
+    adjustments = (odds / COMMON_ODDS).log().clamp(min=0)
     return sigmoid_loss(per_image + adjustments, nouns.shown, negative_weights)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import yaml
 
 
+# Folder of the shipped configurations.
 SHIPPED = Path(str(files("iclip_hf.hub_configs")))
-# The configuration of the embedded model.
+# Folder of the configuration of the embedded model.
 EMBEDDED = SHIPPED / "iclip-dinov2-s14-minilm"
 
 
@@ -27,12 +28,12 @@ def config_folder(name: str | Path) -> Path:
 
 
 def parse_options(model_options: Sequence[str]) -> dict[str, object]:
-    """Returns `model_options` by name. Raises `ValueError` for one that is not name=value."""
+    """Returns the values of `model_options` by name. Raises `ValueError` for an option that is not name=value."""
     parsed = {}
     for option in model_options:
         try:
             name, value = option.split("=", 1)
             parsed[name] = yaml.safe_load(value)
         except (AttributeError, ValueError, yaml.YAMLError):  # a train.yaml may list values that are not strings
-            raise ValueError(f"model_options: {option!r} is not name=value.") from None
+            raise ValueError(f"model_options: expected name=value, but got {option!r}.") from None
     return parsed

@@ -41,7 +41,7 @@ _CUSTOM_PIPELINES = {
     task: {"impl": f"pipeline_iclip.{implementation.__name__}", "pt": ["AutoModel"], "type": "multimodal"}
     for task, implementation in PIPELINES.items()
 }
-# Options of a tower that its checkpoint and the configuration must share. All others come from the configuration.
+# Options of a tower that must be equal in its checkpoint and in the configuration. All others are the configuration's.
 _TOWER_SHAPE = """
     model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size
     patch_size num_register_tokens max_position_embeddings vocab_size architecture
@@ -52,7 +52,7 @@ _TOWER_SHAPE = """
 
 
 def is_embedded(config: str | Path, *towers: str | None) -> bool:
-    """Whether [`init_model`] writes the embedded model, which is trained."""
+    """Returns whether [`init_model`] writes the embedded model, which is trained."""
     return not any(towers) and config_folder(config).resolve() == EMBEDDED.resolve()
 
 
@@ -64,40 +64,40 @@ def init_model(
     feature_tower: str | None = None,
 ) -> Path:
     """
-    Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer. The
-    configuration of the embedded model without other towers gives the embedded model, which is trained.
+    Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer. With the
+    configuration and the towers of the embedded model, it writes the embedded model itself, which is trained.
 
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`,
             see [`join_towers`].
         output: the folder to write; new or empty.
-        vision (`str`, *optional*): image tower: a folder or Hub id. That of the configuration's `train.yaml` if not
-            given.
-        text (`str`, *optional*): text tower: a folder or Hub id, also of a two-tower model such as CLIP. That of
-            `train.yaml` if not given.
-        feature_tower (`str`, *optional*): feature tower, a convolutional backbone of timm: a folder or Hub id. That of
-            `train.yaml`, if it names one, if not given.
+        vision (`str`, *optional*): folder or Hub id of the image tower. If not given, the configuration's `train.yaml`
+            names it.
+        text (`str`, *optional*): folder or Hub id of the text tower, or of a two-tower model such as CLIP. If not
+            given, `train.yaml` names it.
+        feature_tower (`str`, *optional*): folder or Hub id of the feature tower, a convolutional backbone of timm. If
+            not given, `train.yaml` names it, or there is none.
 
     Returns:
         `Path`: the folder.
 
     Raises:
         `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded, or has
-            another shape.
+            another shape than the configuration.
     """
     source = config_folder(config)
     file = source / "train.yaml"
     arguments = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    trained = is_embedded(config, vision, text, feature_tower)
+    embedded = is_embedded(config, vision, text, feature_tower)
     vision, text = vision or arguments.get("vision"), text or arguments.get("text")
     feature_tower = feature_tower or arguments.get("feature_tower") or ""
     if not (vision and text):
-        raise ValueError(f"Expected an image and a text tower, but got none in {source}: give vision and text.")
+        raise ValueError(f"{source}: this configuration does not name both towers: give vision and text.")
     model_options = arguments.get("model_options") or []
     options = options_of_model([model_options] if isinstance(model_options, str) else model_options)
     image_size = int(arguments.get("image_size") or 0) or None
     with atomic_folder(output) as folder:
-        if trained:
+        if embedded:
             save_model(*load_iclip("embedded"), folder, source="embedded")
         else:
             joined = join_towers(source, vision, text, image_size, feature_tower, **options)
@@ -106,7 +106,10 @@ def init_model(
 
 
 def options_of_model(model_options: Sequence[str]) -> dict[str, object]:
-    """Returns `model_options` by name. Raises `ValueError` for one that is not name=value, or unknown."""
+    """
+    Returns the values of `model_options` by name. Raises `ValueError` for an option that is not name=value, or that
+    [`ICLIPConfig`] does not have.
+    """
     options = parse_options(model_options)
     if unknown := options.keys() - ICLIPConfig.option_names():
         raise ValueError(f"model_options: {min(unknown)!r} is no option of ICLIPConfig.")
@@ -117,8 +120,8 @@ def join_towers(
     source: Path, vision: str, text: str, image_size: int | None = None, feature_tower: str = "", **model_options
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
-    Joins towers with untrained projections, and their processors, after checks of their files. Raises the errors of
-    [`init_model`].
+    Checks the files of towers, and joins the towers with untrained projections. Returns the model, and a processor
+    joined from those of the towers. Raises the errors of [`init_model`].
 
     Args:
         source: folder of a configuration. Its `config.json` and `processor_config.json` override those of the towers.
@@ -126,11 +129,12 @@ def join_towers(
         image_size (`int`, *optional*): height and width in pixels; if not given, the image tower sees 224 pixels.
         model_options: options of [`ICLIPConfig`], which override the configuration.
     """
-    named = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
-    embedded = [sub_config for sub_config, name in named.items() if name == "embedded"]
+    towers = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
+    embedded = [sub_config for sub_config, tower in towers.items() if tower == "embedded"]
     if "embedded" in (vision, text):
-        towers = map(str, embedded_towers())
-        vision, text = (tower if name == "embedded" else name for name, tower in zip((vision, text), towers))
+        embedded_vision, embedded_text = map(str, embedded_towers())
+        vision = embedded_vision if vision == "embedded" else vision
+        text = embedded_text if text == "embedded" else text
     if feature_tower == "embedded":
         feature_tower = str(embedded_feature_tower())
     config_content, processor_options = {}, {}
@@ -167,7 +171,9 @@ def join_towers(
 
 
 def _check_tower(checkpoint: str, sub_config: str, config: ICLIPConfig | None) -> None:
-    """Checks the files of a tower, and its shape against that in `config`, which is None if it states no shape."""
+    """
+    Checks that the files of a tower can be read and, if `config` is not None, that the tower has the shape in `config`.
+    """
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
@@ -196,11 +202,11 @@ def code_files() -> list[Path]:
 def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, **card) -> Path:
     """
     Exports a model: weights (safetensors), configuration, processor, code and model card. With
-    `trust_remote_code=True`, the Auto classes and `pipeline` load the folder where this package is not installed.
+    `trust_remote_code=True`, the Auto classes and `pipeline` also load the folder where this package is not installed.
 
     Args:
         model, processor: model to export and its processor; they are not changed.
-        folder: new or empty. Raises `FileExistsError` for another.
+        folder: folder to write; new or empty, otherwise `FileExistsError` is raised.
         card: arguments of [`write_model_card`].
 
     Returns:
@@ -219,7 +225,7 @@ def export_model(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Pat
 def save_model(model: ICLIPModel, processor: ICLIPProcessor, folder: Path, **card) -> None:
     """
     Saves a model, its processor and its card into a new folder, for `from_pretrained` of this package. `card` are
-    arguments of [`write_model_card`]. The folder has no paths of this machine, and no code of the folder that the
+    arguments of [`write_model_card`]. The new folder has no paths of this machine, and no code of the folder that the
     model was loaded from.
     """
     model.save_pretrained(folder)
@@ -235,14 +241,15 @@ def _edit_json(path: Path, changes: Mapping) -> None:
 
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
-    Uploads an exported folder to a Hub repository, such as "org/iclip-vit-b16", in one commit, and returns its URL.
-    Creates the repository, private if asked for, if it does not exist. Deletes the results of an earlier model there.
+    Uploads an exported folder to a Hub repository, such as "org/iclip-vit-b16", in one commit, and returns the URL of
+    the commit. A repository that does not exist is created, with `private` as given. Results of an earlier model are
+    deleted there.
     Raises `OSError` if the Hub cannot be reached or refuses the upload, and `ValueError` for an invalid name.
     """
     api = HfApi()
     with _hub_errors(api):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # Results of an earlier model, unless they are replaced. Other files of the repository stay.
+        # Deletes the results of an earlier model, unless they are replaced. Other files of the repository stay.
         commit = api.upload_folder(
             repo_id=repo_id, folder_path=folder, commit_message="Upload model", delete_patterns=HUB_RESULTS
         )
@@ -250,7 +257,7 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
 
 
 def check_login() -> None:
-    """Raises `OSError` if there is no token, or the Hub cannot be reached or refuses it."""
+    """Raises `OSError` if there is no token, the Hub refuses it, or the Hub cannot be reached."""
     api = HfApi()
     with _hub_errors(api):
         api.whoami()

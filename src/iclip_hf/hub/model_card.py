@@ -34,11 +34,11 @@ _TOWERS = {
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
     "timm/tf_efficientnet_lite2.in1k": ("EfficientNet-Lite2 (Google, trained on ImageNet-1k)", "Apache-2.0"),
 }
-# The weights that a training changes; the reduction of features is fixed.
+# Prefixes of the weights that a training changes. The reduction of features is fixed.
 _LEARNED = tuple(name for name in OWN_WEIGHTS if name != "feature_reduction.")
-# Ids of the data sets on the Hub, for the results on a model's page.
+# Ids of data sets on the Hub, for the results in `HUB_RESULTS`.
 _DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
-# The file with the results of data sets on the Hub, which fills its tables with them.
+# The file from which the Hub takes results for the pages of its data sets.
 HUB_RESULTS = ".eval_results/iclip.yaml"
 _TITLES = {name: layout.title for name, layout in DATASETS.items()}
 
@@ -55,9 +55,9 @@ def write_model_card(
     metrics: EvaluationResult | Mapping | None = None,
 ) -> Path:
     """
-    Writes the model card, `README.md`, into a model's folder, and `model_card.json`, the record that the card was
-    filled with, see [`~record.read_record`]. Results of data sets on the Hub are also written to
-    `.eval_results/iclip.yaml`, which the Hub reads.
+    Writes the model card, `README.md`, and the record that fills it, `model_card.json`, into a model's folder, see
+    [`~record.read_record`]. Results on data sets of the Hub are also written to `.eval_results/iclip.yaml`, which the
+    Hub reads.
 
     | `training` | `source` | the card describes |
     |---|---|---|
@@ -69,12 +69,13 @@ def write_model_card(
     Args:
         model, processor: model and processor that the card describes.
         folder: new folder of the model.
-        name (`str`, *optional*): name of the model, such as its Hub id. If not given, the title is the name of
-            `source`, or else of the folder, and the code names the folder.
+        name (`str`, *optional*): name of the model, such as its Hub id. If not given, the card uses the name of the
+            folder, and in the title that of `source` if `training` is None.
         source (`str` or `Path`, *optional*): folder or Hub id of a model with a record, or `"embedded"`.
         training (`dict`, *optional*): settings of the run by their names; its `data` lists names of training data.
         source_identity (`dict`, *optional*): identity, see [`~identity.identity`], of the model that the run loaded
-            from `source`. It is compared with that in the record of `source`, whose weights may have changed since.
+            from `source`. The record of `source` counts only as far as it has this identity, because the files may
+            have changed since.
         metrics ([`EvaluationResult`] or `dict`, *optional*): an evaluation of this model, or the content of its JSON
             file.
 
@@ -82,30 +83,31 @@ def write_model_card(
         `Path`: path of the card. Its front matter contains the results in the Hub's model-index format.
 
     Raises:
-        `ValueError`: `metrics` has no score of the card.
+        `ValueError`: `metrics` has none of the metrics that the card shows.
     """
     record = assemble_record(model, processor, source, training, source_identity)
     if metrics is not None:
         record["evaluation"] = card_results(metrics)
-    evaluation, folder_name = record.get("evaluation"), Path(folder).resolve().name
+    evaluation = record.get("evaluation")
+    folder_name = Path(folder).resolve().name
     title = name or (_name_of(source) if source and training is None else folder_name)
     name = name or folder_name
     tower_configs = [getattr(model.config, tower) for tower in ICLIPConfig.sub_configs]
     towers = [describe_tower(config) for config in tower_configs if config is not None]
-    figures = _figures(evaluation) if evaluation else []
+    results = _header_results(evaluation) if evaluation else []
     header = ModelCardData(
         **_licence(towers, record["data"]),
         base_model=[tower["id"] for tower in towers if tower["id"]] or None,
-        datasets=[data for data in record["data"] if is_hub_dataset(data)] or None,
-        metrics=["mmiou", "mfmb", "text_contrast"] if figures else None,
-        # Without figures, the name would be a key of the header.
-        **({"model_name": title, "eval_results": figures} if figures else {}),
+        datasets=[dataset for dataset in record["data"] if is_hub_dataset(dataset)] or None,
+        metrics=["mmiou", "mfmb", "text_contrast"] if results else None,
+        # Without results, `model_name` would be written as a key of the header.
+        **({"model_name": title, "eval_results": results} if results else {}),
     )
     values = _values(record, model, processor) | {"title": title, "name": name, "towers": towers}
     card = ModelCard.from_template(header, template_path=SHIPPED.with_name("model_card.md"), **values)
     files = {"README.md": f"{card}\n", RECORD: json.dumps(record, indent=2) + "\n"}
-    if figures and figures[0].dataset_type in _DATASET_IDS:
-        entries = eval_result_entries_to_yaml(_hub_results(evaluation["protocol"], figures))
+    if results and results[0].dataset_type in _DATASET_IDS:
+        entries = eval_result_entries_to_yaml(_hub_results(evaluation["protocol"], results))
         files[HUB_RESULTS] = yaml.safe_dump(entries, sort_keys=False)
     for file, content in files.items():
         with atomic_write(Path(folder, file)) as temporary:
@@ -171,21 +173,22 @@ def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
     return {"protocol": protocol, "conditions": conditions, "rows": rows}
 
 
-def _figures(evaluation: Mapping) -> list[EvalResult]:
+def _header_results(evaluation: Mapping) -> list[EvalResult]:
     """
-    Returns the figures for the header of the card; none if they are of a part of the images, or of custom images or
-    class names.
+    Returns the results for the header of the card. There are none if a part of the images was measured, or if images
+    or class names are the user's own.
     """
     protocol, data = evaluation["protocol"], evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
     conditions = {name: value for name, value in protocol.items() if value and name not in ("dataset", "own_data")}
-    figures, first_method = [], next(iter(evaluation["results"]), None)
+    results = []
+    first_method = next(iter(evaluation["results"]), None)
     for method, by_metric in evaluation["results"].items():
         for metric, scores in by_metric.items():
-            if metric == "mAP" and method != first_method:  # mAP is the same for all methods
+            if metric == "mAP" and method != first_method:  # the mAP of all methods is the same
                 continue
-            figure = EvalResult(
+            result = EvalResult(
                 task_type="zero-shot-image-classification",
                 task_name="Image-text similarity maps",
                 dataset_type=data["name"],
@@ -198,20 +201,20 @@ def _figures(evaluation: Mapping) -> list[EvalResult]:
                 metric_value=round(scores[metric.lower()], DIGITS[metric]),
                 metric_args={"floor": round(scores["floor"], 2)} if "floor" in scores else None,
             )
-            figures.append(figure)
-    return figures
+            results.append(result)
+    return results
 
 
-def _hub_results(protocol: Mapping, figures: list[EvalResult]) -> list[EvalResultEntry]:
-    """Returns figures in the Hub's newer format, which fills the table on the page of a data set."""
+def _hub_results(protocol: Mapping, results: list[EvalResult]) -> list[EvalResultEntry]:
+    """Returns results in the Hub's newer format, which fills the table on the page of a data set."""
     data = protocol["dataset"]
     notes = f"{data['images']} images of {data['split']}"
     notes += ", refined maps" if protocol.get("refine") else ""
     notes += ", at two scales" if protocol.get("multi_scale") else ""
     dataset_id = _DATASET_IDS[data["name"]]
     return [
-        EvalResultEntry(dataset_id, f"{figure.metric_config}_{figure.metric_type}", figure.metric_value, notes=notes)
-        for figure in figures
+        EvalResultEntry(dataset_id, f"{result.metric_config}_{result.metric_type}", result.metric_value, notes=notes)
+        for result in results
     ]
 
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
+# The metrics that the card shows, with their number of decimals.
 DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
 # Terms of training data by their Hub id. `restricted` marks data that are not free for every use. Data of the embedded
 # model are in its `data.yaml`.
@@ -50,10 +51,10 @@ def read_record(source: str | Path) -> dict:
     Returns:
         `dict` with
 
-        - **training**: settings of the run that made the weights; empty for towers that were joined and not trained,
+        - **training**: settings of the run that made the weights; empty if the towers were joined and not trained,
           None if the run is not recorded
-        - **data**: `terms` of each training data set of this and earlier runs by its name, and whether it is
-          `restricted`
+        - **data**: the training data sets of this and earlier runs by their names, each with its `terms` and, if they
+          restrict its use, `restricted`
         - **evaluation** (*optional*): protocol and results, see [`card_results`]
         - **identity** (*optional*): identity of the model, see [`~identity.identity`]
     """
@@ -109,8 +110,8 @@ def _valid_record(
 ) -> dict:
     """
     Returns the record of `source` as far as it is valid. The identity in the record is compared with that of the model
-    or, after a training, with `source_identity`, which was computed before it. If any part differs, the record loses
-    its results. If the weights differ, it also loses the settings of its training.
+    or, if given, with `source_identity`, which was computed before a training. If any part differs, the results are
+    left out. If the weights differ, the settings of the training are left out, too.
     """
     record = read_record(source)
     differing = changed_model(record["identity"], model, processor, source_identity) if "identity" in record else []
@@ -131,7 +132,7 @@ def card_results(evaluation: EvaluationResult | Mapping) -> dict:
         for method, scores in evaluation["results"].items()
     }
     if not any(results.values()):
-        raise ValueError(f"Expected results of {', '.join(DIGITS)}, which `iclip evaluate` measures, but got none.")
+        raise ValueError(f"Expected results of {', '.join(DIGITS)}, but got none: run `iclip evaluate`.")
     card_protocol = {name: protocol[name] for name in _PROTOCOL if name in protocol}
     settings = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
     card_protocol["metrics"] = {
@@ -142,7 +143,10 @@ def card_results(evaluation: EvaluationResult | Mapping) -> dict:
 
 
 def _card_data(protocol: Mapping) -> tuple[dict, bool]:
-    """Returns what the card shows of the data, and whether they are other data in the layout of a known data set."""
+    """
+    Returns what the card shows of the data, and whether images or class names are the user's own, in the layout of a
+    known data set.
+    """
     data = {name: protocol["dataset"][name] for name in _DATASET}
     layout = DATASETS.get(data["name"])
     if layout is None or not layout.split_sizes:
@@ -150,4 +154,4 @@ def _card_data(protocol: Mapping) -> tuple[dict, bool]:
     classes, split_size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
     if data["images_in_split"] > split_size or tuple(protocol["class_names"]) != tuple(classes):
         return data, True
-    return {**data, "images_in_split": split_size}, False  # the folder may hold a part of the split only
+    return {**data, "images_in_split": split_size}, False  # the folder may hold only a part of the split

@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
-    """Returns the folder of converted models and indexes: `$ICLIP_CACHE`, or `iclip_hf` in `~/.cache`."""
+    """
+    Returns the folder of converted models and indexes: `$ICLIP_CACHE` or, if it is not set, `iclip_hf` in
+    `$XDG_CACHE_HOME` or `~/.cache`.
+    """
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "iclip_hf")
     return Path(os.environ.get("ICLIP_CACHE") or default).expanduser()
 
@@ -30,8 +33,8 @@ def keep_in_cache(path: Path, write: Callable[[Path], object]) -> None:
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """
-    Fills a model folder with `build`, unless it is complete. If several processes fill it, the first to finish wins.
-    Raises `FileExistsError` if the folder has files but is incomplete.
+    Fills a model folder with `build`, unless it is complete, and returns it. If several processes fill it at once, the
+    result of the first one stays. Raises `FileExistsError` if the folder has files but is incomplete.
     """
     files = [folder / "model.safetensors", folder / "config.json"]
     if not all(map(Path.is_file, files)):
@@ -39,6 +42,6 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
             with atomic_folder(folder) as built:
                 build(built)
         except OSError:
-            if not all(map(Path.is_file, files)):  # otherwise another process built the same folder first
+            if not all(map(Path.is_file, files)):  # otherwise another process was first
                 raise
     return folder

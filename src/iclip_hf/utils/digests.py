@@ -9,14 +9,14 @@ from collections.abc import Iterable, Sequence
 from .prefetch import ThreadPool, prefetch_map
 
 
-LARGE = 2**30  # bytes; the digest of more data is of sizes and times instead of the content
+LARGE = 2**30  # bytes; larger data are identified by sizes and times instead of the content
 
 
 def content_digest(files: Sequence[str | os.PathLike], read: bool = True) -> str:
     """
     Returns 16 hex digits over names and content of files, in the given order. Names are relative to the innermost
-    folder that holds all files. A file that cannot be read counts as absent. Without `read`, the digest is of size and
-    modification time instead of the content.
+    folder that holds all files. A file that cannot be read counts as absent. Without `read`, sizes and modification
+    times replace the content.
     """
     if not files:
         return ""
@@ -31,7 +31,7 @@ def content_digest(files: Sequence[str | os.PathLike], read: bool = True) -> str
 
 
 def total_size(files: Iterable[str | os.PathLike]) -> int:
-    """Returns the total size of files in bytes. Absent files have none."""
+    """Returns the total size of files in bytes. Absent files count as 0."""
     return sum(os.path.getsize(file) for file in files if os.path.exists(file))
 
 
@@ -47,7 +47,7 @@ def file_digest(file: str | os.PathLike) -> bytes | None:
         with open(file, "rb", buffering=0) as opened:
             while chunk := opened.read(1 << 20):
                 digest.update(chunk)
-    except (OSError, ValueError):  # a name in a table may hold any characters
+    except (OSError, ValueError):  # `ValueError` for a name in a table with a null character
         return None
     return digest.digest()
 

@@ -1,4 +1,4 @@
-"""Helpers for runs of several processes under `accelerate launch`: state and agreement."""
+"""Helpers for runs of several processes under `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def broadcast_from_main(value: Value) -> Value:
 
 
 def gathered_lists(values: list[Value]) -> list[Value]:
-    """Returns the values of all processes on all of them. Every process must call this."""
+    """Returns the joined lists of all processes on all processes. Every process must call this."""
     from accelerate.utils import gather_object
 
     return gather_object(values)

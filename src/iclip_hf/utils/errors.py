@@ -25,18 +25,18 @@ def writing_errors(path: Path) -> Iterator[None]:
 
 
 def is_writing_error(error: Exception) -> bool:
-    """Returns whether an error may be of a full disk or missing permissions, also as libraries raise it."""
+    """Returns whether a full disk or missing permissions may be the cause of an error, whatever library raised it."""
     if isinstance(error, (OSError, SafetensorError)):
         return True
-    # Torch's file writer says the first, and tokenizers the second, in a plain `Exception`.
+    # Torch's file writer and tokenizers raise other types, with these texts.
     return "inline_container" in str(error) or "(os error " in str(error)
 
 
 @contextmanager
 def loading_errors(name: str | Path, cure: str = "correct the name, or download it again") -> Iterator[None]:
     """
-    Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` with one message. The
-    `ImportError` of a missing package stays.
+    Converts any exception of loading, such as `KeyError`, into a `ValueError` or `OSError` whose message has the
+    problem and the cure. The `ImportError` of a missing package stays.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def loading_errors(name: str | Path, cure: str = "correct the name, or download 
             f"{name}: there is no such folder, and the Hub cannot be reached; check the name or the connection."
         ) from error
     except Exception as error:
-        if isinstance(error, ImportError) or str(error).startswith(f"{name}: "):  # it says what to do
+        if isinstance(error, ImportError) or str(error).startswith(f"{name}: "):  # these errors say what to do
             raise
         problem = f"loading failed ({' '.join(str(error).split()) or type(error).__name__})"
         if "ignore_mismatched_sizes" in problem:  # the details are in a log that the commands disable

@@ -11,13 +11,14 @@ from importlib.metadata import PackageNotFoundError, requires
 @contextmanager
 def require_extra(name: str) -> Iterator[None]:
     """
-    Wraps imports of the optional packages of an extra. The `ImportError` for a missing one names the command that
-    installs all.
+    Wraps imports of the packages of an extra. If one is missing, the `ImportError` names the command that installs all
+    of them.
     """
     try:
         yield
     except ModuleNotFoundError as error:
-        package, packages = error.name.partition(".")[0], []
+        package = error.name.partition(".")[0]
+        packages = []
         with suppress(PackageNotFoundError):
             for requirement in requires("iclip-hf") or ():
                 specification, _, marker = requirement.partition(";")

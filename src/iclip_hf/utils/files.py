@@ -21,8 +21,8 @@ from .errors import is_writing_error, writing_errors
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
     Checks the files that a command will write, before its work. Raises `FileExistsError` if one of them is a folder,
-    is an input or lies in one, and `PermissionError` if its folder cannot be written. Inputs are files and folders;
-    other names and None do not count.
+    is an input or lies in one, and `PermissionError` if its folder cannot be written. Inputs may be files and folders;
+    None and names that do not exist are ignored.
     """
     inputs = [*filter(None, inputs)]
     for path in map(Path, outputs):
@@ -37,12 +37,12 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
 
 def check_outside(output: str | os.PathLike, source: str | os.PathLike) -> None:
     """
-    Raises `FileExistsError` if an output is the file or folder `source`, or lies in it, also by symbolic links, or by
-    another case where `A.jpg` and `a.jpg` are one file.
+    Raises `FileExistsError` if an output is the file or folder `source`, or lies in it. Symbolic links are followed.
+    `A.jpg` and `a.jpg` count as one file where the file system treats them as one.
     """
     path = Path(os.path.realpath(output))
-    places = filter(os.path.exists, (path, *path.parents))
-    if os.path.exists(source) and any(os.path.samefile(place, source) for place in places):
+    existing = filter(os.path.exists, (path, *path.parents))
+    if os.path.exists(source) and any(os.path.samefile(file, source) for file in existing):
         raise FileExistsError(f"{output}: this output would change the input {source}; name another.")
 
 
@@ -63,15 +63,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     with _temporary_file(path) as temporary:
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # only the owner can read what safetensors writes
+        temporary.chmod(mode)  # safetensors lets only the owner read
         os.replace(temporary, path)
 
 
 def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda temporary: None) -> Path:
     """
     Writes a file whose name the program chose, by default an empty one. `write` writes to a temporary path, which then
-    gets the [`free_name`] of `path`. Returns this name. So no file is replaced that the user did not name, also if
-    several processes choose the same name at once.
+    gets the [`free_name`] of `path`. Returns this name. No file is replaced, even if several processes choose the same
+    name at once.
     """
     with _temporary_file(Path(path)) as temporary:
         write(temporary)
@@ -84,10 +84,8 @@ def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda 
 
 
 def write_image(image, path: Path, **kwargs) -> None:
-    """
-    Writes a PIL image. `kwargs` are arguments of `Image.save`, with the format. Pillow itself raises no error if a
-    disk is full before the end of a JPEG file.
-    """
+    """Writes a PIL image. `kwargs` are arguments of `Image.save`, among them the format."""
+    # Pillow's own writing raises no error if the disk is full before the end of a JPEG file.
     content = io.BytesIO()
     image.save(content, **kwargs)
     path.write_bytes(content.getbuffer())
@@ -95,7 +93,7 @@ def write_image(image, path: Path, **kwargs) -> None:
 
 @contextmanager
 def _temporary_file(path: Path) -> Iterator[Path]:
-    """Yields an empty temporary file beside `path`, which is deleted at the end, and creates its folder."""
+    """Creates the folder of `path`, and yields an empty temporary file in it, which is deleted at the end."""
     with writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary_path(path)
@@ -107,7 +105,7 @@ def _temporary_file(path: Path) -> Iterator[Path]:
 
 
 def _temporary_path(path: Path) -> Path:
-    """Returns a new hidden path beside a file or folder, also if its name has the greatest length."""
+    """Returns a new hidden path beside a file or folder. Its name is short enough for any file system."""
     return path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
@@ -115,10 +113,11 @@ def _temporary_path(path: Path) -> Path:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Raises `FileExistsError` unless an output folder is new or empty, and not named like the embedded model."""
+    """Raises `FileExistsError` if an output folder holds files, or has the name of the embedded model."""
     if str(folder) == "embedded":
         raise FileExistsError(f"{folder}: this is the name of the embedded model; name another folder.")
-    if names := [path.name for path in folder.iterdir()] if folder.exists() else []:
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if names:
         raise FileExistsError(
             f"{folder}: this folder holds other files, such as {min(names)}; name a new or empty one."
         )
@@ -127,9 +126,9 @@ def check_new_folder(folder: Path) -> None:
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """
-    Yields a temporary folder of the same name; renamed to `folder` on success, deleted on error. An existing empty
-    folder stays the same folder, because it may be a mount point or the working directory of a shell: its content is
-    renamed. Raises what [`check_new_folder`] raises.
+    Yields a temporary folder of the same name; renamed to `folder` on success, deleted on error. If `folder` exists,
+    the content is moved into it instead, because it may be a mount point or the working directory of a shell. Raises
+    what [`check_new_folder`] raises.
     """
     folder = Path(os.path.realpath(folder))
     check_new_folder(folder)
@@ -139,14 +138,14 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     built.mkdir(parents=True)
     try:
         yield built
-        mode = built.stat().st_mode & 0o666  # as any new file has; only the owner can read what safetensors writes
+        mode = built.stat().st_mode & 0o666  # as of any new file; safetensors lets only the owner read
         for path in built.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 path.chmod(mode)
         if not exists:
             os.replace(built, folder)
             return
-        # The configuration last: without it no part of a model loads.
+        # The configuration is moved last, because a model does not load without it.
         for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
     except Exception as error:

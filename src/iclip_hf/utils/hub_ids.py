@@ -5,16 +5,16 @@ import re
 from pathlib import Path
 
 
-# Usual first folders of relative paths, on this machine or another one.
+# Usual first folders of relative paths. Such a path, also one of another machine, is no Hub id.
 _USUAL_FOLDERS = ("runs", "data")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether this can name a repository of the Hub, `org/name`: it is no file and no folder here."""
-    is_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
-    return is_form and os.path.dirname(name) not in _USUAL_FOLDERS and not os.path.exists(name)
+    """Returns whether a name can be a repository of the Hub, `org/name`, and is no file or folder here."""
+    has_form = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return has_form and os.path.dirname(name) not in _USUAL_FOLDERS and not os.path.exists(name)
 
 
 def public_name(name: str) -> str:
-    """Returns a Hub id unchanged, and the last part of a path, which says nothing of this machine."""
+    """Returns a Hub id unchanged, and only the last part of a path, because its folders may name the user."""
     return name if is_hub_id(name) else Path(name).name

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """
-    Makes `__getattr__` and `__dir__` of a package (PEP 562) that import a name's module on first access. `modules`
-    maps names to modules relative to the package, such as `".pairs"`.
+    Returns `__getattr__` and `__dir__` of a package (PEP 562), which import the module of a name on first access.
+    `modules` maps names to modules relative to the package, such as `".pairs"`.
     """
 
     def __getattr__(name: str) -> object:

@@ -8,7 +8,7 @@ from pathlib import Path
 from .hub_ids import is_hub_id
 
 
-# Keys of the path or Hub id that a configuration or tokenizer was loaded from.
+# Keys whose value is the path or Hub id that a configuration or tokenizer was loaded from.
 _SOURCES = ("_name_or_path", "name_or_path")
 
 

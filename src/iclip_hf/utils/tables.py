@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool = False) -> list[str]:
     """
-    Returns the lines of a table with aligned columns, in Markdown or for a terminal: the first column on the left, the
-    others on the right. Columns of empty cells are left out.
+    Returns the lines of a table with aligned columns, in Markdown or for a terminal. For a terminal, the first column
+    is aligned left and the others right. Columns whose cells are all empty are left out.
     """
     columns = [[*column] for column in zip(headings, *rows) if any(column[1:])]
     if markdown:

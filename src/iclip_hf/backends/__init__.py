@@ -1,5 +1,5 @@
 """
-Models that explain. This module checks their names without torch, so that the help of a command does not load it.
+Models that explain. This module checks their names without torch, so that the help of a command does not load torch.
 """
 
 import json
@@ -24,7 +24,7 @@ MODEL_TYPES = {
     "chinese_clip": "ExplainableCLIP",
     "vision-text-dual-encoder": "ExplainableDualEncoder",
 }
-# Models of images and texts that cannot be explained, and why: by `model_type`, or "timm" and the class of the tower.
+# Why other models of images and texts cannot be explained: by `model_type`, or "timm" and the image tower's class.
 REFUSED = {
     "align": "its image tower, EfficientNet, has neither a class token nor attention",
     "blip": "the checkpoints of BLIP lack the projections of BlipModel",
@@ -40,9 +40,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     """
-    Checks and returns the name of a model: `"embedded"`, a folder, or a Hub id, which loading checks further. Raises
-    `FileNotFoundError` for any other name, and `OSError` or `ValueError` for a folder that has no readable config.json
-    or a model of none of these types.
+    Checks and returns the name of a model: `"embedded"`, a folder, or a Hub id. Only loading checks that a Hub id
+    exists. Raises `FileNotFoundError` for any other name, and `OSError` or `ValueError` for a folder without a
+    readable config.json, or with a model whose type is not one of `types`.
     """
     if name == "embedded":
         return name
@@ -61,16 +61,16 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
                     f"{name}: this folder holds an adapter, not a model; load it with peft, and give `iclip_hf.load` "
                     "the tuple (model, processor)."
                 )
-            unfinished = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
-            instead = f"resume its training, or take {unfinished[-1]}" if unfinished else "check the path"
-            raise FileNotFoundError(f"{name}: there is no model, because it has no config.json; {instead}.")
+            checkpoints = sorted(Path(name).glob("checkpoint-*"), key=os.path.getmtime)
+            cure = f"resume its training, or take {checkpoints[-1]}" if checkpoints else "check the path"
+            raise FileNotFoundError(f"{name}: there is no model, because this folder has no config.json; {cure}.")
         model_type = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("model_type")
         check_model_type(name, model_type, types)
     return name
 
 
 def check_model_type(name: str | Path, model_type: str | None, types: Collection[str]) -> None:
-    """Raises `ValueError` unless the type of a model is one of these."""
+    """Raises `ValueError` unless the type of a model is one of `types`."""
     if model_type not in types:
         if model_type in REFUSED and types is MODEL_TYPES:
             raise ValueError(f"{name}: a model of type {model_type} cannot be explained: {REFUSED[model_type]}.")

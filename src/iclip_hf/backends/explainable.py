@@ -1,4 +1,4 @@
-"""The interface of loaded models that explain, and of those whose layers can be recorded."""
+"""The interfaces of all loaded models, and of loaded models whose layers can be recorded."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from .recording import AttentionLayer, AttentionRecord, prepare, private_copy, r
 
 class ExplainableModel(ABC):
     """
-    A loaded model with its processor, which explanations, evaluations and analyses take. [`load`] returns one.
+    A loaded model with its processor, for explanations, evaluations and analyses. [`load`] returns one.
 
     Attributes:
-        network: the model itself. A model of PyTorch is a private copy that shares the weights of the given one.
+        network: the model itself; for PyTorch a private copy, which shares the weights of the given model.
         processor ([`ICLIPProcessor`]): prepares `pixel_values` of whole images, without a crop.
         pools_patches (`bool`): whether the score is computed from a vector that is pooled from patch tokens. Otherwise
-            it depends on the output of one query of the last attention, which is that of the class token or of a
-            pooling head.
-        reads_features (`bool`): whether the score is computed from the feature tower of an ICLIP model alone.
-        has_attention (`bool`): whether the image is pooled by attention, or from tokens that have passed one.
-        default_method (`str`): the method that `method=None` stands for, which shows where a text is for this kind of
-            model. docs/methods.md says why.
+            it is computed from the output of one query of the last attention layer: the query of the class token or of
+            a pooling head.
+        reads_features (`bool`): whether the score is computed from the feature tower alone, which only ICLIP models
+            have.
+        has_attention (`bool`): whether the image tower has attention, in its blocks or in its pooling.
+        default_method (`str`): the method for `method=None`. It shows where a text is for this kind of model.
+            docs/methods.md has the reasons.
     """
 
     pools_patches = False
@@ -46,7 +47,7 @@ class ExplainableModel(ABC):
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Description of the model by digests of all that its numbers depend on, see [`~identity.identity`]."""
+        """Digests of everything that the numbers of the model depend on, see [`~identity.identity`]."""
         return identity(*self._given)
 
     @property
@@ -56,8 +57,9 @@ class ExplainableModel(ABC):
 
     def encode_texts(self, labels: Sequence[str], templates: str | Sequence[str] | None = None) -> ICLIPTextFeatures:
         """
-        Encodes T labels, averaged over the templates (the processor's if not given), as unit vectors `text_embeds` and
-        `map_text_embeds` of shape `(T, P)`. `["{}"]` takes the labels as they are.
+        Encodes T labels in each of the templates (the processor's if not given). Returns `text_embeds` and
+        `map_text_embeds`, unit vectors of shape `(T, P)`, averaged over the templates. With `["{}"]`, labels are taken
+        as they are.
         """
         return Engine(self, self.processor, templates=templates).encode(labels)
 
@@ -66,14 +68,14 @@ class ExplainableModel(ABC):
         return self.network.get_text_features(**inputs)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
-        """Encodes `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
+        """Encodes images `(B, 3, H, W)` as unit vectors of images `(B, P)` and of patches `(B, h, w, P)`."""
         return self.network.get_image_features(pixel_values)
 
     @abstractmethod
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         """
-        Encodes images. Returns their features, and the attention of the query that pools the patches, `(B, N)`. Where
-        the mean of the patches pools, it is the mean attention of all patches.
+        Encodes images. Returns their features, and the attention `(B, N)` of the query that pools the patches. If the
+        model pools by the mean of the patches, this is the mean attention of all patches.
         """
 
     def similarity_maps(self, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
@@ -94,7 +96,7 @@ class ExplainableModel(ABC):
 
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
-        Converts cosines to the probability that images show texts, float32 in [0, 1]. Returns None for a model that
+        Converts scores to the probability that images show texts, float32 in [0, 1]. Returns None for a model that
         was not trained with a sigmoid, see [`ICLIPModel.presence`].
         """
         return None
@@ -105,8 +107,8 @@ class RecordableModel(ExplainableModel):
     A model whose attention layers of the image tower can be recorded.
 
     Attributes:
-        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last. A
-            tower without attention has its pooling as the only layer.
+        layers (list of `AttentionLayer`): attention layers of the image tower in order; a pooling head is the last. In
+            a tower without attention, the pooling is the only layer.
     """
 
     def __init__(self, model: nn.Module, processor):
@@ -120,14 +122,14 @@ class RecordableModel(ExplainableModel):
         """Adds the attention layers in order."""
 
     def _add_layer(
-        self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None, calls_sdpa: bool = False
+        self, block: nn.Module, attention: nn.Module, *parts: nn.Module | None, calls_sdpa: bool = False
     ) -> None:
         """
-        Prepares the attention of a block to be recorded, see `prepare`. `layer` are the parts of its `AttentionLayer`
-        after the block.
+        Prepares the attention of a block to be recorded, see `prepare`. `parts` are the fields of its `AttentionLayer`
+        after `block`.
         """
         prepare(len(self.layers), block, attention, calls_sdpa)
-        self.layers.append(AttentionLayer(block, *layer))
+        self.layers.append(AttentionLayer(block, *parts))
 
     @property
     def device(self) -> torch.device:
@@ -147,18 +149,15 @@ class RecordableModel(ExplainableModel):
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        """
-        Projects patches of the stream that leaves the last block, `(B, N, D)`, into the space of the texts, `(B, N,
-        P)`.
-        """
+        """Projects patch tokens `(B, N, D)` that leave the last block into the space of the texts, `(B, N, P)`."""
 
     def join_features(
         self, stream: torch.Tensor, features: ICLIPImageFeatures, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """
-        Appends the tokens of a feature tower to a stream, for `project`: to the stream of the patches, `(B, N, D)`,
-        or of one mean token of each image, `(B, 1, D)`. These tokens are resized if the patches have another
-        `grid` than the image. A model without a feature tower returns the stream itself.
+        Appends the features of a feature tower to a stream, for `project`. The stream has the patch tokens `(B, N, D)`
+        or one mean token `(B, 1, D)` of each image. If its patches have another `grid` than `features`, the appended
+        features are resized. A model without a feature tower returns the stream itself.
         """
         return stream
 
@@ -188,7 +187,8 @@ class RecordableModel(ExplainableModel):
         self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False
     ) -> tuple[ICLIPImageFeatures, list[AttentionRecord]]:
         """Encodes images and records the attention layers from `start` on, see `record`."""
-        return record(lambda: self.get_image_features(pixel_values), range(len(self.layers))[start], grad, weights)
+        first = range(len(self.layers))[start]  # -1 is the last layer
+        return record(lambda: self.get_image_features(pixel_values), first, grad, weights)
 
 
 def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
@@ -203,8 +203,8 @@ def recordable(model: ExplainableModel, purpose: str) -> RecordableModel:
 
 def each_alone(head: Callable, tokens: torch.Tensor, length: int = 1) -> torch.Tensor:
     """
-    Applies a pooling head to each token `(B, N, D)`, as if all `length` tokens of an image were equal to it. So a head
-    that pools by attention gives all attention to this token. Returns `(B, N, P)`.
+    Applies a pooling head to each of the tokens `(B, N, D)` alone, as a sequence of `length` copies. A head that pools
+    by attention then gives all attention to this token. Returns `(B, N, P)`.
     """
     with unrecorded():
         pooled = head(tokens.flatten(0, 1).unsqueeze(1).expand(-1, length, -1))
@@ -214,16 +214,22 @@ def each_alone(head: Callable, tokens: torch.Tensor, length: int = 1) -> torch.T
 def check_side(pixel_values: torch.Tensor, side: int) -> None:
     """Raises `ValueError` unless images are squares of `side` pixels, the only size that some models take."""
     if pixel_values.shape[2:] != (side, side):
-        raise ValueError(f"This model takes images of {side}x{side} pixels, not {tuple(pixel_values.shape)}.")
+        height, width = pixel_values.shape[2:]
+        raise ValueError(
+            f"This model takes images of {side}x{side} pixels, not {height}x{width}: leave out the image size."
+        )
 
 
 def unit(features: torch.Tensor) -> torch.Tensor:
-    """Normalizes features to unit vectors, float32."""
+    """Normalises features to unit vectors, float32."""
     return normalize(features.float())
 
 
 def label_features(projected: torch.Tensor, num_templates: int) -> ICLIPTextFeatures:
-    """Averages the unit vectors of each label's prompts, `(T * num_templates, P)`, to unit vectors `(T, P)`."""
+    """
+    Normalises projected prompts `(T * num_templates, P)`, and averages the prompts of each label to a unit vector
+    `(T, P)`.
+    """
     embeds = average_prompts(unit(projected), num_templates)
     return ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds)
 

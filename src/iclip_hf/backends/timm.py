@@ -13,14 +13,14 @@ from .explainable import block_mlp, check_side, each_alone, unit
 from .open_clip import ExplainableOpenCLIP
 
 
-# Blocks whose parts are recorded.
+# Classes of the blocks that can be recorded.
 _BLOCKS = ("Block", "RelPosBlock", "EvaBlock", "EvaBlockPostNorm")
 
 
 class ExplainableTimm(ExplainableOpenCLIP):
     """
-    A transformer that pools by a class token, the mean of the patches, or an attention with a learned query. A patch
-    is projected into the space of the texts by the head, which gets a sequence of copies of this patch.
+    A transformer that pools by a class token, the mean of the patches, or an attention with a learned query. The
+    projection of a patch is the output of the head for a sequence of copies of this patch.
     """
 
     @property
@@ -53,9 +53,9 @@ class ExplainableTimm(ExplainableOpenCLIP):
         if (pool := getattr(self.trunk, "attn_pool", None)) is not None:
             self._add_attention(pool, pool, pool.proj)
 
-    def _add_attention(self, block: nn.Module, attention: nn.Module, *layer: nn.Module | None) -> None:
+    def _add_attention(self, block: nn.Module, attention: nn.Module, *parts: nn.Module | None) -> None:
         attention.fused_attn = True
-        self._add_layer(block, attention, *layer, calls_sdpa=True)
+        self._add_layer(block, attention, *parts, calls_sdpa=True)
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         check_side(pixel_values, self.side)
@@ -71,7 +71,7 @@ class ExplainableTimm(ExplainableOpenCLIP):
         return self.network.visual.head(self.trunk.forward_head(tokens))
 
     def _project_output(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Projects tokens after the final norm."""
+        """Projects tokens that leave the final norm."""
         return each_alone(self._head, tokens, 1 + getattr(self.trunk, "num_prefix_tokens", 0))
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -99,5 +99,5 @@ class ExplainableTimmMap(ExplainableTimm):
 
 
 def _head_on_tokens(head: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Applies the head to the positions of a feature map `(B, L, D)`. Their mean does not depend on their order."""
+    """Applies a head to the positions `(B, L, D)` of a feature map. Their order does not change their mean."""
     return type(head).forward(head, tokens.mT.unsqueeze(-1))

@@ -1,8 +1,8 @@
 """
 ICLIP: contrastive image-text models that explain themselves, for the Hugging Face ecosystem.
 
-Importing the package makes the Auto classes and `pipeline` know it. It does not import torch or Transformers: names
-are imported on first access, and the classes are registered as soon as Transformers is imported.
+Importing the package imports neither torch nor Transformers. Names of the package are imported on first access, and
+its classes are registered with the Auto classes and `pipeline` as soon as Transformers is imported.
 """
 
 import importlib
@@ -54,41 +54,46 @@ __all__ = [*_MODULES]
 __getattr__, __dir__ = lazy_names(__name__, _MODULES)
 
 
-# Each registers its classes with the Auto classes, the last with `pipeline`.
-_REGISTERING = [f"{__name__}.model.{kind}_iclip" for kind in ("configuration", "modeling", "processing", "pipeline")]
-_OF_MODEL = [f"{__name__}.model.{file.stem}" for file in Path(__file__).parent.joinpath("model").glob("[!_]*.py")]
+# Each module registers its classes when it is imported: the last with `pipeline`, the others with the Auto classes.
+_REGISTERING_MODULES = [
+    f"{__name__}.model.{part}_iclip" for part in ("configuration", "modeling", "processing", "pipeline")
+]
+_MODEL_MODULES = [f"{__name__}.model.{file.stem}" for file in Path(__file__).parent.joinpath("model").glob("[!_]*.py")]
 
 
-def _register(imported) -> None:
+def _register(imported_module) -> None:
     """
-    Registers the classes. It is called after the import of Transformers, of its pipelines and of each module of the
-    model. The pipelines are slow to import, so they are not imported here. If a module of the model imports
-    Transformers, the registration waits for the end of this module.
+    Registers the classes. This hook runs after the import of Transformers, of its pipelines and of each module of
+    `model/`. It does not import Transformers' pipelines, which are slow to import. While another module of `model/` is
+    being imported, nothing is registered: the hook runs again after that module.
     """
-    started = [sys.modules[name] for name in _OF_MODEL if name in sys.modules]
-    if "transformers" not in sys.modules or any(
-        module.__spec__._initializing for module in started if module is not imported
-    ):
+    if "transformers" not in sys.modules:
+        return
+    model_modules = [sys.modules[name] for name in _MODEL_MODULES if name in sys.modules]
+    if any(module.__spec__._initializing for module in model_modules if module is not imported_module):
         return
     has_pipelines = hasattr(sys.modules.get("transformers.pipelines"), "PIPELINE_REGISTRY")
-    for name in _REGISTERING if has_pipelines else _REGISTERING[:-1]:
+    for name in _REGISTERING_MODULES if has_pipelines else _REGISTERING_MODULES[:-1]:
         importlib.import_module(name)
     if has_pipelines:
         importlib.import_module(".backends.embedded", __name__).set_as_default()
 
 
-def _draw_in_notebooks(module) -> None:
-    """Gives explanations their picture. Their module travels with exported models, so it knows no plots."""
+def _add_notebook_picture(explanation_module) -> None:
+    """
+    Makes notebooks show an [`Explanation`] as a picture. Its module travels with exported models, so it cannot import
+    `plots` itself.
+    """
 
-    def picture(explanation) -> bytes | None:
+    def notebook_png(explanation) -> bytes | None:
         from .plots.sheets import png
 
         return png(explanation)
 
-    module.Explanation._repr_png_ = picture
+    explanation_module.Explanation._repr_png_ = notebook_png
 
 
-register_post_import_hook(_draw_in_notebooks, f"{__name__}.model.explanation")
-# After Transformers as a whole, because its Auto classes are also imported in the middle of its other modules.
-for _name in ("transformers", "transformers.pipelines", *_OF_MODEL):  # called at once if it is imported already
+register_post_import_hook(_add_notebook_picture, f"{__name__}.model.explanation")
+# The hook waits for the whole of Transformers, because other modules of Transformers import its Auto classes midway.
+for _name in ("transformers", "transformers.pipelines", *_MODEL_MODULES):  # runs at once for imported modules
     register_post_import_hook(_register, _name)

@@ -1,3 +1,4 @@
 """
-The modules that travel with an exported model: `iclip export` copies them unchanged. They import only each other.
+The modules that travel with an exported model. `iclip export` copies them unchanged, so they import no other module of
+the package.
 """

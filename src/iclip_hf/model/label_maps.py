@@ -1,6 +1,7 @@
-"""The label map of an image, from the raw maps of any method."""
+"""Computes the label map of an image from the raw maps of any method."""
 
 from collections.abc import Sequence
+from itertools import compress, starmap
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,9 @@ from .presence import MIN_PRESENCE, is_present
 from .similarity import check_finite, min_max_normalize, resize_maps
 
 
-BACKGROUND_LABEL = -1  # label of a pixel that shows none of the texts
-# Weight of the logit of the presence beside the standardized map, chosen on the even images of ADE20K and COCO.
+BACKGROUND_LABEL = -1  # label of a pixel of the background
+# Weight of the logit of the presence; the standardized map has the weight 1. Chosen on the even images of ADE20K and
+# COCO.
 PRESENCE_WEIGHT = 0.1
 
 
@@ -20,7 +22,7 @@ class _Text(NamedTuple):
 
     index: int
     raw_map: torch.Tensor
-    offset: float  # the tenth of the logit of its presence
+    offset: float  # the weighted logit of its presence
     threshold: float | None
 
 
@@ -36,19 +38,20 @@ def label_map(
     """
     Assigns each pixel to one of the texts that are present, or to the background. Returns `(H, W)` int64: the index of
     the text, or [`BACKGROUND_LABEL`]. A text competes for the pixels of its mask. Where masks overlap, the text with
-    the highest sum of its standardized map and a tenth of the logit of its presence wins the pixel.
+    the highest sum wins the pixel: its standardized map plus a tenth of the logit of its presence.
 
     The standardized map is the mean of two. The first is standardized by the mean and the standard deviation of the
-    text's own map, the second by statistics of the maps of all present texts: their mean, and the root mean square of
-    their standard deviations. By the first alone, a small thing would win as many pixels as a large one. By the second
-    alone, a text whose cosines are higher everywhere would cover the others.
+    text's own map. The second is standardized by the maps of all present texts: by their mean, and by the root mean
+    square of their standard deviations. With the first alone, a small thing would win as many pixels as a large one.
+    With the second alone, a text whose cosines are higher everywhere would cover the others.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the result in pixels.
-        presence (`torch.Tensor` of shape `(T,)`, *optional*), min_presence (`float`): as for [`Explanation`].
+        presence (`torch.Tensor` of shape `(T,)`, *optional*), min_presence (`float`): as in [`Explanation`].
         threshold (`float` or T of them, *optional*): threshold of the masks; with None, a mask is the whole image.
-        background: indices of texts that describe the background. They compete, and their pixels are background.
+        background (list of `int`): indices of texts that describe the background. They compete like the others, and
+            the pixels that they win are background.
     """
     check_finite(raw_maps)
     thresholds = threshold if np.ndim(threshold) else [threshold] * len(raw_maps)
@@ -56,22 +59,22 @@ def label_map(
     if presence is not None:
         present = [is_present(value, min_presence) for value in presence.tolist()]
         offsets = (PRESENCE_WEIGHT * presence.float().clamp(1e-4, 1 - 1e-4).logit()).tolist()
-    winners = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
-    best = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
-    columns = zip(range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True)
-    texts = [_Text(*values) for values, is_shown in zip(columns, present, strict=True) if is_shown]
+    labels = torch.full(size, BACKGROUND_LABEL, device=raw_maps.device)
+    highest = torch.full(size, -torch.inf, dtype=torch.float32, device=raw_maps.device)
+    all_texts = starmap(_Text, zip(range(len(raw_maps)), raw_maps, offsets, thresholds, strict=True))
+    texts = list(compress(all_texts, present))
     # Each map is enlarged twice, one map at a time, so that the memory does not grow with the number of texts.
     moments = [torch.std_mean(resize_maps(text.raw_map, size), correction=0) for text in texts]
     stds, means = torch.tensor(moments, dtype=torch.float32).reshape(-1, 2).unbind(1)
     stds = stds.clamp(min=1e-12)
-    std_of_all = stds.square().mean().sqrt()
+    common_std = stds.square().mean().sqrt()
     for text, std, mean in zip(texts, stds, means):
         values = resize_maps(text.raw_map, size)
-        # The mean of all texts is left out: it is the same for each.
-        standardized = ((values - mean) / std + values / std_of_all) / 2 + text.offset
-        won = standardized > best
+        # The common mean is left out, because it is the same for each text.
+        sums = ((values - mean) / std + values / common_std) / 2 + text.offset
+        won = sums > highest
         if text.threshold is not None:
             won &= min_max_normalize(values) > text.threshold
-        winners.masked_fill_(won, BACKGROUND_LABEL if text.index in background else text.index)
-        best = torch.where(won, standardized, best)
-    return winners
+        labels.masked_fill_(won, BACKGROUND_LABEL if text.index in background else text.index)
+        highest = torch.where(won, sums, highest)
+    return labels

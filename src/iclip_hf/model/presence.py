@@ -13,7 +13,7 @@ from numbers import Real
 EVEN_PRIOR = 0.5
 # From this presence on, a text counts as shown; below, its mask is empty.
 MIN_PRESENCE = 0.5
-# From here on, a text is called present; between the two it is unsure.
+# From this presence on, a text is called present; between `MIN_PRESENCE` and this one, it is unsure.
 PRESENT = 0.8
 # Presence as words, see `presence_word`.
 ABSENT, UNSURE, SURE = "absent", "unsure", "present"
@@ -21,8 +21,8 @@ ABSENT, UNSURE, SURE = "absent", "unsure", "present"
 
 def at_prior(presence, prior: float):
     """
-    Converts presence, an array or tensor in [0, 1] at a prior of 0.5, to the prior `prior`, the fraction of the
-    texts that are shown (Bayes' rule).
+    Converts presence, an array or tensor in [0, 1], from a prior of 0.5 to the prior `prior` (Bayes' rule). The prior
+    is the probability that a text is shown, before the image is seen.
     """
     return presence * prior / (presence * prior + (1 - presence) * (1 - prior))
 
@@ -36,9 +36,9 @@ def check_priors(priors: Mapping[str, float]) -> None:
 
 def is_present(presence: float | None, min_presence: float = MIN_PRESENCE) -> bool:
     """
-    Returns whether a text counts as shown: its presence is at least `min_presence`, or is None because the model has
-    no presence. NaN counts as absent. Both are compared in double precision, as in JSON, so 0.7 in float32 is less
-    than 0.7.
+    Returns whether a text counts as shown: its presence is at least `min_presence`, or None because the model has no
+    presence. NaN counts as absent. The numbers are compared in double precision, so a presence of 0.7 in float32 is
+    less than a `min_presence` of 0.7.
     """
     return presence is None or presence >= min_presence
 
@@ -51,8 +51,8 @@ def check_min_presence(min_presence: float) -> None:
 
 def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> str | None:
     """
-    Returns `"absent"` for a presence below `min_presence`, `"present"` from 0.8 on, and otherwise `"unsure"`. Returns
-    None for None, which stands for a model without presence.
+    Returns `"absent"` for a presence below `min_presence`, otherwise `"present"` from 0.8 on and `"unsure"` below.
+    Returns None for None, which stands for a model without presence.
     """
     if value is None:
         return None
@@ -63,12 +63,12 @@ def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> st
 
 def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> str:
     """
-    Returns the word and the number of a presence, such as "present 0.93", or an empty string for None. If the rounded
-    number had another word, it is rounded down, so that 0.499 is "absent 0.49".
+    Returns the word and the number of a presence, such as "present 0.93", or an empty string for None. The number is
+    rounded down if the rounded number would have another word: 0.499 becomes "absent 0.49".
     """
-    word = presence_word(value, min_presence)
     if value is None:
         return ""
+    word = presence_word(value, min_presence)
     if presence_word(round(value, 2), min_presence) != word:
         value -= 0.005
     return f"{word} {value:.2f}"

@@ -32,12 +32,12 @@ NAMED_TEMPLATES = {"imagenet": IMAGENET_TEMPLATES}
 
 def split_texts(texts: str | Sequence[str]) -> list[str]:
     """
-    Splits a string into texts: at line breaks if it has several lines, otherwise at commas, where `\\,` is a comma
-    within a text. Items of a list are not split. Raises `ValueError` for another type, also for a `dict` of texts with
-    priors, which only `explain` and [`Engine.run`] take.
+    Splits a string into texts: at line breaks if it has several lines, otherwise at commas. `\\,` is a comma within a
+    text. Items of a list are not split. Raises `ValueError` for other types, such as a `dict` of texts and priors,
+    which only `explain` and [`Engine.run`] take.
     """
     if isinstance(texts, Mapping):
-        raise ValueError("Texts are a list here; priors of texts are taken by iclip_hf.explain alone.")
+        raise ValueError("Texts are a list here: only iclip_hf.explain takes priors of texts.")
     if not isinstance(texts, Iterable):
         raise ValueError(f"Texts are a string or a list of strings, not {texts!r:.100}.")
     if not isinstance(texts, str):
@@ -48,7 +48,8 @@ def split_texts(texts: str | Sequence[str]) -> list[str]:
 
 def check_text(text: str) -> str:
     """
-    Returns a text. Raises `ValueError` unless it is a string of valid Unicode with a character other than white space.
+    Returns the text. Raises `ValueError` unless it is a string of valid Unicode with a character that is not white
+    space.
     """
     if not isinstance(text, str):
         raise ValueError(f"A text is a string, not {text!r:.100}.")
@@ -60,15 +61,15 @@ def check_text(text: str) -> str:
 
 def check_templates(templates: str | Sequence[str]) -> list[str]:
     """
-    Returns templates as a list. A name of `NAMED_TEMPLATES` stands for its templates. Raises `ValueError` unless each
-    has exactly one `{}`.
+    Returns templates as a list. A name in `NAMED_TEMPLATES` is replaced by its templates. Raises `ValueError` unless
+    each template has exactly one `{}`.
     """
     is_list = isinstance(templates, Sequence) and not isinstance(templates, str)
     templates = list(templates) if is_list else [templates]
     for name, named in NAMED_TEMPLATES.items():
         if templates == [name]:
             return list(named)
-    if not templates or any(not isinstance(text, str) or text.count("{}") != 1 for text in templates):
+    if not templates or any(not isinstance(item, str) or item.count("{}") != 1 for item in templates):
         names = list(NAMED_TEMPLATES)
         raise ValueError(
             f'A template has one {{}}, such as "a photo of the {{}}", or is one of {names}, not {templates}.'

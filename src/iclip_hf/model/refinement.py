@@ -22,9 +22,9 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
 
     The maps are enlarged to half the image's height and width (bicubic). Then each cell is replaced 10 times by the
     weighted mean of its 24 neighbours in the 3x3 neighbourhoods with the dilations 1, 2 and 4. The weights of the
-    neighbours j of cell i are the softmax of the mean over the channels of -|I_i - I_j| / (0.3 s_i). I is the image,
-    and s_i is the standard deviation of the channel over i and its neighbours. Cells beyond the edge of the image
-    repeat the nearest cell inside.
+    neighbours j of cell i are the softmax of -d_ij, where d_ij is the mean of |I_i - I_j| / (0.3 s_i) over the
+    channels. I is the image at the size of the maps, and s_i is the standard deviation of the channel over i and its
+    neighbours. Cells beyond the edge of the image repeat the nearest cell inside.
     """
     images = F.avg_pool2d(pixel_values.float(), CELL)
     low = raw_maps.float().amin((-2, -1), keepdim=True)
@@ -40,25 +40,25 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     return maps.add_(low)
 
 
-def affinity(image: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
+def affinity(images: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
     """
-    Computes the weights of the N neighbours of each cell of images `(B, C, H, W)`, 8 for each dilation, see
-    [`refine_maps`]. Returns `(N, B, 1, H, W)`. The standard deviation is over the neighbours and the cell itself,
-    which counts `centers` times.
+    Computes the weights of the neighbours of each cell of images `(B, C, H, W)`, see [`refine_maps`]. Returns
+    `(N, B, 1, H, W)` for N neighbours, 8 for each dilation. The standard deviation is over the neighbours and the cell
+    itself, which counts `centers` times.
     """
-    near = list(_neighbours(image, dilations))
-    num_cells = len(near) + centers
-    mean = (centers * image + sum(near)) / num_cells
-    variance = centers * (image - mean).square()
-    difference = torch.empty_like(image)  # one for all neighbours, because new memory takes longer than the sums
-    for cells in near:
-        torch.sub(cells, mean, out=difference)
-        variance.addcmul_(difference, difference)
-    # Cells of one colour have the deviation 0. The smallest number gives them equal weights.
-    scale = spread * (variance / (num_cells - 1)).sqrt() + torch.finfo(image.dtype).tiny
-    weights = image.new_empty(len(near), len(image), 1, *image.shape[2:])
-    for weight, cells in zip(weights, near):
-        torch.sub(cells, image, out=difference).abs_().div_(scale)
+    neighbours = list(_neighbours(images, dilations))
+    num_cells = len(neighbours) + centers
+    mean = (centers * images + sum(neighbours)) / num_cells
+    squares = centers * (images - mean).square()
+    difference = torch.empty_like(images)  # one for all neighbours, because new memory takes longer than the sums
+    for neighbour in neighbours:
+        torch.sub(neighbour, mean, out=difference)
+        squares.addcmul_(difference, difference)
+    # Where all cells have one colour, the deviation is 0. The smallest number then gives them equal weights.
+    scale = spread * (squares / (num_cells - 1)).sqrt() + torch.finfo(images.dtype).tiny
+    weights = images.new_empty(len(neighbours), len(images), 1, *images.shape[2:])
+    for weight, neighbour in zip(weights, neighbours):
+        torch.sub(neighbour, images, out=difference).abs_().div_(scale)
         torch.mean(difference, 1, keepdim=True, out=weight)
     # A softmax. The nearest neighbour is at most five deviations away, so not all numbers are 0 after `exp`.
     weights.neg_().exp_()
@@ -76,13 +76,13 @@ def propagate(maps: torch.Tensor, weights: torch.Tensor, dilations: Sequence[int
 
 
 def _neighbours(cells: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Yields the values of `(B, C, H, W)` cells at each neighbour, of the same shape."""
+    """Yields, for each neighbour, its value at every cell of `(B, C, H, W)`, in the same shape."""
     reach = max(dilations)
     height, width = cells.shape[-2:]
     padded = F.pad(cells, (reach,) * 4, mode="replicate")
     for dilation in dilations:
-        for row in (-dilation, 0, dilation):
-            for column in (-dilation, 0, dilation):
-                if row or column:
-                    top, left = reach + row, reach + column
+        for dy in (-dilation, 0, dilation):
+            for dx in (-dilation, 0, dilation):
+                if dy or dx:
+                    top, left = reach + dy, reach + dx
                     yield padded[..., top : top + height, left : left + width]

@@ -1,6 +1,6 @@
 """
-Tilings: how prepared images are divided into views, the whole or windows of it, and how their maps and scores are
-joined.
+Tilings. A tiling divides a prepared image into views, the whole image or windows, and joins the maps and the scores of
+the views.
 """
 
 from __future__ import annotations
@@ -14,37 +14,40 @@ from torch.nn import functional as F
 from .similarity import resize_maps
 
 
-# Sharpness of the smooth maximum of the scores of windows. It is near the scale of logits, so this is nearly the mean
-# of the odds.
+# Sharpness of the smooth maximum of the windows' scores. It is close to the scale of the model's logits, so the smooth
+# maximum nearly averages the odds of the windows.
 WINDOW_SHARPNESS = 20.0
 
 
 class WholeImage:
     """The tiling with one view, the whole prepared image. Other tilings derive from it."""
 
-    def size(self, usual: dict[str, int]) -> dict[str, int]:
-        """Returns the size that images are prepared in, so that their views have the usual size."""
-        return usual
+    def size(self, view_size: dict[str, int]) -> dict[str, int]:
+        """Returns the size that images are resized to, so that their views have the size `view_size`."""
+        return view_size
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Returns the pixel values of each view of images `(B, 3, H, W)`."""
         return [pixel_values]
 
     def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-        """Joins the raw maps `(B, T, h, w)`, float32, of the views of prepared images of a size in pixels."""
+        """
+        Joins the raw maps of the views, `(B, T, h, w)` each, float32. `size` is the height and width of the prepared
+        images in pixels.
+        """
         return maps[0]
 
     def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Joins the cosines `(B, T)` of texts and each view."""
+        """Joins the cosines of the views with the texts, `(B, T)` each."""
         return cosines[0]
 
 
 class TwoScales(WholeImage):
     """
-    Ten views at two scales: the whole image, and nine windows of the same size on the image at twice its height and
+    Ten views at two scales: the whole image, and nine windows of the same size in the image at twice this height and
     width. Neighbouring windows overlap by half. The value of a patch is the mean of both scales. The weight of a
-    window falls towards its edges, so that there are no seams. The score is the mean of two scores: of the whole
-    image, and log mean exp(20 s) / 20 over the scores s of the windows.
+    window falls towards its edges, so that the map has no seams. The score is the mean of the score of the whole image
+    and log(mean(exp(20 s))) / 20, where s are the scores of the windows.
 
     Args:
         patch_size (`int`): side of a patch in pixels.
@@ -53,8 +56,8 @@ class TwoScales(WholeImage):
     def __init__(self, patch_size: int):
         self.patch_size = patch_size
 
-    def size(self, usual: dict[str, int]) -> dict[str, int]:
-        return {name: 2 * side for name, side in usual.items()}
+    def size(self, view_size: dict[str, int]) -> dict[str, int]:
+        return {name: 2 * side for name, side in view_size.items()}
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         size = pixel_values.shape[2:]
@@ -83,8 +86,8 @@ def sliding_windows(
     size: tuple[int, int], window: tuple[int, int], stride: tuple[int, int]
 ) -> list[tuple[slice, slice]]:
     """
-    Returns the rows and the columns of each window that slides over an image of size (H, W). The last window of a row
-    or column ends at the image's edge, and a window is never larger than the image.
+    Returns the slices along height and width of each window that slides over an image of `size` (H, W). The last
+    windows end at the image's edge. Slices of an image that is smaller than the window end beyond its edge.
     """
     last_starts = (max(side - length, 0) for side, length in zip(size, window))
     tops, lefts = ([*range(0, last, step), last] for last, step in zip(last_starts, stride))
@@ -100,30 +103,30 @@ def mean_of_windows(
 ) -> torch.Tensor:
     """
     Joins the raw maps `(B, T, h', w')` of windows. The value of a patch is its mean over the windows that contain it.
-    Their weights are equal or, if `tapered`, fall linearly from the middle of a window to its edges. Maps are resized
-    if their grid differs from that of the patches, such as maps of ProxyCLIP.
+    The mean is not weighted or, if `tapered`, the weights fall linearly from the middle of a window to its edges. Maps
+    are resized if their grid is not the patch grid, such as maps of ProxyCLIP.
     """
     mean = None
-    for window_maps, (rows, columns) in zip(maps, windows, strict=True):
-        grid = [(min(side, part.stop) - part.start) // patch_size for side, part in zip(size, (rows, columns))]
+    for window_maps, window in zip(maps, windows, strict=True):
+        grid = [(min(span.stop, side) - span.start) // patch_size for span, side in zip(window, size)]
         if [*window_maps.shape[2:]] != grid:
             window_maps = resize_maps(window_maps, grid)
         if mean is None:
             mean = window_maps.new_zeros(*window_maps.shape[:2], *(side // patch_size for side in size))
-            weights = torch.zeros_like(mean[0, 0])
-            weight = _tent(window_maps) if tapered else torch.ones_like(window_maps[0, 0])
-        top, left = rows.start // patch_size, columns.start // patch_size
+            weight_sums = torch.zeros_like(mean[0, 0])
+            weights = _tent(window_maps) if tapered else torch.ones_like(window_maps[0, 0])
+        top, left = (span.start // patch_size for span in window)
         covered = (..., slice(top, top + grid[0]), slice(left, left + grid[1]))
-        weights[covered] += weight
+        weight_sums[covered] += weights
         # A running mean keeps a constant map exactly constant. Min-max would stretch the rounding errors of a sum.
-        mean[covered] += (window_maps - mean[covered]) * (weight / weights[covered])
+        mean[covered] += (window_maps - mean[covered]) * (weights / weight_sums[covered])
     return mean
 
 
 def _tent(maps: torch.Tensor) -> torch.Tensor:
     """Returns positive weights `(h, w)` that fall linearly from the middle of maps `(..., h, w)` to their edges."""
-    rows, columns = (
+    vertical, horizontal = (
         torch.minimum(torch.arange(1, side + 1, device=maps.device), torch.arange(side, 0, -1, device=maps.device))
         for side in maps.shape[-2:]
     )
-    return torch.outer(rows, columns).to(maps.dtype)
+    return torch.outer(vertical, horizontal).to(maps.dtype)

@@ -12,7 +12,7 @@ import pytest
 from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
 
-from iclip_hf.cli.output import model_files, name_for
+from iclip_hf.cli.output import model_folders, name_for
 from iclip_hf.cli.train import check_output_dir
 from iclip_hf.cli.train.arguments import resolve_arguments
 from iclip_hf.evaluation.results import EvaluationResult
@@ -220,5 +220,5 @@ def test_only_folders_of_models_are_inputs(tmp_path, monkeypatch):
     for name in ("model", "embedded"):
         Path(name).mkdir()
         Path(name, "config.json").touch()
-    assert model_files("model") == [Path("model")]
-    assert model_files("embedded") == model_files("org/clip") == []
+    assert model_folders("model") == [Path("model")]
+    assert model_folders("embedded") == model_folders("org/clip") == []

@@ -13,7 +13,7 @@ from .. import __version__
 from .output import report_error
 
 
-# The commands and their descriptions. Each is a module of this package, which is imported when the command is used.
+# The commands and their descriptions. The module of a command has its name and is imported when it is used.
 COMMANDS = {
     "explain": "show which pixels of images match which texts",
     "segment": "assign each pixel of images to the text that matches it best",
@@ -29,22 +29,24 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors say what may be meant by an unknown name."""
+    """A parser whose errors suggest a known name for an unknown one."""
 
-    _words: Sequence[str] = ()  # the words of the command line
+    _typed: Sequence[str] = ()  # what the user typed
 
     def parse_args(self, args=None, namespace=None):
-        self._words = args or ()
+        self._typed = args or ()
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            is_text = unknown[0][:1] != "-" and any(action.dest == "texts" for action in self._actions)
-            hint = "; several texts stand between commas, as in --text 'dog, red ball'" if is_text else ""
+            takes_texts = any(action.dest == "texts" for action in self._actions)
+            is_text = takes_texts and not unknown[0].startswith("-")
+            hint = "; separate several texts by commas, as in --text 'dog, red ball'" if is_text else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return parsed
 
     def error(self, message: str):
         known = self._option_string_actions
-        for name in (word.split("=")[0] for word in self._words if word.startswith("--")):
+        typed_names = [argument.split("=")[0] for argument in self._typed if argument.startswith("--")]
+        for name in typed_names:
             is_short = self.allow_abbrev and any(option.startswith(name) for option in known)
             if not (name in known or is_short):  # perhaps a required option that was mistyped
                 message = f"unrecognized arguments: {name}{self._cure(name, known)}"
@@ -53,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(2)
 
     def _cure(self, name: str, known: Iterable[str]) -> str:
-        """Returns what may be meant by an option that is not known."""
+        """Returns the end of an error about an unknown option, which says what to use instead."""
         if self.get_default("command") == "train":
             from .train.arguments import cure_of
 
@@ -63,13 +65,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    return "".join(f"; did you mean {match}?" for match in get_close_matches(name, known, 1))
+    matches = get_close_matches(name, known, 1)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # its encoding may lack characters of names and texts
+        # The encoding of stdout may lack characters of names and texts.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
@@ -81,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     """Runs a command and returns its exit code. Errors of the user become one line on stderr."""
-    # Waiting threads sleep: beside other jobs, spinning makes an image ten times slower. Read when torch is imported.
+    # Beside other jobs, threads that spin while they wait make an image ten times slower. Torch reads this when it is
+    # imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     command = arguments[0] if arguments else None
     try:
@@ -96,7 +101,7 @@ def _run(arguments: Sequence[str]) -> int:
         return stop.code
     try:
         return args.run(args) or 0
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError, which `main` handles
         raise
     except (OSError, ValueError, TypeError, ImportError, OverflowError) as error:
         report_error(command, error)
@@ -115,7 +120,9 @@ def _run(arguments: Sequence[str]) -> int:
 
 
 def parser(command: str | None) -> argparse.ArgumentParser:
-    """Returns the parser of a command, and imports its module. Without a command, returns the parser of `iclip`."""
+    """
+    Returns the parser of a command, and imports its module. Returns the parser of `iclip` if there is no such command.
+    """
     if command in COMMANDS:
         module = importlib.import_module(f".{command.replace('-', '_')}", __package__)
         description = f"{COMMANDS[command][0].upper()}{COMMANDS[command][1:]}."

@@ -14,7 +14,16 @@ from ..utils.hub_ids import public_name
 from ..utils.tables import table
 from .inputs import load_model, load_named_image
 from .options import DATASET, MODEL, PROMPTS, SHARED, add_shared
-from .output import PICTURES, check_output_file, cut, model_files, name_for, print_lines, resolution, save_picture
+from .output import (
+    PICTURE_SUFFIXES,
+    check_output_file,
+    cut,
+    model_folders,
+    name_for,
+    print_lines,
+    resolution,
+    save_picture,
+)
 
 
 if TYPE_CHECKING:
@@ -31,7 +40,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine", "--multi-scale")
     truth = command.add_argument_group(
         "ground truth",
-        "a data set that contains IMAGE adds the masks of its classes, and --text defaults to the classes",
+        "if a data set contains IMAGE, the masks of its classes are shown, and --text defaults to these classes",
     )
     add_shared(truth, *DATASET)
     command.add_argument(
@@ -44,22 +53,23 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 class _Opened(NamedTuple):
-    """The image of the command, with the masks and the prompts of the data set that contains it."""
+    """The image of the command, with masks and prompts of the data set that contains it."""
 
     image: Image.Image
-    truths: dict[str, np.ndarray]  # masks of the texts that are classes of the data set
+    true_masks: dict[str, np.ndarray]  # masks of the texts that are classes of the data set
     templates: list[str] | None
 
 
 def run(args: argparse.Namespace) -> None:
     output = args.output or Path(name_for(args.image, "comparison.png"))
-    check_output_file(output, PICTURES)
-    # Each model and each method once, also if a model is named by two paths.
-    models = list({os.path.realpath(name): name for name in args.models or ["embedded"]}.values())
+    check_output_file(output, PICTURE_SUFFIXES)
+    # Two paths of one folder name the same model.
+    names_by_path = {os.path.realpath(name): name for name in args.models or ["embedded"]}
+    models = list(names_by_path.values())
     methods = list(dict.fromkeys(args.methods or [None]))
     # Without --output, the name gets a number if it exists.
-    image, truths, templates = _open(args, args.output or free_name(output), models)
-    texts = list(dict.fromkeys(args.texts or truths))
+    image, true_masks, templates = _open(args, args.output or free_name(output), models)
+    texts = list(dict.fromkeys(args.texts or true_masks))
     if not texts:
         raise ValueError("There is nothing to look for: give --text, or a --dataset whose IMAGE shows a class.")
     from tqdm import tqdm
@@ -68,12 +78,14 @@ def run(args: argparse.Namespace) -> None:
     from ..plots.sheets import at_picture_size, comparison_sheet
 
     dpi = resolution(output)
-    small = at_picture_size(image, dpi)
+    small_image = at_picture_size(image, dpi)
     columns, presence_words = {}, {}  # by the title of a column; the ground truth has no presence
-    if truths:
-        columns["ground truth"] = [_shrunk(truths[text], small) if text in truths else None for text in texts]
+    if true_masks:
+        columns["ground truth"] = [
+            _shrunk(true_masks[text], small_image) if text in true_masks else None for text in texts
+        ]
     model_titles = _model_titles(models)
-    rows = [{"text": text, "scores": {}, "presence": {}} for text in texts]
+    text_entries = [{"text": text, "scores": {}, "presence": {}} for text in texts]
     notes = [[] for _ in texts]
     for name in models:
         model = load_model(name, args)
@@ -84,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
                 texts,
                 method,
                 templates=templates,
-                target_sizes=[(small.height, small.width)],
+                target_sizes=[(small_image.height, small_image.width)],
                 image_size=args.image_size,
                 refine=args.refine,
                 multi_scale=args.multi_scale,
@@ -92,40 +104,43 @@ def run(args: argparse.Namespace) -> None:
             title = f"{model_titles[name]}\n{explanation.made_by}" if len(models) > 1 else explanation.made_by
             columns[title] = explanation.maps.numpy()
             presence_words[title] = explanation.presence_words
-        # Score and presence do not depend on the method, so those of the last explanation are those of the model.
-        for index, (score, presence) in enumerate(zip(explanation.scores.tolist(), explanation.presences)):
-            rows[index]["scores"][name], rows[index]["presence"][name] = round(score, 4), presence
-            notes[index].append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
-    titles = [f"{text}\n{', '.join(model_notes)}" for text, model_notes in zip(texts, notes)]
-    sheet = comparison_sheet(small, columns, titles, presence_words, colormap=args.colormap, dpi=dpi)
+        # Scores and presence do not depend on the method: all explanations of a model have the same.
+        scored = zip(text_entries, notes, explanation.scores.tolist(), explanation.presences)
+        for text_entry, text_notes, score, presence in scored:
+            text_entry["scores"][name] = round(score, 4)
+            text_entry["presence"][name] = presence
+            text_notes.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
+    titles = [f"{text}\n{', '.join(text_notes)}" for text, text_notes in zip(texts, notes)]
+    sheet = comparison_sheet(small_image, columns, titles, presence_words, colormap=args.colormap, dpi=dpi)
     output = save_picture(sheet, output, dpi, replace=args.output is not None)
     if args.json:
         maps = [title.replace("\n", ", ") for title in presence_words]
-        entry = {"image": args.image, "picture": str(output), "maps": maps, "texts": rows}
-        print_lines(*json.dumps(entry, indent=2, ensure_ascii=False).split("\n"))
+        entry = {"image": args.image, "picture": str(output), "maps": maps, "texts": text_entries}
+        print_lines(json.dumps(entry, indent=2, ensure_ascii=False))
         return
     print_lines(f"{args.image} -> {output}")
-    cells = []
-    for row in rows:
+    rows = []
+    for text_entry in text_entries:
         for name in models:
             model_cell = cut(name) if len(models) > 1 else ""
-            presence, score = presence_text(row["presence"][name]), f"{row['scores'][name]:.3f}"
-            cells.append([cut(row["text"]), presence, score, model_cell])
-    print_lines(*table(["text", "presence", "score", "model"], cells))
+            presence, score = text_entry["presence"][name], text_entry["scores"][name]
+            rows.append([cut(text_entry["text"]), presence_text(presence), f"{score:.3f}", model_cell])
+    print_lines(*table(["text", "presence", "score", "model"], rows))
 
 
 def _model_titles(models: list[str]) -> dict[str, str]:
-    """Returns names of models for a picture: without their paths, unless two models have the same name."""
+    """Returns the title of each model in a picture: its name without the path, unless two models share this name."""
     titles = {name: public_name(name) for name in models}
-    return titles if len({*titles.values()}) == len(models) else dict(zip(models, models))
+    are_distinct = len(set(titles.values())) == len(models)
+    return titles if are_distinct else dict(zip(models, models))
 
 
 def _open(args: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
-    """Opens the image, and the data set if there is one. Checks that the output is none of the files that are read."""
+    """Opens the image, and the data set if there is one. Raises an error if the output is a file that is read."""
     from ..data.segmentation import load_segmentation
     from ..utils.files import check_outputs
 
-    inputs = [args.image, args.overrides, *(file for model in models for file in model_files(model))]
+    inputs = [args.image, args.overrides, *(folder for model in models for folder in model_folders(model))]
     sample = None
     if (args.dataset is None) != (args.data_root is None):
         raise ValueError("--dataset and --data-root belong together: give both.")
@@ -138,14 +153,14 @@ def _open(args: argparse.Namespace, output: Path, models: list[str]) -> _Opened:
         return _Opened(load_named_image(args.image), {}, args.templates)
     ids = dict(zip(dataset.class_names, dataset.class_ids))
     texts = args.texts or [dataset.class_names[class_id - 1] for class_id in sample.class_ids]
-    truths = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
-    return _Opened(sample.image, truths, args.templates or dataset.templates)
+    true_masks = {text: sample.mask(ids[text]) == ids[text] for text in texts if text in ids}
+    return _Opened(sample.image, true_masks, args.templates or dataset.templates)
 
 
 def _named_sample(dataset, args: argparse.Namespace):
     """
     Returns the sample that the user named by its image file, its name or the end of its path. Raises `ValueError` if
-    there is none, or several.
+    no sample fits, or several.
     """
     path = Path(args.image)
 

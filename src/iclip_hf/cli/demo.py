@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .inputs import silence_transformers
 from .options import MODEL, add_shared
-from .output import print_error, print_lines
+from .output import print_lines, print_to_stderr
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -32,15 +32,21 @@ def run(args: argparse.Namespace) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, args.port or 0), family=family).close()
-    except OSError as error:  # Gradio would tell it in its own words, or after trying each port
+    except OSError as error:  # Gradio would report it less plainly, or only after trying each port
         port = f", --port {args.port}" if args.port else ""
         raise ValueError(f"--host {args.host}{port}: {error.strerror}.") from error
-    print_error("demo", f"loading Gradio and {args.model}, which may take a minute")
+    print_to_stderr("demo", f"loading Gradio and {args.model}, which may take a minute")
     from ..demo.app import launch
 
     silence_transformers()
-    precision = {"dtype": args.dtype, "device": args.device}
-    # Quiet, because Gradio would advertise its Python option for sharing.
-    app = launch(args.model, args.host, args.port, **precision, quiet=True, prevent_thread_lock=True)
-    print_lines(f"{app.local_url}")
+    app = launch(
+        args.model,
+        args.host,
+        args.port,
+        dtype=args.dtype,
+        device=args.device,
+        quiet=True,  # otherwise Gradio advertises its Python option for sharing
+        prevent_thread_lock=True,
+    )
+    print_lines(app.local_url)
     app.block_thread()

@@ -10,10 +10,10 @@ from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
 from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, fraction, seed, texts
-from .output import check_output_file, model_files, print_error, print_lines
+from .output import check_output_file, model_folders, print_lines, print_to_stderr
 
 
-# Keywords of `add_argument` for the forms of values in `metrics.OPTIONS`.
+# Keywords of `add_argument` for each form in `metrics.OPTIONS`.
 _FORMS = {
     "pixels": {"type": at_least_1, "metavar": "PIXELS"},
     "count": {"type": at_least_1, "metavar": "N"},
@@ -26,8 +26,8 @@ _FORMS = {
 
 def add_options(command: argparse.ArgumentParser) -> None:
     tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in TASKS.items())
-    measured = command.add_mutually_exclusive_group()
-    measured.add_argument(
+    task_or_metrics = command.add_mutually_exclusive_group()
+    task_or_metrics.add_argument(
         "--task",
         choices=tuple(TASKS),
         default="interpretability",
@@ -44,16 +44,16 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="short side of images that keep their proportions (default: a square, or 336 with --window)",
     )
-    measured.add_argument(
+    task_or_metrics.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
         metavar="METRIC",
         help=f"one or more of {', '.join(METRICS)} instead of those of a task",
     )
-    for name, (form, text) in OPTIONS.items():
+    for name, (form, help_text) in OPTIONS.items():
         keywords = {"choices": form} if isinstance(form, tuple) else _FORMS[form]
-        command.add_argument(f"--{name.replace('_', '-')}", **keywords, help=text)
+        command.add_argument(f"--{name.replace('_', '-')}", **keywords, help=help_text)
     add_shared(command, "--batch-size", default=8)
     command.add_argument(
         "--output",
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     from ..data.segmentation import load_segmentation
 
     if args.image_size and args.short_side:
-        raise ValueError("Leave out --image-size or --short-side.")
+        raise ValueError("--image-size and --short-side set the same size: leave out one of them.")
     overrides, methods = args.overrides, args.methods
     if args.protocol:
         settings = protocol_settings(args.protocol, args.dataset)
@@ -83,14 +83,14 @@ def run(args: argparse.Namespace) -> None:
     dataset = load_segmentation(args.dataset, args.data_root, args.split, overrides)
     if args.output:
         check_output_file(args.output, (".json",))
-        check_outputs([args.output], [args.overrides, *dataset.files, *model_files(args.model)])
+        check_outputs([args.output], [args.overrides, *dataset.files, *model_folders(args.model)])
     if args.report:
         check_new_folder(args.report)
         check_outside(args.report, args.model)
     from ..evaluation.metrics import make_metrics
 
-    given = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
-    metrics = make_metrics(args.metrics or args.task, **given)
+    metric_options = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    metrics = make_metrics(args.metrics or args.task, **metric_options)
     from ..evaluation.evaluate import evaluate_model
     from ..utils.distributed import partial_state
 
@@ -111,9 +111,9 @@ def run(args: argparse.Namespace) -> None:
     )
     if state.is_main_process:
         if args.report:
-            print_error("evaluate", f"wrote {args.report / 'index.html'}")
+            print_to_stderr("evaluate", f"wrote {args.report / 'index.html'}")
         if args.output:  # written before the table is printed, because a pipe may be closed
             written = " and ".join(map(str, result.save(args.output)))
-            print_error("evaluate", f"wrote {written}")
-        print_lines(*(result.to_json() if args.json else result.table()).split("\n"))
+            print_to_stderr("evaluate", f"wrote {written}")
+        print_lines(result.to_json() if args.json else result.table())
     state.destroy_process_group()

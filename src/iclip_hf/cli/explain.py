@@ -7,15 +7,15 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from .options import SHARED, add_shared
-from .output import print_error, resolution, save_picture
+from .output import print_to_stderr, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        output="picture to write, or the folder for pictures (default: photo-explanation.png for photo.jpg, with a "
-        "number if it exists; of several images in the folder explanations)",
+        output_help="picture to write, or the folder for pictures (default: photo-explanation.png for photo.jpg, with "
+        "a number if it exists; of several images in the folder explanations)",
         help=f"{SHARED['--text']['help']} (default: the nouns that match each image best)",
     )
     add_shared(command, "--colormap")
@@ -60,43 +60,51 @@ def run(args: argparse.Namespace) -> int:
     try:
         return explain_files(args, "explanation", write)
     finally:  # an interrupted run reports the images so far
-        if report and report.images:
-            print_error("explain", f"wrote {report.write()}")
+        if report and report.image_names:
+            print_to_stderr("explain", f"wrote {report.write()}")
 
 
 class _Report:
     """The report of all images of a command, see [`ReportFolder`]."""
 
     def __init__(self, folder: Path):
-        self.folder, self.images, self.texts, self.rows = folder, [], {}, []
+        self.folder = folder
+        self.image_names: list[str] = []
+        self.text_indices: dict[str, int] = {}
+        self.rows: list[list] = []
         self.made_by, self.refined = "", False
 
     @cached_property
-    def files(self):
+    def pictures(self):
         from ..plots.report import ReportFolder
 
         return ReportFolder(self.folder)
 
     def add(self, name: str, explanation) -> None:
-        """Writes the pictures of an image."""
-        image_index, unrefined = len(self.images), explanation.unrefined_maps
+        """Writes the pictures of an image, and adds its rows to the page."""
+        image_index, unrefined_maps = len(self.image_names), explanation.unrefined_maps
         self.made_by, self.refined = explanation.made_by, explanation.refined
-        self.images.append(Path(name).name)
-        self.files.save_image(image_index, explanation.image)
-        figures = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
-        for index, (text, score, presence) in enumerate(figures):
-            text_index = self.texts.setdefault(text, len(self.texts))
+        self.image_names.append(Path(name).name)
+        self.pictures.save_image(image_index, explanation.image)
+        scored = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
+        for index, (text, score, presence) in enumerate(scored):
+            text_index = self.text_indices.setdefault(text, len(self.text_indices))
             heatmap, mask = explanation.map_and_mask(index)
-            plain = None if unrefined is None else unrefined[index]
-            self.files.save_map(image_index, text_index, explanation.image, heatmap, mask.numpy(), unrefined=plain)
+            unrefined = None if unrefined_maps is None else unrefined_maps[index]
+            self.pictures.save_map(
+                image_index, text_index, explanation.image, heatmap, mask.numpy(), unrefined=unrefined
+            )
             area = round(mask.float().mean().item(), 4)
             self.rows.append([image_index, text_index, area, presence, [round(score, 4)]])
 
     def write(self) -> Path:
         """Writes the page and returns its path."""
-        title = f"Maps of {len(self.images)} image{'' if len(self.images) == 1 else 's'}"
-        texts, methods = [*self.texts], [self.made_by]
-        return self.files.write_page(title, self.images, texts, methods, "score", self.rows, refined=self.refined)
+        num_images = len(self.image_names)
+        title = f"Maps of {num_images} image{'' if num_images == 1 else 's'}"
+        texts, methods = [*self.text_indices], [self.made_by]
+        return self.pictures.write_page(
+            title, self.image_names, texts, methods, "score", self.rows, refined=self.refined
+        )
 
 
 def _save_arrays(explanation, path: Path) -> None:

@@ -36,6 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def add_source_options(command: argparse.ArgumentParser) -> None:
+    """Adds the options that [`export`] reads: a model, and results for its card."""
     command.add_argument(
         "model",
         type=option_type(partial(check_model_name, types=("iclip",))),
@@ -56,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model != "embedded":
         check_outside(args.directory, args.model)
     check_new_folder(args.directory)
-    target, _, weights = args.format.partition("-")
+    target, _, weight_type = args.format.partition("-")
     if target != "web":
         refuse(args, ["cdn"], f"--format {args.format}")
     if target == "transformers":
@@ -74,25 +75,25 @@ def run(args: argparse.Namespace) -> None:
         if target == "onnx":
             from ..backends.onnx import export_onnx
 
-            folder = export_onnx(model, processor, args.directory, weights or "float32")
-            use = ("explain", "photo.jpg", "--text", "dog", "--model", str(folder))
+            folder = export_onnx(model, processor, args.directory, weight_type or "float32")
+            next_command = ("explain", "photo.jpg", "--text", "dog", "--model", str(folder))
         else:
             from ..web.export import export_web
 
             server = {"cdn": args.cdn.rstrip("/")} if args.cdn else {}
-            folder = export_web(model, processor, args.directory, weights or "int8", source=args.model, **server)
-            use = ("demo", "--web", str(folder))
-    print_folder(folder, "iclip", *use)
+            folder = export_web(model, processor, args.directory, weight_type or "int8", source=args.model, **server)
+            next_command = ("demo", "--web", str(folder))
+    print_folder(folder, "iclip", *next_command)
 
 
 def export(args: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
-    """Exports the model that the arguments name, with the results that they name on its card."""
+    """Exports the model of a command line to a folder. The card gets the scores of `--results`."""
     metrics = None
     if args.results is not None:
         from ..evaluation.results import read_results
 
         metrics = read_results(args.results, "protocol", "results")
-    # Not by `print_error`, because an error of the command is one line.
+    # Not by `print_to_stderr`: a command that fails prints one line with its name.
     print(f"Loading {args.model} and writing its files, which may take a minute.", file=sys.stderr)
     from ..backends.identity import changed_model
     from ..backends.loading import load_iclip

@@ -50,10 +50,10 @@ def run(args: argparse.Namespace) -> None:
             folder = init_model(args.config, args.output, *towers)
     except StrictDataclassError as error:  # a wrong model option
         raise ValueError(str(error)) from error
-    command = ["iclip", "train", "pairs.csv", "--model", str(folder)]
+    next_command = ["iclip", "train", "pairs.csv", "--model", str(folder)]
     if not is_embedded(args.config, *towers):  # the defaults of a training are for trained models
-        command += ["--learning_rate", "2e-3", "--keep_presence", "0"]
+        next_command += ["--learning_rate", "2e-3", "--keep_presence", "0"]
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
         if config.get("logit_bias_init_value") is not None:  # a bias learns from nouns alone
-            command += ["--nouns", "nouns.txt"]
-    print_folder(folder, *command)
+            next_command += ["--nouns", "nouns.txt"]
+    print_folder(folder, *next_command)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def load_model(name: str, args: argparse.Namespace) -> ExplainableModel:
-    """Like [`iclip_hf.load`], without output of Transformers."""
+    """Loads a model by [`iclip_hf.load`], without output of Transformers."""
     from ..backends.loading import load
 
     silence_transformers()
@@ -42,22 +42,20 @@ def load_named_image(name: str) -> Image.Image:
 
 def image_names(names: Sequence[str]) -> list[str]:
     """
-    Returns the names of images. A folder is replaced by its images, without pictures that the commands wrote. Raises
+    Replaces each folder among the names by its images, without pictures that the commands wrote. Raises
     `FileNotFoundError` for a name that does not exist, and for a folder without images.
     """
     if missing := [name for name in names if not is_url(name) and not Path(name).exists()]:
-        raise FileNotFoundError(
-            f"{missing[0]!r}: there is no such image file or folder; a text needs --text before it."
-        )
+        raise FileNotFoundError(f"{missing[0]!r}: there is no such image file or folder; write --text before a text.")
     images = []
     for name in names:
-        images += _folder_images(name) if os.path.isdir(name) else [name]
+        images += _images_in_folder(name) if os.path.isdir(name) else [name]
     return images
 
 
-def _folder_images(folder: str) -> list[str]:
+def _images_in_folder(folder: str) -> list[str]:
     from ..data.files import image_files
 
     if images := image_files(Path(folder)):
-        return [*map(str, images)]
+        return [str(image) for image in images]
     raise FileNotFoundError(f"{folder}: there are no images in this folder.")

@@ -36,7 +36,8 @@ def option_type(parse: Callable[[str], Value]) -> Callable[[str], Value]:
 
 @option_type
 def texts(typed: str) -> list[str]:
-    """Parses the texts of one option, see [`split_texts`]."""
+    """Parses the texts of one option by [`split_texts`]."""
+    # `check_text` refuses the empty text of an option without any.
     parsed = [check_text(text) for text in split_texts(typed) or [""]]
     if files := [text for text in parsed if os.path.splitext(text)[1] and os.path.isfile(text)]:
         raise ValueError(f"{files[0]!r} is a file, not a text: name images before the options")
@@ -82,9 +83,11 @@ def seed(text: str) -> int:
 
 _DEFAULT_METHOD = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"
 _METHODS = f"{', '.join(METHODS)} (default: {_DEFAULT_METHOD})"
-# Names of options that belong together, and all options that several commands have, for [`add_shared`].
-MODEL, PROMPTS = ("--model", "--dtype", "--device"), ("--template", "--image-size")
+# Names of options that commands add together by [`add_shared`].
+MODEL = ("--model", "--dtype", "--device")
+PROMPTS = ("--template", "--image-size")
 DATASET = ("--dataset", "--data-root", "--split", "--overrides")
+# The keywords of `add_argument` for each option that several commands have.
 SHARED = {
     "--model": {
         "metavar": "FOLDER_OR_ID",
@@ -105,8 +108,8 @@ SHARED = {
     "--image-size": {
         "type": at_least_1,
         "metavar": "PIXELS",
-        "help": "height and width to which images are resized for the maps; scores and presence of whole images have "
-        "the model's own size (default: that of its processor)",
+        "help": "height and width to which images are resized for the maps (default: the model's own size, at which "
+        "scores and presence of whole images are always computed)",
     },
     "--dataset": {
         "choices": DATASETS,
@@ -127,15 +130,15 @@ SHARED = {
         "type": texts,
         "metavar": "TEXT",
         "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into "
-        "the prompts; several between commas, or by repeating the option; \\, is a comma within a text",
+        "the prompts; separate several texts by commas, or repeat the option; \\, is a comma within a text",
     },
     "--method": {"type": method, "metavar": "METHOD", "help": f"method that computes the maps, one of {_METHODS}"},
     "--methods": {"nargs": "+", "type": method, "metavar": "METHOD", "help": f"one or more of {_METHODS}"},
     "--refine": {
         "action": argparse.BooleanOptionalAction,
         "default": True,
-        "help": "refine the maps by the colours of the image (PAMR), so that they follow its edges, which the model "
-        "may not use (default: on, but off for `evaluate`)",
+        "help": "refine the maps by the colours of the image (PAMR), so that they follow edges of the image, even "
+        "edges that the model does not use (default: on, but off for `evaluate`)",
     },
     "--multi-scale": {
         "action": "store_true",
@@ -159,7 +162,7 @@ def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> N
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], context: str) -> None:
-    """Raises `ValueError` if one of these options was given, which do not apply in a context."""
+    """Raises `ValueError` if an option was given that does not apply to the context."""
     for name in names:
         if getattr(args, name):
             raise ValueError(f"--{name.replace('_', '-')} does not apply to {context}: leave it out.")

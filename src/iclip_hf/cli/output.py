@@ -18,10 +18,8 @@ from pathlib import Path
 from ..model.downloads import is_url
 
 
-# Suffixes of pictures.
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
-# Longest cell of a printed table, in characters.
-_LONGEST_CELL = 60
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+_LONGEST_CELL = 60  # of a printed table, in characters
 
 
 def check_output_file(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -39,13 +37,13 @@ def check_output_folder(path: Path) -> None:
 def name_for(image: str | Path, ending: str) -> str:
     """Returns the name of an output of an image: `photo-explanation.png` for "photo.jpg" or "http://a.b/photo.jpg?c"."""
     path = re.split("[?#]", image)[0] if is_url(image) else image
-    # The name of a file has at most 255 bytes, and a long title in Chinese three for each character.
+    # A file name has at most 255 bytes. A Chinese character takes three.
     stem = os.fsencode(Path(path).stem)[:200].decode(errors="ignore")
     return f"{stem}-{ending}"
 
 
-def model_files(model: str) -> list[Path]:
-    """Returns the folder of a model, in a list, or an empty list if the model has none here."""
+def model_folders(model: str) -> list[Path]:
+    """Returns the local folder of a model as a list, which is empty for a model without one."""
     return [Path(model)] if model != "embedded" and Path(model).is_dir() else []
 
 
@@ -54,23 +52,23 @@ def resolution(picture: Path) -> int:
     return 300 if picture.suffix.lower() == ".pdf" else 120
 
 
-def save_picture(picture, path: Path, dpi: int, replace: bool) -> Path:
+def save_picture(image, path: Path, dpi: int, replace: bool) -> Path:
     """
-    Writes a PIL image in the format of the suffix, and returns its path. An existing file is replaced with `replace`;
-    without it, the name gets a number.
+    Writes a PIL image in the format of the suffix, and returns the path of the file. If `path` exists, the file is
+    replaced with `replace`; otherwise the name gets a number.
     """
     from PIL import Image
 
     from ..utils.files import atomic_write, write_image, write_new
 
     suffix = path.suffix.lower()
-    # Compression by run lengths: the PNG of a photograph is as small as by default, in a quarter of the time.
+    # Run lengths compress a photograph as well as the default of PNG, in a quarter of the time.
     kwargs = {"compress_type": zlib.Z_RLE} if suffix == ".png" else {"quality": 92}
     kwargs |= {"format": Image.registered_extensions()[suffix], "dpi": (dpi, dpi)}
     if not replace:
-        return write_new(path, partial(write_image, picture, **kwargs))
+        return write_new(path, partial(write_image, image, **kwargs))
     with atomic_write(path) as temporary:
-        write_image(picture, temporary, **kwargs)
+        write_image(image, temporary, **kwargs)
     return path
 
 
@@ -83,7 +81,7 @@ def report_error(command: str, error: BaseException) -> None:
     if isinstance(error, OSError) and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     if not isinstance(error, KeyboardInterrupt) or os.environ.get("RANK", "0") == "0":
-        print_error(command, text)
+        print_to_stderr(command, text)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         report = {"message": f"iclip {command}: {text}", "timestamp": int(time.time())}
         Path(file).write_text(json.dumps(report))
@@ -94,15 +92,16 @@ def print_lines(*lines: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def print_error(command: str, text: str) -> None:
-    """Prints a line of a command on stderr."""
+def print_to_stderr(command: str, text: str) -> None:
+    """Prints a line on stderr, after the name of the command."""
     print(f"iclip {command}: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def printed_steps() -> Iterator[None]:
-    """Prints on stderr what functions log at the level INFO: their steps."""
-    logger, handler = logging.getLogger(__package__.partition(".")[0]), logging.StreamHandler()
+    """Prints the steps of functions on stderr, which they log at the level INFO."""
+    logger = logging.getLogger(__package__.partition(".")[0])
+    handler = logging.StreamHandler()
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -116,7 +115,8 @@ def printed_steps() -> Iterator[None]:
 def print_folder(folder: Path, *command: str) -> None:
     """Prints the size of a folder that was written, and a command that uses it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    print_lines(f"{folder}: {len(sizes)} files, {sum(sizes) / 1e6:,.1f} MB. Next:", f"  {shlex.join(command)}")
+    megabytes = sum(sizes) / 1e6
+    print_lines(f"{folder}: {len(sizes)} files, {megabytes:,.1f} MB. Next:", f"  {shlex.join(command)}")
 
 
 def cut(cell: str) -> str:

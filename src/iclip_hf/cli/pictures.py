@@ -1,4 +1,4 @@
-"""The common part of `iclip explain` and `iclip segment`: a picture and an entry of each image."""
+"""The common part of `iclip explain` and `iclip segment`, which write a picture and print an entry of each image."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image
 from .options import MODEL, PROMPTS, add_shared, fraction
 from .output import (
-    PICTURES,
+    PICTURE_SUFFIXES,
     check_output_file,
     check_output_folder,
     cut,
-    model_files,
+    model_folders,
     name_for,
-    print_error,
     print_lines,
+    print_to_stderr,
 )
 
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from ..utils.prefetch import ThreadPool
 
 
-def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) -> None:
-    """Adds the shared options. `output` is the help of `--output`, and `text` has changes of the option `--text`."""
-    command.set_defaults(npz=False, report=None, background=[])
+def add_image_options(command: argparse.ArgumentParser, *, output_help: str, **text_changes) -> None:
+    """Adds the shared options. `text_changes` are keywords of `add_argument` that `--text` has in this command."""
+    command.set_defaults(npz=False, report=None, background=[])  # options that only one of the commands has
     command.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )
-    add_shared(command, "--text", **text)
+    add_shared(command, "--text", **text_changes)
     add_shared(command, *MODEL, *PROMPTS)
     add_shared(command, "--method", "--refine", "--multi-scale")
     command.add_argument(
@@ -50,16 +50,16 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) 
         type=fraction,
         default=0.5,
         metavar="NUMBER",
-        help="a mask holds the pixels whose map, stretched to [0, 1], is greater; 0 to 1 (default: %(default)s)",
+        help="a mask has the pixels whose map, in [0, 1], exceeds this number (default: %(default)s)",
     )
     command.add_argument(
         "--min-presence",
         type=fraction,
         default=MIN_PRESENCE,
         metavar="NUMBER",
-        help="a text with a lower presence counts as absent and gets an empty mask; 0 to 1 (default: %(default)s)",
+        help="a text with a lower presence, in [0, 1], counts as absent and gets an empty mask (default: %(default)s)",
     )
-    command.add_argument("--output", type=Path, metavar="PATH", help=output)
+    command.add_argument("--output", type=Path, metavar="PATH", help=output_help)
     json_help = (
         "print a line of JSON for each image, with run-length masks, and write only what --output or --npz asks for"
     )
@@ -68,7 +68,7 @@ def add_image_options(command: argparse.ArgumentParser, *, output: str, **text) 
 
 
 class _Input(NamedTuple):
-    """An image that was read, or why it could not be read."""
+    """An image that was read, or the reason why it could not be read."""
 
     name: str
     image: PreparedImage | None
@@ -76,30 +76,33 @@ class _Input(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """The texts that all images are asked about, and the headings of texts and presence in printed tables."""
+    """The texts to look for in all images, and the headings of texts and presence in printed tables."""
 
     labels: list[str] | dict[str, float]  # with their priors
-    best: int | None  # explain only so many, see `Engine.run`
+    best: int | None  # number of texts to explain for each image, see `Engine.run`
     encoded: ICLIPTextFeatures | None
     headings: tuple[str, str]
 
 
 def explain_files(args: argparse.Namespace, ending: str, write: Callable) -> int:
     """
-    Explains images in a command, and returns its exit code. Each image gets a picture, whose name ends in `ending`,
-    such as `photo-explanation.png`, and an entry, which is printed at once. The entries of several images are also
-    written to a file of JSON lines.
+    Explains the images of a command, and returns the exit code. Each image gets a picture, whose name ends in
+    `ending`, such as `photo-explanation.png`, and an entry, which is printed at once. The entries of several images
+    are also written to a file of JSON lines.
 
     `write` takes the name of an image, its explanation and the path of its picture, which is None if no picture is
     wanted. It writes the picture and returns the entry, which may have a `"problem"` for stderr.
     """
     from tqdm import tqdm
 
+    from ..model.images import open_image
     from ..utils.files import write_new
     from ..utils.prefetch import ThreadPool
 
     names = image_names(args.images)
     is_single = names == args.images and len(names) == 1
+    if is_single and not is_url(names[0]):
+        open_image(names[0], decode=False)  # raises before the model is loaded
     picture, folder = _outputs(args, ending, names, is_single)
     engine = _load_engine(args)
     texts = _texts(args, engine)
@@ -109,28 +112,28 @@ def explain_files(args: argparse.Namespace, ending: str, write: Callable) -> int
         path = folder / name_for(name, f"{ending}.png") if folder else picture
         return {"image": name, **write(name, explanation, path)}
 
-    explained, lines = 0, None
+    num_explained, entries_file = 0, None
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPool(1))  # loads images and writes pictures while the model runs
         entries = _entries(thread, engine, names, texts, args.batch_size, entry_of)
         for entry in tqdm(entries, total=len(names), unit="image", disable=is_single or None):
             problem = entry.pop("problem", None)
-            text = json.dumps(entry, ensure_ascii=False)
+            line = json.dumps(entry, ensure_ascii=False)
             if entry and folder and not is_single:
-                if lines is None:
-                    path = write_new(folder / f"{ending.removesuffix('s')}s.jsonl")
-                    # A byte of a name that is not UTF-8 is written as JSON escapes it.
-                    lines = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
-                print(text, file=lines, flush=True)
+                if entries_file is None:
+                    path = write_new(folder / f"{_plural(ending)}.jsonl")
+                    # Bytes of a name that are not UTF-8 become escapes of JSON.
+                    entries_file = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
+                print(line, file=entries_file, flush=True)
             with tqdm.external_write_mode():  # above the bar
                 if problem:
-                    print_error(args.command, problem)
+                    print_to_stderr(args.command, problem)
                 if entry:
-                    explained += 1
-                    print_lines(*([text] if args.json else _printed(entry, texts, args.min_presence)))
-        if lines is not None and not args.json:
-            print_lines(f"{explained} image{'s' if explained > 1 else ''} -> {lines.name}")
-    return 0 if explained == len(names) else 2
+                    num_explained += 1
+                    print_lines(*([line] if args.json else _printed(entry, texts, args.min_presence)))
+        if entries_file is not None and not args.json:
+            print_lines(f"{num_explained} image{'s' if num_explained > 1 else ''} -> {entries_file.name}")
+    return 0 if num_explained == len(names) else 2
 
 
 def _entries(
@@ -150,53 +153,56 @@ def _entries(
         except (ValueError, OSError) as error:
             return _Input(name, None, " ".join(str(error).split()))
 
-    def entry(item: tuple[_Input, Explanation | None]) -> dict:
-        asked, explanation = item
+    def entry_or_problem(input_and_explanation: tuple[_Input, Explanation | None]) -> dict:
+        asked, explanation = input_and_explanation
         return {"problem": asked.problem} if explanation is None else entry_of(asked.name, explanation)
 
-    inputs, copies = itertools.tee(prefetch_map(thread, read, names, batch_size))
-    images = (copy.image for copy in copies)
+    inputs, inputs_of_engine = itertools.tee(prefetch_map(thread, read, names, batch_size))
+    images = (engine_input.image for engine_input in inputs_of_engine)
     explanations = engine.run(images, texts.labels, batch_size, texts.best, texts.encoded)
-    return prefetch_map(thread, entry, zip(inputs, explanations), 4)
+    return prefetch_map(thread, entry_or_problem, zip(inputs, explanations), depth=4)
 
 
 def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
-    """Returns the texts that the user named, otherwise all nouns and the number that is shown of each image."""
+    """Returns the texts that the user named, or else all nouns, of which only the best are explained."""
     if args.texts:
         return _Texts(args.texts + args.background, None, None, ("text", "presence"))
     from ..backends.embedded import encoded_vocabulary, vocabulary
     from ..explainers.explain import NOUNS
 
     nouns, encoded = vocabulary(), encoded_vocabulary(engine.model, engine.templates)
-    priors = " or ".join(map(str, sorted({*nouns.values()}, reverse=True)))
-    return _Texts(nouns, NOUNS, encoded, (f"best of {len(nouns):,} nouns", f"presence at a prior of {priors}"))
+    priors = sorted(set(nouns.values()), reverse=True)
+    presence_heading = f"presence at a prior of {' or '.join(map(str, priors))}"
+    return _Texts(nouns, NOUNS, encoded, (f"best of {len(nouns):,} nouns", presence_heading))
 
 
 def _outputs(
     args: argparse.Namespace, ending: str, names: Sequence[str], is_single: bool
 ) -> tuple[Path | None, Path | None]:
     """
-    Returns the picture that the user named, or else the folder for pictures; neither if only JSON or a report is
-    wanted. Checks a single image and the outputs, before the model is loaded.
+    Returns the picture that the user named and None, or None and the folder for pictures. Returns None twice if only
+    JSON or a report is wanted. Raises an error for an output that cannot be written or is an input.
     """
-    from ..model.images import open_image
     from ..utils.files import check_outputs, free_name
 
-    if is_single and not is_url(names[0]):
-        open_image(names[0], decode=False)
     output = args.output
     if output is None and (args.json or args.report) and not args.npz:
         return None, None
     picture, folder = None, output
     if output is None:
-        folder = Path() if is_single else Path(f"{ending.removesuffix('s')}s")
+        folder = Path() if is_single else Path(_plural(ending))
     elif is_single and output.suffix and not output.is_dir():
         picture, folder = output, None
-        check_output_file(output, PICTURES)
+        check_output_file(output, PICTURE_SUFFIXES)
     else:
         check_output_folder(output)
-    check_outputs([picture or free_name(folder / "new")], [*names, *model_files(args.model)])
+    check_outputs([picture or free_name(folder / "new")], [*names, *model_folders(args.model)])
     return picture, folder
+
+
+def _plural(ending: str) -> str:
+    """Returns the name of a folder or file with the entries of several images."""
+    return f"{ending.removesuffix('s')}s"
 
 
 def _load_engine(args: argparse.Namespace) -> Engine:
@@ -214,12 +220,12 @@ def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
     is_segmentation = "segments" in entry
     headings = [*texts.headings, "score", "share of the image" if is_segmentation else "regions"]
     rows = []
-    for text in entry["segments" if is_segmentation else "texts"]:
-        name = f"{text['text']} (background)" if text.get("id") == 0 else text["text"]
-        presence = presence_text(text["presence"], min_presence)
-        found = f"{100 * text['area']:.1f} %" if is_segmentation else str(len(text["regions"]))
-        rows.append([cut(name), presence, f"{text['score']:.3f}", found])
+    for result in entry["segments" if is_segmentation else "texts"]:
+        label = f"{result['text']} (background)" if result.get("id") == 0 else result["text"]
+        presence = presence_text(result["presence"], min_presence)
+        extent = f"{100 * result['area']:.1f} %" if is_segmentation else str(len(result["regions"]))
+        rows.append([cut(label), presence, f"{result['score']:.3f}", extent])
     lines = [f"{entry['image']} -> {files}", *table(headings, rows)]
-    if texts.best and not any(is_present(text["presence"], min_presence) for text in entry["texts"]):
-        lines.append("None of the nouns is present: name by --text what you look for.")
+    if texts.best and not any(is_present(result["presence"], min_presence) for result in entry["texts"]):
+        lines.append("None of the nouns is present: name what you look for by --text.")
     return lines

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
 
     validate_repo_id(args.repo_id)
     if "/" not in args.repo_id:  # the model card names the owner
-        raise ValueError(f"Expected REPO_ID with its owner, such as org/iclip-vit-b16, got {args.repo_id}.")
+        raise ValueError(f"Expected REPO_ID with an owner, such as org/iclip-vit-b16, got {args.repo_id}.")
     if not args.dry_run:
         from ..hub.folders import check_login
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
             entry["commit"] = push_model(folder, args.repo_id, args.private)
     if args.json:
-        print_lines(*json.dumps(entry, indent=2).split("\n"))
+        print_lines(json.dumps(entry, indent=2))
     else:
         print_lines(*(f"{size:>13,}  {name}" for name, size in sizes.items()))
         print_terms(**terms)

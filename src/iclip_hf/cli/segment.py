@@ -5,16 +5,21 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .options import texts
 from .output import name_for, print_lines, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
+if TYPE_CHECKING:
+    import numpy as np
+
+
 def add_options(command: argparse.ArgumentParser) -> None:
     add_image_options(
         command,
-        output="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a "
+        output_help="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a "
         "number if it exists; of several images in the folder segments); the label map is written beside it, as "
         "photo-labels.png",
         required=True,
@@ -25,50 +30,38 @@ def add_options(command: argparse.ArgumentParser) -> None:
         type=texts,
         metavar="TEXT",
         help="text of the background, such as sky; it competes like the texts, and its pixels are background; "
-        "several like --text",
+        "separate several texts as for --text",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     def write(name: str, explanation, picture: Path | None) -> dict:
-        import numpy as np
-
-        from ..model.regions import run_lengths
         from ..plots.sheets import label_sheet
 
         num_texts = len(args.texts)  # the texts of the background follow
-        segments, covered, label_map = [], [], np.full(explanation.size, -1)
-        for index, (text, segment, is_covered) in enumerate(explanation.segments()):
-            mask = segment.numpy()
-            label_map[mask] = index
-            if is_covered and index < num_texts:
-                covered.append(index)
-            segments.append(
-                {
-                    "id": index + 1 if index < num_texts else 0,  # 0 is the background
-                    "text": text,
-                    "score": round(explanation.scores[index].item(), 4),
-                    "presence": explanation.presences[index],
-                    "area": round(mask.mean().item(), 4),
-                    "mask": run_lengths(mask),
-                }
-            )
+        segments, covered, label_map = _segments(explanation, num_texts)
         entry = {**explanation.settings(), "segments": segments}
         if covered:
             reasons = "; ".join(_covering(explanation, index, label_map) for index in covered)
             entry["problem"] = f"{name}: {reasons}; iclip explain shows each map"
         if picture is None:
             return entry
-        words = explanation.presence_words
         dpi = resolution(picture)
-        made_by = explanation.made_by
-        sheet = label_sheet(explanation.image, label_map, args.texts, words, args.background, made_by, dpi=dpi)
+        sheet = label_sheet(
+            explanation.image,
+            label_map,
+            args.texts,
+            explanation.presence_words,
+            args.background,
+            explanation.made_by,
+            dpi=dpi,
+        )
         is_named = picture == args.output
         picture = save_picture(sheet, picture, dpi, is_named)
         # photo-labels-2.png belongs to photo-segments-2.png.
         stem = "labels".join(picture.stem.rsplit("segments", 1))
         label_map_name = name_for(picture, "labels.png") if is_named else f"{stem}.png"
-        label_map[label_map >= num_texts] = -1
+        label_map[label_map >= num_texts] = -1  # the background, by a text or none
         label_map_file = _save_label_map(label_map, num_texts, picture.with_name(label_map_name))
         return {"picture": str(picture), "labels": str(label_map_file), **entry}
 
@@ -78,8 +71,39 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _covering(explanation, text_index: int, label_map) -> str:
-    """Says which other texts have a tenth or more of the mask of a text in a label map, the largest part first."""
+def _segments(explanation, num_texts: int) -> tuple[list[dict], list[int], np.ndarray]:
+    """
+    Returns the entries of the segments, the indices of the texts that other texts cover, and the label map with the
+    index of a text for each pixel, or -1. The texts after the first `num_texts` are background.
+    """
+    import numpy as np
+
+    from ..model.regions import run_lengths
+
+    segments, covered, label_map = [], [], np.full(explanation.size, -1)
+    for index, (text, segment, is_covered) in enumerate(explanation.segments()):
+        mask = segment.numpy()
+        label_map[mask] = index
+        if is_covered and index < num_texts:
+            covered.append(index)
+        segments.append(
+            {
+                "id": index + 1 if index < num_texts else 0,  # 0 is the background
+                "text": text,
+                "score": round(explanation.scores[index].item(), 4),
+                "presence": explanation.presences[index],
+                "area": round(mask.mean().item(), 4),
+                "mask": run_lengths(mask),
+            }
+        )
+    return segments, covered, label_map
+
+
+def _covering(explanation, text_index: int, label_map: np.ndarray) -> str:
+    """
+    Returns a sentence with the other texts that a label map has within the mask of a text, the largest part first:
+    those with a tenth of the mask or more, or else the one with the largest part.
+    """
     import numpy as np
 
     inside = label_map[explanation.mask(text_index).numpy()]
@@ -91,11 +115,10 @@ def _covering(explanation, text_index: int, label_map) -> str:
     return f"{' and '.join(names)} {have} most pixels of the mask of {explanation.labels[text_index]}"
 
 
-def _save_label_map(label_map, num_texts: int, path: Path) -> Path:
+def _save_label_map(label_map: np.ndarray, num_texts: int, path: Path) -> Path:
     """
-    Writes a label map as a new PNG file, and returns its path: 0 is background, and i the i-th text. The file has 8
-    bits and a palette for up to 254 texts, otherwise 16 bits, so that no text has the highest value, which marks void
-    pixels.
+    Writes a label map as a new PNG file, and returns its path. In the file, 0 is background, and i the i-th text. It
+    has 8 bits and a palette for up to 254 texts, otherwise 16 bits, because the highest value marks void pixels.
     """
     import numpy as np
     from PIL import Image

@@ -34,7 +34,7 @@ from .onnx import ONNXModel
 
 
 class TransformersModel(RecordableModel):
-    """Base class for models of transformers, whose attention function can be replaced by its name."""
+    """Base class for models of transformers, which take their attention function by a name."""
 
     def _prepare_layers(self) -> None:
         tower = self.network.vision_model
@@ -43,9 +43,10 @@ class TransformersModel(RecordableModel):
             if isinstance(block, GradientCheckpointingLayer):
                 attention = next(child for child in block.children() if hasattr(child, "v_proj"))
                 projection = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
-                norm = [child for child in block.children() if isinstance(child, nn.LayerNorm)][1]
+                norms = [child for child in block.children() if isinstance(child, nn.LayerNorm)]
                 scale, mlp_scale = (getattr(block, f"layer_scale{number}", None) for number in (1, 2))
-                self._add_layer(block, attention, projection, scale, block_mlp(norm, block.mlp, mlp_scale))
+                mlp = block_mlp(norms[1], block.mlp, mlp_scale)
+                self._add_layer(block, attention, projection, scale, mlp)
 
     def _final_norm(self, stream: torch.Tensor) -> torch.Tensor:
         norms = [child for child in self.network.vision_model.children() if isinstance(child, nn.LayerNorm)]
@@ -89,10 +90,13 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
     def join_features(
         self, stream: torch.Tensor, features: ICLIPImageFeatures, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        tokens = features.patch_tokens[..., stream.shape[-1] :]
+        appended = features.patch_tokens[..., stream.shape[-1] :]
         if grid not in (None, features.grid):
-            tokens = F.interpolate(tokens.mT.unflatten(-1, features.grid), grid, mode="bilinear").flatten(2).mT
-        return torch.cat([stream, tokens if stream.shape[1] > 1 else tokens.mean(1, keepdim=True)], -1)
+            feature_map = appended.mT.unflatten(-1, features.grid)
+            appended = F.interpolate(feature_map, grid, mode="bilinear").flatten(2).mT
+        if stream.shape[1] == 1:  # a mean token
+            appended = appended.mean(1, keepdim=True)
+        return torch.cat([stream, appended], -1)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         width = self.network.config.vision_config.hidden_size  # features of a feature tower may follow
@@ -124,9 +128,9 @@ class ExplainableCLIP(TransformersModel):
         super().__init__(model, iclip_processor)
 
     def _whole_image_processor(self, vision_config, image_processor):
-        """Copies an image processor so that it resizes the whole image to the size of the model's training images."""
+        """Returns a copy of an image processor that resizes the whole image to the size of the training images."""
         patch = patch_side(vision_config)
-        # A multiple of the patch: 378 for SigLIP So400m, which has patches of 14 pixels at 384.
+        # Rounded down to whole patches: to 378 for SigLIP So400m, which has images of 384 and patches of 14 pixels.
         side = vision_config.image_size // patch * patch
         changes = {"size": {"height": side, "width": side}, "do_center_crop": False}
         return type(image_processor)(**(image_processor.to_dict() | changes))
@@ -141,7 +145,7 @@ class ExplainableCLIP(TransformersModel):
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         output = self._vision_output(pixel_values)
         grid = tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
-        patch_tokens = output.last_hidden_state[:, -grid[0] * grid[1] :]
+        patch_tokens = output.last_hidden_state[:, -math.prod(grid) :]
         patch_embeds = unit(self._project_output(patch_tokens)).unflatten(1, grid)
         return ICLIPImageFeatures(image_embeds=unit(output.pooler_output), patch_embeds=patch_embeds)
 
@@ -149,7 +153,7 @@ class ExplainableCLIP(TransformersModel):
         return self.network.get_image_features(pixel_values, interpolate_pos_encoding=True)
 
     def _project_output(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Projects patch tokens as the tower returns them. CLIP returns them without the final norm."""
+        """Projects the patch tokens that the tower returns. CLIP's tower returns them before the final norm."""
         return self.project(patch_tokens)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -158,20 +162,20 @@ class ExplainableCLIP(TransformersModel):
 
 class ExplainableSiglip(ExplainableCLIP):
     """
-    SigLIP. It has no class token but a pooling head, whose query is a learned probe. A patch is projected into the
-    space of the texts as by the head with all attention on this patch: by value, output projection and MLP.
+    SigLIP. It has no class token but a pooling head, whose query is a learned probe. The projection of a patch is the
+    output of the head with all attention on this patch: value, output projection and MLP.
     """
 
     text_padding = "max_length"
 
     def _prepared_tokenizer(self, tokenizer):
         """
-        Copies a tokenizer so that texts are in lower case, without punctuation, padded on the right and without a
-        mask, as in its authors' evaluation and in open_clip. Folders of SigLIP2 name other tokenizers.
+        Returns a copy of a tokenizer that makes texts lower case, removes punctuation, pads on the right and returns
+        no mask, as in the authors' evaluation and in open_clip. The tokenizers in folders of SigLIP2 do not do this.
         """
         tokenizer = copy.deepcopy(tokenizer)
         tokenizer.padding_side, tokenizer.model_input_names = "right", ["input_ids"]
-        if backend := getattr(tokenizer, "backend_tokenizer", None):  # SiglipTokenizer, which has none, does the same
+        if backend := getattr(tokenizer, "backend_tokenizer", None):  # SiglipTokenizer has none, and does the same
             spaces = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
             punctuation = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
             saved = [] if backend.normalizer is None else [backend.normalizer]
@@ -239,7 +243,9 @@ class ExplainableDualEncoder(ExplainableCLIP):
         return self.network.visual_projection(each_alone(self.network.vision_model.pooler, patch_tokens))
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
-        return self._project_output(self._final_norm(stream)) if self._is_vit else super().project(stream)
+        if not self._is_vit:
+            return super().project(stream)
+        return self._project_output(self._final_norm(stream))
 
 
 class ExplainableTipsv2(ExplainableCLIP):
@@ -277,9 +283,10 @@ class ExplainableSiglip2(ExplainableSiglip):
 
 
 def _text_length(model) -> int:
-    """Returns the largest number of tokens of a text. RoBERTa and its kin count positions from the padding index."""
-    tables = (part for name, part in model.text_model.named_modules() if name.endswith("position_embeddings"))
-    unused = next((table.padding_idx + 1 for table in tables if table.padding_idx is not None), 0)
+    """Returns the highest number of tokens of a text. RoBERTa and its kin count positions from the padding index."""
+    modules = model.text_model.named_modules()
+    embeddings = (module for name, module in modules if name.endswith("position_embeddings"))
+    unused = next((module.padding_idx + 1 for module in embeddings if module.padding_idx is not None), 0)
     return model.config.text_config.max_position_embeddings - unused
 
 

@@ -16,11 +16,11 @@ from ..utils.digests import file_digest
 from ..utils.hub_ids import public_name
 
 
-# Options that change no number: those that only training reads or that the weights hold, the path of the files, the
-# code that wrote or loads them, and the dtype of the files.
+# Options that change no number: options that only training reads, or whose value is among the weights; the path of the
+# files; the code that wrote the files or loads them; and the dtype of the files.
 _WITHOUT_EFFECT = {"_name_or_path", "architectures", "auto_map", "custom_pipelines", "processor_class"}
 _WITHOUT_EFFECT |= {"transformers_version", "dtype", "torch_dtype", *ICLIPConfig.option_names("training", "weights")}
-# Options that name the class of a configuration or image processor. They count although they equal the defaults.
+# Options that name the class of a configuration or image processor. They count even if they equal the defaults.
 _KINDS = ("model_type", "image_processor_type")
 # Attributes of the modules of open_clip and timm that change no number.
 _MODULE_STATE = ("training", "grad_checkpointing", "fused_attn")
@@ -30,12 +30,12 @@ _TOKENIZER_STATE = ("cache", "init_kwargs", "merges_file", "name_or_path", "voca
 
 def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
     """
-    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding. All
-    weights are read, 100 MB in 0.1 s.
+    Describes a model. Two models with equal descriptions, apart from `model`, compute the same up to rounding. The
+    function reads all weights, 100 MB in 0.1 s.
 
     Args:
         model, processor: as in a tuple for [`load`].
-        dtype (`str`, *optional*): weights are rounded to it first, as if the model were loaded in it.
+        dtype (`str`, *optional*): dtype that the weights are rounded to first, as if the model were loaded in it.
 
     Returns:
         `dict` with `model`, its Hub id or the name of its folder; digests of `configuration`, `weights` and
@@ -64,9 +64,9 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
 
 def changed_model(described: Mapping, model, processor, source_identity: Mapping | None = None) -> list[str]:
     """
-    Returns the parts of the identity that differ between a model and what results or a card describe. If the
-    described dtype is lower than the model's, the weights are rounded to it. `source_identity`, the
-    identity before a training, is compared instead of the model's own.
+    Compares a model with the identity `described` in results or a card. Returns the names of the parts that differ.
+    The model's weights are rounded to the described dtype first. `source_identity`, the identity before a training, is
+    compared instead of the model's own if it is given.
     """
     compared = source_identity or identity(model, processor, described.get("dtype"))
     return [part for part in ("configuration", "processor", "weights") if described.get(part) != compared[part]]
@@ -74,16 +74,16 @@ def changed_model(described: Mapping, model, processor, source_identity: Mapping
 
 def digest(value) -> str:
     """
-    Returns 16 hex digits over a value of JSON types, tensors, files (as `Path`), configurations, processors and
-    tokenizers. The order of mappings does not count.
+    Returns the digest of a value, 16 hex digits. The value consists of JSON types, tensors, files (as `Path`),
+    configurations, processors and tokenizers. The order of the keys of a mapping does not count.
     """
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()[:16]
 
 
 def _attributes(model: torch.nn.Module) -> dict[str, dict]:
     """
-    Returns the plain attributes of all modules. The text of a module leaves some out, such as the number of heads and
-    the kind of pooling.
+    Returns the attributes of all modules that are plain values. `str(module)` leaves some out, such as the number of
+    heads and the kind of pooling.
     """
     attributes = {}
     for name, module in model.named_modules():
@@ -113,21 +113,23 @@ def _plain(value):
         parts = {name: getattr(value, name) for name in value.get_attributes()}
         return {**_with_effect(value.to_dict()), **parts}
     if isinstance(value, (PreTrainedConfig, ImageProcessingMixin)):
-        # Without defaults, so that a model stays the same when a new version of Transformers adds options.
+        options = value.to_dict()
+        attributes = {name: getattr(value, name, None) for name in options}
+        options |= {name: config for name, config in attributes.items() if isinstance(config, PreTrainedConfig)}
+        # Defaults are left out, so that a model stays the same when a new version of Transformers adds options.
         defaults = type(value)().to_dict()
-        saved = {**value.to_dict()}
-        saved |= {name: part for name in saved if isinstance(part := getattr(value, name, None), PreTrainedConfig)}
-        changed = {name: part for name, part in saved.items() if name in _KINDS or part != defaults.get(name)}
+        changed = {name: option for name, option in options.items() if name in _KINDS or option != defaults.get(name)}
         return _with_effect(changed)
     if backend := getattr(value, "backend_tokenizer", None):
         rules = json.loads(backend.to_str()) | dict.fromkeys(("truncation", "padding"))  # the last call has set them
         return [rules, value.special_tokens_map, value.padding_side, value.truncation_side, value.model_input_names]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
-    if parts := {name: part for name, part in getattr(value, "__dict__", {}).items() if name not in _TOKENIZER_STATE}:
-        # Items, because JSON has no tuples as keys, which the merges have.
+    attributes = getattr(value, "__dict__", {})
+    if parts := {name: part for name, part in attributes.items() if name not in _TOKENIZER_STATE}:
+        # Items, because the keys of the merges are tuples, which JSON does not have as keys.
         return {name: [*part.items()] if isinstance(part, dict) else part for name, part in parts.items()}
-    return re.sub(r" at 0x\w+", "", str(value))  # functions and objects without a value
+    return re.sub(r" at 0x\w+", "", str(value))  # functions, and objects without attributes
 
 
 def _with_effect(options: Mapping) -> dict:

@@ -1,6 +1,6 @@
 """
-Internals of other libraries that are replaced for some calls, where no public option does the same. Each function says
-in which version its internal was read.
+Internals of other libraries that are replaced for some calls, where no public option does the same. Each function
+names the version in which its internal was read.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def _replaced(module_name: str, name: str, value) -> Iterator[None]:
 
 def without_question() -> AbstractContextManager:
     """
-    Keeps Transformers (5.24) from asking on standard input whether code may run, by a time limit of 0 seconds for the
-    answer. Some of its loaders ask although `trust_remote_code` is False.
+    Keeps Transformers (5.24) from asking on standard input whether code may run: the time limit for the answer becomes
+    0 seconds. Some loaders ask even if `trust_remote_code` is False.
     """
     return _replaced("transformers.dynamic_module_utils", "TIME_OUT_REMOTE_CODE", 0)
 
@@ -50,8 +50,8 @@ def symbolic_grid(tower: nn.Module) -> AbstractContextManager:
 
 def symbolic_padding() -> AbstractContextManager:
     """
-    Replaces the convolutions of timm (1.0.31) that pad as TensorFlow does by nodes of ONNX with the same padding. In
-    an export, the sizes that timm computes in each layer are expressions that take hours to simplify.
+    Replaces convolutions with TensorFlow's padding in timm (1.0.31) by nodes of ONNX with the same padding. timm
+    computes sizes in each of these layers. In an export, these sizes are expressions that take hours to simplify.
     """
 
     def convolution(x, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1):

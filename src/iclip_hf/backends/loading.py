@@ -1,5 +1,5 @@
 """
-Loading of models from folders and the Hub, without running their code. `load` returns the object that explains.
+Loading of models from folders and the Hub, without running their code. `load` returns a model that explains.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .timm import ExplainableTimm, ExplainableTimmMap
 logger = logging.getLogger(__name__)
 
 
-# Classes by the model type of a configuration, or by the image tower in open_clip, see `_tower_kind`.
+# Classes by the model type of a configuration, or for open_clip by the kind of the image tower, see `_tower_kind`.
 _FAMILIES: dict[str, type[ExplainableModel]] = {
     **{model_type: getattr(families, name) for model_type, name in MODEL_TYPES.items()},
     "VisionTransformer": ExplainableOpenCLIP,
@@ -54,7 +54,7 @@ def load(
     device: str | torch.device | None = None,
 ) -> ExplainableModel:
     """
-    Loads a model that explains. Everything that takes a model calls this function, which returns a loaded model
+    Loads a model that explains. Everything that takes a model calls this function. A loaded model is returned
     unchanged.
 
     Example:
@@ -67,16 +67,18 @@ def load(
     ```
 
     Args:
-        source: `"embedded"`; a folder or Hub id of an ICLIP model, or of a model of transformers, whose types
-            docs/guide/models.md lists; an exported ONNX folder; a tuple of a model, already on its device, and its
-            processor; a tuple of a model of open_clip and its tokenizer; or the result of an earlier call.
-        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; that of the checkpoint if not given.
+        source: `"embedded"`; a folder or Hub id of an ICLIP model or another model of transformers
+            (docs/guide/models.md lists the types); a folder of an ONNX export; a tuple of a model, already on its
+            device, and its processor; a tuple of a model of open_clip and its tokenizer; or the result of an earlier
+            call.
+        dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; the checkpoint's if not given.
         device (*optional*): such as `"cpu"`, `"cuda"` or `"mps"`; if not given, the accelerator that torch finds, or
             the CPU.
 
     Returns:
         [`ExplainableModel`]. It works on a private copy that shares the model's weights, so a given model is not
-        changed. Load a model again after it was moved to another device or number format, which replaces its weights.
+        changed. After you move a given model to another device or dtype, load it again, because moving replaces its
+        weights.
 
     Raises:
         `OSError`: the model or one of its files does not exist. `TypeError`: the given object is of another kind.
@@ -120,11 +122,12 @@ def _usable(device: str | torch.device) -> torch.device:
 
 
 def _explainable(model, processor) -> ExplainableModel:
-    """Returns the class that explains a given model, made for it. Raises `TypeError` if there is none."""
+    """Creates the object that explains a given model. Raises `TypeError` if no class explains it."""
     if isinstance(model, ONNXModel):
         check_processor(model.folder, processor, model.config)
         return families.ExplainableONNX(model, processor)
-    if hasattr(model, "visual"):
+    is_open_clip = hasattr(model, "visual")
+    if is_open_clip:
         family = _tower_kind(model.visual)
         fits = family in _FAMILIES
     else:
@@ -138,7 +141,7 @@ def _explainable(model, processor) -> ExplainableModel:
             "Expected an ICLIPModel, an ONNXModel, a model of open_clip, or one of transformers of type "
             f"{', '.join(MODEL_TYPES)}, got {description}: load one of them."
         )
-    if not hasattr(model, "visual"):
+    if not is_open_clip:
         check_processor(getattr(model.config, "_name_or_path", "") or family, processor, model.config)
     return _FAMILIES[family](model, processor)
 
@@ -153,8 +156,8 @@ def _tower_kind(visual: torch.nn.Module) -> str:
 
 def resolve_name(name: str | Path, types: Collection[str] = MODEL_TYPES) -> str | Path:
     """
-    Returns the folder of the embedded model for "embedded", even if there is a folder of this name, and any other name
-    after a check.
+    Returns the folder of the embedded model for "embedded", even if there is a folder of this name. Returns any other
+    name unchanged, after [`check_model_name`].
     """
     return embedded_model() if name == "embedded" else check_model_name(os.fspath(name), types)
 
@@ -166,40 +169,43 @@ def has_bfloat16() -> bool:
 
 def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtype: str | None = None, **model_options):
     """
-    Loads model, in eval mode, and processor by the Auto classes from a folder, a Hub id or `"embedded"`. Weights are
-    read from safetensors, and code in the folder is not run. `types` are the model types that are loaded; `dtype` is
-    that of the checkpoint by default; `model_options` override the model's configuration. Raises the errors of
+    Loads a model, in eval mode, and its processor by the Auto classes from a folder, a Hub id or `"embedded"`. Weights
+    are read from safetensors, and code in the folder is not run. `types` are the model types that may be loaded.
+    `dtype` defaults to the checkpoint's. `model_options` override the model's configuration. Raises the errors of
     [`load`].
     """
-    name, shared = resolve_name(name, types), {"trust_remote_code": False}
-    weights = {"use_safetensors": True} | ({} if dtype is None else {"dtype": dtype})
+    name = resolve_name(name, types)
+    shared_kwargs, model_kwargs = {"trust_remote_code": False}, {"use_safetensors": True}
+    if dtype is not None:
+        model_kwargs["dtype"] = dtype
+    cure = {"cure": "correct model_options"} if model_options else {}
     with loading_errors(name), without_question():
         if not os.path.exists(name):
-            # All files are of one commit. This fails at once without a network and a copy in the cache; each download
-            # would be retried.
-            shared["revision"] = resolve_revision(name)
-        config = AutoConfig.from_pretrained(name, **shared)
+            # All files are of one commit. Without a network and a cached copy, this fails at once; a download would
+            # be retried.
+            shared_kwargs["revision"] = resolve_revision(name)
+        config = AutoConfig.from_pretrained(name, **shared_kwargs)
         check_model_type(name, config.model_type, types)
         if config.model_type == "vision-text-dual-encoder":
             families.ExplainableDualEncoder.check_towers(config)
         config._attn_implementation = None  # the file could name code of the Hub
-        with loading_errors(name, **({"cure": "correct model_options"} if model_options else {})):
+        with loading_errors(name, **cure):
             for option, value in model_options.items():
                 setattr(config, option, value)
             model, loading = AutoModel.from_pretrained(
-                name, config=config, output_loading_info=True, **weights, **shared
+                name, config=config, output_loading_info=True, **model_kwargs, **shared_kwargs
             )
         if not isinstance(model, ICLIPModel):  # an ICLIP model has checked its weights itself
             check_weights(name, model, loading["missing_keys"])
-        processor = _load_processor(name, config, **shared)
+        processor = _load_processor(name, config, **shared_kwargs)
     check_processor(name, processor, model.config)
     return model, processor
 
 
 def _load_processor(name: str | Path, config: PreTrainedConfig, **kwargs):
     """
-    Loads the processor of a model by the class of the model's type. The processor's file can name another class, and
-    further parts such as an audio tokenizer, which Transformers loads from anywhere.
+    Loads the processor of a model by the class of the model's type. The processor's file is not asked: it can name
+    another class, and further parts such as an audio tokenizer, which Transformers would load from anywhere.
     """
     processor_class = PROCESSOR_MAPPING[type(config)]
     if processor_class is ICLIPProcessor:

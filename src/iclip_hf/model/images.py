@@ -1,4 +1,4 @@
-"""Loading of images in any form as upright 8-bit RGB, with uniform error messages."""
+"""Loads images of any form as upright 8-bit RGB, with uniform error messages."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from .downloads import download, is_url
 if TYPE_CHECKING:
     import torch
 
-# The first characters of a JPEG, PNG, GIF and WebP file in base64. A JPEG file has two, because one alphabet is for
-# URLs.
+# The first characters of a JPEG, PNG, GIF and WebP file in base64. Those of JPEG differ in base64's alphabet for URLs.
 _BASE64 = ("/9j/", "_9j_", "iVBORw0KGgo", "R0lGOD", "UklGR")
-# Other decoders of Pillow are excluded, because some run external programs (EPS runs Ghostscript).
+# Other formats are excluded, because Pillow reads some of them with external programs (EPS with Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "HEIF")
 
 
@@ -32,7 +31,8 @@ def image_suffixes() -> frozenset[str]:
         register_heif_opener()
     except ImportError:
         pass
-    return frozenset(suffix for suffix, form in Image.registered_extensions().items() if form in _FORMATS)
+    format_of_suffix = Image.registered_extensions()
+    return frozenset(suffix for suffix, file_format in format_of_suffix.items() if file_format in _FORMATS)
 
 
 def open_image(
@@ -42,7 +42,7 @@ def open_image(
     Decodes the first frame of an image, with its stored mode and orientation.
 
     Args:
-        source: path of an image file, its bytes, or a PIL image, which is returned unchanged.
+        source: path of an image file; the bytes of one; or a PIL image, which is returned unchanged.
         name (`str`, *optional*): name of the image in errors; its path if not given.
         decode (`bool`): whether to read the pixels, or only the header.
 
@@ -62,7 +62,7 @@ def open_image(
                 raise ValueError("it has no pixels")
             return source
         image_suffixes()  # registers the optional formats that are installed
-        formats = [format for format in _FORMATS if format in Image.OPEN]
+        formats = [file_format for file_format in _FORMATS if file_format in Image.OPEN]
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
             # Pillow itself only warns between one and two times its limit.
             if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -88,8 +88,8 @@ def open_image(
 def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Image:
     """
     Loads the first frame of an image upright, as 8-bit RGB, with transparent parts on white. A given image is not
-    modified. 16-bit grayscale is scaled (65535 becomes 255). 32-bit integers count as 16-bit grayscale if one of them
-    is above 255.
+    modified. 16-bit grayscale is scaled (65535 becomes 255). 32-bit integers count as 16-bit grayscale if a value is
+    above 255, otherwise as 8-bit grayscale.
 
     Args:
         image (`str`, `os.PathLike`, `bytes`, `PIL.Image.Image`, array or tensor): a path; a URL; a "data:" URL, or the
@@ -100,7 +100,8 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
 
     Raises:
         `FileNotFoundError`, `ValueError`, `TypeError`: as [`open_image`] and [`to_8_bit`]. Also `ValueError`: the
-        range of the pixels is not defined (floats, or integers above 65535). `OSError`: the download fails.
+        range of a PIL image's values is not known (floats, or integers outside 0..65535). `OSError`: the download
+        fails.
     """
     if hasattr(image, "shape") and not isinstance(image, (str, bytes)):  # numpy's strings have a shape too
         return _from_array(to_8_bit(image))
@@ -109,10 +110,10 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
         text = image.strip()
         if is_url(image):
             image = download(image, timeout)
-        elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # not the name of a file
+        elif text.startswith("data:") or (text.startswith(_BASE64) and "." not in text):  # a path has a dot
             try:
                 letters = (text.partition(",")[2] or text).replace("-", "+").replace("_", "/")
-                image = base64.b64decode(letters + "==")  # padding may be left out, and more of it is ignored
+                image = base64.b64decode(letters + "==")  # the padding may be missing, and surplus padding is ignored
             except ValueError as error:
                 raise ValueError(f"{name}: this is no base64 text ({error}).") from error
     name = name or _name(image)
@@ -120,16 +121,16 @@ def load_image(image, name: str | None = None, timeout: float = 60) -> Image.Ima
 
 
 def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
-    """Converts an image of any mode to 8-bit RGB, as [`load_image`] with its errors, but does not rotate it."""
+    """Converts a PIL image to 8-bit RGB as [`load_image`] does, but without rotation. Raises as [`load_image`]."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I"):  # "I;16" in its byte orders, or "I"
-        import numpy as np  # not above, because commands check their files before they import anything else
+        import numpy as np  # not above, because commands check their files before they import it
 
         values = np.asarray(image).astype(np.int32)
         if values.min() >= 0 and values.max() <= 65535:
-            is_8_bit = image.mode == "I" and values.max() <= 255  # the white of "I", with 32 bits, is not known
-            gray = values if is_8_bit else (values + 128) // 257  # rounded
+            is_8_bit = image.mode == "I" and values.max() <= 255  # white is not defined for "I", which has 32 bits
+            gray = values if is_8_bit else (values + 128) // 257  # 65535 / 255 = 257; rounded to the nearest
             gray[values == image.info.get("transparency", -1)] = 255
             return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if image.mode == "F" or image.mode.startswith("I"):
@@ -146,13 +147,14 @@ def to_rgb(image: Image.Image, name: str | None = None) -> Image.Image:
 
 def to_8_bit(image) -> torch.Tensor:
     """
-    Converts an array or tensor of pixels to the nearest values in 0..255, uint8, on the same device.
+    Scales the pixels of an array or tensor to 0..255 and rounds them to uint8, on the same device. The result has 3
+    channels.
 
     Args:
-        image: array or tensor of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. If both ends of the shape could
-            be channels, the last dimension of a numpy array has the channels, and the array becomes `(C, H, W)`; in a
-            tensor, the first dimension has them. White is 65535 in uint16, 127 in int8, 1 in floats and booleans, and
-            255 in all other integers.
+        image: array or tensor of shape `(H, W, C)` or `(C, H, W)`, where C is 1 or 3. If the first and the last
+            dimension both could be the channels, the last one counts in a numpy array, which becomes `(C, H, W)`, and
+            the first one in a tensor. White is 65535 in uint16, 127 in int8, 1 in floats and booleans, and 255 in all
+            other integers.
 
     Raises:
         `ValueError`: the shape is wrong, or a value is NaN, infinite or outside of the range of its type.
@@ -163,14 +165,11 @@ def to_8_bit(image) -> torch.Tensor:
     pixels = to_pixels(image)
     if pixels.dtype == torch.uint8:
         return pixels
-    white = (
-        1
-        if pixels.is_floating_point()
-        else {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}.get(pixels.dtype, 255)
-    )
+    integer_white = {torch.bool: 1, torch.int8: 127, torch.uint16: 65535}.get(pixels.dtype, 255)
+    white = 1 if pixels.is_floating_point() else integer_white
     levels = (pixels.double() * (255 / white)).round()
     if levels.min() < 0 or levels.max() > 255:
-        low, high = pixels.double().aminmax()  # some integer types have no minimum
+        low, high = pixels.double().aminmax()  # torch has no minimum of some integer types
         raise ValueError(
             f"An image of {pixels.dtype} has values in [0, {white}], but this one has {low:g} to {high:g}: convert it "
             "to uint8, or to uint16 if white is 65535."
@@ -191,7 +190,7 @@ def to_pixels(image) -> torch.Tensor:
     if isinstance(image, np.ndarray):
         if image.shape[0] in (1, 3) and image.shape[-1] in (1, 3):
             image = np.moveaxis(image, -1, 0)  # the image processor would take the first dimension for the channels
-        # torch needs the native byte order and strides that are not negative, as in image[:, :, ::-1], and warns of
+        # torch takes neither a foreign byte order nor negative strides, as of image[:, :, ::-1]. It warns of
         # read-only arrays, such as those of PIL images.
         image = np.require(image, image.dtype.newbyteorder("="), requirements="CW")
     pixels = torch.as_tensor(image)
@@ -207,6 +206,7 @@ def _from_array(pixels: torch.Tensor) -> Image.Image:
 
 
 def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
+    """Returns the name of an image in errors. Raises `TypeError` for other types."""
     if isinstance(source, (str, os.PathLike)):
         return repr(os.fspath(source))
     if isinstance(source, Image.Image):
@@ -221,7 +221,7 @@ def _name(source: str | os.PathLike | bytes | Image.Image) -> str:
 def upright(image: Image.Image) -> Image.Image:
     """Rotates an image from [`open_image`] by its orientation in EXIF."""
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image  # without a copy
+        is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_rotated else image  # exif_transpose would copy an upright image
     except Exception:  # damaged EXIF raises various errors; like viewers, show the pixels as stored
         return image

@@ -172,7 +172,8 @@ def join_towers(
 
 def _check_tower(checkpoint: str, sub_config: str, config: ICLIPConfig | None) -> None:
     """
-    Checks that the files of a tower can be read and, if `config` is not None, that the tower has the shape in `config`.
+    Checks that the files of a tower can be read. If `config` is not None, also checks the shape of the tower against
+    it.
     """
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):

@@ -53,8 +53,8 @@ def read_record(source: str | Path) -> dict:
 
         - **training**: settings of the run that made the weights; empty if the towers were joined and not trained,
           None if the run is not recorded
-        - **data**: the training data sets of this and earlier runs by their names, each with its `terms` and, if they
-          restrict its use, `restricted`
+        - **data**: the training data sets of this and earlier runs by their names, each with its `terms` and, if it is
+          not free for every use, `restricted`
         - **evaluation** (*optional*): protocol and results, see [`card_results`]
         - **identity** (*optional*): identity of the model, see [`~identity.identity`]
     """

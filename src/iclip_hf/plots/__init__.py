@@ -1,4 +1,4 @@
-"""Pictures of images, maps and label maps, drawn with Pillow; and a photograph to try the model on."""
+"""Pictures of maps and label maps, drawn with Pillow, and a photograph to try the model on."""
 
 from pathlib import Path
 

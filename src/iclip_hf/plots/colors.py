@@ -13,17 +13,18 @@ from . import COLORMAPS
 
 # Opacity of a map over its image where the map is 1.
 OPACITY = 0.85
-# For each of `COLORMAPS`: colours at equal distances from 0 to 1, and their opacity at 0 and at 1.
+# For each of `COLORMAPS`: colours at equal distances from 0 to 1, and the opacity at 0 and at 1.
 _TABLES = {
-    # Low values are a thin dark veil, high values glow. Lightness grows with the value, so the maps also read in grey.
+    # Low values darken the image, high values cover it brightly. Lightness grows with the value, so the maps can also
+    # be read in grey.
     "heat": ("10131a 1a1420 4a1030 a01c2c e5431f ff8a1a ffc93c fff3a0", 0.45, 1.0),
-    # The same idea from blue to yellow, colours that colour-blind readers tell apart.
+    # Likewise from blue to yellow, which colour-blind readers can tell apart.
     "cividis": ("00102e 00224e 3b496c 707173 a59c74 e1cc55 fee838", 0.5, 1.0),
-    # As in the paper's figures: blue is low and red is high, with one opacity.
+    # As in the paper's figures, from blue to red, with the same opacity everywhere.
     "jet": ("000080 0000ff 0080ff 00ffff 80ff80 ffff00 ff8000 ff0000 800000", 0.6, 0.6),
 }
-# Colours of the segments of a label map in a picture. The first ones differ for colour-blind readers, too (Okabe and
-# Ito).
+# Colours of the segments of a label map in a picture. The first seven can be told apart by colour-blind readers (Okabe
+# and Ito).
 SEGMENTS = (
     *("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#d55e00", "#cc79a7"),
     *("#0072b2", "#8c564b", "#b5e61d", "#7f3fbf", "#9a9a9a", "#17becf"),
@@ -35,8 +36,8 @@ def color_table(colormap: str) -> np.ndarray:
     """Returns red, green, blue and opacity of the 256 levels of a map, `(256, 4)` uint8."""
     if colormap not in _TABLES:
         raise ValueError(f"There is no colour map {colormap!r}, only {', '.join(_TABLES)}.")
-    names, lowest, highest = _TABLES[colormap]
-    colors = np.array([list(bytes.fromhex(name)) for name in names.split()])
+    hex_colors, lowest, highest = _TABLES[colormap]
+    colors = np.array([list(bytes.fromhex(color)) for color in hex_colors.split()])
     levels = np.linspace(0, 1, 256)
     channels = [np.interp(levels, np.linspace(0, 1, len(colors)), channel) for channel in colors.T]
     opacity = 255 * (lowest + (highest - lowest) * levels)
@@ -56,7 +57,7 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
             `"jet"`, the colours of the paper.
 
     Raises:
-        `ValueError`: there is no such colour map, or an error of [`load_image`].
+        `ValueError`: there is no such colour map, or the image cannot be read.
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # numpy has no bfloat16
@@ -69,6 +70,7 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
 def label_colors(count: int) -> np.ndarray:
     """Returns the colours of class ids 0, 1, ..., `(count, 3)` uint8, as VOC numbers them."""
     ids = np.arange(count)[:, None]
-    # The lowest three bits of an id are the highest bits of red, green and blue, the next three the next lower ones.
+    # The lowest three bits of an id are the highest bits of red, green and blue. The next three bits of the id are
+    # their second highest bits, and so on.
     bits = [((ids >> (3 * bit + np.arange(3))) & 1) << (7 - bit) for bit in range(8)]
     return np.sum(bits, axis=0).astype(np.uint8)

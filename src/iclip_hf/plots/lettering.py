@@ -1,5 +1,5 @@
 """
-Text drawn with Pillow in the font DejaVu Sans of the folder `fonts`. Installed fonts draw the scripts that it lacks.
+Text drawn with Pillow in DejaVu Sans, from the folder `fonts`. Scripts that it lacks are drawn in installed fonts.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 
-# Distances between base lines, and from the top to the first base line, in multiples of the size.
+# Distances between base lines, and from the top to the first base line, in multiples of the font size.
 _LINE_HEIGHT, _ASCENT = 1.25, 0.97
-# Longest text in characters. Longer ones are shortened in the middle: drawing a thousand characters takes seconds.
+# Longest text in characters. Longer texts are shortened in the middle: drawing a thousand characters takes seconds.
 _LONGEST = 250
-# Files of fonts for scripts that DejaVu lacks, on Linux, macOS and Windows. They are used if installed.
+# Files of fonts for scripts that DejaVu Sans lacks, on Linux, macOS and Windows.
 _MORE_SCRIPTS = """
     NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf
     Nirmala.ttf
@@ -46,28 +46,31 @@ def text_width(line: str, size: float, bold: bool = False) -> float:
     return sum(font.getlength(run) for run, font in _runs(line, size, bold))
 
 
-def fitted(text: str, size: float, width: float, lines: int, bold: bool = False) -> str:
-    """Breaks a text into at most `lines` lines of a width in pixels, and ends with an ellipsis if it does not fit."""
+def fitted(text: str, size: float, width: float, max_lines: int, bold: bool = False) -> str:
+    """
+    Breaks a text into lines of at most `width` pixels. If there are more than `max_lines`, cuts the rest off and ends
+    with an ellipsis.
+    """
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 2 :]}"
-    rows = [""]
+    lines = [""]
     for word in text.split():
-        longer = f"{rows[-1]} {word}".lstrip()
+        longer = f"{lines[-1]} {word}".lstrip()
         if text_width(longer, size, bold) <= width:
-            rows[-1] = longer
+            lines[-1] = longer
             continue
-        rows.append("")
+        lines.append("")
         for character in word:  # breaks words that are wider than a line, and scripts without spaces
-            if text_width(rows[-1] + character, size, bold) > width:
-                rows.append("")
-            rows[-1] += character
-    rows = [row for row in rows if row] or [""]
-    if len(rows) > lines:
-        last = rows[lines - 1]
+            if text_width(lines[-1] + character, size, bold) > width:
+                lines.append("")
+            lines[-1] += character
+    lines = [line for line in lines if line] or [""]
+    if len(lines) > max_lines:
+        last = lines[max_lines - 1]
         while last and text_width(f"{last}…", size, bold) > width:
             last = last[:-1]
-        rows[lines - 1 :] = [f"{last}…"]
-    return "\n".join(rows)
+        lines[max_lines - 1 :] = [f"{last}…"]
+    return "\n".join(lines)
 
 
 def _runs(line: str, size: float, bold: bool) -> Iterator[tuple[str, ImageFont.FreeTypeFont]]:
@@ -97,6 +100,6 @@ def _installed_fonts() -> list[str]:
 
 
 def _has_character(path: str, character: str) -> bool:
-    """Whether a font has a character. A font draws all characters that it lacks as the same glyph."""
+    """Returns whether a font has a character. A font draws all characters that it lacks as the same glyph."""
     glyph, placeholder = (_font(path, 32).getmask(text) for text in (character, _NO_CHARACTER))
     return (glyph.size, bytes(glyph)) != (placeholder.size, bytes(placeholder))

@@ -1,4 +1,4 @@
-"""A report: one page of pictures of maps, with their numbers, which a browser opens from disk."""
+"""A report: a page of pictures of maps with their numbers, which a browser opens from disk."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     import torch
 
 
-# Longest side of a picture in pixels. A page shows two dozen images, each with a picture for every method.
+# Longest side of a picture in pixels. A page shows 24 images, each with a picture for every method.
 _SIDE = 240
-_OUTLINE = (0, 229, 255)  # on no colour map
+_OUTLINE = (0, 229, 255)  # no colour map has this colour
 
 
 class ReportFolder:
     """
-    The files of a report: pictures, which may be written by several threads and processes, and at the end the page.
+    Writes the files of a report: pictures, which several threads and processes may write at once, and the page at the
+    end.
 
     Args:
-        folder: new or empty. The pictures are in its subfolder `images`.
+        folder: new or empty. The pictures are written into its subfolder `images`.
     """
 
     def __init__(self, folder: str | Path):
@@ -52,14 +53,14 @@ class ReportFolder:
         unrefined: torch.Tensor | None = None,
     ) -> None:
         """
-        Writes the map of a text, `(H, W)` in [0, 1], over its image as `<index>-<text>-<method>.jpg`, with the outline
-        of a mask, `(H, W)` boolean; and its raw map before the refinement, `(h, w)`, if there is one, as
-        `<index>-<text>-<method>-unrefined.jpg`.
+        Writes the map of a text, `(H, W)` in [0, 1], over its image and with the outline of a mask, `(H, W)` boolean,
+        as `<index>-<text>-<method>.jpg`. If `unrefined` is given, the raw map before the refinement, `(h, w)`, it is
+        written as `<index>-<text>-<method>-unrefined.jpg`.
         """
         small, name = _reduced(image), f"{index}-{text}-{method}"
         if unrefined is not None:
-            plain = resize_and_normalize(unrefined[None], small.size[::-1])[0]
-            _save(overlay(small, plain.numpy()), self._images / f"{name}-unrefined.jpg")
+            unrefined_map = resize_and_normalize(unrefined[None], small.size[::-1])[0]
+            _save(overlay(small, unrefined_map.numpy()), self._images / f"{name}-unrefined.jpg")
         values = Image.fromarray(np.asarray(heatmap, np.float32)).resize(small.size, Image.Resampling.BILINEAR)
         picture = overlay(small, np.asarray(values))
         inside = np.asarray(Image.fromarray(mask).resize(small.size, Image.Resampling.NEAREST))
@@ -86,16 +87,16 @@ class ReportFolder:
         Writes the page, `index.html`, after its data, and returns its path.
 
         Args:
-            title (`str`): of the page.
-            images, texts, methods (`list[str]`): names.
-            value (`str`): what the values of the rows are: `"IoU"`, a share, or `"score"`.
-            rows: for each picture of an image and a text: their indices, the share of the image in the mask, the
-                presence or None, and a value for each method.
-            refined (`bool`): whether the maps are refined, and each has a picture of the unrefined map.
-            alarms: for each text that an image does not show, and that the model calls present: the indices of image
-                and text, and the presence.
+            title (`str`): title of the page.
+            images, texts, methods (`list[str]`): names, which the indices below refer to.
+            value (`str`): what the values in `rows` are: `"IoU"`, in [0, 1], or `"score"`.
+            rows: for each pair of an image and a text: the index of the image, that of the text, the share of the
+                image in the mask, the presence or None, and a list with a value for each method.
+            refined (`bool`): whether the maps are refined. Each then also has a picture before the refinement.
+            alarms: for each text that the model calls present in an image that does not show it: the index of the
+                image, that of the text, and the presence.
             tables (`list[str]`): tables and lists in Markdown.
-            scores (`dict`): for each score of texts and each method the numbers of all texts.
+            scores (`dict`): by the name of a score and by method, the numbers of all texts, None if not measured.
         """
         data = {
             "title": title,

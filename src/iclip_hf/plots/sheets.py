@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Resolution of a sheet in dots per inch. All lengths are in pixels at this resolution.
 DPI = 120
-# Width of a picture.
+# Width of each picture.
 _PICTURE = 336
 _MARGIN, _GAP = 18, 14
 # Font sizes of titles, and of the notes below them.
@@ -39,7 +39,7 @@ _DIMMED = 0.4
 _DARK = "#4d4d4d"
 # Largest number of maps in a picture.
 MAX_MAPS = 24
-# Opacity of the picture of an absent text, on white.
+# Opacity on white of the picture of an absent text.
 _FADED = 0.35
 
 
@@ -53,9 +53,9 @@ def draw(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an image and at most 24 maps over it: in the order of the texts, with absent texts last. Each title has the
-    score, and the presence as a word and a number if the model has one. The picture of an absent text is faded,
-    because its map is stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
+    Draws an image, and its maps over it: at most 24, in the order of the texts, with absent texts last. Each title has
+    the score and, if the model has presence, the presence as a word and a number. The picture of an absent text is
+    faded, because its map is stretched to [0, 1] like all others. Notebooks show an explanation by this picture.
 
     Example:
 
@@ -73,7 +73,7 @@ def draw(
             paper.
         opacity (`float`): opacity where a map is 1, in [0, 1].
         columns (`int`): largest number of pictures in a row.
-        dpi (`int`): resolution of the picture; 120 gives pictures of 336 pixels' width.
+        dpi (`int`): resolution; at 120, each map is 336 pixels wide.
 
     Returns:
         `PIL.Image.Image` of mode "RGB".
@@ -85,15 +85,15 @@ def draw(
         raise ValueError("draw takes one explanation: draw each of the list.")
     image = load_image(explanation.image if image is None else image)
     present = explanation.present
-    drawn = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
-    left_out = f" · {len(drawn)} of {len(explanation)} texts" if len(drawn) < len(explanation) else ""
+    shown = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
+    left_out = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
     titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{left_out}"]
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))  # maps of this size
-    words, presences = explanation.presence_words, explanation.presences
-    for index in drawn:
-        pictures.append(_map_picture(image, explanation.map(index), words[index], colormap, opacity))
+    presences, presence_words = explanation.presences, explanation.presence_words
+    for index in shown:
+        pictures.append(_map_picture(image, explanation.map(index), presence_words[index], colormap, opacity))
         presence = presence_text(presences[index], explanation.min_presence)
         notes = " · ".join(filter(None, [presence, f"score {explanation.scores[index]:.2f}"]))
         titles.append(f"{' '.join(explanation.labels[index].split())}\n{notes}")
@@ -113,7 +113,7 @@ def label_sheet(
     image: Image.Image,
     label_map: np.ndarray,
     texts: Sequence[str],
-    words: Sequence[str | None],
+    presence_words: Sequence[str | None],
     background: Sequence[str] = (),
     made_by: str = "",
     *,
@@ -121,10 +121,10 @@ def label_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an RGB image, its label map `(H, W)` over it, and a legend: the texts that have pixels and the pixels without
-    a text, with their share of the image, then the other texts. `label_map` has the index of a text for each pixel, or
-    -1, which is dimmed. The texts of the `background` follow `texts`, and all are grey. `words` are the
-    [`Explanation.presence_words`] of both.
+    Draws an RGB image, its label map over it, and a legend. `label_map`, `(H, W)`, has for each pixel the index of a
+    text; -1 is no text, and is dimmed. The indices of the texts of the `background` follow those of `texts`; these are
+    grey. `presence_words` are the [`Explanation.presence_words`] of both. The legend lists the texts that have pixels
+    and the pixels without a text, with their shares of the image, then the other texts.
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
     colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
@@ -132,15 +132,16 @@ def label_sheet(
     without_text, *areas = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1) / label_map.size
     image = at_picture_size(image, dpi)
     with_pixels, others = [], []
-    for color, name, word, area in zip(colors, names, words, areas):
+    for color, name, word, area in zip(colors, names, presence_words, areas):
         if area:
-            with_pixels.append((color, name, " · ".join(filter(None, [word, f"{100 * area:.1f} %"]))))
+            note = " · ".join(filter(None, [word, f"{100 * area:.1f} %"]))
+            with_pixels.append((color, name, note))
         else:
             others.append(("white", name, word or ""))
     if without_text:
         with_pixels.append((_DARK, "no text", f"{100 * without_text:.1f} %"))
     legend = _legend(with_pixels + others, _aspect([image]), dpi)
-    notes = "presence and share of the image" if any(words) else "share of the image"
+    notes = "presence and share of the image" if any(presence_words) else "share of the image"
     titles = ["image", f"at most one text for each pixel\n{made_by}", notes]
     return picture_grid([image, _label_picture(image, label_map, colors, opacity), legend], titles, 3, dpi=dpi)
 
@@ -149,23 +150,23 @@ def comparison_sheet(
     image: Image.Image,
     heatmaps: Mapping[str, Sequence[np.ndarray | None]],
     row_titles: Sequence[str],
-    words: Mapping[str, Sequence[str | None]] | None = None,
+    presence_words: Mapping[str, Sequence[str | None]] | None = None,
     *,
     colormap: str = COLORMAPS[0],
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Compares methods side by side (Fig. 2, 6 and 10). A row shows the RGB image and the maps of one text over it. A
-    single text has rows of at most five pictures. `heatmaps` has the T maps `(H, W)` in [0, 1] of a column by its
-    title; None leaves a gap. `words` has the presence of the T texts as words by the same titles; pictures of absent
-    texts are faded.
+    Compares methods side by side (Fig. 2, 6 and 10). A row shows the RGB image and the maps of one text over it, in a
+    column for each method. With a single text, a row has at most five pictures. `heatmaps` has the title of each
+    column and its maps of the T texts, `(H, W)` in [0, 1]; None leaves a gap. `presence_words` has by these titles the
+    presence of the texts as words. Pictures of absent texts are faded.
     """
-    words = words or {}
+    presence_words = presence_words or {}
     pictures = []
     for index in range(len(row_titles)):
         pictures.append(image)
         for title, maps in heatmaps.items():
-            word = words[title][index] if title in words else None
+            word = presence_words[title][index] if title in presence_words else None
             pictures.append(None if maps[index] is None else _map_picture(image, maps[index], word, colormap))
     if len(row_titles) == 1:
         return picture_grid(pictures, [*row_titles, *heatmaps], 5, color_bar=colormap, dpi=dpi)
@@ -184,8 +185,8 @@ def picture_grid(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Arranges pictures in rows of equal length, each under its title; lines after the first one are notes. None leaves a
-    gap. `color_bar` is the colour map whose bar is drawn below the pictures.
+    Arranges pictures in rows of equal length, each under its title. The first line of a title is bold, the others are
+    notes. None leaves a gap. `color_bar` is the colour map whose bar is drawn below the pictures.
     """
     scale = dpi / DPI
     margin, gap, side = (round(length * scale) for length in (_MARGIN, _GAP, _PICTURE))
@@ -197,14 +198,14 @@ def picture_grid(
     top = margin
 
     def place_titles(texts: Sequence[str], title_width: int) -> None:
-        """Places titles side by side, so that their lower edges are aligned."""
+        """Places titles side by side with their lower edges aligned."""
         nonlocal top
         blocks = [_title_block(text, title_width, scale) for text in texts]
-        highest = max((block.height for block in blocks), default=0)
+        tallest = max((block.height for block in blocks), default=0)
         for column, block in enumerate(blocks):
-            placed.append((block, margin + column * (side + gap), top + highest - block.height))
-        if highest:
-            top += highest + round(_SPACE * scale)
+            placed.append((block, margin + column * (side + gap), top + tallest - block.height))
+        if tallest:
+            top += tallest + round(_SPACE * scale)
 
     for row, start in enumerate(range(0, len(pictures), columns)):
         in_row = slice(start, start + columns)
@@ -234,11 +235,11 @@ def _map_picture(
 
 
 def _label_picture(image: Image.Image, label_map: np.ndarray, colors: Sequence[str], opacity: float) -> Image.Image:
-    """Draws a label map over an image in the colours of its texts. Pixels of -1 are dimmed."""
+    """Draws a label map over an image in the colours of its texts. Pixels without a text, -1, are dimmed."""
     label_map = np.asarray(Image.fromarray(label_map.astype(np.int32)).resize(image.size, Image.Resampling.NEAREST))
     palette = np.array([ImageColor.getrgb(color) for color in ("black", *colors)], np.uint8)
-    strength = Image.fromarray(np.where(label_map < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
-    return Image.composite(Image.fromarray(palette[label_map + 1]), image, strength)
+    opacities = Image.fromarray(np.where(label_map < 0, 255 * _DIMMED, 255 * opacity).astype(np.uint8))
+    return Image.composite(Image.fromarray(palette[label_map + 1]), image, opacities)
 
 
 def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
@@ -250,7 +251,7 @@ def at_picture_size(image: Image.Image, dpi: int = DPI) -> Image.Image:
 
 
 def _aspect(pictures: Sequence[Image.Image | None]) -> float:
-    """Returns the mean ratio of height and width, limited to [1:2, 4:3] so that sheets fit on a page."""
+    """Returns the mean of height divided by width, limited to [1/2, 4/3] so that sheets fit on a page."""
     ratios = [picture.height / picture.width for picture in pictures if picture is not None]
     return min(max(float(np.mean(ratios)), 0.5), 4 / 3)
 
@@ -284,7 +285,10 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
 
 
 def _legend(entries: Sequence[tuple[str, str, str]], aspect: float, dpi: int) -> Image.Image:
-    """Draws a legend of colours, names and notes as a picture of a sheet. The last line counts what does not fit."""
+    """
+    Draws a legend of entries (colour, name, note), as large as the pictures of a sheet. The last line counts the
+    entries that do not fit.
+    """
     scale = dpi / DPI
     size, line = _NOTE * scale, round(24 * scale)
     width = round(_PICTURE * scale)

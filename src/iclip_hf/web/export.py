@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _PAGE = ("index.html", "page.css", "page.js", "worker.js", "numerics.js", "viewer.css", "viewer.js")
 _KERNELS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
-# What makes the folder a static Space. The headers give the page threads.
+# The header of `README.md` that makes the folder a static Space. Its custom headers allow the page to use threads.
 _STATIC_SPACE = {
     "emoji": "🔍",
     "colorFrom": "blue",
@@ -57,7 +57,7 @@ _STATIC_SPACE = {
 }
 CDN = "https://cdn.jsdelivr.net/npm"
 # Files of npm packages of fixed versions: for the tokenizer, and for ONNX Runtime on WebAssembly and WebGPU. Each has
-# its digest in the notation of `integrity` in HTML, and the number of bytes that a server sends, compressed.
+# its digest in the notation of `integrity` in HTML, and its compressed size in bytes.
 _RUNTIME = json.loads(read_asset("runtime.json"))
 RUNTIME_FILES = [_RUNTIME["tokenizers"], *_RUNTIME["wasm"].values(), *_RUNTIME["webgpu"].values()]
 
@@ -75,7 +75,7 @@ def export_web(
 
     The page computes the model's own maps and scores, and the presence if the model has one. ONNX Runtime and the
     tokenizer are npm packages of fixed versions, whose digests browsers check. Graphs in 8 bits run on WebAssembly,
-    the others on WebGPU where there is one.
+    the others on WebGPU where the browser has it.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
@@ -88,8 +88,8 @@ def export_web(
         The folder.
 
     Raises:
-        `ValueError`: for another value of `weights`, or a processor that the page cannot follow. `FileExistsError`:
-            the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
+        `ValueError`: there is no such value of `weights`, or the page cannot do what the processor does.
+            `FileExistsError`: the folder is not empty. `ImportError`: a package of the extra `onnx` is missing.
     """
     folder = Path(folder)
     settings = {
@@ -119,7 +119,7 @@ def export_web(
         settings["examples"] = [_write_example(example, built) for example in examples()]
 
         _write_page(built, settings, cdn)
-        # The card names the model, which is not in this folder.
+        # The card names the model and not this folder, which does not hold it.
         name = public_name(model.name_or_path) or folder.resolve().name
         card_file = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(card_file, built / "model_card.md")
@@ -128,7 +128,7 @@ def export_web(
 
 
 def _write_page(folder: Path, settings: dict, cdn: str) -> None:
-    """Writes the files of the page itself, and the service worker that keeps them and the examples."""
+    """Writes the files of the page itself, and the service worker that keeps them and the examples for use offline."""
     values = {
         "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
         "introduction": introduction(settings["presence"] is not None),
@@ -150,7 +150,7 @@ def _packages() -> list[str]:
 
 
 def _at_cdn(file: dict, cdn: str) -> dict:
-    """Returns the settings of a file of an npm package."""
+    """Returns URL, digest and size of a file of an npm package."""
     return {"url": f"{cdn}/{file['package']}/{file['path']}", "integrity": file["integrity"], "bytes": file["bytes"]}
 
 
@@ -207,8 +207,8 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:
     """
-    Writes a compressed file, and returns what the worker needs to load and check it: a URL with a digest, the size
-    compressed (`bytes`) and not (`length`), and the digest of the data.
+    Writes a compressed file, and returns what the worker needs to load and check it: a URL with a digest, the
+    compressed size (`bytes`), the size of the data (`length`), and their digest (`integrity`).
     """
     packed = gzip.compress(data, mtime=0)
     (folder / f"{name}.gz").write_bytes(packed)

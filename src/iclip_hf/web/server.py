@@ -10,11 +10,11 @@ from typing import ClassVar
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    # On Windows, the registry can name another type for .js, with which browsers do not run a module.
+    # On Windows, the registry may name another type for .js. Browsers run a module only as text/javascript.
     extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, ".js": "text/javascript; charset=utf-8"}
 
     def end_headers(self) -> None:
-        # With these two, browsers give the worker threads.
+        # With these two, browsers allow the worker to use threads.
         self.send_header("Cross-Origin-Opener-Policy", "same-origin")
         self.send_header("Cross-Origin-Embedder-Policy", "require-corp")
         self.send_header("Cache-Control", "no-cache")
@@ -26,14 +26,15 @@ class _Handler(SimpleHTTPRequestHandler):
 
 def web_server(folder: Path, host: str = "127.0.0.1", port: int | None = None) -> ThreadingHTTPServer:
     """
-    Returns a server of a page's files, to be run by `serve_forever`.
+    Returns a server of the files of a page, which `serve_forever` runs.
 
     Args:
-        folder: from `export_web`.
-        host, port: address and port to listen on; the first free port from 7860 if not given.
+        folder: a folder that `export_web` wrote.
+        host, port: address and port to listen on. If no port is given, the first free one from 7860.
 
     Raises:
-        `ValueError`: the folder holds no page. `OSError`: the address is not of this machine, or the port is not free.
+        `ValueError`: the folder holds no page. `OSError`: this machine does not have the address, or the port is not
+            free.
     """
     if not (folder / "settings.json").is_file():
         raise ValueError(f"{folder}: expected a folder of `iclip export --format web`, but it has no page; name one.")

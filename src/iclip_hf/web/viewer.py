@@ -14,14 +14,14 @@ from ..plots.colors import OPACITY, SEGMENTS, color_table
 
 
 MAX_TEXTS = 12
-# Longest text. A model reads far fewer characters, and a text of megabytes would fill the memory and the answer.
+# Longest text. Models read far fewer characters, and a text of megabytes would fill the memory.
 MAX_CHARACTERS = 1000
 # Longest side of the maps in pixels: enough for a screen, and some hundred kilobytes for all maps together.
 SHOWN_SIDE = 640
 
 
 class Example(NamedTuple):
-    """A photograph to try: file, title, texts of which the last is absent, and origin with the licence."""
+    """A photograph to try: file, title, texts (the last one is absent), and origin with licence."""
 
     file: Path
     title: str
@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 
 def examples() -> list[Example]:
-    """Returns the photographs to try: that of this package, and two of scikit-image where it is installed."""
+    """Returns the photographs to try: one of this package and, if scikit-image is installed, two of it."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).with_name("data") if package else Path()
     # Photographs and texts that the embedded model is right about.
@@ -49,22 +49,22 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
 
 
 def introduction(has_presence: bool) -> str:
-    """Returns the text above the maps, as HTML. `has_presence`: whether the model computes presence."""
+    """Returns the text above the maps, as HTML. `has_presence` is whether the model computes presence."""
     text = """Bright pixels match most, dark ones least. Each map has its own scale, so a text that is not in the image
-lights up as well. A refined map follows edges that the model may not use: the pointer also reads the unrefined map.
-Most models know English texts only."""
+is bright somewhere as well. A refined map follows edges that the model may have ignored: the pointer also reads the
+unrefined map. Most models know English texts only."""
     if has_presence:
         text += f"""
-<b>Presence</b> is the probability that the image shows the text, if half of the texts that are asked for are shown. A
-text is <i>present</i> from {PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between.
+<b>Presence</b> is the probability that the image shows the text. It assumes that half of the texts are shown. A text
+is <i>present</i> from {PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between.
 Texts that resemble what is shown often pass."""
     return text
 
 
 def viewer_theme() -> dict:
     """
-    Returns the settings of `viewer.js`: the colours of the 256 levels of a map, the opacity, the colours of texts, and
-    the limits between the words of presence.
+    Returns the settings of `viewer.js`: the colours of the 256 levels of a map, the opacity of maps, the colours of
+    segments, and the presences at which a text becomes unsure and present.
     """
     colors = {name: color_table(name).tolist() for name in COLORMAPS}
     return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS, "limits": [MIN_PRESENCE, PRESENT]}

@@ -1,9 +1,9 @@
-// The steps of the processor and the model before and after the two graphs, as pure functions: image, similarities,
-// presence, enlarged maps. The tests compare each function with its counterpart in Python.
+// The steps of the processor and the model before and after the two graphs, as pure functions: preparation of the
+// image, similarities, presence, enlarged maps. The tests compare each function with its counterpart in Python.
 
 /**
- * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because some
- * browsers turn such files and some do not. Other files come back as they are, with 1: all browsers turn JPEG files.
+ * The orientation in the EXIF data of a PNG or WebP file, 1 to 8, and the file without these data, because only some
+ * browsers turn such files upright. Other files are returned unchanged with 1: all browsers turn JPEG files upright.
  */
 export function withoutOrientation(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
@@ -53,8 +53,9 @@ const KERNELS = { // weight at a distance, and the distance from which it is 0
 };
 
 /**
- * For each of `target` pixels along one side: its first source pixel and the weights from there on, integers of sum
- * 2 ** bits. They have the most bits with which the largest has 15, as torch's for 8-bit images do.
+ * For each of `target` pixels along one side: its first source pixel, and the weights of the pixels from there on. The
+ * weights are integers with the sum 2 ** bits. As in torch's resizing of 8-bit images, `bits` is as large as possible
+ * while the largest weight fits into 15 bits.
  */
 function antialiased(source, target, [kernel, support]) {
   const scale = source / target, stretch = Math.max(1, scale);
@@ -74,8 +75,7 @@ function antialiased(source, target, [kernel, support]) {
 }
 
 /**
- * Resizes with antialiasing exactly as torchvision does for 8 bits: along the rows, then along the columns, in
- * integers.
+ * Resizes with antialiasing exactly as torchvision does for 8 bits: in integers, first the width, then the height.
  *
  * @param rgba pixels of four bytes, row-major.
  * @param kernel "bilinear" or "bicubic".
@@ -98,13 +98,13 @@ export function resize(rgba, width, height, newWidth, newHeight, kernel) {
       wide[to + 2] = rounded(blue, across.bits);
     }
   });
-  const stride = 3 * newWidth, resized = new Uint8ClampedArray(stride * newHeight), row = new Int32Array(stride);
+  const stride = 3 * newWidth, resized = new Uint8ClampedArray(stride * newHeight), sums = new Int32Array(stride);
   down.taps.forEach(([first, weights], y) => {
-    row.fill(0);
+    sums.fill(0);
     weights.forEach((weight, i) => {
-      for (let at = 0, from = (first + i) * stride; at < stride; at++) row[at] += weight * wide[from + at];
+      for (let at = 0, from = (first + i) * stride; at < stride; at++) sums[at] += weight * wide[from + at];
     });
-    resized.set(row.map((sum) => rounded(sum, down.bits)), y * stride);
+    resized.set(sums.map((sum) => rounded(sum, down.bits)), y * stride);
   });
   return resized;
 }
@@ -114,7 +114,7 @@ const rounded = (sum, bits) => (sum + (1 << bits - 1)) >> bits;
 /** Height and width in pixels that the model sees, as `ICLIPProcessor` computes them. */
 export function modelSize({ size, patch }, height, width) {
   if (!size.shortest_edge) return [size.height, size.width];
-  const shortest = Math.min(height, width); // in the order of Python's operations, which ties depend on
+  const shortest = Math.min(height, width); // in the order of Python's operations, because ties depend on it
   const patches = (side) => Math.max(1, roundHalfToEven((side * size.shortest_edge) / shortest / patch));
   return [height, width].map((side) => patches(side) * patch);
 }
@@ -124,7 +124,7 @@ function roundHalfToEven(x) {
   return x - below === 0.5 ? below + odd : Math.round(x);
 }
 
-/** Three bytes a pixel -> the floats of `pixel_values`, channel by channel. */
+/** The floats of `pixel_values`, channel by channel, from three bytes for each pixel. */
 export function normalize(rgb, { factor, mean, std }) {
   const pixels = rgb.length / 3, values = new Float32Array(rgb.length);
   for (let channel = 0; channel < 3; channel++)
@@ -157,7 +157,7 @@ function range(values) {
 
 const BELOW_MEAN = 0.1; // as in modeling_iclip.py
 
-/** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is that of signed attention. */
+/** The raw map, as `ICLIPModel.similarity_maps` computes it. `weight` is the text's weight of signed attention. */
 export function rawMap(cosines, attention, { map_attention, max_sharpness }, weight) {
   const [low, span] = range(attention);
   const mean = cosines.reduce((sum, value) => sum + value, 0) / cosines.length;
@@ -173,7 +173,9 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }, wei
   return weigh ? cosines.map((value, i) => weigh(value, attention[i])) : cosines;
 }
 
-/** The score of an image, whose cosine with the text is given, and its map of cosines: `ICLIPModel.scores`. */
+/**
+ * The score, as `ICLIPModel.scores` computes it, from the cosine of image and text and the cosines of the patches.
+ */
 export function score(cosine, cosines, { peak_share }) {
   return peak_share ? (1 - peak_share) * cosine + peak_share * Math.max(...cosines) : cosine;
 }
@@ -186,14 +188,14 @@ export function presence(score, settings) {
   return settings && 1 / (1 + Math.exp(-(settings.scale * score + settings.bias)));
 }
 
-/** The presence as a word, as `presence_word` says it; null without a presence. */
+/** The presence as a word, as Python's `presence_word`; null without a presence. */
 export function presenceWord(value, settings) {
   if (value === null) return null;
   if (!(value >= settings.min_presence)) return "absent";
   return value >= settings.present ? "present" : "unsure";
 }
 
-/** For each of `target` pixels along one side: four source pixels and their weights; no antialiasing. */
+/** For each of `target` pixels along one side: four source pixels and their weights, without antialiasing. */
 function bicubic(source, target) {
   const weight = cubic(-0.75), clamp = (i) => Math.min(Math.max(i, 0), source - 1); // torch's constant and edges
   return Array.from({ length: target }, (_, index) => {
@@ -202,7 +204,10 @@ function bicubic(source, target) {
   });
 }
 
-/** A map of `rows` x `columns` minus its minimum, so that a constant map stays exactly constant, resized: bicubic. */
+/**
+ * Resizes a map of `rows` x `columns`, bicubic, after its minimum is subtracted, so that a constant map stays exactly
+ * constant. Returns the resized map and the minimum.
+ */
 function resized(map, [rows, columns], width, height) {
   const across = bicubic(columns, width), wide = new Float32Array(rows * width);
   const [lowest] = range(map);
@@ -230,14 +235,15 @@ export function enlarge(map, grid, width, height) {
   return { levels, low: low + lowest, high: low + lowest + span };
 }
 
-// Of the refinement, as in refinement.py: cells of 2 x 2 pixels.
+// Constants of the refinement, as in refinement.py. A cell has 2 x 2 pixels.
 const CELL = 2, DILATIONS = [1, 2, 4], STEPS = 10, SPREAD = 0.3;
 
 /**
- * The neighbours of the cells of an image and their weights, from its colours, for `refine`.
+ * For each cell of an image its neighbours and their weights, which depend on the colours. For `refine`.
  *
  * @param rgb pixels of three bytes, row-major, as the model sees them.
- * @returns the `grid` of cells, and `near`: for each of 24 directions the `cells` and their `weights`.
+ * @returns the `grid` of cells, and `near`: for each of 24 directions the neighbour of each cell (`cells`) and its
+ *   weight (`weights`).
  */
 export function neighbours(rgb, width, height) {
   const rows = Math.floor(height / CELL), columns = Math.floor(width / CELL), count = rows * columns;
@@ -272,7 +278,7 @@ export function neighbours(rgb, width, height) {
   return { grid: [rows, columns], near };
 }
 
-/** A map on the grid of `neighbours`, refined by the colours of the image, as `refine_maps` in refinement.py. */
+/** A map on the grid of `neighbours`, refined by the colours of the image, as by `refine_maps` in refinement.py. */
 export function refine(map, from, { grid, near }) {
   let { large, lowest } = resized(map, from, grid[1], grid[0]);
   for (let step = 0; step < STEPS; step++) {

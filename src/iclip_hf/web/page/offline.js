@@ -1,7 +1,7 @@
-// The page's service worker: keeps the page's own files, so that it also opens without a network. `worker.js` keeps
-// the model.
+// The service worker of the page. It keeps the page's own files, so that the page also opens without a network.
+// `worker.js` keeps the model.
 
-const FILES = $files; // name -> digest, as hexadecimal number
+const FILES = $files; // name -> digest, in hexadecimal digits
 const BASE = new URL(".", location), CACHE = "iclip page " + BASE.pathname;
 const digests = new Map(Object.entries(FILES).map(([file, digest]) => [new URL(file, BASE).href, digest]));
 
@@ -9,7 +9,7 @@ addEventListener("install", (event) => {
   skipWaiting(); // the worker of a newer page takes over at once
   event.waitUntil(Promise.all([...digests.keys()].map(async (address) => {
     const response = await fetch(address, { cache: "no-cache" });
-    // Tried again at the next visit.
+    // After this error, the browser tries again at the next visit.
     if (!await keep(address, response)) throw new Error(`$${address} is not the exported file`);
   })));
 });
@@ -20,8 +20,8 @@ addEventListener("fetch", (event) => {
 });
 
 /**
- * The file from the server, so that a newer page is seen at once; the kept one only where the server cannot be
- * reached.
+ * Answers with the file from the server, so that a newer page is seen at once. Only if the server cannot be reached,
+ * answers with the kept file.
  */
 async function answer(address, event) {
   try {
@@ -36,8 +36,8 @@ async function answer(address, event) {
 }
 
 /**
- * Keeps a response if it is the exported file. An error page, a login page or an empty body is not; nor is a newer
- * export.
+ * Keeps a response if it is the exported file, and returns whether it is. Error pages, login pages, empty bodies and
+ * files of a newer export are not kept.
  */
 async function keep(address, response) {
   const content = await response.clone().arrayBuffer();

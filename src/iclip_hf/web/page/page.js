@@ -11,24 +11,25 @@ const say = (sentence) => (find("status").textContent = sentence);
 say("");
 const settings = await fetch("settings.json").then((response) => response.json()).catch(() => null);
 if (!settings) throw fail("This page misses its settings.json. Serve the whole folder by a web server.");
-settings.cache = `iclip ${new URL(".", location).pathname}`; // other pages of this server have their own
+settings.cache = `iclip ${new URL(".", location).pathname}`; // other pages of this server have caches of their own
 if (!globalThis.WebAssembly || !globalThis.OffscreenCanvas)
   throw fail("This browser cannot run the model: it has no WebAssembly, or it is older than 2023. Try another one.");
 
 navigator.serviceWorker?.register("offline.js").catch(() => null); // without it, the page needs the server again
 const viewer = createViewer(find("viewer"), settings.theme);
-// Through a blob, so that the worker has the page's content security policy. It may connect nowhere else either.
-const start = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
-const worker = new Worker(URL.createObjectURL(new Blob([start], { type: "text/javascript" })), { type: "module" });
+// Started from a blob, so that the page's content security policy also limits where the worker may connect.
+const source = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
+const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
 let photo = null; // {blob, id}
-let job = 0, pending = null; // texts and caption of the question that is being answered
+let job = 0; // number of the newest question
+let pending = null; // texts and caption of this question
 let choice = 0; // number of the newest choice of an image
 
 find("size").textContent = ` It downloads the model once (${megabytes(settings.bytes)} MB) and keeps it.`;
 
 // ------------------------------------------------------------------------------------------------ asking
 
-/** Texts between commas, or one a line, as Python's `split_texts` finds them. */
+/** The typed texts, each once, split as by Python's `split_texts`. If they are not valid, shows why and returns null. */
 function typedTexts() {
   const typed = find("texts").value, separator = typed.trim().includes("\n") ? "\n" : /(?<!\\),/;
   const parts = typed.split(separator).map((text) => text.replaceAll("\\,", ",").trim());
@@ -45,11 +46,11 @@ function explain() {
   find("error").hidden = true;
   const texts = typedTexts();
   if (!texts) return;
-  history.replaceState(null, "", `#texts=${encodeURIComponent(texts.join("\n"))}`); // as `readLink` reads it
+  history.replaceState(null, "", `#texts=${encodeURIComponent(texts.join("\n"))}`); // for `readLink`
   if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
   const refine = find("refine").checked;
   pending = { texts, madeBy: `itsm, ${refine ? "refined" : "unrefined"}` };
-  busy(true);
+  setBusy(true);
   worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts, refine });
 }
 
@@ -70,12 +71,12 @@ function choose(file) {
 }
 
 /**
- * Chooses an example, unless it cannot be fetched or another image is chosen meanwhile; returns whether it was chosen.
+ * Chooses an example, unless it cannot be fetched, or another image is chosen meanwhile. Returns whether it was chosen.
  */
 async function chooseExample(button, { file, texts }) {
-  const mine = ++choice;
+  const ownChoice = ++choice;
   const blob = await fetch(file).then((response) => response.ok && response.blob()).catch(() => null);
-  if (mine !== choice) return false;
+  if (ownChoice !== choice) return false;
   if (!blob) {
     fail(`The example ${file} could not be fetched: check the connection.`);
     return false;
@@ -89,7 +90,7 @@ async function chooseExample(button, { file, texts }) {
 // ---------------------------------------------------------------------------------------------- answering
 
 let picture = null; // of the photograph that the worker has: {photo, size, originalSize}
-let unseen = true; // whether the panels of the question are still to come
+let unseen = true; // whether no map of the question has arrived yet
 
 worker.onmessage = ({ data }) => {
   if (data.job !== undefined && data.job !== job) return; // of an older question
@@ -97,7 +98,7 @@ worker.onmessage = ({ data }) => {
 };
 worker.onerror = (event) => {
   event.preventDefault();
-  busy(false);
+  setBusy(false);
   fail("The worker could not start: reload the page, or try another browser.");
 };
 
@@ -117,29 +118,29 @@ const answers = {
   map({ index, ...result }) {
     if (unseen) viewer.show({ ...picture, ...pending });
     viewer.add(index, { ...result, word: presenceWord(result.presence, settings.presence) });
-    // On a phone, the maps are below the question. They come into view if the visitor asked for them.
-    const asked = navigator.userActivation?.hasBeenActive;
-    if (unseen && asked && matchMedia(NARROW).matches) find("viewer").scrollIntoView();
+    // On a phone, the maps are below the question. The page scrolls to them only for a visitor who did something.
+    const active = navigator.userActivation?.hasBeenActive;
+    if (unseen && active && matchMedia(NARROW).matches) find("viewer").scrollIntoView();
     unseen = false;
   },
   done() {
-    busy(false);
+    setBusy(false);
     say("");
     find("after").hidden = false;
   },
   error({ sentence }) {
-    busy(false);
+    setBusy(false);
     fail(sentence);
   },
 };
 
-function busy(is) {
+function setBusy(busy) {
   unseen = true;
-  find("viewer").setAttribute("aria-busy", is);
-  if (is) say("Working …");
+  find("viewer").setAttribute("aria-busy", busy);
+  if (busy) say("Working …");
 }
 
-/** Shows a sentence; returns it as an error. */
+/** Shows a sentence as an error, and returns it as an `Error`. */
 function fail(sentence) {
   find("progress").hidden = true;
   say("");
@@ -149,7 +150,7 @@ function fail(sentence) {
 
 // --------------------------------------------------------------------------------------------- the link
 
-/** Puts the texts of the link into the field. */
+/** Puts the texts of the link into the field. Returns whether it has any. */
 function readLink() {
   const texts = new URLSearchParams(location.hash.slice(1).replaceAll("+", "%2B")).get("texts");
   if (texts) find("texts").value = texts;
@@ -170,7 +171,7 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   const [file] = event.dataTransfer.files;
   if (file) choose(file);
-  else fail("What was dropped is not a file: save the image first, then drop the file.");
+  else fail("This is not a file: save the image first, then drop the file.");
 });
 find("ask").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -199,5 +200,5 @@ for (const [index, example] of settings.examples.entries()) {
 }
 find("photographs").hidden = false;
 find("go").disabled = false;
-// A visitor who has the model already need not ask for it.
+// If the browser has the model already, the first question is answered at once.
 if (photo && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();

@@ -1,8 +1,8 @@
-// Draws an overlay for each text, in the live demo and in the exported page, from maps of 256 levels: colours, opacity,
-// outline, segments, the value under the pointer, and the picture to save.
+// Shows a map of 256 levels over the image for each text, in the live demo and in the exported page, with colours,
+// opacity, outline, segments, the value under the pointer, and a picture to save.
 
-const WHITE = 0xffffffff, BLACK = 0xff000000; // alpha, blue, green, red
-const MIXED = 0.65; // opacity of segments
+const WHITE = 0xffffffff, BLACK = 0xff000000; // bytes: alpha, blue, green, red
+const SEGMENT_OPACITY = 0.65;
 const FADED = 0.35; // opacity of an absent text's panel, as in viewer.css
 const NAMES = { heat: "Heat", cividis: "Colour-blind safe", jet: "Jet" };
 
@@ -13,11 +13,11 @@ function create(tag, parent, properties = {}) {
   return parent.appendChild(Object.assign(document.createElement(tag), properties));
 }
 
-// Fills a canvas by `draw`, which sets pixels in an array of four bytes each. All pixels are transparent at first.
-function paint(canvas, draw) {
+// Fills a canvas by `setPixels`, which gets an array with a number of four bytes for each pixel, transparent at first.
+function paint(canvas, setPixels) {
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(canvas.width, canvas.height);
-  draw(new Uint32Array(pixels.data.buffer));
+  setPixels(new Uint32Array(pixels.data.buffer));
   context.putImageData(pixels, 0, 0);
 }
 
@@ -26,12 +26,13 @@ function paint(canvas, draw) {
  *
  * @param theme `colors`: name -> 256 colours, [red, green, blue, alpha] in 0..255; `opacity` of the maps; `segments`:
  *   colours of texts; `limits` of the words of presence.
- * @returns `show({photo, size, originalSize, texts, madeBy})` starts with a photograph that `drawImage` takes, the texts,
- *   and how the maps are made, for the picture to save;
- *   `add(index, {score, presence, word, levels, low, high, unrefined})` adds what belongs to one: presence and its
- *   word, null for a model without; its map in 0..255, row-major, of `size` (width, height), the raw values of 0 and
- *   255, and a refined map before its refinement, likewise in 0..255, or null;
- *   `savePicture()` downloads all overlays as they are seen.
+ * @returns `show({photo, size, originalSize, texts, madeBy})` starts with a photograph that `drawImage` takes, the
+ *   texts, and how the maps are made, which the saved picture says;
+ *   `add(index, {score, presence, word, levels, low, high, unrefined})` adds the answer for a text: the presence and
+ *   its word are null for a model without presence; `levels` is the map in 0..255, row-major, of `size` (width,
+ *   height); `low` and `high` are the raw values of 0 and 255; `unrefined` is the map before its refinement, in
+ *   0..255, or null;
+ *   `savePicture()` downloads all panels as they are seen.
  */
 export function createViewer(element, theme) {
   element.innerHTML = `
@@ -103,7 +104,7 @@ export function createViewer(element, theme) {
     paint(heat, (pixels) => levels.forEach((level, pixel) => (pixels[pixel] = palette[level])));
   }
 
-  // A white line inside and a black one outside of the region above the threshold, of about one pixel of the screen.
+  // A white line inside the region above the threshold, and a black one outside, each about one screen pixel wide.
   function paintOutline({ outline, levels }) {
     const { width, height } = outline, limit = threshold.value * 255;
     const reach = Math.ceil(width / (outline.clientWidth || width));
@@ -121,14 +122,14 @@ export function createViewer(element, theme) {
     });
   }
 
-  // Of the texts that are not absent and whose outline holds the pixel, the one with the highest map, standardized by
-  // its own values and by those of all these texts, plus a tenth of the logit of its presence, as
-  // `Explanation.label_map` finds it. Without an outline, the threshold is that of `iclip segment`.
+  // Paints each pixel in the colour of its best text, as `Explanation.label_map` finds it. A text takes part if it is
+  // not absent and its outline holds the pixel. Without an outline, the threshold is that of `iclip segment`. The best
+  // text has the highest value: its map, standardized by its own values and by those of all texts that are not absent,
+  // plus a tenth of the logit of its presence.
   function paintSegments() {
     if (!segments.checked || !overview) return;
     const present = ready().filter(({ word }) => word !== "absent");
-    const place = ({ text }) => panels.findIndex((panel) => panel.text === text);
-    const color = (panel) => theme.segments[place(panel) % theme.segments.length];
+    const color = (panel) => theme.segments[panels.indexOf(panel) % theme.segments.length];
     const inks = present.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
@@ -142,7 +143,8 @@ export function createViewer(element, theme) {
     const stdOfAll = Math.sqrt(average(moments, ({ std }) => std ** 2)) || 1;
     paint(overview.heat, (pixels) => present.forEach(({ levels, low, presence }, index) => {
       const { step, mean, std } = moments[index];
-      const share = Math.min(Math.max(presence ?? 0.5, 1e-4), 1 - 1e-4), offset = 0.1 * Math.log(share / (1 - share));
+      const probability = Math.min(Math.max(presence ?? 0.5, 1e-4), 1 - 1e-4);
+      const offset = 0.1 * Math.log(probability / (1 - probability));
       levels.forEach((level, pixel) => {
         const raw = low + step * level;
         const value = ((raw - mean) / (std || 1) + raw / stdOfAll) / 2 + offset;
@@ -156,11 +158,11 @@ export function createViewer(element, theme) {
     if (!present.length) overview.caption.textContent = ready().length ? "All texts are absent" : "";
   }
 
-  /** Presence in percent, rounded down where rounding would give it another word. */
+  /** Presence in percent, rounded down if rounding up would give it another word. */
   function rounded(presence) {
-    const near = Number(presence.toFixed(2));
-    const crosses = theme.limits.some((limit) => presence < limit && near >= limit);
-    return Math.round(100 * (crosses ? near - 0.01 : near));
+    const nearest = Number(presence.toFixed(2));
+    const crosses = theme.limits.some((limit) => presence < limit && nearest >= limit);
+    return Math.round(100 * (crosses ? nearest - 0.01 : nearest));
   }
 
   function fillTable() {
@@ -184,7 +186,7 @@ export function createViewer(element, theme) {
   function setOpacity() {
     opacityOutput.value = Number(opacity.value).toFixed(2);
     for (const { heat } of panels) heat.style.opacity = opacity.value;
-    if (overview) overview.heat.style.opacity = MIXED;
+    if (overview) overview.heat.style.opacity = SEGMENT_OPACITY;
   }
 
   function setThreshold() {
@@ -199,19 +201,20 @@ export function createViewer(element, theme) {
     paintSegments();
   }
 
-  // The value at a place, as shares of width and height, in every map: the same pixel of all of them can be compared.
+  // Shows the value at a point in every map, so that the same pixel of all maps can be compared. `at` is the point in
+  // shares of width and height, or falsy to hide the values.
   function probe(at) {
     for (const { ring, label } of [...panels, overview]) ring.hidden = label.hidden = !at;
     if (!at) return;
     const [x, y] = at.map((share, axis) => Math.floor(share * shown.size[axis]));
-    const place = at.map((share, axis) => Math.floor(share * shown.originalSize[axis])).join(", ");
+    const pixel = at.map((share, axis) => Math.floor(share * shown.originalSize[axis])).join(", ");
     const [left, top] = at.map((share) => `${100 * share}%`);
     for (const { ring } of [...panels, overview]) Object.assign(ring.style, { left, top });
-    overview.label.textContent = place;
+    overview.label.textContent = pixel;
     const value = (levels) => (levels[y * shown.size[0] + x] / 255).toFixed(2);
     for (const panel of ready()) {
       panel.value = value(panel.levels);
-      panel.label.textContent = `${panel.value} at ${place}`;
+      panel.label.textContent = `${panel.value} at ${pixel}`;
       if (!panel.unrefined) continue;
       panel.value += `, unrefined ${value(panel.unrefined)}`;
       panel.label.textContent += `\nunrefined ${value(panel.unrefined)}`;
@@ -233,31 +236,31 @@ export function createViewer(element, theme) {
   function move(event) {
     const step = STEPS[event.key];
     if (!step || !event.target.matches(".stack")) return;
-    event.preventDefault(); // of scrolling
+    event.preventDefault(); // the page would scroll
     cursor = cursor.map((share, axis) => inside(share + step[axis] / 40));
     probe(cursor);
     spoken.value = ready().map(({ text, value }) => `${text} ${value}`).join(", ");
   }
 
-  // All overlays as they are seen, under their texts, in one picture.
+  // Downloads one picture of all panels as they are seen, under their texts.
   function savePicture() {
-    const seen = [...(segments.checked && overview ? [overview] : []), ...ready()];
-    if (!seen.length) return;
+    const visible = [...(segments.checked && overview ? [overview] : []), ...ready()];
+    if (!visible.length) return;
     const [width, height] = shown.size, gap = 12, line = 28;
-    const columns = Math.min(3, seen.length), rows = Math.ceil(seen.length / columns);
+    const columns = Math.min(3, visible.length), rows = Math.ceil(visible.length / columns);
     const sheet = document.createElement("canvas");
     Object.assign(sheet, { width: columns * (width + gap) + gap, height: rows * (height + line + gap) + gap + line });
     const context = sheet.getContext("2d");
     context.fillStyle = "white";
     context.fillRect(0, 0, sheet.width, sheet.height);
-    seen.forEach(({ text, word, photo, heat, outline, legend }, index) => {
+    visible.forEach(({ text, word, photo, heat, outline, legend }, index) => {
       const x = gap + (index % columns) * (width + gap);
       const y = gap + Math.floor(index / columns) * (height + line + gap);
-      const words = legend ?? [[word ? `${text} · ${word}` : text, "black"]];
+      const captions = legend ?? [[word ? `${text} · ${word}` : text, "black"]];
       context.font = "600 18px system-ui, sans-serif";
-      words.forEach(([caption, ink], i) => {
+      captions.forEach(([caption, ink], i) => {
         context.fillStyle = ink;
-        context.fillText(caption, x + i * width / words.length, y + 18, width / words.length - 6);
+        context.fillText(caption, x + i * width / captions.length, y + 18, width / captions.length - 6);
       });
       context.drawImage(photo, x, y + line);
       context.globalAlpha = heat.style.opacity;

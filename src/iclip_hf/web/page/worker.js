@@ -3,9 +3,9 @@
 import * as numerics from "./numerics.js";
 
 const BASE = new URL(".", import.meta.url);
-// Canvases of some browsers hold no more. A larger image is reduced first.
+// A larger image is reduced first, because canvases of some browsers hold no more pixels.
 const MAX_PIXELS = 2 ** 24;
-// Texts that stay encoded.
+// Number of texts whose vectors are kept.
 const MAX_ENCODED = 1000;
 
 /** An error with a sentence for the visitor. */
@@ -16,7 +16,7 @@ let asked = null; // the newest question; older ones are dropped
 let answering = false;
 let loading = null; // promise of the model
 let image = null; // features of the last image
-const encoded = new Map(); // text -> its vectors, and its weight of the attention
+const encoded = new Map(); // text -> its vectors and its weight of the attention
 
 onmessage = ({ data }) => {
   settings ??= data.settings;
@@ -45,18 +45,18 @@ async function answerAll() {
 
 async function answer({ photo, photoId, texts, refine }, tell) {
   if (image?.id !== photoId) image = null;
-  const decoded = image ? null : await decode(photo); // before the download: a bad image is told at once
+  const decoded = image ? null : await decode(photo); // before the download, so that a bad image is reported at once
   const model = await (loading ??= load().catch((error) => { loading = null; throw error; }));
   if (asked) return;
   if (decoded) {
     tell({ kind: "status", sentence: "Looking at the image …" });
     image = { ...await encodeImage(model, decoded), id: photoId };
     const { shown, size, originalSize } = decoded;
-    // Also of an older question, because it is sent once.
+    // Without a job, so that the page takes it even if there is a newer question: an image is sent once.
     postMessage({ kind: "photo", shown, size, originalSize }, [shown]);
   }
   for (const [index, text] of texts.entries()) {
-    await new Promise((turn) => setTimeout(turn)); // lets a newer question in
+    await new Promise((turn) => setTimeout(turn)); // a newer question may arrive
     if (asked) return;
     const { embeds, mapEmbeds, weight } = await encodeText(model, text);
     const cosines = numerics.similarities(image.patches, mapEmbeds);
@@ -84,7 +84,7 @@ async function decode(blob) {
   try {
     const stored = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
     orientation = stored.orientation;
-    // The pixels that Python reads.
+    // The pixels as they are stored, which Python reads as well.
     const upright = new Blob([stored.content], { type: blob.type });
     bitmap = await createImageBitmap(upright, { colorSpaceConversion: "none" });
   } catch {
@@ -144,25 +144,25 @@ async function encodeText({ ort, text: graph, tokenizer }, text) {
     const { templates, max_length, pad_to_max, pad_id } = settings.text;
     const prompts = templates.map((template) => tokenIds(tokenizer, template.replaceAll("{}", () => text)));
     const length = pad_to_max ? max_length : Math.max(...prompts.map((ids) => ids.length));
-    const value = { // of a token, of which there may be none: padding
+    const inputValue = { // by input of the graph: its value for a token id, which is undefined for padding
       input_ids: (id) => id ?? pad_id,
       attention_mask: (id) => Number(id !== undefined),
       token_type_ids: () => 0,
     };
     const feeds = graph.inputNames.map((name) => {
-      const row = (ids) => Array.from({ length }, (_, i) => BigInt(value[name](ids[i])));
-      return [name, new ort.Tensor("int64", BigInt64Array.from(prompts.flatMap(row)), [1, prompts.length, length])];
+      const padded = (ids) => Array.from({ length }, (_, i) => BigInt(inputValue[name](ids[i])));
+      return [name, new ort.Tensor("int64", BigInt64Array.from(prompts.flatMap(padded)), [1, prompts.length, length])];
     });
     const outputs = await graph.run(Object.fromEntries(feeds));
     const [embeds, mapEmbeds] = [outputs.text_embeds.data, outputs.map_text_embeds.data];
-    encoded.set(text, { embeds, mapEmbeds, weight: outputs.attention_weights?.data[0] }); // with signed attention
+    encoded.set(text, { embeds, mapEmbeds, weight: outputs.attention_weights?.data[0] }); // only of signed attention
   }
   return encoded.get(text);
 }
 
-/** The tokens of a prompt, at most as many as the model reads. */
+/** The token ids of a prompt, at most as many as the model reads. */
 function tokenIds(tokenizer, prompt) {
-  // At the end of a word, JavaScript makes ς of Σ where Python's tokenizers make σ.
+  // In lower case, Σ at the end of a word is ς in JavaScript, but σ in Python's tokenizers.
   if (String(tokenizer.encode("Σ").ids) === String(tokenizer.encode("σ").ids)) prompt = prompt.replaceAll("Σ", "σ");
   const { max_length } = settings.text, { ids } = tokenizer.encode(prompt);
   if (ids.length <= max_length) return ids;
@@ -184,27 +184,26 @@ async function load() {
     postMessage({ kind: "progress", loaded: [...loaded.values()].reduce((sum, bytes) => sum + bytes, 0), total });
   };
   const cache = await openCache();
-  const ended = await Promise.allSettled(all.map((file) => download(file, cache, progress)));
-  for (const { reason } of ended) if (reason) throw reason;
-  const content = Object.fromEntries(Object.keys(files).map((name, i) => [name, ended[i].value]));
+  const settled = await Promise.allSettled(all.map((file) => download(file, cache, progress)));
+  for (const { reason } of settled) if (reason) throw reason;
+  const content = Object.fromEntries(Object.keys(files).map((name, i) => [name, settled[i].value]));
 
   postMessage({ kind: "status", sentence: "Starting the model …" });
   const [ort, { Tokenizer }] = await Promise.all([content.ort, content.tokenizers].map(importModule));
-  ort.env.logLevel = "error"; // not where each node runs
+  ort.env.logLevel = "error"; // without warnings of where each node runs
   ort.env.wasm.wasmPaths = { mjs: moduleUrl(content.glue) };
   ort.env.wasm.wasmBinary = content.wasm;
   const options = { executionProviders: gpu ? ["webgpu", "wasm"] : ["wasm"] };
   const vision = await ort.InferenceSession.create(content.vision, options);
   const text = await ort.InferenceSession.create(content.text, options);
-  const parse = (bytes) => JSON.parse(decodeText(bytes));
+  const parse = (bytes) => JSON.parse(new TextDecoder().decode(bytes));
   const tokenizer = new Tokenizer(parse(content.tokenizer), parse(content.tokenizer_config));
-  await Promise.all((await cache?.keys() ?? []) // of earlier exports
+  await Promise.all((await cache?.keys() ?? []) // deletes the files of earlier exports
     .filter(({ url }) => !all.some((file) => address(file) === url))
     .map((request) => cache.delete(request)));
   return { ort, vision, text, tokenizer };
 }
 
-const decodeText = (bytes) => new TextDecoder().decode(bytes);
 const moduleUrl = (bytes) => URL.createObjectURL(new Blob([bytes], { type: "text/javascript" }));
 const importModule = (bytes) => import(moduleUrl(bytes));
 const address = ({ url }) => new URL(url, BASE).href;
@@ -214,7 +213,7 @@ async function openCache() {
   return self.caches?.open(settings.cache).catch(() => null) ?? null;
 }
 
-/** The content of a file, from the cache or the server. What is not the exported file is neither used nor kept. */
+/** The content of a file, from the cache or the server. Anything but the exported file is neither used nor kept. */
 async function download(file, cache, progress) {
   const kept = await cache?.match(address(file)).catch(() => null);
   const content = kept && await checked(file, new Uint8Array(await kept.arrayBuffer()));
@@ -223,7 +222,7 @@ async function download(file, cache, progress) {
     return content;
   }
   if (kept) await cache.delete(address(file));
-  for (const mode of ["default", "reload"]) { // then past the browser's own cache, which may hold the wrong file
+  for (const mode of ["default", "reload"]) { // "reload" ignores the browser's own cache, which may hold the wrong file
     const bytes = await fetchBytes(file, progress, mode);
     const content = await checked(file, bytes);
     if (!content) continue;
@@ -235,18 +234,18 @@ async function download(file, cache, progress) {
     "the owner of this page.");
 }
 
-/** The content of what was downloaded as a file, if its length and digest are right; otherwise null. */
+/** The content of downloaded bytes, decompressed; null if its length or digest is not that of the file. */
 async function checked(file, bytes) {
   const content = await decompress(bytes).catch(() => null);
   if (!content || (file.length ?? content.length) !== content.length) return null;
-  if (!crypto.subtle) return content; // without HTTPS; gzip has a sum of its own
+  if (!crypto.subtle) return content; // without HTTPS; gzip has a checksum of its own
   const [algorithm, expected] = file.integrity.split("-");
   const digest = new Uint8Array(await crypto.subtle.digest(algorithm.replace("sha", "SHA-"), content));
   return btoa(String.fromCharCode(...digest)) === expected ? content : null;
 }
 
 async function fetchBytes(file, progress, mode) {
-  // The browser itself checks files from elsewhere, which come as they are, also without HTTPS.
+  // The browser itself checks the digests of files from elsewhere, also without HTTPS.
   const elsewhere = new URL(address(file)).origin !== BASE.origin;
   try {
     const options = elsewhere ? { integrity: file.integrity, credentials: "omit" } : {};
@@ -266,7 +265,7 @@ async function fetchBytes(file, progress, mode) {
 
 const name = ({ url }) => url.split("/").at(-1).split("?")[0];
 
-/** Content of a gzip file. Where the server has decompressed it already, the bytes themselves. */
+/** The content of a gzip file; the bytes themselves if the server has decompressed it already. */
 async function decompress(bytes) {
   if (bytes[0] !== 0x1f || bytes[1] !== 0x8b) return bytes;
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));

@@ -167,7 +167,7 @@ def test_what_is_measured_selects_the_model(hub):
         training("--validation_share", "0.1", "--save_steps", "100", "--eval_steps", "1000")
     often = ["--save_steps", "100", "--eval_steps", "1000", "--load_best_model_at_end", "false"]
     assert training("--validation_share", "0.1", *often).save_steps == 100
-    with pytest.raises(ValueError, match="metric_for_best_model: 'val_loss' is not measured; choose of loss"):
+    with pytest.raises(ValueError, match="metric_for_best_model: 'val_loss' is not measured; choose one of loss"):
         training("--validation_share", "0.1", "--metric_for_best_model", "val_loss")
     assert training("--validation_share", "0.1", "--metric_for_best_model", "eval_loss").greater_is_better is False
 

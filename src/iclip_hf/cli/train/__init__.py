@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> None:
 
 def check_output_dir(arguments: Arguments) -> None:
     """
-    Raises `FileExistsError` unless the folder of a run is new or empty, or holds checkpoints of ICLIP to resume from,
-    and nothing is written into the folders of the model and the towers.
+    Raises `FileExistsError` unless the folder of a run is new or empty, or holds a training of ICLIP to resume. Also
+    raises it if the run would write into the folder of the model or of a tower. Checks that `model` is an ICLIP model.
     """
     folder, model = Path(arguments.training.output_dir), arguments.model
-    for read in (model.model, model.vision, model.text, model.feature_tower):
-        for written in filter(None, (folder, arguments.data.cache_features)):
-            if read and read != "embedded":
-                check_outside(written, read)
+    for source in (model.model, model.vision, model.text, model.feature_tower):
+        for output in filter(None, (folder, arguments.data.cache_features)):
+            if source and source != "embedded":
+                check_outside(output, source)
     if model.model:
         check_model_name(model.model, ("iclip",))
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -65,6 +65,6 @@ def _is_training(folder: Path, names: set[str]) -> bool:
     from ...training.checkpoints import last_checkpoint
 
     if (last := last_checkpoint(folder)) is None:
-        parts = (START, "pictures", "evaluations", "runs", "checkpoint-")
-        return all(name.startswith(parts) or name.endswith(".partial") for name in names)
+        beginnings = (START, "pictures", "evaluations", "runs", "checkpoint-")
+        return all(name.startswith(beginnings) or name.endswith(".partial") for name in names)
     return json.loads(Path(last, "config.json").read_text()).get("model_type") == "iclip"

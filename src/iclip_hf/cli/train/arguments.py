@@ -29,8 +29,8 @@ class ModelArguments:
 
     config: str = argument(
         "",
-        "name of a shipped configuration, or a folder with a train.yaml, or this file; without one, arguments are "
-        "chosen by the number of pairs, and without data it is iclip-vit-b16",
+        "name of a shipped configuration, a folder with a train.yaml, or the train.yaml itself; if not given, the "
+        "number of pairs decides the arguments, or without data the configuration is iclip-vit-b16",
     )
     model: str = argument("", 'ICLIP model to train further (folder, Hub id or "embedded"), instead of two towers')
     vision: str = argument("", 'image tower: a folder, a Hub id, or "embedded" for that of the embedded model')
@@ -74,8 +74,8 @@ class DataArguments:
 class EvaluationArguments:
     """The pairs and the segmentation data set to measure on."""
 
-    validation_data: list[str] = argument([], "validation pairs, local")
-    validation_share: float = argument(0.0, "share of the pairs to validate on instead, which are not trained on")
+    validation_data: list[str] = argument([], "local validation pairs")
+    validation_share: float = argument(0.0, "share of the pairs to hold out for validation instead")
     eval_dataset: str = argument("none", "segmentation data set to evaluate maps on", choices=["none", *DATASETS])
     eval_root: str = argument("", "folder of eval_dataset")
     eval_split: str = argument("", "split of eval_dataset; the validation split if not given")
@@ -86,11 +86,11 @@ class RunArguments(ICLIPTrainingArguments):
     """The arguments of the trainer, and how a run is resumed."""
 
     resume: bool = argument(False, "resume from the last checkpoint in output_dir, if there is one")
-    resume_from_checkpoint: str | None = field(default=None, init=False)  # an argument of scripts, which is `resume`
+    resume_from_checkpoint: str | None = field(default=None, init=False)  # for scripts; the command has `resume`
 
 
 class Arguments(NamedTuple):
-    """What `iclip train` is given."""
+    """All arguments of `iclip train`."""
 
     model: ModelArguments
     data: DataArguments
@@ -99,10 +99,11 @@ class Arguments(NamedTuple):
 
 
 _DATACLASSES = (ModelArguments, DataArguments, EvaluationArguments, RunArguments)
+# What other trainers call arguments, and what to use here.
 _OTHER_NAMES = {
     "batch_size": "per_device_train_batch_size, the pairs of each process",
     "epochs": "num_train_epochs",
-    "warmup_epochs": "warmup_steps, or below 1 their share of all steps",
+    "warmup_epochs": "warmup_steps, which is a share of all steps if below 1",
     "clip_grad_norm": "max_grad_norm",
     "mixed_precision": "bf16 or fp16",
     "num_workers": "dataloader_num_workers",
@@ -114,7 +115,7 @@ _OTHER_NAMES = {
 
 
 def argument_parser(**kwargs) -> HfArgumentParser:
-    """Returns a parser of all arguments. Those that are not given are absent from its result."""
+    """Returns a parser of all arguments. An argument that is not given is absent from the parsed ones."""
     parser = HfArgumentParser(_DATACLASSES, allow_abbrev=False, **kwargs)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
@@ -125,7 +126,7 @@ def argument_parser(**kwargs) -> HfArgumentParser:
 
 
 def cure_of(name: str) -> str:
-    """Returns what a name that is no argument may mean: another name of one, or an option of the model."""
+    """Returns the end of an error about an unknown argument, which says what to use instead, or an empty text."""
     if name in _OTHER_NAMES:
         return f"; use {_OTHER_NAMES[name]}"
     if name in ICLIPConfig.__annotations__:
@@ -135,8 +136,8 @@ def cure_of(name: str) -> str:
 
 def read_arguments(given: Mapping) -> Arguments:
     """
-    Returns the arguments of a training. An argument that is `given`, such as by the parser, overrides the `train.yaml`
-    that `config` names, and this overrides the default. Raises `ValueError` for an invalid one.
+    Returns the arguments of a training: those `given` by the user, then those of the `train.yaml` that `config` names,
+    then the defaults. Raises `ValueError` for an invalid argument.
     """
     file = Path(given.get("config") or "iclip-vit-b16")
     if not file.is_file():
@@ -144,40 +145,55 @@ def read_arguments(given: Mapping) -> Arguments:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; the arguments of a training are in a train.yaml.")
     values = read_file(file)
-    for names, instead in (
+    # Arguments of the user, and those of the file that they replace.
+    for names, replaced in (
         (("model",), ("vision", "text", "feature_tower", "image_size")),
         (("vision", "text"), ("model",)),
         (("validation_share",), ("validation_data",)),
         (("validation_data",), ("validation_share",)),
     ):
         if any(map(given.get, names)):
-            values = {name: value for name, value in values.items() if name not in instead}
+            values = {name: value for name, value in values.items() if name not in replaced}
     return resolve_arguments(values, {**given, "config": str(file)})
 
 
 def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) -> Arguments:
     """
-    Returns arguments, those that are `given` before other `values`, with those that depend on others. Raises
-    `ValueError` for a combination that cannot be.
+    Returns arguments. Those that are `given` override other `values`. Arguments that depend on others get their
+    defaults. Raises `ValueError` for a wrong value, or for values that contradict each other.
     """
     values = {**values, **given}
-    validated = bool(values.get("validation_data") or values.get("validation_share"))
-    maps = values.get("eval_dataset", "none") != "none"
-    values.setdefault("output_dir", f"{RUNS}/{run_name(values)}")
+    if "output_dir" not in values:
+        values["output_dir"] = f"{RUNS}/{Path(values['config']).resolve().parent.name}"
     values.setdefault("report_to", "none")
-    if validated or maps:
-        usual = {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_on_start": bool(values.get("model"))}
-        usual["metric_for_best_model"] = "text_to_image" if validated else "mMIoU"
-        values = {**usual, **values}
-        measured = [*(RETRIEVAL_METRICS if validated else ()), *(MAP_METRICS if maps else ())]
-        if (best := values["metric_for_best_model"]).removeprefix("eval_") not in measured:
-            raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose of {', '.join(measured)}.")
-        # The best model needs a checkpoint. Steps and shares of all steps do not mix.
-        eval_steps, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
-        fits = save_steps % eval_steps == 0 and (save_steps < 1) == (eval_steps < 1)
-        if values["load_best_model_at_end"] and not fits and "save_steps" not in given:
-            values["save_steps"] = eval_steps
+    values = _with_evaluation(values, given)
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
+    _check(arguments)
+    return arguments
+
+
+def _with_evaluation(values: Mapping, given: Mapping) -> dict:
+    """Adds the defaults for evaluations and for the choice of the best model, if the training is evaluated."""
+    has_pairs = bool(values.get("validation_data") or values.get("validation_share"))
+    has_maps = values.get("eval_dataset", "none") != "none"
+    if not (has_pairs or has_maps):
+        return dict(values)
+    defaults = {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_on_start": bool(values.get("model"))}
+    defaults["metric_for_best_model"] = "text_to_image" if has_pairs else "mMIoU"
+    values = {**defaults, **values}
+    measured = [*(RETRIEVAL_METRICS if has_pairs else ()), *(MAP_METRICS if has_maps else ())]
+    if (best := values["metric_for_best_model"]).removeprefix("eval_") not in measured:
+        raise ValueError(f"metric_for_best_model: {best!r:.50} is not measured; choose one of {', '.join(measured)}.")
+    # The best model can be loaded only if its evaluation has a checkpoint. A number of steps does not fit a share.
+    eval_steps, save_steps = values.get("eval_steps") or 1000, values.get("save_steps", 1000)
+    fits = save_steps % eval_steps == 0 and (save_steps < 1) == (eval_steps < 1)
+    if values["load_best_model_at_end"] and not fits and "save_steps" not in given:
+        values["save_steps"] = eval_steps
+    return values
+
+
+def _check(arguments: Arguments) -> None:
+    """Raises `ValueError` for a wrong value, or for values that contradict each other."""
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value
     batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -203,39 +219,31 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
         raise ValueError("feature_tower: a trained model has its own towers; leave it out.")
     if arguments.training.keep_presence and not (model.model and model.lock_text):
         raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
-    return arguments
-
-
-def run_name(values: Mapping) -> str:
-    """Returns the name of a model by its folder or configuration."""
-    if values.get("output_dir"):
-        return Path(values["output_dir"]).name
-    return Path(values["config"]).resolve().parent.name
 
 
 def read_file(file: Path) -> dict:
-    """Returns the arguments in a `train.yaml`. `name:` without a value leaves the default."""
+    """Returns the arguments in a `train.yaml`, without names that have no value."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = [(name, value) for name, value in content.items() if value is not None]
+        given = {name: value for name, value in content.items() if value is not None}
     except (AttributeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: arguments are written in YAML as `name: value`, but: {error}") from error
-    words: list[str] = []
-    for name, value in given:
-        words += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        raise ValueError(f"{file}: write the arguments in YAML as `name: value`; reading failed: {error}") from error
+    command_line: list[str] = []
+    for name, value in given.items():
+        command_line += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     try:
-        values, unknown = argument_parser(exit_on_error=False).parse_known_args(words)
+        parsed, unknown = argument_parser(exit_on_error=False).parse_known_args(command_line)
     except argparse.ArgumentError as error:
         raise ValueError(f"{file}: {error}") from error
     if unknown:
         name = unknown[0].removeprefix("--").partition("=")[0]
         raise ValueError(f"{file}: {name!r:.100} is no argument{cure_of(name)}.")
-    values = vars(values)
+    values = vars(parsed)
     if (nouns := file.parent / values.get("nouns", "")).is_file():
         values["nouns"] = str(nouns)
     return values
 
 
-def parse_arguments(words: Sequence[str]) -> Arguments:
+def parse_arguments(command_line: Sequence[str]) -> Arguments:
     """Returns the arguments of a command line that names a configuration."""
-    return read_arguments(vars(argument_parser().parse_args(words)))
+    return read_arguments(vars(argument_parser().parse_args(command_line)))

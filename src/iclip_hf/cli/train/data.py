@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Mapping
 from itertools import chain
-from pathlib import Path
 from typing import NamedTuple
 
 from ...data.nouns import NounPrompts
@@ -34,14 +34,14 @@ class Data(NamedTuple):
 
 
 def open_pairs(sources: list[str], given: Mapping, **kwargs) -> PairDataset | PairStream:
-    """Opens pairs by the arguments that are parameters of [`~iclip_hf.data.pairs.load_pairs`]."""
+    """Opens pairs by [`~iclip_hf.data.pairs.load_pairs`], with `kwargs` and the `given` arguments that it takes."""
     names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
     kwargs = {"streaming": False, **kwargs, **{name: given[name] for name in names if name in given}}
     return load_pairs(sources[0] if len(sources) == 1 else sources, **kwargs)
 
 
 def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
-    """Opens what the arguments name, apart from `pairs` if they are open already."""
+    """Opens the data of a training. `pairs` are the training pairs, if they are open already."""
     map_dataset = _open_map_dataset(arguments.evaluation)
     args, given = arguments.training, {**vars(arguments.data), "seed": arguments.training.seed}
     if pairs is None:
@@ -58,8 +58,8 @@ def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
 def _open_map_dataset(evaluation: EvaluationArguments) -> SegmentationDataset | None:
     if evaluation.eval_dataset == "none":
         return None
-    if not Path(evaluation.eval_root or "?").is_dir():
-        raise FileNotFoundError(f"eval_root: {evaluation.eval_root!r} is no folder; name that of the data set.")
+    if not os.path.isdir(evaluation.eval_root):
+        raise FileNotFoundError(f"eval_root: {evaluation.eval_root!r} is no folder; name the folder of the data set.")
     map_dataset = load_segmentation(evaluation.eval_dataset, evaluation.eval_root, evaluation.eval_split or None)
     map_dataset.check_classes()
     return map_dataset
@@ -68,7 +68,7 @@ def _open_map_dataset(evaluation: EvaluationArguments) -> SegmentationDataset | 
 def _hold_out(
     pairs: PairDataset | PairStream, evaluation: EvaluationArguments, given: Mapping
 ) -> tuple[PairDataset | PairStream, PairDataset | None]:
-    """Returns the pairs to train on, and those to validate on that can be read."""
+    """Returns the pairs to train on, and the held-out pairs without those that cannot be read, or None."""
     if evaluation.validation_data:
         held_out = open_pairs(evaluation.validation_data, given)
         if not isinstance(pairs, PairStream) and (common := pairs.files() & held_out.files()):
@@ -83,7 +83,8 @@ def _hold_out(
         pairs, held_out = pairs.split(evaluation.validation_share)
     else:
         return pairs, None
-    held_out.max_bad_share = 1.0  # one of few is a large share; each is named and left out
+    # One broken pair may be a large share of few held-out pairs. Each is logged and left out.
+    held_out.max_bad_share = 1.0
     held_out = held_out.readable()
     if not len(held_out):
         raise ValueError("validation_data, validation_share: no held-out pair can be read; fix the data.")
@@ -91,15 +92,15 @@ def _hold_out(
 
 
 def warn_of_unknown_labels(pairs: PairDataset | PairStream, nouns: NounPrompts) -> None:
-    """Logs the labels that are neither in `complete` nor in the vocabulary, of some of the pairs."""
+    """Logs those labels of some of the pairs that are neither in `complete` nor in the vocabulary."""
     unknown = [nouns.unknown_labels(texts) for texts in pairs.some_texts()]
     counts = Counter(chain.from_iterable(unknown))
     if counts:
-        most = ", ".join(f"{label!r:.50} ({count})" for label, count in counts.most_common(5))
+        most_frequent = ", ".join(f"{label!r:.50} ({count})" for label, count in counts.most_common(5))
         logger.warning(
-            "labels: %d names are neither in complete nor in nouns, and teach nothing; of %d pairs, they are of %s%s",
-            len(counts),
+            "labels: in %d pairs, %d names are neither in complete nor in nouns, and teach nothing: %s%s",
             len(unknown),
-            most,
+            len(counts),
+            most_frequent,
             ", ..." if len(counts) > 5 else "",
         )

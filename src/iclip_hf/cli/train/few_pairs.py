@@ -22,9 +22,9 @@ _CHECKED_PAIRS = 200  # evenly spaced over all
 
 def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]:
     """
-    Returns the arguments of `iclip train` for few pairs: the projections of a trained model are trained as by
-    [`few_pairs`], and evaluated on a tenth of the pairs. Arguments that are `given` are left out, and the others are
-    derived from them. Raises as [`check_pairs`].
+    Returns the arguments of `iclip train` for few pairs: those of [`few_pairs`], which train the projections of a
+    trained model, and a tenth of the pairs for validation. The `given` arguments are left out; others may depend on
+    them. Raises as [`check_pairs`].
     """
     check_pairs(pairs)
     chosen: dict[str, object] = {"output_dir": f"{RUNS}/{_stem(given['data'][0])}", "lock_text": True}
@@ -48,8 +48,8 @@ def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]
 
 def _stem(data: str) -> str:
     """
-    Returns the name of a file or folder up to the first dot. A pattern and a hidden file get the name of their folder:
-    a run in a folder `*` would be deleted with all others.
+    Returns the name of a file or folder up to the first dot. A pattern and a hidden file get the name of their folder,
+    because `rm -r` on a run named `*` would delete all runs.
     """
     stems = [part.partition(".")[0] for part in Path(os.path.abspath(data)).parts[1:]]
     return next((stem for stem in reversed(stems) if stem and not set(stem) & set("*?[]{}")), "pairs")
@@ -57,7 +57,8 @@ def _stem(data: str) -> str:
 
 def _locks_vision(values: Mapping) -> bool:
     """
-    Whether the image tower is locked: by `model_options` or, if they do not say, by the config.json of a model folder.
+    Whether the image tower is locked: by `model_options`, otherwise by the config.json of a model folder, or by
+    default.
     """
     model_options, model = parse_options(values.get("model_options", ())), values.get("model", "")
     if model and (file := Path(model, "config.json")).is_file():
@@ -68,28 +69,29 @@ def _locks_vision(values: Mapping) -> bool:
 
 def check_pairs(pairs: PairDataset) -> None:
     """
-    Reads some pairs. `ValueError` for fewer than two, captions that do not differ, or too many that cannot be used.
+    Reads some pairs. Raises `ValueError` for fewer than two pairs, for too many pairs without an image or a caption,
+    and for pairs with the same caption only.
     """
     num_pairs, where = len(pairs), pairs.sources[0].path
     if num_pairs < 2:
         raise ValueError(f"{where}: training contrasts pairs, and this has {num_pairs}; add more.")
     checked = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _CHECKED_PAIRS)).astype(int)).tolist()
-    texts, bad = set(), []
+    captions, problems = set(), []
     for index in checked:
         try:
             pair = pairs.raw(index)
         except BadPairError as error:
-            bad.append(error)
+            problems.append(error)
             continue
-        texts.update(pair.texts.captions)
+        captions.update(pair.texts.captions)
         if isinstance(pair.image, Path) and not pair.image.is_file():
-            bad.append(
+            problems.append(
                 f"{pair.image.absolute()}: there is no such image; paths are relative to the folder of the table"
             )
-    if len(bad) > pairs.max_bad_share * len(checked):
+    if len(problems) > pairs.max_bad_share * len(checked):
         raise ValueError(
-            f"{where}: {len(bad)} of the {len(checked)} pairs looked at have no image or no caption. The first: "
-            f"{bad[0]}."
+            f"{where}: {len(problems)} of the {len(checked)} pairs looked at have no image or no caption. The first: "
+            f"{problems[0]}."
         )
-    if len(texts) == 1:
-        raise ValueError(f"{where}: all captions are {texts.pop()!r:.100}; describe what each image shows.")
+    if len(captions) == 1:
+        raise ValueError(f"{where}: all captions are {captions.pop()!r:.100}; describe what each image shows.")

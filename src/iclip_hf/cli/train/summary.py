@@ -24,28 +24,11 @@ _PAIRS_FOR_LABELS = 1000  # the first ones, whose captions `common_labels` reads
 def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kept_source: str) -> list[str]:
     """
     Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
-    change, the folder of the model, and the command that explains an image with it. `kept_source` is the name
-    of the model that was trained further if no evaluation was better, so that the folder holds that model; otherwise
-    it is empty.
+    change, the folder of the model, and the command that explains an image with it. If no evaluation was better than
+    the model that was trained further, the folder holds that model, and `kept_source` is its name; otherwise
+    `kept_source` is empty.
     """
-    evaluations = {row["step"]: row for row in state.log_history if any(map(_is_metric, row))}
-    before, after = evaluations.get(0, {}), evaluations.get(state.best_global_step or max(evaluations, default=0), {})
-    lines = [""]
-    too_few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL
-    if after:
-        changes = {name: _change(after, name) for name in filter(_is_metric, after)}
-        heading = "change (95 %)" if before and not too_few and any(changes.values()) else ""
-        rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
-        for name, change in changes.items():
-            metric = name.removeprefix("eval_")
-            metric += " %" if metric in _IN_PERCENT else ""
-            number = _number(before[name]) if before else ""
-            rows.append([metric, number, _number(after[name]), change if heading else ""])
-        lines += ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
-        if held_out is not None:
-            lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if too_few else ''}")
-    else:
-        lines.append("Nothing was measured: name --validation_data, or hold out a part by --validation_share.")
+    lines = ["", *_metric_lines(state, held_out)]
     quoted = shlex.quote(str(folder))
     if kept_source:
         lines.append(
@@ -58,12 +41,34 @@ def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kep
     return lines
 
 
+def _metric_lines(state: TrainerState, held_out: PairDataset | None) -> list[str]:
+    """Returns the table of the metrics and the number of held-out pairs, or that nothing was measured."""
+    evaluations = {entry["step"]: entry for entry in state.log_history if any(map(_is_metric, entry))}
+    before = evaluations.get(0, {})
+    after = evaluations.get(state.best_global_step or max(evaluations, default=0), {})
+    if not after:
+        return ["Nothing was measured: name --validation_data, or hold out a part by --validation_share."]
+    too_few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL
+    changes = {name: _change(after, name) for name in filter(_is_metric, after)}
+    heading = "change (95 %)" if before and not too_few and any(changes.values()) else ""
+    rows = [["", "before", "after", heading] if before else ["", "", "", ""]]
+    for name, change in changes.items():
+        metric = name.removeprefix("eval_")
+        metric += " %" if metric in _IN_PERCENT else ""
+        number_before = _number(before[name]) if before else ""
+        rows.append([metric, number_before, _number(after[name]), change if heading else ""])
+    lines = ["{:<16}{:>12}{:>12}   {}".format(*row).rstrip() for row in rows]
+    if held_out is not None:
+        lines.append(f"{len(held_out)} held-out pairs{', too few to tell a change' if too_few else ''}")
+    return lines
+
+
 def _is_metric(name: str) -> bool:
     return name.startswith("eval_") and name.removeprefix("eval_") in (*RETRIEVAL_METRICS, *MAP_METRICS)
 
 
-def _change(row: Mapping[str, float], name: str) -> str:
-    bounds = [row.get(f"{name}_change_{end}") for end in ("low", "high")]
+def _change(evaluation: Mapping[str, float], name: str) -> str:
+    bounds = [evaluation.get(f"{name}_change_{end}") for end in ("low", "high")]
     return "" if None in bounds else " to ".join(map(_number, bounds))
 
 
@@ -76,7 +81,8 @@ def common_labels(pairs: PairDataset) -> list[str]:
     Returns the two most frequent labels of the first captions: classes if all captions are made from class
     folders, otherwise nouns.
     """
-    captions = [caption for row in range(min(len(pairs), _PAIRS_FOR_LABELS)) for caption in pairs.captions(row)]
+    num_pairs = min(len(pairs), _PAIRS_FOR_LABELS)
+    captions = [caption for index in range(num_pairs) for caption in pairs.captions(index)]
     start, end = CLASS_CAPTION.split("{}")
     if all(caption.startswith(start) for caption in captions) and len(set(captions)) < len(captions):
         labels = [caption.removeprefix(start).removesuffix(end) for caption in captions]

@@ -33,21 +33,16 @@ from .summary import summary
 def train(
     arguments: Arguments, pairs: PairDataset | None = None, chosen: Mapping = MappingProxyType({})
 ) -> ICLIPTrainer:
-    """Trains a model as the arguments say, from `pairs` if they are open already. Prints those that were `chosen`."""
+    """
+    Trains a model by its arguments. `pairs` are the training pairs, if they are open already. The arguments in
+    `chosen`, which the number of pairs decided, are printed.
+    """
     transformers_logging.disable_progress_bar()
     args = arguments.training
     set_seed(args.seed)  # new projections depend on it
     data = open_data(arguments, pairs)
     model, processor = _open_model(arguments.model)
-    if model.recognition.logit_bias is not None and not (data.nouns or arguments.model.model):
-        raise ValueError(
-            "nouns: a logit bias learns from nouns alone; name a file of nouns, or set logit_bias_init_value to null."
-        )
-    keeps = arguments.data.cache_features or args.keep_presence
-    if keeps and (data.is_stream or not model.config.lock_vision):
-        raise ValueError(
-            "cache_features, keep_presence: they need a locked image tower and local pairs; leave them out."
-        )
+    _check(arguments, data, model)
     if chosen and args.process_index == 0:
         print("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
         print(*(f"  {name:<28}  {value}" for name, value in chosen.items()), sep="\n", flush=True)
@@ -84,25 +79,37 @@ def _open_model(settings: ModelArguments) -> tuple[ICLIPModel, ICLIPProcessor]:
     return model, processor
 
 
+def _check(arguments: Arguments, data: Data, model: ICLIPModel) -> None:
+    """Raises `ValueError` for arguments that need other data or another model."""
+    if model.recognition.logit_bias is not None and not (data.nouns or arguments.model.model):
+        raise ValueError(
+            "nouns: a logit bias learns from nouns alone; name a file of nouns, or set logit_bias_init_value to null."
+        )
+    needs_locked_tower = arguments.data.cache_features or arguments.training.keep_presence
+    if needs_locked_tower and (data.is_stream or not model.config.lock_vision):
+        raise ValueError(
+            "cache_features, keep_presence: they need a locked image tower and local pairs; leave them out."
+        )
+
+
 def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor: ICLIPProcessor) -> ICLIPTrainer:
-    """Returns the trainer, after it has computed the features that are cached."""
+    """Returns the trainer. With `cache_features`, first computes the features that the cache does not have."""
     args, source = arguments.training, arguments.model.model
     collator, pairs, held_out = PairCollator(processor, data.nouns), data.pairs, data.held_out
     if folder := arguments.data.cache_features:
         cache = FeatureCache(model, processor, folder, args.mixed_precision, args.dataloader_num_workers)
         args.dataloader_num_workers = 0
-        args.dataloader_persistent_workers = False  # there are no workers
+        args.dataloader_persistent_workers = False  # torch refuses these without workers
         args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
         if arguments.model.lock_text:
             collator.text_features = cache
             cache.texts(data.nouns.all_prompts() if data.nouns else ())
         pairs = CachedPairs(pairs, cache, collator)
-        held_out = held_out and CachedPairs(held_out, cache, collator.for_evaluation())
+        if held_out is not None:
+            held_out = CachedPairs(held_out, cache, collator.for_evaluation())
     else:
-        settings = arguments.data
-        collator.transform = augmentation(
-            processor, settings.crop_scale, settings.auto_augment, settings.random_erasing
-        )
+        crop_scale, auto_augment = arguments.data.crop_scale, arguments.data.auto_augment
+        collator.transform = augmentation(processor, crop_scale, auto_augment, arguments.data.random_erasing)
     if data.is_stream:
         pairs = StreamedPairs(pairs, arguments.data.pairs_per_epoch // args.world_size)
     card = {"training": card_settings(arguments, args.world_size), "source": source or None}
@@ -115,7 +122,10 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
 
 
 def _save(trainer: ICLIPTrainer) -> None:
-    """Saves the trained model; in a temporary folder if its own is full and no checkpoint has the weights."""
+    """
+    Saves the trained model. If its folder cannot be written, for example on a full disk, and no checkpoint has the
+    weights, saves it in a temporary folder and raises the error.
+    """
     try:
         trainer.save_model()
     except OSError as error:
@@ -128,8 +138,7 @@ def _save(trainer: ICLIPTrainer) -> None:
 
 # Cached features are of whole images, without augmentation.
 _AUGMENTATION = {"crop_scale", "auto_augment", "random_erasing"}
-# Arguments that may be paths of this machine.
-_NAMES = {"model", "vision", "text", "feature_tower", "nouns", "config"}
+_MAY_BE_PATHS = {"model", "vision", "text", "feature_tower", "nouns", "config"}
 
 
 def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
@@ -139,7 +148,7 @@ def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
     if arguments.data.cache_features:
         settings = {name: value for name, value in settings.items() if name not in _AUGMENTATION}
         settings["cache_features"] = True
-    settings |= {name: public_name(settings[name]) for name in settings.keys() & _NAMES}
+    settings |= {name: public_name(settings[name]) for name in settings.keys() & _MAY_BE_PATHS}
     if settings.get("auto_augment") == "":
         settings["auto_augment"] = "none"
     settings["data"] = [public_name(name) for name in settings["data"]]

@@ -149,7 +149,7 @@ def test_the_absent_texts_are_one_of_a_like_kind_and_one_at_random():
     metric.like = like_classes(["animal"] * 3 + ["food"] * 5, torch.eye(8))
 
     def typed(index, *shown):
-        return metric.typed(SimpleNamespace(index=index, sample=SimpleNamespace(class_ids=shown)))
+        return metric.text_indices(SimpleNamespace(index=index, sample=SimpleNamespace(class_ids=shown)))
 
     drawn = [typed(index, 2) for index in range(60)]
     assert drawn == [typed(index, 2) for index in range(60)]  # by the seed and the position alone

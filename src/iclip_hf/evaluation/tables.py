@@ -20,9 +20,8 @@ def result_tables(
     Returns a table of all methods, an explanation of its columns, and the further tables of the metrics.
 
     Args:
-        metrics: the metrics.
-        results: the scores of each metric by method and name of the metric.
-        images, images_in_split: number of images that were evaluated, and of all images.
+        metrics, results: the metrics, and the scores of each by method and name of the metric.
+        images, images_in_split: number of images that were evaluated, and of all images of the split.
     """
     in_table = [metric for metric in metrics if metric.columns]
     first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
@@ -30,8 +29,9 @@ def result_tables(
     rows = []
     for method, scores in results.items():
         in_row = itertools.chain(*(metric.table_scores(scores[metric.name]) for metric in in_table))
-        rows.append([method, *(cell(score, digits) for score, (_, digits) in zip(in_row, columns, strict=True))])
-    scores = next(iter(results.values()))  # metrics with further tables do not depend on the method
+        rows.append([method, *(cell(score, decimals) for score, (_, decimals) in zip(in_row, columns, strict=True))])
+    # Numbers of items, and metrics with further tables, do not depend on the method.
+    scores = next(iter(results.values()))
     notes = [metric.legend for metric in in_table if metric.legend]
     counts = [
         f"{metric.name} over {scores[metric.name][unit]} {unit}"
@@ -39,7 +39,7 @@ def result_tables(
         for unit in ("pairs", "images")
         if unit in scores[metric.name]
     ]
-    if counts:  # a mean over few says little
+    if counts:  # so that a reader sees how many items a mean has
         notes.append(f"means: {', '.join(counts)}")
     main = markdown([first, *(heading for heading, _ in columns)], rows) if in_table else ""
     legends = "\n".join(f"- {note}" for note in notes)
@@ -51,10 +51,13 @@ def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(table(headings, rows, markdown=True))
 
 
-def cell(score: float | str | Sequence[float] | None, digits: int | None) -> str:
-    """Formats a score: a number with these digits, or as it is for None. Equal ones of several numbers show once."""
+def cell(score: float | str | Sequence[float] | None, decimals: int | None) -> str:
+    """
+    Formats a score with this number of decimals, or as it is if `decimals` is None. Of a list of numbers, equal ones
+    are shown once.
+    """
     if score is None:
         return "-"
     if isinstance(score, list):
-        return " / ".join(dict.fromkeys(cell(part, digits) for part in score))
-    return str(score) if digits is None else f"{score:.{digits}f}"
+        return " / ".join(dict.fromkeys(cell(number, decimals) for number in score))
+    return str(score) if decimals is None else f"{score:.{decimals}f}"

@@ -1,6 +1,6 @@
 """
-Metrics over a data set: recognition, maps, label maps and faithfulness. Their names and options are known without
-torch, so that the help of a command does not load it.
+Metrics over a data set: recognition, maps, label maps and faithfulness. This module lists their names and options
+without an import of torch, so that the help of a command is fast.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ OPTIONS = {
     ),
     "logit_scale": (
         "number",
-        "of segmentation: take as confidence the softmax of similarities times this number, for example 40 "
+        "of segmentation: the confidence is the softmax of similarities times this number, for example 40 "
         "(default: the map of the best class, stretched to [0, 1])",
     ),
     "protocol": (
         PROTOCOLS,
-        "of segmentation: measure as in this paper, with its steps, and its method, class names, sizes and thresholds "
+        "of segmentation: measure by the steps of this paper, with its method, class names, sizes and thresholds "
         "where no other option gives them; excludes --refine, --multi-scale and --image-size (default: none)",
     ),
     "steps": ("count", "of deletion_insertion: number of steps (default: 10)"),
@@ -86,12 +86,12 @@ def make_metrics(metrics: str | Sequence[str | Metric], **options) -> list[Metri
     Creates metrics.
 
     Args:
-        metrics: a name of `TASKS`, whose metrics are then optional, or names of `METRICS` and metrics.
-        options: parameters of metrics that are given by name. Each goes to all metrics that have it.
+        metrics: a name of `TASKS`, whose metrics are then optional; or a list of names of `METRICS` and of metrics.
+        options: parameters of the metrics that `metrics` names. Each goes to all of these metrics that have it.
 
     Raises:
-        `ValueError`: there is no metric, a name is unknown, two metrics have one name, no metric has an option, or a
-            value is not allowed.
+        `ValueError`: there is no metric, a name is unknown, two metrics have one name, an option belongs to no metric,
+            or a value is not allowed.
     """
     is_task = isinstance(metrics, str)
     if is_task and metrics not in TASKS:

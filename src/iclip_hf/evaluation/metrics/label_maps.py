@@ -1,6 +1,6 @@
 """
-Label maps of typed texts: `Explanation.label_map` for the classes that an image shows and for two that it does not
-show.
+Label maps of typed texts: the scores of `Explanation.label_map` for the classes that an image shows and for two absent
+ones.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class LabelMaps(Metric):
     refined maps.
 
     Args:
-        seed (`int`): seed of the absent classes.
-        ignore_index (`int`): pixels with this value in any mask are ignored; in [`evaluate_model`] that of the data
-            set.
+        seed (`int`): seed for sampling the absent classes.
+        ignore_index (`int`): pixels with this value in any mask are ignored. [`evaluate_model`] takes the value of the
+            data set.
 
     Example:
         >>> metric = LabelMaps()
@@ -68,9 +68,9 @@ class LabelMaps(Metric):
             return
         counted = (masks != self.ignore_index).all(0)
         for index, (class_id, mask) in enumerate(zip(class_ids, masks, strict=True)):
-            shown, segment = (mask == class_id) & counted, (label_map == index) & counted
-            if shown.any():
-                iou = (shown & segment).sum() / (shown | segment).sum()
+            reference, segment = (mask == class_id) & counted, (label_map == index) & counted
+            if reference.any():
+                iou = (reference & segment).sum() / (reference | segment).sum()
                 self.state.add(np.array([1, iou, segment.any()]), "classes")
         absent = (label_map >= len(class_ids))[counted]
         if absent.size:
@@ -80,18 +80,19 @@ class LabelMaps(Metric):
         """
         Returns the scores of all images so far, in percent; NaN without data.
 
-        - **iou** -- IoU of a shown class and its mask, mean over all image-class pairs whose mask has a pixel.
+        - **iou** -- IoU of the segment of a shown class and its mask, mean over the image-class pairs whose mask has a
+          pixel.
+        - **kept** -- share of these pairs whose class has a pixel in the label map.
         - **absent** -- share of an image that the absent classes take, mean over the images.
-        - **kept** -- share of these pairs whose class keeps a pixel in the label map.
         - **classes**, **images** -- numbers of image-class pairs and of images.
         """
-        num_classes, iou, kept = self.state.sums.get("classes", np.zeros(3))
+        num_pairs, iou, kept = self.state.sums.get("classes", np.zeros(3))
         num_images, absent = self.state.sums.get("images", np.zeros(2))
         return {
-            "iou": _percent(iou, num_classes),
+            "iou": _percent(iou, num_pairs),
             "absent": _percent(absent, num_images),
-            "kept": _percent(kept, num_classes),
-            "classes": int(num_classes),
+            "kept": _percent(kept, num_pairs),
+            "classes": int(num_pairs),
             "images": int(num_images),
         }
 
@@ -99,22 +100,27 @@ class LabelMaps(Metric):
         super().prepare(run)
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
 
-    def typed(self, image: EvaluatedImage) -> list[int]:
-        """Returns the indices of the shown classes, by ascending id, then of the absent ones."""
+    def text_indices(self, image: EvaluatedImage) -> list[int]:
+        """Returns the indices of the shown classes, by ascending id, then of the two absent ones."""
         shown = np.isin(self.run.dataset.class_ids, image.sample.class_ids)
-        generator = np.random.default_rng((self.seed, image.index))
-        typed, absent = np.flatnonzero(shown).tolist(), ~shown
+        absent = ~shown
         like_shown = absent & (shown @ self.like)
-        for candidates in (like_shown if like_shown.any() else absent, absent):  # the second time without the first
+        indices = np.flatnonzero(shown).tolist()
+        generator = np.random.default_rng((self.seed, image.index))
+        for candidates in (like_shown if like_shown.any() else absent, absent):
             if candidates.any():
-                typed.append(int(generator.choice(np.flatnonzero(candidates))))
-                absent[typed[-1]] = False
-        return typed
+                sampled = int(generator.choice(np.flatnonzero(candidates)))
+                indices.append(sampled)
+                absent[sampled] = False  # so that the second one is another class
+        return indices
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, Explanation]]:
-        prepared = [replace(image.prepared, text_indices=self.typed(image)) for image in images]
-        explained = [engine.run(prepared, self.run.texts, len(images)) for engine in self.run.engines.values()]
-        return [dict(zip(self.run.engines, explanations)) for explanations in zip(*explained)]
+        prepared = [replace(image.prepared, text_indices=self.text_indices(image)) for image in images]
+        explanations = {
+            method: list(engine.run(prepared, self.run.texts, len(images)))
+            for method, engine in self.run.engines.items()
+        }
+        return [{method: explanations[method][index] for method in explanations} for index in range(len(images))]
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.class_ids)

@@ -1,7 +1,11 @@
 """
-Metrics of maps against masks: mMIoU (Eq. 7), overlap at the best threshold; mFMB (Eq. 8), mean of the map on the
-object minus its mean elsewhere; text contrast, whether the maps of different texts differ; stuff contrast, whether a
-map of "sky" marks the background; and the pointing game, whether the highest pixel lies on the object. Needs no torch.
+Metrics of maps against masks. This module does not import torch.
+
+- mMIoU (Eq. 7): overlap at the best threshold.
+- mFMB (Eq. 8): mean of the map on the object minus its mean elsewhere.
+- Text contrast: whether the maps of different texts differ.
+- Stuff contrast: whether the map of stuff, such as "sky", marks its pixels.
+- Pointing game: whether the highest pixel lies on the object.
 """
 
 from __future__ import annotations
@@ -23,15 +27,15 @@ if TYPE_CHECKING:
 
 class MaskMetric(Metric):
     """
-    Scores of maps against masks, by counts of each item. A subclass may be a module of `evaluate`, see
+    A metric of maps and masks, computed from counts of each item. A subclass can be a module of `evaluate`, see
     [`~evaluate_modules.MetricModule`].
 
     Args:
-        ignore_index (`int`, defaults to 255): pixels of the mask with this value are ignored; in [`evaluate_model`]
-            that of the data set.
+        ignore_index (`int`, defaults to 255): pixels of the mask with this value are ignored. [`evaluate_model`] takes
+            the value of the data set.
     """
 
-    count_item: Callable[..., np.ndarray]  # from the arguments of `update` and `ignore_index` to the counts of an item
+    count_item: Callable[..., np.ndarray]  # takes the arguments of `update` and `ignore_index`
     reasons: tuple[str, ...]  # why items are left out, in the order of the checks
 
     def __init__(self, ignore_index: int = 255):
@@ -43,6 +47,7 @@ class MaskMetric(Metric):
         self.add_counts(self.count_item(maps, mask, class_ids, self.ignore_index), class_ids)
 
     def item_counts(self, name: str) -> dict:
+        """Returns the number of items in the mean, by this name, and `left_out`."""
         items = self.state.items
         return {name: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
 
@@ -52,8 +57,8 @@ class ImageClassMetric(MaskMetric):
     Scores of image-class pairs.
 
     Args:
-        aggregate (`str`, defaults to `"image"`): `"image"` averages the ratios of the images of a class. `"pixel"`
-            pools the pixels of a class over its images. Both average over the classes.
+        aggregate (`str`, defaults to `"image"`): `"image"` averages over the images of a class, `"pixel"` pools the
+            pixels of all its images. Both then average over the classes.
         ignore_index (`int`): see [`MaskMetric`].
     """
 
@@ -67,15 +72,15 @@ class ImageClassMetric(MaskMetric):
 
     def add_counts(self, counts: np.ndarray, class_id: int) -> None:
         """Adds one image-class pair by its counts from `count_item`."""
-        background, foreground = counts[:, 0] > 0
+        has_background, has_foreground = counts[:, 0] > 0
         applies = {
-            "all_void": not (background or foreground),
-            "no_foreground": not foreground,
-            "no_background": not background,
+            "all_void": not (has_background or has_foreground),
+            "no_foreground": not has_foreground,
+            "no_background": not has_background,
         }
-        reason = next(filter(applies.get, self.reasons), "counted")
-        self.state.items[reason] += 1
-        if reason == "counted":
+        reason = next((reason for reason in self.reasons if applies[reason]), None)
+        self.state.items[reason or "counted"] += 1
+        if reason is None:
             self.state.add(self.summands(counts), operator.index(class_id))
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
@@ -86,8 +91,8 @@ class ImageClassMetric(MaskMetric):
 class MeanMaxIoU(ImageClassMetric):
     """
     mMIoU (Eq. 7): the IoU of M > t at the best threshold t of each class, averaged over the classes. With
-    `aggregate="pixel"`, intersections and unions are pooled over the images of a class. An image
-    without foreground is left out of the class.
+    `aggregate="pixel"`, intersections and unions are pooled over the images of a class. An image without foreground is
+    left out of the class.
 
     Example:
         >>> metric = MeanMaxIoU()
@@ -107,7 +112,10 @@ class MeanMaxIoU(ImageClassMetric):
     count_item = staticmethod(threshold_counts)
 
     def summands(self, counts: np.ndarray) -> np.ndarray:
-        """Returns (2, 102) float64, numerator and denominator of the IoU of all pixels and at each threshold."""
+        """
+        Returns numerator and denominator of the IoU, `(2, 102)` float64: for a map that marks every pixel, then at
+        each threshold.
+        """
         background, foreground = counts
         intersection, union = foreground, foreground[0] + background
         if self.aggregate == "image":
@@ -124,15 +132,15 @@ class MeanMaxIoU(ImageClassMetric):
         - **floor** -- the same mean for a map that marks every pixel, percent.
         - **pairs**, **left_out** -- number of image-class pairs in the mean, and {reason: number} of the others.
         """
-        # For each class, the IoU of all pixels, then at each threshold
+        # For each class, the IoU of a map that marks every pixel, then the IoU at each threshold.
         iou = {class_id: 100 * sums[0] / sums[1] for class_id, sums in sorted(self.state.sums.items())}
         # The lowest of equal thresholds, also if rounding of the sums makes them differ slightly.
-        best = {class_id: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for class_id, curve in iou.items()}
-        per_class = {class_id: float(iou[class_id][1 + index]) for class_id, index in best.items()}
+        best_index = {class_id: int((curve[1:] >= curve[1:].max() - 1e-9).argmax()) for class_id, curve in iou.items()}
+        per_class = {class_id: float(iou[class_id][1 + index]) for class_id, index in best_index.items()}
         return {
             "mmiou": mean(per_class.values()),
             "per_class": per_class,
-            "thresholds": {class_id: float(THRESHOLDS[index]) for class_id, index in best.items()},
+            "thresholds": {class_id: float(THRESHOLDS[index]) for class_id, index in best_index.items()},
             "floor": mean(float(curve[0]) for curve in iou.values()),
             **self.item_counts("pairs"),
         }
@@ -141,8 +149,8 @@ class MeanMaxIoU(ImageClassMetric):
 class MeanForegroundMinusBackground(ImageClassMetric):
     """
     mFMB (Eq. 8): mean of the map over the foreground minus its mean over the background, averaged over the classes. An
-    image without foreground or without background is left out of the class. The score of the reversed maps 1 - M is
-    the negative.
+    image without foreground or without background is left out of the class. Reversed maps, 1 - M, have the negative
+    score.
 
     Example:
         >>> metric = MeanForegroundMinusBackground()
@@ -159,7 +167,7 @@ class MeanForegroundMinusBackground(ImageClassMetric):
     count_item = staticmethod(region_means)
 
     def summands(self, counts: np.ndarray) -> np.ndarray:
-        """Returns (2, 2) float64, background and foreground: weight, and weighted mean."""
+        """Returns weight and weighted mean of background and of foreground, `(2, 2)` float64."""
         weights, means = counts.T if self.aggregate == "pixel" else (np.ones(2), counts[:, 1])
         return np.stack([weights, weights * means], axis=1)
 
@@ -178,11 +186,12 @@ class MeanForegroundMinusBackground(ImageClassMetric):
 
 class TextContrast(MaskMetric):
     """
-    Text contrast: how well the maps of the classes of an image rank their own pixels above those of the other classes.
+    Text contrast: how well the map of a class ranks the pixels of this class above those of the other classes in the
+    image.
 
     The value of a class is the mean of c_ij, see [`contrast_counts`], over all its images and partners. The score is
-    the mean over the classes. It is exactly 50 for maps that do not depend on the text, and 100 - x for reversed maps.
-    An image without two classes that each have pixels of their own is left out.
+    the mean over the classes. The score is exactly 50 for maps that do not depend on the text. If maps have the score
+    x, the reversed maps have 100 - x. An image is left out if no two of its classes are partners.
 
     Example:
         >>> metric = TextContrast()
@@ -208,10 +217,10 @@ class TextContrast(MaskMetric):
 
     def add_counts(self, counts: np.ndarray, class_ids: Sequence[int]) -> None:
         """Adds one image by its counts from `count_item`."""
-        paired = [(operator.index(class_id), sums) for class_id, sums in zip(class_ids, counts.T) if sums[0]]
+        paired = [(class_id, sums) for class_id, sums in zip(class_ids, counts.T) if sums[0]]  # with a partner
         self.state.items["counted" if paired else "fewer_than_two_classes"] += 1
         for class_id, sums in paired:
-            self.state.add(sums, class_id)
+            self.state.add(sums, operator.index(class_id))
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         self.update(maps, image.masks, image.sample.class_ids)
@@ -232,16 +241,18 @@ class TextContrast(MaskMetric):
 
 class StuffContrast(TextContrast):
     """
-    Stuff contrast and thing contrast: how well the map of a class of the background, or of objects, ranks its own
-    pixels above those of the other classes in the image.
+    Stuff contrast and thing contrast: how well the map of a class of stuff, or of things, ranks the pixels of this
+    class above those of the other classes in the image.
 
-    The value of a class is the mean of P(M_i at i > M_i at j), ties half, over all its images and partners: the area
-    under the ROC curve of two regions. The scores are the means over the classes of each kind, in percent. 50 is
-    chance. Unlike text contrast, they take one map at a time: a map of saliency, which does not depend on the text, is
-    above 50 for things and equally far below for stuff. A good map has both scores above 50.
+    The value of a class is the mean of P(M_i at i > M_i at j), ties half, over all its images and partners. Each
+    probability is the area under the ROC curve of two regions. The scores are the means over the classes of stuff and
+    over those of things, in percent. 50 is chance.
+
+    Text contrast compares the maps of two classes; these scores take one map. A map of saliency, which does not depend
+    on the text, is above 50 for things and below 50 for stuff. Good maps have both scores above 50.
 
     Args:
-        stuff: the class ids of the background; in [`evaluate_model`] those of the data set.
+        stuff: the ids of the classes of stuff, such as sky. [`evaluate_model`] takes those of the data set.
         ignore_index (`int`): see [`MaskMetric`].
     """
 
@@ -276,7 +287,7 @@ class StuffContrast(TextContrast):
         Returns the scores of all images so far.
 
         - **stuff_contrast**, **thing_contrast** -- mean over the classes of each kind, percent (NaN without any).
-        - **per_class**, **images**, **left_out** -- as of [`TextContrast`].
+        - **per_class**, **images**, **left_out** -- see [`TextContrast`].
         """
         scores = super().compute()
         del scores["text_contrast"]
@@ -289,8 +300,8 @@ class StuffContrast(TextContrast):
 
 class PointingGame(ClassMeans):
     """
-    `pointing_game`, `energy_pointing_game` and `foreground`, the score of a constant map in both, in percent, see
-    [`pointing_shares`].
+    The pointing game and the energy-based pointing game, in percent, see [`pointing_shares`]. `foreground` is the
+    score of a constant map in both.
 
     Args:
         ignore_index (`int`): see [`MaskMetric`].

@@ -1,4 +1,4 @@
-"""mIoU of label maps over a data set. Needs no torch."""
+"""mIoU of label maps over a data set. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class MeanIoU:
     mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
 
     Args:
-        num_classes (`int`): number of classes K, with the background; class ids are 0..K-1.
-        background (`bool`): whether the background, class 0, is one of the classes of the mean.
-        ignore_index (`int`, defaults to 255): value of the pixels of the reference that are ignored.
+        num_classes (`int`): number of classes K, including the background. Class ids are 0..K-1.
+        background (`bool`): whether the mean includes the background, class 0.
+        ignore_index (`int`, defaults to 255): value of ignored pixels in the reference.
 
     Example:
         >>> metric = MeanIoU(num_classes=2)
@@ -26,21 +26,20 @@ class MeanIoU:
     """
 
     def __init__(self, num_classes: int, background: bool = True, ignore_index: int = 255):
-        self.num_classes, self.background, self.ignore_index = num_classes, background, ignore_index
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.first_id = 0 if background else 1  # of the classes in the mean
         self.areas = np.zeros((3, self.num_classes, 1), np.int64)
 
     def update(self, prediction, reference, confidence=None) -> None:
-        """
-        Adds one image. Arguments are those of [`area_counts`]; all images have confidences, or none.
-        """
+        """Adds one image. Arguments are those of [`area_counts`]. All images have confidences, or none."""
         self.add_counts(area_counts(prediction, reference, self.num_classes, self.ignore_index, confidence))
 
     def add_counts(self, areas: np.ndarray) -> None:
-        """Adds one image by its counts from [`area_counts`]."""
+        """Adds counts from [`area_counts`]."""
         self.areas = self.areas + areas
 
     def curve(self) -> np.ndarray:
-        """Returns the mIoU at each threshold, `(L,)`, percent (NaN without pixels)."""
+        """Returns the mIoU at each of L thresholds, `(L,)`, percent (NaN without pixels)."""
         iou = self._iou()
         known = ~np.isnan(iou)
         return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)
@@ -53,29 +52,32 @@ class MeanIoU:
         - **pixel_accuracy** -- share of the pixels with the right class, percent.
         - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left
           out.
-        - **per_class_accuracy** -- {class id: share of its pixels that are predicted, percent}.
+        - **per_class_accuracy** -- {class id: share of its pixels in the reference that are predicted, percent}.
         - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
         - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
         """
-        first = 0 if self.background else 1  # id of the class in the first row
+        first = self.first_id
         in_both, _, referenced = self.areas[:, first:, 0]
         iou = self._iou()[:, 0]
         shown = np.flatnonzero(referenced)
         pixels = int(referenced.sum())
-        floor = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
+        # A map with one class everywhere has an IoU of 0 for all other classes.
+        floors = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
         return {
             "miou": float(self.curve()[0]),
             "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),
-            "per_class": {first + int(row): float(iou[row]) for row in np.flatnonzero(~np.isnan(iou))},
-            "per_class_accuracy": {first + int(row): 100 * int(in_both[row]) / int(referenced[row]) for row in shown},
-            "floor": float(floor.max()),
+            "per_class": {first + int(index): float(iou[index]) for index in np.flatnonzero(~np.isnan(iou))},
+            "per_class_accuracy": {
+                first + int(index): 100 * int(in_both[index]) / int(referenced[index]) for index in shown
+            },
+            "floor": float(floors.max()),
             "floor_class": first + int(referenced.argmax()),
             "pixels": pixels,
             "left_out": {"no_pixels": int(np.isnan(iou).sum())},
         }
 
     def _iou(self) -> np.ndarray:
-        """Returns the IoU of each class of the mean at each threshold, percent; NaN for a class without pixels."""
-        in_both, predicted, referenced = self.areas[:, 0 if self.background else 1 :]
+        """Returns the IoU of each class in the mean at each threshold, percent; NaN for a class without pixels."""
+        in_both, predicted, referenced = self.areas[:, self.first_id :]
         union = predicted + referenced - in_both
         return 100 * in_both / np.where(union, union, np.nan)

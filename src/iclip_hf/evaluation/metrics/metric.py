@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class EvaluatedImage:
-    """One image of an evaluation. T classes are shown, K are in the data set."""
+    """One image of an evaluation, which shows T of the K classes of the data set."""
 
     index: int  # position in the data set
     sample: SegmentationSample
@@ -43,30 +43,31 @@ class EvaluatedImage:
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
     def pairs(self, maps: torch.Tensor) -> Iterator[tuple]:
-        """Returns map, mask and class id of each image-class pair. Each shown class has one pair."""
+        """Returns map, mask and class id of each shown class, from the maps of the T shown classes."""
         return zip(maps, self.masks, self.sample.class_ids)
 
 
 class Sums:
     """
-    Sums of arrays by key, such as the class. Another order of adding and merging changes them by about 1e-12 at most.
+    Sums of arrays, one for each key, such as a class id. The order of the additions changes them by about 1e-12 at
+    most.
     """
 
     def __init__(self):
         self.sums: dict[Hashable, np.ndarray] = {}
-        self.items = Counter()  # numbers of items: "counted", and those left out by reason
+        self.items = Counter()  # number of items: "counted", and for each reason those left out
 
-    def add(self, counts: np.ndarray, key: Hashable) -> None:
-        self.sums[key] = self.sums.get(key, 0) + counts
+    def add(self, values: np.ndarray, key: Hashable) -> None:
+        self.sums[key] = self.sums.get(key, 0) + values
 
     def merge(self, other: Sums) -> None:
         self.items.update(other.items)
-        for key, counts in other.sums.items():
-            self.add(counts, key)
+        for key, total in other.sums.items():
+            self.add(total, key)
 
 
 class CannotMeasure(ValueError):
-    """The data set, or the model, does not have what a metric measures. A task leaves the metric out."""
+    """The data set or the model does not have what a metric measures. An optional metric is then left out."""
 
 
 class Metric(ABC):
@@ -74,26 +75,29 @@ class Metric(ABC):
     A metric with `update` and `compute`. The parameters of a subclass are its options, which it keeps as attributes of
     the same names.
 
-    Alone, `update` adds items, `merge` adds those of another process, and `compute` returns the scores. In
-    [`evaluate_model`], `prepare` is called once; `run_model` for each batch of images of one shape, in the thread of
-    the model; `update_from` for each image and method, in any thread, on an empty copy; and these copies are merged in
-    the order of the images.
+    Without [`evaluate_model`], call `update` to add an item, `merge` to add the items of another metric, and `compute`
+    for the scores. [`evaluate_model`] calls
+
+    - `prepare` once;
+    - `run_model` for each batch of images of one shape, in the thread of the model;
+    - `update_from` for each image and method, in any thread, on an empty copy of the metric;
+    - `merge` with each of these copies, in the order of the images.
 
     Attributes:
         name (`str`): its name in `metrics=`, in `--metrics` and in results.
-        columns (`dict`): heading and number of digits of each score of `compute` that tables show. With None as the
-            number of digits, a score is shown as it is.
+        columns (`dict`): heading and number of decimals of each score of `compute` that tables show. With None as the
+            number of decimals, a score is shown as it is.
         legend (`str`): a line below the table that explains the columns.
-        rows (`dict`): for each score that classes have, from its name in the row of a class to its name in `compute`,
-            whose value is a `dict` by class id.
-        needs (`frozenset`): what it needs of each image: `"scores"`, `"presence"`, `"maps"`.
-        by_method (`bool`): whether its value depends on the method. Otherwise `update_from` is called once for each
+        rows (`dict`): the scores that each class has, such as `{"IoU": "per_class"}`: the name of a score in the row
+            of a class, and its name in `compute`, which returns it as a `dict` by class id.
+        needs (`frozenset`): what the metric needs of each image: `"scores"`, `"presence"`, `"maps"`.
+        by_method (`bool`): whether the scores depend on the method. Otherwise `update_from` is called once for each
             image, with the method None.
-        image_size (`dict`, *optional*): a `size` of the processor that the metric prefers.
+        image_size (`dict`, *optional*): the `size` of the processor that the metric prefers.
         definition (`str`): what the protocol of a result states besides the options.
-        optional (`bool`): whether an evaluation leaves it out if it raises [`CannotMeasure`]. Metrics that a task
-            takes by default are optional.
-        ignore_index (`int`): value of ignored pixels in masks; that of the data set in [`evaluate_model`].
+        optional (`bool`): whether an evaluation leaves the metric out if `prepare` raises [`CannotMeasure`]. The
+            metrics of a task are optional.
+        ignore_index (`int`): value of ignored pixels in masks. [`evaluate_model`] takes the value of the data set.
         state: what `update` adds to and `merge` merges.
     """
 
@@ -124,7 +128,7 @@ class Metric(ABC):
         """
 
     def merge(self, other: Metric) -> None:
-        """Adds the items of another metric with the same options."""
+        """Adds the items of another metric that has the same options."""
         self.state.merge(other.state)
 
     def empty(self) -> Metric:
@@ -134,25 +138,28 @@ class Metric(ABC):
         return other
 
     def prepare(self, run) -> None:
-        """Prepares for the data set and methods of an [`~evaluate.EvaluationRun`]. `ValueError` if they do not fit."""
+        """
+        Prepares for the data set and the methods of an [`~evaluate.EvaluationRun`]. Raises `ValueError` if they do not
+        fit.
+        """
         self.run, self.ignore_index = run, run.dataset.void
 
     def run_model(self, images: list[EvaluatedImage]) -> list[Any]:
         """
-        Runs the model on images of one shape, if the metric needs more than `needs` offers. Returns `outputs` for each
-        image.
+        Runs the model on images of one shape, for what `needs` does not offer. Returns for each image the output that
+        `image.outputs` has in `update_from`.
         """
         return [None] * len(images)
 
     @abstractmethod
     def update_from(self, image: EvaluatedImage, method: str | None, maps: torch.Tensor | None) -> None:
         """
-        Adds one image. `maps` are those of the method at the size of the image, stretched to [0, 1],
-        `(T, height, width)`, if the metric needs maps.
+        Adds one image. If the metric needs maps, `maps` `(T, height, width)` are those of the method, resized to the
+        image and stretched to [0, 1].
         """
 
     def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
-        """Returns the scores of `compute` in two parts: of all items (None for NaN), and of each class by its id."""
+        """Returns the scores of `compute` in two parts: those of all items (None for NaN), and those of each class."""
         scores = self.compute()
         by_name = {name: scores.pop(key) for name, key in self.rows.items()}  # for each name, values by class id
         class_ids = dict.fromkeys(itertools.chain(*by_name.values()))
@@ -199,21 +206,21 @@ class ClassMeans(Metric):
 
         - **per_class** -- {class id: {name: mean over images}}.
         - **pairs** -- number of image-class pairs.
-        - **left_out** -- {"no_value": number of pairs without a value; of the scores, the one with most such pairs}.
+        - **left_out** -- {"no_value": number of pairs without a value, for the score that most pairs lack}.
         """
-        sums, width = self.state.sums, len(self.names or self.columns)
+        sums, num_scores = self.state.sums, len(self.names or self.columns)
         per_class = {
             class_id: total / np.where(count, count, np.nan) for class_id, (count, total) in sorted(sums.items())
         }
-        columns = np.array([*per_class.values()]).reshape(-1, width).T
-        means = np.array([mean(column[~np.isnan(column)]) for column in columns])
-        known = sum((count for count, _ in sums.values()), np.zeros(width)).astype(int)
+        by_score = np.array([*per_class.values()]).reshape(-1, num_scores).T
+        means = np.array([mean(values[~np.isnan(values)]) for values in by_score])
+        num_known = sum((count for count, _ in sums.values()), np.zeros(num_scores)).astype(int)
         num_pairs = self.state.items["counted"]
         return {
             **self.named(means),
             "per_class": {class_id: self.named(values) for class_id, values in per_class.items()},
             "pairs": num_pairs,
-            "left_out": {"no_value": int((num_pairs - known).max(initial=0))},
+            "left_out": {"no_value": int((num_pairs - num_known).max(initial=0))},
         }
 
     def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
@@ -221,12 +228,12 @@ class ClassMeans(Metric):
         return scores, scores.pop("per_class")
 
     def named(self, values: np.ndarray) -> dict:
-        """Names F scores; None for those without data."""
+        """Returns F scores by name, with None for NaN."""
         return dict(zip(self.names or self.columns, map(none_if_nan, values)))
 
 
 class MeasuredClassMeans(ClassMeans):
-    """[`ClassMeans`] of a metric that runs the model itself, in `measure`, and needs nothing else of an image."""
+    """A [`ClassMeans`] that runs the model itself, in `measure`, and needs nothing else of an image."""
 
     needs = frozenset()
 
@@ -238,7 +245,7 @@ class MeasuredClassMeans(ClassMeans):
         outputs = []
         for image in images:
             scores = self.measure(image) if image.sample.class_ids else {}
-            outputs.append({method: part.cpu().double().numpy() for method, part in scores.items()})
+            outputs.append({method: values.cpu().double().numpy() for method, values in scores.items()})
         return outputs
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:

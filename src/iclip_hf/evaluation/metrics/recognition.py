@@ -24,7 +24,10 @@ with require_extra("eval"):
 
 
 class StoredScores:
-    """Scores of images, and whether they show the classes, `(B, K)` each. A ranking needs all scores, not sums."""
+    """
+    The scores of all images, and whether each image shows each class, in arrays `(B, K)`. A ranking needs all scores,
+    not sums.
+    """
 
     def __init__(self):
         self.batches: list[tuple[np.ndarray, np.ndarray]] = []
@@ -39,11 +42,11 @@ class StoredScores:
 
 class MultiLabelAveragePrecision(Metric):
     """
-    mAP: average precision of each class over the images, averaged over the classes that occur in some image, as
-    scikit-learn defines it.
+    mAP: the average precision of each class over the images, as scikit-learn defines it, averaged over the classes
+    that some image shows.
 
-    Stores all scores, nine bytes for each image and class. Column k is class id k + 1. In [`evaluate_model`] the
-    scores are cosines, and mAP is the same for all methods.
+    The metric stores all scores, nine bytes for each image and class. Column k is class id k + 1. In
+    [`evaluate_model`] the scores are cosines, and mAP is the same for all methods.
 
     Example:
         >>> metric = MultiLabelAveragePrecision()
@@ -62,27 +65,27 @@ class MultiLabelAveragePrecision(Metric):
     needs = frozenset({"scores"})
     by_method = False
     state_type = StoredScores
-    ranked_by = "scores"  # attribute of an image with a number for each class
+    ranked_by = "scores"  # attribute of `EvaluatedImage` with a number for each class
 
     def update(self, scores, shown) -> None:
         """
-        Adds images: scores, and whether the class is shown (zeros and ones), arrays or tensors of shape `(B, K)`.
+        Adds images. Both arguments are arrays or tensors of shape `(B, K)`: the score of each class, and whether the
+        image shows the class (1 or 0).
         """
         self.state.batches.append((to_numpy(scores).astype(np.float64), to_numpy(shown).astype(bool)))
 
     def update_from(self, image: EvaluatedImage, method: None, maps: None) -> None:
-        self.update(
-            getattr(image, self.ranked_by)[None], np.isin(self.run.dataset.class_ids, image.sample.class_ids)[None]
-        )
+        shown = np.isin(self.run.dataset.class_ids, image.sample.class_ids)
+        self.update(getattr(image, self.ranked_by)[None], shown[None])
 
     def compute(self) -> dict:
         """
         Returns the scores of all images so far.
 
-        - **map** -- mean over classes, percent (NaN without any positive).
+        - **map** -- mean over classes, percent (NaN if no class is shown).
         - **per_class** -- {class id: average precision in percent}.
         - **always_shown** -- number of classes that every image shows. Their average precision is 100 for any scores.
-        - **images**, **left_out** -- number of images, and {"no_positive": number of classes without an image}.
+        - **images**, **left_out** -- number of images, and {"no_positive": number of classes that no image shows}.
         """
         scores, shown = self.state.joined()
         classes = np.flatnonzero(shown.any(axis=0))
@@ -103,33 +106,36 @@ class MultiLabelAveragePrecision(Metric):
         always_shown, num_classes = scores["always_shown"], len(self.run.dataset.class_ids)
         if not always_shown:
             return []
-        shares = f"{always_shown} of {num_classes}"
-        return [f"Classes that every image shows: {shares}. Their average precision is always 100."]
+        counts = f"{always_shown} of {num_classes}"
+        return [f"Classes that every image shows: {counts}. Their average precision is always 100."]
 
 
 class _Row(NamedTuple):
-    """A row of the table of presence: how a score is shown, and which numbers of image-class pairs stand beside it."""
+    """
+    A row of the table of presence: how a score is shown, and the names of the numbers of shown and absent pairs beside
+    the score.
+    """
 
     heading: str
-    digits: int
+    decimals: int
     shown: str | None = "shown"
     absent: str | None = "absent"
 
 
 class Presence(MultiLabelAveragePrecision):
     """
-    How well presence separates the classes that an image shows from the others. It is the same for all methods. In
-    [`evaluate_model`], `like`, `stuff` and `groups` are those of the data set.
+    How well presence separates the classes that an image shows from the others. Presence does not depend on the
+    method. [`evaluate_model`] takes `like`, `stuff` and `groups` from the data set.
 
     Args:
         like (`np.ndarray` of shape `(K, K)`, *optional*): whether class j is like class i, see [`like_classes`].
-            Without it there is no `auc_hard` and no `passed_hard`.
-        stuff: the class ids of the background.
-        groups (`dict`): the class ids of each group of classes that is measured by itself, by its name.
+            Without `like`, `auc_hard` and `passed_hard` are None.
+        stuff: the ids of the classes of stuff, such as sky.
+        groups (`dict`): the name and the class ids of each group of classes that is also measured alone.
     """
 
     name = "presence"
-    columns = rows = {}  # tables of their own
+    columns = rows = {}  # all scores are in `tables`
     legend = ""
     needs = frozenset({"presence"})
     ranked_by = "presence"
@@ -146,7 +152,8 @@ class Presence(MultiLabelAveragePrecision):
     def prepare(self, run) -> None:
         if run.model.presence(torch.zeros(1, 1)) is None:
             raise CannotMeasure(
-                f"{self.name} needs a model that was trained with a sigmoid: this one has no presence of its own."
+                f"{self.name} needs a model that was trained with a sigmoid, and this one has no presence of its own: "
+                "leave the metric out."
             )
         super().prepare(run)
         self.like = like_classes(run.dataset.supercategories, run.texts.text_embeds)
@@ -158,18 +165,19 @@ class Presence(MultiLabelAveragePrecision):
         Returns the scores of all image-class pairs so far. A score without data is None.
 
         - **auc** -- area under the ROC curve of shown against absent classes, in [0, 1].
-        - **auc_hard** -- the same against absent classes that are like one that the image shows.
+        - **auc_hard** -- the same against absent classes that are like a shown one.
         - **auc_of_classes** -- mean over classes of the AUC of one class over the images. Classes that all images or
           none show are left out.
-        - **auc_without_image** -- AUC where all images have the mean logit of each class over the images: what
-          frequent classes contribute to `auc`.
+        - **auc_without_image** -- AUC if each class has its mean logit on every image: what frequent classes
+          contribute to `auc`.
+        - **min_presence** -- presence from which a class counts as present.
         - **kept** -- share of the shown classes whose presence is at least `min_presence`, percent; **kept_things**
           and **kept_stuff** are the shares of each kind.
-        - **passed** -- the same share of the absent classes; **passed_hard** is that of absent classes that are like a
-          shown one.
+        - **passed** -- share of the absent classes whose presence is at least `min_presence`, percent;
+          **passed_hard** is the share of the absent classes that are like a shown one.
         - **map** -- mAP of images ranked by presence, percent.
-        - **pairs** -- number of image-class pairs whose class is `shown` or `absent`, of `shown_things` and
-          `shown_stuff`, and of `absent_hard`, whose class is absent and like a shown one.
+        - **pairs** -- numbers of image-class pairs: `shown`, `absent`, `shown_things`, `shown_stuff`, and
+          `absent_hard`, whose class is absent and like a shown one.
         - **groups** -- `auc`, `auc_of_classes`, `kept`, `passed` and `pairs` of the classes of each group alone.
         - **prior** -- share of image-class pairs whose class is shown.
         - **reliability** -- for each of ten bins of the presence at this prior ([`at_prior`]): mean presence, share of
@@ -181,27 +189,19 @@ class Presence(MultiLabelAveragePrecision):
         class_ids = np.arange(shown.shape[1]) + 1
         hard = np.zeros_like(shown) if self.like is None or not shown.size else (shown @ self.like) & ~shown
         stuff = np.broadcast_to(np.isin(class_ids, list(self.stuff)), shown.shape)
-        logits = np.log(values.clip(1e-12, 1 - 1e-12)) - np.log1p(-values.clip(1e-12, 1 - 1e-12))
+        clipped = values.clip(1e-12, 1 - 1e-12)  # so that logits are finite
+        logits = np.log(clipped) - np.log1p(-clipped)
         without_image = np.broadcast_to(logits.mean(0) if len(logits) else 0.0, values.shape)
 
         prior = float(shown.mean()) if shown.size else None
-        bins = None
-        error = None
-        if prior and prior < 1:
-            bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
-            distances = np.abs(bins["mean"] - bins["shown"])
-            error = float(np.nansum(distances * bins["items"]) / values.size)
-            bins = [
-                {"mean": none_if_nan(center), "shown": none_if_nan(share), "pairs": int(items)}
-                for center, share, items in zip(*bins.values())
-            ]
+        bins, error = _calibration(values, shown, prior) if prior and prior < 1 else (None, None)
         groups = {}
-        for name, classes in self.groups.items():
-            columns = np.isin(class_ids, list(classes))
-            groups[name] = _separation(values[:, columns], shown[:, columns])
+        for name, group_ids in self.groups.items():
+            in_group = np.isin(class_ids, list(group_ids))
+            groups[name] = _separation(values[:, in_group], shown[:, in_group])
         separation = _separation(values, shown)
-        counted = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
-        separation["pairs"].update((name, int(mask.sum())) for name, mask in counted.items())
+        kinds = {"shown_things": shown & ~stuff, "shown_stuff": shown & stuff, "absent_hard": hard}
+        separation["pairs"].update((name, int(pairs.sum())) for name, pairs in kinds.items())
         return {
             "min_presence": MIN_PRESENCE,
             **separation,
@@ -218,21 +218,21 @@ class Presence(MultiLabelAveragePrecision):
         }
 
     def settings(self) -> dict:
-        nearest = "the nearest tenth by the features of the texts"
-        return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else nearest}
+        by_features = "the nearest tenth by the features of the texts"
+        return {"like_classes": "of its supercategory" if self.run.dataset.supercategories else by_features}
 
     def tables(self, scores: Mapping) -> list[str]:
-        """Returns the tables, without rows that the data cannot measure and without empty bins."""
-        least, pairs = scores["min_presence"], scores["pairs"]
+        """Returns the tables, without scores that are None and without empty bins."""
+        min_presence, pairs = scores["min_presence"], scores["pairs"]
         table = {
             "auc": _Row("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
             "auc_hard": _Row("AUC against absent classes that resemble a shown one", 3, absent="absent_hard"),
             "auc_of_classes": _Row("AUC of each class over the images, mean over the classes", 3),
             "auc_without_image": _Row("AUC without the image: of the mean of each class over all images", 3),
-            "kept": _Row(f"kept: shown classes with a presence of at least {least}, %", 1, absent=None),
+            "kept": _Row(f"kept: shown classes with a presence of at least {min_presence}, %", 1, absent=None),
             "kept_things": _Row("kept things, %", 1, "shown_things", None),
             "kept_stuff": _Row("kept stuff, %", 1, "shown_stuff", None),
-            "passed": _Row(f"passed: absent classes with a presence of at least {least}, %", 1, shown=None),
+            "passed": _Row(f"passed: absent classes with a presence of at least {min_presence}, %", 1, shown=None),
             "passed_hard": _Row(
                 "passed, of those that resemble a shown class, %", 1, shown=None, absent="absent_hard"
             ),
@@ -244,22 +244,23 @@ class Presence(MultiLabelAveragePrecision):
         rows = [
             [
                 row.heading,
-                cell(scores[name], row.digits),
+                cell(scores[name], row.decimals),
                 str(pairs.get(row.shown, "")),
                 str(pairs.get(row.absent, "")),
             ]
             for name, row in table.items()
             if scores[name] is not None
         ]
-        counted = ["shown pairs", "absent pairs"]
-        tables = [markdown(["presence of the classes in the images", "", *counted], rows)]
+        headings_of_pairs = ["shown pairs", "absent pairs"]
+        tables = [markdown(["presence of the classes in the images", "", *headings_of_pairs], rows)]
         if scores["groups"]:
-            digits = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
+            decimals = {"auc": 3, "auc_of_classes": 3, "kept": 1, "passed": 1}
             rows = []
             for group, separation in scores["groups"].items():
-                cells = [cell(separation[name], decimals) for name, decimals in digits.items()]
+                cells = [cell(separation[name], decimals[name]) for name in decimals]
                 rows.append([group, *cells, *(str(separation["pairs"][kind]) for kind in ("shown", "absent"))])
-            tables.append(markdown(["presence of", "AUC", "AUC of each class", "kept %", "passed %", *counted], rows))
+            headings = ["presence of", "AUC", "AUC of each class", "kept %", "passed %", *headings_of_pairs]
+            tables.append(markdown(headings, rows))
         if bins := scores["reliability"]:
             rows = [
                 [
@@ -278,18 +279,18 @@ class Presence(MultiLabelAveragePrecision):
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve of shown against absent classes; None if one of both is missing."""
+    """Returns the area under the ROC curve of shown against absent classes; None without either of the two."""
     counted = shown | absent
     return float(roc_auc_score(shown[counted], values[counted])) if shown.any() and absent.any() else None
 
 
 def _share_present(values: np.ndarray) -> float | None:
-    """Returns the share of presence values that count as shown, percent; None without values."""
+    """Returns the share of presence values that count as present, percent; None without values."""
     return 100 * float(is_present(values).mean()) if len(values) else None
 
 
 def _separation(values: np.ndarray, shown: np.ndarray) -> dict:
-    """Returns the scores of [`Presence`] that any classes have; presence and `shown` are `(B, K)`."""
+    """Returns the scores that [`Presence`] also has for groups of classes, from presence and `shown`, `(B, K)`."""
     varying = np.flatnonzero(shown.any(0) & ~shown.all(0))
     class_aucs = [roc_auc_score(shown[:, column], values[:, column]) for column in varying]
     return {
@@ -301,27 +302,49 @@ def _separation(values: np.ndarray, shown: np.ndarray) -> dict:
     }
 
 
+def _calibration(values: np.ndarray, shown: np.ndarray, prior: float) -> tuple[list[dict], float]:
+    """Returns `reliability` and `calibration_error` of [`Presence`] from presence and `shown`, `(B, K)`."""
+    bins = reliability(at_prior(values, prior).ravel(), shown.ravel())
+    distances = np.abs(bins["mean"] - bins["shown"])
+    error = float(np.nansum(distances * bins["items"]) / values.size)
+    rows = [
+        {"mean": none_if_nan(mean_presence), "shown": none_if_nan(share), "pairs": int(items)}
+        for mean_presence, share, items in zip(bins["mean"], bins["shown"], bins["items"])
+    ]
+    return rows, error
+
+
 def class_groups(class_names: Sequence[str], stuff: Collection[int]) -> dict[str, list[int]]:
-    """Groups the class ids 1, ..., K, without empty groups; no groups if there is no stuff."""
+    """
+    Groups the class ids 1, ..., K into stuff, things that COCO names, and other things. Empty groups are left out.
+    Without stuff there are no groups.
+    """
+    if not stuff:
+        return {}
     groups: dict[str, list[int]] = {"stuff": [], "things that COCO names": [], "other things": []}
-    for class_id, name in enumerate(class_names, 1) if stuff else ():
-        things = "things that COCO names" if name in COCO_THINGS else "other things"
-        groups["stuff" if class_id in stuff else things].append(class_id)
+    for class_id, name in enumerate(class_names, 1):
+        if class_id in stuff:
+            group = "stuff"
+        else:
+            group = "things that COCO names" if name in COCO_THINGS else "other things"
+        groups[group].append(class_id)
     return {group: class_ids for group, class_ids in groups.items() if class_ids}
 
 
 def like_classes(supercategories: Sequence[str] | None, text_embeds: torch.Tensor) -> np.ndarray:
     """
-    Returns whether class j is like class i, `(K, K)` boolean: of the same supercategory if these are given, otherwise
-    among the nearest tenth of the other classes (at least one) by the cosine of the unit text features `(K, P)`. No
-    class is like itself.
+    Returns whether class j is like class i, `(K, K)` boolean. If supercategories are given, like classes have the same
+    one. Otherwise class j is among the nearest tenth of the other classes (at least one) by the cosine with class i;
+    the text features `(K, P)` are unit vectors. No class is like itself.
     """
     num_classes = len(text_embeds)
     if supercategories is not None:
-        like = np.equal.outer(*[np.array(supercategories)] * 2)
+        names = np.array(supercategories)
+        like = names[:, None] == names
     else:
         cosines = (text_embeds @ text_embeds.T).float().fill_diagonal_(-torch.inf)
-        nearest = cosines.topk(min(max(1, round(num_classes / 10)), num_classes - 1)).indices.numpy(force=True)
+        num_like = min(max(1, round(num_classes / 10)), num_classes - 1)
+        nearest = cosines.topk(num_like).indices.numpy(force=True)
         like = np.zeros((num_classes, num_classes), bool)
         np.put_along_axis(like, nearest, True, 1)
     np.fill_diagonal(like, False)

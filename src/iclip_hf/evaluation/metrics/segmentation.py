@@ -1,4 +1,4 @@
-"""Open-vocabulary semantic segmentation: mIoU of label maps over a data set, as in its papers."""
+"""Open-vocabulary semantic segmentation: mIoU of label maps over a data set, as papers measure it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .mean_iou import MeanIoU
 from .metric import EvaluatedImage, Metric
 
 
-# Short side of images under sliding windows, in pixels, as in SCLIP and its successors.
+# Short side in pixels of images that windows slide over, as in SCLIP and its successors.
 SHORT_SIDE = 336
 # Options that a protocol sets if they are not given.
 _PROTOCOL_OPTIONS = ("window", "stride", "logit_scale", "threshold")
@@ -27,8 +27,8 @@ _PROTOCOL_OPTIONS = ("window", "stride", "logit_scale", "threshold")
 
 class SlidingWindows(WholeImage):
     """
-    Square windows, as benchmarks of segmentation have them. The value of a patch is its mean over the windows that
-    contain it.
+    Square windows that slide over the image, as in benchmarks of segmentation. The value of a patch is its mean over
+    the windows that contain the patch.
 
     Args:
         window, stride (`int`): side and distance of the windows in pixels, multiples of `patch_size`.
@@ -50,26 +50,26 @@ class SlidingWindows(WholeImage):
 
 class Segmentation(Metric):
     """
-    The scores of [`MeanIoU`], where each pixel gets the class with the highest raw map among all classes of the data
-    set, see [`argmax_label_map`]. `prepare` takes classes and background from the data set; without a data set, use
-    [`MeanIoU`].
+    The scores of [`MeanIoU`] for label maps that give each pixel the class with the highest raw map among all classes
+    of the data set, see [`argmax_label_map`]. `prepare` takes classes and background from the data set. Without a data
+    set, use [`MeanIoU`].
 
-    If the data set has a background, it consists of the pixels whose confidence is not above a threshold, and of those
-    where a text for the background is best. If neither a threshold nor such texts are given, the threshold is chosen
-    on other images: the images at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and
+    In a data set with a background, a pixel is background if its confidence is not above a threshold, or if a text
+    that describes the background is best. If neither a threshold nor such texts are given, the threshold is chosen on
+    other images: the images at even positions take the best of 0, 0.01, ..., 1 for the images at odd positions, and
     the reverse.
 
     Args:
         window (`int`, *optional*): side in pixels of windows that slide over the image; the whole image if not given.
             Images then keep their proportions, with a short side of 336 pixels unless `image_size` says otherwise.
         stride (`int`, *optional*): distance in pixels of the windows; half of the window if not given.
-        background: texts that describe the background; those of the data set's overrides if not given. Where such a
-            text and a class have equal values, the background counts.
+        background: texts that describe the background; those of the data set if not given. Where such a text and a
+            class have equal values, the pixel is background.
         threshold (`float` in [0, 1], *optional*): background threshold.
         logit_scale (`float`, *optional*): makes the confidence a probability, see [`argmax_label_map`].
-        protocol (`str`, *optional*): takes the steps of a paper, and its values for the data set where options are not
-            given. [`~iclip_hf.evaluation.protocols.protocol_settings`] has these, and the paper's method and class
-            names, which are arguments of [`evaluate_model`] and `load_segmentation`.
+        protocol (`str`, *optional*): name of a paper. The metric follows the steps of the paper, and takes its values
+            for options that are not given, see [`~iclip_hf.evaluation.protocols.protocol_settings`]. Pass the paper's
+            method to [`evaluate_model`], and its class names to `load_segmentation`.
     """
 
     name = "segmentation"
@@ -110,25 +110,26 @@ class Segmentation(Metric):
 
     def prepare(self, run) -> None:
         if self.protocol:
-            self._resolve(run)
+            self._resolve_protocol(run)
         if self.window:
             self._check_windows(run)
         dataset = run.dataset
         self.background_texts = list(dataset.background_texts if self.background is None else self.background)
         if not dataset.background and (self.background_texts or self.threshold is not None):
-            raise ValueError(f"Leave out texts and threshold of the background of {dataset.name!r}, which is void.")
-        # Whether the background threshold is chosen on other images.
-        self.sweeps = dataset.background and self.threshold is None and not self.background_texts
-        if self.sweeps and run.num_images < 2:
             raise ValueError(
-                "The background threshold cannot be chosen on other images than this one: give a threshold."
+                f"Leave out the threshold and the texts of the background: {dataset.name!r} has no background."
             )
-        self.classes = [BACKGROUND_LABEL] * len(self.background_texts)
-        self.classes += [index for index, texts in enumerate(dataset.synonyms) for _ in texts]
+        self.chooses_threshold = dataset.background and self.threshold is None and not self.background_texts
+        if self.chooses_threshold and run.num_images < 2:
+            raise ValueError(
+                "The background threshold is chosen on other images, and there is only one image: give a threshold."
+            )
         texts = [*self.background_texts, *itertools.chain(*dataset.synonyms)]
-        different = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
-        self.text_indices = [different.index(text) for text in texts]
-        self.encoded = run.engine.encode(different)
+        self.classes = [BACKGROUND_LABEL] * len(self.background_texts)  # class of each text
+        self.classes += [index for index, synonyms in enumerate(dataset.synonyms) for _ in synonyms]
+        unique = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
+        self.map_indices = [unique.index(text) for text in texts]
+        self.encoded = run.engine.encode(unique)
         self.new_iou = partial(MeanIoU, len(dataset.class_ids) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
@@ -137,14 +138,15 @@ class Segmentation(Metric):
         if run.engine.multi_scale:
             raise ValueError("Leave out window or multi_scale: each has windows of its own.")
         patch = run.model.processor.patch_size
-        in_patches = self.protocol or not (self.window % patch or self.stride % patch)
-        if not (in_patches and 0 < self.stride <= self.window):
+        # A protocol leaves out the incomplete patches of a window.
+        fits_patches = self.protocol or (self.window % patch == 0 and self.stride % patch == 0)
+        if not (fits_patches and 0 < self.stride <= self.window):
             raise ValueError(
                 f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
                 f"window, not {self.window} and {self.stride}."
             )
 
-    def _resolve(self, run) -> None:
+    def _resolve_protocol(self, run) -> None:
         """Takes the values of the protocol for the options that are not given."""
         size = run.engine.image_size or {}
         if run.engine.refine or run.engine.multi_scale or "height" in size:
@@ -155,74 +157,81 @@ class Segmentation(Metric):
         options = {name: getattr(self, name) for name in _PROTOCOL_OPTIONS}
         options["short_side"] = size.get("shortest_edge")
         given = {name: value for name, value in options.items() if value is not None}
-        self.resolved = replace(protocol_settings(self.protocol, run.dataset.name), **given)
+        self.resolved_protocol = replace(protocol_settings(self.protocol, run.dataset.name), **given)
         for name in _PROTOCOL_OPTIONS:
-            setattr(self, name, getattr(self.resolved, name))
+            setattr(self, name, getattr(self.resolved_protocol, name))
 
     def run_model(self, images: list[EvaluatedImage]) -> list[dict[str, torch.Tensor | WindowMaps]]:
-        """Returns raw maps of all texts `(T, h, w)` by method for each image; with a protocol, maps of its windows."""
+        """
+        Returns for each image the raw maps of all texts, `(T, h, w)`, by method. With a protocol, returns the maps of
+        windows.
+        """
         if self.protocol:
             return [self._window_maps(image) for image in images]
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         tiling = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
         method_maps = {
-            method: engine.raw_maps(pixel_values, self.encoded, tiling=tiling)[0][:, self.text_indices].cpu()
+            method: engine.raw_maps(pixel_values, self.encoded, tiling=tiling)[0][:, self.map_indices].cpu()
             for method, engine in self.run.engines.items()
         }
-        return [dict(zip(method_maps, maps)) for maps in zip(*method_maps.values())]
+        return [{method: maps[index] for method, maps in method_maps.items()} for index in range(len(images))]
 
     def _window_maps(self, image: EvaluatedImage) -> dict[str, WindowMaps]:
-        """Returns the raw maps of the windows of an image by method, by the steps of the protocol."""
-        processor, settings = self.run.model.processor, self.resolved
-        cut = WindowMaps.cut(
-            resized(image.sample.image, settings.short_side),
+        """Returns for each method the raw maps of the windows of an image, by the steps of the protocol."""
+        processor, protocol = self.run.model.processor, self.resolved_protocol
+        windows = WindowMaps.cut(
+            resized(image.sample.image, protocol.short_side),
             self.window,
             self.stride,
             size=image.sample.size,
-            dilations=settings.pamr_dilations,
+            dilations=protocol.pamr_dilations,
         )
-        pixel_values = processor(images=cut.crops(processor.patch_size), do_resize=False)["pixel_values"]
+        pixel_values = processor(images=windows.crops(processor.patch_size), do_resize=False)["pixel_values"]
         batches = pixel_values.split(self.run.batch_size)
         method_maps = {}
         for method, engine in self.run.engines.items():
             maps = torch.cat([engine.raw_maps(batch, self.encoded)[0] for batch in batches])
-            method_maps[method] = replace(cut, maps=maps[:, self.text_indices])
+            method_maps[method] = replace(windows, maps=maps[:, self.map_indices])
         return method_maps
 
     def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
-        maps = image.outputs[self.name][method]
-        settings = (self.classes, self.threshold, self.logit_scale)
+        raw_maps = image.outputs[self.name][method]
         if self.protocol:
-            label_map, confidence = protocol_label_map(maps, *settings, self.resolved.min_area)
+            label_map, confidence = protocol_label_map(
+                raw_maps, self.classes, self.threshold, self.logit_scale, self.resolved_protocol.min_area
+            )
             label_map, confidence = label_map.cpu(), confidence.cpu()
         else:
-            label_map, confidence = argmax_label_map(maps, image.sample.size, *settings)
-        self.update(label_map + 1, image.sample.label_map, confidence, image.index)
+            label_map, confidence = argmax_label_map(
+                raw_maps, image.sample.size, self.classes, self.threshold, self.logit_scale
+            )
+        class_ids = label_map + 1  # 0 is the background
+        self.update(class_ids, image.sample.label_map, confidence, image.index)
 
     def update(self, prediction, reference, confidence, index: int) -> None:
-        """Adds the image at this position of the data set. The other arguments are those of [`MeanIoU`]."""
+        """Adds the image at the position `index` of the data set. The other arguments are those of [`MeanIoU`]."""
         iou = self.new_iou()
-        iou.update(prediction, reference, confidence if self.sweeps else None)
+        iou.update(prediction, reference, confidence if self.chooses_threshold else None)
         self.state.add(iou.areas, index % 2)  # by even and odd positions
 
     def compute(self) -> dict:
         """
-        Returns the scores of [`MeanIoU`], with the name of `floor_class`, and `thresholds`: the background thresholds
-        of the images at even and at odd positions, or None.
+        Returns the scores of [`MeanIoU`], with a name as `floor_class`, and `thresholds`: the background thresholds of
+        the images at even and at odd positions, or None.
         """
-        whole = self.new_iou()
-        folds = [self.new_iou(), self.new_iou()]
+        halves = [self.new_iou(), self.new_iou()]  # images at even, and at odd positions
+        for parity, areas in self.state.sums.items():
+            halves[parity].add_counts(areas)
         thresholds = None
-        best = [0, 0]
-        for fold, areas in self.state.sums.items():
-            folds[fold].add_counts(areas)
-        if self.sweeps:  # each fold takes the best threshold of the other
-            best = [int(fold.curve().argmax()) for fold in reversed(folds)]
-            thresholds = [float(THRESHOLDS[index]) for index in best]
+        best_indices = [0, 0]
+        if self.chooses_threshold:  # each half takes the best threshold of the other
+            best_indices = [int(half.curve().argmax()) for half in reversed(halves)]
+            thresholds = [float(THRESHOLDS[index]) for index in best_indices]
         elif self.threshold is not None:
             thresholds = [self.threshold] * 2
-        for fold, index in zip(folds, best):
-            whole.add_counts(fold.areas[..., [index]])
+        whole = self.new_iou()
+        for half, index in zip(halves, best_indices):
+            whole.add_counts(half.areas[..., [index]])
         scores = whole.compute()
         scores["floor_class"] = ["background", *self.run.dataset.class_names][scores["floor_class"]]
         return scores | {"thresholds": thresholds}
@@ -232,9 +241,10 @@ class Segmentation(Metric):
             "synonyms": [list(texts) for texts in self.run.dataset.synonyms],
             "background": self.background_texts,
         }
-        if self.sweeps:
+        if self.chooses_threshold:
             settings["threshold"] = "the best of the images at the other (even or odd) positions"
         if self.protocol:
-            settings |= {name: getattr(self.resolved, name) for name in ("short_side", "min_area", "pamr_dilations")}
+            for name in ("short_side", "min_area", "pamr_dilations"):
+                settings[name] = getattr(self.resolved_protocol, name)
             settings["definition"] = self.protocol_definition
         return settings

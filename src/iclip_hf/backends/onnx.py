@@ -1,4 +1,4 @@
-"""ICLIP in ONNX: export as two graphs, for images and for texts, and the model that runs them."""
+"""ICLIP in ONNX: the export as two graphs, for images and for texts, and the model that runs the graphs."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path
       `map_attention="signed"` to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 
-    `patch_embeds` and `map_text_embeds` have 2 P numbers with a `recognition_share`.
+    With a `recognition_share`, `patch_embeds` and `map_text_embeds` have 2 P numbers.
 
     Args:
         model, processor: an ICLIP model on the CPU, in float32, and its processor.
         folder: new or empty.
-        weights (`str`): `"float32"`; `"bfloat16"`, half the size, computed in float32; `"int8"`, a quarter of the
-            size, likewise.
+        weights (`str`): number format of the stored weights: `"float32"`; `"bfloat16"`, half the size; or `"int8"`, a
+            quarter of the size. The graphs compute in float32.
 
     Returns:
         The folder.
@@ -90,8 +90,8 @@ def trained_config(model: ICLIPModel) -> ICLIPConfig:
 
 class ONNXModel:
     """
-    An exported model in ONNX Runtime, on the GPU if it was built for CUDA, otherwise on the CPU. It has the methods of
-    [`ICLIPModel`] that the explainers call.
+    An exported model in ONNX Runtime, on the GPU if ONNX Runtime was built for CUDA, otherwise on the CPU. It has the
+    methods of [`ICLIPModel`] that the explainers call.
 
     Args:
         folder: written by [`export_onnx`].
@@ -129,10 +129,10 @@ class ONNXModel:
 
     def get_text_features(self, num_templates: int = 1, **inputs: torch.Tensor) -> ICLIPTextFeatures:
         """Like [`ICLIPModel.get_text_features`]. Inputs are `(M, L)` or `(B, M, L)`."""
-        shape = (*inputs["input_ids"].shape[:-2], -1)
+        label_shape = (*inputs["input_ids"].shape[:-2], -1)  # (T,) or (B, T)
         prompts = {name: value.flatten(0, -2).unflatten(0, (-1, num_templates)) for name, value in inputs.items()}
         outputs = _run(self._text, prompts)
-        return ICLIPTextFeatures(**{name: value.unflatten(0, shape) for name, value in outputs.items()})
+        return ICLIPTextFeatures(**{name: value.unflatten(0, label_shape) for name, value in outputs.items()})
 
 
 def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -146,20 +146,22 @@ def _run(session, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def _vision_program(model: ICLIPModel):
     """Exports the encoding of images."""
-    patch, Dim = patch_side(model.config), torch.export.Dim
+    patch = patch_side(model.config)
+    Dim = torch.export.Dim
     inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
-    shape = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
+    dynamic_sizes = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     with symbolic_grid(model.vision_model), symbolic_padding():
-        return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared, shape)
+        return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared, dynamic_sizes)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
     """Exports the encoding of labels in several prompts."""
     inputs = processor(text=["dog", "a dog", "red ball", "a red ball", "car", "a car"])
-    Dim = torch.export.Dim
     prompts = {name: value.unflatten(0, (3, 2)) for name, value in inputs.items()}
-    # The export assumes these smallest sizes; the graph also takes one prompt.
-    shape = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: Dim("length", min=2, max=processor.max_text_length)}
+    Dim = torch.export.Dim
+    # The export needs a smallest size of 2; the graph also takes one prompt.
+    length = Dim("length", min=2, max=processor.max_text_length)
+    dynamic_sizes = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: length}
     outputs = ICLIPTextFeatures.compared
     if model.config.map_attention != "signed":
         outputs = outputs[:-1]  # without the weights of the attention
@@ -169,7 +171,7 @@ def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
         tokens = {name: value.flatten(0, 1) for name, value in prompts.items()}
         return model.get_text_features(**tokens, num_templates=num_templates)
 
-    return _program(model, encode, prompts, outputs, shape)
+    return _program(model, encode, prompts, outputs, dynamic_sizes)
 
 
 @torch.no_grad()
@@ -178,9 +180,9 @@ def _program(
     encode: Callable[..., ModelOutput],
     inputs: Mapping[str, torch.Tensor],
     outputs: tuple[str, ...],
-    shape: dict,
+    dynamic_sizes: dict,
 ):
-    """Exports the function `encode` of a model. All inputs have the same dynamic sizes, `shape`."""
+    """Exports the function `encode` of a model. All inputs have the same `dynamic_sizes`, by dimension."""
 
     class Encoder(nn.Module):
         def __init__(self):
@@ -200,12 +202,12 @@ def _program(
             verbose=False,
             input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes={"tensors": (shape,) * len(inputs)},
+            dynamic_shapes={"tensors": (dynamic_sizes,) * len(inputs)},
             custom_translation_table={round: _round},
         )
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-    ClearMetadataAndDocStringPass()(program.model)  # the stack trace of each node, with paths of this machine
+    ClearMetadataAndDocStringPass()(program.model)  # the stack traces of nodes have paths of this machine
     return program
 
 
@@ -221,7 +223,8 @@ def _round(number, ndigits=None):
 
 def _write(program, path: Path, weights: str) -> None:
     """
-    Writes a graph. Nodes of the graph restore smaller weights. ONNX Runtime executes them once, on loading.
+    Writes a graph. Nodes of the graph restore smaller weights to float32. ONNX Runtime runs these nodes once, on
+    loading.
     """
     logger.info("Writing %s", path.name)
     store = _STORED[weights]
@@ -231,16 +234,16 @@ def _write(program, path: Path, weights: str) -> None:
     import onnx
 
     model = program.model_proto
-    tensors, restoring = [], []
+    tensors, restoring_nodes = [], []
     for tensor in model.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
             stored, nodes = store(tensor.name, torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()))
             tensors += stored
-            restoring += nodes
+            restoring_nodes += nodes
         else:
             tensors.append(tensor)
-    nodes = [*restoring, *model.graph.node]
-    for field, values in ((model.graph.initializer, tensors), (model.graph.node, nodes)):
+    all_nodes = [*restoring_nodes, *model.graph.node]
+    for field, values in ((model.graph.initializer, tensors), (model.graph.node, all_nodes)):
         del field[:]
         field.extend(values)
     onnx.save(model, path)
@@ -264,12 +267,12 @@ def _int8(name: str, values: torch.Tensor) -> tuple[list, list]:
 
     is_kernel = values.ndim == 4
     dims = (1, 2, 3) if is_kernel else tuple(range(values.ndim - 1))
-    scale = values.abs().amax(dims, keepdim=is_kernel).clamp(min=1e-30) / 127
-    stored = numpy_helper.from_array((values / scale).round().to(torch.int8).numpy(), f"{name}.int8")
-    scales = numpy_helper.from_array(scale.numpy(), f"{name}.scale")
+    scales = values.abs().amax(dims, keepdim=is_kernel).clamp(min=1e-30) / 127
+    stored = numpy_helper.from_array((values / scales).round().to(torch.int8).numpy(), f"{name}.int8")
+    stored_scales = numpy_helper.from_array(scales.numpy(), f"{name}.scale")
     cast = helper.make_node("Cast", [stored.name], [f"{name}.cast"], to=TensorProto.FLOAT)
-    return [stored, scales], [cast, helper.make_node("Mul", [*cast.output, scales.name], [name])]
+    return [stored, stored_scales], [cast, helper.make_node("Mul", [*cast.output, stored_scales.name], [name])]
 
 
-# Functions that store a matrix in fewer bits, by the names of `weights`; None stores all as they are.
+# Functions that store a matrix in fewer bits, by the value of `weights`; None stores all weights as they are.
 _STORED = {"float32": None, "bfloat16": _bfloat16, "int8": _int8}

@@ -57,12 +57,12 @@ class ExplainableOpenCLIP(RecordableModel):
             )
         preprocessing, size = model.visual.preprocess_cfg, model.visual.image_size
         patch_size = self._patch_size(model.visual)
-        # A multiple of the patch: 378 for SigLIP So400m, which has patches of 14 pixels at 384.
+        # Rounded down to whole patches: to 378 for SigLIP So400m, which has images of 384 and patches of 14 pixels.
         self.side = (size[0] if isinstance(size, tuple) else size) // patch_size * patch_size
         resample = Resampling[preprocessing["interpolation"].upper()]
         image_processor = square_processor(self.side, preprocessing["mean"], preprocessing["std"], resample)
         super().__init__(model, _OpenCLIPProcessor(image_processor, tokenizer, patch_size))
-        self._given = model, tokenizer  # the identity has how images are prepared from the model's configuration
+        self._given = model, tokenizer  # `identity` reads from the model how images are prepared
         self.pools_patches = self._pools_patches()
         if self.pools_patches:
             self.default_method = "itsm"
@@ -98,8 +98,8 @@ class ExplainableOpenCLIP(RecordableModel):
 
 class ExplainableCoCa(ExplainableOpenCLIP):
     """
-    CoCa. It pools by attention with learned queries; the first query gives the score. A patch is projected into the
-    space of the texts as by the pooling with all attention on this patch: by value and output projection.
+    CoCa. It pools by attention with learned queries; the first query gives the score. The projection of a patch is the
+    output of the pooling with all attention on this patch: value and output projection.
     """
 
     def _prepare_layers(self) -> None:
@@ -109,7 +109,9 @@ class ExplainableCoCa(ExplainableOpenCLIP):
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         pool = self.network.visual.attn_pool
-        value = F.linear(pool.ln_k(stream), input_weights(pool.attn)[2], pool.attn.in_proj_bias.chunk(3)[2])
+        _, _, value_weight = input_weights(pool.attn)
+        _, _, value_bias = pool.attn.in_proj_bias.chunk(3)
+        value = F.linear(pool.ln_k(stream), value_weight, value_bias)
         return super().project(pool.attn.out_proj(value))
 
 
@@ -145,8 +147,8 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
 
 def _attention_pool(pool: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """
-    Computes the attention pool of the tokens `(B, L, D)` of a feature map, and records it. Returns the outputs
-    `(B, 1 + L, P)`: of the mean token, which is the output of the image, and of each token.
+    Computes the attention pool of the tokens `(B, L, D)` of a feature map, and records its attention. Returns the
+    outputs `(B, 1 + L, P)`: first of the mean token, which stands for the image, then of each token.
     """
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.positional_embedding
     heads = (split_heads(linear(tokens), pool.num_heads) for linear in (pool.q_proj, pool.k_proj, pool.v_proj))

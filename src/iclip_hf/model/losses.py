@@ -1,6 +1,6 @@
 """
 Contrastive losses over all processes: pure functions of logits, the nouns of a batch and their labels, the losses of a
-branch, and the terms that the loss of a branch is the sum of.
+branch, and the terms whose sum is the loss of a branch.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from .pooling import even_heights, pool_similarities, smooth_maximum
 from .similarity import cosines
 
 
-if TYPE_CHECKING:  # otherwise a circle: it imports transformers, which imports the model, which imports this module
+if TYPE_CHECKING:  # the configuration imports transformers, which imports the model, which imports this module
     from .configuration_iclip import ICLIPConfig
 
 
-# Sharpness of the prior of place: for a noun at the bottom, the lowest patches are exp(3) times as likely as the
-# highest.
+# Sharpness of `place_prior`: a noun at the bottom is exp(3) times as likely at the bottom of an image as at its top.
 PLACE_SHARPNESS = 3.0
-# Weight of the sigmoid loss of classes relative to their distillation. With more, fewer look-alikes of what an image
-# shows have a high presence, and more of what it shows a low one.
+# Weight of the sigmoid loss of classes relative to their distillation. A larger weight lowers the presence of classes
+# that only look like a class shown, but also of some classes that are shown.
 CLASS_PRESENCE = 0.1
 # A noun with higher odds in a batch is common: the loss adjusts its logits.
 COMMON_ODDS = 1 / 4
-SHARE_EXPONENT = 4.0  # exponent of the power mean over patches, by which the share of a known noun is computed
+SHARE_EXPONENT = 4.0  # the share of a known noun is the power mean over patches with this exponent
 
 
 # ------------------------------------------------------------------------------------------------------- of logits
@@ -54,28 +53,28 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
     the rows, float32. A row without positives counts as 0.
     """
     logits = logits.float()
-    negatives = logits.masked_fill(positives, -torch.inf).logsumexp(1)
+    negatives_logsumexp = logits.masked_fill(positives, -torch.inf).logsumexp(1)
     rows, columns = positives.nonzero(as_tuple=True)  # positives are few
-    positive = logits[rows, columns]
-    losses = torch.logaddexp(positive, negatives[rows]) - positive
+    positive_logits = logits[rows, columns]
+    losses = torch.logaddexp(positive_logits, negatives_logsumexp[rows]) - positive_logits
     return (losses / positives.sum(1)[rows]).sum() / len(logits)
 
 
 def distillation_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """
-    Returns the cross entropy between the probabilities of the classes of a classifier and the softmax of the logits of
-    their texts, both `(B, C)`, as in knowledge distillation: the mean over the images. An image counts by the sum of
-    its probabilities, so one without any counts as 0.
+    Returns the cross entropy of knowledge distillation, between the class probabilities of a classifier and the
+    softmax of the logits of the class texts, both `(B, C)`, as the mean over the images. The loss of an image is
+    weighted by the sum of its probabilities. An image without probabilities counts as 0.
     """
     return -(probabilities * logits.float().log_softmax(1)).sum(1).mean()
 
 
 def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
     """
-    Returns the loss of texts that compete for the patches of images: the negative logarithm of the shares `(B, T)`
-    ([`shares_of_texts`]) of the texts that an image has (`positives`, `(B, T)` boolean), as the mean over these texts,
-    then over the images. Patches behind an object belong to some text of the image, so the text of the object cannot
-    keep them.
+    Returns the loss of texts that compete for the patches of images, from their shares `(B, T)`
+    ([`shares_of_texts`]). It is the negative logarithm of the share, averaged over the texts of an image
+    (`positives`, `(B, T)` boolean), then over the images. Other texts of the image claim the patches behind an object,
+    so the text of the object cannot keep them.
     """
     rows, columns = positives.nonzero(as_tuple=True)
     losses = -shares[rows, columns].clamp(min=torch.finfo(shares.dtype).tiny).log()
@@ -84,18 +83,18 @@ def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Ten
 
 def shares_of_texts(logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
     """
-    Returns the share of each text in images, `(B, T)` float32, in [0, 1]: the mean over the N patches of the softmax
-    over the texts of the logits `(B, N, T)`. The mean is weighted by `prior`, `(B, N, T)` or `(N, T)`, whose sum over
-    N is 1.
+    Returns the share of each text in each image, `(B, T)` float32, in [0, 1]. The share in a patch is the softmax of
+    the logits `(B, N, T)` over the texts. The share in an image is the mean over its N patches, weighted by `prior`,
+    `(B, N, T)` or `(N, T)`, whose sum over N is 1.
     """
     return (prior * logits.float().softmax(-1)).sum(1)
 
 
 def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
     """
-    Returns the prior `(B, N, T)` of patches showing each noun, from the class token's attention `(B, N)` in [0, 1].
-    All patches are equally likely to show an object. The less attention a patch has, the likelier it shows a noun of
-    the background (`is_background`, `(T,)` boolean). The sum over N is 1.
+    Returns the spatial prior `(B, N, T)` of nouns, whose sum over the N patches is 1, from the class token's attention
+    `(B, N)` in [0, 1]. An object is equally likely in all patches. A noun of the background (`is_background`, `(T,)`
+    boolean) is likelier in patches with less attention.
     """
     background = (1 - attention.float()) ** 8 + 1e-6
     background = (background / background.sum(1, keepdim=True)).unsqueeze(-1)
@@ -104,10 +103,10 @@ def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> tor
 
 def place_prior(heights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """
-    Returns the prior `(N, T)` of patches showing each noun, from the heights y `(N,)` of the patches, 0 at the top and
-    1 at the bottom, and the place of the nouns `(T,)`. It is proportional to exp(3 y) for nouns at the bottom (1),
-    such as floor, to exp(-3 y) for nouns at the top (-1), such as sky, and constant for others (0). The sum over N is
-    1.
+    Returns the spatial prior `(N, T)` of nouns, whose sum over the N patches is 1, from the heights y `(N,)` of the
+    patches, 0 at the top and 1 at the bottom, and the place of the nouns `(T,)`. The prior is proportional to exp(3 y)
+    for nouns at the bottom (1), such as floor, to exp(-3 y) for nouns at the top (-1), such as sky, and constant for
+    others (0).
     """
     return (PLACE_SHARPNESS * heights.float().unsqueeze(1) * place.float()).softmax(0)
 
@@ -127,8 +126,8 @@ def direction_loss(weights: torch.Tensor, is_background: torch.Tensor) -> torch.
 # Torch's own, `torch.distributed.nn.functional.all_gather`, is deprecated in favour of a private module.
 class _Gather(torch.autograd.Function):
     """
-    Gathers tensors (B, ...) of all processes to (processes * B, ...) on each. The gradient of a row is the sum over
-    all processes.
+    Gathers the tensors (B, ...) of all processes as one tensor (processes * B, ...) on each process. The gradient of a
+    row is the sum of its gradients on all processes.
     """
 
     @staticmethod
@@ -146,7 +145,8 @@ class _Gather(torch.autograd.Function):
 
 def gather_with_gradient(local: torch.Tensor) -> torch.Tensor:
     """
-    Gathers the rows of all processes in the order of their ranks, with gradient. All have the same number of rows.
+    Gathers the rows of all processes in the order of their ranks, with gradient. All processes have the same number of
+    rows.
     """
     return _Gather.apply(local) if _is_distributed() else local
 
@@ -157,8 +157,9 @@ def _is_distributed() -> bool:
 
 def count_per_process(local: torch.Tensor) -> torch.Tensor:
     """
-    Returns the number of true values in a boolean tensor, as the mean over all processes; of at least one in all. A
-    loss that divides a sum by it is a mean over the values of all processes.
+    Returns the number of true values in a boolean tensor, averaged over all processes. The total counts as at least 1.
+    If a loss divides a sum over its true values by this number, the mean of the loss over all processes is the mean
+    over all true values.
     """
     counts = gather_with_gradient(local.sum()[None])
     return counts.sum().clamp(min=1) / len(counts)
@@ -167,18 +168,18 @@ def count_per_process(local: torch.Tensor) -> torch.Tensor:
 class BatchNouns(NamedTuple):
     """
     The V distinct nouns in the noun prompts of all processes, and the labels of images for them. A noun of several
-    images counts once. The last fields are marks of the nouns. A batch has them by the same names for each noun
-    prompt.
+    images counts once. `is_background` and `place` are marks of the nouns: the input of [`ICLIPModel.forward`] has
+    marks of the same names for each noun prompt.
     """
 
     first_prompts: torch.Tensor  # index of the first prompt of each noun among the prompts of all processes (V,)
     shown: torch.Tensor  # whether the images of this process show the nouns, boolean (B, V)
-    all_shown: torch.Tensor  # the same for the images of all processes
+    all_shown: torch.Tensor  # `shown` for the images of all processes, boolean (processes * B, V)
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
     is_background: torch.Tensor  # whether the nouns describe the background, boolean (V,)
     place: torch.Tensor  # 1 for nouns at the bottom of images, -1 at the top, otherwise 0 (V,)
-    # The probabilities of the C classes of a classifier for the images of this process (B, C), and labels for them as
-    # in `noun_labels`. The prompts of the classes follow the prompts of the nouns.
+    # The probabilities of the C classes of a classifier for the images of this process (B, C), and labels of the
+    # classes as in `noun_labels` (B, C). The prompts of the classes follow the prompts of the nouns.
     class_probabilities: torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
 
@@ -193,7 +194,7 @@ class BatchNouns(NamedTuple):
     ) -> BatchNouns:
         """Gathers the nouns of all processes. Arguments are the `nouns` of [`ICLIPModel.forward`]."""
         noun_ids, all_labels = gather_with_gradient(noun_ids), gather_with_gradient(noun_labels)
-        # The nouns are sorted. `torch.unique` does not return the first index of each.
+        # `torch.unique` does not return the index of the first prompt.
         _, first_prompts = np.unique(noun_ids.cpu(), return_index=True)
         first_prompts = torch.from_numpy(first_prompts).to(noun_ids.device)
         nouns = noun_ids[first_prompts]
@@ -224,18 +225,21 @@ class BatchNouns(NamedTuple):
     @property
     def knows_background(self) -> torch.Tensor:
         """
-        Whether the labels of the images of this process are complete for the background, boolean (B,): an image is
-        known not to show some noun of the background, and shows any noun.
+        Whether the labels of the images of this process are complete for the background, boolean (B,): at least one
+        noun of the background is known to be absent, and at least one noun is shown.
         """
         return (self.absent & self.is_background).any(1) & self.shown.any(1)
 
     @property
-    def spread_evenly(self) -> torch.Tensor:
-        """Whether losses read evenly spread patches of the images of this process, boolean (B,)."""
+    def needs_even_patches(self) -> torch.Tensor:
+        """Whether losses read the evenly spread patches of the images of this process, boolean (B,)."""
         return self.knows_background | self.shows_place
 
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Returns the vector of one prompt of each noun (V, P), from this process's noun prompts' (M - B - C, P)."""
+        """
+        Returns the vectors of the first prompt of each noun (V, P), from the vectors of this process's noun prompts
+        (M - B - C, P).
+        """
         return gather_with_gradient(embeds)[self.first_prompts]
 
 
@@ -245,8 +249,8 @@ class BatchNouns(NamedTuple):
 def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch.Tensor) -> torch.Tensor:
     """
     Returns the contrastive loss of a branch for this process's captions (B, P). `logits` computes the logits (B, T) of
-    this process's images from unit vectors of texts (T, P). The logits of a caption with all images are gathered from
-    the other processes, because logits are smaller than the embeddings of patches.
+    this process's images from unit vectors of texts (T, P). The logits of a caption with the images of other processes
+    are gathered, because they are smaller than the unit vectors of the patches.
     """
     num_pairs = len(captions)
     offset = num_pairs * (distributed.get_rank() if _is_distributed() else 0)
@@ -257,8 +261,9 @@ def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch
 
 def sigmoid_loss(logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor) -> torch.Tensor:
     """
-    Returns the binary cross entropy of this process's images and texts, as in SigLIP, from logits, boolean positives
-    and weights of the negatives, each `(B, T)`: the sum, divided by the [`count_per_process`] of the positives.
+    Returns the sigmoid loss of SigLIP for this process's images and texts, from logits, boolean positives and weights
+    of the negatives, each `(B, T)`. It is the sum of the binary cross entropies, divided by the [`count_per_process`]
+    of the positives.
     """
     weights = torch.where(positives, 1.0, negative_weights)
     losses = F.binary_cross_entropy_with_logits(logits.float(), positives.float(), weights, reduction="sum")
@@ -267,12 +272,12 @@ def sigmoid_loss(logits: torch.Tensor, positives: torch.Tensor, negative_weights
 
 def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight: float) -> torch.Tensor:
     """
-    Returns the loss of each noun by itself. Nouns that are not known to be shown or absent have the weight
-    `unknown_weight`.
+    Returns the [`sigmoid_loss`] of nouns, each by itself. A noun that is known neither to be shown nor to be absent
+    has the weight `unknown_weight`.
 
-    The logits of common nouns are adjusted (https://huggingface.co/papers/2007.07314): the logarithm of a noun's odds
-    in the batch is added, as far as they exceed `COMMON_ODDS`. So the model itself need not learn that "person" is
-    likely in any image, and one `presence_bias` fits common and rare nouns.
+    The logits of common nouns are adjusted (https://huggingface.co/papers/2007.07314). If the odds of a noun in the
+    batch exceed `COMMON_ODDS`, log(odds / `COMMON_ODDS`) is added to its logits. Then the model does not learn that
+    "person" is likely in any image, and one `presence_bias` fits common and rare nouns.
     """
     negative_weights = torch.where(nouns.absent, 1.0, unknown_weight)
     negatives = gather_with_gradient((negative_weights * ~nouns.shown).sum(0, keepdim=True)).sum(0)
@@ -286,7 +291,7 @@ def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, label
     Returns the sigmoid loss of the classes of a classifier, from their logits, probabilities and labels (1 for shown,
     -1 for absent, 0 for unknown), each `(B, C)`. An unknown class counts as shown if its probability p is above 0.5.
     Otherwise it counts as absent, with the weight (1 - p) q^2, where q is the highest probability of the image: a
-    classifier that is sure of a class denies those that look like it.
+    classifier that is sure of one class also excludes the classes that look like it.
     """
     positives = torch.where(labels == 0, probabilities > 0.5, labels > 0)
     unknown_weights = (1 - probabilities) * probabilities.amax(1, keepdim=True) ** 2
@@ -295,7 +300,10 @@ def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, label
 
 
 def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
-    """Returns the loss of the nouns of images, which compete with all nouns that an image is not known to show."""
+    """
+    Returns the symmetric [`multi_positive_loss`] of images and nouns: the mean of the loss of each image over the
+    nouns, and of the loss of each noun over the images. The positives are the nouns that images are known to show.
+    """
     per_noun = gather_with_gradient(per_image).mT
     return (multi_positive_loss(per_image, nouns.shown) + multi_positive_loss(per_noun, nouns.all_shown.mT)) / 2
 
@@ -304,9 +312,9 @@ def shares_by_place(
     shares: torch.Tensor, patch_embeds: torch.Tensor, prompts: torch.Tensor, scale: float, nouns: BatchNouns
 ) -> torch.Tensor:
     """
-    Recomputes the shares `(B, V)` of the nouns with a place in the b images that show one: from evenly spread patches
-    `(b, 64, P)` ([`~pooling.even_patches`]), weighted by [`place_prior`]. `prompts` are unit vectors `(V, P)`, and
-    `scale` multiplies the cosines in the softmax.
+    Replaces the shares `(B, V)` of the nouns with a place in the b images that show such a noun. The new shares are
+    computed from evenly spread patches `(b, 64, P)` ([`~pooling.even_patches`]), weighted by [`place_prior`].
+    `prompts` are unit vectors `(V, P)`, and `scale` multiplies the cosines in the softmax.
     """
     prior = place_prior(even_heights().to(patch_embeds.device), nouns.place)
     by_place = shares_of_texts(scale * (patch_embeds.float() @ prompts.float().mT), prior)
@@ -319,30 +327,29 @@ def known_competition_loss(
 ) -> torch.Tensor:
     """
     Returns the loss of nouns that compete for the evenly spread patches `(b, 64, P)` of the b images with
-    `nouns.knows_background`: the mean over these images of all processes. The nouns that compete in an image are those
-    that are known to be shown or absent. `prompts` are unit vectors `(V, P)`.
+    `nouns.knows_background`, as the mean over these images of all processes. Only the known nouns of an image compete:
+    nouns that are known to be shown or absent. `prompts` are unit vectors `(V, P)`.
 
-    The share of a noun in a patch is the softmax, over the known nouns of the image, of `scale` times the cosines. The
-    loss is the sum of two:
+    The share of a noun in a patch is the softmax of `scale` times the cosines over the known nouns of the image. The
+    loss is the sum of two losses:
 
-    - Each noun shown has patches. Its share in the image is the power mean of its shares in the patches, weighted by
-    [`place_prior`], and the loss is the negative logarithm of the shares of the nouns shown. A loss of whole images
-    cannot tell two nouns apart that are always shown together, such as wall and floor, but their places can. With the
-    exponent `SHARE_EXPONENT`, a few patches suffice: a mean would give all nouns shown equal areas.
+    - Each noun shown has patches. The share of a noun in the image is the power mean of its shares in the patches,
+    weighted by [`place_prior`]. The loss is the negative logarithm of this share, as the mean over the nouns shown.
+    With the exponent `SHARE_EXPONENT`, a few patches suffice: a mean would give all nouns shown equal areas. The prior
+    separates nouns that are always shown together, such as wall and floor. A loss of whole images cannot do so.
     - Each patch shows one of the nouns shown. The loss is the negative logarithm of the sum of their shares in the
-    patch, as the mean over the patches. It does not decide how large the area of a noun is, so the nouns of other
-    images decide which noun a patch shows.
+    patch, as the mean over the patches. This loss does not decide which of the nouns a patch shows: the model learns
+    it from images with other nouns.
     """
     counted = nouns.knows_background
     shown, known = nouns.shown[counted], (nouns.shown | nouns.absent)[counted]
-    columns = known.any(0).nonzero().squeeze(1)  # few nouns, among them all nouns shown
+    columns = known.any(0).nonzero().squeeze(1)  # known nouns are few, and all nouns shown are known
     shown, known, place = shown[:, columns], known[:, columns], nouns.place[columns]
     logits = scale * (patch_embeds.float() @ prompts[columns].float().mT)
-    # A large number instead of infinity, because the gradient of infinity would be NaN for a noun without known
-    # patches.
+    # -1e4 instead of -inf, because the gradient of -inf would be NaN for the nouns that an image does not know.
     log_softmax = logits.masked_fill(~known.unsqueeze(1), -1e4).log_softmax(-1)
     log_prior = place_prior(even_heights().to(place.device), place).log()
-    log_shares = smooth_maximum(log_softmax, log_prior, SHARE_EXPONENT, 1)
+    log_shares = smooth_maximum(log_softmax, log_prior, SHARE_EXPONENT, dim=1)
     noun_losses = -(log_shares * shown).sum(1) / shown.sum(1)
     patch_losses = -log_softmax.masked_fill(~shown.unsqueeze(1), -1e4).logsumexp(-1).mean(1)
     return (noun_losses + patch_losses).sum() / count_per_process(counted)
@@ -354,7 +361,7 @@ def known_competition_loss(
 @dataclass
 class BranchBatch:
     """
-    Inputs of the loss of a branch: the B pairs of this process, and the V nouns of all processes.
+    Inputs of the loss of a branch: the B image-text pairs of this process, and the V nouns of all processes.
 
     Attributes:
         branch ([`ICLIPBranch`]): the branch, which maps cosines to logits.
@@ -364,11 +371,12 @@ class BranchBatch:
         captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
         map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): attention of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
-        prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of a prompt of each noun.
+        prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of one prompt of each noun.
         even_embeds (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
-            the b images that are `nouns.spread_evenly`; None without `known_competition`.
-        class_prompts (`torch.Tensor` of shape `(C, P)`, *optional*): unit vectors of a prompt of each class; None in
-            the map branch, and if `nouns` have no classes.
+            the b images that `nouns.needs_even_patches` marks; None in the recognition branch, and without
+            `known_competition`.
+        class_prompts (`torch.Tensor` of shape `(C, P)`, *optional*): unit vectors of one prompt of each class; None in
+            the map branch, and if `nouns` has no classes.
     """
 
     branch: nn.Module
@@ -383,15 +391,15 @@ class BranchBatch:
 
     @property
     def noun_weight(self) -> float:
-        """The weight of the nouns in the loss."""
+        """The weight of the nouns in the loss; 0 without nouns."""
         return 0.0 if self.nouns is None else self.config.noun_weight
 
     def logits(self, texts: torch.Tensor) -> torch.Tensor:
-        """Returns the logits (B, T) of this process's images and texts, unit vectors (T, P)."""
+        """Returns the logits (B, T) of this process's images and of texts, unit vectors (T, P)."""
         if self.images.ndim == 2:
             return self.branch(cosines(self.images, texts))
-        weights = torch.ones_like(self.map_attention) if self.config.pooling == "max" else self.map_attention
-        return self.branch(pool_similarities(self.images, texts, weights, self.config.max_sharpness))
+        attention = torch.ones_like(self.map_attention) if self.config.pooling == "max" else self.map_attention
+        return self.branch(pool_similarities(self.images, texts, attention, self.config.max_sharpness))
 
     @cached_property
     def similarities(self) -> torch.Tensor:
@@ -400,12 +408,14 @@ class BranchBatch:
 
     @cached_property
     def prior(self) -> torch.Tensor:
-        """The prior of the patches for each noun, from their attention (B, K, V)."""
+        """The [`attention_prior`] of the nouns (B, K, V)."""
         return attention_prior(self.map_attention, self.nouns.is_background)
 
-    def even_embeds_of(self, images: torch.Tensor) -> torch.Tensor:
-        """Selects the `even_embeds` of some of the images that are `nouns.spread_evenly`, (B,) boolean."""
-        return self.even_embeds[images[self.nouns.spread_evenly]]
+    def select_even_embeds(self, selected: torch.Tensor) -> torch.Tensor:
+        """
+        Returns the `even_embeds` of the selected images, boolean (B,). `nouns.needs_even_patches` marks all of them.
+        """
+        return self.even_embeds[selected[self.nouns.needs_even_patches]]
 
 
 class LossTerm(NamedTuple):
@@ -413,11 +423,11 @@ class LossTerm(NamedTuple):
     A term of the loss of a branch.
 
     Attributes:
-        loss: function of a [`BranchBatch`] that returns a scalar, by one rule: **it is a mean over the rows of this
-            process**, images or texts, and rows of other processes are gathered with their gradient
-            ([`gather_with_gradient`]). Then the mean over all processes is the loss of the whole batch. A sum is
-            divided by B, or by a [`count_per_process`]. The logarithm of a mean, for example, breaks the rule, unless
-            the rows of all processes are gathered first.
+        loss: function of a [`BranchBatch`] that returns a scalar, by one rule: **the scalar is a mean over the rows of
+            this process**, images or texts. Then the mean over all processes is the loss of the whole batch. A sum is
+            divided by B, or by a [`count_per_process`]. Rows of other processes are gathered with their gradient
+            ([`gather_with_gradient`]). The logarithm of a mean, for example, breaks the rule, unless the rows of all
+            processes are gathered first.
         weight: function of a [`BranchBatch`] that returns the factor of the term, which is equal on all processes. A
             term with the weight 0 is not computed.
 
@@ -464,7 +474,7 @@ def _distillation_weight(batch: BranchBatch) -> float:
 
 
 def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
-    pooled = smooth_maximum(batch.similarities, batch.prior.log(), batch.config.max_sharpness, 1)
+    pooled = smooth_maximum(batch.similarities, batch.prior.log(), batch.config.max_sharpness, dim=1)
     return softmax_noun_loss(batch.branch(pooled), batch.nouns)
 
 
@@ -472,13 +482,13 @@ def _noun_competition(batch: BranchBatch) -> torch.Tensor:
     scale = batch.config.map_scale
     shares = shares_of_texts(scale * batch.similarities, batch.prior)
     if batch.even_embeds is not None:
-        patch_embeds = batch.even_embeds_of(batch.nouns.shows_place)
+        patch_embeds = batch.select_even_embeds(batch.nouns.shows_place)
         shares = shares_by_place(shares, patch_embeds, batch.prompts, scale, batch.nouns)
     return competition_loss(shares, batch.nouns.shown)
 
 
 def _known_competition(batch: BranchBatch) -> torch.Tensor:
-    patch_embeds = batch.even_embeds_of(batch.nouns.knows_background)
+    patch_embeds = batch.select_even_embeds(batch.nouns.knows_background)
     return known_competition_loss(patch_embeds, batch.prompts, batch.config.map_scale, batch.nouns)
 
 
@@ -487,15 +497,15 @@ LOSS_TERMS = {
         "captions": LossTerm(_captions, lambda batch: 1 - batch.noun_weight),
         # Without a bias, nouns compete; with one, each noun has a loss by itself.
         "nouns_by_softmax": LossTerm(
-            _nouns_by_softmax, lambda batch: batch.noun_weight * (batch.branch.logit_bias is None)
+            _nouns_by_softmax, lambda batch: batch.noun_weight if batch.branch.logit_bias is None else 0.0
         ),
         "nouns_by_sigmoid": LossTerm(
-            _nouns_by_sigmoid, lambda batch: batch.noun_weight * (batch.branch.logit_bias is not None)
+            _nouns_by_sigmoid, lambda batch: 0.0 if batch.branch.logit_bias is None else batch.noun_weight
         ),
         "distillation": LossTerm(_distillation, _distillation_weight),
         "class_presence": LossTerm(
             _class_presence,
-            lambda batch: CLASS_PRESENCE * _distillation_weight(batch) * (batch.branch.logit_bias is not None),
+            lambda batch: 0.0 if batch.branch.logit_bias is None else CLASS_PRESENCE * _distillation_weight(batch),
         ),
     },
     "map": {
@@ -505,7 +515,7 @@ LOSS_TERMS = {
             _noun_competition, lambda batch: batch.noun_weight * batch.config.noun_competition
         ),
         "known_competition": LossTerm(
-            _known_competition, lambda batch: 0 if batch.nouns is None else batch.config.known_competition
+            _known_competition, lambda batch: 0.0 if batch.nouns is None else batch.config.known_competition
         ),
     },
 }
@@ -513,5 +523,5 @@ LOSS_TERMS = {
 
 def branch_loss(branch: str, batch: BranchBatch) -> torch.Tensor:
     """Returns the weighted sum of the [`LOSS_TERMS`] of a branch."""
-    weighted = ((term.weight(batch), term.loss) for term in LOSS_TERMS[branch].values())
-    return sum(weight * loss(batch) for weight, loss in weighted if weight)
+    weighted_losses = ((term.weight(batch), term.loss) for term in LOSS_TERMS[branch].values())
+    return sum(weight * loss(batch) for weight, loss in weighted_losses if weight)

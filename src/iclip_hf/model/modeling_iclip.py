@@ -25,10 +25,10 @@ from .tower_loading import check_weights, load_tower, tower_config
 from .towers import EOS_TEXT_TOWERS, ICLIPTowers, ImageTokens
 
 
-# Prefixes of the names of weights that belong to the model itself, and not to a tower.
+# Prefixes of the names of weights that belong to the model itself, not to a tower.
 OWN_WEIGHTS = ("recognition.", "interpretability.", "feature_reduction.", "token_mean", "attention_direction")
-# With additive or signed attention, the part of a map below its mean is multiplied by this factor: it stays low and
-# keeps its order.
+# Additive and signed attention multiply the part of a map below its mean by this factor, which keeps the order of its
+# values.
 BELOW_MEAN = 0.1
 
 
@@ -60,18 +60,22 @@ class ICLIPModel(ICLIPTowers):
 
     base_model_prefix = "iclip"
     input_modalities = ("image", "text")
-    _no_split_modules = ["Projection"]  # adds the outputs of its two parts; the towers name their own modules
+    # A projection adds the outputs of its two parts, so both are on one device. The towers name their own modules.
+    _no_split_modules = ["Projection"]
 
     def __init__(self, config: ICLIPConfig, *towers, **named_towers):
         super().__init__(config, *towers, **named_towers)
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
-            text_dim = getattr(config.text_config, "projection_size", text_dim)  # SigLIP's head
+            text_dim = getattr(config.text_config, "projection_size", text_dim)  # the width of SigLIP's head
         recognition_poolings, _ = config.poolings
-        widths = {"class_token": image_dim, "earlier_averages": (config.average_layers - 1) * image_dim}
-        widths["feature_average"] = config.feature_dim
-        width = sum(widths.get(pooling, config.patch_dim) for pooling in recognition_poolings)
-        self.recognition = ICLIPBranch(config, width, text_dim, recognises=True)
+        pooled_dims = {
+            "class_token": image_dim,
+            "earlier_averages": (config.average_layers - 1) * image_dim,
+            "feature_average": config.feature_dim,
+        }
+        recognition_dim = sum(pooled_dims.get(pooling, config.patch_dim) for pooling in recognition_poolings)
+        self.recognition = ICLIPBranch(config, recognition_dim, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
             self.interpretability = ICLIPBranch(config, config.patch_dim, text_dim)
@@ -94,7 +98,7 @@ class ICLIPModel(ICLIPTowers):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, float(self.config.logit_bias_init_value))
-        elif module is self.feature_reduction:  # until a training sets it
+        elif module is self.feature_reduction:  # a training sets its weights
             init.zeros_(module.weight)
         elif isinstance(module, ICLIPModel):
             for name in ("token_mean", "attention_direction"):
@@ -112,7 +116,7 @@ class ICLIPModel(ICLIPTowers):
         )
         if pretrained_model_name_or_path is not None:  # otherwise the caller passed a `state_dict` and checks it
             check_weights(pretrained_model_name_or_path, model, loading["missing_keys"])
-            # Towers may have unused parts, such as a pooler, and models that contain this one may have heads.
+            # Unused weights of a tower, such as a pooler's, and of a model that contains this one are no error.
             names = (name.removeprefix(f"{cls.base_model_prefix}.") for name in loading["unexpected_keys"])
             unused = sorted(name for name in names if name.startswith(OWN_WEIGHTS))
             if unused:
@@ -124,8 +128,8 @@ class ICLIPModel(ICLIPTowers):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """
-        Like the base class. It also takes the names of weights in files, because Trainer loads its checkpoints with
-        it.
+        Like the base class, but also accepts weights by their names in files: Trainer loads its checkpoints by this
+        method.
         """
         if state_dict.keys() - self.state_dict().keys():
             loaded, loading = type(self).from_pretrained(
@@ -151,10 +155,10 @@ class ICLIPModel(ICLIPTowers):
             features (`str`, *optional*): folder or Hub id of a feature tower, a convolutional backbone of timm, see
                 `feature_config` of [`ICLIPConfig`].
             image_processor (*optional*): image processor of a model with a feature tower; the image tower's if not
-                given. `feature_image_mean` and `feature_image_std` default to the values that convert its pixel values
-                to those that the feature tower was trained with.
+                given. `feature_image_mean` and `feature_image_std` default to the values that convert the pixel values
+                of this processor to the pixel values that the feature tower was trained with.
             model_options: options of [`ICLIPConfig`]. The configurations of the towers default to those of the
-                checkpoints, and `text_pooling` to `"eos"` for CLIP and SigLIP towers and to `"mean"` for others.
+                checkpoints. `text_pooling` defaults to `"eos"` for CLIP and SigLIP towers, and to `"mean"` for others.
 
         Returns:
             [`ICLIPModel`] in eval mode.
@@ -162,23 +166,30 @@ class ICLIPModel(ICLIPTowers):
         Raises:
             `OSError`, `ValueError`: a folder or id has no model, an option is unknown, or a tower is not supported.
         """
-        towers = {"vision_config": vision, "text_config": text} | ({"feature_config": features} if features else {})
-        found = {name: tower_config(tower, name) for name, tower in towers.items()}
-        pooling = "eos" if found["text_config"].model_type in EOS_TEXT_TOWERS else "mean"
-        given = {name: value for name, value in model_options.items() if value is not None or name not in found}
-        config = cls.config_class(**{**found, "text_pooling": pooling, **given})
+        checkpoints = {"vision_config": vision, "text_config": text}
+        if features:
+            checkpoints["feature_config"] = features
+        defaults = {name: tower_config(checkpoint, name) for name, checkpoint in checkpoints.items()}
+        has_eos = defaults["text_config"].model_type in EOS_TEXT_TOWERS
+        defaults["text_pooling"] = "eos" if has_eos else "mean"
+        # None is the default for the configuration of a tower, and a value for other options.
+        given = {name: value for name, value in model_options.items() if value is not None or name not in checkpoints}
+        config = cls.config_class(**{**defaults, **given})
         if config.feature_config is not None and not features:
             raise ValueError("The configuration has a feature tower: name one (features, --feature_tower).")
-        model = cls(config, *(load_tower(getattr(config, name), tower) for name, tower in towers.items())).eval()
+        towers = (load_tower(getattr(config, name), checkpoint) for name, checkpoint in checkpoints.items())
+        model = cls(config, *towers).eval()
         if features and config.feature_image_mean is None:
             image_processor = image_processor or AutoImageProcessor.from_pretrained(vision, trust_remote_code=False)
-            wanted = {
+            pretrained = {
                 **model.feature_model.timm_model.pretrained_cfg,
-                **getattr(config.feature_config, "pretrained_cfg", {}),  # the checkpoint's precede timm's
+                **getattr(config.feature_config, "pretrained_cfg", {}),  # the checkpoint's values precede timm's
             }
             means, stds = image_processor.image_mean, image_processor.image_std
-            config.feature_image_mean = [(new - mean) / std for new, mean, std in zip(wanted["mean"], means, stds)]
-            config.feature_image_std = [new / std for new, std in zip(wanted["std"], stds)]
+            config.feature_image_mean = [
+                (wanted - mean) / std for wanted, mean, std in zip(pretrained["mean"], means, stds)
+            ]
+            config.feature_image_std = [wanted / std for wanted, std in zip(pretrained["std"], stds)]
         return model
 
     @property
@@ -188,8 +199,9 @@ class ICLIPModel(ICLIPTowers):
 
     def scores(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures) -> torch.Tensor:
         """
-        Computes how well images match texts, `(B, T)` in [-1, 1], float32: the cosines of the recognition branch and,
-        with `config.peak_share`, the highest cosine of the map. `text` is of `(T, P)` or `(B, T, P)`.
+        Computes the scores of images and texts, `(B, T)` in [-1, 1], float32. A score is the cosine of the recognition
+        branch. With `config.peak_share`, a part of it is the highest cosine of the map. The vectors of `text` are
+        `(T, P)` or `(B, T, P)`.
         """
         scores = cosines(image.image_embeds, text.text_embeds)
         if share := self.config.peak_share:
@@ -200,8 +212,8 @@ class ICLIPModel(ICLIPTowers):
     def presence(self, scores: torch.Tensor) -> torch.Tensor | None:
         """
         Computes the probability that images show texts, at a prior of 0.5: the sigmoid of scale * score + logit bias
-        + `config.presence_bias`. `scores` are from [`~ICLIPModel.scores`]. Returns a tensor of their shape, float32,
-        in [0, 1]; None if the model has no logit bias, because it was trained with a softmax.
+        + `config.presence_bias`. `scores` are from [`~ICLIPModel.scores`]. Returns float32 values in [0, 1] of the
+        same shape, or None for a model without a logit bias, which was trained with a softmax.
         """
         if self.config.logit_bias_init_value is None:
             return None
@@ -217,10 +229,10 @@ class ICLIPModel(ICLIPTowers):
         """
         Pools the tokens of images by each of `poolings`, see `config.poolings`. Returns vectors by the name of the
         pooling: `(B, D)`, or `(B, D + K)` for poolings of patches with a feature tower; `(B, (L - 1) D)` for
-        `"earlier_averages"`; and `(B, K)` for `"feature_average"`. None has no vector.
+        `"earlier_averages"`; and `(B, K)` for `"feature_average"`. A pooling of None is left out.
         """
 
-        def pooled(name: str) -> torch.Tensor:
+        def pool_by(name: str) -> torch.Tensor:
             if name == "earlier_averages":
                 return image.earlier_averages.flatten(1)
             if name == "feature_average":
@@ -229,13 +241,13 @@ class ICLIPModel(ICLIPTowers):
             attention = normalize_attention(image.raw_attention, norm or "minmax", self.config.attention_quantile)
             return pool(image.patch_tokens, image.class_token, attention, mode)
 
-        return {name: pooled(name) for name in poolings if name}
+        return {name: pool_by(name) for name in poolings if name}
 
     def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
-        Returns the features of images that a loss can read, by name: the pooled tokens by each of `poolings`, see
-        `config.poolings`; and with `max_over="similarity"` also `patches`, `attention` and, with `known_competition`,
-        `even_patches`, see [`ImageInputs`]. With a locked tower they can be computed once and kept.
+        Returns the features of images that a loss can read, by name. They are the tokens pooled by each of `poolings`,
+        see `config.poolings`. `max_over="similarity"` adds `patches` and `attention`, and `known_competition` adds
+        `even_patches`, see [`ImageInputs`]. With a locked tower, the features can be computed once and kept.
         """
         config, features = self.config, self._pooled(image, poolings)
         if config.max_over == "channels":
@@ -245,8 +257,8 @@ class ICLIPModel(ICLIPTowers):
         chosen = representative_patches(vision_tokens, attention, image.grid, config.map_tokens)
         features["patches"], features["attention"] = self._average_similar(tokens, attention, chosen)
         if config.known_competition:
-            evenly = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
-            features["even_patches"], _ = self._average_similar(tokens, attention, evenly)
+            even = even_patches(image.grid).to(tokens.device).expand(len(tokens), -1)
+            features["even_patches"], _ = self._average_similar(tokens, attention, even)
         return features
 
     def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
@@ -273,19 +285,24 @@ class ICLIPModel(ICLIPTowers):
         Averages tokens `(B, N, D)` and attention `(B, N)` over similar patches (`config.map_affinity`). Returns both
         for the chosen patches `(B, K)`, or for all: `(B, K, D)` and `(B, K)`.
         """
-        queries = tokens if chosen is None else tokens.take_along_dim(chosen.unsqueeze(-1), 1)
+        chosen_tokens, chosen_attention = tokens, attention
+        if chosen is not None:
+            chosen_tokens = tokens.take_along_dim(chosen.unsqueeze(-1), 1)
+            chosen_attention = attention.take_along_dim(chosen, 1)
         if self.config.map_affinity == 0:
-            return queries, attention if chosen is None else attention.take_along_dim(chosen, 1)
+            return chosen_tokens, chosen_attention
         values = torch.cat([tokens, attention.unsqueeze(-1).to(tokens.dtype)], -1)
         # The tokens of the image tower alone decide which patches are similar.
         width = self.config.vision_config.hidden_size
-        averaged = average_by_affinity(values, tokens[..., :width], self.config.map_affinity, queries[..., :width])
-        return averaged[..., :-1], averaged[..., -1].float().contiguous()  # without the memory of the tokens
+        keys, queries = tokens[..., :width], chosen_tokens[..., :width]
+        averaged = average_by_affinity(values, keys, self.config.map_affinity, queries)
+        # The attention is copied, so that it does not keep the tokens in memory.
+        return averaged[..., :-1], averaged[..., -1].float().contiguous()
 
     def _own_tensor(self, name: str) -> torch.Tensor:
         """
-        Returns `token_mean` or `attention_direction`. If Accelerate offloads it, its hook is called here, because by
-        itself it loads the tensor for `forward` only.
+        Returns `token_mean` or `attention_direction`. If Accelerate offloads the tensor, this method calls the hook
+        that loads it. Accelerate itself calls the hook for `forward` only.
         """
         tensor, hook = getattr(self, name), getattr(self, "_hf_hook", None)
         if tensor.is_meta and hook is not None:
@@ -295,20 +312,20 @@ class ICLIPModel(ICLIPTowers):
         return tensor
 
     def centered_tokens(self, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Returns patch tokens `(..., D)` of the map branch, before they are averaged over similar patches."""
+        """Returns patch tokens `(..., D)` as the map branch reads them: with `config.center_tokens`, centered."""
         if not self.config.center_tokens:
             return patch_tokens
         return patch_tokens - self._own_tensor("token_mean").to(patch_tokens)
 
     def embed_patches(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """
-        Projects centered patch tokens `(..., D)` to the unit vectors of a map, which are compared with texts:
-        `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
+        Projects patch tokens `(..., D)` from [`~ICLIPModel.centered_tokens`] to unit vectors that a map compares with
+        texts: `(..., P)`, or `(..., 2 P)` with a `recognition_share`.
         """
         patch_embeds = self.map_branch.embed_image(patch_tokens)
         if weight := self.config.recognition_share:
-            # The recognition branch was trained with tokens that are not centered. In its input, they follow the class
-            # token, which is zero here.
+            # The recognition branch was trained with tokens that are not centered. They are the last part of its
+            # input. The other parts, such as the class token, are zero here.
             tokens = patch_tokens
             if self.config.center_tokens:
                 tokens = tokens + self._own_tensor("token_mean").to(tokens)
@@ -403,7 +420,7 @@ class ICLIPModel(ICLIPTowers):
     def attention_weights(self, map_text_embeds: torch.Tensor) -> torch.Tensor:
         """
         Computes the weight of the attention in the map of each text from unit vectors of the map branch `(..., T, P)`.
-        Returns `(..., T)`, float32, before the weights are clamped to [-1, 1].
+        Returns `(..., T)`, float32, not clamped to [-1, 1].
         """
         direction = self._own_tensor("attention_direction").to(map_text_embeds.device, torch.float32)
         with torch.autocast(direction.device.type, enabled=False):
@@ -423,9 +440,8 @@ class ICLIPModel(ICLIPTowers):
             text ([`ICLIPTextFeatures`]): from `get_text_features`.
 
         Returns:
-            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1], with additive or signed attention up to
-            1 / `config.map_scale` more. [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches
-            them.
+            `torch.Tensor` of shape `(B, T, h, w)`, in [-1, 1]. Additive or signed attention adds up to
+            1 / `config.map_scale`. [`ICLIPProcessor.post_process_similarity_maps`] enlarges and stretches the maps.
         """
         if isinstance(image, torch.Tensor):
             image = self.get_image_features(image)
@@ -442,7 +458,8 @@ class ICLIPModel(ICLIPTowers):
             attention = min_max_normalize(attention)
             if self.config.map_attention == "signed" and text.attention_weights is not None:
                 attention = attention * text.attention_weights[..., None, None].to(attention)
-            low = maps.amin((-2, -1), keepdim=True)  # its rounded mean could differ from the values of a constant map
+            # The mean of the differences from the lowest value is exact for a constant map.
+            low = maps.amin((-2, -1), keepdim=True)
             mean = low + (maps - low).mean((-2, -1), keepdim=True)
             above, below = (maps - mean).clamp(min=0), (maps - mean).clamp(max=0)
             raised = above.clamp(max=1 / self.config.map_scale)
@@ -471,26 +488,26 @@ class ICLIPModel(ICLIPTowers):
 
         Args:
             input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
-                ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, and the others
-                noun prompts, with those of C classes at the end.
+                ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, the last C are
+                prompts of classes, and the others are noun prompts.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
             attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): outputs of the
                 tokenizer.
             text_features ([`ICLIPTextFeatures`], *optional*): encoded texts, instead of `input_ids`.
             num_templates (`int`, defaults to 1): number of consecutive texts that are prompts of one label, see
                 `get_text_features`.
-            image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): precomputed
-                by `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
+            image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): results of
+                `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
             nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B - C noun prompts, as
                 [`PairCollator`] returns them:
                 - **noun_ids** `(M - B - C,)` -- index of the noun in the vocabulary.
-                - **noun_labels** `(B, vocabulary)` -- 1 if an image shows a noun, -1 if it is known not to show it,
-                  otherwise 0; of a signed type.
+                - **noun_labels** `(B, vocabulary)` -- 1 if an image shows a noun, -1 if the noun is known to be
+                  absent, otherwise 0; of a signed type.
                 - **is_background** `(M - B - C,)` -- whether the noun describes the background, boolean.
                 - **place** `(M - B - C,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at
                   the top, such as sky, otherwise 0.
-                - **class_ids** `(C,)` and **class_probabilities** `(B, C)`, *optional* -- indices of the classes of a
-                  classifier in the vocabulary, and its probabilities.
+                - **class_ids** `(C,)`, *optional* -- index in the vocabulary of each class of a classifier.
+                - **class_probabilities** `(B, C)`, *optional* -- probabilities of the classes by the classifier.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
             chunk_size (`int`, *optional*): number of images, and of texts, that a tower encodes at once for the loss.
@@ -501,12 +518,12 @@ class ICLIPModel(ICLIPTowers):
             [`ICLIPOutput`].
 
         Raises:
-            `ValueError`: images or texts are missing, or H or W is not a multiple of the patch size; with
-                `return_loss` and without nouns, there is not one text for each image.
+            `ValueError`: images or texts are missing; H or W is not a multiple of the patch size; or, with
+                `return_loss` and without nouns, the number of texts is not B.
         """
-        tokens = (input_ids, attention_mask, token_type_ids)
-        texts = text_inputs if return_loss else text_features
-        if (pixel_values is None and image_inputs is None) or (input_ids is None and texts is None):
+        tokenized = (input_ids, attention_mask, token_type_ids)
+        encoded_texts = text_inputs if return_loss else text_features
+        if (pixel_values is None and image_inputs is None) or (input_ids is None and encoded_texts is None):
             raise ValueError(
                 "The model compares images with texts: give pixel_values and input_ids, or call get_image_features or "
                 "get_text_features."
@@ -523,12 +540,12 @@ class ICLIPModel(ICLIPTowers):
                 def encode_texts(*tokens: torch.Tensor | None) -> tuple[torch.Tensor]:
                     return self.encode_text(*tokens, **kwargs)[:1]
 
-                (text_inputs,) = in_chunks(encode_texts, chunk_size, *tokens)
+                (text_inputs,) = in_chunks(encode_texts, chunk_size, *tokenized)
             return pair_loss(self, image_inputs, text_inputs, BatchNouns.gathered(**nouns) if nouns else None)
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         if text_features is None:
-            text_features = self.get_text_features(*tokens, num_templates, **kwargs)
+            text_features = self.get_text_features(*tokenized, num_templates, **kwargs)
         return self._compare(image, text_features, output_similarity_maps)
 
     def _compare(self, image: ICLIPImageFeatures, text: ICLIPTextFeatures, output_maps: bool) -> ICLIPOutput:

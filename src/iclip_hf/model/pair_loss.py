@@ -18,27 +18,28 @@ class ImageInputs(NamedTuple):
 
     # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"` and L
     # `average_layers`, (B, (1 + L) D): averages of the layers before the last, class token, average of the last layer.
-    # With a feature tower, averages have K more numbers.
+    # With a feature tower, the average of the last layer has `feature_dim` more numbers.
     pooled: torch.Tensor
     map_pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
-    # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the `representative_patches`. Both are averaged over
-    # similar patches, and the tokens are centered before. None with `max_over="channels"`.
+    # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the K `representative_patches`. The tokens are
+    # centered, then both are averaged over similar patches. None with `max_over="channels"`.
     patch_tokens: torch.Tensor | None = None
     map_attention: torch.Tensor | None = None
-    even_tokens: torch.Tensor | None = None  # as `patch_tokens`, (B, 64, D); None without `known_competition`
+    # Tokens (B, 64, D) of the `even_patches`, centered and averaged in the same way. None without `known_competition`.
+    even_tokens: torch.Tensor | None = None
 
 
 def pair_loss(
     model: nn.Module, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None
 ) -> ICLIPOutput:
     """
-    Returns the losses of B images with their captions and nouns (Eq. 13), as the `forward` of `model`, an
-    [`ICLIPModel`]. The first B of the texts `(M, Dt)` are the captions, the others are noun prompts, and the last C
-    prompts of classes.
+    Returns the output of [`ICLIPModel.forward`] with the losses of B images, their captions and their nouns (Eq. 13).
+    `model` is an [`ICLIPModel`]. The first B texts of `text_inputs` `(M, Dt)` are the captions, the last C are the
+    prompts of the classes, and the others are noun prompts.
     """
     num_images = len(image.pooled)
     if nouns is None and len(text_inputs) != num_images:  # further texts would be ignored
-        raise ValueError(f"The loss needs a caption for each of {num_images} images, not {len(text_inputs)}.")
+        raise ValueError(f"The loss of {num_images} images needs one caption for each, not {len(text_inputs)} texts.")
     images, texts = model.recognition.embed_image(image.pooled), model.recognition.embed_text(text_inputs)
     class_prompts = None
     if nouns is not None and nouns.num_classes:
@@ -48,7 +49,7 @@ def pair_loss(
         map_images = branch.embed_image(image.patch_tokens if image.map_pooled is None else image.map_pooled)
         map_texts = branch.embed_text(text_inputs[: len(texts)])
         if nouns is not None and image.even_tokens is not None:
-            even_embeds = branch.embed_image(image.even_tokens[nouns.spread_evenly])
+            even_embeds = branch.embed_image(image.even_tokens[nouns.needs_even_patches])
     # In half precision, scaled cosines would be rounded to multiples of 1/16.
     with torch.autocast(images.device.type, enabled=False):
         prompts = None if nouns is None else nouns.prompts(texts[num_images:])
@@ -56,18 +57,18 @@ def pair_loss(
         batch = BranchBatch(model.recognition, model.config, images, captions, nouns=nouns)
         batch.prompts, batch.class_prompts = prompts, class_prompts
         losses = [branch_loss("recognition", batch)]
-        attention_loss = 0
-        if branch:  # it can be on another device
+        if branch:
             prompts = None if nouns is None else nouns.prompts(map_texts[num_images:])
             captions = map_texts[:num_images]
             batch = BranchBatch(branch, model.config, map_images, captions, map_attention=image.map_attention)
             if model.config.max_over == "similarity":  # other maps do not learn from nouns
                 batch.nouns, batch.prompts, batch.even_embeds = nouns, prompts, even_embeds
-            losses.append(branch_loss("map", batch).to(images.device))
+            losses.append(branch_loss("map", batch).to(images.device))  # the branches can be on different devices
+        attention_loss = 0
         if model.config.map_attention == "signed":
             attention_loss = _attention_loss(model, prompts, nouns).to(images.device)
         losses = torch.stack(losses)
-        # Training does not need the logits of all prompts.
+        # Training does not read the logits of all prompts.
         logits_per_image = None if model.training else model.recognition(cosines(images, texts))
     return ICLIPOutput(
         loss=losses.mean() + attention_loss,
@@ -80,11 +81,9 @@ def pair_loss(
 
 
 def _attention_loss(model: nn.Module, prompts: torch.Tensor | None, nouns: BatchNouns | None) -> torch.Tensor:
-    """
-    Returns the loss of the weights of the attention, from unit vectors `(V, P)` of a prompt of each noun.
-    """
+    """Returns the loss of the weights of the attention, from unit vectors `(V, P)` of one prompt of each noun."""
     if nouns is None:
-        return 0 * model.attention_direction.sum()  # DDP waits for its gradient
+        return 0 * model.attention_direction.sum()  # DDP waits for the gradient of each parameter
     return direction_loss(model.attention_weights(prompts.detach()), nouns.is_background)
 
 

@@ -4,11 +4,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
-# Setuptools warns of folders with the package's name in the working directory; here it is below src.
+# Setuptools warns of folders in the working directory that have the package's name. The package is in src, so that no
+# folder has it.
 warnings.filterwarnings("ignore", "Editable installation")
 
 extras = {
-    # train.py: streamed data sets, trackers, augmentation
+    # `iclip train`
     "train": [
         "accelerate>=1.10",
         "datasets>=5.2",
@@ -18,9 +19,9 @@ extras = {
     "eval": ["accelerate>=1.10", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scikit-learn>=1.5"],
     # Gradio apps, and their example photographs
     "demo": ["gradio>=6.24", "scikit-image>=0.25"],
-    # `iclip export --format onnx`, and models so exported
+    # `iclip export --format onnx`, and the models that it writes
     "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
-    # models of open_clip in the explainers; pip before 23.3 knows an extra by its normalised name alone
+    # models of open_clip in the explainers; the name has a hyphen, because pip before 23.3 finds no other
     "open-clip": ["open_clip_torch>=3.0"],
     # `make docs`
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings>=1.0,<2", "mkdocstrings-python>=2.0,<3"],
@@ -42,7 +43,7 @@ extras["dev"] = sorted(
         "transformers-mlinter==0.1.5",
     }
 )
-# In addition to dev: what the benchmarks compare with, and draw with
+# In addition to dev: the libraries that the benchmarks compare with
 extras["bench"] = ["captum>=0.8", "grad-cam>=1.5"]
 
 setup(

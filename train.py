@@ -1,7 +1,7 @@
 """
 Trains ICLIP: `accelerate launch train.py --config iclip-vit-b16`, or `python train.py` on one device.
 
-This is `iclip train`, for launchers that take a script. `iclip_hf.training.ICLIPTrainer` trains.
+This is `iclip train`, for launchers that take a script. Scripts of your own use `iclip_hf.training.ICLIPTrainer`.
 """
 
 import sys

@@ -75,7 +75,7 @@ class _Report:
         self.made_by, self.refined = "", False
 
     @cached_property
-    def pictures(self):
+    def report_folder(self):
         from ..plots.report import ReportFolder
 
         return ReportFolder(self.folder)
@@ -85,13 +85,13 @@ class _Report:
         image_index, unrefined_maps = len(self.image_names), explanation.unrefined_maps
         self.made_by, self.refined = explanation.made_by, explanation.refined
         self.image_names.append(Path(name).name)
-        self.pictures.save_image(image_index, explanation.image)
+        self.report_folder.save_image(image_index, explanation.image)
         scored = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
         for index, (text, score, presence) in enumerate(scored):
             text_index = self.text_indices.setdefault(text, len(self.text_indices))
             heatmap, mask = explanation.map_and_mask(index)
             unrefined = None if unrefined_maps is None else unrefined_maps[index]
-            self.pictures.save_map(
+            self.report_folder.save_map(
                 image_index, text_index, explanation.image, heatmap, mask.numpy(), unrefined=unrefined
             )
             area = round(mask.float().mean().item(), 4)
@@ -102,7 +102,7 @@ class _Report:
         num_images = len(self.image_names)
         title = f"Maps of {num_images} image{'' if num_images == 1 else 's'}"
         texts, methods = [*self.text_indices], [self.made_by]
-        return self.pictures.write_page(
+        return self.report_folder.write_page(
             title, self.image_names, texts, methods, "score", self.rows, refined=self.refined
         )
 

@@ -75,7 +75,9 @@ class EvaluationArguments:
     """The pairs and the segmentation data set to measure on."""
 
     validation_data: list[str] = argument([], "local validation pairs")
-    validation_share: float = argument(0.0, "share of the pairs to hold out for validation instead")
+    validation_share: float = argument(
+        0.0, "share of the pairs to hold out for validation, instead of validation_data"
+    )
     eval_dataset: str = argument("none", "segmentation data set to evaluate maps on", choices=["none", *DATASETS])
     eval_root: str = argument("", "folder of eval_dataset")
     eval_split: str = argument("", "split of eval_dataset; the validation split if not given")

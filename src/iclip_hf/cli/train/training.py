@@ -44,7 +44,9 @@ def train(
     model, processor = _open_model(arguments.model)
     _check(arguments, data, model)
     if chosen and args.process_index == 0:
-        print("Chosen by the number of pairs; what you give takes precedence, and --config takes a recipe:")
+        print(
+            "Chosen by the number of pairs. Arguments that you give take precedence. --config uses a recipe instead:"
+        )
         print(*(f"  {name:<28}  {value}" for name, value in chosen.items()), sep="\n", flush=True)
     model.to(args.device).eval()
     checkpoint = last_checkpoint(args.output_dir) if args.resume else None

@@ -1,7 +1,7 @@
 """
 Explainers: methods that compute which pixels of an image match a text, for ICLIP and any CLIP-like model.
 
-`explain` returns maps at the size of the images. The engine below it also gives the raw maps of a prepared batch:
+`explain` returns maps at the size of the images. The engine, which it uses, also returns raw maps of a prepared batch:
 
 ```python
 >>> model = load("embedded")
@@ -49,7 +49,7 @@ METHODS = {
     "proxyclip": ("ProxyCLIP", "proxyclip:ProxyCLIP"),
     "random": ("Random, independent of image and text", "random_map:RandomMap"),
 }
-# The group of entry points by which other packages add methods. An entry point is a name, and module and class.
+# The group of entry points by which other packages add methods. An entry point names a method, a module and a class.
 METHOD_GROUP = "iclip_hf.explainers"
 
 _MODULES = {"Explainer": ".explainer"}
@@ -61,8 +61,8 @@ _registered: dict[str, type[Explainer]] = {}
 
 def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]]:
     """
-    Class decorator that registers a method by a name, in this process. To add a method to the command line too, a
-    package has an entry point in the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
+    Class decorator that registers a method by a name, in this process. A package adds a method to the command line by
+    an entry point in the group `iclip_hf.explainers`, such as `name = "package.module:Class"`.
 
     A method has the model as `self.model`, an [`ExplainableModel`], and gets T texts for each of B images.
 
@@ -89,9 +89,9 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...         return (self.sharpness * cosines).exp(), features
     ```
 
-    A method that reads the last attention layer, whose [`~recording.AttentionRecord`] has the tokens `(B, L, D)` that
-    enter its block as `stream`, and `query`, `key` and `value` of the heads `(B, H, L, D / H)`. The patches are the
-    last h * w tokens. A ResNet has no blocks: `self_attentions` raises an error for it.
+    A method that reads the last attention layer. The [`~recording.AttentionRecord`] of a layer has the tokens that
+    enter its block, `stream` `(B, L, D)`, and the `query`, `key` and `value` of its heads, `(B, H, L, D / H)`. The
+    patches are the last h * w tokens. For a ResNet, which has no blocks, `self_attentions` raises an error.
 
     ```python
     >>> import math
@@ -121,7 +121,8 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
 
 def check_method(method: str) -> str:
     """Returns the name of a method. Raises `ValueError` if it is unknown."""
-    known = [*METHODS, *sorted({*_registered, *entry_points(group=METHOD_GROUP).names} - {*METHODS})]
+    added = {*_registered, *entry_points(group=METHOD_GROUP).names} - {*METHODS}
+    known = [*METHODS, *sorted(added)]
     if method not in known:
         otherwise = f": choose one of {', '.join(known)}."
         raise ValueError(f"There is no method {method!r}{_hint(method, known, otherwise)}")
@@ -146,8 +147,8 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
         method (`str`, *optional*): a name in `METHODS`, or of a registered method, see [`register_explainer`]. The
             default is the method that shows where a text is for this model: its own map (`itsm`) for ICLIP and models
             that pool by a mean, `maskclip` for TIPSv2 and ResNets, and `naclip` for others, such as CLIP and SigLIP,
-            whose own maps are often the opposite.
-        keywords: names of the caller's own options, so that an error can suggest them.
+            whose own maps often mark everything but the object.
+        keywords: names of the caller's own arguments, so that an error can suggest them.
         method_options: options of the method, see its class.
 
     Raises:
@@ -159,17 +160,17 @@ def make_explainer(model, method: str | None = None, keywords: Iterable[str] = (
 
         model = load(model)
         method = model.default_method
-    explainer = explainer_class(method)
-    parameters = signature(explainer).parameters
+    method_class = explainer_class(method)
+    parameters = signature(method_class).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     if not takes_any and (unknown := sorted(method_options.keys() - parameters.keys())):
         options = [name for name in parameters if name != "model"]
         otherwise = f": {method} has {', '.join(options) or 'no options'}."
         known = ["method", *keywords, *options]
         raise TypeError(f"There is no option {unknown[0]!r}{_hint(unknown[0], known, otherwise)}")
-    made = explainer(model, **method_options)
-    made.name = method
-    return made
+    explainer = method_class(model, **method_options)
+    explainer.name = method
+    return explainer
 
 
 def _hint(name: str, known: Iterable[str], otherwise: str) -> str:

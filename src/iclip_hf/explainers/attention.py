@@ -10,9 +10,9 @@ from .explainer import Explainer
 
 class Attention(Explainer):
     """
-    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. All texts
-    have the same map. For ICLIP, the attention is normalised (Eq. 9). For a model that pools by the mean of the
-    patches, the map is the mean attention of all patches.
+    Attention of the class token, or of the pooling head's query, over the patches, averaged over the heads. For ICLIP,
+    the attention is normalised (Eq. 9). For a model that pools by the mean of the patches, the map is the mean
+    attention of all patches.
     """
 
     sees_text = False
@@ -38,7 +38,7 @@ class AttentionAffinity(Explainer):
         super().__init__(model)
         network = self.model.network
         if not hasattr(getattr(network, "config", None), "map_affinity"):
-            raise ValueError(f"{type(network).__name__} has no affinity, only ICLIP: use attention.")
+            raise ValueError(f"{type(network).__name__} has no affinity, which only ICLIP has: use attention.")
 
     @torch.no_grad()
     def forward(

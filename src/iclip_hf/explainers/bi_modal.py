@@ -11,7 +11,7 @@ from .gradients import GradientExplainer
 class BiModal(GradientExplainer):
     """
     The relevance A of a layer is the positive part of the attention times its gradient, averaged over the heads. It is
-    accumulated as R <- R + A R over the layers from `layer` on. By default, this is the last layer only, as in the
+    accumulated as R <- R + A R over the layers from `layer` on. The default is the last layer alone, as in the
     authors' notebook for CLIP. The map is the class token's row of R. A pooling head (SigLIP, ResNets) is the last
     layer, and its query replaces the class token. If the score depends on several tokens, the map is the sum of the
     rows of all tokens.
@@ -28,8 +28,8 @@ class BiModal(GradientExplainer):
     ) -> torch.Tensor:
         # One tensor (B, Q, L) for each layer
         relevances = [(layer.weights * grad).float().relu().mean(1) for layer, grad in zip(layers, gradients)]
-        # Rows of the product (I + A_n) ... (I + A_1), computed from the left: a vector times a matrix for each layer.
-        # The tokens that the score depends on. The product starts with the sum of their rows.
+        # The sum of the rows of R = (I + A_n) ... (I + A_1) for the tokens that the score depends on. It is computed
+        # from the left, so that each layer multiplies a vector by a matrix.
         read_tokens = slice(0, None if self.model.pools_patches else 1)
         row = relevances[-1][:, read_tokens].sum(1, keepdim=True)
         if self.model.layers[-1].residual:  # the identity I, which a pooling head does not have

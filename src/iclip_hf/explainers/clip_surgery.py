@@ -19,8 +19,8 @@ class CLIPSurgery(ReplacedAttention):
     """
     Values attend to values (architecture surgery). The similarities of each text are weighted by the softmax of the
     scores of the texts, and their mean over the texts is subtracted (feature surgery). So a map depends on the other
-    texts. If there is a single text, the map of the empty text in the same prompts is subtracted. The scores are those
-    of the model. For ResNets, the authors compute them from the output of the replaced attention pool instead.
+    texts. If there is a single text, the map of the empty text in the same prompts is subtracted. The model computes
+    the scores. For ResNets, the authors compute them from the output of the replaced attention pool instead.
     """
 
     replaces_pool = True

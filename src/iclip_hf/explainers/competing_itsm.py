@@ -15,8 +15,8 @@ from ..model.similarity import cosine_similarity_map
 from .explainer import Explainer
 
 
-# A noun does not compete with a text if the cosine of their features, from which the mean of the vocabulary is
-# subtracted, is at least this.
+# A noun and a text whose features have at least this cosine do not compete. The mean of the vocabulary is subtracted
+# from both features first.
 ALIKE = 0.5
 
 
@@ -28,7 +28,8 @@ class CompetingITSM(Explainer):
 
     Args:
         rivals (`str`, a list or `Mapping[str, float]`, *optional*): the other nouns, in one string ([`split_texts`]),
-            as a list, or with the prior of each, which is 0.5 otherwise; [`vocabulary`] if not given.
+            as a list, or as a mapping from each noun to its prior; [`vocabulary`] if not given. Without a mapping,
+            priors are 0.5.
 
     Raises:
         `ValueError`: there is no noun, or a prior is not between 0 and 1.
@@ -44,15 +45,15 @@ class CompetingITSM(Explainer):
         elif not isinstance(rivals, Mapping):
             rivals = dict.fromkeys(map(check_text, split_texts(rivals)), EVEN_PRIOR)
         if not rivals:
-            raise ValueError(f"rivals is at least one noun, not {[*rivals]}.")
+            raise ValueError("rivals has no noun: name at least one.")
         check_priors(rivals)
         self.nouns, self.rivals = [*nouns], [*rivals]
-        # The mean of the vocabulary and the rivals by the prompts of the texts. In other prompts, they would not be
-        # similar to the texts.
+        # The mean of the encoded vocabulary, and the encoded rivals, by the prompts of the texts. In other prompts,
+        # nouns would not be similar to the texts.
         self._encoded: dict[tuple[str, ...], tuple[torch.Tensor, ICLIPTextFeatures]] = {}
         self.priors = torch.tensor([*rivals.values()], dtype=torch.float32)
-        no_cosine, full_cosine = self.model.logits(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist()
-        self.scale = full_cosine - no_cosine
+        logit_at_0, logit_at_1 = self.model.logits(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist()
+        self.scale = logit_at_1 - logit_at_0
 
     @torch.no_grad()
     def forward(
@@ -90,9 +91,9 @@ def _directions(texts: ICLIPTextFeatures, mean: torch.Tensor) -> torch.Tensor:
 
 def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
     """
-    Lowers maps `(B, T, h, w)` of cosines where other texts match too: the rivals, with maps `(B, V, h, w)` and weights
-    `(B, T, V)` in [0, 1]. A value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where k is `scale`. This
-    is the mean of s and its difference to the smooth maximum of itself and the rivals.
+    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals, match too. `rivals` are their maps `(B, V, h,
+    w)`, with weights `(B, T, V)` in [0, 1]. A value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where
+    k is `scale`. This is the mean of s and s - m, where m is the smooth maximum of s and the values of the rivals.
     """
     with torch.autocast(maps.device.type, enabled=False):
         highest = rivals.amax(1, keepdim=True)  # so that no power is infinite

@@ -18,7 +18,7 @@ from ..model.prompts import split_texts
 from . import make_explainer
 
 
-# Number of nouns that explanations without texts have.
+# The highest number of nouns that an explanation without texts has.
 NOUNS = 8
 
 
@@ -57,18 +57,18 @@ def explain(
         model ([`ExplainableModel`]): or anything that [`load`] takes.
         images: an image, or a list or column of B images of any shapes: PIL images, numpy arrays or tensors as for
             [`ICLIPProcessor`], paths, URLs, base64 text or bytes of files.
-        texts: labels shared by all images, as a list or in one string, see [`split_texts`]; or for a list of images a
-            list of labels for each, which may differ in length; or labels with the prior of the presence of each,
-            which is 0.5 otherwise; or encoded texts ([`ICLIPTextFeatures`]), or other unit vectors instead,
-            with the labels "0", "1", ... If not given, the nouns of [`vocabulary`] with the highest presence, at most
-            `NOUNS`.
+        texts: labels for all images, as a list or in one string, see [`split_texts`]; or a mapping from each label to
+            the prior of its presence; or, for a list of images, a list of labels for each image; or
+            [`ICLIPTextFeatures`] of encoded texts or of other unit vectors, with the labels "0", "1", ... If not
+            given, the nouns of [`vocabulary`] with the highest presence, at most `NOUNS`. Priors that are not given
+            are 0.5.
         method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default.
         templates, image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they
             are.
-        refine (`bool`): as for [`Engine`]. With `False`, maps are as the model computes them. Refined maps have edges
-            of the image that the model may not use.
-        target_sizes: `(height, width)` in pixels of each image's maps, as a list, array or tensor; the image's size if
-            not given.
+        refine (`bool`): as for [`Engine`]. Refined maps follow edges of the image that the model may not have used.
+            With `False`, maps are as the method computes them.
+        target_sizes: `(height, width)` in pixels of the maps of each image, as a list, array or tensor; the image's
+            size if not given.
         batch_size (`int`): as for [`Engine.run`].
         threshold, min_presence: for the masks, as for [`Explanation`].
         timeout (`float`): time limit in seconds for the download of an image.
@@ -83,18 +83,20 @@ def explain(
         `OSError`: an image cannot be read.
     """
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
-    is_one = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
-    if is_one:
+    is_one_image = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)
+    if is_one_image:
         images = [images]
     elif not isinstance(images, Sized):
         images = [*images]
-    best, texts = (NOUNS, vocabulary()) if texts is None else (None, texts)
+    best = None
+    if texts is None:
+        best, texts = NOUNS, vocabulary()
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
     per_image = isinstance(next(iter(texts), None), (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
     if len(sizes) != len(images) or (per_image and len(texts) != len(images)):
         lists = f", {len(texts)} lists of texts" if per_image else ""
-        raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes.")
+        raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes: give one for each image.")
     explainer = make_explainer(model, method, signature(explain).parameters, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
@@ -104,4 +106,4 @@ def explain(
         replace(explanation, threshold=threshold, min_presence=min_presence)
         for explanation in tqdm(explanations, total=len(images), unit="image", disable=not progress)
     ]
-    return explanations[0] if is_one else explanations
+    return explanations[0] if is_one_image else explanations

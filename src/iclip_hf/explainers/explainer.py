@@ -13,7 +13,7 @@ from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
 
 class Explainer(ABC):
     """
-    A method for one model.
+    Base class of explanation methods. An explainer is a method for one model.
 
     Args:
         model ([`ExplainableModel`]): or anything that [`load`] takes.
@@ -48,9 +48,9 @@ class Explainer(ABC):
 
         - `features` ([`ICLIPImageFeatures`]): features of the images from `model.get_image_features`, which are also
           used for the scores and by other methods.
-        - `text_indices` (`torch.Tensor` of shape `(B, S)`): indices of the texts to map. It is for methods whose cost
-          grows with the number of texts, such as methods with a backward pass for each text. They return maps of these
-          texts only, `(B, S, h, w)`. Other methods map all texts, and the engine selects.
+        - `text_indices` (`torch.Tensor` of shape `(B, S)`): indices of the texts to map, for methods whose cost grows
+          with the number of texts, such as methods with a backward pass for each text. Such a method returns only the
+          maps of these texts, `(B, S, h, w)`. Other methods map all texts, and the engine selects the maps.
         - `templates` (`list[str]`): prompts of the texts, for methods that encode further texts.
 
         Args:

@@ -13,12 +13,12 @@ from .replaced_attention import ReplacedAttention
 class GEM(ReplacedAttention):
     """
     Queries, keys and values, as unit vectors, each attend to themselves `iterations` times, so that similar tokens
-    form clusters. Each of the three results then attends to itself to mix the values, and the three outputs are
+    form clusters. Each of the three results then attends to itself, which mixes the values, and the three outputs are
     averaged. The sharpness is proportional to the mean norm of the tokens that enter the attention.
 
     Args:
         depth (`int`): number of last blocks. The authors' `depth=7` means six blocks.
-        iterations (`int`): number of iterations, from 0.
+        iterations (`int`): number of iterations, at least 0.
     """
 
     def __init__(self, model, depth: int = 6, iterations: int = 1):

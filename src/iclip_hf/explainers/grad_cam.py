@@ -13,11 +13,11 @@ from .gradients import GradientExplainer
 
 class GradCAM(GradientExplainer):
     """
-    The activations of the patches are weighted by the mean gradient of each channel and summed over the channels, and
-    the positive part is the map. The default activations are the patch tokens after the first norm of the last block,
-    as is usual with pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last feature map.
-    If the score of an ICLIP model depends on its feature tower only, they are the last feature map of that tower, on
-    the grid of patches.
+    The activations of the patches are weighted by the mean gradient of each channel and summed over the channels. The
+    map is the positive part of this sum. The default activations are the patch tokens after the first norm of the last
+    block, as is usual with pytorch-grad-cam. For a pooling head (SigLIP, ResNets), they are its input, the last
+    feature map. If the score of an ICLIP model depends on its feature tower alone, they are the last feature map of
+    that tower, on the grid of patches.
 
     Args:
         activations (`str`): `"norm"`, after the first norm of the block, or `"block"`, the input of the block.
@@ -38,19 +38,23 @@ class GradCAM(GradientExplainer):
             return super().forward(pixel_values, texts, text_indices)
         texts = texts if text_indices is None else select_texts(texts, text_indices)
         features = self.model.get_image_features(pixel_values)
+        return self._feature_tower_maps(features, texts), features
+
+    def _feature_tower_maps(self, features: ICLIPImageFeatures, texts: ICLIPTextFeatures) -> torch.Tensor:
+        """Computes the maps `(B, T, h, w)` of a model whose score depends on its feature tower alone."""
         network = self.model.network
+        reduced = features.patch_tokens[..., -features.feature_average.shape[-1] :]
         maps = []
-        feature_map = features.patch_tokens[..., -features.feature_average.shape[-1] :]
         with torch.inference_mode(False), torch.enable_grad():
+            # All patches have the gradient of their mean. The product of a feature f and its gradient equals the
+            # product of its reduction W f, without the bias, and the gradient with respect to this reduction.
+            without_bias = reduced - network.feature_reduction.bias.to(reduced)
             average = features.feature_average.clone().requires_grad_()
             logits = self.model.logits(cosines(network.recognition.embed_image(average), texts.text_embeds.clone()))
             for text_index in range(logits.shape[1]):
                 (gradient,) = torch.autograd.grad(logits[:, text_index].sum(), average, retain_graph=True)
-                # A mean has the same gradient at each patch. The product of a feature f and its gradient equals the
-                # product of its reduction W f, without the bias, and the gradient of the reduction.
-                reduced = feature_map - network.feature_reduction.bias.to(feature_map)
-                maps.append((reduced @ gradient.unsqueeze(-1)).squeeze(-1).relu())
-        return torch.stack(maps, 1).detach().unflatten(-1, features.grid), features
+                maps.append((without_bias @ gradient.unsqueeze(-1)).squeeze(-1).relu())
+        return torch.stack(maps, 1).detach().unflatten(-1, features.grid)
 
     def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
         return [layers[0].tokens if self.normed else layers[0].stream]

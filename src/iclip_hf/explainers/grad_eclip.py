@@ -12,13 +12,13 @@ from .gradients import GradientExplainer
 
 class GradECLIP(GradientExplainer):
     """
-    The map is the product of two factors. The first weights the channels of each patch's value by the gradient of the
-    similarity with respect to the class token's output of the last attention layer, sums them, and takes the positive
-    part. The second is the cosine of the patch's key and the class token's query, stretched to [0, 1]. A pooling head
-    (SigLIP, ResNets) is the last layer, and its query replaces the class token.
+    The map is the product of two factors. The first is the positive part of a sum over the channels of the patch's
+    value. The weights of the channels are the gradient of the similarity with respect to the class token's output of
+    the last attention layer. The second factor is the cosine of the patch's key and the class token's query, stretched
+    to [0, 1]. A pooling head (SigLIP, ResNets) is the last layer, and its query replaces the class token.
 
-    If the score depends on several tokens, the map is the sum over them, with the attention weights as the second
-    factor.
+    If the score depends on several tokens, the map is the sum over these tokens, and the second factor is the
+    attention weight.
     """
 
     needs_attention = True
@@ -50,4 +50,4 @@ def _one_query_relevance(
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
     channels = (gradient @ value.mT)[:, 0].relu()
     low, high = torch.aminmax(cosines, dim=-1, keepdim=True)
-    return channels * torch.where(high > low, stretch(cosines, low, high), 1)  # 1 for a single token
+    return channels * torch.where(high > low, stretch(cosines, low, high), 1)  # 1 if all cosines are equal

@@ -47,7 +47,8 @@ class GradientExplainer(Explainer):
         texts = texts if text_indices is None else select_texts(texts, text_indices)
         features, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
         inputs = self.differentiated(layers)
-        maps, num_texts = [], texts.text_embeds.shape[1]
+        num_texts = texts.text_embeds.shape[1]
+        maps = []
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             logits = self.model.logits(cosines(features.image_embeds, texts.text_embeds.clone()))
@@ -68,4 +69,7 @@ class GradientExplainer(Explainer):
     def weigh(
         self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
     ) -> torch.Tensor:
-        """Computes the relevance `(B, N)` of the N patches to one text from the gradients of these tensors."""
+        """
+        Computes the relevance `(B, N)` of the N patches to one text, from the gradients with respect to the tensors of
+        `differentiated`.
+        """

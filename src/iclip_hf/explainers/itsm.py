@@ -9,7 +9,7 @@ from .explainer import Explainer
 
 
 class ITSM(Explainer):
-    """The model's own map for ICLIP; the cosine of each projected patch token and the text for other models."""
+    """For ICLIP, the model's own map; for other models, the cosine of each projected patch token and the text."""
 
     needs_layers = False
 

@@ -25,8 +25,8 @@ class LastBlock(ReplacedAttention):
 class MaskCLIP(LastBlock):
     """
     MaskCLIP (Zhou et al. 2022): each token keeps its own value, without attention. This is also the value trick of
-    TIPSv2. With `residual=False`, it is the variant that ClearCLIP's authors compare with. For a ResNet, the values
-    are those of the attention pool, without its position embeddings.
+    TIPSv2. With `residual=False`, it is the variant that ClearCLIP's authors compare with. For a ResNet, the attention
+    pool computes the values, without its position embeddings.
     """
 
     replaces_pool = True
@@ -58,7 +58,7 @@ class ClearCLIP(LastBlock):
     ClearCLIP (Lan et al. 2024): queries attend to queries, without residual connection and MLP.
 
     Args:
-        tokens (`str`): which tokens attend to themselves, `"query"`, `"key"` or `"value"`.
+        tokens (`str`): what attends to itself, `"query"`, `"key"` or `"value"`.
     """
 
     def __init__(self, model, tokens: str = "query", residual: bool = False):
@@ -72,8 +72,8 @@ class ClearCLIP(LastBlock):
 
 class NACLIP(LastBlock):
     """
-    NACLIP (Hajimiri et al. 2025): keys attend to keys. The logit of two patches is increased by exp(-d^2 / (2
-    sigma^2)), where d is their distance on the grid. Logits of the class token and of registers are not changed.
+    NACLIP (Hajimiri et al. 2025): keys attend to keys. exp(-d^2 / (2 sigma^2)) is added to the logit of two
+    patches, where d is their distance on the grid. Logits of the class token and of registers are not changed.
 
     Args:
         sigma (`float` or None): width of the window in patches, greater than 0; None for no window.
@@ -84,7 +84,8 @@ class NACLIP(LastBlock):
         self.sigma = sigma
 
     def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        key, window = layer.key, None
+        key = layer.key
+        window = None
         if self.sigma is not None:
             window = gaussian_window(features.grid, self.sigma, key.shape[2]).to(key)
         return F.scaled_dot_product_attention(key, key, layer.value, attn_mask=window)
@@ -94,6 +95,6 @@ def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.T
     """Computes exp(-d^2 / (2 sigma^2)) for the patches, which are the last of `length` tokens, and 0 for others."""
     rows, columns = torch.meshgrid(*(torch.arange(side) for side in grid), indexing="ij")
     coordinates = torch.stack([rows.flatten(), columns.flatten()], 1).float()
-    others = length - len(coordinates)
+    num_others = length - len(coordinates)
     distances = torch.cdist(coordinates, coordinates)
-    return F.pad((-distances.square() / (2 * sigma**2)).exp(), (others, 0, others, 0))
+    return F.pad((-distances.square() / (2 * sigma**2)).exp(), (num_others, 0, num_others, 0))

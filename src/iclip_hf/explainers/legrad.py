@@ -49,32 +49,32 @@ class LeGrad(Explainer):
         block = self.model.layers[index]
         mixed = layer.mixed.detach().requires_grad_()
         stream = layer.stream + block.output(mixed)
-        # The MLP's weights are passed at each call, because they may have been randomised.
-        mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
-        token = self.model.join_features(stream.mean(1, keepdim=True) + mean, features)
+        # The MLP's weights are passed at each call, because a metric may have randomised them.
+        mlp_mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
+        token = self.model.join_features(stream.mean(1, keepdim=True) + mlp_mean, features)
         scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
-        maps = []
+        relevances = []
         for text_index in range(scores.shape[1]):
             (gradient,) = torch.autograd.grad(scores[:, text_index].sum(), mixed, retain_graph=True)
             # The attention weight (i, j) of a head multiplies value j in the output of query i.
-            maps.append((gradient @ layer.value.mT).float().relu().mean((1, 2)))
-        return torch.stack(maps, 1)
+            relevances.append((gradient @ layer.value.mT).float().relu().mean((1, 2)))
+        return torch.stack(relevances, 1)
 
 
 def _mean_mlp(mlp: nn.Module) -> nn.Module:
     """
-    Copies an MLP and makes the copy return the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is computed
-    before the last layer, which is linear. This halves the cost of each backward pass. If a norm follows, the mean is
-    computed after it.
+    Returns a copy of an MLP that returns the mean over the tokens, `(B, L, D)` -> `(B, 1, D)`. The mean is computed
+    before the last layer, which is linear. This halves the cost of each backward pass. If a norm ends the MLP, the
+    mean is computed after the norm.
     """
     copied = private_copy(mlp)
     if isinstance([*mlp.children()][-1], nn.LayerNorm):  # as in EVA02-E
         copied.register_forward_hook(lambda module, args, output: output.mean(1, keepdim=True))
         return copied
-    last = ""
+    last_linear = ""
     for name, module in copied.named_modules():
         # A layer with an adapter of PEFT is linear as a whole, and contains other linear layers.
-        if hasattr(module, "out_features") and not name.startswith(f"{last}."):
-            last = name
-    copied.get_submodule(last).register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
+        if hasattr(module, "out_features") and not name.startswith(f"{last_linear}."):
+            last_linear = name
+    copied.get_submodule(last_linear).register_forward_pre_hook(lambda module, args: (args[0].mean(1, keepdim=True),))
     return copied

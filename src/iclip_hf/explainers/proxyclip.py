@@ -53,26 +53,27 @@ class ProxyCLIP(Explainer):
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         features, (layer, *_) = self.model.trace(pixel_values, self.block)
         if self.proxy is None:
-            vision_tokens = features.patch_tokens[..., : layer.stream.shape[-1]]  # without features of a feature tower
-            tokens = vision_tokens.unflatten(1, features.grid)
+            width = layer.stream.shape[-1]  # features of a feature tower may follow
+            tokens = features.patch_tokens[..., :width].unflatten(1, features.grid)
         else:
             tokens = self._proxy_tokens(pixel_values)
         grid = tokens.shape[1:3]
         value = layer.value[:, :, -math.prod(features.grid) :]
         if grid != features.grid:
-            on_grid = value.flatten(0, 1).mT.unflatten(-1, features.grid)
-            value = F.interpolate(on_grid, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
+            value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B H, D / H, h, w)
+            value = F.interpolate(value_map, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
         mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
         patch_stream = self.model.join_features(self.model.layers[self.block].output(mixed), features, grid)
         patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), features
 
     def weights(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Computes the weights of the values, `(B, 1, N, N)`, from unit vectors `(B, N, D)`."""
+        """Computes the attention weights `(B, 1, N, N)` from the proxy's unit vectors `(B, N, D)`."""
         similarity = tokens @ tokens.mT
         logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
-        itself = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)  # so that no row is fully masked
-        return logits.masked_fill((logits < 0) & ~itself, -torch.inf).softmax(-1).unsqueeze(1)
+        # A patch always attends to itself, so that not all of its logits are masked.
+        diagonal = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        return logits.masked_fill((logits < 0) & ~diagonal, -torch.inf).softmax(-1).unsqueeze(1)
 
     def _proxy_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the proxy's patch tokens `(B, h, w, D)`."""
@@ -95,5 +96,5 @@ class ProxyCLIP(Explainer):
 
 
 def _statistics(image_processor, like: torch.Tensor) -> torch.Tensor:
-    """Returns mean and standard deviation of the channels, `(2, 3, 1, 1)`."""
+    """Returns mean and standard deviation of the channels, `(2, 3, 1, 1)`, with the dtype and device of `like`."""
     return torch.tensor([image_processor.image_mean, image_processor.image_std]).to(like).view(2, 3, 1, 1)

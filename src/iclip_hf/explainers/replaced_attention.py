@@ -59,5 +59,6 @@ class ReplacedAttention(Explainer):
     @abstractmethod
     def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the values of a block. Returns `(B, H, L, D / H)`. Without residual connections, the patches suffice.
+        Mixes the values of a block. Returns the mixed values of all tokens, `(B, H, L, D / H)`, or, without residual
+        connections, at least those of the patches.
         """

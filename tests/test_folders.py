@@ -711,8 +711,8 @@ def test_results_of_another_model_or_task_are_refused(exported, tmp_path, capsys
     results, command = tmp_path / "results.json", ["export", exported, tmp_path / "a", "--results"]
     segmentation = {"results": {"itsm": {"segmentation": {"miou": 40.0}}}}
     for protocol, figures, said in (
-        (identity(tiny_model(seed=1), other_mean), {}, "got those of other processor, weights;"),
-        ({}, {}, "got those of other configuration, processor, weights;"),
+        (identity(tiny_model(seed=1), other_mean), {}, "got scores of a model with other processor, weights;"),
+        ({}, {}, "got scores of a model with other configuration, processor, weights;"),
         (identity(tiny_model(), tiny_processor), segmentation, "Expected results of mAP, mMIoU"),
     ):
         results.write_text(json.dumps({**METRICS, "protocol": {**METRICS["protocol"], **protocol}, **figures}))

@@ -120,16 +120,16 @@ def said(arguments: list, capsys) -> str:
 def test_bad_data_is_one_sentence(tmp_path, capsys):
     table = write_table(tmp_path, 30)
     for content, shown in (
-        ("image,caption\n0.png,a dog\n", "this has 1"),
+        ("image,caption\n0.png,a dog\n", "two pairs, got 1"),
         ("image,caption\n0.png,a dog\n1.png,a dog\n2.png,a dog\n", "'a dog'"),
         (
             "image,caption\nx.png,a dog\ny.png,a cat\n",
-            f"2 of the 2 pairs looked at have no image or no caption. The first: {tmp_path}/x.png: "
+            f"2 of the 2 checked pairs have no image or no caption. The first: {tmp_path}/x.png: "
             "there is no such image",
         ),
         (
             "image,caption\n0.png,a dog\n1.png,\n2.png,a cat\n",
-            f"1 of the 3 pairs looked at have no image or no caption. The first: {table}, row 2: no caption.",
+            f"1 of the 3 checked pairs have no image or no caption. The first: {table}, row 2: no caption.",
         ),
         ("image,caption\n0.png,a dog, a cat\n1.png,a cat\n", "pairs.csv, line 2: "),
     ):

@@ -103,8 +103,8 @@ def export(args: argparse.Namespace, directory: Path, name: str | None = None) -
     model, processor = load_iclip(args.model)
     if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
         raise ValueError(
-            f"--results {args.results}: expected figures of this model, got those of other {', '.join(differing)}; "
-            "measure this model by `iclip evaluate --output`."
+            f"--results {args.results}: expected scores of this model, got scores of a model with other "
+            f"{', '.join(differing)}; measure this model by `iclip evaluate --output`."
         )
     return export_model(model, processor, directory, name=name, source=args.model, metrics=metrics)
 

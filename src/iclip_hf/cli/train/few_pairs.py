@@ -74,7 +74,7 @@ def check_pairs(pairs: PairDataset) -> None:
     """
     num_pairs, where = len(pairs), pairs.sources[0].path
     if num_pairs < 2:
-        raise ValueError(f"{where}: training contrasts pairs, and this has {num_pairs}; add more.")
+        raise ValueError(f"{where}: a training needs at least two pairs, got {num_pairs}; add more.")
     checked = np.unique(np.linspace(0, num_pairs - 1, min(num_pairs, _CHECKED_PAIRS)).astype(int)).tolist()
     captions, problems = set(), []
     for index in checked:
@@ -90,7 +90,7 @@ def check_pairs(pairs: PairDataset) -> None:
             )
     if len(problems) > pairs.max_bad_share * len(checked):
         raise ValueError(
-            f"{where}: {len(problems)} of the {len(checked)} pairs looked at have no image or no caption. The first: "
+            f"{where}: {len(problems)} of the {len(checked)} checked pairs have no image or no caption. The first: "
             f"{problems[0]}."
         )
     if len(captions) == 1:

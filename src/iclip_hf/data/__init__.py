@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .segmentation import SegmentationDataset, load_segmentation
     from .streams import PairStream
 
-# Not imported at once, because streams need torch, and data is checked before it is loaded.
+# Imported on first access, because streams import torch, and data is checked before torch is imported.
 _MODULES = {
     "BadPairError": ".pairs",
     "PairDataset": ".pairs",

@@ -40,5 +40,6 @@ class BadPairTally:
         if self._read >= self._min_read and self._bad > self._max_bad_share * self._read:
             raise ValueError(
                 f"{self._bad} of the {self._read} pairs read so far are bad, more than max_bad_share "
-                f"({self._max_bad_share:.2%}): fix the data, or raise it. The last one: {self._last_error}"
+                f"({self._max_bad_share:.2%}): fix the data, or raise max_bad_share. The last bad pair: "
+                f"{self._last_error}"
             )

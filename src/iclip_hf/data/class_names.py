@@ -74,7 +74,7 @@ CLASS_NAMES = {
     "voc2012": VOC,
 }
 
-# Names of the same class in several data sets. The first of each is the name in VOC's files.
+# Names of the same class in several data sets. The first name of each line is the one in VOC's files.
 SAME_CLASS = [
     _names(names)
     for names in (
@@ -87,13 +87,13 @@ SAME_CLASS = [
     )
 ]
 
-# Classes without instances, as ADE20K (panoptic) defines them; those of CamVid are chosen by COCO's panoptic
-# convention.
-ADE20K_STUFF = _names("""
+# Classes without instances, as ADE20K (panoptic) defines them.
+ADE20K_STUFF_CLASSES = _names("""
     wall, building, sky, floor, tree, ceiling, road, grass, sidewalk, earth, mountain, plant, water, house, sea, rug,
     field, rock, base, sand, skyscraper, grandstand, path, runway, stairway, river, bridge, blind, hill, bar, hovel,
     tower, dirt track, land, escalator, buffet, poster, stage, conveyor belt, canopy, swimming pool, waterfall, tent,
     cradle, tank, lake, blanket, pier, crt screen, shower
 """)
 
-CAMVID_STUFF = _names("sky, building, road, pavement, tree, fence")
+# CamVid does not define its classes without instances. These follow COCO's panoptic convention.
+CAMVID_STUFF_CLASSES = _names("sky, building, road, pavement, tree, fence")

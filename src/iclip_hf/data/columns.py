@@ -34,7 +34,7 @@ class Columns(NamedTuple):
 
     @classmethod
     def named(cls, image: str | None = None, caption: str | None = None) -> Columns:
-        """Returns the usual columns, or only the given one."""
+        """Returns the columns with these names, and the usual columns where no name is given."""
         return cls((image,) if image else IMAGE_COLUMNS, (caption,) if caption else CAPTION_COLUMNS)
 
     def check(self, where: str | os.PathLike, names: Iterable[str]) -> None:
@@ -51,17 +51,19 @@ class Columns(NamedTuple):
         Returns the captions of the first column with text, if there is one, and the labels.
 
         Raises:
-            `ValueError`: a list in text is not JSON; `labels` or `complete` is neither a list of names nor numbers;
-                `complete` names an unknown list, or has names while `labels` is no list of names; or
+            `ValueError`: a list that is written as text is not JSON; `labels` or `complete` is neither a list of names
+                nor numbers; `complete` names an unknown list, or has names while `labels` is no list of names; or
                 `class_probabilities` is no object of names and numbers in [0, 1].
         """
-        parts = [row, *([row["json"]] if isinstance(row.get("json"), Mapping) else [])]
+        parts = [row]
+        if isinstance(row.get("json"), Mapping):
+            parts.append(row["json"])
 
         def first_value(column: str):
             return next((part[column] for part in parts if not _is_empty(part.get(column))), None)
 
-        texts = (_texts(column, part.get(column)) for column in self.caption for part in parts)
-        captions = next(filter(None, texts), [])
+        caption_lists = (_texts(column, part.get(column)) for column in self.caption for part in parts)
+        captions = next(filter(None, caption_lists), [])
         labels, complete, probabilities = map(first_value, LABEL_COLUMNS)
         if isinstance(complete, str) and not complete.lstrip().startswith("["):
             if complete.lower() not in CLASS_NAMES:
@@ -69,14 +71,15 @@ class Columns(NamedTuple):
                     f"complete: {complete!r:.100} is neither a list of names nor one of {', '.join(CLASS_NAMES)}"
                 )
             complete = [complete]
-        names, listed = _names("labels", labels), _names("complete", complete)
-        if listed and names is None:  # all of these would count as absent
+        label_names, complete_names = _names("labels", labels), _names("complete", complete)
+        if complete_names and label_names is None:  # all names in `complete` would count as absent
             raise ValueError(
                 f"labels: {labels!r:.100} is no list of names, which complete needs; an image that shows none of them "
                 "has the list []"
             )
-        complete_for = chain.from_iterable(CLASS_NAMES.get(name.lower(), (name,)) for name in listed or ())
-        return PairTexts(captions, names or [], [*complete_for], _probabilities("class_probabilities", probabilities))
+        complete_for = chain.from_iterable(CLASS_NAMES.get(name.lower(), (name,)) for name in complete_names or ())
+        class_probabilities = _probabilities("class_probabilities", probabilities)
+        return PairTexts(captions, label_names or [], [*complete_for], class_probabilities)
 
 
 USUAL_COLUMNS = Columns()
@@ -87,9 +90,10 @@ class PairTexts(NamedTuple):
     Captions and labels of an image.
 
     Attributes:
-        captions: all captions; none for a pair without.
+        captions: all captions; may be empty.
         labels: names of what the image shows.
-        complete: names that the labels are complete for. The image shows none of them that is not among the labels.
+        complete: names that the labels are complete for. The image does not show a name of this list that is not among
+            the labels.
         class_probabilities: the probability that the image shows a class of a classifier, by the name of the class.
     """
 
@@ -100,10 +104,10 @@ class PairTexts(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Iterable[PairTexts]) -> PairTexts:
-        """Returns the texts of all parts, each once."""
+        """Joins the texts of several rows. A repeated text is kept once."""
         captions, labels, complete, probabilities = zip(*parts)
-        lists = ([*dict.fromkeys(chain(*texts))] for texts in (captions, labels, complete))
-        return cls(*lists, {name: number for by_name in probabilities for name, number in by_name.items()})
+        distinct = ([*dict.fromkeys(chain(*lists))] for lists in (captions, labels, complete))
+        return cls(*distinct, {name: number for by_name in probabilities for name, number in by_name.items()})
 
 
 def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:
@@ -112,21 +116,23 @@ def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -
 
 
 def _texts(column: str, value) -> list[str]:
-    """Returns the stripped texts in a value of a column of captions; none if it is neither text nor has texts."""
-    value = _parsed(column, value)
-    items = _items(value)
-    texts = (_stripped(text) for text in ([value] if items is None else items) if isinstance(text, str))
+    """Returns the stripped texts in a value of a caption column; an empty list if there are none."""
+    parsed = _parsed(column, value)
+    items = _items(parsed)
+    candidates = [parsed] if items is None else items
+    texts = (_stripped(text) for text in candidates if isinstance(text, str))
     return [text for text in texts if text]
 
 
 def _names(column: str, value) -> list[str] | None:
     """
-    Returns the names in a value of a column of labels; "dog, cat" are two. None for an empty value and for numbers,
-    which mean something else, such as class ids. Raises `ValueError` if the value is not a list of names.
+    Returns the names in a value of a label column. An item "dog, cat" is two names. Returns None for an empty value
+    and for numbers, such as class ids. Raises `ValueError` for any other value that is not a list of names.
     """
     parsed = _parsed(column, value)
     items = _items(parsed)
-    if _is_empty(parsed) or isinstance(parsed, Number) or (items and all(isinstance(item, Number) for item in items)):
+    is_numeric = isinstance(parsed, Number) or (items and all(isinstance(item, Number) for item in items))
+    if _is_empty(parsed) or is_numeric:
         return None
     if items is None or not all(isinstance(item, str) for item in items):
         raise ValueError(f'{column}: {value!r:.100} is no list of names, such as ["dog"]')
@@ -136,8 +142,8 @@ def _names(column: str, value) -> list[str] | None:
 
 def _probabilities(column: str, value) -> dict[str, float]:
     """
-    Returns an object of probabilities by name; an empty one for an empty value. A table of Arrow has a column for each
-    name, so names without a value are left out. Raises `ValueError` if the value is no such object.
+    Returns the probabilities by name; an empty `dict` for an empty value. Names without a value are left out, because
+    Arrow stores every name in every row. Raises `ValueError` if the value is no object of names and probabilities.
     """
     parsed = _parsed(column, value)
     if _is_empty(parsed):
@@ -151,11 +157,14 @@ def _probabilities(column: str, value) -> dict[str, float]:
 
 def _parsed(column: str, value):
     """
-    Returns a value of a column. A list in text, as in a .csv, is parsed. Other text in "captions" is no caption.
-    Raises `ValueError` for a list that is not JSON, such as one that Python prints.
+    Parses JSON that is written as text, as in a .csv: lists in any column, and any text in "captions" and in the label
+    columns. Text that is not JSON becomes None in "captions", and stays as it is in the label columns. Raises
+    `ValueError` for a list that is not JSON, such as one that Python prints.
     """
-    is_list = isinstance(value, str) and _LIST.fullmatch(value)
-    if not (is_list or (isinstance(value, str) and column in ("captions", *LABEL_COLUMNS))):
+    if not isinstance(value, str):
+        return value
+    is_list = _LIST.fullmatch(value)
+    if not is_list and column not in ("captions", *LABEL_COLUMNS):
         return value
     try:
         return json.loads(value)
@@ -166,7 +175,7 @@ def _parsed(column: str, value):
 
 
 def _items(value) -> list | None:
-    """Returns the items of a list, a tuple or an array; None of anything else."""
+    """Returns the items of a list, a tuple or an array; None for anything else."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return [*value] if isinstance(value, (list, tuple)) else None
@@ -177,5 +186,6 @@ def _is_empty(value) -> bool:
 
 
 def _stripped(text: str) -> str:
-    # JSON escapes can contain lone surrogates, which tokenizers refuse, and text files of Windows a byte order mark.
+    # JSON escapes can contain lone surrogates, which tokenizers refuse. Text files of Windows can begin with a byte
+    # order mark.
     return text.encode(errors="ignore").decode("utf-8-sig").strip()

@@ -1,4 +1,4 @@
-"""The epoch of a data set, which loading processes see too."""
+"""The epoch of a data set, shared with its loading processes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 class Epochs:
     """
-    A data set with an epoch, in shared memory, so that persistent loading processes see it too. Set it before each
-    pass, also before the first one.
+    A data set with an epoch. The epoch lies in shared memory, so that persistent loading processes see each change.
+    Set it before each pass, also before the first.
     """
 
     _epoch: int | torch.Tensor = 0

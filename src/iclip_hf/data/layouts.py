@@ -1,6 +1,6 @@
 """
-The segmentation data sets: titles, files, class names and mask values. Separate from their readers, which the help of
-commands need not import.
+The segmentation data sets: titles, files, class names and mask values. Their readers are elsewhere, so that the help
+of commands does not import them.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 from ..model.prompts import IMAGENET_TEMPLATES
 from .class_names import (
     ADE20K,
-    ADE20K_STUFF,
+    ADE20K_STUFF_CLASSES,
     CAMVID,
-    CAMVID_STUFF,
+    CAMVID_STUFF_CLASSES,
     CITYSCAPES,
     COCO_STUFF,
     COCO_THINGS,
@@ -33,20 +33,20 @@ class Layout(NamedTuple):
     Attributes:
         title: name on model cards and in reports.
         images, masks: patterns of the files below the root, with `<split>`. Braces hold alternatives; the first that
-            finds files is used. `*` is the same for an image and its mask. If the pattern of images ends with `*`,
-            every image needs a mask, and images have any format. Otherwise every mask needs an image, and an image
-            without a mask is left out.
+            finds files is used. `*` stands for the same text in an image and its mask. If the pattern of images ends
+            with `*`, images have any format, and every image needs a mask. Otherwise, every mask needs an image, and
+            an image without a mask is left out.
         classes: names of the classes, by ascending id; None if `classes.txt` holds them.
         split: the default split.
-        split_sizes: numbers of images of the splits with public masks; empty for own data.
-        lists: pattern of the file that names the images, where the folders hold others too.
+        split_sizes: number of images of each split with public masks; empty for the user's own data.
+        image_list: pattern of the file that names the images of a split, if the folders hold other images too.
         instances: whether COCO's file of instances is read if there are no masks.
         values: values of the classes in the masks, by default 1..K.
-        background, void: values of background and of ignored pixels. 255 is void unless it is in `background`. Values
-            that are in none of the three are errors.
-        stuff: classes without instances; None if the data set does not tell.
-        templates: prompt templates: ICLIP's for folders and the data sets of its paper, CLIP's for all others, as in
-            papers on segmentation.
+        background, void: values of background and of ignored pixels. 255 is void unless it is in `background`. A value
+            that is in none of `values`, `background` and `void` is an error.
+        stuff: classes without instances; None if the data set does not mark them.
+        templates: prompt templates. Folders and the data sets of ICLIP's paper have ICLIP's template; all others have
+            CLIP's templates, as in papers on segmentation.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Layout(NamedTuple):
     classes: Sequence[str] | None
     split: str | None
     split_sizes: Mapping[str | None, int] = MappingProxyType({})
-    lists: str = ""
+    image_list: str = ""
     instances: bool = False
     values: Sequence[int] | None = None
     background: Sequence[int] = (0,)
@@ -86,9 +86,9 @@ _CONTEXT = Layout(
 )
 _WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
 _COCO_SIZES = {"train2017": 118_287, "val2017": 5000}
-# Values of COCO's things, then of its stuff, in the stuffthingmaps: one less than the category ids. 11 values are not
-# used.
-_STUFF_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
+# Values of COCO's things, then of its stuff, in the masks of COCO-Stuff: one less than the category ids. 11 values are
+# not used.
+_COCO_VALUES = [value for value in range(182) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)]
 _COCO_STUFF = Layout(
     "COCO-Stuff 164k",
     "{images/,}<split>/*.jpg",
@@ -96,7 +96,7 @@ _COCO_STUFF = Layout(
     COCO_STUFF,
     "val2017",
     _COCO_SIZES,
-    values=_STUFF_VALUES,
+    values=_COCO_VALUES,
     background=(),
     stuff=COCO_STUFF[len(COCO_THINGS) :],
 )
@@ -116,8 +116,8 @@ DATASETS = {
         title="COCO-Object",
         classes=COCO_THINGS,
         instances=True,
-        values=_STUFF_VALUES[:80],
-        background=(*_STUFF_VALUES[80:], VOID),
+        values=_COCO_VALUES[:80],
+        background=(*_COCO_VALUES[80:], VOID),
         stuff=(),
     ),
     "coco_stuff": _COCO_STUFF,
@@ -128,7 +128,7 @@ DATASETS = {
         ADE20K,
         "validation",
         {"training": 20_210, "validation": 2000},
-        stuff=ADE20K_STUFF,
+        stuff=ADE20K_STUFF_CLASSES,
         **_WITHOUT_BACKGROUND,
     ),
     "cityscapes": Layout(
@@ -150,7 +150,7 @@ DATASETS = {
         values=range(11),
         background=(),
         void=(11,),
-        stuff=CAMVID_STUFF,
+        stuff=CAMVID_STUFF_CLASSES,
         templates=IMAGENET_TEMPLATES,
     ),
 }

@@ -31,19 +31,19 @@ TEMPLATES = (
     "a photo of a large {}",
     "there is a {} in the photo",
 )
-PROMPTS = 3  # number of prompts of each image, as in GroupViT
-# Captions use it for the colour more often than for the fruit, unless they end with it: "a photo of an orange".
+PROMPTS_PER_IMAGE = 3  # as in GroupViT
+# In captions, this word is more often the colour than the fruit, except as the last word: "a photo of an orange".
 _COLOUR = "orange"
 # A noun and its marks: "sky (background) (above)", "yurt (3)" of a noun that three training photographs show.
 _LINE = re.compile(r"([^()#,;\x00-\x1f]+?)\s*((?:\((?:background|above|below|class|\d+)\)\s*)*)")
 
-# All names of a class, by each of them.
+# For each name of a class, all names of the class.
 _SAME_CLASS = {name: frozenset(names) for names in SAME_CLASS for name in names}
 
 
 def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
     """
-    Returns the nouns of a vocabulary in lower case, each with its marks. Blank lines do not count. Raises `ValueError`
+    Returns the nouns of a vocabulary in lower case, each with its marks. Blank lines are skipped. Raises `ValueError`
     for a line that is not a noun with its marks, for a noun that is both above and below, and for a repeated noun.
     """
     marks = {}
@@ -65,14 +65,14 @@ def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
 
 class ImageNouns(NamedTuple):
     """
-    What is known of the nouns of an image, as sorted indices in the vocabulary. Whether it shows the others is
-    unknown.
+    The nouns that an image is known to show or not to show, as sorted indices in the vocabulary. Other nouns are
+    unknown. Complete labels deny a noun that `complete` names and `labels` do not.
 
     Attributes:
-        shown: nouns of its labels, and those that its captions name and complete labels do not deny.
+        shown: nouns that labels name, and nouns that captions name, without those that complete labels deny.
         absent: nouns that complete labels deny and no caption names.
-        captions: its captions, on which the sampled prompts depend.
-        class_probabilities: numbers among the `classes` of the vocabulary, each with its probability.
+        captions: captions of the image, which the sampled prompts depend on.
+        class_probabilities: positions in the `classes` of the vocabulary, each with the probability of the class.
     """
 
     shown: list[int]
@@ -88,19 +88,19 @@ class NounPrompts:
     Args:
         nouns: the vocabulary: nouns of one or several words, in the singular, each with its marks. "(background)"
             marks what is behind or below objects; "(above)" and "(below)" mark what images show above or below most
-            other nouns: "sky (background) (above)", "floor (background) (below)". "(class)" marks the classes of the
-            classifier that `class_probabilities` of images are from. A number, "(3)", is the number of training
-            photographs that show the noun, without effect on prompts.
+            other nouns: "sky (background) (above)", "floor (background) (below)". "(class)" marks a class of the
+            classifier that gave the `class_probabilities` of images. A number, "(3)", counts the training photographs
+            that show the noun. It has no effect on prompts.
         seed: seed of the prompts.
 
     Raises:
-        `ValueError`: the vocabulary is empty, or as [`marked_nouns`].
+        `ValueError`: the vocabulary is empty, or [`marked_nouns`] refuses a line.
     """
 
     def __init__(self, nouns: Sequence[str], seed: int = 0):
         marks = marked_nouns(nouns)
         self.nouns = list(marks)
-        # The marks that a batch has of each prompt, see `BatchNouns`.
+        # Arrays over the vocabulary. A batch has the values of the nouns of its prompts, see `BatchNouns`.
         self.marks = {
             "is_background": np.array(["background" in noun_marks for noun_marks in marks.values()]),
             "place": np.array(
@@ -108,22 +108,22 @@ class NounPrompts:
             ),
         }
         self.classes = [index for index, noun_marks in enumerate(marks.values()) if "class" in noun_marks]
-        self._class_numbers = {index: number for number, index in enumerate(self.classes)}
+        self._class_positions = {index: position for position, index in enumerate(self.classes)}
         self.seed = seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
-        # In the words that captions are read in: "carpenter's kit" is three.
+        # Split into words as captions are: "carpenter's kit" has three.
         singular = [*map(_name, self.nouns)]
         self._by_form = {noun: index for index, noun in enumerate(singular)}
         for index, noun in enumerate(singular):
             for plural in _plurals(noun):
                 self._by_form.setdefault(plural, index)
-        self._longest = max(len(noun.split()) for noun in singular)
+        self._max_words = max(len(noun.split()) for noun in singular)
         self._prompts = frozenset(self.all_prompts())
 
     @classmethod
     def from_file(cls, path: str | Path, seed: int = 0) -> NounPrompts:
-        """Reads the vocabulary from a text file with one noun in each line. Raises `ValueError`, which names it."""
+        """Reads the vocabulary from a text file with one noun in each line. Errors name the file."""
         lines = read_text(Path(path)).splitlines()
         try:
             return cls(lines, seed)
@@ -136,31 +136,33 @@ class NounPrompts:
 
     def sentences(self, captions: Sequence[str]) -> Sequence[str]:
         """
-        Returns the captions without noun prompts such as "a photo of an oven", whose nouns the noun loss has anyway;
-        all captions if there are no others.
+        Leaves out captions that are noun prompts, such as "a photo of an oven", because the noun loss has their nouns
+        anyway. Returns all captions if all are noun prompts.
         """
         return [caption for caption in captions if caption.replace(" an ", " a ") not in self._prompts] or captions
 
     def nouns_in(self, caption: str, phrases: Collection[str] = ()) -> set[int]:
         """
         Returns the indices of the nouns that a caption names, in the singular or plural. A word belongs to the longest
-        noun around it: a hot dog is no dog, and "laptop computer" no laptop. If two of one length overlap, it belongs
-        to the right one: a "city bus stop" is a bus stop.
+        noun that contains it: a hot dog is no dog, and "laptop computer" is no laptop. If two nouns of the same length
+        overlap, the right one counts: a "city bus stop" is a bus stop.
 
         Args:
             caption: the text.
-            phrases: other names of several words, in lower case. Their words name no noun either.
+            phrases: other names of several words, in lower case. A noun within such a name does not count.
         """
         words = _words(caption)
-        free_words, nouns = set(range(len(words))), set()
-        for length in range(max([self._longest, *(len(phrase.split()) for phrase in phrases)]), 0, -1):
+        free_positions, nouns = set(range(len(words))), set()
+        max_words = max([self._max_words, *(len(phrase.split()) for phrase in phrases)])
+        for length in range(max_words, 0, -1):
             for start in range(len(words) - length, -1, -1):
-                phrase, end = " ".join(words[start : start + length]), start + length
-                is_noun = phrase in self._by_form and (phrase != _COLOUR or end == len(words))
-                if (is_noun or phrase in phrases) and free_words.issuperset(range(start, end)):
-                    free_words.difference_update(range(start, end))
+                end = start + length
+                name = " ".join(words[start:end])
+                is_noun = name in self._by_form and (name != _COLOUR or end == len(words))
+                if (is_noun or name in phrases) and free_positions.issuperset(range(start, end)):
+                    free_positions.difference_update(range(start, end))
                     if is_noun:
-                        nouns.add(self._by_form[phrase])
+                        nouns.add(self._by_form[name])
         return nouns
 
     def known_nouns(
@@ -171,11 +173,11 @@ class NounPrompts:
         class_probabilities: Mapping[str, float] = MappingProxyType({}),
     ) -> ImageNouns:
         """
-        Returns what these texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. Labels
-        precede captions: a noun that a caption names and complete labels deny is unknown. The words of labels and of
-        names in `complete` name no other noun in captions, even if the vocabulary does not have them. A label counts
-        by all names of its class: VOC's "tvmonitor" is the "tv" in a `complete` with the names of COCO. Probabilities
-        of names that are no `classes` do not count.
+        Returns what the texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. A noun that
+        a caption names and complete labels deny is unknown. In captions, the words of a label, or of
+        a name in `complete`, name no other noun, even if the vocabulary lacks the name. A label stands for all names
+        of its class: VOC's "tvmonitor" is the "tv" of COCO's names in `complete`. Probabilities of names that are not
+        in `classes` are ignored.
         """
         listed = {*map(_name, complete)}
         labelled = {name for label in labels for name in _names_of(label, listed)}
@@ -185,9 +187,9 @@ class NounPrompts:
         shown, denied = self._indices(labelled), self._indices(listed) - self._indices(labelled)
         known_classes = []
         for name, probability in class_probabilities.items():
-            number = self._class_numbers.get(self._by_form.get(_name(name)))
-            if number is not None:
-                known_classes.append((number, probability))
+            noun = self._by_form.get(_name(name))
+            if noun in self._class_positions:
+                known_classes.append((self._class_positions[noun], probability))
         return ImageNouns(sorted(shown | (captioned - denied)), sorted(denied - captioned), captions, known_classes)
 
     def _indices(self, names: Set[str]) -> set[int]:
@@ -195,7 +197,7 @@ class NounPrompts:
 
     def unknown_labels(self, texts: PairTexts) -> set[str]:
         """
-        Returns the labels of an image that are neither in its `complete` nor in the vocabulary, and so teach nothing.
+        Returns the labels of an image that are neither in its `complete` nor in the vocabulary. They teach nothing.
         """
         listed = {*map(_name, texts.complete)}
         return {
@@ -206,22 +208,21 @@ class NounPrompts:
 
     def sample(self, images: Sequence[ImageNouns], epoch: int) -> tuple[list[str], dict[str, np.ndarray]]:
         """
-        Samples prompts for B images.
+        Samples prompts for B images. An image without nouns gets prompts of random nouns.
 
         Returns:
-            `tuple`: 3 B prompts, grouped by image, and one of each of the C `classes`; and a `dict`: `noun_ids` (3
-            B,), the index of the noun of each of the 3 B prompts; `noun_labels` (B, vocabulary), 1 for a noun that an
-            image shows, -1 for a noun that it is known not to show, else 0; `is_background` (3 B,), boolean; `place`
-            (3 B,), -1 for a noun above others, 1 for a noun below, else 0; and, in a vocabulary with classes,
-            `class_ids` (C,), their indices, and `class_probabilities` (B, C), float32. An image without nouns gets
-            random prompts.
+            `tuple`: a list of prompts, 3 B grouped by image, then one for each of the C `classes`; and a `dict` of
+            arrays: `noun_ids` (3 B,), the index of the noun of each prompt of an image; `noun_labels` (B, vocabulary),
+            1 for a noun that an image shows, -1 for a noun that it is known not to show, else 0; `is_background`
+            (3 B,), boolean; `place` (3 B,), -1 for a noun above others, 1 for a noun below, else 0. In a vocabulary
+            with classes, also `class_ids` (C,), the indices of their nouns, and `class_probabilities` (B, C), float32.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)
-        for image, row in zip(images, noun_labels):
+        for image, image_labels in zip(images, noun_labels):
             rng = random.Random(f"{self.seed}/{epoch}/{image.captions}")
-            row[image.shown], row[image.absent] = 1, -1
-            for _ in range(PROMPTS):
+            image_labels[image.shown], image_labels[image.absent] = 1, -1
+            for _ in range(PROMPTS_PER_IMAGE):
                 noun = rng.choice(image.shown or range(len(self.nouns)))
                 sampled.append(noun)
                 prompts.append(rng.choice(TEMPLATES).format(self.nouns[noun]))
@@ -233,19 +234,19 @@ class NounPrompts:
             prompts += [rng.choice(TEMPLATES).format(self.nouns[noun]) for noun in self.classes]
             arrays["class_ids"] = np.array(self.classes)
             arrays["class_probabilities"] = np.zeros((len(images), len(self.classes)), np.float32)
-            for image, row in zip(images, arrays["class_probabilities"]):
-                for number, probability in image.class_probabilities:
-                    row[number] += probability
+            for image, image_probabilities in zip(images, arrays["class_probabilities"]):
+                for position, probability in image.class_probabilities:
+                    image_probabilities[position] += probability
         return prompts, arrays
 
 
 def _name(text: str) -> str:
-    """Returns a name in the form that vocabularies are searched in: words in lower case."""
+    """Returns a name as the vocabulary holds it for searches: words in lower case."""
     return " ".join(_words(text))
 
 
 def _names_of(label: str, listed: Set[str]) -> set[str]:
-    """Returns the name of a label, and those of the same class in other data sets that are `listed`."""
+    """Returns the name of a label, and the `listed` names of its class in other data sets."""
     name = _name(label)
     return {name, *(_SAME_CLASS.get(name, frozenset()) & listed)}
 
@@ -254,17 +255,18 @@ def _names_of(label: str, listed: Set[str]) -> set[str]:
 def _words(text: str) -> tuple[str, ...]:
     # Composed, because file names of macOS have decomposed letters.
     composed = unicodedata.normalize("NFC", text.lower())
-    return (*"".join(letter if _is_of_word(letter) else " " for letter in composed).split(),)
+    without_signs = "".join(character if _is_in_word(character) else " " for character in composed)
+    return tuple(without_signs.split())
 
 
-def _is_of_word(character: str) -> bool:
-    """Returns whether a character is a letter, a digit or a mark, such as a vowel of Thai, but not one of an emoji."""
-    kind = unicodedata.category(character)
-    return kind[0] in "LN" or (kind in ("Mn", "Mc") and not "\ufe00" <= character <= "\ufe0f")
+def _is_in_word(character: str) -> bool:
+    """Returns whether a character is a letter, a digit or a mark of a letter, such as a vowel of Thai."""
+    category, is_of_emoji = unicodedata.category(character), "\ufe00" <= character <= "\ufe0f"
+    return category[0] in "LN" or (category in ("Mn", "Mc") and not is_of_emoji)
 
 
 def _plurals(noun: str) -> list[str]:
     """Returns possible plurals of a noun. Forms that are not words do not occur in captions."""
     endings = (("", "s"), ("", "es"), ("y", "ies"), ("man", "men"), ("f", "ves"), ("fe", "ves"), ("child", "children"))
     endings += (("person", "people"), ("foot", "feet"), ("tooth", "teeth"), ("goose", "geese"), ("mouse", "mice"))
-    return [noun.removesuffix(single) + plural for single, plural in endings if noun.endswith(single)]
+    return [noun.removesuffix(singular) + plural for singular, plural in endings if noun.endswith(singular)]

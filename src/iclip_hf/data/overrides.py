@@ -14,7 +14,7 @@ from .layouts import DATASETS
 
 
 class Overrides(NamedTuple):
-    """Texts of a data set by the names of the attributes of a [`~iclip_hf.data.segmentation.SegmentationDataset`]."""
+    """Texts of a data set, named like the attributes of [`~iclip_hf.data.segmentation.SegmentationDataset`]."""
 
     synonyms: tuple[tuple[str, ...], ...]
     background_texts: tuple[str, ...]
@@ -34,15 +34,14 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
 
     def texts(value: str | Sequence[str]) -> tuple[str, ...]:
         items = (value,) if isinstance(value, str) else value
-        if not (
-            isinstance(items, Sequence) and items and all(isinstance(text, str) and text.strip() for text in items)
-        ):
+        is_list = isinstance(items, Sequence) and len(items) > 0
+        if not is_list or not all(isinstance(text, str) and text.strip() for text in items):
             raise ValueError(f"{where}: {value!r:.100} is neither text (quoted, in YAML) nor a list of texts.")
         return tuple(items)
 
     names = overrides.get("names") or {}
     if not isinstance(names, Mapping):
-        raise ValueError(f"{where}: names maps names of classes to others, and {names!r:.100} does not.")
+        raise ValueError(f"{where}: names must map class names to other names, but is {names!r:.100}.")
     entries = ("names", "background", "templates")
     if unknown := [
         *(key for key in overrides if key not in entries),
@@ -54,8 +53,8 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
     synonyms = tuple(texts(names.get(name, name)) for name in class_names)
     background = texts(overrides["background"]) if "background" in overrides else ()
     if background and not layout.background:
-        raise ValueError(f"{where}: texts of the background are of no use, because that of {dataset!r} is void.")
-    # Texts of the background may be among them, as in papers.
+        raise ValueError(f"{where}: the background of {dataset!r} is void; leave out its texts.")
+    # A text of the background may also name a class, as in papers.
     all_texts = [text for class_texts in synonyms for text in class_texts]
     if twice := [text for text in all_texts if all_texts.count(text) > 1]:
         raise ValueError(f"{where}: {twice[0]!r} names two classes.")
@@ -64,8 +63,8 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
 
 def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> Mapping:
     """
-    Reads a text file with a line for each class, possibly after a line for the background. Synonyms are separated by
-    semicolons if the file has any, otherwise by commas.
+    Reads a text file with a line for each class, which a line for the background can precede. Synonyms are separated
+    by semicolons if the file has any, otherwise by commas.
     """
     content = read_text(path).rstrip()
     separator = ";" if ";" in content else ","
@@ -74,8 +73,8 @@ def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> M
     background = {"background": lines.pop(0)} if has_background else {}
     if len(lines) != len(class_names):
         raise ValueError(
-            f"{path}: {dataset!r} has {len(class_names)} classes with a line for each, and this file has "
-            f"{len(lines)}; if the data set has a background, a line with its texts may come first."
+            f"{path}: {dataset!r} has {len(class_names)} classes, but this file has {len(lines)} lines; write a line "
+            "for each class. If the data set has a background, a line with its texts can come first."
         )
     return {"names": dict(zip(class_names, lines)), **background}
 
@@ -92,4 +91,4 @@ def _read_mapping(path: Path) -> Mapping:
         return content
     except (ValueError, yaml.YAMLError) as error:
         problem = " ".join(str(error).split())
-        raise ValueError(f"{path}: this is no mapping in JSON or YAML, as its suffix says: {problem}") from error
+        raise ValueError(f"{path}: this file must be a mapping in JSON or YAML, by its suffix: {problem}") from error

@@ -1,9 +1,9 @@
 """
 Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
 
-Local images are neither unpacked nor read into memory. A pair is a row of its source, or several rows of one image,
-and one array holds the indices of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not
-imported, so that data can be checked before a run.
+Local images are neither unpacked nor read into memory. A pair is one row of its source, or all rows of one image. One
+array holds the indices of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not imported, so
+that data can be checked before a run.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RawPair(NamedTuple):
 
     Attributes:
         image: encoded image, or path of its file.
-        name: name of the image for errors; None if it is the path.
+        name: name of the image in errors; None if `image` is a path.
         texts: captions and labels.
         key: name of the pair.
     """
@@ -64,20 +64,20 @@ class PairDataset(Epochs):
 
     - `image` (`PIL.Image.Image`): image of mode "RGB".
     - `captions` (`list[str]`): all captions of the pair.
-    - `labels`, `complete` (`list[str]`): names of what the image shows, and names that these labels are complete for.
+    - `labels`, `complete`, `class_probabilities`: labels of the image, see [`~iclip_hf.data.columns.PairTexts`].
     - `caption` (`str`): one of the captions, sampled by seed, epoch and index.
     - `key` (`str`): name of the pair in its source.
     - `draw` (`tuple`): seed, epoch and index, on which random choices for the item depend.
 
     A bad pair is logged and replaced by a random good pair, so that batches have equal sizes on all processes. The
-    choice depends only on seed, epoch and index. `read` returns pairs without replacement. The data set can be
+    choice of the good pair depends only on seed, epoch and index. `read` raises an error instead. The data set can be
     pickled.
 
     Args:
         sources: sources of the pairs, from [`~iclip_hf.data.formats.open_sources`]. A source may be repeated.
         seed (`int`, defaults to 0): seed of random choices.
-        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among those that this
-            process read. Each loading process counts its own.
+        max_bad_share (`float` in [0, 1], defaults to 0.05): largest allowed share of bad pairs among the pairs that
+            this process has read. Each loading process counts its own pairs.
 
     Raises:
         `ValueError`: there are no pairs. During access, too many pairs are bad.
@@ -86,12 +86,12 @@ class PairDataset(Epochs):
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
         self.sources = [*dict.fromkeys(sources)]
-        # Images are numbered over all sources: those of a source end before its number in `_ends`. A pair is an image.
+        # A pair is an image. Images are numbered over all sources. `_ends` has the number behind each source's images.
         self._ends = np.cumsum([source.num_images for source in self.sources], dtype=int)
-        indices_of = {}
+        indices_by_source = {}
         for source, end in zip(self.sources, self._ends.tolist()):
-            indices_of[source] = np.arange(end - source.num_images, end)
-        self._image_indices = np.concatenate([np.empty(0, int), *map(indices_of.get, sources)])
+            indices_by_source[source] = np.arange(end - source.num_images, end)
+        self._image_indices = np.concatenate([np.empty(0, int), *map(indices_by_source.get, sources)])
         self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(
@@ -126,14 +126,14 @@ class PairDataset(Epochs):
 
     def read(self, index: int) -> dict:
         """
-        Returns `image`, `captions`, `labels`, `complete` and `key` of a pair. Raises `BadPairError` if the pair is
-        unusable, instead of replacing it.
+        Returns a pair: an item without `caption` and `draw`. Raises `BadPairError` if the pair is unusable, instead of
+        replacing it.
         """
         pair = self.raw(index)
         return {"image": _load(pair), **pair.texts._asdict(), "key": pair.key}
 
     def image(self, index: int) -> Image.Image:
-        """Returns the image of a pair, which needs no caption. Raises like `read`."""
+        """Returns the image of a pair. The pair needs no caption. Raises like `read`."""
         return _load(self.raw(index, need_captions=False))
 
     def captions(self, index: int) -> list[str]:
@@ -141,7 +141,7 @@ class PairDataset(Epochs):
         return self.raw(index).texts.captions
 
     def raw(self, index: int, need_captions: bool = True) -> RawPair:
-        """Returns a pair as it is stored, with its image not decoded. Raises like `read`."""
+        """Returns a pair as it is stored, without decoding its image. Raises like `read`."""
         return self._raw(self._image_indices[index], need_captions)
 
     def _raw(self, image_index: int, need_captions: bool) -> RawPair:
@@ -165,49 +165,51 @@ class PairDataset(Epochs):
         except (ValueError, TarError) as error:
             raise BadPairError(f"{source.path}, row {row + 1}: {error}") from error
         key = first.get("__key__") or name or stored.get("path") or f"row {row + 1}"
-        return RawPair(image, None if file else f"{source.path}: {stored.get('path') or key!r}", texts, key)
+        image_name = None if file else f"{source.path}: {stored.get('path') or key!r}"
+        return RawPair(image, image_name, texts, key)
 
     def _rows(self, image_index: int) -> tuple[Source, list[int]]:
-        """Returns the source of an image, and its rows there."""
+        """Returns the source of an image, and the rows of the image there."""
         source_index = np.searchsorted(self._ends, image_index, side="right")
         source = self.sources[source_index]
-        return source, source.rows_of_image(image_index - self._ends[source_index] + source.num_images)
+        first_image = self._ends[source_index] - source.num_images
+        return source, source.rows_of_image(image_index - first_image)
 
     def some_texts(self) -> Iterator[PairTexts]:
-        """Yields captions and labels of 2000 to 4000 pairs evenly spread over all, or of fewer, without bad ones."""
+        """Yields captions and labels of at most 4000 pairs, evenly spread over all. Bad pairs are left out."""
         for index in range(0, len(self), max(1, len(self) // 2000)):
             try:
                 yield self.raw(index).texts
-            except BadPairError:  # is counted when it is read for training
+            except BadPairError:  # counted when the pair is read for training
                 continue
 
     def _replacement(self, rng: random.Random) -> tuple[int, dict]:
-        """Samples a good pair from all pairs. Taking the next good pair would repeat the one after a damaged shard."""
+        """Samples a good pair from all. The next good pair would be repeated for each pair of a damaged shard."""
         for _ in range(1000):
             index = rng.randrange(len(self))
             try:
                 return index, self.read(index)
             except BadPairError:
                 continue
-        raise ValueError("1000 sampled pairs are all bad; correct the data, as the log says.")
+        raise ValueError("All of 1000 sampled pairs are bad; correct the pairs that the log names.")
 
     def split(self, share: float) -> tuple[PairDataset, PairDataset]:
         """
-        Divides the pairs in two, always in the same way. Pairs of equal images stay together, also if these are copies
-        of a file, or equal bytes in a shard or table, see `image_digests`.
+        Divides the pairs into two parts, always in the same way. Pairs whose images have equal `image_digests` stay
+        in one part.
 
         Args:
             share (`float` in (0, 1)): share of the images in the second part, rounded up.
 
         Returns:
-            `tuple`: both parts. The second has the pairs of a repeated source once.
+            `tuple`: both parts. The second part has the pairs of a repeated source only once.
 
         Raises:
             `ValueError`: a part would be empty.
         """
-        groups = self.image_digests()
+        digests = self.image_digests()
         # In the order of the pairs, so that the split does not depend on the paths of the files.
-        distinct = list(dict.fromkeys(groups))
+        distinct = list(dict.fromkeys(digests))
         num_held_out = math.ceil(share * len(distinct))
         if not 0 < num_held_out < len(distinct):
             raise ValueError(
@@ -215,13 +217,13 @@ class PairDataset(Epochs):
             )
         order = np.random.default_rng(0).permutation(len(distinct))
         held_out = {distinct[index] for index in order[:num_held_out]}
-        inside = np.array([group in held_out for group in groups])
-        return self._select(~inside), self._select(inside).distinct()[0]
+        is_held_out = np.array([digest in held_out for digest in digests])
+        return self._select(~is_held_out), self._select(is_held_out).distinct()[0]
 
     def readable(self) -> PairDataset:
         """
-        Reads all pairs and returns those that can be read, for measurements, in which no pair may replace another.
-        Logs the bad pairs. Raises `ValueError` if they are too many.
+        Reads all pairs, and returns the pairs that can be read. Measurements need this, because there, no pair may
+        replace another. Logs the bad pairs. Raises `ValueError` if they are too many.
         """
 
         def error_of(index: int) -> BadPairError | None:
@@ -239,17 +241,17 @@ class PairDataset(Epochs):
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
-        Returns the pairs without repetitions of sources, in order, and for each of the N pairs of this data set its
-        index among them, `(N,)`.
+        Returns the pairs of each source once, in order, and the indices in them of the N pairs of this data set,
+        `(N,)`.
         """
-        _, indices, rows = np.unique(self._image_indices, return_index=True, return_inverse=True)
-        return self._select(indices), rows.reshape(-1)
+        _, first_indices, distinct_indices = np.unique(self._image_indices, return_index=True, return_inverse=True)
+        return self._select(first_indices), distinct_indices.reshape(-1)
 
     def image_digests(self) -> list[bytes]:
         """
-        Returns a digest of the encoded image of each pair, 32 bytes. Computed once, also for the parts of a split. The
-        cache folder keeps the digests of more than a gigabyte of data until a path, a size or a modification time
-        changes.
+        Returns a digest of the encoded image of each pair, 32 bytes. The digests are computed once, also for the parts
+        of a split. The cache folder keeps the digests of more than a gigabyte of data until a path, a size or a
+        modification time changes.
         """
         if self._digests is None:
             large = sum(source.size for source in self.sources) > LARGE
@@ -258,26 +260,26 @@ class PairDataset(Epochs):
         return self._digests.tolist()
 
     def _source_digests(self, index: int, large: bool) -> np.ndarray:
-        """Returns a digest of each image of a source, see above."""
+        """Returns the digests of the images of a source, see `image_digests`."""
         source = self.sources[index]
-        kept = cache_folder() / "digests" / f"{source.state}.bin" if large else None
-        if large and kept.is_file():
-            return np.fromfile(kept, "V32")
+        cached = cache_folder() / "digests" / f"{source.state}.bin" if large else None
+        if large and cached.is_file():
+            return np.fromfile(cached, "V32")
         image_indices = range(self._ends[index] - source.num_images, self._ends[index])
         with ThreadPool(min(8, os.cpu_count() or 1)) as pool:  # reading and hashing release the GIL
-            found = prefetch_map(pool, self._image_digest, image_indices, 64)
-            bar = tqdm(found, "Comparing images", len(image_indices), unit="pair", delay=2, leave=False)
+            computed = prefetch_map(pool, self._image_digest, image_indices, 64)
+            bar = tqdm(computed, "Comparing images", len(image_indices), unit="pair", delay=2, leave=False)
             digests = np.array([*bar], "V32")
         if large:
-            keep_in_cache(kept, digests.tofile)
+            keep_in_cache(cached, digests.tofile)
         return digests
 
     def _image_digest(self, image_index: int) -> bytes:
-        """Returns a digest of an encoded image; of the place of a bad one."""
+        """Returns a digest of an encoded image. The digest of a bad image is that of its location."""
         try:
             image = self._raw(image_index, need_captions=False).image
             return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()
-        except (OSError, ValueError):  # a bad pair, which is counted when it is read for training
+        except (OSError, ValueError):  # counted when the pair is read for training
             source, (row, *_) = self._rows(image_index)
             location = os.path.abspath(source.file(row) or f"{source.path}, row {row + 1}")
             return hashlib.sha256(location.encode(errors="surrogatepass")).digest()
@@ -300,8 +302,8 @@ def load_pairs(
     world_size: int = 1,
 ) -> PairDataset | PairStream:
     """
-    Opens image-text pairs for training, from one source or a list of local ones. The guide (`docs/guide/train.md`)
-    describes their forms, and columns with labels.
+    Opens image-text pairs for training, from one source or a list of local sources. The guide (`docs/guide/train.md`)
+    describes sources, and columns of labels. A source is one of:
 
     - Tar shards of webdataset or img2dataset: a file, a folder, or a pattern such as "cc3m/{00000..00331}.tar" or
       "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text, else `caption` in the JSON.

@@ -2,8 +2,8 @@
 Segmentation data sets with one type of samples: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes, CamVid or a
 folder of index masks. `mask_formats` has their readers, `layouts` their files.
 
-Class ids are 1..K in the order of `class_names`. 0 is background. Void pixels, which are ignored, are the highest
-value of the masks' type: 255 of uint8, or 65535 of uint16, which more than 254 classes need.
+Class ids are 1..K in the order of `class_names`. 0 is background. Void pixels are ignored. They have the highest value
+of the masks' type: 255 in uint8; 65535 in uint16, which more than 254 classes need.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class SegmentationDataset(Sequence):
         class_names (`tuple[str, ...]`): the first name of each of the K classes, as used in prompts.
         class_ids (`tuple[int, ...]`): ids of the classes, 1..K.
         stuff (`tuple[int, ...]`, *optional*): ids of the classes without instances, such as sky and road; all others
-            are things. None if the data set does not tell them apart, as Pascal Context and folders.
+            are things. None if the data set does not tell them apart, as in Pascal Context and folders.
         supercategories (`tuple[str, ...]`, *optional*): supercategory of each class, from COCO's files of instances;
             None in other data sets.
         void (`int`): value of ignored pixels in masks, 255; 65535 if K > 254.
@@ -131,12 +131,12 @@ def load_segmentation(
             their files.
         root (`str` or `os.PathLike`): folder of the data set.
         split (`str`, *optional*): split of the data set; the default split if not given.
-        overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names and prompt templates. A mapping, or a
-            JSON or YAML file, with optional keys:
+        overrides (`dict`, `str` or `os.PathLike`, *optional*): other class names, texts of the background and prompt
+            templates. Either a mapping, or a JSON or YAML file, with optional keys:
             `{"names": {"old name": "new name", "other name": ["name", "synonym"]}, "background": ["sky", "wall"],
-            "templates": ["a photo of the {}"]}`. Or a text file with a line for each class by ascending id, synonyms
-            separated by semicolons if the file has any, otherwise by commas; if the data set has a background, a line
-            with its texts can come first. A text can describe both a class and the background.
+            "templates": ["a photo of the {}"]}`. Or a text file with a line for each class, by ascending id. If the
+            data set has a background, a line with its texts can come first. Synonyms in a line are separated by
+            semicolons if the file has any, otherwise by commas. A text can describe both a class and the background.
 
     Returns:
         [`SegmentationDataset`].

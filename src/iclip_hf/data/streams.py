@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     import datasets
 
 _SHUFFLE_BUFFER = 2000  # pairs of a stream, not decoded yet
-_FIRST = 256  # pairs whose labels are looked at before a training
+_FIRST_PAIRS = 256  # pairs whose labels are checked before a training
 
 
 class PairStream(Epochs, IterableDataset):
     """
-    Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Items are those of
-    [`~iclip_hf.data.pairs.PairDataset`].
+    Image-text pairs of a Hub dataset as a stream, from [`~iclip_hf.data.pairs.load_pairs`]. Its items are like those
+    of [`~iclip_hf.data.pairs.PairDataset`].
 
-    An iteration is one pass over the part of this process. The order depends on seed and epoch, and is shuffled
-    through a buffer. Bad pairs are left out. The stream splits itself over processes and DataLoader workers, so it
-    must not be passed to `Accelerator.prepare`, which splits again. The parts differ in length, so training counts
-    steps instead of passes.
+    An iteration is one pass over this process's part of the pairs, shuffled through a buffer by seed and epoch. Bad
+    pairs are left out. The stream splits itself over processes and DataLoader workers, so it must not be passed to
+    `Accelerator.prepare`, which would split it again. The parts differ in length, so training counts steps instead of
+    passes.
 
     Args:
         dataset (`datasets.IterableDataset`): rows with an image column and a caption column.
         seed, max_bad_share, rank, world_size: see [`~iclip_hf.data.pairs.load_pairs`].
         columns ([`~iclip_hf.data.columns.Columns`]): names of the columns; the usual ones by default.
-        hub_id (`str`, *optional*): id of the Hub dataset, whose files the rows may name. Other rows must hold the
-            bytes of their images.
+        hub_id (`str`, *optional*): id of the Hub dataset. Its rows may name image files of this dataset. Without an
+            id, each row must hold the bytes of its image.
 
     Raises:
         `ValueError`: there is no image column. During iteration, too many pairs are bad. `ConnectionError`: during
@@ -66,8 +66,8 @@ class PairStream(Epochs, IterableDataset):
                 f"None of the columns {', '.join(features)} has images; name another dataset or image_column."
             )
         self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
-        # Only these columns are kept: datasets infers types from the first rows, and a different type later ends the
-        # stream.
+        # Only these columns are kept: datasets infers types from the first rows, and a later row of another type would
+        # end the stream.
         kept = (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
         names = [name for name in kept if name in features]
         if isinstance(features.get("json"), Mapping):
@@ -77,7 +77,7 @@ class PairStream(Epochs, IterableDataset):
         dataset = dataset.select_columns(names)
         # Without decoding, because one bad image would end the stream.
         dataset = dataset.cast_column(self._image_column, Image(decode=False))
-        self._first_rows = dataset.take(_FIRST)
+        self._first_rows = dataset.take(_FIRST_PAIRS)
         self._rows = split_dataset_by_node(dataset, rank=rank, world_size=world_size)
         self.seed = seed
         self.tally = BadPairTally(max_bad_share)
@@ -87,7 +87,8 @@ class PairStream(Epochs, IterableDataset):
 
     def one_pass(self, epoch: int) -> Iterator[dict]:
         """Yields the pairs in the order and with the captions of an epoch."""
-        # A data set of its own, because loading processes share the epoch of one, and are in different passes.
+        # Another data set for each pass, because loading processes share the epoch of a data set, but may be in
+        # different passes.
         rows = self._rows.shuffle(seed=self.seed, buffer_size=_SHUFFLE_BUFFER)
         rows.set_epoch(epoch)
         for row in _read(rows):
@@ -109,11 +110,11 @@ class PairStream(Epochs, IterableDataset):
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw}
 
     def some_texts(self) -> Iterator[PairTexts]:
-        """Yields captions and labels of the first 256 pairs of the data set, without bad ones."""
+        """Yields captions and labels of the first 256 pairs of the data set. Bad pairs are left out."""
         for row in _read(self._first_rows):
             try:
                 yield self._columns.texts(row)
-            except ValueError:  # is counted when it is read for training
+            except ValueError:  # counted when the pair is read for training
                 continue
 
 
@@ -140,7 +141,7 @@ def _connection_errors() -> Iterator[None]:
 
 
 def _image_bytes(stored: Mapping, hub_id: str | None) -> bytes:
-    """Returns the encoded image of a streamed row, which holds its bytes or names a file of its Hub dataset."""
+    """Returns the encoded image of a streamed row. The row holds the bytes, or names a file of its Hub dataset."""
     path = stored.get("path")
     if stored.get("bytes") or not path:
         return stored.get("bytes") or b""

@@ -13,14 +13,16 @@ from .epochs import Epochs
 
 
 def leaves(data) -> list:
-    """Returns the data sets that wrappers contain, or the data set itself if it is no wrapper."""
+    """Returns the data sets in a wrapper, at any depth; the data set itself if it is no wrapper."""
     if isinstance(data, Subset):
         return leaves(data.dataset)
-    return [*chain.from_iterable(map(leaves, data.datasets))] if isinstance(data, ConcatDataset) else [data]
+    if isinstance(data, ConcatDataset):
+        return [*chain.from_iterable(map(leaves, data.datasets))]
+    return [data]
 
 
 def leaf_of(data, index: int) -> tuple[Dataset, int]:
-    """Returns the one of the [`leaves`] that holds an item, and the index of the item in it."""
+    """Returns the data set of [`leaves`] that holds an item, and the index of the item there."""
     if isinstance(data, Subset):
         return leaf_of(data.dataset, int(data.indices[index]))
     if isinstance(data, ConcatDataset):
@@ -32,11 +34,16 @@ def leaf_of(data, index: int) -> tuple[Dataset, int]:
 
 def without_subsets(data):
     """Converts a `Subset` of pairs to a [`~pairs.PairDataset`]. Other data are returned unchanged."""
-    return without_subsets(data.dataset)._select(np.array(data.indices)) if isinstance(data, Subset) else data
+    if isinstance(data, Subset):
+        return without_subsets(data.dataset)._select(np.array(data.indices))
+    return data
 
 
 def at_first_epoch(data):
-    """Returns a copy in epoch 0, whose epoch can be set alone. Data sets without an epoch are returned unchanged."""
+    """
+    Returns a copy in epoch 0. Setting the epoch of the copy does not change the original. Data sets without an epoch
+    are returned unchanged.
+    """
     if isinstance(data, Subset):
         data = copy(data)
         data.dataset = at_first_epoch(data.dataset)

@@ -22,20 +22,20 @@ from .source import Source
 from .tables import METADATA, TABLES, read_table
 
 
-# For each suffix of a file, the function that opens it. A folder stands for its files with these suffixes, except
-# tables: of these, only the one that `METADATA` names.
+# For each suffix of a file, the function that opens it. A folder stands for its files with these suffixes. Of its
+# tables, only the one that `METADATA` names is read.
 FORMATS = {".tar": open_shard, ".parquet": open_arrow, **dict.fromkeys(TABLES, read_table)}
 
 
 def is_hub_dataset(source: str) -> bool:
-    """Whether a source can be a dataset of the Hub: it is a Hub id, and not the name of a file of pairs."""
+    """Returns whether a source can be a dataset of the Hub: a Hub id that is not the name of a file of pairs."""
     return is_hub_id(source) and Path(source).suffix.lower() not in FORMATS
 
 
 def open_sources(sources: Sequence[str | os.PathLike], columns: Columns, split: str = "train") -> list[Source]:
     """
-    Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]; Hub datasets are downloaded. A source that is
-    named several times is opened once and returned as often.
+    Opens sources of pairs, see [`~iclip_hf.data.pairs.load_pairs`]. Hub datasets are downloaded. A source that is
+    named several times is opened once, and returned each time.
     """
     opened: dict[str, list[Source]] = {}
     names = [*map(os.fspath, sources)]

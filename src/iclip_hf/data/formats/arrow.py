@@ -29,19 +29,22 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
             rows = open_hub_dataset(os.fspath(path), split)
         elif path.is_dir():
             rows = datasets.load_from_disk(path)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+            if isinstance(rows, datasets.DatasetDict):
+                rows = rows[split]
         else:
             rows = datasets.Dataset.from_parquet(os.fspath(path))
-        images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-        if columns.image == IMAGE_COLUMNS and images:
-            columns = columns._replace(image=(images[0],))
+        image_features = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        if columns.image == IMAGE_COLUMNS and image_features:
+            columns = columns._replace(image=(image_features[0],))
         columns.check(path, rows.features)
-        image = next(name for name in columns.image if name in rows.features)
+        image_column = next(name for name in columns.image if name in rows.features)
         kept = [name for name in (*columns.caption, *LABEL_COLUMNS, "json") if name in rows.features]
-        rows = rows.with_format(None).select_columns([image, *kept])  # some formats hide columns, or return no dict
-        rows = rows.rename_column(image, "image") if image != "image" else rows
+        rows = rows.with_format(None)  # some formats hide columns, or return no dict
+        rows = rows.select_columns([image_column, *kept])
+        if image_column != "image":
+            rows = rows.rename_column(image_column, "image")
         rows = rows.cast_column("image", datasets.Image(decode=False))
-    # The bytes of images within rows are not read. Each is another image, also if several rows have one path.
+    # Only the lengths of images within rows are read. Each of these images is another one, also if rows share a path.
     stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
     lengths = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
     paths = pc.struct_field(stored, "path")
@@ -58,7 +61,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def _is_downloaded(name: str) -> bool:
-    # Others wrote the rows of the Hub: they may name what was downloaded, but no other file of this machine.
+    # Strangers write the rows of the Hub. The rows may name downloaded files, but no other file of this machine.
     from datasets import config
     from huggingface_hub import constants
 
@@ -80,7 +83,7 @@ def open_hub_dataset(name: str, split: str, **kwargs) -> datasets.Dataset | data
         resolve_revision(name, repo_type="dataset")
     except errors.HfHubHTTPError:
         pass  # the Hub answers, and `load_dataset` says more
-    except Exception as error:  # also of a proxy
+    except Exception as error:  # of several libraries, also for a proxy
         raise ConnectionError(
             f"{name}: there is no such file or folder, and the Hub, where this could be a dataset, cannot be reached; "
             "check the name or the connection."

@@ -12,13 +12,13 @@ from .source import PackedRows, Source
 
 logger = logging.getLogger(__name__)
 
-CLASS_CAPTION = "a photo of a {}"  # caption of the images in a folder that is named by their class
+CLASS_CAPTION = "a photo of a {}"  # caption of the images of a class
 
 
 def read_class_folders(path: Path) -> Source:
     """
-    Reads a folder whose subfolders hold the images of one class each and have its name: `dog/1.jpg`. Images elsewhere
-    are logged. Raises `FileNotFoundError` if there are no such images.
+    Reads a folder with a subfolder of images for each class, named like the class: `dog/1.jpg`. Images elsewhere are
+    left out with a warning. Raises `FileNotFoundError` if no subfolder has an image.
     """
     found = [image.relative_to(path) for image in image_files(path)]
     images = [image for image in found if len(image.parts) == 2]

@@ -1,4 +1,4 @@
-"""Tar shards in the form of webdataset and img2dataset, by random access."""
+"""Tar shards in the form of webdataset and img2dataset, with random access."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .source import Source
 
 
 def open_shard(path: Path, columns: Columns) -> Source:
-    """Opens a tar file. Raises `ValueError` if it is none, or compressed."""
+    """Opens a tar file. Raises `ValueError` if the file is no tar file, or is compressed."""
     rows = TarRows(path)
     return Source(path, path.parent, columns, rows, [None] * len(rows), [path])
 
 
 class TarRows(Sequence):
     """
-    The rows of a tar file. Adjacent members with the same key are a row, until a suffix repeats. The bytes of a row
-    are read as a small tar file. Nothing is extracted to disk, and links are ignored.
+    The rows of a tar file. Adjacent members with the same key are a row; a repeated suffix begins another row. The
+    bytes of a row are read as a small tar file. Nothing is extracted to disk, and links are ignored.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        # Cached, because the ranges of a million pairs take minutes.
+        # Cached, because finding the ranges of a million pairs takes minutes.
         cached = cache_folder() / "shards" / f"{hashlib.sha256(file_state(path)).hexdigest()[:32]}.bin"
         content = cached.read_bytes() if cached.is_file() else self._ranges()
         if not cached.is_file():
@@ -57,7 +57,7 @@ class TarRows(Sequence):
                     tar.members.clear()  # tarfile would keep all members
         except tarfile.TarError as error:
             raise ValueError(
-                f"{self.path}: this is no whole tar file without compression ({error}); decompress it, or get it "
+                f"{self.path}: this is not a complete and uncompressed tar file ({error}); decompress it, or get it "
                 "again."
             ) from error
         return ranges.tobytes()
@@ -69,12 +69,12 @@ class TarRows(Sequence):
         start, end = self._starts_and_ends[row].tolist()
         with open(self.path, "rb", buffering=0) as opened:
             opened.seek(start)
-            block = opened.read(end - start)
+            small_tar = opened.read(end - start)
         columns = {}
-        with tarfile.open(fileobj=io.BytesIO(block), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(small_tar), mode="r:") as tar:
             for member in tar:
                 key, suffix = _key_and_suffix(member)
-                data = block[member.offset_data : member.offset_data + member.size]
+                data = small_tar[member.offset_data : member.offset_data + member.size]
                 if suffix in image_suffixes():
                     if "image" in columns:
                         other = columns["image"]["path"]

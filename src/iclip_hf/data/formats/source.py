@@ -52,13 +52,12 @@ class Source:
 
     Attributes:
         path: the file or folder.
-        folder: names of image files are relative to it.
-        columns: names of the columns of the texts in `rows`; `USUAL_COLUMNS` for a format that names them itself, such
-            as "caption".
-        rows: `dict`s of columns. `image` is as `datasets` stores it, `{"bytes": ..., "path": ...}`, for an
-            image within the row. `__key__` names the row. Reading a row raises `ValueError` if it is unusable.
-        image_names: the image file of each row, None for an image within the row and for a row without an image.
-        files: the files of the source itself.
+        folder: folder that names of image files are relative to.
+        columns: names of the columns in `rows`; `USUAL_COLUMNS` for a format that names its columns itself.
+        rows: `dict`s of columns. For an image within the row, `image` is `{"bytes": ..., "path": ...}`, as `datasets`
+            stores it. `__key__` names the row. Reading an unusable row raises `ValueError`.
+        image_names: the image file of each row; None for an image within the row and for a row without an image.
+        files: the files of the source, without image files.
     """
 
     path: Path
@@ -69,12 +68,12 @@ class Source:
     files: Sequence[str | os.PathLike]
 
     def file(self, row: int) -> str | None:
-        """Returns the path of the image file of a row."""
+        """Returns the path of the image file of a row; None if the row names none."""
         name = self.image_names[row]
         return name and os.path.join(self.folder, name)
 
     def all_files(self) -> Iterable[str | os.PathLike]:
-        """Yields the files of the source itself, and those of its images."""
+        """Yields the files of the source, and its image files."""
         return chain(self.files, filter(None, map(self.file, range(len(self.image_names)))))
 
     @cached_property
@@ -96,8 +95,8 @@ class Source:
 
     def rows_of_image(self, image_index: int) -> list[int]:
         """
-        Returns the rows that name an image. They are one pair, because in a batch the captions of other pairs count as
-        wrong. Images are in the order of their first rows.
+        Returns the rows of an image. They are one pair, because in a batch, the captions of other pairs count as wrong
+        ones. Images are numbered in the order of their first rows.
         """
         rows, bounds = self._rows_by_image
         return rows[bounds[image_index] : bounds[image_index + 1]].tolist()
@@ -105,12 +104,12 @@ class Source:
     @cached_property
     def _rows_by_image(self) -> tuple[np.ndarray, np.ndarray]:
         """All rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images."""
-        names = bytearray()
+        digests = bytearray()
         for row in range(len(self.image_names)):
             file = self.file(row)
             name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row
-            names += hashlib.blake2b(name, digest_size=16).digest()
-        _, indices, images = np.unique(np.frombuffer(names, "S16"), return_index=True, return_inverse=True)
-        first_rows = indices[images.reshape(-1)]  # for each row, the first row of its image
+            digests += hashlib.blake2b(name, digest_size=16).digest()
+        _, rows_of_digests, inverse = np.unique(np.frombuffer(digests, "S16"), return_index=True, return_inverse=True)
+        first_rows = rows_of_digests[inverse.reshape(-1)]  # for each row, the first row of its image
         rows = np.argsort(first_rows, kind="stable")
         return rows, np.flatnonzero(np.diff(first_rows[rows], prepend=-1, append=-1))

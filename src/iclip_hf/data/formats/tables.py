@@ -22,23 +22,23 @@ def read_table(path: Path, columns: Columns) -> Source:
     separated by ",", ";" or tab, whichever is most frequent in its header. Raises `ValueError` if a line is no row, or
     there is no column of images or captions.
     """
-    rows, image_names, found = PackedRows(), PackedRows(), {}
-    read = _objects if path.suffix.lower() == ".jsonl" else _fields
+    rows, image_names, found_columns = PackedRows(), PackedRows(), {}
+    read = _json_rows if path.suffix.lower() == ".jsonl" else _csv_rows
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             for row in read(file):
-                found |= dict.fromkeys(row)  # all columns: rows of a .jsonl may have different ones
+                found_columns |= dict.fromkeys(row)  # of all rows, because rows of a .jsonl may have different ones
                 name = next((row[column] for column in columns.image if row.get(column)), None)
                 image_names.append(name if isinstance(name, str) else None)
                 rows.append({column: row[column] for column in (*columns.caption, *LABEL_COLUMNS) if column in row})
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: this table is not UTF-8 ({error}); save it as UTF-8.") from error
     if rows:
-        columns.check(path, found)
+        columns.check(path, found_columns)
     return Source(path, path.parent, columns, rows, image_names, [path])
 
 
-def _objects(file: TextIO) -> Iterator[dict]:
+def _json_rows(file: TextIO) -> Iterator[dict]:
     """Yields the rows of a .jsonl."""
     for number, line in enumerate(file, 1):
         if line.strip():
@@ -51,7 +51,7 @@ def _objects(file: TextIO) -> Iterator[dict]:
             yield row
 
 
-def _fields(file: TextIO) -> Iterator[dict]:
+def _csv_rows(file: TextIO) -> Iterator[dict]:
     """Yields the rows of a .csv or .tsv."""
     dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     if file.name.lower().endswith(".csv"):

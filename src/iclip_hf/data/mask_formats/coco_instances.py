@@ -23,7 +23,7 @@ from .sample import Annotations, SegmentationSample, mask_type
 
 logger = logging.getLogger(__name__)
 
-_FARTHEST = 1e6  # pixels: more than an image has, also of a polygon that extends beyond it
+_MAX_COORDINATE = 1e6  # in pixels; larger than any image, and than polygons that extend beyond it
 
 
 class Instance(NamedTuple):
@@ -46,7 +46,7 @@ class Instance(NamedTuple):
 @dataclass(frozen=True)
 class InstancesSample(SegmentationSample):
     """
-    A sample with COCO instances. The mask of a class is the union of its instances. Classes can overlap.
+    A sample with COCO instances. The mask of a class is the union of its instances. Masks of classes can overlap.
 
     Pixels of crowd regions are void for every class. A class that occurs only as a crowd is in `class_ids`, but its
     mask has no foreground.
@@ -68,7 +68,7 @@ class InstancesSample(SegmentationSample):
         return self._painted([class_id])
 
     def _painted(self, class_ids: Sequence[int]) -> np.ndarray:
-        """Returns an array with each of these ids on the pixels of its instances, and void on crowds."""
+        """Returns an array with the id of each of these classes on the pixels of its instances, and void on crowds."""
         painted = np.zeros(self.size, mask_type(self.num_classes))
         shown = [instance for instance in self.instances if not instance.is_crowd and instance.class_id in class_ids]
         masks = [(instance.class_id, self._pixels(instance)) for instance in shown]
@@ -87,7 +87,7 @@ class InstancesSample(SegmentationSample):
         decode = _decode_polygons if isinstance(instance.segmentation, list) else _decode_run_lengths
         try:
             return decode(instance.segmentation, self.size).view(bool)
-        except Exception as error:  # pycocotools raises any
+        except Exception as error:  # pycocotools raises many types
             raise ValueError(
                 f"{self.annotation_path}: the mask of annotation {instance.annotation_id}, on {self.image_path.name} "
                 f"of {self.size[0]}x{self.size[1]} pixels (height x width), cannot be read: {error}; correct it."
@@ -96,38 +96,40 @@ class InstancesSample(SegmentationSample):
 
 def _decode_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
     """
-    Decodes polygons to `(H, W)` uint8. Raises `ValueError` for polygons that pycocotools would read beyond their end,
-    or that lie far outside of any image: it takes memory by the length of the outline, of NaN without a limit.
+    Decodes polygons to `(H, W)` uint8. Raises `ValueError` for a polygon that pycocotools would read beyond its end.
+    Also raises for coordinates that are NaN or far outside of any image: the memory that pycocotools needs grows with
+    the length of the outline.
     """
     if wrong := [polygon for polygon in polygons if len(polygon) < 6 or len(polygon) % 2]:
-        raise ValueError(f"a polygon of {len(wrong[0])} numbers; it has x and y of at least 3 points")
-    if not all((np.abs(polygon) <= _FARTHEST).all() for polygon in polygons):
-        raise ValueError("a polygon with a coordinate that is no position in pixels")
+        raise ValueError(f"a polygon has {len(wrong[0])} numbers instead of x and y of at least 3 points")
+    if not all((np.abs(polygon) <= _MAX_COORDINATE).all() for polygon in polygons):
+        raise ValueError("a polygon has a coordinate that is no position in pixels")
     coco_mask = _pycocotools_mask()
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size)))
 
 
 def _decode_run_lengths(segmentation: dict, size: tuple[int, int]) -> np.ndarray:
     """
-    Decodes plain or compressed run lengths to `(H, W)` uint8. Raises `ValueError` for those of another size, and for
-    those that are cut off, which pycocotools would decode to a wrong mask.
+    Decodes plain or compressed run lengths to `(H, W)` uint8. Raises `ValueError` for run lengths of another size, and
+    for incomplete ones, which pycocotools would decode to a wrong mask.
     """
     height, width = segmentation["size"]
     counts = segmentation["counts"]
     if (height, width) != size:
-        raise ValueError(f"run lengths of {height}x{width} pixels")
+        raise ValueError(f"the run lengths are of {height}x{width} pixels")
     is_plain = isinstance(counts, list)
-    total = sum(counts if is_plain else _run_lengths(counts))
+    total = sum(counts if is_plain else _decompress(counts))
     if total != height * width:
-        raise ValueError(f"run lengths of {total} of {height * width} pixels")
+        raise ValueError(f"the run lengths are of {total} of {height * width} pixels")
     coco_mask = _pycocotools_mask()
-    return coco_mask.decode(coco_mask.frPyObjects(segmentation, *size) if is_plain else segmentation)
+    compressed = coco_mask.frPyObjects(segmentation, *size) if is_plain else segmentation
+    return coco_mask.decode(compressed)
 
 
-def _run_lengths(text: str | bytes) -> list[int]:
+def _decompress(text: str | bytes) -> list[int]:
     """
-    Returns the run lengths in COCO's compressed form. A letter has 5 bits of a number, the lowest first. From the
-    fourth on, a number is the difference to the last but one.
+    Returns the run lengths in COCO's compressed text. Each letter holds 5 bits of a number, the lowest bits first.
+    From the fourth number on, the text holds the difference of a number and the number two before it.
     """
     lengths, value, shift = [], 0, 0
     for letter in text.encode() if isinstance(text, str) else text:
@@ -180,7 +182,7 @@ def _instances_file(root: Path, split: str) -> Path:
     path = root / "annotations" / f"instances_{split}.json"
     if path.is_file():
         return path
-    cure = "the data set's folder has annotations/instances_SPLIT.json"
+    cure = "the folder of the data set must have annotations/instances_SPLIT.json"
     if others := sorted(file.stem.removeprefix("instances_") for file in path.parent.glob("instances_*.json")):
         cure = f"name another split (--split, or --eval_split of a training): {', '.join(others)}"
     raise FileNotFoundError(f"{path}: there is no such file; {cure}.")
@@ -221,11 +223,16 @@ def _parse(content: dict) -> tuple[list[dict], list[dict], list[list[Instance]]]
 
 def _check_masks(path: Path, instances: Sequence[Instance]) -> None:
     """Raises `ValueError` if no instance has a mask. Warns if some have none."""
-    boxes = sum(not instance.segmentation for instance in instances)
-    if boxes and boxes == len(instances):
+    num_boxes = sum(not instance.segmentation for instance in instances)
+    if num_boxes and num_boxes == len(instances):
         raise ValueError(f"{path}: the annotations are boxes without a mask; export polygons or run lengths.")
-    if boxes:
-        logger.warning("%s: %d of %d annotations have no mask: shown, without a pixel", path, boxes, len(instances))
+    if num_boxes:
+        logger.warning(
+            "%s: %d of %d annotations have no mask; their classes count as shown, without pixels",
+            path,
+            num_boxes,
+            len(instances),
+        )
 
 
 def _check_images(path: Path, files: Sequence[Path]) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from ...model.images import image_suffixes, open_image, upright
-from ..files import expand_braces, is_written, read_text
+from ..files import expand_braces, is_output_name, read_text
 from ..layouts import VOID, Layout
 from .sample import Annotations, SegmentationSample
 
 
-# Marks values that a data set does not have, in the tables from the values of mask files to class ids.
+# In the table from the values of mask files to class ids, marks a value that the data set does not use.
 _UNKNOWN = -1
 
 
@@ -59,8 +59,8 @@ class IndexSample(SegmentationSample):
         present = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
         if unknown := present[self.table[present] == _UNKNOWN].tolist():
             raise ValueError(
-                f"{self.mask_path}: the data set has no classes with the ids {unknown}; correct the mask or the list "
-                "of classes."
+                f"{self.mask_path}: the data set has no classes with the values {unknown}; correct the mask or the "
+                "list of classes."
             )
         return self.table.astype(np.uint8)[values]
 
@@ -74,11 +74,11 @@ def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotatio
     mask_pattern, masks = _find_files(root, layout.masks, split)
     names = [*masks]
     if image_pattern.endswith("*"):
-        images = {name: path for name, path in images.items() if name in masks or not is_written(path.name)}
+        images = {name: path for name, path in images.items() if name in masks or not is_output_name(path.name)}
         names = sorted({*images, *masks})
-    if layout.lists:
-        lists = [root / path for path in _alternatives(layout.lists, split)]
-        lines = read_text(next(filter(Path.is_file, lists), lists[0])).splitlines()
+    if layout.image_list:
+        paths = [root / path for path in _alternatives(layout.image_list, split)]
+        lines = read_text(next(filter(Path.is_file, paths), paths[0])).splitlines()
         names = [*dict.fromkeys(line.strip() for line in lines if line.strip())]  # a joined list may repeat images
     if not names:
         raise FileNotFoundError(
@@ -91,16 +91,22 @@ def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotatio
                 f"{root / missing[0].join(_around(pattern))}: this file is missing ({len(missing)} of {len(names)} "
                 "are); complete the data."
             )
-    list_of_classes = [] if layout.classes else [root / "classes.txt"]
-    class_names = layout.classes or _read_class_names(list_of_classes[0])
+    class_files = [] if layout.classes else [root / "classes.txt"]
+    class_names = layout.classes or _read_class_names(class_files[0])
     num_classes = len(class_names)
+    table = _value_table(layout, num_classes)
+    samples = [IndexSample(images[name].stem, images[name], num_classes, masks[name], table) for name in names]
+    return Annotations(class_names, samples, [*class_files, *map(masks.get, names)])
+
+
+def _value_table(layout: Layout, num_classes: int) -> np.ndarray:
+    """Returns the class id of each value of mask files (256,), 0 for background, `VOID`, or `_UNKNOWN`."""
     table = np.full(256, _UNKNOWN, np.int16)
     table[[VOID, *layout.void]] = VOID
     table[list(layout.background)] = 0
     class_ids = range(1, num_classes + 1)
     table[list(layout.values or class_ids)] = class_ids
-    samples = [IndexSample(images[name].stem, images[name], num_classes, masks[name], table) for name in names]
-    return Annotations(class_names, samples, [*list_of_classes, *map(masks.get, names)])
+    return table
 
 
 def has_index_masks(root: Path, layout: Layout, split: str | None) -> bool:
@@ -110,15 +116,15 @@ def has_index_masks(root: Path, layout: Layout, split: str | None) -> bool:
 
 def _find_files(root: Path, pattern: str, split: str | None) -> tuple[str, dict[str, Path]]:
     """
-    Returns the first alternative of a pattern that finds files, else the last, and the files by the text that `*`
-    stands for. Folders are listed, because single look-ups are slow on network drives.
+    Returns the first alternative of a pattern that finds files, or the last one, and the files by the text that `*`
+    stands for.
     """
     for chosen in _alternatives(pattern, split):
         start, end = _around(chosen)
-        # Other programs write converted masks beside those of a data set.
-        paths = [
-            path for path in glob.glob(chosen, root_dir=root, recursive=True) if not path.endswith("TrainIds.png")
-        ]
+        # Folders are listed, because single look-ups are slow on network drives.
+        found = glob.glob(chosen, root_dir=root, recursive=True)
+        # Other programs write converted masks beside the masks of a data set.
+        paths = [path for path in found if not path.endswith("TrainIds.png")]
         names = sorted(path.removeprefix(start).removesuffix(end) for path in paths)
         if not end:
             names = [name for name in names if os.path.splitext(name)[1].lower() in image_suffixes()]
@@ -147,10 +153,10 @@ def _read_class_names(path: Path) -> list[str]:
     """Reads the names of the classes of a folder of masks."""
     names = [line.strip() for line in read_text(path).rstrip().splitlines()]
     # labelme writes "_background_", and others number the classes, as in "0: background".
-    is_background = names[:1] and names[0].strip("_0:.,; \t").lower() == "background"
-    if is_background or not 1 <= len(names) < VOID or "" in names or len({*names}) < len(names):
+    has_background = names[:1] and names[0].strip("_0:.,; \t").lower() == "background"
+    if has_background or not 1 <= len(names) < VOID or "" in names or len({*names}) < len(names):
         raise ValueError(
-            f"{path}: line 1 names class id 1, without the background; there are 1 to {VOID - 1} lines with "
-            "different names, and none is blank."
+            f"{path}: write the names of 1 to {VOID - 1} classes, all different, one in each line, without the "
+            "background and without blank lines."
         )
     return names

@@ -15,7 +15,7 @@ from ...model.images import load_image
 
 
 def mask_type(num_classes: int) -> np.dtype:
-    """Returns the smallest unsigned type that holds background, K classes and void, which is its highest value."""
+    """Returns the smallest unsigned type that holds background, K classes and, as its highest value, void."""
     return np.min_scalar_type(num_classes + 1)
 
 
@@ -56,8 +56,8 @@ class SegmentationSample:
 
     def mask(self, class_id: int) -> np.ndarray:
         """
-        Returns the mask of one class, an id in 1..K, which the image need not contain: `(H, W)` of the type of
-        `label_map`, `class_id` on the pixels of the class, `void` on ignored pixels, 0 on all others. Raises
+        Returns the mask of a class, an id in 1..K: `(H, W)` of the type of `label_map`, with `class_id` on the pixels
+        of the class, `void` on ignored pixels, and 0 on all others. The image need not contain the class. Raises
         `ValueError` if the file is not as described.
         """
         raise NotImplementedError

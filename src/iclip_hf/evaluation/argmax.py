@@ -24,21 +24,23 @@ def argmax_label_map(
     data set. Maps are enlarged one at a time (bicubic, as in Eq. 4), so the memory does not grow with the number of
     texts.
 
-    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. With `logit_scale`, it
-    is the probability of the best text: a softmax of the scaled values over all texts, which needs cosines.
+    The confidence of a pixel is the map of its best text, stretched to [0, 1] over the image. With `logit_scale`, the
+    confidence is the probability of the best text: a softmax of the scaled values over all texts. The raw maps must
+    then be cosines.
 
     Args:
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): raw maps of one image.
         size (`tuple[int, int]`): height and width of the label map in pixels.
         classes (T integers): class of each text. Texts of one class are synonyms. [`BACKGROUND_LABEL`] marks texts
             that describe the background.
-        threshold (`float`, *optional*): a pixel whose confidence is not greater belongs to the background.
+        threshold (`float`, *optional*): a pixel is background if its confidence is not above this threshold.
+        logit_scale (`float`, *optional*): scale of the softmax.
 
     Returns:
         `tuple`: class of each pixel `(H, W)`, int64, and the confidence `(H, W)`, float32, in [0, 1].
     """
     values = torch.empty(size, dtype=torch.float32, device=raw_maps.device)
-    # One map at a time, so that equal maps stay equal.
+    # In a batch, rounding could make equal maps different.
     winner, best, confidence = _best_texts((resize_maps(raw, size, out=values) for raw in raw_maps), logit_scale)
     if confidence is None:
         confidence = stretch(best, *best.aminmax(), out=best)
@@ -63,8 +65,8 @@ def _best_texts(
         higher = values > best
         winner.masked_fill_(higher, index)
         if logit_scale is not None:
-            below = (values - best).abs_().mul_(-logit_scale).exp_()
-            total = torch.where(higher, total * below + 1, total + below)
+            ratio = (values - best).abs_().mul_(-logit_scale).exp_()  # of the lower to the higher exp(logit)
+            total = torch.where(higher, total * ratio + 1, total + ratio)
         torch.maximum(best, values, out=best)
     return winner, best, None if logit_scale is None else 1 / total
 
@@ -79,22 +81,24 @@ def protocol_label_map(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Finds the class with the highest probability at each pixel, as papers do, see [`~protocols.Protocol`]. Arguments
-    and results are those of [`argmax_label_map`], with two differences. A pixel is background if its probability is
-    lower than the threshold, not if it is equal. And the pixels of a class below `min_area` go to the best of the
-    other classes, with the probability of that class among all texts.
+    and results are those of [`argmax_label_map`], with two differences:
+
+    - A pixel is background if its probability is below the threshold, but not if both are equal.
+    - A class needs more than `min_area`, a share of the pixels that are not background. The pixels of a smaller class
+      go to the best of the other classes. Their confidence is the probability of that class among all texts.
     """
     classes = torch.as_tensor(classes, dtype=torch.long, device=maps.maps.device)
     winner, best, confidence = _best_texts(maps.enlarged(), logit_scale)
     label_map = classes[winner.long()]
     if min_area:
         areas = torch.bincount(label_map.flatten() + 1, minlength=int(classes.max()) + 2)[1:]  # without the background
-        stays = (classes == BACKGROUND_LABEL) | (areas > min_area * areas.sum())[classes]
-        kept = stays.nonzero().flatten()
+        is_kept = (classes == BACKGROUND_LABEL) | (areas > min_area * areas.sum())[classes]
+        kept_texts = is_kept.nonzero().flatten()
         label_map.fill_(BACKGROUND_LABEL)
-        if len(kept):
-            winner, lower, _ = _best_texts(maps.enlarged(kept.tolist()), logit_scale)
-            label_map = classes[kept][winner.long()]
-            confidence *= (logit_scale * (lower - best)).exp()
+        if len(kept_texts):
+            winner, best_kept, _ = _best_texts(maps.enlarged(kept_texts.tolist()), logit_scale)
+            label_map = classes[kept_texts][winner.long()]
+            confidence *= (logit_scale * (best_kept - best)).exp()
     if threshold is not None:
         label_map[confidence < threshold] = BACKGROUND_LABEL
     return label_map, confidence

@@ -31,7 +31,7 @@ def to_numpy(array) -> np.ndarray:
 
 
 def _check_map(heatmap) -> np.ndarray:
-    """Returns a map as an array of floats. Raises `ValueError` outside [0, 1], which would be counted wrongly."""
+    """Returns a map as an array of floats. Raises `ValueError` for values outside [0, 1]."""
     heatmap = to_numpy(heatmap)
     if heatmap.dtype.kind != "f":
         heatmap = heatmap.astype(np.float32)  # a map of zeros and ones
@@ -49,7 +49,7 @@ def _check_class_id(class_id: int, ignore_index: int) -> None:
 
 
 def _blocks(heatmap, mask, class_id, ignore_index):
-    """Yields the values of a map, where the class is and where pixels are ignored, in flat blocks."""
+    """Yields flat blocks of pixels: the values of a map, which pixels are of the class, and which are ignored."""
     heatmap = _check_map(heatmap)
     mask = to_numpy(mask)
     class_id = operator.index(class_id)
@@ -72,8 +72,8 @@ def threshold_counts(heatmap, mask, class_id: int, ignore_index: int = 255) -> n
         class_id (`int`), ignore_index (`int`): id of the class, and mask value of the pixels that are ignored.
 
     Returns:
-        `np.ndarray` of shape `(2, 102)`, int64: numbers of background and foreground pixels: all, then those with M >
-        0, M > 0.01, ..., M > 1.
+        `np.ndarray` of shape `(2, 102)`, int64: for background and foreground, the number of all pixels, then of those
+        with M > 0, M > 0.01, ..., M > 1.
     """
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
@@ -81,20 +81,24 @@ def threshold_counts(heatmap, mask, class_id: int, ignore_index: int = 255) -> n
         codes += foreground * np.uint8(LEVELS)
         np.copyto(codes, _VOID_CODE, where=void)
         histogram += np.bincount(codes, minlength=len(histogram))
-    bins = histogram[: 2 * LEVELS].reshape(2, LEVELS)
-    return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
+    return _counts_from_each(histogram[: 2 * LEVELS].reshape(2, LEVELS))
 
 
 def _thresholds_below(values: np.ndarray) -> np.ndarray:
     """Returns the number of thresholds below each value in [0, 1], uint8."""
-    # The index of the nearest threshold, or one more. The comparison is exact, because index / 100 in the dtype of the
-    # values is the threshold rounded to that dtype.
+    # The number is the index of the nearest threshold, or one more if the value is above this threshold. The
+    # comparison is exact, because index / 100 in the dtype of the values is the threshold rounded to that dtype.
     nearest = values * 100
     np.rint(nearest, out=nearest)
-    codes = nearest.astype(np.uint8)
+    numbers = nearest.astype(np.uint8)
     nearest /= 100
-    codes += values > nearest
-    return codes
+    numbers += values > nearest
+    return numbers
+
+
+def _counts_from_each(bins: np.ndarray) -> np.ndarray:
+    """Returns for each of the bins `(N, L)` the sum of this bin and all later ones."""
+    return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 
 def region_means(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.ndarray:
@@ -104,7 +108,8 @@ def region_means(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.nd
     """
     sums = np.zeros((2, 2))
     for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
-        # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting them.
+        # Most pixels are background. Subtracting the sum of the others from the total is faster than selecting the
+        # background.
         inside, ignored = values[foreground], values[void]
         total, inside_total, ignored_total = (part.sum(dtype=np.float64) for part in (values, inside, ignored))
         num_outside = values.size - inside.size - ignored.size
@@ -123,13 +128,14 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
     Args:
         maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
         mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or
-            one mask for each class. These can overlap.
+            one mask for each class, if classes overlap.
         class_ids (`Sequence[int]`): K different class ids.
-        both_maps (`bool`): whether to compare the maps of both classes, c; otherwise only that of the class itself, a.
+        both_maps (`bool`): True for c, which takes the maps of both classes; False for a, which takes only the map of
+            the class itself.
 
     Returns:
-        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners and the sum of c or a over
-        them. Two classes of the image are partners if each has a pixel that does not belong to the other.
+        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners, and the sum of c or a over
+        its partners. Two classes of the image are partners if each has a pixel that does not belong to the other.
     """
     maps = _check_map(maps)
     mask = to_numpy(mask)
@@ -145,41 +151,44 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
     pixels = [np.flatnonzero(region) for region in regions]
     shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(num_classes) for j in range(i)}
 
-    # `comparisons` counts the comparisons of a pixel of i with a pixel of j. `wins` is twice the number of those in
-    # which M_i is greater at i, plus the number of ties.
-    wins, comparisons = np.zeros((2, num_classes, num_classes), np.int64)
+    # `comparisons` counts the comparisons of a pixel of i with a pixel of j. `double_wins` is twice the number of
+    # comparisons in which M_i is greater at i, plus the number of ties.
+    double_wins, comparisons = np.zeros((2, num_classes, num_classes), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
         histograms = [_histogram(heatmap[region]) for region in pixels]
         for j in range(num_classes):
             if i != j:
-                both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
-                inside, outside = histograms[i] - both, histograms[j] - both
-                wins[i, j] = inside @ (2 * outside.cumsum() - outside)
+                in_both = _histogram(heatmap[shared[max(i, j), min(i, j)]])
+                inside, outside = histograms[i] - in_both, histograms[j] - in_both
+                double_wins[i, j] = inside @ (2 * outside.cumsum() - outside)
                 comparisons[i, j] = inside.sum() * outside.sum()
-    # Added as integers, so that equal maps have exactly one half.
-    four_wins = (wins + wins.T) if both_maps else 2 * wins
-    return np.stack([(comparisons > 0).sum(1), (four_wins / (4 * comparisons.clip(1))).sum(1)])
+    # The wins are added as integers, so that equal maps have exactly one half.
+    quadruple_wins = (double_wins + double_wins.T) if both_maps else 2 * double_wins
+    return np.stack([(comparisons > 0).sum(1), (quadruple_wins / (4 * comparisons.clip(1))).sum(1)])
 
 
 def pointing_shares(heatmap, mask, class_id: int, ignore_index: int = 255) -> np.ndarray:
     """
-    Plays the pointing game (Zhang et al. 2018) and the energy-based one (Wang et al. 2020). Arguments are those of
-    [`threshold_counts`]. Returns `(3,)` in [0, 1]: whether the map's highest pixel belongs to the class (if several
-    are equal, the share that does); the share of the map's sum on the class; the share of the class in the image. NaN
-    without a pixel of the class.
+    Computes the scores of the pointing game (Zhang et al. 2018) and of the energy-based one (Wang et al. 2020).
+    Arguments and errors are those of [`threshold_counts`].
+
+    Returns:
+        `np.ndarray` of shape `(3,)`, float64, in [0, 1]: whether the highest pixel of the map belongs to the class (if
+        several are equal, the share of them in the class); the share of the map's sum on the class; and the share of
+        the class in the image. All are NaN without a pixel of the class.
     """
-    counts, peak = np.zeros((2, 3)), -1.0  # background and foreground: highest pixels, sum, all pixels
+    sums, peak = np.zeros((2, 3)), -1.0  # of background and foreground: highest pixels, values, all pixels
     for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
-        for row, region in enumerate((values[~(foreground | void)], values[foreground])):
-            if region.size and region.max() > peak:
-                counts[:, 0], peak = 0, region.max()
-            counts[row] += (region == peak).sum(), region.sum(dtype=np.float64), region.size
-    total = counts.sum(0)
-    if not counts[1, 2]:
+        for index, selected in enumerate((values[~(foreground | void)], values[foreground])):
+            if selected.size and selected.max() > peak:
+                sums[:, 0], peak = 0, selected.max()
+            sums[index] += (selected == peak).sum(), selected.sum(dtype=np.float64), selected.size
+    total, class_sums = sums.sum(0), sums[1]
+    if not class_sums[2]:
         return np.full(3, np.nan)
-    shares = counts[1] / np.where(total, total, 1)
-    return np.where(total, shares, shares[2])  # without a sum, in a map of zeros, as for a constant map
+    shares = class_sums / np.where(total, total, 1)
+    return np.where(total, shares, shares[2])  # a map of zeros has no sum: the share of a constant map
 
 
 def _histogram(values: np.ndarray) -> np.ndarray:
@@ -190,8 +199,8 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
     """
-    Groups probabilities `(N,)` into bins of equal width; the last one includes 1 (Guo et al. 2017). Returns for the
-    bins their mean probability (`mean`) and share of shown items (`shown`), both NaN in an empty bin, and their number
+    Groups probabilities `(N,)` into bins of equal width; the last one includes 1 (Guo et al. 2017). Returns for each
+    bin the mean probability (`mean`) and the share of shown items (`shown`), both NaN in an empty bin, and the number
     of items (`items`).
     """
     index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
@@ -205,8 +214,8 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
     """
     Counts the pixels of each class in a predicted and a reference label map `(H, W)`, of class ids 0..K-1, where 0 is
     the background. With `confidence` `(H, W)` in [0, 1], the prediction is counted at each of `THRESHOLDS`: a pixel
-    whose confidence is not greater is background. Returns `(3, K, L)` int64: pixels in both maps, in the prediction
-    and in the reference, at L thresholds: 101, or 1 without confidence.
+    whose confidence is not above the threshold is background. Returns `(3, K, L)` int64: pixels in both maps, in the
+    prediction and in the reference, at L thresholds: 101, or 1 without confidence.
     """
     prediction, reference = to_numpy(prediction), to_numpy(reference)
     confidence = None if confidence is None else _check_map(confidence)
@@ -217,14 +226,14 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
     if confidence is not None:
         codes += _thresholds_below(confidence[counted])
 
-    def above(pixels: np.ndarray | slice) -> np.ndarray:
-        """Returns the number of these pixels above each threshold by predicted class, (K, L)."""
-        bins = np.bincount(codes[pixels], minlength=num_classes * levels).reshape(-1, levels)
-        return bins if confidence is None else bins[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+    def count_above(selected_codes: np.ndarray) -> np.ndarray:
+        """Returns the number of pixels above each threshold for each predicted class, `(K, L)`."""
+        bins = np.bincount(selected_codes, minlength=num_classes * levels).reshape(-1, levels)
+        return bins if confidence is None else _counts_from_each(bins)[:, 1:]
 
-    in_both, predicted = above(prediction == reference), above(slice(None))
+    in_both, predicted = count_above(codes[prediction == reference]), count_above(codes)
     referenced = np.bincount(reference, minlength=num_classes)
-    # A pixel counts as background unless its class is kept, which needs a confidence above the threshold.
-    in_both[0] = referenced[0] - above(reference == 0)[1:].sum(axis=0)
+    # A pixel keeps its class only if its confidence is above the threshold. All other pixels are background.
+    in_both[0] = referenced[0] - count_above(codes[reference == 0])[1:].sum(axis=0)
     predicted[0] = reference.size - predicted[1:].sum(axis=0)
     return np.stack([in_both, predicted, np.broadcast_to(referenced[:, None], predicted.shape)])

@@ -1,6 +1,6 @@
 """
-The protocols by which papers on training-free open-vocabulary segmentation measure mIoU, as their released
-configurations state them. Torch is not imported, because the help of a command lists them.
+The protocols by which papers on training-free open-vocabulary segmentation measure mIoU, as the papers' released
+configurations state them. The help of a command lists the protocols, so this module does not import torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 
-_NAMES = Path(__file__).parents[1] / "data" / "papers"
+_NAMES_FOLDER = Path(__file__).parents[1] / "data" / "papers"
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Protocol:
         window, stride (`int`): side and distance of the sliding windows in pixels; None for the whole image.
         logit_scale (`float`): scale of the softmax over the texts.
         threshold (`float`, *optional*): a pixel whose best class has a lower probability is background.
-        min_area (`float`): least share of the pixels of all classes but the background that a class needs; the pixels
-            of a smaller class go to the next best class.
-        pamr_dilations (`tuple[int, ...]`): distances of the neighbours of PAMR in pixels; none without PAMR.
-        overrides (`Path`, *optional*): class names and texts of the background, for `load_segmentation`; None if they
-            are the data set's own.
+        min_area (`float`): a class needs more than this share of the pixels that are not background. The pixels of a
+            smaller class go to the next best class.
+        pamr_dilations (`tuple[int, ...]`): distances of the neighbours of PAMR in pixels; empty without PAMR.
+        overrides (`Path`, *optional*): file of class names and texts of the background, for `load_segmentation`; None
+            for those of the data set.
     """
 
     methods: Mapping[str, Mapping]
@@ -44,7 +44,7 @@ class Protocol:
 
 _WHOLE = {"window": None, "stride": None}
 _CITYSCAPES = {"short_side": 560}
-# The settings of each paper, and its other settings for single data sets.
+# The settings of each paper, and the settings that differ for single data sets.
 _PAPERS = {
     "sclip": (
         Protocol({"sclip": {}}),
@@ -87,19 +87,19 @@ _PAPERS = {
     ),
 }
 PROTOCOLS = tuple(_PAPERS)
-# The paper whose lists of names another one took over.
+# NACLIP took over the class names of SCLIP.
 _NAMES_OF = {"naclip": "sclip"}
 
 
 def protocol_settings(paper: str, dataset: str) -> Protocol:
     """
     Returns the settings of a paper, a name of `PROTOCOLS`, for a data set, a name of
-    [`~iclip_hf.data.layouts.DATASETS`]. A data set that the paper does not have gets the settings of most others.
-    Raises `ValueError` if there is no such paper.
+    [`~iclip_hf.data.layouts.DATASETS`]. A data set that the paper does not measure gets the settings that the paper
+    has for most data sets. Raises `ValueError` if there is no such paper.
     """
     if paper not in _PAPERS:
-        raise ValueError(f"{paper!r} is none of the protocols {', '.join(PROTOCOLS)}.")
+        raise ValueError(f"{paper!r} is none of the protocols {', '.join(PROTOCOLS)}: choose one of them.")
     settings, changes = _PAPERS[paper]
-    files = [_NAMES / f"{dataset}-{_NAMES_OF.get(paper, paper)}.yaml", _NAMES / f"{dataset}.yaml"]
+    files = [_NAMES_FOLDER / f"{dataset}-{_NAMES_OF.get(paper, paper)}.yaml", _NAMES_FOLDER / f"{dataset}.yaml"]
     overrides = next(filter(Path.is_file, files), None)
     return replace(settings, overrides=overrides, **changes.get(dataset, {}))

@@ -1,5 +1,5 @@
 """
-Maps of sliding windows by the steps that papers on training-free open-vocabulary segmentation share, see
+Maps of sliding windows, by the steps that papers on training-free open-vocabulary segmentation share, see
 [`~protocols.Protocol`]. Resizing is bilinear without antialiasing, and windows are averaged in pixels.
 """
 
@@ -27,8 +27,8 @@ CHUNK = 8
 
 def resized(image: Image.Image, short_side: int) -> torch.Tensor:
     """
-    Resizes an RGB image to a short side in pixels, and a long side of at most 2048: `(3, H, W)`, uint8. Its sides need
-    not be multiples of a patch.
+    Resizes an RGB image to a short side in pixels, or a smaller one if the long side would exceed 2048 pixels. Returns
+    `(3, H, W)`, uint8. H and W need not be multiples of a patch.
     """
     pixels = torch.from_numpy(np.array(image)).movedim(-1, 0)
     height, width = pixels.shape[1:]
@@ -43,10 +43,10 @@ class WindowMaps:
 
     Attributes:
         pixels (`torch.Tensor` of shape `(3, H, W)`): the resized image.
-        windows: the rows and columns of each of the W windows, which have one size.
+        windows: the rows and columns of pixels of each of the N windows, which have one size.
         size (`tuple[int, int]`): height and width of the enlarged maps in pixels.
         dilations: distances in pixels of the neighbours of PAMR, which refines the enlarged maps; none without PAMR.
-        maps (`torch.Tensor` of shape `(W, T, h, w)`, *optional*): raw maps of T texts.
+        maps (`torch.Tensor` of shape `(N, T, h, w)`, *optional*): raw maps of T texts.
     """
 
     pixels: torch.Tensor
@@ -57,33 +57,36 @@ class WindowMaps:
 
     @classmethod
     def cut(cls, pixels: torch.Tensor, window: int | None, stride: int | None, **kwargs) -> WindowMaps:
-        """Divides an image into windows that slide over it by `stride`; without `window`, the whole image is one."""
+        """Divides an image into windows at distances of `stride`. Without `window`, the whole image is one window."""
         size = tuple(pixels.shape[1:])
         sides = tuple(min(window or side, side) for side in size)
         return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **kwargs)
 
     def crops(self, patch_size: int) -> list[torch.Tensor]:
         """
-        Returns the pixels of each window. Like a convolution without padding, they leave out incomplete patches at the
-        edges.
+        Returns the pixels of each window, without incomplete patches at the right and bottom edge, like a convolution
+        without padding.
         """
         crops = [self.pixels[:, rows, columns] for rows, columns in self.windows]
         height, width = (side - side % patch_size for side in crops[0].shape[1:])
         return [crop[:, :height, :width] for crop in crops]
 
     def enlarged(self, texts: Sequence[int] | None = None) -> Iterator[torch.Tensor]:
-        """Yields the map `(height, width)` of each text, or of those with these indices."""
+        """Yields the map `(height, width)` of each text, or of the texts with these indices."""
         maps = self.maps if texts is None else self.maps[:, list(texts)]
-        window = [part.stop - part.start for part in self.windows[0]]
+        rows, columns = self.windows[0]
+        window_size = (rows.stop - rows.start, columns.stop - columns.start)
         weights = None
         if self.dilations:
             image = _bilinear(self.pixels[None].to(maps), self.size)
             weights = affinity(image, self.dilations, PAMR_SPREAD, centers=len(self.dilations))
-        for part in maps.split(CHUNK, 1):
-            large_windows = (_bilinear(window_maps[None], window) for window_maps in part)
+        for chunk in maps.split(CHUNK, 1):
+            large_windows = (_bilinear(window_maps[None], window_size) for window_maps in chunk)
             joined = mean_of_windows(large_windows, self.windows, self.pixels.shape[1:], patch_size=1)
-            large = _bilinear(joined, self.size)
-            yield from (large if weights is None else propagate(large, weights, self.dilations))[0]
+            enlarged = _bilinear(joined, self.size)
+            if weights is not None:
+                enlarged = propagate(enlarged, weights, self.dilations)
+            yield from enlarged[0]
 
 
 def _bilinear(values: torch.Tensor, size: Sequence[int]) -> torch.Tensor:

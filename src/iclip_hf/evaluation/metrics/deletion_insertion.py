@@ -1,6 +1,6 @@
 """
 Deletion and insertion: whether the score of a text falls when the pixels that its map marks are deleted, and rises
-when they are inserted. The functions work with any model and any maps.
+when these pixels are inserted. [`deletion_insertion`] works with any model and any maps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ STEPS = 10  # number of steps of deletion, and of insertion
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function from images `(N, 3, H, W)` to score and probability of each text, `(N, T, 2)`."""
-
     model = recordable(model, "deletion and insertion")
 
     @torch.no_grad()
@@ -52,10 +51,12 @@ def deletion_insertion(
     Args:
         score: function from images `(N, C, H, W)` to scores `(N, ...)`, with at most `batch_size` images.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
-        maps (`torch.Tensor` of shape `(M, h, w)`): of any size; they are enlarged to the size of the image (bicubic).
+        maps (`torch.Tensor` of shape `(M, h, w)`): maps of any size. They are resized to the size of the image
+            (bicubic).
 
     Returns:
-        `tuple`: deletion and insertion, each `(M, steps + 1, ...)`, from the start without a change to the last step.
+        `tuple`: the scores of deletion and of insertion, each `(M, steps + 1, ...)`, before the first step and after
+            each step.
     """
     size, device = pixel_values.shape[-2:], pixel_values.device
     generator = torch.Generator().manual_seed(seed)
@@ -67,42 +68,45 @@ def deletion_insertion(
     counts = [round(size.numel() * step / (2 * steps)) for step in range(1, steps + 1)]
     starts = torch.stack([pixel_values, torch.zeros_like(pixel_values)])
 
-    def steps_of_maps() -> Iterator[torch.Tensor]:
-        for rank in ranks:
+    def changed_images() -> Iterator[torch.Tensor]:
+        for map_ranks in ranks:
             for start, fill in zip(starts, (noise, pixel_values)):  # deletion, then insertion
                 for count in counts:
-                    yield torch.where(rank < count, fill, start)
+                    yield torch.where(map_ranks < count, fill, start)
 
-    changed = steps_of_maps()
-    parts = [score(starts)]
-    while batch := list(itertools.islice(changed, batch_size)):
-        parts.append(score(torch.stack(batch)))
-    first, later = torch.cat(parts).tensor_split((2,))
-    curves = later.unflatten(0, (len(maps), 2, steps))
-    curves = torch.cat([first[None, :, None].expand(len(maps), -1, -1, *first.shape[1:]), curves], 2)
+    images = changed_images()
+    scores = [score(starts)]
+    while batch := list(itertools.islice(images, batch_size)):
+        scores.append(score(torch.stack(batch)))
+    start_scores, step_scores = torch.cat(scores).tensor_split((2,))
+    start_of_curves = start_scores[None, :, None].expand(len(maps), -1, -1, *start_scores.shape[1:])
+    curves = torch.cat([start_of_curves, step_scores.unflatten(0, (len(maps), 2, steps))], 2)
     return curves[:, 0], curves[:, 1]
 
 
 def area_under(curves: torch.Tensor) -> torch.Tensor:
-    """Returns the area under curves `(M, S, ...)` by trapezoids, on an axis of length 1: `(M, ...)`, a mean score."""
+    """
+    Returns the areas `(M, ...)` under curves `(M, S, ...)` by trapezoids. The axis has length 1, so an area is a mean
+    score.
+    """
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
 
 class DeletionInsertion(MeasuredClassMeans):
     """
-    Areas under the curves of deletion and insertion, and their difference, insertion minus deletion: for the cosine of
-    the class, and for its probability among all classes.
+    The areas under the curves of deletion and insertion, and their difference, insertion minus deletion. The curves
+    are of the cosine of a class, and of its probability among all classes.
 
     Args:
-        steps (`int`): number of steps of each.
-        seed (`int`): seed of the random values. They are the same in every run and with any number of processes.
+        steps (`int`): number of steps of deletion, and of insertion.
+        seed (`int`): seed of the random values, which are the same in every run and with any number of processes.
     """
 
     name = "deletion_insertion"
     columns = {
-        f"{name}_{score}": (name + heading, 4)
-        for score, heading in (("probability", ""), ("cosine", ", cosine"))
-        for name in ("insertion", "deletion", "difference")
+        f"{curve}_{score}": (curve + suffix, 4)
+        for score, suffix in (("probability", ""), ("cosine", ", cosine"))
+        for curve in ("insertion", "deletion", "difference")
     }
     legend = (
         "Insertion, deletion: mean probability (or cosine) of the class while pixels are shown, or replaced by "
@@ -123,13 +127,12 @@ class DeletionInsertion(MeasuredClassMeans):
         self.score = scorer(run.model, run.texts)
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
-        shown = torch.tensor(image.sample.class_ids) - 1
-        prepared, followed = image.prepared, []
-        # Maps of the image alone: in a batch, rounding would order equal pixels in another way.
+        prepared, maps_of_methods = image.prepared, []
+        # The image is explained alone: in a batch, rounding would order equal pixels in another way.
         for method, explain in self.run.map_functions(image).items():
             maps = explain(prepared.pixel_values)[0]
             sees_text = self.run.engines[method].method.sees_text
-            followed.append(maps if sees_text else maps[:1])  # one map for all texts is measured once
+            maps_of_methods.append(maps if sees_text else maps[:1])  # one map for all texts is measured once
         # Scores come from the whole image at the model's own size.
         pixel_values = prepared.score_pixel_values
         if pixel_values is None:
@@ -137,17 +140,19 @@ class DeletionInsertion(MeasuredClassMeans):
         curves = deletion_insertion(
             self.score,
             pixel_values[0].to(self.run.texts.text_embeds.device),
-            torch.cat(followed),
+            torch.cat(maps_of_methods),
             steps=self.steps,
             seed=self.seed + image.index,
             batch_size=self.run.batch_size,
         )
         areas = torch.cat([area_under(curve) for curve in curves], -1)  # (maps, classes of the data set, 4)
-        parts = areas.split([len(maps) for maps in followed])
-        # The score of each map's own text.
+        areas_of_methods = areas.split([len(maps) for maps in maps_of_methods])
+        class_indices = torch.tensor(image.sample.class_ids) - 1
+        num_shown = len(class_indices)
+        # Of each map, only the areas of its own class count.
         return {
-            method: part.expand(len(shown), -1, -1)[torch.arange(len(shown)), shown]
-            for method, part in zip(self.run.engines, parts)
+            method: method_areas.expand(num_shown, -1, -1)[torch.arange(num_shown), class_indices]
+            for method, method_areas in zip(self.run.engines, areas_of_methods)
         }
 
     def named(self, values) -> dict:

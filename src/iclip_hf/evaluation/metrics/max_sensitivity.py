@@ -11,7 +11,7 @@ from .metric import EvaluatedImage, MeasuredClassMeans
 
 
 SAMPLES = 10  # number of noisy images
-RADIUS = 0.02  # radius of their noise: captum's default, about one of 255 levels
+RADIUS = 0.02  # radius of the noise: captum's default, about one of 255 grey levels
 
 
 @torch.no_grad()
@@ -24,20 +24,27 @@ def max_sensitivity(
     seed: int = 0,
 ) -> torch.Tensor:
     """
-    Max-sensitivity (Yeh et al. 2019): the largest relative change of a map under small noise on the image, max ||M(x +
-    n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius]: `(M,)`, NaN for a constant map.
-    `explain` is a function from images `(N, C, H, W)` to maps `(N, M, h, w)`, which are stretched to [0, 1] here.
+    Computes max-sensitivity (Yeh et al. 2019), the largest relative change of a map under small noise on the image:
+    max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius].
+
+    Args:
+        explain: function from images `(N, C, H, W)` to maps `(N, M, h, w)`. The maps are then stretched to [0, 1].
+        pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
+        radius (`float`), samples (`int`), seed (`int`): of the noise.
+
+    Returns:
+        `torch.Tensor` of shape `(M,)`: NaN for a constant map.
     """
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
     maps = min_max_normalize(explain(pixel_values[None])).flatten(2)
     changes = min_max_normalize(explain(noisy)).flatten(2) - maps
-    length = maps.norm(dim=2)
-    return (changes.norm(dim=2) / length.where(length > 0, torch.nan)).amax(0)
+    norm = maps.norm(dim=2)
+    return (changes.norm(dim=2) / norm.where(norm > 0, torch.nan)).amax(0)
 
 
 class MaxSensitivity(MeasuredClassMeans):
-    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is for the noise."""
+    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is that of the noise."""
 
     name = "max_sensitivity"
     columns = {"max_sensitivity": ("max-sensitivity", 3)}

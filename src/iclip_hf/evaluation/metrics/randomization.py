@@ -13,7 +13,7 @@ from .metric import EvaluatedImage, MeasuredClassMeans
 
 
 class _Weight(NamedTuple):
-    """A value for a parameter of a module."""
+    """A parameter of a module, and a value for it."""
 
     module: nn.Module
     name: str
@@ -26,7 +26,8 @@ class LayerRandomization:
     image tower are randomised do not explain the model.
 
     The layers are those of `RecordableModel.layers`, the last first. Each weight tensor of a layer is replaced by
-    values from a normal distribution with its mean and standard deviation, and restored after every call.
+    values from a normal distribution with the mean and standard deviation of the tensor. `correlations` restores the
+    weights after every call.
     """
 
     def __init__(self, model: ExplainableModel, seed: int = 0):
@@ -56,16 +57,16 @@ class LayerRandomization:
         """
         maps = explain(pixel_values)
         correlations = []
-        replaced = []
+        originals = []
         try:
             for replacements in self._layers:
                 for module, name, sampled in replacements:
-                    replaced.append(_Weight(module, name, getattr(module, name)))
+                    originals.append(_Weight(module, name, getattr(module, name)))
                     setattr(module, name, sampled)
                 correlations.append(rank_correlation(maps, explain(pixel_values)))
         finally:
-            for module, name, weight in replaced:
-                setattr(module, name, weight)
+            for module, name, original in originals:
+                setattr(module, name, original)
         return torch.stack(correlations)
 
 
@@ -74,9 +75,9 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     ranks = []
     for values in (maps.flatten(-2).contiguous().cpu(), others.flatten(-2).contiguous().cpu()):
         ordered = values.sort(-1).values
-        below, up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
-        ranks.append((below + up_to).double())
-    first, second = (rank - rank.mean(-1, keepdim=True) for rank in ranks)
+        num_below, num_up_to = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+        ranks.append((num_below + num_up_to).double())  # a linear function of the rank, which equal values share
+    first, second = (map_ranks - map_ranks.mean(-1, keepdim=True) for map_ranks in ranks)
     return (first * second).sum(-1) / (first.norm(dim=-1) * second.norm(dim=-1))
 
 
@@ -117,11 +118,11 @@ class Randomization(MeasuredClassMeans):
 
     def compute(self) -> dict:
         """
-        Returns the scores of [`ClassMeans`]. `randomization` is a list with a correlation for each depth. A class has
-        the last correlation alone.
+        Returns the scores of [`ClassMeans`]. `randomization` is a list with one correlation for each number of
+        randomised layers. A class has only the correlation with all layers randomised.
         """
         scores = super().compute()
-        last = {class_id: {self.name: row[self.name][-1]} for class_id, row in scores["per_class"].items()}
+        last = {class_id: {self.name: named[self.name][-1]} for class_id, named in scores["per_class"].items()}
         return scores | {"per_class": last}
 
     def table_scores(self, scores: Mapping) -> list:

@@ -31,8 +31,8 @@ REFUSED = {
     "clipseg": "its decoder makes the masks; load the CLIP ViT-B/16 that it contains, openai/clip-vit-base-patch16",
     "flava": "FlavaModel has no score of image and text",
     "groupvit": "its tower joins patches to groups, so that no patch is left at the end",
-    "owlv2": "it was trained for boxes, without the head that would be explained",
-    "owlvit": "it was trained for boxes, without the head that would be explained",
+    "owlv2": "it was trained for boxes, without the head whose score would be explained",
+    "owlvit": "it was trained for boxes, without the head whose score would be explained",
     "timm SwinTransformer": "its attention is limited to windows, and the image is pooled without attention",
 }
 DTYPES = ("float32", "bfloat16", "float16")

@@ -39,7 +39,7 @@ _SCALES = ".scales"
 _MIN_PHOTOGRAPHS = 100
 # The prior of the frequent nouns of `vocabulary`. With it, the presence of COCO's classes is calibrated on `coco80`. A
 # prior that depends on the number of photographs of a noun adds nothing, because the logits reflect this number.
-_PRIOR = 0.07
+_FREQUENT_PRIOR = 0.07
 # The prior of the rare nouns. It was chosen on photographs with captions, which seldom name a rare noun, and on
 # photographs of ImageNet, each of which shows one class.
 _RARE_PRIOR = 0.02
@@ -57,12 +57,12 @@ def vocabulary() -> dict[str, float]:
     Returns:
         `dict` from each noun to the prior of its presence: 0.07 for a frequent noun, 0.02 for a rare one.
     """
-    text = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt").read_text(encoding="utf-8")
+    file = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt")
     priors = {}
-    for noun, marks in marked_nouns(text.splitlines()).items():
+    for noun, marks in marked_nouns(file.read_text(encoding="utf-8").splitlines()).items():
         num_photographs = int(re.search(r"\d+", marks)[0])  # marks such as "(class) (10)"
         if num_photographs >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS:
-            priors[noun] = _PRIOR
+            priors[noun] = _FREQUENT_PRIOR
         elif "class" in marks:
             priors[noun] = _RARE_PRIOR
     return priors

@@ -206,7 +206,7 @@ class ExplainableAimv2(ExplainableCLIP):
         self._add_layer(tower.head, tower.head, tower.head.output_proj, calls_sdpa=True)
 
     def _vision_output(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        if not self.network.config.vision_config.is_native:  # with position embeddings for one size
+        if not self.network.config.vision_config.is_native:  # its position embeddings have one size
             check_side(pixel_values, self.processor.image_processor.size["height"])
         return self.network.get_image_features(pixel_values)
 

@@ -92,10 +92,10 @@ def explain(
     if texts is None:
         best, texts = NOUNS, vocabulary()
     texts = texts if isinstance(texts, Mapping) else split_texts(texts)
-    per_image = isinstance(next(iter(texts), None), (list, tuple))
+    has_lists = isinstance(next(iter(texts), None), (list, tuple))
     sizes = [None] * len(images) if target_sizes is None else target_sizes
-    if len(sizes) != len(images) or (per_image and len(texts) != len(images)):
-        lists = f", {len(texts)} lists of texts" if per_image else ""
+    if len(sizes) != len(images) or (has_lists and len(texts) != len(images)):
+        lists = f", {len(texts)} lists of texts" if has_lists else ""
         raise ValueError(f"There are {len(images)} images{lists} and {len(sizes)} sizes: give one for each image.")
     explainer = make_explainer(model, method, signature(explain).parameters, **method_options)
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)

@@ -72,7 +72,7 @@ class ClearCLIP(LastBlock):
 
 class NACLIP(LastBlock):
     """
-    NACLIP (Hajimiri et al. 2025): keys attend to keys. exp(-d^2 / (2 sigma^2)) is added to the logit of two
+    NACLIP (Hajimiri et al. 2025): keys attend to keys, and exp(-d^2 / (2 sigma^2)) is added to the logit of two
     patches, where d is their distance on the grid. Logits of the class token and of registers are not changed.
 
     Args:

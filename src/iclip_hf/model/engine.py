@@ -3,7 +3,7 @@ The engine computes explanations from a model, images and texts. `explain`, the 
 training and the demo use it.
 
 A model here is an [`ICLIPModel`], or any object with its methods `get_image_features`, `get_text_features`,
-`similarity_maps` and `presence`, such as an [`ExplainableModel`].
+`similarity_maps`, `scores` and `presence`, such as an [`ExplainableModel`].
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class _Question(NamedTuple):
     indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
 
 
-class _Asked(NamedTuple):
-    """An image and the indices of the labels that it is asked about, or None for all."""
+class _AskedImage(NamedTuple):
+    """An image with the labels that it is asked about."""
 
     image: PreparedImage
-    indices: list[int] | None
+    indices: list[int] | None  # of the labels; None for all
 
     @property
     def batch_key(self) -> tuple:
@@ -96,7 +96,7 @@ class Engine:
         model, processor: a model, as described above, and its [`ICLIPProcessor`].
         method ([`Explainer`], *optional*): object that computes the maps by `forward(pixel_values, texts)`, which may
             also take `features`, `text_indices` and `templates`, see [`Explainer.forward`]. The default is the model's
-            own map, as by the method `itsm`. [`make_explainer`] returns the method that suits the model.
+            own map, the method `itsm`. [`make_explainer`] returns the method that suits the model.
         templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. With `["{}"]`,
             texts are taken as they are.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
@@ -106,8 +106,8 @@ class Engine:
             as long.
 
     Attributes:
-        takes_features (`bool`): whether the method computes maps from the features of encoded images. Several engines
-            can use the same features.
+        takes_features (`bool`): whether the method computes maps from the features of encoded images. Such methods can
+            share the features of [`Engine.encode_images`].
         method_name (`str`): the name of the method.
 
     Raises:
@@ -135,26 +135,27 @@ class Engine:
         self.tiling = TwoScales(processor.patch_size) if multi_scale else WholeImage()
         self._forward = self._own_maps if method is None else method.forward
         self.method_name = "itsm" if method is None else getattr(method, "name", type(method).__name__)
-        self._arguments = signature(self._forward).parameters.keys()
-        self.takes_features = "features" in self._arguments
+        self._argument_names = signature(self._forward).parameters.keys()
+        self.takes_features = "features" in self._argument_names
 
     def encode(self, labels: Sequence[str]) -> ICLIPTextFeatures:
         """
         Encodes T labels as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`, averaged over the
         templates. Raises `ValueError` if a label is empty.
         """
-        step = max(1, TEXT_BATCH // len(self.templates))
+        labels_at_once = max(1, TEXT_BATCH // len(self.templates))
+        starts = range(0, len(labels), labels_at_once)
         parts = []
-        for start in tqdm(range(0, len(labels), step), "Encoding texts", leave=False, unit="batch", delay=2):
-            prompts = self.processor(labels=labels[start : start + step], templates=self.templates)
+        for start in tqdm(starts, "Encoding texts", leave=False, unit="batch", delay=2):
+            prompts = self.processor(labels=labels[start : start + labels_at_once], templates=self.templates)
             mask = prompts.get("attention_mask")
             if mask is not None and mask.shape[1] == self.processor.max_text_length and mask[:, -1].any():
                 logger.warning("A text has %d tokens or more; the others are cut off.", mask.shape[1])
             with torch.no_grad():
                 parts.append(self.model.get_text_features(**prompts.to(input_device(self.model))))
-        foreign = next((text for text in labels if not re.search("[A-Za-z0-9]", text)), None)
-        if foreign and _has_english_words(self.processor.tokenizer):
-            logger.warning("The model reads English, and knows no word of %r.", foreign)
+        foreign_label = next((label for label in labels if not re.search("[A-Za-z0-9]", label)), None)
+        if foreign_label and _has_english_words(self.processor.tokenizer):
+            logger.warning("The model reads English, and knows no word of %r.", foreign_label)
         return join_texts(parts)
 
     def prepare(
@@ -164,28 +165,29 @@ class Engine:
         text_indices: Sequence[int] | None = None,
     ) -> PreparedImage:
         """
-        Prepares an image without running the model, so threads can do it for the next images
-        ([`~prefetch.prefetch_map`]).
+        Prepares an image. This does not run the model, so threads can prepare the next images meanwhile, see
+        [`~prefetch.prefetch_map`].
 
         Args:
             image (`PIL.Image.Image`): of any mode and EXIF orientation.
-            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels, by default the image's.
+            size (`tuple[int, int]`, *optional*): height and width of its maps in pixels; those of the image if not
+                given.
             text_indices (*optional*): indices of the texts to map; all if not given. Methods that compare the texts
                 still see all of them, and `Explanation.all_scores` has all scores.
         """
         image, own_size = load_image(image), size_dict(self.processor.image_processor.size)
         map_size = self.tiling.size(self.image_size or own_size)
 
-        def pixels(size: dict[str, int]) -> torch.Tensor:
+        def pixel_values_at(size: dict[str, int]) -> torch.Tensor:
             # With do_resize=False, the processor takes no size.
             return self.processor(images=[image], size=None if size == own_size else size)["pixel_values"]
 
-        pixel_values = pixels(map_size)
+        pixel_values = pixel_values_at(map_size)
         score_pixel_values = None
         if self.image_size is not None:
-            score_pixel_values = pixel_values if map_size == own_size else pixels(own_size)
+            score_pixel_values = pixel_values if map_size == own_size else pixel_values_at(own_size)
             if score_pixel_values.shape == pixel_values.shape and not self.multi_scale:
-                score_pixel_values = None  # the view of the whole image has the model's own size
+                score_pixel_values = None  # the maps are computed at the model's own size
         return PreparedImage(
             pixel_values=pixel_values,
             score_pixel_values=score_pixel_values,
@@ -197,8 +199,8 @@ class Engine:
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
         """
-        Encodes images once, for several calls of `run` or several engines of one model: what the scores are computed
-        from, and the features of methods that compute their maps from them. Other methods run the image tower again.
+        Encodes images once, for several calls of `run` or several engines of one model. Returns the images with the
+        features for the scores and, if `takes_features`, for the maps. Other methods run the image tower again.
         """
 
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:
@@ -206,10 +208,10 @@ class Engine:
                 return group  # the scores come with the maps
             batch = self._encode_views(join_images(group), self.takes_features)
             encoded = []
-            for row, image in enumerate(group):
-                take_row = itemgetter(slice(row, row + 1))
-                score_features = map_tensors(take_row, batch.score_features)
-                features = map_tensors(take_row, batch.features)
+            for index, image in enumerate(group):
+                take_image = itemgetter(slice(index, index + 1))
+                score_features = map_tensors(take_image, batch.score_features)
+                features = map_tensors(take_image, batch.features)
                 encoded.append(replace(image, score_features=score_features, features=features))
             return encoded
 
@@ -227,20 +229,21 @@ class Engine:
         Yields the explanations of images in their order.
 
         Args:
-            images: PIL images, or results of `prepare`. None stands for an image that cannot be read and stays None.
-            texts: labels for all images, as a list or in one string ([`split_texts`]); encoded texts, whose labels are
-                "0", "1", ...; one list of labels for each image; or labels for all images with the prior of the
-                presence of each, which is 0.5 otherwise. Each text is encoded once.
-            batch_size (`int`): largest number of images in one forward pass. They have one shape and equally many
-                texts.
+            images: PIL images, or results of `prepare`. None stands for an image that cannot be read; its explanation
+                is None.
+            texts: labels for all images, as a list, in one string ([`split_texts`]), or as a `dict` with the prior of
+                each, which is 0.5 otherwise; one list of labels for each image; or encoded texts, whose labels are
+                "0", "1", ... Each text is encoded once.
+            batch_size (`int`): largest number of images in one forward pass. The images of one pass have the same
+                shape and the same number of texts.
             best (`int`, *optional*): number of texts to explain for each image: those with the highest presence, or
                 with the highest score if the model has no presence, best first. A text that resembles a better one,
-                such as "puppy" after "dog", is skipped. `Explanation.all_scores` has all scores. For an image with
-                `text_indices`, only these texts count.
+                such as "puppy" after "dog", is taken only if no other text is left. `Explanation.all_scores` has all
+                scores. For an image with `text_indices`, only these texts count.
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
 
         Raises:
-            `ValueError`: there is no text, or the model returns NaN or infinity.
+            `ValueError`: there is no text, `batch_size` or `best` is below 1, or the model returns NaN or infinity.
         """
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
@@ -256,8 +259,8 @@ class Engine:
             check_priors(texts)
             texts, priors = [*texts], torch.tensor([*texts.values()], dtype=torch.float32)
         labels = split_texts(texts)
-        lists = [text for text in labels if isinstance(text, (list, tuple))]
-        if lists and len(lists) < len(labels):  # the letters of a string would be texts
+        lists = [item for item in labels if isinstance(item, (list, tuple))]
+        if lists and len(lists) < len(labels):  # as a list, a string would be its letters
             raise ValueError("Texts are either strings for all images, or a list of strings for each image, not both.")
         if not all(lists or [labels]):
             raise ValueError("There is no text: name what to look for, for each image.")
@@ -271,10 +274,11 @@ class Engine:
         self, images: Iterable, question: _Question, batch_size: int, best: int | None
     ) -> Iterator[Explanation | None]:
         """Yields the explanations of images in their order, computed in batches."""
-        questions = zip(images, question.indices or itertools.repeat(None), strict=question.indices is not None)
-        while batch := list(itertools.islice(questions, batch_size)):
+        label_indices = question.indices or itertools.repeat(None)
+        images_with_indices = zip(images, label_indices, strict=question.indices is not None)
+        while batch := list(itertools.islice(images_with_indices, batch_size)):
             asked = [
-                _Asked(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
+                _AskedImage(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
                 for image, indices in batch
                 if image is not None
             ]
@@ -283,7 +287,7 @@ class Engine:
             yield from (None if image is None else next(explanations) for image, _ in batch)
 
     @torch.no_grad()
-    def _explain(self, question: _Question, best: int | None, asked: Sequence[_Asked]) -> list[Explanation]:
+    def _explain(self, question: _Question, best: int | None, asked: Sequence[_AskedImage]) -> list[Explanation]:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         if label_indices[0] is None:
@@ -293,8 +297,9 @@ class Engine:
             labels = [[question.labels[index] for index in indices] for indices in label_indices]
             texts = select_texts(question.encoded, torch.tensor(label_indices))
         batch = join_images(images)
+        all_indices = range(len(labels[0]))
         # The texts of each image that get a map
-        mapped = [range(len(labels[0])) if image.text_indices is None else image.text_indices for image in images]
+        mapped = [all_indices if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else mapped
         maps = None if any(map(len, mapped)) else torch.zeros(len(images), 0, 1, 1)  # no map is wanted
         if maps is None and best is None and not self.takes_features:
@@ -312,20 +317,19 @@ class Engine:
         unrefined = None
         if self.refine and maps.shape[1]:
             unrefined, maps = maps, refine_maps(maps, batch.pixel_values.to(maps.device))
-        maps, scores = maps.cpu(), scores.cpu()
-        presence, unrefined = (None if values is None else values.cpu() for values in (presence, unrefined))
+        scores, presence, maps, unrefined = map_tensors(torch.Tensor.cpu, [scores, presence, maps, unrefined])
         explanations = []
-        for row, (image, indices) in enumerate(zip(images, map(list, mapped))):
+        for position, (image, indices) in enumerate(zip(images, map(list, mapped))):
             explanation = Explanation(
-                labels=[labels[row][index] for index in indices],
-                scores=scores[row][indices],
-                presence=None if presence is None else presence[row][indices],
-                raw_maps=maps[row, : len(indices)],
-                unrefined_maps=None if unrefined is None else unrefined[row, : len(indices)],
+                labels=[labels[position][index] for index in indices],
+                scores=scores[position][indices],
+                presence=None if presence is None else presence[position][indices],
+                raw_maps=maps[position, : len(indices)],
+                unrefined_maps=None if unrefined is None else unrefined[position, : len(indices)],
                 size=image.size,
                 prior=EVEN_PRIOR if question.priors is None else question.priors[indices],
                 image=image.image,
-                all_scores=scores[row],
+                all_scores=scores[position],
                 method=self.method_name,
                 refined=self.refine,
             )
@@ -333,26 +337,26 @@ class Engine:
         return explanations
 
     def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
-        """Encodes the views of images for the scores and, with `for_maps`, for the maps, unless they are encoded."""
+        """Encodes the views of images for the scores and, with `for_maps`, for the maps. Keeps given features."""
         features, score_features = batch.features, batch.score_features
         if features is None and for_maps:
             features = [self._features(view) for view in self.tiling.views(batch.pixel_values)]
         if score_features is None:
             views = [*(features or self.tiling.views(batch.pixel_values))]  # features or pixel values
-            if batch.score_pixel_values is not None:  # the whole image, at the model's own size
-                views[0] = batch.score_pixel_values
+            if batch.score_pixel_values is not None:
+                views[0] = batch.score_pixel_values  # the whole image, at the model's own size
             score_features = [self._for_scores(self._features(view)) for view in views]
         return replace(batch, features=features, score_features=score_features)
 
     @staticmethod
     def _for_scores(features: ICLIPImageFeatures) -> ICLIPImageFeatures:
-        """Returns the part of the features that scores read."""
+        """Keeps only the features that scores are computed from."""
         return ICLIPImageFeatures(image_embeds=features.image_embeds, patch_embeds=features.patch_embeds)
 
     def _score(
         self, views: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the scores and the presence, `(B, T)`. The presence is None if the model has none."""
+        """Computes the scores and the presence, `(B, T)`. A model without presence gives None for it."""
         scores = self.tiling.score([self.model.scores(view, texts) for view in views])
         check_finite(scores)
         presence = self.model.presence(scores)
@@ -374,21 +378,22 @@ class Engine:
         refinement of the engine. Returns the maps, and the features of the views.
 
         Args:
-            texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or other texts for each image, `(B, T, P)`.
+            texts ([`ICLIPTextFeatures`]): from `encode`, `(T, P)`, or different texts for each image, `(B, T, P)`.
             features (`list[ICLIPImageFeatures]`, *optional*): features of the views, if they are encoded already.
-            text_indices (*optional*): for each image the indices of the texts to map; all if not given. S is the
-                largest number of them: an image with fewer has maps of any texts behind its own.
-            tiling ([`WholeImage`], *optional*): another tiling than that of the engine, such as [`SlidingWindows`].
-            refine (`bool`): False leaves out the refinement of the engine.
+            text_indices (*optional*): for each image the indices of the texts to map; all if not given. The maps are
+                then `(B, S, h, w)`, where S is the largest number of indices. An image with fewer indices has maps of
+                any texts after its own.
+            tiling ([`WholeImage`], *optional*): tiling to use instead of the engine's, such as [`SlidingWindows`].
+            refine (`bool`): whether to refine the maps, if the engine does.
         """
         texts = for_images(texts, len(pixel_values))
         tiling = tiling or self.tiling
         views = tiling.views(pixel_values)
-        view_maps, view_features = [], []
-        for view, encoded in zip(views, features or [None] * len(views)):
-            maps, encoded = self._view_maps(view, texts, encoded, text_indices)
-            view_maps.append(maps)
-            view_features.append(encoded)
+        results = [
+            self._view_maps(view, texts, known_features, text_indices)
+            for view, known_features in zip(views, features or [None] * len(views))
+        ]
+        view_maps, view_features = map(list, zip(*results))
         maps = tiling.join(view_maps, pixel_values.shape[2:])
         if refine and self.refine:
             maps = refine_maps(maps, pixel_values.to(maps.device))
@@ -402,17 +407,17 @@ class Engine:
         text_indices: Sequence[Sequence[int]] | None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
-        Computes the maps of the method for one view of the images, and checks them. Returns them with the features of
-        the view, which are computed unless they are given.
+        Computes the maps of the method for one view of the images, and checks them. Returns the maps and the features
+        of the view. `features` are those of the view, if it is encoded already.
         """
         arguments = {}
         if self.takes_features:
             arguments["features"] = self._features(pixel_values) if features is None else features
-        if "templates" in self._arguments:
+        if "templates" in self._argument_names:
             arguments["templates"] = self.templates
         expected = tuple(texts.text_embeds.shape[:2])
         selected = None if text_indices is None else pad_indices(text_indices)
-        if selected is not None and "text_indices" in self._arguments:
+        if selected is not None and "text_indices" in self._argument_names:
             arguments["text_indices"] = selected
             expected = tuple(selected.shape)
         maps, features = self._forward(pixel_values, texts, **arguments)
@@ -422,7 +427,7 @@ class Engine:
                 f"with {expected[1]} texts each, instead of {(*expected, 'h', 'w')}."
             )
         maps = maps.float()
-        if selected is not None and "text_indices" not in arguments:
+        if selected is not None and "text_indices" not in arguments:  # the method mapped all texts
             maps = maps[torch.arange(len(maps))[:, None], selected]
         check_finite(maps)
         return maps, map_tensors(torch.Tensor.detach, features)
@@ -431,7 +436,7 @@ class Engine:
     def _own_maps(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, features: ICLIPImageFeatures
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        """Computes the model's own maps, as a method does."""
+        """Computes the model's own maps. Takes and returns the same as [`Explainer.forward`]."""
         return self.model.similarity_maps(features, texts), features
 
     @torch.no_grad()
@@ -445,8 +450,8 @@ class Engine:
 
 def input_device(model) -> torch.device:
     """
-    Returns the device for the inputs of a model: the device of its weights, or the CPU if they are offloaded. Hooks
-    then move the inputs.
+    Returns the device for the inputs of a model: the device of its weights, or the CPU if they are offloaded. In that
+    case, hooks move the inputs.
     """
     if not isinstance(model, torch.nn.Module):
         return model.device
@@ -456,8 +461,8 @@ def input_device(model) -> torch.device:
 
 def _has_english_words(tokenizer) -> bool:
     """
-    Returns whether a tokenizer with parts of words, such as BERT's, has almost only ASCII tokens. Tokenizers of bytes
-    and of sentencepiece have no such parts.
+    Returns whether a tokenizer is WordPiece, such as BERT's, and has almost only ASCII tokens. Byte-level and
+    SentencePiece tokenizers do not mark parts of words by "##".
     """
     tokens = [*getattr(tokenizer, "get_vocab", dict)()]
     return any(token.startswith("##") for token in tokens) and sum(map(str.isascii, tokens)) > 0.9 * len(tokens)
@@ -476,7 +481,10 @@ def _best_texts(
         ranked = [index for index in ranking if index in allowed]
         chosen = []
         for index in ranked:
-            if len(chosen) < count and not (chosen and (embeds[chosen] @ embeds[index]).max() >= SIMILAR_TEXTS):
+            if len(chosen) == count:
+                break
+            if not chosen or (embeds[chosen] @ embeds[index]).max() < SIMILAR_TEXTS:
                 chosen.append(index)
-        best.append((chosen + [index for index in ranked if index not in chosen])[:count])
+        others = [index for index in ranked if index not in chosen]
+        best.append((chosen + others)[:count])
     return best

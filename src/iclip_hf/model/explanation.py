@@ -1,5 +1,5 @@
 """
-The explanation of one image: scores, presence, maps, masks and regions of its texts; and its COCO annotations.
+The explanation of one image, with scores, presence, maps, masks and regions of texts, and its annotations for COCO.
 """
 
 from __future__ import annotations
@@ -27,32 +27,33 @@ _COVERED = 0.25
 class Explanation:
     """
     The explanation of one image. Maps, masks and regions are computed on request, one text at a time, so the memory
-    does not grow with the number of texts. Texts are named by index or string: `explanation.map(0)` or
-    `explanation.map("dog")`, and `explanation["dog"]` is the explanation of this text alone.
+    does not grow with the number of texts. A text is named by its index or as a string: `explanation.map(0)` or
+    `explanation.map("dog")`. `explanation["dog"]` is the explanation of this text alone.
 
     Attributes:
         labels (`list[str]`): the T texts.
-        scores (`torch.Tensor` of shape `(T,)`): from [`ICLIPModel.scores`], in [-1, 1]. It is low for an absent text,
-            whose map is stretched to [0, 1] like any other.
+        scores (`torch.Tensor` of shape `(T,)`): from [`ICLIPModel.scores`], in [-1, 1]. An absent text has a low
+            score, though its map is stretched to [0, 1] like any other.
         presence (`torch.Tensor` of shape `(T,)`, *optional*): probability that the image shows the text, in [0, 1], at
-            the prior `prior`, see [`ICLIPModel.presence`]. None if the model has no presence; then no text counts as
-            absent.
+            the prior `prior`, see [`ICLIPModel.presence`]. If the model has no presence, it is None, and no text
+            counts as absent.
         raw_maps (`torch.Tensor` of shape `(T, h, w)`): values of the method on the patch grid. Refined maps have half
             the height and width of the prepared image.
         unrefined_maps (`torch.Tensor` of shape `(T, h, w)`, *optional*): the values of refined maps before their
             refinement, on the patch grid.
         size (`tuple[int, int]`): height and width of maps and masks in pixels, by default those of the image.
-        threshold (`float` in [0, 1], or T of them, in any sequence or array): foreground is M > threshold. With None,
-            which only `label_map` takes, texts compete for all pixels.
+        threshold (`float` in [0, 1], or T of them, in any sequence or array): a pixel is foreground where the map is
+            greater. With None, which only `label_map` takes, texts compete for all pixels.
         min_presence (`float` in [0, 1]): a text with a lower presence has an empty mask.
-        prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): fraction of the images that are assumed to show
-            a text: 0.5, or for `explain` without texts the prior of each noun in [`vocabulary`].
+        prior (`float` in [0, 1], or a `torch.Tensor` of shape `(T,)`): probability that a text is shown, before the
+            image is seen. It is 0.5 unless the texts are given with priors. For `explain` without texts, it is the
+            prior of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
         all_scores (`torch.Tensor` of shape `(K,)`, *optional*): scores of all K texts, including those without a map,
             see [`Engine.prepare`].
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps
-            have edges of the image that the model may not use.
+            show edges of the image, which the model may not use.
 
     Raises:
         `ValueError`: thresholds or `min_presence` are outside [0, 1], or the number of thresholds is not T.
@@ -122,13 +123,13 @@ class Explanation:
 
     @property
     def made_by(self) -> str:
-        """The method, and whether the maps are refined, for captions."""
+        """The method of the maps, and whether they are refined, as a text for captions."""
         return f"{self.method}, {'refined' if self.refined else 'unrefined'}"
 
     @property
     def presences(self) -> list[float | None]:
         """
-        The presence of each text as a number, as in JSON, to compare with `min_presence`; None if the model has no
+        The presence of each text as a `float`, which can be compared with `min_presence`; None if the model has no
         presence.
         """
         return [None] * len(self) if self.presence is None else self.presence.tolist()
@@ -140,7 +141,7 @@ class Explanation:
 
     @property
     def present(self) -> list[bool]:
-        """Whether each text is present, see [`is_present`]."""
+        """Whether each text counts as shown, see [`is_present`]."""
         return [is_present(presence, self.min_presence) for presence in self.presences]
 
     @property
@@ -162,9 +163,9 @@ class Explanation:
     def map_and_mask(self, text: int | str = 0, threshold: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the map and the mask of one text. The map is computed once for both. Raises as `mask`."""
         index = self.index(text)
-        least = self._threshold(index) if threshold is None else threshold
-        heatmap = self.map(index)
-        return heatmap, masks_of_maps(heatmap[None], least, self.presences[index : index + 1], self.min_presence)[0]
+        threshold = self._threshold(index) if threshold is None else threshold
+        heatmap, presence = self.map(index), self.presences[index]
+        return heatmap, masks_of_maps(heatmap[None], threshold, [presence], self.min_presence)[0]
 
     def regions(self, text: int | str = 0, threshold: float | None = None) -> list[Region]:
         """Returns the connected parts of the mask of one text, best first, see [`find_regions`]. Raises as `mask`."""
@@ -173,7 +174,7 @@ class Explanation:
     def label_map(self, threshold: float | None = None, background: Sequence[int | str] = ()) -> torch.Tensor:
         """
         Returns the index of the text of each pixel, or -1 for the background, `(H, W)` int64. Where masks of present
-        texts overlap, the texts compete, see [`~label_maps.label_map`]. `background` are texts that describe the
+        texts overlap, the texts compete, see [`~label_maps.label_map`]. `background` lists texts that describe the
         background. The default threshold is that of the explanation. Raises `ValueError` if `threshold` is outside
         [0, 1].
         """
@@ -188,26 +189,27 @@ class Explanation:
 
     def is_covered(self, text: int | str, segment: torch.Tensor | np.ndarray) -> bool:
         """
-        Returns whether the other texts cover a text in a label map: the area of its segment, `(H, W)` boolean, is less
-        than a quarter of the area of its own mask. The mask has the threshold 0.5 if the explanation has no threshold.
+        Returns whether the other texts cover a text in a label map. A text is covered if its `segment`, `(H, W)`
+        boolean, has less than a quarter of the area of its mask. If the explanation has no threshold, that of the mask
+        is 0.5.
         """
         index = self.index(text)
         area = int(segment.sum())
         if not self.present[index] or area >= _COVERED * math.prod(self.size):
-            return False  # no mask is needed: it is empty, or at most the whole image
+            return False  # without computing the mask, which is empty, or at most the whole image
         threshold = Explanation.threshold if self.threshold is None else None
         return area < _COVERED * int(self.mask(index, threshold).sum())
 
     def segments(self, background: Sequence[int | str] = ()) -> Iterator[tuple[str, torch.Tensor, bool]]:
         """
-        Yields each text with its segment in the [`Explanation.label_map`], `(H, W)` boolean, and whether the other
-        texts cover it.
+        Yields each text, its segment in the [`Explanation.label_map`], `(H, W)` boolean, and whether the other texts
+        cover this text. Texts in `background` have empty segments and do not count as covered.
         """
         label_map = self.label_map(background=background)
-        hidden = [self.index(text) for text in background]
+        background_indices = [self.index(text) for text in background]
         for index, text in enumerate(self.labels):
             segment = label_map == index
-            yield text, segment, index not in hidden and self.is_covered(index, segment)
+            yield text, segment, index not in background_indices and self.is_covered(index, segment)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """
@@ -231,9 +233,10 @@ class Explanation:
             `dict` with `height` and `width` of maps and masks in pixels, `method` and `refined` of the maps, and
             `texts`, a list of T `dict`:
 
-            - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`; None without presence)
+            - **text** (`str`), **score** (`float`), **presence** and its **prior** (`float`; both None if the model
+              has no presence)
             - **regions** (list of `dict`): connected parts of the mask, best first: `score`, the mean of the map in
-              [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, the last two exclusive; `positive_points` and
+              [0, 1]; `box`, [xmin, ymin, xmax, ymax] in pixels, xmax and ymax exclusive; `positive_points` and
               `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
@@ -268,7 +271,8 @@ class Explanation:
             "mask": run_lengths(mask),
         }
 
-    def _threshold(self, index: int) -> float:
+    def _threshold(self, index: int) -> float | None:
+        """Returns the threshold of one text."""
         return self.threshold[index] if np.ndim(self.threshold) else self.threshold
 
 
@@ -281,27 +285,27 @@ def coco_annotations(
     Args:
         explanation ([`Explanation`]): of one image.
         image_id (`int`): id of the image in the list `images`.
-        category_ids (T `int`, *optional*): ids of the texts in the list `categories`; 1, ..., T if not given.
+        category_ids (list of T `int`, *optional*): ids of the texts in the list `categories`; 1, ..., T if not given.
         first_id (`int`): id of the first annotation. Ids are unique in a file.
 
     Returns:
-        list of `dict`, one for each region, by text, then best first: `id`, `image_id`, `category_id`, `segmentation`
-        (run lengths, see [`run_lengths`]), `area` in pixels, `bbox` ([x, y, width, height] in pixels), `iscrowd` (0),
-        and `score`, the mean of the map over the region, in [0, 1].
+        list of `dict`, one for each region, ordered by text, then best first: `id`, `image_id`, `category_id`,
+        `segmentation` (run lengths, see [`run_lengths`]), `area` in pixels, `bbox` ([x, y, width, height] in pixels),
+        `iscrowd` (0), and `score`, the mean of the map over the region, in [0, 1].
 
     Raises:
         `ValueError`: the number of categories is not T.
     """
     category_ids = range(1, len(explanation) + 1) if category_ids is None else category_ids
     annotations = []
-    for index, category in zip(range(len(explanation)), category_ids, strict=True):
+    for index, category_id in zip(range(len(explanation)), category_ids, strict=True):
         for region in explanation.regions(index):
             x0, y0, x1, y1 = region.box
             annotations.append(
                 {
                     "id": first_id + len(annotations),
                     "image_id": image_id,
-                    "category_id": category,
+                    "category_id": category_id,
                     "segmentation": run_lengths(region.mask),
                     "area": int(region.inside.sum()),
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
@@ -314,16 +318,17 @@ def coco_annotations(
 
 def check_thresholds(threshold: float | Sequence[float], num_texts: int) -> torch.Tensor:
     """
-    Returns the thresholds of T = `num_texts` texts, `(T,)` float64. Raises `ValueError` unless one threshold or T
-    thresholds in [0, 1] are given.
+    Returns one threshold for each of T = `num_texts` texts, `(T,)` float64. Raises `ValueError` unless `threshold` is
+    a number in [0, 1], or T of them.
     """
     try:
         thresholds = torch.as_tensor(threshold, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):  # such as None or a string
         thresholds = torch.tensor(torch.nan)
-    if thresholds.shape not in ((), (num_texts,)) or not ((thresholds >= 0) & (thresholds <= 1)).all():  # NaN neither
-        several = f", or a list of {num_texts}, one for each text" if num_texts > 1 else ""
-        raise ValueError(f"threshold is a number in [0, 1]{several}, not {threshold!r:.100}.")
+    in_range = ((thresholds >= 0) & (thresholds <= 1)).all()  # False for NaN
+    if thresholds.shape not in ((), (num_texts,)) or not in_range:
+        or_list = f", or a list of {num_texts}, one for each text" if num_texts > 1 else ""
+        raise ValueError(f"threshold is a number in [0, 1]{or_list}, not {threshold!r:.100}.")
     return thresholds.expand(num_texts)
 
 
@@ -334,10 +339,10 @@ def masks_of_maps(
     min_presence: float,
 ) -> torch.Tensor:
     """
-    Computes the masks of T texts, `(T, H, W)` boolean. A pixel is foreground if the map, in [0, 1], is greater than
-    the threshold of the text, and the text is present, see [`is_present`].
+    Computes the masks of T texts, `(T, H, W)` boolean, from their maps in [0, 1]. A pixel is foreground if the text
+    counts as shown ([`is_present`]), and its map is greater than its threshold.
     """
     thresholds = check_thresholds(threshold, len(maps)).float().to(maps.device)
-    present = [is_present(presence, min_presence) for presence in presences]
-    present = torch.tensor(present, dtype=torch.bool, device=maps.device)
+    are_present = [is_present(presence, min_presence) for presence in presences]
+    present = torch.tensor(are_present, dtype=torch.bool, device=maps.device)
     return (maps > thresholds.view(-1, 1, 1)) & present.view(-1, 1, 1)

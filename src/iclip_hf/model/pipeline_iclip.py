@@ -1,4 +1,4 @@
-"""Pipelines that predict scores, maps and masks, or segments, from images and labels."""
+"""Pipelines that predict scores, maps and masks, or segments, for images and labels."""
 
 import os
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     """
     Predicts which labels an image shows, and which of its pixels match them.
 
-    A call encodes the labels once, also for a data set or a generator of images, whose results are yielded one by one.
+    A call encodes the labels once for all its images. The results of a data set or a generator are yielded one by one.
 
     Example:
 
@@ -48,7 +48,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
-    _postprocess_options = ("threshold", "min_presence", "return_json")
+    _postprocess_parameters = ("threshold", "min_presence", "return_json")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -67,24 +67,25 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
         Args:
             images: an image as a path, a URL, base64 text, a PIL image or an array; or a list, a `Dataset` or a
-                generator of them.
+                generator of images.
             candidate_labels (`str` or T of them): class names or phrases. In one string, commas separate the labels,
                 as in transformers. In a list, commas belong to the label, see [`split_texts`].
-            template (`str` or a list, *optional*): prompts with one `{}` for the labels; several prompts are averaged.
-                Those of the processor if not given; `"{}"` takes the labels as they are.
+            template (`str` or a list, *optional*): prompts with one `{}` for the labels; the processor's if not given.
+                The features of several prompts are averaged. `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask has the pixels where the map is
                 greater.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.
             refine (`bool`, defaults to `True`): whether to refine the maps by the colours of the image, see
                 [`refine_maps`].
-            multi_scale (`bool`, defaults to `False`): whether maps and scores are at two scales, see [`Engine`].
+            multi_scale (`bool`, defaults to `False`): whether to compute maps and scores at two scales, see
+                [`Engine`].
             return_json (`bool`, defaults to `False`): whether to return plain values only, for JSON: no `map`, and
                 `mask` as COCO's uncompressed run lengths, see [`run_lengths`].
-            image_size (`int` or `dict`, *optional*): size of the image for the maps, see [`Engine`]. Score and
-                presence of the whole image are computed at the processor's size, so another size costs a second
-                forward pass.
+            image_size (`int` or `dict`, *optional*): size of the image for the maps, see [`Engine`]. Another size than
+                the processor's costs a second forward pass.
             timeout (`float`, defaults to 60): time limit in seconds for the download of an image.
-            batch_size (`int`, defaults to 1): largest number of images, of one shape, in one forward pass.
+            batch_size (`int`, defaults to 1): largest number of images in one forward pass. The images of one pass
+                have the same shape.
 
         Returns:
             For one image, a list of T `dict`, best score first. For a list of images, a list of such lists. For a
@@ -98,18 +99,18 @@ class ImageTextSimilarityMapPipeline(Pipeline):
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 where the map is above the threshold and 0
               elsewhere.
             - **boxes** (list of R lists of 4 `int`): [xmin, ymin, xmax, ymax] in pixels around each part of the mask,
-              the last two exclusive, best part first.
+              xmax and ymax exclusive, best part first.
 
         Raises:
-            `ValueError`, `TypeError`, `OSError`: an image cannot be read, or [`ICLIPProcessor`] refuses labels or
-                templates, or [`Explanation`] thresholds or `min_presence`.
+            `ValueError`, `TypeError`, `OSError`: an image cannot be read, [`ICLIPProcessor`] refuses labels or
+                templates, or [`Explanation`] refuses thresholds or `min_presence`.
         """
         labels = _strings("candidate_labels", candidate_labels)
         encoded = Engine(self.model, self.processor, templates=template).encode(labels)
         return super().__call__(images, candidate_labels=labels, text_features=encoded, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """Saves the model with the pipeline's code, as the base class does, and the processor."""
+        """Saves the model and the pipeline's code, as the base class does, and also the processor."""
         super().save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
@@ -117,10 +118,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         steps = (
             {"image_size", "multi_scale", "timeout"},
             {"text_features", "refine", "multi_scale"},
-            {"candidate_labels", *self._postprocess_options},
+            {"candidate_labels", *self._postprocess_parameters},
         )
         if unknown := kwargs.keys() - set().union(*steps):
-            raise TypeError(f"There is no option {sorted(unknown)}.")
+            raise TypeError(f"The pipeline has no argument {sorted(unknown)}.")
         return tuple({name: value for name, value in kwargs.items() if name in step} for step in steps)
 
     def preprocess(self, image, image_size=None, multi_scale: bool = False, timeout: float = 60) -> dict:
@@ -178,7 +179,7 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
     ```
     """
 
-    _postprocess_options = ("threshold", "min_presence", "return_json", "background")
+    _postprocess_parameters = ("threshold", "min_presence", "return_json", "background")
 
     def __call__(
         self,
@@ -194,22 +195,22 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
         Args:
             images, template: as for [`ImageTextSimilarityMapPipeline`].
             candidate_labels (`str` or T of them): as for [`ImageTextSimilarityMapPipeline`].
-            background_labels (`str` or a list): texts for the rest of the image, such as "sky" and "wall", given like
-                the labels. They compete like the others, and their pixels are background.
+            background_labels (`str` or a list): texts that describe the background, such as "sky" and "wall", in the
+                form of `candidate_labels`. They compete like the others, and their pixels are background.
             threshold (`float` in [0, 1] or one for each text, defaults to 0.5): a label competes for the pixels where
-                its map is greater; with None, for all pixels.
+                its map is greater. With None, it competes for all pixels.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets no pixel.
             refine, return_json, image_size, multi_scale, timeout, batch_size: as for
                 [`ImageTextSimilarityMapPipeline`].
 
         Returns:
-            For one image, a list with a `dict` for each label that has pixels, in the order of the labels; a warning
-            names present labels that others cover. For several images, a list of such lists or an iterator over them,
-            as [`ImageTextSimilarityMapPipeline`]. The items are:
+            For one image, a list with a `dict` for each label that has pixels, in the order of the labels. A warning
+            names the present labels that other labels cover. For several images, a list of such lists or an iterator
+            over them, as for [`ImageTextSimilarityMapPipeline`]. The items are:
 
             - **label** (`str`)
-            - **score** (`float`): presence of the label, in [0, 1], because the score of "image-segmentation" is a
-              confidence; the cosine if the model has no presence.
+            - **score** (`float`): presence of the label, in [0, 1], like the confidence in "image-segmentation". If
+              the model has no presence, it is the cosine.
             - **mask** (`PIL.Image.Image`): mode "L", size of the image, 255 at the pixels of the label and 0
               elsewhere.
         """
@@ -244,12 +245,13 @@ class ZeroShotImageSegmentationPipeline(ImageTextSimilarityMapPipeline):
 
 
 def _mask(mask: torch.Tensor, return_json: bool) -> Image.Image | dict:
-    """Returns a mask as transformers' pipelines do, 255 and 0, or for JSON."""
+    """Returns a mask as an image of 255 and 0, as transformers' pipelines do, or as run lengths for JSON."""
     mask = mask.cpu().numpy()
     return run_lengths(mask) if return_json else Image.fromarray(mask.astype(np.uint8) * 255)
 
 
 def _strings(name: str, labels: str | Sequence[str]) -> list[str]:
+    """Splits labels, and raises `ValueError` unless they are strings."""
     labels = split_texts(labels)
     if not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{name} is a list of strings, shared by all images, not {labels!r}.")

@@ -1,5 +1,5 @@
 """
-Processor of ICLIP: prepares images and texts, and converts raw maps to maps at the image's size, masks, boxes and
+Processor of ICLIP: prepares images and texts, and converts raw maps to maps of the image's size, masks, boxes and
 points.
 """
 
@@ -30,8 +30,8 @@ from .regions import MIN_AREA, Region, find_regions, negative_points, positive_p
 from .similarity import check_map_size, resize_and_normalize
 
 
-# Largest number of pixels of a prepared image, which takes 200 MB in float32. `shortest_edge` would make a narrow
-# image larger.
+# Largest number of pixels of a prepared image, 200 MB in float32. `shortest_edge` would otherwise make a narrow image
+# much larger.
 MAX_PIXELS = 2**24
 # A text with words that every tokenizer knows.
 _PROBE = "a photo of a dog"
@@ -53,15 +53,15 @@ def check_processor(name, processor, config) -> None:
 
 def check_tokenizer(name, tokenizer, config=None) -> None:
     """
-    Raises `ValueError` unless a tokenizer knows words, and fits the text tower in the configuration of a model. If its
-    files are missing, transformers returns a tokenizer that knows no words. The tokenizer of another model gives wrong
-    numbers.
+    Raises `ValueError` unless a tokenizer knows words, and fits the text tower in the configuration of a model. If the
+    files of a tokenizer are missing, transformers returns one that knows no words. With the tokenizer of another
+    model, scores and maps would be wrong.
     """
     tokens = tokenizer(_PROBE)["input_ids"]
     problem = None
     if set(tokens) <= {tokenizer.unk_token_id, *tokenizer.all_special_ids}:
         problem = f'knows no word of "{_PROBE}"'
-    # Padded embeddings and added tokens make a smaller difference.
+    # Padded embeddings and added tokens make a difference below 2 %.
     elif config is not None and abs(len(tokenizer) / config.text_config.vocab_size - 1) > 0.02:
         problem = f"has {len(tokenizer)} tokens where the model has {config.text_config.vocab_size}"
     if problem:
@@ -71,7 +71,7 @@ def check_tokenizer(name, tokenizer, config=None) -> None:
 
 
 def size_dict(size: int | dict[str, int], name: str = "size") -> dict[str, int]:
-    """Returns a size of images as a dictionary. A number is the side of a square. Raises `ValueError` for no size."""
+    """Returns a size of images as a `dict`. A number is the side of a square. Raises `ValueError` if it is no size."""
     try:
         sides = dict.fromkeys(("height", "width"), int(size)) if isinstance(size, Integral) else dict(size)
         is_size = sides.keys() in ({"height", "width"}, {"shortest_edge"}) and min(sides.values()) >= 1
@@ -87,11 +87,11 @@ class ICLIPProcessor(ProcessorMixin):
     Wraps an image processor and a tokenizer.
 
     Args:
-        image_processor: image processor of the image tower. Whole images are resized without a crop, so that maps
-            cover them.
+        image_processor: image processor of the image tower. Images are resized without a crop, so that maps cover
+            the whole image.
         tokenizer: tokenizer of the text tower.
-        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; several prompts are
-            averaged. `"imagenet"` stands for CLIP's 80 templates of ImageNet.
+        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; the features of several
+            prompts are averaged. `"imagenet"` stands for CLIP's 80 templates for ImageNet.
         patch_size (`int`, defaults to 16): side of the model's patches in pixels. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
@@ -116,8 +116,8 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> "ICLIPProcessor":
         """
-        Like the base class, but never asks on standard input whether code of a tokenizer or an image processor may
-        run. Such code runs only with `trust_remote_code=True`.
+        Loads the processor like the base class, but never asks on standard input whether code of a tokenizer or an
+        image processor may run. Such code runs only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -127,13 +127,14 @@ class ICLIPProcessor(ProcessorMixin):
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
         """
-        Reads only the arguments of this class from `processor_config.json`: the base class would load any audio
-        tokenizer that the file names. Returns them, and the keyword arguments that do not locate files.
+        Reads only the arguments of this class from `processor_config.json`, because the base class would load any
+        audio tokenizer that the file names. Returns these arguments, and the keyword arguments that do not locate
+        files.
         """
-        files = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
+        file_kwargs = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
         # Older versions of Transformers saved a processor without this file.
         file = cached_file(
-            pretrained_model_name_or_path, PROCESSOR_NAME, **files, _raise_exceptions_for_missing_entries=False
+            pretrained_model_name_or_path, PROCESSOR_NAME, **file_kwargs, _raise_exceptions_for_missing_entries=False
         )
         content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
         # Transformers' own arguments begin with "_".
@@ -154,8 +155,8 @@ class ICLIPProcessor(ProcessorMixin):
                 without a crop.
             image_processor (*optional*): image processor that replaces the image tower's; `image_size` does not apply
                 to it.
-            kwargs: arguments of [`ICLIPProcessor`]. The defaults of some depend on the towers. With
-                `vision_downsampling`, give `image_size` and `patch_size`, which are larger by this factor.
+            kwargs: arguments of [`ICLIPProcessor`]. Some defaults depend on the towers. With `vision_downsampling`,
+                give `image_size` and `patch_size`, each larger by this factor.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
         image_processor = image_processor or AutoImageProcessor.from_pretrained(
@@ -183,12 +184,12 @@ class ICLIPProcessor(ProcessorMixin):
         Prepares images and texts for [`ICLIPModel`].
 
         Args:
-            images: one image or a list: PIL images of any mode, numpy arrays or tensors in the ranges of [`to_8_bit`],
-                or other inputs of [`load_image`]. The EXIF orientation of a PIL image is ignored.
+            images: one image or a list of images: PIL images of any mode, numpy arrays or tensors in the ranges of
+                [`to_8_bit`], or other inputs of [`load_image`]. The EXIF orientation of a PIL image is ignored.
             text: texts that are taken as they are: one text, a list of T texts for all images, or one list for each
                 image (shorter lists are padded with their last text).
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for
-                each image, or a string, which [`split_texts`] splits at commas.
+                each image, or a string, which [`split_texts`] splits.
             templates: prompts for the labels, each with one `{}`; those of the processor if not given.
             kwargs: arguments of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`.
                 `size=s` or `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the
@@ -218,8 +219,8 @@ class ICLIPProcessor(ProcessorMixin):
             dict(kwargs.pop(name, None) or {}) for name in ("common_kwargs", "text_kwargs", "images_kwargs")
         )
         if images is not None:
-            # The size goes to where it was given, because the base class refuses a keyword that is given flat and in a
-            # dictionary.
+            # The size is replaced where it was given, because the base class refuses a keyword that is given flat and
+            # in a dictionary.
             size_kwargs = kwargs if "size" in kwargs else images_kwargs
             size = size_kwargs.get("size")
             images, size_kwargs["size"] = self._prepared(images, size, {**images_kwargs, **kwargs})
@@ -228,25 +229,26 @@ class ICLIPProcessor(ProcessorMixin):
             if per_image and len(text) != len(images):
                 raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
         defaults = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
-        defaults = {name: defaults[name] for name in defaults.keys() - {*common_kwargs, *text_kwargs, *kwargs}}
+        given = {*common_kwargs, *text_kwargs, *kwargs}
+        text_kwargs |= {name: value for name, value in defaults.items() if name not in given}
         batch = super().__call__(
             images,
             list(chain(*text)) if per_image else text,
             common_kwargs={"return_tensors": "pt", **common_kwargs},
-            text_kwargs=text_kwargs | defaults,
+            text_kwargs=text_kwargs,
             images_kwargs=images_kwargs,
             **kwargs,
         )
         if per_image:
-            self._divide(batch, len(text), len(text[0]))
+            self._split_by_image(batch, len(text), len(text[0]))
         if len(prompts) > 1:
             batch["num_templates"] = len(prompts)
         return batch
 
     def _prepared(self, images, size: int | dict[str, int] | None, kwargs: dict) -> tuple[list, dict[str, int]]:
         """
-        Returns images as a list of PIL images and tensors for the image processor, and their size. `kwargs` of the
-        call replace settings of the image processor.
+        Returns images as a list of PIL images and tensors for the image processor, and the size to resize them to.
+        `kwargs` of the call replace settings of the image processor.
         """
         is_batch = isinstance(images, (list, tuple)) or getattr(images, "ndim", 3) == 4
         do_rescale, do_resize = (
@@ -256,25 +258,27 @@ class ICLIPProcessor(ProcessorMixin):
         images = [_converted(image, convert) for image in (images if is_batch else [images])]
         if not images:
             raise ValueError("There is no image.")
-        exact = self._exact_size(images, size)
-        for image in [] if do_resize else images:
-            sides = dict(zip(("height", "width"), get_image_size(image)))
-            if (size is not None and sides != exact) or any(side % self.patch_size for side in sides.values()):
-                raise ValueError(
-                    f"An image of {sides} needs to be resized: set do_resize=True of the image processor."
-                )
-        return images, exact
+        exact_size = self._exact_size(images, size)
+        if not do_resize:
+            for image in images:
+                sides = dict(zip(("height", "width"), get_image_size(image)))
+                fits_patches = all(side % self.patch_size == 0 for side in sides.values())
+                if (size is not None and sides != exact_size) or not fits_patches:
+                    raise ValueError(
+                        f"An image of {sides} needs to be resized: set do_resize=True of the image processor."
+                    )
+        return images, exact_size
 
-    def _divide(self, batch: BatchFeature, images: int, texts: int) -> None:
+    def _split_by_image(self, batch: BatchFeature, num_images: int, num_texts: int) -> None:
         """
-        Divides the tokens of all texts, `(images * texts, L)`, among their images, `(images, texts, L)`, in place.
+        Reshapes the tokens of all texts in place, from `(num_images * num_texts, L)` to `(num_images, num_texts, L)`.
         """
         for name in {*self.tokenizer.model_input_names} & batch.keys():
             tokens = batch[name]
             if isinstance(tokens, list):
-                batch[name] = [tokens[start : start + texts] for start in range(0, len(tokens), texts)]
+                batch[name] = [tokens[start : start + num_texts] for start in range(0, len(tokens), num_texts)]
             else:
-                batch[name] = tokens.reshape(images, texts, -1)
+                batch[name] = tokens.reshape(num_images, num_texts, -1)
 
     def _exact_size(self, images: list, size: int | dict[str, int] | None) -> dict[str, int]:
         """
@@ -283,21 +287,22 @@ class ICLIPProcessor(ProcessorMixin):
         """
         size = size_dict(self.image_processor.size if size is None else size)
         patch = self.patch_size
-        if "shortest_edge" in size:
+        if edge := size.get("shortest_edge"):
             shapes = {get_image_size(image) for image in images}
-            scaled = {
-                tuple(max(1, round(side * size["shortest_edge"] / min(shape) / patch)) * patch for side in shape)
-                for shape in shapes
+            resized_shapes = {
+                tuple(max(1, round(side * edge / min(shape) / patch)) * patch for side in shape) for shape in shapes
             }
-            if len(scaled) > 1:
+            if len(resized_shapes) > 1:
                 raise ValueError(
                     f"Images of {sorted(shapes)} have no common size by shortest_edge: pass them one by one."
                 )
-            size = dict(zip(("height", "width"), scaled.pop()))
+            size = dict(zip(("height", "width"), resized_shapes.pop()))
         if size["height"] % patch or size["width"] % patch:
             nearest = {name: max(1, round(side / patch)) * patch for name, side in size.items()}
-            asked, fitting = ("x".join(map(str, dict.fromkeys(sides.values()))) for sides in (size, nearest))
-            raise ValueError(f"A size of {asked} pixels is no multiple of the patch size {patch}: use {fitting}.")
+            raise ValueError(
+                f"A size of {_size_text(size)} pixels is no multiple of the patch size {patch}: "
+                f"use {_size_text(nearest)}."
+            )
         if size["height"] * size["width"] > MAX_PIXELS:
             raise ValueError(f"An image of {size} has more than {MAX_PIXELS:,} pixels.")
         return size
@@ -320,7 +325,7 @@ class ICLIPProcessor(ProcessorMixin):
             list of B `torch.Tensor` of shape `(T, height, width)`, float32, in [0, 1]; a constant map is zeros.
         """
         sizes = map(check_map_size, target_sizes)
-        return [resize_and_normalize(map_, size, reverse) for map_, size in zip(maps, sizes, strict=True)]
+        return [resize_and_normalize(image_maps, size, reverse) for image_maps, size in zip(maps, sizes, strict=True)]
 
     def post_process_masks(
         self,
@@ -335,7 +340,7 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             maps (list of `torch.Tensor` of shape `(T, H, W)`): from `post_process_similarity_maps`.
-            threshold (`float` in [0, 1], or T of them): one for all texts, or one for each, such as the best threshold
+            threshold (`float` in [0, 1], or T of them): threshold of all texts, or of each, such as the best threshold
                 of each class.
             presence (`torch.Tensor` of shape `(B, T)`, *optional*): from [`ICLIPModel.presence`], or any score that is
                 higher for present texts.
@@ -408,7 +413,7 @@ class ICLIPProcessor(ProcessorMixin):
             `boxes` `(R, 4)`: (x0, y0, x1, y1) in pixels, float32. An empty mask has no box.
         """
         results = []
-        for texts in _regions(maps, masks, min_area):
+        for texts in _texts_with_regions(maps, masks, min_area):
             regions = [region for text in texts for region in text.regions]
             results.append(
                 {
@@ -434,8 +439,8 @@ class ICLIPProcessor(ProcessorMixin):
 
         Args:
             maps, masks, min_area: as for `post_process_boxes`.
-            num_positive (`int`): number of points at the highest values of the part, its peak first.
-            num_negative (`int`): number of points at the lowest values of the text's map, outside of all its parts.
+            num_positive (`int`): number of points at the highest values of the map in the part, the highest first.
+            num_negative (`int`): number of points at the lowest values of the map outside of the mask.
 
         Returns:
             list of B `dict` with R objects of P = num_positive + num_negative points: `labels` `(R,)`: index of the
@@ -443,12 +448,13 @@ class ICLIPProcessor(ProcessorMixin):
         """
         point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
         results = []
-        for texts in _regions(maps, masks, min_area):
+        for texts in _texts_with_regions(maps, masks, min_area):
             points = []
             for text in texts:
-                outside = negative_points(text.heatmap, text.mask, num_negative)
-                inside = [positive_points(text.heatmap, region, num_positive) for region in text.regions]
-                points += [np.concatenate([positive, outside]) for positive in inside]
+                negative = negative_points(text.heatmap, text.mask, num_negative)
+                for region in text.regions:
+                    positive = positive_points(text.heatmap, region, num_positive)
+                    points.append(np.concatenate([positive, negative]))
             results.append(
                 {
                     "labels": _text_indices(texts),
@@ -468,8 +474,8 @@ class _TextRegions(NamedTuple):
     regions: list[Region]
 
 
-def _regions(maps, masks, min_area: float) -> Iterator[list[_TextRegions]]:
-    """Yields the texts of each image that have regions."""
+def _texts_with_regions(maps, masks, min_area: float) -> Iterator[list[_TextRegions]]:
+    """Yields, for each image, its texts that have regions."""
     for image_maps, image_masks in zip(maps, masks, strict=True):
         arrays = zip(image_maps.float().cpu().numpy(), image_masks.cpu().numpy(), strict=True)
         texts = [
@@ -485,10 +491,15 @@ def _text_indices(texts: Sequence[_TextRegions]) -> torch.Tensor:
 
 
 def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:
-    """Converts arrays and tensors by `convert`, and other images to PIL images in RGB, which are loaded if needed."""
+    """Converts an array or tensor by `convert`. Other images are loaded if needed, and become PIL images in RGB."""
     if hasattr(image, "shape"):
         return convert(image)
     return to_rgb(image) if isinstance(image, Image.Image) else load_image(image)
+
+
+def _size_text(size: dict[str, int]) -> str:
+    """Returns a size as a text, such as "224x336", or "224" for a square."""
+    return "x".join(map(str, dict.fromkeys(size.values())))
 
 
 def _as_prompts(texts, templates: list[str]) -> list[str] | list[list[str]]:

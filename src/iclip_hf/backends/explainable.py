@@ -141,6 +141,10 @@ class RecordableModel(ExplainableModel):
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         return self.network.get_image_features(pixel_values)
 
+    def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Returns the height and width of the patch grid of prepared images."""
+        return tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
+
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
         features, (layer,) = self.trace(pixel_values, weights=True)
         num_patches = math.prod(features.grid)

@@ -144,7 +144,7 @@ class ExplainableCLIP(TransformersModel):
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         output = self._vision_output(pixel_values)
-        grid = tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
+        grid = self._grid(pixel_values)
         patch_tokens = output.last_hidden_state[:, -math.prod(grid) :]
         patch_embeds = unit(self._project_output(patch_tokens)).unflatten(1, grid)
         return ICLIPImageFeatures(image_embeds=unit(output.pooler_output), patch_embeds=patch_embeds)

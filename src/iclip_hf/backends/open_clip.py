@@ -138,8 +138,8 @@ class ExplainableOpenCLIPResNet(ExplainableOpenCLIP):
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         check_side(pixel_values, self.side)
         image_embeds, patch_embeds = unit(self.network.visual(pixel_values)).tensor_split([1], 1)
-        grid = [side // self.processor.patch_size for side in pixel_values.shape[2:]]
-        return ICLIPImageFeatures(image_embeds=image_embeds[:, 0], patch_embeds=patch_embeds.unflatten(1, grid))
+        patch_embeds = patch_embeds.unflatten(1, self._grid(pixel_values))
+        return ICLIPImageFeatures(image_embeds=image_embeds[:, 0], patch_embeds=patch_embeds)
 
     def project(self, stream: torch.Tensor) -> torch.Tensor:
         return self.network.visual.attnpool.c_proj(stream)

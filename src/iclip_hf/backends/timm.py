@@ -63,7 +63,7 @@ class ExplainableTimm(ExplainableOpenCLIP):
         image_embeds = unit(self._head(tokens))
         if tokens.ndim == 4:  # a feature map
             tokens = tokens.flatten(2).mT
-        grid = [side // self.processor.patch_size for side in pixel_values.shape[2:]]
+        grid = self._grid(pixel_values)
         patch_embeds = unit(self._project_output(tokens[:, -math.prod(grid) :])).unflatten(1, grid)
         return ICLIPImageFeatures(image_embeds=image_embeds, patch_embeds=patch_embeds)
 

@@ -37,7 +37,7 @@ class Explainer(ABC):
     def __init__(self, model):
         self.name, self.model = type(self).__name__, load(model)
         if self.needs_layers:
-            recordable(self.model, "this method")
+            recordable(self.model, self.name)
         if self.needs_attention and not self.model.has_attention:
             raise ValueError(f"{self.name} needs a tower with attention: use itsm, reversed_itsm or grad_cam.")
 

@@ -27,9 +27,9 @@ class CompetingITSM(Explainer):
     text do not compete.
 
     Args:
-        rivals (`str`, a list or `Mapping[str, float]`, *optional*): the other nouns, in one string ([`split_texts`]),
-            as a list, or as a mapping from each noun to its prior; [`vocabulary`] if not given. Without a mapping,
-            priors are 0.5.
+        rivals (`str`, a list or `Mapping[str, float]`, *optional*): the other nouns, in one string ([`split_texts`])
+            or as a list, each with the prior 0.5; or a mapping from each noun to its prior; [`vocabulary`] if not
+            given.
 
     Raises:
         `ValueError`: there is no noun, or a prior is not between 0 and 1.
@@ -67,12 +67,12 @@ class CompetingITSM(Explainer):
         scores = self.model.scores(features, rivals)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
-        alike = _directions(texts, mean) @ _directions(rivals, mean).mT
+        similarity = _directions(texts, mean) @ _directions(rivals, mean).mT
         maps, rival_maps = (
             cosine_similarity_map(features.patch_embeds, embeds)
             for embeds in (texts.map_text_embeds, rivals.map_text_embeds)
         )
-        maps = compete(maps, rival_maps, weights.unsqueeze(1) * (alike < ALIKE), self.scale)
+        maps = compete(maps, rival_maps, weights.unsqueeze(1) * (similarity < ALIKE), self.scale)
         return self.model.weigh_maps(maps, features, texts), features
 
     def _encode(self, templates: tuple[str, ...]) -> tuple[torch.Tensor, ICLIPTextFeatures]:

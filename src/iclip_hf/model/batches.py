@@ -17,16 +17,16 @@ from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ImageBatch:
     """
-    B images of one shape, as a model sees them, and their features, if they are encoded.
+    B prepared images of one shape, and their features if they are encoded.
 
     Attributes:
-        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): for the maps.
-        score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): for the scores, if the model's own
-            size is another.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): input for the maps.
+        score_pixel_values (`torch.Tensor` of shape `(B, 3, H', W')`, *optional*): input for the scores, if the model's
+            own image size differs from the size for the maps.
         score_features (`list[ICLIPImageFeatures]`, *optional*): features of each view of the images, for the scores.
             The views are the whole images at the model's own size and, at two scales, windows.
         features (`list[ICLIPImageFeatures]`, *optional*): features of each view of `pixel_values`, for the maps.
-            [`Engine`] fills it.
+            [`Engine`] sets them.
     """
 
     pixel_values: torch.Tensor
@@ -41,9 +41,9 @@ class PreparedImage(ImageBatch):
     An image for [`Engine.run`], from [`Engine.prepare`]: a batch of one.
 
     Attributes:
-        size (`tuple[int, int]`): height and width of its maps in pixels.
+        size (`tuple[int, int]`): height and width of the maps in pixels.
         text_indices (`Sequence[int]`, *optional*): indices of the texts to map; all if not given.
-        image (`PIL.Image.Image`, *optional*): for the explanation.
+        image (`PIL.Image.Image`, *optional*): the image that the explanation keeps.
     """
 
     size: tuple[int, int]
@@ -52,7 +52,7 @@ class PreparedImage(ImageBatch):
 
     @property
     def batch_key(self) -> tuple:
-        """Images with equal keys can share a forward pass."""
+        """A key that is equal for images that can share a forward pass."""
         pixels = (self.pixel_values, self.score_pixel_values)
         shapes = [None if values is None else values.shape for values in pixels]
         return *shapes, self.text_indices is None, self.score_features is None, self.features is None
@@ -74,20 +74,20 @@ def join_texts(parts: Sequence[ICLIPTextFeatures]) -> ICLIPTextFeatures:
 def select_texts(texts: ICLIPTextFeatures, indices: torch.Tensor) -> ICLIPTextFeatures:
     """
     Selects S texts for each of B images, `(B, S, P)`, by their indices `(B, S)` among T encoded texts `(T, P)`, or
-    among those of each image, `(B, T, P)`.
+    among the T texts of each image `(B, T, P)`.
     """
     index = indices if texts.text_embeds.ndim == 2 else (torch.arange(len(indices))[:, None], indices)
     return map_tensors(lambda values: values[index], texts)
 
 
 def join_images(images: Sequence[PreparedImage]) -> ImageBatch:
-    """Joins images of one `batch_key`."""
+    """Joins images with equal `batch_key`."""
     if len(images) == 1:
         return images[0]
     joined = {}
     for field in fields(ImageBatch):
-        values = [getattr(image, field.name) for image in images]
-        joined[field.name] = map_tensors(lambda *rows: torch.cat(rows), *values)
+        parts = [getattr(image, field.name) for image in images]
+        joined[field.name] = map_tensors(lambda *values: torch.cat(values), *parts)
     return ImageBatch(**joined)
 
 
@@ -97,11 +97,13 @@ def map_tensors(function: Callable[..., torch.Tensor], *parts):
     tensors that scores and maps are computed from. None stays None.
     """
     first = parts[0]
-    if first is None or isinstance(first, torch.Tensor):
-        return None if first is None else function(*parts)
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return function(*parts)
     if isinstance(first, list):
         return [map_tensors(function, *items) for items in zip(*parts)]
-    # Not the class of `first`: the code of a model folder has classes of its own.
+    # The class of `first` can be another one, from the code of a model folder.
     features_class = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
     names = [name for name in features_class.compared if name in first]
     return features_class(**{name: function(*(part[name] for part in parts)) for name in names})
@@ -109,8 +111,8 @@ def map_tensors(function: Callable[..., torch.Tensor], *parts):
 
 def pad_indices(text_indices: Sequence[Sequence[int]]) -> torch.Tensor:
     """
-    Returns the indices of the texts of each image as a tensor `(B, S)`. The rows of images with fewer texts are filled
-    with any index.
+    Returns the indices of the texts of each image as a tensor `(B, S)`. If an image has fewer than S texts, its
+    indices are padded with 0.
     """
     return pad_sequence([torch.tensor(list(indices) or [0]) for indices in text_indices], batch_first=True)
 
@@ -119,13 +121,14 @@ def map_groups(
     function: Callable[[list[Any]], Iterable[Any]], items: Sequence[Any], keys: Iterable[Hashable]
 ) -> list[Any]:
     """
-    Groups items by their keys, such as images by their shapes, and calls a function with each group, which returns a
-    result for each item. Returns the results in the order of the items.
+    Groups items by their keys, such as images by their shapes, and calls `function` with each group. The function
+    returns a result for each item. Returns the results in the order of the items.
     """
-    groups = defaultdict(list)
+    indices_by_key = defaultdict(list)
     for index, key in enumerate(keys):
-        groups[key].append(index)
+        indices_by_key[key].append(index)
     results = {}
-    for group in groups.values():
-        results.update(zip(group, function([items[index] for index in group]), strict=True))
+    for indices in indices_by_key.values():
+        group = [items[index] for index in indices]
+        results.update(zip(indices, function(group), strict=True))
     return [results[index] for index in range(len(items))]

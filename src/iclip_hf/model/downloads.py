@@ -15,7 +15,7 @@ def is_url(name: object) -> bool:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http and https. The default also follows those to ftp."""
+    """Follows redirects to http and https. The base class also follows redirects to ftp."""
 
     def redirect_request(self, request, file, code, message, headers, url):
         if not is_url(url):
@@ -29,17 +29,17 @@ def download(url: str, timeout: float) -> bytes:
     longer than `timeout` seconds, or the URL is not valid.
     """
     content = bytearray()
-    end = time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     address = urllib.parse.quote(url, safe="%/:?#[]@!$&'()*+,;=~")  # quotes spaces and non-ASCII letters
     try:
-        # Some sites refuse Python's default.
+        # Some sites refuse the user agent of urllib.
         request = urllib.request.Request(address, headers={"User-Agent": "iclip-hf"})
         with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as opened:
             while part := opened.read1(2**16):
                 content += part
                 if len(content) > MAX_DOWNLOAD:
                     raise OSError(f"it has more than {MAX_DOWNLOAD // 2**20} MiB")
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     raise TimeoutError(f"it did not end within {timeout:g} seconds")
     except (OSError, HTTPException, ValueError) as error:
         raise OSError(f"{url[:100]!r}: the image cannot be downloaded: {error}") from error

@@ -13,21 +13,21 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
     Features of texts. They can be computed once and reused for any number of images.
 
     Attributes:
-        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected feature of the recognition branch, not
-            normalised; if a label has several prompts, `text_embeds`.
+        pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected features of the recognition branch, not
+            normalised. If a label has several prompts, they are `text_embeds`.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
         map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit
             vectors that patches are compared with. They are equal to `text_embeds` in a model with one branch.
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
-            text, float32: positive for objects, negative for the background. None unless `config.map_attention` is
-            `"signed"`. A `"signed"` model takes None as 1, for a target that is not a text, such as an image.
+            text, float32: positive for objects, negative for the background. It is None if `config.map_attention` is
+            not `"signed"`, and for a target that is not a text, such as an image, whose weight is 1.
     """
 
     text_embeds: torch.FloatTensor | None = None
     map_text_embeds: torch.FloatTensor | None = None
     attention_weights: torch.FloatTensor | None = None
 
-    compared = ("text_embeds", "map_text_embeds", "attention_weights")  # what scores and maps are computed from
+    compared = ("text_embeds", "map_text_embeds", "attention_weights")  # fields that scores and maps are computed from
 
 
 @dataclass
@@ -36,20 +36,21 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     Features of images.
 
     Attributes:
-        pooler_output (`torch.Tensor` of shape `(B, P)`): projected feature of the recognition branch, not normalised.
+        pooler_output (`torch.Tensor` of shape `(B, P)`): projected features of the recognition branch, not normalised.
         image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch; None with
             `max_over="similarity"`, because this branch then has no image vector.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
-            vectors of the patches, to compare with `map_text_embeds`.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + K)` with a feature tower): the tower's patch
-            tokens after its final norm, followed by the K reduced features of the feature tower, row-major, N = h * w.
+            vectors of the patches, which are compared with `map_text_embeds`.
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + K)` with a feature tower): patch tokens of
+            the image tower after its final norm, each followed by the K reduced features of the feature tower;
+            row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
             (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention`, averaged over similar patches, see
             `config.map_affinity`.
-        feature_average (`torch.Tensor` of shape `(B, K)`): what the recognition branch projects with
-            `recognition_pooling="feature_average"`; None otherwise.
+        feature_average (`torch.Tensor` of shape `(B, K)`): the vector that the recognition branch projects with
+            `recognition_pooling="feature_average"`; None with other poolings.
     """
 
     image_embeds: torch.FloatTensor | None = None
@@ -60,7 +61,8 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     map_attention: torch.FloatTensor | None = None
     feature_average: torch.FloatTensor | None = None
 
-    compared = ("image_embeds", "patch_embeds", "attention", "map_attention")  # what scores and maps are computed from
+    # fields that scores and maps are computed from
+    compared = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,12 +80,12 @@ class ICLIPOutput(ModelOutput):
 
     Attributes:
         loss (`torch.Tensor` scalar, with `return_loss=True`): contrastive loss, averaged over the branches (Eq. 13).
-            With `map_attention="signed"`, plus the loss of the weights of the attention.
-        branch_losses (`tuple[torch.Tensor]`, with `return_loss=True`): the loss of each branch, a scalar, recognition
-            first, without gradient.
+            `map_attention="signed"` adds the loss of the weights of the attention.
+        branch_losses (`tuple[torch.Tensor]`, with `return_loss=True`): a scalar for each branch, the recognition
+            branch first, without gradient.
         logits_per_image (`torch.Tensor` of shape `(B, T)`): scaled cosines of the recognition branch, with its bias,
             float32. None if the model is in training mode and `return_loss=True`.
-        logits_per_text (`torch.Tensor` of shape `(T, B)`): their transpose.
+        logits_per_text (`torch.Tensor` of shape `(T, B)`): the transpose of `logits_per_image`.
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, P)`, `(T, P)`): unit vectors of the recognition branch.
         map_image_embeds (`torch.Tensor` of shape `(B, P)`): unit vectors of the map branch.
         map_text_embeds, patch_embeds: unit vectors that maps are computed from, see [`ICLIPTextFeatures`] and

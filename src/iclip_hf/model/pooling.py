@@ -9,8 +9,8 @@ from .similarity import stretch
 def normalize_attention(attention: torch.Tensor, norm: str, quantile: float) -> torch.Tensor:
     """
     Scales the class token's attention `(B, N)` to [0, 1] over the patches of each image (Eq. 9), float32. The smallest
-    weight becomes 0. With the norm `"minmax"`, the largest weight becomes 1; with `"quantile"`, the `quantile` in (0,
-    1] of the weights and all above it. Equal weights become zeros.
+    weight becomes 0. With the norm `"minmax"`, the largest weight becomes 1. With `"quantile"`, the weight at
+    `quantile`, in (0, 1], and all larger weights become 1. If all weights of an image are equal, they become 0.
     """
     attention = attention.float()
     low = attention.amin(-1, keepdim=True)
@@ -26,12 +26,12 @@ def average_by_affinity(
     values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor
 ) -> torch.Tensor:
     """
-    Averages the values `(B, N, C)` of all patches for each of K patches, weighted by softmax(affinity * cosine) of the
-    tokens `(B, N, D)` of all patches and the tokens `queries` `(B, K, D)` of the K patches. Returns `(B, K, C)`. An
-    N x N matrix is not kept in memory.
+    Averages the values `(B, N, C)` of all N patches, once for each of K patches. The weights are
+    softmax(affinity * cosine) over the N patches, where the cosines compare the tokens `queries` `(B, K, D)` of the K
+    patches with the `tokens` `(B, N, D)` of all patches. Returns `(B, K, C)`. The weights are not kept in memory.
     """
     keys, queries = F.normalize(tokens.float(), dim=-1), F.normalize(queries.float(), dim=-1)
-    # Zeros make all widths equal, as the fused attention needs. Other attention would keep the matrix in memory.
+    # Zeros make all widths equal, as fused attention needs. Other attention would keep the weights in memory.
     width = max(keys.shape[-1], values.shape[-1])
     padded = (F.pad(part, (0, width - part.shape[-1])).unsqueeze(1) for part in (queries, keys, values.float()))
     averaged = F.scaled_dot_product_attention(*padded, scale=float(affinity))
@@ -40,8 +40,8 @@ def average_by_affinity(
 
 def smooth_maximum(values: torch.Tensor, log_prior: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
     """
-    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, where b is the sharpness: nearly the mean of the values
-    v for a small b, and nearly their maximum for a large one.
+    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, with the values v, their prior p and the sharpness b.
+    For a small b this is nearly the mean of the values, and for a large b nearly their maximum.
     """
     return (log_prior + sharpness * values).logsumexp(dim) / sharpness
 
@@ -51,26 +51,26 @@ def pool_similarities(
 ) -> torch.Tensor:
     """
     Computes masked max pooling over similarities instead of channels: the [`smooth_maximum`] of the similarities of
-    patches `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, both unit vectors. The attention `(B, N)`, which is not
-    negative, is the prior of the patches. If all attention is 0, patches have equal weights. Returns `(B, T)`,
-    float32.
+    patches `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, both unit vectors. The prior of the patches is their
+    attention `(B, N)`, at least 0, divided by its sum. If all attention of an image is 0, its patches have equal
+    priors. Returns `(B, T)`, float32.
 
-    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead. If a tower was
-    trained with a patch objective, this maximum is similar for all images.
+    The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead, which is similar
+    for all images if a tower was trained with a patch objective.
     """
     attention = attention.float()
     attention = attention.where(attention.sum(-1, keepdim=True) > 0, 1.0)
     prior = attention / attention.sum(-1, keepdim=True)
     with torch.autocast(patch_embeds.device.type, enabled=False):
         similarities = text_embeds.float() @ patch_embeds.mT.float()
-    # A patch without attention takes no part. The gradient of log 0 is infinite, and NaN once it is multiplied by the
+    # A patch without attention is left out. The gradient of log 0 would be infinite, and NaN if multiplied by the
     # weight 0 of the patch.
-    absent = prior == 0
-    log_prior = prior.masked_fill(absent, 1.0).log().masked_fill(absent, -torch.inf)
+    left_out = prior == 0
+    log_prior = prior.masked_fill(left_out, 1.0).log().masked_fill(left_out, -torch.inf)
     return smooth_maximum(similarities, log_prior.unsqueeze(1), sharpness, -1)
 
 
-# Poolings of an image into one vector: the rows of Table 2, where masked max has both normalisations of the attention.
+# Poolings of an image into one vector: the rows of Table 2, with both normalisations of the attention for masked max.
 POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/quantile")
 
 
@@ -94,28 +94,29 @@ def representative_patches(
     tokens: torch.Tensor, attention: torch.Tensor, grid: tuple[int, int], count: int
 ) -> torch.Tensor:
     """
-    Selects a few patches that represent an image, by their tokens `(B, N, D)` in the map branch before the average
-    over similar patches, their attention `(B, N)` in [0, 1] and the grid (h, w). Returns indices `(B, count)`, or all
-    N if there are no more than `count`.
+    Selects `count` patches that represent an image, from the patch tokens `(B, N, D)`, their attention `(B, N)` in
+    [0, 1] and the grid (h, w). The tokens are those of the map branch before the average over similar patches. Returns
+    indices `(B, count)`, or all N if there are no more than `count`.
 
-    All but four are salient. The first has the largest attention, and each further one the largest product of
-    attention and square root of the distance to the selected patches. The last four are in the middle of the image's
-    quarters, so that large objects and the ground also count by their area.
+    All but four are salient. The first has the largest attention. Each further one has the largest product of
+    attention and square root of the distance, 1 - cosine, to the nearest selected patch. The last four are in the
+    middle of the image's quarters, so that large objects and the ground also count by their area.
     """
     num_images, num_patches = tokens.shape[:2]
     if count >= num_patches:
         return torch.arange(num_patches, device=tokens.device).expand(num_images, -1)
     each_image = torch.arange(num_images, device=tokens.device)
     units = F.normalize(tokens.float(), dim=-1)
-    wanted = attention
+    priority = attention
     distance = torch.full_like(attention, 2.0)
     salient = []
     for _ in range(count - 4):
-        salient.append(wanted.argmax(1))
-        distance = torch.minimum(distance, 1 - (units @ units[each_image, salient[-1]].unsqueeze(-1)).squeeze(-1))
-        # Patches without attention can be selected too. By the distance alone, a large object, whose patches are
-        # similar, would have fewer patches than its surroundings.
-        wanted = (attention + 0.05) * distance.clamp(min=0).sqrt()
+        salient.append(priority.argmax(1))
+        newest = units[each_image, salient[-1]].unsqueeze(-1)
+        distance = torch.minimum(distance, 1 - (units @ newest).squeeze(-1))
+        # The sum with 0.05 allows patches without attention. By the distance alone, a large object would have fewer
+        # patches than its surroundings, because its patches are similar.
+        priority = (attention + 0.05) * distance.clamp(min=0).sqrt()
     rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
     middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)
     return torch.cat([torch.stack(salient, 1), middles.expand(num_images, -1)], 1)

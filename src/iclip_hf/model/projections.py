@@ -26,8 +26,8 @@ class Projection(nn.Module):
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
         """
-        Projects features. With `linear`, the hidden layer is left out, and `features` may have fewer than
-        `in_features` numbers: they are the last ones, and the others are zero.
+        Projects features. With `linear`, the MLP is left out, and `features` may be the last of the `in_features`
+        numbers alone. The others are then zero.
         """
         if linear:
             return F.linear(features, self.weight[:, -features.shape[-1] :])
@@ -37,8 +37,8 @@ class Projection(nn.Module):
 
 class ICLIPBranch(nn.Module):
     """
-    An image and a text projection into a shared space (Eq. 12), with a logit scale and, if they are trained with a
-    sigmoid, a logit bias.
+    An image and a text projection into a shared space (Eq. 12), with a logit scale and, for training with a sigmoid, a
+    logit bias.
 
     `logit_scale` is the logarithm of the scale. Scale and bias have the shape (1,), because FSDP cannot shard scalars.
     """
@@ -63,13 +63,13 @@ class ICLIPBranch(nn.Module):
         return normalize(self.text_projection(features).float())
 
     def forward(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Returns the logits: cosines times the scale, which is at most 100 as in CLIP, plus the bias if present."""
+        """Returns the logits: cosines times the scale, which is at most 100 as in CLIP, plus the bias if any."""
         logits = cosines * self.logit_scale.exp().clamp(max=100).squeeze().to(cosines.device)
         return logits if self.logit_bias is None else logits + self.logit_bias.squeeze().to(cosines.device)
 
 
 def normalize(features: torch.Tensor) -> torch.Tensor:
-    """Scales vectors `(..., D)` to unit length, in float32. A zero vector stays zero. Keeps the dtype."""
+    """Scales vectors `(..., D)` to unit length, computed in float32. A zero vector stays zero. The dtype is kept."""
     return F.normalize(features.float(), dim=-1).to(features.dtype)
 
 
@@ -83,6 +83,7 @@ def join_branches(map_embeds: torch.Tensor, recognition_embeds: torch.Tensor, we
 
 def average_prompts(embeds: torch.Tensor, num_templates: int) -> torch.Tensor:
     """
-    Averages the unit vectors of each label's prompts, `(..., T * num_templates, P)`, to unit vectors `(..., T, P)`.
+    Averages the unit vectors of the prompts of each label, `(..., T * num_templates, P)`. Returns unit vectors
+    `(..., T, P)`.
     """
     return embeds if num_templates == 1 else normalize(embeds.unflatten(-2, (-1, num_templates)).mean(-2))

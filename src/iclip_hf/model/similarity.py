@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 def check_map_size(size: Sequence[int]) -> tuple[int, int]:
-    """Returns the height and width of a map as integers. Raises `ValueError` unless they are two, of at least 1."""
+    """Returns the height and width of a map. Raises `ValueError` unless `size` is two integers of at least 1."""
     try:
         height, width = map(operator.index, size)
     except (TypeError, ValueError):
@@ -23,7 +23,7 @@ def check_map_size(size: Sequence[int]) -> tuple[int, int]:
 
 
 def check_finite(values: torch.Tensor) -> None:
-    """Raises `ValueError` if scores or maps of a model hold NaN or infinity. Comparisons with them would be silent."""
+    """Raises `ValueError` if scores or maps of a model hold NaN or infinity. Comparisons would not report them."""
     if not values.isfinite().all():
         raise ValueError("The model gives NaN or infinity: check its weights, or load it in float32.")
 
@@ -57,8 +57,8 @@ def stretch(
     values: torch.Tensor, low: torch.Tensor, high: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1. The result is written to `out` if it is given,
-    which may be `values`. Where `low` and `high` are equal, the result is `values - low`. Shapes are broadcast.
+    Maps `values` linearly so that `low` becomes 0 and `high` becomes 1. Where `low` and `high` are equal, the result
+    is `values - low`. Shapes are broadcast. The result is written to `out` if given, which may be `values` itself.
     """
     span = high - low
     # Division instead of multiplication by the reciprocal, so that `high` becomes exactly 1.
@@ -74,27 +74,28 @@ def min_max_normalize(maps: torch.Tensor) -> torch.Tensor:
 def resize_maps(maps: torch.Tensor, size: tuple[int, int], out: torch.Tensor | None = None) -> torch.Tensor:
     """
     Resizes maps `(..., h, w)` to an image's size (height, width) in pixels, bicubic with align_corners=False and
-    without antialiasing (Eq. 4), float32. The result is written to `out` if it is given. It equals
-    `torch.nn.functional.interpolate` up to rounding, but it is computed as one matrix product for each side, which is
-    faster from a 16x16 grid to the size of a photograph.
+    without antialiasing (Eq. 4), float32. The result is written to `out` if given. It equals
+    `torch.nn.functional.interpolate` up to rounding. It is computed by one matrix product for each side, which is
+    faster if the image is much larger than the grid, such as a photograph and 16x16 patches.
     """
-    enlarged, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
-    return enlarged.add_(low)
+    resized, low = _resize_above_lowest(maps, _resize_weights(maps, size), out)
+    return resized.add_(low)
 
 
 @torch.no_grad()
 def resize_and_normalize(maps: torch.Tensor, size: tuple[int, int], reverse: bool = False) -> torch.Tensor:
     """
-    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5), for `(T, h, w)` maps. One map
-    is computed at a time: it fits the cache of a processor, and does not depend on the other maps, to the last bit.
+    Computes M = `min_max_normalize(resize_maps(maps, size))` (Eq. 4), or 1 - M (Eq. 5) with `reverse`, for `(T, h, w)`
+    maps. Maps are computed one by one: one map fits the cache of a processor, and no map depends on the other maps, to
+    the last bit.
     """
     weights = _resize_weights(maps, size)
-    enlarged = _empty((len(maps), *size), maps.device)
-    large = torch.empty(size, dtype=torch.float32, device=maps.device)
-    for raw_map, target in zip(maps, enlarged):
-        _resize_above_lowest(raw_map, weights, large)
-        stretch(large, *torch.aminmax(large), out=target)
-    return 1 - enlarged if reverse else enlarged  # stretching the negative would round differently
+    normalized = _empty((len(maps), *size), maps.device)
+    resized = torch.empty(size, dtype=torch.float32, device=maps.device)
+    for raw_map, target in zip(maps, normalized):
+        _resize_above_lowest(raw_map, weights, resized)
+        stretch(resized, *torch.aminmax(resized), out=target)
+    return 1 - normalized if reverse else normalized  # stretching the negative would round differently
 
 
 def _resize_weights(maps: torch.Tensor, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,14 +107,14 @@ def _resize_above_lowest(
     maps: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Subtracts the lowest value of each map and resizes the maps. Returns the resized maps and the lowest values. This
-    keeps a constant map exactly constant: min-max would stretch its rounding errors.
+    Subtracts the lowest value of each map, then resizes the maps. Returns the resized maps and the lowest values. The
+    subtraction keeps a constant map exactly constant: min-max would stretch its rounding errors.
     """
-    rows, columns = weights
+    vertical, horizontal = weights
     maps = maps.float()
     low = maps.amin((-2, -1), keepdim=True)
     with torch.autocast(maps.device.type, enabled=False):  # it would round products to half precision
-        return torch.matmul(rows, (maps - low) @ columns.mT, out=out), low
+        return torch.matmul(vertical, (maps - low) @ horizontal.mT, out=out), low
 
 
 def _empty(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:

@@ -14,12 +14,13 @@ from transformers.configuration_utils import SubConfigSpec
 
 
 def _check_within(interval: str, value: float | None) -> None:
+    if value is None:
+        return
     low, high = map(float, interval[1:-1].split(", "))
-    fits = value is None or (
-        low <= value <= high and (interval[0] == "[" or value > low) and (interval[-1] == "]" or value < high)
-    )
-    if not fits:  # also for NaN
-        raise ValueError(f"it is in {interval}, not {value}.")
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):  # also for NaN
+        raise ValueError(f"the value must be in {interval}, not {value}.")
 
 
 def _option(default, interval: str | None = None, *, cached: bool | str = False, read_by: str = "outputs"):
@@ -28,10 +29,10 @@ def _option(default, interval: str | None = None, *, cached: bool | str = False,
 
     Args:
         interval (`str`, *optional*): interval of its values, such as "[0, 1)".
-        cached: whether precomputed features of images depend on it. With `"patches"`, they do only if they hold
-            patches (`max_over="similarity"`).
-        read_by (`str`): what depends on it: the `"outputs"` of the model, its `"training"` only, or the initial
-            `"weights"` only.
+        cached: whether precomputed features of images depend on the option. With `"patches"`, only features that hold
+            patches (`max_over="similarity"`) depend on it.
+        read_by (`str`): `"outputs"` if outputs of the model depend on the option, `"training"` if only the training
+            does, `"weights"` if only the initial weights do.
     """
     checks = [] if interval is None else [partial(_check_within, interval)]
     return validated_field(checks, default=default, metadata={"cached": cached, "read_by": read_by})
@@ -60,11 +61,11 @@ class ICLIPConfig(PreTrainedConfig):
         dual_projection (`bool`, defaults to `True`): whether there are two branches (Eq. 12): the recognition
             branch, which projects `recognition_pooling`, and the interpretability branch. If `False`, one branch does
             both (Table 3).
-        pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector.
-            `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`; these are the rows of Table 2.
+        pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector:
+            `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`, the rows of Table 2.
         attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1].
             `"minmax"` over the patches is the paper's. `"quantile"` maps the quantile `attention_quantile` of A to 1
-            and clips larger values, so that one bright token cannot dim all others.
+            and clips larger values, so that one very large value does not make all others small.
         attention_quantile (`float` in (0, 1], defaults to 0.9): the quantile of `attention_norm="quantile"`.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the
             logit scale, ln(1 / 0.07).
@@ -74,7 +75,7 @@ class ICLIPConfig(PreTrainedConfig):
             last feature map is resized to the grid of patches, reduced to `feature_dim` channels by a fixed linear map
             (`feature_reduction`), and joined to the patch tokens of the image tower. Scores and maps are computed from
             both. Attention, `value_share`, `map_affinity` and the selection of `map_tokens` depend on the image tower
-            only. It requires the package timm. This option and the options below are not in the paper.
+            only. A feature tower requires the package timm. This option and the options below are not in the paper.
         feature_dim (`int`, defaults to 256): number K of features that the feature tower adds to the patch tokens, at
             most the number of channels of its last feature map.
         feature_image_mean, feature_image_std (`list[float]`, *optional*): mean and standard deviation of each channel,
@@ -82,21 +83,21 @@ class ICLIPConfig(PreTrainedConfig):
             (pixel value - mean) / std. [`ICLIPModel.from_vision_text_pretrained`] computes them from the normalization
             of the processor and the normalization that the feature tower was trained with, so a configuration for new
             models leaves them out.
-        vision_downsampling (`int`, defaults to 1): the image tower sees the mean of each square of this side in
-            pixels, and the feature tower sees all pixels. The side of the model's patches is the side of the image
-            tower's patches times this factor.
+        vision_downsampling (`int`, defaults to 1): side in pixels of the squares that are averaged to one pixel for
+            the image tower. The feature tower sees all pixels. The side of the model's patches is the side of the
+            image tower's patches times this factor.
 
         map_attention (`str`, defaults to `"similarity"`): how A weights the similarity map. `"similarity"` multiplies
             the cosines by A. `"none"` does not use A. `"additive"` changes the differences d of the cosines from
-            their mean over the patches: d becomes d + A min(d, 1 / (2 `max_sharpness`)) where it is positive, with A
-            stretched to [0, 1], and a tenth of d where it is negative. `"signed"` does the same with A times a weight
-            of the text in [-1, 1], which is learned from noun prompts: texts of objects raise patches with attention,
-            and texts of the background ("sky") lower them.
+            their mean over the patches: a positive d becomes d + A min(d, 1 / (2 `max_sharpness`)), with A stretched
+            to [0, 1], and a negative d becomes d / 10. `"signed"` does the same with A times a weight of the text in
+            [-1, 1], which is learned from noun prompts: texts of objects raise patches with attention, and texts of
+            the background ("sky") lower them.
         max_over (`str`, defaults to `"channels"`): where `"masked_max"` and `"max"` take the maximum. `"channels"`
-            takes it for each channel over the tokens, before the projection (Eq. 10). `"similarity"`, which is not in
-            the paper, takes it for each text over the similarities of the patches, after the projection
-            ([`~pooling.pool_similarities`]). The trained score is then the peak of the map. `"similarity"` requires
-            `dual_projection`, because the map branch then has no image vector.
+            takes it for each channel over the tokens, before the projection (Eq. 10). `"similarity"` takes it for each
+            text over the similarities of the patches, after the projection ([`~pooling.pool_similarities`]): the
+            trained score is the peak of the map. `"similarity"` requires `dual_projection`, because the map branch
+            then has no image vector.
         max_sharpness (`float`, defaults to 10): sharpness of the smooth maximum with `max_over="similarity"`. The
             larger it is, the nearer the smooth maximum is to the maximum. Must be positive.
         center_tokens (`bool`, defaults to `False`): whether the map branch subtracts the mean of the training images'
@@ -106,26 +107,27 @@ class ICLIPConfig(PreTrainedConfig):
             tower's last attention. 0 keeps the attention of the tower. With 1, each patch attends to itself only, as
             in MaskCLIP, so that its token describes its own position. The class token is not changed. Requires SDPA
             attention.
-        map_affinity (`float`, defaults to 0): sharpness of the average over similar patches. Token and attention of
-            each patch become the mean over all patches, weighted by softmax(map_affinity * cosine of their tokens). 0
-            disables the average.
-        recognition_share (`float` in [0, 1), defaults to 0): weight w of the recognition branch in the map, whose
-            values are then (1 - w) times the cosine of the map branch plus w times the cosine of the recognition
-            branch. This branch applies its projection of the average patch to each patch. Requires
+        map_affinity (`float`, defaults to 0): sharpness of the average over similar patches. The token and the
+            attention of each patch become the mean over all patches, weighted by softmax(map_affinity * cosine of the
+            tokens). 0 disables the average.
+        recognition_share (`float` in [0, 1), defaults to 0): weight w of the recognition branch in the map. The values
+            of the map are (1 - w) times the cosine of the map branch plus w times the cosine of the recognition
+            branch, whose projection of the average patch is applied to each patch. Requires
             `recognition_pooling="class_and_average"` or `"feature_average"`.
 
         recognition_pooling (`str`, defaults to `"class_token"`): how the recognition branch of dual projections pools
-            an image. `"class_token"` is the paper's. `"class_and_average"` is the class token
-            followed by the mean patch token, as in DINOv2's linear evaluation and dino.txt. `"feature_average"` is the
-            mean of the reduced feature map of the feature tower, which requires `feature_config`. With
-            `vision_downsampling`, it is half this mean and half the mean for the smaller image that the image tower
-            sees. Both require `dual_projection`.
-        peak_share (`float` in [0, 1], defaults to 0): weight of the map's peak in the score of an image and a text,
-            which is (1 - weight) times the cosine of the recognition branch plus the weight times the highest cosine
-            of the map. A small object raises the peak more than the vector of the whole image. Losses, `image_embeds`
+            an image. `"class_token"` is the paper's. `"class_and_average"` is the class token followed by the mean
+            patch token, as in DINOv2's linear evaluation and dino.txt. `"feature_average"` is the mean of the reduced
+            feature map of the feature tower, which requires `feature_config`. With `vision_downsampling`, this mean is
+            averaged with the mean of the feature map of the downsampled image. `"class_and_average"` and
+            `"feature_average"` require `dual_projection`.
+        peak_share (`float` in [0, 1], defaults to 0): weight w of the map's peak in the score of an image and a text.
+            The score is (1 - w) times the cosine of the recognition branch plus w times the highest cosine of the map.
+            A small object changes the peak more than it changes the vector of the whole image. Losses, `image_embeds`
             and gradient methods do not read the peak.
-        average_layers (`int`, defaults to 1): number of last layers of the image tower whose mean patch tokens
-            `"class_and_average"` reads, each after the tower's final norm. The class token is from the last layer.
+        average_layers (`int`, defaults to 1): number of layers, counted from the last one of the image tower, whose
+            mean patch tokens `"class_and_average"` reads, each after the tower's final norm. The class token is from
+            the last layer.
         image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
             projection, see [`~projections.Projection`]: to the image projection of the recognition branch, and to the
             text projections. 0 is the paper's linear projection.
@@ -135,21 +137,22 @@ class ICLIPConfig(PreTrainedConfig):
         presence_bias (`float`, defaults to 0): number added to the logits for the presence, so that it is calibrated
             at a prior of 0.5. The logit bias itself fits the fraction of positives in training.
 
-        noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, where a batch
-            has nouns. With `max_over="channels"` only the recognition branch learns from nouns.
+        noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, if the batch has
+            nouns. With `max_over="channels"`, only the recognition branch learns from nouns.
         unknown_weight (`float` in [0, 1], defaults to 0.1): weight of unknown nouns in the loss of a recognition
             branch with a bias. A noun is unknown if no text of the image names it and no label excludes it.
         distillation_weight (`float`, defaults to 1): weight of a loss in which the recognition branch learns the
             probabilities of a classifier ([`~losses.distillation_loss`]) on images that have `class_probabilities`. A
-            branch with a bias also learns from them which classes are absent ([`~losses.class_presence_loss`]).
+            branch with a bias also learns from the probabilities which classes are absent
+            ([`~losses.class_presence_loss`]).
         noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
             in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
-        known_competition (`float`, defaults to 0): weight of a loss in which *the known nouns of an image*, which it
-            is known to show or not to show, compete for its patches: each noun shown has patches, and each patch shows
-            one of the nouns shown ([`~losses.known_competition_loss`]). It is computed on images whose labels are
-            complete for the background. It is added to the loss of the map branch, and requires
-            `max_over="similarity"`. With it, the loss of `noun_competition` also depends on the place of nouns that
-            are at the top or the bottom of images ([`~losses.shares_by_place`]).
+        known_competition (`float`, defaults to 0): weight of a loss in which only *the known nouns of an image*, known
+            to be shown or absent, compete for its patches: each noun shown has patches, and each patch shows one of
+            the nouns shown ([`~losses.known_competition_loss`]). The loss is computed on images whose labels are
+            complete for the background, and added to the loss of the map branch. It requires `max_over="similarity"`.
+            With a weight above 0, the loss of `noun_competition` also depends on the place of nouns at the top or the
+            bottom of images ([`~losses.shares_by_place`]).
         map_tokens (`int`, at least 5, defaults to 20): number of patches that represent an image in the loss of the
             map branch with `max_over="similarity"` ([`~pooling.representative_patches`]).
 
@@ -235,9 +238,9 @@ class ICLIPConfig(PreTrainedConfig):
 
     @classmethod
     def option_names(cls, *read_by: str) -> list[str]:
-        """Returns the names of the options, except the towers; with `read_by`, only those with this mark."""
-        marks = {option.name: option.metadata for option in fields(cls) if "read_by" in option.metadata}
-        return [name for name, mark in marks.items() if not read_by or mark["read_by"] in read_by]
+        """Returns the names of the options, except the towers. `read_by` selects options with one of these marks."""
+        marks = {option.name: option.metadata["read_by"] for option in fields(cls) if "read_by" in option.metadata}
+        return [name for name, mark in marks.items() if not read_by or mark in read_by]
 
     @property
     def feature_options(self) -> dict[str, object]:
@@ -245,8 +248,8 @@ class ICLIPConfig(PreTrainedConfig):
         The options that precomputed features of images depend on, and `even_patches`: whether the features hold evenly
         spread patches.
         """
-        kinds = (True,) if self.max_over == "channels" else (True, "patches")
-        names = [option.name for option in fields(self) if option.metadata.get("cached") in kinds]
+        marks = (True,) if self.max_over == "channels" else (True, "patches")
+        names = [option.name for option in fields(self) if option.metadata.get("cached") in marks]
         return {name: getattr(self, name) for name in names} | {"even_patches": self.known_competition > 0}
 
     @property
@@ -269,8 +272,8 @@ class ICLIPConfig(PreTrainedConfig):
     @property
     def map_scale(self) -> float:
         """
-        Scale of the cosines of patches and texts where texts compete for patches: 2 `max_sharpness`. Its inverse is
-        the most that additive or signed attention adds to a map.
+        Scale of the cosines of patches and texts in losses of competing texts: 2 `max_sharpness`. The inverse of the
+        scale is the most that additive or signed attention adds to a map.
         """
         return 2 * self.max_sharpness
 
@@ -280,7 +283,7 @@ class ICLIPConfig(PreTrainedConfig):
         return self.vision_config.hidden_size + (0 if self.feature_config is None else self.feature_dim)
 
     def validate_architecture(self):
-        """Checks combinations of options. `@strict` checks types and ranges before."""
+        """Checks combinations of options. `@strict` has checked types and ranges."""
         # With "channels", tokens are pooled before the projection, and the feature cache holds the pooled tokens,
         # which are not centered.
         if self.center_tokens and self.max_over == "channels":
@@ -301,7 +304,7 @@ class ICLIPConfig(PreTrainedConfig):
             number = self.vision_config.num_hidden_layers
             raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")
         if self.feature_config is not None and self.poolings[1] == "class_token":
-            raise ValueError('feature_config needs another pooling than "class_token", which no feature is joined to.')
+            raise ValueError('feature_config needs another pooling than "class_token": it adds features to patches.')
 
 
 def without_attention(content: dict) -> dict:

@@ -1,4 +1,4 @@
-"""The feature tower: a convolutional backbone of timm, a second image tower."""
+"""The feature tower: a convolutional backbone of timm as a second image tower."""
 
 import copy
 from itertools import pairwise
@@ -28,23 +28,26 @@ class FeatureTower(TimmWrapperModel):
 
     @property
     def device(self) -> torch.device:
-        """The device that `forward` moves its input to: the CPU if the weights are offloaded. Hooks then move it."""
+        """
+        The device that `forward` moves its input to. If the weights are offloaded, it is the CPU, from which hooks
+        move the input.
+        """
         device = super().device
         return torch.device("cpu") if device.type == "meta" else device
 
     def forward(self, pixel_values: torch.Tensor, **kwargs):
         """Like the base class. In eval mode on a CPU, batch norms are folded into the convolutions before them."""
         weights = [*self.parameters(), *self.buffers()]
-        # Offloaded weights are not at hand, and those made in inference mode have no version.
+        # Offloaded weights are not in memory, and weights made in inference mode have no version.
         foldable = all(weight.device.type == "cpu" and not weight.is_inference() for weight in weights)
         hooked = any(module._forward_pre_hooks or module._forward_hooks for module in self.timm_model.modules())
-        inner = kwargs.get("output_hidden_states")  # those of the copy can be mirrored
-        if not foldable or hooked or inner or self.training or torch.compiler.is_compiling():
+        hidden_states = kwargs.get("output_hidden_states")  # hidden states of the copy can be mirrored
+        if not foldable or hooked or hidden_states or self.training or torch.compiler.is_compiling():
             return super().forward(pixel_values, **kwargs)
         return super(FeatureTower, self._folded(weights)).forward(pixel_values, **kwargs)
 
     def _folded(self, weights: list[torch.Tensor]) -> "FeatureTower":
-        """Returns a copy with folded batch norms, and makes it again if the weights have changed."""
+        """Returns a copy with folded batch norms. The copy is made again if the weights have changed."""
         versions = [(weight.data_ptr(), weight._version) for weight in weights]
         if self not in _FOLDED or _FOLDED[self].versions != versions:
             kept = [weight.detach() for weight in weights]
@@ -53,29 +56,29 @@ class FeatureTower(TimmWrapperModel):
 
 
 class _Folded(NamedTuple):
-    """A copy of a feature tower with folded batch norms, and what it was made from."""
+    """A copy of a feature tower with folded batch norms, and the weights that it was made from."""
 
     versions: list[tuple[int, int]]  # address and version of each weight
-    weights: list[torch.Tensor]  # kept, because the addresses of freed weights could be those of other weights later
+    weights: list[torch.Tensor]  # kept in memory, so that no other weights can have the same addresses
     tower: FeatureTower
 
 
-# The copy of a feature tower is neither a submodule nor saved, copied or pickled with it.
+# The copies are not attributes of the feature towers, so that a tower is saved, copied and pickled without its copy.
 _FOLDED: WeakKeyDictionary[FeatureTower, _Folded] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def _fold_batch_norms(tower: nn.Module) -> nn.Module:
     """
-    Replaces each batch norm of a tower by its activation, and the convolution before it by one with the weights and
-    the bias of both. Returns the tower.
+    Replaces each batch norm of a tower by its activation, and the convolution before it by a convolution that also
+    computes the norm. Returns the tower.
     """
     from timm.layers import BatchNormAct2d, Conv2dSame
 
     for parent in [*tower.modules()]:
         for (conv_name, conv), (norm_name, norm) in pairwise([*parent.named_children()]):
-            # Convolutions of other types can change their weights in each call. A plain `BatchNorm2d` need not follow
-            # the convolution before it, as in RepViT.
+            # Convolutions of other types can change their weights in each call. The input of a plain `BatchNorm2d` is
+            # not always the convolution before it, as in RepViT.
             if type(conv) in (nn.Conv2d, Conv2dSame) and isinstance(norm, BatchNormAct2d):
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, norm.act)
@@ -86,19 +89,23 @@ def _fold_batch_norms(tower: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _mirror(network: nn.Module) -> None:
     """
-    Makes an EfficientNet compute the mirrored features of the mirrored image, and mirrors both. TensorFlow pads an
-    even side once more at its end than at its start, so `Conv2dSame` copies the map to pad it. On a mirrored map that
-    is PyTorch's own padding, whose end a stride of 2 does not read.
+    Makes an EfficientNet mirror its input, compute with mirrored kernels, and mirror its output. The output stays the
+    same, and no map is copied to pad it.
+
+    TensorFlow pads an even side by one pixel more at its end than at its start, and `Conv2dSame` copies the map for
+    this padding. A mirrored map has the additional pixel at its start. PyTorch's own padding also has it at the end,
+    where a stride of 2 does not read it.
     """
     from timm.layers import Conv2dSame
     from timm.models import EfficientNet
 
     layers = [layer for layer in network.modules() if [*layer.parameters(False), *layer.buffers(False)]]
     strides = {nn.Conv2d: (1, 1), Conv2dSame: (2, 2)}
-    if type(network) is not EfficientNet or not all(
+    all_fit = all(
         type(layer) in strides and layer.stride == strides[type(layer)] and layer.kernel_size[0] % 2
         for layer in layers
-    ):
+    )
+    if type(network) is not EfficientNet or not all_fit:
         return
     for layer in layers:
         layer.weight.copy_(layer.weight.flip(2, 3))

@@ -16,9 +16,9 @@ from .feature_tower import FeatureTower
 
 def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
     """
-    Returns the configuration of a tower checkpoint, or of the tower `sub_config`, such as `"vision_config"`, of a
-    two-tower checkpoint. Raises `ValueError` for an ICLIP model, because its weights have other names than the weights
-    of a tower.
+    Returns the configuration of a tower checkpoint. In a two-tower checkpoint, `sub_config` names the tower, such as
+    `"vision_config"`. Raises `ValueError` for an ICLIP model, because its weights have other names than the weights of
+    a tower.
     """
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if config.model_type == ICLIPConfig.model_type:
@@ -30,13 +30,13 @@ def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
 
 
 def check_text_tower(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` unless a configuration is of a text encoder: timm could download a backbone."""
+    """Raises `ValueError` unless a configuration is of a text encoder. A tower of timm could download a backbone."""
     if config.model_type.startswith("timm") or config.sub_configs:
         raise ValueError(f"A text tower is a text encoder of Transformers, not {config.model_type!r}.")
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:
-    """Loads a tower from a checkpoint, or initialises it, without a pooler, which would not be trained."""
+    """Loads a tower from a checkpoint, or initialises it. The tower has no pooler, which would not be trained."""
     if config.model_type == "siglip_text_model":  # not in the Auto classes, and slow to import
         from transformers import SiglipTextModel as tower_class
     elif config.model_type == "timm_wrapper":
@@ -57,20 +57,20 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
         )
     except ImportError:  # a package is missing
         raise
-    except Exception as error:  # it may not name the tower
+    except Exception as error:  # its message may not name the tower
         raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
     finally:
         logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])
-    if os.path.isdir(checkpoint):  # elsewhere a relative path would look like a Hub id
+    if os.path.isdir(checkpoint):  # from another working directory, a relative path would look like a Hub id
         tower.config._name_or_path = os.path.abspath(checkpoint)
     return tower
 
 
 def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:
     """
-    Raises `ValueError` if weights of a loaded model are missing, which `from_pretrained` fills with random numbers, or
-    contain NaN or infinity.
+    Raises `ValueError` if weights of a loaded model are missing, or contain NaN or infinity. `from_pretrained` fills
+    missing weights with random numbers.
     """
     if missing := sorted(missing):
         raise ValueError(
@@ -82,9 +82,9 @@ def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) ->
 
 
 def non_finite_weight(model: nn.Module) -> str | None:
-    """Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded ones are not read."""
-    for name, weight in chain(model.named_parameters(), model.named_buffers()):  # a sum reads each weight once
+    """Returns the name of a parameter or buffer with NaN or infinity, or None. Offloaded weights are not read."""
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
         readable = weight.is_floating_point() and not weight.is_meta
-        if readable and not weight.detach().sum(dtype=torch.float32).isfinite():
+        if readable and not weight.detach().sum(dtype=torch.float32).isfinite():  # a sum reads each number only once
             return name
     return None

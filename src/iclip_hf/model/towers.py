@@ -18,12 +18,12 @@ from .tower_loading import check_text_tower, load_tower
 class VisionTower(NamedTuple):
     """Properties of a type of image tower that the model needs to know."""
 
-    # Class of its attention layers. The last one computes the class token's attention.
+    # Class of its attention layers. The last layer computes the class token's attention.
     attention_class: str
-    # Its final norm, and whether the tower applies it to the patch tokens that it returns.
+    # Name of its final norm, and whether the tower applies this norm to the patch tokens that it returns.
     final_norm: str = "layernorm"
     normed: bool = True
-    # Whether its position embeddings fit other image sizes only with `interpolate_pos_encoding`.
+    # Whether other image sizes need `interpolate_pos_encoding`.
     interpolates: bool = False
 
 
@@ -41,10 +41,12 @@ EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 class LastLayers:
     """
-    Exchanges data with the last layers of the image tower. It passes `value_share` to the last attention, and returns
-    the class token's attention in it, `class_row` of shape (B, heads, 1, N), and the outputs (B, N, D) of the
-    `earlier` layers that `average_layers` reads. It is neither a list nor a dictionary, because the hooks of device
-    maps, offloading and FSDP copy those.
+    Exchanges data with the last layers of the image tower. The last attention reads `value_share`, and writes the
+    class token's attention over all S tokens to `class_row` (B, heads, 1, S). The layers before the last that
+    `average_layers` counts write their outputs (B, S, D) to `earlier`.
+
+    This class is neither a list nor a dictionary, because hooks of device maps, offloading and FSDP copy lists and
+    dictionaries.
     """
 
     def __init__(self, value_share: float):
@@ -54,17 +56,20 @@ class LastLayers:
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the output of the attention, (B, N, heads, D / heads), with the values (B, heads, N, D / heads). The
-        class token is not changed.
+        Mixes the output of the attention (B, S, heads, D / heads) with the values (B, heads, S, D / heads). The class
+        token is not changed.
         """
         if self.value_share == 0:
             return attended
-        value = value.transpose(1, 2)
-        return torch.cat([attended[:, :1], torch.lerp(attended[:, 1:], value[:, 1:], self.value_share)], 1)
+        mixed = torch.lerp(attended[:, 1:], value.transpose(1, 2)[:, 1:], self.value_share)
+        return torch.cat([attended[:, :1], mixed], 1)
 
 
 def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_layers=None, **kwargs):
-    """Fused attention, which returns no weights. In the tower's last layer, it fills `last_layers` and calls `mix`."""
+    """
+    Computes fused attention, which returns no weights. The last layer also sets `last_layers.class_row`, and mixes its
+    output with the values.
+    """
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if last_layers is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -89,17 +94,17 @@ class ImageTokens(NamedTuple):
 
     class_token: torch.Tensor  # (B, D)
     patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with K features of a feature tower, row-major
-    raw_attention: torch.Tensor  # (B, N), the class token's in the last layer, mean over the heads, float32
+    raw_attention: torch.Tensor  # (B, N), of the class token in the last layer, mean over the heads, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
-    # (B, L - 1, D), mean patch tokens of the layers before the last, where L is `average_layers`; None with L = 1
+    # (B, L - 1, D), mean patch tokens of the L - 1 layers before the last, where L is `average_layers`; None if L = 1
     earlier_averages: torch.Tensor | None = None
     feature_average: torch.Tensor | None = None  # (B, K), with `recognition_pooling="feature_average"`
 
 
 class ICLIPTowers(PreTrainedModel):
     """
-    The towers of an [`ICLIPModel`]: how they are joined, locked and run. The image and the text tower are used through
+    Base class of [`ICLIPModel`]: builds, locks and runs the towers. The image and the text tower are used through
     their public outputs.
 
     Args:
@@ -156,7 +161,7 @@ class ICLIPTowers(PreTrainedModel):
 
     def _prepare_last_attention(self):
         """
-        Makes the last attention layer of the image tower compute the class token's row besides the fused attention.
+        Makes the last attention layer of the image tower compute the class token's attention besides the fused one.
         """
         name = VISION_TOWERS[self.config.vision_config.model_type].attention_class
         *_, last = (module for module in self.vision_model.modules() if type(module).__name__ == name)
@@ -214,16 +219,18 @@ class ICLIPTowers(PreTrainedModel):
         """
         Runs the image towers on `(B, 3, H, W)`. Raises `ValueError` unless H and W are multiples of the patch size.
         """
-        kind, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config)
+        tower_type, patch_size = VISION_TOWERS[self.config.vision_config.model_type], patch_side(self.config)
         height, width = pixel_values.shape[-2:]
         if height % patch_size or width % patch_size:  # towers would leave out the rest
-            raise ValueError(f"Images of {height}x{width} pixels are not in multiples of the patch size {patch_size}.")
-        if kind.interpolates:
+            raise ValueError(
+                f"Images have {height}x{width} pixels: height and width must be multiples of the patch size "
+                f"{patch_size}."
+            )
+        if tower_type.interpolates:
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
         patch_slice = slice(-grid[0] * grid[1], None)  # after the class token and, in some towers, registers
         last_layers = LastLayers(self.config.value_share)
-        averages = None
         if self.vision_model.config._attn_implementation == "eager":
             if self.config.value_share:
                 raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
@@ -232,17 +239,18 @@ class ICLIPTowers(PreTrainedModel):
             factor = self.config.vision_downsampling
             downsampled = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
             outputs = self.vision_model(downsampled, last_layers=last_layers, **kwargs)
-            tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, kind.final_norm)
-            if not kind.normed:
+            tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, tower_type.final_norm)
+            if not tower_type.normed:
                 tokens = norm(tokens)
-            if self.config.average_layers > 1:
-                earlier = list(last_layers.earlier.values())[1 - self.config.average_layers :]
-                averages = torch.stack(
-                    [norm(output.to(tokens.device))[:, patch_slice].mean(1) for output in earlier], 1
-                )
-            row = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
             # Layers may be on several devices.
-            raw_attention = row[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
+            earlier_averages = None
+            if self.config.average_layers > 1:
+                # A tower that serves several models may keep more layers than this model reads.
+                earlier = list(last_layers.earlier.values())[1 - self.config.average_layers :]
+                averages = [norm(output.to(tokens.device))[:, patch_slice].mean(1) for output in earlier]
+                earlier_averages = torch.stack(averages, 1)
+            attention = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
+            raw_attention = attention[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
         patch_tokens = tokens[:, patch_slice]
         feature_average = None
         if self.feature_model is not None:
@@ -254,7 +262,7 @@ class ICLIPTowers(PreTrainedModel):
             raw_attention=raw_attention,
             grid=grid,
             tower_output=outputs,
-            earlier_averages=averages,
+            earlier_averages=earlier_averages,
             feature_average=feature_average,
         )
 
@@ -268,7 +276,8 @@ class ICLIPTowers(PreTrainedModel):
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
         Runs the feature tower. Returns the features of the patches `(B, N, K)` and, for
-        `recognition_pooling="feature_average"`, their mean `(B, K)`, with the type and on the device of `like`.
+        `recognition_pooling="feature_average"`, the mean of the feature map `(B, K)`, with the type and on the device
+        of `like`.
         """
         feature_map, feature_average = self.feature_map(pixel_values), None
         if self.config.recognition_pooling == "feature_average":
@@ -281,8 +290,8 @@ class ICLIPTowers(PreTrainedModel):
 
     def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Returns the last feature map of the feature tower for `(B, 3, H, W)`, before the reduction, `(B, C, h, w)` of C
-        channels. Raises `ValueError` for a tower without a map.
+        Returns the last feature map of the feature tower, `(B, channels, h, w)` before the reduction, for pixel values
+        `(B, 3, H, W)`. Raises `ValueError` if the tower has no such map.
         """
         if self.config.feature_image_mean is not None:
             statistics = (self.config.feature_image_mean, self.config.feature_image_std)
@@ -291,7 +300,7 @@ class ICLIPTowers(PreTrainedModel):
         # With channels last, convolutions are a sixth faster on CPUs.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         # A CPU encodes one image at a time, because clearing new memory for the maps of several takes as long as
-        # computing them. A graph has any number of images.
+        # computing them. A graph is for any number of images, so it does not split them.
         one_by_one = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
         parts = pixel_values.split(1) if one_by_one else [pixel_values]
         feature_map = torch.cat([self.feature_model(part, do_pooling=False).last_hidden_state for part in parts])
@@ -316,7 +325,7 @@ class ICLIPTowers(PreTrainedModel):
         """
         config = self.config.text_config
         if is_siglip := config.model_type == "siglip_text_model":
-            # SigLIP reads the last position, which was padding during its training. Some callers pad less.
+            # SigLIP reads the last position, which was padding during its training. So texts are padded to the end.
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)

@@ -1,4 +1,4 @@
-"""One loop that evaluates a model on a segmentation data set, with any metrics (Tables 1, 4, 5 and 8 among them)."""
+"""The evaluation of a model on a segmentation data set with any metrics, such as those of Tables 1, 4, 5 and 8."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def evaluate_model(
     Args:
         model: a loaded model, or anything that [`load`] accepts.
         dataset ([`SegmentationDataset`]): from `load_segmentation`.
-        methods (*optional*): names of explainers, or their options by name, such as `{"gem": {"depth": 3}}`; if not
-            given, the method that [`make_explainer`] chooses for the model.
+        methods (*optional*): names of explainers, or a `dict` from names to options, such as `{"gem": {"depth": 3}}`;
+            if not given, the method that [`make_explainer`] chooses for the model.
         metrics: a name of `TASKS`, whose metrics are left out if the data set or the model does not have what they
-            measure; or names of `METRICS` and metrics with options such as `Segmentation(window=224)`.
+            measure; or a list of names of `METRICS` and of metrics with options, such as `Segmentation(window=224)`.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; if not given, the size that a metric prefers ([`Metric`]), or else the
             processor's. mAP and presence of whole images always come from the processor's size.
@@ -81,8 +81,8 @@ def evaluate_model(
         multi_scale (`bool`): whether to compute maps and scores at two scales, see [`Engine`].
         limit (`int`, *optional*): evaluate only the first images.
         batch_size (`int`): number of images in one forward pass.
-        report (*optional*): a new folder for a page, `index.html`, that shows the map of each class on each image
-            beside its scores, to be opened by a browser.
+        report (*optional*): a new folder for a page, `index.html`. The page shows the map of each class on each image,
+            and the scores.
         progress (`bool`): whether the first process shows a progress bar.
 
     Returns:
@@ -96,13 +96,13 @@ def evaluate_model(
     if isinstance(methods, str):
         raise ValueError(f'methods is a list of names, such as ["itsm"], not {methods!r:.100}.')
     processes = partial_state("eval")
-    metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the caller's stay as they are
+    metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the metrics of the caller are not changed
     if report is not None:
         if processes.is_main_process:
             check_new_folder(Path(report))
         processes.wait_for_everyone()
         report = Report(report)
-        report.image_size = metrics[0].image_size  # so that it shares the run of the first metric
+        report.image_size = metrics[0].image_size  # so that the report shares the run of the first metric
         metrics.append(report)
     new_run = partial(
         EvaluationRun,
@@ -157,13 +157,14 @@ def evaluate_model(
         tables=result_tables(metrics, results, first_run.num_images, dataset.images_in_split),
     )
     if report is not None and processes.is_main_process:
-        reports = [totals[report.name, method] for method in first_run.methods]
-        report.merged(reports).write(result, first_run.methods)
+        for method in first_run.methods:
+            report.merge(totals[report.name, method])
+        report.write(result, first_run.methods)
     return result
 
 
 def _join_processes(totals: Mapping[tuple, Metric]) -> None:
-    """Merges the items of all processes, so that the metrics are alike on every process."""
+    """Merges the items of all processes, so that every process has the same metrics."""
     states_of_processes = gather_object([[total.state for total in totals.values()]])
     for total, first, *others in zip(totals.values(), *states_of_processes):
         for other in others:
@@ -181,7 +182,10 @@ def _protocol(first_run: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> 
 
 
 def _prepare(metric: Metric, run: EvaluationRun) -> bool:
-    """Prepares a metric. Returns whether it can be measured. Raises `CannotMeasure` if not, unless it is optional."""
+    """
+    Prepares a metric, and returns whether it can be measured. If not, raises `CannotMeasure` unless the metric is
+    optional.
+    """
     try:
         metric.prepare(run)
     except CannotMeasure:
@@ -196,7 +200,7 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
     by_metric = {name: rows for name, rows in by_metric.items() if rows}
     has_background = any(0 in rows for rows in by_metric.values())
     names = ({0: "background"} if has_background else {}) | dict(zip(dataset.class_ids, dataset.class_names))
-    # For each metric, a row whose columns, those of all its rows, hold None.
+    # For each metric, a row with None for each score.
     empty = {name: dict.fromkeys(itertools.chain(*rows.values())) for name, rows in by_metric.items()}
     return [
         {"id": class_id, "name": class_name}
@@ -213,7 +217,7 @@ class EvaluationRun:
     Attributes:
         model ([`ExplainableModel`]), dataset, methods, batch_size: as given.
         engine ([`Engine`]): computes the scores.
-        engines (`dict`): for each method an [`Engine`], which computes its maps.
+        engines (`dict`): for each method an [`Engine`], which computes the maps of the method.
         num_images (`int`): number of images of all processes.
         indices (`range`): positions of the images of this process.
     """
@@ -251,7 +255,7 @@ class EvaluationRun:
 
     @cached_property
     def texts(self) -> ICLIPTextFeatures:
-        """The encoded class names, `(K, P)`, on the device of the model."""
+        """The features of the class names, `(K, P)`, on the device of the model."""
         return self.engine.encode(self.dataset.class_names)
 
     def measure(self, metrics: Sequence[Metric]) -> dict[tuple, Metric]:
@@ -278,7 +282,7 @@ class EvaluationRun:
             return parts
 
         if needs:
-            _ = self.texts  # before the bar, which estimates the remaining time from the time of the images
+            _ = self.texts  # encoded before the bar, which estimates the remaining time from the time of the images
         bar = tqdm(total=len(self.indices), unit="image", disable=not self.progress)
         with ThreadPool(spare_processors()) as pool, bar:
             images = prefetch_map(pool, self._prepared_image, self.indices, 2 * self.batch_size)
@@ -286,7 +290,7 @@ class EvaluationRun:
             for num_done, parts in enumerate(prefetch_map(pool, update, images, 2 * self.batch_size), 1):
                 for total, part in zip(totals.values(), parts):
                     total.merge(part)
-                # After one image of a batch, the estimate would be many times too high.
+                # After the first image of a batch, the estimate would be many times too high.
                 if num_done % self.batch_size == 0 or num_done == len(self.indices):
                     bar.update(num_done - bar.n)
         return totals
@@ -303,8 +307,8 @@ class EvaluationRun:
         needs_scores = bool(needs & {"scores", "presence"})
         takes_features = any(engine.takes_features for engine in self.engines.values())
         # Images are encoded once, for the scores and for methods that compute maps from features. Every other method
-        # runs the image tower itself, and so do metrics that compute other maps, such as those of windows. If nothing
-        # needs features, `self.engine`, which always computes them, is not the encoder.
+        # runs the image tower itself, and so do metrics that compute other maps, such as those of windows.
+        # `self.engine` always computes features, so it is the encoder only if something needs features.
         encoder = self.engine if needs_scores or takes_features else next(iter(self.engines.values()))
 
         def run_batch(images: list[EvaluatedImage]) -> list[EvaluatedImage]:
@@ -328,15 +332,15 @@ class EvaluationRun:
             return images
 
         while batch := list(itertools.islice(images, self.batch_size)):
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = map_groups(run_batch, batch, [image.prepared.batch_key for image in batch])
-            self.seconds_in_model += time.perf_counter() - began
+            self.seconds_in_model += time.perf_counter() - start
             yield from batch
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
-        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps for the classes that `image`
-        shows, `(N, T, h, w)`. They are refined if the evaluation refines maps.
+        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps `(N, T, h, w)` of the
+        classes that `image` shows. The raw maps are refined if the evaluation refines maps.
         """
 
         def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -40,8 +40,7 @@ _ONE_CLASS = {
     "shape": "(H, W)",
     "masks": "(H, W)",
     "labels": "class ids",
-    "aggregate": '\n    aggregate: "image" (default) averages the ratios of the images of a class; "pixel" pools '
-    "their pixels.",
+    "aggregate": '\n    aggregate: "image" (default) averages over the images of a class, "pixel" pools their pixels.',
 }
 _ALL_CLASSES = {
     "what": "all of its K classes",
@@ -62,7 +61,7 @@ _CITATION = """
 
 class MetricModule(evaluate.Metric, ABC):
     """
-    A metric as a module of `evaluate`. It stores the counts of each item instead of its pixels. The script of a module
+    A metric as a module of `evaluate`, which stores the counts of each item instead of pixels. The script of a module
     has a subclass that sets `metric`.
     """
 
@@ -71,22 +70,23 @@ class MetricModule(evaluate.Metric, ABC):
     def metric(self) -> type[MaskMetric]: ...
 
     def __init__(self, *args, ignore_index: int = 255, **kwargs):
-        self.ignore_index, self.options = ignore_index, self._options(kwargs)
-        # The base class would ignore a misspelt one.
+        self.ignore_index, self.options = ignore_index, self._pop_options(kwargs)
+        # The base class would ignore a misspelt option.
         if unknown := kwargs.keys() - signature(evaluate.Metric.__init__).parameters.keys():
             raise TypeError(f"{type(self).__name__} has no option {sorted(unknown)}.")
         super().__init__(*args, **kwargs)
         self.metric(**self.options)  # refuses a wrong option before any item is added
 
-    def _options(self, keywords: dict) -> dict:
-        """Takes the options of the metric out of keywords."""
+    def _pop_options(self, keywords: dict) -> dict:
+        """Removes the options of the metric from `keywords`, and returns those that are not None."""
         names = signature(self.metric).parameters.keys() & keywords.keys()
-        return {name: value for name in names if (value := keywords.pop(name)) is not None}
+        options = {name: keywords.pop(name) for name in names}
+        return {name: value for name, value in options.items() if value is not None}
 
     def _info(self) -> evaluate.MetricInfo:
-        # An item is stored as its two rows of counts and its class or classes. The columns keep the names of the
-        # inputs, because `evaluate.combine` passes no others.
-        row, label = Sequence(Value("float64")), Value("int64")
+        # An item is stored as its class or classes and two lists of counts, the first as a reference and the second as
+        # a prediction. The columns keep the names of the inputs, because `evaluate.combine` passes no others.
+        counts, label = Sequence(Value("float64")), Value("int64")
         has_one_class = issubclass(self.metric, ImageClassMetric)
         labels = label if has_one_class else Sequence(label)
         inputs = _INPUTS.format(**(_ONE_CLASS if has_one_class else _ALL_CLASSES))
@@ -94,7 +94,7 @@ class MetricModule(evaluate.Metric, ABC):
             description=getdoc(self.metric).partition("Example:")[0].strip(),
             citation=_CITATION,
             inputs_description=inputs + getdoc(self.metric.compute),
-            features=Features({"predictions": row, "references": row, "labels": labels}),
+            features=Features({"predictions": counts, "references": counts, "labels": labels}),
             reference_urls=["https://arxiv.org/abs/2209.07046"],
         )
 
@@ -108,7 +108,7 @@ class MetricModule(evaluate.Metric, ABC):
         ignore_index = self.ignore_index if ignore_index is None else ignore_index
         items = zip(predictions, references, labels, strict=True)
         counts = [self.metric.count_item(*item, ignore_index) for item in items]
-        super().add_batch(  # as `_info` says: the first row of counts as a reference, the second as a prediction
+        super().add_batch(
             predictions=[second for _, second in counts],
             references=[first for first, _ in counts],
             labels=[np.asarray(label).tolist() for label in labels],
@@ -117,7 +117,7 @@ class MetricModule(evaluate.Metric, ABC):
     def compute(self, *, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
         # First, so that an error in the options does not lose the added items.
-        metric = self.metric(**self.options | self._options(items))
+        metric = self.metric(**self.options | self._pop_options(items))
         items = {name: values for name, values in items.items() if values is not None}  # `evaluate.combine` gives None
         if not items and self.num_process > 1:
             # Process 0 waits for a file of every process, so a process without items writes an empty one.
@@ -133,22 +133,23 @@ class MetricModule(evaluate.Metric, ABC):
 
 
 def metric_scripts() -> dict[str, Path]:
-    """Returns the scripts of the metric modules by name, `"mfmb"`, `"mmiou"` and `"text_contrast"`."""
+    """Returns the scripts of the metric modules by name: `"mfmb"`, `"mmiou"` and `"text_contrast"`."""
     return {path.stem: path for path in sorted(files("iclip_hf.evaluate_metrics").glob("*/*.py"))}
 
 
 def install_metrics() -> dict[str, Path]:
     """
     Installs the metric scripts in the module cache of `evaluate`, beside other versions. Then `evaluate.load` finds
-    them by their bare names in any working directory, also offline. Returns the folder of each script by the name of
-    its metric.
+    the scripts by their bare names in any working directory, also offline. Returns the folder of each script by the
+    name of its metric.
     """
-    modules, installed = init_dynamic_modules(), {}
+    modules_folder, installed = init_dynamic_modules(), {}
     for name, script in metric_scripts().items():
         factory = LocalEvaluationModuleFactory(str(script))  # internals of evaluate, read in 0.4.6
         factory.name = f"evaluate-metric/{name}"  # `load(name)` looks for this repository, also in its cache
-        installed[name] = Path(modules).parent.joinpath(*factory.get_module().module_path.split(".")[:-1])
-        # Written again, because `load` takes the newest version.
+        packages = factory.get_module().module_path.split(".")[:-1]
+        installed[name] = Path(modules_folder).parent.joinpath(*packages)
+        # The script is written again, because `load` takes the newest version.
         with atomic_write(installed[name] / script.name) as partial:
             partial.write_bytes(script.read_bytes())
     return installed

@@ -14,32 +14,34 @@ from ..model.presence import MIN_PRESENCE
 from ..plots.report import ReportFolder
 from .functional import threshold_counts
 from .metrics.metric import EvaluatedImage, Metric
-from .results import EvaluationResult
+from .results import EvaluationResult, scores_by_metric
 
 
 if TYPE_CHECKING:
     import torch
 
 
-class _Seen:
-    """What a report shows of one image or several."""
+class _ReportState:
+    """The names and numbers that the page of a report shows of some images."""
 
     def __init__(self):
         self.names: dict[int, str] = {}  # by image
         self.presences: dict[int, np.ndarray] = {}  # (K,) by image; empty for a model without presence
         self.areas: dict[tuple[int, int], float] = {}  # share of the image that a class covers, by image and class id
-        self.overlaps: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # IoU at each threshold, by method
+        # IoU at each threshold, by image and class id, then by method
+        self.overlaps: dict[tuple[int, int], dict[str, np.ndarray]] = {}
 
-    def merge(self, other: _Seen) -> None:
-        for name in ("names", "presences", "areas"):
-            getattr(self, name).update(getattr(other, name))
+    def merge(self, other: _ReportState) -> None:
+        self.names.update(other.names)
+        self.presences.update(other.presences)
+        self.areas.update(other.areas)
         for image_and_class, overlaps in other.overlaps.items():
             self.overlaps.setdefault(image_and_class, {}).update(overlaps)
 
 
 class Report(Metric):
     """
-    Draws the images of an evaluation into a folder and keeps the numbers of their page, as a metric that has no score.
+    A metric without a score, which saves the pictures of an evaluation in a folder and keeps the numbers of its page.
 
     Args:
         folder: new or empty.
@@ -47,7 +49,7 @@ class Report(Metric):
 
     name = "report"
     needs = frozenset({"maps", "presence"})
-    state_type = _Seen
+    state_type = _ReportState
 
     def __init__(self, folder: str | Path):
         super().__init__()
@@ -62,7 +64,8 @@ class Report(Metric):
         overlaps = foreground[1:] / np.maximum(foreground[0] + background[1:], 1)
         self.state.overlaps[image.index, class_id] = {method: overlaps.astype(np.float32)}
         self.state.areas[image.index, class_id] = inside.mean()
-        method_index, unrefined = self.run.methods.index(method), image.explanations[method].unrefined_maps
+        method_index = self.run.methods.index(method)
+        unrefined = image.explanations[method].unrefined_maps
         if unrefined is not None:
             unrefined = unrefined[list(image.sample.class_ids).index(class_id)]
         self.files.save_map(image.index, class_id - 1, image.sample.image, heatmap, inside, method_index, unrefined)
@@ -80,43 +83,35 @@ class Report(Metric):
         """Returns no score."""
         return {}
 
-    def merged(self, reports: list[Report]) -> Report:
-        """Returns this report with what the reports of all methods have seen."""
-        for report in reports:
-            self.merge(report)
-        return self
-
     def write(self, result: EvaluationResult, methods: list[str]) -> Path:
         """Writes the page of a result, with the IoU at the best threshold of each class, and returns its path."""
-        seen, classes = self.state, self.run.dataset.class_names
+        state, class_names = self.state, self.run.dataset.class_names
         best = self._best_thresholds(methods)
         rows, alarms = [], []
-        for index, class_id in sorted(seen.overlaps):
-            presence = seen.presences.get(index)
-            values = [_rounded(seen.overlaps[index, class_id][method][best[method, class_id]]) for method in methods]
-            known = None if presence is None else _rounded(presence[class_id - 1])
-            rows.append([index, class_id - 1, _rounded(seen.areas[index, class_id]), known, values])
-        for index, presence in sorted(seen.presences.items()):
-            present = np.flatnonzero(presence >= MIN_PRESENCE).tolist()
-            alarms += [
-                [index, column, _rounded(presence[column])]
-                for column in present
-                if (index, column + 1) not in seen.overlaps
-            ]
+        for index, class_id in sorted(state.overlaps):
+            overlaps = state.overlaps[index, class_id]
+            ious = [_rounded(overlaps[method][best[method, class_id]]) for method in methods]
+            area = _rounded(state.areas[index, class_id])
+            presence = _rounded(state.presences[index][class_id - 1]) if index in state.presences else None
+            rows.append([index, class_id - 1, area, presence, ious])
+        for index, presences in sorted(state.presences.items()):
+            for class_index in np.flatnonzero(presences >= MIN_PRESENCE).tolist():
+                if (index, class_index + 1) not in state.overlaps:
+                    alarms.append([index, class_index, _rounded(presences[class_index])])
         protocol = result.protocol
-        names = [seen.names.get(index, "") for index in range(max(seen.names, default=-1) + 1)]
+        names = [state.names.get(index, "") for index in range(max(state.names, default=-1) + 1)]
         model = "the embedded model" if protocol["model"] == embedded_folder().name else protocol["model"]
         return self.files.write_page(
             f"Maps of {model} on {DATASETS[protocol['dataset']['name']].title}",
             names,
-            classes,
+            class_names,
             methods,
             "IoU",
             rows,
             refined=self.run.engine.refine,
             alarms=alarms,
             tables=[part for table in result.tables for part in table.split("\n\n")],
-            scores=_scores_of_classes(result, len(classes)),
+            scores=_scores_of_classes(result, len(class_names)),
         )
 
     def _best_thresholds(self, methods: list[str]) -> dict[tuple[str, int], int]:
@@ -125,26 +120,25 @@ class Report(Metric):
         for (_, class_id), overlaps in self.state.overlaps.items():
             for method in methods:
                 sums[method, class_id] = sums.get((method, class_id), 0) + overlaps[method].astype(np.float64)
-        return {key: int(total.argmax()) for key, total in sums.items()}
+        return {method_and_class: int(total.argmax()) for method_and_class, total in sums.items()}
 
 
 def _scores_of_classes(result: EvaluationResult, num_classes: int) -> dict[str, dict[str, list[float | None]]]:
     """
-    Returns for each score of classes and each method a number or None for each class. The IoU, which the pictures
-    show, comes first.
+    Returns the scores that classes have, by name and method, with a number or None for each class. The IoU, which the
+    pictures show, comes first. A score that is None for all classes is left out.
     """
     scores: dict[str, dict[str, list[float | None]]] = {}
     for method, rows in result.per_class.items():
         for row in rows:
-            by_metric = {metric: values for metric, values in row.items() if isinstance(values, dict)}
-            for metric, values in by_metric.items() if row["id"] else ():  # 0 is the background
-                for name, score in values.items():
+            if row["id"] == 0:  # the background has no pictures
+                continue
+            for metric, class_scores in scores_by_metric(row).items():
+                for name, score in class_scores.items():
                     numbers = scores.setdefault(f"{name} ({metric})", {}).setdefault(method, [None] * num_classes)
                     numbers[row["id"] - 1] = score
-    for name, by_method in [*scores.items()]:
-        if {*chain(*by_method.values())} == {None}:
-            del scores[name]
-    return {name: scores[name] for name in sorted(scores, key=lambda name: not name.startswith("IoU"))}
+    measured = [name for name, by_method in scores.items() if {*chain(*by_method.values())} != {None}]
+    return {name: scores[name] for name in sorted(measured, key=lambda name: not name.startswith("IoU"))}
 
 
 def _rounded(value: float) -> float:

@@ -19,10 +19,10 @@ class EvaluationResult:
     Attributes:
         protocol (`dict`): model, data set with its fingerprint, resolution, prompts, software versions; and `metrics`,
             for each metric its options and definition.
-        results (`dict`): `results[method][metric]` are the scores of the metric as its `compute` returns them, without
-            those of classes.
-        per_class (`dict`): for each method, a list with one `dict` for each class: `id`, `name`, and for each metric
-            with scores of classes a `dict` of them.
+        results (`dict`): `results[method][metric]` are the scores that `compute` of the metric returns, without the
+            scores of single classes.
+        per_class (`dict`): for each method, a list with one `dict` for each class: `id`, `name`, and a `dict` of
+            scores for each metric that has scores of single classes.
         timing (`dict`): seconds in total, seconds in the model, number of images of this process.
         tables (`list[str]`): tables of `results` in Markdown, and what their columns mean.
     """
@@ -38,7 +38,7 @@ class EvaluationResult:
         return "\n\n".join(self.tables)
 
     def to_json(self) -> str:
-        """Returns all attributes but the tables as JSON text."""
+        """Returns all attributes except the tables as JSON text."""
         values = asdict(self)
         del values["tables"]
         return json.dumps(values, indent=2, allow_nan=False) + "\n"
@@ -48,11 +48,10 @@ class EvaluationResult:
         rows = []
         for method, classes in self.per_class.items():
             for row in classes:
-                scores = {metric: values for metric, values in row.items() if isinstance(values, dict)}
-                named = {
-                    f"{metric}.{name}": score for metric, values in scores.items() for name, score in values.items()
-                }
-                rows.append({"method": method, "id": row["id"], "name": row["name"], **named})
+                cells = {"method": method, "id": row["id"], "name": row["name"]}
+                for metric, scores in scores_by_metric(row).items():
+                    cells |= {f"{metric}.{name}": score for name, score in scores.items()}
+                rows.append(cells)
         text = io.StringIO()
         writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
@@ -61,20 +60,20 @@ class EvaluationResult:
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """
-        Writes `path` (JSON) and, beside it, the scores of the classes as `.csv`, each atomically, and returns both
-        paths. The second has a number if such a file exists.
+        Writes the result to `path` (JSON), and the scores of the classes to a `.csv` file beside it, each atomically.
+        Returns both paths. If the `.csv` file exists, the new one has a number in its name.
         """
         path = Path(path)
         check_outputs([path])
-        with atomic_write(path) as result:  # both are whole before one is renamed
-            result.write_text(self.to_json(), encoding="utf-8")
+        with atomic_write(path) as temporary:  # both files are whole before either is renamed
+            temporary.write_text(self.to_json(), encoding="utf-8")
             rows = self.per_class_csv()
-            table = write_new(path.with_suffix(".csv"), lambda temporary: temporary.write_text(rows, encoding="utf-8"))
+            table = write_new(path.with_suffix(".csv"), lambda unnamed: unnamed.write_text(rows, encoding="utf-8"))
         return path, table
 
 
 def read_results(path: str | Path, *parts: str) -> dict:
-    """Reads the JSON file of [`EvaluationResult.save`]. `ValueError` unless each of `parts` is a mapping."""
+    """Reads the JSON file of [`EvaluationResult.save`]. Raises `ValueError` unless each of `parts` is a mapping."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError:
@@ -84,8 +83,13 @@ def read_results(path: str | Path, *parts: str) -> dict:
     return content
 
 
+def scores_by_metric(row: dict) -> dict[str, dict]:
+    """Returns the scores in a row of `per_class`, a `dict` for each metric."""
+    return {metric: scores for metric, scores in row.items() if isinstance(scores, dict)}
+
+
 def map_settings(engine) -> dict:
-    """Returns the settings of an [`Engine`] that its maps depend on, as in the protocol of a result."""
+    """Returns the settings of an [`Engine`] that change its maps, as in the protocol of a result."""
     return {
         "image_size": engine.image_size or dict(engine.processor.image_processor.size),
         "templates": list(engine.templates),

@@ -1,4 +1,4 @@
-"""The live demo, a Gradio app that shows one map for each text, with scores and downloads."""
+"""The live demo, a Gradio app that shows a map for each text, with scores and downloads."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ with require_extra("demo"):
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
-# Bytes of any other request. Parsed JSON takes up to a hundred times the memory of its text.
+# Bytes of any other request: parsed JSON takes up to a hundred times the memory of its text.
 MAX_BODY_SIZE = 2**20
-# By default Gradio keeps the last answer, up to 8 megabytes, of 10,000 visitors. The page does not need them.
+# Number of visitors whose last answer Gradio keeps, up to 8 megabytes each. The default is 10,000. The page does not
+# need these answers.
 MAX_SESSIONS = 4
-# Encoded images that are kept, up to 25 megabytes each. An image at one scale and at two scales counts twice.
+# Number of encoded images that are kept, up to 25 megabytes each. An image at one scale and at two scales counts
+# twice.
 MAX_IMAGES = 2
 MAX_CACHE_AGE = 3600  # seconds until files of visitors are deleted
 _CSS = """
@@ -48,7 +50,8 @@ def build_app(model) -> gr.Blocks:
     """Builds the app for a model, or anything that [`load`] takes."""
     model = load(model)
     has_presence = model.presence(torch.zeros(1)) is not None
-    # Copies, because the page shows their paths. Static files are neither copied again nor deleted.
+    # The photographs are copied, because the page shows their paths. Gradio neither copies static files again nor
+    # deletes them.
     folder = get_upload_folder()
     photographs = [example._replace(file=Path(save_file_to_cache(example.file, folder))) for example in examples()]
     gr.set_static_paths([str(example.file) for example in photographs])
@@ -77,10 +80,10 @@ def build_app(model) -> gr.Blocks:
 
 def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequence[Example], cache: str) -> Callable:
     """Returns the function that answers a question. It writes the arrays of the answer to a file in `cache`."""
-    paths = {str(example.file) for example in photographs}
+    photograph_paths = {str(example.file) for example in photographs}
     explainer = functools.cache(functools.partial(make_explainer, model))
 
-    # A visitor often asks about one image several times.
+    # Visitors often ask about one image several times.
     @functools.lru_cache(maxsize=MAX_IMAGES)
     def seen_image(path: str, multi_scale: bool) -> SeenImage:
         return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), read_photo(path))
@@ -90,8 +93,8 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             raise gr.Error("There is no image: upload one.", print_exception=False)
         # Gradio checks only paths that the request marks as files. The path of an upload has a keyed digest, so only
         # the visitor who uploaded the image knows it.
-        if not (photo["path"] in app.upload_file_set or photo["path"] in paths):
-            raise gr.Error("This image was not uploaded here, or long ago: upload it again.", print_exception=False)
+        if not (photo["path"] in app.upload_file_set or photo["path"] in photograph_paths):
+            raise gr.Error("The demo does not have this image any more: upload it again.", print_exception=False)
         try:
             texts = asked_texts(typed)
             method = None if method == model.default_method else method
@@ -115,11 +118,11 @@ class _Question(NamedTuple):
     refine: gr.Checkbox
     multi_scale: gr.Checkbox
     button: gr.Button
-    chosen: gr.events.Dependency  # a photograph to try was chosen and put into `photo` and `typed`
+    chosen: gr.events.Dependency  # a photograph to try was put into `photo`, and its texts into `typed`
 
 
 def _add_question(photographs: Sequence[Example], default_method: str) -> _Question:
-    """Adds the column of the question."""
+    """Adds the column of the question, which begins with the first photograph."""
     first = photographs[0]
     photo = gr.Image(str(first.file), label="Image", sources=["upload", "clipboard"], height=260, elem_id="photo")
     typed = gr.Textbox(
@@ -167,12 +170,12 @@ def _add_answer() -> tuple[gr.HTML, gr.DownloadButton]:
 
 class LimitedBodies:
     """
-    Middleware that cuts off the body of a request above `MAX_FILE_SIZE`, or above `MAX_BODY_SIZE` if it uploads no
-    file. Gradio limits only files. A screen recording, which the page does not make, is cut off at once: Gradio gives
-    it to ffmpeg, whose memory has no limit.
+    Middleware that cuts off the body of an upload at `MAX_FILE_SIZE`, and that of any other request at
+    `MAX_BODY_SIZE`. Gradio limits only files. A screen recording, which the page does not make, is cut off at once,
+    because Gradio would give it to ffmpeg, whose memory has no limit.
     """
 
-    # By the end of a path. An upload has headers beside its file.
+    # Bytes, by the end of a path. An upload has headers beside its file.
     _LIMITS = {"/gradio_api/upload": MAX_FILE_SIZE + 2**16, "/gradio_api/process_recording": 0}
 
     def __init__(self, app):
@@ -201,9 +204,9 @@ def launch(
     **kwargs,
 ) -> gr.Blocks:
     """
-    Serves the app until it is interrupted. Host and port are Gradio's defaults if not given, which are right for a
-    Space. `kwargs` are arguments of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns at
-    once.
+    Serves the app until it is interrupted. If host and port are not given, Gradio's defaults are used, which are right
+    for a Space. `kwargs` are arguments of `gradio.Blocks.launch`; with `prevent_thread_lock=True` the function returns
+    at once.
     """
     app = build_app(load(model, dtype=dtype, device=device))
     app.launch(
@@ -211,8 +214,8 @@ def launch(
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
         app_kwargs={"middleware": [Middleware(LimitedBodies)]},
-        enable_monitoring=False,  # the monitoring page would show its usage to everybody
-        run_history=False,  # it opens URLs, and the buckets of the Hub token of this machine
+        enable_monitoring=False,  # the monitoring page would show the usage of the demo to everybody
+        run_history=False,  # it opens URLs, and buckets of the Hub by this machine's token
         state_session_capacity=MAX_SESSIONS,
         theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
         css=_CSS,

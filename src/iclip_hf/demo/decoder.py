@@ -1,6 +1,6 @@
 """
 Decodes a visitor's image in a process of its own, whose memory is limited: a file of kilobytes can hold tags or tiles
-that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a PPM image, or with exit code 1 what is wrong.
+that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a PPM image or, with exit code 1, an error message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..model.images import open_image, to_rgb, upright
 
 MAX_MEMORY = 2**29  # bytes
 # Larger images are reduced to this number of pixels, and to this length of a side. The preparation for the model takes
-# twenty bytes for each pixel, and more for those of a long row.
+# twenty bytes for each pixel, and more if the image is wide.
 MAX_KEPT_PIXELS, MAX_KEPT_SIDE = 2**24, 2**14
 
 
@@ -32,7 +32,7 @@ def decode(path: str) -> Image.Image:
 
 
 def _limit_memory() -> None:
-    """Limits the memory of this process: on Linux all of it, on macOS a part, on Windows none."""
+    """Limits the memory of this process: on Linux all of it, on macOS a part of it, on Windows none."""
     try:
         import resource
     except ImportError:

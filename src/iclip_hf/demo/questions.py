@@ -1,4 +1,4 @@
-"""The texts and the image that a visitor of the demo asks about, and the data of the answer."""
+"""The questions of visitors of the demo, texts and an image, and the data of the answers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def asked_texts(typed: str) -> list[str]:
 def read_photo(path: str) -> Image.Image:
     """
     Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Raises `ValueError` if
-    the image is not readable or takes too much memory.
+    the image cannot be read, or takes too much memory.
     """
     command = [sys.executable, "-m", decoder.__name__, path]
     decoded = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -52,11 +52,11 @@ class SeenImage(NamedTuple):
     """A visitor's image, kept for further texts."""
 
     prepared: PreparedImage  # encoded, without the image
-    shown: dict  # what the page shows: `image`, a data URL; its `size` and the `original_size`, (width, height)
+    shown: dict  # what the page shows: `image` (a data URL), its `size`, and `original_size`, both (width, height)
 
 
 def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
-    """Encodes an RGB image for any texts and engines of one model. Its maps have the size of the shown image."""
+    """Encodes an RGB image for any texts and engines of one model. Maps get the size of the image on the page."""
     size, jpeg = shown_size(image), io.BytesIO()
     image.resize(size).save(jpeg, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
@@ -66,9 +66,9 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """
-    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. A map has `levels`, base64 text
-    of 16-bit numbers, little-endian, and the raw values `low` of 0 and `high` of 65535: lists of the three million
-    numbers of twelve maps at two scales take hundreds of megabytes.
+    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. A map has `levels`, 16-bit
+    numbers, little-endian, as base64 text, and the raw values of 0 (`low`) and 65535 (`high`). Lists of numbers would
+    take hundreds of megabytes, because twelve maps at two scales have three million.
     """
     unrefined = explanation.unrefined_maps
     presences, words = explanation.presences, explanation.presence_words
@@ -100,15 +100,15 @@ def _levels(raw_map: torch.Tensor) -> dict:
 def to_npz(explanation: Explanation) -> memoryview:
     """Returns a NumPy archive: the [`Explanation.arrays`], and `maps` `(T, H, W)` in [0, 1], float16."""
     archive = io.BytesIO()
-    # Compression would save a third, but take longer than the maps of new texts for an encoded image.
+    # Compression would save a third, but takes longer than the maps of new texts for an encoded image.
     np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
     return archive.getbuffer()
 
 
 def release_memory() -> None:
     """
-    Returns freed memory to the system. The GNU C library keeps it for each thread, and each question is answered by
-    another one.
+    Returns freed memory to the system. The GNU C library keeps freed memory for each thread, and another thread
+    answers each question.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

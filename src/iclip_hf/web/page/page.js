@@ -29,7 +29,7 @@ find("size").textContent = ` It downloads the model once (${megabytes(settings.b
 
 // ------------------------------------------------------------------------------------------------ asking
 
-/** The typed texts, each once, split as by Python's `split_texts`. If they are not valid, shows why and returns null. */
+/** The typed texts, each once, split as Python's `split_texts` does. If they are invalid, says why, returns null. */
 function typedTexts() {
   const typed = find("texts").value, separator = typed.trim().includes("\n") ? "\n" : /(?<!\\),/;
   const parts = typed.split(separator).map((text) => text.replaceAll("\\,", ",").trim());
@@ -71,7 +71,7 @@ function choose(file) {
 }
 
 /**
- * Chooses an example, unless it cannot be fetched, or another image is chosen meanwhile. Returns whether it was chosen.
+ * Chooses an example, unless it cannot be fetched or another image is chosen meanwhile. Returns whether it was chosen.
  */
 async function chooseExample(button, { file, texts }) {
   const ownChoice = ++choice;

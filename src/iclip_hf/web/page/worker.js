@@ -222,7 +222,7 @@ async function download(file, cache, progress) {
     return content;
   }
   if (kept) await cache.delete(address(file));
-  for (const mode of ["default", "reload"]) { // "reload" ignores the browser's own cache, which may hold the wrong file
+  for (const mode of ["default", "reload"]) { // "reload": past the browser's cache, which may hold the wrong file
     const bytes = await fetchBytes(file, progress, mode);
     const content = await checked(file, bytes);
     if (!content) continue;

@@ -1,5 +1,5 @@
 """The paper's analyses: semantic shift (Tables 6 and 7), pooled channels (Fig. 3), recognition against
-interpretability (Fig. 9). And regions as prompts for SAM: whether boxes and points are on the objects.
+interpretability (Fig. 9); and regions as prompts for SAM: whether their boxes and points are on the objects.
 
 python benchmarks/analyses.py shift --dataset voc2012 --data-root VOC
 python benchmarks/analyses.py channels dog.jpg cat.jpg --output channels.png
@@ -37,8 +37,8 @@ with needed():
     from matplotlib.figure import Figure
 
 # Foreground shares of an image, low exclusive and high inclusive: the rows of Table 6. The last row is for all images.
-# The last row of the paper is the mean of its other rows only if they have 3, 49 and 48 % of VOC's images, which fits
-# shares of background. So the first row of the paper corresponds to the third row here, and the third to the first.
+# In the paper, the last row is the mean of the others only if these have 3, 49 and 48 % of VOC's images. This fits
+# shares of background. So the first row of the paper corresponds to the third row here, and its third to the first.
 SHARES = ((0.0, 0.25), (0.25, 0.75), (0.75, 1.0), (0.0, 1.0))
 # Safe for colour-blind readers (Okabe and Ito).
 BLUE, ORANGE = "#0072B2", "#D55E00"
@@ -46,8 +46,8 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 
 class ChannelMatch(NamedTuple):
     """
-    For each channel of a pooled vector, the index of the patch with the nearest value, row-major, and the pooled
-    value, `(P,)`.
+    For each channel of a pooled vector: the index of the patch with the nearest value, row-major, and the pooled
+    value, both `(P,)`.
     """
 
     tokens: np.ndarray
@@ -72,21 +72,20 @@ def channel_matches(model, image: Image.Image) -> dict[str, ChannelMatch]:
     pools patch tokens, because the class token of another branch is in another space.
     """
     features = model.get_image_features(model.processor(images=[image])["pixel_values"])
-    patches, own = features.patch_embeds[0], features.map_image_embeds
-    own = (features.image_embeds if own is None else own)[0]
+    patches, pooled = features.patch_embeds[0], features.map_image_embeds
+    pooled = (features.image_embeds if pooled is None else pooled)[0]
     config = getattr(model.network, "config", None)
-    of_class_token, pools_similarities = not model.pools_patches, False
-    if isinstance(config, ICLIPConfig):  # whose map branch may pool otherwise than its scores
-        of_class_token, pools_similarities = config.pooling == "class_token", config.max_over == "similarity"
-    vectors = {"class_token": own} if of_class_token else {}
+    pools_class_token, pools_similarities = not model.pools_patches, False
+    if isinstance(config, ICLIPConfig):  # its map branch may have another pooling than its scores
+        pools_class_token, pools_similarities = config.pooling == "class_token", config.max_over == "similarity"
+    vectors = {"class_token": pooled} if pools_class_token else {}
     vectors |= {"average": patches.mean((0, 1)), "max": patches.amax((0, 1))}
-    vectors |= {} if pools_similarities else {"own": own}
-    return {
-        name: ChannelMatch(
-            match_channels(vector, patches.flatten(0, 1)).numpy(force=True), vector.numpy(force=True), features.grid
-        )
-        for name, vector in vectors.items()
-    }
+    vectors |= {} if pools_similarities else {"own": pooled}
+    matches = {}
+    for name, vector in vectors.items():
+        tokens = match_channels(vector, patches.flatten(0, 1))
+        matches[name] = ChannelMatch(tokens.numpy(force=True), vector.numpy(force=True), features.grid)
+    return matches
 
 
 def semantic_shift(
@@ -96,10 +95,13 @@ def semantic_shift(
     Counts the channels that move between foreground and background when one pooling replaces another (Section 3.1).
 
     Returns:
-        `tuple`: for each of `SHARES` the number of images and the mean number of channels whose patch moves from
-        background to foreground (B2F), from foreground to background (F2B), or does neither, NaN without images (Table
-        6); and for each pooling the mean number of channels whose patch lies on the foreground (Table 7). Images
-        without foreground are left out.
+        `tuple` of
+
+        - for each of `SHARES`, the number of images, and the mean number of channels whose patch moves from background
+          to foreground (B2F), from foreground to background (F2B), or does neither; NaN without images (Table 6)
+        - for each pooling, the mean number of channels whose patch lies on the foreground (Table 7)
+
+        Images without foreground are left out.
     """
     sums = np.zeros((len(SHARES), 4), np.int64)  # images, B2F, F2B, same
     on_foreground: dict[str, int] = {}
@@ -111,30 +113,34 @@ def semantic_shift(
             continue
         matches = channel_matches(model, sample.image)
         tokens = foreground_tokens(foreground, labelled, matches["average"].grid)
-        on = {name: tokens[match.tokens] for name, match in matches.items()}
-        b2f, f2b = int((~on[before] & on[after]).sum()), int((on[before] & ~on[after]).sum())
+        flags = {name: tokens[match.tokens] for name, match in matches.items()}  # of channels on the foreground
+        b2f = int((~flags[before] & flags[after]).sum())
+        f2b = int((flags[before] & ~flags[after]).sum())
         for row, (low, high) in enumerate(SHARES):
             if low < foreground.sum() / labelled.sum() <= high:
-                sums[row] += (1, b2f, f2b, len(on[before]) - b2f - f2b)
-        for name, flags in on.items():
-            on_foreground[name] = on_foreground.get(name, 0) + int(flags.sum())
+                sums[row] += (1, b2f, f2b, len(flags[before]) - b2f - f2b)
+        for name, pooling_flags in flags.items():
+            on_foreground[name] = on_foreground.get(name, 0) + int(pooling_flags.sum())
     rows = [(count, *(total / count if count else math.nan for total in totals)) for count, *totals in sums.tolist()]
-    return rows, {name: count / rows[-1][0] for name, count in on_foreground.items()}
+    num_images = rows[-1][0]
+    return rows, {name: count / num_images for name, count in on_foreground.items()}
 
 
 def prompt_hits(explanation: Explanation, sample: SegmentationSample) -> list[tuple[int, bool, bool]]:
     """
-    Compares the regions of the shown classes, which `explanation` has as its texts, with the objects, which are the
-    connected parts of a mask. Returns for each region its rank among those of its class, and whether its box has an
-    IoU of at least 0.5 with that of an object, and its first positive point lies on the class.
+    Compares the regions of the shown classes, which are the texts of `explanation`, with the objects, the connected
+    parts of a mask. Returns for each region: its rank among the regions of its class, whether its box has an IoU of at
+    least 0.5 with the box of an object, and whether its first positive point lies on the class.
     """
     hits = []
     for index, label in enumerate(sample.class_ids):
-        mask, (heatmap, drawn) = sample.mask(label) == label, explanation.map_and_mask(index)
+        mask = sample.mask(label) == label
+        heatmap, predicted = explanation.map_and_mask(index)
         objects = find_regions(mask.astype(np.float32), mask, min_weight=0)
-        for rank, region in enumerate(find_regions(heatmap.numpy(), drawn.numpy())):
+        for rank, region in enumerate(find_regions(heatmap.numpy(), predicted.numpy())):
             ((x, y),) = positive_points(heatmap.numpy(), region)
-            hits.append((rank, any(box_iou(region.box, one.box) >= 0.5 for one in objects), bool(mask[y, x])))
+            box_hits = any(box_iou(region.box, target.box) >= 0.5 for target in objects)
+            hits.append((rank, box_hits, bool(mask[y, x])))
     return hits
 
 
@@ -147,8 +153,8 @@ def box_iou(box: Sequence[int], other: Sequence[int]) -> float:
 
 def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """
-    Returns whether more than half of the labelled pixels of a patch belong to a class, `(h * w,)` boolean, from the
-    pixels of a class and those that are not void, `(H, W)` boolean.
+    Returns for each patch whether more than half of its labelled pixels are foreground, `(h * w,)` boolean.
+    `foreground` and `labelled` mark pixels, `(H, W)` boolean; pixels that are not labelled are void.
     """
     pixels = torch.from_numpy(np.stack([foreground & labelled, labelled])).double()
     area, total = F.adaptive_avg_pool2d(pixels, grid).flatten(1).numpy()
@@ -157,9 +163,9 @@ def foreground_tokens(foreground: np.ndarray, labelled: np.ndarray, grid: tuple[
 
 def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str, ChannelMatch]]) -> Figure:
     """
-    Draws the patches that the channels of pooled vectors match (Fig. 3). A row shows an image, a panel a pooling, and
-    a point a channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the pooled
-    value.
+    Plots the patches that the channels of pooled vectors match (Fig. 3). Each row is an image, each column a pooling,
+    and each point a channel. A point lies in the channel's patch, and its area is proportional to the magnitude of the
+    pooled value.
     """
     heights = [image.height / image.width for image in images]
     figure = Figure(figsize=(2.8 * len(matches[0]), 2.8 * sum(heights) + 0.7), layout="constrained")
@@ -170,11 +176,10 @@ def channel_scatter(images: Sequence[Image.Image], matches: Sequence[Mapping[str
     for axis, (image, match) in zip(axes.flat, panels):
         axis.axis("off")
         axis.imshow(image.convert("L").point(lambda gray: (gray + 255) // 2).convert("RGB"))
-        # The points of one patch are spread evenly over it (Roberts' R2 sequence), so that they do not hide each
-        # other.
-        places = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
+        # Roberts' R2 sequence spreads the points of a patch evenly over it, so that they do not hide each other.
+        offsets = (np.arange(len(match.tokens))[:, None] * (0.5698402910, 0.7548776662)) % 1
         corners = np.stack(np.divmod(match.tokens, match.grid[1]), 1)
-        y, x = ((corners + places) / match.grid * (image.height, image.width)).T - 0.5
+        y, x = ((corners + offsets) / match.grid * (image.height, image.width)).T - 0.5
         sizes = np.abs(match.values) / (np.abs(match.values).max() or 1)
         axis.autoscale(False)
         axis.scatter(x, y, s=40 * sizes, c=ORANGE, alpha=0.6, edgecolors="white", linewidths=0.3)
@@ -233,7 +238,7 @@ def relation(options: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         options.refuse(str(error))
     method = next(iter(per_class))
-    # A file of other metrics lacks these two.
+    # Both are missing if the file has results of other metrics.
     rows = [(row["name"], row.get("mAP", {}).get("AP"), row.get("mMIoU", {}).get("IoU")) for row in per_class[method]]
     rows = [row for row in rows if None not in row]
     if len(rows) < 2:

@@ -28,7 +28,7 @@ from iclip_hf.model.images import load_image
 
 
 def end_to_end(files: int, rounds: int) -> str:
-    """`iclip explain` of JPEG files in this process, against decoding them and the model's forward, each alone."""
+    """Returns a table of `iclip explain` of JPEG files in this process, against decoding and the forward alone."""
     model, processor = load_iclip("embedded")
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder, f"{number}.jpg")) for number in range(files)]
@@ -55,7 +55,7 @@ def end_to_end(files: int, rounds: int) -> str:
         }
         taken = take_turns(contenders, rounds)
     seconds = medians(taken)
-    an_image = (seconds["all"] - seconds["two"]) / (files - 2)
+    further_image = (seconds["all"] - seconds["two"]) / (files - 2)
     bound = (seconds["decode"] + seconds["forward"]) / files
     headings = [
         f"`iclip explain` of {files} files, without imports, seconds",
@@ -64,11 +64,11 @@ def end_to_end(files: int, rounds: int) -> str:
         "forward alone",
     ]
     headings += ["a further image", "against decoding and forward"]
-    return table(headings, [[*seconds.values(), an_image, f"{an_image / bound:.2f}"]])
+    return table(headings, [[*seconds.values(), further_image, f"{further_image / bound:.2f}"]])
 
 
 def evaluating(data: Path, images: int) -> str:
-    """`iclip evaluate` on real images and masks, with all its metrics: how much of the time is not the model's."""
+    """Returns a table of `iclip evaluate` on real images and masks with all metrics, against the time in the model."""
     command = ["-m", "iclip_hf.cli", "evaluate", "--dataset", "coco2017", "--data-root", data / "coco100"]
     command += ["--split", "train2017", "--limit", str(images), "--output"]
     rows = []
@@ -92,7 +92,8 @@ def evaluating(data: Path, images: int) -> str:
 
 def starting(rounds: int) -> str:
     """
-    A new process: imports, help, and the first map beside the least that transformers alone needs to load and run.
+    Returns a table of what a new process takes: imports, help, and the first map, beside loading and running the
+    towers with transformers alone.
     """
 
     def run(*command: str, fails: bool = False) -> Callable[[], object]:
@@ -114,16 +115,16 @@ with torch.no_grad():
         photo = str(Path(folder, "photo.png"))
         Image.new("RGB", SIZE[::-1]).save(photo)
         module = ("-m", "iclip_hf.cli")
-        nouns = (*module, "explain", photo, "--output", str(Path(folder, "map.png")))
-        explain = (*nouns, "--text", "dog")
+        explain_nouns = (*module, "explain", photo, "--output", str(Path(folder, "map.png")))
+        explain_text = (*explain_nouns, "--text", "dog")
         contenders = {
             "`import torch, transformers`": run("-c", "import torch, transformers"),
             "`import iclip_hf`": run("-c", "import iclip_hf"),
             "`iclip --help`": run(*module, "--help"),
             "explanation of a missing file": run(*module, "explain", "missing.jpg", "--text", "dog", fails=True),
             "towers loaded and run by transformers": run("-c", bare),
-            "first map: `iclip explain` of one photograph": run(*explain),
-            "the same without texts, which shows eight nouns": run(*nouns),
+            "first map: `iclip explain` of one photograph": run(*explain_text),
+            "the same without texts, which shows eight nouns": run(*explain_nouns),
         }
         taken = take_turns(contenders, rounds)
     first, towers = (name for name in taken if "transformers" in name)

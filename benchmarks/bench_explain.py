@@ -1,10 +1,11 @@
-"""What an explanation costs beside what it cannot do without: the bare towers' forward.
+"""What an explanation costs beside the forward passes of the bare towers.
 
     python benchmarks/bench_explain.py
 
 The embedded model, images seen at 504 pixels, maps in [0, 1] of 480x640. Prints Markdown tables.
 """
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -32,7 +33,7 @@ def loaded() -> ICLIPModel:
 
 
 def photograph(seed: int) -> Image.Image:
-    """Smooth noise."""
+    """Returns smooth noise of `SIZE`."""
     pixels = np.random.default_rng(seed).integers(0, 255, (15, 20, 3), np.uint8)
     return Image.fromarray(pixels).resize(SIZE[::-1], Image.Resampling.BICUBIC)
 
@@ -51,7 +52,8 @@ def run_image_towers(model: ICLIPModel, pixel_values: torch.Tensor) -> None:
 
 def contenders(model: ICLIPModel, images: int, texts: int) -> dict[str, Callable[[], object]]:
     """
-    From pixel values and token ids to finished maps, all of an image at once or one at a time; and the towers alone.
+    Returns functions that compute finished maps from pixel values and token ids, all maps of an image at once or one
+    at a time, and a function that runs the towers alone.
     """
     pixel_values = torch.randn(images, 3, SIDE, SIDE)
     input_ids = torch.randint(1000, 20000, (texts, 8))
@@ -65,8 +67,8 @@ def contenders(model: ICLIPModel, images: int, texts: int) -> dict[str, Callable
     def map_by_map():
         outputs = model(input_ids, pixel_values, mask, output_similarity_maps=True)
         for maps in outputs.similarity_maps:
-            for of_text in maps.split(1):  # as `iclip explain` and `Explanation.map` take them
-                ICLIPProcessor.post_process_similarity_maps(None, of_text[None], [SIZE])
+            for text_map in maps.split(1):  # as `iclip explain` and `Explanation.map` do
+                ICLIPProcessor.post_process_similarity_maps(None, text_map[None], [SIZE])
 
     def towers():
         run_image_towers(model, pixel_values)
@@ -75,20 +77,20 @@ def contenders(model: ICLIPModel, images: int, texts: int) -> dict[str, Callable
     return {function.__name__: without_gradients(function) for function in (explain, map_by_map, towers)}
 
 
-def explaining(images: int, rounds: int, several: int) -> str:
+def explaining(images: int, rounds: int, batch_rounds: int) -> str:
     model, rows = loaded(), []
-    for number, texts in ((n, t) for n in (1, images) for t in (1, 20, 80)):
-        runs = contenders(model, number, texts)
-        taken = take_turns(runs, rounds if number == 1 else several)
+    for count, texts in itertools.product((1, images), (1, 20, 80)):
+        runs = contenders(model, count, texts)
+        taken = take_turns(runs, rounds if count == 1 else batch_rounds)
         slower = [f"{ratio(taken, name, 'towers'):.3f}" for name in ("explain", "map_by_map")]
         memory = [f"{cost(function)[1]:.0f}" for function in runs.values()]
-        rows.append([f"{number}, {texts}", 1e3 * medians(taken)["explain"], *slower, *memory])
+        rows.append([f"{count}, {texts}", 1e3 * medians(taken)["explain"], *slower, *memory])
     headings = ["images, texts", "ms", "against the bare towers", "map by map"]
     return table([*headings, "MiB", "map by map, MiB", "bare towers' MiB"], rows)
 
 
 def variants(images: int, rounds: int) -> str:
-    """What a user may set: precision and compilation."""
+    """Returns a table of what a user may set, precision and compilation."""
     pixel_values, input_ids = torch.randn(images, 3, SIDE, SIDE), torch.randint(1000, 20000, (20, 8))
     models = {"float32": loaded(), COMPILED: torch.compile(loaded())}
     if has_bfloat16():  # emulated, it takes several times as long
@@ -109,7 +111,7 @@ def variants(images: int, rounds: int) -> str:
 
 
 def pipelines(count: int, rounds: int) -> str:
-    """`pipeline` over images against the model's forward alone, both in batches of 8."""
+    """Returns a table of `pipeline` over images against the model's forward alone, both in batches of 8."""
     model, processor = load_iclip("embedded")
     pipe = pipeline("image-text-similarity-map", model=model, processor=processor)
     images = [photograph(seed) for seed in range(count)]
@@ -129,7 +131,8 @@ def pipelines(count: int, rounds: int) -> str:
 
 def asking_again(rounds: int) -> str:
     """
-    The demo's answer for the first texts on an image and for other texts on the same one, from upload to archive.
+    Returns a table of the time of the demo, from upload to archive, for the first texts on an image and for further
+    texts on the same image.
     """
     model = load("embedded")
     engine = Engine(model, model.processor)
@@ -152,16 +155,16 @@ def asking_again(rounds: int) -> str:
 def main():
     parser = command_line(__doc__)
     parser.add_argument(
-        "--rounds", type=int, default=15, help="for one image (default: 15); a third of them for several"
+        "--rounds", type=int, default=15, help="for one image (default: 15); a third of them for several images"
     )
     parser.add_argument("--images", type=int, default=8, help="images of a batch (default: 8)")
     options = parser.parse_args()
-    several = max(1, options.rounds // 3)
-    print(f"{machine()}; medians of {options.rounds} rounds, of {several} for several images\n", flush=True)
+    batch_rounds = max(1, options.rounds // 3)
+    print(f"{machine()}; medians of {options.rounds} rounds, of {batch_rounds} for several images\n", flush=True)
     for part in (
-        lambda: explaining(options.images, options.rounds, several),
-        lambda: variants(options.images, several),
-        lambda: pipelines(2 * options.images, several),
+        lambda: explaining(options.images, options.rounds, batch_rounds),
+        lambda: variants(options.images, batch_rounds),
+        lambda: pipelines(2 * options.images, batch_rounds),
         lambda: asking_again(options.rounds),
     ):
         print(part(), end="\n\n", flush=True)

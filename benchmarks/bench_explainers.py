@@ -1,12 +1,12 @@
-"""Every explainer on one image with 10 texts, and what a user would pick instead on the same tower.
+"""Every method on one image with 10 texts, and the alternatives of other packages on the same tower.
 
     python benchmarks/bench_explainers.py [--texts 10] [--rounds 2]
 
-CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives
-need one forward and backward a text: written with transformers alone, pytorch-grad-cam and captum. Before the clock
-starts their maps are compared with ours, but for captum, which takes the mean gradient of each token instead of each
-channel. Last, what becomes of the maps of 21 texts at 480x640 pixels: maps in [0, 1], the label map, both of refined
-maps, and maps at two scales. Prints Markdown tables.
+CLIP ViT-B/16 with random weights, 224 pixels; `proxyclip` with the embedded model's DINOv2 tower. The alternatives are
+written with transformers alone, pytorch-grad-cam and captum, and need a forward and a backward pass for each text.
+Before the timing, their maps are compared with ours, except captum's, which averages gradients over channels and not
+over tokens. A second table has the time from an image to the finished results of 21 texts at 480x640 pixels: maps in
+[0, 1], the label map, both of refined maps, and maps at two scales. Prints Markdown tables.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CLASSES = 21
 
 
 class Scores(torch.nn.Module):
-    """Images to cosines with fixed texts, (B, T): the classifier that the other packages ask for."""
+    """Returns the cosines of images with fixed texts, (B, T): the classifier that the other packages need."""
 
     def __init__(self, model: CLIPModel, text_embeds: torch.Tensor):
         super().__init__()
@@ -50,7 +50,7 @@ class Scores(torch.nn.Module):
 
 
 def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds: torch.Tensor, method: str):
-    """Grad-CAM after the last block's first norm, or the last layer's relevance, on the model's public outputs."""
+    """Returns the maps of Grad-CAM after the last block's first norm, or of relevance in the last layer."""
     maps, normed = [], []
     handle = model.vision_model.encoder.layers[-1].layer_norm1.register_forward_hook(
         lambda module, args, output: normed.append(output)
@@ -70,7 +70,7 @@ def with_transformers(model: CLIPModel, pixel_values: torch.Tensor, text_embeds:
 
 
 def clip(count: int) -> tuple[CLIPModel, argparse.Namespace, ICLIPTextFeatures, torch.Tensor]:
-    """A model with its processor, so many texts, and the pixels of an image."""
+    """Returns a model, its processor, `count` texts, and the pixels of an image."""
     torch.manual_seed(0)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "photo", "of"]
     text = {"vocab_size": len(words), "bos_token_id": words.index("[CLS]"), "eos_token_id": words.index("[SEP]")}
@@ -87,7 +87,7 @@ def clip(count: int) -> tuple[CLIPModel, argparse.Namespace, ICLIPTextFeatures, 
 
 
 def contenders(count: int) -> dict[str, Callable[[], object]]:
-    """Everything on one tower and one image, with so many texts."""
+    """Returns functions that explain one image with `count` texts, all on the same tower."""
     model, processor, texts, pixel_values = clip(count)
     embeds = texts.text_embeds
     classifier, layer = Scores(model, embeds), model.vision_model.encoder.layers[-1].layer_norm1
@@ -101,14 +101,12 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
         cam = LayerGradCam(classifier, layer)
         return [cam.attribute(pixel_values, target=text, attr_dim_summation=False) for text in range(len(embeds))]
 
-    methods = [method for method in METHODS if method != "attention_affinity"]  # which needs an ICLIP model
-    explainers = {method: make_explainer((model, processor), method) for method in methods}
+    methods = [method for method in METHODS if method != "attention_affinity"]  # it needs an ICLIP model
+    explainers = [make_explainer((model, processor), method) for method in methods]
+    engines = [Engine(explainer.model, explainer.model.processor, explainer) for explainer in explainers]
     return {
         "the image tower's forward": torch.no_grad()(lambda: model.vision_model(pixel_values)),
-        **{
-            f"`{name}`": partial(Engine(one.model, one.model.processor, one).raw_maps, pixel_values, texts)
-            for name, one in explainers.items()
-        },
+        **{f"`{method}`": partial(engine.raw_maps, pixel_values, texts) for method, engine in zip(methods, engines)},
         "Grad-CAM with transformers": lambda: with_transformers(model, pixel_values, embeds, "grad_cam"),
         "Grad-CAM of pytorch-grad-cam": pytorch_grad_cam,
         "Grad-CAM of captum": captum,
@@ -117,26 +115,26 @@ def contenders(count: int) -> dict[str, Callable[[], object]]:
 
 
 def uses_of_maps() -> dict[str, Callable[[], object]]:
-    """From the pixels of a photograph to its finished maps or label map."""
+    """Returns functions that compute finished maps or a label map from the pixels of a photograph."""
     model, processor, texts, pixel_values = clip(CLASSES)
     loaded = load((model, processor))
 
-    def drawn(refine: bool, multi_scale: bool = False) -> torch.Tensor:
+    def raw_maps(refine: bool, multi_scale: bool = False) -> torch.Tensor:
         engine = Engine(loaded, loaded.processor, refine=refine, multi_scale=multi_scale)
         return engine.raw_maps(twice_as_large if multi_scale else pixel_values, texts)[0][0]
 
     twice_as_large = torch.randn(1, 3, 448, 448)
     return {
-        "explaining": lambda: resize_and_normalize(drawn(False), SIZE),
-        "segmenting": lambda: label_map(drawn(False), SIZE),
-        "explaining, refined": lambda: resize_and_normalize(drawn(True), SIZE),
-        "segmenting, refined": lambda: label_map(drawn(True), SIZE),
-        "explaining, at two scales": lambda: resize_and_normalize(drawn(False, multi_scale=True), SIZE),
+        "explaining": lambda: resize_and_normalize(raw_maps(False), SIZE),
+        "segmenting": lambda: label_map(raw_maps(False), SIZE),
+        "explaining, refined": lambda: resize_and_normalize(raw_maps(True), SIZE),
+        "segmenting, refined": lambda: label_map(raw_maps(True), SIZE),
+        "explaining, at two scales": lambda: resize_and_normalize(raw_maps(False, multi_scale=True), SIZE),
     }
 
 
 def compare(all_contenders: dict[str, Callable[[], object]]) -> None:
-    """Raises `AssertionError` unless the alternatives draw the maps that are timed beside them, up to their scale."""
+    """Raises `AssertionError` unless the alternatives compute the same maps as `iclip_hf`, up to their scale."""
     maps = {name: all_contenders[name]() for name in ("`grad_cam`", "`bi_modal`")}
     (grad_cam, _), (bi_modal, _) = maps.values()
     enlarged = F.interpolate(grad_cam, (224, 224), mode="bilinear")[0].numpy()  # as pytorch-grad-cam does

@@ -25,7 +25,7 @@ with needed():
     from matplotlib.figure import Figure
 
 PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
-# One image, 20 texts and 504 pixels per side, but for what grows.
+# Sizes of what does not grow.
 FIXED = {"images": 1, "texts": 20, "pixels per side": 504}
 GROWN = {
     "images": (1, 10, 100),
@@ -35,35 +35,35 @@ GROWN = {
 
 
 def grown(model: ICLIPModel, images: int, texts: int, pixels: int) -> Callable[[], object]:
-    """Explaining in batches of 8 images of so many pixels per side, keeping no map."""
+    """Returns a function that explains images of `pixels` per side, in batches of 8, and keeps no map."""
     input_ids = torch.randint(1000, 20000, (texts, 8))
 
     def explain():
         features = join_texts([model.get_text_features(part) for part in input_ids.split(TEXT_BATCH)])
         for start in range(0, images, 8):
             maps = model.similarity_maps(torch.randn(min(8, images - start), 3, pixels, pixels), features)
-            for of_image in maps:
-                for text in of_image.split(8):
-                    ICLIPProcessor.post_process_similarity_maps(None, text[None], [SIZE])
+            for image_maps in maps:
+                for part in image_maps.split(8):
+                    ICLIPProcessor.post_process_similarity_maps(None, part[None], [SIZE])
 
     return without_gradients(explain)
 
 
 def growth(model: ICLIPModel) -> list[list]:
-    """A row for each size: images, texts, pixels per side, seconds, MiB."""
-    sizes = [tuple({**FIXED, name: size}.values()) for name, several in GROWN.items() for size in several]
-    grown(model, *sizes[0])()  # not counted, because the first call of a process takes longer
-    costs = {size: cost(grown(model, *size)) for size in dict.fromkeys(sizes)}
-    return [[*size, *costs[size]] for size in sizes]
+    """Returns a row for each value in `GROWN`: images, texts, pixels per side, seconds, MiB."""
+    settings = [tuple({**FIXED, name: value}.values()) for name, values in GROWN.items() for value in values]
+    grown(model, *settings[0])()  # not counted, because the first call of a process takes longer
+    costs = {setting: cost(grown(model, *setting)) for setting in dict.fromkeys(settings)}
+    return [[*setting, *costs[setting]] for setting in settings]
 
 
 def plot(rows: list[list], path: Path) -> None:
-    """Seconds and memory against each size, on logarithmic axes, beside lines of slope 1 through the last seconds."""
+    """Plots seconds and memory by each size, on logarithmic axes, with a line of slope 1 through the last seconds."""
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     rows = iter(rows)
     for axes, (column, (name, sizes)) in zip(figure.subplots(1, 3), enumerate(GROWN.items())):
-        shown = np.array([next(rows) for _ in sizes], dtype=float)
-        size, (seconds, memory) = shown[:, column], shown[:, 3:].T
+        points = np.array([next(rows) for _ in sizes], dtype=float)
+        size, (seconds, memory) = points[:, column], points[:, 3:].T
         if name == "pixels per side":
             name, size = "patches", (size / 28) ** 2
         axes.loglog(size, seconds, "o-", label="seconds")
@@ -77,13 +77,13 @@ def plot(rows: list[list], path: Path) -> None:
 
 
 def bare_towers(model: ICLIPModel, pixels: int) -> Callable[[], object]:
-    """The image towers alone on one image of so many pixels per side."""
+    """Returns a function that runs the image towers alone on one image of `pixels` per side."""
     pixel_values = torch.randn(1, 3, pixels, pixels)
     return without_gradients(lambda: run_image_towers(model, pixel_values))
 
 
 def large_images(model: ICLIPModel) -> str:
-    """One image with one text against the image towers alone: what the attention row and the affinity add."""
+    """Returns a table of explaining one image with one text, against its image towers alone."""
     rows = []
     for pixels in (504, 1008, 2016):
         contenders = {"explain": grown(model, 1, 1, pixels), "towers": bare_towers(model, pixels)}
@@ -101,8 +101,8 @@ def main():
     rows = growth(model)
     plot(rows, PLOT)
     print(PLOT, file=sys.stderr)
-    shown = dict.fromkeys((*row[:4], f"{row[4]:.0f}") for row in rows)  # the size in which nothing has grown once
-    print(table([*FIXED, "seconds", "MiB"], [[*row] for row in shown]), end="\n\n", flush=True)
+    unique_rows = dict.fromkeys((*row[:4], f"{row[4]:.0f}") for row in rows)  # `FIXED` is in the rows of each size
+    print(table([*FIXED, "seconds", "MiB"], [[*row] for row in unique_rows]), end="\n\n", flush=True)
     print(large_images(model))
 
 

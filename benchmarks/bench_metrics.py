@@ -1,9 +1,8 @@
-"""mMIoU, mFMB and text contrast against what a user would write or pick instead, and the memory of the metrics.
+"""mMIoU, mFMB and text contrast against own loops and other packages, and the memory of the metrics.
 
     python benchmarks/bench_metrics.py
 
-Prints three Markdown tables. The contenders take the same inputs in turn, on one thread, and must agree on every
-value.
+Prints three Markdown tables. The contenders get the same inputs in turn, on one thread, and must agree on every value.
 """
 
 import itertools
@@ -28,7 +27,7 @@ LABEL, VOID = 1, 255
 
 
 def make_pair(seed: int, grid: tuple[int, int] = (15, 20)) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth map (H, W), float32, and a label mask (H, W), uint8, with one object in a void outline."""
+    """Returns a smooth map (H, W), float32, and a label mask (H, W), uint8, with one object in a void outline."""
     generator = torch.Generator().manual_seed(seed)
     heatmap = resize_and_normalize(torch.rand(1, *grid, generator=generator), SIZE)[0]
     top, left = (int(torch.randint(20, side // 2, (), generator=generator)) for side in SIZE)
@@ -55,7 +54,7 @@ def iou_in_a_loop(heatmap, mask):
 
 
 def iou_by_torchmetrics(heatmap, mask):
-    """Its binned curve marks M >= t, so the thresholds are moved up to the next float."""
+    """torchmetrics marks pixels with M >= t, and not M > t, so the thresholds are moved up to the next float."""
     heatmap, mask = torch.from_numpy(heatmap), torch.from_numpy(mask)
     target = torch.where(mask == VOID, -1, (mask == LABEL).long())
     above = torch.from_numpy(np.nextafter(THRESHOLDS.astype(np.float32), np.float32(2)))
@@ -77,7 +76,8 @@ CLASSES = 3
 
 def make_image(seed: int) -> tuple[np.ndarray, np.ndarray]:
     """
-    Smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, that they share with background.
+    Returns smooth maps (3, H, W) of three classes, float32, and a label mask (H, W), uint8, of these classes and
+    background.
     """
     maps = np.stack([make_pair(3 * seed + k)[0] for k in range(CLASSES)])
     lowest = np.argmin([make_pair(10**6 + 4 * seed + k, grid=(6, 8))[0] for k in range(CLASSES + 1)], axis=0)
@@ -105,10 +105,11 @@ CONTRAST_CONTENDERS = {
 
 def bench_speed(what: str, contenders: dict[str, Callable], inputs: list[tuple], tolerance: float) -> None:
     ours, taken = next(iter(contenders)), {name: [] for name in contenders}
-    for one in inputs:
+    for arguments in inputs:
         for function in contenders.values():
-            np.testing.assert_allclose(function(*one), contenders[ours](*one), rtol=0, atol=tolerance)
-        for name, (seconds,) in take_turns({n: partial(f, *one) for n, f in contenders.items()}, 1).items():
+            np.testing.assert_allclose(function(*arguments), contenders[ours](*arguments), rtol=0, atol=tolerance)
+        calls = {name: partial(function, *arguments) for name, function in contenders.items()}
+        for name, (seconds,) in take_turns(calls, 1).items():
             taken[name].append(seconds)
     rows = [[name, 1000 * median, f"{ratio(taken, name, ours):.2f}"] for name, median in medians(taken).items()]
     print(f"{what}, {SIZE[0]}x{SIZE[1]}, float32, one thread\n")
@@ -116,7 +117,7 @@ def bench_speed(what: str, contenders: dict[str, Callable], inputs: list[tuple],
 
 
 def counting(images: int) -> Callable[[], object]:
-    """All three metrics over so many images."""
+    """Returns a function that updates all three metrics with `images` images."""
     pool = [make_pair(seed) for seed in range(8)]
 
     def measure():
@@ -144,7 +145,8 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine('torchmetrics')}\n")
-    pairs, images = ([make(seed) for seed in range(options.pairs)] for make in (make_pair, make_image))
+    pairs = [make_pair(seed) for seed in range(options.pairs)]
+    images = [make_image(seed) for seed in range(options.pairs)]
     bench_speed("IoU of one pair at the 101 thresholds of mMIoU", CONTENDERS, pairs, 1e-6)
     bench_speed(f"Text contrast of one image with {CLASSES} classes", CONTRAST_CONTENDERS, images, 1e-4)
     bench_memory(options.images)

@@ -2,9 +2,9 @@
 
     python benchmarks/bench_pairs.py --pairs 1000000
 
-Prints a Markdown table: seconds of the processor, MiB that are held afterwards, and MiB at the peak, of what a
-training does once with its pairs, on a table with a caption of twelve words for each image. The feature cache has
-small features, so that it fits anywhere; then batches are read from one with features of the usual size.
+Prints a Markdown table of what a training does once with its pairs: seconds of CPU time, MiB that are held afterwards,
+and MiB at the peak. The pairs are a table with a caption of twelve words for each image. The feature cache has small
+features, so that it fits anywhere. Last, batches are read from a cache with features of the usual size.
 """
 
 import csv
@@ -35,36 +35,39 @@ FEATURES |= {"even_patches": (64, 384)}
 
 
 def write_table(folder: Path, pairs: int) -> Path:
-    draws = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     with open(folder / "pairs.csv", "w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "caption"])
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
         for number in range(pairs):
-            caption = " ".join(WORDS[word] for word in draws.integers(0, len(WORDS), 12))
-            rows.writerow([f"images/{number // 1000:05}/{number:08}.jpg", caption])
+            caption = " ".join(WORDS[word] for word in generator.integers(0, len(WORDS), 12))
+            writer.writerow([f"images/{number // 1000:05}/{number:08}.jpg", caption])
     return folder / "pairs.csv"
 
 
 class Cache:
-    """A cache that has the features of all images."""
+    """A feature cache that has all images."""
 
     def images(self, pairs) -> np.ndarray:
         return np.arange(len(pairs))
 
 
 def measured(name: str, function: Callable[[], object], pairs: int, part: int | None = None) -> tuple[list, object]:
-    """Returns a row of the table for `pairs`, of which the call does a `part`, and the result of the call."""
-    found = {}
+    """
+    Returns a row of the table for `pairs` pairs, and the result of the call. If the call handles only `part` pairs,
+    its seconds are multiplied accordingly.
+    """
+    call_results = {}
 
     def call() -> None:
         start = time.process_time()
-        found["result"] = function()
-        found["seconds"] = time.process_time() - start
+        call_results["value"] = function()
+        call_results["seconds"] = time.process_time() - start
 
     before = memory()
     _, peak = cost(call)
     held = [f"{max(memory() - before, 0):.0f}", f"{peak:.0f}"] if part is None else ["", ""]
-    return [name, found["seconds"] * pairs / (part or pairs), *held], found["result"]
+    return [name, call_results["seconds"] * pairs / (part or pairs), *held], call_results["value"]
 
 
 def fill(store: FeatureStore, keys: np.ndarray, features: dict[str, tuple[int, ...]]) -> FeatureStore:
@@ -92,10 +95,10 @@ def main() -> None:
         images.mkdir(parents=True)
         for number in range(IMAGES):
             (images / f"{number:08}.jpg").write_bytes(os.urandom(SIZE))
-        few = load_pairs(write_table(folder, IMAGES))
-        rows[2], _ = measured(f"digests of images of {SIZE // 1000} KB, once", few.image_digests, count, IMAGES)
-        (of_table,) = few.sources
-        rows[3], _ = measured("changes of their files, later", lambda: of_table.state, count, IMAGES)
+        few_pairs = load_pairs(write_table(folder, IMAGES))
+        rows[2], _ = measured(f"digests of images of {SIZE // 1000} KB, once", few_pairs.image_digests, count, IMAGES)
+        (table_source,) = few_pairs.sources
+        rows[3], _ = measured("changes of their files, later", lambda: table_source.state, count, IMAGES)
 
         keys = np.frombuffer(np.random.default_rng(0).bytes(32 * count), "S32")
         fill(FeatureStore(folder / "small"), keys, {"class_token": (1,)})
@@ -104,8 +107,8 @@ def main() -> None:
         rows[5], _ = measured("find all images in it", lambda: store.find(asked), count)
 
         store = fill(FeatureStore(folder / "large"), keys[:ROWS], FEATURES)
-        draws = np.random.default_rng(0)
-        batches = [draws.choice(min(ROWS, count), min(BATCH, count), replace=False) for _ in range(20)]
+        generator = np.random.default_rng(0)
+        batches = [generator.choice(min(ROWS, count), min(BATCH, count), replace=False) for _ in range(20)]
         start = time.process_time()
         for batch in batches:
             store[batch]

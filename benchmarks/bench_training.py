@@ -2,9 +2,9 @@
 
     python benchmarks/bench_training.py --data DATA/flickr8k/dev-00000.tar
 
-Prints Markdown tables: seconds of an epoch over the same pairs in the same batches, on the embedded towers (DINOv2
-ViT-S/14 and MiniLM-L6); the contenders take turns. open_clip trains random towers of these sizes, with its own loss
-and tokenizer. Then a step with the similarity pooling against one with Eq. 10's.
+Prints Markdown tables. The first has the seconds of an epoch over the same pairs in the same batches, with the
+embedded towers (DINOv2 ViT-S/14 and MiniLM-L6). open_clip trains random towers of these sizes, with its own loss and
+tokenizer. The second compares a step with similarity pooling to a step with Eq. 10's.
 """
 
 import argparse
@@ -34,7 +34,7 @@ with needed():
 
 
 def first_pairs(shard: Path, count: int, target: Path) -> Path:
-    """A shard of the first pairs of another."""
+    """Writes the first pairs of a shard as another shard, and returns its path."""
     with tarfile.open(shard) as whole, tarfile.open(target, "w") as part:
         keys = {}
         for member in whole:
@@ -46,7 +46,7 @@ def first_pairs(shard: Path, count: int, target: Path) -> Path:
 
 
 class Contender:
-    """Trains epoch after epoch, and notes which share of each it waited for data."""
+    """Trains epoch after epoch, and records the fraction of each that it waited for data."""
 
     def __init__(self):
         self.waited = []
@@ -112,7 +112,7 @@ class OpenClipPairs(Dataset):
 
 
 class OpenClip(Contender):
-    """The same in open_clip: its model of the same sizes with a locked image tower, its tokenizer, its loss."""
+    """A model of open_clip of the same sizes with a locked image tower, and open_clip's tokenizer and loss."""
 
     def __init__(self, folder: Path, options: argparse.Namespace):
         super().__init__()
@@ -144,7 +144,7 @@ def embedded_model(lock_text: bool, **options) -> ICLIPModel:
     return model
 
 
-# name, class, and what it is made with
+# By name: the class and its further arguments.
 CONTENDERS = {
     "projections, from the cache": (Ours, True, True),
     "projections, without": (Ours, True, False),
@@ -157,8 +157,8 @@ CONTENDERS = {
 
 
 def make(name: str, folder: Path, options: argparse.Namespace) -> Contender:
-    kind, *arguments = CONTENDERS[name]
-    return kind(folder, options, *arguments)
+    contender_class, *arguments = CONTENDERS[name]
+    return contender_class(folder, options, *arguments)
 
 
 PAIRS = 256  # of a step
@@ -166,7 +166,7 @@ TOKENS, WIDTH = 16, 384  # patches of an image, and their width
 
 
 def steps(rounds: int) -> dict[str, list[float]]:
-    """Seconds of training steps from cached features, by where the maximum over patches is taken."""
+    """Returns the seconds of training steps from cached features for each value of `max_over`."""
 
     def step(max_over: str):
         model = embedded_model(lock_text=True, max_over=max_over).train()

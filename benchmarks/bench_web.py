@@ -59,8 +59,8 @@ def opened(browser: Browser, folder: Path) -> Iterator[Page]:
 
 def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float]:
     """
-    Seconds from the end of the download to the first map, and for a further text; MiB of the page's process at its
-    peak.
+    Returns the seconds from the end of the download to the first map, those for a further text, and the peak memory of
+    the page's process in MiB.
     """
     with opened(browser, folder) as page:
         page.fill("#texts", "cup")
@@ -82,7 +82,7 @@ def browser_seconds(browser: Browser, folder: Path) -> tuple[float, float, float
 
 
 def write_picture(browser: Browser, folder: Path, path: Path) -> None:
-    """Writes the first question and answer of the page, without its introduction."""
+    """Writes a picture of the page after its first answer, without its introduction."""
     with opened(browser, folder) as page:
         page.click("#go")
         page.locator("#after").wait_for(timeout=600_000)
@@ -91,7 +91,10 @@ def write_picture(browser: Browser, folder: Path, path: Path) -> None:
 
 
 def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]:
-    """The same by ONNX Runtime in Python: both sessions, the processor, the image and a text; then a further text."""
+    """
+    Returns the same seconds with ONNX Runtime in Python. The first time includes both sessions, the processor, the
+    image and a text.
+    """
     graphs = [gzip.decompress((page / f"{side}_model.onnx.gz").read_bytes()) for side in ("vision", "text")]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -132,7 +135,7 @@ def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | N
     system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     web, python = [], []
     with sync_playwright() as driver:
-        for _ in range(rounds):  # in turns, each browser anew
+        for _ in range(rounds):  # in turns, each time in a new browser
             browser = driver.chromium.launch(executable_path=system, args=["--no-sandbox"])
             web.append(browser_seconds(browser, page))
             browser.close()

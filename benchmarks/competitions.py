@@ -1,9 +1,10 @@
-"""Which competition of texts makes the best segments, on images with the names of the classes that they show.
+"""Which rule of competition between texts gives the best segments, if the texts are the classes that an image shows.
 
     python benchmarks/competitions.py voc21:DATA/voc_layout coco_object:DATA/coco100:train2017
 
-The embedded model, the data set's prompts and the presence gate. Prints a Markdown table: mIoU with the background
-over the images at even and at odd positions, and how many present classes that pass the gate have no pixel.
+The embedded model, the data set's prompts, only texts that are present. Prints a Markdown table: mIoU with the
+background over the images at even and at odd positions, and how many of the shown classes that are present get no
+pixel.
 """
 
 import numpy as np
@@ -23,7 +24,7 @@ BACKGROUND = ["sky", "grass", "wall", "road"]
 
 
 def stretched_maximum(raw_maps, size, present, threshold, background):
-    """The highest raw value, with a threshold on the stretched maximum of all maps."""
+    """The text with the highest raw value. The threshold applies to the maximum of all maps, stretched to [0, 1]."""
     classes = torch.arange(len(raw_maps))
     classes[list(background)] = -1
     kept = present | (classes == -1)
@@ -34,7 +35,7 @@ def stretched_maximum(raw_maps, size, present, threshold, background):
 
 
 def each_stretched(raw_maps, size, present, threshold, background):
-    """The highest map, each stretched to [0, 1]."""
+    """The text with the highest map, each stretched to [0, 1]."""
     maps = resize_and_normalize(raw_maps, size)
     maps[~present] = -1
     best, labels = torch.cat([maps, torch.zeros(1, *size)]).max(0)
@@ -49,25 +50,28 @@ def measure(dataset, refine: bool, background: list[str]) -> list[list]:
     texts = [text for synonyms in dataset.synonyms for text in synonyms]
     labels = np.array([label for label, names in zip(dataset.class_ids, dataset.synonyms) for _ in names])
     engine = Engine(model, model.processor, templates=dataset.templates, refine=refine)
-    asked_texts = [*texts, *background]
+    all_texts = [*texts, *background]
     folds = {rule: [MeanIoU(max(dataset.class_ids) + 1, True) for _ in range(2)] for rule in RULES}
-    hidden, asked = dict.fromkeys(RULES, 0), 0
-    explanations = engine.run((sample.image for sample in dataset), asked_texts, batch_size=1)
+    without_pixel, num_present = dict.fromkeys(RULES, 0), 0
+    explanations = engine.run((sample.image for sample in dataset), all_texts, batch_size=1)
     for position, (sample, explanation) in enumerate(zip(dataset, explanations)):
-        rows = np.flatnonzero(np.isin(labels, sample.class_ids))
-        names = np.append(labels[rows], 0)  # the last for the label -1
-        rows = [*rows.tolist(), *range(len(texts), len(asked_texts))]
-        present = torch.tensor(explanation.present)[rows]
-        shown = set(names[:-1][present[: len(names) - 1].numpy()].tolist())
-        asked += len(shown)
-        others = range(len(names) - 1, len(rows))
+        shown = np.flatnonzero(np.isin(labels, sample.class_ids))  # indices of the texts of the shown classes
+        class_ids = np.append(labels[shown], 0)  # the last one is for pixels without a text, -1
+        competing = [*shown.tolist(), *range(len(texts), len(all_texts))]
+        present = torch.tensor(explanation.present)[competing]
+        present_classes = set(labels[shown][present[: len(shown)].numpy()].tolist())
+        num_present += len(present_classes)
+        background_indices = range(len(shown), len(competing))
         for rule, compete in RULES.items():
-            found = compete(explanation.raw_maps[rows], sample.size, present, 0.5, others).numpy()
-            predicted = names[found]
+            segments = compete(explanation.raw_maps[competing], sample.size, present, 0.5, background_indices).numpy()
+            predicted = class_ids[segments]
             folds[rule][position % 2].update(predicted, sample.label_map)
-            hidden[rule] += len(shown - set(np.unique(predicted).tolist()))
+            without_pixel[rule] += len(present_classes - set(np.unique(predicted).tolist()))
     scores = {rule: [fold.compute()["miou"] for fold in pair] for rule, pair in folds.items()}
-    return [[rule, *(f"{score:.2f}" for score in scores[rule]), f"{hidden[rule]} of {asked}"] for rule in RULES]
+    return [
+        [rule, *(f"{score:.2f}" for score in scores[rule]), f"{without_pixel[rule]} of {num_present}"]
+        for rule in RULES
+    ]
 
 
 def main():

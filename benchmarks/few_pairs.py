@@ -2,10 +2,10 @@
 
     python benchmarks/few_pairs.py --data-root DATA
 
-For each seed, one half of the images of Flickr8k's dev split are the pairs, with one caption each, and retrieval is
-measured on the other half, with five. Maps and presence are measured on coco100. Arguments are those that `iclip train
-pairs.csv` chooses, except for the learning rate and `keep_presence`. Features of the locked towers are the same in
-all runs: they are computed once and kept in the folder `--output`.
+For each seed, the pairs come from one half of the images of Flickr8k's dev split, with one caption each. Retrieval is
+measured on the other half, with five captions each, maps and presence on coco100. Arguments are those that `iclip
+train pairs.csv` chooses, except for the learning rate and `keep_presence`. The features of the locked towers are the
+same in all runs. They are computed once and kept in the folder `--output`.
 """
 
 import argparse
@@ -74,13 +74,14 @@ class Study:
         self.start.encode_text = remembered(self.start.encode_text, {})
 
     def run(self, seed: int, count: int = 0, rate: float = FEW_PAIRS_RATE, keep: float = 0) -> dict[str, float]:
-        """Returns the scores after fine-tuning on `count` pairs; with 0 pairs those of the embedded model itself."""
+        """Returns the scores after fine-tuning on `count` pairs, or with 0 pairs those of the embedded model."""
         model = copy.deepcopy(self.start)
-        own, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
+        seen, unseen = np.split(np.random.default_rng(seed).permutation(len(self.pairs)), 2)
         if count:
-            self.fine_tune(model, own[:count], seed, rate, keep)
-        explainable, metrics = (model.eval(), self.processor), ["mAP", "presence", *MAPS]
-        result = evaluate_model(explainable, self.maps, metrics=metrics, progress=False).results["itsm"]
+            self.fine_tune(model, seen[:count], seed, rate, keep)
+        metrics = ["mAP", "presence", *MAPS]
+        model_and_processor = (model.eval(), self.processor)
+        result = evaluate_model(model_and_processor, self.maps, metrics=metrics, progress=False).results["itsm"]
         maps = {name: result[name][name.lower()] for name in ("mAP", *MAPS)}
         return {**self.retrieval(model, unseen), **maps, **{name: result["presence"][name] for name in PRESENCE}}
 
@@ -102,7 +103,7 @@ class Study:
                 report_to="none",
             )
             trainer = ICLIPTrainer(model, args, self.collator, train_dataset=training, processing_class=self.processor)
-            trainer.remove_callback(ProgressCallback)  # which prints between the rows of the table
+            trainer.remove_callback(ProgressCallback)  # it prints between the rows of the table
             trainer.train()
 
     @torch.inference_mode()
@@ -111,15 +112,16 @@ class Study:
         branch, pairs = model.recognition, self.pairs.__getitems__(rows)
         captions = [pair["captions"] for pair in pairs]
         texts = list(itertools.chain.from_iterable(captions))
-        own = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(several) for several in captions]))
-        own = torch.arange(len(rows))[:, None] == own
+        counts = torch.tensor([len(image_captions) for image_captions in captions])
+        image_of_text = torch.arange(len(rows)).repeat_interleave(counts)
+        matches = torch.arange(len(rows))[:, None] == image_of_text  # (images, texts)
         features = self.collator(pairs)["image_features"]
-        features = {name: of_images.float() for name, of_images in features.items()}
+        features = {name: values.float() for name, values in features.items()}
         images = branch.embed_image(model.loss_inputs(features).pooled)
         cosines = images @ branch.embed_text(self.cache(texts)).mT
         return {
             f"{name} R@{k}": 100 * hits.gather(1, values.topk(k, 1).indices).any(1).float().mean().item()
-            for name, values, hits in (("image to text", cosines, own), ("text to image", cosines.T, own.T))
+            for name, values, hits in (("image to text", cosines, matches), ("text to image", cosines.T, matches.T))
             for k in (1, 5)
         }
 

@@ -1,5 +1,5 @@
 """
-Divides webdataset shards into images to train on and every tenth image, which is held out.
+Divides webdataset shards: holds out every tenth image, and keeps the others for training.
 
     python benchmarks/hold_out.py DATA/stuff/nyu.tar DATA/stuff/msrc.tar --train runs/stuff --held-out runs/held_out
 """
@@ -26,8 +26,8 @@ def main() -> None:
         ):
             keys: dict[str, int] = {}
             for member in source:
-                place = keys.setdefault(member.name.rsplit(".", 1)[0], len(keys))
-                (train if place % 10 else held_out).addfile(member, source.extractfile(member))
+                index = keys.setdefault(member.name.rsplit(".", 1)[0], len(keys))
+                (train if index % 10 else held_out).addfile(member, source.extractfile(member))
         print(f"{shard.name}: {len(keys)} images, {(len(keys) + 9) // 10} of them held out")
 
 

@@ -1,4 +1,4 @@
-"""Puts the tables of scripts into a page.
+"""Puts tables into a page, each between the lines that have its name.
 
 python benchmarks/insert.py docs/speed.md runs/bench_explain.md runs/bench_growth.md
 """
@@ -15,8 +15,8 @@ def insert(page: Path, name: str, text: str) -> None:
     Replaces the text between `<!-- name -->` and `<!-- end -->` in a page. Raises `ValueError` if the page has no such
     lines.
     """
-    place = re.compile(rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL)
-    content, count = place.subn(lambda _: f"\n{text.strip()}\n\n", page.read_text(encoding="utf-8"))
+    section = re.compile(rf"(?<=^<!-- {name} -->\n).*?(?=^<!-- end -->$)", re.MULTILINE | re.DOTALL)
+    content, count = section.subn(lambda _: f"\n{text.strip()}\n\n", page.read_text(encoding="utf-8"))
     if count != 1:
         raise ValueError(f"{page}: there is no line <!-- {name} --> with a line <!-- end --> below it.")
     with atomic_write(page) as temporary:

@@ -29,16 +29,16 @@ from tqdm import tqdm
 
 
 @contextmanager
-def needed() -> Iterator[None]:
+def needed(install: str = "-e '.[dev,bench]'") -> Iterator[None]:
     """
-    Wraps imports of packages that only benchmarks need. Ends the script with one sentence if one of them is not
-    installed.
+    Wraps imports of packages that only benchmarks need. If one of them is missing, ends the script with one sentence,
+    which names the command `pip install INSTALL`.
     """
     try:
         yield
     except ImportError as error:
         package = error.name.partition(".")[0]
-        sys.exit(f"{package} is not installed: run `pip install -e '.[dev,bench]'`.")
+        sys.exit(f"{package} is not installed: run `pip install {install}`.")
 
 
 def machine(*packages: str) -> str:
@@ -87,14 +87,14 @@ def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
-    """Returns the median over the rounds of the time of `name`, divided by that of `to`."""
-    return statistics.median(a / b for a, b in zip(taken[name], taken[to]))
+    """Returns the time of `name` divided by that of `to`, the median over the rounds."""
+    return statistics.median(time / other for time, other in zip(taken[name], taken[to]))
 
 
 def cost(function: Callable[[], object]) -> tuple[float, float]:
     """
-    Returns the seconds of one call, and the MiB at its peak beyond what the process held before (Linux). Memory that
-    was freed before is given back to the system first, so that the call has to take it again.
+    Returns the seconds of one call, and the MiB at its peak beyond what the process held before (Linux). Freed memory
+    is first given back to the system, so that the call has to take it again.
     """
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -105,7 +105,7 @@ def cost(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def memory(field: str = "VmRSS", process: int | str = "self") -> float:
-    """Returns the MiB that a process holds, or with `"VmHWM"` held at its peak (Linux)."""
+    """Returns the MiB that a process holds or, with `"VmHWM"`, held at its peak (Linux)."""
     status = _proc(f"{process}/status").splitlines()
     return int(next(line for line in status if line.startswith(field)).split()[1]) / 1024
 
@@ -116,7 +116,7 @@ def _proc(name: str) -> str:
 
 
 def remembered(encode: Callable, results: dict) -> Callable:
-    """Returns `encode` with its results kept in `results`, by the content of its tensors. The tower must be locked."""
+    """Returns `encode` with a cache, `results`, by the content of its tensors. The tower must be locked."""
 
     def recall(*args, **kwargs):
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
@@ -129,7 +129,7 @@ def remembered(encode: Callable, results: dict) -> Callable:
 
 
 def command_line(description: str) -> argparse.ArgumentParser:
-    """Returns a parser whose help shows the text at the head of a script as it is written."""
+    """Returns a parser whose help shows the docstring of a script as it is written."""
     formatter = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=formatter, allow_abbrev=False)
 
@@ -154,8 +154,8 @@ def shard_items(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def write_labelled(folder: Path, output: Path, label: Callable[[dict, bytes], bool]) -> None:
     """
-    Writes the shards of a folder to another one with changed labels: `label` gets the JSON content of an item, which
-    it changes, and the encoded image. It returns whether a label was added, which is counted and printed.
+    Writes the shards of a folder to another one with changed labels. `label` gets the JSON content of an item, which
+    it changes, and the encoded image. It returns whether it added a label. The number of added labels is printed.
     """
     output.mkdir(parents=True, exist_ok=True)
     for shard in sorted(folder.glob("*.tar")):
@@ -172,10 +172,12 @@ def write_labelled(folder: Path, output: Path, label: Callable[[dict, bytes], bo
 
 
 def table(headings: list[str], rows: list[list[object]]) -> str:
-    """Returns a Markdown table, with floats to three significant digits, from 1000 to integers."""
+    """Returns a Markdown table. Floats have three significant digits; from 1000 on they are rounded to integers."""
 
     def shown(cell: object) -> str:
-        return str(cell) if not isinstance(cell, float) else f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+        if not isinstance(cell, float):
+            return str(cell)
+        return f"{cell:.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
 
     cells = [[shown(cell) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in [headings, ["---"] * len(headings), *cells])

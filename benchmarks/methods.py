@@ -76,8 +76,8 @@ def measure(model, dataset, methods: list[str], limit: int | None, few: int) -> 
     costly = evaluate_model(model, dataset, methods, few_metrics, limit=few).results
     scores = {}
     for method in methods:
-        found = {**cheap[method], **costly[method]}
-        scores[method] = {name: value for of_metric in found.values() for name, value in of_metric.items()}
+        by_metric = {**cheap[method], **costly[method]}
+        scores[method] = {name: value for values in by_metric.values() for name, value in values.items()}
         if scores[method]["difference_probability"] is not None:
             scores[method]["difference_probability"] *= 100
     first = scores[methods[0]]
@@ -97,16 +97,19 @@ def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     explainers = {method: make_explainer(model, method) for method in dict.fromkeys(["itsm", *methods])}
     texts = model.encode_texts(dataset.class_names[:TEXTS])
     pixel_values = model.processor(images=[dataset[0].image])["pixel_values"]
-    engines = {name: Engine(one.model, one.model.processor, one) for name, one in explainers.items()}
-    return take_turns({name: partial(one.raw_maps, pixel_values, texts) for name, one in engines.items()}, 3)
+    functions = {}
+    for method, explainer in explainers.items():
+        engine = Engine(explainer.model, explainer.model.processor, explainer)
+        functions[method] = partial(engine.raw_maps, pixel_values, texts)
+    return take_turns(functions, 3)
 
 
 def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
-    """Returns the tables, with a line on the data, the texts and the machine."""
+    """Returns the tables, with notes on the data, the texts and the machine above them."""
     rows = []
     for method in scores[0]:
         cells = [
-            " / ".join(cell(of_data[method].get(name), digits) for of_data in scores)
+            " / ".join(cell(by_method[method].get(name), digits) for by_method in scores)
             for name, (_, digits) in COLUMNS.items()
         ]
         cost = ["-", "-"]
@@ -119,7 +122,7 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
     lines = [
         f"- Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}.",
         f"- mIoU, pointing game and insertion minus deletion: the first {' / '.join(map(str, few))} images.",
-        f"- mAP with all methods: {' / '.join(cell(of_data[CONSTANT]['map'], 1) for of_data in scores)} %.",
+        f"- mAP with all methods: {' / '.join(cell(by_method[CONSTANT]['map'], 1) for by_method in scores)} %.",
         f"- Seconds: raw maps of one image, {min(TEXTS, len(datasets[0].class_names))} texts, medians of 3 rounds.",
         f"- Machine: {machine()}.",
         "",
@@ -132,13 +135,13 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
 
 def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
     """
-    Returns headings and rows: the best method of each column, the rank of `itsm`, and the best method without text.
+    Returns headings and rows: for each column the best method, the rank of `itsm`, and the best method without text.
     """
     rows = []
     for name, (heading, digits) in COLUMNS.items():
         best, rank, text_free = [], [], []
-        for of_data in scores:
-            known = {method: of_data[method][name] for method in METHODS if method in of_data}
+        for by_method in scores:
+            known = {method: by_method[method][name] for method in METHODS if method in by_method}
             known = {method: score for method, score in known.items() if score is not None}
             order = sorted(known, key=known.get, reverse=True)
             without_text = [method for method in order if not explainer_class(method).sees_text]

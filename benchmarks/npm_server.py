@@ -25,16 +25,16 @@ class _Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def npm_server(folder: Path) -> Iterator[str]:
-    """Downloads the files that pages load into a folder, by npm, and yields the address that serves them."""
+    """Downloads the files that pages load into a folder by npm, serves them, and yields the address."""
     for package in {file["package"] for file in RUNTIME_FILES}:
         command = ["npm", "pack", package, "--prefer-offline", "--loglevel=error", "--pack-destination", folder]
         packed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout.split()[-1]
         with tarfile.open(folder / packed) as tar:
             for file in RUNTIME_FILES:
                 if file["package"] == package:
-                    place = folder / package / file["path"]
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    place.write_bytes(tar.extractfile(f"package/{file['path']}").read())
+                    target = folder / package / file["path"]
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(tar.extractfile(f"package/{file['path']}").read())
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:

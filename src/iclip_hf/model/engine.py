@@ -60,6 +60,13 @@ class _Question(NamedTuple):
     priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
     indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
 
+    def select(self, indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
+        """Returns the labels of B images, equally many for each, and their features `(B, T, P)`."""
+        if indices[0] is None:
+            return [self.labels] * len(indices), for_images(self.encoded, len(indices))
+        labels = [[self.labels[index] for index in image_indices] for image_indices in indices]
+        return labels, select_texts(self.encoded, torch.tensor(indices))
+
 
 class _AskedImage(NamedTuple):
     """An image with the labels that it is asked about."""
@@ -290,20 +297,17 @@ class Engine:
     def _explain(self, question: _Question, best: int | None, asked: Sequence[_AskedImage]) -> list[Explanation]:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
-        if label_indices[0] is None:
-            labels = [question.labels] * len(images)
-            texts = for_images(question.encoded, len(images))
-        else:
-            labels = [[question.labels[index] for index in indices] for indices in label_indices]
-            texts = select_texts(question.encoded, torch.tensor(label_indices))
+        labels, texts = question.select(label_indices)
         batch = join_images(images)
         all_indices = range(len(labels[0]))
-        # The texts of each image that get a map
+        # For each image the indices of the texts that get a map
         mapped = [all_indices if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else mapped
-        maps = None if any(map(len, mapped)) else torch.zeros(len(images), 0, 1, 1)  # no map is wanted
-        if maps is None and best is None and not self.takes_features:
-            # The method encodes the images, also for the scores.
+        maps = None
+        if not any(map(len, mapped)):
+            maps = torch.zeros(len(images), 0, 1, 1)  # no map is wanted
+        elif best is None and not self.takes_features:
+            # The features that the method computes are also used for the scores.
             maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices, refine=False)
             batch = replace(batch, features=features)
         batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
@@ -337,7 +341,10 @@ class Engine:
         return explanations
 
     def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
-        """Encodes the views of images for the scores and, with `for_maps`, for the maps. Keeps given features."""
+        """
+        Encodes the views of images for the scores and, with `for_maps`, for the maps. Features that the batch has
+        already are kept.
+        """
         features, score_features = batch.features, batch.score_features
         if features is None and for_maps:
             features = [self._features(view) for view in self.tiling.views(batch.pixel_values)]
@@ -356,7 +363,7 @@ class Engine:
     def _score(
         self, views: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Computes the scores and the presence, `(B, T)`. A model without presence gives None for it."""
+        """Computes the scores and the presence, `(B, T)` each. The presence is None if the model has none."""
         scores = self.tiling.score([self.model.scores(view, texts) for view in views])
         check_finite(scores)
         presence = self.model.presence(scores)

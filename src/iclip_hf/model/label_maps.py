@@ -11,7 +11,7 @@ from .presence import MIN_PRESENCE, is_present
 from .similarity import check_finite, min_max_normalize, resize_maps
 
 
-BACKGROUND_LABEL = -1  # label of a pixel of the background
+BACKGROUND_LABEL = -1  # label of background pixels
 # Weight of the logit of the presence; the standardized map has the weight 1. Chosen on the even images of ADE20K and
 # COCO.
 PRESENCE_WEIGHT = 0.1

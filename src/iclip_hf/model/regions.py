@@ -91,8 +91,8 @@ def _runs(mask: np.ndarray) -> np.ndarray:
     """Returns y, first x and end x (exclusive) of each horizontal run of a mask, from top to bottom: `(R, 3)`."""
     padded = np.pad(mask, ((0, 0), (0, 1)))  # so that no run continues at the next y
     changes = np.flatnonzero(np.diff(padded.ravel(), prepend=False))
-    y, starts = np.divmod(changes[::2], padded.shape[1])
-    return np.stack([y, starts, changes[1::2] % padded.shape[1]], axis=1)
+    ys, starts = np.divmod(changes[::2], padded.shape[1])
+    return np.stack([ys, starts, changes[1::2] % padded.shape[1]], axis=1)
 
 
 def _sum_of_run(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
@@ -104,11 +104,11 @@ def _sum_of_run(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
 
 def _part_of_run(runs: np.ndarray, width: int) -> np.ndarray:
     """Returns the part of each run in a mask of this width, `(R,)`. A part is named by the index of its first run."""
-    y, starts, stops = runs.T
+    ys, starts, stops = runs.T
     # Positions in a flattened mask with a gap after each line. A run touches the runs that it overlaps when moved down
     # by one line. Stops are exclusive, so pixels that share a corner touch.
     stride = width + 2
-    starts, stops = (x + y * stride for x in (starts, stops))
+    starts, stops = (xs + ys * stride for xs in (starts, stops))
     # For each run, the first run below that it touches, and how many it touches
     first = np.searchsorted(stops, starts + stride)
     counts = (np.searchsorted(starts, stops + stride, side="right") - first).clip(0)

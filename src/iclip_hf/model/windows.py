@@ -44,10 +44,10 @@ class WholeImage:
 
 class TwoScales(WholeImage):
     """
-    Ten views at two scales: the whole image, and nine windows of the same size in the image at twice this height and
-    width. Neighbouring windows overlap by half. The value of a patch is the mean of both scales. The weight of a
-    window falls towards its edges, so that the map has no seams. The score is the mean of the score of the whole image
-    and log(mean(exp(20 s))) / 20, where s are the scores of the windows.
+    Ten views at two scales. One view is the whole image. The others are nine windows of the same size in the image at
+    twice the height and width. Neighbouring windows overlap by half. The value of a patch is the mean of both scales.
+    The weight of a window falls towards its edges, so that the map has no seams. The score is the mean of the score of
+    the whole image and log(mean(exp(20 s))) / 20, where s are the scores of the windows.
 
     Args:
         patch_size (`int`): side of a patch in pixels.
@@ -75,10 +75,12 @@ class TwoScales(WholeImage):
         return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
 
     def _window_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        return tuple(self.patch_size * -(-side // self.patch_size // 2) for side in size)
+        """Returns half the height and width of an image, rounded up to whole patches."""
+        return tuple(self.patch_size * math.ceil(side / (2 * self.patch_size)) for side in size)
 
     def _windows(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
-        stride = tuple(self.patch_size * max(1, -(-side // self.patch_size // 4)) for side in size)
+        """Returns windows at a distance of a quarter of the height and width, rounded up to whole patches."""
+        stride = tuple(self.patch_size * math.ceil(side / (4 * self.patch_size)) for side in size)
         return sliding_windows(size, self._window_size(size), stride)
 
 
@@ -103,7 +105,7 @@ def mean_of_windows(
 ) -> torch.Tensor:
     """
     Joins the raw maps `(B, T, h', w')` of windows. The value of a patch is its mean over the windows that contain it.
-    The mean is not weighted or, if `tapered`, the weights fall linearly from the middle of a window to its edges. Maps
+    With `tapered`, the mean is weighted, and the weights fall linearly from the middle of a window to its edges. Maps
     are resized if their grid is not the patch grid, such as maps of ProxyCLIP.
     """
     mean = None

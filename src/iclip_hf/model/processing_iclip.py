@@ -366,8 +366,8 @@ class ICLIPProcessor(ProcessorMixin):
     ) -> list[torch.Tensor]:
         """
         Converts outputs to label maps: the text of each pixel, or -1 for the background, see
-        [`~label_maps.label_map`]. Raises `ValueError` if outputs have no maps, `min_presence` is outside
-        [0, 1], and as `post_process_masks`.
+        [`~label_maps.label_map`]. Raises `ValueError` if outputs have no maps, if `min_presence` or a threshold is
+        outside [0, 1], or if the number of thresholds is not T.
 
         Args:
             outputs ([`ICLIPOutput`]): outputs of [`ICLIPModel`] with `output_similarity_maps=True`.
@@ -510,9 +510,9 @@ def _as_prompts(texts, templates: list[str]) -> list[str] | list[list[str]]:
     if all(isinstance(text, (list, tuple)) for text in texts):
         lists = [_as_prompts(image_texts, templates) for image_texts in texts]
         longest = max(map(len, lists))
-        step = len(templates)
+        num_templates = len(templates)
         # Shorter lists repeat the prompts of their last text.
-        return [prompts + prompts[-step:] * ((longest - len(prompts)) // step) for prompts in lists]
+        return [prompts + prompts[-num_templates:] * ((longest - len(prompts)) // num_templates) for prompts in lists]
     texts = [check_text(text) for text in texts]
     return [template.replace("{}", text) for text in texts for template in templates]
 

@@ -120,21 +120,21 @@ def evaluate_model(
     # Metrics that prefer another size of images have a run of their own, so that no metric changes the scores of
     # another. The key of a run is its size as text, because a size is a dict, which has no hash.
     runs: dict[str, EvaluationRun] = {}
-    run_of: dict[Metric, EvaluationRun] = {}
+    run_of_metric: dict[Metric, EvaluationRun] = {}
     for metric in metrics:
         size = metric.image_size if image_size is None else image_size
         if str(size) not in runs:
             runs[str(size)] = new_run(image_size=size)
         if _prepare(metric, runs[str(size)]):
-            run_of[metric] = runs[str(size)]
+            run_of_metric[metric] = runs[str(size)]
     dataset[:limit].check_classes()
     totals = {}
     for run in runs.values():
-        totals |= run.measure([metric for metric in run_of if run_of[metric] is run])
+        totals |= run.measure([metric for metric in run_of_metric if run_of_metric[metric] is run])
     _join_processes(totals)
 
     first_run = next(iter(runs.values()))
-    metrics = [metric for metric in run_of if metric is not report]
+    metrics = [metric for metric in run_of_metric if metric is not report]
     results, per_class = {}, {}
     for method in first_run.methods:
         results[method], rows_of_classes = {}, {}
@@ -144,7 +144,7 @@ def evaluate_model(
         per_class[method] = _class_rows(rows_of_classes, dataset)
     protocol = None
     if processes.is_main_process:
-        protocol = _protocol(first_run, {metric: run_of[metric] for metric in metrics})
+        protocol = _protocol(first_run, {metric: run_of_metric[metric] for metric in metrics})
     result = EvaluationResult(
         protocol=broadcast_from_main(protocol),
         results=results,
@@ -172,10 +172,10 @@ def _join_processes(totals: Mapping[tuple, Metric]) -> None:
         total.state = first
 
 
-def _protocol(first_run: EvaluationRun, run_of: dict[Metric, EvaluationRun]) -> dict:
+def _protocol(first_run: EvaluationRun, run_of_metric: dict[Metric, EvaluationRun]) -> dict:
     """Returns the protocol of the first run, with the options of each metric and its image size if it differs."""
     metrics = {}
-    for metric, run in run_of.items():
+    for metric, run in run_of_metric.items():
         size = {} if run is first_run else {"image_size": map_settings(run.engine)["image_size"]}
         metrics[metric.name] = metric.settings() | size
     return first_run.protocol() | {"metrics": metrics}
@@ -264,16 +264,18 @@ class EvaluationRun:
         names of metric and method. The method is None for a metric that has one value for all methods.
         """
         needs = frozenset().union(*(metric.needs for metric in metrics))
-        metrics_of = {
+        metrics_of_method = {
             method: [metric for metric in metrics if metric.by_method == (method is not None)]
             for method in (None, *self.methods)
         }
-        totals = {(metric.name, method): metric.empty() for method, group in metrics_of.items() for metric in group}
+        totals = {
+            (metric.name, method): metric.empty() for method, group in metrics_of_method.items() for metric in group
+        }
 
         def update(image: EvaluatedImage) -> list[Metric]:
             """Returns copies of the metrics with this image alone, in the order of `totals`."""
             parts = []
-            for method, group in metrics_of.items():
+            for method, group in metrics_of_method.items():
                 maps = image.explanations[method].maps if method and "maps" in needs else None
                 for metric in group:
                     part = metric.empty()

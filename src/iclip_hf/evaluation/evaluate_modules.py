@@ -116,7 +116,7 @@ class MetricModule(evaluate.Metric, ABC):
 
     def compute(self, *, ignore_index: int | None = None, **items) -> dict | None:
         """Returns the scores of all items that were added or are given here, on process 0; None on other processes."""
-        # First, so that an error in the options does not lose the added items.
+        # The metric is made first, so that a wrong option does not lose the added items.
         metric = self.metric(**self.options | self._pop_options(items))
         items = {name: values for name, values in items.items() if values is not None}  # `evaluate.combine` gives None
         if not items and self.num_process > 1:

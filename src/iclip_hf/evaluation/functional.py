@@ -147,16 +147,16 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
     masks = np.broadcast_to(mask, maps.shape)
     num_classes = len(maps)
     void = (masks == ignore_index).any(0)
-    regions = [(class_mask == class_id) & ~void for class_mask, class_id in zip(masks, class_ids, strict=True)]
-    pixels = [np.flatnonzero(region) for region in regions]
-    shared = {(i, j): np.flatnonzero(regions[i] & regions[j]) for i in range(num_classes) for j in range(i)}
+    is_class = [(class_mask == class_id) & ~void for class_mask, class_id in zip(masks, class_ids, strict=True)]
+    pixels = [np.flatnonzero(in_class) for in_class in is_class]
+    shared = {(i, j): np.flatnonzero(is_class[i] & is_class[j]) for i in range(num_classes) for j in range(i)}
 
     # `comparisons` counts the comparisons of a pixel of i with a pixel of j. `double_wins` is twice the number of
     # comparisons in which M_i is greater at i, plus the number of ties.
     double_wins, comparisons = np.zeros((2, num_classes, num_classes), np.int64)
     for i, heatmap in enumerate(maps):
         heatmap = heatmap.ravel()
-        histograms = [_histogram(heatmap[region]) for region in pixels]
+        histograms = [_histogram(heatmap[class_pixels]) for class_pixels in pixels]
         for j in range(num_classes):
             if i != j:
                 in_both = _histogram(heatmap[shared[max(i, j), min(i, j)]])

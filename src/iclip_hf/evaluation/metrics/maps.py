@@ -48,13 +48,13 @@ class MaskMetric(Metric):
 
     def item_counts(self, name: str) -> dict:
         """Returns the number of items in the mean, by this name, and `left_out`."""
-        items = self.state.items
-        return {name: items["counted"], "left_out": {reason: items[reason] for reason in self.reasons}}
+        num_items = self.state.num_items
+        return {name: num_items["counted"], "left_out": {reason: num_items[reason] for reason in self.reasons}}
 
 
 class ImageClassMetric(MaskMetric):
     """
-    Scores of image-class pairs.
+    A [`MaskMetric`] whose items are image-class pairs.
 
     Args:
         aggregate (`str`, defaults to `"image"`): `"image"` averages over the images of a class, `"pixel"` pools the
@@ -79,7 +79,7 @@ class ImageClassMetric(MaskMetric):
             "no_background": not has_background,
         }
         reason = next((reason for reason in self.reasons if applies[reason]), None)
-        self.state.items[reason or "counted"] += 1
+        self.state.num_items[reason or "counted"] += 1
         if reason is None:
             self.state.add(self.summands(counts), operator.index(class_id))
 
@@ -218,7 +218,7 @@ class TextContrast(MaskMetric):
     def add_counts(self, counts: np.ndarray, class_ids: Sequence[int]) -> None:
         """Adds one image by its counts from `count_item`."""
         paired = [(class_id, sums) for class_id, sums in zip(class_ids, counts.T) if sums[0]]  # with a partner
-        self.state.items["counted" if paired else "fewer_than_two_classes"] += 1
+        self.state.num_items["counted" if paired else "fewer_than_two_classes"] += 1
         for class_id, sums in paired:
             self.state.add(sums, operator.index(class_id))
 
@@ -245,8 +245,8 @@ class StuffContrast(TextContrast):
     class above those of the other classes in the image.
 
     The value of a class is the mean of P(M_i at i > M_i at j), ties half, over all its images and partners. Each
-    probability is the area under the ROC curve of two regions. The scores are the means over the classes of stuff and
-    over those of things, in percent. 50 is chance.
+    probability is the area under the ROC curve of the pixels of two classes. The scores are the means over the classes
+    of stuff and over the classes of things, in percent. 50 is chance.
 
     Text contrast compares the maps of two classes; these scores take one map. A map of saliency, which does not depend
     on the text, is above 50 for things and below 50 for stuff. Good maps have both scores above 50.

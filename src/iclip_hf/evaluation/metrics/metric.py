@@ -43,7 +43,7 @@ class EvaluatedImage:
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
     def pairs(self, maps: torch.Tensor) -> Iterator[tuple]:
-        """Returns map, mask and class id of each shown class, from the maps of the T shown classes."""
+        """Returns map, mask and class id of each shown class. `maps` are those of the T shown classes."""
         return zip(maps, self.masks, self.sample.class_ids)
 
 
@@ -55,13 +55,13 @@ class Sums:
 
     def __init__(self):
         self.sums: dict[Hashable, np.ndarray] = {}
-        self.items = Counter()  # number of items: "counted", and for each reason those left out
+        self.num_items = Counter()  # "counted", and for each reason those left out
 
     def add(self, values: np.ndarray, key: Hashable) -> None:
         self.sums[key] = self.sums.get(key, 0) + values
 
     def merge(self, other: Sums) -> None:
-        self.items.update(other.items)
+        self.num_items.update(other.num_items)
         for key, total in other.sums.items():
             self.add(total, key)
 
@@ -197,7 +197,7 @@ class ClassMeans(Metric):
         """Adds the scores of one image-class pair, F floats."""
         scores = np.asarray(scores, dtype=np.float64)
         known = ~np.isnan(scores)
-        self.state.items["counted"] += 1
+        self.state.num_items["counted"] += 1
         self.state.add(np.array([known, np.where(known, scores, 0)]), class_id)
 
     def compute(self) -> dict:
@@ -215,7 +215,7 @@ class ClassMeans(Metric):
         by_score = np.array([*per_class.values()]).reshape(-1, num_scores).T
         means = np.array([mean(values[~np.isnan(values)]) for values in by_score])
         num_known = sum((count for count, _ in sums.values()), np.zeros(num_scores)).astype(int)
-        num_pairs = self.state.items["counted"]
+        num_pairs = self.state.num_items["counted"]
         return {
             **self.named(means),
             "per_class": {class_id: self.named(values) for class_id, values in per_class.items()},

@@ -112,8 +112,8 @@ class MultiLabelAveragePrecision(Metric):
 
 class _Row(NamedTuple):
     """
-    A row of the table of presence: how a score is shown, and the names of the numbers of shown and absent pairs beside
-    the score.
+    A row of the table of presence: heading and decimals of a score, and the names in `pairs` of the numbers of shown
+    and absent pairs beside the score.
     """
 
     heading: str
@@ -279,7 +279,7 @@ class Presence(MultiLabelAveragePrecision):
 
 
 def _auc(values: np.ndarray, shown: np.ndarray, absent: np.ndarray) -> float | None:
-    """Returns the area under the ROC curve of shown against absent classes; None without either of the two."""
+    """Returns the area under the ROC curve of shown against absent classes; None if one kind is missing."""
     counted = shown | absent
     return float(roc_auc_score(shown[counted], values[counted])) if shown.any() and absent.any() else None
 

@@ -137,13 +137,13 @@ class Segmentation(Metric):
         """Raises `ValueError` unless the windows suit the patches and the other options."""
         if run.engine.multi_scale:
             raise ValueError("Leave out window or multi_scale: each has windows of its own.")
-        patch = run.model.processor.patch_size
+        patch_size = run.model.processor.patch_size
         # A protocol leaves out the incomplete patches of a window.
-        fits_patches = self.protocol or (self.window % patch == 0 and self.stride % patch == 0)
+        fits_patches = self.protocol or (self.window % patch_size == 0 and self.stride % patch_size == 0)
         if not (fits_patches and 0 < self.stride <= self.window):
             raise ValueError(
-                f"window and stride are multiples of the patch size of {patch} pixels, and the stride is at most the "
-                f"window, not {self.window} and {self.stride}."
+                f"window and stride are multiples of the patch size of {patch_size} pixels, and the stride is at most "
+                f"the window, not {self.window} and {self.stride}."
             )
 
     def _resolve_protocol(self, run) -> None:

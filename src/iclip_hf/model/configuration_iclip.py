@@ -56,16 +56,17 @@ class ICLIPConfig(PreTrainedConfig):
         lock_vision (`bool`, defaults to `True`): whether the image tower is locked. A locked tower has no gradients
             and stays in eval mode.
         text_pooling (`str`, defaults to `"eos"`): how a text is pooled. `"eos"` is the pooled output of a CLIP or
-            SigLIP tower, `"mean"` the mean over the attended tokens.
+            SigLIP tower. `"mean"` is the mean over the attended tokens.
         projection_dim (`int`, defaults to 512): width P of the shared image-text space.
         dual_projection (`bool`, defaults to `True`): whether there are two branches (Eq. 12): the recognition
-            branch, which projects `recognition_pooling`, and the interpretability branch. If `False`, one branch does
-            both (Table 3).
+            branch, whose pooling is `recognition_pooling`, and the interpretability branch. If `False`, one branch
+            computes scores and maps (Table 3).
         pooling (`str`, defaults to `"masked_max"`): how the map branch pools patch tokens into one vector:
             `"masked_max"` (Eq. 9, 10), `"max"`, `"average"` or `"class_token"`, the rows of Table 2.
         attention_norm (`str`, defaults to `"minmax"`): how the class token's attention A is scaled to [0, 1].
-            `"minmax"` over the patches is the paper's. `"quantile"` maps the quantile `attention_quantile` of A to 1
-            and clips larger values, so that one very large value does not make all others small.
+            The paper's `"minmax"` maps the smallest value of the patches to 0 and the largest to 1. `"quantile"` maps
+            the quantile `attention_quantile` to 1 instead and clips larger values, so that one very large value does
+            not make all others small.
         attention_quantile (`float` in (0, 1], defaults to 0.9): the quantile of `attention_norm="quantile"`.
         logit_scale_init_value (`float` in [0, ln 100], defaults to 2.6592): initial value of the logarithm of the
             logit scale, ln(1 / 0.07).
@@ -128,14 +129,14 @@ class ICLIPConfig(PreTrainedConfig):
         average_layers (`int`, defaults to 1): number of layers, counted from the last one of the image tower, whose
             mean patch tokens `"class_and_average"` reads, each after the tower's final norm. The class token is from
             the last layer.
-        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of an MLP that is added to a
-            projection, see [`~projections.Projection`]: to the image projection of the recognition branch, and to the
-            text projections. 0 is the paper's linear projection.
-        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits,
-            which makes their sigmoid a probability, as in SigLIP. It requires training with a sigmoid, such as the
-            noun loss. Without a bias, the model has no presence.
-        presence_bias (`float`, defaults to 0): number added to the logits for the presence, so that it is calibrated
-            at a prior of 0.5. The logit bias itself fits the fraction of positives in training.
+        image_hidden_size, text_hidden_size (`int`, default to 0): hidden width of the MLP in the image projection of
+            the recognition branch, and of the MLP in the text projections, see [`~projections.Projection`]. With 0, a
+            projection is linear, as in the paper.
+        logit_bias_init_value (`float`, *optional*): initial value of the bias of the recognition branch's logits. With
+            a bias, the sigmoid of the logits is a probability, as in SigLIP. It requires training with a sigmoid, such
+            as the noun loss. Without a bias, the model has no presence.
+        presence_bias (`float`, defaults to 0): number added to the logits for the presence, so that the presence is
+            calibrated at a prior of 0.5. The logit bias itself fits the fraction of positives in training.
 
         noun_weight (`float` in [0, 1], defaults to 0.5): weight of the nouns in the loss of a branch, if the batch has
             nouns. With `max_over="channels"`, only the recognition branch learns from nouns.
@@ -145,8 +146,8 @@ class ICLIPConfig(PreTrainedConfig):
             probabilities of a classifier ([`~losses.distillation_loss`]) on images that have `class_probabilities`. A
             branch with a bias also learns from the probabilities which classes are absent
             ([`~losses.class_presence_loss`]).
-        noun_competition (`float` in [0, 1], defaults to 0): weight, within the noun loss of the map branch, of a loss
-            in which *all nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
+        noun_competition (`float` in [0, 1], defaults to 0): part of the noun loss of the map branch in which *all
+            nouns of the batch* compete for the patches of *every* image ([`~losses.competition_loss`]).
         known_competition (`float`, defaults to 0): weight of a loss in which only *the known nouns of an image*, known
             to be shown or absent, compete for its patches: each noun shown has patches, and each patch shows one of
             the nouns shown ([`~losses.known_competition_loss`]). The loss is computed on images whose labels are

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the configuration imports transformers, which imports the m
 # Sharpness of `place_prior`: a noun at the bottom is exp(3) times as likely at the bottom of an image as at its top.
 PLACE_SHARPNESS = 3.0
 # Weight of the sigmoid loss of classes relative to their distillation. A larger weight lowers the presence of classes
-# that only look like a class shown, but also of some classes that are shown.
+# that only look like what an image shows, but also of some classes that it shows.
 CLASS_PRESENCE = 0.1
 # A noun with higher odds in a batch is common: the loss adjusts its logits.
 COMMON_ODDS = 1 / 4
@@ -40,7 +40,7 @@ def contrastive_loss(logits_per_image: torch.Tensor, logits_per_text: torch.Tens
     """
     Returns the symmetric cross entropy of image-text pairs (Eq. 13, one branch). Both logits are `(B, T)`: of this
     process's images with all texts, and of its texts with all images. Column `i + offset` is the positive of row i.
-    `offset` is B times the rank if the columns come from several processes.
+    `offset` is B times the rank if the columns come from several processes, otherwise 0.
     """
     targets = torch.arange(len(logits_per_image), device=logits_per_image.device) + offset
     return (F.cross_entropy(logits_per_image.float(), targets) + F.cross_entropy(logits_per_text.float(), targets)) / 2
@@ -250,7 +250,7 @@ def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch
     """
     Returns the contrastive loss of a branch for this process's captions (B, P). `logits` computes the logits (B, T) of
     this process's images from unit vectors of texts (T, P). The logits of a caption with the images of other processes
-    are gathered, because they are smaller than the unit vectors of the patches.
+    are gathered instead of the vectors of their patches, which are larger.
     """
     num_pairs = len(captions)
     offset = num_pairs * (distributed.get_rank() if _is_distributed() else 0)
@@ -272,8 +272,8 @@ def sigmoid_loss(logits: torch.Tensor, positives: torch.Tensor, negative_weights
 
 def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight: float) -> torch.Tensor:
     """
-    Returns the [`sigmoid_loss`] of nouns, each by itself. A noun that is known neither to be shown nor to be absent
-    has the weight `unknown_weight`.
+    Returns the [`sigmoid_loss`] of nouns, each by itself, from the logits of this process's images `(B, V)`. A noun
+    that is known neither to be shown nor to be absent has the weight `unknown_weight`.
 
     The logits of common nouns are adjusted (https://huggingface.co/papers/2007.07314). If the odds of a noun in the
     batch exceed `COMMON_ODDS`, log(odds / `COMMON_ODDS`) is added to its logits. Then the model does not learn that
@@ -301,8 +301,9 @@ def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, label
 
 def softmax_noun_loss(per_image: torch.Tensor, nouns: BatchNouns) -> torch.Tensor:
     """
-    Returns the symmetric [`multi_positive_loss`] of images and nouns: the mean of the loss of each image over the
-    nouns, and of the loss of each noun over the images. The positives are the nouns that images are known to show.
+    Returns the symmetric [`multi_positive_loss`] of images and nouns, from the logits of this process's images
+    `(B, V)`. It is the mean of two losses: of each image over the nouns, and of each noun over the images. The
+    positives are the nouns that an image is known to show.
     """
     per_noun = gather_with_gradient(per_image).mT
     return (multi_positive_loss(per_image, nouns.shown) + multi_positive_loss(per_noun, nouns.all_shown.mT)) / 2
@@ -367,7 +368,7 @@ class BranchBatch:
         branch ([`ICLIPBranch`]): the branch, which maps cosines to logits.
         config ([`ICLIPConfig`]): configuration of the model.
         images (`torch.Tensor` of shape `(B, P)`, or `(B, K, P)` in the map branch with `max_over="similarity"`): unit
-            vectors of images, or of their patches.
+            vectors of images, or of K patches of each image.
         captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
         map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): attention of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.

@@ -98,7 +98,7 @@ class ICLIPModel(ICLIPTowers):
             init.constant_(module.logit_scale, float(self.config.logit_scale_init_value))
             if module.logit_bias is not None:
                 init.constant_(module.logit_bias, float(self.config.logit_bias_init_value))
-        elif module is self.feature_reduction:  # a training sets its weights
+        elif module is self.feature_reduction:  # zeros until a training sets the weights
             init.zeros_(module.weight)
         elif isinstance(module, ICLIPModel):
             for name in ("token_mean", "attention_direction"):
@@ -172,7 +172,7 @@ class ICLIPModel(ICLIPTowers):
         defaults = {name: tower_config(checkpoint, name) for name, checkpoint in checkpoints.items()}
         has_eos = defaults["text_config"].model_type in EOS_TEXT_TOWERS
         defaults["text_pooling"] = "eos" if has_eos else "mean"
-        # None is the default for the configuration of a tower, and a value for other options.
+        # None leaves the configuration of a tower to its checkpoint. For other options, None is a value.
         given = {name: value for name, value in model_options.items() if value is not None or name not in checkpoints}
         config = cls.config_class(**{**defaults, **given})
         if config.feature_config is not None and not features:
@@ -283,7 +283,7 @@ class ICLIPModel(ICLIPTowers):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Averages tokens `(B, N, D)` and attention `(B, N)` over similar patches (`config.map_affinity`). Returns both
-        for the chosen patches `(B, K)`, or for all: `(B, K, D)` and `(B, K)`.
+        for the patches with the indices `chosen` `(B, K)`, or for all patches: `(B, K, D)` and `(B, K)`.
         """
         chosen_tokens, chosen_attention = tokens, attention
         if chosen is not None:

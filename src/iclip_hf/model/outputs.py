@@ -14,13 +14,13 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
 
     Attributes:
         pooler_output (`torch.Tensor` of shape `(..., T, P)`): projected features of the recognition branch, not
-            normalised. If a label has several prompts, they are `text_embeds`.
+            normalised. If a label has several prompts, `pooler_output` equals `text_embeds`.
         text_embeds (`torch.Tensor` of shape `(..., T, P)`): unit vectors of the recognition branch.
         map_text_embeds (`torch.Tensor` of shape `(..., T, P)`, or `(..., T, 2 P)` with a `recognition_share`): unit
             vectors that patches are compared with. They are equal to `text_embeds` in a model with one branch.
         attention_weights (`torch.Tensor` of shape `(..., T)`): weight in [-1, 1] of the attention in the map of each
-            text, float32: positive for objects, negative for the background. It is None if `config.map_attention` is
-            not `"signed"`, and for a target that is not a text, such as an image, whose weight is 1.
+            text, float32: positive for objects, negative for the background. None if `config.map_attention` is not
+            `"signed"`. Also None for a target that is not a text, such as an image: its weight is 1.
     """
 
     text_embeds: torch.FloatTensor | None = None

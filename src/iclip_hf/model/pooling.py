@@ -1,4 +1,7 @@
-"""Pooling of tokens into one image vector: class token, average, max, and masked max (Eq. 9, 10)."""
+"""
+Pooling of tokens into one image vector, by class token, average, max or masked max (Eq. 9, 10), and the selection of
+patches for a loss.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -77,9 +80,9 @@ POOLINGS = ("class_token", "average", "max", "masked_max/minmax", "masked_max/qu
 def pool(patch_tokens: torch.Tensor, class_token: torch.Tensor, attention: torch.Tensor, mode: str) -> torch.Tensor:
     """
     Pools patch tokens `(B, N, D)`, the class token `(B, D)` and the attention `(B, N)` in [0, 1] into one vector of
-    each image, `(B, D)`. The mode is `"class_token"`; `"average"` or `"max"` over the patches, for each channel; or
-    `"masked_max"`, the maximum of the patch tokens multiplied by their attention (Eq. 10), so that tokens of the
-    background do not win a channel.
+    each image, `(B, D)`. The mode `"class_token"` takes the class token. `"average"` and `"max"` take the mean and the
+    maximum of each channel over the patches. `"masked_max"` multiplies the patch tokens by their attention before the
+    maximum (Eq. 10), so that tokens of the background do not win a channel.
     """
     if mode == "class_token":
         return class_token
@@ -114,8 +117,8 @@ def representative_patches(
         salient.append(priority.argmax(1))
         newest = units[each_image, salient[-1]].unsqueeze(-1)
         distance = torch.minimum(distance, 1 - (units @ newest).squeeze(-1))
-        # The sum with 0.05 allows patches without attention. By the distance alone, a large object would have fewer
-        # patches than its surroundings, because its patches are similar.
+        # Adding 0.05 allows patches without attention. By the distance alone, a large object would have fewer patches
+        # than its surroundings, because its patches are similar.
         priority = (attention + 0.05) * distance.clamp(min=0).sqrt()
     rows, columns = ((side // 4, side - 1 - side // 4) for side in grid)
     middles = torch.tensor([row * grid[1] + column for row in rows for column in columns], device=tokens.device)

@@ -12,8 +12,8 @@ class Projection(nn.Module):
     Linear projection of features `(..., in_features)`, plus an MLP with one hidden layer if `hidden_size` is not 0:
     W x + W2 GELU(W1 x + b1). W2 starts at zero, so that training starts from the linear projection.
 
-    It is not an `nn.Linear`, because libraries replace such layers, to quantize them or to add adapters, and would
-    lose the MLP.
+    A projection is not an `nn.Linear`, because libraries replace such layers to quantize them or to add adapters. The
+    MLP would be lost.
     """
 
     def __init__(self, in_features: int, out_features: int, hidden_size: int = 0):
@@ -26,8 +26,8 @@ class Projection(nn.Module):
 
     def forward(self, features: torch.Tensor, linear: bool = False) -> torch.Tensor:
         """
-        Projects features. With `linear`, the MLP is left out, and `features` may be the last of the `in_features`
-        numbers alone. The others are then zero.
+        Projects features. With `linear`, the MLP is left out, and `features` may hold only the last of the
+        `in_features` numbers. The others then count as zero.
         """
         if linear:
             return F.linear(features, self.weight[:, -features.shape[-1] :])

@@ -185,7 +185,7 @@ class ICLIPTowers(PreTrainedModel):
         super().train(mode)
         if hasattr(self, "text_model") and not any(weight.requires_grad for weight in self.text_model.parameters()):
             self.text_model.eval()
-        # `from_pretrained` replaces the parameters and then calls `eval()`, so they are locked here.
+        # `from_pretrained` replaces the parameters and then calls `eval()`, so the parameters are locked here.
         if hasattr(self, "vision_model"):
             if self.config.lock_vision:
                 self.vision_model.eval()
@@ -300,7 +300,7 @@ class ICLIPTowers(PreTrainedModel):
         # With channels last, convolutions are a sixth faster on CPUs.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         # A CPU encodes one image at a time, because clearing new memory for the maps of several takes as long as
-        # computing them. A graph is for any number of images, so it does not split them.
+        # computing them. A graph does not split the images, because it takes any number of them.
         one_by_one = pixel_values.device.type == "cpu" and not torch.compiler.is_compiling()
         parts = pixel_values.split(1) if one_by_one else [pixel_values]
         feature_map = torch.cat([self.feature_model(part, do_pooling=False).last_hidden_state for part in parts])
@@ -325,7 +325,7 @@ class ICLIPTowers(PreTrainedModel):
         """
         config = self.config.text_config
         if is_siglip := config.model_type == "siglip_text_model":
-            # SigLIP reads the last position, which was padding during its training. So texts are padded to the end.
+            # SigLIP reads the last position, which was padding during its training. Some callers pad fewer positions.
             padding = (0, max(0, config.max_position_embeddings - input_ids.shape[-1]))
             input_ids = F.pad(input_ids, padding, value=config.pad_token_id)
             attention_mask = None if attention_mask is None else F.pad(attention_mask, padding)

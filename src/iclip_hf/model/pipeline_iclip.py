@@ -41,7 +41,7 @@ class ImageTextSimilarityMapPipeline(Pipeline):
     ```
 
     A model folder with its own code needs `trust_remote_code=True`. With
-    `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline` the code of the installed package is used instead.
+    `pipeline_class=iclip_hf.ImageTextSimilarityMapPipeline`, the code of the installed package runs instead.
     """
 
     _load_processor = True
@@ -115,11 +115,10 @@ class ImageTextSimilarityMapPipeline(Pipeline):
         self.processor.save_pretrained(save_directory, **kwargs)
 
     def _sanitize_parameters(self, **kwargs):
-        steps = (
-            {"image_size", "multi_scale", "timeout"},
-            {"text_features", "refine", "multi_scale"},
-            {"candidate_labels", *self._postprocess_parameters},
-        )
+        preprocess = {"image_size", "multi_scale", "timeout"}
+        forward = {"text_features", "refine", "multi_scale"}
+        postprocess = {"candidate_labels", *self._postprocess_parameters}
+        steps = (preprocess, forward, postprocess)
         if unknown := kwargs.keys() - set().union(*steps):
             raise TypeError(f"The pipeline has no argument {sorted(unknown)}.")
         return tuple({name: value for name, value in kwargs.items() if name in step} for step in steps)
@@ -130,10 +129,11 @@ class ImageTextSimilarityMapPipeline(Pipeline):
 
     def _forward(self, model_inputs: dict, text_features, refine: bool = True, multi_scale: bool = False) -> dict:
         image = model_inputs["image"]
-        images = image if isinstance(image, list) else [image]
+        is_batch = isinstance(image, list)  # with batch_size > 1, transformers joins several images
+        images = image if is_batch else [image]
         engine = Engine(self.model, self.processor, refine=refine, multi_scale=multi_scale)
         explanations = list(engine.run(images, text_features, len(images)))
-        return {"explanation": explanations if isinstance(image, list) else explanations[0]}
+        return {"explanation": explanations if is_batch else explanations[0]}
 
     def postprocess(
         self,

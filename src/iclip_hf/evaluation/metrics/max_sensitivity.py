@@ -44,7 +44,7 @@ def max_sensitivity(
 
 
 class MaxSensitivity(MeasuredClassMeans):
-    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is that of the noise."""
+    """The largest relative change of a map under small noise, see [`max_sensitivity`]. `seed` is for the noise."""
 
     name = "max_sensitivity"
     columns = {"max_sensitivity": ("max-sensitivity", 3)}

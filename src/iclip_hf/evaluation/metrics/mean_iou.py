@@ -52,7 +52,8 @@ class MeanIoU:
         - **pixel_accuracy** -- share of the pixels with the right class, percent.
         - **per_class** -- {class id: IoU in percent}. A class that is neither predicted nor in the reference is left
           out.
-        - **per_class_accuracy** -- {class id: share of its pixels in the reference that are predicted, percent}.
+        - **per_class_accuracy** -- {class id: share of the pixels of the class that are predicted as this class,
+          percent}.
         - **floor**, **floor_class** -- the best mIoU of a map with one class everywhere, percent, and this class.
         - **pixels**, **left_out** -- number of pixels, and {"no_pixels": number of classes without any}.
         """

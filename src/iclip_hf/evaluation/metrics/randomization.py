@@ -91,7 +91,7 @@ class Randomization(MeasuredClassMeans):
     columns = {"first": ("rank correlation, last layer random", 2), "all": ("all layers random", 2)}
     legend = (
         "Rank correlation of the map with the map after layers were made random. Near 1, the map does not depend on "
-        "what they learned."
+        "what the layers learned."
     )
     definition = (
         "normal weights of each weight's mean and standard deviation, last layer first; Spearman's correlation on "

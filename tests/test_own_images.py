@@ -24,7 +24,7 @@ from iclip_hf.cli.train.summary import common_labels, summary
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation
 from iclip_hf.training.arguments import FEW_PAIRS_STEPS, best_metric
-from iclip_hf.training.evaluation import change_interval, draw_examples
+from iclip_hf.training.evaluation import change_interval, plot_examples
 
 
 @pytest.fixture(autouse=True)
@@ -240,7 +240,7 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_p
         for size, caption in (((60, 40), "a red ball"), ((30, 50), "the sky"), ((20, 20), "a dog"))
     ]
     captions = ["a red ball", "the sky"]
-    draw_examples(model, tiny_processor, pairs[:2], tmp_path / "pictures", 0)
+    plot_examples(model, tiny_processor, pairs[:2], tmp_path / "pictures", 0)
     assert sheets.pop() == (["", "step 0", "", ""], 2, captions)
     before, drawn[:] = list(drawn), []
     for (image, heatmap), pair in zip(before, pairs):
@@ -252,7 +252,7 @@ def test_pictures_show_the_maps_of_the_images_own_captions(tiny_processor, tmp_p
     assert len(before) == 2
 
     trained = tiny_model(seed=1)
-    draw_examples(trained, tiny_processor, pairs[:2], tmp_path / "pictures", 7)
+    plot_examples(trained, tiny_processor, pairs[:2], tmp_path / "pictures", 7)
     assert sheets.pop() == (["", "before", "step 7", "", "", ""], 3, captions)
     for (image, heatmap), (first, now) in zip(before, (drawn[:2], drawn[2:])):
         assert first[0] is now[0] is image and first[1] == pytest.approx(heatmap, abs=1e-3)  # kept as float16

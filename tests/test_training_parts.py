@@ -100,10 +100,10 @@ def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):
 def test_equal_rows_have_one_number():
     """Texts in batches of any padding, and images by all of their arrays."""
     ids = torch.tensor([[5, 7, 0, 0], [5, 0, 7, 0], [5, 7, 9, 0]])
-    numbers = evaluation.ids_of_rows([ids])
-    assert len({*numbers.tolist()}) == 3 and torch.equal(evaluation.ids_of_rows([ids[:1, :2]]), numbers[:1])
+    numbers = evaluation.content_ids([ids])
+    assert len({*numbers.tolist()}) == 3 and torch.equal(evaluation.content_ids([ids[:1, :2]]), numbers[:1])
     first, second = torch.zeros(3, 2, 2), torch.tensor([[1.0], [1.0], [2.0]])
-    a, b, c = evaluation.ids_of_rows([first, second]).tolist()
+    a, b, c = evaluation.content_ids([first, second]).tolist()
     assert a == b != c
 
 

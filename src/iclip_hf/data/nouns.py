@@ -69,7 +69,7 @@ class ImageNouns(NamedTuple):
     unknown. Complete labels deny a noun that `complete` names and `labels` do not.
 
     Attributes:
-        shown: nouns that labels name, and nouns that captions name, without those that complete labels deny.
+        shown: nouns that labels name, and nouns that captions name and complete labels do not deny.
         absent: nouns that complete labels deny and no caption names.
         captions: captions of the image, which the sampled prompts depend on.
         class_probabilities: positions in the `classes` of the vocabulary, each with the probability of the class.
@@ -98,16 +98,15 @@ class NounPrompts:
     """
 
     def __init__(self, nouns: Sequence[str], seed: int = 0):
-        marks = marked_nouns(nouns)
-        self.nouns = list(marks)
+        marks_by_noun = marked_nouns(nouns)
+        self.nouns, marks_of_nouns = list(marks_by_noun), list(marks_by_noun.values())
+        places = [("below" in marks) - ("above" in marks) for marks in marks_of_nouns]
         # Arrays over the vocabulary. A batch has the values of the nouns of its prompts, see `BatchNouns`.
         self.marks = {
-            "is_background": np.array(["background" in noun_marks for noun_marks in marks.values()]),
-            "place": np.array(
-                [("below" in noun_marks) - ("above" in noun_marks) for noun_marks in marks.values()], np.int8
-            ),
+            "is_background": np.array(["background" in marks for marks in marks_of_nouns]),
+            "place": np.array(places, np.int8),
         }
-        self.classes = [index for index, noun_marks in enumerate(marks.values()) if "class" in noun_marks]
+        self.classes = [index for index, marks in enumerate(marks_of_nouns) if "class" in marks]
         self._class_positions = {index: position for position, index in enumerate(self.classes)}
         self.seed = seed
         if not self.nouns:
@@ -174,10 +173,10 @@ class NounPrompts:
     ) -> ImageNouns:
         """
         Returns what the texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. A noun that
-        a caption names and complete labels deny is unknown. In captions, the words of a label, or of
-        a name in `complete`, name no other noun, even if the vocabulary lacks the name. A label stands for all names
-        of its class: VOC's "tvmonitor" is the "tv" of COCO's names in `complete`. Probabilities of names that are not
-        in `classes` are ignored.
+        a caption names and complete labels deny is unknown. In captions, the words of a label, or of a name in
+        `complete`, name no other noun, even if the vocabulary lacks the name. A label stands for all names of its
+        class: VOC's "tvmonitor" is the "tv" of COCO's names in `complete`. Probabilities of names that are not in
+        `classes` are ignored.
         """
         listed = {*map(_name, complete)}
         labelled = {name for label in labels for name in _names_of(label, listed)}

@@ -28,7 +28,7 @@ _RECIPE = """
 
 
 def argument(default, help: str, **kwargs):
-    """Returns a field with the keywords of `add_argument` as its metadata, which `HfArgumentParser` reads."""
+    """Returns a field. Its metadata are keywords of `add_argument`, which `HfArgumentParser` reads."""
     default = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**default, metadata={"help": help, **kwargs})
 
@@ -37,8 +37,7 @@ def argument(default, help: str, **kwargs):
 class ICLIPTrainingArguments(TrainingArguments):
     """
     Arguments of [`ICLIPTrainer`]: those of Transformers' `TrainingArguments`, and some more. The defaults are the
-    paper's recipe, and GroupViT's where the paper refers to it. The paper's batch of 1024 pairs is that of four
-    devices.
+    paper's recipe, and GroupViT's where the paper refers to it. On four devices, a batch has the paper's 1024 pairs.
 
     `lr_scheduler_type="cosine"` is GroupViT's schedule: linear from `warmup_learning_rate` during `warmup_steps`, then
     half a cosine over all steps to `min_learning_rate`. Other schedules, and any schedule with `lr_scheduler_kwargs`,
@@ -58,8 +57,8 @@ class ICLIPTrainingArguments(TrainingArguments):
     save_total_limit: int | None = argument(2, "number of checkpoints that are kept")
     logging_steps: float = argument(10, "number of steps between logs; below 1, their share")
     dataloader_drop_last: bool = argument(True, "leave out an incomplete last batch; the loss needs equal ones")
-    # The collator reads the columns of rows, and `noun_labels` are not labels to gather.
     remove_unused_columns: bool = argument(False, "columns of a data set stay, because the collator reads them")
+    # The `noun_labels` of a batch must not be gathered.
     label_names: list[str] | None = argument([], "names of labels to gather; none")
     # Other strategies push `training_args.bin`, which holds paths and the token of this machine.
     hub_strategy: str = argument("end", "when push_to_hub pushes: at the end, with the model card")
@@ -85,14 +84,15 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
     """
     Returns arguments of [`ICLIPTrainingArguments`] to train the projections of a trained model on `num_pairs` pairs:
     200 steps with a low learning rate. If `num_held_out` pairs are held out, they are evaluated at the start and after
-    each fifth of the steps. Arguments that are `given` stay, and the others are derived from them. Batches are small
-    enough to be filled if `max_bad_share` of the pairs are broken, which [`CachedPairs`] leaves out.
+    each fifth of the steps. Arguments that are `given` stay, and the others are derived from them. A batch has no
+    more pairs than [`CachedPairs`] keeps if `max_bad_share` of the pairs are bad.
 
     ```python
     >>> args = ICLIPTrainingArguments("runs/tuned", **few_pairs(len(pairs), len(held_out)))
     ```
     """
-    processes, num_usable = int(os.environ.get("WORLD_SIZE", 1)), num_pairs - int(max_bad_share * num_pairs)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    num_usable = num_pairs - int(max_bad_share * num_pairs)
     batch_size = given.get("per_device_train_batch_size", max(min(num_usable, 256) // processes, 1))
     num_batches = num_pairs // max(batch_size * processes, 1)  # a batch of 0 is refused later
     steps_per_epoch = max(math.ceil(num_batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
@@ -120,7 +120,7 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
 
 def best_metric(num_held_out: int) -> str:
     """Returns the metric that selects the best model on `num_held_out` pairs."""
-    return "loss" if num_held_out < 100 else "text_to_image"  # a share of right answers is too coarse on fewer
+    return "loss" if num_held_out < 100 else "text_to_image"  # on fewer pairs, a share of right answers is too coarse
 
 
 def training_recipe(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:

@@ -31,15 +31,15 @@ from ..utils.files import atomic_write
 from .arguments import ICLIPTrainingArguments
 from .collator import seed_everything
 from .datasets import CachedPairs, StreamedPairs, are_pairs
-from .evaluation import change_interval, draw_examples, regressed_metrics
+from .evaluation import change_interval, plot_examples, regressed_metrics
 from .kept_presence import kept_presence
 
 
 logger = logging.getLogger(__name__)
 
-FEW_STEPS = 50  # fewer are warned of
-# Digests of the held-out pairs of a training, and their scores by the model that it started from.
-START = "start.json"
+FEW_STEPS = 50  # a training with fewer steps gets a warning
+# File with digests of the held-out pairs of a training, and their scores by the model at its start.
+START_FILE = "start.json"
 
 
 class Checks(TrainerCallback):
@@ -48,8 +48,8 @@ class Checks(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         pairs = train_dataloader.dataset
         _check_towers(model, args, pairs, train_dataloader.collate_fn)
-        is_few = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
-        if is_few and state.is_world_process_zero:
+        has_few_steps = args.max_steps <= 0 and state.max_steps < FEW_STEPS and not isinstance(pairs, IterableDataset)
+        if has_few_steps and state.is_world_process_zero:
             num_batches, batch_size = len(train_dataloader), args.per_device_train_batch_size * args.world_size
             logger.warning(
                 "The training has %d steps, which teach little: an epoch of %d pairs is %d batches of %d, which leave "
@@ -66,8 +66,8 @@ class EpochsAndSeeds(TrainerCallback):
     """Sets the epoch of the pairs and the seed of each step, so that a resumed training has the same batches."""
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # Accelerate does so too, but not for several processes, nor in the epoch of a checkpoint. A stream that does
-        # not skip what a resumed epoch has had would begin with the same pairs again.
+        # Accelerate sets the epoch too, but neither for several processes nor in a resumed epoch. With
+        # `ignore_data_skip`, a stream gets another epoch, because it would begin with the same pairs again.
         for pairs in (train_dataloader.dataset, *leaves(train_dataloader.dataset)):
             if hasattr(pairs, "set_epoch"):
                 begins_anew = isinstance(pairs, StreamedPairs) and args.ignore_data_skip
@@ -94,42 +94,45 @@ def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Datase
         raise ValueError("vision_model: the model locks it; load the model with lock_vision=False.")
     has_cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs))
     if not model.config.lock_vision and (has_cached or args.keep_presence):
-        user = "CachedPairs" if has_cached else "keep_presence"
-        raise ValueError(f"{user}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
+        name = "CachedPairs" if has_cached else "keep_presence"
+        raise ValueError(f"{name}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
     has_text_features = getattr(collator, "text_features", None) is not None
     text_learns = any(weight.requires_grad for weight in model.text_model.parameters())
     if text_learns and (has_text_features or args.keep_presence):
-        user = "text_features of the collator" if has_text_features else "keep_presence"
+        name = "text_features of the collator" if has_text_features else "keep_presence"
         raise ValueError(
-            f"{user}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
+            f"{name}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
         )
 
 
 class Interrupts(TrainerCallback):
     """
-    Ends a training with a checkpoint after SIGINT or SIGTERM to any process. Within its context, a signal only sets
-    `requested`. Another Ctrl-C, more than one second later, raises; within this second, launchers repeat a signal that
-    a process already got from the terminal. Outside of the main thread, signals stay as they are.
+    Ends a training with a checkpoint after SIGINT or SIGTERM to any process. Within the context of this callback, the
+    first signal only sets `requested`. A Ctrl-C more than one second later raises `KeyboardInterrupt`. An earlier one
+    is ignored, because launchers repeat a signal that a process already got from the terminal. Outside of the main
+    thread, signals are not handled.
     """
 
     requested = stopped = False
 
     def __enter__(self) -> Interrupts:
-        self.requested, self.stopped, self._process, self._before = False, False, os.getpid(), {}
-        if threading.current_thread() is threading.main_thread():  # only there, Python sets handlers
-            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.requested = self.stopped = False
+        self._process, self._old_handlers = os.getpid(), {}
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers only there
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame) -> None:
         if not self.requested:
-            self.requested, self._since = True, time.monotonic()
+            self.requested, self._requested_at = True, time.monotonic()
             if os.environ.get("RANK", "0") == "0" and os.getpid() == self._process:  # not of a loading process
                 print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)
-        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
+        elif number == signal.SIGINT and time.monotonic() - self._requested_at > 1:
             raise KeyboardInterrupt
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -137,10 +140,10 @@ class Interrupts(TrainerCallback):
             control.should_save = control.should_training_stop = self.stopped = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped:  # within an epoch, whose end comes after the training is resumed
-            ended = float(state.epoch).is_integer()
-            control.should_log &= ended
-            control.should_evaluate &= ended
+        if self.stopped:
+            is_complete = float(state.epoch).is_integer()  # otherwise, the resumed training ends this epoch
+            control.should_log &= is_complete
+            control.should_evaluate &= is_complete
             control.should_save = control.should_evaluate  # the checkpoint of the step lacks the evaluation
 
 
@@ -150,10 +153,10 @@ class Start(TrainerCallback):
 
     Attributes:
         held_out (`list[str]`): digests of the held-out pairs.
-        scores (`dict`): for each set of pairs, by a digest of their captions, a score of each pair by metric.
-        regressed (`dict`): for each of these sets, the metrics that got worse in the last evaluation.
+        scores (`dict`): for each held-out set, by a digest of its captions, the score of each pair in each metric.
+        regressed (`dict`): for each held-out set, by this digest, the metrics that got worse in the last evaluation.
         presence ([`KeptPresence`], *optional*): the loss that keeps the presence of the model of the start.
-        is_kept (`bool`): whether the model of the start is kept already, so that a resumed training keeps no other.
+        is_kept (`bool`): whether the model of the start is kept already. A resumed training keeps no other model.
     """
 
     def __init__(self, trainer: Trainer):
@@ -161,7 +164,7 @@ class Start(TrainerCallback):
         self.presence, self._weights, self.is_kept = None, {}, False
 
     def keep(self) -> None:
-        """Keeps what is needed of the model, before a checkpoint is loaded, unless it is kept."""
+        """Keeps what a training needs of the model of the start. Must be called before a checkpoint is loaded."""
         if self.is_kept:
             return
         self.is_kept = True
@@ -173,8 +176,9 @@ class Start(TrainerCallback):
 
     def changes(self, pair_ids: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Returns the 95 % interval of the change of each score (N,) since the start, of pairs with these ids (N, 2).
-        Returns nothing at the start itself, where it keeps the scores, and for pairs that were not scored there.
+        Returns the bounds of the 95 % interval of the change of each score since the start, for scores (N,) of pairs
+        with these ids (N, 2). At the start itself, keeps the scores and returns no bounds. Pairs without scores of the
+        start have no bounds.
         """
         # A digest of the captions alone, because another machine may compute other pixels.
         pairs_digest, trainer = hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest(), self.trainer
@@ -184,20 +188,20 @@ class Start(TrainerCallback):
             return {}
         if not (before := self.scores.get(pairs_digest)):
             return {}
-        change = {name: change_interval(before[name], scores[name].tolist()) for name in before}
-        self.regressed[pairs_digest] = regressed_metrics(change, len(pair_ids))
+        intervals = {name: change_interval(before[name], scores[name].tolist()) for name in before}
+        self.regressed[pairs_digest] = regressed_metrics(intervals, len(pair_ids))
         bounds = {}
-        for name, (low, high) in change.items():
+        for name, (low, high) in intervals.items():
             bounds |= {f"{name}_change_low": low, f"{name}_change_high": high}
         return bounds
 
     def on_train_begin(self, args, state, control, **kwargs):
-        held_out, file = self.trainer.eval_dataset, Path(args.output_dir, START)
-        held_out = held_out.values() if isinstance(held_out, dict) else [held_out]
+        eval_dataset, file = self.trainer.eval_dataset, Path(args.output_dir, START_FILE)
+        held_out_sets = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
         if args.eval_strategy != "no":
-            for pairs in held_out:
+            for pairs in held_out_sets:
                 self.trainer.get_eval_dataloader(pairs)  # raises for an empty set, before the first step
-        held_out = [_digest(pairs) for pairs in held_out if are_pairs(pairs)]
+        held_out = [_digest(pairs) for pairs in held_out_sets if are_pairs(pairs)]
         self.regressed = {}
         if not state.global_step:
             self.scores, self.held_out = {}, held_out
@@ -211,15 +215,15 @@ class Start(TrainerCallback):
                     f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
                     "data, or name another output_dir."
                 )
-        # A resumed state has its path of before, and the base class forgets what is not there.
+        # The state of a moved checkpoint has its earlier path. The base class forgets a path that does not exist.
         best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if self.trainer.is_in_train and state.global_step == 0 and args.metric_for_best_model:
-            best = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
-            state.best_metric = metrics.get(best, state.best_metric)  # later models have to be better
+            name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+            state.best_metric = metrics.get(name, state.best_metric)  # later models have to be better
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.trainer.kept_start:
@@ -229,12 +233,12 @@ class Start(TrainerCallback):
 
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
-            with atomic_write(Path(self.trainer.args.output_dir, START)) as partial:
+            with atomic_write(Path(self.trainer.args.output_dir, START_FILE)) as partial:
                 partial.write_text(json.dumps({"held_out": self.held_out, "scores": self.scores}))
 
 
 def _digest(pairs: Dataset) -> str:
-    """Returns a digest of the captions alone, because the data may have moved."""
+    """Returns a digest of the captions of pairs. Paths do not count, because the data may have moved."""
     items = (leaf_of(pairs, index) for index in range(len(pairs)))
     captions = [leaf.captions(index) for leaf, index in items]
     return hashlib.sha256(json.dumps(captions).encode()).hexdigest()
@@ -243,7 +247,7 @@ def _digest(pairs: Dataset) -> str:
 class Pictures(TrainerCallback):
     """Draws the maps of the first held-out pairs at each evaluation."""
 
-    _step: int | None = None  # for which they are drawn
+    _step: int | None = None  # the last step with pictures
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._step = None
@@ -258,4 +262,4 @@ class Pictures(TrainerCallback):
                     leaf.pairs[int(leaf.indices[index])] if isinstance(leaf, CachedPairs) else leaf[index]
                     for leaf, index in items
                 ]
-                draw_examples(model, processing_class, examples, Path(args.output_dir, "pictures"), state.global_step)
+                plot_examples(model, processing_class, examples, Path(args.output_dir, "pictures"), state.global_step)

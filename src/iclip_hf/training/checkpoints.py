@@ -1,4 +1,4 @@
-"""The checkpoints of a training: the last complete one, and errors of loading one."""
+"""The checkpoints of a training: the last complete one, and errors when one is loaded."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 @contextmanager
-def checkpoint_errors(checkpoint: str, kind: type[Exception]) -> Iterator[None]:
-    """Explains an error of this type, which torch raises for weights or the state of an optimizer of other shapes."""
+def checkpoint_errors(checkpoint: str, error_type: type[Exception]) -> Iterator[None]:
+    """Explains errors of a type that torch raises if weights or the state of an optimizer have other shapes."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
-    except kind as error:
+    except error_type as error:
         raise ValueError(f"{checkpoint}: this training had other options: repeat the same command.") from error
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """
-    Returns the last checkpoint in a folder whose state, which is written last, is whole; None without one. A full disk
-    may leave an empty state.
+    Returns the last complete checkpoint in a folder; None if there is none. A checkpoint is complete if its state can
+    be read, which is written last: a full disk may leave it empty.
     """
     complete = {}
     for file in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):

@@ -18,12 +18,13 @@ from ..model.processing_iclip import ICLIPProcessor
 
 class PairCollator:
     """
-    Makes batches of rows for [`ICLIPTrainer`], or for any other loop: what [`ICLIPModel`] takes with `return_loss`.
+    Makes batches of rows, as [`ICLIPModel`] takes them with `return_loss`, for [`ICLIPTrainer`] or any other loop.
 
-    The caption, the noun prompts and the augmentation of a row depend only on its `draw`: seed and epoch of its data
-    set, as of [`~iclip_hf.data.load_pairs`], and the index of the row. [`ICLIPTrainer`] gives other rows a `draw` by
-    its `data_seed`. Rows without one, such as those of an `IterableDataset`, sample by torch's random numbers, and
-    differ after a training is resumed.
+    The `draw` of a row is the seed and the epoch of its data set, and the index of the row. The caption and the
+    augmentation of a row depend only on its `draw`, and noun prompts on the epoch in it. Rows of
+    [`~iclip_hf.data.load_pairs`] have a `draw`. [`ICLIPTrainer`] adds one to other rows, with its `data_seed`. Choices
+    for rows without a `draw`, such as those of an `IterableDataset`, depend on torch's random numbers, and differ
+    after a training is resumed.
 
     Example:
 
@@ -34,12 +35,12 @@ class PairCollator:
     ```
 
     Args:
-        processor ([`ICLIPProcessor`]): of the model.
+        processor ([`ICLIPProcessor`]): processor of the model.
         nouns ([`NounPrompts`], *optional*): nouns whose prompts follow the captions of a batch.
-        transform (`Callable`, *optional*): from an image to `pixel_values` (3, H, W), such as [`augmentation`]; the
-            processor by default.
-        text_features (`Callable`, *optional*): from texts to their features (M, D) from the text tower, such as a
-            [`~features.FeatureCache`], instead of token ids.
+        transform (`Callable`, *optional*): function from an image to `pixel_values` (3, H, W), such as
+            [`augmentation`]; the processor by default.
+        text_features (`Callable`, *optional*): function from M texts to their features (M, D) by the text tower, such
+            as a [`~features.FeatureCache`]; a batch has these instead of token ids.
     """
 
     def __init__(
@@ -50,10 +51,10 @@ class PairCollator:
         text_features: Callable[[list[str]], torch.Tensor] | None = None,
     ):
         self.processor, self.nouns, self.transform, self.text_features = processor, nouns, transform, text_features
-        self._epoch: int | None = None  # replaces the epoch of the rows
+        self._epoch: int | None = None  # if set, replaces the epoch of the rows
 
     def for_evaluation(self) -> PairCollator:
-        """Returns a collator of the same images and of the captions of epoch 0, without nouns and augmentation."""
+        """Returns a copy that takes the captions of epoch 0, without nouns and augmentation."""
         collator = copy(self)
         collator.nouns, collator.transform, collator._epoch = None, None, 0
         return collator
@@ -67,13 +68,13 @@ class PairCollator:
     def __call__(self, rows: Sequence[Mapping]) -> dict[str, object]:
         """
         Args:
-            rows: B `dict`s with an `image`, for the processor, a `caption` or a list of `captions`, and *optional*
-                `labels`, `complete` and `class_probabilities`, see [`~data.columns.PairTexts`]; or rows of
-                [`~datasets.CachedPairs`].
+            rows: B rows of [`~datasets.CachedPairs`], or B `dict`s with an `image` that the processor takes, with a
+                `caption` or a list of `captions`, and optionally with `labels`, `complete` and `class_probabilities`,
+                see [`~data.columns.PairTexts`].
 
         Returns:
             `dict` of `pixel_values` (B, 3, H, W) or `image_features`, a `dict` of tensors (B, ...) for
-            [`ICLIPModel.loss_inputs`]; the tokenizer's tensors (M, L) of captions and noun prompts or `text_inputs`
+            [`ICLIPModel.loss_inputs`]; the tokenizer's tensors (M, L) of captions and noun prompts, or `text_inputs`
             (M, D); `nouns`, a `dict`, see [`~data.nouns.NounPrompts.sample`]; and `return_loss`.
 
         Raises:
@@ -117,6 +118,7 @@ class PairCollator:
 
 
 def _texts_of(number: int, row: Mapping) -> PairTexts:
+    """Returns the texts of a row, which must have a caption. Errors name the row by its number."""
     try:
         texts = USUAL_COLUMNS.texts(row)
     except ValueError as error:
@@ -135,20 +137,21 @@ def augmentation(
     random_erasing: float = 0.25,
 ) -> Callable[[Image.Image], torch.Tensor] | None:
     """
-    Returns a conversion of an image to `pixel_values` (3, H, W) of the processor's size, by the steps of timm's
-    `create_transform`. The defaults are DeiT's recipe. With all of them off it is None, because timm would still
-    mirror images and crop wide ones. Raises `ValueError` for an unknown policy.
+    Returns a function from an image to `pixel_values` (3, H, W) of the processor's size, made by timm's
+    `create_transform`. The defaults are DeiT's recipe. Returns None if all arguments turn their step off, because timm
+    would still mirror images and crop wide ones. Raises `ValueError` for an unknown `auto_augment`.
     """
     if crop_scale == 1 and not (auto_augment or random_erasing):
         return None
     from timm.data import create_transform
 
     image_processor, size = processor.image_processor, processor.image_processor.size
+    height, width = (size.get(side) or size["shortest_edge"] for side in ("height", "width"))
     normalizes = image_processor.do_normalize is not False
     try:
         return create_transform(
             is_training=True,
-            input_size=(3, *(size.get(side) or size["shortest_edge"] for side in ("height", "width"))),
+            input_size=(3, height, width),
             scale=(crop_scale, 1.0),
             auto_augment=auto_augment or None,
             color_jitter=None,  # DeiT's is off where its RandAugment is on
@@ -163,7 +166,7 @@ def augmentation(
 
 
 def seed_everything(*key) -> None:
-    """Seeds Python's, numpy's and torch's random numbers, such that they depend only on the key."""
+    """Seeds the random numbers of Python, numpy and torch, so that they depend only on the key."""
     seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,5 +1,5 @@
 """
-Data sets for [`ICLIPTrainer`] beside those of [`~iclip_hf.data.load_pairs`]: cached pairs, streamed ones, other rows.
+Data sets for [`ICLIPTrainer`] beside those of [`~iclip_hf.data.load_pairs`]: cached pairs, streamed pairs, other rows.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 class CachedPairs(Epochs, Dataset):
     """
-    Pairs with the features of their images, computed unless the cache has them, and what a collator needs of their
-    texts. Pairs with a broken image or no caption are left out. `indices` are the indices in `pairs` of the pairs that
-    are kept.
+    Pairs with cached features of their images, and with what a collator needs of their texts. Features that the cache
+    lacks are computed at the start. Pairs with a broken image or no caption are left out. `indices` are the indices in
+    `pairs` of the pairs that are kept.
 
     Args:
         pairs: the pairs, which can be inside of torch's `Subset`.
         cache: the features of images and, if the collator has `text_features`, of captions.
-        collator: makes the batches.
+        collator: the collator that makes batches of the pairs.
 
     Raises:
         `ValueError`: too many pairs are bad.
@@ -44,21 +44,21 @@ class CachedPairs(Epochs, Dataset):
     def __init__(self, pairs: PairDataset | Subset, cache: FeatureCache, collator: PairCollator):
         self.pairs = pairs = without_subsets(pairs)
         self.seed, self._cache = pairs.seed, cache
-        distinct, rows = pairs.distinct()  # a row is an index in `distinct`; `rows` has that of each pair
+        distinct, distinct_indices = pairs.distinct()
         record_indices = cache.images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
-        for row in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
-            texts = _texts_of(distinct, row) if record_indices[row] >= 0 else PairTexts([])
+        for index in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
+            texts = _texts_of(distinct, index) if record_indices[index] >= 0 else PairTexts([])
             if not texts.captions:
-                record_indices[row] = -1
+                record_indices[index] = -1
             self._texts.append([*collator.read(texts).values()])
-        if bad := int((record_indices < 0).sum()):
-            logger.warning("%d of %d pairs are left out, as logged here", bad, len(distinct))
-        if bad > pairs.max_bad_share * len(distinct):
-            raise ValueError(f"max_bad_share: {bad} of {len(distinct)} pairs are bad; fix the data or raise it.")
-        self.indices = np.flatnonzero(record_indices[rows] >= 0)  # among all pairs
-        self._rows = rows[self.indices]
-        self._record_indices = record_indices[self._rows]
+        if num_bad := int((record_indices < 0).sum()):
+            logger.warning("%d of %d pairs are left out, each with a warning", num_bad, len(distinct))
+        if num_bad > pairs.max_bad_share * len(distinct):
+            raise ValueError(f"max_bad_share: {num_bad} of {len(distinct)} pairs are bad; fix the data or raise it.")
+        self.indices = np.flatnonzero(record_indices[distinct_indices] >= 0)  # among all pairs
+        self._distinct_indices = distinct_indices[self.indices]
+        self._record_indices = record_indices[self._distinct_indices]
         if collator.text_features is not None:
             cache.texts(chain.from_iterable(captions for captions, _ in self._texts))
 
@@ -66,13 +66,13 @@ class CachedPairs(Epochs, Dataset):
         return len(self.indices)
 
     def captions(self, index: int) -> list[str]:
-        return self._texts[self._rows[index]][0]
+        return self._texts[self._distinct_indices[index]][0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         """Returns `features`, a record of named arrays, `captions`, `nouns` and `draw` of these pairs."""
         items = []
         for index, features in zip(indices, self._cache.features(self._record_indices[indices])):
-            captions, nouns = self._texts[self._rows[index]]
+            captions, nouns = self._texts[self._distinct_indices[index]]
             texts = {"captions": captions, "nouns": nouns and ImageNouns(*nouns)}
             items.append({"features": features, **texts, "draw": (self.seed, self.epoch, int(self.indices[index]))})
         return items
@@ -81,22 +81,24 @@ class CachedPairs(Epochs, Dataset):
         return self.__getitems__([index])[0]
 
 
-def _texts_of(pairs: PairDataset, row: int) -> PairTexts:
+def _texts_of(pairs: PairDataset, index: int) -> PairTexts:
+    """Returns the texts of a pair. A bad pair is logged, and has none."""
     try:
-        return pairs.raw(row).texts
+        return pairs.raw(index).texts
     except BadPairError as error:
         logger.warning("Left out: %s", error)
         return PairTexts([])
 
 
-# Difference between the numbers of two passes of an epoch. The first pass has the number of the epoch. There are fewer
-# epochs than this, so no two epochs have a pass of one number.
-_PASSES = 2**32
+# The first pass of an epoch has the number of the epoch. For each further pass, this is added. It is more than the
+# number of epochs, so that all passes have different numbers.
+_PASS_STRIDE = 2**32
 
 
 class StreamedPairs(Epochs, IterableDataset):
     """
-    A stream of pairs without end, in epochs of a fixed length. A pass is followed by another one in another order.
+    An endless stream of pairs, in epochs of a fixed length. After each pass over the pairs, another pass begins, in
+    another order.
 
     Args:
         stream: this process's part of the pairs.
@@ -116,7 +118,7 @@ class StreamedPairs(Epochs, IterableDataset):
         first = self.epoch
         for number in count():
             pair = None
-            for pair in self.stream.one_pass(first + number * _PASSES):
+            for pair in self.stream.one_pass(first + number * _PASS_STRIDE):
                 yield pair
             if pair is None:
                 raise ValueError("data: this process's part of the stream has no pairs.")
@@ -137,5 +139,5 @@ class NumberedRows(Epochs, Subset):
 
 
 def are_pairs(data) -> bool:
-    """Whether all items are those of a [`~iclip_hf.data.pairs.PairDataset`], or of [`CachedPairs`]."""
+    """Returns whether all items are from a [`~iclip_hf.data.pairs.PairDataset`] or from [`CachedPairs`]."""
     return all(isinstance(leaf, (PairDataset, CachedPairs)) for leaf in leaves(data))

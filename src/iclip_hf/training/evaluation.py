@@ -19,14 +19,17 @@ from ..utils.files import atomic_write
 
 
 MIN_PAIRS_FOR_INTERVAL = 10  # held-out pairs; on fewer, the interval of a change is too narrow
-_BLOCK = 1024  # rows of logits that are in memory at once
+_BLOCK = 1024  # queries whose logits are in memory at once
 _BOOTSTRAPS = 2000
 
 
-def ids_of_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Returns an id of each row of tensors (B, ...), (B,). Equal rows, up to zeros at their end, share it."""
-    rows = zip(*(tensor.flatten(1).cpu().numpy() for tensor in tensors))
-    contents = (b"".join(part.tobytes() for part in row).rstrip(b"\0") for row in rows)
+def content_ids(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """
+    Returns ids (B,) of B items, each of which has an entry in each of the tensors (B, ...). Items that are equal up to
+    zeros at their end have the same id.
+    """
+    items = zip(*(tensor.flatten(1).cpu().numpy() for tensor in tensors))
+    contents = (b"".join(part.tobytes() for part in item).rstrip(b"\0") for item in items)
     digests = (hashlib.sha256(content).digest()[:8] for content in contents)
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
@@ -34,17 +37,17 @@ def ids_of_rows(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     Returns the scores of pairs, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
-    A query finds its pair also by another one with the same image or caption, by the ids (N, 2) of both: some data
-    sets have a row for each of several captions. The logits are computed in blocks, so that memory does not grow with
-    N squared.
+    A query also counts as answered by another pair with the same image or caption, by the ids (N, 2) of both, because
+    some data sets have a row for each caption of an image. The logits are computed in blocks, so that memory does not
+    grow with N squared.
     """
 
     def search(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, hits = [], []
-        for rows in torch.arange(len(queries), device=queries.device).split(_BLOCK):
-            logits = queries[rows] @ candidates.T
-            losses.append(F.cross_entropy(logits, rows, reduction="none"))
-            hits.append(100 * (pair_ids[logits.argmax(1)] == pair_ids[rows]).any(1).float())
+        for block in torch.arange(len(queries), device=queries.device).split(_BLOCK):
+            logits = queries[block] @ candidates.T
+            losses.append(F.cross_entropy(logits, block, reduction="none"))
+            hits.append(100 * (pair_ids[logits.argmax(1)] == pair_ids[block]).any(1).float())
         return torch.cat(losses), torch.cat(hits)
 
     (image_loss, image_to_text), (text_loss, text_to_image) = search(images, texts), search(texts, images)
@@ -57,31 +60,31 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.
 
 def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
     """
-    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled,
-    with their scores before and after, by a fixed seed.
+    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled
+    together with their scores before and after. The seed is fixed.
     """
     changes, rng = np.subtract(after, before), np.random.default_rng(0)
     means = [changes[rng.integers(len(changes), size=len(changes))].mean() for _ in range(_BOOTSTRAPS)]
     return np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def regressed_metrics(change: Mapping[str, Sequence[float]], num_pairs: int) -> list[str]:
+def regressed_metrics(intervals: Mapping[str, Sequence[float]], num_pairs: int) -> list[str]:
     """
-    Returns the metrics that got worse, by their intervals of [`change_interval`] over so many pairs: the interval
-    holds a loss and no gain. None on fewer than `MIN_PAIRS_FOR_INTERVAL` pairs.
+    Returns the metrics that got worse: the interval of their change, from [`change_interval`], has changes for the
+    worse and none for the better. Returns none for fewer than `MIN_PAIRS_FOR_INTERVAL` pairs.
     """
     if num_pairs < MIN_PAIRS_FOR_INTERVAL:
         return []
-    gains = {name: [-high, -low] if name == "loss" else [low, high] for name, (low, high) in change.items()}
+    gains = {name: [-high, -low] if name == "loss" else [low, high] for name, (low, high) in intervals.items()}
     return [name for name, (low, high) in gains.items() if low < 0 and high <= 0]
 
 
-def draw_examples(
+def plot_examples(
     model: ICLIPModel, processor: ICLIPProcessor, pairs: Sequence[Mapping], folder: Path, step: int
 ) -> None:
     """
-    Draws pairs as `<step>.png`: each image beside the maps of its caption, by the model of step 0, whose maps are kept
-    in the folder, and by this model.
+    Writes a picture of pairs, `<step>.png`: each image beside the map of its caption by the model of step 0, and the
+    map by this model. The folder keeps the maps of step 0.
     """
     images, captions = ([pair[name] for pair in pairs] for name in ("image", "caption"))
     explanations = Engine(model, processor, templates="{}").run(images, [[caption] for caption in captions])

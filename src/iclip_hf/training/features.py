@@ -31,23 +31,24 @@ logger = logging.getLogger(__name__)
 
 # A file is written after this number of bytes or seconds, so that files are few and a killed run loses little.
 _BYTES_OF_FILE, _SECONDS_OF_FILE = 2**28, 60
-# Raise it with a change of the code between releases that gives other features, such as of `representative_patches`.
+# Raise this number if a release computes other features than the one before, such as by `representative_patches`.
 _VERSION = 4
 
 
 class FeatureStore:
     """
-    Named features by key in a folder, whose name stands for what all of them depend on. Files are added and never
-    changed, atomically, so that several processes and runs share the folder, and an interrupted run continues.
+    A folder of named features by key. The name of the folder is a digest of what the features depend on. Files are
+    added atomically and never changed, so that several processes and runs can share the folder, and an interrupted run
+    can go on.
 
-    A key is the digest of an image or a text, 32 bytes. A file holds two arrays of numpy, one behind the other: keys,
-    and a record of named arrays for each, of float16. The index of a record counts all records that this store has
-    found. A record is one block that is read from the disk. Files are not mapped into memory, because the features of
-    many images are larger than the memory, and are read in random order.
+    A key is the digest of an image or a text, 32 bytes. A file holds two numpy arrays, one behind the other: the keys,
+    and for each key a record of named float16 arrays. Records are numbered over all files that this store has found.
+    Each record is read from the disk as one block. Files are not mapped into memory, because the features of many
+    images are larger than the memory, and are read in random order.
     """
 
     def __init__(self, folder: Path):
-        self.folder, self._keys, self._record = folder, np.empty(0, "S32"), None
+        self.folder, self._keys, self._record_type = folder, np.empty(0, "S32"), None
         self._files = {}  # the byte at which the records of each file begin
         self._ends = []  # the index behind the records of each file
         self.reload()
@@ -60,7 +61,7 @@ class FeatureStore:
                 with open(path, "rb") as file:
                     keys.append(np.load(file))
                     np.lib.format.read_magic(file)
-                    *_, self._record = np.lib.format.read_array_header_1_0(file)
+                    *_, self._record_type = np.lib.format.read_array_header_1_0(file)
                     self._files[path] = file.tell()
                     self._ends.append(sum(map(len, keys)))
         self._keys = np.concatenate(keys)
@@ -78,13 +79,13 @@ class FeatureStore:
         return np.where(self._keys[found] == keys, found, -1)
 
     def add(self, keys: Sequence[bytes], features: Mapping[str, np.ndarray]) -> None:
-        """Adds features by their names, (N, ...). They are there after `reload`."""
+        """Adds the features of N keys: arrays (N, ...) by name. `find` knows them after `reload`."""
         parts = sorted(features.items())
         records = np.empty(len(keys), [(name, "<f2", array.shape[1:]) for name, array in parts])
         for name, array in parts:
             records[name] = array
-        name = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
-        with atomic_write(self.folder / f"{name}.npy") as partial, open(partial, "wb") as file:
+        stem = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
+        with atomic_write(self.folder / f"{stem}.npy") as partial, open(partial, "wb") as file:
             np.save(file, np.array(keys, "S32"))
             np.save(file, records)
 
@@ -92,7 +93,7 @@ class FeatureStore:
         """Returns the records with these indices, (N,). Raises `KeyError` if an index is -1."""
         if (indices < 0).any():
             raise KeyError(f"{self.folder} has no features of {(indices < 0).sum()} of {len(indices)} items.")
-        records = np.empty(len(indices), self._record)
+        records = np.empty(len(indices), self._record_type)
         memory, size = memoryview(records.view(np.uint8)), records.itemsize
         files = [*self._files.items()]
         file_indices = np.searchsorted(self._ends, indices, side="right")
@@ -100,9 +101,9 @@ class FeatureStore:
             path, start = files[file_index]
             first = self._ends[file_index - 1] if file_index else 0
             with open(path, "rb", buffering=0) as file:
-                for row in np.flatnonzero(file_indices == file_index).tolist():
-                    file.seek(start + int(indices[row] - first) * size)
-                    file.readinto(memory[row * size : (row + 1) * size])
+                for position in np.flatnonzero(file_indices == file_index).tolist():
+                    file.seek(start + int(indices[position] - first) * size)
+                    file.readinto(memory[position * size : (position + 1) * size])
         return records
 
     def fill(
@@ -112,33 +113,33 @@ class FeatureStore:
         Adds the features of items whose keys are missing. Each process encodes a part of them.
 
         Args:
-            items: items by index. One that is None, such as a broken image, has no features.
+            items: items by index. An item that is None, such as a broken image, gets no features.
             keys: the key of each item.
-            encode: from a list of N items to their features by name, tensors (N, ...).
+            encode: function from a list of N items to their features by name, tensors (N, ...).
             batch_size (`int`): number of items in a call of `encode`.
             workers (`int`): number of processes that load items.
 
         Returns:
-            `np.ndarray`: indices of the records of all items, (len(items),); -1 for an item without.
+            `np.ndarray`: indices of the records of all items, (len(items),); -1 for an item without features.
 
         Raises:
-            `OSError`: features are missing that a process has added.
+            `OSError`: features that a process has added are missing.
         """
         state = partial_state("train")
         self.reload()
-        # Only one process looks: another run may add features before a second process does.
+        # Only one process looks for them, because another run may add features before a second process looks.
         missing = broadcast_from_main(self._missing(keys) if state.is_main_process else None)
-        own = missing[state.process_index :: state.num_processes]
-        batches = [own[start : start + batch_size].tolist() for start in range(0, len(own), batch_size)]
+        part = missing[state.process_index :: state.num_processes]
+        batches = [part[start : start + batch_size].tolist() for start in range(0, len(part), batch_size)]
         loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
         title = f"Features of {self.folder.parent.name}"
-        with tqdm(total=len(own), desc=title, delay=2, disable=not state.is_main_process) as bar:
+        with tqdm(total=len(part), desc=title, delay=2, disable=not state.is_main_process) as bar:
             broken = self._encode(zip(loader, batches), keys, encode, bar)
-        broken = {*gathered_lists(broken)}  # when all processes have added theirs
+        broken = {*gathered_lists(broken)}  # waits until all processes have added features
         self.reload()
         indices = self.find(keys)
-        if lost := sum(keys[item] not in broken for item in np.flatnonzero(indices < 0)):
-            raise OSError(f"{self.folder}: {lost} features are missing that this run has added; run again.")
+        if num_lost := sum(keys[item] not in broken for item in np.flatnonzero(indices < 0)):
+            raise OSError(f"{self.folder}: {num_lost} features are missing that this run has added; run again.")
         return indices
 
     def _encode(
@@ -163,7 +164,7 @@ class FeatureStore:
         return broken
 
     def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Returns the first item of each key that has no features, in order."""
+        """Returns, in order, the index of the first item of each key without features."""
         distinct, first = np.unique(np.array(keys, "S32"), return_index=True)
         return np.sort(first[self.find(distinct) < 0])
 
@@ -190,8 +191,7 @@ class _Images(Dataset):
 
 class FeatureCache:
     """
-    The features of locked towers of a model, on disk. An image or text that is there is not encoded again by any run,
-    of any data set.
+    The features of a model's locked towers, on disk. An image or text is encoded once for all runs and data sets.
 
     Args:
         model, processor: the model on its device, with its `token_mean`, and its processor.
@@ -224,7 +224,7 @@ class FeatureCache:
             }
         )
         self._images = FeatureStore(folder / "images" / images)
-        # The probe shows what the processor adds: length and padding.
+        # The token ids of the probe depend on the length and the padding that the processor adds.
         probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
         texts = digest(
             {
@@ -241,22 +241,22 @@ class FeatureCache:
         Computes the features of the image of each pair. Returns the indices of their records (N,); -1 for an image
         that cannot be read.
         """
-        with partial_state("train").main_process_first():  # it keeps the digests of large data for the others
+        with partial_state("train").main_process_first():  # which keeps the digests of large data for the others
             digests = pairs.image_digests()
         images = _Images(pairs, self.processor)
         return self._images.fill(images, digests, self._encode_images, 64, self.num_workers)
 
     def features(self, record_indices: np.ndarray) -> np.ndarray:
-        """Returns the features of images, records (N,) of named arrays, float16, by the indices from `images`."""
+        """Returns the records (N,) of images, named float16 arrays, by the indices that `images` returned."""
         return self._images[record_indices]
 
     def texts(self, texts: Iterable[str]) -> None:
-        """Computes the text tower's features of texts."""
+        """Computes the features of texts by the text tower."""
         texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
         self._texts.fill(texts, [*map(_key, texts)], self._encode_texts, 256)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Returns the features of texts that were computed, (N, D), float32."""
+        """Returns the features (N, D) of texts that `texts` has computed, float32."""
         records = self._texts[self._texts.find([*map(_key, texts)])]
         return torch.from_numpy(records["text"]).float()
 
@@ -265,8 +265,8 @@ class FeatureCache:
         # All poolings that models with these options can have, so that these models share the folder.
         poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
         with self._inference():
-            image = self.model.encode_image(torch.stack(images).to(self.model.device))
-            return self.model.loss_features(image, [*config.poolings[0], *poolings])
+            encoded = self.model.encode_image(torch.stack(images).to(self.model.device))
+            return self.model.loss_features(encoded, [*config.poolings[0], *poolings])
 
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         with self._inference():

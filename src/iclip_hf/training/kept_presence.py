@@ -14,17 +14,17 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..model.similarity import cosines
 
 
-KEPT_NOUNS = 256
+KEPT_NOUNS = 256  # number of nouns whose presence is kept
 
 
 class KeptPresence(nn.Module):
     """
-    Computes the loss that keeps the presence of some texts as a recognition branch has it now, while the branch learns
-    further (Learning without Forgetting, https://arxiv.org/abs/1606.09282). The loss of captions alone only compares
-    cosines with each other, so on few pairs the presence would drift.
+    The loss that keeps the presence of some texts while a recognition branch learns (Learning without Forgetting,
+    https://arxiv.org/abs/1606.09282). It compares the branch with a copy from the start. The loss of captions only
+    compares cosines with each other, so on few pairs, the presence would drift.
 
     Args:
-        branch: recognition branch with a bias. A copy of it is kept.
+        branch: recognition branch with a bias, as it is at the start.
         texts (`torch.Tensor` of shape `(K, D)`): features of the texts from the text tower.
     """
 
@@ -35,8 +35,8 @@ class KeptPresence(nn.Module):
 
     def forward(self, branch: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """
-        Returns the Kullback-Leibler divergence from the probabilities before to those of the branch, summed over the
-        texts, the mean over images with the features (B, D'). It is 0 at the start.
+        Returns the Kullback-Leibler divergence of the branch's probabilities from those at the start, summed over the
+        texts and averaged over images with these features (B, D'). The divergence is 0 at the start.
         """
         before, now = (
             recognition(cosines(recognition.embed_image(images), recognition.embed_text(self.texts)))
@@ -50,7 +50,7 @@ class KeptPresence(nn.Module):
 
 @torch.no_grad()
 def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence | None:
-    """Returns the loss that keeps the presence of the commonest nouns; None for a model without presence."""
+    """Returns the loss that keeps the presence of the most frequent nouns; None for a model without presence."""
     if model.recognition.logit_bias is None:
         return None
     prior = vocabulary()

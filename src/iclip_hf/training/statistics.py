@@ -1,4 +1,4 @@
-"""The statistics of training images that a model keeps."""
+"""Statistics of training images, which a model keeps."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ _DEVIATION = 4.0  # standard deviation of a whitened component
 @torch.no_grad()
 def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable[Mapping]) -> None:
     """
-    Sets the statistics of training images that a model keeps: `feature_reduction` to the whitening of the features of
-    a feature tower and, with `center_tokens`, `token_mean` to the mean patch token. Statistics of an earlier training
-    stay, because the branches were trained with them. All processes get the statistics of the first.
+    Sets the statistics of training images that a model keeps. With a feature tower, `feature_reduction` becomes the
+    whitening of its features. With `center_tokens`, `token_mean` becomes the mean patch token. Statistics of an
+    earlier training stay, because the branches were trained with them. All processes get the statistics of the first
+    process.
 
     The whitening projects to the principal components with the largest variance, and scales each to a standard
     deviation of 4 over the positions of its map. The tokens of DINOv2 have a standard deviation of 2, and would
@@ -38,7 +39,7 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
 
     Args:
         model: model on its device.
-        processor: of the model.
+        processor: processor of the model.
         pairs: rows with an `image`. About a thousand are read, evenly spread if the data set has random access.
     """
     whiten = model.feature_model is not None and not model.feature_reduction.weight.any()
@@ -71,13 +72,13 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
     statistics = [*model.feature_reduction.parameters()] if whiten else []
     statistics += [model.token_mean] if center else []
     for weight in statistics:
-        weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round in another way
+        weight.copy_(broadcast_from_main(weight.cpu()))  # other devices round differently
 
 
 def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
     """
-    Loads the statistics that a checkpoint has. If they were computed again on another machine, they could differ from
-    those that the projections were trained with.
+    Loads the statistics of a checkpoint. Statistics that another machine computes again could differ from those that
+    the projections were trained with.
     """
     with safe_open(Path(checkpoint, SAFE_WEIGHTS_NAME), framework="pt") as file:
         names = [name for name in file.keys() if name.startswith(("feature_reduction.", "token_mean"))]
@@ -87,7 +88,7 @@ def load_statistics(model: ICLIPModel, checkpoint: str) -> None:
 
 
 def _sample(pairs: Iterable[Mapping]) -> Iterable[Mapping]:
-    """Returns about a thousand rows, one after the other: evenly spread ones, or the first ones of a stream."""
+    """Yields about a thousand rows: evenly spread rows of a data set, or the first rows of a stream."""
     if isinstance(pairs, IterableDataset) or not has_length(pairs):
         return islice(pairs, _IMAGES)
     return (pairs[index] for index in range(0, len(pairs), max(1, len(pairs) // _IMAGES)))

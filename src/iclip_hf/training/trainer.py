@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, ha
 from ..utils.extras import require_extra
 
 
-# First, so that a missing package is one of training: the evaluation would name its own extra.
+# Imported first, so that the error of a missing package names the extra of training, not that of evaluation.
 with require_extra("train"):
     from accelerate.data_loader import prepare_data_loader
 
@@ -42,12 +42,12 @@ from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pict
 from .checkpoints import checkpoint_errors, last_checkpoint
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
-from .evaluation import ids_of_rows, retrieval_scores
+from .evaluation import content_ids, retrieval_scores
 
 
 logger = logging.getLogger(__name__)
 
-MAX_BAD_STEPS = 30  # in a row, after which a training stops
+MAX_BAD_STEPS = 30  # number of steps in a row without a finite gradient, after which a training stops
 
 
 class ICLIPTrainer(Trainer):
@@ -56,29 +56,30 @@ class ICLIPTrainer(Trainer):
 
     Args:
         args ([`ICLIPTrainingArguments`]): arguments of the training.
-        data_collator ([`PairCollator`], *optional*): makes the batches; by default without nouns and augmentation.
+        data_collator ([`PairCollator`], *optional*): collator; by default one without nouns and augmentation.
         train_dataset: pairs of [`~iclip_hf.data.load_pairs`], [`CachedPairs`], [`StreamedPairs`], or any rows that the
             collator takes.
-        eval_dataset: held-out pairs, alike but no stream, a [`SegmentationDataset`], or a `dict` of these.
+        eval_dataset: held-out pairs, of the same types but no stream; a [`SegmentationDataset`]; or a `dict` of these.
         processing_class ([`ICLIPProcessor`], *optional*): processor of the model; the collator's if not given.
         compute_loss_func (`Callable`, *optional*): function of [`ICLIPOutput`], None and `num_items_in_batch=None`. It
-            returns the loss of a training step, instead of the model's own, which stays that of an evaluation.
+            returns the loss of a training step. The loss of an evaluation stays the model's own.
         compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
             vectors of N images and those of their captions, (N, P) each; the labels (N, 2) are ids of the images and
-            of the captions, which equal ones share.
-        map_dataset ([`SegmentationDataset`], *optional*): also evaluated with `eval_dataset`, by mAP, mMIoU, mFMB and
-            text contrast.
+            of the captions. Equal images have the same id, and so have equal captions.
+        map_dataset ([`SegmentationDataset`], *optional*): images with masks, on which each evaluation also measures
+            mAP, mMIoU, mFMB and text contrast.
         card (`dict`, *optional*): arguments of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
 
-    The negatives of a pair are the pairs of all processes, with gradients. An evaluation measures `loss`,
+    The negatives of a pair are the other pairs of all processes, with gradients. An evaluation measures `loss`,
     `text_to_image` and `image_to_text` of all held-out pairs at once. For a model that is trained already, set
     `eval_on_start` and `load_best_model_at_end`: the training then ends with the best model by
-    `metric_for_best_model`, among those that are worse than the start in no other metric of the held-out pairs. If
-    none is better than the start, it ends with the model of the start.
+    `metric_for_best_model`. A model that got worse than the start in any metric of the held-out pairs does not count.
+    If no model is better than the start, the training ends with the model of the start.
 
     Raises:
         `TypeError`: `args` are no [`ICLIPTrainingArguments`], or there is no processor. `ValueError`: an argument of
-            `Trainer` does not fit; in `train`, a tower learns, and cached features or `keep_presence` need it locked.
+            `Trainer` does not fit; in `train`, a tower learns although cached features or `keep_presence` need it
+            locked.
         `FloatingPointError`: 30 steps in a row, or all of a shorter training, have no finite gradient, or the held-out
             loss is not finite.
         `KeyboardInterrupt`: the training got SIGINT or SIGTERM, and has saved a checkpoint.
@@ -100,7 +101,7 @@ class ICLIPTrainer(Trainer):
     ```
     """
 
-    # The negatives of a pair are in its own batch, so a step has the mean of its batches.
+    # The negatives of a pair are in its own batch, so the loss of a step is the mean over its batches.
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -160,7 +161,7 @@ class ICLIPTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # True raises in the base class
         self._bad_steps = 0
         if not resume_from_checkpoint:
-            self.start.is_kept = False  # an earlier training may have kept its own
+            self.start.is_kept = False  # an earlier training may have kept its own start
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **kwargs)
         if self.interrupts.stopped:
@@ -176,7 +177,7 @@ class ICLIPTrainer(Trainer):
 
     @property
     def kept_start(self) -> bool:
-        """Whether no evaluation was better than the first, so that the model is that of the start again."""
+        """Whether the model is that of the start again, because no evaluation was better than the first."""
         args = self.args
         return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
 
@@ -197,30 +198,30 @@ class ICLIPTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Like the base class. A stream is split over the processes already."""
-        rows, batch, args = self.train_dataset, self._train_batch_size, self.args
+        rows, batch_size, args = self.train_dataset, self._train_batch_size, self.args
         if isinstance(rows, StreamedPairs):
             persistent = args.dataloader_persistent_workers
-            loader = self._loader(rows, batch, self.data_collator, drop_last=True, persistent_workers=persistent)
+            loader = self._loader(rows, batch_size, self.data_collator, drop_last=True, persistent_workers=persistent)
         elif (numbered := self._numbered(rows)) is not rows:
             sampler = self._get_train_sampler
-            loader = self._get_dataloader(numbered, "Training", batch, lambda _: sampler(rows), is_training=True)
+            loader = self._get_dataloader(numbered, "Training", batch_size, lambda _: sampler(rows), is_training=True)
         else:
             loader = super().get_train_dataloader()
         if has_length(loader) and not len(loader):
             raise ValueError(
-                f"per_device_train_batch_size: an epoch has {len(rows)} pairs, fewer than a batch of {batch} on each "
-                f"of {args.world_size} processes; lower it."
+                f"per_device_train_batch_size: an epoch has {len(rows)} pairs, fewer than a batch of {batch_size} on "
+                f"each of {args.world_size} processes; lower it."
             )
         return loader
 
-    def _loader(self, rows, batch: int, collator: Callable, **kwargs) -> DataLoader:
-        """Returns a loader of rows in their order that the accelerator does not keep."""
+    def _loader(self, rows, batch_size: int, collator: Callable, **kwargs) -> DataLoader:
+        """Returns a loader of rows in their order. The accelerator does not keep this loader."""
         names = ("num_workers", "pin_memory", "prefetch_factor", "multiprocessing_context", "in_order")
         kwargs |= {name: getattr(self.args, f"dataloader_{name}") for name in names}
-        return DataLoader(rows, batch, collate_fn=collator, **kwargs)
+        return DataLoader(rows, batch_size, collate_fn=collator, **kwargs)
 
     def _numbered(self, rows):
-        """Returns rows with the `draw` that a [`PairCollator`] samples by. Those that cannot be numbered stay."""
+        """Adds the `draw` that a [`PairCollator`] samples by. Rows that cannot be numbered are returned unchanged."""
         has_draws = isinstance(rows, (Epochs, IterableDataset)) or not has_length(rows)
         if has_draws or not isinstance(self.data_collator, PairCollator):
             return rows
@@ -241,7 +242,7 @@ class ICLIPTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Like the base class. A step without a finite gradient changes nothing; float16 skips it by its scaler."""
+        """Like the base class. A step without a finite gradient changes nothing; in float16, the scaler skips it."""
         norm = super()._get_grad_norm(model, grad_norm)
         finite = math.isfinite(norm)
         if not finite and self.accelerator.scaler is None:
@@ -273,7 +274,7 @@ class ICLIPTrainer(Trainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Like the base class. Adds the losses of the branches, of the last step, and the logit scales."""
+        """Like the base class. Adds the losses of both branches in the last step, and their logit scales."""
         if "loss" in logs:
             logs |= zip(("recognition_loss", "map_loss"), map(float, self._last_losses))
             branches = (self.model.recognition, self.model.interpretability)
@@ -282,7 +283,7 @@ class ICLIPTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs) -> int:
-        """Not counted: locked towers and cached features need none."""
+        """Returns 0: the count of the base class does not fit locked towers and cached features."""
         return 0
 
     # --------------------------------------------------------------------------------------------------- evaluation
@@ -301,7 +302,7 @@ class ICLIPTrainer(Trainer):
         collator = collator.for_evaluation() if isinstance(collator, PairCollator) else collator
         # A copy, because the loader sets the epoch, and the pairs to train on may share it.
         loader = self._loader(self._numbered(at_first_epoch(data)), self.args.eval_batch_size, collator)
-        # Not by the accelerator, which would keep it.
+        # Not prepared by the accelerator, which would keep the loader.
         processes = self.accelerator.num_processes, self.accelerator.process_index
         return prepare_data_loader(loader, self.args.device, *processes, put_on_device=True)
 
@@ -312,8 +313,8 @@ class ICLIPTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """
-        Like the base class. Measures retrieval with the recognition branch, and its loss over all held-out pairs at
-        once, and the maps of a segmentation data set.
+        Like the base class. Measures retrieval by the recognition branch, and its loss, over all held-out pairs at
+        once. Measures the maps of a segmentation data set.
         """
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
         if isinstance(dataloader.dataset, SegmentationDataset):
@@ -327,22 +328,22 @@ class ICLIPTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
-        Returns no loss, which the pairs only have together; the scaled unit vectors of B images and those of their
-        captions, (B, P) each; and the ids of images and captions (B, 2), as labels.
+        Returns None as the loss, because only all pairs together have one; the scaled unit vectors of B images and
+        those of their captions, (B, P) each; and, as labels, the ids of images and captions (B, 2).
         """
         inputs, recognition = self._prepare_inputs(inputs), self.model.recognition
         names = self.processing_class.tokenizer.model_input_names
         tokens = {name: inputs[name] for name in names if name in inputs}
         text_inputs = inputs.get("text_inputs")
-        image_rows = inputs["image_features"].values() if "image_features" in inputs else [inputs["pixel_values"]]
-        # Batches are padded to lengths of their own.
-        text_rows = tokens["input_ids"] * tokens.get("attention_mask", 1) if text_inputs is None else text_inputs
-        pair_ids = torch.stack([ids_of_rows(image_rows), ids_of_rows([text_rows])], 1).to(self.args.device)
+        images = inputs["image_features"].values() if "image_features" in inputs else [inputs["pixel_values"]]
+        # Padding becomes zeros, which ids ignore, because each batch is padded to its own length.
+        texts = tokens["input_ids"] * tokens.get("attention_mask", 1) if text_inputs is None else text_inputs
+        pair_ids = torch.stack([content_ids(images), content_ids([texts])], 1).to(self.args.device)
         with torch.no_grad(), self.accelerator.autocast():
             if text_inputs is None:
                 text_inputs, _ = self.model.encode_text(**tokens)
-            images = recognition.embed_image(self._image_inputs(inputs).pooled)
-            return None, (recognition.logit_scale.exp() * images, recognition.embed_text(text_inputs)), pair_ids
+            scaled_images = recognition.logit_scale.exp() * recognition.embed_image(self._image_inputs(inputs).pooled)
+            return None, (scaled_images, recognition.embed_text(text_inputs)), pair_ids
 
     def _retrieval_metrics(self, output: EvalLoopOutput) -> dict[str, float]:
         """Returns the means of the scores of pairs, and how they changed since the start."""
@@ -368,7 +369,7 @@ class ICLIPTrainer(Trainer):
 
     @torch.no_grad()
     def _image_inputs(self, batch: dict) -> ImageInputs:
-        """Returns what the loss reads of the images of a batch, from cached features, or without a gradient."""
+        """Returns what the loss reads of the images of a batch: from cached features, or encoded without gradients."""
         if "image_features" in batch:
             features = batch.pop("image_features")
             return self.model.loss_inputs({name: values.to(self.model.dtype) for name, values in features.items()})
@@ -381,11 +382,11 @@ class ICLIPTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         """
-        Like the base class. A model that lost in a metric of the held-out pairs is not the best. With `save_strategy`
-        "best" the result says whether to save, which an interrupted training does.
+        Like the base class. A model that got worse in a metric of the held-out pairs is not the best. Returns True for
+        an interrupted training, so that `save_strategy="best"` saves its checkpoint too.
         """
-        lost = any(self.start.regressed.values())
-        return (not lost and super()._determine_best_metric(metrics, trial)) or self.interrupts.stopped
+        got_worse = any(self.start.regressed.values())
+        return (not got_worse and super()._determine_best_metric(metrics, trial)) or self.interrupts.stopped
 
     # ------------------------------------------------------------------------------------------------------- saving
 
@@ -396,7 +397,7 @@ class ICLIPTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Saves the model for `from_pretrained`, with its processor and card. Replaces the files of an earlier model one
-        by one, each atomically, and leaves others, such as checkpoints.
+        by one, each atomically. Other files, such as checkpoints, stay.
         """
         if _internal_call and output_dir:  # a checkpoint; `push_to_hub` names no folder
             super().save_model(output_dir, _internal_call)
@@ -405,7 +406,7 @@ class ICLIPTrainer(Trainer):
             folder = Path(output_dir or self.args.output_dir)
             card = {"training": training_recipe(self.args, self.accelerator.num_processes), **self.card}
             step = (self.state.best_global_step or 0) if self.args.load_best_model_at_end else self.state.global_step
-            if self.kept_start:  # the record of this model goes on
+            if self.kept_start:  # the model is not changed, and neither is its record
                 card |= {"training": None, "source_identity": None}
             evaluation = Path(self.args.output_dir, "evaluations", f"{step}.json")
             if evaluation.is_file():

@@ -61,10 +61,10 @@ def check_output_dir(arguments: Arguments) -> None:
 
 def _is_training(folder: Path, names: set[str]) -> bool:
     """Whether a folder with these names belongs to a training of ICLIP, which may have no checkpoint yet."""
-    from ...training.callbacks import START  # imports torch
+    from ...training.callbacks import START_FILE  # imports torch
     from ...training.checkpoints import last_checkpoint
 
     if (last := last_checkpoint(folder)) is None:
-        beginnings = (START, "pictures", "evaluations", "runs", "checkpoint-")
+        beginnings = (START_FILE, "pictures", "evaluations", "runs", "checkpoint-")
         return all(name.startswith(beginnings) or name.endswith(".partial") for name in names)
     return json.loads(Path(last, "config.json").read_text()).get("model_type") == "iclip"

@@ -44,7 +44,7 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
         if image_column != "image":
             rows = rows.rename_column(image_column, "image")
         rows = rows.cast_column("image", datasets.Image(decode=False))
-    # Only the lengths of images within rows are read. Each of these images is another one, also if rows share a path.
+    # Only the lengths of images within rows are read. Each counts as an image of its own, even if rows share a path.
     stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
     lengths = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
     paths = pc.struct_field(stored, "path")

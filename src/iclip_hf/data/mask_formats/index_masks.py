@@ -100,7 +100,7 @@ def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotatio
 
 
 def _value_table(layout: Layout, num_classes: int) -> np.ndarray:
-    """Returns the class id of each value of mask files (256,), 0 for background, `VOID`, or `_UNKNOWN`."""
+    """Returns a table (256,) from values of mask files to class ids, 0 for background, `VOID` or `_UNKNOWN`."""
     table = np.full(256, _UNKNOWN, np.int16)
     table[[VOID, *layout.void]] = VOID
     table[list(layout.background)] = 0

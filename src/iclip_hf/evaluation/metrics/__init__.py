@@ -57,9 +57,8 @@ OPTIONS = {
     ),
     "threshold": (
         "share",
-        "of segmentation: confidence up to which a pixel is background, in [0, 1] (default: the best one for the "
-        "images at even positions is used for those at odd positions, and the reverse; none with texts for the "
-        "background)",
+        "of segmentation: confidence up to which a pixel is background, in [0, 1] (default: images at even positions "
+        "take the best threshold of the images at odd positions, and the reverse; none with texts for the background)",
     ),
     "logit_scale": (
         "number",

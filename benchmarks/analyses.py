@@ -200,21 +200,21 @@ def relation_plot(names: Sequence[str], x: np.ndarray, y: np.ndarray, method: st
     return figure
 
 
-def shift(options: argparse.Namespace) -> None:
-    dataset = load_segmentation(options.dataset, options.data_root, options.split)
-    samples = tqdm(dataset[: options.limit], unit="image")
-    rows, on_foreground = semantic_shift(load(options.model), samples)
+def shift(args: argparse.Namespace) -> None:
+    dataset = load_segmentation(args.dataset, args.data_root, args.split)
+    samples = tqdm(dataset[: args.limit], unit="image")
+    rows, on_foreground = semantic_shift(load(args.model), samples)
     shares = [f"({low:g}, {high:g}]" for low, high in SHARES]
     rows = [[share, count, *(f"{mean:.1f}" for mean in means)] for share, (count, *means) in zip(shares, rows)]
     print(table(["foreground", "images", "B2F", "F2B", "same"], rows), end="\n\n")
     print(table(["pooling", "channels on the foreground"], [[name, f"{n:.1f}"] for name, n in on_foreground.items()]))
 
 
-def prompts(options: argparse.Namespace) -> None:
-    dataset, model = load_segmentation(options.dataset, options.data_root, options.split), load(options.model)
+def prompts(args: argparse.Namespace) -> None:
+    dataset, model = load_segmentation(args.dataset, args.data_root, args.split), load(args.model)
     engine = Engine(model, model.processor, make_explainer(model), templates=dataset.templates, refine=True)
     texts, hits, pairs = engine.encode(dataset.class_names), [], 0
-    for sample in tqdm(dataset[1::2] if options.odd else dataset[: options.limit], unit="image"):
+    for sample in tqdm(dataset[1::2] if args.odd else dataset[: args.limit], unit="image"):
         shown = [label - 1 for label in sample.class_ids]
         (explanation,) = engine.run([engine.prepare(sample.image, sample.size, shown)], texts)
         hits += prompt_hits(replace(explanation, min_presence=0.0), sample)
@@ -226,26 +226,26 @@ def prompts(options: argparse.Namespace) -> None:
     print(table(["regions", "for each shown class", "boxes with IoU >= 0.5 %", "points on the class %"], rows))
 
 
-def channels(options: argparse.Namespace) -> None:
-    model, images = load(options.model), [load_image(path) for path in options.images]
-    channel_scatter(images, [channel_matches(model, image) for image in images]).savefig(options.output, dpi=120)
-    print(options.output)
+def channels(args: argparse.Namespace) -> None:
+    model, images = load(args.model), [load_image(path) for path in args.images]
+    channel_scatter(images, [channel_matches(model, image) for image in images]).savefig(args.output, dpi=120)
+    print(args.output)
 
 
-def relation(options: argparse.Namespace) -> None:
+def relation(args: argparse.Namespace) -> None:
     try:
-        per_class = read_results(options.evaluation, "per_class")["per_class"]
+        per_class = read_results(args.evaluation, "per_class")["per_class"]
     except (OSError, ValueError) as error:
-        options.refuse(str(error))
+        args.refuse(str(error))
     method = next(iter(per_class))
     # Both are missing if the file has results of other metrics.
     rows = [(row["name"], row.get("mAP", {}).get("AP"), row.get("mMIoU", {}).get("IoU")) for row in per_class[method]]
     rows = [row for row in rows if None not in row]
     if len(rows) < 2:
-        options.refuse(f"{options.evaluation}: fewer than two classes have an AP and an IoU; measure mAP and mMIoU.")
+        args.refuse(f"{args.evaluation}: fewer than two classes have an AP and an IoU; measure mAP and mMIoU.")
     names, x, y = zip(*rows)
-    relation_plot(names, np.array(x), np.array(y), method).savefig(options.output, dpi=120)
-    print(options.output)
+    relation_plot(names, np.array(x), np.array(y), method).savefig(args.output, dpi=120)
+    print(args.output)
 
 
 def main():
@@ -269,8 +269,8 @@ def main():
             analysis.add_argument("--model", default="embedded")
         if run in (channels, relation):
             analysis.add_argument("--output", default=f"{run.__name__}.png")
-    options = parser.parse_args()
-    options.run(options)
+    args = parser.parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

@@ -140,12 +140,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--images", type=int, default=40, help="images to explain and to evaluate (default: 40)")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("ICLIP_DATA", "data")))
-    options = parser.parse_args()
-    print(f"{machine()}; medians of {options.rounds} rounds, one evaluation of each kind\n", flush=True)
+    args = parser.parse_args()
+    print(f"{machine()}; medians of {args.rounds} rounds, one evaluation of each kind\n", flush=True)
     for part in (
-        lambda: end_to_end(options.images, options.rounds),
-        lambda: evaluating(options.data, options.images),
-        lambda: starting(options.rounds),
+        lambda: end_to_end(args.images, args.rounds),
+        lambda: evaluating(args.data, args.images),
+        lambda: starting(args.rounds),
     ):
         print(part(), end="\n\n", flush=True)
 

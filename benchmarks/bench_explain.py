@@ -158,14 +158,14 @@ def main():
         "--rounds", type=int, default=15, help="for one image (default: 15); a third of them for several images"
     )
     parser.add_argument("--images", type=int, default=8, help="images of a batch (default: 8)")
-    options = parser.parse_args()
-    batch_rounds = max(1, options.rounds // 3)
-    print(f"{machine()}; medians of {options.rounds} rounds, of {batch_rounds} for several images\n", flush=True)
+    args = parser.parse_args()
+    batch_rounds = max(1, args.rounds // 3)
+    print(f"{machine()}; medians of {args.rounds} rounds, of {batch_rounds} for several images\n", flush=True)
     for part in (
-        lambda: explaining(options.images, options.rounds, batch_rounds),
-        lambda: variants(options.images, batch_rounds),
-        lambda: pipelines(2 * options.images, batch_rounds),
-        lambda: asking_again(options.rounds),
+        lambda: explaining(args.images, args.rounds, batch_rounds),
+        lambda: variants(args.images, batch_rounds),
+        lambda: pipelines(2 * args.images, batch_rounds),
+        lambda: asking_again(args.rounds),
     ):
         print(part(), end="\n\n", flush=True)
 

@@ -153,21 +153,21 @@ def main():
     parser = command_line(__doc__)
     parser.add_argument("--texts", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2)
-    options = parser.parse_args()
+    args = parser.parse_args()
 
-    all_contenders = contenders(options.texts)
+    all_contenders = contenders(args.texts)
     compare(all_contenders)
-    taken = take_turns(all_contenders, options.rounds)
+    taken = take_turns(all_contenders, args.rounds)
     forward, rows = next(iter(taken)), []
     for name, time in medians(taken).items():
         ours = {"Grad-CAM": "`grad_cam`", "relevance": "`bi_modal`"}.get(name.split()[0])
         against = f"{ratio(taken, name, ours):.1f} times {ours}" if ours else ""
         memory = cost(all_contenders[name])[1]
         rows.append([name, time, f"{ratio(taken, name, forward):.2f}", against, f"{memory:.0f}"])
-    print(f"{machine('captum', 'grad-cam')}; one image, {options.texts} texts, medians of {options.rounds} rounds\n")
+    print(f"{machine('captum', 'grad-cam')}; one image, {args.texts} texts, medians of {args.rounds} rounds\n")
     print(table(["what", "seconds", "forwards", "against `iclip_hf`", "MiB"], rows))
 
-    taken = take_turns(uses_of_maps(), options.rounds)
+    taken = take_turns(uses_of_maps(), args.rounds)
     rows = [[name, time, f"{ratio(taken, name, 'explaining'):.2f}"] for name, time in medians(taken).items()]
     print(f"\nOne photograph of {SIZE[1]}x{SIZE[0]} pixels, {CLASSES} texts\n")
     print(table(["what", "seconds", "times explaining"], rows))

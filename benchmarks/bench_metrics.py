@@ -142,14 +142,14 @@ def main():
     parser = command_line(__doc__)
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--images", type=int, default=2000)
-    options = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{machine('torchmetrics')}\n")
-    pairs = [make_pair(seed) for seed in range(options.pairs)]
-    images = [make_image(seed) for seed in range(options.pairs)]
+    pairs = [make_pair(seed) for seed in range(args.pairs)]
+    images = [make_image(seed) for seed in range(args.pairs)]
     bench_speed("IoU of one pair at the 101 thresholds of mMIoU", CONTENDERS, pairs, 1e-6)
     bench_speed(f"Text contrast of one image with {CLASSES} classes", CONTRAST_CONTENDERS, images, 1e-4)
-    bench_memory(options.images)
+    bench_memory(args.images)
 
 
 if __name__ == "__main__":

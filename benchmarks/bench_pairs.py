@@ -81,8 +81,8 @@ def fill(store: FeatureStore, keys: np.ndarray, features: dict[str, tuple[int, .
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--pairs", type=int, default=1_000_000)
-    options = parser.parse_args()
-    count = options.pairs
+    args = parser.parse_args()
+    count = args.pairs
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         source, nouns = write_table(folder, count), NounPrompts(["dog", "cat", "ball", "tree", "grass (background)"])

@@ -66,7 +66,7 @@ class Contender:
 class Ours(Contender):
     """An ICLIP model, with the batches and the loss of its trainer, from the cache of a folder or from its pairs."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace, lock_text: bool, cached: bool, bf16: bool = False):
+    def __init__(self, folder: Path, args: argparse.Namespace, lock_text: bool, cached: bool, bf16: bool = False):
         super().__init__()
         torch.manual_seed(0)
         self.bf16 = bf16
@@ -76,15 +76,17 @@ class Ours(Contender):
             cache = FeatureCache(model.eval(), prepare, folder)
             collator.text_features = cache if lock_text else None
             pairs = CachedPairs(pairs, cache, collator)
-        args = ICLIPTrainingArguments(
+        training_args = ICLIPTrainingArguments(
             str(folder / "run"),
-            per_device_train_batch_size=options.batch_size,
-            chunk_size=options.batch_size,
-            dataloader_num_workers=0 if cached else options.num_workers,
+            per_device_train_batch_size=args.batch_size,
+            chunk_size=args.batch_size,
+            dataloader_num_workers=0 if cached else args.num_workers,
             use_cpu=True,
             report_to="none",
         )
-        self.trainer = ICLIPTrainer(model.train(), args, collator, train_dataset=pairs, processing_class=prepare)
+        self.trainer = ICLIPTrainer(
+            model.train(), training_args, collator, train_dataset=pairs, processing_class=prepare
+        )
         self.optimizer, self.loader = self.trainer.create_optimizer(), self.trainer.get_train_dataloader()
 
     def batches(self, epoch: int) -> DataLoader:
@@ -114,7 +116,7 @@ class OpenClipPairs(Dataset):
 class OpenClip(Contender):
     """A model of open_clip of the same sizes with a locked image tower, and open_clip's tokenizer and loss."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace):
+    def __init__(self, folder: Path, args: argparse.Namespace):
         super().__init__()
         torch.manual_seed(0)
         vision = {"image_size": 224, "patch_size": 14, "width": 384, "layers": 12, "head_width": 64}
@@ -123,7 +125,7 @@ class OpenClip(Contender):
         self.model.lock_image_tower()
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=1e-4)
         self.loader = DataLoader(
-            OpenClipPairs(folder), options.batch_size, shuffle=True, drop_last=True, num_workers=options.num_workers
+            OpenClipPairs(folder), args.batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers
         )
 
     def batches(self, epoch: int):
@@ -156,9 +158,9 @@ CONTENDERS = {
 }
 
 
-def make(name: str, folder: Path, options: argparse.Namespace) -> Contender:
+def make(name: str, folder: Path, args: argparse.Namespace) -> Contender:
     contender_class, *arguments = CONTENDERS[name]
-    return contender_class(folder, options, *arguments)
+    return contender_class(folder, args, *arguments)
 
 
 PAIRS = 256  # of a step
@@ -193,24 +195,24 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--num-workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        first_pairs(options.data, options.pairs, folder / "pairs.tar")
+        first_pairs(args.data, args.pairs, folder / "pairs.tar")
         native = has_bfloat16()  # emulated, an epoch would take minutes
         names = [name for name in CONTENDERS if native or "bf16" not in name]
-        contenders = {name: make(name, folder, options) for name in names}
-        taken = take_turns({name: contender.train for name, contender in contenders.items()}, options.rounds)
+        contenders = {name: make(name, folder, args) for name in names}
+        taken = take_turns({name: contender.train for name, contender in contenders.items()}, args.rounds)
         memory = {name: cost(contender.train)[1] for name, contender in contenders.items()}
         taken_by_steps = steps(10)
 
-    print(f"{machine('open_clip_torch')}; {options.pairs} pairs in batches of {options.batch_size}, ", end="")
-    print(f"{options.num_workers} loading process, medians of {options.rounds} epochs\n")
+    print(f"{machine('open_clip_torch')}; {args.pairs} pairs in batches of {args.batch_size}, ", end="")
+    print(f"{args.num_workers} loading process, medians of {args.rounds} epochs\n")
     rows = []
     for name, median in medians(taken).items():
         waited = statistics.median(contenders[name].waited[1:])
-        rows.append([name, median, options.pairs / median, f"{waited:.0%}", f"{memory[name]:.0f}"])
+        rows.append([name, median, args.pairs / median, f"{waited:.0%}", f"{memory[name]:.0f}"])
     print(table(["an epoch of", "seconds", "pairs per second", "waiting for data", "MiB beyond the model"], rows))
     uncached, learning = "projections, without", "projections and text tower, without"
     print(

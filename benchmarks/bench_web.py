@@ -116,13 +116,13 @@ def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="default: 3")
     parser.add_argument("--picture", type=Path, help="also write a picture of the page there, as docs/web.jpg is")
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
         model, processor = load_iclip("embedded", dtype="float32")
         with npm_server(Path(scratch)) as cdn:
             page = export_web(model, processor, Path(scratch, "page"), cdn=cdn)
-            report(processor, page, options.rounds, options.picture)
+            report(processor, page, args.rounds, args.picture)
 
 
 def report(processor: ICLIPProcessor, page: Path, rounds: int, picture: Path | None) -> None:

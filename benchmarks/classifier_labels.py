@@ -73,10 +73,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the shards")
     parser.add_argument("--names", type=Path, required=True, help="folder of imagenet1k_sample")
     parser.add_argument("--output", type=Path, required=True, help="folder of the new shards")
-    options = parser.parse_args()
+    args = parser.parse_args()
     model = classifier()
 
-    known, names = class_items(options.names), class_names(options.names)
+    known, names = class_items(args.names), class_names(args.names)
     known_logits = torch.stack([logits(model, item["jpg"]) for item in tqdm(known, "Calibration")])
     truth = torch.arange(len(names))
     factor = minimize_scalar(lambda factor: float(F.cross_entropy(factor * known_logits, truth)), bounds=(0.1, 10)).x
@@ -92,7 +92,7 @@ def main() -> None:
             content["labels"] = [*labels, names[index]]
         return is_new
 
-    write_labelled(options.folder, options.output, label)
+    write_labelled(args.folder, args.output, label)
 
 
 if __name__ == "__main__":

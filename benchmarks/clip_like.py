@@ -37,32 +37,32 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/clip_like"), help="folder of models, table, picture")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    options = parser.parse_args()
+    args = parser.parse_args()
 
     towers = [str(folder) for folder in embedded_towers()]
     processor = ICLIPProcessor.from_vision_text_pretrained(*towers)
-    pairs = load_pairs(f"{options.data_root}/flickr8k/train-{{00000..00002}}.tar")
-    dataset = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
+    pairs = load_pairs(f"{args.data_root}/flickr8k/train-{{00000..00002}}.tar")
+    dataset = load_segmentation("coco2017", args.data_root / "coco100", "train2017")
     inputs, scores = None, []
-    for seed in options.seeds:
+    for seed in args.seeds:
         torch.manual_seed(seed)
         as_clip = {"pooling": "class_token", "dual_projection": False, "map_attention": "none"}
         model = ICLIPModel.from_vision_text_pretrained(*towers, **as_clip)
         inputs = inputs or features(model, processor, pairs)
         train(model, *inputs)
-        model.save_pretrained(options.output / f"seed{seed}")
-        processor.save_pretrained(options.output / f"seed{seed}")
+        model.save_pretrained(args.output / f"seed{seed}")
+        processor.save_pretrained(args.output / f"seed{seed}")
         scores.append(evaluate_model((model, processor), dataset, METHODS, [*METRICS]).results)
     rows = []
     for method in METHODS:
         values = {name: [results[method][name][name.lower()] for results in scores] for name in METRICS}
         rows.append([f"`{method}`", *(mean_and_spread(values[name], digits) for name, digits in METRICS.items())])
     report = table(["method", "mAP %", "mMIoU %", "mFMB", "text contrast %"], rows)
-    (options.output / "clip_like.md").write_text(report + "\n")
+    (args.output / "clip_like.md").write_text(report + "\n")
     print(report)
-    model = ["--model", f"{options.output}/seed{options.seeds[0]}", "--methods", *METHODS[:3]]
+    model = ["--model", f"{args.output}/seed{args.seeds[0]}", "--methods", *METHODS[:3]]
     photograph = str(files("sklearn") / "datasets" / "images" / "flower.jpg")
-    iclip(["compare", photograph, "--text", "flower", *model, "--output", f"{options.output}/clip_like.jpg"])
+    iclip(["compare", photograph, "--text", "flower", *model, "--output", f"{args.output}/clip_like.jpg"])
 
 
 @torch.no_grad()

@@ -81,8 +81,8 @@ def main():
     for data in parser.parse_args().data:
         dataset = load_segmentation(*data.split(":"))
         forms = {"plain": (False, []), "refined": (True, []), "background texts": (False, BACKGROUND)}
-        for form, options in forms.items():
-            rows += [[dataset.name, form, *row] for row in measure(dataset, *options)]
+        for form, (refine, background) in forms.items():
+            rows += [[dataset.name, form, *row] for row in measure(dataset, refine, background)]
     print(table(["data set", "maps", "rule", "mIoU %, even", "mIoU %, odd", "without a pixel"], rows))
 
 

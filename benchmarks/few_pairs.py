@@ -46,30 +46,30 @@ def main() -> None:
         "--keep", type=float, nargs="+", default=[0, FEW_PAIRS_KEEP_PRESENCE], help="values of keep_presence"
     )
     parser.add_argument("--steps", type=int, default=FEW_PAIRS_STEPS)
-    options = parser.parse_args()
+    args = parser.parse_args()
 
-    study = Study(options)
-    rows = {"the embedded model": [study.run(seed) for seed in options.seeds]}
+    study = Study(args)
+    rows = {"the embedded model": [study.run(seed) for seed in args.seeds]}
     print(table(rows), flush=True)
-    for count, rate, keep in itertools.product(options.pairs, options.rates, options.keep):
-        runs = [study.run(seed, count, rate, keep) for seed in options.seeds]
+    for count, rate, keep in itertools.product(args.pairs, args.rates, args.keep):
+        runs = [study.run(seed, count, rate, keep) for seed in args.seeds]
         rows[f"{count} pairs, rate {rate:.0e}, keep_presence {keep:g}"] = runs
         print(table(rows).splitlines()[-1], flush=True)
-    print(f"\n{options.output}: the features")
+    print(f"\n{args.output}: the features")
 
 
 class Study:
     """The embedded model, the data, and the features that all runs share."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.steps = options.steps
+    def __init__(self, args: argparse.Namespace):
+        self.steps = args.steps
         self.start, self.processor = load_iclip("embedded")
         self.start.text_model.requires_grad_(False)
-        pairs = load_pairs(options.data_root / "flickr8k" / "dev-00000.tar")
-        self.cache = FeatureCache(self.start, self.processor, options.output)
+        pairs = load_pairs(args.data_root / "flickr8k" / "dev-00000.tar")
+        self.cache = FeatureCache(self.start, self.processor, args.output)
         self.collator = PairCollator(self.processor, text_features=self.cache)
         self.pairs = CachedPairs(pairs, self.cache, self.collator)
-        self.maps = load_segmentation("coco2017", options.data_root / "coco100", "train2017")
+        self.maps = load_segmentation("coco2017", args.data_root / "coco100", "train2017")
         self.start.encode_image = remembered(self.start.encode_image, {})
         self.start.encode_text = remembered(self.start.encode_text, {})
 

@@ -15,14 +15,14 @@ def main() -> None:
     parser.add_argument("shards", type=Path, nargs="+", help="tar files, whose names the parts keep")
     parser.add_argument("--train", type=Path, required=True, help="folder of the shards to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="folder of the shards with every tenth image")
-    options = parser.parse_args()
-    for folder in (options.train, options.held_out):
+    args = parser.parse_args()
+    for folder in (args.train, args.held_out):
         folder.mkdir(parents=True, exist_ok=True)
-    for shard in options.shards:
+    for shard in args.shards:
         with (
             tarfile.open(shard) as source,
-            tarfile.open(options.train / shard.name, "x", format=tarfile.USTAR_FORMAT) as train,
-            tarfile.open(options.held_out / shard.name, "x", format=tarfile.USTAR_FORMAT) as held_out,
+            tarfile.open(args.train / shard.name, "x", format=tarfile.USTAR_FORMAT) as train,
+            tarfile.open(args.held_out / shard.name, "x", format=tarfile.USTAR_FORMAT) as held_out,
         ):
             keys: dict[str, int] = {}
             for member in source:

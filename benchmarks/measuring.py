@@ -88,7 +88,7 @@ def medians(taken: Mapping[str, list[float]]) -> dict[str, float]:
 
 def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
     """Returns the time of `name` divided by that of `to`, the median over the rounds."""
-    return statistics.median(time / other for time, other in zip(taken[name], taken[to]))
+    return statistics.median(numerator / denominator for numerator, denominator in zip(taken[name], taken[to]))
 
 
 def cost(function: Callable[[], object]) -> tuple[float, float]:

@@ -3,9 +3,9 @@
     python benchmarks/methods.py coco2017:DATA/coco100:train2017 voc2012:DATA/voc_layout
     python benchmarks/insert.py docs/studies/methods.md runs/methods.md
 
-A cell has a value for each data set. The columns that cost most (label maps of all classes; deletion and insertion)
-are measured on the first --few images. Methods that the model does not support are named below the table. Prints and
-writes the table.
+A cell has a value for each data set. The columns that take most time (label maps of all classes, pointing game,
+deletion and insertion) are measured on the first --few images. Methods that the model does not support are named below
+the table. Prints and writes the table.
 """
 
 import statistics
@@ -42,19 +42,19 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="use only the first images (default: all)")
     parser.add_argument("--few", type=int, default=20, help="number of images for the costly columns (default: 20)")
     parser.add_argument("--output", type=Path, default=Path("runs/methods.md"))
-    options = parser.parse_args()
+    args = parser.parse_args()
 
-    datasets = [load_segmentation(*data.split(":")) for data in options.data]
-    model = load(options.model)
+    datasets = [load_segmentation(*data.split(":")) for data in args.data]
+    model = load(args.model)
     methods, refused = supported(model)
-    scores = [measure(model, dataset, methods, options.limit, options.few) for dataset in datasets]
+    scores = [measure(model, dataset, methods, args.limit, args.few) for dataset in datasets]
     taken = seconds(model, datasets[0], methods)
-    report = written(datasets, scores, taken, options, refused)
+    report = make_report(datasets, scores, taken, args, refused)
     print(report)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(options.output) as partial:
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(args.output) as partial:
         partial.write_text(report + "\n", encoding="utf-8")
-    print(f"\n{options.output}")
+    print(f"\n{args.output}")
 
 
 def supported(model) -> tuple[list[str], dict[str, str]]:
@@ -104,7 +104,7 @@ def seconds(model, dataset, methods: list[str]) -> dict[str, list[float]]:
     return take_turns(functions, 3)
 
 
-def written(datasets, scores: list[dict], taken: dict[str, list[float]], options, refused: dict[str, str]) -> str:
+def make_report(datasets, scores: list[dict], taken: dict[str, list[float]], args, refused: dict[str, str]) -> str:
     """Returns the tables, with notes on the data, the texts and the machine above them."""
     rows = []
     for method in scores[0]:
@@ -117,8 +117,8 @@ def written(datasets, scores: list[dict], taken: dict[str, list[float]], options
             cost = [f"{statistics.median(taken[method]):.3f}", f"{ratio(taken, method, 'itsm'):.1f}"]
         rows.append([f"`{method}`" if method in METHODS else method, *cells, *cost])
     headings = ["method", *(heading for heading, _ in COLUMNS.values()), "seconds per image", "times `itsm`"]
-    counts = [min(len(dataset), options.limit or len(dataset)) for dataset in datasets]
-    few = [min(count, options.few) for count in counts]
+    counts = [min(len(dataset), args.limit or len(dataset)) for dataset in datasets]
+    few = [min(count, args.few) for count in counts]
     lines = [
         f"- Each cell: {' / '.join(f'{dataset.name}, {count} images' for dataset, count in zip(datasets, counts))}.",
         f"- mIoU, pointing game and insertion minus deletion: the first {' / '.join(map(str, few))} images.",

@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of the shards")
     parser.add_argument("--names", type=Path, required=True, help="folder of imagenet1k_sample")
     parser.add_argument("--model", default="embedded", help="as for load")
-    options = parser.parse_args()
-    model, scores, embeds = load(options.model), [], []
-    items = [item for shard in sorted(options.folder.glob("*.tar")) for _, item in shard_items(shard)]
+    args = parser.parse_args()
+    model, scores, embeds = load(args.model), [], []
+    items = [item for shard in sorted(args.folder.glob("*.tar")) for _, item in shard_items(shard)]
     labels = [json.loads(item["json"])["labels"] for item in items]
     first_labels = np.array([photo_labels[0] for photo_labels in labels])
     names = sorted({*first_labels.tolist()})
@@ -77,7 +77,7 @@ def main() -> None:
         ("nearest photograph has the same label", int(shared.sum()), f"{100 * same.mean():.1f}"),
     ]
     if (presence := model.presence(scores)) is not None:
-        alike = look_alikes(names, options.names)
+        alike = look_alikes(names, args.names)
         present_by_kind = {"its label": [], "look-alikes": [], "others": []}
         for photo_presence, photo_labels in zip((presence >= 0.5).tolist(), labels):
             present = dict(zip(names, photo_presence))

@@ -73,11 +73,11 @@ def main() -> None:
     parser.add_argument(
         "--coco80", type=Path, help="folder of shards with all classes of COCO, to measure the detector"
     )
-    options = parser.parse_args()
-    detector = Detector(options.detector)
+    args = parser.parse_args()
+    detector = Detector(args.detector)
 
-    if options.coco80:
-        items = [item for shard in sorted(options.coco80.glob("*.tar")) for _, item in shard_items(shard)]
+    if args.coco80:
+        items = [item for shard in sorted(args.coco80.glob("*.tar")) for _, item in shard_items(shard)]
         shown = ["person" in json.loads(item["json"])["labels"] for item in items]
         scores = np.array([detector.score(item["jpg"]) for item in items])
         print(f"AUC {roc_auc_score(shown, scores):.3f}")
@@ -96,7 +96,7 @@ def main() -> None:
         content.update(labels=labels + shown, complete=[*complete, "person"])
         return bool(shown)
 
-    write_labelled(options.folder, options.output, label)
+    write_labelled(args.folder, args.output, label)
 
 
 if __name__ == "__main__":

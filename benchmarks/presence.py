@@ -156,13 +156,13 @@ def main():
         "--held-out", type=Path, help="folder of shards that `hold_out.py` wrote, to fit presence_bias"
     )
     parser.add_argument("--model", default="embedded", help="as for load")
-    options = parser.parse_args()
-    model, root = load(options.model), options.data_root
+    args = parser.parse_args()
+    model, root = load(args.model), args.data_root
     if not hasattr(model.network.config, "presence_bias") or model.network.config.logit_bias_init_value is None:
-        parser.error(f"{options.model} was not trained with a sigmoid, so it has no presence.")
+        parser.error(f"{args.model} was not trained with a sigmoid, so it has no presence.")
 
-    if options.held_out:
-        fit_bias(model, root, options.held_out)
+    if args.held_out:
+        fit_bias(model, root, args.held_out)
     coco = load_segmentation("coco2017", root / "coco100", "train2017")
     ade20k = load_segmentation("ade20k", root / "ade20k")
     camvid = load_segmentation("camvid", root / "camvid")

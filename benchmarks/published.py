@@ -42,23 +42,23 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="papers (default: all)")
     parser.add_argument("--model", default=MODEL, help=f"folder or Hub id (default: {MODEL})")
     parser.add_argument("--output", type=Path, default=Path("runs/published"))
-    options, others = parser.parse_known_args()  # the rest are options of `iclip evaluate`
+    args, evaluate_options = parser.parse_known_args()
     failed = []
-    for data in options.data:
+    for data in args.data:
         name, _, folder = data.partition(":")
-        for protocol in options.protocols:
-            file = options.output / f"{protocol}-{name}.json"
+        for protocol in args.protocols:
+            file = args.output / f"{protocol}-{name}.json"
             if not file.exists():
-                run = [*command(protocol, name, folder, options.model), "--output", str(file), *others]
+                run = [*command(protocol, name, folder, args.model), "--output", str(file), *evaluate_options]
                 print(shlex.join(["iclip", *run]), flush=True)
-                options.output.mkdir(parents=True, exist_ok=True)
+                args.output.mkdir(parents=True, exist_ok=True)
                 if cli.main(run):
                     failed.append(file.stem)
-            report = written(options.output)
+            report = results_table(args.output)
             print(report, flush=True)
-            with atomic_write(options.output / "published.md") as partial:
+            with atomic_write(args.output / "published.md") as partial:
                 partial.write_text(report + "\n", encoding="utf-8")
-    print(options.output / "published.md")
+    print(args.output / "published.md")
     if failed:
         sys.exit(f"These runs failed: {', '.join(failed)}.")
 
@@ -69,7 +69,7 @@ def command(protocol: str, dataset: str, folder: str, model: str = MODEL) -> lis
     return [*run, "--dataset", dataset, "--data-root", folder, "--model", model]
 
 
-def written(results: Path | None = None) -> str:
+def results_table(results: Path | None = None) -> str:
     """Returns the table of the published mIoU, beside the measured mIoU of the runs in a folder."""
     rows = []
     for protocol in PROTOCOLS:

@@ -37,28 +37,28 @@ def main() -> None:
     parser.add_argument("--dataset", default="coco2017", choices=DATASETS)
     parser.add_argument("--data-root", required=True)
     parser.add_argument("--split")
-    options, others = parser.parse_known_args()  # the rest are arguments of `iclip train`
+    args, train_arguments = parser.parse_known_args()
 
-    studies = yaml.safe_load((options.config / "studies.yaml").read_text())
-    dataset = load_segmentation(options.dataset, options.data_root, options.split)
+    studies = yaml.safe_load((args.config / "studies.yaml").read_text())
+    dataset = load_segmentation(args.dataset, args.data_root, args.split)
     features = {}  # outputs of the locked image tower, which is the same in all runs
     rows = {}
     for number, (name, changes) in enumerate(studies["runs"].items()):
         scores = []
-        for seed in options.seeds:
-            folder = options.output / f"{number}-seed{seed}"
+        for seed in args.seeds:
+            folder = args.output / f"{number}-seed{seed}"
             file = folder / "study.json"
             if not file.exists():
-                given = {"config": options.config, "output_dir": folder, "seed": seed, **studies["arguments"]}
+                given = {"config": args.config, "output_dir": folder, "seed": seed, **studies["arguments"]}
                 command = ["--resume", *(f"--{name}={value}" for name, value in given.items())]
-                command += ["--model_options", *studies["model_options"], *changes, *others]
+                command += ["--model_options", *studies["model_options"], *changes, *train_arguments]
                 train(parse_arguments(command))
                 file.write_text(json.dumps(measure(folder, dataset, features), indent=2))
             scores.append(json.loads(file.read_text()))
         rows[name] = scores
         print(table(rows), flush=True)
-    report = f"{table(rows)}\n\n{tower_facts(options.output / f'0-seed{options.seeds[0]}', dataset)}\n"
-    written = options.output / "studies.md"
+    report = f"{table(rows)}\n\n{tower_facts(args.output / f'0-seed{args.seeds[0]}', dataset)}\n"
+    written = args.output / "studies.md"
     written.write_text(report)
     print(f"{report}\n{written}, beside a folder for each run")
 

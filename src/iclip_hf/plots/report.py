@@ -111,9 +111,9 @@ class ReportFolder:
             "scores": scores or {},
         }
         # A script, because a page on disk may not fetch a file.
-        text = f"const REPORT = {json.dumps(data, allow_nan=False, separators=(',', ':'))};\n"
+        script = f"const REPORT = {json.dumps(data, allow_nan=False, separators=(',', ':'))};\n"
         page = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-        for name, content in (("data.js", text), ("index.html", page)):
+        for name, content in (("data.js", script), ("index.html", page)):
             with atomic_write(self.folder / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
         return self.folder / "index.html"

@@ -121,10 +121,10 @@ def label_sheet(
     dpi: int = DPI,
 ) -> Image.Image:
     """
-    Draws an RGB image, its label map over it, and a legend. `label_map`, `(H, W)`, has for each pixel the index of a
-    text; -1 is no text, and is dimmed. The indices of the texts of the `background` follow those of `texts`; these are
-    grey. `presence_words` are the [`Explanation.presence_words`] of both. The legend lists the texts that have pixels
-    and the pixels without a text, with their shares of the image, then the other texts.
+    Draws an RGB image, its label map over it, and a legend. `label_map` has the index of a text for each pixel, `(H,
+    W)`; pixels without a text have -1 and are dimmed. Indices count first `texts`, then the texts of the `background`,
+    which are grey. `presence_words` are the [`Explanation.presence_words`] of all these texts. The legend lists the
+    texts that have pixels, then the pixels without a text, with their shares of the image, then the other texts.
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
     colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
@@ -157,9 +157,9 @@ def comparison_sheet(
 ) -> Image.Image:
     """
     Compares methods side by side (Fig. 2, 6 and 10). A row shows the RGB image and the maps of one text over it, in a
-    column for each method. With a single text, a row has at most five pictures. `heatmaps` has the title of each
-    column and its maps of the T texts, `(H, W)` in [0, 1]; None leaves a gap. `presence_words` has by these titles the
-    presence of the texts as words. Pictures of absent texts are faded.
+    column for each method. With a single text, a row has at most five pictures. `heatmaps` has for the title
+    of each column the maps of all texts, `(H, W)` in [0, 1]; None leaves a gap. `presence_words` has for the same
+    titles the presence of all texts as words. Pictures of absent texts are faded.
     """
     presence_words = presence_words or {}
     pictures = []

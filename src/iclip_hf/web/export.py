@@ -133,11 +133,11 @@ def _write_page(folder: Path, settings: dict, cdn: str) -> None:
         "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
         "introduction": introduction(settings["presence"] is not None),
     }
-    texts = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
-    texts["index.html"] = string.Template(texts["index.html"]).substitute(values)
-    for name, text in _with_version(texts).items():
-        (folder / name).write_text(text, encoding="utf-8")
-    page_files = [*texts, *(example["file"] for example in settings["examples"])]
+    contents = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}
+    contents["index.html"] = string.Template(contents["index.html"]).substitute(values)
+    for name, content in _with_version(contents).items():
+        (folder / name).write_text(content, encoding="utf-8")
+    page_files = [*contents, *(example["file"] for example in settings["examples"])]
     digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in page_files}
     offline = string.Template(read_asset("offline.js"))
     offline = offline.substitute(files=json.dumps({"./": digests["index.html"], **digests}))
@@ -154,11 +154,11 @@ def _at_cdn(file: dict, cdn: str) -> dict:
     return {"url": f"{cdn}/{file['package']}/{file['path']}", "integrity": file["integrity"], "bytes": file["bytes"]}
 
 
-def _with_version(texts: dict[str, str]) -> dict[str, str]:
+def _with_version(contents: dict[str, str]) -> dict[str, str]:
     """Adds a version to the references between the files of a page, so that a cache does not mix two exports."""
-    version = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
-    reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, texts))})(?=")')
-    return {name: reference.sub(rf"\g<0>?{version}", text) for name, text in texts.items()}
+    version = hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:8]
+    reference = re.compile(rf'"(?:\./)?(?:{"|".join(map(re.escape, contents))})(?=")')
+    return {name: reference.sub(rf"\g<0>?{version}", content) for name, content in contents.items()}
 
 
 def _image_settings(processor: ICLIPProcessor) -> dict:

@@ -103,8 +103,8 @@ def main() -> None:
         keys = np.frombuffer(np.random.default_rng(0).bytes(32 * count), "S32")
         fill(FeatureStore(folder / "small"), keys, {"class_token": (1,)})
         rows[4], store = measured("open the cache", lambda: FeatureStore(folder / "small"), count)
-        asked = keys[::-1].tolist()
-        rows[5], _ = measured("find all images in it", lambda: store.find(asked), count)
+        reversed_keys = keys[::-1].tolist()
+        rows[5], _ = measured("find all images in it", lambda: store.find(reversed_keys), count)
 
         store = fill(FeatureStore(folder / "large"), keys[:ROWS], FEATURES)
         generator = np.random.default_rng(0)

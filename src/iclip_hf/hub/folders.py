@@ -130,7 +130,7 @@ def join_towers(
         model_options: options of [`ICLIPConfig`], which override the configuration.
     """
     towers = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
-    embedded = [sub_config for sub_config, tower in towers.items() if tower == "embedded"]
+    embedded_configs = [sub_config for sub_config, tower in towers.items() if tower == "embedded"]
     if "embedded" in (vision, text):
         embedded_vision, embedded_text = map(str, embedded_towers())
         vision = embedded_vision if vision == "embedded" else vision
@@ -159,7 +159,7 @@ def join_towers(
     model = ICLIPModel.from_vision_text_pretrained(
         vision, text, feature_tower, processor_options.get("image_processor"), **model_options
     )
-    name_towers(model, *embedded)
+    name_towers(model, *embedded_configs)
     processor_options.setdefault("patch_size", patch_side(model.config))
     if "image_processor" not in processor_options:
         with loading_errors(vision):  # otherwise the error would name the text tower
@@ -172,8 +172,8 @@ def join_towers(
 
 def _check_tower(checkpoint: str, sub_config: str, config: ICLIPConfig | None) -> None:
     """
-    Checks that the files of a tower can be read. If `config` is not None, also checks the shape of the tower against
-    it.
+    Checks that the files of a tower can be read. If `config` is not None, also checks that the tower has the shape
+    that it states.
     """
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
@@ -244,8 +244,8 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     """
     Uploads an exported folder to a Hub repository, such as "org/iclip-vit-b16", in one commit, and returns the URL of
     the commit. A repository that does not exist is created, with `private` as given. Results of an earlier model are
-    deleted there.
-    Raises `OSError` if the Hub cannot be reached or refuses the upload, and `ValueError` for an invalid name.
+    deleted there. Raises `OSError` if the Hub cannot be reached or refuses the upload, and `ValueError` for an invalid
+    name.
     """
     api = HfApi()
     with _hub_errors(api):

@@ -25,13 +25,13 @@ from . import decoder
 
 
 def asked_texts(typed: str) -> list[str]:
-    """Returns the texts that a visitor typed, each once. Raises `ValueError` if they are too many or too long."""
+    """Returns the texts that a visitor typed, each once. Raises `ValueError` for none, too many or too long texts."""
     texts = list(dict.fromkeys(split_texts(typed)))
     if not 1 <= len(texts) <= MAX_TEXTS:
         raise ValueError(f"Type 1 to {MAX_TEXTS} texts, between commas or one a line, not {len(texts)}.")
     longest = max(map(len, texts))
     if longest > MAX_CHARACTERS:
-        raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}.")
+        raise ValueError(f"Texts have at most {MAX_CHARACTERS} characters, but one has {longest}; shorten it.")
     return texts
 
 

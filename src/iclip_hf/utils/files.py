@@ -20,9 +20,9 @@ from .errors import is_writing_error, writing_errors
 
 def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | os.PathLike | None] = ()) -> None:
     """
-    Checks the files that a command will write, before its work. Raises `FileExistsError` if one of them is a folder,
-    is an input or lies in one, and `PermissionError` if its folder cannot be written. Inputs may be files and folders;
-    None and names that do not exist are ignored.
+    Checks the files that a command will write, before its work. Raises `FileExistsError` if an output is a folder, is
+    an input or lies in one, and `PermissionError` if the folder of an output cannot be written. Inputs may be files
+    and folders; None and names that do not exist are ignored.
     """
     inputs = [*filter(None, inputs)]
     for path in map(Path, outputs):

@@ -56,7 +56,7 @@ class Columns(NamedTuple):
                 `class_probabilities` is no object of names and numbers in [0, 1].
         """
         parts = [row]
-        if isinstance(row.get("json"), Mapping):
+        if isinstance(row.get("json"), Mapping):  # of a shard
             parts.append(row["json"])
 
         def first_value(column: str):
@@ -107,7 +107,7 @@ class PairTexts(NamedTuple):
         """Joins the texts of several rows. A repeated text is kept once."""
         captions, labels, complete, probabilities = zip(*parts)
         distinct = ([*dict.fromkeys(chain(*lists))] for lists in (captions, labels, complete))
-        return cls(*distinct, {name: number for by_name in probabilities for name, number in by_name.items()})
+        return cls(*distinct, dict(chain.from_iterable(by_name.items() for by_name in probabilities)))
 
 
 def sample_caption(captions: list[str], seed: int, epoch: int, key: int | str) -> str:

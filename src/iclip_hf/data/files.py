@@ -40,6 +40,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def is_hidden(name: str) -> bool:
+    """Returns whether a name is that of a hidden file, or of the folder that macOS adds to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 

@@ -46,21 +46,21 @@ def marked_nouns(lines: Sequence[str]) -> dict[str, str]:
     Returns the nouns of a vocabulary in lower case, each with its marks. Blank lines are skipped. Raises `ValueError`
     for a line that is not a noun with its marks, for a noun that is both above and below, and for a repeated noun.
     """
-    marks = {}
+    marks_by_noun = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         found = _LINE.fullmatch(line.strip().lower())
-        noun, noun_marks = found.groups() if found else ("", "")
-        if not _name(noun) or ("above" in noun_marks and "below" in noun_marks):
+        noun, marks = found.groups() if found else ("", "")
+        if not _name(noun) or ("above" in marks and "below" in marks):
             raise ValueError(
                 f'line {number}: {line!r:.100} is not a noun with its marks, such as "sky (background) (above)"; '
                 "correct or remove it."
             )
-        if noun in marks:
-            raise ValueError(f"line {number}: {noun!r} is there already; remove one of them.")
-        marks[noun] = noun_marks
-    return marks
+        if noun in marks_by_noun:
+            raise ValueError(f"line {number}: {noun!r} is in an earlier line too; remove one of these lines.")
+        marks_by_noun[noun] = marks
+    return marks_by_noun
 
 
 class ImageNouns(NamedTuple):

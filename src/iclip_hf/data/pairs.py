@@ -1,5 +1,5 @@
 """
-Image-text pairs for training: local ones by random access, Hub datasets also as a stream.
+Image-text pairs for training. Local pairs have random access. Hub datasets can also be streamed.
 
 Local images are neither unpacked nor read into memory. A pair is one row of its source, or all rows of one image. One
 array holds the indices of all pairs, so any sampler can shuffle, split and resume exactly. Torch is not imported, so
@@ -86,7 +86,8 @@ class PairDataset(Epochs):
     def __init__(self, sources: Sequence[Source], seed: int = 0, max_bad_share: float = 0.05):
         self.seed, self.max_bad_share = seed, max_bad_share
         self.sources = [*dict.fromkeys(sources)]
-        # A pair is an image. Images are numbered over all sources. `_ends` has the number behind each source's images.
+        # A pair is an image. Images are numbered over all sources. For each source, `_ends` has the number after its
+        # last image.
         self._ends = np.cumsum([source.num_images for source in self.sources], dtype=int)
         indices_by_source = {}
         for source, end in zip(self.sources, self._ends.tolist()):
@@ -95,7 +96,7 @@ class PairDataset(Epochs):
         self._digests: np.ndarray | None = None
         if not len(self):
             raise ValueError(
-                f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name others."
+                f"There are no pairs in {', '.join(str(source.path) for source in sources)}; name other data."
             )
         self.tally = BadPairTally(max_bad_share, len(self))
 
@@ -184,7 +185,7 @@ class PairDataset(Epochs):
                 continue
 
     def _replacement(self, rng: random.Random) -> tuple[int, dict]:
-        """Samples a good pair from all. The next good pair would be repeated for each pair of a damaged shard."""
+        """Samples a good pair. Taking the next good pair would repeat it for each pair of a damaged shard."""
         for _ in range(1000):
             index = rng.randrange(len(self))
             try:
@@ -222,8 +223,8 @@ class PairDataset(Epochs):
 
     def readable(self) -> PairDataset:
         """
-        Reads all pairs, and returns the pairs that can be read. Measurements need this, because there, no pair may
-        replace another. Logs the bad pairs. Raises `ValueError` if they are too many.
+        Reads all pairs, and returns the pairs that can be read. Use this for measurements, where no pair may replace
+        another. Logs the bad pairs. Raises `ValueError` if they are too many.
         """
 
         def error_of(index: int) -> BadPairError | None:
@@ -232,17 +233,17 @@ class PairDataset(Epochs):
             except BadPairError as error:
                 return error
 
-        tally, good = BadPairTally(self.max_bad_share, len(self)), []
+        tally, is_good = BadPairTally(self.max_bad_share, len(self)), []
         with ThreadPool(spare_processors()) as pool:
             for index, error in enumerate(prefetch_map(pool, error_of, range(len(self)), 64)):
                 tally.add(index, error)
-                good.append(error is None)
-        return self._select(np.array(good))
+                is_good.append(error is None)
+        return self._select(np.array(is_good))
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
-        Returns the pairs of each source once, in order, and the indices in them of the N pairs of this data set,
-        `(N,)`.
+        Returns the pairs in order, those of a repeated source once, and the indices among them of the N pairs of this
+        data set, `(N,)`.
         """
         _, first_indices, distinct_indices = np.unique(self._image_indices, return_index=True, return_inverse=True)
         return self._select(first_indices), distinct_indices.reshape(-1)
@@ -302,8 +303,8 @@ def load_pairs(
     world_size: int = 1,
 ) -> PairDataset | PairStream:
     """
-    Opens image-text pairs for training, from one source or a list of local sources. The guide (`docs/guide/train.md`)
-    describes sources, and columns of labels. A source is one of:
+    Opens image-text pairs for training. The guide (`docs/guide/train.md`) describes sources and columns of labels. A
+    source is one of:
 
     - Tar shards of webdataset or img2dataset: a file, a folder, or a pattern such as "cc3m/{00000..00331}.tar" or
       "cc3m/*.tar". The captions are the list `captions` in the JSON, else the text, else `caption` in the JSON.
@@ -314,6 +315,7 @@ def load_pairs(
     - The Hub id of a dataset ("org/name"), if there is no local folder "org".
 
     Args:
+        source (`str`, `os.PathLike` or a list of these): one source, or several local sources.
         split (`str`, defaults to `"train"`): split of a Hub dataset or of a saved one.
         image_column, caption_column (`str`, *optional*): names of columns that are not among the usual ones.
         streaming (`bool`, defaults to `True`): whether a Hub dataset is streamed instead of downloaded.

@@ -1,6 +1,6 @@
 """
-Segmentation data sets with one type of samples: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes, CamVid or a
-folder of index masks. `mask_formats` has their readers, `layouts` their files.
+Segmentation data sets: VOC, Pascal Context, COCO, COCO-Stuff, ADE20K, Cityscapes, CamVid, or a folder of index masks.
+The readers of their masks are in `mask_formats`, the patterns of their files in `layouts`.
 
 Class ids are 1..K in the order of `class_names`. 0 is background. Void pixels are ignored. They have the highest value
 of the masks' type: 255 in uint8; 65535 in uint16, which more than 254 classes need.

@@ -20,7 +20,7 @@ MAP_METRICS = ("mAP", "mMIoU", "mFMB", "text_contrast")  # measured on a segment
 FEW_PAIRS_RATE = 1e-5
 FEW_PAIRS_STEPS = 200
 FEW_PAIRS_KEEP_PRESENCE = 1.0
-# Arguments of a `Trainer` that a model depends on.
+# Arguments of a `Trainer` that the trained model depends on.
 _RECIPE = """
     per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps warmup_learning_rate
     min_learning_rate weight_decay max_grad_norm keep_presence seed
@@ -49,17 +49,17 @@ class ICLIPTrainingArguments(TrainingArguments):
     num_train_epochs: float = argument(30.0, "number of passes over the pairs")
     learning_rate: float = argument(1.25e-4, "peak of the learning rate, for any number of pairs in a batch")
     lr_scheduler_type: str = argument("cosine", "schedule of the learning rate")
-    warmup_steps: float = argument(2 / 30, "steps of linear warm-up; below 1, their share of all steps")
+    warmup_steps: float = argument(2 / 30, "steps of linear warm-up; below 1, a share of all steps")
     weight_decay: float = argument(0.05, "weight decay of matrices; biases, norms and logit scales have none")
     max_grad_norm: float = argument(5.0, "largest norm of the gradient")
-    eval_steps: float | None = argument(1000, "number of steps between evaluations; below 1, their share")
-    save_steps: float = argument(1000, "number of steps between checkpoints; below 1, their share")
+    eval_steps: float | None = argument(1000, "number of steps between evaluations; below 1, a share of all steps")
+    save_steps: float = argument(1000, "number of steps between checkpoints; below 1, a share of all steps")
     save_total_limit: int | None = argument(2, "number of checkpoints that are kept")
-    logging_steps: float = argument(10, "number of steps between logs; below 1, their share")
-    dataloader_drop_last: bool = argument(True, "leave out an incomplete last batch; the loss needs equal ones")
+    logging_steps: float = argument(10, "number of steps between logs; below 1, a share of all steps")
+    dataloader_drop_last: bool = argument(True, "leave out an incomplete last batch; the loss needs equal sizes")
     remove_unused_columns: bool = argument(False, "columns of a data set stay, because the collator reads them")
     # The `noun_labels` of a batch must not be gathered.
-    label_names: list[str] | None = argument([], "names of labels to gather; none")
+    label_names: list[str] | None = argument([], "names of labels that an evaluation gathers; none by default")
     # Other strategies push `training_args.bin`, which holds paths and the token of this machine.
     hub_strategy: str = argument("end", "when push_to_hub pushes: at the end, with the model card")
 
@@ -73,11 +73,11 @@ class ICLIPTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.data_seed is None:  # torch's own seed, which Accelerate would take, changes as batches are made
+        if self.data_seed is None:  # Accelerate would take torch's seed, which changes as batches are made
             self.data_seed = self.seed
-        # Without a launcher, one of several GPUs trains. `DataParallel` would contrast the pairs of each GPU alone.
+        # Without a launcher, only one GPU trains. `DataParallel` would contrast the pairs of each GPU alone.
         self._n_gpu = min(self.n_gpu, 1)
-        self.dataloader_pin_memory &= self.device.type != "cpu"  # torch would warn
+        self.dataloader_pin_memory &= self.device.type != "cpu"  # torch would warn without a GPU
 
 
 def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0, **given) -> dict[str, object]:

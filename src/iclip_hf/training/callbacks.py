@@ -38,7 +38,7 @@ from .kept_presence import kept_presence
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 50  # a training with fewer steps gets a warning
-# File with digests of the held-out pairs of a training, and their scores by the model at its start.
+# File with digests of the held-out pairs of a training, and the scores of these pairs by the model at the start.
 START_FILE = "start.json"
 
 
@@ -130,7 +130,7 @@ class Interrupts(TrainerCallback):
     def _handle(self, number: int, frame) -> None:
         if not self.requested:
             self.requested, self._requested_at = True, time.monotonic()
-            if os.environ.get("RANK", "0") == "0" and os.getpid() == self._process:  # not of a loading process
+            if os.environ.get("RANK", "0") == "0" and os.getpid() == self._process:  # not in a loading process
                 print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", flush=True)
         elif number == signal.SIGINT and time.monotonic() - self._requested_at > 1:
             raise KeyboardInterrupt
@@ -152,8 +152,8 @@ class Start(TrainerCallback):
     The start of a training. Later evaluations are compared with it.
 
     Attributes:
-        held_out (`list[str]`): digests of the held-out pairs.
-        scores (`dict`): for each held-out set, by a digest of its captions, the score of each pair in each metric.
+        held_out (`list[str]`): a digest of the captions of each held-out set.
+        scores (`dict`): for each held-out set, by a digest of its caption ids, the scores of its pairs by metric.
         regressed (`dict`): for each held-out set, by this digest, the metrics that got worse in the last evaluation.
         presence ([`KeptPresence`], *optional*): the loss that keeps the presence of the model of the start.
         is_kept (`bool`): whether the model of the start is kept already. A resumed training keeps no other model.
@@ -186,7 +186,8 @@ class Start(TrainerCallback):
             self.scores[pairs_digest] = {name: values.tolist() for name, values in scores.items()}
             self._write()
             return {}
-        if not (before := self.scores.get(pairs_digest)):
+        before = self.scores.get(pairs_digest)
+        if before is None:
             return {}
         intervals = {name: change_interval(before[name], scores[name].tolist()) for name in before}
         self.regressed[pairs_digest] = regressed_metrics(intervals, len(pair_ids))
@@ -215,7 +216,7 @@ class Start(TrainerCallback):
                     f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
                     "data, or name another output_dir."
                 )
-        # The state of a moved checkpoint has its earlier path. The base class forgets a path that does not exist.
+        # The state of a moved checkpoint names its earlier path. The base class forgets a path that does not exist.
         best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)

@@ -82,10 +82,10 @@ class PairCollator:
         """
         draws = [self._draw(index, row) for index, row in enumerate(rows)]
         texts = [row if "nouns" in row else self.read(_texts_of(number, row)) for number, row in enumerate(rows, 1)]
-        captions = [sample_caption(text["captions"], *draw) for text, draw in zip(texts, draws)]
+        captions = [sample_caption(row_texts["captions"], *draw) for row_texts, draw in zip(texts, draws)]
         prompts, nouns = [], {}
         if self.nouns:
-            image_nouns: list[ImageNouns] = [text["nouns"] for text in texts]
+            image_nouns: list[ImageNouns] = [row_texts["nouns"] for row_texts in texts]
             prompts, arrays = self.nouns.sample(image_nouns, draws[0][1])
             nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
         return {**self._images(rows, draws), **self._texts(captions + prompts), **nouns, "return_loss": True}
@@ -95,7 +95,9 @@ class PairCollator:
         seed, epoch, key = row.get("draw") or (0, None, index)
         if self._epoch is not None:
             epoch = self._epoch
-        return seed, int(torch.randint(2**31, ())) if epoch is None else epoch, key
+        elif epoch is None:
+            epoch = int(torch.randint(2**31, ()))
+        return seed, epoch, key
 
     def _images(self, rows: Sequence[Mapping], draws: Sequence[tuple]) -> dict[str, object]:
         """Returns the images of rows as tensors: cached features, augmented or prepared by the processor."""

@@ -32,14 +32,14 @@ class Layout(NamedTuple):
 
     Attributes:
         title: name on model cards and in reports.
-        images, masks: patterns of the files below the root, with `<split>`. Braces hold alternatives; the first that
-            finds files is used. `*` stands for the same text in an image and its mask. If the pattern of images ends
-            with `*`, images have any format, and every image needs a mask. Otherwise, every mask needs an image, and
-            an image without a mask is left out.
+        images, masks: patterns of the files below the root, with `<split>` for the split. Braces hold alternatives:
+            the first that finds files is used. `*` stands for the same text in an image and its mask. If the pattern
+            of images ends with `*`, images have any format, and every image needs a mask. Otherwise, every mask needs
+            an image, and an image without a mask is left out.
         classes: names of the classes, by ascending id; None if `classes.txt` holds them.
         split: the default split.
         split_sizes: number of images of each split with public masks; empty for the user's own data.
-        image_list: pattern of the file that names the images of a split, if the folders hold other images too.
+        image_list: pattern of the file that names the images of a split; empty if a split has its own folder.
         instances: whether COCO's file of instances is read if there are no masks.
         values: values of the classes in the masks, by default 1..K.
         background, void: values of background and of ignored pixels. 255 is void unless it is in `background`. A value

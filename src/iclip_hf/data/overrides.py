@@ -23,7 +23,7 @@ class Overrides(NamedTuple):
 
 def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_names: Sequence[str]) -> Overrides:
     """
-    Returns the texts of a data set with these classes. Overrides and errors are those of
+    Returns the texts of a data set with these classes. Overrides and errors are described in
     [`~iclip_hf.data.segmentation.load_segmentation`].
     """
     layout, where = DATASETS[dataset], "overrides"
@@ -32,7 +32,7 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
         is_text = where.suffix.lower() == ".txt"
         overrides = _read_class_lines(where, dataset, class_names) if is_text else _read_mapping(where)
 
-    def texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    def as_texts(value: str | Sequence[str]) -> tuple[str, ...]:
         items = (value,) if isinstance(value, str) else value
         is_list = isinstance(items, Sequence) and len(items) > 0
         if not is_list or not all(isinstance(text, str) and text.strip() for text in items):
@@ -50,8 +50,8 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
         raise ValueError(
             f"{where}: {unknown[0]!r} is neither an entry ({', '.join(entries)}) nor a class of {dataset!r}."
         )
-    synonyms = tuple(texts(names.get(name, name)) for name in class_names)
-    background = texts(overrides["background"]) if "background" in overrides else ()
+    synonyms = tuple(as_texts(names.get(name, name)) for name in class_names)
+    background = as_texts(overrides["background"]) if "background" in overrides else ()
     if background and not layout.background:
         raise ValueError(f"{where}: the background of {dataset!r} is void; leave out its texts.")
     # A text of the background may also name a class, as in papers.

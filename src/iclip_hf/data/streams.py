@@ -58,14 +58,14 @@ class PairStream(Epochs, IterableDataset):
         from datasets.distributed import split_dataset_by_node
 
         features = dataset.features or {}
-        images = [name for name, feature in features.items() if isinstance(feature, Image)]
+        image_columns = [name for name, feature in features.items() if isinstance(feature, Image)]
         if columns.image != USUAL_COLUMNS.image:
-            images = [name for name in columns.image if name in images]
-        if not images:
+            image_columns = [name for name in columns.image if name in image_columns]
+        if not image_columns:
             raise ValueError(
                 f"None of the columns {', '.join(features)} has images; name another dataset or image_column."
             )
-        self._image_column, self._columns, self._hub_id = images[0], columns, hub_id
+        self._image_column, self._columns, self._hub_id = image_columns[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a later row of another type would
         # end the stream.
         kept = (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)

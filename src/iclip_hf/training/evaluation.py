@@ -25,8 +25,8 @@ _BOOTSTRAPS = 2000
 
 def content_ids(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """
-    Returns ids (B,) of B items, each of which has an entry in each of the tensors (B, ...). Items that are equal up to
-    zeros at their end have the same id.
+    Returns ids (B,) of B items, by their content in the tensors (B, ...). Items that are equal up to zeros at their
+    end have the same id.
     """
     items = zip(*(tensor.flatten(1).cpu().numpy() for tensor in tensors))
     contents = (b"".join(part.tobytes() for part in item).rstrip(b"\0") for item in items)
@@ -37,9 +37,9 @@ def content_ids(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
     Returns the scores of pairs, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
-    A query also counts as answered by another pair with the same image or caption, by the ids (N, 2) of both, because
-    some data sets have a row for each caption of an image. The logits are computed in blocks, so that memory does not
-    grow with N squared.
+    Another pair with the same image or caption also answers a query, by the ids (N, 2) of images and captions: some
+    data sets have a row for each caption of an image. The logits are computed in blocks, so that memory does not grow
+    with N squared.
     """
 
     def search(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

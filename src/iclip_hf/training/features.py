@@ -127,7 +127,7 @@ class FeatureStore:
         """
         state = partial_state("train")
         self.reload()
-        # Only one process looks for them, because another run may add features before a second process looks.
+        # Only one process looks for missing keys, because another run may add some before a second process looks.
         missing = broadcast_from_main(self._missing(keys) if state.is_main_process else None)
         part = missing[state.process_index :: state.num_processes]
         batches = [part[start : start + batch_size].tolist() for start in range(0, len(part), batch_size)]
@@ -214,7 +214,7 @@ class FeatureCache:
         mean = model.token_mean.tolist() if model.config.center_tokens else None
         common = {"mixed_precision": mixed_precision, "version": _VERSION}
         towers = [tower for tower in (model.vision_model, model.feature_model, model.feature_reduction) if tower]
-        images = digest(
+        images_digest = digest(
             {
                 "towers": [[getattr(tower, "config", None), tower.state_dict()] for tower in towers],
                 "options": model.config.feature_options,
@@ -223,10 +223,10 @@ class FeatureCache:
                 **common,
             }
         )
-        self._images = FeatureStore(folder / "images" / images)
+        self._images = FeatureStore(folder / "images" / images_digest)
         # The token ids of the probe depend on the length and the padding that the processor adds.
         probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
-        texts = digest(
+        texts_digest = digest(
             {
                 "tower": [model.text_model.config, model.text_model.state_dict()],
                 "text_pooling": model.config.text_pooling,
@@ -234,7 +234,7 @@ class FeatureCache:
                 **common,
             }
         )
-        self._texts = FeatureStore(folder / "texts" / texts)
+        self._texts = FeatureStore(folder / "texts" / texts_digest)
 
     def images(self, pairs: PairDataset) -> np.ndarray:
         """
@@ -269,8 +269,10 @@ class FeatureCache:
             return self.model.loss_features(encoded, [*config.poolings[0], *poolings])
 
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        tokens = self.processor(text=texts).to(self.model.device)
         with self._inference():
-            return {"text": self.model.encode_text(**self.processor(text=texts).to(self.model.device))[0]}
+            features, _ = self.model.encode_text(**tokens)
+        return {"text": features}
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

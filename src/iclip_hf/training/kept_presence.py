@@ -20,8 +20,8 @@ KEPT_NOUNS = 256  # number of nouns whose presence is kept
 class KeptPresence(nn.Module):
     """
     The loss that keeps the presence of some texts while a recognition branch learns (Learning without Forgetting,
-    https://arxiv.org/abs/1606.09282). It compares the branch with a copy from the start. The loss of captions only
-    compares cosines with each other, so on few pairs, the presence would drift.
+    https://arxiv.org/abs/1606.09282). The loss compares the branch with a copy from the start. The loss of
+    captions compares cosines only with each other, so on few pairs, the presence would drift.
 
     Args:
         branch: recognition branch with a bias, as it is at the start.
@@ -50,11 +50,11 @@ class KeptPresence(nn.Module):
 
 @torch.no_grad()
 def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence | None:
-    """Returns the loss that keeps the presence of the most frequent nouns; None for a model without presence."""
+    """Returns the loss that keeps the presence of frequent nouns; None for a model without presence."""
     if model.recognition.logit_bias is None:
         return None
-    prior = vocabulary()
-    nouns = sorted(prior, key=prior.get, reverse=True)[:KEPT_NOUNS]
+    priors = vocabulary()
+    nouns = sorted(priors, key=priors.get, reverse=True)[:KEPT_NOUNS]
     prompts = processor(text=[processor.templates[0].format(noun) for noun in nouns]).to(model.device)
     was_training = model.training
     model.eval()

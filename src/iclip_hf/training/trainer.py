@@ -169,7 +169,7 @@ class ICLIPTrainer(Trainer):
         return output
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **kwargs):
-        """Like the base class. The default of `compute_objective` is `eval_loss`, also beside other metrics."""
+        """Like the base class. The default of `compute_objective` is `eval_loss`, even if there are other metrics."""
         if compute_objective is None and isinstance(self.eval_dataset, (dict, SegmentationDataset)):
             raise ValueError("compute_objective: name one; several held-out sets, or maps alone, have no eval_loss.")
         objective = compute_objective or itemgetter("eval_loss")
@@ -221,11 +221,11 @@ class ICLIPTrainer(Trainer):
         return DataLoader(rows, batch_size, collate_fn=collator, **kwargs)
 
     def _numbered(self, rows):
-        """Adds the `draw` that a [`PairCollator`] samples by. Rows that cannot be numbered are returned unchanged."""
-        has_draws = isinstance(rows, (Epochs, IterableDataset)) or not has_length(rows)
-        if has_draws or not isinstance(self.data_collator, PairCollator):
-            return rows
-        return NumberedRows(rows, self.args.data_seed)
+        """Adds the `draw` that a [`PairCollator`] samples by. Returns rows that have one or no index unchanged."""
+        can_be_numbered = not isinstance(rows, (Epochs, IterableDataset)) and has_length(rows)
+        if can_be_numbered and isinstance(self.data_collator, PairCollator):
+            return NumberedRows(rows, self.args.data_seed)
+        return rows
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Returns the loss of the model or of `compute_loss_func`, plus the loss that keeps the presence."""
@@ -236,8 +236,8 @@ class ICLIPTrainer(Trainer):
         loss = outputs["loss"] if function is None else function(outputs, None, num_items_in_batch=num_items_in_batch)
         if self.start.presence is not None:
             with self.accelerator.autocast():
-                kept = self.start.presence(self.model.recognition, inputs["image_inputs"].pooled)
-            loss = loss + self.args.keep_presence * kept
+                presence_loss = self.start.presence(self.model.recognition, inputs["image_inputs"].pooled)
+            loss = loss + self.args.keep_presence * presence_loss
         self._last_losses = outputs["branch_losses"]
         return (loss, outputs) if return_outputs else loss
 

@@ -26,8 +26,8 @@ from .overrides import read_overrides
 
 class SegmentationDataset(Sequence):
     """
-    A sequence of [`SegmentationSample`] with class names. Indexing returns a new sample, which is not decoded yet; a
-    slice returns a data set of these samples.
+    A sequence of [`SegmentationSample`] with class names. An index returns a new sample, which is not decoded yet; a
+    slice returns a data set of its samples.
 
     Attributes:
         name (`str`): name of the data set.

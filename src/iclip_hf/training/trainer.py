@@ -244,10 +244,10 @@ class ICLIPTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         """Like the base class. A step without a finite gradient changes nothing; in float16, the scaler skips it."""
         norm = super()._get_grad_norm(model, grad_norm)
-        finite = math.isfinite(norm)
-        if not finite and self.accelerator.scaler is None:
+        is_finite = math.isfinite(norm)
+        if not is_finite and self.accelerator.scaler is None:
             self.optimizer.zero_grad()  # the optimizer leaves weights without a gradient as they are
-        self._bad_steps = 0 if finite else self._bad_steps + 1
+        self._bad_steps = 0 if is_finite else self._bad_steps + 1
         if self._bad_steps == min(MAX_BAD_STEPS, self.state.max_steps):
             raise FloatingPointError(
                 f"No gradient was finite in the last {self._bad_steps} steps: lower learning_rate, or train without "
@@ -260,11 +260,12 @@ class ICLIPTrainer(Trainer):
         return [name for name, weight in model.named_parameters() if weight.ndim > 1 and not name.endswith("bias")]
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
-        """Like the base class, with GroupViT's schedule for "cosine" without `lr_scheduler_kwargs`."""
+        """Like the base class, but "cosine" without `lr_scheduler_kwargs` is GroupViT's schedule."""
         args = self.args
         if args.lr_scheduler_type != "cosine" or args.lr_scheduler_kwargs or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup, peak = min(args.get_warmup_steps(num_training_steps), num_training_steps - 1), args.learning_rate
+        warmup = min(args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+        peak = args.learning_rate
         start, end = (min(rate, peak) for rate in (args.warmup_learning_rate, args.min_learning_rate))
         self._created_lr_scheduler = True
         self.lr_scheduler = LambdaLR(
@@ -401,7 +402,9 @@ class ICLIPTrainer(Trainer):
         """
         if _internal_call and output_dir:  # a checkpoint; `push_to_hub` names no folder
             super().save_model(output_dir, _internal_call)
-            return clean_configs(output_dir) if self.args.should_save else None
+            if self.args.should_save:
+                clean_configs(output_dir)
+            return
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             card = {"training": training_recipe(self.args, self.accelerator.num_processes), **self.card}
@@ -448,7 +451,7 @@ class ICLIPTrainer(Trainer):
             )
 
     def create_model_card(self, *arguments, **kwargs) -> None:
-        """Does nothing: `save_model` writes the card, with the arguments `card` of the constructor."""
+        """Does nothing: `save_model` writes the card, by the argument `card` of the constructor."""
 
 
 def cosine_schedule(step: int, total: int, warmup: int, peak: float, start: float, end: float) -> float:

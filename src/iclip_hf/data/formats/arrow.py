@@ -48,7 +48,7 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
     stored = rows.select_columns(["image"]).with_format("arrow")[:]["image"]
     lengths = pc.binary_length(pc.struct_field(stored, "bytes")).to_pylist()
     paths = pc.struct_field(stored, "path")
-    names = (None if length else path.as_py() for length, path in zip(lengths, paths))
+    names = (None if length else stored_path.as_py() for length, stored_path in zip(lengths, paths))
     if hub:
         names = (name if name and _is_downloaded(name) else None for name in names)
     files = [path] if path.is_file() else [file["filename"] for file in rows.cache_files]

@@ -109,7 +109,8 @@ class Source:
             file = self.file(row)
             name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row
             digests += hashlib.blake2b(name, digest_size=16).digest()
-        _, rows_of_digests, inverse = np.unique(np.frombuffer(digests, "S16"), return_index=True, return_inverse=True)
-        first_rows = rows_of_digests[inverse.reshape(-1)]  # for each row, the first row of its image
+        digests = np.frombuffer(digests, "S16")
+        _, first_of_image, image_of_row = np.unique(digests, return_index=True, return_inverse=True)
+        first_rows = first_of_image[image_of_row.reshape(-1)]  # for each row, the first row of its image
         rows = np.argsort(first_rows, kind="stable")
         return rows, np.flatnonzero(np.diff(first_rows[rows], prepend=-1, append=-1))

@@ -131,8 +131,9 @@ def _decompress(text: str | bytes) -> list[int]:
     Returns the run lengths in COCO's compressed text. Each letter holds 5 bits of a number, the lowest bits first.
     From the fourth number on, the text holds the difference of a number and the number two before it.
     """
+    letters = text.encode() if isinstance(text, str) else text
     lengths, value, shift = [], 0, 0
-    for letter in text.encode() if isinstance(text, str) else text:
+    for letter in letters:
         bits = letter - 48
         value |= (bits & 31) << shift
         shift += 5

@@ -55,7 +55,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp
 @pytest.mark.parametrize("option", [("--model_options", "projection_dim=7"), ("--lock_text",)], ids=str)
 def test_a_run_is_resumed_with_its_own_options_alone(hub, tmp_path, option):
     run(hub, tmp_path, "--max_steps", 2)
-    with pytest.raises(ValueError, match="checkpoint-2: this training had other options: repeat the same command"):
+    with pytest.raises(ValueError, match="checkpoint-2: this training had other arguments: repeat the same command"):
         run(hub, tmp_path, "--max_steps", 3, "--resume", *option)
 
 

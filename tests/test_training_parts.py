@@ -62,7 +62,7 @@ def test_a_stream_goes_on_with_an_order_of_its_own():
 
 
 def test_a_full_gpu_is_not_taken_for_other_options():
-    said = "checkpoint-5: this training had other options"
+    said = "checkpoint-5: this training had other arguments"
     with pytest.raises(torch.OutOfMemoryError), checkpoint_errors("run/checkpoint-5", RuntimeError):
         raise torch.OutOfMemoryError
     with pytest.raises(ValueError, match=said), checkpoint_errors("run/checkpoint-5", RuntimeError):

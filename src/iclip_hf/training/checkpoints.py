@@ -20,7 +20,7 @@ def checkpoint_errors(checkpoint: str, error_type: type[Exception]) -> Iterator[
     except torch.OutOfMemoryError:
         raise
     except error_type as error:
-        raise ValueError(f"{checkpoint}: this training had other options: repeat the same command.") from error
+        raise ValueError(f"{checkpoint}: this training had other arguments: repeat the same command.") from error
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

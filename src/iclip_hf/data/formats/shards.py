@@ -65,8 +65,8 @@ class TarRows(Sequence):
     def __len__(self) -> int:
         return len(self._starts_and_ends)
 
-    def __getitem__(self, row: int) -> dict:
-        start, end = self._starts_and_ends[row].tolist()
+    def __getitem__(self, index: int) -> dict:
+        start, end = self._starts_and_ends[index].tolist()
         with open(self.path, "rb", buffering=0) as opened:
             opened.seek(start)
             small_tar = opened.read(end - start)

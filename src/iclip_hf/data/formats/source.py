@@ -36,9 +36,9 @@ class PackedRows(Sequence):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, row: int):
-        end = self._ends[row]
-        start = self._ends[row - 1] if row else 0
+    def __getitem__(self, index: int):
+        end = self._ends[index]
+        start = self._ends[index - 1] if index else 0
         return json.loads(self._content[start:end].decode(errors="surrogatepass"))
 
 

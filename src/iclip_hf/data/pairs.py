@@ -242,8 +242,8 @@ class PairDataset(Epochs):
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
-        Returns the pairs in order, those of a repeated source once, and the indices among them of the N pairs of this
-        data set, `(N,)`.
+        Returns a data set with the pairs of a repeated source only once, in order, and for each of the N pairs of this
+        data set its index there, `(N,)`.
         """
         _, first_indices, distinct_indices = np.unique(self._image_indices, return_index=True, return_inverse=True)
         return self._select(first_indices), distinct_indices.reshape(-1)

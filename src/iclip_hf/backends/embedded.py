@@ -55,15 +55,17 @@ def vocabulary() -> dict[str, float]:
     training are left out, because the model gives them too high a presence.
 
     Returns:
-        `dict` from each noun to the prior of its presence: 0.07 for a frequent noun, 0.02 for a rare one.
+        `dict` from each noun to the prior of its presence: 0.07 for a frequent noun, 0.02 for a rare one. The nouns
+        that most training photographs show come first.
     """
     file = files("iclip_hf.hub_configs").joinpath("iclip-dinov2-s14-minilm", "nouns.txt")
+    marks = marked_nouns(file.read_text(encoding="utf-8").splitlines())
+    photographs = {noun: int(re.search(r"\d+", marks[noun])[0]) for noun in marks}  # marks such as "(class) (10)"
     priors = {}
-    for noun, marks in marked_nouns(file.read_text(encoding="utf-8").splitlines()).items():
-        num_photographs = int(re.search(r"\d+", marks)[0])  # marks such as "(class) (10)"
-        if num_photographs >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS:
+    for noun in sorted(photographs, key=photographs.get, reverse=True):
+        if photographs[noun] >= _MIN_PHOTOGRAPHS or noun in COCO_THINGS:
             priors[noun] = _FREQUENT_PRIOR
-        elif "class" in marks:
+        elif "class" in marks[noun]:
             priors[noun] = _RARE_PRIOR
     return priors
 

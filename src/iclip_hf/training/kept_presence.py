@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 
 import torch
 from torch import nn
@@ -50,11 +51,10 @@ class KeptPresence(nn.Module):
 
 @torch.no_grad()
 def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence | None:
-    """Returns the loss that keeps the presence of frequent nouns; None for a model without presence."""
+    """Returns the loss that keeps the presence of the commonest nouns; None for a model without presence."""
     if model.recognition.logit_bias is None:
         return None
-    priors = vocabulary()
-    nouns = sorted(priors, key=priors.get, reverse=True)[:KEPT_NOUNS]
+    nouns = islice(vocabulary(), KEPT_NOUNS)  # the commonest come first
     prompts = processor(text=[processor.templates[0].format(noun) for noun in nouns]).to(model.device)
     was_training = model.training
     model.eval()

@@ -240,7 +240,8 @@ class Explanation:
               `negative_points`, [x, y] in pixels
             - **mask** (`dict`): COCO's uncompressed run lengths, see [`run_lengths`]
 
-            Floats are rounded to 4 decimals, except the presence, which decides whether the mask is empty.
+            Floats are rounded to 4 decimals, the prior to 4 digits. The presence is not rounded, because it decides
+            whether the mask is empty.
         """
         return {**self.settings(), "texts": [self._text_to_dict(index) for index in range(len(self))]}
 
@@ -258,7 +259,7 @@ class Explanation:
             "text": self.labels[index],
             "score": round(self.scores[index].item(), 4),
             "presence": self.presences[index],
-            "prior": None if self.presence is None else round(self.priors[index], 4),
+            "prior": None if self.presence is None else float(f"{self.priors[index]:.4g}"),
             "regions": [
                 {
                     "score": round(region.score, 4),

@@ -498,8 +498,8 @@ def _converted(image, convert: Callable) -> Image.Image | torch.Tensor:
 
 
 def _size_text(size: dict[str, int]) -> str:
-    """Returns a size as a text, such as "224x336", or "224" for a square."""
-    return "x".join(map(str, dict.fromkeys(size.values())))
+    """Returns a size as a text, height first: "224x336", or "224" for a square."""
+    return "x".join(map(str, dict.fromkeys((size["height"], size["width"]))))
 
 
 def _as_prompts(texts, templates: list[str]) -> list[str] | list[list[str]]:

@@ -23,25 +23,26 @@ def result_tables(
         metrics, results: the metrics, and the scores of each by method and name of the metric.
         images, images_in_split: number of images that were evaluated, and of all images of the split.
     """
-    in_table = [metric for metric in metrics if metric.columns]
-    first = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
-    columns = [column for metric in in_table for column in metric.columns.values()]
+    table_metrics = [metric for metric in metrics if metric.columns]
+    first_heading = "method" if images == images_in_split else f"method, on {images} of {images_in_split} images"
+    columns = [column for metric in table_metrics for column in metric.columns.values()]
     rows = []
     for method, scores in results.items():
-        in_row = itertools.chain(*(metric.table_scores(scores[metric.name]) for metric in in_table))
-        rows.append([method, *(cell(score, decimals) for score, (_, decimals) in zip(in_row, columns, strict=True))])
+        row_scores = itertools.chain(*(metric.table_scores(scores[metric.name]) for metric in table_metrics))
+        cells = [cell(score, decimals) for score, (_, decimals) in zip(row_scores, columns, strict=True)]
+        rows.append([method, *cells])
     # Numbers of items, and metrics with further tables, do not depend on the method.
     scores = next(iter(results.values()))
-    notes = [metric.legend for metric in in_table if metric.legend]
+    notes = [metric.legend for metric in table_metrics if metric.legend]
     counts = [
         f"{metric.name} over {scores[metric.name][unit]} {unit}"
-        for metric in in_table
+        for metric in table_metrics
         for unit in ("pairs", "images")
         if unit in scores[metric.name]
     ]
     if counts:  # so that a reader sees how many items a mean has
         notes.append(f"means: {', '.join(counts)}")
-    main = markdown([first, *(heading for heading, _ in columns)], rows) if in_table else ""
+    main = markdown([first_heading, *(heading for heading, _ in columns)], rows) if table_metrics else ""
     legends = "\n".join(f"- {note}" for note in notes)
     further = itertools.chain(*(metric.tables(scores[metric.name]) for metric in metrics))
     return list(filter(None, [main, legends, *further]))

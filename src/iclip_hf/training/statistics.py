@@ -21,7 +21,7 @@ from ..utils.distributed import broadcast_from_main, partial_state
 from .checkpoints import checkpoint_errors
 
 
-_IMAGES = 1024  # number of images that statistics are computed from
+_IMAGES = 1024  # statistics are computed from this number of images, or up to twice as many, evenly spread
 _DEVIATION = 4.0  # standard deviation of a whitened component
 
 
@@ -53,11 +53,11 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
         images = (row["image"] for row in tqdm(rows, "Statistics", unit="image", delay=3, leave=False))
         while batch := [*islice(images, 32)]:  # a thousand photographs can be larger than the memory
             pixel_values = processor(images=batch)["pixel_values"].to(model.device)
-            image = model.encode_image(pixel_values)
-            mean_tokens.append(image.patch_tokens.float().mean(1))
+            encoded = model.encode_image(pixel_values)
+            mean_tokens.append(encoded.patch_tokens.float().mean(1))
             if whiten:
                 features = model.feature_map(pixel_values)
-                on_grid = F.interpolate(features, image.grid, mode="bilinear", align_corners=False)
+                on_grid = F.interpolate(features, encoded.grid, mode="bilinear", align_corners=False)
                 mean_features.append(on_grid.mean((2, 3)))
                 features = features.movedim(1, -1).flatten(0, 2).cpu().double()
                 num_positions += len(features)
@@ -66,6 +66,8 @@ def set_statistics(model: ICLIPModel, processor: ICLIPProcessor, pairs: Iterable
         token_mean = torch.cat(mean_tokens).mean(0)
         if whiten:
             _whiten(model, feature_sum / num_positions, product_sum / num_positions)
+            # The tokens were encoded before the reduction was set. The mean of its results is its result for the mean,
+            # because it is linear.
             token_mean[-model.config.feature_dim :] = model.feature_reduction(torch.cat(mean_features).mean(0))
         if center:
             model.token_mean.copy_(token_mean)
@@ -97,8 +99,8 @@ def _sample(pairs: Iterable[Mapping]) -> Iterable[Mapping]:
 def _whiten(model: ICLIPModel, mean: torch.Tensor, products: torch.Tensor) -> None:
     """Sets `feature_reduction` to the whitening of features with this mean (C,) and mean outer product (C, C)."""
     variances, directions = torch.linalg.eigh(products - torch.outer(mean, mean))  # in ascending order
-    variances, directions = variances.flip(0)[: model.config.feature_dim], directions.flip(1)
-    directions = directions[:, : model.config.feature_dim].T
+    variances = variances.flip(0)[: model.config.feature_dim]
+    directions = directions.flip(1)[:, : model.config.feature_dim].T
     # Directions among dead channels have no variance, and stay small.
     weight = _DEVIATION * directions * variances.clamp(min=1e-6 * variances[0]).rsqrt().unsqueeze(1)
     model.feature_reduction.weight.copy_(weight)

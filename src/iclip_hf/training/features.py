@@ -138,7 +138,7 @@ class FeatureStore:
         broken = {*gathered_lists(broken)}  # waits until all processes have added features
         self.reload()
         indices = self.find(keys)
-        if num_lost := sum(keys[item] not in broken for item in np.flatnonzero(indices < 0)):
+        if num_lost := sum(keys[index] not in broken for index in np.flatnonzero(indices < 0)):
             raise OSError(f"{self.folder}: {num_lost} features are missing that this run has added; run again.")
         return indices
 
@@ -146,21 +146,22 @@ class FeatureStore:
         self, batches: Iterable[tuple[list, list[int]]], keys: Sequence[bytes], encode: Callable, bar: tqdm
     ) -> list[bytes]:
         """Adds the features of batches of items with their indices. Returns the keys of items without features."""
-        broken, done, began = [], [], time.monotonic()
+        broken, unsaved, began = [], [], time.monotonic()
         try:
             for items, indices in batches:
                 usable = {keys[index]: item for index, item in zip(indices, items) if item is not None}
                 broken += [keys[index] for index in indices if keys[index] not in usable]
                 if usable:
                     features = encode([*usable.values()])
-                    done.append(([*usable], {name: array.half().cpu().numpy() for name, array in features.items()}))
+                    arrays = {name: array.half().cpu().numpy() for name, array in features.items()}
+                    unsaved.append(([*usable], arrays))
                 bar.update(len(indices))
-                size = sum(array.nbytes for _, arrays in done for array in arrays.values())
+                size = sum(array.nbytes for _, arrays in unsaved for array in arrays.values())
                 if size >= _BYTES_OF_FILE or time.monotonic() > began + _SECONDS_OF_FILE:
-                    self._add_batches(done)
-                    done, began = [], time.monotonic()
+                    self._add_batches(unsaved)
+                    unsaved, began = [], time.monotonic()
         finally:  # also at Ctrl-C
-            self._add_batches(done)
+            self._add_batches(unsaved)
         return broken
 
     def _missing(self, keys: Sequence[bytes]) -> np.ndarray:
@@ -168,9 +169,10 @@ class FeatureStore:
         distinct, first = np.unique(np.array(keys, "S32"), return_index=True)
         return np.sort(first[self.find(distinct) < 0])
 
-    def _add_batches(self, done: Sequence[tuple[list[bytes], dict[str, np.ndarray]]]) -> None:
-        if done:
-            keys, features = zip(*done)
+    def _add_batches(self, batches: Sequence[tuple[list[bytes], dict[str, np.ndarray]]]) -> None:
+        """Adds batches of keys and their features by name, in one file."""
+        if batches:
+            keys, features = zip(*batches)
             joined = {name: np.concatenate([arrays[name] for arrays in features]) for name in features[0]}
             self.add([*chain.from_iterable(keys)], joined)
 
@@ -262,7 +264,8 @@ class FeatureCache:
 
     def _encode_images(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         config = self.model.config
-        # All poolings that models with these options can have, so that these models share the folder.
+        # All poolings that models with these options can have, so that these models share the folder. With
+        # `max_over="similarity"`, only class token and average are pooled: a maximum is taken over similarities.
         poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
         with self._inference():
             encoded = self.model.encode_image(torch.stack(images).to(self.model.device))

@@ -83,7 +83,7 @@ def trained_config(model: ICLIPModel) -> ICLIPConfig:
     Returns the configuration with the trained logit scale and bias of the recognition branch, which presence needs.
     """
     config, branch = copy.deepcopy(model.config), model.recognition
-    config.logit_scale_init_value = min(branch.logit_scale.item(), math.log(100))
+    config.logit_scale_init_value = min(branch.logit_scale.item(), math.log(100))  # the option's largest value
     config.logit_bias_init_value = None if branch.logit_bias is None else branch.logit_bias.item()
     return config
 
@@ -113,8 +113,8 @@ class ONNXModel:
         providers = [name for name in _PROVIDERS if name in onnxruntime.get_available_providers()]
         with loading_errors(folder):
             self.config = ICLIPConfig.from_pretrained(folder)
-            # Used for logits only. The configuration has the trained scale and bias.
-            self.recognition = ICLIPBranch(self.config, 1, 1, recognises=True).requires_grad_(False)
+            # Used for logits only, so its projections have any size. The configuration has the trained scale and bias.
+            self.recognition = ICLIPBranch(self.config, image_dim=1, text_dim=1, recognises=True).requires_grad_(False)
             self._vision, self._text = (
                 onnxruntime.InferenceSession(Path(folder, name), providers=providers)
                 for name in (VISION_FILE, TEXT_FILE)

@@ -120,9 +120,9 @@ def prepare(index: int, block: nn.Module, attention: nn.Module, calls_sdpa: bool
     records them too. With `calls_sdpa`, the attention itself calls `scaled_dot_product_attention`, and this call is
     recorded.
     """
-    if getattr(block, "is_recorded", False):
+    if getattr(block, "is_prepared", False):
         return
-    block.is_recorded = True
+    block.is_prepared = True
     # No closures, so that a model can be pickled.
     block.register_forward_pre_hook(partial(_enter_block, index), with_kwargs=True)
     attention.register_forward_pre_hook(_enter_attention, with_kwargs=True)
@@ -134,7 +134,7 @@ def prepare(index: int, block: nn.Module, attention: nn.Module, calls_sdpa: bool
 
 def _enter_block(index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     recording, stream = _recording.get(), args[0]
-    if stream.ndim == 4:  # the feature map (B, D, h, w) of a ResNet
+    if stream.ndim == 4:  # the feature map (B, D, h, w) of a ResNet, whose prepared pool takes tokens
         stream = stream.flatten(2).mT
     if recording is not None and index >= recording.start:
         if recording.grad and index == recording.start:

@@ -28,18 +28,19 @@ class LeGrad(Explainer):
 
     def __init__(self, model, depth: int = 2):
         super().__init__(model)
-        self.blocks = self.model.self_attentions("LeGrad", depth)
-        self._mean_mlps = {index: _mean_mlp(self.model.layers[index].mlp) for index in self.blocks}
+        self.layer_indices = self.model.self_attentions("LeGrad", depth)
+        self._mean_mlps = {index: _mean_mlp(self.model.layers[index].mlp) for index in self.layer_indices}
 
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        features, layers = self.model.trace(pixel_values, self.blocks[0])
+        features, layers = self.model.trace(pixel_values, self.layer_indices[0])
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
-            maps = sum(self._relevance(index, layer, features, embeds) for index, layer in zip(self.blocks, layers))
+            traced = zip(self.layer_indices, layers)
+            maps = sum(self._relevance(index, layer, features, embeds) for index, layer in traced)
         return maps[..., -math.prod(features.grid) :].unflatten(-1, features.grid), features
 
     def _relevance(

@@ -36,7 +36,7 @@ class ProxyCLIP(Explainer):
 
     def __init__(self, model, proxy: str | None = None, beta: float = 1.2, gamma: float = 3.0):
         super().__init__(model)
-        (self.block,) = self.model.self_attentions("ProxyCLIP", 1)
+        (self.layer_index,) = self.model.self_attentions("ProxyCLIP", 1)
         self.beta, self.gamma = beta, gamma
         self.proxy = None
         if proxy is None and not isinstance(self.model, ExplainableICLIP):
@@ -51,7 +51,7 @@ class ProxyCLIP(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features, (layer, *_) = self.model.trace(pixel_values, self.block)
+        features, (layer, *_) = self.model.trace(pixel_values, self.layer_index)
         if self.proxy is None:
             width = layer.stream.shape[-1]  # features of a feature tower may follow
             tokens = features.patch_tokens[..., :width].unflatten(1, features.grid)
@@ -63,7 +63,7 @@ class ProxyCLIP(Explainer):
             value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B H, D / H, h, w)
             value = F.interpolate(value_map, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
         mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
-        patch_stream = self.model.join_features(self.model.layers[self.block].output(mixed), features, grid)
+        patch_stream = self.model.join_features(self.model.layers[self.layer_index].output(mixed), features, grid)
         patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), features
 

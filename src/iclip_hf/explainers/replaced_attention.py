@@ -37,16 +37,16 @@ class ReplacedAttention(Explainer):
         super().__init__(model)
         self.is_pool = self.replaces_pool and isinstance(self.model, ExplainableOpenCLIPResNet)
         if self.is_pool:
-            self.blocks, self.residual, self.mlp = [0], False, False
+            self.layer_indices, self.residual, self.mlp = [0], False, False
         else:
-            self.blocks = self.model.self_attentions(type(self).__name__, depth)
+            self.layer_indices = self.model.self_attentions(type(self).__name__, depth)
             self.residual, self.mlp = residual, mlp
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features, layers = self.model.trace(pixel_values, self.blocks[0])
+        features, layers = self.model.trace(pixel_values, self.layer_indices[0])
         stream = layers[0].stream
-        for index, layer in zip(self.blocks, layers):
+        for index, layer in zip(self.layer_indices, layers):
             block = self.model.layers[index]
             attended = block.output(self.mix(layer, features, pixel_values))
             stream = stream + attended if self.residual else attended

@@ -58,10 +58,11 @@ def run(args: argparse.Namespace) -> int:
         )
         is_named = picture == args.output
         picture = save_picture(sheet, picture, dpi, is_named)
-        # photo-labels-2.png belongs to photo-segments-2.png.
-        stem = "labels".join(picture.stem.rsplit("segments", 1))
-        label_map_name = name_for(picture, "labels.png") if is_named else f"{stem}.png"
-        label_map[label_map >= num_texts] = -1  # the background, by a text or none
+        if is_named:
+            label_map_name = name_for(picture, "labels.png")
+        else:  # photo-labels-2.png belongs to photo-segments-2.png
+            label_map_name = "labels".join(picture.stem.rsplit("segments", 1)) + ".png"
+        label_map[label_map >= num_texts] = -1  # a text of the background counts like no text
         label_map_file = _save_label_map(label_map, num_texts, picture.with_name(label_map_name))
         return {"picture": str(picture), "labels": str(label_map_file), **entry}
 

@@ -66,9 +66,9 @@ def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:
     """
-    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. A map has `levels`, 16-bit
-    numbers, little-endian, as base64 text, and the raw values of 0 (`low`) and 65535 (`high`). Lists of numbers would
-    take hundreds of megabytes, because twelve maps at two scales have three million.
+    Returns the data for `gradio_viewer.js`, with raw maps, which the browser enlarges. The values of a map are stored
+    as `levels`, little-endian 16-bit numbers in base64. Level 0 stands for the value `low`, and level 65535 for
+    `high`. Lists of numbers would take hundreds of megabytes, because twelve maps at two scales have three million.
     """
     unrefined = explanation.unrefined_maps
     presences, words = explanation.presences, explanation.presence_words

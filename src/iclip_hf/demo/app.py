@@ -97,7 +97,6 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             raise gr.Error("The demo does not have this image any more: upload it again.", print_exception=False)
         try:
             texts = asked_texts(typed)
-            method = None if method == model.default_method else method
             engine = Engine(model, model.processor, explainer(method), refine=refine, multi_scale=multi_scale)
             release_memory()  # of the last answer, which Gradio has sent
             seen = seen_image(photo["path"], multi_scale)

@@ -139,7 +139,9 @@ def _values(record: Mapping, model: ICLIPModel, processor: ICLIPProcessor) -> di
     """Returns the values of the template except title, name and towers."""
     config, training = model.config, record["training"]
     options = {name: value for name in sorted(config.option_names()) if (value := getattr(config, name)) is not None}
-    locked = "locked during training" if training and "model" not in training else "locked in this configuration"
+    # A model that the run continued may have been trained with other locks.
+    from_towers = training and "model" not in training
+    locked = "locked during training" if from_towers else "locked in this configuration"
     return {
         "tower_training": locked if config.lock_vision else "trained with the projections",
         "projections": sum(weight.numel() for name, weight in model.named_parameters() if name.startswith(_LEARNED)),
@@ -169,6 +171,7 @@ def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
     conditions = [f"{data['images']} images at {size} pixels without a crop"]
     conditions += ["at two scales"] if protocol.get("multi_scale") else []
     conditions += ["maps refined by the image's colours"] if protocol.get("refine") else []
+    # One option sets the `aggregate` of all metrics, so the first stands for all.
     conditions += [f"aggregated by {settings['aggregate']}" for settings in protocol["metrics"].values()][:1]
     return {"protocol": protocol, "conditions": conditions, "rows": rows}
 
@@ -181,7 +184,7 @@ def _header_results(evaluation: Mapping) -> list[EvalResult]:
     protocol, data = evaluation["protocol"], evaluation["protocol"]["dataset"]
     if data["images"] != data["images_in_split"] or protocol["own_data"]:
         return []
-    conditions = {name: value for name, value in protocol.items() if value and name not in ("dataset", "own_data")}
+    settings = {name: value for name, value in protocol.items() if value and name not in ("dataset", "own_data")}
     results = []
     first_method = next(iter(evaluation["results"]), None)
     for method, by_metric in evaluation["results"].items():
@@ -194,7 +197,7 @@ def _header_results(evaluation: Mapping) -> list[EvalResult]:
                 dataset_type=data["name"],
                 dataset_name=_TITLES.get(data["name"], data["name"]),
                 dataset_split=data["split"],
-                dataset_args={"images": data["images"], "fingerprint": data["fingerprint"], **conditions},
+                dataset_args={"images": data["images"], "fingerprint": data["fingerprint"], **settings},
                 metric_type=metric.lower(),
                 metric_name=metric,
                 metric_config=method,

@@ -151,6 +151,7 @@ def _card_data(protocol: Mapping) -> tuple[dict, bool]:
     layout = DATASETS.get(data["name"])
     if layout is None or not layout.split_sizes:
         return data, False
+    # The layout of COCO lists no classes, because its files of instances do.
     classes, split_size = layout.classes or COCO_THINGS, layout.split_sizes.get(data["split"], 0)
     if data["images_in_split"] > split_size or tuple(protocol["class_names"]) != tuple(classes):
         return data, True

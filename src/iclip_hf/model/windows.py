@@ -116,6 +116,7 @@ def mean_of_windows(
         if mean is None:
             mean = window_maps.new_zeros(*window_maps.shape[:2], *(side // patch_size for side in size))
             weight_sums = torch.zeros_like(mean[0, 0])
+            # All windows have one size, so they have the same weights.
             weights = _tent(window_maps) if tapered else torch.ones_like(window_maps[0, 0])
         top, left = (span.start // patch_size for span in window)
         covered = (..., slice(top, top + grid[0]), slice(left, left + grid[1]))

@@ -38,26 +38,26 @@ class ReportFolder:
         self._images = self.folder / "images"
         self._images.mkdir(parents=True, exist_ok=True)
 
-    def save_image(self, index: int, image: Image.Image) -> None:
-        """Writes an RGB image as `<index>.jpg`."""
-        _save(_reduced(image), self._images / f"{index}.jpg")
+    def save_image(self, image_index: int, image: Image.Image) -> None:
+        """Writes an RGB image under the name of its index, such as `0.jpg`."""
+        _save(_reduced(image), self._images / f"{image_index}.jpg")
 
     def save_map(
         self,
-        index: int,
-        text: int,
+        image_index: int,
+        text_index: int,
         image: Image.Image,
         heatmap: torch.Tensor,
         mask: np.ndarray,
-        method: int = 0,
+        method_index: int = 0,
         unrefined: torch.Tensor | None = None,
     ) -> None:
         """
         Writes the map of a text, `(H, W)` in [0, 1], over its image and with the outline of a mask, `(H, W)` boolean,
-        as `<index>-<text>-<method>.jpg`. If `unrefined` is given, the raw map before the refinement, `(h, w)`, it is
-        written as `<index>-<text>-<method>-unrefined.jpg`.
+        under the name of its three indices, such as `0-2-1.jpg`. If `unrefined` is given, the raw map before the
+        refinement, `(h, w)`, it is written too, as `0-2-1-unrefined.jpg`.
         """
-        small, name = _reduced(image), f"{index}-{text}-{method}"
+        small, name = _reduced(image), f"{image_index}-{text_index}-{method_index}"
         if unrefined is not None:
             unrefined_map = resize_and_normalize(unrefined[None], small.size[::-1])[0]
             _save(overlay(small, unrefined_map.numpy()), self._images / f"{name}-unrefined.jpg")

@@ -31,8 +31,8 @@ _TITLE, _NOTE = 15, 12.5
 # Distance between a title and its picture.
 _SPACE = 7
 _INK, _PALE = "#1c2430", "#5b6472"
-# Colour of the texts of the background in a label map.
-_BACKGROUND = "#c9cdd4"
+# Grey of the texts of the background in a label map, and behind the bar of a colour map.
+_GREY = "#c9cdd4"
 # Opacity of the black over the pixels of a label map that have no text.
 _DIMMED = 0.4
 # Colour of these pixels in the legend.
@@ -127,7 +127,7 @@ def label_sheet(
     texts that have pixels, then the pixels without a text, with their shares of the image, then the other texts.
     """
     names = [*texts, *(f"{text} (background)" for text in background)]
-    colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_BACKGROUND] * len(background)
+    colors = [SEGMENTS[index % len(SEGMENTS)] for index in range(len(texts))] + [_GREY] * len(background)
     # Shares of the whole label map, as in the table of `iclip segment`.
     without_text, *areas = np.bincount(label_map.ravel() + 1, minlength=len(names) + 1) / label_map.size
     image = at_picture_size(image, dpi)
@@ -170,7 +170,7 @@ def comparison_sheet(
             pictures.append(None if maps[index] is None else _map_picture(image, maps[index], word, colormap))
     if len(row_titles) == 1:
         return picture_grid(pictures, [*row_titles, *heatmaps], 5, color_bar=colormap, dpi=dpi)
-    titles = ["", *heatmaps]
+    titles = ["", *heatmaps]  # above the first row: no title of the image, then those of the methods
     titles += [""] * (len(pictures) - len(titles))
     return picture_grid(pictures, titles, len(heatmaps) + 1, row_titles, color_bar=colormap, dpi=dpi)
 
@@ -275,7 +275,7 @@ def _color_bar(colormap: str, scale: float) -> Image.Image:
     """Draws the bar of a colour map between the words for its ends."""
     size, gap = _NOTE * scale, round(8 * scale)
     levels = np.linspace(0, 1, round(140 * scale))[None].repeat(round(10 * scale), 0)
-    bar = overlay(Image.new("RGB", levels.shape[::-1], _BACKGROUND), levels, colormap=colormap)
+    bar = overlay(Image.new("RGB", levels.shape[::-1], _GREY), levels, colormap=colormap)
     low, high = text_mask("low", size), text_mask("high, each map on its own scale", size)
     line = Image.new("RGB", (low.width + bar.width + high.width + 2 * gap, low.height), "white")
     line.paste(_PALE, (0, 0), low)

@@ -112,6 +112,7 @@ def export_web(
         graphs = export_onnx(model, processor, Path(scratch, "onnx"), weights)
         logger.info("Compressing the graphs")
         for name in (VISION_FILE, TEXT_FILE, "tokenizer.json", "tokenizer_config.json"):
+            # "vision", "text", "tokenizer" and "tokenizer_config", beside "tokenizers", the npm package
             part = name.removesuffix("_model.onnx").removesuffix(".json")
             settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
         downloads = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
@@ -130,7 +131,7 @@ def export_web(
 def _write_page(folder: Path, settings: dict, cdn: str) -> None:
     """Writes the files of the page itself, and the service worker that keeps them and the examples for use offline."""
     values = {
-        "elsewhere": " ".join(f"{cdn}/{package}/" for package in _packages()),
+        "package_urls": " ".join(f"{cdn}/{package}/" for package in _packages()),
         "introduction": introduction(settings["presence"] is not None),
     }
     contents = {name: read_asset(name) for name in _PAGE} | {"settings.json": json.dumps(settings)}

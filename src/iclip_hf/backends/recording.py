@@ -42,7 +42,7 @@ class _Recording:
     start: int
     grad: bool
     weights: bool
-    layers: list[AttentionRecord] = field(default_factory=list)
+    records: list[AttentionRecord] = field(default_factory=list)
 
 
 # The recording of the current forward pass. Other threads have their own.
@@ -99,7 +99,7 @@ def record(forward: Callable[[], T], start: int, grad: bool, weights: bool) -> t
     token = _recording.set(recording)
     try:
         with torch.inference_mode(False), torch.set_grad_enabled(grad):
-            return forward(), recording.layers
+            return forward(), recording.records
     finally:
         _recording.reset(token)
 
@@ -139,13 +139,13 @@ def _enter_block(index: int, block: nn.Module, args: tuple, kwargs: dict) -> tup
     if recording is not None and index >= recording.start:
         if recording.grad and index == recording.start:
             stream = stream.detach().requires_grad_()
-        recording.layers.append(AttentionRecord(stream))
+        recording.records.append(AttentionRecord(stream))
     return (stream, *args[1:]), kwargs
 
 
 def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-    if layer := _current_layer():
-        layer.tokens = args[0] if args else kwargs["hidden_states"]
+    if current := _current_record():
+        current.tokens = args[0] if args else kwargs["hidden_states"]
 
 
 def split_heads(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -168,23 +168,23 @@ def attend(
     Computes the attention of the heads by a function of queries, keys and values, and records it. Returns the mixed
     values `(B, H, Q, D / H)`. The forward pass must continue with them, so that they have gradients.
     """
-    layer = _current_layer()
-    if layer is None:
+    current = _current_record()
+    if current is None:
         return attention(query, key, value)
-    layer.query, layer.key, layer.value = query, key, value
+    current.query, current.key, current.value = query, key, value
     if _recording.get().weights:
         one_hot = torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1)
-        layer.weights = attention(query, key, one_hot)  # mixing one-hot values gives the weights
-        layer.mixed = layer.weights @ value
+        current.weights = attention(query, key, one_hot)  # mixing one-hot values gives the weights
+        current.mixed = current.weights @ value
     else:
-        layer.mixed = attention(query, key, value)
-    return layer.mixed
+        current.mixed = attention(query, key, value)
+    return current.mixed
 
 
-def _current_layer() -> AttentionRecord | None:
+def _current_record() -> AttentionRecord | None:
     """Returns the record of the current layer; None if nothing is recorded."""
     recording = _recording.get()
-    return recording.layers[-1] if recording and recording.layers else None
+    return recording.records[-1] if recording and recording.records else None
 
 
 def _transformers_attention(module, query, key, value, attention_mask, **kwargs):

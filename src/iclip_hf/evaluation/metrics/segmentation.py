@@ -85,7 +85,7 @@ class Segmentation(Metric):
         "of one class everywhere."
     )
     rows = {"IoU": "per_class", "accuracy": "per_class_accuracy"}
-    needs = frozenset()
+    needs = frozenset()  # `run_model` computes the maps
     definition = "raw maps of all classes, bicubic to the image's size; the highest one counts"
     protocol_definition = (
         "image resized to int(factor * side + 0.5), bilinear without antialiasing; maps of windows averaged in "

@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 def explained(tiny_processor):
     image = Image.linear_gradient("L").resize((1300, 650)).convert("RGB")
     engine = Engine(tiny_model(logit_bias_init_value=0.0), tiny_processor)
-    seen = questions.encode_photo(engine, image)
+    seen = questions.encode_photo(engine, image, image.size)
     (explanation,) = engine.run([seen.prepared], TEXTS)
     return image, seen, explanation
 
@@ -405,6 +405,13 @@ def test_a_large_image_is_reduced_first(tmp_path, monkeypatch):
         assert found.mode == "RGB" and found.size == (22, 44) and whole.size == (50, 100)
         difference = np.subtract(found, whole.resize(found.size, Image.Resampling.BOX), dtype=float)
         assert np.abs(difference).max() < 8
+
+
+def test_a_large_image_is_reduced_before_it_is_sent(tmp_path):
+    """Its preparation for the model would take hundreds of megabytes. Downloads have the size that it had."""
+    Image.linear_gradient("L").resize((3000, 1500)).save(tmp_path / "large.png")
+    image, original_size = questions.read_photo(str(tmp_path / "large.png"))
+    assert (image.mode, image.size, original_size) == ("RGB", (2048, 1024), (3000, 1500))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits all memory")

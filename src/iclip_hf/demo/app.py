@@ -86,7 +86,7 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
     # Visitors often ask about one image several times.
     @functools.lru_cache(maxsize=MAX_IMAGES)
     def seen_image(path: str, multi_scale: bool) -> SeenImage:
-        return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), read_photo(path))
+        return encode_photo(Engine(model, model.processor, multi_scale=multi_scale), *read_photo(path))
 
     def explain(photo: dict | None, typed: str, method: str, refine: bool, multi_scale: bool):
         if photo is None:

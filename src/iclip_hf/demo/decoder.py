@@ -1,6 +1,7 @@
 """
 Decodes a visitor's image in a process of its own, whose memory is limited: a file of kilobytes can hold tags or tiles
-that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a PPM image or, with exit code 1, an error message.
+that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a line with the width and height of the image, then
+the image as PPM, with at most `MAX_SENT_SIDE` pixels per side. With exit code 1, it prints an error message.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from ..model.images import open_image, to_rgb, upright
 
 
 MAX_MEMORY = 2**29  # bytes
-# Larger images are reduced to this number of pixels, and to this length of a side. The preparation for the model takes
-# twenty bytes for each pixel, and more if the image is wide.
+# Larger images are reduced to this number of pixels, and to this length of a side.
 MAX_KEPT_PIXELS, MAX_KEPT_SIDE = 2**24, 2**14
+# The preparation for the model takes twenty bytes for each pixel. Models see fewer pixels.
+MAX_SENT_SIDE = 2048
 
 
 def decode(path: str) -> Image.Image:
@@ -43,7 +45,10 @@ def _limit_memory() -> None:
 if __name__ == "__main__":
     _limit_memory()
     try:
-        decode(sys.argv[1]).save(sys.stdout.buffer, "PPM")
+        image = decode(sys.argv[1])
+        sys.stdout.buffer.write(b"%d %d\n" % image.size)
+        image.thumbnail((MAX_SENT_SIDE, MAX_SENT_SIDE))
+        image.save(sys.stdout.buffer, "PPM")
     except (OSError, ValueError) as error:
         sys.stdout.buffer.write(str(error).encode(errors="replace"))
         sys.exit(1)

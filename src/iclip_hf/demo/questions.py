@@ -35,17 +35,19 @@ def asked_texts(typed: str) -> list[str]:
     return texts
 
 
-def read_photo(path: str) -> Image.Image:
+def read_photo(path: str) -> tuple[Image.Image, tuple[int, int]]:
     """
-    Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Raises `ValueError` if
-    the image cannot be read, or takes too much memory.
+    Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Returns the image, and
+    the width and height that it had. Raises `ValueError` if the image cannot be read, or takes too much memory.
     """
     command = [sys.executable, "-m", decoder.__name__, path]
     decoded = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     if decoded.returncode:  # without a message, the process had too little memory
         too_large = f"{Path(path).name}: this image takes more than {decoder.MAX_MEMORY >> 20} MiB; reduce it."
         raise ValueError(decoded.stdout.decode() or too_large)
-    return Image.open(io.BytesIO(decoded.stdout), formats=["PPM"])
+    printed = io.BytesIO(decoded.stdout)
+    width, height = map(int, printed.readline().split())
+    return Image.open(io.BytesIO(printed.read()), formats=["PPM"]), (width, height)
 
 
 class SeenImage(NamedTuple):
@@ -55,13 +57,16 @@ class SeenImage(NamedTuple):
     shown: dict  # what the page shows: `image` (a data URL), its `size`, and `original_size`, both (width, height)
 
 
-def encode_photo(engine: Engine, image: Image.Image) -> SeenImage:
-    """Encodes an RGB image for any texts and engines of one model. Maps get the size of the image on the page."""
+def encode_photo(engine: Engine, image: Image.Image, original_size: tuple[int, int]) -> SeenImage:
+    """
+    Encodes an RGB image for any texts and engines of one model. Maps get the size of the image on the page. Arguments
+    are those that `read_photo` returns.
+    """
     size, jpeg = shown_size(image), io.BytesIO()
     image.resize(size).save(jpeg, "JPEG", quality=85)
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
     (prepared,) = engine.encode_images([engine.prepare(image, size[::-1])])
-    return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": image.size})
+    return SeenImage(replace(prepared, image=None), {"image": url, "size": size, "original_size": original_size})
 
 
 def viewer_value(seen: SeenImage, explanation: Explanation) -> dict:

@@ -180,8 +180,8 @@ def test_a_folder_that_is_no_tower(world, sandbox, side, damage):
 
 
 def test_several_texts_after_one_option_are_told_how_to_be_given(sandbox):
-    assert "between commas" in refused("segment", "photo.jpg", "--text", "dog", "cat")
-    assert "between commas" not in refused("segment", "photo.jpg", "--text", "dog", "--sharpness")
+    assert "by commas" in refused("segment", "photo.jpg", "--text", "dog", "cat")
+    assert "by commas" not in refused("segment", "photo.jpg", "--text", "dog", "--sharpness")
 
 
 def test_an_option_that_is_mistyped_is_not_called_missing(sandbox):

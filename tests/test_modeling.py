@@ -364,7 +364,7 @@ def test_the_loss_without_nouns_needs_one_text_of_each_image(shape):
     for each image.
     """
     inputs, count = tiny_inputs(batch=2, texts=math.prod(shape)), math.prod(shape)
-    with pytest.raises(ValueError, match=f"2 images, not {count}"):
+    with pytest.raises(ValueError, match=f"2 images .*, not {count}"):
         tiny_model(text="clip_text_model")(
             inputs["input_ids"].view(*shape, -1), inputs["pixel_values"], return_loss=True
         )

@@ -3,6 +3,7 @@ import importlib.util
 import io
 import itertools
 import re
+import shutil
 import socket
 import struct
 import sys
@@ -300,7 +301,10 @@ def test_the_command_prints_the_address_alone(world, monkeypatch, capsys):
     assert f"loading Gradio and {world.folder / 'model'}" in printed.err  # a minute before
 
 
-def test_without_scikit_image_the_photograph_of_the_package_is_left(monkeypatch):
+def test_without_scikit_image_the_photograph_of_the_package_is_left(monkeypatch, folder):
+    """A file of the user's is not published, even if it has the name of one of scikit-image."""
+    shutil.copy(folder / "small.png", folder / "coffee.png")
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (example,) = viewer.examples()
     assert example.file.samefile(example_image())

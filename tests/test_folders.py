@@ -765,6 +765,11 @@ def test_the_licence_depends_on_the_mark_of_the_data_and_on_no_word_of_their_ter
     (source / "model_card.json").write_text(json.dumps(record))
     card = card_of(tmp_path / "new", tiny_processor, model, source=source)
     assert card.data.license == licence and f"| training data photos | {entry['terms']} |" in card.text
+    # Also if the model is trained further on data of the same name
+    training = {"data": ["photos", "more"], "epochs": 1}
+    card = card_of(tmp_path / "further", tiny_processor, model, source=source, training=training)
+    assert card.data.license == licence and f"| training data photos | {entry['terms']} |" in card.text
+    assert "| training data more | not known here |" in card.text
 
 
 def test_a_folder_named_like_a_known_tower_is_not_known(tmp_path, tiny_processor, monkeypatch):

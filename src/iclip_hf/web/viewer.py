@@ -31,15 +31,16 @@ class Example(NamedTuple):
 
 def examples() -> list[Example]:
     """Returns the photographs to try: one of this package and, if scikit-image is installed, two of it."""
-    package = importlib.util.find_spec("skimage")
-    folder = Path(package.origin).with_name("data") if package else Path()
     # Photographs and texts that the embedded model is right about.
-    all_examples = [
-        Example(Path(example_image()), "Tower", "tower, tree, sky, horse", "Pexels, CC0"),
-        Example(folder / "coffee.png", "Cup of coffee", "cup of coffee, plate, dog", "Rachel Michetti, CC0"),
-        Example(folder / "chelsea.png", "Cat", "cat, bicycle", "Stefan van der Walt, CC0"),
-    ]
-    return [example for example in all_examples if example.file.is_file()]
+    found = [Example(Path(example_image()), "Tower", "tower, tree, sky, horse", "Pexels, CC0")]
+    if package := importlib.util.find_spec("skimage"):
+        folder = Path(package.origin).with_name("data")
+        of_package = [
+            Example(folder / "coffee.png", "Cup of coffee", "cup of coffee, plate, dog", "Rachel Michetti, CC0"),
+            Example(folder / "chelsea.png", "Cat", "cat, bicycle", "Stefan van der Walt, CC0"),
+        ]
+        found += [example for example in of_package if example.file.is_file()]
+    return found
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:

@@ -205,6 +205,8 @@ def test_each_class_has_a_prompt_and_the_probabilities_of_images():
     known = nouns.known_nouns(["a pug"], class_probabilities=classes)
     prompts, sampled = nouns.sample([known, nouns.known_nouns(["a dog"])], epoch=0)
     assert sampled["class_ids"].tolist() == [1, 2] and sampled["class_probabilities"].tolist() == [[0.75, 0], [0, 0]]
+    both = nouns.known_nouns(["a pug"], class_probabilities={"pug": 0.9, "pugs": 0.8})
+    assert nouns.sample([both], epoch=0)[1]["class_probabilities"].tolist() == [[0, 1]]
     assert len(prompts) == 8 and len(sampled["noun_ids"]) == 6
     assert "crane" in prompts[6] and "pug" in prompts[7]
 

@@ -10,6 +10,7 @@ import pickle
 import tarfile
 import tracemalloc
 from collections import Counter
+from decimal import Decimal
 from itertools import chain, combinations, groupby, islice
 
 import datasets
@@ -657,6 +658,14 @@ def test_labels_in_every_format(tmp_path):
     assert [items[f"k0{row}"] for row in range(3)] == expected and len(items) == 3
 
 
+def test_probabilities_in_a_decimal_column_are_floats(tmp_path):
+    write_images(tmp_path, ["a.jpg"])
+    row = {"image": "a.jpg", "caption": "a", "class_probabilities": {"pug": Decimal("0.75")}}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (probability,) = load_pairs(tmp_path / "a.parquet").raw(0).texts.class_probabilities.values()
+    assert probability == 0.75 and isinstance(probability, float)
+
+
 def test_rows_of_one_image_join_their_texts():
     row = {"image": "a.jpg", "caption": "a", "labels": ["dog"], "class_probabilities": {"pug": 0.5}}
     other = {**row, "caption": "b", "class_probabilities": {"box": 0.25}}
@@ -706,7 +715,7 @@ NO_NAMES = [{"dog": 1}, [["dog"]], ["dog", 3], ["dog", None], "dog", '"dog"', '[
         *((column, value) for column in ("labels", "complete") for value in NO_NAMES),
         *(
             ("class_probabilities", value)
-            for value in ({"dog": 2}, {"dog": "a"}, ["dog"], [0.5], "dog", '{"dog": 0.5')
+            for value in ({"dog": 2}, {"dog": Decimal("NaN")}, {"dog": "a"}, ["dog"], [0.5], "dog", '{"dog": 0.5')
         ),
     ],
 )

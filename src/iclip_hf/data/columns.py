@@ -150,8 +150,9 @@ def _probabilities(column: str, value) -> dict[str, float]:
         return {}
     if isinstance(parsed, Mapping):
         by_name = {_stripped(name): number for name, number in parsed.items() if number is not None}
-        if all(isinstance(number, Number) and 0 <= number <= 1 for number in by_name.values()):
-            return by_name
+        # Arrow also has decimals, which numpy cannot add to floats.
+        if all(isinstance(number, Number) and 0 <= float(number) <= 1 for number in by_name.values()):
+            return {name: float(number) for name, number in by_name.items()}
     raise ValueError(f'{column}: {value!r:.100} is no object of names and probabilities, such as {{"dog": 0.9}}')
 
 

@@ -235,7 +235,8 @@ class NounPrompts:
             arrays["class_probabilities"] = np.zeros((len(images), len(self.classes)), np.float32)
             for image, image_probabilities in zip(images, arrays["class_probabilities"]):
                 for position, probability in image.class_probabilities:
-                    image_probabilities[position] += probability
+                    # A name and its plural are one noun, and may be sure both.
+                    image_probabilities[position] = min(image_probabilities[position] + probability, 1)
         return prompts, arrays
 
 

@@ -97,12 +97,11 @@ def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, traini
     if training is None:
         record = _valid_record(source or model.name_or_path, model, processor)
     else:
-        names = training.get("data", [])
         earlier_data = _valid_record(source, model, processor, source_identity)["data"] if source else {}
-        # Terms of an earlier run stay known, such as those of a data set by which the embedded model was trained.
-        known = {name: _DATA_TERMS[name] for name in names if name in _DATA_TERMS}
-        data = dict.fromkeys(names, NOT_KNOWN) | earlier_data | known
-        record = {"training": dict(training), "data": data}
+        # Terms that an earlier record knows stay known, such as those of the data of the embedded model.
+        terms = earlier_data | _DATA_TERMS
+        data = {name: terms.get(name, NOT_KNOWN) for name in training.get("data", [])}
+        record = {"training": dict(training), "data": earlier_data | data}
     described = identity(model, processor)
     del described["model"]  # the name of a folder
     return record | {"identity": described}

@@ -536,4 +536,5 @@ def test_few_pairs_from_python(pairs, tiny_processor, tmp_path):
     assert "eval_strategy" not in few_pairs(54)
     some = few_pairs(100, per_device_train_batch_size=8, gradient_accumulation_steps=4, num_train_epochs=10)
     assert some["eval_steps"] == 10 * 3 / 5  # of twelve batches
-    assert few_pairs(100, max_steps=7)["eval_steps"] == 2
+    short = few_pairs(100, max_steps=7)
+    assert short["eval_steps"] == 2 and "num_train_epochs" not in short

@@ -97,10 +97,10 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
     num_batches = num_pairs // max(batch_size * processes, 1)  # a batch of 0 is refused later
     steps_per_epoch = max(math.ceil(num_batches / max(given.get("gradient_accumulation_steps", 1), 1)), 1)
     epochs = given.get("num_train_epochs", max(1, round(FEW_PAIRS_STEPS / steps_per_epoch)))
-    steps = given["max_steps"] if given.get("max_steps", 0) > 0 else math.ceil(epochs * steps_per_epoch)
+    has_max_steps = given.get("max_steps", 0) > 0
+    steps = given["max_steps"] if has_max_steps else math.ceil(epochs * steps_per_epoch)
     chosen = {
         "per_device_train_batch_size": batch_size,
-        "num_train_epochs": epochs,
         "learning_rate": FEW_PAIRS_RATE,
         "warmup_learning_rate": 0.0,
         "min_learning_rate": 0.0,
@@ -112,6 +112,8 @@ def few_pairs(num_pairs: int, num_held_out: int = 0, max_bad_share: float = 0.0,
         "logging_steps": math.ceil(steps / 10),
         "dataloader_num_workers": min(num_pairs // 250, 4, spare_processors()),
     }
+    if not has_max_steps:
+        chosen["num_train_epochs"] = epochs
     if num_held_out:
         chosen |= {"eval_strategy": "steps", "eval_on_start": True, "load_best_model_at_end": True}
         chosen["metric_for_best_model"] = best_metric(num_held_out)
@@ -126,6 +128,5 @@ def best_metric(num_held_out: int) -> str:
 def training_recipe(training: ICLIPTrainingArguments, processes: int) -> dict[str, object]:
     """Returns the arguments of a training that its model depends on, for [`write_model_card`]."""
     recipe = {name: getattr(training, name) for name in _RECIPE}
-    if training.max_steps < 0:
-        del recipe["max_steps"]
+    del recipe["max_steps" if training.max_steps <= 0 else "num_train_epochs"]  # without effect
     return recipe | {"processes": processes, "precision": training.mixed_precision}

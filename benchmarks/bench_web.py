@@ -100,7 +100,7 @@ def python_seconds(processor: ICLIPProcessor, page: Path) -> tuple[float, float]
     options.intra_op_num_threads = 1
 
     def encode(text: str) -> None:
-        prompts = {name: value.unsqueeze(1).numpy() for name, value in processor(labels=[text]).items()}  # (T, K, L)
+        prompts = {name: value.unsqueeze(1).numpy() for name, value in processor(labels=[text]).items()}  # (T, 1, L)
         sessions[1].run(None, prompts)
 
     def first() -> None:

@@ -260,7 +260,7 @@ def test_torch_numpy_lists_and_strides_are_equal(metric):
 
 
 def smooth_maps(number, size=(120, 160), seed=0):
-    """(K, H, W) float32 in [0, 1], as a grid of patches enlarged."""
+    """(T, H, W) float32 in [0, 1], as a grid of patches enlarged."""
     maps = torch.rand(number, 8, 10, generator=torch.Generator().manual_seed(seed))
     return resize_and_normalize(maps, size).numpy()
 

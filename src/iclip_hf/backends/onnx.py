@@ -35,13 +35,14 @@ _PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 def export_onnx(model: ICLIPModel, processor: ICLIPProcessor, folder: str | Path, weights: str = "float32") -> Path:
     """
-    Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, K, L, H and W are dynamic.
+    Writes a model as two ONNX graphs, with its configuration and processor. The sizes B, T, L, H and W, and the
+    number of prompts, are dynamic.
 
     - `vision_model.onnx`: from `pixel_values` `(B, 3, H, W)`, at least two patches high and wide, to the unit vectors
       `image_embeds` `(B, P)` and `patch_embeds` `(B, h, w, P)`, and to `attention` and `map_attention` `(B, N)` in
       [0, 1], as in [`ICLIPImageFeatures`].
-    - `text_model.onnx`: from `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, K, L)` for K
-      prompts of each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with
+    - `text_model.onnx`: from `input_ids`, `attention_mask` and the tokenizer's other outputs, `(T, prompts, L)` for
+      the prompts of each label, to the unit vectors `text_embeds` and `map_text_embeds` `(T, P)`, and with
       `map_attention="signed"` to the `attention_weights` `(T,)`, as in [`ICLIPTextFeatures`].
     - `config.json`: `logit_scale_init_value` and `logit_bias_init_value` are the trained values.
 

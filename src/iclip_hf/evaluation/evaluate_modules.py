@@ -43,10 +43,10 @@ _ONE_CLASS = {
     "aggregate": '\n    aggregate: "image" (default) averages over the images of a class, "pixel" pools their pixels.',
 }
 _ALL_CLASSES = {
-    "what": "all of its K classes",
-    "shape": "(K, H, W)",
-    "masks": "(H, W), or (K, H, W) with a mask for each class where classes overlap",
-    "labels": "lists of K class ids",
+    "what": "all of its T classes",
+    "shape": "(T, H, W)",
+    "masks": "(H, W), or (T, H, W) with a mask for each class where classes overlap",
+    "labels": "lists of T class ids",
     "aggregate": "",
 }
 _CITATION = """

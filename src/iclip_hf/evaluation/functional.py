@@ -97,7 +97,7 @@ def _thresholds_below(values: np.ndarray) -> np.ndarray:
 
 
 def _counts_from_each(bins: np.ndarray) -> np.ndarray:
-    """Returns for each of the bins `(N, L)` the sum of this bin and all later ones."""
+    """Returns for each bin in a row of `bins` the sum of this bin and all later ones in the row."""
     return bins[:, ::-1].cumsum(axis=1)[:, ::-1]
 
 
@@ -126,15 +126,15 @@ def contrast_counts(maps, mask, class_ids, ignore_index: int = 255, both_maps: b
     a_ji) / 2. Pixels of both classes or of neither are left out. Maps are first rounded to multiples of 1 / 4096.
 
     Args:
-        maps (`np.ndarray` or `torch.Tensor` of shape `(K, H, W)`): floats in [0, 1], the map of each class.
-        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(K, H, W)`): integers, the class of each pixel; or
+        maps (`np.ndarray` or `torch.Tensor` of shape `(T, H, W)`): floats in [0, 1], the map of each class.
+        mask (`np.ndarray` or `torch.Tensor` of shape `(H, W)` or `(T, H, W)`): integers, the class of each pixel; or
             one mask for each class, if classes overlap.
-        class_ids (`Sequence[int]`): K different class ids.
+        class_ids (`Sequence[int]`): T different class ids.
         both_maps (`bool`): True for c, which takes the maps of both classes; False for a, which takes only the map of
             the class itself.
 
     Returns:
-        `np.ndarray` of shape `(2, K)`, float64: for each class, the number of its partners, and the sum of c or a over
+        `np.ndarray` of shape `(2, T)`, float64: for each class, the number of its partners, and the sum of c or a over
         its partners. Two classes of the image are partners if each has a pixel that does not belong to the other.
     """
     maps = _check_map(maps)
@@ -212,10 +212,10 @@ def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) ->
 
 def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255, confidence=None) -> np.ndarray:
     """
-    Counts the pixels of each class in a predicted and a reference label map `(H, W)`, of class ids 0..K-1, where 0 is
-    the background. With `confidence` `(H, W)` in [0, 1], the prediction is counted at each of `THRESHOLDS`: a pixel
-    whose confidence is not above the threshold is background. Returns `(3, K, L)` int64: pixels in both maps, in the
-    prediction and in the reference, at L thresholds: 101, or 1 without confidence.
+    Counts the pixels of each class in a predicted and a reference label map `(H, W)`, of class ids 0..K, where 0 is
+    the background; `num_classes` is K + 1. With `confidence` `(H, W)` in [0, 1], the prediction is counted at each of
+    `THRESHOLDS`: a pixel whose confidence is not above the threshold is background. Returns `(3, K + 1, L)` int64:
+    pixels in both maps, in the prediction and in the reference, at L thresholds: 101, or 1 without confidence.
     """
     prediction, reference = to_numpy(prediction), to_numpy(reference)
     confidence = None if confidence is None else _check_map(confidence)
@@ -227,7 +227,7 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
         codes += _thresholds_below(confidence[counted])
 
     def count_above(selected_codes: np.ndarray) -> np.ndarray:
-        """Returns the number of pixels above each threshold for each predicted class, `(K, L)`."""
+        """Returns the number of pixels above each threshold for each predicted class, `(K + 1, L)`."""
         bins = np.bincount(selected_codes, minlength=num_classes * levels).reshape(-1, levels)
         return bins if confidence is None else _counts_from_each(bins)[:, 1:]
 

@@ -77,7 +77,7 @@ class ICLIPConfig(PreTrainedConfig):
             (`feature_reduction`), and joined to the patch tokens of the image tower. Scores and maps are computed from
             both. Attention, `value_share`, `map_affinity` and the selection of `map_tokens` depend on the image tower
             only. A feature tower requires the package timm. This option and the options below are not in the paper.
-        feature_dim (`int`, defaults to 256): number K of features that the feature tower adds to the patch tokens, at
+        feature_dim (`int`, defaults to 256): number Df of features that the feature tower adds to the patch tokens, at
             most the number of channels of its last feature map.
         feature_image_mean, feature_image_std (`list[float]`, *optional*): mean and standard deviation of each channel,
             by which pixel values *that the processor has normalized* are normalized again for the feature tower:

@@ -81,13 +81,13 @@ def competition_loss(shares: torch.Tensor, positives: torch.Tensor) -> torch.Ten
     return (losses / positives.sum(1)[rows]).sum() / len(shares)
 
 
-def shares_of_texts(logits: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+def shares_of_texts(logits: torch.Tensor, spatial_prior: torch.Tensor) -> torch.Tensor:
     """
     Returns the share of each text in each image, `(B, T)` float32, in [0, 1]. The share in a patch is the softmax of
-    the logits `(B, N, T)` over the texts. The share in an image is the mean over its N patches, weighted by `prior`,
-    `(B, N, T)` or `(N, T)`, whose sum over N is 1.
+    the logits `(B, N, T)` over the texts. The share in an image is the mean over its N patches, weighted by
+    `spatial_prior`, `(B, N, T)` or `(N, T)`, whose sum over N is 1.
     """
-    return (prior * logits.float().softmax(-1)).sum(1)
+    return (spatial_prior * logits.float().softmax(-1)).sum(1)
 
 
 def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def attention_prior(attention: torch.Tensor, is_background: torch.Tensor) -> tor
 def place_prior(heights: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """
     Returns the spatial prior `(N, T)` of nouns, whose sum over the N patches is 1, from the heights y `(N,)` of the
-    patches, 0 at the top and 1 at the bottom, and the place of the nouns `(T,)`. The prior is proportional to exp(3 y)
+    patches, 0 at the top and 1 at the bottom, and the place of the nouns `(T,)`. It is proportional to exp(3 y)
     for nouns at the bottom (1), such as floor, to exp(-3 y) for nouns at the top (-1), such as sky, and constant for
     others (0).
     """
@@ -317,8 +317,8 @@ def shares_by_place(
     computed from evenly spread patches `(b, 64, P)` ([`~pooling.even_patches`]), weighted by [`place_prior`].
     `prompts` are unit vectors `(V, P)`, and `scale` multiplies the cosines in the softmax.
     """
-    prior = place_prior(even_heights().to(patch_embeds.device), nouns.place)
-    by_place = shares_of_texts(scale * (patch_embeds.float() @ prompts.float().mT), prior)
+    spatial_prior = place_prior(even_heights().to(patch_embeds.device), nouns.place)
+    by_place = shares_of_texts(scale * (patch_embeds.float() @ prompts.float().mT), spatial_prior)
     rows, columns = nouns.shows_place.nonzero(), nouns.place.nonzero().squeeze(1)
     return shares.index_put((rows, columns), by_place[:, columns])
 
@@ -336,8 +336,9 @@ def known_competition_loss(
 
     - Each noun shown has patches. The share of a noun in the image is the power mean of its shares in the patches,
     weighted by [`place_prior`]. The loss is the negative logarithm of this share, as the mean over the nouns shown.
-    With the exponent `SHARE_EXPONENT`, a few patches suffice: a mean would give all nouns shown equal areas. The prior
-    separates nouns that are always shown together, such as wall and floor. A loss of whole images cannot do so.
+    With the exponent `SHARE_EXPONENT`, a few patches suffice: a mean would give all nouns shown equal areas. The
+    spatial prior separates nouns that are always shown together, such as wall and floor. A loss of whole images cannot
+    do so.
     - Each patch shows one of the nouns shown. The loss is the negative logarithm of the sum of their shares in the
     patch, as the mean over the patches. This loss does not decide which of the nouns a patch shows: the model learns
     it from images with other nouns.
@@ -367,10 +368,10 @@ class BranchBatch:
     Attributes:
         branch ([`ICLIPBranch`]): the branch, which maps cosines to logits.
         config ([`ICLIPConfig`]): configuration of the model.
-        images (`torch.Tensor` of shape `(B, P)`, or `(B, K, P)` in the map branch with `max_over="similarity"`): unit
-            vectors of images, or of K patches of each image.
+        images (`torch.Tensor` of shape `(B, P)`, or `(B, n, P)` in the map branch with `max_over="similarity"`): unit
+            vectors of images, or of n patches of each image.
         captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
-        map_attention (`torch.Tensor` of shape `(B, K)`, *optional*): attention of the patches, in [0, 1].
+        map_attention (`torch.Tensor` of shape `(B, n)`, *optional*): attention of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
         prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of one prompt of each noun.
         even_embeds (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
@@ -404,12 +405,12 @@ class BranchBatch:
 
     @cached_property
     def similarities(self) -> torch.Tensor:
-        """The cosines of patches and nouns (B, K, V)."""
+        """The cosines of patches and nouns (B, n, V)."""
         return self.images @ self.prompts.mT
 
     @cached_property
-    def prior(self) -> torch.Tensor:
-        """The [`attention_prior`] of the nouns (B, K, V)."""
+    def spatial_prior(self) -> torch.Tensor:
+        """The [`attention_prior`] of the nouns (B, n, V)."""
         return attention_prior(self.map_attention, self.nouns.is_background)
 
     def select_even_embeds(self, selected: torch.Tensor) -> torch.Tensor:
@@ -475,13 +476,13 @@ def _distillation_weight(batch: BranchBatch) -> float:
 
 
 def _nouns_of_patches(batch: BranchBatch) -> torch.Tensor:
-    pooled = smooth_maximum(batch.similarities, batch.prior.log(), batch.config.max_sharpness, dim=1)
+    pooled = smooth_maximum(batch.similarities, batch.spatial_prior.log(), batch.config.max_sharpness, dim=1)
     return softmax_noun_loss(batch.branch(pooled), batch.nouns)
 
 
 def _noun_competition(batch: BranchBatch) -> torch.Tensor:
     scale = batch.config.map_scale
-    shares = shares_of_texts(scale * batch.similarities, batch.prior)
+    shares = shares_of_texts(scale * batch.similarities, batch.spatial_prior)
     if batch.even_embeds is not None:
         patch_embeds = batch.select_even_embeds(batch.nouns.shows_place)
         shares = shares_by_place(shares, patch_embeds, batch.prompts, scale, batch.nouns)

@@ -228,8 +228,8 @@ class ICLIPModel(ICLIPTowers):
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
         Pools the tokens of images by each of `poolings`, see `config.poolings`. Returns vectors by the name of the
-        pooling: `(B, D)`, or `(B, D + K)` for poolings of patches with a feature tower; `(B, (L - 1) D)` for
-        `"earlier_averages"`; and `(B, K)` for `"feature_average"`. A pooling of None is left out.
+        pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower; `(B, (L - 1) D)` for
+        `"earlier_averages"`; and `(B, Df)` for `"feature_average"`. A pooling of None is left out.
         """
 
         def pool_by(name: str) -> torch.Tensor:
@@ -283,7 +283,7 @@ class ICLIPModel(ICLIPTowers):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Averages tokens `(B, N, D)` and attention `(B, N)` over similar patches (`config.map_affinity`). Returns both
-        for the patches with the indices `chosen` `(B, K)`, or for all patches: `(B, K, D)` and `(B, K)`.
+        for the patches with the indices `chosen` `(B, n)`, or for all patches: `(B, n, D)` and `(B, n)`.
         """
         chosen_tokens, chosen_attention = tokens, attention
         if chosen is not None:

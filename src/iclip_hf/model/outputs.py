@@ -42,14 +42,14 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
             `max_over="similarity"`, because this branch then has no image vector.
         patch_embeds (`torch.Tensor` of shape `(B, h, w, P)`, or `(B, h, w, 2 P)` with a `recognition_share`): unit
             vectors of the patches, which are compared with `map_text_embeds`.
-        patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + K)` with a feature tower): patch tokens of
-            the image tower after its final norm, each followed by the K reduced features of the feature tower;
+        patch_tokens (`torch.Tensor` of shape `(B, N, D)`, or `(B, N, D + Df)` with a feature tower): patch tokens of
+            the image tower after its final norm, each followed by the Df reduced features of the feature tower;
             row-major, N = h * w.
         attention (`torch.Tensor` of shape `(B, N)`): class-token attention over the patches, normalised to [0, 1]
             (Eq. 9).
         map_attention (`torch.Tensor` of shape `(B, N)`): `attention`, averaged over similar patches, see
             `config.map_affinity`.
-        feature_average (`torch.Tensor` of shape `(B, K)`): the vector that the recognition branch projects with
+        feature_average (`torch.Tensor` of shape `(B, Df)`): the vector that the recognition branch projects with
             `recognition_pooling="feature_average"`; None with other poolings.
     """
 

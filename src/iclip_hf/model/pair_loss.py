@@ -21,7 +21,7 @@ class ImageInputs(NamedTuple):
     # With a feature tower, the average of the last layer has `feature_dim` more numbers.
     pooled: torch.Tensor
     map_pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
-    # Tokens (B, K, D) and attention in [0, 1] (B, K), float32, of the K `representative_patches`. The tokens are
+    # Tokens (B, n, D) and attention in [0, 1] (B, n), float32, of the n `representative_patches`. The tokens are
     # centered, then both are averaged over similar patches. None with `max_over="channels"`.
     patch_tokens: torch.Tensor | None = None
     map_attention: torch.Tensor | None = None

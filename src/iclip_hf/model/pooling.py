@@ -29,9 +29,9 @@ def average_by_affinity(
     values: torch.Tensor, tokens: torch.Tensor, affinity: float, queries: torch.Tensor
 ) -> torch.Tensor:
     """
-    Averages the values `(B, N, C)` of all N patches, once for each of K patches. The weights are
-    softmax(affinity * cosine) over the N patches, where the cosines compare the tokens `queries` `(B, K, D)` of the K
-    patches with the `tokens` `(B, N, D)` of all patches. Returns `(B, K, C)`. The weights are not kept in memory.
+    Averages the values `(B, N, C)` of all N patches, once for each of n patches. The weights are
+    softmax(affinity * cosine) over the N patches, where the cosines compare the tokens `queries` `(B, n, D)` of the n
+    patches with the `tokens` `(B, N, D)` of all patches. Returns `(B, n, C)`. The weights are not kept in memory.
     """
     keys, queries = F.normalize(tokens.float(), dim=-1), F.normalize(queries.float(), dim=-1)
     # Zeros make all widths equal, as fused attention needs. Other attention would keep the weights in memory.
@@ -41,12 +41,13 @@ def average_by_affinity(
     return averaged[:, 0, :, : values.shape[-1]].to(values.dtype)
 
 
-def smooth_maximum(values: torch.Tensor, log_prior: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
+def smooth_maximum(values: torch.Tensor, log_weights: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
     """
-    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, with the values v, their prior p and the sharpness b.
+    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, with the values v, their weights p, whose sum is
+    1, and the sharpness b.
     For a small b this is nearly the mean of the values, and for a large b nearly their maximum.
     """
-    return (log_prior + sharpness * values).logsumexp(dim) / sharpness
+    return (log_weights + sharpness * values).logsumexp(dim) / sharpness
 
 
 def pool_similarities(
@@ -54,23 +55,23 @@ def pool_similarities(
 ) -> torch.Tensor:
     """
     Computes masked max pooling over similarities instead of channels: the [`smooth_maximum`] of the similarities of
-    patches `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, both unit vectors. The prior of the patches is their
+    patches `(B, N, P)` and texts, `(T, P)` or `(B, T, P)`, both unit vectors. The weights of the patches are their
     attention `(B, N)`, at least 0, divided by its sum. If all attention of an image is 0, its patches have equal
-    priors. Returns `(B, T)`, float32.
+    weights. Returns `(B, T)`, float32.
 
     The trained score is then the peak of the map. Eq. 10 takes the maximum of each channel instead, which is similar
     for all images if a tower was trained with a patch objective.
     """
     attention = attention.float()
     attention = attention.where(attention.sum(-1, keepdim=True) > 0, 1.0)
-    prior = attention / attention.sum(-1, keepdim=True)
+    weights = attention / attention.sum(-1, keepdim=True)
     with torch.autocast(patch_embeds.device.type, enabled=False):
         similarities = text_embeds.float() @ patch_embeds.mT.float()
     # A patch without attention is left out. The gradient of log 0 would be infinite, and NaN if multiplied by the
     # weight 0 of the patch.
-    left_out = prior == 0
-    log_prior = prior.masked_fill(left_out, 1.0).log().masked_fill(left_out, -torch.inf)
-    return smooth_maximum(similarities, log_prior.unsqueeze(1), sharpness, -1)
+    left_out = weights == 0
+    log_weights = weights.masked_fill(left_out, 1.0).log().masked_fill(left_out, -torch.inf)
+    return smooth_maximum(similarities, log_weights.unsqueeze(1), sharpness, -1)
 
 
 # Poolings of an image into one vector: the rows of Table 2, with both normalisations of the attention for masked max.

@@ -93,13 +93,13 @@ class ImageTokens(NamedTuple):
     """Output of the image towers for B images of N = h * w patches. Tokens have passed the tower's final norm."""
 
     class_token: torch.Tensor  # (B, D)
-    patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + K) with K features of a feature tower, row-major
+    patch_tokens: torch.Tensor  # (B, N, D), or (B, N, D + Df) with Df features of a feature tower, row-major
     raw_attention: torch.Tensor  # (B, N), of the class token in the last layer, mean over the heads, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
     # (B, L - 1, D), mean patch tokens of the L - 1 layers before the last, where L is `average_layers`; None if L = 1
     earlier_averages: torch.Tensor | None = None
-    feature_average: torch.Tensor | None = None  # (B, K), with `recognition_pooling="feature_average"`
+    feature_average: torch.Tensor | None = None  # (B, Df), with `recognition_pooling="feature_average"`
 
 
 class ICLIPTowers(PreTrainedModel):
@@ -275,8 +275,8 @@ class ICLIPTowers(PreTrainedModel):
         like: torch.FloatTensor,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor | None]:
         """
-        Runs the feature tower. Returns the features of the patches `(B, N, K)` and, for
-        `recognition_pooling="feature_average"`, the mean of the feature map `(B, K)`, with the type and on the device
+        Runs the feature tower. Returns the features of the patches `(B, N, Df)` and, for
+        `recognition_pooling="feature_average"`, the mean of the feature map `(B, Df)`, with the type and on the device
         of `like`.
         """
         feature_map, feature_average = self.feature_map(pixel_values), None

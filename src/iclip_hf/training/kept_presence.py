@@ -26,7 +26,7 @@ class KeptPresence(nn.Module):
 
     Args:
         branch: recognition branch with a bias, as it is at the start.
-        texts (`torch.Tensor` of shape `(K, D)`): features of the texts from the text tower.
+        texts (`torch.Tensor` of shape `(T, Dt)`): features of the texts from the text tower.
     """
 
     def __init__(self, branch: nn.Module, texts: torch.Tensor):

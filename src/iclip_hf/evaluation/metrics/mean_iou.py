@@ -14,7 +14,7 @@ class MeanIoU:
     mIoU of label maps: TP / (TP + FP + FN) of each class over the pixels of all images, averaged over the classes.
 
     Args:
-        num_classes (`int`): number of classes K, including the background. Class ids are 0..K-1.
+        num_classes (`int`): K + 1, the number of classes including the background. Class ids are 0..K.
         background (`bool`): whether the mean includes the background, class 0.
         ignore_index (`int`, defaults to 255): value of ignored pixels in the reference.
 

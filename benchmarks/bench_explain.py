@@ -138,10 +138,10 @@ def asking_again(rounds: int) -> str:
     engine = Engine(model, model.processor)
     image = photograph(0)
     texts = examples()[0].texts.split(", ")
-    encoded = encode_photo(engine, image)
+    encoded = encode_photo(engine, image, image.size)
 
     def answer(seen=None):
-        seen = seen or encode_photo(engine, image)
+        seen = seen or encode_photo(engine, image, image.size)
         (explanation,) = engine.run([seen.prepared], texts)
         viewer_value(seen, explanation), to_npz(explanation)
 

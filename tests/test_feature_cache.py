@@ -215,7 +215,9 @@ def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor
     joined.feature_reduction.bias.data.fill_(0.5)
     kinds += [fill(centered), fill(joined), fill(tiny_model(vision_downsampling=2))]
     joined.feature_model.timm_model.bn2.running_mean.fill_(0.5)
-    assert [*kinds, fill(joined)] == [*range(2, 16)]
+    kinds.append(fill(joined))
+    joined.config.recognition_pooling = "feature_average"
+    assert [*kinds, fill(joined)] == [*range(2, 17)]
 
 
 def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_processor, monkeypatch):

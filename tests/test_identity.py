@@ -153,10 +153,10 @@ def test_every_option_says_what_depends_on_it():
     assert ICLIPConfig.option_names("weights") == ["logit_scale_init_value", "logit_bias_init_value"]
     always = {"max_over", "attention_quantile", "value_share", "average_layers", "even_patches"}
     always |= {"feature_image_mean", "feature_image_std", "vision_downsampling"}
-    assert ICLIPConfig().feature_options.keys() == always
+    assert ICLIPConfig().cache_options.keys() == always
     patches = {"attention_norm", "center_tokens", "map_affinity", "map_tokens"}
-    assert ICLIPConfig(max_over="similarity").feature_options.keys() == always | patches
-    known = [ICLIPConfig(max_over="similarity", known_competition=weight).feature_options for weight in (0, 0.1, 0.2)]
+    assert ICLIPConfig(max_over="similarity").cache_options.keys() == always | patches
+    known = [ICLIPConfig(max_over="similarity", known_competition=weight).cache_options for weight in (0, 0.1, 0.2)]
     assert known[0] != known[1] == known[2]
 
 

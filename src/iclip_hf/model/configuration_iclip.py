@@ -244,14 +244,17 @@ class ICLIPConfig(PreTrainedConfig):
         return [name for name, mark in marks.items() if not read_by or mark in read_by]
 
     @property
-    def feature_options(self) -> dict[str, object]:
+    def cache_options(self) -> dict[str, object]:
         """
-        The options that precomputed features of images depend on, and `even_patches`: whether the features hold evenly
-        spread patches.
+        The options that precomputed features of images depend on, and whether the features hold evenly spread patches
+        (`even_patches`) and the vectors of `recognition_pooling="feature_average"`.
         """
         marks = (True,) if self.max_over == "channels" else (True, "patches")
         names = [option.name for option in fields(self) if option.metadata.get("cached") in marks]
-        return {name: getattr(self, name) for name in names} | {"even_patches": self.known_competition > 0}
+        options = {name: getattr(self, name) for name in names} | {"even_patches": self.known_competition > 0}
+        if self.recognition_pooling == "feature_average":  # other poolings share their features
+            options["feature_average"] = True
+        return options
 
     @property
     def poolings(self) -> tuple[list[str], str | None]:

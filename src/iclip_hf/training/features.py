@@ -219,7 +219,7 @@ class FeatureCache:
         images_digest = digest(
             {
                 "towers": [[getattr(tower, "config", None), tower.state_dict()] for tower in towers],
-                "options": model.config.feature_options,
+                "options": model.config.cache_options,
                 "token_mean": mean,
                 "image_processor": json.loads(processor.image_processor.to_json_string()),
                 **common,

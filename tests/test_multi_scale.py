@@ -94,15 +94,15 @@ def test_scores_do_not_depend_on_what_else_is_asked(tiny_processor):
 def test_windows_put_each_patch_at_its_place(patches):
     """Those of two scales have the usual size, and share half with the next."""
     scales = TwoScales(8)
-    size = tuple(scales.size({"height": 8 * patches, "width": 8}).values())
+    size = tuple(scales.prepared_size({"height": 8 * patches, "width": 8}).values())
     rows = torch.arange(size[0])[None, None, :, None].expand(1, 3, -1, size[1]).float()
     whole, *seen = scales.views(rows)
     assert {of.shape for of in (whole, *seen)} == {(1, 3, 8 * patches, 8)}
     assert len(seen) == 2 * 3 or patches == 1
     values = rows[:, :, ::8, ::8]
     large, small = ([of[:, :, ::8, ::8] for of in views] for views in (seen, SlidingWindows(8, 8, 8).views(rows)))
-    torch.testing.assert_close(SlidingWindows(8, 8, 8).join(small, size), values)
-    joined = scales.join([torch.zeros(1, 3, patches, 1), *large], size)
+    torch.testing.assert_close(SlidingWindows(8, 8, 8).join_maps(small, size), values)
+    joined = scales.join_maps([torch.zeros(1, 3, patches, 1), *large], size)
     torch.testing.assert_close(2 * joined, values)
 
 

@@ -41,7 +41,7 @@ from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
 from .similarity import check_finite, check_map_size
-from .windows import TwoScales, WholeImage
+from .windows import Tiling, TwoScales, WholeImage
 
 
 logger = logging.getLogger(__name__)
@@ -58,26 +58,36 @@ class _Question(NamedTuple):
     labels: list[str]  # the T different labels
     encoded: ICLIPTextFeatures  # (T, P)
     priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
-    indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
+    label_indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
 
-    def select(self, indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
+    def select(self, label_indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
         """Returns the labels of B images, equally many for each, and their features `(B, T, P)`."""
-        if indices[0] is None:
-            return [self.labels] * len(indices), for_images(self.encoded, len(indices))
-        labels = [[self.labels[index] for index in image_indices] for image_indices in indices]
-        return labels, select_texts(self.encoded, torch.tensor(indices))
+        if label_indices[0] is None:
+            return [self.labels] * len(label_indices), for_images(self.encoded, len(label_indices))
+        labels = [[self.labels[index] for index in image_indices] for image_indices in label_indices]
+        return labels, select_texts(self.encoded, torch.tensor(label_indices))
 
 
 class _AskedImage(NamedTuple):
     """An image with the labels that it is asked about."""
 
     image: PreparedImage
-    indices: list[int] | None  # of the labels; None for all
+    label_indices: list[int] | None  # None for all
 
     @property
     def batch_key(self) -> tuple:
         """Images with equal keys can be explained together."""
-        return self.image.batch_key, None if self.indices is None else len(self.indices)
+        return self.image.batch_key, None if self.label_indices is None else len(self.label_indices)
+
+
+class _Answers(NamedTuple):
+    """The scores of B images with T texts, and the maps of some of these texts, on the CPU."""
+
+    scores: torch.Tensor  # (B, T)
+    presence: torch.Tensor | None  # (B, T)
+    mapped: list[list[int]]  # for each image the indices of the texts with maps; S is their largest number
+    raw_maps: torch.Tensor  # (B, S, h, w)
+    unrefined_maps: torch.Tensor | None  # (B, S, h, w), if `raw_maps` are refined
 
 
 class Engine:
@@ -104,8 +114,8 @@ class Engine:
         method ([`Explainer`], *optional*): object that computes the maps by `forward(pixel_values, texts)`, which may
             also take `features`, `text_indices` and `templates`, see [`Explainer.forward`]. The default is the model's
             own map, the method `itsm`. [`make_explainer`] returns the method that suits the model.
-        templates (`list[str]`, *optional*): prompts with one `{}` each; the processor's if not given. With `["{}"]`,
-            texts are taken as they are.
+        templates (`list[str]`, *optional*): templates of prompts, with one `{}` each; the processor's if not given.
+            With `["{}"]`, texts are taken as they are.
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; the processor's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
@@ -183,16 +193,16 @@ class Engine:
                 still see all of them, and `Explanation.all_scores` has all scores.
         """
         image, own_size = load_image(image), size_dict(self.processor.image_processor.size)
-        map_size = self.tiling.size(self.image_size or own_size)
+        prepared_size = self.tiling.prepared_size(self.image_size or own_size)
 
-        def pixel_values_at(size: dict[str, int]) -> torch.Tensor:
+        def pixel_values_at(new_size: dict[str, int]) -> torch.Tensor:
             # With do_resize=False, the processor takes no size.
-            return self.processor(images=[image], size=None if size == own_size else size)["pixel_values"]
+            return self.processor(images=[image], size=None if new_size == own_size else new_size)["pixel_values"]
 
-        pixel_values = pixel_values_at(map_size)
+        pixel_values = pixel_values_at(prepared_size)
         score_pixel_values = None
         if self.image_size is not None:
-            score_pixel_values = pixel_values if map_size == own_size else pixel_values_at(own_size)
+            score_pixel_values = pixel_values if prepared_size == own_size else pixel_values_at(own_size)
             if score_pixel_values.shape == pixel_values.shape and not self.multi_scale:
                 score_pixel_values = None  # the maps are computed at the model's own size
         return PreparedImage(
@@ -261,7 +271,7 @@ class Engine:
         """Brings the texts of `run` to one form, and encodes them unless they are `encoded`."""
         if isinstance(texts, ICLIPTextFeatures):
             return _Question([str(index) for index in range(len(texts.text_embeds))], texts)
-        priors = indices = None
+        priors = label_indices = None
         if isinstance(texts, Mapping):
             check_priors(texts)
             texts, priors = [*texts], torch.tensor([*texts.values()], dtype=torch.float32)
@@ -274,15 +284,15 @@ class Engine:
         if lists:
             labels = list(dict.fromkeys(itertools.chain(*lists)))
             index_of = {label: index for index, label in enumerate(labels)}
-            indices = [[index_of[label] for label in image_labels] for image_labels in lists]
-        return _Question(labels, self.encode(labels) if encoded is None else encoded, priors, indices)
+            label_indices = [[index_of[label] for label in image_labels] for image_labels in lists]
+        return _Question(labels, self.encode(labels) if encoded is None else encoded, priors, label_indices)
 
     def _explanations(
         self, images: Iterable, question: _Question, batch_size: int, best: int | None
     ) -> Iterator[Explanation | None]:
         """Yields the explanations of images in their order, computed in batches."""
-        label_indices = question.indices or itertools.repeat(None)
-        images_with_indices = zip(images, label_indices, strict=question.indices is not None)
+        label_indices = question.label_indices or itertools.repeat(None)
+        images_with_indices = zip(images, label_indices, strict=question.label_indices is not None)
         while batch := list(itertools.islice(images_with_indices, batch_size)):
             asked = [
                 _AskedImage(self.prepare(image) if isinstance(image, Image.Image) else image, indices)
@@ -298,9 +308,35 @@ class Engine:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         labels, texts = question.select(label_indices)
+        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(images, texts, question.priors, best)
+        explanations = []
+        for position, (image, indices) in enumerate(zip(images, mapped)):
+            explanation = Explanation(
+                labels=[labels[position][index] for index in indices],
+                scores=scores[position][indices],
+                presence=None if presence is None else presence[position][indices],
+                raw_maps=raw_maps[position, : len(indices)],
+                unrefined_maps=None if unrefined_maps is None else unrefined_maps[position, : len(indices)],
+                size=image.size,
+                prior=EVEN_PRIOR if question.priors is None else question.priors[indices],
+                image=image.image,
+                all_scores=scores[position],
+                method=self.method_name,
+                refined=self.refine,
+            )
+            explanations.append(explanation)
+        return explanations
+
+    def _answer(
+        self,
+        images: Sequence[PreparedImage],
+        texts: ICLIPTextFeatures,
+        priors: torch.Tensor | None,
+        best: int | None,
+    ) -> _Answers:
+        """Computes the scores of B images with texts `(B, T, P)`, and the maps of the `best` or the wanted texts."""
         batch = join_images(images)
-        all_indices = range(len(labels[0]))
-        # For each image the indices of the texts that get a map
+        all_indices = range(texts.text_embeds.shape[1])
         mapped = [all_indices if image.text_indices is None else image.text_indices for image in images]
         text_indices = None if images[0].text_indices is None else mapped
         maps = None
@@ -311,34 +347,17 @@ class Engine:
             maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices, refine=False)
             batch = replace(batch, features=features)
         batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
-        scores, presence = self._score(batch.score_features, texts, question.priors)
+        scores, presence = self._score(batch.score_features, texts, priors)
         if best is not None:
             mapped = _best_texts(scores if presence is None else presence, texts.text_embeds, mapped, best)
-            texts = select_texts(texts, pad_indices(mapped))
-            text_indices = None
+            texts, text_indices = select_texts(texts, pad_indices(mapped)), None
         if maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
         unrefined = None
         if self.refine and maps.shape[1]:
             unrefined, maps = maps, refine_maps(maps, batch.pixel_values.to(maps.device))
         scores, presence, maps, unrefined = map_tensors(torch.Tensor.cpu, [scores, presence, maps, unrefined])
-        explanations = []
-        for position, (image, indices) in enumerate(zip(images, map(list, mapped))):
-            explanation = Explanation(
-                labels=[labels[position][index] for index in indices],
-                scores=scores[position][indices],
-                presence=None if presence is None else presence[position][indices],
-                raw_maps=maps[position, : len(indices)],
-                unrefined_maps=None if unrefined is None else unrefined[position, : len(indices)],
-                size=image.size,
-                prior=EVEN_PRIOR if question.priors is None else question.priors[indices],
-                image=image.image,
-                all_scores=scores[position],
-                method=self.method_name,
-                refined=self.refine,
-            )
-            explanations.append(explanation)
-        return explanations
+        return _Answers(scores, presence, [*map(list, mapped)], maps, unrefined)
 
     def _encode_views(self, batch: ImageBatch, for_maps: bool) -> ImageBatch:
         """
@@ -361,10 +380,10 @@ class Engine:
         return ICLIPImageFeatures(image_embeds=features.image_embeds, patch_embeds=features.patch_embeds)
 
     def _score(
-        self, views: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None
+        self, view_features: Sequence[ICLIPImageFeatures], texts: ICLIPTextFeatures, priors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Computes the scores and the presence, `(B, T)` each. The presence is None if the model has none."""
-        scores = self.tiling.score([self.model.scores(view, texts) for view in views])
+        scores = self.tiling.join_scores([self.model.scores(features, texts) for features in view_features])
         check_finite(scores)
         presence = self.model.presence(scores)
         if presence is not None and priors is not None:
@@ -377,7 +396,7 @@ class Engine:
         texts: ICLIPTextFeatures,
         features: Sequence[ICLIPImageFeatures] | None = None,
         text_indices: Sequence[Sequence[int]] | None = None,
-        tiling: WholeImage | None = None,
+        tiling: Tiling | None = None,
         refine: bool = True,
     ) -> tuple[torch.Tensor, list[ICLIPImageFeatures]]:
         """
@@ -390,7 +409,7 @@ class Engine:
             text_indices (*optional*): for each image the indices of the texts to map; all if not given. The maps are
                 then `(B, S, h, w)`, where S is the largest number of indices. An image with fewer indices has maps of
                 any texts after its own.
-            tiling ([`WholeImage`], *optional*): tiling to use instead of the engine's, such as [`SlidingWindows`].
+            tiling ([`Tiling`], *optional*): tiling to use instead of the engine's, such as [`SlidingWindows`].
             refine (`bool`): whether to refine the maps, if the engine does.
         """
         texts = for_images(texts, len(pixel_values))
@@ -401,7 +420,7 @@ class Engine:
             for view, known_features in zip(views, features or [None] * len(views))
         ]
         view_maps, view_features = map(list, zip(*results))
-        maps = tiling.join(view_maps, pixel_values.shape[2:])
+        maps = tiling.join_maps(view_maps, pixel_values.shape[2:])
         if refine and self.refine:
             maps = refine_maps(maps, pixel_values.to(maps.device))
         return maps, view_features

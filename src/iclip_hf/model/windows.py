@@ -19,10 +19,10 @@ from .similarity import resize_maps
 WINDOW_SHARPNESS = 20.0
 
 
-class WholeImage:
-    """The tiling with one view, the whole prepared image. Other tilings derive from it."""
+class Tiling:
+    """Base class of tilings. By default, the only view is the whole image."""
 
-    def size(self, view_size: dict[str, int]) -> dict[str, int]:
+    def prepared_size(self, view_size: dict[str, int]) -> dict[str, int]:
         """Returns the size that images are resized to, so that their views have the size `view_size`."""
         return view_size
 
@@ -30,19 +30,23 @@ class WholeImage:
         """Returns the pixel values of each view of images `(B, 3, H, W)`."""
         return [pixel_values]
 
-    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    def join_maps(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         """
         Joins the raw maps of the views, `(B, T, h, w)` each, float32. `size` is the height and width of the prepared
         images in pixels.
         """
         return maps[0]
 
-    def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Joins the cosines of the views with the texts, `(B, T)` each."""
-        return cosines[0]
+    def join_scores(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Joins the scores of the views, `(B, T)` each."""
+        return scores[0]
 
 
-class TwoScales(WholeImage):
+class WholeImage(Tiling):
+    """The tiling with one view, the whole prepared image."""
+
+
+class TwoScales(Tiling):
     """
     Ten views at two scales. One view is the whole image. The others are nine windows of the same size in the image at
     twice the height and width. Neighbouring windows overlap by half. The value of a patch is the mean of both scales.
@@ -56,7 +60,7 @@ class TwoScales(WholeImage):
     def __init__(self, patch_size: int):
         self.patch_size = patch_size
 
-    def size(self, view_size: dict[str, int]) -> dict[str, int]:
+    def prepared_size(self, view_size: dict[str, int]) -> dict[str, int]:
         return {name: 2 * side for name, side in view_size.items()}
 
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
@@ -64,13 +68,13 @@ class TwoScales(WholeImage):
         whole = F.interpolate(pixel_values, self._window_size(size), mode="bicubic", antialias=True)
         return [whole, *(pixel_values[..., rows, columns] for rows, columns in self._windows(size))]
 
-    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    def join_maps(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         whole, *windows = maps
         joined = mean_of_windows(windows, self._windows(size), size, self.patch_size, tapered=True)
         return (resize_maps(whole, joined.shape[2:]) + joined) / 2
 
-    def score(self, cosines: Sequence[torch.Tensor]) -> torch.Tensor:
-        whole, *windows = cosines
+    def join_scores(self, scores: Sequence[torch.Tensor]) -> torch.Tensor:
+        whole, *windows = scores
         smooth_maximum = (WINDOW_SHARPNESS * torch.stack(windows)).logsumexp(0) - math.log(len(windows))
         return (whole + smooth_maximum / WINDOW_SHARPNESS) / 2
 

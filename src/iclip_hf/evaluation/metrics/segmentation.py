@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from ...model.label_maps import BACKGROUND_LABEL
-from ...model.windows import WholeImage, mean_of_windows, sliding_windows
+from ...model.windows import Tiling, mean_of_windows, sliding_windows
 from ..argmax import argmax_label_map, protocol_label_map
 from ..functional import THRESHOLDS
 from ..protocols import protocol_settings
@@ -25,7 +25,7 @@ SHORT_SIDE = 336
 _PROTOCOL_OPTIONS = ("window", "stride", "logit_scale", "threshold")
 
 
-class SlidingWindows(WholeImage):
+class SlidingWindows(Tiling):
     """
     Square windows that slide over the image, as in benchmarks of segmentation. The value of a patch is its mean over
     the windows that contain the patch.
@@ -44,7 +44,7 @@ class SlidingWindows(WholeImage):
     def views(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         return [pixel_values[..., rows, columns] for rows, columns in self._windows(pixel_values.shape[2:])]
 
-    def join(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
+    def join_maps(self, maps: Sequence[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
         return mean_of_windows(maps, self._windows(size), size, self.patch_size)
 
 

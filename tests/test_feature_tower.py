@@ -152,7 +152,10 @@ def test_the_loss_reads_patches_that_the_image_tower_chooses():
         chosen = representative_patches(own, model.normalized_attention(image), GRID, 6)
         model.config.recognition_share = 0.0
         of_all = model.get_image_features(pixel_values).patch_embeds.flatten(1, 2)
-    for patches, places in ((inputs.patch_tokens, chosen), (inputs.even_tokens, even_patches(GRID).expand(2, -1))):
+    for patches, places in (
+        (inputs.representative_tokens, chosen),
+        (inputs.even_tokens, even_patches(GRID).expand(2, -1)),
+    ):
         assert patches.shape == (2, places.shape[1], 38)
         expected = of_all.take_along_dim(places.unsqueeze(-1), 1)
         torch.testing.assert_close(model.map_branch.embed_image(patches), expected, atol=1e-5, rtol=1e-4)

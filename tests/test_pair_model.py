@@ -71,7 +71,7 @@ def test_the_loss_reads_representative_patches_averaged_over_similar_ones():
         patches, _ = model._average_similar(image.patch_tokens, model.normalized_attention(image))
     chosen = representative_patches(image.patch_tokens, model.normalized_attention(image), image.grid, 6)
     rows = torch.arange(2).unsqueeze(1)
-    torch.testing.assert_close(few.patch_tokens, patches[rows, chosen])
+    torch.testing.assert_close(few.representative_tokens, patches[rows, chosen])
     torch.testing.assert_close(few.map_attention, every.map_attention[rows, chosen])
     torch.testing.assert_close(few.even_tokens, patches[:, even_patches(image.grid)])
 
@@ -433,7 +433,8 @@ def test_nouns_with_a_place_compete_for_evenly_spread_patches():
         inputs = model.image_inputs(model.encode_image(batch["pixel_values"]))
         texts = model.get_text_features(batch["input_ids"], batch["attention_mask"]).map_text_embeds[3:6]
         patches, even = (
-            model.interpretability.embed_image(tokens) for tokens in (inputs.patch_tokens, inputs.even_tokens[1:])
+            model.interpretability.embed_image(tokens)
+            for tokens in (inputs.representative_tokens, inputs.even_tokens[1:])
         )
         prior = attention_prior(inputs.map_attention, known.is_background)
         shares = shares_of_texts(20 * patches @ texts.T, prior)

@@ -523,7 +523,7 @@ LOSS_TERMS = {
 }
 
 
-def branch_loss(branch: str, batch: BranchBatch) -> torch.Tensor:
-    """Returns the weighted sum of the [`LOSS_TERMS`] of a branch."""
-    weighted_losses = ((term.weight(batch), term.loss) for term in LOSS_TERMS[branch].values())
+def branch_loss(name: str, batch: BranchBatch) -> torch.Tensor:
+    """Returns the weighted sum of the [`LOSS_TERMS`] of the branch with this name."""
+    weighted_losses = ((term.weight(batch), term.loss) for term in LOSS_TERMS[name].values())
     return sum(weight * loss(batch) for weight, loss in weighted_losses if weight)

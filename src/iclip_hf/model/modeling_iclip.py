@@ -268,7 +268,7 @@ class ICLIPModel(ICLIPTowers):
         return ImageInputs(
             pooled,
             map_pooled=features.get(map_pooling),
-            patch_tokens=features.get("patches"),
+            representative_tokens=features.get("patches"),
             map_attention=features.get("attention"),
             even_tokens=features.get("even_patches"),
         )
@@ -398,10 +398,10 @@ class ICLIPModel(ICLIPTowers):
         """
         shape, inputs = input_ids.shape[:-1], (input_ids, attention_mask, token_type_ids)
         inputs = [None if tensor is None else tensor.flatten(0, -2) for tensor in inputs]
-        features, outputs = self.encode_text(*inputs, **kwargs)
-        projected = self.recognition.text_projection(features).unflatten(0, shape)
+        pooled, outputs = self.encode_text(*inputs, **kwargs)
+        projected = self.recognition.text_projection(pooled).unflatten(0, shape)
         text_embeds = average_prompts(normalize(projected), num_templates)
-        map_text_embeds = average_prompts(self.map_branch.embed_text(features).unflatten(0, shape), num_templates)
+        map_text_embeds = average_prompts(self.map_branch.embed_text(pooled).unflatten(0, shape), num_templates)
         attention_weights = None
         if self.config.map_attention == "signed":
             attention_weights = self.attention_weights(map_text_embeds).clamp(-1, 1)

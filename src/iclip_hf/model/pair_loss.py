@@ -18,73 +18,76 @@ class ImageInputs(NamedTuple):
 
     # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"` and L
     # `average_layers`, (B, (1 + L) D): averages of the layers before the last, class token, average of the last layer.
-    # With a feature tower, the average of the last layer has `feature_dim` more numbers.
+    # With a feature tower, the average of the last layer has Df (`feature_dim`) more numbers. (B, Df) with
+    # "feature_average".
     pooled: torch.Tensor
     map_pooled: torch.Tensor | None  # pooled tokens of the map branch, (B, D); None with `max_over="similarity"`
     # Tokens (B, n, D) and attention in [0, 1] (B, n), float32, of the n `representative_patches`. The tokens are
     # centered, then both are averaged over similar patches. None with `max_over="channels"`.
-    patch_tokens: torch.Tensor | None = None
+    representative_tokens: torch.Tensor | None = None
     map_attention: torch.Tensor | None = None
     # Tokens (B, 64, D) of the `even_patches`, centered and averaged in the same way. None without `known_competition`.
     even_tokens: torch.Tensor | None = None
 
 
 def pair_loss(
-    model: nn.Module, image: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None
+    model: nn.Module, image_inputs: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None
 ) -> ICLIPOutput:
     """
     Returns the output of [`ICLIPModel.forward`] with the losses of B images, their captions and their nouns (Eq. 13).
     `model` is an [`ICLIPModel`]. The first B texts of `text_inputs` `(M, Dt)` are the captions, the last C are the
     prompts of the classes, and the others are noun prompts.
     """
-    num_images = len(image.pooled)
+    num_images = len(image_inputs.pooled)
     if nouns is None and len(text_inputs) != num_images:  # further texts would be ignored
         raise ValueError(f"The loss of {num_images} images needs one caption for each, not {len(text_inputs)} texts.")
-    images, texts = model.recognition.embed_image(image.pooled), model.recognition.embed_text(text_inputs)
-    class_prompts = None
+    image_embeds = model.recognition.embed_image(image_inputs.pooled)
+    text_embeds, class_prompts = model.recognition.embed_text(text_inputs), None
     if nouns is not None and nouns.num_classes:
-        texts, class_prompts = texts[: -nouns.num_classes], texts[-nouns.num_classes :]
-    map_texts, even_embeds = texts, None
-    if branch := model.interpretability:
-        map_images = branch.embed_image(image.patch_tokens if image.map_pooled is None else image.map_pooled)
-        map_texts = branch.embed_text(text_inputs[: len(texts)])
-        if nouns is not None and image.even_tokens is not None:
-            even_embeds = branch.embed_image(image.even_tokens[nouns.needs_even_patches])
+        text_embeds, class_prompts = text_embeds[: -nouns.num_classes], text_embeds[-nouns.num_classes :]
+    if map_branch := model.interpretability:
+        pooled, tokens = image_inputs.map_pooled, image_inputs.representative_tokens
+        map_image_embeds = map_branch.embed_image(tokens if pooled is None else pooled)
+        map_text_embeds, even_embeds = map_branch.embed_text(text_inputs[: len(text_embeds)]), None
+        if nouns is not None and image_inputs.even_tokens is not None:
+            even_embeds = map_branch.embed_image(image_inputs.even_tokens[nouns.needs_even_patches])
     # In half precision, scaled cosines would be rounded to multiples of 1/16.
-    with torch.autocast(images.device.type, enabled=False):
-        prompts = None if nouns is None else nouns.prompts(texts[num_images:])
-        captions = texts[:num_images]
-        batch = BranchBatch(model.recognition, model.config, images, captions, nouns=nouns)
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        prompts = None if nouns is None else nouns.prompts(text_embeds[num_images:])
+        batch = BranchBatch(model.recognition, model.config, image_embeds, text_embeds[:num_images], nouns=nouns)
         batch.prompts, batch.class_prompts = prompts, class_prompts
-        losses = [branch_loss("recognition", batch)]
-        if branch:
-            prompts = None if nouns is None else nouns.prompts(map_texts[num_images:])
-            captions = map_texts[:num_images]
-            batch = BranchBatch(branch, model.config, map_images, captions, map_attention=image.map_attention)
+        losses, map_prompts = [branch_loss("recognition", batch)], prompts
+        if map_branch:
+            map_prompts = None if nouns is None else nouns.prompts(map_text_embeds[num_images:])
+            batch = BranchBatch(map_branch, model.config, map_image_embeds, map_text_embeds[:num_images])
+            batch.map_attention = image_inputs.map_attention
             if model.config.max_over == "similarity":  # other maps do not learn from nouns
-                batch.nouns, batch.prompts, batch.even_embeds = nouns, prompts, even_embeds
-            losses.append(branch_loss("map", batch).to(images.device))  # the branches can be on different devices
+                batch.nouns, batch.prompts, batch.even_embeds = nouns, map_prompts, even_embeds
+            losses.append(branch_loss("map", batch).to(image_embeds.device))  # branches can be on different devices
         attention_loss = 0
         if model.config.map_attention == "signed":
-            attention_loss = _attention_loss(model, prompts, nouns).to(images.device)
+            attention_loss = _attention_loss(model, map_prompts, nouns).to(image_embeds.device)
         losses = torch.stack(losses)
         # Training does not read the logits of all prompts.
-        logits_per_image = None if model.training else model.recognition(cosines(images, texts))
+        logits_per_image = None if model.training else model.recognition(cosines(image_embeds, text_embeds))
     return ICLIPOutput(
         loss=losses.mean() + attention_loss,
         branch_losses=losses.detach().unbind(),
         logits_per_image=logits_per_image,
         logits_per_text=None if model.training else logits_per_image.mT,
-        image_embeds=images,
-        text_embeds=texts,
+        image_embeds=image_embeds,
+        text_embeds=text_embeds,
     )
 
 
-def _attention_loss(model: nn.Module, prompts: torch.Tensor | None, nouns: BatchNouns | None) -> torch.Tensor:
-    """Returns the loss of the weights of the attention, from unit vectors `(V, P)` of one prompt of each noun."""
+def _attention_loss(model: nn.Module, map_prompts: torch.Tensor | None, nouns: BatchNouns | None) -> torch.Tensor:
+    """
+    Returns the loss of the weights of the attention, from unit vectors `(V, P)` of one prompt of each noun in the map
+    branch.
+    """
     if nouns is None:
         return 0 * model.attention_direction.sum()  # DDP waits for the gradient of each parameter
-    return direction_loss(model.attention_weights(prompts.detach()), nouns.is_background)
+    return direction_loss(model.attention_weights(map_prompts.detach()), nouns.is_background)
 
 
 def in_chunks(encode: Callable[..., tuple], size: int | None, *inputs: torch.Tensor | None) -> tuple:

@@ -20,7 +20,7 @@ from transformers.utils.logging import get_verbosity
 
 from iclip_hf import ICLIPConfig, ICLIPModel
 from iclip_hf.backends.loading import load_pretrained
-from iclip_hf.model.towers import VISION_TOWERS, LastLayers, VisionTower
+from iclip_hf.model.towers import VISION_TOWERS, LayerExchange, VisionTowerType
 
 
 POOLINGS = ["masked_max", "max", "average", "class_token"]
@@ -69,7 +69,7 @@ def test_attention_is_the_class_tokens_row_of_the_last_layer(vision, tmp_path):
 
 def test_patches_are_the_last_tokens_of_a_tower(monkeypatch):
     """A tower with a token of another kind before its patches, such as DeiT's of distillation, needs a row only."""
-    monkeypatch.setitem(VISION_TOWERS, "deit", VisionTower("DeiTAttention", interpolates=True))
+    monkeypatch.setitem(VISION_TOWERS, "deit", VisionTowerType("DeiTAttention", interpolates=True))
     monkeypatch.setitem(VISION, "deit", VISION["vit"] | {"model_type": "deit"})
     model, pixel_values = tiny_model("deit"), tiny_inputs(size=(32, 48))["pixel_values"]
     with torch.no_grad():
@@ -482,12 +482,12 @@ def test_autocast_rounds_no_logit_and_no_loss():
 def test_autocast_rounds_no_logit_of_the_attention():
     """bfloat16 has steps of a half where logits are above 64, before they are scaled."""
     query, key, value = (4 * torch.randn(3, 2, 4, 25, 8, generator=torch.Generator().manual_seed(0))).bfloat16()
-    last, layer = LastLayers(0.0), torch.nn.Module()
+    exchange, layer = LayerExchange(0.0), torch.nn.Module()
     layer.is_last_attention = True
     with torch.autocast("cpu", torch.bfloat16):
-        AttentionInterface()["sdpa_class_row"](layer, query, key, value, None, last_layers=last)
+        AttentionInterface()["sdpa_class_row"](layer, query, key, value, None, layer_exchange=exchange)
     expected = (query[:, :, :1].double() @ key.double().mT * 8**-0.5).softmax(-1)
-    torch.testing.assert_close(last.class_row, expected.float())
+    torch.testing.assert_close(exchange.class_row, expected.float())
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable")  # has another name in the newest transformers

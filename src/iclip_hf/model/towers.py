@@ -15,7 +15,7 @@ from .configuration_iclip import ICLIPConfig, patch_side
 from .tower_loading import check_text_tower, load_tower
 
 
-class VisionTower(NamedTuple):
+class VisionTowerType(NamedTuple):
     """Properties of a type of image tower that the model needs to know."""
 
     # Class of its attention layers. The last layer computes the class token's attention.
@@ -29,21 +29,21 @@ class VisionTower(NamedTuple):
 
 # Supported image towers by model type. Their first token is the class token, and the patches are their last tokens.
 VISION_TOWERS = {
-    "vit": VisionTower("ViTAttention", interpolates=True),
-    "dinov2": VisionTower("Dinov2Attention"),
-    "dinov2_with_registers": VisionTower("Dinov2WithRegistersAttention"),
-    "dinov3_vit": VisionTower("DINOv3ViTAttention", "norm"),
-    "clip_vision_model": VisionTower("CLIPAttention", "post_layernorm", normed=False, interpolates=True),
+    "vit": VisionTowerType("ViTAttention", interpolates=True),
+    "dinov2": VisionTowerType("Dinov2Attention"),
+    "dinov2_with_registers": VisionTowerType("Dinov2WithRegistersAttention"),
+    "dinov3_vit": VisionTowerType("DINOv3ViTAttention", "norm"),
+    "clip_vision_model": VisionTowerType("CLIPAttention", "post_layernorm", normed=False, interpolates=True),
 }
 # Text towers whose pooled output is the end-of-sequence token.
 EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 
 
-class LastLayers:
+class LayerExchange:
     """
-    Exchanges data with the last layers of the image tower. The last attention reads `value_share`, and writes the
-    class token's attention over all S tokens to `class_row` (B, heads, 1, S). The layers before the last that
-    `average_layers` counts write their outputs (B, S, D) to `earlier`.
+    Data of one forward pass that the model exchanges with the last layers of the image tower. The last attention reads
+    `value_share`, and writes the class token's attention over all S tokens to `class_row` (B, heads, 1, S). The layers
+    before the last that `average_layers` counts write their outputs (B, S, D) to `earlier_outputs`.
 
     This class is neither a list nor a dictionary, because hooks of device maps, offloading and FSDP copy lists and
     dictionaries.
@@ -52,7 +52,7 @@ class LastLayers:
     def __init__(self, value_share: float):
         self.value_share = value_share
         self.class_row: torch.Tensor | None = None
-        self.earlier: dict[nn.Module, torch.Tensor] = {}
+        self.earlier_outputs: dict[nn.Module, torch.Tensor] = {}
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
@@ -65,24 +65,24 @@ class LastLayers:
         return torch.cat([attended[:, :1], mixed], 1)
 
 
-def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, last_layers=None, **kwargs):
+def _sdpa_class_row(module, query, key, value, attention_mask, scaling=None, layer_exchange=None, **kwargs):
     """
-    Computes fused attention, which returns no weights. The last layer also sets `last_layers.class_row`, and mixes its
-    output with the values.
+    Computes fused attention, which returns no weights. The last layer also sets `layer_exchange.class_row`, and mixes
+    its output with the values.
     """
     attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if last_layers is not None and getattr(module, "is_last_attention", False):
+    if layer_exchange is not None and getattr(module, "is_last_attention", False):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         # The product is in float32, also under autocast: logits can overflow float16, and bfloat16 rounds them.
         with torch.autocast(query.device.type, enabled=False):
-            last_layers.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
-        attended = last_layers.mix(attended, value)
+            layer_exchange.class_row = ((query[:, :, :1].float() @ key.float().mT) * scale).softmax(-1)
+        attended = layer_exchange.mix(attended, value)
     return attended, None
 
 
 def _keep_output(layer: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-    if last_layers := kwargs.get("last_layers"):
-        last_layers.earlier[layer] = output
+    if exchange := kwargs.get("layer_exchange"):
+        exchange.earlier_outputs[layer] = output
 
 
 AttentionInterface.register("sdpa_class_row", _sdpa_class_row)
@@ -230,7 +230,7 @@ class ICLIPTowers(PreTrainedModel):
             kwargs["interpolate_pos_encoding"] = True
         grid = height // patch_size, width // patch_size
         patch_slice = slice(-grid[0] * grid[1], None)  # after the class token and, in some towers, registers
-        last_layers = LastLayers(self.config.value_share)
+        exchange = LayerExchange(self.config.value_share)
         if self.vision_model.config._attn_implementation == "eager":
             if self.config.value_share:
                 raise ValueError(f"value_share={self.config.value_share} needs SDPA attention, not eager.")
@@ -238,7 +238,7 @@ class ICLIPTowers(PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.lock_vision):
             factor = self.config.vision_downsampling
             downsampled = pixel_values if factor == 1 else F.avg_pool2d(pixel_values, factor)
-            outputs = self.vision_model(downsampled, last_layers=last_layers, **kwargs)
+            outputs = self.vision_model(downsampled, layer_exchange=exchange, **kwargs)
             tokens, norm = outputs.last_hidden_state, getattr(self.vision_model, tower_type.final_norm)
             if not tower_type.normed:
                 tokens = norm(tokens)
@@ -246,10 +246,10 @@ class ICLIPTowers(PreTrainedModel):
             earlier_averages = None
             if self.config.average_layers > 1:
                 # A tower that serves several models may keep more layers than this model reads.
-                earlier = list(last_layers.earlier.values())[1 - self.config.average_layers :]
+                earlier = list(exchange.earlier_outputs.values())[1 - self.config.average_layers :]
                 averages = [norm(output.to(tokens.device))[:, patch_slice].mean(1) for output in earlier]
                 earlier_averages = torch.stack(averages, 1)
-            attention = outputs.attentions[-1] if last_layers.class_row is None else last_layers.class_row
+            attention = outputs.attentions[-1] if exchange.class_row is None else exchange.class_row
             raw_attention = attention[:, :, 0, patch_slice].float().mean(1).to(tokens.device)
         patch_tokens = tokens[:, patch_slice]
         feature_average = None

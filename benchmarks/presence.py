@@ -39,7 +39,7 @@ from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.data import load_segmentation
 from iclip_hf.data.class_names import ADE20K, CAMVID, COCO_THINGS
 from iclip_hf.model.engine import Engine
-from iclip_hf.model.presence import MIN_PRESENCE, PRESENT, at_prior
+from iclip_hf.model.presence import MIN_PRESENCE, SURE_PRESENCE, at_prior
 
 
 # Names of the background that the labels of `hold_out.py`'s shards are complete for, each in some of them.
@@ -181,7 +181,7 @@ def main():
             presence, truth = found[part], shown[part]
             shares = [
                 100 * (presence[pairs] >= limit).mean()
-                for limit in (MIN_PRESENCE, PRESENT)
+                for limit in (MIN_PRESENCE, SURE_PRESENCE)
                 for pairs in (truth, ~truth)
             ]
             auc, constant = (roc_auc_score(truth.ravel(), values[part].ravel()) for values in (found, without_image))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from ..model.refinement import affinity, propagate
+from ..model.refinement import neighbour_weights, propagate
 from ..model.windows import mean_of_windows, sliding_windows
 
 
@@ -79,7 +79,7 @@ class WindowMaps:
         weights = None
         if self.dilations:
             image = _bilinear(self.pixels[None].to(maps), self.size)
-            weights = affinity(image, self.dilations, PAMR_SPREAD, centers=len(self.dilations))
+            weights = neighbour_weights(image, self.dilations, PAMR_SPREAD, centers=len(self.dilations))
         for chunk in maps.split(CHUNK, 1):
             large_windows = (_bilinear(window_maps[None], window_size) for window_maps in chunk)
             joined = mean_of_windows(large_windows, self.windows, self.pixels.shape[1:], patch_size=1)

@@ -13,10 +13,9 @@ from numbers import Real
 EVEN_PRIOR = 0.5
 # From this presence on, a text counts as shown; below, its mask is empty.
 MIN_PRESENCE = 0.5
-# From this presence on, a text is called present; between `MIN_PRESENCE` and this one, it is unsure.
-PRESENT = 0.8
-# Presence as words, see `presence_word`.
-ABSENT, UNSURE, SURE = "absent", "unsure", "present"
+# From this presence on, the word for a text is "present"; between `MIN_PRESENCE` and this one, it is "unsure".
+SURE_PRESENCE = 0.8
+ABSENT = "absent"  # the word below `MIN_PRESENCE`
 
 
 def at_prior(presence, prior: float):
@@ -37,8 +36,8 @@ def check_priors(priors: Mapping[str, float]) -> None:
 def is_present(presence: float | None, min_presence: float = MIN_PRESENCE) -> bool:
     """
     Returns whether a text counts as shown: its presence is at least `min_presence`, or None because the model has no
-    presence. NaN counts as absent. The numbers are compared in double precision, so a presence of 0.7 in float32 is
-    less than a `min_presence` of 0.7.
+    presence. Its [`presence_word`] is then "present" or "unsure". NaN counts as absent. The numbers are compared in
+    double precision, so a presence of 0.7 in float32 is less than a `min_presence` of 0.7.
     """
     return presence is None or presence >= min_presence
 
@@ -58,7 +57,7 @@ def presence_word(value: float | None, min_presence: float = MIN_PRESENCE) -> st
         return None
     if not is_present(value, min_presence):
         return ABSENT
-    return SURE if value >= PRESENT else UNSURE
+    return "present" if value >= SURE_PRESENCE else "unsure"
 
 
 def presence_text(value: float | None, min_presence: float = MIN_PRESENCE) -> str:

@@ -34,13 +34,13 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
     at_once = (1, 2) if images.device.type == "cpu" else maps.shape[:2]
     num_images, num_maps = (max(1, number) for number in at_once)
     for image, image_maps in zip(images.split(num_images), maps.split(num_images)):
-        weights = affinity(image, DILATIONS, SPREAD)
+        weights = neighbour_weights(image, DILATIONS, SPREAD)
         for part in image_maps.split(num_maps, 1):
             part.copy_(propagate(part, weights, DILATIONS))
     return maps.add_(low)
 
 
-def affinity(images: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
+def neighbour_weights(images: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
     """
     Computes the weights of the neighbours of each cell of images `(B, C, H, W)`, see [`refine_maps`]. Returns
     `(N, B, 1, H, W)` for N neighbours, 8 for each dilation. The standard deviation is over the neighbours and the cell
@@ -66,7 +66,7 @@ def affinity(images: torch.Tensor, dilations: Sequence[int], spread: float, cent
 
 
 def propagate(maps: torch.Tensor, weights: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
-    """Replaces each cell of maps `(B, T, H, W)` 10 times by the weighted mean of its neighbours, see [`affinity`]."""
+    """Replaces each cell of maps `(B, T, H, W)` 10 times by the mean of its neighbours with [`neighbour_weights`]."""
     for _ in range(STEPS):
         refined = torch.zeros_like(maps)
         for weight, neighbour in zip(weights, _neighbours(maps, dilations)):

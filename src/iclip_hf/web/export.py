@@ -20,7 +20,7 @@ from PIL import Image
 from ..backends.onnx import TEXT_FILE, VISION_FILE, export_onnx, trained_config
 from ..hub.model_card import write_model_card
 from ..model.modeling_iclip import ICLIPModel
-from ..model.presence import MIN_PRESENCE, PRESENT
+from ..model.presence import MIN_PRESENCE, SURE_PRESENCE
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder, write_image
 from ..utils.hub_ids import public_name
@@ -203,7 +203,7 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
     if config.logit_bias_init_value is None:
         return None
     scale, bias = math.exp(config.logit_scale_init_value), config.logit_bias_init_value + config.presence_bias
-    return {"scale": scale, "bias": bias, "min_presence": MIN_PRESENCE, "present": PRESENT}
+    return {"scale": scale, "bias": bias, "min_presence": MIN_PRESENCE, "present": SURE_PRESENCE}
 
 
 def _compressed(folder: Path, name: str, data: bytes) -> dict:

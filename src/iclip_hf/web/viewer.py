@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from ..model.presence import MIN_PRESENCE, PRESENT
+from ..model.presence import MIN_PRESENCE, SURE_PRESENCE
 from ..plots import COLORMAPS, example_image
 from ..plots.colors import OPACITY, SEGMENTS, color_table
 
@@ -57,7 +57,7 @@ unrefined map. Most models know English texts only."""
     if has_presence:
         text += f"""
 <b>Presence</b> is the probability that the image shows the text. It assumes that half of the texts are shown. A text
-is <i>present</i> from {PRESENT:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between.
+is <i>present</i> from {SURE_PRESENCE:.0%} on, <i>absent</i> below {MIN_PRESENCE:.0%}, and <i>unsure</i> in between.
 Texts that resemble what is shown often pass."""
     return text
 
@@ -68,7 +68,7 @@ def viewer_theme() -> dict:
     segments, and the presences at which a text becomes unsure and present.
     """
     colors = {name: color_table(name).tolist() for name in COLORMAPS}
-    return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS, "limits": [MIN_PRESENCE, PRESENT]}
+    return {"colors": colors, "opacity": OPACITY, "segments": SEGMENTS, "limits": [MIN_PRESENCE, SURE_PRESENCE]}
 
 
 def read_asset(name: str) -> str:

@@ -76,7 +76,7 @@ def evaluate_model(
         image_size (`int` or `dict`, *optional*): side in pixels of the square that images are resized to for the maps,
             or a `size` of [`ICLIPProcessor`]; if not given, the size that a metric prefers ([`Metric`]), or else the
             processor's. mAP and presence of whole images always come from the processor's size.
-        templates: prompts for the class names; the data set's if not given.
+        templates: templates of the prompts for the class names; the data set's if not given.
         refine (`bool`): whether to refine the maps by the colours of the image, see [`refine_maps`].
         multi_scale (`bool`): whether to compute maps and scores at two scales, see [`Engine`].
         limit (`int`, *optional*): evaluate only the first images.

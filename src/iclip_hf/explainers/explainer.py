@@ -51,7 +51,7 @@ class Explainer(ABC):
         - `text_indices` (`torch.Tensor` of shape `(B, S)`): indices of the texts to map, for methods whose cost grows
           with the number of texts, such as methods with a backward pass for each text. Such a method returns only the
           maps of these texts, `(B, S, h, w)`. Other methods map all texts, and the engine selects the maps.
-        - `templates` (`list[str]`): prompts of the texts, for methods that encode further texts.
+        - `templates` (`list[str]`): templates of the prompts, for methods that encode further texts.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): prepared by `processor`.

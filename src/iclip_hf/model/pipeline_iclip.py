@@ -70,8 +70,8 @@ class ImageTextSimilarityMapPipeline(Pipeline):
                 generator of images.
             candidate_labels (`str` or T of them): class names or phrases. In one string, commas separate the labels,
                 as in transformers. In a list, commas belong to the label, see [`split_texts`].
-            template (`str` or a list, *optional*): prompts with one `{}` for the labels; the processor's if not given.
-                The features of several prompts are averaged. `"{}"` takes the labels as they are.
+            template (`str` or a list, *optional*): templates of prompts, with one `{}` for the label; the processor's
+                if not given. The features of several prompts are averaged. `"{}"` takes the labels as they are.
             threshold (`float` in [0, 1] or T of them, defaults to 0.5): a mask has the pixels where the map is
                 greater.
             min_presence (`float` in [0, 1], defaults to 0.5): a label with a lower presence gets an empty mask.

@@ -90,8 +90,8 @@ class ICLIPProcessor(ProcessorMixin):
         image_processor: image processor of the image tower. Images are resized without a crop, so that maps cover
             the whole image.
         tokenizer: tokenizer of the text tower.
-        templates (`list[str]`, defaults to `["a photo of the {}"]`): prompts for `labels`; the features of several
-            prompts are averaged. `"imagenet"` stands for CLIP's 80 templates for ImageNet.
+        templates (`list[str]`, defaults to `["a photo of the {}"]`): templates of the prompts for `labels`; the
+            features of several prompts are averaged. `"imagenet"` stands for CLIP's 80 templates for ImageNet.
         patch_size (`int`, defaults to 16): side of the model's patches in pixels. Image sides are multiples of it.
         max_text_length (`int`, defaults to 77): texts are truncated to this number of tokens.
         text_padding (`str`, defaults to `"longest"`): `"max_length"` for SigLIP towers, which were trained with it.
@@ -190,7 +190,7 @@ class ICLIPProcessor(ProcessorMixin):
                 image (shorter lists are padded with their last text).
             labels: class names or phrases, inserted into each of the `templates`: a list for all images, one list for
                 each image, or a string, which [`split_texts`] splits.
-            templates: prompts for the labels, each with one `{}`; those of the processor if not given.
+            templates: templates of the prompts, each with one `{}`; those of the processor if not given.
             kwargs: arguments of the image processor and the tokenizer, also as `images_kwargs` and `text_kwargs`.
                 `size=s` or `size={"height": h, "width": w}` sets another size. `size={"shortest_edge": s}` keeps the
                 proportions of the image. Sizes are multiples of the patch size with at most `MAX_PIXELS` pixels.
@@ -207,13 +207,12 @@ class ICLIPProcessor(ProcessorMixin):
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
-        prompts = ["{}"]
-        if labels is not None:
-            text = split_texts(labels)
-            prompts = self.templates if templates is None else check_templates(templates)
-        if text is not None:
-            text = _as_prompts(text, prompts)
-        per_image = text is not None and isinstance(text[0], list)
+        if labels is None:
+            templates = ["{}"]
+        else:
+            text, templates = split_texts(labels), check_templates(self.templates if templates is None else templates)
+        prompts = None if text is None else _as_prompts(text, templates)
+        per_image = prompts is not None and isinstance(prompts[0], list)
 
         common_kwargs, text_kwargs, images_kwargs = (
             dict(kwargs.pop(name, None) or {}) for name in ("common_kwargs", "text_kwargs", "images_kwargs")
@@ -226,23 +225,23 @@ class ICLIPProcessor(ProcessorMixin):
             images, size_kwargs["size"] = self._prepared(images, size, {**images_kwargs, **kwargs})
             kwargs.pop("do_center_crop", None)
             images_kwargs["do_center_crop"] = False  # maps cover the whole image
-            if per_image and len(text) != len(images):
-                raise ValueError(f"There are {len(text)} lists of texts for {len(images)} images.")
+            if per_image and len(prompts) != len(images):
+                raise ValueError(f"There are {len(prompts)} lists of texts for {len(images)} images.")
         defaults = {"padding": self.text_padding, "truncation": True, "max_length": self.max_text_length}
         given = {*common_kwargs, *text_kwargs, *kwargs}
         text_kwargs |= {name: value for name, value in defaults.items() if name not in given}
         batch = super().__call__(
             images,
-            list(chain(*text)) if per_image else text,
+            list(chain(*prompts)) if per_image else prompts,
             common_kwargs={"return_tensors": "pt", **common_kwargs},
             text_kwargs=text_kwargs,
             images_kwargs=images_kwargs,
             **kwargs,
         )
         if per_image:
-            self._split_by_image(batch, len(text), len(text[0]))
-        if len(prompts) > 1:
-            batch["num_templates"] = len(prompts)
+            self._split_by_image(batch, len(prompts), len(prompts[0]))
+        if len(templates) > 1:
+            batch["num_templates"] = len(templates)
         return batch
 
     def _prepared(self, images, size: int | dict[str, int] | None, kwargs: dict) -> tuple[list, dict[str, int]]:
@@ -269,16 +268,17 @@ class ICLIPProcessor(ProcessorMixin):
                     )
         return images, exact_size
 
-    def _split_by_image(self, batch: BatchFeature, num_images: int, num_texts: int) -> None:
+    def _split_by_image(self, batch: BatchFeature, num_images: int, num_prompts: int) -> None:
         """
-        Reshapes the tokens of all texts in place, from `(num_images * num_texts, L)` to `(num_images, num_texts, L)`.
+        Reshapes the tokens of all prompts in place, from `(num_images * num_prompts, L)` to
+        `(num_images, num_prompts, L)`.
         """
         for name in {*self.tokenizer.model_input_names} & batch.keys():
             tokens = batch[name]
             if isinstance(tokens, list):
-                batch[name] = [tokens[start : start + num_texts] for start in range(0, len(tokens), num_texts)]
+                batch[name] = [tokens[start : start + num_prompts] for start in range(0, len(tokens), num_prompts)]
             else:
-                batch[name] = tokens.reshape(num_images, num_texts, -1)
+                batch[name] = tokens.reshape(num_images, num_prompts, -1)
 
     def _exact_size(self, images: list, size: int | dict[str, int] | None) -> dict[str, int]:
         """

@@ -1,4 +1,4 @@
-"""Prompt templates by name, texts in a string, and checks of texts and templates."""
+"""Templates of prompts by name, texts in a string, and checks of texts and templates."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -17,7 +17,7 @@ from measuring import command_line, cost, machine, medians, needed, ratio, table
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.model.batches import join_texts
-from iclip_hf.model.engine import TEXT_BATCH
+from iclip_hf.model.engine import PROMPT_BATCH
 from iclip_hf.utils.files import atomic_write
 
 
@@ -39,7 +39,7 @@ def grown(model: ICLIPModel, images: int, texts: int, pixels: int) -> Callable[[
     input_ids = torch.randint(1000, 20000, (texts, 8))
 
     def explain():
-        features = join_texts([model.get_text_features(part) for part in input_ids.split(TEXT_BATCH)])
+        features = join_texts([model.get_text_features(part) for part in input_ids.split(PROMPT_BATCH)])
         for start in range(0, images, 8):
             maps = model.similarity_maps(torch.randn(min(8, images - start), 3, pixels, pixels), features)
             for image_maps in maps:

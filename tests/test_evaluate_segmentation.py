@@ -214,7 +214,7 @@ def test_a_metric_with_windows_changes_no_other(dataset, tiny_processor):
 def test_texts_are_encoded_in_parts_under_a_bar(dataset, tiny_processor, monkeypatch, capsys):
     model = (tiny_model(), tiny_processor)
     at_once = segment(model, dataset)
-    monkeypatch.setattr(engine, "TEXT_BATCH", 2)
+    monkeypatch.setattr(engine, "PROMPT_BATCH", 2)
     monkeypatch.setattr(engine, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "delay": 0}))
     in_parts = evaluate_model(model, dataset, ["itsm"], [Segmentation()], progress=True)
     assert "Encoding texts" in capsys.readouterr().err

@@ -428,7 +428,7 @@ def test_clip_surgery_subtracts_the_empty_text_in_the_same_prompts_from_a_single
 
 
 def test_templates_are_averaged_as_unit_vectors(made, monkeypatch):
-    monkeypatch.setattr("iclip_hf.model.engine.TEXT_BATCH", 4)  # so that the labels come in parts
+    monkeypatch.setattr("iclip_hf.model.engine.PROMPT_BATCH", 4)  # so that the labels come in parts
     templates = ["a photo of the {}", "the {} ."]
     for family in ("iclip", "clip", "open_clip"):
         model, processor, _ = made(family)

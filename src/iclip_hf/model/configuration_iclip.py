@@ -257,21 +257,25 @@ class ICLIPConfig(PreTrainedConfig):
         return options
 
     @property
-    def poolings(self) -> tuple[list[str], str | None]:
+    def map_pooling(self) -> str | None:
+        """The pooling of the map branch, a name in [`~pooling.POOLINGS`]; None with `max_over="similarity"`."""
+        if self.max_over == "similarity":
+            return None
+        return f"masked_max/{self.attention_norm}" if self.pooling == "masked_max" else self.pooling
+
+    @property
+    def recognition_poolings(self) -> list[str]:
         """
-        The poolings of the recognition branch, whose vectors are concatenated, and the pooling of the map branch,
-        which is None with `max_over="similarity"`. They are names in [`~pooling.POOLINGS`], `"earlier_averages"` or
-        `"feature_average"`. Without dual projections, both branches have the same pooling.
+        The poolings of the recognition branch, whose vectors are concatenated: names in [`~pooling.POOLINGS`],
+        `"earlier_averages"` or `"feature_average"`. Without dual projections, the pooling is that of the map branch.
         """
-        pooling = f"masked_max/{self.attention_norm}" if self.pooling == "masked_max" else self.pooling
-        map_pooling = pooling if self.max_over == "channels" else None
         if not self.dual_projection:
-            return [pooling], map_pooling
+            return [self.map_pooling]
         if self.recognition_pooling == "feature_average":
-            return ["feature_average"], map_pooling
+            return ["feature_average"]
         earlier = ["earlier_averages"] if self.average_layers > 1 else []
         average = ["average"] if self.recognition_pooling == "class_and_average" else []
-        return [*earlier, "class_token", *average], map_pooling
+        return [*earlier, "class_token", *average]
 
     @property
     def map_scale(self) -> float:
@@ -307,7 +311,7 @@ class ICLIPConfig(PreTrainedConfig):
         if self.average_layers > 1 and self.average_layers > self.vision_config.num_hidden_layers:
             number = self.vision_config.num_hidden_layers
             raise ValueError(f"average_layers is at most {number}, the number of the image tower's layers.")
-        if self.feature_config is not None and self.poolings[1] == "class_token":
+        if self.feature_config is not None and self.map_pooling == "class_token":
             raise ValueError('feature_config needs another pooling than "class_token": it adds features to patches.')
 
 

@@ -47,7 +47,7 @@ from .windows import Tiling, TwoScales, WholeImage
 logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
-TEXT_BATCH = 64
+PROMPT_BATCH = 64
 # Texts whose features have at least this cosine resemble each other, so `best` takes only one of them.
 SIMILAR_TEXTS = 0.7
 
@@ -160,7 +160,7 @@ class Engine:
         Encodes T labels as unit vectors `text_embeds` and `map_text_embeds` of shape `(T, P)`, averaged over the
         templates. Raises `ValueError` if a label is empty.
         """
-        labels_at_once = max(1, TEXT_BATCH // len(self.templates))
+        labels_at_once = max(1, PROMPT_BATCH // len(self.templates))
         starts = range(0, len(labels), labels_at_once)
         parts = []
         for start in tqdm(starts, "Encoding texts", leave=False, unit="batch", delay=2):
@@ -429,16 +429,16 @@ class Engine:
         self,
         pixel_values: torch.Tensor,
         texts: ICLIPTextFeatures,
-        features: ICLIPImageFeatures | None,
+        known_features: ICLIPImageFeatures | None,
         text_indices: Sequence[Sequence[int]] | None,
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         """
         Computes the maps of the method for one view of the images, and checks them. Returns the maps and the features
-        of the view. `features` are those of the view, if it is encoded already.
+        of the view. `known_features` are those of the view, if it is encoded already.
         """
         arguments = {}
         if self.takes_features:
-            arguments["features"] = self._features(pixel_values) if features is None else features
+            arguments["features"] = self._features(pixel_values) if known_features is None else known_features
         if "templates" in self._argument_names:
             arguments["templates"] = self.templates
         expected = tuple(texts.text_embeds.shape[:2])

@@ -68,13 +68,12 @@ class ICLIPModel(ICLIPTowers):
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.hidden_size
         if config.text_pooling == "eos":
             text_dim = getattr(config.text_config, "projection_size", text_dim)  # the width of SigLIP's head
-        recognition_poolings, _ = config.poolings
         pooled_dims = {
             "class_token": image_dim,
             "earlier_averages": (config.average_layers - 1) * image_dim,
             "feature_average": config.feature_dim,
         }
-        recognition_dim = sum(pooled_dims.get(pooling, config.patch_dim) for pooling in recognition_poolings)
+        recognition_dim = sum(pooled_dims.get(pooling, config.patch_dim) for pooling in config.recognition_poolings)
         self.recognition = ICLIPBranch(config, recognition_dim, text_dim, recognises=True)
         self.interpretability = None
         if config.dual_projection:
@@ -227,9 +226,9 @@ class ICLIPModel(ICLIPTowers):
 
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
-        Pools the tokens of images by each of `poolings`, see `config.poolings`. Returns vectors by the name of the
-        pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower; `(B, (L - 1) D)` for
-        `"earlier_averages"`; and `(B, Df)` for `"feature_average"`. A pooling of None is left out.
+        Pools the tokens of images by each of `poolings`, see `config.recognition_poolings`. Returns vectors by the
+        name of the pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower; `(B, (L - 1) D)`
+        for `"earlier_averages"`; and `(B, Df)` for `"feature_average"`. A pooling of None is left out.
         """
 
         def pool_by(name: str) -> torch.Tensor:
@@ -246,8 +245,9 @@ class ICLIPModel(ICLIPTowers):
     def loss_features(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
         Returns the features of images that a loss can read, by name. They are the tokens pooled by each of `poolings`,
-        see `config.poolings`. `max_over="similarity"` adds `patches` and `attention`, and `known_competition` adds
-        `even_patches`, see [`ImageInputs`]. With a locked tower, the features can be computed once and kept.
+        see `config.recognition_poolings`. `max_over="similarity"` adds `patches` and `attention`, and
+        `known_competition` adds `even_patches`, see [`ImageInputs`]. With a locked tower, the features can be computed
+        once and kept.
         """
         config, features = self.config, self._pooled(image, poolings)
         if config.max_over == "channels":
@@ -263,11 +263,10 @@ class ICLIPModel(ICLIPTowers):
 
     def loss_inputs(self, features: Mapping[str, torch.Tensor]) -> ImageInputs:
         """Selects the inputs of this model's loss from the `loss_features` of images."""
-        recognition_poolings, map_pooling = self.config.poolings
-        pooled = torch.cat([features[name] for name in recognition_poolings], -1)
+        pooled = torch.cat([features[name] for name in self.config.recognition_poolings], -1)
         return ImageInputs(
             pooled,
-            map_pooled=features.get(map_pooling),
+            map_pooled=features.get(self.config.map_pooling),
             representative_tokens=features.get("patches"),
             map_attention=features.get("attention"),
             even_tokens=features.get("even_patches"),
@@ -275,8 +274,8 @@ class ICLIPModel(ICLIPTowers):
 
     def image_inputs(self, image: ImageTokens) -> ImageInputs:
         """Returns the inputs of this model's loss from the tokens of images."""
-        recognition_poolings, map_pooling = self.config.poolings
-        return self.loss_inputs(self.loss_features(image, [*recognition_poolings, map_pooling]))
+        poolings = [*self.config.recognition_poolings, self.config.map_pooling]
+        return self.loss_inputs(self.loss_features(image, poolings))
 
     def _average_similar(
         self, tokens: torch.Tensor, attention: torch.Tensor, chosen: torch.Tensor | None = None
@@ -353,8 +352,8 @@ class ICLIPModel(ICLIPTowers):
         """
         image = self.encode_image(pixel_values, **kwargs)
         attention = self.normalized_attention(image)
-        recognition_poolings, map_pooling = self.config.poolings
-        inputs = self.loss_inputs(self._pooled(image, [*recognition_poolings, map_pooling]))
+        poolings = [*self.config.recognition_poolings, self.config.map_pooling]
+        inputs = self.loss_inputs(self._pooled(image, poolings))
         averaged, map_attention = self._average_similar(self.centered_tokens(image.patch_tokens), attention)
         projected = self.recognition.visual_projection(inputs.pooled)
         map_image_embeds = None

@@ -222,7 +222,7 @@ class ICLIPProcessor(ProcessorMixin):
             # in a dictionary.
             size_kwargs = kwargs if "size" in kwargs else images_kwargs
             size = size_kwargs.get("size")
-            images, size_kwargs["size"] = self._prepared(images, size, {**images_kwargs, **kwargs})
+            images, size_kwargs["size"] = self._images_and_size(images, size, {**images_kwargs, **kwargs})
             kwargs.pop("do_center_crop", None)
             images_kwargs["do_center_crop"] = False  # maps cover the whole image
             if per_image and len(prompts) != len(images):
@@ -244,7 +244,7 @@ class ICLIPProcessor(ProcessorMixin):
             batch["num_templates"] = len(templates)
         return batch
 
-    def _prepared(self, images, size: int | dict[str, int] | None, kwargs: dict) -> tuple[list, dict[str, int]]:
+    def _images_and_size(self, images, size: int | dict[str, int] | None, kwargs: dict) -> tuple[list, dict[str, int]]:
         """
         Returns images as a list of PIL images and tensors for the image processor, and the size to resize them to.
         `kwargs` of the call replace settings of the image processor.

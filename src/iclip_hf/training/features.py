@@ -269,7 +269,7 @@ class FeatureCache:
         poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
         with self._inference():
             encoded = self.model.encode_image(torch.stack(images).to(self.model.device))
-            return self.model.loss_features(encoded, [*config.poolings[0], *poolings])
+            return self.model.loss_features(encoded, [*config.recognition_poolings, *poolings])
 
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         tokens = self.processor(text=texts).to(self.model.device)

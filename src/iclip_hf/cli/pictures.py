@@ -60,9 +60,7 @@ def add_image_options(command: argparse.ArgumentParser, *, output_help: str, **t
         help="a text with a lower presence, in [0, 1], counts as absent and gets an empty mask (default: %(default)s)",
     )
     command.add_argument("--output", type=Path, metavar="PATH", help=output_help)
-    json_help = (
-        "print a line of JSON for each image, with run-length masks, and write only what --output or --npz asks for"
-    )
+    json_help = "print a line of JSON for each image, with run-length masks, and write only what other options ask for"
     add_shared(command, "--json", help=json_help)
     add_shared(command, "--batch-size", default=4)
 

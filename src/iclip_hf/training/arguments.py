@@ -57,15 +57,16 @@ class ICLIPTrainingArguments(TrainingArguments):
     save_total_limit: int | None = argument(2, "number of checkpoints that are kept")
     logging_steps: float = argument(10, "number of steps between logs; below 1, a share of all steps")
     dataloader_drop_last: bool = argument(True, "leave out an incomplete last batch; the loss needs equal sizes")
-    remove_unused_columns: bool = argument(False, "columns of a data set stay, because the collator reads them")
+    remove_unused_columns: bool = argument(False, "false, because the collator reads all columns of a data set")
     # The `noun_labels` of a batch must not be gathered.
     label_names: list[str] | None = argument([], "names of labels that an evaluation gathers; none by default")
+    push_to_hub: bool = argument(False, "push the model and its card to the Hub, once, at the end")
     # Other strategies push `training_args.bin`, which holds paths and the token of this machine.
     hub_strategy: str = argument("end", "when push_to_hub pushes: at the end, with the model card")
 
     chunk_size: int = argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
     keep_presence: float = argument(
-        0.0, "weight of a loss that keeps the presence of common nouns as the model has it, with a locked image tower"
+        0.0, "weight of a loss that keeps the presence of common nouns as the model has it, with locked towers"
     )
     warmup_learning_rate: float = argument(1e-6, "first learning rate of the warm-up")
     min_learning_rate: float = argument(1e-5, "last learning rate")

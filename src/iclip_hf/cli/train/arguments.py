@@ -87,6 +87,16 @@ class EvaluationArguments:
 class RunArguments(ICLIPTrainingArguments):
     """The arguments of the trainer, and how a run is resumed."""
 
+    output_dir: str | None = argument(
+        None,
+        f"new or empty folder for the model and its checkpoints; if not given, {RUNS}/NAME, with the name of the "
+        "first data or of the configuration",
+    )
+    metric_for_best_model: str | None = argument(
+        None,
+        "metric that selects the best model; if not given, text_to_image, or mMIoU without held-out pairs, or loss "
+        "with fewer than 100 held-out pairs and without --config",
+    )
     resume: bool = argument(False, "resume from the last checkpoint in output_dir, if there is one")
     resume_from_checkpoint: str | None = field(default=None, init=False)  # for scripts; the command has `resume`
 

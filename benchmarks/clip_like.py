@@ -76,8 +76,8 @@ def features(model: ICLIPModel, processor: ICLIPProcessor, pairs: PairDataset) -
         rows = range(start, min(start + 50, len(pairs)))
         pixel_values = processor(images=[pairs.image(row) for row in rows])["pixel_values"]
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
-            _, (layer,) = explained.trace(pixel_values)
-        inputs.append(layer.stream.half())
+            _, (record,) = explained.trace(pixel_values)
+        inputs.append(record.stream.half())
         captions = [caption for row in rows for caption in pairs.captions(row)]
         texts.append(model.encode_text(**processor(text=captions))[0].unflatten(0, (len(rows), -1)))
     return torch.cat(inputs), torch.cat(texts)

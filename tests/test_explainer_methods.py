@@ -47,10 +47,10 @@ def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
     explainer = make_explainer((model, processor), "proxyclip")
     texts = explainer.model.encode_texts(LABELS)
     with torch.no_grad():
-        image, (layer,) = explainer.model.trace(pixels(), -1)
+        image, (record,) = explainer.model.trace(pixels(), -1)
         maps = raw_maps(explainer, pixels(), texts)[0]
         weights = explainer.weights(F.normalize(image.patch_tokens, dim=-1))
-        mixed = explainer.model.layers[-1].output(weights @ layer.value[:, :, -24:])
+        mixed = explainer.model.layers[-1].output(weights @ record.value[:, :, -24:])
     expected = cosine_map(explainer.model.project(mixed), texts.map_text_embeds, GRID)
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-3)
 
@@ -76,8 +76,8 @@ def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale):
     assert {*seen} == {(2, 3, 30, 50)} and maps.shape[2:] == ((8, 12) if multi_scale else (6, 10))
     if not multi_scale:
         with torch.no_grad():
-            _, (layer,) = explainer.model.trace(pixels())
-            own = layer.value[:, :, 1:].transpose(2, 3).flatten(1, 2).unflatten(-1, GRID)
+            _, (record,) = explainer.model.trace(pixels())
+            own = record.value[:, :, 1:].transpose(2, 3).flatten(1, 2).unflatten(-1, GRID)
             mixed = F.interpolate(own, (6, 10), mode="bilinear").flatten(2).mT.unflatten(-1, (4, -1)).transpose(1, 2)
             patches = explainer.model.project(explainer.model.layers[-1].output(mixed))
         expected = cosine_map(patches, texts.text_embeds, (6, 10))
@@ -150,17 +150,17 @@ def test_legrads_mean_token_with_adapters(names):
 def test_grad_eclip_sums_over_the_patches_that_a_score_pools(tiny_processor, options, share):
     model = tiny_model(**options)
     explainer, texts, maps = maps_by((model, tiny_processor), "grad_eclip", batch=1)
-    features, (layer,) = explainer.model.trace(pixels(batch=1), -1, grad=True)
+    features, (record,) = explainer.model.trace(pixels(batch=1), -1, grad=True)
     logit = explainer.model.logits(features.image_embeds[0] @ texts.text_embeds[0])
-    (gradient,) = torch.autograd.grad(logit, layer.mixed)
+    (gradient,) = torch.autograd.grad(logit, record.mixed)
     expected = torch.zeros(25)
     for query in range(25):
         for token in range(25):
             given = 0.0
             for head in range(4):
-                weight = (layer.query[0, head, query] @ layer.key[0, head].T / 8**0.5).softmax(-1)[token]
+                weight = (record.query[0, head, query] @ record.key[0, head].T / 8**0.5).softmax(-1)[token]
                 if query > 0:
                     weight = (1 - share) * weight + share * (token == query)
-                given += weight * (gradient[0, head, query] @ layer.value[0, head, token])
+                given += weight * (gradient[0, head, query] @ record.value[0, head, token])
             expected[token] += max(0.0, given.item())
     torch.testing.assert_close(maps[0, 0].flatten(), expected[1:], atol=1e-5, rtol=1e-3)

@@ -146,10 +146,10 @@ class RecordableModel(ExplainableModel):
         return tuple(side // self.processor.patch_size for side in pixel_values.shape[2:])
 
     def attention(self, pixel_values: torch.Tensor) -> tuple[ICLIPImageFeatures, torch.Tensor]:
-        features, (layer,) = self.trace(pixel_values, weights=True)
+        features, (last_record,) = self.trace(pixel_values, weights=True)
         num_patches = math.prod(features.grid)
         queries = slice(-num_patches, None) if self.pools_patches else slice(0, 1)
-        return features, layer.weights[:, :, queries, -num_patches:].float().mean((1, 2))
+        return features, last_record.weights[:, :, queries, -num_patches:].float().mean((1, 2))
 
     @abstractmethod
     def project(self, stream: torch.Tensor) -> torch.Tensor:
@@ -180,12 +180,12 @@ class RecordableModel(ExplainableModel):
         """
         if depth < 1:
             raise ValueError(f"depth is at least 1, not {depth}.")
-        blocks = [index for index, layer in enumerate(self.layers) if layer.residual]
-        if not blocks:
+        indices = [index for index, layer in enumerate(self.layers) if layer.residual]
+        if not indices:
             raise ValueError(
                 f"{method} needs an image tower of transformer blocks: use {self.default_method} or grad_cam."
             )
-        return blocks[-depth:]
+        return indices[-depth:]
 
     def trace(
         self, pixel_values: torch.Tensor, start: int = -1, grad: bool = False, weights: bool = False

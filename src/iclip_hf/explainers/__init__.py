@@ -102,12 +102,12 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ...
     ...     def __init__(self, model):
     ...         super().__init__(model)
-    ...         (self.last,) = self.model.self_attentions("norm", 1)
+    ...         (self.last_index,) = self.model.self_attentions("norm", 1)
     ...
     ...     @torch.no_grad()
     ...     def forward(self, pixel_values, texts):
-    ...         features, (layer, *_) = self.model.trace(pixel_values, self.last)
-    ...         maps = layer.stream[:, -math.prod(features.grid) :].norm(dim=-1).unflatten(1, features.grid)
+    ...         features, (record, *_) = self.model.trace(pixel_values, self.last_index)
+    ...         maps = record.stream[:, -math.prod(features.grid) :].norm(dim=-1).unflatten(1, features.grid)
     ...         return maps[:, None].expand(-1, texts.text_embeds.shape[1], -1, -1), features
     ```
     """

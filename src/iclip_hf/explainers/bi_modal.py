@@ -20,14 +20,14 @@ class BiModal(GradientExplainer):
     needs_attention = True
     needs_weights = True
 
-    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        return [layer.weights for layer in layers]
+    def differentiated(self, records: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [record.weights for record in records]
 
     def weigh(
-        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+        self, records: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
     ) -> torch.Tensor:
         # One tensor (B, Q, L) for each layer
-        relevances = [(layer.weights * grad).float().relu().mean(1) for layer, grad in zip(layers, gradients)]
+        relevances = [(record.weights * grad).float().relu().mean(1) for record, grad in zip(records, gradients)]
         # The sum of the rows of R = (I + A_n) ... (I + A_1) for the tokens that the score depends on. It is computed
         # from the left, so that each layer multiplies a vector by a matrix.
         read_tokens = slice(0, None if self.model.pools_patches else 1)

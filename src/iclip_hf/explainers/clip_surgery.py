@@ -29,8 +29,8 @@ class CLIPSurgery(ReplacedAttention):
         super().__init__(model, depth)
         self._empty: dict[tuple[str, ...], ICLIPTextFeatures] = {}  # by the prompts
 
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(layer.value, layer.value, layer.value)
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(record.value, record.value, record.value)
 
     @torch.no_grad()
     def forward(

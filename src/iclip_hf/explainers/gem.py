@@ -25,17 +25,17 @@ class GEM(ReplacedAttention):
         super().__init__(model, depth)
         self.iterations = iterations
 
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        norm = layer.tokens.float().norm(dim=-1).mean(-1)
-        scale = (norm * layer.value.shape[-1] ** -0.5)[:, None, None, None].to(layer.value.dtype)
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        mean_norm = record.tokens.float().norm(dim=-1).mean(-1)
+        scale = (mean_norm * record.value.shape[-1] ** -0.5)[:, None, None, None].to(record.value.dtype)
 
-        def attend(tokens: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            return F.scaled_dot_product_attention(tokens * scale, tokens, values, scale=1.0)
+        def self_attend(heads: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(heads * scale, heads, values, scale=1.0)
 
         mixed = []
-        for tokens in (layer.query, layer.key, layer.value):
+        for heads in (record.query, record.key, record.value):
             for _ in range(self.iterations):
-                tokens = F.normalize(tokens, dim=-1)
-                tokens = attend(tokens, tokens)
-            mixed.append(attend(F.normalize(tokens, dim=-1), layer.value))
+                heads = F.normalize(heads, dim=-1)
+                heads = self_attend(heads, heads)
+            mixed.append(self_attend(F.normalize(heads, dim=-1), record.value))
         return torch.stack(mixed).mean(0)

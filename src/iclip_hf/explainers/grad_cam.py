@@ -56,12 +56,12 @@ class GradCAM(GradientExplainer):
                 maps.append((without_bias @ gradient.unsqueeze(-1)).squeeze(-1).relu())
         return torch.stack(maps, 1).detach().unflatten(-1, features.grid)
 
-    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        return [layers[0].tokens if self.normed else layers[0].stream]
+    def differentiated(self, records: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [records[0].tokens if self.normed else records[0].stream]
 
     def weigh(
-        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+        self, records: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
     ) -> torch.Tensor:
-        (activations,), (gradient,) = self.differentiated(layers), gradients
+        (activations,), (gradient,) = self.differentiated(records), gradients
         weights = gradient[:, -num_patches:].mean(1, keepdim=True)  # (B, 1, D)
         return (activations[:, -num_patches:] * weights).sum(-1).relu()

@@ -27,18 +27,18 @@ class GradECLIP(GradientExplainer):
         super().__init__(model)
         self.needs_weights = self.model.pools_patches
 
-    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
-        return [layers[-1].mixed]
+    def differentiated(self, records: list[AttentionRecord]) -> list[torch.Tensor]:
+        return [records[-1].mixed]
 
     def weigh(
-        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+        self, records: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
     ) -> torch.Tensor:
-        (layer,), (gradient,) = layers, gradients
+        (record,), (gradient,) = records, gradients
         if not self.model.pools_patches:
-            key, value = layer.key[:, :, -num_patches:], layer.value[:, :, -num_patches:]
-            return _one_query_relevance(layer.query[:, :, :1], key, value, gradient[:, :, :1])
+            key, value = record.key[:, :, -num_patches:], record.value[:, :, -num_patches:]
+            return _one_query_relevance(record.query[:, :, :1], key, value, gradient[:, :, :1])
         # The positive part of sum_c g_c a v_c for each query, summed over the queries.
-        relevance = ((gradient @ layer.value.mT) * layer.weights).float().sum(1).relu().sum(1)
+        relevance = ((gradient @ record.value.mT) * record.weights).float().sum(1).relu().sum(1)
         return relevance[:, -num_patches:]
 
 

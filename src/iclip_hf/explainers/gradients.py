@@ -39,14 +39,14 @@ class GradientExplainer(Explainer):
                 f"layer is an index of the {num_layers} attention layers, from {-num_layers} to {num_layers - 1}, not "
                 f"{layer!r}."
             )
-        self.layer = range(num_layers)[layer]
+        self.layer_index = range(num_layers)[layer]
 
     def forward(
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        features, layers = self.model.trace(pixel_values, self.layer, grad=True, weights=self.needs_weights)
-        inputs = self.differentiated(layers)
+        features, records = self.model.trace(pixel_values, self.layer_index, grad=True, weights=self.needs_weights)
+        inputs = self.differentiated(records)
         num_texts = texts.text_embeds.shape[1]
         maps = []
         with torch.inference_mode(False), torch.enable_grad():
@@ -57,17 +57,17 @@ class GradientExplainer(Explainer):
                 retain_graph = text_index < num_texts - 1
                 gradients = torch.autograd.grad(logits[:, text_index].sum(), inputs, retain_graph=retain_graph)
                 with torch.no_grad():
-                    maps.append(self.weigh(layers, gradients, math.prod(features.grid)))
+                    maps.append(self.weigh(records, gradients, math.prod(features.grid)))
         detached = ICLIPImageFeatures(**{name: value.detach() for name, value in features.items()})
         return torch.stack(maps, 1).unflatten(-1, features.grid), detached
 
     @abstractmethod
-    def differentiated(self, layers: list[AttentionRecord]) -> list[torch.Tensor]:
+    def differentiated(self, records: list[AttentionRecord]) -> list[torch.Tensor]:
         """Returns the tensors that the similarity is differentiated with respect to."""
 
     @abstractmethod
     def weigh(
-        self, layers: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
+        self, records: list[AttentionRecord], gradients: tuple[torch.Tensor, ...], num_patches: int
     ) -> torch.Tensor:
         """
         Computes the relevance `(B, N)` of the N patches to one text, from the gradients with respect to the tensors of

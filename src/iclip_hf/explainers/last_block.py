@@ -34,11 +34,11 @@ class MaskCLIP(LastBlock):
     def __init__(self, model, residual: bool = True):
         super().__init__(model, residual)
 
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         if not self.is_pool:
-            return layer.value
+            return record.value
         pool = self.model.layers[0].block
-        return split_heads(pool.v_proj(layer.stream), pool.num_heads)
+        return split_heads(pool.v_proj(record.stream), pool.num_heads)
 
 
 class SCLIP(LastBlock):
@@ -49,8 +49,8 @@ class SCLIP(LastBlock):
     def __init__(self, model, residual: bool = True):
         super().__init__(model, residual)
 
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        return sum(F.scaled_dot_product_attention(tokens, tokens, layer.value) for tokens in (layer.query, layer.key))
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        return sum(F.scaled_dot_product_attention(heads, heads, record.value) for heads in (record.query, record.key))
 
 
 class ClearCLIP(LastBlock):
@@ -65,9 +65,9 @@ class ClearCLIP(LastBlock):
         super().__init__(model, residual)
         self.tokens = tokens
 
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        tokens = getattr(layer, self.tokens)
-        return F.scaled_dot_product_attention(tokens, tokens, layer.value)
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        heads = getattr(record, self.tokens)
+        return F.scaled_dot_product_attention(heads, heads, record.value)
 
 
 class NACLIP(LastBlock):
@@ -83,12 +83,12 @@ class NACLIP(LastBlock):
         super().__init__(model, residual)
         self.sigma = sigma
 
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
-        key = layer.key
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+        key = record.key
         window = None
         if self.sigma is not None:
             window = gaussian_window(features.grid, self.sigma, key.shape[2]).to(key)
-        return F.scaled_dot_product_attention(key, key, layer.value, attn_mask=window)
+        return F.scaled_dot_product_attention(key, key, record.value, attn_mask=window)
 
 
 def gaussian_window(grid: tuple[int, int], sigma: float, length: int) -> torch.Tensor:

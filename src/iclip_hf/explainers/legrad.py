@@ -35,30 +35,30 @@ class LeGrad(Explainer):
         self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures, text_indices: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
         texts = texts if text_indices is None else select_texts(texts, text_indices)
-        features, layers = self.model.trace(pixel_values, self.layer_indices[0])
+        features, records = self.model.trace(pixel_values, self.layer_indices[0])
         with torch.inference_mode(False), torch.enable_grad():
             # The embeddings are cloned, because a tensor from inference mode cannot be part of a graph.
             embeds = texts.map_text_embeds.clone()
-            traced = zip(self.layer_indices, layers)
-            maps = sum(self._relevance(index, layer, features, embeds) for index, layer in traced)
+            traced = zip(self.layer_indices, records)
+            maps = sum(self._relevance(index, record, features, embeds) for index, record in traced)
         return maps[..., -math.prod(features.grid) :].unflatten(-1, features.grid), features
 
     def _relevance(
-        self, index: int, layer: AttentionRecord, features: ICLIPImageFeatures, text_embeds: torch.Tensor
+        self, index: int, record: AttentionRecord, features: ICLIPImageFeatures, text_embeds: torch.Tensor
     ) -> torch.Tensor:
         """Computes the relevance of all tokens in one block, `(B, T, L)`."""
-        block = self.model.layers[index]
-        mixed = layer.mixed.detach().requires_grad_()
-        stream = layer.stream + block.output(mixed)
+        layer = self.model.layers[index]
+        mixed = record.mixed.detach().requires_grad_()
+        stream = record.stream + layer.output(mixed)
         # The MLP's weights are passed at each call, because a metric may have randomised them.
-        mlp_mean = functional_call(self._mean_mlps[index], dict(block.mlp.named_parameters()), stream)
-        token = self.model.join_features(stream.mean(1, keepdim=True) + mlp_mean, features)
-        scores = cosines(unit(self.model.project(token))[:, 0], text_embeds)
+        mlp_mean = functional_call(self._mean_mlps[index], dict(layer.mlp.named_parameters()), stream)
+        mean_token = self.model.join_features(stream.mean(1, keepdim=True) + mlp_mean, features)
+        scores = cosines(unit(self.model.project(mean_token))[:, 0], text_embeds)
         relevances = []
         for text_index in range(scores.shape[1]):
             (gradient,) = torch.autograd.grad(scores[:, text_index].sum(), mixed, retain_graph=True)
             # The attention weight (i, j) of a head multiplies value j in the output of query i.
-            relevances.append((gradient @ layer.value.mT).float().relu().mean((1, 2)))
+            relevances.append((gradient @ record.value.mT).float().relu().mean((1, 2)))
         return torch.stack(relevances, 1)
 
 

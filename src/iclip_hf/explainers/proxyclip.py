@@ -51,14 +51,14 @@ class ProxyCLIP(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features, (layer, *_) = self.model.trace(pixel_values, self.layer_index)
+        features, (record, *_) = self.model.trace(pixel_values, self.layer_index)
         if self.proxy is None:
-            width = layer.stream.shape[-1]  # features of a feature tower may follow
+            width = record.stream.shape[-1]  # features of a feature tower may follow
             tokens = features.patch_tokens[..., :width].unflatten(1, features.grid)
         else:
             tokens = self._proxy_tokens(pixel_values)
         grid = tokens.shape[1:3]
-        value = layer.value[:, :, -math.prod(features.grid) :]
+        value = record.value[:, :, -math.prod(features.grid) :]
         if grid != features.grid:
             value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B H, D / H, h, w)
             value = F.interpolate(value_map, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])

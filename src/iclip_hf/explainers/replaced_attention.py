@@ -44,20 +44,20 @@ class ReplacedAttention(Explainer):
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor, texts: ICLIPTextFeatures) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        features, layers = self.model.trace(pixel_values, self.layer_indices[0])
-        stream = layers[0].stream
-        for index, layer in zip(self.layer_indices, layers):
-            block = self.model.layers[index]
-            attended = block.output(self.mix(layer, features, pixel_values))
-            stream = stream + attended if self.residual else attended
+        features, records = self.model.trace(pixel_values, self.layer_indices[0])
+        stream = records[0].stream
+        for index, record in zip(self.layer_indices, records):
+            layer = self.model.layers[index]
+            output = layer.output(self.mix(record, features, pixel_values))
+            stream = stream + output if self.residual else output
             if self.mlp:
-                stream = stream + block.mlp(stream)
+                stream = stream + layer.mlp(stream)
         patch_stream = self.model.join_features(stream[:, -math.prod(features.grid) :], features)
         patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, features.grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), features
 
     @abstractmethod
-    def mix(self, layer: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
+    def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         """
         Mixes the values of a block. Returns the mixed values of all tokens, `(B, H, L, D / H)`, or, without residual
         connections, at least those of the patches.

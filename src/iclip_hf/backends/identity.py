@@ -38,8 +38,8 @@ def identity(model, processor, dtype: str | None = None) -> dict[str, str]:
         dtype (`str`, *optional*): dtype that the weights are rounded to first, as if the model were loaded in it.
 
     Returns:
-        `dict` with `model`, its Hub id or the name of its folder; digests of `configuration`, `weights` and
-        `processor` (options, image processor and tokenizer); and `dtype`.
+        `dict` with `model`, its Hub id, the name of its folder or else its class; digests of `configuration`,
+        `weights` and `processor` (options, image processor and tokenizer); and `dtype`.
     """
     config = getattr(model, "config", None)
     if isinstance(model, torch.nn.Module):

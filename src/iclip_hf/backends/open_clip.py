@@ -85,7 +85,7 @@ class ExplainableOpenCLIP(RecordableModel):
 
     def _encode_images(self, pixel_values: torch.Tensor) -> ICLIPImageFeatures:
         check_side(pixel_values, self.side)
-        output = self.network.visual.forward_intermediates(pixel_values, indices=1)
+        output = self.network.visual.forward_intermediates(pixel_values, indices=1)  # of the last block
         (stream,) = output["image_intermediates"]  # (B, D, h, w)
         return ICLIPImageFeatures(
             image_embeds=unit(output["image_features"]),

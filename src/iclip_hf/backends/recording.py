@@ -134,7 +134,7 @@ def prepare(index: int, block: nn.Module, attention: nn.Module, calls_sdpa: bool
 
 def _enter_block(index: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     recording, stream = _recording.get(), args[0]
-    if stream.ndim == 4:  # the feature map (B, D, h, w) of a ResNet, whose prepared pool takes tokens
+    if stream.ndim == 4:  # the feature map (B, D, h, w) of a convolutional tower, whose prepared pooling takes tokens
         stream = stream.flatten(2).mT
     if recording is not None and index >= recording.start:
         if recording.grad and index == recording.start:
@@ -162,7 +162,7 @@ def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
+    attention_function: Callable[..., torch.Tensor] = F.scaled_dot_product_attention,
 ) -> torch.Tensor:
     """
     Computes the attention of the heads by a function of queries, keys and values, and records it. Returns the mixed
@@ -170,14 +170,14 @@ def attend(
     """
     current = _current_record()
     if current is None:
-        return attention(query, key, value)
+        return attention_function(query, key, value)
     current.query, current.key, current.value = query, key, value
     if _recording.get().weights:
         one_hot = torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1)
-        current.weights = attention(query, key, one_hot)  # mixing one-hot values gives the weights
+        current.weights = attention_function(query, key, one_hot)  # mixing one-hot values gives the weights
         current.mixed = current.weights @ value
     else:
-        current.mixed = attention(query, key, value)
+        current.mixed = attention_function(query, key, value)
     return current.mixed
 
 
@@ -190,11 +190,11 @@ def _current_record() -> AttentionRecord | None:
 def _transformers_attention(module, query, key, value, attention_mask, **kwargs):
     """Computes attention by ICLIP's own function, and records it."""
 
-    def attention(*heads: torch.Tensor) -> torch.Tensor:
+    def attention_function(*heads: torch.Tensor) -> torch.Tensor:
         mixed, _ = AttentionInterface()["sdpa_class_row"](module, *heads, attention_mask, **kwargs)
         return mixed.transpose(1, 2)
 
-    return attend(query, key, value, attention).transpose(1, 2), None
+    return attend(query, key, value, attention_function).transpose(1, 2), None
 
 
 AttentionInterface.register("iclip_recorded", _transformers_attention)

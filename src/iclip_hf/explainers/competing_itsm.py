@@ -48,8 +48,8 @@ class CompetingITSM(Explainer):
             raise ValueError("rivals has no noun: name at least one.")
         check_priors(rivals)
         self.nouns, self.rivals = [*nouns], [*rivals]
-        # The mean of the encoded vocabulary, and the encoded rivals, by the prompts of the texts. In other prompts,
-        # nouns would not be similar to the texts.
+        # The mean of the encoded vocabulary, and the encoded rivals, by the templates of the texts. In other
+        # templates, nouns would not be similar to the texts.
         self._encoded: dict[tuple[str, ...], tuple[torch.Tensor, ICLIPTextFeatures]] = {}
         self.priors = torch.tensor([*rivals.values()], dtype=torch.float32)
         logit_at_0, logit_at_1 = self.model.logits(torch.tensor([0.0, 1.0], dtype=torch.float32)).tolist()
@@ -63,24 +63,25 @@ class CompetingITSM(Explainer):
         features: ICLIPImageFeatures,
         templates: Sequence[str],
     ) -> tuple[torch.Tensor, ICLIPImageFeatures]:
-        mean, rivals = self._encode(tuple(templates))
-        scores = self.model.scores(features, rivals)
+        mean, encoded_rivals = self._encode(tuple(templates))
+        scores = self.model.scores(features, encoded_rivals)
         presence = self.model.presence(scores)
         weights = torch.ones_like(scores) if presence is None else at_prior(presence, self.priors.to(presence))
-        similarity = _directions(texts, mean) @ _directions(rivals, mean).mT
+        similarity = _directions(texts, mean) @ _directions(encoded_rivals, mean).mT
         maps, rival_maps = (
             cosine_similarity_map(features.patch_embeds, embeds)
-            for embeds in (texts.map_text_embeds, rivals.map_text_embeds)
+            for embeds in (texts.map_text_embeds, encoded_rivals.map_text_embeds)
         )
         maps = compete(maps, rival_maps, weights.unsqueeze(1) * (similarity < ALIKE), self.scale)
         return self.model.weigh_maps(maps, features, texts), features
 
     def _encode(self, templates: tuple[str, ...]) -> tuple[torch.Tensor, ICLIPTextFeatures]:
-        """Returns the mean of the vocabulary `(P,)` and the encoded rivals, in these prompts."""
+        """Returns the mean of the vocabulary `(P,)` and the encoded rivals, in these templates."""
         if templates not in self._encoded:
-            known = encoded_vocabulary(self.model, templates)
-            rivals = known if self.rivals == self.nouns else self.model.encode_texts(self.rivals, templates)
-            self._encoded[templates] = known.text_embeds.float().mean(0), rivals
+            encoded_nouns = encoded_vocabulary(self.model, templates)
+            same = self.rivals == self.nouns
+            encoded_rivals = encoded_nouns if same else self.model.encode_texts(self.rivals, templates)
+            self._encoded[templates] = encoded_nouns.text_embeds.float().mean(0), encoded_rivals
         return self._encoded[templates]
 
 
@@ -89,14 +90,14 @@ def _directions(texts: ICLIPTextFeatures, mean: torch.Tensor) -> torch.Tensor:
     return normalize(texts.text_embeds.float() - mean)
 
 
-def compete(maps: torch.Tensor, rivals: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
+def compete(maps: torch.Tensor, rival_maps: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
     """
-    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals, match too. `rivals` are their maps `(B, V, h,
-    w)`, with weights `(B, T, V)` in [0, 1]. A value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where
+    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals, match too. `rival_maps` are `(B, V, h, w)`,
+    with weights `(B, T, V)` in [0, 1]. A value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where
     k is `scale`. This is the mean of s and s - m, where m is the smooth maximum of s and the values of the rivals.
     """
     with torch.autocast(maps.device.type, enabled=False):
-        highest = rivals.amax(1, keepdim=True)  # so that no power is infinite
-        powers = weights.float() @ (scale * (rivals - highest)).exp().flatten(2)
+        highest = rival_maps.amax(1, keepdim=True)  # so that no power is infinite
+        powers = weights.float() @ (scale * (rival_maps - highest)).exp().flatten(2)
         log_sum = powers.unflatten(-1, maps.shape[2:]).log() + scale * highest
         return maps - torch.logaddexp(scale * maps, log_sum) / (2 * scale)

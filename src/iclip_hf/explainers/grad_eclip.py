@@ -13,8 +13,8 @@ from .gradients import GradientExplainer
 class GradECLIP(GradientExplainer):
     """
     The map is the product of two factors. The first is the positive part of a sum over the channels of the patch's
-    value. The weights of the channels are the gradient of the similarity with respect to the class token's output of
-    the last attention layer. The second factor is the cosine of the patch's key and the class token's query, stretched
+    value. The weights of the channels are the gradient of the logit with respect to the class token's output of the
+    last attention layer. The second factor is the cosine of the patch's key and the class token's query, stretched
     to [0, 1]. A pooling head (SigLIP, ResNets) is the last layer, and its query replaces the class token.
 
     If the score depends on several tokens, the map is the sum over these tokens, and the second factor is the
@@ -48,6 +48,6 @@ def _one_query_relevance(
     """Computes ReLU(sum_c g_c v_c) minmax(cos(q, k)) of N tokens for one query, `(B, N)` float32."""
     query, key, value, gradient = (merge_heads(heads).float() for heads in (query, key, value, gradient))
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
-    channels = (gradient @ value.mT)[:, 0].relu()
+    channel_sum = (gradient @ value.mT)[:, 0].relu()
     low, high = torch.aminmax(cosines, dim=-1, keepdim=True)
-    return channels * torch.where(high > low, stretch(cosines, low, high), 1)  # 1 if all cosines are equal
+    return channel_sum * torch.where(high > low, stretch(cosines, low, high), 1)  # 1 if all cosines are equal

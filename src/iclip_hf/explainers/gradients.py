@@ -1,4 +1,4 @@
-"""Base class of methods that differentiate the similarity."""
+"""Base class of methods that differentiate the logits of images and texts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class GradientExplainer(Explainer):
 
     @abstractmethod
     def differentiated(self, records: list[AttentionRecord]) -> list[torch.Tensor]:
-        """Returns the tensors that the similarity is differentiated with respect to."""
+        """Returns the tensors that the logits are differentiated with respect to."""
 
     @abstractmethod
     def weigh(

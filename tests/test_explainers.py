@@ -37,7 +37,7 @@ from iclip_hf.backends.embedded import vocabulary
 from iclip_hf.backends.loading import load
 from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.explainers.replaced_attention import ReplacedAttention
-from iclip_hf.model.batches import for_images, join_texts
+from iclip_hf.model.batches import for_images
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.outputs import ICLIPTextFeatures
 from iclip_hf.model.similarity import cosines, min_max_normalize
@@ -412,14 +412,17 @@ def test_rivals_in_one_string(made):
     ("templates", "empty"),
     [(["a photo of the {}"], ["a photo of the "]), (["a {} ball", "{}"], ["a  ball", "a photo of"])],
 )
-def test_clip_surgery_subtracts_the_empty_text_in_the_same_prompts_from_a_single_text(made, templates, empty):
-    model, processor, _ = made("clip")
-    explainer = make_explainer((model, processor), "clip_surgery", depth=1)
+@pytest.mark.parametrize("signed", [False, True])  # a signed model also has a weight of the attention for each text
+def test_clip_surgery_subtracts_the_empty_text_in_the_same_prompts_from_a_single_text(
+    made, tiny_processor, templates, empty, signed
+):
+    given = (tiny_model(map_attention="signed"), tiny_processor) if signed else made("clip")[:2]
+    explainer = make_explainer(given, "clip_surgery", depth=1)
     dog, nothing = explainer.model.encode_texts(["dog"], templates), explainer.model.encode_texts(empty, ["{}"])
     maps, _ = Engine(explainer.model, explainer.model.processor, explainer, templates).raw_maps(pixels(), dog)
 
-    mean = F.normalize(nothing.map_text_embeds.mean(0, keepdim=True), dim=-1)
-    both = for_images(join_texts([dog, ICLIPTextFeatures(text_embeds=mean, map_text_embeds=mean)]), 2)
+    embeds = torch.cat([dog.map_text_embeds, F.normalize(nothing.map_text_embeds.mean(0, keepdim=True), dim=-1)])
+    both = for_images(ICLIPTextFeatures(text_embeds=embeds, map_text_embeds=embeds), 2)
     cosines_of_both, _ = ReplacedAttention.forward(explainer, pixels(), both)
     torch.testing.assert_close(maps, cosines_of_both[:, :1] - cosines_of_both[:, 1:], atol=1e-5, rtol=1e-3)
 

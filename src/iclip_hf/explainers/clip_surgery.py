@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from ..backends.recording import AttentionRecord
 from ..model.batches import for_images, join_texts
 from ..model.outputs import ICLIPImageFeatures, ICLIPTextFeatures
-from ..model.projections import average_prompts
 from ..model.similarity import cosines
 from .replaced_attention import ReplacedAttention
 
@@ -19,7 +18,7 @@ class CLIPSurgery(ReplacedAttention):
     """
     Values attend to values (architecture surgery). The similarities of each text are weighted by the softmax of the
     scores of the texts, and their mean over the texts is subtracted (feature surgery). So a map depends on the other
-    texts. If there is a single text, the map of the empty text in the same prompts is subtracted. The model computes
+    texts. If there is a single text, the map of the empty text in the same templates is subtracted. The model computes
     the scores. For ResNets, the authors compute them from the output of the replaced attention pool instead.
     """
 
@@ -27,7 +26,7 @@ class CLIPSurgery(ReplacedAttention):
 
     def __init__(self, model, depth: int = 6):
         super().__init__(model, depth)
-        self._empty: dict[tuple[str, ...], ICLIPTextFeatures] = {}  # by the prompts
+        self._empty: dict[tuple[str, ...], ICLIPTextFeatures] = {}  # by the templates
 
     def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(record.value, record.value, record.value)
@@ -48,10 +47,11 @@ class CLIPSurgery(ReplacedAttention):
         return maps - maps.mean(1, keepdim=True), features
 
     def empty_text(self, templates: tuple[str, ...]) -> ICLIPTextFeatures:
-        """Encodes the empty text in these prompts, `(1, P)`. If a prompt is then empty, it becomes "a photo of"."""
+        """Encodes the empty text in these templates, `(1, P)`. If a prompt is then empty, it becomes "a photo of"."""
         if templates not in self._empty:
             prompts = [template.replace("{}", "") for template in templates]
-            encoded = self.model.encode_texts([prompt if prompt.strip() else "a photo of" for prompt in prompts], "{}")
-            averaged = {name: average_prompts(embeds, len(prompts)) for name, embeds in encoded.items()}
-            self._empty[templates] = ICLIPTextFeatures(**averaged)
+            prompts = [prompt if prompt.strip() else "a photo of" for prompt in prompts]
+            inputs = self.model.processor(labels=prompts, templates=["{}"])
+            inputs["num_templates"] = len(prompts)  # all are prompts of one label
+            self._empty[templates] = self.model.get_text_features(**inputs.to(self.model.device))
         return self._empty[templates]

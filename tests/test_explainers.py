@@ -533,6 +533,7 @@ def test_a_tower_without_blocks_or_attention_is_named(made, family, method):
         ("grad_cam", {"layer": 2}),
         ("bi_modal", {"layer": -3}),
         ("gem", {"depth": 0}),
+        ("clearclip", {"tokens": "keys"}),
     ],
 )
 def test_a_value_of_an_option_that_is_not_allowed_is_named(made, method, options):

@@ -62,6 +62,8 @@ class ClearCLIP(LastBlock):
     """
 
     def __init__(self, model, tokens: str = "query", residual: bool = False):
+        if tokens not in ("query", "key", "value"):
+            raise ValueError(f"tokens is 'query', 'key' or 'value', not {tokens!r}.")
         super().__init__(model, residual)
         self.tokens = tokens
 

@@ -354,8 +354,8 @@ def test_competing_itsm_against_one_text_at_a_time(made, family, tiny_processor)
 
 
 @pytest.mark.parametrize("templates", [["{}"], ["a {}", "the {}"]])
-def test_a_text_does_not_compete_with_itself_in_any_prompt(tiny_processor, templates):
-    """Rivals have the prompts of the texts, so half of the map is left where a text is its own only rival."""
+def test_a_text_does_not_compete_with_itself_in_any_template(tiny_processor, templates):
+    """Rivals have the templates of the texts, so half of the map is left where a text is its own only rival."""
     given, options = (tiny_model(map_attention="none"), tiny_processor), {"templates": templates, "refine": False}
     image = images()[0]
     for label in LABELS:
@@ -413,7 +413,7 @@ def test_rivals_in_one_string(made):
     [(["a photo of the {}"], ["a photo of the "]), (["a {} ball", "{}"], ["a  ball", "a photo of"])],
 )
 @pytest.mark.parametrize("signed", [False, True])  # a signed model also has a weight of the attention for each text
-def test_clip_surgery_subtracts_the_empty_text_in_the_same_prompts_from_a_single_text(
+def test_clip_surgery_subtracts_the_empty_text_in_the_same_templates_from_a_single_text(
     made, tiny_processor, templates, empty, signed
 ):
     given = (tiny_model(map_attention="signed"), tiny_processor) if signed else made("clip")[:2]

@@ -118,6 +118,11 @@ def test_a_long_text_does_not_widen_the_table():
     ]
 
 
+def test_a_pipe_in_a_name_is_no_border_of_a_markdown_cell():
+    assert table(["class", "IoU"], [["a|b", "0.5"]], markdown=True)[2] == r"| a\|b  | 0.5 |"
+    assert table(["class", "IoU"], [["a|b", "0.5"]])[1] == "  a|b    0.5"
+
+
 def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, capsys):
     photo, arrays = workspace / "0" / "a.jpg", tmp_path / "a.npz"
     assert run(workspace, photo, "--output", tmp_path / "a.png", "--json", "--npz") == 0

@@ -673,6 +673,17 @@ def test_folders_and_files_are_no_data_sets_that_are_known(tmp_path, tiny_proces
     assert card.data.datasets == (["org/name.v2"] if data == shown else None)
 
 
+def test_a_pipe_in_a_value_is_no_border_of_a_cell_of_the_card(tmp_path, tiny_processor):
+    processor = ICLIPProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, templates=["a|b {}"])
+    text = card_of(tmp_path, processor, training=shown_of(data=["/home/me/cats|dogs.csv"])).text
+    for row in (
+        r"| `templates` | `['a\|b {}']` |",
+        r"| `data` | cats\|dogs.csv |",
+        r"| training data cats\|dogs.csv | ",
+    ):
+        assert f"\n{row}" in text
+
+
 def test_the_card_leaves_out_arguments_without_effect():
     cached, plain = shown_of(cache_features="/home/someone/cache"), shown_of(auto_augment="")
     assert cached["cache_features"] is True and not {"crop_scale", "auto_augment"} & cached.keys()

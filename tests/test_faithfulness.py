@@ -48,6 +48,20 @@ def test_a_linear_model_has_the_areas_computed_by_hand():
     torch.testing.assert_close(deletion, torch.tensor(expected))
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_no_more_images_than_the_batch_size_are_scored_at_once(batch_size):
+    image, counts = torch.rand(1, 2, 2), []
+
+    def score(images):
+        counts.append(len(images))
+        return images.sum((1, 2, 3))
+
+    curves = deletion_insertion(score, image, image, steps=2, batch_size=batch_size)
+    assert max(counts) == batch_size and sum(counts) == 2 + 2 * 2
+    for found, expected in zip(curves, deletion_insertion(score, image, image, steps=2)):
+        torch.testing.assert_close(found, expected)
+
+
 def test_curves_equal_those_of_plain_loops(tiny_processor):
     model = tiny_model(peak_share=0.3)  # the score reads the map too
     explainer = make_explainer((model, tiny_processor))

@@ -75,7 +75,7 @@ def deletion_insertion(
                     yield torch.where(map_ranks < count, fill, start)
 
     images = changed_images()
-    scores = [score(starts)]
+    scores = [score(batch) for batch in starts.split(batch_size)]
     while batch := list(itertools.islice(images, batch_size)):
         scores.append(score(torch.stack(batch)))
     start_scores, step_scores = torch.cat(scores).tensor_split((2,))

@@ -1,17 +1,21 @@
 """The page of an evaluation and of explained images, its data and what a browser shows of them."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import NAMES, evaluate_model, iclip, opened
 from PIL import Image
 
 from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.evaluation.metrics import Metric
 from iclip_hf.model.explanation import Explanation
 from iclip_hf.model.presence import MIN_PRESENCE
+from iclip_hf.utils.tables import table
 
 
 METHODS = ["itsm", "random"]
@@ -65,6 +69,53 @@ def test_the_rows_are_the_pairs_of_the_evaluation(evaluated):
         red, _, blue = np.moveaxis(np.asarray(picture, int), -1, 0)
         inside = sample.mask(text + 1) == text + 1
         assert picture.size == sample.image.size and inside[blue - red > 120].mean() > 0.8
+
+
+def test_a_presence_just_below_the_threshold_is_a_miss(world, labelled_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(world.model), "presence", lambda self, scores: torch.full_like(scores, 0.49999))
+    dataset = load_segmentation("folder", labelled_folder)[:2]
+    evaluate_model((world.model, world.processor), dataset, report=tmp_path / "report")
+    data = data_of(tmp_path / "report")
+    assert data["alarms"] == [] and all(row[3] < MIN_PRESENCE for row in data["rows"])
+
+
+class OneClass(Metric):
+    """A metric whose score has no value for the first class."""
+
+    name = "one_class"
+    columns = {"mean": ("mean", 1)}
+    rows = {"value": "per_class"}
+    needs = frozenset()
+
+    def update(self):
+        pass
+
+    def update_from(self, image, method, maps):
+        pass
+
+    def compute(self):
+        return {"mean": 0.5, "per_class": {1: math.nan, 2: 0.5}}
+
+
+def test_a_class_without_a_value_has_none(world, labelled_folder, tmp_path):
+    dataset = load_segmentation("folder", labelled_folder)[:2]
+    model = (world.model, world.processor)
+    result = evaluate_model(model, dataset, ["itsm"], [OneClass()], report=tmp_path / "report")
+    assert data_of(tmp_path / "report")["scores"] == {"value (one_class)": {"itsm": [None, 0.5, None]}}
+    assert [row["one_class"]["value"] for row in json.loads(result.to_json())["per_class"]["itsm"]] == [
+        None,
+        0.5,
+        None,
+    ]
+
+
+def test_the_page_shows_a_pipe_in_a_cell(browser, evaluated, tmp_path):
+    folder, *_ = evaluated
+    data = data_of(folder) | {"tables": ["\n".join(table(["class", "IoU"], [["a|b", "0.5"]], markdown=True))]}
+    (tmp_path / "data.js").write_text(f"const REPORT = {json.dumps(data)};")
+    (tmp_path / "index.html").write_text((folder / "index.html").read_text())
+    with opened(browser, (tmp_path / "index.html").as_uri(), "article") as page:
+        assert page.locator("#tables td").all_inner_texts() == ["a|b", "0.5"]
 
 
 def texts_of(page):

@@ -92,7 +92,8 @@ class Report(Metric):
             overlaps = state.overlaps[index, class_id]
             ious = [_rounded(overlaps[method][best[method, class_id]]) for method in methods]
             area = _rounded(state.areas[index, class_id])
-            presence = _rounded(state.presences[index][class_id - 1]) if index in state.presences else None
+            # Not rounded, because the page compares it with `MIN_PRESENCE`.
+            presence = float(state.presences[index][class_id - 1]) if index in state.presences else None
             rows.append([index, class_id - 1, area, presence, ious])
         for index, presences in sorted(state.presences.items()):
             for class_index in np.flatnonzero(presences >= MIN_PRESENCE).tolist():

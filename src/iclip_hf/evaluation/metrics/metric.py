@@ -159,14 +159,15 @@ class Metric(ABC):
         """
 
     def scores_and_rows(self) -> tuple[dict, dict[int, dict]]:
-        """Returns the scores of `compute` in two parts: those of all items (None for NaN), and those of each class."""
+        """Returns the scores of `compute`, with None for NaN, in two parts: of all items, and of each class."""
         scores = self.compute()
         by_name = {name: scores.pop(key) for name, key in self.rows.items()}  # for each name, values by class id
         class_ids = dict.fromkeys(itertools.chain(*by_name.values()))
-        rows = {class_id: {name: values.get(class_id) for name, values in by_name.items()} for class_id in class_ids}
-        for name, score in scores.items():
-            scores[name] = none_if_nan(score) if isinstance(score, float) else score
-        return scores, rows
+        rows = {
+            class_id: _without_nan({name: values.get(class_id) for name, values in by_name.items()})
+            for class_id in class_ids
+        }
+        return _without_nan(scores), rows
 
     def settings(self) -> dict:
         """Returns what is needed to repeat the measurement: the options and the definition."""
@@ -257,6 +258,11 @@ def mean(values: Iterable[float]) -> float:
     """Returns the mean; NaN without values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
+
+
+def _without_nan(scores: Mapping) -> dict:
+    """Returns scores by name, with None for NaN."""
+    return {name: none_if_nan(score) if isinstance(score, float) else score for name, score in scores.items()}
 
 
 def none_if_nan(value: float) -> float | None:

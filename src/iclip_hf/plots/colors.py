@@ -63,8 +63,8 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
         heatmap = heatmap.detach().cpu().float().numpy()  # numpy has no bfloat16
     table = color_table(colormap)
     levels = np.minimum(heatmap * np.float32(256), 255).astype(np.intp)
-    mask = (table[:, 3] * opacity).round().astype(np.uint8)[levels]
-    return Image.composite(Image.fromarray(table[levels, :3]), load_image(image), Image.fromarray(mask))
+    opacities = (table[:, 3] * opacity).round().astype(np.uint8)[levels]
+    return Image.composite(Image.fromarray(table[levels, :3]), load_image(image), Image.fromarray(opacities))
 
 
 def label_colors(count: int) -> np.ndarray:

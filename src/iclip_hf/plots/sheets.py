@@ -85,14 +85,14 @@ def draw(
         raise ValueError("draw takes one explanation: draw each of the list.")
     image = load_image(explanation.image if image is None else image)
     present = explanation.present
-    shown = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
-    left_out = f" · {len(shown)} of {len(explanation)} texts" if len(shown) < len(explanation) else ""
+    drawn = sorted(range(len(present)), key=lambda index: not present[index])[:MAX_MAPS]
+    left_out = f" · {len(drawn)} of {len(explanation)} texts" if len(drawn) < len(explanation) else ""
     titles = [f"image\n{image.width} x {image.height} pixels · {explanation.made_by}{left_out}"]
     image = at_picture_size(image, dpi)
     pictures = [image]
     explanation = replace(explanation, size=(image.height, image.width))  # maps of this size
     presences, presence_words = explanation.presences, explanation.presence_words
-    for index in shown:
+    for index in drawn:
         pictures.append(_map_picture(image, explanation.map(index), presence_words[index], colormap, opacity))
         presence = presence_text(presences[index], explanation.min_presence)
         notes = " · ".join(filter(None, [presence, f"score {explanation.scores[index]:.2f}"]))
@@ -141,8 +141,8 @@ def label_sheet(
     if without_text:
         with_pixels.append((_DARK, "no text", f"{100 * without_text:.1f} %"))
     legend = _legend(with_pixels + others, _aspect([image]), dpi)
-    notes = "presence and share of the image" if any(presence_words) else "share of the image"
-    titles = ["image", f"at most one text for each pixel\n{made_by}", notes]
+    legend_title = "presence and share of the image" if any(presence_words) else "share of the image"
+    titles = ["image", f"at most one text for each pixel\n{made_by}", legend_title]
     return picture_grid([image, _label_picture(image, label_map, colors, opacity), legend], titles, 3, dpi=dpi)
 
 

@@ -85,14 +85,14 @@ def init_model(
         `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded, or has
             another shape than the configuration.
     """
-    source = config_folder(config)
-    file = source / "train.yaml"
+    configuration = config_folder(config)
+    file = configuration / "train.yaml"
     arguments = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
     embedded = is_embedded(config, vision, text, feature_tower)
     vision, text = vision or arguments.get("vision"), text or arguments.get("text")
     feature_tower = feature_tower or arguments.get("feature_tower") or ""
     if not (vision and text):
-        raise ValueError(f"{source}: this configuration does not name both towers: give vision and text.")
+        raise ValueError(f"{configuration}: this configuration does not name both towers: give vision and text.")
     model_options = arguments.get("model_options") or []
     options = options_of_model([model_options] if isinstance(model_options, str) else model_options)
     image_size = int(arguments.get("image_size") or 0) or None
@@ -100,7 +100,7 @@ def init_model(
         if embedded:
             save_model(*load_iclip("embedded"), folder, source="embedded")
         else:
-            joined = join_towers(source, vision, text, image_size, feature_tower, **options)
+            joined = join_towers(configuration, vision, text, image_size, feature_tower, **options)
             save_model(*joined, folder, training={})
     return Path(output)
 
@@ -117,16 +117,22 @@ def options_of_model(model_options: Sequence[str]) -> dict[str, object]:
 
 
 def join_towers(
-    source: Path, vision: str, text: str, image_size: int | None = None, feature_tower: str = "", **model_options
+    configuration: Path,
+    vision: str,
+    text: str,
+    image_size: int | None = None,
+    feature_tower: str = "",
+    **model_options,
 ) -> tuple[ICLIPModel, ICLIPProcessor]:
     """
     Checks the files of towers, and joins the towers with untrained projections. Returns the model, and a processor
     joined from those of the towers. Raises the errors of [`init_model`].
 
     Args:
-        source: folder of a configuration. Its `config.json` and `processor_config.json` override those of the towers.
+        configuration: its folder. The `config.json` and `processor_config.json` override those of the towers.
         vision, text, feature_tower: folders, Hub ids or `"embedded"`.
-        image_size (`int`, *optional*): height and width in pixels; if not given, the image tower sees 224 pixels.
+        image_size (`int`, *optional*): height and width in pixels; if not given, the size of `processor_config.json`,
+            or else 224 pixels for the image tower.
         model_options: options of [`ICLIPConfig`], which override the configuration.
     """
     towers = {"vision_config": vision, "text_config": text, "feature_config": feature_tower}
@@ -138,15 +144,15 @@ def join_towers(
     if feature_tower == "embedded":
         feature_tower = str(embedded_feature_tower())
     config_content, processor_options = {}, {}
-    if (source / "config.json").is_file():
-        content, _ = ICLIPConfig.get_config_dict(source)
+    if (configuration / "config.json").is_file():
+        content, _ = ICLIPConfig.get_config_dict(configuration)
         config_content = without_attention(content)
-    if (source / "processor_config.json").is_file():
-        processor_options, _ = ICLIPProcessor.get_processor_dict(source)
+    if (configuration / "processor_config.json").is_file():
+        processor_options, _ = ICLIPProcessor.get_processor_dict(configuration)
     if "image_processor" in processor_options:
         size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}}
         processor_options["image_processor"] = AutoImageProcessor.from_pretrained(
-            source, trust_remote_code=False, **size
+            configuration, trust_remote_code=False, **size
         )
     model_options = {**config_content, **model_options}
     config = ICLIPConfig(**model_options)

@@ -19,7 +19,7 @@ from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
 from ..utils.hub_ids import is_hub_id
 from .configs import EMBEDDED, SHIPPED
-from .record import DIGITS, RECORD, assemble_record, card_results
+from .record import METRIC_DECIMALS, RECORD, assemble_record, card_results
 
 
 # Known towers by Hub id: display name and licence.
@@ -164,7 +164,10 @@ def _evaluation_values(protocol: Mapping, results: Mapping) -> dict:
         title += f", {data['images']} of {data['images_in_split']} images"
     rows = []
     for method, scores in results.items():
-        cells = [f"{scores[name][name.lower()]:.{DIGITS[name]}f}" if name in scores else "-" for name in DIGITS]
+        cells = [
+            f"{scores[name][name.lower()]:.{METRIC_DECIMALS[name]}f}" if name in scores else "-"
+            for name in METRIC_DECIMALS
+        ]
         floor = f"{scores['mMIoU']['floor']:.2f}" if "mMIoU" in scores else "-"
         rows.append([title, f"`{method}`", *cells, floor])
     size = "x".join(map(str, protocol["image_size"].values()))
@@ -201,7 +204,7 @@ def _header_results(evaluation: Mapping) -> list[EvalResult]:
                 metric_type=metric.lower(),
                 metric_name=metric,
                 metric_config=method,
-                metric_value=round(scores[metric.lower()], DIGITS[metric]),
+                metric_value=round(scores[metric.lower()], METRIC_DECIMALS[metric]),
                 metric_args={"floor": round(scores["floor"], 2)} if "floor" in scores else None,
             )
             results.append(result)

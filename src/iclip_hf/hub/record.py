@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # The file beside the card that holds the record.
 RECORD = "model_card.json"
 # The metrics that the card shows, with their number of decimals.
-DIGITS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
+METRIC_DECIMALS = {"mAP": 2, "mMIoU": 2, "mFMB": 4, "text_contrast": 2}
 # Terms of training data by their Hub id. `restricted` marks data that are not free for every use. Data of the embedded
 # model are in its `data.yaml`.
 _DATA_TERMS = {
@@ -130,13 +130,15 @@ def card_results(evaluation: EvaluationResult | Mapping) -> dict:
     evaluation = asdict(evaluation) if is_dataclass(evaluation) else evaluation
     protocol = evaluation["protocol"]
     results = {  # a metric is None if it could not be measured on the data
-        method: {name: scores[name] for name in DIGITS if name in scores and scores[name][name.lower()] is not None}
+        method: {
+            name: scores[name] for name in METRIC_DECIMALS if name in scores and scores[name][name.lower()] is not None
+        }
         for method, scores in evaluation["results"].items()
     }
     if not any(results.values()):
-        raise ValueError(f"Expected results of {', '.join(DIGITS)}, but got none: run `iclip evaluate`.")
+        raise ValueError(f"Expected results of {', '.join(METRIC_DECIMALS)}, but got none: run `iclip evaluate`.")
     card_protocol = {name: protocol[name] for name in _PROTOCOL if name in protocol}
-    settings = {name: protocol["metrics"].get(name, {}) for name in DIGITS}
+    settings = {name: protocol["metrics"].get(name, {}) for name in METRIC_DECIMALS}
     card_protocol["metrics"] = {
         name: {"aggregate": values["aggregate"]} for name, values in settings.items() if "aggregate" in values
     }

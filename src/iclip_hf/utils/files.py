@@ -26,8 +26,8 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
     """
     inputs = [*filter(None, inputs)]
     for path in map(Path, outputs):
-        for source in inputs:
-            check_outside(path, source)
+        for input_path in inputs:
+            check_outside(path, input_path)
         if path.is_dir():
             raise FileExistsError(f"{path}: this output is a folder; name a file.")
         folder = next(parent for parent in Path(os.path.realpath(path)).parents if parent.exists())
@@ -35,15 +35,15 @@ def check_outputs(outputs: Iterable[str | os.PathLike], inputs: Iterable[str | o
             raise PermissionError(f"{path}: {folder} is not a folder that can be written; name another output.")
 
 
-def check_outside(output: str | os.PathLike, source: str | os.PathLike) -> None:
+def check_outside(output: str | os.PathLike, input_path: str | os.PathLike) -> None:
     """
-    Raises `FileExistsError` if an output is the file or folder `source`, or lies in it. Symbolic links are followed.
-    `A.jpg` and `a.jpg` count as one file where the file system treats them as one.
+    Raises `FileExistsError` if an output is the file or folder `input_path`, or lies in it. Symbolic links are
+    followed. `A.jpg` and `a.jpg` count as one file where the file system treats them as one.
     """
     path = Path(os.path.realpath(output))
     existing = filter(os.path.exists, (path, *path.parents))
-    if os.path.exists(source) and any(os.path.samefile(file, source) for file in existing):
-        raise FileExistsError(f"{output}: this output would change the input {source}; name another.")
+    if os.path.exists(input_path) and any(os.path.samefile(file, input_path) for file in existing):
+        raise FileExistsError(f"{output}: this output would change the input {input_path}; name another.")
 
 
 def free_name(path: str | os.PathLike) -> Path:

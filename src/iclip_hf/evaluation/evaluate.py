@@ -299,8 +299,8 @@ class EvaluationRun:
 
     def _prepared_image(self, index: int) -> EvaluatedImage:
         sample = self.dataset[index]
-        shown = [class_id - 1 for class_id in sample.class_ids]
-        return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, shown))
+        text_indices = [class_id - 1 for class_id in sample.class_ids]
+        return EvaluatedImage(index, sample, self.engine.prepare(sample.image, sample.size, text_indices))
 
     def _run_model(
         self, images: Iterator[EvaluatedImage], metrics: Sequence[Metric], needs: frozenset[str]
@@ -341,15 +341,15 @@ class EvaluationRun:
 
     def map_functions(self, image: EvaluatedImage) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
         """
-        Returns for each method a function from prepared images `(N, 3, H, W)` to raw maps `(N, T, h, w)` of the
+        Returns for each method a function from prepared images `(B, 3, H, W)` to raw maps `(B, T, h, w)` of the
         classes that `image` shows. The raw maps are refined if the evaluation refines maps.
         """
 
-        def explain(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:
-            shown = [image.prepared.text_indices] * len(pixel_values)
-            return engine.raw_maps(pixel_values, self.texts, text_indices=shown)[0]
+        def compute_maps(engine: Engine, pixel_values: torch.Tensor) -> torch.Tensor:
+            text_indices = [image.prepared.text_indices] * len(pixel_values)
+            return engine.raw_maps(pixel_values, self.texts, text_indices=text_indices)[0]
 
-        return {method: partial(explain, engine) for method, engine in self.engines.items()}
+        return {method: partial(compute_maps, engine) for method, engine in self.engines.items()}
 
     def protocol(self) -> dict:
         """Returns what is needed to repeat an evaluation, apart from its metrics."""

@@ -150,6 +150,6 @@ def install_metrics() -> dict[str, Path]:
         packages = factory.get_module().module_path.split(".")[:-1]
         installed[name] = Path(modules_folder).parent.joinpath(*packages)
         # The script is written again, because `load` takes the newest version.
-        with atomic_write(installed[name] / script.name) as partial:
-            partial.write_bytes(script.read_bytes())
+        with atomic_write(installed[name] / script.name) as temporary:
+            temporary.write_bytes(script.read_bytes())
     return installed

@@ -16,8 +16,8 @@ import numpy as np
 # The thresholds of mMIoU. A pixel is predicted where M > t, with t rounded to the map's dtype.
 THRESHOLDS = np.arange(101) / 100
 
-LEVELS = 1 + len(THRESHOLDS)  # all pixels, then those above each threshold
-_VOID_CODE = 255  # above the 2 * LEVELS codes of background and foreground
+NUM_COUNTS = 1 + len(THRESHOLDS)  # counts of a region: all pixels, then those above each threshold
+_VOID_CODE = 255  # above the 2 * NUM_COUNTS codes of background and foreground
 _BLOCK = 2**16  # pixels in one block, whose temporary arrays fit into the processor's cache
 _CONTRAST_LEVELS = 2**12  # a power of two, so that scaling a float32 map has no rounding error
 
@@ -78,10 +78,10 @@ def threshold_counts(heatmap, mask, class_id: int, ignore_index: int = 255) -> n
     histogram = np.zeros(256, dtype=np.int64)
     for values, foreground, void in _blocks(heatmap, mask, class_id, ignore_index):
         codes = _thresholds_below(values)
-        codes += foreground * np.uint8(LEVELS)
+        codes += foreground * np.uint8(NUM_COUNTS)
         np.copyto(codes, _VOID_CODE, where=void)
         histogram += np.bincount(codes, minlength=len(histogram))
-    return _counts_from_each(histogram[: 2 * LEVELS].reshape(2, LEVELS))
+    return _counts_from_each(histogram[: 2 * NUM_COUNTS].reshape(2, NUM_COUNTS))
 
 
 def _thresholds_below(values: np.ndarray) -> np.ndarray:
@@ -214,21 +214,21 @@ def area_counts(prediction, reference, num_classes: int, ignore_index: int = 255
     """
     Counts the pixels of each class in a predicted and a reference label map `(H, W)`, of class ids 0..K, where 0 is
     the background; `num_classes` is K + 1. With `confidence` `(H, W)` in [0, 1], the prediction is counted at each of
-    `THRESHOLDS`: a pixel whose confidence is not above the threshold is background. Returns `(3, K + 1, L)` int64:
-    pixels in both maps, in the prediction and in the reference, at L thresholds: 101, or 1 without confidence.
+    `THRESHOLDS`: a pixel whose confidence is not above the threshold is background. Returns `(3, K + 1, 101)` int64,
+    or `(3, K + 1, 1)` without confidence: pixels in both maps, in the prediction and in the reference.
     """
     prediction, reference = to_numpy(prediction), to_numpy(reference)
     confidence = None if confidence is None else _check_map(confidence)
     counted = reference != ignore_index
     prediction, reference = prediction[counted].astype(np.intp), reference[counted].astype(np.intp)
-    levels = 1 if confidence is None else LEVELS
-    codes = prediction * levels
+    codes_per_class = 1 if confidence is None else NUM_COUNTS
+    codes = prediction * codes_per_class
     if confidence is not None:
         codes += _thresholds_below(confidence[counted])
 
     def count_above(selected_codes: np.ndarray) -> np.ndarray:
-        """Returns the number of pixels above each threshold for each predicted class, `(K + 1, L)`."""
-        bins = np.bincount(selected_codes, minlength=num_classes * levels).reshape(-1, levels)
+        """Returns the pixels of each predicted class, in all or above each threshold, `(K + 1, 1 or 101)`."""
+        bins = np.bincount(selected_codes, minlength=num_classes * codes_per_class).reshape(-1, codes_per_class)
         return bins if confidence is None else _counts_from_each(bins)[:, 1:]
 
     in_both, predicted = count_above(codes[prediction == reference]), count_above(codes)

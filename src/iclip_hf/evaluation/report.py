@@ -53,7 +53,7 @@ class Report(Metric):
 
     def __init__(self, folder: str | Path):
         super().__init__()
-        self.files = ReportFolder(folder)
+        self.report_folder = ReportFolder(folder)
 
     def update(
         self, image: EvaluatedImage, method: str, heatmap: torch.Tensor, mask: np.ndarray, class_id: int
@@ -68,11 +68,13 @@ class Report(Metric):
         unrefined = image.explanations[method].unrefined_maps
         if unrefined is not None:
             unrefined = unrefined[list(image.sample.class_ids).index(class_id)]
-        self.files.save_map(image.index, class_id - 1, image.sample.image, heatmap, inside, method_index, unrefined)
+        self.report_folder.save_map(
+            image.index, class_id - 1, image.sample.image, heatmap, inside, method_index, unrefined
+        )
 
     def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
         if method == self.run.methods[0]:  # once for each image
-            self.files.save_image(image.index, image.sample.image)
+            self.report_folder.save_image(image.index, image.sample.image)
             self.state.names[image.index] = image.sample.name
             if image.presence is not None:
                 self.state.presences[image.index] = image.presence.numpy()
@@ -102,7 +104,7 @@ class Report(Metric):
         protocol = result.protocol
         names = [state.names.get(index, "") for index in range(max(state.names, default=-1) + 1)]
         model = "the embedded model" if protocol["model"] == embedded_folder().name else protocol["model"]
-        return self.files.write_page(
+        return self.report_folder.write_page(
             f"Maps of {model} on {DATASETS[protocol['dataset']['name']].title}",
             names,
             class_names,

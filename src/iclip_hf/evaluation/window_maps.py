@@ -43,10 +43,10 @@ class WindowMaps:
 
     Attributes:
         pixels (`torch.Tensor` of shape `(3, H, W)`): the resized image.
-        windows: the rows and columns of pixels of each of the N windows, which have one size.
+        windows: the rows and columns of pixels of each window. All windows have one size.
         size (`tuple[int, int]`): height and width of the enlarged maps in pixels.
         dilations: distances in pixels of the neighbours of PAMR, which refines the enlarged maps; none without PAMR.
-        maps (`torch.Tensor` of shape `(N, T, h, w)`, *optional*): raw maps of T texts.
+        maps (`torch.Tensor` of shape `(num_windows, T, h, w)`, *optional*): raw maps of T texts.
     """
 
     pixels: torch.Tensor
@@ -58,9 +58,9 @@ class WindowMaps:
     @classmethod
     def cut(cls, pixels: torch.Tensor, window: int | None, stride: int | None, **kwargs) -> WindowMaps:
         """Divides an image into windows at distances of `stride`. Without `window`, the whole image is one window."""
-        size = tuple(pixels.shape[1:])
-        sides = tuple(min(window or side, side) for side in size)
-        return cls(pixels, sliding_windows(size, sides, (stride or max(sides),) * 2), **kwargs)
+        image_size = tuple(pixels.shape[1:])
+        window_size = tuple(min(window or side, side) for side in image_size)
+        return cls(pixels, sliding_windows(image_size, window_size, (stride or max(window_size),) * 2), **kwargs)
 
     def crops(self, patch_size: int) -> list[torch.Tensor]:
         """

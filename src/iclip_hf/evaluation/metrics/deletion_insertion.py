@@ -20,7 +20,7 @@ STEPS = 10  # number of steps of deletion, and of insertion
 
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Returns a function from images `(N, 3, H, W)` to score and probability of each text, `(N, T, 2)`."""
+    """Returns a function from images `(B, 3, H, W)` to score and probability of each text, `(B, T, 2)`."""
     model = recordable(model, "deletion and insertion")
 
     @torch.no_grad()
@@ -49,14 +49,14 @@ def deletion_insertion(
     distribution; insertion starts from zeros, the mean colour. Pixels of equal value are in random order.
 
     Args:
-        score: function from images `(N, C, H, W)` to scores `(N, ...)`, with at most `batch_size` images.
+        score: function from at most `batch_size` images `(B, C, H, W)` to scores `(B, ...)`.
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
-        maps (`torch.Tensor` of shape `(M, h, w)`): maps of any size. They are resized to the size of the image
+        maps (`torch.Tensor` of shape `(num_maps, h, w)`): maps of any size. They are resized to the size of the image
             (bicubic).
 
     Returns:
-        `tuple`: the scores of deletion and of insertion, each `(M, steps + 1, ...)`, before the first step and after
-            each step.
+        `tuple`: the scores of deletion and of insertion, each `(num_maps, steps + 1, ...)`, before the first step
+            and after each step.
     """
     size, device = pixel_values.shape[-2:], pixel_values.device
     generator = torch.Generator().manual_seed(seed)
@@ -64,7 +64,7 @@ def deletion_insertion(
     shuffled = torch.randperm(size.numel(), generator=generator).to(device)
     values = resize_maps(maps.to(device), size).flatten(1)[:, shuffled]
     order = shuffled[values.argsort(dim=-1, descending=True, stable=True)]
-    ranks = order.argsort(-1).unflatten(1, size)  # (M, H, W): 0 is the highest pixel
+    ranks = order.argsort(-1).unflatten(1, size)  # (num_maps, H, W): 0 is the highest pixel
     counts = [round(size.numel() * step / (2 * steps)) for step in range(1, steps + 1)]
     starts = torch.stack([pixel_values, torch.zeros_like(pixel_values)])
 
@@ -86,8 +86,8 @@ def deletion_insertion(
 
 def area_under(curves: torch.Tensor) -> torch.Tensor:
     """
-    Returns the areas `(M, ...)` under curves `(M, S, ...)` by trapezoids. The axis has length 1, so an area is a mean
-    score.
+    Returns the areas `(num_maps, ...)` under curves `(num_maps, S, ...)` by trapezoids. The axis has length 1, so an
+    area is a mean score.
     """
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 
@@ -129,8 +129,8 @@ class DeletionInsertion(MeasuredClassMeans):
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         prepared, maps_of_methods = image.prepared, []
         # The image is explained alone: in a batch, rounding would order equal pixels in another way.
-        for method, explain in self.run.map_functions(image).items():
-            maps = explain(prepared.pixel_values)[0]
+        for method, compute_maps in self.run.map_functions(image).items():
+            maps = compute_maps(prepared.pixel_values)[0]
             sees_text = self.run.engines[method].method.sees_text
             maps_of_methods.append(maps if sees_text else maps[:1])  # one map for all texts is measured once
         # Scores come from the whole image at the model's own size.

@@ -71,7 +71,7 @@ class LabelMaps(Metric):
             reference, segment = (mask == class_id) & counted, (label_map == index) & counted
             if reference.any():
                 iou = (reference & segment).sum() / (reference | segment).sum()
-                self.state.add(np.array([1, iou, segment.any()]), "classes")
+                self.state.add(np.array([1, iou, segment.any()]), "pairs")
         absent = (label_map >= len(class_ids))[counted]
         if absent.size:
             self.state.add(np.array([1, absent.mean()]), "images")
@@ -86,7 +86,7 @@ class LabelMaps(Metric):
         - **absent** -- share of an image that the absent classes take, mean over the images.
         - **classes**, **images** -- numbers of image-class pairs and of images.
         """
-        num_pairs, iou, kept = self.state.sums.get("classes", np.zeros(3))
+        num_pairs, iou, kept = self.state.sums.get("pairs", np.zeros(3))
         num_images, absent = self.state.sums.get("images", np.zeros(2))
         return {
             "iou": _percent(iou, num_pairs),

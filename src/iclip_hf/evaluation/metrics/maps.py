@@ -11,13 +11,14 @@ Metrics of maps against masks. This module does not import torch.
 from __future__ import annotations
 
 import operator
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..functional import LEVELS, THRESHOLDS, contrast_counts, pointing_shares, region_means, threshold_counts
+from ..functional import NUM_COUNTS, THRESHOLDS, contrast_counts, pointing_shares, region_means, threshold_counts
 from .metric import CannotMeasure, ClassMeans, EvaluatedImage, Metric, mean
 
 
@@ -46,6 +47,10 @@ class MaskMetric(Metric):
         """Adds one image-class pair as for [`threshold_counts`], or one image as for [`contrast_counts`]."""
         self.add_counts(self.count_item(maps, mask, class_ids, self.ignore_index), class_ids)
 
+    @abstractmethod
+    def add_counts(self, counts: np.ndarray, class_ids) -> None:
+        """Adds one item by its counts from `count_item`."""
+
     def item_counts(self, name: str) -> dict:
         """Returns the number of items in the mean, by this name, and `left_out`."""
         num_items = self.state.num_items
@@ -70,8 +75,11 @@ class ImageClassMetric(MaskMetric):
         super().__init__(ignore_index)
         self.aggregate = aggregate
 
+    @abstractmethod
+    def summands(self, counts: np.ndarray) -> np.ndarray:
+        """Returns what the counts of an image-class pair add to the sums of the class."""
+
     def add_counts(self, counts: np.ndarray, class_id: int) -> None:
-        """Adds one image-class pair by its counts from `count_item`."""
         has_background, has_foreground = counts[:, 0] > 0
         applies = {
             "all_void": not (has_background or has_foreground),
@@ -119,7 +127,7 @@ class MeanMaxIoU(ImageClassMetric):
         background, foreground = counts
         intersection, union = foreground, foreground[0] + background
         if self.aggregate == "image":
-            intersection, union = intersection / union, np.ones(LEVELS)
+            intersection, union = intersection / union, np.ones(NUM_COUNTS)
         return np.array([intersection, union], dtype=np.float64)
 
     def compute(self) -> dict:
@@ -216,7 +224,6 @@ class TextContrast(MaskMetric):
     count_item = staticmethod(contrast_counts)
 
     def add_counts(self, counts: np.ndarray, class_ids: Sequence[int]) -> None:
-        """Adds one image by its counts from `count_item`."""
         paired = [(class_id, sums) for class_id, sums in zip(class_ids, counts.T) if sums[0]]  # with a partner
         self.state.num_items["counted" if paired else "fewer_than_two_classes"] += 1
         for class_id, sums in paired:

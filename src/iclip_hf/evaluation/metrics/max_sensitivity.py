@@ -16,7 +16,7 @@ RADIUS = 0.02  # radius of the noise: captum's default, about one of 255 grey le
 
 @torch.no_grad()
 def max_sensitivity(
-    explain: Callable[[torch.Tensor], torch.Tensor],
+    compute_maps: Callable[[torch.Tensor], torch.Tensor],
     pixel_values: torch.Tensor,
     *,
     radius: float = RADIUS,
@@ -28,17 +28,17 @@ def max_sensitivity(
     max ||M(x + n) - M(x)|| / ||M(x)|| over samples of uniform noise n in [-radius, radius].
 
     Args:
-        explain: function from images `(N, C, H, W)` to maps `(N, M, h, w)`. The maps are then stretched to [0, 1].
+        compute_maps: function from images `(B, C, H, W)` to maps `(B, T, h, w)`, which are then stretched to [0, 1].
         pixel_values (`torch.Tensor` of shape `(C, H, W)`): a prepared image.
         radius (`float`), samples (`int`), seed (`int`): of the noise.
 
     Returns:
-        `torch.Tensor` of shape `(M,)`: NaN for a constant map.
+        `torch.Tensor` of shape `(T,)`: NaN for a constant map.
     """
     noise = torch.rand((samples, *pixel_values.shape), generator=torch.Generator().manual_seed(seed))
     noisy = pixel_values + ((2 * noise - 1) * radius).to(pixel_values)
-    maps = min_max_normalize(explain(pixel_values[None])).flatten(2)
-    changes = min_max_normalize(explain(noisy)).flatten(2) - maps
+    maps = min_max_normalize(compute_maps(pixel_values[None])).flatten(2)
+    changes = min_max_normalize(compute_maps(noisy)).flatten(2) - maps
     norm = maps.norm(dim=2)
     return (changes.norm(dim=2) / norm.where(norm > 0, torch.nan)).amax(0)
 
@@ -56,7 +56,8 @@ class MaxSensitivity(MeasuredClassMeans):
         self.seed = seed
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
+        pixel_values, seed = image.prepared.pixel_values[0], self.seed + image.index
         return {
-            method: max_sensitivity(explain, image.prepared.pixel_values[0], seed=self.seed + image.index)[:, None]
-            for method, explain in self.run.map_functions(image).items()
+            method: max_sensitivity(compute_maps, pixel_values, seed=seed)[:, None]
+            for method, compute_maps in self.run.map_functions(image).items()
         }

@@ -39,7 +39,7 @@ class MeanIoU:
         self.areas = self.areas + areas
 
     def curve(self) -> np.ndarray:
-        """Returns the mIoU at each of L thresholds, `(L,)`, percent (NaN without pixels)."""
+        """Returns the mIoU at each of 101 thresholds, or 1 without confidence, percent (NaN without pixels)."""
         iou = self._iou()
         known = ~np.isnan(iou)
         return np.where(known, iou, 0).sum(axis=0) / np.where(known.any(axis=0), known.sum(axis=0), np.nan)

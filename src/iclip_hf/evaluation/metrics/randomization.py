@@ -49,13 +49,13 @@ class LayerRandomization:
         return len(self._layers)
 
     def correlations(
-        self, explain: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
+        self, compute_maps: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Computes the [`rank_correlation`] `(L, N, M)` between maps before and after the last 1, ..., L layers are
-        randomised. `explain` is a function from images `(N, C, H, W)` to raw maps `(N, M, h, w)` of this model.
+        Computes the [`rank_correlation`] `(L, B, T)` between maps before and after the last 1, ..., L layers are
+        randomised. `compute_maps` is a function from images `(B, C, H, W)` to raw maps `(B, T, h, w)` of this model.
         """
-        maps = explain(pixel_values)
+        maps = compute_maps(pixel_values)
         correlations = []
         originals = []
         try:
@@ -63,7 +63,7 @@ class LayerRandomization:
                 for module, name, sampled in replacements:
                     originals.append(_Weight(module, name, getattr(module, name)))
                     setattr(module, name, sampled)
-                correlations.append(rank_correlation(maps, explain(pixel_values)))
+                correlations.append(rank_correlation(maps, compute_maps(pixel_values)))
         finally:
             for module, name, original in originals:
                 setattr(module, name, original)
@@ -109,8 +109,8 @@ class Randomization(MeasuredClassMeans):
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:
         return {
-            method: self.layers.correlations(explain, image.prepared.pixel_values)[:, 0].T
-            for method, explain in self.run.map_functions(image).items()
+            method: self.layers.correlations(compute_maps, image.prepared.pixel_values)[:, 0].T
+            for method, compute_maps in self.run.map_functions(image).items()
         }
 
     def named(self, values) -> dict:

@@ -129,8 +129,8 @@ class Segmentation(Metric):
         self.classes += [index for index, synonyms in enumerate(dataset.synonyms) for _ in synonyms]
         unique = [*dict.fromkeys(texts)]  # a text of a class and of the background has one map
         self.map_indices = [unique.index(text) for text in texts]
-        self.encoded = run.engine.encode(unique)
-        self.new_iou = partial(MeanIoU, len(dataset.class_ids) + 1, dataset.background, dataset.void)
+        self.text_features = run.engine.encode(unique)
+        self.new_mean_iou = partial(MeanIoU, len(dataset.class_ids) + 1, dataset.background, dataset.void)
         super().prepare(run)
 
     def _check_windows(self, run) -> None:
@@ -171,26 +171,26 @@ class Segmentation(Metric):
         pixel_values = torch.cat([image.prepared.pixel_values for image in images])
         tiling = self.window and SlidingWindows(self.window, self.stride, self.run.model.processor.patch_size)
         method_maps = {
-            method: engine.raw_maps(pixel_values, self.encoded, tiling=tiling)[0][:, self.map_indices].cpu()
+            method: engine.raw_maps(pixel_values, self.text_features, tiling=tiling)[0][:, self.map_indices].cpu()
             for method, engine in self.run.engines.items()
         }
         return [{method: maps[index] for method, maps in method_maps.items()} for index in range(len(images))]
 
     def _window_maps(self, image: EvaluatedImage) -> dict[str, WindowMaps]:
         """Returns for each method the raw maps of the windows of an image, by the steps of the protocol."""
-        processor, protocol = self.run.model.processor, self.resolved_protocol
+        processor, resolved = self.run.model.processor, self.resolved_protocol
         windows = WindowMaps.cut(
-            resized(image.sample.image, protocol.short_side),
+            resized(image.sample.image, resolved.short_side),
             self.window,
             self.stride,
             size=image.sample.size,
-            dilations=protocol.pamr_dilations,
+            dilations=resolved.pamr_dilations,
         )
         pixel_values = processor(images=windows.crops(processor.patch_size), do_resize=False)["pixel_values"]
         batches = pixel_values.split(self.run.batch_size)
         method_maps = {}
         for method, engine in self.run.engines.items():
-            maps = torch.cat([engine.raw_maps(batch, self.encoded)[0] for batch in batches])
+            maps = torch.cat([engine.raw_maps(batch, self.text_features)[0] for batch in batches])
             method_maps[method] = replace(windows, maps=maps[:, self.map_indices])
         return method_maps
 
@@ -210,16 +210,16 @@ class Segmentation(Metric):
 
     def update(self, prediction, reference, confidence, index: int) -> None:
         """Adds the image at the position `index` of the data set. The other arguments are those of [`MeanIoU`]."""
-        iou = self.new_iou()
-        iou.update(prediction, reference, confidence if self.chooses_threshold else None)
-        self.state.add(iou.areas, index % 2)  # by even and odd positions
+        mean_iou = self.new_mean_iou()
+        mean_iou.update(prediction, reference, confidence if self.chooses_threshold else None)
+        self.state.add(mean_iou.areas, index % 2)  # by even and odd positions
 
     def compute(self) -> dict:
         """
         Returns the scores of [`MeanIoU`], with a name as `floor_class`, and `thresholds`: the background thresholds of
         the images at even and at odd positions, or None.
         """
-        halves = [self.new_iou(), self.new_iou()]  # images at even, and at odd positions
+        halves = [self.new_mean_iou(), self.new_mean_iou()]  # images at even, and at odd positions
         for parity, areas in self.state.sums.items():
             halves[parity].add_counts(areas)
         thresholds = None
@@ -229,7 +229,7 @@ class Segmentation(Metric):
             thresholds = [float(THRESHOLDS[index]) for index in best_indices]
         elif self.threshold is not None:
             thresholds = [self.threshold] * 2
-        whole = self.new_iou()
+        whole = self.new_mean_iou()
         for half, index in zip(halves, best_indices):
             whole.add_counts(half.areas[..., [index]])
         scores = whole.compute()

@@ -89,6 +89,7 @@ ARGUMENTS = {
             --output a.csv
             --metrics mAP --task segmentation
             --metrics label_maps --seed -1
+            --task segmentation --threshold 0.5 --logit-scale nan
         """,
         "export": "{model} new --format web --results r.json",
         "push --dry-run": """

@@ -9,7 +9,7 @@ from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
-from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, fraction, seed, texts
+from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, fraction, positive, seed, texts
 from .output import check_output_file, model_folders, print_lines, print_to_stderr
 
 
@@ -19,7 +19,7 @@ _FORMS = {
     "count": {"type": at_least_1, "metavar": "N"},
     "seed": {"type": seed, "metavar": "N"},
     "share": {"type": fraction, "metavar": "NUMBER"},
-    "number": {"type": float, "metavar": "NUMBER"},
+    "positive": {"type": positive, "metavar": "NUMBER"},
     "texts": {"action": "extend", "type": texts, "metavar": "TEXT"},
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -62,6 +63,14 @@ def fraction(text: str) -> float:
     """Parses a number in [0, 1]."""
     if not 0 <= float(text) <= 1:
         raise ValueError(f"{text} is not in [0, 1]")
+    return float(text)
+
+
+@option_type
+def positive(text: str) -> float:
+    """Parses a finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError(f"{text} is not a positive number")
     return float(text)
 
 

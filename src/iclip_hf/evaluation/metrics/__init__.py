@@ -41,7 +41,7 @@ TASKS = {
 MAX_SEED = 2**32 - 1  # as numpy's
 
 # Form and help of each parameter of metrics that is an option of `iclip evaluate`. A form is a kind of number
-# ("pixels" and "count" from 1, "seed" from 0 to `MAX_SEED`, "number", "share" in [0, 1]), "texts", or a tuple of
+# ("pixels" and "count" from 1, "seed" from 0 to `MAX_SEED`, "positive", "share" in [0, 1]), "texts", or a tuple of
 # choices.
 OPTIONS = {
     "aggregate": (
@@ -61,7 +61,7 @@ OPTIONS = {
         "take the best threshold of the images at odd positions, and the reverse; none with texts for the background)",
     ),
     "logit_scale": (
-        "number",
+        "positive",
         "of segmentation: the confidence is the softmax of similarities times this number, for example 40 "
         "(default: the map of the best class, stretched to [0, 1])",
     ),

@@ -398,24 +398,26 @@ def test_a_bad_upload_is_answered_in_the_page(page, folder):
 def test_a_large_image_is_reduced_first(tmp_path, monkeypatch):
     """Before it is converted, which takes several times the memory. As it is seen otherwise."""
     Image.new("L", (100_000, 1)).save(tmp_path / "narrow.png")
-    assert decoder.decode(str(tmp_path / "narrow.png")).size == (16_384, 1)
-    monkeypatch.setattr(decoder, "MAX_KEPT_PIXELS", 1000)
+    narrow, original_size = decoder.decode(str(tmp_path / "narrow.png"))
+    assert narrow.size == (16_384, 1) and original_size == (100_000, 1)
+    monkeypatch.setattr(decoder, "MAX_CONVERTED_PIXELS", 1000)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned
     grey = np.arange(100 * 50, dtype=np.uint16).reshape(50, 100) * 13
     for name, image in (("a.png", Image.fromarray(grey)), ("b.jpg", Image.fromarray(grey // 256).convert("L"))):
         image.save(tmp_path / name, exif=exif)
-        found, whole = decoder.decode(str(tmp_path / name)), load_image(tmp_path / name)
-        assert found.mode == "RGB" and found.size == (22, 44) and whole.size == (50, 100)
+        (found, original_size), whole = decoder.decode(str(tmp_path / name)), load_image(tmp_path / name)
+        assert found.mode == "RGB" and found.size == (22, 44) and original_size == whole.size == (50, 100)
         difference = np.subtract(found, whole.resize(found.size, Image.Resampling.BOX), dtype=float)
         assert np.abs(difference).max() < 8
 
 
-def test_a_large_image_is_reduced_before_it_is_sent(tmp_path):
-    """Its preparation for the model would take hundreds of megabytes. Downloads have the size that it had."""
-    Image.linear_gradient("L").resize((3000, 1500)).save(tmp_path / "large.png")
+@pytest.mark.parametrize("size", [(3000, 1500), (6000, 3000)])
+def test_a_large_image_is_reduced_before_it_is_sent(tmp_path, size):
+    """Its preparation for the model would take hundreds of megabytes. The page counts pixels of the file."""
+    Image.linear_gradient("L").resize(size).save(tmp_path / "large.png")
     image, original_size = questions.read_photo(str(tmp_path / "large.png"))
-    assert (image.mode, image.size, original_size) == ("RGB", (2048, 1024), (3000, 1500))
+    assert (image.mode, image.size, original_size) == ("RGB", (2048, 1024), size)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits all memory")

@@ -554,7 +554,7 @@ def test_figures_of_the_embedded_model_are_those_of_the_readme():
 def shown_of(**values) -> dict:
     """What the card shows of a training with these arguments."""
     towers = {} if "model" in values or "vision" in values else {"model": "org/model"}
-    return card_settings(resolve_arguments({"data": ["d"], "output_dir": "new", **towers, **values}), processes=1)
+    return card_settings(resolve_arguments({"data": ["d"], "output_dir": "new", **towers, **values}), num_processes=1)
 
 
 def card_of(folder: Path, processor, model=None, **options) -> ModelCard:

@@ -184,8 +184,20 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     assert pictures == ["0000000.png", "0000001.png", "0000002.png", "0000003.png", "before.npz"]
 
 
-def state_of(before: dict, after: dict | None) -> TrainerState:
-    """The state of a run whose held-out pairs have these results, by metric, before and after seven steps."""
+def test_the_summary_shows_the_last_evaluation_if_the_best_model_is_not_loaded(tmp_path, world, capsys):
+    table = write_table(tmp_path, 30)
+    arguments = ["--validation_data", table, "--max_steps", 2, "--eval_steps", 1, "--save_steps", 1]
+    arguments += ["--metric_for_best_model", "loss", "--greater_is_better", True, "--learning_rate", 1e-3]
+    arguments += ["--load_best_model_at_end", False, "--eval_on_start", False]
+    assert iclip("train", table, "--model", world.folder / "model", *arguments) == 0
+    state = TrainerState.load_from_json("runs/pairs/checkpoint-2/trainer_state.json")
+    losses = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
+    assert state.best_global_step == 1 and losses[1] > losses[2]
+    assert f"loss{losses[2]:>36.4g}" in capsys.readouterr().out
+
+
+def history_of(before: dict, after: dict | None) -> list[dict]:
+    """The log of a run whose held-out pairs have these results, by metric, before and after seven steps."""
     rows = [{f"eval_{name}": np.mean(values) for name, values in before.items()} | {"step": 0}]
     if after:
         change = {name: change_interval(before[name], after[name]) for name in before}
@@ -193,24 +205,24 @@ def state_of(before: dict, after: dict | None) -> TrainerState:
             f"eval_{name}_change_{end}": bound for name in change for end, bound in zip(("low", "high"), change[name])
         }
         rows.append({f"eval_{name}": np.mean(values) for name, values in after.items()} | bounds | {"step": 7})
-    return TrainerState(log_history=[{"loss": 1.0, "step": 3}, *rows], best_global_step=7 if after else None)
+    return [{"loss": 1.0, "step": 3}, *rows]
 
 
 def test_the_summary_shows_what_changed_and_where_the_model_is(tmp_path):
     held_out = load_pairs(write_table(tmp_path, 24, ["Two dogs run.", "A dog and a ball.", "A cat."] * 8))
     folder = Path("runs/my pairs")
     hits = {count: np.where(np.arange(24) < count, 100.0, 0.0) for count in (6, 12)}
-    better = summary(state_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), folder, held_out, "")
+    better = summary(history_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), 7, folder, held_out, "")
     low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
     assert 0 < float(low) < 25 < float(high) and better[3] == "24 held-out pairs"
     assert better[4] == "The trained model is in 'runs/my pairs'."
     assert better[5] == "Next: iclip explain PHOTO --text 'dog, ball' --model 'runs/my pairs'"
-    kept = summary(state_of({"text_to_image": hits[6]}, None), folder, held_out, "m")
+    kept = summary(history_of({"text_to_image": hits[6]}, None), None, folder, held_out, "m")
     assert "'runs/my pairs' holds the model that you started from (m)" in "\n".join(kept)
     few = load_pairs(write_table(tmp_path, 6))
-    said = "\n".join(summary(state_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), folder, few, ""))
+    said = "\n".join(summary(history_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), 7, folder, few, ""))
     assert "6 held-out pairs, too few to tell a change" in said and "95 %" not in said and " to 0" not in said
-    assert "Nothing was measured" in "\n".join(summary(TrainerState(), folder, None, ""))
+    assert "Nothing was measured" in "\n".join(summary([], None, folder, None, ""))
 
 
 def test_the_interval_is_that_of_paired_changes():

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from transformers import TrainerState
 
 from ...data.formats.folders import CLASS_CAPTION
 from ...data.nouns import NounPrompts
@@ -21,14 +19,23 @@ _IN_PERCENT = ("text_to_image", "image_to_text", "mAP", "mMIoU", "text_contrast"
 _PAIRS_FOR_LABELS = 1000  # the first ones, whose captions `common_labels` reads
 
 
-def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kept_source: str) -> list[str]:
+def summary(
+    log_history: Sequence[Mapping], best_step: int | None, folder: Path, held_out: PairDataset | None, kept_source: str
+) -> list[str]:
     """
     Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
-    change, the folder of the model, and the command that explains an image with it. If no evaluation was better than
-    the model that was trained further, the folder holds that model, and `kept_source` is its name; otherwise
-    `kept_source` is empty.
+    change, the folder of the model, and the command that explains an image with it.
+
+    Args:
+        log_history: as in `TrainerState`.
+        best_step (`int`, *optional*): step of the best evaluation, if its model was loaded at the end. Otherwise the
+            last evaluation counts as "after".
+        folder: of the model.
+        held_out: the held-out pairs, if there are any.
+        kept_source: name of the model that was trained further, if no evaluation was better and the folder holds it
+            again; otherwise empty.
     """
-    lines = ["", *_metric_lines(state, held_out)]
+    lines = ["", *_metric_lines(log_history, best_step, held_out)]
     quoted = shlex.quote(str(folder))
     if kept_source:
         lines.append(
@@ -41,11 +48,11 @@ def summary(state: TrainerState, folder: Path, held_out: PairDataset | None, kep
     return lines
 
 
-def _metric_lines(state: TrainerState, held_out: PairDataset | None) -> list[str]:
+def _metric_lines(log_history: Sequence[Mapping], best_step: int | None, held_out: PairDataset | None) -> list[str]:
     """Returns the table of the metrics and the number of held-out pairs, or that nothing was measured."""
-    evaluations = {entry["step"]: entry for entry in state.log_history if any(map(_is_metric, entry))}
+    evaluations = {entry["step"]: entry for entry in log_history if any(map(_is_metric, entry))}
     before = evaluations.get(0, {})
-    after = evaluations.get(state.best_global_step or max(evaluations, default=0), {})
+    after = evaluations.get(best_step or max(evaluations, default=0), {})
     if not after:
         return ["Nothing was measured: name --validation_data, or hold out a part by --validation_share."]
     too_few = held_out is not None and len(held_out) < MIN_PAIRS_FOR_INTERVAL

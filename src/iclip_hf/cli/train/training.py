@@ -60,8 +60,10 @@ def train(
         raise ValueError(str(error)) from error
     _save(trainer)
     if trainer.is_world_process_zero():
+        state, folder = trainer.state, Path(args.output_dir)
+        best_step = state.best_global_step if args.load_best_model_at_end else None
         kept_source = arguments.model.model if trainer.kept_start else ""
-        print(*summary(trainer.state, Path(args.output_dir), data.held_out, kept_source), sep="\n", flush=True)
+        print(*summary(state.log_history, best_step, folder, data.held_out, kept_source), sep="\n", flush=True)
     return trainer
 
 
@@ -143,7 +145,7 @@ _AUGMENTATION = {"crop_scale", "auto_augment", "random_erasing"}
 _MAY_BE_PATHS = {"model", "vision", "text", "feature_tower", "nouns", "config"}
 
 
-def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
+def card_settings(arguments: Arguments, num_processes: int) -> dict[str, object]:
     """Returns the arguments of `iclip train` that its model depends on, without paths of this machine."""
     settings = {**vars(arguments.model), **vars(arguments.data)}
     settings = {name: value for name, value in settings.items() if value or name in _AUGMENTATION}
@@ -154,4 +156,4 @@ def card_settings(arguments: Arguments, processes: int) -> dict[str, object]:
     if settings.get("auto_augment") == "":
         settings["auto_augment"] = "none"
     settings["data"] = [public_name(name) for name in settings["data"]]
-    return settings | training_recipe(arguments.training, processes)
+    return settings | training_recipe(arguments.training, num_processes)

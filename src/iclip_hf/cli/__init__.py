@@ -47,8 +47,8 @@ class _Parser(argparse.ArgumentParser):
         known = self._option_string_actions
         typed_names = [argument.split("=")[0] for argument in self._typed if argument.startswith("--")]
         for name in typed_names:
-            is_short = self.allow_abbrev and any(option.startswith(name) for option in known)
-            if not (name in known or is_short):  # perhaps a required option that was mistyped
+            is_abbreviation = self.allow_abbrev and any(option.startswith(name) for option in known)
+            if not (name in known or is_abbreviation):  # perhaps a required option that was mistyped
                 message = f"unrecognized arguments: {name}{self._cure(name, known)}"
                 break
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
@@ -110,9 +110,9 @@ def _run(arguments: Sequence[str]) -> int:
         torch = sys.modules.get("torch")
         if torch is None or not isinstance(error, torch.OutOfMemoryError):
             raise
-        sizes = {"train": "--chunk_size or --per_device_train_batch_size", "compare": "--image-size"}
-        size = sizes.get(command, "--batch-size or --image-size")
-        report_error(command, MemoryError(f"the memory of the GPU is full; set a smaller {size}"))
+        size_options = {"train": "--chunk_size or --per_device_train_batch_size", "compare": "--image-size"}
+        size_option = size_options.get(command, "--batch-size or --image-size")
+        report_error(command, MemoryError(f"the memory of the GPU is full; set a smaller {size_option}"))
         return 2
     except KeyboardInterrupt as error:  # an interrupted training has a message
         report_error(command, KeyboardInterrupt(str(error) or "interrupted"))

@@ -13,7 +13,7 @@ from ..utils.files import free_name
 from ..utils.hub_ids import public_name
 from ..utils.tables import table
 from .inputs import load_model, load_named_image
-from .options import DATASET, MODEL, PROMPTS, SHARED, add_shared
+from .options import DATASET, MODEL, PREPARATION, SHARED, add_shared
 from .output import (
     PICTURE_SUFFIXES,
     check_output_file,
@@ -35,9 +35,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "image", metavar="IMAGE", help="image file or URL, or with --dataset the name or path of one of its images"
     )
-    models = f"{SHARED['--model']['help']}; repeat the option to compare several"
-    add_shared(command, "--model", action="append", dest="models", default=None, help=models)
-    add_shared(command, "--text", "--methods", *MODEL[1:], *PROMPTS, "--refine", "--multi-scale")
+    model_help = f"{SHARED['--model']['help']}; repeat the option to compare several"
+    add_shared(command, "--model", action="append", dest="models", default=None, help=model_help)
+    add_shared(command, "--text", "--methods", *MODEL[1:], *PREPARATION, "--refine", "--multi-scale")
     truth = command.add_argument_group(
         "ground truth",
         "if a data set contains IMAGE, the masks of its classes are shown, and --text defaults to these classes",
@@ -53,7 +53,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 class _Opened(NamedTuple):
-    """The image of the command, with masks and prompts of the data set that contains it."""
+    """The image of the command, with masks and templates of the data set that contains it."""
 
     image: Image.Image
     true_masks: dict[str, np.ndarray]  # masks of the texts that are classes of the data set
@@ -101,21 +101,22 @@ def run(args: argparse.Namespace) -> None:
                 refine=args.refine,
                 multi_scale=args.multi_scale,
             )[0]
-            title = f"{model_titles[name]}\n{explanation.made_by}" if len(models) > 1 else explanation.made_by
-            columns[title] = explanation.maps.numpy()
-            presence_words[title] = explanation.presence_words
+            model_line = f"{model_titles[name]}\n" if len(models) > 1 else ""
+            column_title = f"{model_line}{explanation.made_by}"
+            columns[column_title] = explanation.maps.numpy()
+            presence_words[column_title] = explanation.presence_words
         # Scores and presence do not depend on the method: all explanations of a model have the same.
         scored = zip(text_entries, notes, explanation.scores.tolist(), explanation.presences)
         for text_entry, text_notes, score, presence in scored:
             text_entry["scores"][name] = round(score, 4)
             text_entry["presence"][name] = presence
             text_notes.append(" · ".join(filter(None, [presence_text(presence), f"score {score:.2f}"])))
-    titles = [f"{text}\n{', '.join(text_notes)}" for text, text_notes in zip(texts, notes)]
-    sheet = comparison_sheet(small_image, columns, titles, presence_words, colormap=args.colormap, dpi=dpi)
+    row_titles = [f"{text}\n{', '.join(text_notes)}" for text, text_notes in zip(texts, notes)]
+    sheet = comparison_sheet(small_image, columns, row_titles, presence_words, colormap=args.colormap, dpi=dpi)
     output = save_picture(sheet, output, dpi, replace=args.output is not None)
     if args.json:
-        maps = [title.replace("\n", ", ") for title in presence_words]
-        entry = {"image": args.image, "picture": str(output), "maps": maps, "texts": text_entries}
+        map_titles = [title.replace("\n", ", ") for title in presence_words]
+        entry = {"image": args.image, "picture": str(output), "maps": map_titles, "texts": text_entries}
         print_lines(json.dumps(entry, indent=2, ensure_ascii=False))
         return
     print_lines(f"{args.image} -> {output}")

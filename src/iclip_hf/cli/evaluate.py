@@ -9,7 +9,7 @@ from ..evaluation.metrics import METRICS, OPTIONS, TASKS
 from ..evaluation.protocols import protocol_settings
 from ..utils.files import check_new_folder, check_outputs, check_outside
 from .inputs import load_model
-from .options import DATASET, MODEL, PROMPTS, add_shared, at_least_1, fraction, positive, seed, texts
+from .options import DATASET, MODEL, PREPARATION, add_shared, at_least_1, fraction, positive, seed, texts
 from .output import check_output_file, model_folders, print_lines, print_to_stderr
 
 
@@ -36,7 +36,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add_shared(command, *DATASET[:2], required=True)
     add_shared(command, *DATASET[2:])
     command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
-    add_shared(command, *MODEL, *PROMPTS, "--methods", "--multi-scale")
+    add_shared(command, *MODEL, *PREPARATION, "--methods", "--multi-scale")
     add_shared(command, "--refine", default=False)
     command.add_argument(
         "--short-side",

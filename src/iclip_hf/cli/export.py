@@ -88,11 +88,11 @@ def run(args: argparse.Namespace) -> None:
 
 def export(args: argparse.Namespace, directory: Path, name: str | None = None) -> Path:
     """Exports the model of a command line to a folder. The card gets the scores of `--results`."""
-    metrics = None
+    results = None
     if args.results is not None:
         from ..evaluation.results import read_results
 
-        metrics = read_results(args.results, "protocol", "results")
+        results = read_results(args.results, "protocol", "results")
     # Not by `print_to_stderr`: a command that fails prints one line with its name.
     print(f"Loading {args.model} and writing its files, which may take a minute.", file=sys.stderr)
     from ..backends.identity import changed_model
@@ -101,12 +101,12 @@ def export(args: argparse.Namespace, directory: Path, name: str | None = None) -
 
     silence_transformers()
     model, processor = load_iclip(args.model)
-    if metrics is not None and (differing := changed_model(metrics["protocol"], model, processor)):
+    if results is not None and (differing := changed_model(results["protocol"], model, processor)):
         raise ValueError(
             f"--results {args.results}: expected scores of this model, got scores of a model with other "
             f"{', '.join(differing)}; measure this model by `iclip evaluate --output`."
         )
-    return export_model(model, processor, directory, name=name, source=args.model, metrics=metrics)
+    return export_model(model, processor, directory, name=name, source=args.model, metrics=results)
 
 
 def terms_of(folder: Path) -> dict[str, str | dict[str, str]]:

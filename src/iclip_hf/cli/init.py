@@ -17,11 +17,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME_OR_FOLDER",
         help="name of a shipped configuration, such as iclip-vit-b16, or a folder with a train.yaml or config.json",
     )
-    tower = {"metavar": "FOLDER_OR_ID"}
-    command.add_argument("--vision", **tower, help="image tower (default: the configuration's)")
-    command.add_argument("--text", **tower, help="text tower (default: the configuration's)")
+    keywords = {"metavar": "FOLDER_OR_ID"}
+    command.add_argument("--vision", **keywords, help="image tower (default: the configuration's)")
+    command.add_argument("--text", **keywords, help="text tower (default: the configuration's)")
     command.add_argument(
-        "--feature-tower", **tower, help="second image tower, of timm (default: the configuration's, if it has one)"
+        "--feature-tower", **keywords, help="second image tower, of timm (default: the configuration's, if it has one)"
     )
     command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> None:
         check_outside(args.output, folder)
     check_new_folder(args.output)
     if (source / "train.yaml").is_file():
-        from .train.arguments import read_file  # imports torch
+        from .train.arguments import read_train_yaml  # imports torch
 
-        read_file(source / "train.yaml")  # raises for a wrong argument
+        read_train_yaml(source / "train.yaml")  # raises for a wrong argument
     from huggingface_hub.errors import StrictDataclassError
 
     from ..hub.folders import init_model, is_embedded

@@ -47,7 +47,7 @@ def texts(typed: str) -> list[str]:
 
 @option_type
 def template(text: str) -> str:
-    """Checks a prompt, or the name of several prompts."""
+    """Checks a template, or the name of several templates."""
     check_templates(text)
     return text
 
@@ -90,11 +90,11 @@ def seed(text: str) -> int:
     return int(text)
 
 
-_DEFAULT_METHOD = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"
-_METHODS = f"{', '.join(METHODS)} (default: {_DEFAULT_METHOD})"
+_DEFAULT_METHOD_HELP = "itsm for ICLIP; for other models the one that shows where a text is, such as naclip for CLIP"
+_METHOD_HELP = f"{', '.join(METHODS)} (default: {_DEFAULT_METHOD_HELP})"
 # Names of options that commands add together by [`add_shared`].
 MODEL = ("--model", "--dtype", "--device")
-PROMPTS = ("--template", "--image-size")
+PREPARATION = ("--template", "--image-size")  # of texts and images
 DATASET = ("--dataset", "--data-root", "--split", "--overrides")
 # The keywords of `add_argument` for each option that several commands have.
 SHARED = {
@@ -110,9 +110,9 @@ SHARED = {
         "action": "append",
         "dest": "templates",
         "type": template,
-        "metavar": "PROMPT",
-        "help": 'prompt with one {}; repeat the option to average several prompts; "{}" uses the texts unchanged, '
-        '"imagenet" averages CLIP\'s 80 templates of ImageNet (default: the prompts of the model or the data set)',
+        "metavar": "TEMPLATE",
+        "help": 'template with one {}; repeat the option to average several templates; "{}" uses the texts unchanged, '
+        '"imagenet" averages CLIP\'s 80 templates of ImageNet (default: the templates of the model or the data set)',
     },
     "--image-size": {
         "type": at_least_1,
@@ -139,10 +139,10 @@ SHARED = {
         "type": texts,
         "metavar": "TEXT",
         "help": "what to look for, in the language of the model, which is English for the embedded one; inserted into "
-        "the prompts; separate several texts by commas, or repeat the option; \\, is a comma within a text",
+        "the templates; separate several texts by commas, or repeat the option; \\, is a comma within a text",
     },
-    "--method": {"type": method, "metavar": "METHOD", "help": f"method that computes the maps, one of {_METHODS}"},
-    "--methods": {"nargs": "+", "type": method, "metavar": "METHOD", "help": f"one or more of {_METHODS}"},
+    "--method": {"type": method, "metavar": "METHOD", "help": f"method that computes the maps, one of {_METHOD_HELP}"},
+    "--methods": {"nargs": "+", "type": method, "metavar": "METHOD", "help": f"one or more of {_METHOD_HELP}"},
     "--refine": {
         "action": argparse.BooleanOptionalAction,
         "default": True,

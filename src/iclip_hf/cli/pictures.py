@@ -15,7 +15,7 @@ from ..model.downloads import is_url
 from ..model.presence import MIN_PRESENCE, is_present, presence_text
 from ..utils.tables import table
 from .inputs import image_names, load_model, load_named_image
-from .options import MODEL, PROMPTS, add_shared, fraction
+from .options import MODEL, PREPARATION, add_shared, fraction
 from .output import (
     PICTURE_SUFFIXES,
     check_output_file,
@@ -43,7 +43,7 @@ def add_image_options(command: argparse.ArgumentParser, *, output_help: str, **t
         "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )
     add_shared(command, "--text", **text_changes)
-    add_shared(command, *MODEL, *PROMPTS)
+    add_shared(command, *MODEL, *PREPARATION)
     add_shared(command, "--method", "--refine", "--multi-scale")
     command.add_argument(
         "--threshold",

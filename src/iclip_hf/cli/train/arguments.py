@@ -149,14 +149,14 @@ def cure_of(name: str) -> str:
 def read_arguments(given: Mapping) -> Arguments:
     """
     Returns the arguments of a training: those `given` by the user, then those of the `train.yaml` that `config` names,
-    then the defaults. Raises `ValueError` for an invalid argument.
+    then the defaults. Raises `FileNotFoundError` if there is no such file, and `ValueError` for an invalid argument.
     """
     file = Path(given.get("config") or "iclip-vit-b16")
     if not file.is_file():
         file = config_folder(file) / "train.yaml"
     if not file.is_file():
         raise FileNotFoundError(f"{file}: there is no such file; the arguments of a training are in a train.yaml.")
-    values = read_file(file)
+    values = read_train_yaml(file)
     # Arguments of the user, and those of the file that they replace.
     for names, replaced in (
         (("model",), ("vision", "text", "feature_tower", "image_size")),
@@ -233,15 +233,15 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("keep_presence: it needs a model to train further and lock_text; leave it out.")
 
 
-def read_file(file: Path) -> dict:
+def read_train_yaml(file: Path) -> dict:
     """Returns the arguments in a `train.yaml`, without names that have no value."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        given = {name: value for name, value in content.items() if value is not None}
+        named_values = {name: value for name, value in content.items() if value is not None}
     except (AttributeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file}: write the arguments in YAML as `name: value`; reading failed: {error}") from error
     command_line: list[str] = []
-    for name, value in given.items():
+    for name, value in named_values.items():
         command_line += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
     try:
         parsed, unknown = argument_parser(exit_on_error=False).parse_known_args(command_line)

@@ -33,22 +33,26 @@ class Data(NamedTuple):
         return isinstance(self.pairs, PairStream)
 
 
-def open_pairs(sources: list[str], given: Mapping, **kwargs) -> PairDataset | PairStream:
-    """Opens pairs by [`~iclip_hf.data.pairs.load_pairs`], with `kwargs` and the `given` arguments that it takes."""
+def open_pairs(sources: list[str], values: Mapping, **kwargs) -> PairDataset | PairStream:
+    """
+    Opens pairs by [`~iclip_hf.data.pairs.load_pairs`], with `kwargs` and those arguments of `iclip train` that it
+    takes, from their `values` by name.
+    """
     names = ("split", "image_column", "caption_column", "seed", "max_bad_share")
-    kwargs = {"streaming": False, **kwargs, **{name: given[name] for name in names if name in given}}
+    kwargs = {"streaming": False, **kwargs, **{name: values[name] for name in names if name in values}}
     return load_pairs(sources[0] if len(sources) == 1 else sources, **kwargs)
 
 
 def open_data(arguments: Arguments, pairs: PairDataset | None = None) -> Data:
     """Opens the data of a training. `pairs` are the training pairs, if they are open already."""
     map_dataset = _open_map_dataset(arguments.evaluation)
-    args, given = arguments.training, {**vars(arguments.data), "seed": arguments.training.seed}
+    args = arguments.training
+    values = {**vars(arguments.data), "seed": args.seed}
     if pairs is None:
         is_stream = arguments.data.pairs_per_epoch > 0 and any(map(is_hub_id, arguments.data.data))
         process = {"rank": args.process_index, "world_size": args.world_size}
-        pairs = open_pairs(arguments.data.data, given, streaming=is_stream, **process)
-    pairs, held_out = _hold_out(pairs, arguments.evaluation, given)
+        pairs = open_pairs(arguments.data.data, values, streaming=is_stream, **process)
+    pairs, held_out = _hold_out(pairs, arguments.evaluation, values)
     nouns = NounPrompts.from_file(arguments.data.nouns, args.seed) if arguments.data.nouns else None
     if nouns:
         warn_of_unknown_labels(pairs, nouns)
@@ -66,11 +70,11 @@ def _open_map_dataset(evaluation: EvaluationArguments) -> SegmentationDataset | 
 
 
 def _hold_out(
-    pairs: PairDataset | PairStream, evaluation: EvaluationArguments, given: Mapping
+    pairs: PairDataset | PairStream, evaluation: EvaluationArguments, values: Mapping
 ) -> tuple[PairDataset | PairStream, PairDataset | None]:
     """Returns the pairs to train on, and the held-out pairs without those that cannot be read, or None."""
     if evaluation.validation_data:
-        held_out = open_pairs(evaluation.validation_data, given)
+        held_out = open_pairs(evaluation.validation_data, values)
         if not isinstance(pairs, PairStream) and (common := pairs.files() & held_out.files()):
             logger.warning(
                 "%d files are in data and validation_data, such as %r: scores on them say nothing of other images.",

@@ -223,7 +223,8 @@ def _printed(entry: dict, texts: _Texts, min_presence: float) -> list[str]:
         presence = presence_text(result["presence"], min_presence)
         extent = f"{100 * result['area']:.1f} %" if is_segmentation else str(len(result["regions"]))
         rows.append([cut(label), presence, f"{result['score']:.3f}", extent])
-    lines = [f"{entry['image']} -> {files}", *table(headings, rows)]
+    first_line = f"{entry['image']} -> {files}" if files else entry["image"]
+    lines = [first_line, *table(headings, rows)]
     if texts.best and not any(is_present(result["presence"], min_presence) for result in entry["texts"]):
         lines.append("None of the nouns is present: name what you look for by --text.")
     return lines

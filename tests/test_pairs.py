@@ -1024,6 +1024,15 @@ def test_a_column_of_numbers_holds_no_images(tmp_path):
         load_pairs(tmp_path / "a.parquet")
 
 
+def test_images_without_a_name_in_a_stream_have_different_draws():
+    """Parquet files of `push_to_hub` hold bytes without a path. With one draw, all images would be augmented alike."""
+    rows = {"image": [{"bytes": jpeg(number), "path": None} for number in range(3)], "text": ["a", "b", "c"]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    pairs = PairStream(datasets.Dataset.from_dict(rows, features=features).to_iterable_dataset())
+    first, again = ({item["caption"]: item["draw"] for item in pairs} for _ in range(2))
+    assert len({*first.values()}) == 3 and first == again
+
+
 @pytest.mark.parametrize("streaming", [True, False])
 def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypatch, streaming):
     secret = tmp_path / "secret.jpg"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -93,7 +94,8 @@ class PairStream(Epochs, IterableDataset):
         rows.set_epoch(epoch)
         for row in _read(rows):
             stored = row[self._image_column] or {}
-            key = row.get("__key__") or stored.get("path") or "a pair without a name"
+            name = row.get("__key__") or stored.get("path")
+            key = name or "a pair without a name"
             try:
                 texts = self._columns.texts(row)
                 if not texts.captions:
@@ -105,7 +107,8 @@ class PairStream(Epochs, IterableDataset):
                 self.tally.add(error=BadPairError(f"{key}: {error}"))
                 continue
             self.tally.add()
-            draw = (self.seed, epoch, key)
+            # Without a name, the content stands for it: otherwise, all images would be augmented alike.
+            draw = (self.seed, epoch, name or hashlib.sha256(stored["bytes"]).hexdigest())
             caption = sample_caption(texts.captions, *draw)
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw}
 

@@ -92,6 +92,10 @@ def test_a_share_of_right_answers_needs_enough_held_out_pairs(tmp_path):
     """A tenth of the pairs is fewer."""
     assert chosen_for({"data": [str(write_table(tmp_path, 100))]})["metric_for_best_model"] == "loss"
     assert (best_metric(99), best_metric(100)) == ("loss", "text_to_image")
+    given = {"data": [str(write_table(tmp_path / "data", 300))]}
+    for count, metric in ((99, "loss"), (100, "text_to_image")):
+        given["validation_data"] = [str(write_table(tmp_path / f"held_out_{count}", count))]
+        assert chosen_for(given)["metric_for_best_model"] == metric
 
 
 def test_what_needs_locked_towers_is_not_chosen_for_towers_that_learn(tmp_path):

@@ -15,6 +15,7 @@ from ...training.arguments import best_metric, few_pairs
 from ...utils.cache import cache_folder
 from ...utils.errors import loading_errors
 from .arguments import RUNS
+from .data import open_pairs
 
 
 _CHECKED_PAIRS = 200  # evenly spaced over all
@@ -35,7 +36,10 @@ def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]
     values = {**chosen, **given}
     share = values.get("validation_share")
     num_training = len(pairs.split(share)[0]) if share else len(pairs)
-    if num_held_out := len(pairs) - num_training:
+    num_held_out = len(pairs) - num_training
+    if given.get("validation_data"):
+        num_held_out = len(open_pairs(given["validation_data"], given))
+    if num_held_out:
         chosen["metric_for_best_model"] = best_metric(num_held_out)
     locked = _locks_vision(values)
     if locked:

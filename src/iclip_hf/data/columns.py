@@ -149,10 +149,12 @@ def _probabilities(column: str, value) -> dict[str, float]:
     if _is_empty(parsed):
         return {}
     if isinstance(parsed, Mapping):
-        by_name = {_stripped(name): number for name, number in parsed.items() if number is not None}
-        # Arrow also has decimals, which numpy cannot add to floats.
-        if all(isinstance(number, Number) and 0 <= float(number) <= 1 for number in by_name.values()):
-            return {name: float(number) for name, number in by_name.items()}
+        numbers = {_stripped(name): number for name, number in parsed.items() if number is not None}
+        if all(isinstance(number, Number) for number in numbers.values()):
+            # Arrow also has decimals, which numpy cannot add to floats.
+            probabilities = {name: float(number) for name, number in numbers.items()}
+            if all(0 <= probability <= 1 for probability in probabilities.values()):
+                return probabilities
     raise ValueError(f'{column}: {value!r:.100} is no object of names and probabilities, such as {{"dog": 0.9}}')
 
 

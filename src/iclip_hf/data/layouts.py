@@ -37,13 +37,13 @@ class Layout(NamedTuple):
             of images ends with `*`, images have any format, and every image needs a mask. Otherwise, every mask needs
             an image, and an image without a mask is left out.
         classes: names of the classes, by ascending id; None if `classes.txt` holds them.
-        split: the default split.
+        default_split: the split that is read if none is named; None if the data set has no splits.
         split_sizes: number of images of each split with public masks; empty for the user's own data.
         image_list: pattern of the file that names the images of a split; empty if a split has its own folder.
         instances: whether COCO's file of instances is read if there are no masks.
-        values: values of the classes in the masks, by default 1..K.
-        background, void: values of background and of ignored pixels. 255 is void unless it is in `background`. A value
-            that is in none of `values`, `background` and `void` is an error.
+        class_values: values of the classes in the masks, by default 1..K.
+        background_values, void_values: values of background and of ignored pixels. 255 is void unless it is a value of
+            the background. A value that none of the three has is an error.
         stuff: classes without instances; None if the data set does not mark them.
         templates: prompt templates. Folders and the data sets of ICLIP's paper have ICLIP's template; all others have
             CLIP's templates, as in papers on segmentation.
@@ -53,13 +53,13 @@ class Layout(NamedTuple):
     images: str
     masks: str
     classes: Sequence[str] | None
-    split: str | None
+    default_split: str | None
     split_sizes: Mapping[str | None, int] = MappingProxyType({})
     image_list: str = ""
     instances: bool = False
-    values: Sequence[int] | None = None
-    background: Sequence[int] = (0,)
-    void: Sequence[int] = ()
+    class_values: Sequence[int] | None = None
+    background_values: Sequence[int] = (0,)
+    void_values: Sequence[int] = ()
     stuff: Sequence[str] | None = ()
     templates: tuple[str, ...] = IMAGENET_TEMPLATES
 
@@ -84,7 +84,7 @@ _CONTEXT = Layout(
     "{VOCdevkit/VOC2010/,VOC2010/,}ImageSets/SegmentationContext/<split>.txt",
     stuff=None,
 )
-_WITHOUT_BACKGROUND = {"background": (), "void": (0,)}
+_WITHOUT_BACKGROUND = {"background_values": (), "void_values": (0,)}
 _COCO_SIZES = {"train2017": 118_287, "val2017": 5000}
 # Values of COCO's things, then of its stuff, in the masks of COCO-Stuff: one less than the category ids. 11 values are
 # not used.
@@ -96,8 +96,8 @@ _COCO_STUFF = Layout(
     COCO_STUFF,
     "val2017",
     _COCO_SIZES,
-    values=_COCO_VALUES,
-    background=(),
+    class_values=_COCO_VALUES,
+    background_values=(),
     stuff=COCO_STUFF[len(COCO_THINGS) :],
 )
 # Label ids of Cityscapes' 19 classes.
@@ -116,8 +116,8 @@ DATASETS = {
         title="COCO-Object",
         classes=COCO_THINGS,
         instances=True,
-        values=_COCO_VALUES[:80],
-        background=(*_COCO_VALUES[80:], VOID),
+        class_values=_COCO_VALUES[:80],
+        background_values=(*_COCO_VALUES[80:], VOID),
         stuff=(),
     ),
     "coco_stuff": _COCO_STUFF,
@@ -138,18 +138,18 @@ DATASETS = {
         CITYSCAPES,
         "val",
         {"train": 2975, "val": 500},
-        values=_CITYSCAPES_VALUES,
-        background=(),
-        void=range(35),
+        class_values=_CITYSCAPES_VALUES,
+        background_values=(),
+        void_values=range(35),
         stuff=CITYSCAPES[: CITYSCAPES.index("person")],
     ),
     "camvid": _FOLDER._replace(
         title="CamVid",
         split_sizes={None: 701},
         classes=CAMVID,
-        values=range(11),
-        background=(),
-        void=(11,),
+        class_values=range(11),
+        background_values=(),
+        void_values=(11,),
         stuff=CAMVID_STUFF_CLASSES,
         templates=IMAGENET_TEMPLATES,
     ),

@@ -52,7 +52,7 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
         )
     synonyms = tuple(as_texts(names.get(name, name)) for name in class_names)
     background = as_texts(overrides["background"]) if "background" in overrides else ()
-    if background and not layout.background:
+    if background and not layout.background_values:
         raise ValueError(f"{where}: the background of {dataset!r} is void; leave out its texts.")
     # A text of the background may also name a class, as in papers.
     all_texts = [text for class_texts in synonyms for text in class_texts]
@@ -69,7 +69,7 @@ def _read_class_lines(path: Path, dataset: str, class_names: Sequence[str]) -> M
     content = read_text(path).rstrip()
     separator = ";" if ";" in content else ","
     lines = [[text.strip() for text in line.split(separator)] for line in content.splitlines()]
-    has_background = DATASETS[dataset].background and len(lines) == len(class_names) + 1
+    has_background = DATASETS[dataset].background_values and len(lines) == len(class_names) + 1
     background = {"background": lines.pop(0)} if has_background else {}
     if len(lines) != len(class_names):
         raise ValueError(

@@ -147,11 +147,11 @@ class PairDataset(Epochs):
 
     def _raw(self, image_index: int, need_captions: bool) -> RawPair:
         """Returns the pair of an image by its number over all sources, see `raw`."""
-        source, rows = self._rows(image_index)
-        row = rows[0]
-        name, file = source.image_names[row], source.file(row)
+        source, row_indices = self._rows_of(image_index)
+        first_index = row_indices[0]
+        name, file = source.image_names[first_index], source.file(first_index)
         try:
-            first, *more = map(source.rows.__getitem__, rows)
+            first, *more = map(source.rows.__getitem__, row_indices)
             texts = source.columns.texts(first)
             if more:
                 texts = PairTexts.joined([texts, *map(source.columns.texts, more)])
@@ -164,17 +164,17 @@ class PairDataset(Epochs):
             if need_captions and not texts.captions:
                 raise ValueError("no caption")
         except (ValueError, TarError) as error:
-            raise BadPairError(f"{source.path}, row {row + 1}: {error}") from error
-        key = first.get("__key__") or name or stored.get("path") or f"row {row + 1}"
+            raise BadPairError(f"{source.path}, row {first_index + 1}: {error}") from error
+        key = first.get("__key__") or name or stored.get("path") or f"row {first_index + 1}"
         image_name = None if file else f"{source.path}: {stored.get('path') or key!r}"
         return RawPair(image, image_name, texts, key)
 
-    def _rows(self, image_index: int) -> tuple[Source, list[int]]:
-        """Returns the source of an image, and the rows of the image there."""
+    def _rows_of(self, image_index: int) -> tuple[Source, list[int]]:
+        """Returns the source of an image, and the indices of its rows there."""
         source_index = np.searchsorted(self._ends, image_index, side="right")
         source = self.sources[source_index]
         first_image = self._ends[source_index] - source.num_images
-        return source, source.rows_of_image(image_index - first_image)
+        return source, source.row_indices_of_image(image_index - first_image)
 
     def some_texts(self) -> Iterator[PairTexts]:
         """Yields captions and labels of at most 4000 pairs, evenly spread over all. Bad pairs are left out."""
@@ -281,8 +281,8 @@ class PairDataset(Epochs):
             image = self._raw(image_index, need_captions=False).image
             return hashlib.sha256(image if isinstance(image, bytes) else image.read_bytes()).digest()
         except (OSError, ValueError):  # counted when the pair is read for training
-            source, (row, *_) = self._rows(image_index)
-            location = os.path.abspath(source.file(row) or f"{source.path}, row {row + 1}")
+            source, (first_index, *_) = self._rows_of(image_index)
+            location = os.path.abspath(source.file(first_index) or f"{source.path}, row {first_index + 1}")
             return hashlib.sha256(location.encode(errors="surrogatepass")).digest()
 
     def files(self) -> set[str]:

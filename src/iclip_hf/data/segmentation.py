@@ -61,7 +61,7 @@ class SegmentationDataset(Sequence):
         layout = DATASETS[name]
         self.name = name
         self.split = split
-        self.background = bool(layout.background)
+        self.background = bool(layout.background_values)
         self.templates = layout.templates
         self.annotation_paths = annotation_paths
         self._samples = samples
@@ -148,9 +148,9 @@ def load_segmentation(
     if name not in DATASETS:
         raise ValueError(f"{name!r} is none of the data sets {', '.join(DATASETS)}.")
     layout, root = DATASETS[name], Path(root)
-    if split and layout.split is None:
+    if split and layout.default_split is None:
         raise ValueError(f"{name} has no splits, such as {split!r}: name the folder of that split as root.")
-    split = split or layout.split
+    split = split or layout.default_split
     if layout.instances and not has_index_masks(root, layout, split):
         annotations = read_coco_instances(root, split)
     else:

@@ -70,23 +70,23 @@ class TarRows(Sequence):
         with open(self.path, "rb", buffering=0) as opened:
             opened.seek(start)
             small_tar = opened.read(end - start)
-        columns = {}
+        row = {}
         with tarfile.open(fileobj=io.BytesIO(small_tar), mode="r:") as tar:
             for member in tar:
                 key, suffix = _key_and_suffix(member)
                 data = small_tar[member.offset_data : member.offset_data + member.size]
                 if suffix in image_suffixes():
-                    if "image" in columns:
-                        other = columns["image"]["path"]
+                    if "image" in row:
+                        other = row["image"]["path"]
                         raise ValueError(f"two images of the key {key!r}, in {other!r} and {member.name!r}")
-                    columns |= {"image": {"bytes": data, "path": member.name}, "__key__": key}
+                    row |= {"image": {"bytes": data, "path": member.name}, "__key__": key}
                 elif suffix == ".txt":
-                    columns["txt"] = data.decode()
+                    row["txt"] = data.decode()
                 elif suffix == ".json":
-                    columns["json"] = json.loads(data)
-        if "image" not in columns:
+                    row["json"] = json.loads(data)
+        if "image" not in row:
             raise ValueError("no image beside its text; members of a pair must be neighbours (`tar --sort=name`)")
-        return columns
+        return row
 
 
 def _key_and_suffix(member: tarfile.TarInfo) -> tuple[str | None, str]:

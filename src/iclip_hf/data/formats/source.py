@@ -67,9 +67,9 @@ class Source:
     image_names: Sequence[str | None]
     files: Sequence[str | os.PathLike]
 
-    def file(self, row: int) -> str | None:
+    def file(self, row_index: int) -> str | None:
         """Returns the path of the image file of a row; None if the row names none."""
-        name = self.image_names[row]
+        name = self.image_names[row_index]
         return name and os.path.join(self.folder, name)
 
     def all_files(self) -> Iterable[str | os.PathLike]:
@@ -91,26 +91,26 @@ class Source:
 
     @property
     def num_images(self) -> int:
-        return len(self._rows_by_image[1]) - 1
+        return len(self._row_indices_by_image[1]) - 1
 
-    def rows_of_image(self, image_index: int) -> list[int]:
+    def row_indices_of_image(self, image_index: int) -> list[int]:
         """
-        Returns the rows of an image. They are one pair, because in a batch, the captions of other pairs count as wrong
-        ones. Images are numbered in the order of their first rows.
+        Returns the indices of the rows of an image. They are one pair, because in a batch, the captions of other pairs
+        count as wrong ones. Images are numbered in the order of their first rows.
         """
-        rows, bounds = self._rows_by_image
-        return rows[bounds[image_index] : bounds[image_index + 1]].tolist()
+        row_indices, bounds = self._row_indices_by_image
+        return row_indices[bounds[image_index] : bounds[image_index + 1]].tolist()
 
     @cached_property
-    def _rows_by_image(self) -> tuple[np.ndarray, np.ndarray]:
-        """All rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images."""
+    def _row_indices_by_image(self) -> tuple[np.ndarray, np.ndarray]:
+        """The indices of all rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images."""
         digests = bytearray()
-        for row in range(len(self.image_names)):
-            file = self.file(row)
-            name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row
+        for row_index in range(len(self.image_names)):
+            file = self.file(row_index)
+            name = os.path.normpath(file).encode(errors="surrogatepass") if file else b"\0%d" % row_index
             digests += hashlib.blake2b(name, digest_size=16).digest()
         digests = np.frombuffer(digests, "S16")
         _, first_of_image, image_of_row = np.unique(digests, return_index=True, return_inverse=True)
         first_rows = first_of_image[image_of_row.reshape(-1)]  # for each row, the first row of its image
-        rows = np.argsort(first_rows, kind="stable")
-        return rows, np.flatnonzero(np.diff(first_rows[rows], prepend=-1, append=-1))
+        row_indices = np.argsort(first_rows, kind="stable")
+        return row_indices, np.flatnonzero(np.diff(first_rows[row_indices], prepend=-1, append=-1))

@@ -87,9 +87,10 @@ def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotatio
         )
     for pattern, files in ((image_pattern, images), (mask_pattern, masks)):
         if missing := [name for name in names if name not in files]:
+            start, end = _around(pattern)
             raise FileNotFoundError(
-                f"{root / missing[0].join(_around(pattern))}: this file is missing ({len(missing)} of {len(names)} "
-                "are); complete the data."
+                f"{root / f'{start}{missing[0]}{end}'}: this file is missing ({len(missing)} of {len(names)} are); "
+                "complete the data."
             )
     class_files = [] if layout.classes else [root / "classes.txt"]
     class_names = layout.classes or _read_class_names(class_files[0])
@@ -102,10 +103,10 @@ def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotatio
 def _value_table(layout: Layout, num_classes: int) -> np.ndarray:
     """Returns a table (256,) from values of mask files to class ids, 0 for background, `VOID` or `_UNKNOWN`."""
     table = np.full(256, _UNKNOWN, np.int16)
-    table[[VOID, *layout.void]] = VOID
-    table[list(layout.background)] = 0
+    table[[VOID, *layout.void_values]] = VOID
+    table[list(layout.background_values)] = 0
     class_ids = range(1, num_classes + 1)
-    table[list(layout.values or class_ids)] = class_ids
+    table[list(layout.class_values or class_ids)] = class_ids
     return table
 
 

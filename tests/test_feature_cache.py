@@ -49,10 +49,10 @@ def test_any_pooling_comes_from_one_cache(hub, tmp_path_factory, tiny_processor,
     folder = tmp_path_factory.getbasetemp() / "one-cache"
     model, pairs = tiny_model(**options), load_pairs(str(hub / "pairs.tar"))
     model.vision_model.load_state_dict(tiny_model().vision_model.state_dict())
-    FeatureCache(tiny_model(), tiny_processor, folder).images(pairs)
+    FeatureCache(tiny_model(), tiny_processor, folder).fill_images(pairs)
     calls = counted(model, monkeypatch)
     cache = FeatureCache(model, tiny_processor, folder)
-    places = cache.images(pairs)
+    places = cache.fill_images(pairs)
     assert not calls or {"max_over", "average_layers", "feature_dim"} & options.keys()
     rows = [{"features": record, "captions": ["a dog"], "nouns": None} for record in cache.features(places[[5, 60]])]
     features = PairCollator(tiny_processor)(rows)["image_features"]
@@ -106,7 +106,7 @@ def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monk
     write_pairs(tmp_path / "many.tar", 300)
     pairs, model = load_pairs(str(tmp_path / "many.tar")), tiny_model()
     whole = FeatureCache(model, tiny_processor, tmp_path / "whole")
-    expected = whole.features(whole.images(pairs))
+    expected = whole.features(whole.fill_images(pairs))
     calls, encode_image, add = [], model.encode_image, FeatureStore.add
 
     def stops_at_the_third(pixel_values):
@@ -122,13 +122,13 @@ def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monk
 
     monkeypatch.setattr(model, "encode_image", stops_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        FeatureCache(model, tiny_processor, tmp_path / "stopped").images(pairs)
+        FeatureCache(model, tiny_processor, tmp_path / "stopped").fill_images(pairs)
     monkeypatch.setattr(FeatureStore, "add", is_killed_at_the_second)
     with pytest.raises(SystemExit):
-        FeatureCache(model, tiny_processor, tmp_path / "stopped").images(pairs)
+        FeatureCache(model, tiny_processor, tmp_path / "stopped").fill_images(pairs)
     monkeypatch.setattr(FeatureStore, "add", add)
     resumed = FeatureCache(model, tiny_processor, tmp_path / "stopped")
-    found = resumed.features(resumed.images(pairs))
+    found = resumed.features(resumed.fill_images(pairs))
     assert calls == [64, 64, 64, 64, 64, 44, 44]  # the third and the last twice
     for name in expected.dtype.names:
         np.testing.assert_allclose(found[name], expected[name], atol=2e-3, rtol=2e-3)
@@ -198,7 +198,7 @@ def test_two_processes_fill_what_another_run_fills_too(tmp_path):
 def test_other_features_have_a_folder_of_their_own(hub, tmp_path, tiny_processor):
     def fill(model=None, processor=tiny_processor, precision="no"):
         cache = FeatureCache(model or tiny_model(), processor, tmp_path, precision)
-        cache.images(load_pairs(str(hub / "held_out.tar")))
+        cache.fill_images(load_pairs(str(hub / "held_out.tar")))
         return len([*(tmp_path / "images").iterdir()])
 
     other_mean = copy.deepcopy(tiny_processor)
@@ -226,7 +226,7 @@ def test_cached_texts_know_tokenizer_and_tower_but_not_their_use(tmp_path, tiny_
 
     def fill(texts=texts, model=model, processor=tiny_processor):
         cache = FeatureCache(model, processor, tmp_path)
-        cache.texts(texts)
+        cache.fill_texts(texts)
         return cache(texts)
 
     kept = fill()
@@ -263,7 +263,7 @@ def test_cached_features_make_the_batch_of_their_pairs(tmp_path, tiny_processor,
     cache, plain = FeatureCache(model, tiny_processor, tmp_path / "cache"), PairCollator(tiny_processor, nouns)
     collator = PairCollator(tiny_processor, nouns, text_features=cache if cached_texts else None)
     cached = CachedPairs(source, cache, collator)
-    cache.texts(nouns.all_prompts())
+    cache.fill_texts(nouns.all_prompts())
     places, seen = [5, 44, 70], []
     for epoch in (0, 1, 0):
         source.set_epoch(epoch)

@@ -45,7 +45,7 @@ class CachedPairs(Epochs, Dataset):
         self.pairs = pairs = without_subsets(pairs)
         self.seed, self._cache = pairs.seed, cache
         distinct, distinct_indices = pairs.distinct()
-        record_indices = cache.images(distinct)
+        record_indices = cache.fill_images(distinct)
         self._texts = PackedRows()  # captions and nouns, of each distinct pair
         for index in tqdm(range(len(distinct)), "Texts", unit="pair", delay=2, leave=False):
             texts = _texts_of(distinct, index) if record_indices[index] >= 0 else PairTexts([])
@@ -60,7 +60,7 @@ class CachedPairs(Epochs, Dataset):
         self._distinct_indices = distinct_indices[self.indices]
         self._record_indices = record_indices[self._distinct_indices]
         if collator.text_features is not None:
-            cache.texts(chain.from_iterable(captions for captions, _ in self._texts))
+            cache.fill_texts(chain.from_iterable(captions for captions, _ in self._texts))
 
     def __len__(self) -> int:
         return len(self.indices)

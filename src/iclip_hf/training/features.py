@@ -134,7 +134,7 @@ class FeatureStore:
         loader = DataLoader(items, batch_sampler=batches, num_workers=workers, collate_fn=list)
         title = f"Features of {self.folder.parent.name}"
         with tqdm(total=len(part), desc=title, delay=2, disable=not state.is_main_process) as bar:
-            broken = self._encode(zip(loader, batches), keys, encode, bar)
+            broken = self._fill_batches(zip(loader, batches), keys, encode, bar)
         broken = {*gathered_lists(broken)}  # waits until all processes have added features
         self.reload()
         indices = self.find(keys)
@@ -142,7 +142,7 @@ class FeatureStore:
             raise OSError(f"{self.folder}: {num_lost} features are missing that this run has added; run again.")
         return indices
 
-    def _encode(
+    def _fill_batches(
         self, batches: Iterable[tuple[list, list[int]]], keys: Sequence[bytes], encode: Callable, bar: tqdm
     ) -> list[bytes]:
         """Adds the features of batches of items with their indices. Returns the keys of items without features."""
@@ -177,8 +177,8 @@ class FeatureStore:
             self.add([*chain.from_iterable(keys)], joined)
 
 
-class _Images(Dataset):
-    """Images as tensors (3, H, W); None for one that cannot be read."""
+class _PixelValues(Dataset):
+    """`pixel_values` (3, H, W) of images; None for one that cannot be read."""
 
     def __init__(self, pairs: PairDataset, processor: ICLIPProcessor):
         self.pairs, self.processor = pairs, processor
@@ -225,7 +225,7 @@ class FeatureCache:
                 **common,
             }
         )
-        self._images = FeatureStore(folder / "images" / images_digest)
+        self._image_store = FeatureStore(folder / "images" / images_digest)
         # The token ids of the probe depend on the length and the padding that the processor adds.
         probe = processor(text=["A photo of Two Dogs, naïve.", "long " * 1000])["input_ids"].tolist()
         texts_digest = digest(
@@ -236,40 +236,40 @@ class FeatureCache:
                 **common,
             }
         )
-        self._texts = FeatureStore(folder / "texts" / texts_digest)
+        self._text_store = FeatureStore(folder / "texts" / texts_digest)
 
-    def images(self, pairs: PairDataset) -> np.ndarray:
+    def fill_images(self, pairs: PairDataset) -> np.ndarray:
         """
-        Computes the features of the image of each pair. Returns the indices of their records (N,); -1 for an image
-        that cannot be read.
+        Computes the features of images that the cache lacks. Returns, for the image of each pair, the index of its
+        record, (N,); -1 for an image that cannot be read.
         """
         with partial_state("train").main_process_first():  # which keeps the digests of large data for the others
             digests = pairs.image_digests()
-        images = _Images(pairs, self.processor)
-        return self._images.fill(images, digests, self._encode_images, 64, self.num_workers)
+        pixel_values = _PixelValues(pairs, self.processor)
+        return self._image_store.fill(pixel_values, digests, self._encode_images, 64, self.num_workers)
 
     def features(self, record_indices: np.ndarray) -> np.ndarray:
-        """Returns the records (N,) of images, named float16 arrays, by the indices that `images` returned."""
-        return self._images[record_indices]
+        """Returns the records (N,) of images, named float16 arrays, by the indices that `fill_images` returned."""
+        return self._image_store[record_indices]
 
-    def texts(self, texts: Iterable[str]) -> None:
-        """Computes the features of texts by the text tower."""
+    def fill_texts(self, texts: Iterable[str]) -> None:
+        """Computes the features, by the text tower, of texts that the cache lacks."""
         texts = sorted(set(texts), key=lambda text: (len(text), text))  # batches of similar length need little padding
-        self._texts.fill(texts, [*map(_key, texts)], self._encode_texts, 256)
+        self._text_store.fill(texts, [*map(_key, texts)], self._encode_texts, 256)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Returns the features (N, D) of texts that `texts` has computed, float32."""
-        records = self._texts[self._texts.find([*map(_key, texts)])]
+        """Returns the features (N, D) that `fill_texts` has computed, float32."""
+        records = self._text_store[self._text_store.find([*map(_key, texts)])]
         return torch.from_numpy(records["text"]).float()
 
     def _encode_images(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         config = self.model.config
         # All poolings that models with these options can have, so that these models share the folder. With
         # `max_over="similarity"`, only class token and average are pooled: a maximum is taken over similarities.
-        poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
+        possible_poolings = POOLINGS if config.max_over == "channels" else POOLINGS[:2]
         with self._inference():
             encoded = self.model.encode_image(torch.stack(images).to(self.model.device))
-            return self.model.loss_features(encoded, [*config.recognition_poolings, *poolings])
+            return self.model.loss_features(encoded, [*config.recognition_poolings, *possible_poolings])
 
     def _encode_texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
         tokens = self.processor(text=texts).to(self.model.device)

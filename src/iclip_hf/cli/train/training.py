@@ -107,7 +107,7 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
         args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
         if arguments.model.lock_text:
             collator.text_features = cache
-            cache.texts(data.nouns.all_prompts() if data.nouns else ())
+            cache.fill_texts(data.nouns.all_prompts() if data.nouns else ())
         pairs = CachedPairs(pairs, cache, collator)
         if held_out is not None:
             held_out = CachedPairs(held_out, cache, collator.for_evaluation())

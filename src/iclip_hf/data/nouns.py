@@ -72,7 +72,7 @@ class ImageNouns(NamedTuple):
         shown: nouns that labels name, and nouns that captions name and complete labels do not deny.
         absent: nouns that complete labels deny and no caption names.
         captions: captions of the image, which the sampled prompts depend on.
-        class_probabilities: positions in the `classes` of the vocabulary, each with the probability of the class.
+        class_probabilities: positions in `NounPrompts.class_nouns`, each with the probability of the class.
     """
 
     shown: list[int]
@@ -106,8 +106,8 @@ class NounPrompts:
             "is_background": np.array(["background" in marks for marks in marks_of_nouns]),
             "place": np.array(places, np.int8),
         }
-        self.classes = [index for index, marks in enumerate(marks_of_nouns) if "class" in marks]
-        self._class_positions = {index: position for position, index in enumerate(self.classes)}
+        self.class_nouns = [index for index, marks in enumerate(marks_of_nouns) if "class" in marks]
+        self._class_positions = {index: position for position, index in enumerate(self.class_nouns)}
         self.seed = seed
         if not self.nouns:
             raise ValueError("Expected at least one noun, got none: add nouns to the vocabulary.")
@@ -175,8 +175,8 @@ class NounPrompts:
         Returns what the texts of an image say about its nouns, see [`~iclip_hf.data.columns.PairTexts`]. A noun that
         a caption names and complete labels deny is unknown. In captions, the words of a label, or of a name in
         `complete`, name no other noun, even if the vocabulary lacks the name. A label stands for all names of its
-        class: VOC's "tvmonitor" is the "tv" of COCO's names in `complete`. Probabilities of names that are not in
-        `classes` are ignored.
+        class: VOC's "tvmonitor" is the "tv" of COCO's names in `complete`. Probabilities of names that are not
+        among the `class_nouns` are ignored.
         """
         listed = {*map(_name, complete)}
         labelled = {name for label in labels for name in _names_of(label, listed)}
@@ -210,7 +210,7 @@ class NounPrompts:
         Samples prompts for B images. An image without nouns gets prompts of random nouns.
 
         Returns:
-            `tuple`: a list of prompts, 3 B grouped by image, then one for each of the C `classes`; and a `dict` of
+            `tuple`: a list of prompts, 3 B grouped by image, then one for each of the C `class_nouns`; and a `dict` of
             arrays: `noun_ids` (3 B,), the index of the noun of each prompt of an image; `noun_labels` (B, vocabulary),
             1 for a noun that an image shows, -1 for a noun that it is known not to show, else 0; `is_background`
             (3 B,), boolean; `place` (3 B,), -1 for a noun above others, 1 for a noun below, else 0. In a vocabulary
@@ -228,11 +228,11 @@ class NounPrompts:
         sampled = np.array(sampled)
         prompt_marks = {name: values[sampled] for name, values in self.marks.items()}
         arrays = {"noun_ids": sampled, "noun_labels": noun_labels, **prompt_marks}
-        if self.classes:
+        if self.class_nouns:
             rng = random.Random(f"{self.seed}/{epoch}/{images[0].captions}")
-            prompts += [rng.choice(TEMPLATES).format(self.nouns[noun]) for noun in self.classes]
-            arrays["class_ids"] = np.array(self.classes)
-            arrays["class_probabilities"] = np.zeros((len(images), len(self.classes)), np.float32)
+            prompts += [rng.choice(TEMPLATES).format(self.nouns[noun]) for noun in self.class_nouns]
+            arrays["class_ids"] = np.array(self.class_nouns)
+            arrays["class_probabilities"] = np.zeros((len(images), len(self.class_nouns)), np.float32)
             for image, image_probabilities in zip(images, arrays["class_probabilities"]):
                 for position, probability in image.class_probabilities:
                     # A name and its plural are one noun, and may be sure both.

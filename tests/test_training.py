@@ -139,7 +139,7 @@ def test_the_folder_holds_the_best_model_or_the_start(hub, tmp_path, monkeypatch
         assert not list((tmp_path / "run").glob("*.safetensors"))  # an interrupted run leaves checkpoints alone
         return {name: torch.full((17,), score) for name, score in zip(names, (*next(seen), 1.0))}
 
-    monkeypatch.setattr(module, "retrieval_scores", measured)
+    monkeypatch.setattr(module, "retrieval_metrics", measured)
     arguments = ["--model", start, "--validation_data", hub / "held_out.tar", "--eval_steps", 4, "--pictures", 0]
     trainer = run(hub, tmp_path / "run", *arguments)
     assert trainer.state.best_global_step == kept
@@ -208,11 +208,11 @@ def test_the_loss_has_its_share_of_kept_presence(tiny_processor, tmp_path, monke
     trainer = ICLIPTrainer(model, args, processing_class=tiny_processor)
     batch = tiny_inputs(4, 4) | {"return_loss": True}
     alone = trainer.compute_loss(model.eval(), {**batch})
-    trainer.start.presence = KeptPresence(model.recognition, torch.randn(5, model.config.text_config.hidden_size))
+    trainer.start.presence_loss = KeptPresence(model.recognition, torch.randn(5, model.config.text_config.hidden_size))
     with torch.no_grad():
         model.recognition.logit_bias.add_(1)
         features = model.image_inputs(model.encode_image(batch["pixel_values"])).pooled
-        divergence = trainer.start.presence(model.recognition, features)
+        divergence = trainer.start.presence_loss(model.recognition, features)
     share = trainer.compute_loss(model, {**batch}) - alone
     assert share.item() == pytest.approx(3 * divergence.item(), rel=1e-4) != 0
 

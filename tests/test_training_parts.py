@@ -89,12 +89,12 @@ def test_retrieval_is_computed_in_blocks(monkeypatch, recorded):
     monkeypatch.setattr(evaluation, "_BLOCK", 4)
     shapes = recorded(evaluation.F, "cross_entropy", lambda logits, *args, **options: tuple(logits.shape))
     numbers = [[[*same].index(one) for one in same] for same in (captions, digests)]
-    scores = evaluation.retrieval_scores(images, texts, torch.tensor(numbers).T)
+    metrics = evaluation.retrieval_metrics(images, texts, torch.tensor(numbers).T)
     assert shapes == [(4, 11), (4, 11), (3, 11)] * 2
-    torch.testing.assert_close(scores["loss"].double(), losses, atol=1e-5, rtol=0)
-    assert scores["image_to_text"].tolist() == [100.0 * hit for hit in right]
-    assert scores["image_to_text"][[6, 9]].tolist() == [100, 100]
-    assert scores["text_to_image"].tolist() == [100.0 * hit for hit in reached]
+    torch.testing.assert_close(metrics["loss"].double(), losses, atol=1e-5, rtol=0)
+    assert metrics["image_to_text"].tolist() == [100.0 * hit for hit in right]
+    assert metrics["image_to_text"][[6, 9]].tolist() == [100, 100]
+    assert metrics["text_to_image"].tolist() == [100.0 * hit for hit in reached]
 
 
 def test_equal_rows_have_one_number():

@@ -38,7 +38,7 @@ from .kept_presence import kept_presence
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 50  # a training with fewer steps gets a warning
-# File with digests of the held-out pairs of a training, and the scores of these pairs by the model at the start.
+# File with digests of the held-out pairs of a training, and the metrics of these pairs by the model at the start.
 START_FILE = "start.json"
 
 
@@ -60,6 +60,23 @@ class Checks(TrainerCallback):
                 batch_size,
                 max(len(pairs) - num_batches * batch_size, 0),
             )
+
+
+def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Dataset, collator: Callable) -> None:
+    """Raises `ValueError` if a tower learns although the model, cached features or `keep_presence` need it locked."""
+    if model.config.lock_vision and any(weight.requires_grad for weight in model.vision_model.parameters()):
+        raise ValueError("vision_model: the model locks it; load the model with lock_vision=False.")
+    has_cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs))
+    if not model.config.lock_vision and (has_cached or args.keep_presence):
+        name = "CachedPairs" if has_cached else "keep_presence"
+        raise ValueError(f"{name}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
+    has_text_features = getattr(collator, "text_features", None) is not None
+    text_learns = any(weight.requires_grad for weight in model.text_model.parameters())
+    if text_learns and (has_text_features or args.keep_presence):
+        name = "text_features of the collator" if has_text_features else "keep_presence"
+        raise ValueError(
+            f"{name}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
+        )
 
 
 class EpochsAndSeeds(TrainerCallback):
@@ -86,23 +103,6 @@ class LogitScaleLimit(TrainerCallback):
         # Above 100, the clamp in the model has no gradient, so a scale could not decrease again.
         for branch in filter(None, (model.recognition, model.interpretability)):
             branch.logit_scale.clamp_(max=math.log(100) - 1e-6)
-
-
-def _check_towers(model: ICLIPModel, args: ICLIPTrainingArguments, pairs: Dataset, collator: Callable) -> None:
-    """Raises `ValueError` if a tower learns although the model, cached features or `keep_presence` need it locked."""
-    if model.config.lock_vision and any(weight.requires_grad for weight in model.vision_model.parameters()):
-        raise ValueError("vision_model: the model locks it; load the model with lock_vision=False.")
-    has_cached = any(isinstance(leaf, CachedPairs) for leaf in leaves(pairs))
-    if not model.config.lock_vision and (has_cached or args.keep_presence):
-        name = "CachedPairs" if has_cached else "keep_presence"
-        raise ValueError(f"{name}: it needs a locked image tower; leave it out, or set lock_vision of the model.")
-    has_text_features = getattr(collator, "text_features", None) is not None
-    text_learns = any(weight.requires_grad for weight in model.text_model.parameters())
-    if text_learns and (has_text_features or args.keep_presence):
-        name = "text_features of the collator" if has_text_features else "keep_presence"
-        raise ValueError(
-            f"{name}: it needs a locked text tower; leave it out, or call model.text_model.requires_grad_(False)."
-        )
 
 
 class Interrupts(TrainerCallback):
@@ -152,44 +152,45 @@ class Start(TrainerCallback):
     The start of a training. Later evaluations are compared with it.
 
     Attributes:
-        held_out (`list[str]`): a digest of the captions of each held-out set.
-        scores (`dict`): for each held-out set, by a digest of its caption ids, the scores of its pairs by metric.
+        held_out_digests (`list[str]`): a digest of the captions of each held-out set.
+        metrics (`dict`): for each held-out set, by a digest of its caption ids, its metrics at the start: for each,
+            the values of all pairs.
         regressed (`dict`): for each held-out set, by this digest, the metrics that got worse in the last evaluation.
-        presence ([`KeptPresence`], *optional*): the loss that keeps the presence of the model of the start.
-        is_kept (`bool`): whether the model of the start is kept already. A resumed training keeps no other model.
+        presence_loss ([`KeptPresence`], *optional*): the loss that keeps the presence of the model of the start.
+        is_stored (`bool`): whether the model of the start is stored already. A resumed training stores no other model.
     """
 
     def __init__(self, trainer: Trainer):
-        self.trainer, self.held_out, self.scores, self.regressed = trainer, [], {}, {}
-        self.presence, self._weights, self.is_kept = None, {}, False
+        self.trainer, self.held_out_digests, self.metrics, self.regressed = trainer, [], {}, {}
+        self.presence_loss, self._weights, self.is_stored = None, {}, False
 
-    def keep(self) -> None:
-        """Keeps what a training needs of the model of the start. Must be called before a checkpoint is loaded."""
-        if self.is_kept:
+    def store(self) -> None:
+        """Stores what a training needs of the model of the start. Must be called before a checkpoint is loaded."""
+        if self.is_stored:
             return
-        self.is_kept = True
+        self.is_stored = True
         args, model = self.trainer.args, self.trainer.model
         if args.eval_on_start and args.load_best_model_at_end:
             learning = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
             self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
-        self.presence = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
+        self.presence_loss = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
 
-    def changes(self, pair_ids: np.ndarray, scores: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def compare(self, pair_ids: np.ndarray, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Returns the bounds of the 95 % interval of the change of each score since the start, for scores (N,) of pairs
-        with these ids (N, 2). At the start itself, keeps the scores and returns no bounds. Pairs without scores of the
-        start have no bounds.
+        Compares metrics (N,) of pairs with these ids (N, 2) to those of the start. Sets `regressed`, and returns the
+        bounds of the 95 % interval of the change of each metric. At the start itself, sets `metrics` and returns no
+        bounds. Pairs without metrics of the start have no bounds.
         """
         # A digest of the captions alone, because another machine may compute other pixels.
         pairs_digest, trainer = hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest(), self.trainer
         if trainer.is_in_train and trainer.state.global_step == 0:
-            self.scores[pairs_digest] = {name: values.tolist() for name, values in scores.items()}
+            self.metrics[pairs_digest] = {name: values.tolist() for name, values in metrics.items()}
             self._write()
             return {}
-        before = self.scores.get(pairs_digest)
+        before = self.metrics.get(pairs_digest)
         if before is None:
             return {}
-        intervals = {name: change_interval(before[name], scores[name].tolist()) for name in before}
+        intervals = {name: change_interval(before[name], metrics[name].tolist()) for name in before}
         self.regressed[pairs_digest] = regressed_metrics(intervals, len(pair_ids))
         bounds = {}
         for name, (low, high) in intervals.items():
@@ -202,16 +203,16 @@ class Start(TrainerCallback):
         if args.eval_strategy != "no":
             for pairs in held_out_sets:
                 self.trainer.get_eval_dataloader(pairs)  # raises for an empty set, before the first step
-        held_out = [_digest(pairs) for pairs in held_out_sets if are_pairs(pairs)]
+        held_out_digests = [_captions_digest(pairs) for pairs in held_out_sets if are_pairs(pairs)]
         self.regressed = {}
         if not state.global_step:
-            self.scores, self.held_out = {}, held_out
+            self.metrics, self.held_out_digests = {}, held_out_digests
             self._write()
-            self.keep()
+            self.store()
         elif file.is_file():
             start = json.loads(file.read_text())
-            self.held_out, self.scores = start["held_out"], start["scores"]
-            if self.held_out != held_out:
+            self.held_out_digests, self.metrics = start["held_out"], start["scores"]
+            if self.held_out_digests != held_out_digests:
                 raise ValueError(
                     f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
                     "data, or name another output_dir."
@@ -235,10 +236,10 @@ class Start(TrainerCallback):
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
             with atomic_write(Path(self.trainer.args.output_dir, START_FILE)) as partial:
-                partial.write_text(json.dumps({"held_out": self.held_out, "scores": self.scores}))
+                partial.write_text(json.dumps({"held_out": self.held_out_digests, "scores": self.metrics}))
 
 
-def _digest(pairs: Dataset) -> str:
+def _captions_digest(pairs: Dataset) -> str:
     """Returns a digest of the captions of pairs. Paths do not count, because the data may have moved."""
     items = (leaf_of(pairs, index) for index in range(len(pairs)))
     captions = [leaf.captions(index) for leaf, index in items]

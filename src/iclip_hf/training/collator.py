@@ -20,8 +20,8 @@ class PairCollator:
     """
     Makes batches of rows, as [`ICLIPModel`] takes them with `return_loss`, for [`ICLIPTrainer`] or any other loop.
 
-    The `draw` of a row is the seed and the epoch of its data set, and the index of the row. The caption and the
-    augmentation of a row depend only on its `draw`, and noun prompts on the epoch in it. Rows of
+    The `draw` of a row is the seed and the epoch of its data set, and the index of the row, or its name in a stream.
+    The caption and the augmentation of a row depend only on its `draw`, and noun prompts on the epoch in it. Rows of
     [`~iclip_hf.data.load_pairs`] have a `draw`. [`ICLIPTrainer`] adds one to other rows, with its `data_seed`. Choices
     for rows without a `draw`, such as those of an `IterableDataset`, depend on torch's random numbers, and differ
     after a training is resumed.
@@ -81,17 +81,19 @@ class PairCollator:
             `ValueError`: a row has no caption, or its labels are not as described.
         """
         draws = [self._draw(index, row) for index, row in enumerate(rows)]
-        texts = [row if "nouns" in row else self.read(_texts_of(number, row)) for number, row in enumerate(rows, 1)]
+        numbered = enumerate(rows, 1)
+        texts = [row if "nouns" in row else self.read(_checked_texts(number, row)) for number, row in numbered]
         captions = [sample_caption(row_texts["captions"], *draw) for row_texts, draw in zip(texts, draws)]
         prompts, nouns = [], {}
         if self.nouns:
             image_nouns: list[ImageNouns] = [row_texts["nouns"] for row_texts in texts]
-            prompts, arrays = self.nouns.sample(image_nouns, draws[0][1])
+            _, epoch, _ = draws[0]
+            prompts, arrays = self.nouns.sample(image_nouns, epoch)
             nouns = {"nouns": {name: torch.from_numpy(array) for name, array in arrays.items()}}
         return {**self._images(rows, draws), **self._texts(captions + prompts), **nouns, "return_loss": True}
 
     def _draw(self, index: int, row: Mapping) -> tuple[int, int, int | str]:
-        """Returns the seed, the epoch and the index that the random choices for a row depend on."""
+        """Returns the seed, the epoch and the index or name that the random choices for a row depend on."""
         seed, epoch, key = row.get("draw") or (0, None, index)
         if self._epoch is not None:
             epoch = self._epoch
@@ -119,7 +121,7 @@ class PairCollator:
         return dict(self.processor(text=texts))
 
 
-def _texts_of(number: int, row: Mapping) -> PairTexts:
+def _checked_texts(number: int, row: Mapping) -> PairTexts:
     """Returns the texts of a row, which must have a caption. Errors name the row by its number."""
     try:
         texts = USUAL_COLUMNS.texts(row)

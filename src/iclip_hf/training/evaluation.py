@@ -34,9 +34,9 @@ def content_ids(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
 
 
-def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def retrieval_metrics(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Returns the scores of pairs, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
+    Returns metrics of each pair, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
     Another pair with the same image or caption also answers a query, by the ids (N, 2) of images and captions: some
     data sets have a row for each caption of an image. The logits are computed in blocks, so that memory does not grow
     with N squared.
@@ -60,8 +60,8 @@ def retrieval_scores(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.
 
 def change_interval(before: Sequence[float], after: Sequence[float]) -> list[float]:
     """
-    Returns the 95 % interval of the mean change of a score over pairs, by the paired bootstrap: pairs are resampled
-    together with their scores before and after. The seed is fixed.
+    Returns the 95 % interval of the mean change of a metric over pairs, by the paired bootstrap: pairs are resampled
+    together with their values before and after. The seed is fixed.
     """
     changes, rng = np.subtract(after, before), np.random.default_rng(0)
     means = [changes[rng.integers(len(changes), size=len(changes))].mean() for _ in range(_BOOTSTRAPS)]

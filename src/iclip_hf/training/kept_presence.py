@@ -39,12 +39,13 @@ class KeptPresence(nn.Module):
         Returns the Kullback-Leibler divergence of the branch's probabilities from those at the start, summed over the
         texts and averaged over images with these features (B, D'). The divergence is 0 at the start.
         """
-        before, now = (
+        logits_before, logits_now = (
             recognition(cosines(recognition.embed_image(images), recognition.embed_text(self.texts)))
             for recognition in (self.before, branch)
         )
         entropy, cross_entropy = (
-            F.binary_cross_entropy_with_logits(logits, before.sigmoid(), reduction="sum") for logits in (before, now)
+            F.binary_cross_entropy_with_logits(logits, logits_before.sigmoid(), reduction="sum")
+            for logits in (logits_before, logits_now)
         )
         return (cross_entropy - entropy) / len(images)
 

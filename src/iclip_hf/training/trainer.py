@@ -42,7 +42,7 @@ from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pict
 from .checkpoints import checkpoint_errors, last_checkpoint
 from .collator import PairCollator
 from .datasets import NumberedRows, StreamedPairs
-from .evaluation import content_ids, retrieval_scores
+from .evaluation import content_ids, retrieval_metrics
 
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class ICLIPTrainer(Trainer):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True  # True raises in the base class
         self._bad_steps = 0
         if not resume_from_checkpoint:
-            self.start.is_kept = False  # an earlier training may have kept its own start
+            self.start.is_stored = False  # an earlier training may have stored its own start
         with self.interrupts:
             output = super().train(resume_from_checkpoint, *arguments, **kwargs)
         if self.interrupts.stopped:
@@ -182,7 +182,7 @@ class ICLIPTrainer(Trainer):
         return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        self.start.keep()
+        self.start.store()
         with checkpoint_errors(resume_from_checkpoint, RuntimeError):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -204,6 +204,7 @@ class ICLIPTrainer(Trainer):
             loader = self._loader(rows, batch_size, self.data_collator, drop_last=True, persistent_workers=persistent)
         elif (numbered := self._numbered(rows)) is not rows:
             sampler = self._get_train_sampler
+            # A sampler by length reads a column of the rows themselves.
             loader = self._get_dataloader(numbered, "Training", batch_size, lambda _: sampler(rows), is_training=True)
         else:
             loader = super().get_train_dataloader()
@@ -221,7 +222,7 @@ class ICLIPTrainer(Trainer):
         return DataLoader(rows, batch_size, collate_fn=collator, **kwargs)
 
     def _numbered(self, rows):
-        """Adds the `draw` that a [`PairCollator`] samples by. Returns rows that have one or no index unchanged."""
+        """Adds the `draw` that a [`PairCollator`] samples by, unless rows have a `draw` already or no index."""
         can_be_numbered = not isinstance(rows, (Epochs, IterableDataset)) and has_length(rows)
         if can_be_numbered and isinstance(self.data_collator, PairCollator):
             return NumberedRows(rows, self.args.data_seed)
@@ -229,14 +230,14 @@ class ICLIPTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Returns the loss of the model or of `compute_loss_func`, plus the loss that keeps the presence."""
-        if "image_features" in inputs or self.start.presence is not None:  # the image tower is locked
-            inputs["image_inputs"] = self._image_inputs(inputs)
+        if "image_features" in inputs or self.start.presence_loss is not None:  # the image tower is locked
+            inputs["image_inputs"] = self._pop_image_inputs(inputs)
         outputs = model(**{**inputs, "return_loss": True}, chunk_size=self.args.chunk_size)
         function = self.compute_loss_func
         loss = outputs["loss"] if function is None else function(outputs, None, num_items_in_batch=num_items_in_batch)
-        if self.start.presence is not None:
+        if self.start.presence_loss is not None:
             with self.accelerator.autocast():
-                presence_loss = self.start.presence(self.model.recognition, inputs["image_inputs"].pooled)
+                presence_loss = self.start.presence_loss(self.model.recognition, inputs["image_inputs"].pooled)
             loss = loss + self.args.keep_presence * presence_loss
         self._last_losses = outputs["branch_losses"]
         return (loss, outputs) if return_outputs else loss
@@ -343,19 +344,20 @@ class ICLIPTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             if text_inputs is None:
                 text_inputs, _ = self.model.encode_text(**tokens)
-            scaled_images = recognition.logit_scale.exp() * recognition.embed_image(self._image_inputs(inputs).pooled)
+            image_embeds = recognition.embed_image(self._pop_image_inputs(inputs).pooled)
+            scaled_images = recognition.logit_scale.exp() * image_embeds
             return None, (scaled_images, recognition.embed_text(text_inputs)), pair_ids
 
     def _retrieval_metrics(self, output: EvalLoopOutput) -> dict[str, float]:
-        """Returns the means of the scores of pairs, and how they changed since the start."""
+        """Returns the metrics of held-out pairs, and how they changed since the start."""
         images, texts, pair_ids = (
             torch.from_numpy(array).to(self.args.device) for array in (*output.predictions, output.label_ids)
         )
-        scores = retrieval_scores(images, texts, pair_ids)
-        metrics = {name: values.mean().item() for name, values in scores.items()}
+        metrics_of_pairs = retrieval_metrics(images, texts, pair_ids)
+        metrics = {name: values.mean().item() for name, values in metrics_of_pairs.items()}
         if not math.isfinite(metrics["loss"]):  # no later loss would be better
             raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")
-        return metrics | self.start.changes(output.label_ids, scores)
+        return metrics | self.start.compare(output.label_ids, metrics_of_pairs)
 
     def _map_metrics(self, data: SegmentationDataset) -> dict[str, float]:
         """Measures the maps, and writes the results, which the card of the model shows."""
@@ -369,8 +371,11 @@ class ICLIPTrainer(Trainer):
         return {metric: value for metric, value in measured.items() if value is not None}
 
     @torch.no_grad()
-    def _image_inputs(self, batch: dict) -> ImageInputs:
-        """Returns what the loss reads of the images of a batch: from cached features, or encoded without gradients."""
+    def _pop_image_inputs(self, batch: dict) -> ImageInputs:
+        """
+        Removes the images from a batch, and returns what the loss reads of them: from cached features, or encoded
+        without gradients.
+        """
         if "image_features" in batch:
             features = batch.pop("image_features")
             return self.model.loss_inputs({name: values.to(self.model.dtype) for name, values in features.items()})

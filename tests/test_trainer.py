@@ -507,6 +507,18 @@ def test_held_out_pairs_can_have_names(pairs, tiny_processor, arguments, tmp_pat
     assert "evaluation" in json.loads((tmp_path / "elsewhere" / "model_card.json").read_text())
 
 
+def test_held_out_sets_with_the_same_captions_are_compared_apart(pairs, tiny_processor, arguments, tmp_path):
+    """Each with its own start: a model that does not learn changes neither."""
+    captions = [f"a dog {number}" for number in range(12)]
+    tables = [write_table(tmp_path / name, 12, captions, seed) for seed, name in enumerate(("photos", "sketches"))]
+    photos, sketches = map(load_pairs, tables)
+    named = {"photos": photos, "sketches": sketches}
+    metrics = started(pairs, tiny_processor, arguments, named, learning_rate=1e-12).evaluate()
+    assert abs(metrics["eval_photos_loss"] - metrics["eval_sketches_loss"]) > 1e-3
+    for name in named:
+        assert abs(metrics[f"eval_{name}_loss_change_low"]) + abs(metrics[f"eval_{name}_loss_change_high"]) < 1e-5
+
+
 def test_pairs_inside_of_other_data_sets_are_held_out(tmp_path, tiny_processor, arguments):
     """Those that are held out share the pairs whose epoch is set, are the same in each, and known by a digest."""
     table = write_table(tmp_path / "pairs", 24)

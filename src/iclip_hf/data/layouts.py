@@ -43,7 +43,7 @@ class Layout(NamedTuple):
         instances: whether COCO's file of instances is read if there are no masks.
         class_values: values of the classes in the masks, by default 1..K.
         background_values, void_values: values of background and of ignored pixels. 255 is void unless it is a value of
-            the background. A value that none of the three has is an error.
+            the background. A value in none of the three is an error.
         stuff: classes without instances; None if the data set does not mark them.
         templates: prompt templates. Folders and the data sets of ICLIP's paper have ICLIP's template; all others have
             CLIP's templates, as in papers on segmentation.

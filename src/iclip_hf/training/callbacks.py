@@ -153,9 +153,9 @@ class Start(TrainerCallback):
 
     Attributes:
         held_out_digests (`list[str]`): a digest of the captions of each held-out set.
-        metrics (`dict`): for each held-out set, by a digest of its caption ids, its metrics at the start: for each,
-            the values of all pairs.
-        regressed (`dict`): for each held-out set, by this digest, the metrics that got worse in the last evaluation.
+        metrics (`dict`): for each held-out set, by the prefix of its metrics and a digest of its caption ids, its
+            metrics at the start: for each, the values of all pairs.
+        regressed (`dict`): for each held-out set, by this key, the metrics that got worse in the last evaluation.
         presence_loss ([`KeptPresence`], *optional*): the loss that keeps the presence of the model of the start.
         is_stored (`bool`): whether the model of the start is stored already. A resumed training stores no other model.
     """
@@ -175,23 +175,24 @@ class Start(TrainerCallback):
             self._weights = {name: weight.detach().to("cpu", copy=True) for name, weight in learning.items()}
         self.presence_loss = kept_presence(model, self.trainer.processing_class) if args.keep_presence else None
 
-    def compare(self, pair_ids: np.ndarray, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def compare(self, prefix: str, pair_ids: np.ndarray, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
         Compares metrics (N,) of pairs with these ids (N, 2) to those of the start. Sets `regressed`, and returns the
         bounds of the 95 % interval of the change of each metric. At the start itself, sets `metrics` and returns no
-        bounds. Pairs without metrics of the start have no bounds.
+        bounds. Pairs without metrics of the start have no bounds. `prefix` is that of the held-out set: several sets
+        may have the same captions.
         """
         # A digest of the captions alone, because another machine may compute other pixels.
-        pairs_digest, trainer = hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest(), self.trainer
+        key, trainer = f"{prefix}/{hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest()}", self.trainer
         if trainer.is_in_train and trainer.state.global_step == 0:
-            self.metrics[pairs_digest] = {name: values.tolist() for name, values in metrics.items()}
+            self.metrics[key] = {name: values.tolist() for name, values in metrics.items()}
             self._write()
             return {}
-        before = self.metrics.get(pairs_digest)
+        before = self.metrics.get(key)
         if before is None:
             return {}
         intervals = {name: change_interval(before[name], metrics[name].tolist()) for name in before}
-        self.regressed[pairs_digest] = regressed_metrics(intervals, len(pair_ids))
+        self.regressed[key] = regressed_metrics(intervals, len(pair_ids))
         bounds = {}
         for name, (low, high) in intervals.items():
             bounds |= {f"{name}_change_low": low, f"{name}_change_high": high}

@@ -322,7 +322,7 @@ class ICLIPTrainer(Trainer):
         if isinstance(dataloader.dataset, SegmentationDataset):
             measured = self._map_metrics(dataloader.dataset)
         else:
-            measured = self._retrieval_metrics(output)
+            measured = self._retrieval_metrics(output, metric_key_prefix)
             if self.map_dataset is not None and metric_key_prefix == "eval":
                 measured |= self._map_metrics(self.map_dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in measured.items()})
@@ -348,7 +348,7 @@ class ICLIPTrainer(Trainer):
             scaled_images = recognition.logit_scale.exp() * image_embeds
             return None, (scaled_images, recognition.embed_text(text_inputs)), pair_ids
 
-    def _retrieval_metrics(self, output: EvalLoopOutput) -> dict[str, float]:
+    def _retrieval_metrics(self, output: EvalLoopOutput, prefix: str) -> dict[str, float]:
         """Returns the metrics of held-out pairs, and how they changed since the start."""
         images, texts, pair_ids = (
             torch.from_numpy(array).to(self.args.device) for array in (*output.predictions, output.label_ids)
@@ -357,7 +357,7 @@ class ICLIPTrainer(Trainer):
         metrics = {name: values.mean().item() for name, values in metrics_of_pairs.items()}
         if not math.isfinite(metrics["loss"]):  # no later loss would be better
             raise FloatingPointError("The loss of the held-out pairs is not finite: lower learning_rate.")
-        return metrics | self.start.compare(output.label_ids, metrics_of_pairs)
+        return metrics | self.start.compare(prefix, output.label_ids, metrics_of_pairs)
 
     def _map_metrics(self, data: SegmentationDataset) -> dict[str, float]:
         """Measures the maps, and writes the results, which the card of the model shows."""

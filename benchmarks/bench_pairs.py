@@ -48,7 +48,7 @@ def write_table(folder: Path, pairs: int) -> Path:
 class Cache:
     """A feature cache that has all images."""
 
-    def images(self, pairs) -> np.ndarray:
+    def fill_images(self, pairs) -> np.ndarray:
         return np.arange(len(pairs))
 
 

@@ -236,7 +236,8 @@ def test_statistics_of_training_images_whiten_the_features(options, views, tiny_
         everything = model.feature_map(pixel_values).movedim(1, -1).flatten(0, 2).double()
         features = model.feature_reduction(everything.float())
     torch.testing.assert_close(features.T.cov(correction=0), 16 * torch.eye(6), atol=0.16, rtol=0)
-    torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)), atol=1e-4, rtol=1e-4)
+    # In single precision, a bias of the reduction of about 900 is rounded to 6e-5.
+    torch.testing.assert_close(model.token_mean, tokens.mean((0, 1)), atol=5e-4, rtol=1e-4)
     # Of all linear maps to six numbers, it keeps the most of the variance.
     singular = torch.linalg.svdvals(everything - everything.mean(0)).square()
     solution = torch.linalg.lstsq(F.pad(features.double(), (0, 1), value=1), everything).solution

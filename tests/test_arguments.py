@@ -69,6 +69,7 @@ def test_what_is_no_file_of_arguments_is_named(tmp_path, capsys, content):
     "content",
     [
         '{"vision": "v", "text": "t", "data": ["d"]}',
+        "vision: v\ntext: t\ndata: d\nlr_scheduler_kwargs: {num_cycles: 1}",
         "vision: v\ntext: t\ndata: d\nseed:\nnouns:\nlearning_rate: 1e-4\nmodel_options: [pooling=max, 'x=[1, 2]']",
     ],
 )

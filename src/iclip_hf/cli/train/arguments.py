@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -242,7 +243,10 @@ def read_train_yaml(file: Path) -> dict:
         raise ValueError(f"{file}: write the arguments in YAML as `name: value`; reading failed: {error}") from error
     command_line: list[str] = []
     for name, value in named_values.items():
-        command_line += [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+        if isinstance(value, list):
+            command_line += [f"--{name}", *map(str, value)]
+        else:
+            command_line.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     try:
         parsed, unknown = argument_parser(exit_on_error=False).parse_known_args(command_line)
     except argparse.ArgumentError as error:

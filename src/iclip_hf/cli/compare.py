@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "image", metavar="IMAGE", help="image file or URL, or with --dataset the name or path of one of its images"
     )
     model_help = f"{SHARED['--model']['help']}; repeat the option to compare several"
-    add_shared(command, "--model", action="append", dest="models", default=None, help=model_help)
-    add_shared(command, "--text", "--methods", *MODEL[1:], *PREPARATION, "--refine", "--multi-scale")
-    truth = command.add_argument_group(
+    add_shared(parser, "--model", action="append", dest="models", default=None, help=model_help)
+    add_shared(parser, "--text", "--methods", *MODEL[1:], *PREPARATION, "--refine", "--multi-scale")
+    truth = parser.add_argument_group(
         "ground truth",
         "if a data set contains IMAGE, the masks of its classes are shown, and --text defaults to these classes",
     )
     add_shared(truth, *DATASET)
-    command.add_argument(
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
         help="picture to write (default: photo-comparison.png for photo.jpg, with a number if it exists)",
     )
-    add_shared(command, "--colormap", "--json")
+    add_shared(parser, "--colormap", "--json")
 
 
 class _Opened(NamedTuple):

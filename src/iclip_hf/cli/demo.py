@@ -11,11 +11,11 @@ from .options import MODEL, add_shared
 from .output import print_lines, print_to_stderr
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    add_shared(command, *MODEL)
-    command.add_argument("--host", default="127.0.0.1", help="address to listen on (default: of this machine only)")
-    command.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
-    command.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_shared(parser, *MODEL)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: of this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free port from 7860)")
+    parser.add_argument(
         "--web", type=Path, metavar="DIR", help="serve the page of `iclip export --format web` instead"
     )
 

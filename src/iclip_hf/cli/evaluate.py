@@ -24,21 +24,21 @@ _FORMS = {
 }
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in TASKS.items())
-    task_or_metrics = command.add_mutually_exclusive_group()
+    task_or_metrics = parser.add_mutually_exclusive_group()
     task_or_metrics.add_argument(
         "--task",
         choices=tuple(TASKS),
         default="interpretability",
         help=f"metrics to compute: {tasks} (default: interpretability)",
     )
-    add_shared(command, *DATASET[:2], required=True)
-    add_shared(command, *DATASET[2:])
-    command.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
-    add_shared(command, *MODEL, *PREPARATION, "--methods", "--multi-scale")
-    add_shared(command, "--refine", default=False)
-    command.add_argument(
+    add_shared(parser, *DATASET[:2], required=True)
+    add_shared(parser, *DATASET[2:])
+    parser.add_argument("--limit", type=at_least_1, metavar="N", help="use only the first N images (default: all)")
+    add_shared(parser, *MODEL, *PREPARATION, "--methods", "--multi-scale")
+    add_shared(parser, "--refine", default=False)
+    parser.add_argument(
         "--short-side",
         type=at_least_1,
         metavar="PIXELS",
@@ -53,22 +53,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     for name, (form, help_text) in OPTIONS.items():
         keywords = {"choices": form} if isinstance(form, tuple) else _FORMS[form]
-        command.add_argument(f"--{name.replace('_', '-')}", **keywords, help=help_text)
-    add_shared(command, "--batch-size", default=8)
-    command.add_argument(
+        parser.add_argument(f"--{name.replace('_', '-')}", **keywords, help=help_text)
+    add_shared(parser, "--batch-size", default=8)
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
         help="JSON file to write; scores of the classes are written beside it as CSV, with a number if such a file "
         "exists",
     )
-    command.add_argument(
+    parser.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
         help="new folder for a page, index.html, that shows the maps of each class, worst or best first",
     )
-    add_shared(command, "--json")
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:

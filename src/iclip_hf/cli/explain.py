@@ -11,18 +11,18 @@ from .output import print_to_stderr, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     add_image_options(
-        command,
+        parser,
         output_help="picture to write, or the folder for pictures (default: photo-explanation.png for photo.jpg, with "
         "a number if it exists; of several images in the folder explanations)",
         help=f"{SHARED['--text']['help']} (default: the nouns that match each image best)",
     )
-    add_shared(command, "--colormap")
-    command.add_argument(
+    add_shared(parser, "--colormap")
+    parser.add_argument(
         "--npz", action="store_true", help="also write scores, raw maps and masks to an .npz file beside each picture"
     )
-    command.add_argument(
+    parser.add_argument(
         "--report",
         type=Path,
         metavar="DIR",

@@ -17,10 +17,10 @@ from .options import option_type, refuse
 from .output import print_folder, print_lines, printed_steps
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    add_source_options(command)
-    command.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
-    command.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_source_options(parser)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="new folder to write")
+    parser.add_argument(
         "--format",
         choices=("transformers", "onnx", "onnx-bfloat16", "onnx-int8", "web", "web-bfloat16", "web-float32"),
         default="transformers",
@@ -28,22 +28,22 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "page that runs the model in the browser, with int8 weights unless the format names another type (default: "
         "transformers)",
     )
-    command.add_argument(
+    parser.add_argument(
         "--cdn",
         metavar="URL",
         help="server of npm packages, from which the page loads ONNX Runtime (default: cdn.jsdelivr.net)",
     )
 
 
-def add_source_options(command: argparse.ArgumentParser) -> None:
+def add_source_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that [`export`] reads: a model, and results for its card."""
-    command.add_argument(
+    parser.add_argument(
         "model",
         type=option_type(partial(check_model_name, types=("iclip",))),
         metavar="MODEL",
         help='folder or Hub id of an ICLIP model, or "embedded"',
     )
-    command.add_argument(
+    parser.add_argument(
         "--results",
         type=Path,
         metavar="FILE",

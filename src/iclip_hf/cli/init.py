@@ -10,20 +10,20 @@ from .inputs import silence_transformers
 from .output import print_folder, printed_steps
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--config",
         required=True,
         metavar="NAME_OR_FOLDER",
         help="name of a shipped configuration, such as iclip-vit-b16, or a folder with a train.yaml or config.json",
     )
     keywords = {"metavar": "FOLDER_OR_ID"}
-    command.add_argument("--vision", **keywords, help="image tower (default: the configuration's)")
-    command.add_argument("--text", **keywords, help="text tower (default: the configuration's)")
-    command.add_argument(
+    parser.add_argument("--vision", **keywords, help="image tower (default: the configuration's)")
+    parser.add_argument("--text", **keywords, help="text tower (default: the configuration's)")
+    parser.add_argument(
         "--feature-tower", **keywords, help="second image tower, of timm (default: the configuration's, if it has one)"
     )
-    command.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder to write")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import argparse
 from .output import print_lines
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     pass
 
 

@@ -164,10 +164,10 @@ SHARED = {
 }
 
 
-def add_shared(command: argparse._ActionsContainer, *names: str, **changes) -> None:
+def add_shared(parser: argparse._ActionsContainer, *names: str, **changes) -> None:
     """Adds options of [`SHARED`], each with the same changes."""
     for name in names:
-        command.add_argument(name, **{**SHARED[name], **changes})
+        parser.add_argument(name, **{**SHARED[name], **changes})
 
 
 def refuse(args: argparse.Namespace, names: Iterable[str], context: str) -> None:

@@ -112,11 +112,11 @@ def printed_steps() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def print_folder(folder: Path, *command: str) -> None:
-    """Prints the size of a folder that was written, and a command that uses it."""
+def print_folder(folder: Path, *command_line: str) -> None:
+    """Prints the size of a folder that was written, and a command line that uses it."""
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     megabytes = sum(sizes) / 1e6
-    print_lines(f"{folder}: {len(sizes)} files, {megabytes:,.1f} MB. Next:", f"  {shlex.join(command)}")
+    print_lines(f"{folder}: {len(sizes)} files, {megabytes:,.1f} MB. Next:", f"  {shlex.join(command_line)}")
 
 
 def cut(cell: str) -> str:

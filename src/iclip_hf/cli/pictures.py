@@ -36,33 +36,33 @@ if TYPE_CHECKING:
     from ..utils.prefetch import ThreadPool
 
 
-def add_image_options(command: argparse.ArgumentParser, *, output_help: str, **text_changes) -> None:
+def add_image_options(parser: argparse.ArgumentParser, *, output_help: str, **text_changes) -> None:
     """Adds the shared options. `text_changes` are keywords of `add_argument` that `--text` has in this command."""
-    command.set_defaults(npz=False, report=None, background=[])  # options that only one of the commands has
-    command.add_argument(
+    parser.set_defaults(npz=False, report=None, background=[])  # options that only one of the commands has
+    parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="image files, URLs, or folders of images with their subfolders"
     )
-    add_shared(command, "--text", **text_changes)
-    add_shared(command, *MODEL, *PREPARATION)
-    add_shared(command, "--method", "--refine", "--multi-scale")
-    command.add_argument(
+    add_shared(parser, "--text", **text_changes)
+    add_shared(parser, *MODEL, *PREPARATION)
+    add_shared(parser, "--method", "--refine", "--multi-scale")
+    parser.add_argument(
         "--threshold",
         type=fraction,
         default=0.5,
         metavar="NUMBER",
         help="a mask has the pixels whose map, in [0, 1], exceeds this number (default: %(default)s)",
     )
-    command.add_argument(
+    parser.add_argument(
         "--min-presence",
         type=fraction,
         default=MIN_PRESENCE,
         metavar="NUMBER",
         help="a text with a lower presence, in [0, 1], counts as absent and gets an empty mask (default: %(default)s)",
     )
-    command.add_argument("--output", type=Path, metavar="PATH", help=output_help)
+    parser.add_argument("--output", type=Path, metavar="PATH", help=output_help)
     json_help = "print a line of JSON for each image, with run-length masks, and write only what other options ask for"
-    add_shared(command, "--json", help=json_help)
-    add_shared(command, "--batch-size", default=4)
+    add_shared(parser, "--json", help=json_help)
+    add_shared(parser, "--batch-size", default=4)
 
 
 class _Input(NamedTuple):
@@ -82,11 +82,11 @@ class _Texts(NamedTuple):
     headings: tuple[str, str]
 
 
-def explain_files(args: argparse.Namespace, ending: str, write: Callable) -> int:
+def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     """
-    Explains the images of a command, and returns the exit code. Each image gets a picture, whose name ends in
-    `ending`, such as `photo-explanation.png`, and an entry, which is printed at once. The entries of several images
-    are also written to a file of JSON lines.
+    Explains the images of a command, and returns the exit code. Each image gets a picture, such as
+    `photo-explanation.png` of the `kind` "explanation", and an entry, which is printed at once. The entries of several
+    images are also written to a file of JSON lines, if there is a folder for pictures.
 
     `write` takes the name of an image, its explanation and the path of its picture, which is None if no picture is
     wanted. It writes the picture and returns the entry, which may have a `"problem"` for stderr.
@@ -101,13 +101,13 @@ def explain_files(args: argparse.Namespace, ending: str, write: Callable) -> int
     is_single = names == args.images and len(names) == 1
     if is_single and not is_url(names[0]):
         open_image(names[0], decode=False)  # raises before the model is loaded
-    picture, folder = _outputs(args, ending, names, is_single)
+    picture, folder = _outputs(args, kind, names, is_single)
     engine = _load_engine(args)
     texts = _texts(args, engine)
 
     def entry_of(name: str, explanation: Explanation) -> dict:
         explanation = replace(explanation, threshold=args.threshold, min_presence=args.min_presence)
-        path = folder / name_for(name, f"{ending}.png") if folder else picture
+        path = folder / name_for(name, f"{kind}.png") if folder else picture
         return {"image": name, **write(name, explanation, path)}
 
     num_explained, entries_file = 0, None
@@ -119,7 +119,7 @@ def explain_files(args: argparse.Namespace, ending: str, write: Callable) -> int
             line = json.dumps(entry, ensure_ascii=False)
             if entry and folder and not is_single:
                 if entries_file is None:
-                    path = write_new(folder / f"{_plural(ending)}.jsonl")
+                    path = write_new(folder / f"{_plural(kind)}.jsonl")
                     # Bytes of a name that are not UTF-8 become escapes of JSON.
                     entries_file = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
                 print(line, file=entries_file, flush=True)
@@ -152,8 +152,8 @@ def _entries(
             return _Input(name, None, " ".join(str(error).split()))
 
     def entry_or_problem(input_and_explanation: tuple[_Input, Explanation | None]) -> dict:
-        asked, explanation = input_and_explanation
-        return {"problem": asked.problem} if explanation is None else entry_of(asked.name, explanation)
+        (name, _, problem), explanation = input_and_explanation
+        return {"problem": problem} if explanation is None else entry_of(name, explanation)
 
     inputs, inputs_of_engine = itertools.tee(prefetch_map(thread, read, names, batch_size))
     images = (engine_input.image for engine_input in inputs_of_engine)
@@ -175,7 +175,7 @@ def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
 
 
 def _outputs(
-    args: argparse.Namespace, ending: str, names: Sequence[str], is_single: bool
+    args: argparse.Namespace, kind: str, names: Sequence[str], is_single: bool
 ) -> tuple[Path | None, Path | None]:
     """
     Returns the picture that the user named and None, or None and the folder for pictures. Returns None twice if only
@@ -188,7 +188,7 @@ def _outputs(
         return None, None
     picture, folder = None, output
     if output is None:
-        folder = Path() if is_single else Path(_plural(ending))
+        folder = Path() if is_single else Path(_plural(kind))
     elif is_single and output.suffix and not output.is_dir():
         picture, folder = output, None
         check_output_file(output, PICTURE_SUFFIXES)
@@ -198,9 +198,9 @@ def _outputs(
     return picture, folder
 
 
-def _plural(ending: str) -> str:
+def _plural(kind: str) -> str:
     """Returns the name of a folder or file with the entries of several images."""
-    return f"{ending.removesuffix('s')}s"
+    return f"{kind.removesuffix('s')}s"
 
 
 def _load_engine(args: argparse.Namespace) -> Engine:

@@ -12,16 +12,16 @@ from .options import add_shared
 from .output import print_lines
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    add_source_options(command)
-    command.add_argument(
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_source_options(parser)
+    parser.add_argument(
         "repo_id",
         metavar="REPO_ID",
         help="repository, for example org/iclip-vit-b16; it is created if it does not exist",
     )
-    command.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    command.add_argument("--dry-run", action="store_true", help="list the files and upload nothing")
-    add_shared(command, "--json")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--dry-run", action="store_true", help="list the files and upload nothing")
+    add_shared(parser, "--json")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser) -> None:
     add_image_options(
-        command,
+        parser,
         output_help="picture to write, or the folder for pictures (default: photo-segments.png for photo.jpg, with a "
         "number if it exists; of several images in the folder segments); the label map is written beside it, as "
         "photo-labels.png",
         required=True,
     )
-    command.add_argument(
+    parser.add_argument(
         "--background",
         action="extend",
         type=texts,

@@ -18,8 +18,8 @@ def parents() -> list[argparse.ArgumentParser]:
     return [argument_parser(add_help=False)]
 
 
-def add_options(command: argparse.ArgumentParser) -> None:
-    command.allow_abbrev = False
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.allow_abbrev = False
 
 
 def run(args: argparse.Namespace) -> None:

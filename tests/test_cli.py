@@ -131,14 +131,14 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     assert [row["text"] for row in entry["texts"]] == expected.labels == np.load(arrays)["texts"].tolist()
     assert run(workspace, photo, "--output", tmp_path / "a.png") == 0
     _, headings, *rows = capsys.readouterr().out.splitlines()
-    assert re.match(r"  best of [\d,]+ nouns +(presence at a prior of 0.07 or 0.02)? +score +regions", headings)
+    assert re.match(r"  best of [\d,]+ nouns +(presence \(prior 0.07 or 0.02\))? +score +regions", headings)
     assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
 
 
 @pytest.mark.parametrize(("presence", "told"), [(None, False), (0.6, False), (0.4, True)])
 def test_nouns_of_which_none_is_present_are_told(presence, told):
     row = {"text": "dog", "presence": presence, "score": 0.1, "area": 0.0, "regions": []}
-    texts = _Texts({"dog": 0.07}, 8, None, ("best of 1 nouns", "presence at a prior of 0.07"))
+    texts = _Texts({"dog": 0.07}, 8, None, ("best of 1 nouns", "presence (prior 0.07)"))
     lines = _printed({"image": "a.jpg", "picture": "b.png", "texts": [row]}, texts, 0.5)
     assert ("--text" in lines[-1]) == told
 

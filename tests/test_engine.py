@@ -280,7 +280,7 @@ def test_the_best_texts_are_those_with_the_highest_scores(tiny_processor, method
         for text in ranked:
             if all(embeds[text] @ embeds[other] < 0.999 for other in distinct):
                 distinct.append(text)
-        best = [*distinct, *(text for text in ranked if text not in distinct)][:2]
+        best = distinct[:2]
         assert one.labels == [texts[text] for text in best] != [texts[text] for text in ranked[:2]]
         torch.testing.assert_close(one.all_scores, whole.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(one.scores, whole.scores[best], atol=1e-5, rtol=0)
@@ -329,10 +329,30 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
 def test_texts_are_alike_from_a_cosine_of_seven_tenths():
     cosines = [1.0, 0.72, 0.68]
     embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
-    assert engine_module._best_texts(torch.tensor([[0.3, 0.2, 0.1]]), embeds[None], [range(3)], 2) == [[0, 2]]
+    best, scores = engine_module._Best(2, min_presence=0.0), torch.tensor([[0.3, 0.2, 0.1]])
+    assert best.select(scores, None, embeds[None], [range(3)]) == [[0, 2]]
+
+
+def test_only_the_best_text_may_have_a_lower_presence():
+    best, embeds = engine_module._Best(3, min_presence=0.7), torch.eye(4).expand(2, 4, 4)
+    presence = torch.tensor([[0.71, 0.69, 0.9, 0.0], [0.1, 0.0, 0.2, 0.3]])
+    assert best.select(-presence, presence, embeds, [range(4)] * 2) == [[2, 0], [3]]
+
+
+def test_nouns_that_do_not_count_as_present_are_left_out(tiny_processor, monkeypatch):
+    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
+    nouns, model = dict.fromkeys(["dog", "ball", "car", "sky"], 0.5), (sigmoid_model(), tiny_processor)
+    for module in ("backends.embedded", "explainers.explain"):
+        monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)
+    presences = explain(model, IMAGES[0], min_presence=0.0).presences
+    assert len(presences) == 4 and presences == sorted(presences, reverse=True)
+    between = (presences[1] + presences[2]) / 2
+    assert explain(model, IMAGES[0], min_presence=between).presences == pytest.approx(presences[:2], abs=1e-6)
+    assert len(explain(model, IMAGES, min_presence=1.0)[1]) == 1
 
 
 def test_without_texts_the_nouns_of_the_vocabulary_answer(tiny_processor, monkeypatch):
+    monkeypatch.setattr("iclip_hf.model.engine.SIMILAR_TEXTS", 1.1)
     nouns = dict.fromkeys(["dog", "ball", "car", "sky"], 0.1)
     for module in ("backends.embedded", "explainers.explain"):
         monkeypatch.setattr(f"iclip_hf.{module}.vocabulary", lambda: nouns)

@@ -113,7 +113,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     num_explained, entries_file = 0, None
     with ExitStack() as stack:
         thread = stack.enter_context(ThreadPool(1))  # loads images and writes pictures while the model runs
-        entries = _entries(thread, engine, names, texts, args.batch_size, entry_of)
+        entries = _entries(thread, engine, names, texts, args.batch_size, args.min_presence, entry_of)
         for entry in tqdm(entries, total=len(names), unit="image", disable=is_single or None):
             problem = entry.pop("problem", None)
             line = json.dumps(entry, ensure_ascii=False)
@@ -140,6 +140,7 @@ def _entries(
     names: Sequence[str],
     texts: _Texts,
     batch_size: int,
+    min_presence: float,
     entry_of: Callable[[str, Explanation], dict],
 ) -> Iterator[dict]:
     """Yields the entry of each image, in order. An image that cannot be read has only a `"problem"`."""
@@ -157,7 +158,7 @@ def _entries(
 
     inputs, inputs_of_engine = itertools.tee(prefetch_map(thread, read, names, batch_size))
     images = (engine_input.image for engine_input in inputs_of_engine)
-    explanations = engine.run(images, texts.labels, batch_size, texts.best, texts.encoded)
+    explanations = engine.run(images, texts.labels, batch_size, texts.best, texts.encoded, min_presence)
     return prefetch_map(thread, entry_or_problem, zip(inputs, explanations), depth=4)
 
 
@@ -170,7 +171,7 @@ def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:
 
     nouns, encoded = vocabulary(), encoded_vocabulary(engine.model, engine.templates)
     priors = sorted(set(nouns.values()), reverse=True)
-    presence_heading = f"presence at a prior of {' or '.join(map(str, priors))}"
+    presence_heading = f"presence (prior {' or '.join(map(str, priors))})"
     return _Texts(nouns, NOUNS, encoded, (f"best of {len(nouns):,} nouns", presence_heading))
 
 

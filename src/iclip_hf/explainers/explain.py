@@ -60,8 +60,8 @@ def explain(
         texts: labels for all images, as a list or in one string, see [`split_texts`]; or a mapping from each label to
             the prior of its presence; or, for a list of images, a list of labels for each image; or
             [`ICLIPTextFeatures`] of encoded texts or of other unit vectors, with the labels "0", "1", ... If not
-            given, the nouns of [`vocabulary`] with the highest presence, at most `NOUNS`. Priors that are not given
-            are 0.5.
+            given, the nouns of [`vocabulary`] with the highest presence, at most `NOUNS`. Nouns with a presence
+            below `min_presence` are left out, except for the best one. Priors that are not given are 0.5.
         method (`str`, *optional*), method_options: as for [`make_explainer`], which names the default.
         templates, image_size, multi_scale: as for [`Engine`]. With the templates `["{}"]`, texts are taken as they
             are.
@@ -101,7 +101,7 @@ def explain(
     engine = Engine(explainer.model, explainer.model.processor, explainer, templates, image_size, refine, multi_scale)
     encoded = encoded_vocabulary(engine.model, engine.templates) if best else None
     loaded = (load_image(image, timeout=timeout) for image in images)  # loaded when they are needed
-    explanations = engine.run(map(engine.prepare, loaded, sizes), texts, batch_size, best, encoded)
+    explanations = engine.run(map(engine.prepare, loaded, sizes), texts, batch_size, best, encoded, min_presence)
     explanations = [
         replace(explanation, threshold=threshold, min_presence=min_presence)
         for explanation in tqdm(explanations, total=len(images), unit="image", disable=not progress)

@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 PROMPT_BATCH = 64
-# Texts whose features have at least this cosine resemble each other, so `best` takes only one of them.
+# Texts whose features have at least this cosine resemble each other, so `best` takes only the better one.
 SIMILAR_TEXTS = 0.7
 
 
@@ -59,6 +59,7 @@ class _Question(NamedTuple):
     encoded: ICLIPTextFeatures  # (T, P)
     priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
     label_indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
+    best: _Best | None = None  # which labels are explained; None for all
 
     def select(self, label_indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
         """Returns the labels of B images, equally many for each, and their features `(B, T, P)`."""
@@ -66,6 +67,36 @@ class _Question(NamedTuple):
             return [self.labels] * len(label_indices), for_images(self.encoded, len(label_indices))
         labels = [[self.labels[index] for index in image_indices] for image_indices in label_indices]
         return labels, select_texts(self.encoded, torch.tensor(label_indices))
+
+
+class _Best(NamedTuple):
+    """How many texts an image is explained with, see [`Engine.run`]."""
+
+    count: int
+    min_presence: float
+
+    def select(
+        self,
+        scores: torch.Tensor,
+        presence: torch.Tensor | None,
+        text_embeds: torch.Tensor,
+        text_indices: Sequence[Sequence[int]],
+    ) -> list[list[int]]:
+        """
+        Returns for each image the indices of its best texts among its `text_indices`, best first. Scores and presence
+        have the shape `(B, T)`, the features of the texts `(B, T, P)`.
+        """
+        ranked_by, lowest = (scores, -1.0) if presence is None else (presence, self.min_presence)
+        best = []
+        for values, embeds, allowed in zip(ranked_by.tolist(), text_embeds, text_indices):
+            chosen = []
+            for index in sorted(allowed, key=values.__getitem__, reverse=True):
+                if chosen and (len(chosen) == self.count or values[index] < lowest):
+                    break
+                if not chosen or (embeds[chosen] @ embeds[index]).max() < SIMILAR_TEXTS:
+                    chosen.append(index)
+            best.append(chosen)
+        return best
 
 
 class _AskedImage(NamedTuple):
@@ -241,6 +272,7 @@ class Engine:
         batch_size: int = 8,
         best: int | None = None,
         encoded: ICLIPTextFeatures | None = None,
+        min_presence: float = 0.0,
     ) -> Iterator[Explanation | None]:
         """
         Yields the explanations of images in their order.
@@ -253,11 +285,13 @@ class Engine:
                 "0", "1", ... Each text is encoded once.
             batch_size (`int`): largest number of images in one forward pass. The images of one pass have the same
                 shape and the same number of texts.
-            best (`int`, *optional*): number of texts to explain for each image: those with the highest presence, or
-                with the highest score if the model has no presence, best first. A text that resembles a better one,
-                such as "puppy" after "dog", is taken only if no other text is left. `Explanation.all_scores` has all
-                scores. For an image with `text_indices`, only these texts count.
+            best (`int`, *optional*): highest number of texts to explain for each image: those with the highest
+                presence, or with the highest score if the model has no presence, best first. A text that resembles a
+                better one, such as "puppy" after "dog", is left out. `Explanation.all_scores` has all scores. For an
+                image with `text_indices`, only these texts count.
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
+            min_presence (`float` in [0, 1]): with `best`, other texts than the best one are left out if they have a
+                lower presence.
 
         Raises:
             `ValueError`: there is no text, `batch_size` or `best` is below 1, or the model returns NaN or infinity.
@@ -265,7 +299,10 @@ class Engine:
         for name, number in (("batch_size", batch_size), ("best", best)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} is at least 1, not {number}.")
-        return self._explanations(images, self._question(texts, encoded), batch_size, best)
+        question = self._question(texts, encoded)
+        if best is not None:
+            question = question._replace(best=_Best(best, min_presence))
+        return self._explanations(images, question, batch_size)
 
     def _question(self, texts, encoded: ICLIPTextFeatures | None) -> _Question:
         """Brings the texts of `run` to one form, and encodes them unless they are `encoded`."""
@@ -287,9 +324,7 @@ class Engine:
             label_indices = [[index_of[label] for label in image_labels] for image_labels in lists]
         return _Question(labels, self.encode(labels) if encoded is None else encoded, priors, label_indices)
 
-    def _explanations(
-        self, images: Iterable, question: _Question, batch_size: int, best: int | None
-    ) -> Iterator[Explanation | None]:
+    def _explanations(self, images: Iterable, question: _Question, batch_size: int) -> Iterator[Explanation | None]:
         """Yields the explanations of images in their order, computed in batches."""
         label_indices = question.label_indices or itertools.repeat(None)
         images_with_indices = zip(images, label_indices, strict=question.label_indices is not None)
@@ -300,15 +335,17 @@ class Engine:
                 if image is not None
             ]
             keys = [image.batch_key for image in asked]
-            explanations = iter(map_groups(partial(self._explain, question, best), asked, keys))
+            explanations = iter(map_groups(partial(self._explain, question), asked, keys))
             yield from (None if image is None else next(explanations) for image, _ in batch)
 
     @torch.no_grad()
-    def _explain(self, question: _Question, best: int | None, asked: Sequence[_AskedImage]) -> list[Explanation]:
+    def _explain(self, question: _Question, asked: Sequence[_AskedImage]) -> list[Explanation]:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         labels, texts = question.select(label_indices)
-        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(images, texts, question.priors, best)
+        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(
+            images, texts, question.priors, question.best
+        )
         explanations = []
         for position, (image, indices) in enumerate(zip(images, mapped)):
             explanation = Explanation(
@@ -332,7 +369,7 @@ class Engine:
         images: Sequence[PreparedImage],
         texts: ICLIPTextFeatures,
         priors: torch.Tensor | None,
-        best: int | None,
+        best: _Best | None,
     ) -> _Answers:
         """Computes the scores of B images with texts `(B, T, P)`, and the maps of the `best` or the wanted texts."""
         batch = join_images(images)
@@ -349,7 +386,7 @@ class Engine:
         batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
         scores, presence = self._score(batch.score_features, texts, priors)
         if best is not None:
-            mapped = _best_texts(scores if presence is None else presence, texts.text_embeds, mapped, best)
+            mapped = best.select(scores, presence, texts.text_embeds, mapped)
             texts, text_indices = select_texts(texts, pad_indices(mapped)), None
         if maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)
@@ -492,25 +529,3 @@ def _has_english_words(tokenizer) -> bool:
     """
     tokens = [*getattr(tokenizer, "get_vocab", dict)()]
     return any(token.startswith("##") for token in tokens) and sum(map(str.isascii, tokens)) > 0.9 * len(tokens)
-
-
-def _best_texts(
-    scores: torch.Tensor, text_embeds: torch.Tensor, text_indices: Sequence[Sequence[int]], count: int
-) -> list[list[int]]:
-    """
-    Returns for each image the indices of the `count` texts `(B, T, P)` with the highest scores `(B, T)` among its
-    `text_indices`, best first. Texts that resemble a better one come last.
-    """
-    best = []
-    rankings = scores.argsort(descending=True).tolist()
-    for ranking, embeds, allowed in zip(rankings, text_embeds, map(set, text_indices)):
-        ranked = [index for index in ranking if index in allowed]
-        chosen = []
-        for index in ranked:
-            if len(chosen) == count:
-                break
-            if not chosen or (embeds[chosen] @ embeds[index]).max() < SIMILAR_TEXTS:
-                chosen.append(index)
-        others = [index for index in ranked if index not in chosen]
-        best.append((chosen + others)[:count])
-    return best

@@ -343,9 +343,7 @@ class Engine:
         """Explains B images of one `batch_key`, with T texts each."""
         images, label_indices = zip(*asked)
         labels, texts = question.select(label_indices)
-        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(
-            images, texts, question.priors, question.best
-        )
+        scores, presence, mapped, raw_maps, unrefined_maps = self._answer(question, images, texts)
         explanations = []
         for position, (image, indices) in enumerate(zip(images, mapped)):
             explanation = Explanation(
@@ -364,14 +362,8 @@ class Engine:
             explanations.append(explanation)
         return explanations
 
-    def _answer(
-        self,
-        images: Sequence[PreparedImage],
-        texts: ICLIPTextFeatures,
-        priors: torch.Tensor | None,
-        best: _Best | None,
-    ) -> _Answers:
-        """Computes the scores of B images with texts `(B, T, P)`, and the maps of the `best` or the wanted texts."""
+    def _answer(self, question: _Question, images: Sequence[PreparedImage], texts: ICLIPTextFeatures) -> _Answers:
+        """Computes the scores of B images with texts `(B, T, P)`, and the maps of the best or the wanted texts."""
         batch = join_images(images)
         all_indices = range(texts.text_embeds.shape[1])
         mapped = [all_indices if image.text_indices is None else image.text_indices for image in images]
@@ -379,14 +371,14 @@ class Engine:
         maps = None
         if not any(map(len, mapped)):
             maps = torch.zeros(len(images), 0, 1, 1)  # no map is wanted
-        elif best is None and not self.takes_features:
+        elif question.best is None and not self.takes_features:
             # The features that the method computes are also used for the scores.
             maps, features = self.raw_maps(batch.pixel_values, texts, text_indices=text_indices, refine=False)
             batch = replace(batch, features=features)
         batch = self._encode_views(batch, for_maps=maps is None and self.takes_features)
-        scores, presence = self._score(batch.score_features, texts, priors)
-        if best is not None:
-            mapped = best.select(scores, presence, texts.text_embeds, mapped)
+        scores, presence = self._score(batch.score_features, texts, question.priors)
+        if question.best is not None:
+            mapped = question.best.select(scores, presence, texts.text_embeds, mapped)
             texts, text_indices = select_texts(texts, pad_indices(mapped)), None
         if maps is None:
             maps, _ = self.raw_maps(batch.pixel_values, texts, batch.features, text_indices, refine=False)

@@ -689,7 +689,7 @@ def test_on_a_phone_with_the_keyboard(browser, url, model, processor, photos):
         for (value, place, _), map_ in zip(shown, maps, strict=True):
             assert place == f"{x}, 20" and float(value) == pytest.approx(map_[20, x].item(), abs=0.008)
         spoken = [f"{text} {value}, {unrefined}" for text, (value, _, unrefined) in zip(texts, shown)]
-        assert page.locator("output.unseen").inner_text() == ", ".join(spoken)
+        assert page.locator("output.visually-hidden").inner_text() == ", ".join(spoken)
 
         with page.expect_download() as download:  # all maps under their texts, and how they are made
             page.click("#save")

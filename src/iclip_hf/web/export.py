@@ -103,9 +103,9 @@ def export_web(
         "theme": viewer_theme(),
     }
     with atomic_folder(folder) as built, tempfile.TemporaryDirectory() as scratch:
-        backends = ["wasm"] if weights == "int8" else ["wasm", "webgpu"]
+        runtimes = ["wasm"] if weights == "int8" else ["wasm", "webgpu"]
         settings["runtime"] = {
-            name: {part: _at_cdn(file, cdn) for part, file in _RUNTIME[name].items()} for name in backends
+            name: {part: _at_cdn(file, cdn) for part, file in _RUNTIME[name].items()} for name in runtimes
         }
         settings["files"] = {"tokenizers": _at_cdn(_RUNTIME["tokenizers"], cdn)}
 
@@ -114,7 +114,7 @@ def export_web(
         for name in (VISION_FILE, TEXT_FILE, "tokenizer.json", "tokenizer_config.json"):
             # "vision", "text", "tokenizer" and "tokenizer_config", beside "tokenizers", the npm package
             part = name.removesuffix("_model.onnx").removesuffix(".json")
-            settings["files"][part] = _compressed(built, name, (graphs / name).read_bytes())
+            settings["files"][part] = _write_compressed(built, name, (graphs / name).read_bytes())
         downloads = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in downloads)
         settings["examples"] = [_write_example(example, built) for example in examples()]
@@ -206,7 +206,7 @@ def _presence_settings(model: ICLIPModel) -> dict | None:
     return {"scale": scale, "bias": bias, "min_presence": MIN_PRESENCE, "present": SURE_PRESENCE}
 
 
-def _compressed(folder: Path, name: str, data: bytes) -> dict:
+def _write_compressed(folder: Path, name: str, data: bytes) -> dict:
     """
     Writes a compressed file, and returns what the worker needs to load and check it: a URL with a digest, the
     compressed size (`bytes`), the size of the data (`length`), and their digest (`integrity`).

@@ -162,8 +162,9 @@ export function rawMap(cosines, attention, { map_attention, max_sharpness }, wei
   const [low, span] = range(attention);
   const mean = cosines.reduce((sum, value) => sum + value, 0) / cosines.length;
   const add = (value, a) => {
-    const above = value - mean;
-    return mean + (above > 0 ? above + a * Math.min(above, 1 / (2 * max_sharpness)) : BELOW_MEAN * above);
+    const difference = value - mean;
+    const added = a * Math.min(difference, 1 / (2 * max_sharpness));
+    return mean + (difference > 0 ? difference + added : BELOW_MEAN * difference);
   };
   const weigh = {
     similarity: (value, a) => value * a,
@@ -206,21 +207,21 @@ function bicubic(source, target) {
 
 /**
  * Resizes a map of `rows` x `columns`, bicubic, after its minimum is subtracted, so that a constant map stays exactly
- * constant. Returns the resized map and the minimum.
+ * constant. Returns this difference, resized, and the minimum.
  */
-function resized(map, [rows, columns], width, height) {
+function resizeMap(map, [rows, columns], width, height) {
   const across = bicubic(columns, width), wide = new Float32Array(rows * width);
   const [lowest] = range(map);
   for (let y = 0; y < rows; y++)
     across.forEach((taps, x) => {
       for (const [i, weight] of taps) wide[y * width + x] += weight * (map[y * columns + i] - lowest);
     });
-  const large = new Float32Array(height * width);
+  const above = new Float32Array(height * width);
   bicubic(rows, height).forEach((taps, y) => {
     for (const [i, weight] of taps)
-      for (let x = 0; x < width; x++) large[y * width + x] += weight * wide[i * width + x];
+      for (let x = 0; x < width; x++) above[y * width + x] += weight * wide[i * width + x];
   });
-  return { large, lowest };
+  return { above, lowest };
 }
 
 /**
@@ -229,9 +230,9 @@ function resized(map, [rows, columns], width, height) {
  * @returns the levels, and the raw values `low` and `high` of 0 and 255.
  */
 export function enlarge(map, grid, width, height) {
-  const { large, lowest } = resized(map, grid, width, height);
-  const [low, span] = range(large);
-  const levels = Uint8Array.from(large, (value) => Math.round(255 * (value - low) / span));
+  const { above, lowest } = resizeMap(map, grid, width, height);
+  const [low, span] = range(above);
+  const levels = Uint8Array.from(above, (value) => Math.round(255 * (value - low) / span));
   return { levels, low: low + lowest, high: low + lowest + span };
 }
 
@@ -254,9 +255,9 @@ export function neighbours(rgb, width, height) {
         colors[channel * count + (y >> 1) * columns + (x >> 1)] += rgb[3 * (y * width + x) + channel];
   const clamp = (i, length) => Math.min(Math.max(i, 0), length - 1); // cells beyond the edge repeat the nearest one
   const near = [];
-  for (const step of DILATIONS)
-    for (const down of [-step, 0, step])
-      for (const across of [-step, 0, step])
+  for (const dilation of DILATIONS)
+    for (const down of [-dilation, 0, dilation])
+      for (const across of [-dilation, 0, dilation])
         if (down || across)
           near.push({
             cells: Int32Array.from({ length: count }, (_, cell) =>
@@ -264,28 +265,29 @@ export function neighbours(rgb, width, height) {
             weights: new Float32Array(count),
           });
   for (let cell = 0; cell < count; cell++) {
+    const logits = new Float32Array(near.length);
     for (let at = 0; at < 3 * count; at += count) {
       const own = colors[at + cell], others = near.map(({ cells }) => colors[at + cells[cell]]);
       const mean = others.reduce((sum, value) => sum + value, own) / (others.length + 1);
       const squares = others.reduce((sum, value) => sum + (value - mean) ** 2, (own - mean) ** 2);
       const spread = SPREAD * Math.sqrt(squares / others.length) || 1;
-      others.forEach((value, i) => (near[i].weights[cell] -= Math.abs(value - own) / spread / 3));
+      others.forEach((value, i) => (logits[i] -= Math.abs(value - own) / spread / 3));
     }
-    const powers = near.map(({ weights }) => Math.exp(weights[cell]));
+    const powers = Array.from(logits, (logit) => Math.exp(logit));
     const sum = powers.reduce((sum, value) => sum + value, 0);
-    near.forEach(({ weights }, i) => (weights[cell] = powers[i] / sum));
+    near.forEach(({ weights }, i) => (weights[cell] = powers[i] / sum)); // the softmax of the logits
   }
   return { grid: [rows, columns], near };
 }
 
 /** A map on the grid of `neighbours`, refined by the colours of the image, as by `refine_maps` in refinement.py. */
 export function refine(map, from, { grid, near }) {
-  let { large, lowest } = resized(map, from, grid[1], grid[0]);
+  let { above, lowest } = resizeMap(map, from, grid[1], grid[0]);
   for (let step = 0; step < STEPS; step++) {
-    const refined = new Float32Array(large.length);
+    const refined = new Float32Array(above.length);
     for (const { cells, weights } of near)
-      for (let cell = 0; cell < refined.length; cell++) refined[cell] += weights[cell] * large[cells[cell]];
-    large = refined;
+      for (let cell = 0; cell < refined.length; cell++) refined[cell] += weights[cell] * above[cells[cell]];
+    above = refined;
   }
-  return large.map((value) => value + lowest);
+  return above.map((value) => value + lowest);
 }

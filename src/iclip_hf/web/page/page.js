@@ -20,7 +20,7 @@ const viewer = createViewer(find("viewer"), settings.theme);
 // Started from a blob, so that the page's content security policy also limits where the worker may connect.
 const source = `import ${JSON.stringify(new URL("worker.js", location).href)};`;
 const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })), { type: "module" });
-let photo = null; // {blob, id}
+let chosen = null; // the chosen image: {blob, id}
 let job = 0; // number of the newest question
 let pending = null; // texts and caption of this question
 let choice = 0; // number of the newest choice of an image
@@ -47,16 +47,16 @@ function explain() {
   const texts = typedTexts();
   if (!texts) return;
   history.replaceState(null, "", `#texts=${encodeURIComponent(texts.join("\n"))}`); // for `readLink`
-  if (!photo) return fail("There is no image yet: choose one, drop it here or paste it.");
+  if (!chosen) return fail("There is no image yet: choose one, drop it here or paste it.");
   const refine = find("refine").checked;
   pending = { texts, madeBy: `itsm, ${refine ? "refined" : "unrefined"}` };
   setBusy(true);
-  worker.postMessage({ job: ++job, settings, photo: photo.blob, photoId: photo.id, texts, refine });
+  worker.postMessage({ job: ++job, settings, blob: chosen.blob, imageId: chosen.id, texts, refine });
 }
 
-function setPhoto(blob) {
+function setChosen(blob) {
   for (const button of find("examples").children) button.removeAttribute("aria-current");
-  photo = { blob, id: (photo?.id ?? 0) + 1 };
+  chosen = { blob, id: (chosen?.id ?? 0) + 1 };
   const preview = find("preview"), old = preview.src;
   preview.src = URL.createObjectURL(blob);
   preview.hidden = false;
@@ -66,7 +66,7 @@ function setPhoto(blob) {
 function choose(file) {
   if (!file) return;
   choice++;
-  setPhoto(file);
+  setChosen(file);
   explain();
 }
 
@@ -81,7 +81,7 @@ async function chooseExample(button, { file, texts }) {
     fail(`The example ${file} could not be fetched: check the connection.`);
     return false;
   }
-  setPhoto(blob);
+  setChosen(blob);
   button.setAttribute("aria-current", "true");
   if (texts) find("texts").value = texts;
   return true;
@@ -89,8 +89,8 @@ async function chooseExample(button, { file, texts }) {
 
 // ---------------------------------------------------------------------------------------------- answering
 
-let picture = null; // of the photograph that the worker has: {photo, size, originalSize}
-let unseen = true; // whether no map of the question has arrived yet
+let shown = null; // the image that the worker has: {photo, size, originalSize}, as `viewer.show` takes them
+let awaitsFirstMap = true; // whether no map of the question has arrived yet
 
 worker.onmessage = ({ data }) => {
   if (data.job !== undefined && data.job !== job) return; // of an older question
@@ -111,17 +111,17 @@ const answers = {
     find("progress").hidden = true;
     say(sentence);
   },
-  photo({ shown, size, originalSize }) {
-    picture?.photo.close();
-    picture = { photo: shown, size, originalSize };
+  photo({ photo, size, originalSize }) {
+    shown?.photo.close();
+    shown = { photo, size, originalSize };
   },
   map({ index, ...result }) {
-    if (unseen) viewer.show({ ...picture, ...pending });
+    if (awaitsFirstMap) viewer.show({ ...shown, ...pending });
     viewer.add(index, { ...result, word: presenceWord(result.presence, settings.presence) });
     // On a phone, the maps are below the question. The page scrolls to them only for a visitor who did something.
     const active = navigator.userActivation?.hasBeenActive;
-    if (unseen && active && matchMedia(NARROW).matches) find("viewer").scrollIntoView();
-    unseen = false;
+    if (awaitsFirstMap && active && matchMedia(NARROW).matches) find("viewer").scrollIntoView();
+    awaitsFirstMap = false;
   },
   done() {
     setBusy(false);
@@ -135,7 +135,7 @@ const answers = {
 };
 
 function setBusy(busy) {
-  unseen = true;
+  awaitsFirstMap = true;
   find("viewer").setAttribute("aria-busy", busy);
   if (busy) say("Working …");
 }
@@ -182,13 +182,13 @@ find("texts").addEventListener("keydown", (event) => {
   event.preventDefault();
   explain();
 });
-find("refine").addEventListener("change", () => picture && explain()); // not before the first question
+find("refine").addEventListener("change", () => shown && explain()); // not before the first question
 find("save").addEventListener("click", viewer.savePicture);
 find("copy").addEventListener("click", async () => {
   const copied = await navigator.clipboard?.writeText(location.href).then(() => true, () => false);
   say(copied ? "The link is copied. It holds the texts, not the image." : `The link: ${location.href}`);
 });
-addEventListener("hashchange", () => readLink() && photo && explain());
+addEventListener("hashchange", () => readLink() && chosen && explain());
 
 const linked = readLink();
 for (const [index, example] of settings.examples.entries()) {
@@ -201,4 +201,4 @@ for (const [index, example] of settings.examples.entries()) {
 find("photographs").hidden = false;
 find("go").disabled = false;
 // If the browser has the model already, the first question is answered at once.
-if (photo && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();
+if (chosen && await globalThis.caches?.has(settings.cache).catch(() => false)) explain();

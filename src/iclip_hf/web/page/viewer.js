@@ -49,9 +49,9 @@ export function createViewer(element, theme) {
       ).join("")}</fieldset>
     </div>
     <div class="maps"></div>
-    <output class="unseen" aria-live="polite"></output>
+    <output class="visually-hidden" aria-live="polite"></output>
     <table hidden>
-      <caption class="unseen">Scores of the texts</caption>
+      <caption class="visually-hidden">Scores of the texts</caption>
       <thead></thead>
       <tbody></tbody>
     </table>`;
@@ -128,38 +128,38 @@ export function createViewer(element, theme) {
   // plus a tenth of the logit of its presence.
   function paintSegments() {
     if (!segments.checked || !overview) return;
-    const present = ready().filter(({ word }) => word !== "absent");
+    const competing = ready().filter(({ word }) => word !== "absent");
     const color = (panel) => theme.segments[panels.indexOf(panel) % theme.segments.length];
-    const inks = present.map((panel) => packed(channels(color(panel))));
+    const packedColors = competing.map((panel) => packed(channels(color(panel))));
     const { width, height } = overview.heat;
     const highest = new Float32Array(width * height).fill(-Infinity);
     const limit = (threshold.value === "1" ? 0.5 : threshold.value) * 255;
     const average = (values, term = (value) => value) =>
       values.reduce((sum, value) => sum + term(value), 0) / values.length;
-    const moments = present.map(({ levels, low, high }) => {
+    const moments = competing.map(({ levels, low, high }) => {
       const step = (high - low) / 255, mean = average(levels);
       return { step, mean: low + step * mean, std: step * Math.sqrt(average(levels, (level) => (level - mean) ** 2)) };
     });
     const stdOfAll = Math.sqrt(average(moments, ({ std }) => std ** 2)) || 1;
-    paint(overview.heat, (pixels) => present.forEach(({ levels, low, presence }, index) => {
+    paint(overview.heat, (pixels) => competing.forEach(({ levels, low, presence }, index) => {
       const { step, mean, std } = moments[index];
       const probability = Math.min(Math.max(presence ?? 0.5, 1e-4), 1 - 1e-4);
       const offset = 0.1 * Math.log(probability / (1 - probability));
       levels.forEach((level, pixel) => {
         const raw = low + step * level;
         const value = ((raw - mean) / (std || 1) + raw / stdOfAll) / 2 + offset;
-        if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [inks[index], value];
+        if (level > limit && value > highest[pixel]) [pixels[pixel], highest[pixel]] = [packedColors[index], value];
       });
     }));
-    overview.legend = present.map((panel) => [panel.text, color(panel)]);
+    overview.legend = competing.map((panel) => [panel.text, color(panel)]);
     overview.caption.replaceChildren();
     for (const [text, ink] of overview.legend)
       create("i", create("span", overview.caption, { className: "key", textContent: text })).style.background = ink;
-    if (!present.length) overview.caption.textContent = ready().length ? "All texts are absent" : "";
+    if (!competing.length) overview.caption.textContent = ready().length ? "All texts are absent" : "";
   }
 
   /** Presence in percent, rounded down if rounding up would give it another word. */
-  function rounded(presence) {
+  function percent(presence) {
     const nearest = Number(presence.toFixed(2));
     const crosses = theme.limits.some((limit) => presence < limit && nearest >= limit);
     return Math.round(100 * (crosses ? nearest - 0.01 : nearest));
@@ -177,7 +177,7 @@ export function createViewer(element, theme) {
       create("td", row, { textContent: text });
       create("td", row, { className: "number", textContent: score.toFixed(3) });
       if (!word) continue;
-      create("td", row, { className: "number", textContent: `${rounded(presence)} %` });
+      create("td", row, { className: "number", textContent: `${percent(presence)} %` });
       create("td", row, { textContent: word });
       create("div", create("td", row, { className: "bar" })).style.width = `${100 * presence}%`;
     }
@@ -221,23 +221,24 @@ export function createViewer(element, theme) {
     }
   }
 
-  const inside = (share) => Math.min(Math.max(share, 0), 1 - 1e-9);
+  const clampShare = (share) => Math.min(Math.max(share, 0), 1 - 1e-9);
 
   function point(event) {
     const stack = event.target.closest?.(".stack");
     if (!shown) return;
     const box = stack?.getBoundingClientRect();
-    probe(stack && [inside((event.clientX - box.left) / box.width), inside((event.clientY - box.top) / box.height)]);
+    const shares = stack && [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+    probe(shares?.map(clampShare));
   }
 
-  const STEPS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+  const DIRECTIONS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   let cursor = [0.5, 0.5];
 
   function move(event) {
-    const step = STEPS[event.key];
-    if (!step || !event.target.matches(".stack")) return;
+    const direction = DIRECTIONS[event.key];
+    if (!direction || !event.target.matches(".stack")) return;
     event.preventDefault(); // the page would scroll
-    cursor = cursor.map((share, axis) => inside(share + step[axis] / 40));
+    cursor = cursor.map((share, axis) => clampShare(share + direction[axis] / 40));
     probe(cursor);
     spoken.value = ready().map(({ text, value }) => `${text} ${value}`).join(", ");
   }

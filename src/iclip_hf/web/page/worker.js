@@ -4,7 +4,7 @@ import * as numerics from "./numerics.js";
 
 const BASE = new URL(".", import.meta.url);
 // A larger image is reduced first, because canvases of some browsers hold no more pixels.
-const MAX_PIXELS = 2 ** 24;
+const MAX_CANVAS_PIXELS = 2 ** 24;
 // Number of texts whose vectors are kept.
 const MAX_ENCODED = 1000;
 
@@ -43,17 +43,17 @@ async function answerAll() {
   answering = false;
 }
 
-async function answer({ photo, photoId, texts, refine }, tell) {
-  if (image?.id !== photoId) image = null;
-  const decoded = image ? null : await decode(photo); // before the download, so that a bad image is reported at once
+async function answer({ blob, imageId, texts, refine }, tell) {
+  if (image?.id !== imageId) image = null;
+  const decoded = image ? null : await decode(blob); // before the download, so that a bad image is reported at once
   const model = await (loading ??= load().catch((error) => { loading = null; throw error; }));
   if (asked) return;
   if (decoded) {
     tell({ kind: "status", sentence: "Looking at the image …" });
-    image = { ...await encodeImage(model, decoded), id: photoId };
-    const { shown, size, originalSize } = decoded;
+    image = { ...await encodeImage(model, decoded), id: imageId };
+    const { photo, size, originalSize } = decoded;
     // Without a job, so that the page takes it even if there is a newer question: an image is sent once.
-    postMessage({ kind: "photo", shown, size, originalSize }, [shown]);
+    postMessage({ kind: "photo", photo, size, originalSize }, [photo]);
   }
   for (const [index, text] of texts.entries()) {
     await new Promise((turn) => setTimeout(turn)); // a newer question may arrive
@@ -78,41 +78,45 @@ async function answer({ photo, photoId, texts, refine }, tell) {
 
 // ----------------------------------------------------------------------------------------------------- the image
 
+/**
+ * The image of a file: `rgb`, three bytes for each pixel that the model sees, of `shape` [height, width]; `photo`, a
+ * bitmap to show, of `size` [width, height]; and `originalSize`, the [width, height] of the upright image in the file.
+ */
 async function decode(blob) {
-  const file = blob.name ?? "this image";
+  const fileName = blob.name ?? "this image";
   let bitmap, orientation;
   try {
     const stored = numerics.withoutOrientation(new Uint8Array(await blob.arrayBuffer()));
     orientation = stored.orientation;
-    // The pixels as they are stored, which Python reads as well.
-    const upright = new Blob([stored.content], { type: blob.type });
-    bitmap = await createImageBitmap(upright, { colorSpaceConversion: "none" });
+    const content = new Blob([stored.content], { type: blob.type });
+    // The colours as they are stored, which Python reads as well.
+    bitmap = await createImageBitmap(content, { colorSpaceConversion: "none" });
   } catch {
     throw new Sentence(
-      `${file}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
-      (/hei[cf]/i.test(`${blob.type} ${file}`) ? " (of HEIC, only Safari shows the content)." : "."));
+      `${fileName}: this browser cannot read it as a photograph. Save it as JPEG, PNG or WebP and try again` +
+      (/hei[cf]/i.test(`${blob.type} ${fileName}`) ? " (of HEIC, only Safari shows the content)." : "."));
   }
   const originalSize = orientation > 4 ? [bitmap.height, bitmap.width] : [bitmap.width, bitmap.height];
-  const reduced = draw(bitmap, orientation, Math.sqrt(MAX_PIXELS / (bitmap.width * bitmap.height)));
+  const reduced = draw(bitmap, orientation, Math.sqrt(MAX_CANVAS_PIXELS / (bitmap.width * bitmap.height)));
   const shown = draw(bitmap, orientation, settings.shown_side / Math.max(...originalSize));
   bitmap.close();
   const { width, height } = reduced.canvas;
   const [newHeight, newWidth] = numerics.modelSize(settings.image, height, width);
   if (newHeight * newWidth > settings.image.max_pixels)
     throw new Sentence(
-      `${file}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
+      `${fileName}: at ${originalSize.join(" x ")} pixels it is too narrow for the model. Cut out a part of it.`);
   const rgba = reduced.getImageData(0, 0, width, height).data;
   const rgb = numerics.resize(rgba, width, height, newWidth, newHeight, settings.image.kernel);
   return {
     rgb,
     shape: [newHeight, newWidth],
     size: [shown.canvas.width, shown.canvas.height],
-    shown: shown.canvas.transferToImageBitmap(),
+    photo: shown.canvas.transferToImageBitmap(),
     originalSize,
   };
 }
 
-/** The bitmap on white, turned upright, and reduced if `scale` is below 1. */
+/** A canvas context with the bitmap on white, turned upright, and reduced if `scale` is below 1. */
 function draw(bitmap, orientation, scale) {
   const [w, h] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.round(side * Math.min(1, scale))));
   const [width, height] = orientation > 4 ? [h, w] : [w, h];

@@ -1,4 +1,4 @@
-"""Tiny random models of every tower pair, a processor for them, a place for faults, and the way to the real data."""
+"""Tiny random models of every tower pair, their processor, fixtures of several test files, the folder of real data."""
 
 import io
 import json
@@ -107,7 +107,7 @@ def tiny_config(vision: str = "vit", text: str = "bert", **options) -> ICLIPConf
 
 @torch.no_grad()
 def liven(model: torch.nn.Module) -> torch.nn.Module:
-    """At the usual initial scale all tokens would be nearly equal."""
+    """Draws larger weights than the usual ones, at which all tokens would be nearly equal. Returns the model."""
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -119,7 +119,7 @@ def liven(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def tiny_model(vision: str = "vit", text: str = "bert", seed: int = 0, **options) -> ICLIPModel:
-    """A random model whose towers say something."""
+    """A random model with the weights of `liven`."""
     torch.manual_seed(seed)
     return liven(ICLIPModel(tiny_config(vision, text, **options)))
 
@@ -139,7 +139,10 @@ def save_towers(folder: Path, model: ICLIPModel, processor: ICLIPProcessor) -> t
 
 
 def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32), seed: int = 0) -> dict:
-    """Pixels and token ids; the last id of each text is the end of sequence, followed by padding."""
+    """
+    Pixels of `batch` images of `size` (height, width), and token ids of `texts` texts, each of which ends with the end
+    of sequence, followed by padding.
+    """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(2, 60, (texts, 7), generator=generator)
     attention_mask = torch.ones_like(input_ids)
@@ -153,7 +156,10 @@ def tiny_inputs(batch: int = 2, texts: int = 3, size: tuple[int, int] = (32, 32)
 
 
 def bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes `(..., h, w)` by the weights of the two nearest rows and columns; beyond the border, the last counts."""
+    """
+    Resizes `(..., h, w)` to `size` (height, width) by the weights of the two nearest rows and columns. Beyond the
+    edge, the nearest row or column counts.
+    """
     for axis, length in ((-2, size[0]), (-1, size[1])):
         old = values.shape[axis]
         place = np.clip((np.arange(length) + 0.5) * old / length - 0.5, 0, old - 1)
@@ -165,7 +171,7 @@ def bilinear(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
-    """Of a server of files that logs nothing."""
+    """Serves files and logs nothing."""
 
     def log_message(self, *arguments):
         pass
@@ -173,7 +179,10 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
-    """Runs an HTTP server in a thread. It ends also after a failure, because a closed server that runs would spin."""
+    """
+    Runs an HTTP server in a thread, and stops it at the end, also after an error: a closed server whose thread runs
+    takes all time of a processor.
+    """
     with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try:
@@ -183,7 +192,7 @@ def served(handler: Callable, port: int = 0) -> Iterator[ThreadingHTTPServer]:
 
 
 def tiny_tokenizer(folder: Path) -> BertTokenizer:
-    """As many tokens as the text towers have embeddings; a text ends with the last one, as in CLIP."""
+    """A tokenizer with as many tokens as the text towers have embeddings. The last one ends a text, as in CLIP."""
     tokens = ["[unused]" if word == "[SEP]" else word for word in WORDS]
     tokens += [f"[unused{number}]" for number in range(len(tokens), 63)]
     (folder / "vocab.txt").write_text("\n".join([*tokens, "[SEP]"]))
@@ -202,7 +211,7 @@ def tiny_processor(tmp_path_factory) -> ICLIPProcessor:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory, tiny_processor) -> SimpleNamespace:
-    """A tiny model for the doors of test_faults_*.py, and a folder with it and a photo that nothing may change."""
+    """A tiny model, its pipeline, and a folder with the model and a photograph. No test may change them."""
     folder = tmp_path_factory.mktemp("world")
     model = tiny_model(logit_bias_init_value=0.0)
     save(folder / "model", model, tiny_processor)
@@ -232,8 +241,9 @@ def browser():
 @contextmanager
 def opened(browser, address: str, ready: str, script: str = "", **options) -> Iterator:
     """
-    A page of the browser, once a selector is there, which remembers what it asks for; it must end without an error in
-    its scripts. `script` runs before them.
+    Opens a page in a new context of the browser, with these options, and waits for the selector `ready`. `script` runs
+    before the scripts of the page. `page.requested` lists the addresses that it requests. An error in its scripts
+    fails the test.
     """
     context = browser.new_context(**options)
     page = context.new_page()
@@ -251,7 +261,10 @@ def opened(browser, address: str, ready: str, script: str = "", **options) -> It
 
 @pytest.fixture
 def recorded(monkeypatch) -> Callable:
-    """A function that returns the list of the calls of another one, which is called as before."""
+    """
+    A function that records the calls of the function `name` of `owner`, which still runs. It returns the growing list
+    of what `note` returns for the arguments of each call.
+    """
 
     def record(owner, name: str, note: Callable = lambda *args, **options: args) -> list:
         notes, function = [], getattr(owner, name)
@@ -269,7 +282,8 @@ def recorded(monkeypatch) -> Callable:
 @pytest.fixture
 def sandbox(monkeypatch):
     """
-    A folder with that of the case; what is written without a name goes to an empty one beside it, caches to another.
+    A folder with `case`, for the files of a test case, `here`, the empty working directory, and `elsewhere`, for
+    temporary files. The cache is in `cache`, and the Hub is offline.
     """
     # Not tmp_path: thousands of its numbered folders take longer than the cases.
     with tempfile.TemporaryDirectory() as name:
@@ -329,8 +343,8 @@ def embedded_folder() -> Path:
 @pytest.fixture(scope="module")
 def made(tiny_processor, tmp_path_factory):
     """
-    One model of each family for all tests of a module: nothing may change it. A tiny DINOv2 stands for the embedded
-    one.
+    A function that returns what `build` returns for a family. It builds the model of a family once for all tests of a
+    module, so no test may change it. A tiny DINOv2 replaces the embedded one.
     """
     from families import build
 
@@ -350,8 +364,8 @@ def made(tiny_processor, tmp_path_factory):
 
 def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
     """
-    Images of different shapes with index masks of these values in squares of 5 pixels, as
-    `load_segmentation("folder")` takes them.
+    Writes an image for each list of values, with sides of 20 to `largest` - 1 pixels, and an index mask with squares
+    of 5 x 5 pixels that have these values, for `load_segmentation("folder")`. Returns `root`.
     """
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
@@ -367,7 +381,10 @@ def write_folder(root: Path, values: list[list[int]], largest: int) -> Path:
 
 
 def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int = 0, captions=None, **more) -> None:
-    """A webdataset shard of noise images with two captions each, or those given, and more fields."""
+    """
+    Writes a webdataset shard of `count` noise images with two captions each, or those given, and more fields. Files
+    with an index in `broken` are no images.
+    """
     draws = np.random.default_rng(seed)
     with tarfile.open(path, "w") as tar:
         for i in range(count):
@@ -384,7 +401,7 @@ def write_pairs(path: Path, count: int, broken: tuple[int, ...] = (), seed: int 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory, tiny_processor) -> Path:
-    """Tiny towers, pairs, and a folder as in hub_configs: 64 pairs in 4 steps an epoch, 12 steps in all."""
+    """A folder as in hub_configs, with tiny towers and pairs: 64 pairs in 4 steps an epoch, 12 steps in all."""
     folder = tmp_path_factory.mktemp("hub")
     model = tiny_model()
     save_towers(folder, model, tiny_processor)

@@ -19,19 +19,22 @@ _START.set_forkserver_preload(
 COMMAND = "import sys\nfrom iclip_hf import cli\nsys.exit(cli.main(sys.argv[1:]))"
 
 
-def _child(script: str, arguments: list[str], environment: dict, said: Path, new_session: bool) -> None:
+def _child(script: str, arguments: list[str], environment: dict, outputs: Path, new_session: bool) -> None:
     os.environ.clear()
     os.environ.update(environment)
     if new_session:
         os.setsid()
     for descriptor, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(outputs / name, os.O_WRONLY | os.O_CREAT), descriptor)
     sys.argv = ["script", *arguments]
     exec(compile(script, "script", "exec"), {"__name__": "__main__"})
 
 
 def run_script(script: str, *arguments, processes: int = 1, new_session: bool = False) -> list[SimpleNamespace]:
-    """Runs Python code, in several processes as torchrun starts them; returncode, stdout and stderr of each."""
+    """
+    Runs Python code, in several processes as torchrun starts them. Returns `returncode`, `stdout` and `stderr` of
+    each.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
@@ -40,19 +43,19 @@ def run_script(script: str, *arguments, processes: int = 1, new_session: bool = 
         free.close()
         started = []
         for rank in range(processes):
-            said = Path(folder, str(rank))
-            said.mkdir()
+            outputs = Path(folder, str(rank))
+            outputs.mkdir()
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             environment = shared | {name: str(value) for name, value in own.items() if processes > 1}
-            parts = (script, [*map(str, arguments)], environment, said, new_session)
-            started.append((said, _START.Process(target=_child, args=parts)))
+            parts = (script, [*map(str, arguments)], environment, outputs, new_session)
+            started.append((outputs, _START.Process(target=_child, args=parts)))
             started[-1][1].start()
         done = []
-        for said, process in started:
+        for outputs, process in started:
             process.join(240)
             alive = process.is_alive()
             process.kill()
-            out, err = ((said / name).read_text() for name in ("out", "err"))
+            out, err = ((outputs / name).read_text() for name in ("out", "err"))
             assert not alive, f"did not end: {err}"
             done.append(SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err))
         return done

@@ -228,7 +228,7 @@ class Presence(MultiLabelAveragePrecision):
             "auc": _Row("AUC: a shown class has a higher presence than an absent one, 0.5 is chance", 3),
             "auc_hard": _Row("AUC against absent classes that resemble a shown one", 3, absent="absent_hard"),
             "auc_of_classes": _Row("AUC of each class over the images, mean over the classes", 3),
-            "auc_without_image": _Row("AUC without the image: of the mean of each class over all images", 3),
+            "auc_without_image": _Row("AUC without the image: if each class had its mean logit on every image", 3),
             "kept": _Row(f"kept: shown classes with a presence of at least {min_presence}, %", 1, absent=None),
             "kept_things": _Row("kept things, %", 1, "shown_things", None),
             "kept_stuff": _Row("kept stuff, %", 1, "shown_stuff", None),

@@ -283,6 +283,10 @@ def test_the_feature_tower_sees_pixels_as_in_its_training(towers):
             {"feature_config": {"model_type": "timm_wrapper", "architecture": "hf-hub:org/tower"}},
             "'hf-hub:org/tower' is no architecture",
         ),
+        (
+            {"feature_config": {**TIMM, "model_args": {"checkpoint_path": "pickle.pth"}}},
+            "name a checkpoint_path",
+        ),
     ],
 )
 def test_what_is_no_feature_tower_is_refused(options, message):

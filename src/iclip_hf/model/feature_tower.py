@@ -24,6 +24,8 @@ class FeatureTower(TimmWrapperModel):
             )
         if ":" in config.architecture:  # a source such as hf-hub:NAME, from which timm would download
             raise ValueError(f"The feature tower {config.architecture!r:.100} is no architecture of timm.")
+        if "checkpoint_path" in (config.model_args or {}):  # older versions of timm would run code of this pickle
+            raise ValueError("The model_args of the feature tower name a checkpoint_path; remove it.")
         super().__init__(config)
 
     @property

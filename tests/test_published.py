@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import iclip, save_towers, tiny_model, write_folder, write_pairs
-from PIL import Image
+from PIL import ExifTags, Image
 
 from iclip_hf import ICLIPModel, example_image
 
@@ -33,7 +33,9 @@ def home(tmp_path, tiny_processor, monkeypatch) -> Path:
     save_towers(home, tiny_model("dinov2", logit_bias_init_value=0.0), tiny_processor)
     write_folder(home / "data", [[0, 1, 2], [0, 3, 255]], 60)
     write_pairs(home / "pairs.tar", 8)
-    Image.effect_noise((60, 40), 80).save(home / "images" / "a.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Artist] = NAME
+    Image.effect_noise((60, 40), 80).save(home / "images" / "a.jpg", comment=NAME, exif=exif)
     monkeypatch.chdir(home)
     return home
 

@@ -121,6 +121,7 @@ class ReportFolder:
 
 def _reduced(image: Image.Image) -> Image.Image:
     image = image.copy()
+    image.info.clear()  # Pillow would write the comment of the photograph, which may name its author
     image.thumbnail((_SIDE, _SIDE))
     return image
 

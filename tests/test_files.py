@@ -158,6 +158,28 @@ def test_a_run_that_is_killed_before_the_renaming_leaves_the_file_that_was_there
     assert file.read_text() == "new" and len(names(tmp_path)) == 2  # nothing is deleted that this run did not make
 
 
+def test_a_run_that_is_killed_while_it_takes_a_name_leaves_no_part_of_a_file(tmp_path):
+    script = """
+from iclip_hf.utils.files import write_new
+
+os.replace = Path.unlink = lambda *paths, **options: os.kill(os.getpid(), signal.SIGKILL)
+write_new(Path(sys.argv[1]), lambda temporary: temporary.write_text("whole"))
+"""
+    killed(script, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_text() == "whole"
+
+
+def test_a_file_system_without_hard_links_has_chosen_names(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for name in ("a.png", "a-2.png"):
+        assert write_new(tmp_path / "a.png", lambda temporary: temporary.write_text("whole")) == tmp_path / name
+        assert (tmp_path / name).read_text() == "whole"
+    assert names(tmp_path) == ["a-2.png", "a.png"]
+
+
 def test_writers_that_choose_one_name_at_once_lose_no_file(tmp_path):
     def write(number: int) -> Path:
         return write_new(tmp_path / "a.png", lambda temporary: temporary.write_text(str(number)))

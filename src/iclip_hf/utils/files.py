@@ -78,9 +78,19 @@ def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda 
         while True:
             name = free_name(path)
             with suppress(FileExistsError):  # another process took the name
-                name.touch(exist_ok=False)
-                os.replace(temporary, name)
+                _rename_new(temporary, name)
                 return name
+
+
+def _rename_new(temporary: Path, name: Path) -> None:
+    """Renames a file; the temporary name may stay. Raises `FileExistsError` if a file has the name."""
+    try:
+        os.link(temporary, name)  # at once, so that a killed process leaves no empty file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        name.touch(exist_ok=False)
+        os.replace(temporary, name)
 
 
 def write_image(image, path: Path, **kwargs) -> None:

@@ -152,7 +152,7 @@ def _vision_program(model: ICLIPModel):
     inputs = {"pixel_values": torch.zeros(2, model.config.vision_config.num_channels, 2 * patch, 3 * patch)}
     dynamic_sizes = {0: Dim("batch"), 2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     with symbolic_grid(model.vision_model), symbolic_padding():
-        return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared, dynamic_sizes)
+        return _program(model, model.get_image_features, inputs, ICLIPImageFeatures.compared_fields, dynamic_sizes)
 
 
 def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
@@ -163,7 +163,7 @@ def _text_program(model: ICLIPModel, processor: ICLIPProcessor):
     # The export needs a smallest size of 2; the graph also takes one prompt.
     length = Dim("length", min=2, max=processor.max_text_length)
     dynamic_sizes = {0: Dim("labels"), 1: Dim("prompts", min=2), 2: length}
-    outputs = ICLIPTextFeatures.compared
+    outputs = ICLIPTextFeatures.compared_fields
     if model.config.map_attention != "signed":
         outputs = outputs[:-1]  # without the weights of the attention
 

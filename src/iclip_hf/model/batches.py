@@ -105,7 +105,7 @@ def map_tensors(function: Callable[..., torch.Tensor], *parts):
         return [map_tensors(function, *items) for items in zip(*parts)]
     # The class of `first` can be another one, from the code of a model folder.
     features_class = ICLIPImageFeatures if "image_embeds" in first else ICLIPTextFeatures
-    names = [name for name in features_class.compared if name in first]
+    names = [name for name in features_class.compared_fields if name in first]
     return features_class(**{name: function(*(part[name] for part in parts)) for name in names})
 
 

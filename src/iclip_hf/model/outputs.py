@@ -27,7 +27,8 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
     map_text_embeds: torch.FloatTensor | None = None
     attention_weights: torch.FloatTensor | None = None
 
-    compared = ("text_embeds", "map_text_embeds", "attention_weights")  # fields that scores and maps are computed from
+    # fields that scores and maps are computed from
+    compared_fields = ("text_embeds", "map_text_embeds", "attention_weights")
 
 
 @dataclass
@@ -62,7 +63,7 @@ class ICLIPImageFeatures(BaseModelOutputWithPooling):
     feature_average: torch.FloatTensor | None = None
 
     # fields that scores and maps are computed from
-    compared = ("image_embeds", "patch_embeds", "attention", "map_attention")
+    compared_fields = ("image_embeds", "patch_embeds", "attention", "map_attention")
 
     @property
     def grid(self) -> tuple[int, int]:

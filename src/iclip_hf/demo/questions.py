@@ -59,8 +59,8 @@ class SeenImage(NamedTuple):
 
 def encode_photo(engine: Engine, image: Image.Image, original_size: tuple[int, int]) -> SeenImage:
     """
-    Encodes an RGB image for any texts and engines of one model. Maps get the size of the image on the page. Arguments
-    are those that `read_photo` returns.
+    Encodes an RGB image for any texts, and for engines as in [`Engine.encode_images`]. Maps get the size of the image
+    on the page. `image` and `original_size` are those that `read_photo` returns.
     """
     size, jpeg = shown_size(image), io.BytesIO()
     image.resize(size).save(jpeg, "JPEG", quality=85)

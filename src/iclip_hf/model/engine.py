@@ -247,8 +247,9 @@ class Engine:
     @torch.no_grad()
     def encode_images(self, images: Sequence[PreparedImage]) -> list[PreparedImage]:
         """
-        Encodes images once, for several calls of `run` or several engines of one model. Returns the images with the
-        features for the scores and, if `takes_features`, for the maps. Other methods run the image tower again.
+        Encodes images once, for several calls of `run`, also of other engines of the model with the same `image_size`
+        and `multi_scale`. Returns the images with the features for the scores and, if `takes_features`, for the maps.
+        Other methods run the image tower again.
         """
 
         def encode(group: list[PreparedImage]) -> list[PreparedImage]:

@@ -11,7 +11,7 @@ from ..model.images import load_image
 from . import COLORMAPS
 
 
-# Opacity of a map over its image where the map is 1.
+# Default factor of the opacities in `_TABLES`.
 OPACITY = 0.85
 # For each of `COLORMAPS`: colours at equal distances from 0 to 1, and the opacity at 0 and at 1.
 _TABLES = {
@@ -52,7 +52,8 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
         image: in any form that [`load_image`] takes, such as a PIL image, or an array `(H, W, 3)` of uint8 or of
             floats in [0, 1].
         heatmap (`np.ndarray` or `torch.Tensor` of shape `(H, W)`): in [0, 1], of the image's size.
-        opacity (`float`): opacity where the map is 1, in [0, 1].
+        opacity (`float`): factor of the opacities of the colour map, in [0, 1]. It is the opacity where the map is 1,
+            except with `"jet"`, which has 0.6 of it everywhere.
         colormap (`str`): one of `COLORMAPS`: `"heat"`, `"cividis"`, which is safe for colour-blind readers, or
             `"jet"`, the colours of the paper.
 

@@ -504,7 +504,7 @@ def _size_text(size: dict[str, int]) -> str:
 
 def _as_prompts(texts, templates: list[str]) -> list[str] | list[list[str]]:
     """Converts texts to a list of prompts, or lists of texts to lists of prompts of the same length."""
-    texts = [texts] if isinstance(texts, str) else split_texts(texts)
+    texts = [texts] if isinstance(texts, str) else split_texts(texts)  # checks a list, and does not split its items
     if not texts:
         raise ValueError("There is no text.")
     if all(isinstance(text, (list, tuple)) for text in texts):

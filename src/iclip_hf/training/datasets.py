@@ -66,6 +66,7 @@ class CachedPairs(Epochs, Dataset):
         return len(self.indices)
 
     def captions(self, index: int) -> list[str]:
+        """Returns the captions of a kept pair that batches sample from, see [`PairCollator.read`]."""
         return self._texts[self._distinct_indices[index]][0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:

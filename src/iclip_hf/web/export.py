@@ -115,6 +115,7 @@ def export_web(
             # "vision", "text", "tokenizer" and "tokenizer_config", beside "tokenizers", the npm package
             part = name.removesuffix("_model.onnx").removesuffix(".json")
             settings["files"][part] = _write_compressed(built, name, (graphs / name).read_bytes())
+        # The page states this size before it knows whether the browser has WebGPU, whose runtime is larger.
         downloads = [*settings["runtime"]["wasm"].values(), *settings["files"].values()]
         settings["bytes"] = sum(file["bytes"] for file in downloads)
         settings["examples"] = [_write_example(example, built) for example in examples()]

@@ -16,7 +16,8 @@ from iclip_hf.model.configuration_iclip import patch_side
 FOLDER = Path(__file__).parents[1] / "hub_configs"
 CONFIGS = sorted(path.parent for path in FOLDER.glob("*/config.json"))
 # In millions: the image tower as its authors publish it, CLIP's or MiniLM's text tower without what ICLIP leaves out
-# (pooler), and the projections.
+# (pooler), and the rest: the projections and, if there is one, the feature tower. The README counts this tower as an
+# image tower.
 SIZES = {
     "iclip-vit-b16": (85.8, 63.2, 1.3),
     "iclip-vit-s16": (21.7, 63.2, 0.9),

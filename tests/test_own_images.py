@@ -18,8 +18,8 @@ from transformers import TrainerState
 
 from iclip_hf import ICLIPModel
 from iclip_hf.cli.train.arguments import resolve_arguments
+from iclip_hf.cli.train.chosen_arguments import check_pairs, few_pairs_arguments
 from iclip_hf.cli.train.data import open_pairs
-from iclip_hf.cli.train.few_pairs import check_pairs, few_pairs_arguments
 from iclip_hf.cli.train.summary import common_labels, summary
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import evaluation

@@ -10,8 +10,8 @@ from ...backends import check_model_name
 from ...training.arguments import ICLIPTrainingArguments
 from ...utils.files import check_outside
 from .arguments import Arguments, argument_parser, read_arguments, resolve_arguments
+from .chosen_arguments import few_pairs_arguments
 from .data import open_pairs
-from .few_pairs import few_pairs_arguments
 
 
 def parents() -> list[argparse.ArgumentParser]:

@@ -24,15 +24,16 @@ T = TypeVar("T")
 
 @dataclass
 class AttentionRecord:
-    """An attention layer in a forward pass: Q queries attend to L tokens in H heads."""
+    """An attention layer in a forward pass: Q queries attend to L tokens in several heads."""
 
     stream: torch.Tensor  # (B, L, D), input of the layer's block, before its norm
     tokens: torch.Tensor | None = None  # (B, L, D), input of the attention
-    query: torch.Tensor | None = None  # (B, H, Q, D / H)
-    key: torch.Tensor | None = None  # (B, H, L, D / H)
-    value: torch.Tensor | None = None  # (B, H, L, D / H)
-    mixed: torch.Tensor | None = None  # (B, H, Q, D / H), values mixed by the attention, before the output projection
-    weights: torch.Tensor | None = None  # (B, H, Q, L), attention weights of the values in `mixed`, if recorded
+    query: torch.Tensor | None = None  # (B, heads, Q, D / heads)
+    key: torch.Tensor | None = None  # (B, heads, L, D / heads)
+    value: torch.Tensor | None = None  # (B, heads, L, D / heads)
+    # (B, heads, Q, D / heads), values mixed by the attention, before the output projection
+    mixed: torch.Tensor | None = None
+    weights: torch.Tensor | None = None  # (B, heads, Q, L), attention weights of the values in `mixed`, if recorded
 
 
 @dataclass
@@ -65,7 +66,7 @@ class AttentionLayer:
     def output(self, heads: torch.Tensor) -> torch.Tensor:
         """
         Computes what the layer adds to the residual stream, `(B, L, D)`, from the mixed values of its heads,
-        `(B, H, L, D / H)`.
+        `(B, heads, L, D / heads)`.
         """
         projected = self.projection(merge_heads(heads))
         return projected if self.scale is None else self.scale(projected)
@@ -149,12 +150,12 @@ def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:
 
 
 def split_heads(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Splits `(B, L, D)` into heads `(B, H, L, D / H)`."""
+    """Splits `(B, L, D)` into heads `(B, heads, L, D / heads)`."""
     return tokens.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(heads: torch.Tensor) -> torch.Tensor:
-    """Merges heads `(B, H, L, D / H)` to `(B, L, D)`."""
+    """Merges heads `(B, heads, L, D / heads)` to `(B, L, D)`."""
     return heads.transpose(1, 2).flatten(2)
 
 
@@ -166,7 +167,7 @@ def attend(
 ) -> torch.Tensor:
     """
     Computes the attention of the heads by a function of queries, keys and values, and records it. Returns the mixed
-    values `(B, H, Q, D / H)`. The forward pass must continue with them, so that they have gradients.
+    values `(B, heads, Q, D / heads)`. The forward pass must continue with them, so that they have gradients.
     """
     current = _current_record()
     if current is None:

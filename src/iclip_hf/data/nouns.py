@@ -210,11 +210,11 @@ class NounPrompts:
         Samples prompts for B images. An image without nouns gets prompts of random nouns.
 
         Returns:
-            `tuple`: a list of prompts, 3 B grouped by image, then one for each of the C `class_nouns`; and a `dict` of
+            `tuple`: a list of prompts, 3 B grouped by image, then one for each of the K `class_nouns`; and a `dict` of
             arrays: `noun_ids` (3 B,), the index of the noun of each prompt of an image; `noun_labels` (B, vocabulary),
             1 for a noun that an image shows, -1 for a noun that it is known not to show, else 0; `is_background`
             (3 B,), boolean; `place` (3 B,), -1 for a noun above others, 1 for a noun below, else 0. In a vocabulary
-            with classes, also `class_ids` (C,), the indices of their nouns, and `class_probabilities` (B, C), float32.
+            with classes, also `class_ids` (K,), the indices of their nouns, and `class_probabilities` (B, K), float32.
         """
         prompts, sampled = [], []
         noun_labels = np.zeros((len(images), len(self.nouns)), np.int8)

@@ -242,8 +242,8 @@ class PairDataset(Epochs):
 
     def distinct(self) -> tuple[PairDataset, np.ndarray]:
         """
-        Returns a data set with the pairs of a repeated source only once, in order, and for each of the N pairs of this
-        data set its index there, `(N,)`.
+        Returns a data set with the pairs of a repeated source only once, in order, and for each pair of this data
+        set its index there, `(num_pairs,)`.
         """
         _, first_indices, distinct_indices = np.unique(self._image_indices, return_index=True, return_inverse=True)
         return self._select(first_indices), distinct_indices.reshape(-1)

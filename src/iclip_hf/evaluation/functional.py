@@ -199,9 +199,9 @@ def _histogram(values: np.ndarray) -> np.ndarray:
 
 def reliability(probabilities: np.ndarray, shown: np.ndarray, bins: int = 10) -> dict[str, np.ndarray]:
     """
-    Groups probabilities `(N,)` into bins of equal width; the last one includes 1 (Guo et al. 2017). Returns for each
-    bin the mean probability (`mean`) and the share of shown items (`shown`), both NaN in an empty bin, and the number
-    of items (`items`).
+    Groups probabilities `(num_items,)` into bins of equal width; the last one includes 1 (Guo et al. 2017). Returns
+    for each bin the mean probability (`mean`) and the share of shown items (`shown`), both NaN in an empty bin, and
+    the number of items (`items`).
     """
     index = np.minimum((probabilities * bins).astype(np.intp), bins - 1)
     items = np.bincount(index, minlength=bins)

@@ -90,8 +90,8 @@ def register_explainer(name: str) -> Callable[[type[Explainer]], type[Explainer]
     ```
 
     A method that reads the last attention layer. The [`~recording.AttentionRecord`] of a layer has the tokens that
-    enter its block, `stream` `(B, L, D)`, and the `query`, `key` and `value` of its heads, `(B, H, L, D / H)`. The
-    patches are the last h * w tokens. For a ResNet, which has no blocks, `self_attentions` raises an error.
+    enter its block, `stream` `(B, L, D)`, and the `query`, `key` and `value` of its heads, `(B, heads, L, D / heads)`.
+    The patches are the last h * w tokens. For a ResNet, which has no blocks, `self_attentions` raises an error.
 
     ```python
     >>> import math

@@ -92,9 +92,10 @@ def _directions(texts: ICLIPTextFeatures, mean: torch.Tensor) -> torch.Tensor:
 
 def compete(maps: torch.Tensor, rival_maps: torch.Tensor, weights: torch.Tensor, scale: float) -> torch.Tensor:
     """
-    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals, match too. `rival_maps` are `(B, V, h, w)`,
-    with weights `(B, T, V)` in [0, 1]. A value s becomes s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where
-    k is `scale`. This is the mean of s and s - m, where m is the smooth maximum of s and the values of the rivals.
+    Lowers maps `(B, T, h, w)` of cosines where other texts, the rivals, match too. `rival_maps` are
+    `(B, num_rivals, h, w)`, with weights `(B, T, num_rivals)` in [0, 1]. A value s becomes
+    s - log(exp(k s) + sum_r w_r exp(k s_r)) / (2 k), where k is `scale`. This is the mean of s and
+    s - m, where m is the smooth maximum of s and the values of the rivals.
     """
     with torch.autocast(maps.device.type, enabled=False):
         highest = rival_maps.amax(1, keepdim=True)  # so that no power is infinite

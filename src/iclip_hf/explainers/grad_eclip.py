@@ -45,7 +45,7 @@ class GradECLIP(GradientExplainer):
 def _one_query_relevance(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor:
-    """Computes ReLU(sum_c g_c v_c) minmax(cos(q, k)) of N tokens for one query, `(B, N)` float32."""
+    """Computes ReLU(sum_c g_c v_c) minmax(cos(q, k)) of N patches for one query, `(B, N)` float32."""
     query, key, value, gradient = (merge_heads(heads).float() for heads in (query, key, value, gradient))
     cosines = F.cosine_similarity(query, key, dim=-1)  # (B, N)
     channel_sum = (gradient @ value.mT)[:, 0].relu()

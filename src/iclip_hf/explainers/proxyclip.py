@@ -60,7 +60,7 @@ class ProxyCLIP(Explainer):
         grid = tokens.shape[1:3]
         value = record.value[:, :, -math.prod(features.grid) :]
         if grid != features.grid:
-            value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B H, D / H, h, w)
+            value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B * heads, D / heads, h, w)
             value = F.interpolate(value_map, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
         mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
         patch_stream = self.model.join_features(self.model.layers[self.layer_index].output(mixed), features, grid)

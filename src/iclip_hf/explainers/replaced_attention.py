@@ -59,6 +59,6 @@ class ReplacedAttention(Explainer):
     @abstractmethod
     def mix(self, record: AttentionRecord, features: ICLIPImageFeatures, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the values of a block. Returns the mixed values of all tokens, `(B, H, L, D / H)`, or, without residual
-        connections, at least those of the patches.
+        Mixes the values of a block. Returns the mixed values of all tokens, `(B, heads, L, D / heads)`, or, without
+        residual connections, at least those of the patches.
         """

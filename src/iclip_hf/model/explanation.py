@@ -49,7 +49,7 @@ class Explanation:
             image is seen. It is 0.5 unless the texts are given with priors. For `explain` without texts, it is the
             prior of each noun in [`vocabulary`].
         image (`PIL.Image.Image`, *optional*): the image.
-        all_scores (`torch.Tensor` of shape `(K,)`, *optional*): scores of all K texts, including those without a map,
+        all_scores (1D `torch.Tensor`, *optional*): scores of all texts of the image, including those without a map,
             see [`Engine.prepare`].
         method (`str`, *optional*): name of the method that computed the maps.
         refined (`bool`): whether the maps are refined by the colours of the image, see [`refine_maps`]. Refined maps

@@ -63,7 +63,7 @@ def multi_positive_loss(logits: torch.Tensor, positives: torch.Tensor) -> torch.
 def distillation_loss(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """
     Returns the cross entropy of knowledge distillation, between the class probabilities of a classifier and the
-    softmax of the logits of the class texts, both `(B, C)`, as the mean over the images. The loss of an image is
+    softmax of the logits of the class texts, both `(B, K)`, as the mean over the images. The loss of an image is
     weighted by the sum of its probabilities. An image without probabilities counts as 0.
     """
     return -(probabilities * logits.float().log_softmax(1)).sum(1).mean()
@@ -178,8 +178,8 @@ class BatchNouns(NamedTuple):
     absent: torch.Tensor  # whether the images of this process are known not to show the nouns, boolean (B, V)
     is_background: torch.Tensor  # whether the nouns describe the background, boolean (V,)
     place: torch.Tensor  # 1 for nouns at the bottom of images, -1 at the top, otherwise 0 (V,)
-    # The probabilities of the C classes of a classifier for the images of this process (B, C), and labels of the
-    # classes as in `noun_labels` (B, C). The prompts of the classes follow the prompts of the nouns.
+    # The probabilities of the K classes of a classifier for the images of this process (B, K), and labels of the
+    # classes as in `noun_labels` (B, K). The prompts of the classes follow the prompts of the nouns.
     class_probabilities: torch.Tensor | None = None
     class_labels: torch.Tensor | None = None
 
@@ -214,7 +214,7 @@ class BatchNouns(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """The number C of classes."""
+        """The number K of classes."""
         return 0 if self.class_probabilities is None else self.class_probabilities.shape[1]
 
     @property
@@ -238,7 +238,7 @@ class BatchNouns(NamedTuple):
     def prompts(self, embeds: torch.Tensor) -> torch.Tensor:
         """
         Returns the vectors of the first prompt of each noun (V, P), from the vectors of this process's noun prompts
-        (M - B - C, P).
+        (M - B - K, P).
         """
         return gather_with_gradient(embeds)[self.first_prompts]
 
@@ -289,7 +289,7 @@ def sigmoid_noun_loss(per_image: torch.Tensor, nouns: BatchNouns, unknown_weight
 def class_presence_loss(logits: torch.Tensor, probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
     Returns the sigmoid loss of the classes of a classifier, from their logits, probabilities and labels (1 for shown,
-    -1 for absent, 0 for unknown), each `(B, C)`. An unknown class counts as shown if its probability p is above 0.5.
+    -1 for absent, 0 for unknown), each `(B, K)`. An unknown class counts as shown if its probability p is above 0.5.
     Otherwise it counts as absent, with the weight (1 - p) q^2, where q is the highest probability of the image: a
     classifier that is sure of one class also excludes the classes that look like it.
     """
@@ -377,7 +377,7 @@ class BranchBatch:
         even_embeds (`torch.Tensor` of shape `(b, 64, P)`, *optional*): unit vectors of the evenly spread patches of
             the b images that `nouns.needs_even_patches` marks; None in the recognition branch, and without
             `known_competition`.
-        class_prompts (`torch.Tensor` of shape `(C, P)`, *optional*): unit vectors of one prompt of each class; None in
+        class_prompts (`torch.Tensor` of shape `(K, P)`, *optional*): unit vectors of one prompt of each class; None in
             the map branch, and if `nouns` has no classes.
     """
 

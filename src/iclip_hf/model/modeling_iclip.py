@@ -227,8 +227,9 @@ class ICLIPModel(ICLIPTowers):
     def _pooled(self, image: ImageTokens, poolings: Iterable[str | None]) -> dict[str, torch.Tensor]:
         """
         Pools the tokens of images by each of `poolings`, see `config.recognition_poolings`. Returns vectors by the
-        name of the pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower; `(B, (L - 1) D)`
-        for `"earlier_averages"`; and `(B, Df)` for `"feature_average"`. A pooling of None is left out.
+        name of the pooling: `(B, D)`, or `(B, D + Df)` for poolings of patches with a feature tower;
+        `(B, (average_layers - 1) D)` for `"earlier_averages"`; and `(B, Df)` for `"feature_average"`. A pooling of
+        None is left out.
         """
 
         def pool_by(name: str) -> torch.Tensor:
@@ -487,7 +488,7 @@ class ICLIPModel(ICLIPTowers):
 
         Args:
             input_ids (`torch.Tensor` of shape `(M, L)`, or `(B, M, L)` with a list of texts for each image): token
-                ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, the last C are
+                ids. With `return_loss`, `(M, L)`: the first B texts are the captions of the images, the last K are
                 prompts of classes, and the others are noun prompts.
             pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): from [`ICLIPProcessor`].
             attention_mask, token_type_ids (`torch.Tensor` of the shape of `input_ids`, *optional*): outputs of the
@@ -497,16 +498,16 @@ class ICLIPModel(ICLIPTowers):
                 `get_text_features`.
             image_inputs, text_inputs ([`ImageInputs`] and `torch.Tensor` of shape `(M, Dt)`, *optional*): results of
                 `image_inputs` and `encode_text`, instead of `pixel_values` and `input_ids`, with `return_loss`.
-            nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B - C noun prompts, as
+            nouns (`dict` of `torch.Tensor`, *optional*): the nouns of the M - B - K noun prompts, as
                 [`PairCollator`] returns them:
-                - **noun_ids** `(M - B - C,)` -- index of the noun in the vocabulary.
+                - **noun_ids** `(M - B - K,)` -- index of the noun in the vocabulary.
                 - **noun_labels** `(B, vocabulary)` -- 1 if an image shows a noun, -1 if the noun is known to be
                   absent, otherwise 0; of a signed type.
-                - **is_background** `(M - B - C,)` -- whether the noun describes the background, boolean.
-                - **place** `(M - B - C,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at
+                - **is_background** `(M - B - K,)` -- whether the noun describes the background, boolean.
+                - **place** `(M - B - K,)` -- 1 for a noun at the bottom of images, such as floor, -1 for a noun at
                   the top, such as sky, otherwise 0.
-                - **class_ids** `(C,)`, *optional* -- index in the vocabulary of each class of a classifier.
-                - **class_probabilities** `(B, C)`, *optional* -- probabilities of the classes by the classifier.
+                - **class_ids** `(K,)`, *optional* -- index in the vocabulary of each class of a classifier.
+                - **class_probabilities** `(B, K)`, *optional* -- probabilities of the classes by the classifier.
             return_loss (`bool`, *optional*): whether to return the loss of B images with their captions and nouns,
                 over all processes.
             chunk_size (`int`, *optional*): number of images, and of texts, that a tower encodes at once for the loss.

@@ -16,8 +16,8 @@ from .similarity import cosines
 class ImageInputs(NamedTuple):
     """Inputs of the loss from B images. With a locked tower they can be computed once and kept."""
 
-    # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"` and L
-    # `average_layers`, (B, (1 + L) D): averages of the layers before the last, class token, average of the last layer.
+    # Pooled tokens of the recognition branch, (B, D). With `recognition_pooling="class_and_average"`,
+    # (B, (1 + average_layers) D): averages of the layers before the last, class token, average of the last layer.
     # With a feature tower, the average of the last layer has Df (`feature_dim`) more numbers. (B, Df) with
     # "feature_average".
     pooled: torch.Tensor
@@ -35,7 +35,7 @@ def pair_loss(
 ) -> ICLIPOutput:
     """
     Returns the output of [`ICLIPModel.forward`] with the losses of B images, their captions and their nouns (Eq. 13).
-    `model` is an [`ICLIPModel`]. The first B texts of `text_inputs` `(M, Dt)` are the captions, the last C are the
+    `model` is an [`ICLIPModel`]. The first B texts of `text_inputs` `(M, Dt)` are the captions, the last K are the
     prompts of the classes, and the others are noun prompts.
     """
     num_images = len(image_inputs.pooled)

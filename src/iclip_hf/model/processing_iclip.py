@@ -443,8 +443,9 @@ class ICLIPProcessor(ProcessorMixin):
             num_negative (`int`): number of points at the lowest values of the map outside of the mask.
 
         Returns:
-            list of B `dict` with R objects of P = num_positive + num_negative points: `labels` `(R,)`: index of the
-            text; `points` `(R, P, 2)`: (x, y) in pixels; `point_labels` `(R, P)`: 1 positive, 0 negative; all int64.
+            list of B `dict` with R objects of num_points = num_positive + num_negative: `labels` `(R,)`: index of
+            the text; `points` `(R, num_points, 2)`: (x, y) in pixels; `point_labels` `(R, num_points)`: 1 positive,
+            0 negative; all int64.
         """
         point_labels = torch.tensor([1] * num_positive + [0] * num_negative)
         results = []

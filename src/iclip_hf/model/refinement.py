@@ -43,8 +43,8 @@ def refine_maps(raw_maps: torch.Tensor, pixel_values: torch.Tensor) -> torch.Ten
 def neighbour_weights(images: torch.Tensor, dilations: Sequence[int], spread: float, centers: int = 1) -> torch.Tensor:
     """
     Computes the weights of the neighbours of each cell of images `(B, C, H, W)`, see [`refine_maps`]. Returns
-    `(N, B, 1, H, W)` for N neighbours, 8 for each dilation. The standard deviation is over the neighbours and the cell
-    itself, which counts `centers` times.
+    `(num_neighbours, B, 1, H, W)`, with 8 neighbours for each dilation. The standard deviation is over the
+    neighbours and the cell itself, which counts `centers` times.
     """
     neighbours = list(_neighbours(images, dilations))
     num_cells = len(neighbours) + centers

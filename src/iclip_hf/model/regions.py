@@ -29,7 +29,8 @@ class Region:
         box (`tuple[int, int, int, int]`): (xmin, ymin, xmax, ymax) in pixels; xmax and ymax are exclusive.
         score (`float`): mean of the map over the region, in [0, 1].
         size (`tuple[int, int]`): height and width of the mask in pixels.
-        runs (`np.ndarray` of shape `(R, 3)`): y, first x and end x (exclusive) of each horizontal run of its pixels.
+        runs (`np.ndarray` of shape `(num_runs, 3)`): y, first x and end x (exclusive) of each horizontal run of its
+            pixels.
     """
 
     box: tuple[int, int, int, int]
@@ -88,7 +89,7 @@ def find_regions(
 
 
 def _runs(mask: np.ndarray) -> np.ndarray:
-    """Returns y, first x and end x (exclusive) of each horizontal run of a mask, from top to bottom: `(R, 3)`."""
+    """Returns y, first x and end x (exclusive) of each horizontal run of a mask, from the top: `(num_runs, 3)`."""
     padded = np.pad(mask, ((0, 0), (0, 1)))  # so that no run continues at the next y
     changes = np.flatnonzero(np.diff(padded.ravel(), prepend=False))
     ys, starts = np.divmod(changes[::2], padded.shape[1])
@@ -96,14 +97,16 @@ def _runs(mask: np.ndarray) -> np.ndarray:
 
 
 def _sum_of_run(values: np.ndarray, runs: np.ndarray) -> np.ndarray:
-    """Returns the sum of the values of each run, `(R,)`."""
+    """Returns the sum of the values of each run, `(num_runs,)`."""
     bounds = (runs[:, 1:] + runs[:, :1] * values.shape[1]).ravel()  # start and end of each run in the flattened values
     bounds = bounds[bounds < values.size]  # reduceat takes no index beyond the last value
     return np.add.reduceat(values.ravel(), bounds, dtype=np.float64)[::2]  # without the sums between runs
 
 
 def _part_of_run(runs: np.ndarray, width: int) -> np.ndarray:
-    """Returns the part of each run in a mask of this width, `(R,)`. A part is named by the index of its first run."""
+    """
+    Returns the part of each run in a mask of this width, `(num_runs,)`. A part is named by the index of its first run.
+    """
     ys, starts, stops = runs.T
     # Positions in a flattened mask with a gap after each line. A run touches the runs that it overlaps when moved down
     # by one line. Stops are exclusive, so pixels that share a corner touch.

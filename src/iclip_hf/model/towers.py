@@ -42,8 +42,8 @@ EOS_TEXT_TOWERS = ("clip_text_model", "siglip_text_model")
 class LayerExchange:
     """
     Data of one forward pass that the model exchanges with the last layers of the image tower. The last attention reads
-    `value_share`, and writes the class token's attention over all S tokens to `class_row` (B, heads, 1, S). The layers
-    before the last that `average_layers` counts write their outputs (B, S, D) to `earlier_outputs`.
+    `value_share`, and writes the class token's attention over all L tokens to `class_row` (B, heads, 1, L). The layers
+    before the last that `average_layers` counts write their outputs (B, L, D) to `earlier_outputs`.
 
     This class is neither a list nor a dictionary, because hooks of device maps, offloading and FSDP copy lists and
     dictionaries.
@@ -56,7 +56,7 @@ class LayerExchange:
 
     def mix(self, attended: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """
-        Mixes the output of the attention (B, S, heads, D / heads) with the values (B, heads, S, D / heads). The class
+        Mixes the output of the attention (B, L, heads, D / heads) with the values (B, heads, L, D / heads). The class
         token is not changed.
         """
         if self.value_share == 0:
@@ -97,7 +97,7 @@ class ImageTokens(NamedTuple):
     raw_attention: torch.Tensor  # (B, N), of the class token in the last layer, mean over the heads, float32
     grid: tuple[int, int]  # height and width in patches
     tower_output: BaseModelOutputWithPooling
-    # (B, L - 1, D), mean patch tokens of the L - 1 layers before the last, where L is `average_layers`; None if L = 1
+    # (B, average_layers - 1, D), mean patch tokens of the layers before the last; None if `average_layers` is 1
     earlier_averages: torch.Tensor | None = None
     feature_average: torch.Tensor | None = None  # (B, Df), with `recognition_pooling="feature_average"`
 

@@ -177,10 +177,10 @@ class Start(TrainerCallback):
 
     def compare(self, prefix: str, pair_ids: np.ndarray, metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """
-        Compares metrics (N,) of pairs with these ids (N, 2) to those of the start. Sets `regressed`, and returns the
-        bounds of the 95 % interval of the change of each metric. At the start itself, sets `metrics` and returns no
-        bounds. Pairs without metrics of the start have no bounds. `prefix` is that of the held-out set: several sets
-        may have the same captions.
+        Compares metrics (num_pairs,) of pairs with these ids (num_pairs, 2) to those of the start. Sets `regressed`,
+        and returns the bounds of the 95 % interval of the change of each metric. At the start itself, sets `metrics`
+        and returns no bounds. Pairs without metrics of the start have no bounds. `prefix` is that of the held-out set:
+        several sets may have the same captions.
         """
         # A digest of the captions alone, because another machine may compute other pixels.
         key, trainer = f"{prefix}/{hashlib.sha256(pair_ids[:, 1].tobytes()).hexdigest()}", self.trainer

@@ -39,7 +39,7 @@ class PairCollator:
         nouns ([`NounPrompts`], *optional*): nouns whose prompts follow the captions of a batch.
         transform (`Callable`, *optional*): function from an image to `pixel_values` (3, H, W), such as
             [`augmentation`]; the processor by default.
-        text_features (`Callable`, *optional*): function from M texts to their features (M, D) by the text tower, such
+        text_features (`Callable`, *optional*): function from M texts to their features (M, Dt) by the text tower, such
             as a [`~features.FeatureCache`]; a batch has these instead of token ids.
     """
 
@@ -75,7 +75,7 @@ class PairCollator:
         Returns:
             `dict` of `pixel_values` (B, 3, H, W) or `image_features`, a `dict` of tensors (B, ...) for
             [`ICLIPModel.loss_inputs`]; the tokenizer's tensors (M, L) of captions and noun prompts, or `text_inputs`
-            (M, D); `nouns`, a `dict`, see [`~data.nouns.NounPrompts.sample`]; and `return_loss`.
+            (M, Dt); `nouns`, a `dict`, see [`~data.nouns.NounPrompts.sample`]; and `return_loss`.
 
         Raises:
             `ValueError`: a row has no caption, or its labels are not as described.

@@ -36,10 +36,10 @@ def content_ids(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def retrieval_metrics(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """
-    Returns metrics of each pair, (N,) each, from scaled vectors of images (N, P) and vectors of their captions (N, P).
-    Another pair with the same image or caption also answers a query, by the ids (N, 2) of images and captions: some
-    data sets have a row for each caption of an image. The logits are computed in blocks, so that memory does not grow
-    with N squared.
+    Returns metrics of each pair, (num_pairs,) each, from scaled vectors of images and vectors of their captions,
+    (num_pairs, P) each. Another pair with the same image or caption also answers a query, by the ids (num_pairs, 2) of
+    images and captions: some data sets have a row for each caption of an image. The logits are computed in blocks, so
+    that memory does not grow with the square of the number of pairs.
     """
 
     def search(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

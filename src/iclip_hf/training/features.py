@@ -68,7 +68,7 @@ class FeatureStore:
         self._order = np.argsort(self._keys, kind="stable")
 
     def find(self, keys: Sequence[bytes]) -> np.ndarray:
-        """Returns the indices of the records of these keys, (N,); -1 for a key without features."""
+        """Returns the indices of the records of these keys, (num_keys,); -1 for a key without features."""
         keys = np.array(keys, "S32")
         if not len(self._keys):
             return np.full(len(keys), -1)
@@ -79,7 +79,7 @@ class FeatureStore:
         return np.where(self._keys[found] == keys, found, -1)
 
     def add(self, keys: Sequence[bytes], features: Mapping[str, np.ndarray]) -> None:
-        """Adds the features of N keys: arrays (N, ...) by name. `find` knows them after `reload`."""
+        """Adds the features of keys: arrays (num_keys, ...) by name. `find` knows them after `reload`."""
         parts = sorted(features.items())
         records = np.empty(len(keys), [(name, "<f2", array.shape[1:]) for name, array in parts])
         for name, array in parts:
@@ -90,7 +90,7 @@ class FeatureStore:
             np.save(file, records)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
-        """Returns the records with these indices, (N,). Raises `KeyError` if an index is -1."""
+        """Returns the records with these indices, (num_indices,). Raises `KeyError` if an index is -1."""
         if (indices < 0).any():
             raise KeyError(f"{self.folder} has no features of {(indices < 0).sum()} of {len(indices)} items.")
         records = np.empty(len(indices), self._record_type)
@@ -115,7 +115,7 @@ class FeatureStore:
         Args:
             items: items by index. An item that is None, such as a broken image, gets no features.
             keys: the key of each item.
-            encode: function from a list of N items to their features by name, tensors (N, ...).
+            encode: function from a list of items to their features by name, tensors (num_items, ...).
             batch_size (`int`): number of items in a call of `encode`.
             workers (`int`): number of processes that load items.
 
@@ -241,7 +241,7 @@ class FeatureCache:
     def fill_images(self, pairs: PairDataset) -> np.ndarray:
         """
         Computes the features of images that the cache lacks. Returns, for the image of each pair, the index of its
-        record, (N,); -1 for an image that cannot be read.
+        record, (num_pairs,); -1 for an image that cannot be read.
         """
         with partial_state("train").main_process_first():  # which keeps the digests of large data for the others
             digests = pairs.image_digests()
@@ -249,7 +249,7 @@ class FeatureCache:
         return self._image_store.fill(pixel_values, digests, self._encode_images, 64, self.num_workers)
 
     def features(self, record_indices: np.ndarray) -> np.ndarray:
-        """Returns the records (N,) of images, named float16 arrays, by the indices that `fill_images` returned."""
+        """Returns the records of images, named float16 arrays, by the indices that `fill_images` returned."""
         return self._image_store[record_indices]
 
     def fill_texts(self, texts: Iterable[str]) -> None:
@@ -258,7 +258,7 @@ class FeatureCache:
         self._text_store.fill(texts, [*map(_key, texts)], self._encode_texts, 256)
 
     def __call__(self, texts: Sequence[str]) -> torch.Tensor:
-        """Returns the features (N, D) that `fill_texts` has computed, float32."""
+        """Returns the features (M, Dt) that `fill_texts` has computed, float32."""
         records = self._text_store[self._text_store.find([*map(_key, texts)])]
         return torch.from_numpy(records["text"]).float()
 

@@ -64,8 +64,8 @@ class ICLIPTrainer(Trainer):
         compute_loss_func (`Callable`, *optional*): function of [`ICLIPOutput`], None and `num_items_in_batch=None`. It
             returns the loss of a training step. The loss of an evaluation stays the model's own.
         compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
-            vectors of N images and those of their captions, (N, P) each; the labels (N, 2) are ids of the images and
-            of the captions. Equal images have the same id, and so have equal captions.
+            vectors of images and those of their captions, (num_pairs, P) each; the labels (num_pairs, 2) are ids of
+            the images and of the captions. Equal images have the same id, and so have equal captions.
         map_dataset ([`SegmentationDataset`], *optional*): images with masks, on which each evaluation also measures
             mAP, mMIoU, mFMB and text contrast.
         card (`dict`, *optional*): arguments of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.

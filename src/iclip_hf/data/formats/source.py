@@ -103,7 +103,7 @@ class Source:
 
     @cached_property
     def _row_indices_by_image(self) -> tuple[np.ndarray, np.ndarray]:
-        """The indices of all rows `(R,)`, grouped by image, and the bounds `(I + 1,)` of the groups of I images."""
+        """The indices of all rows, grouped by image, and the bounds `(num_images + 1,)` of the groups."""
         digests = bytearray()
         for row_index in range(len(self.image_names)):
             file = self.file(row_index)

@@ -86,8 +86,8 @@ def deletion_insertion(
 
 def area_under(curves: torch.Tensor) -> torch.Tensor:
     """
-    Returns the areas `(num_maps, ...)` under curves `(num_maps, S, ...)` by trapezoids. The axis has length 1, so an
-    area is a mean score.
+    Returns the areas `(num_maps, ...)` under curves `(num_maps, num_points, ...)` by trapezoids. The axis has length
+    1, so an area is a mean score.
     """
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)
 

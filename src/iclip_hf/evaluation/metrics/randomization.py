@@ -52,8 +52,9 @@ class LayerRandomization:
         self, compute_maps: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor
     ) -> torch.Tensor:
         """
-        Computes the [`rank_correlation`] `(L, B, T)` between maps before and after the last 1, ..., L layers are
-        randomised. `compute_maps` is a function from images `(B, C, H, W)` to raw maps `(B, T, h, w)` of this model.
+        Computes the [`rank_correlation`] `(num_layers, B, T)` between maps before and after the last 1, ...,
+        num_layers layers are randomised. `compute_maps` is a function from images `(B, C, H, W)` to raw maps
+        `(B, T, h, w)` of this model.
         """
         maps = compute_maps(pixel_values)
         correlations = []

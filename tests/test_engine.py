@@ -326,8 +326,8 @@ def test_the_best_texts_are_those_with_the_highest_presence_at_their_priors(tiny
     assert alone.to_dict()["texts"][0]["prior"] == 2e-6
 
 
-def test_texts_are_alike_from_a_cosine_of_seven_tenths():
-    cosines = [1.0, 0.72, 0.68]
+def test_texts_are_alike_from_a_cosine_of_085():
+    cosines = [1.0, 0.87, 0.83]
     embeds = torch.tensor([[cosine, (1 - cosine**2) ** 0.5] for cosine in cosines])
     best, scores = engine_module._Best(2, min_presence=0.0), torch.tensor([[0.3, 0.2, 0.1]])
     assert best.select(scores, None, embeds[None], [range(3)]) == [[0, 2]]

@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 # Number of prompts in one forward pass. All prompts of 80 classes in 80 templates would take gigabytes.
 PROMPT_BATCH = 64
 # Texts whose features have at least this cosine resemble each other, so `best` takes only the better one.
-SIMILAR_TEXTS = 0.7
+SIMILAR_TEXTS = 0.85
 
 
 class _Question(NamedTuple):
@@ -288,7 +288,7 @@ class Engine:
                 shape and the same number of texts.
             best (`int`, *optional*): highest number of texts to explain for each image: those with the highest
                 presence, or with the highest score if the model has no presence, best first. A text that resembles a
-                better one, such as "puppy" after "dog", is left out. `Explanation.all_scores` has all scores. For an
+                better one, such as "couch" after "sofa", is left out. `Explanation.all_scores` has all scores. For an
                 image with `text_indices`, only these texts count.
             encoded ([`ICLIPTextFeatures`], *optional*): the labels in `texts`, encoded.
             min_presence (`float` in [0, 1]): with `best`, other texts than the best one are left out if they have a

@@ -140,8 +140,8 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
     the content is moved into it instead, because it may be a mount point or the working directory of a shell. Raises
     what [`check_new_folder`] raises.
     """
+    check_new_folder(Path(folder))  # before the path is absolute, because it may be the name of the embedded model
     folder = Path(os.path.realpath(folder))
-    check_new_folder(folder)
     exists = folder.exists()
     work = _temporary_path(folder / folder.name if exists else folder)
     built = work / folder.name  # the model card takes this name

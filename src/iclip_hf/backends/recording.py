@@ -27,7 +27,8 @@ class AttentionRecord:
     """An attention layer in a forward pass: Q queries attend to L tokens in several heads."""
 
     stream: torch.Tensor  # (B, L, D), input of the layer's block, before its norm
-    tokens: torch.Tensor | None = None  # (B, L, D), input of the attention
+    # (B, L, D), input of the attention; the learned queries (B, Q, D) in the pooling heads of SigLIP and CoCa
+    tokens: torch.Tensor | None = None
     query: torch.Tensor | None = None  # (B, heads, Q, D / heads)
     key: torch.Tensor | None = None  # (B, heads, L, D / heads)
     value: torch.Tensor | None = None  # (B, heads, L, D / heads)

@@ -85,7 +85,7 @@ def load(
             `ValueError`: a folder or Hub id holds another kind of model; a file is damaged, lacks weights or contains
             NaN; the processor is of another model; or dtype or device are given for a model that has its own.
     """
-    if isinstance(dtype, str) and dtype not in DTYPES:
+    if isinstance(dtype, str) and dtype not in DTYPES:  # Transformers takes a `torch.dtype`, too
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}.")
     is_name = isinstance(source, (str, os.PathLike))
     source = resolve_name(source) if is_name else source

@@ -44,6 +44,7 @@ def few_pairs_arguments(given: Mapping, pairs: PairDataset) -> dict[str, object]
     locked = _locks_vision(values)
     if locked:
         chosen["cache_features"] = str(cache_folder() / "features")
+    # The held-out pairs are not passed, because `resolve_arguments` chooses the other arguments of their evaluation.
     # Without a given share, `few_pairs` would assume that no pair is bad, but a run allows the share of its pairs.
     chosen |= few_pairs(num_training, **{**given, "max_bad_share": pairs.max_bad_share})
     if not (locked and values["lock_text"] and values.get("model")):

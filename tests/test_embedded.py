@@ -205,7 +205,7 @@ def test_the_model_is_right_about_the_photograph_of_the_package(embedded_folder,
     named = explain(str(embedded_folder), image, multi_scale=multi_scale)
     present = [label for label, word in zip(named.labels, named.presence_words) if word == "present"]
     shown = {"tower", "city", "building", "sky", "cloud"}
-    assert {*present} & {"tower", "clock tower"} and {*present} <= shown | {"clock tower", "bell cote", "person"}
+    assert "tower" in present and {*present} <= shown | {"clock tower", "clock", "bell cote", "person"}
 
 
 @pytest.mark.slow

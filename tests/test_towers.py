@@ -9,6 +9,7 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
+from conftest import save_towers, tiny_model
 
 from iclip_hf import ICLIPConfig, ICLIPModel, load
 from iclip_hf.backends import towers
@@ -112,12 +113,27 @@ def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
     assert np.abs(tokens.numpy() - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["timm_backbone", "upernet"])
-def test_a_backbone_is_no_text_tower(kind):
-    """Its weights could be downloaded, although the model is in a folder."""
+@pytest.mark.parametrize("kind", ["timm_backbone", "upernet", "gemma3n_vision", "mra", "rwkv", "yoso"])
+def test_a_backbone_is_no_text_tower(monkeypatch, kind):
+    """Its weights or compiled code could be downloaded, although the model is in a folder."""
+    monkeypatch.setattr("iclip_hf.model.towers.load_tower", lambda *_: pytest.fail("built"))
     config = ICLIPConfig(text_config={"model_type": kind}, text_pooling="mean")
     with pytest.raises(ValueError, match=f"text encoder of Transformers, not '{kind}'"):
         ICLIPModel(config)
+
+
+@pytest.mark.parametrize("side", ["vision", "text"])
+def test_towers_are_checked_before_they_are_built(tiny_processor, tmp_path, monkeypatch, side):
+    """The model type of Gemma's image tower makes a tower of timm, which would read the pickle that its file names."""
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("built"))
+    tower = {"model_type": "gemma3n_vision", "architecture": "resnet18", "num_classes": 2}
+    tower["model_args"] = {"checkpoint_path": "a.pth"}
+    (tmp_path / "config.json").write_text(json.dumps(tower))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    vision, text = save_towers(tmp_path, tiny_model(), tiny_processor)
+    checkpoints = {"vision": vision, "text": text, side: str(tmp_path)}
+    with pytest.raises(ValueError, match="not 'gemma3n_vision'"):
+        ICLIPModel.from_vision_text_pretrained(**checkpoints)
 
 
 @pytest.mark.parametrize(("side", "message"), [("vision_config", "CLIP's or a ViT"), ("text_config", "text encoder")])

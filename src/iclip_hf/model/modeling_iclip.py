@@ -176,6 +176,7 @@ class ICLIPModel(ICLIPTowers):
         config = cls.config_class(**{**defaults, **given})
         if config.feature_config is not None and not features:
             raise ValueError("The configuration has a feature tower: name one (features, --feature_tower).")
+        cls._check_tower_types(config)
         towers = (load_tower(getattr(config, name), checkpoint) for name, checkpoint in checkpoints.items())
         model = cls(config, *towers).eval()
         if features and config.feature_image_mean is None:

@@ -29,10 +29,15 @@ def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
     return getattr(config, sub_config, config)
 
 
+# Models of Transformers that are no text towers: the first is of timm, the others download compiled code from the Hub.
+_NO_TEXT_TOWERS = ("gemma3n_vision", "mra", "rwkv", "yoso")
+
+
 def check_text_tower(config: PreTrainedConfig) -> None:
     """Raises `ValueError` unless a configuration is of a text encoder. A tower of timm could download a backbone."""
-    if config.model_type.startswith("timm") or config.sub_configs:
-        raise ValueError(f"A text tower is a text encoder of Transformers, not {config.model_type!r}.")
+    model_type = config.model_type
+    if model_type.startswith("timm") or model_type in _NO_TEXT_TOWERS or config.sub_configs:
+        raise ValueError(f"A text tower is a text encoder of Transformers, not {model_type!r}.")
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:

@@ -127,16 +127,7 @@ class ICLIPTowers(PreTrainedModel):
         feature_model: PreTrainedModel | None = None,
     ):
         config.validate_architecture()  # `from_pretrained` sets options after the configuration was checked
-        vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
-        if vision_type not in VISION_TOWERS:
-            raise ValueError(
-                f"An image tower needs a class token: one of {sorted(VISION_TOWERS)}, not {vision_type!r}."
-            )
-        check_text_tower(config.text_config)
-        if config.text_pooling == "eos" and text_type not in EOS_TEXT_TOWERS:
-            raise ValueError(f'text_pooling="eos" needs one of {sorted(EOS_TEXT_TOWERS)}, not {text_type!r}.')
-        if config.feature_config is not None and config.feature_config.model_type != "timm_wrapper":
-            raise ValueError(f"A feature tower is a backbone of timm, not {config.feature_config.model_type!r}.")
+        self._check_tower_types(config)
         super().__init__(config)
         self.vision_model = vision_model or load_tower(config.vision_config)
         self.text_model = text_model or load_tower(config.text_config)
@@ -158,6 +149,20 @@ class ICLIPTowers(PreTrainedModel):
             layers = next(module for module in lists if len(module) == depth)
             for layer in layers[-config.average_layers : -1]:
                 layer.register_forward_hook(_keep_output, with_kwargs=True)
+
+    @staticmethod
+    def _check_tower_types(config: ICLIPConfig) -> None:
+        """Raises `ValueError` for towers of other types. A tower is built after this check: timm can read pickles."""
+        vision_type, text_type = config.vision_config.model_type, config.text_config.model_type
+        if vision_type not in VISION_TOWERS:
+            raise ValueError(
+                f"An image tower needs a class token: one of {sorted(VISION_TOWERS)}, not {vision_type!r}."
+            )
+        check_text_tower(config.text_config)
+        if config.text_pooling == "eos" and text_type not in EOS_TEXT_TOWERS:
+            raise ValueError(f'text_pooling="eos" needs one of {sorted(EOS_TEXT_TOWERS)}, not {text_type!r}.')
+        if config.feature_config is not None and config.feature_config.model_type != "timm_wrapper":
+            raise ValueError(f"A feature tower is a backbone of timm, not {config.feature_config.model_type!r}.")
 
     def _prepare_last_attention(self):
         """

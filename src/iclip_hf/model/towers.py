@@ -288,6 +288,7 @@ class ICLIPTowers(PreTrainedModel):
         if self.config.recognition_pooling == "feature_average":
             average = feature_map.mean((2, 3))
             if self.config.vision_downsampling > 1:
+                # The backbone may have learned from smaller images, where objects are smaller.
                 average = (average + self.feature_map(downsampled).mean((2, 3))) / 2
             feature_average = self.feature_reduction(average).to(like)
         on_grid = F.interpolate(feature_map, grid, mode="bilinear", align_corners=False).flatten(2).mT
@@ -295,8 +296,8 @@ class ICLIPTowers(PreTrainedModel):
 
     def feature_map(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Returns the last feature map of the feature tower, `(B, channels, h, w)` before the reduction, for pixel values
-        `(B, 3, H, W)`. Raises `ValueError` if the tower has no such map.
+        Returns the last feature map of the feature tower, `(B, C, rows, columns)` before the reduction, for pixel
+        values `(B, 3, H, W)`. The tower has a grid of its own. Raises `ValueError` if the tower has no such map.
         """
         if self.config.feature_image_mean is not None:
             statistics = (self.config.feature_image_mean, self.config.feature_image_std)

@@ -113,7 +113,7 @@ def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
     assert np.abs(tokens.numpy() - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["timm_backbone", "upernet", "gemma3n_vision", "mra", "rwkv", "yoso"])
+@pytest.mark.parametrize("kind", ["timm_backbone", "upernet", "gemma3n_vision", "vit", "mra", "rwkv", "yoso"])
 def test_a_backbone_is_no_text_tower(monkeypatch, kind):
     """Its weights or compiled code could be downloaded, although the model is in a folder."""
     monkeypatch.setattr("iclip_hf.model.towers.load_tower", lambda *_: pytest.fail("built"))

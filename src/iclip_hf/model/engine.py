@@ -36,7 +36,7 @@ from .batches import (
 from .explanation import Explanation
 from .images import load_image
 from .outputs import ICLIPImageFeatures, ICLIPTextFeatures
-from .presence import EVEN_PRIOR, at_prior, check_priors
+from .presence import EVEN_PRIOR, at_prior, check_priors, is_present
 from .processing_iclip import size_dict
 from .prompts import check_templates, split_texts
 from .refinement import refine_maps
@@ -50,23 +50,6 @@ logger = logging.getLogger(__name__)
 PROMPT_BATCH = 64
 # Texts whose features have at least this cosine resemble each other, so `best` takes only the better one.
 SIMILAR_TEXTS = 0.85
-
-
-class _Question(NamedTuple):
-    """The texts that images are asked about, in one form."""
-
-    labels: list[str]  # the T different labels
-    encoded: ICLIPTextFeatures  # (T, P)
-    priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
-    label_indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
-    best: _Best | None = None  # which labels are explained; None for all
-
-    def select(self, label_indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
-        """Returns the labels of B images, equally many for each, and their features `(B, T, P)`."""
-        if label_indices[0] is None:
-            return [self.labels] * len(label_indices), for_images(self.encoded, len(label_indices))
-        labels = [[self.labels[index] for index in image_indices] for image_indices in label_indices]
-        return labels, select_texts(self.encoded, torch.tensor(label_indices))
 
 
 class _Best(NamedTuple):
@@ -86,17 +69,34 @@ class _Best(NamedTuple):
         Returns for each image the indices of its best texts among its `text_indices`, best first. Scores and presence
         have the shape `(B, T)`, the features of the texts `(B, T, P)`.
         """
-        ranked_by, lowest = (scores, -1.0) if presence is None else (presence, self.min_presence)
-        best = []
+        ranked_by, best = scores if presence is None else presence, []
         for values, embeds, allowed in zip(ranked_by.tolist(), text_embeds, text_indices):
             chosen = []
             for index in sorted(allowed, key=values.__getitem__, reverse=True):
-                if chosen and (len(chosen) == self.count or values[index] < lowest):
+                is_enough = presence is None or is_present(values[index], self.min_presence)
+                if chosen and (len(chosen) == self.count or not is_enough):
                     break
                 if not chosen or (embeds[chosen] @ embeds[index]).max() < SIMILAR_TEXTS:
                     chosen.append(index)
             best.append(chosen)
         return best
+
+
+class _Question(NamedTuple):
+    """The texts that images are asked about, in one form."""
+
+    labels: list[str]  # the T different labels
+    encoded: ICLIPTextFeatures  # (T, P)
+    priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
+    label_indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
+    best: _Best | None = None  # which labels are explained; None for all
+
+    def select(self, label_indices: Sequence[list[int] | None]) -> tuple[list[list[str]], ICLIPTextFeatures]:
+        """Returns the labels of B images, equally many for each, and their features `(B, T, P)`."""
+        if label_indices[0] is None:
+            return [self.labels] * len(label_indices), for_images(self.encoded, len(label_indices))
+        labels = [[self.labels[index] for index in image_indices] for image_indices in label_indices]
+        return labels, select_texts(self.encoded, torch.tensor(label_indices))
 
 
 class _AskedImage(NamedTuple):

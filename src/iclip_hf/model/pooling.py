@@ -43,9 +43,8 @@ def average_by_affinity(
 
 def smooth_maximum(values: torch.Tensor, log_weights: torch.Tensor, sharpness: float, dim: int) -> torch.Tensor:
     """
-    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, with the values v, their weights p, whose sum is
-    1, and the sharpness b.
-    For a small b this is nearly the mean of the values, and for a large b nearly their maximum.
+    Returns (1 / b) log sum_i p_i exp(b v_i) along a dimension, with the values v, their weights p, whose sum is 1, and
+    the sharpness b. For a small b this is nearly the mean of the values, and for a large b nearly their maximum.
     """
     return (log_weights + sharpness * values).logsumexp(dim) / sharpness
 

@@ -210,7 +210,7 @@ class ICLIPProcessor(ProcessorMixin):
         if labels is None:
             templates = ["{}"]
         else:
-            text, templates = split_texts(labels), check_templates(self.templates if templates is None else templates)
+            text, templates = split_texts(labels), self.templates if templates is None else check_templates(templates)
         prompts = None if text is None else _as_prompts(text, templates)
         per_image = prompts is not None and isinstance(prompts[0], list)
 

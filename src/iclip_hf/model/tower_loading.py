@@ -29,15 +29,18 @@ def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
     return getattr(config, sub_config, config)
 
 
-# Models of Transformers that are no text towers: the first is of timm, the others download compiled code from the Hub.
-_NO_TEXT_TOWERS = ("gemma3n_vision", "mra", "rwkv", "yoso")
+# Text encoders that would download compiled code from the Hub.
+_DOWNLOADING_TYPES = ("mra", "rwkv", "yoso")
 
 
 def check_text_tower(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` unless a configuration is of a text encoder. A tower of timm could download a backbone."""
-    model_type = config.model_type
-    if model_type.startswith("timm") or model_type in _NO_TEXT_TOWERS or config.sub_configs:
-        raise ValueError(f"A text tower is a text encoder of Transformers, not {model_type!r}.")
+    """
+    Raises `ValueError` unless a configuration is of a text encoder. A tower of timm, which takes pixel values, could
+    download a backbone or read a pickle.
+    """
+    input_name = getattr(MODEL_MAPPING.get(type(config), None), "main_input_name", "input_ids")
+    if input_name != "input_ids" or config.model_type in _DOWNLOADING_TYPES or config.sub_configs:
+        raise ValueError(f"A text tower is a text encoder of Transformers, not {config.model_type!r}.")
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:

@@ -135,6 +135,16 @@ def test_without_texts_the_nouns_of_each_image_are_told(workspace, tmp_path, cap
     assert [row.strip().startswith(label) for row, label in zip(rows, expected.labels, strict=True)]
 
 
+def test_min_presence_chooses_the_nouns(workspace, capsys):
+    photo, model, numbers = workspace / "0" / "a.jpg", load(str(workspace / "model")), []
+    for min_presence in (0.0, 1.0):
+        assert run(workspace, photo, "--json", "--min-presence", min_presence) == 0
+        entry = json.loads(capsys.readouterr().out)
+        assert [row["text"] for row in entry["texts"]] == explain(model, photo, min_presence=min_presence).labels
+        numbers.append(len(entry["texts"]))
+    assert numbers[0] > numbers[1] == 1
+
+
 @pytest.mark.parametrize(("presence", "told"), [(None, False), (0.6, False), (0.4, True)])
 def test_nouns_of_which_none_is_present_are_told(presence, told):
     row = {"text": "dog", "presence": presence, "score": 0.1, "area": 0.0, "regions": []}

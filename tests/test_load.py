@@ -164,11 +164,33 @@ def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch)
 
 def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
     folder = copied(world, tmp_path / "adapter", adapter_config={"peft_type": "LORA"})
-    load(folder)  # a whole model beside it
     (folder / "config.json").unlink()
     for loader in (load, load_iclip):
         with pytest.raises(ValueError, match=r"adapter: this folder holds an adapter.*tuple \(model, processor\)"):
             loader(folder)
+
+
+@pytest.mark.parametrize(
+    ("edits", "message"),
+    [
+        ({"adapter_config": {"peft_type": "LORA", "base_model_name_or_path": "org/base"}}, "has an adapter beside it"),
+        ({"config": {"quantization_config": {"quant_method": "eetq"}}}, "its weights are quantized"),
+        ({"config": {"text_config": {"quantization_config": {"quant_method": "eetq"}}}}, "its weights are quantized"),
+    ],
+)
+def test_weights_that_need_further_code_are_refused(world, tmp_path, edits, message):
+    """Transformers would load an adapter by peft, which imports modules, and download kernels for number formats."""
+    folder = copied(world, tmp_path / "model", **edits)
+    with pytest.raises(ValueError, match=f"{folder}: .*{message}"):
+        load(folder)
+    tower, _ = save_towers(tmp_path, world.model, world.processor)
+    for stem in edits:
+        path = Path(tower, f"{stem}.json")
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        edit = edits[stem].get("text_config", edits[stem])
+        path.write_text(json.dumps(known | edit))
+    with pytest.raises(ValueError, match=f"{tower}: .*{message}"):
+        ICLIPModel.from_vision_text_pretrained(tower, tower)
 
 
 def test_the_folder_of_an_unfinished_training_names_its_checkpoint(world, tmp_path):

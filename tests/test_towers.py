@@ -9,10 +9,12 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from conftest import save_towers, tiny_model
+from conftest import liven, save_towers, tiny_config, tiny_model
+from torch.nn import functional as F
 
 from iclip_hf import ICLIPConfig, ICLIPModel, load
 from iclip_hf.backends import towers
+from iclip_hf.model.tower_loading import TEXT_TOWERS
 
 
 def onnx_file(onnx, names):
@@ -113,12 +115,29 @@ def test_image_tower_equals_the_onnx_backbone(real_towers, tmp_path):
     assert np.abs(tokens.numpy() - expected).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["timm_backbone", "upernet", "gemma3n_vision", "vit", "mra", "rwkv", "yoso"])
-def test_a_backbone_is_no_text_tower(monkeypatch, kind):
-    """Its weights or compiled code could be downloaded, although the model is in a folder."""
+@pytest.mark.parametrize("kind", TEXT_TOWERS)
+def test_a_text_tower_does_not_depend_on_padding(kind):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    if kind == "distilbert":
+        sizes = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}
+    text_config = {"model_type": kind, "vocab_size": 99, "pad_token_id": 1, **sizes}
+    config = tiny_config(text_pooling="mean").to_dict() | {"text_config": text_config}
+    model = liven(ICLIPModel(ICLIPConfig.from_dict(config)))
+    input_ids = torch.arange(3, 10)[None]
+    padded, mask = F.pad(input_ids, (0, 5), value=1), F.pad(torch.ones_like(input_ids), (0, 5))
+    with torch.no_grad():
+        expected, _ = model.encode_text(input_ids, torch.ones_like(input_ids))
+        found, _ = model.encode_text(padded, mask)
+    assert expected.shape == (1, 32)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["timm_backbone", "gemma3n_vision", "vit", "yoso", "fnet"])
+def test_other_types_are_no_text_towers(monkeypatch, kind):
+    """Weights or compiled code could be downloaded when they are built, although the model is in a folder."""
     monkeypatch.setattr("iclip_hf.model.towers.load_tower", lambda *_: pytest.fail("built"))
     config = ICLIPConfig(text_config={"model_type": kind}, text_pooling="mean")
-    with pytest.raises(ValueError, match=f"text encoder of Transformers, not '{kind}'"):
+    with pytest.raises(ValueError, match=f"A text tower is one of albert, bert, .*not '{kind}'"):
         ICLIPModel(config)
 
 
@@ -136,7 +155,9 @@ def test_towers_are_checked_before_they_are_built(tiny_processor, tmp_path, monk
         ICLIPModel.from_vision_text_pretrained(**checkpoints)
 
 
-@pytest.mark.parametrize(("side", "message"), [("vision_config", "CLIP's or a ViT"), ("text_config", "text encoder")])
+@pytest.mark.parametrize(
+    ("side", "message"), [("vision_config", "CLIP's or a ViT"), ("text_config", "A text tower is one of")]
+)
 def test_a_backbone_is_no_tower_of_a_dual_encoder(tmp_path, monkeypatch, side, message):
     """Its Auto class would make it before anybody sees it, and timm would ask the Hub for its architecture."""
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("asked"))

@@ -22,7 +22,7 @@ from transformers import (
 
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
-from ..model.tower_loading import check_weights
+from ..model.tower_loading import check_weights, check_without_code
 from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
@@ -188,7 +188,7 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtyp
         check_model_type(name, config.model_type, types)
         if config.model_type == "vision-text-dual-encoder":
             families.ExplainableDualEncoder.check_towers(config)
-        config._attn_implementation = None  # the file could name code of the Hub
+        check_without_code(name, config, shared_kwargs.get("revision"))
         with loading_errors(name, **cure):
             for option, value in model_options.items():
                 setattr(config, option, value)

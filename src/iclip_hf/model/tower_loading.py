@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import nn
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import find_adapter_config_file, logging
 
 from .configuration_iclip import ICLIPConfig
 from .feature_tower import FeatureTower
@@ -25,22 +25,57 @@ def tower_config(checkpoint: str, sub_config: str) -> PreTrainedConfig:
         raise ValueError(
             f"{checkpoint}: this is an ICLIP model, not a tower; train it further by `iclip train --model`."
         )
-    config._attn_implementation = None  # the file could name code of the Hub
+    check_without_code(checkpoint, config)
     return getattr(config, sub_config, config)
 
 
-# Text encoders that would download compiled code from the Hub.
-_DOWNLOADING_TYPES = ("mra", "rwkv", "yoso")
+def check_without_code(checkpoint: str | os.PathLike, config: PreTrainedConfig, revision: str | None = None) -> None:
+    """
+    Removes names of attention code on the Hub from a configuration. Raises `ValueError` if the weights are quantized,
+    or have an adapter beside them: Transformers could download code for them, or import modules that a file names.
+    """
+    config._attn_implementation = None
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    if any(getattr(part, "quantization_config", None) for part in parts):
+        raise ValueError(f"{checkpoint}: its weights are quantized; load the weights before quantization.")
+    if find_adapter_config_file(checkpoint, revision=revision):
+        raise ValueError(
+            f"{checkpoint}: this model has an adapter beside it; merge the adapter into the model by "
+            "`merge_and_unload` of peft, and load the result."
+        )
+
+
+# Supported text towers by model type. They are encoders whose output for a text does not depend on its padding.
+TEXT_TOWERS = (
+    "albert",
+    "bert",
+    "camembert",
+    "clip_text_model",
+    "deberta-v2",
+    "distilbert",
+    "electra",
+    "ernie",
+    "eurobert",
+    "gte",
+    "jina_embeddings_v3",
+    "modernbert",
+    "mpnet",
+    "nomic_bert",
+    "rembert",
+    "roberta",
+    "siglip_text_model",
+    "tipsv2_text_model",
+    "xlm-roberta",
+)
 
 
 def check_text_tower(config: PreTrainedConfig) -> None:
     """
-    Raises `ValueError` unless a configuration is of a text encoder. A tower of timm, which takes pixel values, could
-    download a backbone or read a pickle.
+    Raises `ValueError` unless the type of a text tower is supported. Towers of other types could download code, or
+    read a pickle, when they are built.
     """
-    input_name = getattr(MODEL_MAPPING.get(type(config), None), "main_input_name", "input_ids")
-    if input_name != "input_ids" or config.model_type in _DOWNLOADING_TYPES or config.sub_configs:
-        raise ValueError(f"A text tower is a text encoder of Transformers, not {config.model_type!r}.")
+    if config.model_type not in TEXT_TOWERS:
+        raise ValueError(f"A text tower is one of {', '.join(TEXT_TOWERS)}, not {config.model_type!r}.")
 
 
 def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTrainedModel:

@@ -55,13 +55,14 @@ def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.parametrize("family", ["clip", "iclip"])
 @pytest.mark.parametrize("multi_scale", [False, True])
-def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale):
+def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale, family):
     """Of patches of 5 pixels in images of 32x48; patches that are all alike keep their own values."""
-    model, processor, _ = made("clip")
+    model, processor, _ = made(family)
     proxy, seen = copy.deepcopy(tiny_model("dinov2").vision_model), []
     explainer = make_explainer((model, processor), "proxyclip")
-    explainer.proxy = proxy
+    explainer.proxy, explainer.proxy_processor = proxy, processor.image_processor
     proxy.config.patch_size = 5
 
     def forward(pixel_values):
@@ -77,10 +78,10 @@ def test_maps_of_proxyclip_have_the_grid_of_the_proxy(made, multi_scale):
     if not multi_scale:
         with torch.no_grad():
             _, (record,) = explainer.model.trace(pixels())
-            own = record.value[:, :, 1:].transpose(2, 3).flatten(1, 2).unflatten(-1, GRID)
+            own = record.value[:, :, -24:].transpose(2, 3).flatten(1, 2).unflatten(-1, GRID)
             mixed = F.interpolate(own, (6, 10), mode="bilinear").flatten(2).mT.unflatten(-1, (4, -1)).transpose(1, 2)
             patches = explainer.model.project(explainer.model.layers[-1].output(mixed))
-        expected = cosine_map(patches, texts.text_embeds, (6, 10))
+        expected = cosine_map(patches, texts.map_text_embeds, (6, 10))
         torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-4)
 
 

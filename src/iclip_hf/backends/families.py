@@ -91,6 +91,8 @@ class ExplainableICLIP(_ICLIP, TransformersModel):
         self, stream: torch.Tensor, features: ICLIPImageFeatures, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
         appended = features.patch_tokens[..., stream.shape[-1] :]
+        if appended.shape[-1] == 0:  # no feature tower
+            return stream
         if grid not in (None, features.grid):
             feature_map = appended.mT.unflatten(-1, features.grid)
             appended = F.interpolate(feature_map, grid, mode="bilinear").flatten(2).mT

@@ -30,6 +30,7 @@ BAD = {
         ("data", "[]", "data"),
         ("model", "m", "model='m'"),
         ("vision", "''", "vision=''"),
+        ("text", "''\nmodel: m", "model='m', vision='v'"),
         ("validation_share", "0.1\nvalidation_data: [v]", "validation_data, validation_share"),
         ("keep_presence", 1, "keep_presence: "),  # of no model to train further
         ("keep_presence", -1, "keep_presence: -1"),

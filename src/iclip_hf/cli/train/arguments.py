@@ -221,7 +221,8 @@ def _check(arguments: Arguments) -> None:
         raise ValueError("data: name training pairs, such as a folder of webdataset shards.")
     if arguments.evaluation.validation_data and arguments.evaluation.validation_share:
         raise ValueError("validation_data, validation_share: give one of them.")
-    if bool(model.model) == bool(model.vision and model.text):
+    towers = model.vision, model.text
+    if any(towers) if model.model else not all(towers):
         raise ValueError(
             f"model={model.model!r}, vision={model.vision!r}, text={model.text!r}: set either model, or vision and "
             "text."

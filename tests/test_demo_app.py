@@ -206,6 +206,7 @@ class Neighbour(QuietHandler):
 def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monkeypatch, extra):
     opened = []
     monkeypatch.setattr(app, "read_photo", opened.append)
+    monkeypatch.setattr("safehttpx.is_public_ip", lambda ip: True)  # Gradio fetches from public addresses alone
     own = upload(server, (folder / "small.png").read_bytes()).json()[0]
     link = Path(own).with_name("link.png")
     link.unlink(missing_ok=True)
@@ -231,11 +232,23 @@ def test_no_file_that_was_not_uploaded_is_opened_or_fetched(server, folder, monk
             assert answer(ask(server, photo))[0] == "event: error", photo
         assert opened == [] and not hasattr(neighbour, "asked")
         # Nor by another field of the question, nor by another route.
-        monkeypatch.undo()
-        for rest in ([hidden], ["dog", [hidden]], ["dog", "itsm", hidden], [["dog", photos[0]]], [{"a": photos[0]}]):
+        monkeypatch.setattr(app, "read_photo", questions.read_photo)
+        url = {"path": address, **META}
+        rests = ([hidden], ["dog", [hidden]], ["dog", "itsm", hidden], [["dog", photos[0]]], [{"a": photos[0]}])
+        for rest in (*rests, [url], ["dog", [url]], ["dog", "itsm", url]):
             said = " ".join(answer(ask(server, {"path": own, **META}, *rest)))
             assert "event: error" in said or "small.png" not in said
-        for route in (f"file={address}", f"proxy={address}", f"proxy=file://{paths[0]}"):
+        for function in range(4):  # also those of the page alone
+            asked = {"data": [url] * 5, "fn_index": function}
+            assert not httpx.post(f"{server}gradio_api/run/predict", json=asked, timeout=60).is_success
+        quoted = address.replace("/", "%2F").replace(":", "%3A")
+        for route in (
+            f"file={address}",
+            f"file={quoted}",
+            f"file/{address}",
+            f"proxy={address}",
+            f"proxy=file://{paths[0]}",
+        ):
             assert httpx.get(f"{server}gradio_api/{route}").status_code in (400, 403, 404)
         assert not hasattr(neighbour, "asked")
 

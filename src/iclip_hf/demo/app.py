@@ -22,7 +22,9 @@ with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache, save_file_to_cache
     from gradio.utils import get_upload_folder
+    from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
     from starlette.middleware import Middleware
+    from starlette.responses import PlainTextResponse
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
@@ -56,7 +58,7 @@ def build_app(model) -> gr.Blocks:
     photographs = [example._replace(file=Path(save_file_to_cache(example.file, folder))) for example in examples()]
     gr.set_static_paths([str(example.file) for example in photographs])
     settings = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
-    with gr.Blocks(title="ICLIP", **settings) as app:
+    with _Blocks(title="ICLIP", **settings) as app:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -76,6 +78,18 @@ def build_app(model) -> gr.Blocks:
         gr.on(triggers, **run, api_name="explain")
         question.chosen.success(**run, api_visibility="private")
     return app.queue(max_size=32)
+
+
+class _Blocks(gr.Blocks):
+    """Blocks that download no file. Gradio would fetch any URL in place of an upload, whole into the memory."""
+
+    async def preprocess_data(self, block_fn, inputs, *args, **kwargs):
+        def check(file: dict) -> None:
+            if is_http_url_like(file["path"]):
+                raise gr.Error("The demo opens no URL: upload the image.", print_exception=False)
+
+        traverse(inputs, check, is_file_obj_with_meta)
+        return await super().preprocess_data(block_fn, inputs, *args, **kwargs)
 
 
 def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequence[Example], cache: str) -> Callable:
@@ -167,11 +181,12 @@ def _add_answer() -> tuple[gr.HTML, gr.DownloadButton]:
     return viewer, download
 
 
-class LimitedBodies:
+class LimitedRequests:
     """
     Middleware that cuts off the body of an upload at `MAX_FILE_SIZE`, and that of any other request at
     `MAX_BODY_SIZE`. Gradio limits only files. A screen recording, which the page does not make, is cut off at once,
-    because Gradio would give it to ffmpeg, whose memory has no limit.
+    because Gradio would give it to ffmpeg, whose memory has no limit. A path with a URL is not found, because Gradio
+    would fetch the URL.
     """
 
     # Bytes, by the end of a path. An upload has headers beside its file.
@@ -182,6 +197,8 @@ class LimitedBodies:
 
     async def __call__(self, scope, receive, send):
         received, path = 0, scope.get("path", "")
+        if "://" in path:
+            return await PlainTextResponse("Not Found", 404)(scope, receive, send)
         limit = next((size for end, size in self._LIMITS.items() if path.endswith(end)), MAX_BODY_SIZE)
 
         async def limited():
@@ -212,7 +229,7 @@ def launch(
         server_name=host,
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
-        app_kwargs={"middleware": [Middleware(LimitedBodies)]},
+        app_kwargs={"middleware": [Middleware(LimitedRequests)]},
         enable_monitoring=False,  # the monitoring page would show the usage of the demo to everybody
         run_history=False,  # it opens URLs, and buckets of the Hub by this machine's token
         state_session_capacity=MAX_SESSIONS,

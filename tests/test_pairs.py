@@ -876,6 +876,17 @@ def test_a_source_named_twice_counts_twice(tmp_path, monkeypatch):
     assert {*sides[0]}.isdisjoint(sides[1]) and len({*sides[1]}) == len(sides[1])  # held-out pairs count once
 
 
+@pytest.mark.parametrize("empty", [(0,), (1,), (2,), (0, 1, 3)])
+def test_an_empty_shard_shifts_no_pair(tmp_path, empty):
+    numbers = [number for number in range(4) if number not in empty]
+    for number in range(4):
+        write_members(tmp_path / f"{number}.tar", {number} - {*empty}, jpg=jpeg, txt=str)
+    pairs = load_pairs(tmp_path)
+    assert [pairs.read(row)["captions"] for row in range(len(pairs))] == [[str(number)] for number in numbers]
+    expected = [hashlib.sha256(jpeg(number)).digest() for number in numbers]
+    assert pairs.image_digests() == expected
+
+
 # ---- streams ----
 
 

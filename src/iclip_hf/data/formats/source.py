@@ -113,4 +113,5 @@ class Source:
         _, first_of_image, image_of_row = np.unique(digests, return_index=True, return_inverse=True)
         first_rows = first_of_image[image_of_row.reshape(-1)]  # for each row, the first row of its image
         row_indices = np.argsort(first_rows, kind="stable")
-        return row_indices, np.flatnonzero(np.diff(first_rows[row_indices], prepend=-1, append=-1))
+        starts = np.flatnonzero(np.diff(first_rows[row_indices], prepend=-1))
+        return row_indices, np.append(starts, len(row_indices))

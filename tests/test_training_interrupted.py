@@ -239,11 +239,13 @@ def test_the_presence_of_nouns_moves_less_if_it_is_kept(hub, tmp_path, tiny_proc
 def test_presence_is_kept_of_common_nouns(tmp_path, tiny_processor):
     """Of a model that has one. Each noun has one prompt. Two of five training photographs show a person."""
     model = tiny_model(logit_bias_init_value=-1).train()
-    processor = ICLIPProcessor(tiny_processor.image_processor, tiny_processor.tokenizer, templates=["a {}", "the {}"])
+    processor = ICLIPProcessor(
+        tiny_processor.image_processor, tiny_processor.tokenizer, templates=["{a} {}", "the {}"]
+    )
     assert kept_presence(tiny_model(), processor) is None
     kept = kept_presence(model, processor)
     with torch.no_grad():
-        commonest, _ = model.eval().encode_text(**processor(text=["a person"]))
+        commonest, _ = model.eval().encode_text(**processor(text=["{a} person"]))
     assert len(kept.texts) == KEPT_NOUNS
     torch.testing.assert_close(kept.texts[:1], commonest, atol=1e-5, rtol=1e-4)
 

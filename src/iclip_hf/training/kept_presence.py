@@ -37,7 +37,7 @@ class KeptPresence(nn.Module):
     def forward(self, branch: nn.Module, images: torch.Tensor) -> torch.Tensor:
         """
         Returns the Kullback-Leibler divergence of the branch's probabilities from those at the start, summed over the
-        texts and averaged over images with these features (B, D'). The divergence is 0 at the start.
+        texts and averaged over images with these pooled vectors, `(B, recognition_dim)`. It is 0 at the start.
         """
         logits_before, logits_now = (
             recognition(cosines(recognition.embed_image(images), recognition.embed_text(self.texts)))
@@ -56,7 +56,7 @@ def kept_presence(model: ICLIPModel, processor: ICLIPProcessor) -> KeptPresence 
     if model.recognition.logit_bias is None:
         return None
     nouns = islice(vocabulary(), KEPT_NOUNS)  # the commonest come first
-    prompts = processor(text=[processor.templates[0].format(noun) for noun in nouns]).to(model.device)
+    prompts = processor(labels=[*nouns], templates=processor.templates[:1]).to(model.device)
     was_training = model.training
     model.eval()
     texts, _ = model.encode_text(**prompts)

@@ -58,7 +58,7 @@ class DataArguments:
     image_column: str = argument("", "column of the images, if it has no usual name")
     caption_column: str = argument("", "column of the captions, if it has no usual name")
     split: str = argument("train", "split of a Hub dataset or of a saved one")
-    pairs_per_epoch: int = argument(0, "with --config, pairs in an epoch of a single Hub dataset, which then is streamed")
+    pairs_per_epoch: int = argument(0, "with --config, pairs in an epoch of a single Hub dataset, which is streamed")
     max_bad_share: float = argument(0.05, "largest share of broken pairs; the run stops above it")
     nouns: str = argument(
         "",

@@ -22,8 +22,8 @@ FEW_PAIRS_STEPS = 200
 FEW_PAIRS_KEEP_PRESENCE = 1.0
 # Arguments of a `Trainer` that the trained model depends on.
 _RECIPE = """
-    per_device_train_batch_size num_train_epochs max_steps learning_rate warmup_steps warmup_learning_rate
-    min_learning_rate weight_decay max_grad_norm keep_presence seed
+    per_device_train_batch_size gradient_accumulation_steps num_train_epochs max_steps learning_rate warmup_steps
+    warmup_learning_rate min_learning_rate weight_decay max_grad_norm keep_presence seed
 """.split()
 
 

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import noise
@@ -16,10 +17,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from iclip_hf.data.pairs import load_pairs
 from iclip_hf.plots.report import ReportFolder
+from iclip_hf.training.features import FeatureStore
 from iclip_hf.utils.cache import build_once
 from iclip_hf.utils.errors import writing_errors
 from iclip_hf.utils.files import (
+    append_line,
     atomic_folder,
     atomic_write,
     check_outputs,
@@ -136,6 +140,39 @@ def test_a_full_disk_is_one_sentence_whatever_library_writes(tmp_path, library):
         with file_size_limited(10_000), pytest.raises(OSError, match="(full|new): writing failed"), folder:
             write(tmp_path / "full" / "file")
     assert names(tmp_path) == ["full"]
+
+
+@pytest.mark.parametrize("kind", ["features", "digests"])
+def test_an_array_that_is_written_in_part_is_not_kept(tmp_path, monkeypatch, kind):
+    """The last block of a file is the one that C's library writes when it closes the file."""
+    if kind == "features":
+        keys, numbers = [bytes([number]) * 32 for number in range(10)], np.arange(10)
+
+        def write(folder: Path) -> None:
+            FeatureStore(folder).add(keys, {"number": numbers})
+
+    else:
+        noise((60, 40)).save(tmp_path / "a.png")
+        (tmp_path / "pairs.csv").write_text("image,caption\n" + 20 * "a.png,a dog\n")
+        monkeypatch.setattr("iclip_hf.data.pairs.LARGE", 0)
+
+        def write(folder: Path) -> None:
+            monkeypatch.setenv("ICLIP_CACHE", str(folder))
+            load_pairs(tmp_path / "pairs.csv").image_digests()
+
+    write(tmp_path / "whole")
+    (file,) = (path for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    with file_size_limited(file.stat().st_size - 10), suppress(OSError):
+        write(tmp_path / "full")
+    assert not [path for path in (tmp_path / "full").rglob("*") if path.is_file()]
+
+
+def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.jsonl"
+    append_line(file, "first \udcff")
+    with file_size_limited(20), pytest.raises(OSError, match=r"a\.jsonl: writing failed"):
+        append_line(file, "second " * 10)
+    assert file.read_text() == "first \\udcff\n"
 
 
 def test_a_report_has_no_picture_that_is_written_in_part(tmp_path):

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -94,7 +93,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     from tqdm import tqdm
 
     from ..model.images import open_image
-    from ..utils.files import write_new
+    from ..utils.files import append_line, write_new
     from ..utils.prefetch import ThreadPool
 
     names = image_names(args.images)
@@ -111,18 +110,15 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
         return {"image": name, **write(name, explanation, path)}
 
     num_explained, entries_file = 0, None
-    with ExitStack() as stack:
-        thread = stack.enter_context(ThreadPool(1))  # loads images and writes pictures while the model runs
+    with ThreadPool(1) as thread:  # loads images and writes pictures while the model runs
         entries = _entries(thread, engine, names, texts, args.batch_size, args.min_presence, entry_of)
         for entry in tqdm(entries, total=len(names), unit="image", disable=is_single or None):
             problem = entry.pop("problem", None)
             line = json.dumps(entry, ensure_ascii=False)
             if entry and folder and not is_single:
                 if entries_file is None:
-                    path = write_new(folder / f"{_plural(kind)}.jsonl")
-                    # Bytes of a name that are not UTF-8 become escapes of JSON.
-                    entries_file = stack.enter_context(path.open("a", encoding="utf-8", errors="backslashreplace"))
-                print(line, file=entries_file, flush=True)
+                    entries_file = write_new(folder / f"{_plural(kind)}.jsonl")
+                append_line(entries_file, line)
             with tqdm.external_write_mode():  # above the bar
                 if problem:
                     print_to_stderr(args.command, problem)
@@ -130,7 +126,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
                     num_explained += 1
                     print_lines(*([line] if args.json else _printed(entry, texts, args.min_presence)))
         if entries_file is not None and not args.json:
-            print_lines(f"{num_explained} image{'s' if num_explained > 1 else ''} -> {entries_file.name}")
+            print_lines(f"{num_explained} image{'s' if num_explained > 1 else ''} -> {entries_file}")
     return 0 if num_explained == len(names) else 2
 
 

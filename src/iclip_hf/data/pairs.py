@@ -272,7 +272,8 @@ class PairDataset(Epochs):
             bar = tqdm(computed, "Comparing images", len(image_indices), unit="pair", delay=2, leave=False)
             digests = np.array([*bar], "V32")
         if large:
-            keep_in_cache(cached, digests.tofile)
+            # `tofile` raises no error if the disk is full at the end of the array.
+            keep_in_cache(cached, lambda temporary: temporary.write_bytes(digests))
         return digests
 
     def _image_digest(self, image_index: int) -> bytes:

@@ -86,8 +86,10 @@ class FeatureStore:
             records[name] = array
         stem = hashlib.sha256(b"".join(keys)).hexdigest()[:32]
         with atomic_write(self.folder / f"{stem}.npy") as partial, open(partial, "wb") as file:
-            np.save(file, np.array(keys, "S32"))
-            np.save(file, records)
+            for array in (np.array(keys, "S32"), records):
+                # `np.save` raises no error if the disk is full at the end of the array.
+                np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+                file.write(array)
 
     def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """Returns the records with these indices, (num_indices,). Raises `KeyError` if an index is -1."""

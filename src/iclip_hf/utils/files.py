@@ -82,6 +82,20 @@ def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda 
                 return name
 
 
+def append_line(path: Path, line: str) -> None:
+    """Appends a line to a file, whole or, if writing fails, not at all."""
+    # Bytes of a name that are not UTF-8 become escapes.
+    content = memoryview(f"{line}\n".encode(errors="backslashreplace"))
+    with writing_errors(path), path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while content:  # the last write before a full disk takes only a part
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def _rename_new(temporary: Path, name: Path) -> None:
     """Renames a file; the temporary name may stay. Raises `FileExistsError` if a file has the name."""
     try:

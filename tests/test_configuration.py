@@ -36,6 +36,14 @@ def test_what_a_training_loop_writes_into_it_loads_again(tmp_path):
     assert loaded.pooling == config.pooling
 
 
+@pytest.mark.parametrize("repository", ["org/name", "org/name-v1.5"])
+def test_pipelines_whose_code_is_on_the_hub_stay(tmp_path, repository):
+    config = tiny_config()
+    config.custom_pipelines = {"task": {"impl": f"{repository}--pipeline_iclip.Pipeline"}}
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["custom_pipelines"] == config.custom_pipelines
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

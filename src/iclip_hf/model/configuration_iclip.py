@@ -159,7 +159,7 @@ class ICLIPConfig(PreTrainedConfig):
 
     Raises:
         `ValueError`: an option is misspelt. `huggingface_hub.errors.StrictDataclassError`: a value has a wrong type,
-        is not one of the listed names, or is out of range.
+        is not one of the listed names, or is out of range, or an option lacks another one that it requires.
     """
 
     model_type = "iclip"
@@ -231,9 +231,10 @@ class ICLIPConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
         """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
         config = copy(self)
-        files = [f"{pipeline['impl'].split('.')[0]}.py" for pipeline in getattr(self, "custom_pipelines", {}).values()]
+        names = [pipeline["impl"] for pipeline in getattr(self, "custom_pipelines", {}).values()]
         # Code on the Hub is named "repository--module.Class".
-        if not all("--" in file or os.path.isfile(os.path.join(save_directory, file)) for file in files):
+        modules = [name.split(".")[0] for name in names if "--" not in name]
+        if not all(os.path.isfile(os.path.join(save_directory, f"{module}.py")) for module in modules):
             del config.custom_pipelines
         super(ICLIPConfig, config).save_pretrained(save_directory, *args, **kwargs)
 

@@ -80,7 +80,7 @@ def explain(
     Raises:
         `ValueError`, `TypeError`: as [`make_explainer`], [`Engine`] and [`ICLIPProcessor`]. `ValueError`: the numbers
             of images, texts and sizes differ.
-        `OSError`: an image cannot be read.
+        `OSError`, `ValueError`: an image cannot be read.
     """
     dimensions = getattr(images, "ndim", 1)  # a column of paths has one, a batch of pixels four
     is_one_image = dimensions not in (1, 4) or isinstance(images, (str, bytes)) or not isinstance(images, Iterable)

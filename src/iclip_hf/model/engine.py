@@ -85,7 +85,7 @@ class _Best(NamedTuple):
 class _Question(NamedTuple):
     """The texts that images are asked about, in one form."""
 
-    labels: list[str]  # the T different labels
+    labels: list[str]  # T labels: those of all images, or the different ones among the lists of the images
     encoded: ICLIPTextFeatures  # (T, P)
     priors: torch.Tensor | None = None  # of the presence of the labels, (T,); None for 0.5
     label_indices: list[list[int]] | None = None  # for each image the indices of its labels; None for all
@@ -283,7 +283,7 @@ class Engine:
                 is None.
             texts: labels for all images, as a list, in one string ([`split_texts`]), or as a `dict` with the prior of
                 each, which is 0.5 otherwise; one list of labels for each image; or encoded texts, whose labels are
-                "0", "1", ... Each text is encoded once.
+                "0", "1", ... A text of several images is encoded once.
             batch_size (`int`): largest number of images in one forward pass. The images of one pass have the same
                 shape and the same number of texts.
             best (`int`, *optional*): highest number of texts to explain for each image: those with the highest

@@ -13,7 +13,8 @@ def normalize_attention(attention: torch.Tensor, norm: str, quantile: float) -> 
     """
     Scales the class token's attention `(B, N)` to [0, 1] over the patches of each image (Eq. 9), float32. The smallest
     weight becomes 0. With the norm `"minmax"`, the largest weight becomes 1. With `"quantile"`, the weight at
-    `quantile`, in (0, 1], and all larger weights become 1. If all weights of an image are equal, they become 0.
+    `quantile`, in (0, 1], and all larger weights become 1. If the weight that would become 1 equals the smallest one,
+    the smallest one is subtracted from all weights, so equal weights become 0.
     """
     attention = attention.float()
     low = attention.amin(-1, keepdim=True)

@@ -1,4 +1,6 @@
 import json
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +9,7 @@ import torch
 from conftest import explain, save, save_towers, tiny_config, tiny_model
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoProcessor, CLIPImageProcessor
+from transformers import AutoProcessor, BertModel, CLIPImageProcessor
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.model.engine import Engine
@@ -347,6 +349,66 @@ def test_code_beside_a_tokenizer_is_refused_without_a_question(
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         auto_class.from_pretrained(tmp_path, **options)
     assert not (tmp_path / "ran").exists()
+
+
+def edited(file: Path, **changes) -> None:
+    """Sets entries of a JSON file, which may be absent."""
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "processor_config.json"])
+def test_a_processor_names_no_model_as_its_class(tiny_processor, tmp_path, monkeypatch, file):
+    """Transformers would load the model, and kernels of the Hub that its configuration names."""
+    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
+    save(folder, tiny_config(), tiny_processor)
+    monkeypatch.setattr(BertModel, "from_pretrained", lambda *args, **options: pytest.fail("loaded"))
+    doors = [partial(door.from_pretrained, folder) for door in (ICLIPProcessor, AutoProcessor)]
+    doors.append(partial(ICLIPProcessor.from_vision_text_pretrained, vision, text))
+    if file == "processor_config.json":
+        edited(folder / file, image_processor={"image_processor_type": "BertModel"})
+        edited(Path(vision, "preprocessor_config.json"), image_processor_type="BertModel")
+    else:
+        for changed in (folder, Path(text)):
+            (changed / "tokenizer_config.json").write_text("{}")
+            edited(changed / file, tokenizer_class="BertModel")
+    for door in doors:
+        with pytest.raises(ValueError, match="'BertModel' in its files is no"):
+            door()
+
+
+@pytest.mark.parametrize(
+    ("file", "options"),
+    [
+        ("tokenizer_config.json", {"vocab": "{secret}"}),
+        ("tokenizer_config.json", {"merges": "{secret}"}),
+        ("tokenizer_config.json", {"init_inputs": ["{secret}"]}),
+        ("tokenizer_config.json", {"sudachi_kwargs": {"sudachi_config_path": "{secret}"}}),
+        ("special_tokens_map.json", {"vocab_file": "{secret}"}),
+    ],
+)
+def test_a_tokenizer_names_no_file_of_the_machine(tiny_processor, tmp_path, file, options):
+    """The file would be published with the model, and Sudachi would run code."""
+    (tmp_path / "secret").write_text("\n".join([*tiny_processor.tokenizer.get_vocab(), "password"]))
+    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
+    save(folder, tiny_config(), tiny_processor)
+    for changed in (folder, Path(text)):
+        (changed / "tokenizer.json").unlink()
+        edited(changed / file, **json.loads(json.dumps(options).replace("{secret}", str(tmp_path / "secret"))))
+    for door in (
+        partial(ICLIPProcessor.from_pretrained, folder),
+        partial(ICLIPProcessor.from_vision_text_pretrained, vision, text),
+    ):
+        with pytest.raises(ValueError, match="the files of its tokenizer have the option"):
+            door()
+
+
+def test_an_image_processor_runs_no_program(tiny_processor, tmp_path):
+    """Tesseract writes the files that its options name."""
+    save(tmp_path, tiny_config(), tiny_processor)
+    kind = {"image_processor_type": "LayoutLMv2ImageProcessor", "tesseract_config": "-c debug_file=a"}
+    edited(tmp_path / "processor_config.json", image_processor=kind)
+    with pytest.raises(ValueError, match="LayoutLMv2ImageProcessor reads texts in images"):
+        ICLIPProcessor.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("side", ["vision", "text"])

@@ -14,14 +14,13 @@ from huggingface_hub import resolve_revision
 from transformers import (
     PROCESSOR_MAPPING,
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
-    AutoTokenizer,
     PreTrainedConfig,
 )
 
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
+from ..model.processor_loading import load_image_processor, load_tokenizer
 from ..model.tower_loading import check_weights, check_without_code
 from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
@@ -210,8 +209,7 @@ def _load_processor(name: str | Path, config: PreTrainedConfig, **kwargs):
     processor_class = PROCESSOR_MAPPING[type(config)]
     if processor_class is ICLIPProcessor:
         return ICLIPProcessor.from_pretrained(name, **kwargs)
-    parts = (part.from_pretrained(name, **kwargs) for part in (AutoImageProcessor, AutoTokenizer))
-    return processor_class(*parts)
+    return processor_class(load_image_processor(name, **kwargs), load_tokenizer(name, **kwargs))
 
 
 def load_iclip(name: str | Path, dtype: str | None = None, **model_options) -> tuple[ICLIPModel, ICLIPProcessor]:

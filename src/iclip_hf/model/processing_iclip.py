@@ -3,28 +3,35 @@ Processor of ICLIP: prepares images and texts, and converts raw maps to maps of 
 points.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from itertools import chain
 from numbers import Integral
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import get_image_size
 from transformers.processing_utils import ProcessorMixin
-from transformers.utils import PROCESSOR_NAME, cached_file
+from transformers.utils import PROCESSOR_NAME
 
 from .configuration_iclip import ICLIPConfig, patch_side
 from .explanation import check_thresholds, masks_of_maps
 from .images import load_image, to_8_bit, to_pixels, to_rgb
 from .label_maps import label_map
 from .presence import MIN_PRESENCE, check_min_presence
+from .processor_loading import (
+    FILE_ARGUMENTS,
+    check_image_processor,
+    check_tokenizer_files,
+    load_image_processor,
+    load_tokenizer,
+    only_processors,
+    read_json,
+)
 from .prompts import check_templates, check_text, split_texts
 from .regions import MIN_AREA, Region, find_regions, negative_points, positive_points
 from .similarity import check_map_size, resize_and_normalize
@@ -35,8 +42,6 @@ from .similarity import check_map_size, resize_and_normalize
 MAX_PIXELS = 2**24
 # A text with words that every tokenizer knows.
 _PROBE = "a photo of a dog"
-# Arguments of `from_pretrained` that locate its files.
-_FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def check_processor(name, processor, config) -> None:
@@ -120,7 +125,10 @@ class ICLIPProcessor(ProcessorMixin):
         image processor may run. Such code runs only with `trust_remote_code=True`.
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
-        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_tokenizer_files(pretrained_model_name_or_path, **kwargs)
+        with only_processors():
+            processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        check_image_processor(pretrained_model_name_or_path, processor.image_processor)
         check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)
         return processor
 
@@ -131,12 +139,9 @@ class ICLIPProcessor(ProcessorMixin):
         audio tokenizer that the file names. Returns these arguments, and the keyword arguments that do not locate
         files.
         """
-        file_kwargs = {name: kwargs.pop(name) for name in _FILE_ARGUMENTS if name in kwargs}
+        file_kwargs = {name: kwargs.pop(name) for name in FILE_ARGUMENTS if name in kwargs}
         # Older versions of Transformers saved a processor without this file.
-        file = cached_file(
-            pretrained_model_name_or_path, PROCESSOR_NAME, **file_kwargs, _raise_exceptions_for_missing_entries=False
-        )
-        content = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        content = read_json(pretrained_model_name_or_path, PROCESSOR_NAME, **file_kwargs)
         # Transformers' own arguments begin with "_".
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith("_")}
         return {name: content[name] for name in signature(cls).parameters if name in content}, kwargs
@@ -159,18 +164,14 @@ class ICLIPProcessor(ProcessorMixin):
                 give `image_size` and `patch_size`, each larger by this factor.
         """
         config = AutoConfig.from_pretrained(vision, trust_remote_code=False)
-        image_processor = image_processor or AutoImageProcessor.from_pretrained(
-            vision,
-            size={"height": image_size, "width": image_size},
-            do_center_crop=False,
-            do_convert_rgb=True,
-            trust_remote_code=False,
+        image_processor = image_processor or load_image_processor(
+            vision, size={"height": image_size, "width": image_size}, do_center_crop=False, do_convert_rgb=True
         )
         kwargs.setdefault("patch_size", patch_side(config))
         if AutoConfig.from_pretrained(text, trust_remote_code=False).model_type.startswith("siglip"):
             kwargs.setdefault("max_text_length", 64)
             kwargs.setdefault("text_padding", "max_length")
-        return cls(image_processor, AutoTokenizer.from_pretrained(text, trust_remote_code=False), **kwargs)
+        return cls(image_processor, load_tokenizer(text), **kwargs)
 
     def __call__(
         self,

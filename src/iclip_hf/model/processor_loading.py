@@ -1,0 +1,98 @@
+"""
+Loads tokenizers and image processors without code of their folder. A file of the folder can name any class of
+Transformers, programs with options, and other files of this machine. Such files are refused.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from transformers import AutoImageProcessor, AutoTokenizer, ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers.models.auto import image_processing_auto, tokenization_auto
+from transformers.utils import cached_file
+
+
+# Arguments of `from_pretrained` that locate its files.
+FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Functions of Transformers (5.24) that find a class by its name in a file, and the base of the classes that may be
+# loaded. Transformers would also load a model, and download code that its configuration names.
+_FINDERS = (
+    (tokenization_auto, "tokenizer_class_from_name", PreTrainedTokenizerBase),
+    (image_processing_auto, "get_image_processor_class_from_name", ImageProcessingMixin),
+)
+
+
+def read_json(name, file: str, **kwargs) -> dict:
+    """
+    Returns the content of a JSON file of a folder or Hub id, empty if there is no such file. `kwargs` are those of
+    `cached_file`.
+    """
+    path = cached_file(name, file, **kwargs, _raise_exceptions_for_missing_entries=False)
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@contextmanager
+def only_processors() -> Iterator[None]:
+    """Raises `ValueError` where a file names another class than one of a tokenizer or of an image processor."""
+
+    def find(original, base: type, class_name: str):
+        found = original(class_name)
+        # A class whose package is missing is a dummy that says so.
+        is_fit = isinstance(found, type) and (issubclass(found, base) or getattr(found, "is_dummy", False))
+        if found is not None and not is_fit:
+            raise ValueError(f"{class_name!r:.100} in its files is no {base.__name__}")
+        return found
+
+    originals = [getattr(module, function) for module, function, _ in _FINDERS]
+    try:
+        for original, (module, function, base) in zip(originals, _FINDERS):
+            setattr(module, function, partial(find, original, base))
+        yield
+    finally:
+        for original, (module, function, _) in zip(originals, _FINDERS):
+            setattr(module, function, original)
+
+
+def check_tokenizer_files(name, **kwargs) -> None:
+    """
+    Raises `ValueError` if the options of a tokenizer name a file. The vocabulary could be any file of this machine,
+    which would be published with the model, and Sudachi runs compiled code that its configuration names.
+    """
+    kwargs = {argument: value for argument, value in kwargs.items() if argument in FILE_ARGUMENTS}
+    # Without a connection, Transformers takes a file that is not in the cache for missing.
+    kwargs["_raise_exceptions_for_connection_errors"] = False
+    options, tokens = (
+        read_json(name, file, **kwargs) for file in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    sudachi_options = options.get("sudachi_kwargs") or {}
+    wrong = [option for option in ("vocab", "merges") if isinstance(options.get(option), str)]
+    wrong += [option for option in ("sudachi_config_path", "sudachi_resource_dir") if sudachi_options.get(option)]
+    if options.get("init_inputs"):  # options without names
+        wrong.append("init_inputs")
+    # Transformers takes any option from the map of special tokens, too.
+    wrong += [option for option in tokens if not option.endswith(("_token", "_tokens"))]
+    if wrong:
+        raise ValueError(f"{name}: the files of its tokenizer have the option {wrong[0]!r:.100}; remove it.")
+
+
+def check_image_processor(name, image_processor) -> None:
+    """Raises `ValueError` for an image processor that runs Tesseract, with any options of a file."""
+    if hasattr(image_processor, "tesseract_config"):
+        raise ValueError(f"{name}: {type(image_processor).__name__} reads texts in images; use another one.")
+
+
+def load_tokenizer(name, **kwargs):
+    """Loads the tokenizer of a folder or Hub id by its Auto class. `kwargs` are those of `from_pretrained`."""
+    check_tokenizer_files(name, **kwargs)
+    with only_processors():
+        return AutoTokenizer.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
+
+
+def load_image_processor(name, **kwargs):
+    """Loads the image processor of a folder or Hub id by its Auto class. `kwargs` are those of `from_pretrained`."""
+    with only_processors():
+        image_processor = AutoImageProcessor.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
+    check_image_processor(name, image_processor)
+    return image_processor

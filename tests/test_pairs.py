@@ -621,6 +621,7 @@ def test_too_many_bad_pairs_stop_the_run(damaged):
         {"captions": "3", "text": "a"},
         {"txt": "", "caption": "", "json": {"caption": "a"}},
         {"caption": None, "json": {"captions": [" "], "caption": "a"}},
+        {"captions": "a", "text": "b"},
     ],
 )
 def test_a_blank_caption_does_not_hide_the_next(row):

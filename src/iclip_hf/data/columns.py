@@ -18,7 +18,7 @@ from .class_names import CLASS_NAMES
 
 
 # Columns of the image's path and of the captions, in order of preference: the first column with a value is used.
-# "captions" is a list, all others are text. Members of a shard become the columns "txt" and "json".
+# "captions" is usually a list, all others are text. Members of a shard become the columns "txt" and "json".
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filepath", "path")
 CAPTION_COLUMNS = ("captions", "txt", "caption", "text", "title")
 # Lists of names and an object of probabilities, see `PairTexts`; `complete` may name a list of `CLASS_NAMES`.
@@ -161,8 +161,7 @@ def _probabilities(column: str, value) -> dict[str, float]:
 def _parsed(column: str, value):
     """
     Parses JSON that is written as text, as in a .csv: lists in any column, and any text in "captions" and in the label
-    columns. Text that is not JSON becomes None in "captions", and stays as it is in the label columns. Raises
-    `ValueError` for a list that is not JSON, such as one that Python prints.
+    columns. Other text stays as it is. Raises `ValueError` for a list that is not JSON, such as one printed by Python.
     """
     if not isinstance(value, str):
         return value
@@ -174,7 +173,7 @@ def _parsed(column: str, value):
     except ValueError:
         if is_list:
             raise ValueError(f'{column}: {value!r:.100} is no list in JSON, such as ["a dog"]') from None
-        return None if column == "captions" else value
+        return value
 
 
 def _items(value) -> list | None:

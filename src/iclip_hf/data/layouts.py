@@ -36,7 +36,7 @@ class Layout(NamedTuple):
             the first that finds files is used. `*` stands for the same text in an image and its mask. If the pattern
             of images ends with `*`, images have any format, and every image needs a mask. Otherwise, every mask needs
             an image, and an image without a mask is left out.
-        classes: names of the classes, by ascending id; None if `classes.txt` holds them.
+        classes: names of the classes, by ascending id; None if `classes.txt` or COCO's file of instances holds them.
         default_split: the split that is read if none is named; None if the data set has no splits.
         split_sizes: number of images of each split with public masks; empty for the user's own data.
         image_list: pattern of the file that names the images of a split; empty if a split has its own folder.

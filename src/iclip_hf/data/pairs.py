@@ -177,7 +177,7 @@ class PairDataset(Epochs):
         return source, source.row_indices_of_image(image_index - first_image)
 
     def some_texts(self) -> Iterator[PairTexts]:
-        """Yields captions and labels of at most 4000 pairs, evenly spread over all. Bad pairs are left out."""
+        """Yields captions and labels of at most 4000 pairs, evenly spread over all, where they can be read."""
         for index in range(0, len(self), max(1, len(self) // 2000)):
             try:
                 yield self.raw(index).texts

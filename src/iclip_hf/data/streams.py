@@ -113,7 +113,7 @@ class PairStream(Epochs, IterableDataset):
             yield {"image": image, **texts._asdict(), "key": key, "caption": caption, "draw": draw}
 
     def some_texts(self) -> Iterator[PairTexts]:
-        """Yields captions and labels of the first 256 pairs of the data set. Bad pairs are left out."""
+        """Yields captions and labels of the first 256 pairs of the data set, where they can be read."""
         for row in _read(self._first_rows):
             try:
                 yield self._columns.texts(row)

@@ -64,7 +64,7 @@ def evaluate_model(
     Measures a model and its maps over a data set.
 
     Every image is resized as a whole, without a crop. Under `accelerate launch` the processes share the images, and
-    every process returns the same result.
+    every process returns the same scores.
 
     Args:
         model: a loaded model, or anything that [`load`] accepts.

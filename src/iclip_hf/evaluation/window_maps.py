@@ -79,6 +79,7 @@ class WindowMaps:
         weights = None
         if self.dilations:
             image = _bilinear(self.pixels[None].to(maps), self.size)
+            # In the authors' code, the neighbourhood of each dilation includes the pixel itself.
             weights = neighbour_weights(image, self.dilations, PAMR_SPREAD, centers=len(self.dilations))
         for chunk in maps.split(CHUNK, 1):
             large_windows = (_bilinear(window_maps[None], window_size) for window_maps in chunk)

@@ -691,8 +691,9 @@ def test_the_card_leaves_out_arguments_without_effect():
     assert "max_steps" not in plain and shown_of(max_steps=7)["max_steps"] == 7
 
 
-def test_the_card_tells_the_batches_of_a_step():
-    assert shown_of(gradient_accumulation_steps=4)["gradient_accumulation_steps"] == 4
+def test_the_card_tells_the_batches_of_a_step_and_the_schedule():
+    shown = shown_of(gradient_accumulation_steps=4, lr_scheduler_type="linear")
+    assert (shown["gradient_accumulation_steps"], shown["lr_scheduler_type"]) == (4, "linear")
 
 
 def test_a_card_keeps_what_an_earlier_one_tells_unless_measured_again(source, exported, tmp_path, tiny_processor):

@@ -162,6 +162,12 @@ def test_a_folder_of_the_name_of_an_owner_hides_no_hub_id(tmp_path, monkeypatch)
     assert check_model_name("openai/clip-vit-base-patch16") == "openai/clip-vit-base-patch16"
 
 
+def test_a_file_is_no_model(world):
+    file = world.folder / "model" / "model.safetensors"
+    with pytest.raises(NotADirectoryError, match=f"^{file}: a model is a folder, and this is a file; name its folder"):
+        load(file)
+
+
 def test_a_folder_of_an_adapter_is_called_one(world, tmp_path):
     folder = copied(world, tmp_path / "adapter", adapter_config={"peft_type": "LORA"})
     (folder / "config.json").unlink()

@@ -41,8 +41,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
     """
     Checks and returns the name of a model: `"embedded"`, a folder, or a Hub id. Only loading checks that a Hub id
-    exists. Raises `FileNotFoundError` for any other name, and `OSError` or `ValueError` for a folder without a
-    readable config.json, or with a model whose type is not one of `types`.
+    exists. Raises `FileNotFoundError` for any other name, and `OSError` or `ValueError` for a file, and for a folder
+    without a readable config.json, or with a model whose type is not one of `types`.
     """
     if name == "embedded":
         return name
@@ -52,6 +52,8 @@ def check_model_name(name: str, types: Collection[str] = MODEL_TYPES) -> str:
         if is_hub_id(name):
             return name
         raise FileNotFoundError(f"{name}: there is no such folder, and it is no Hub id (org/name); check the path.")
+    if os.path.isfile(name):
+        raise NotADirectoryError(f"{name}: a model is a folder, and this is a file; name its folder.")
     from ..utils.errors import loading_errors  # imports slower packages
 
     with loading_errors(name):

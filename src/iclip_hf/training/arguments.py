@@ -130,4 +130,5 @@ def training_recipe(training: ICLIPTrainingArguments, processes: int) -> dict[st
     """Returns the arguments of a training that its model depends on, for [`write_model_card`]."""
     recipe = {name: getattr(training, name) for name in _RECIPE}
     del recipe["max_steps" if training.max_steps <= 0 else "num_train_epochs"]  # without effect
+    recipe |= {"lr_scheduler_type": training.lr_scheduler_type.value}
     return recipe | {"processes": processes, "precision": training.mixed_precision}

@@ -19,6 +19,7 @@ from processes import run_script
 from training_runs import assert_same_weights, evaluations, run, write_table
 
 from iclip_hf import ICLIPProcessor, explain
+from iclip_hf.cli.train import training
 from iclip_hf.data.pairs import load_pairs
 from iclip_hf.training import ICLIPTrainer
 from iclip_hf.training.callbacks import Interrupts
@@ -49,6 +50,27 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(hub, tmp
     (tmp_path / "other" / "checkpoint-5" / "config.json").write_text('{"hidden_size": 3}')
     with pytest.raises(FileExistsError, match="holds files already"):
         run(hub, tmp_path / "other", "--resume")
+
+
+def test_two_runs_that_begin_at_once_do_not_share_a_folder(hub, tmp_path, monkeypatch):
+    """The second one begins while the first one opens its model or computes features."""
+    open_model, name = training._open_model, "iclip_hf.cli.train.training._open_model"
+
+    def open_late(settings):
+        monkeypatch.setattr(name, open_model)
+        run(hub, tmp_path, "--max_steps", 1)
+        return open_model(settings)
+
+    monkeypatch.setattr(name, open_late)
+    with pytest.raises(FileExistsError, match="another training has begun in this folder"):
+        run(hub, tmp_path, "--max_steps", 2)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+def test_a_run_that_fails_before_it_begins_leaves_its_folder_empty(hub, tmp_path):
+    with pytest.raises(ValueError, match="lower it"):
+        run(hub, tmp_path, "--per_device_train_batch_size", 1000)
+    assert run(hub, tmp_path, "--max_steps", 1).state.global_step == 1
 
 
 @pytest.mark.parametrize("option", [("--model_options", "projection_dim=7"), ("--lock_text",)], ids=str)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,6 +19,7 @@ from ...hub.folders import join_towers, options_of_model
 from ...model.modeling_iclip import ICLIPModel
 from ...model.processing_iclip import ICLIPProcessor
 from ...training.arguments import training_recipe
+from ...training.callbacks import START_FILE
 from ...training.checkpoints import last_checkpoint
 from ...training.collator import PairCollator, augmentation
 from ...training.datasets import CachedPairs, StreamedPairs
@@ -54,8 +56,10 @@ def train(
         load_statistics(model, checkpoint)
     set_statistics(model, processor, data.pairs)
     trainer = _make_trainer(arguments, data, model, processor)
+    claims = trainer.is_world_process_zero() and not args.resume
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _claimed(Path(args.output_dir)) if claims else nullcontext():
+            trainer.train(resume_from_checkpoint=checkpoint)
     except FloatingPointError as error:
         raise ValueError(str(error)) from error
     _save(trainer)
@@ -123,6 +127,29 @@ def _make_trainer(arguments: Arguments, data: Data, model: ICLIPModel, processor
         return ICLIPTrainer(model, args, collator, pairs, held_out, processor, map_dataset=data.map_dataset, card=card)
     except RuntimeError as error:  # a package of `report_to` is not installed
         raise ImportError(str(error)) from error
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """
+    Creates the first file of a training, and deletes it after an error before the training has begun. Raises
+    `FileExistsError` if another training has begun in the folder since it was checked, such as while features were
+    computed.
+    """
+    file = folder / START_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{folder}: another training has begun in this folder meanwhile; name another by --output_dir."
+        ) from error
+    try:
+        yield
+    except BaseException:
+        if not file.stat().st_size:
+            file.unlink()
+        raise
 
 
 def _save(trainer: ICLIPTrainer) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from iclip_hf import ICLIPConfig, load
 from iclip_hf.backends import onnx as onnx_export
 from iclip_hf.backends.onnx import ONNXModel, export_onnx, trained_config
-from iclip_hf.evaluation.metrics.deletion_insertion import scorer
+from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.metrics.randomization import LayerRandomization
 from iclip_hf.explainers import METHODS, explainer_class, make_explainer
 
@@ -233,7 +233,16 @@ def test_reduced_weights(model, folder, tiny_processor, tmp_path, capsys, weight
 def test_what_looks_inside_the_tower_is_refused(folder, tiny_processor):
     loaded = load((ONNXModel(folder), tiny_processor))
     refused = [partial(make_explainer, loaded, method) for method in set(METHODS).difference(WITHOUT_LAYERS)]
-    refused += [partial(scorer, loaded, loaded.encode_texts(["dog"])), partial(LayerRandomization, loaded)]
+    refused.append(partial(LayerRandomization, loaded))
     for function in refused:
         with pytest.raises(ValueError, match="needs the layers of a PyTorch model"):
             function()
+
+
+def test_faithfulness_is_measured_but_for_what_needs_layers(model, folder, tiny_processor, dataset):
+    options = {"metrics": "faithfulness", "methods": ["itsm"], "limit": 2}
+    expected = evaluate_model((model, tiny_processor), dataset, **options).results["itsm"]
+    found = evaluate_model((ONNXModel(folder), tiny_processor), dataset, **options).results["itsm"]
+    assert expected.keys() - found.keys() == {"randomization"}
+    for name in ("insertion_probability", "deletion_cosine"):
+        assert found["deletion_insertion"][name] == pytest.approx(expected["deletion_insertion"][name], abs=1e-4)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ...backends.explainable import ExplainableModel, recordable
+from ...backends.explainable import ExplainableModel
 from ...model.outputs import ICLIPTextFeatures
 from ...model.similarity import resize_maps
 from .metric import EvaluatedImage, MeasuredClassMeans
@@ -21,7 +21,6 @@ STEPS = 10  # number of steps of deletion, and of insertion
 
 def scorer(model: ExplainableModel, texts: ICLIPTextFeatures) -> Callable[[torch.Tensor], torch.Tensor]:
     """Returns a function from images `(B, 3, H, W)` to score and probability of each text, `(B, T, 2)`."""
-    model = recordable(model, "deletion and insertion")
 
     @torch.no_grad()
     def score(pixel_values: torch.Tensor) -> torch.Tensor:

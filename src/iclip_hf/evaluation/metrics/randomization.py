@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...backends.explainable import ExplainableModel, recordable
-from .metric import EvaluatedImage, MeasuredClassMeans
+from .metric import CannotMeasure, EvaluatedImage, MeasuredClassMeans
 
 
 class _Weight(NamedTuple):
@@ -105,7 +105,10 @@ class Randomization(MeasuredClassMeans):
 
     def prepare(self, run) -> None:
         super().prepare(run)
-        self.layers = LayerRandomization(run.model, self.seed)
+        try:
+            self.layers = LayerRandomization(run.model, self.seed)
+        except ValueError as error:
+            raise CannotMeasure(str(error)) from error
         self.names = tuple(range(len(self.layers)))
 
     def measure(self, image: EvaluatedImage) -> dict[str, torch.Tensor]:

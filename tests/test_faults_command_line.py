@@ -101,6 +101,9 @@ ARGUMENTS = {
         "train {table} --model {model}": """
             --per_device_train_batch_size 0
             --gradient_accumulation_steps 0
+            --num_train_epochs 0
+            --max_bad_share 5
+            --random_erasing 25
         """,
     },
     "an output that is an input, or lies in a folder that is read": {

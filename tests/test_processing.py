@@ -372,7 +372,7 @@ def test_a_processor_names_no_model_as_its_class(tiny_processor, tmp_path, monke
             (changed / "tokenizer_config.json").write_text("{}")
             edited(changed / file, tokenizer_class="BertModel")
     for door in doors:
-        with pytest.raises(ValueError, match="'BertModel' in its files is no"):
+        with pytest.raises(ValueError, match=": 'BertModel' in its files is no"):
             door()
 
 
@@ -400,6 +400,16 @@ def test_a_tokenizer_names_no_file_of_the_machine(tiny_processor, tmp_path, file
     ):
         with pytest.raises(ValueError, match="the files of its tokenizer have the option"):
             door()
+
+
+def test_a_damaged_file_of_a_processor_is_named(tiny_processor, tmp_path):
+    save(tmp_path, tiny_config(), tiny_processor)
+    for name in ("tokenizer_config.json", "processor_config.json"):
+        for content in ("{", "[1]"):
+            (tmp_path / name).write_text(content)
+            with pytest.raises(ValueError, match=f"{name}: this file is no JSON object"):
+                ICLIPProcessor.from_pretrained(tmp_path)
+        (tmp_path / name).write_text("{}")
 
 
 def test_an_image_processor_runs_no_program(tiny_processor, tmp_path):

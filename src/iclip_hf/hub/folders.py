@@ -252,7 +252,7 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
     name.
     """
     api = HfApi()
-    with _hub_errors(api):
+    with hub_errors(api):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # Deletes the results of an earlier model, unless they are replaced. Other files of the repository stay.
         commit = api.upload_folder(
@@ -264,12 +264,12 @@ def push_model(folder: str | Path, repo_id: str, private: bool | None = None) ->
 def check_login() -> None:
     """Raises `OSError` if there is no token, the Hub refuses it, or the Hub cannot be reached."""
     api = HfApi()
-    with _hub_errors(api):
+    with hub_errors(api):
         api.whoami()
 
 
 @contextmanager
-def _hub_errors(api: HfApi) -> Iterator[None]:
+def hub_errors(api: HfApi) -> Iterator[None]:
     """
     Converts errors of the HTTP library, which differs between versions of huggingface_hub, to `ConnectionError`.
     """

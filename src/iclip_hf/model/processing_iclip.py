@@ -126,7 +126,7 @@ class ICLIPProcessor(ProcessorMixin):
         """
         kwargs["trust_remote_code"] = kwargs.get("trust_remote_code") or False
         check_tokenizer_files(pretrained_model_name_or_path, **kwargs)
-        with only_processors():
+        with only_processors(pretrained_model_name_or_path):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         check_image_processor(pretrained_model_name_or_path, processor.image_processor)
         check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)

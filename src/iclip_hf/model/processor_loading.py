@@ -27,22 +27,33 @@ _FINDERS = (
 def read_json(name, file: str, **kwargs) -> dict:
     """
     Returns the content of a JSON file of a folder or Hub id, empty if there is no such file. `kwargs` are those of
-    `cached_file`.
+    `cached_file`. Raises `ValueError` if the file is no JSON object.
     """
     path = cached_file(name, file, **kwargs, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{content!r:.100}")
+        return content
+    except ValueError as error:
+        raise ValueError(f"{path}: this file is no JSON object: {error}.") from error
 
 
 @contextmanager
-def only_processors() -> Iterator[None]:
-    """Raises `ValueError` where a file names another class than one of a tokenizer or of an image processor."""
+def only_processors(name) -> Iterator[None]:
+    """
+    Raises `ValueError` where a file of the folder or Hub id `name` names another class than one of a tokenizer or of
+    an image processor.
+    """
 
     def find(original, base: type, class_name: str):
         found = original(class_name)
         # A class whose package is missing is a dummy that says so.
         is_fit = isinstance(found, type) and (issubclass(found, base) or getattr(found, "is_dummy", False))
         if found is not None and not is_fit:
-            raise ValueError(f"{class_name!r:.100} in its files is no {base.__name__}")
+            raise ValueError(f"{name}: {class_name!r:.100} in its files is no {base.__name__}; correct it.")
         return found
 
     originals = [getattr(module, function) for module, function, _ in _FINDERS]
@@ -86,13 +97,13 @@ def check_image_processor(name, image_processor) -> None:
 def load_tokenizer(name, **kwargs):
     """Loads the tokenizer of a folder or Hub id by its Auto class. `kwargs` are those of `from_pretrained`."""
     check_tokenizer_files(name, **kwargs)
-    with only_processors():
+    with only_processors(name):
         return AutoTokenizer.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
 
 
 def load_image_processor(name, **kwargs):
     """Loads the image processor of a folder or Hub id by its Auto class. `kwargs` are those of `from_pretrained`."""
-    with only_processors():
+    with only_processors(name):
         image_processor = AutoImageProcessor.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
     check_image_processor(name, image_processor)
     return image_processor

@@ -29,7 +29,7 @@ from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
 from ..data.wrappers import at_first_epoch
 from ..evaluation.evaluate import evaluate_model
-from ..hub.folders import save_model
+from ..hub.folders import hub_errors, save_model
 from ..hub.model_card import HUB_RESULTS
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pair_loss import ImageInputs, in_chunks
@@ -434,6 +434,11 @@ class ICLIPTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def init_hf_repo(self, token=None, private=None) -> None:
+        """Like the base class. Raises `OSError` or `ValueError` if the Hub cannot be reached or refuses it."""
+        with hub_errors(HfApi()):
+            super().init_hf_repo(token, private)
+
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ):
@@ -445,15 +450,17 @@ class ICLIPTrainer(Trainer):
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             self._finish_current_push()
-            return HfApi().upload_folder(
-                repo_id=self.hub_model_id,
-                token=token,
-                revision=revision or args.hub_revision,
-                folder_path=args.output_dir,
-                allow_patterns=self._model_files,
-                commit_message=commit_message,
-                run_as_future=not blocking,
-            )
+            api = HfApi()
+            with hub_errors(api):
+                return api.upload_folder(
+                    repo_id=self.hub_model_id,
+                    token=token,
+                    revision=revision or args.hub_revision,
+                    folder_path=args.output_dir,
+                    allow_patterns=self._model_files,
+                    commit_message=commit_message,
+                    run_as_future=not blocking,
+                )
 
     def create_model_card(self, *arguments, **kwargs) -> None:
         """Does nothing: `save_model` writes the card, by the argument `card` of the constructor."""

@@ -179,6 +179,10 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
     if "output_dir" not in values:
         values["output_dir"] = f"{RUNS}/{Path(values['config']).resolve().parent.name}"
     values.setdefault("report_to", "none")
+    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for name in ("num_train_epochs", *batches, "chunk_size"):  # Transformers would refuse what depends on them
+        if values.get(name, 1) <= 0:
+            raise ValueError(f"{name}: {values[name]} is not above 0.")
     values = _with_evaluation(values, given)
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     _check(arguments)
@@ -209,10 +213,9 @@ def _check(arguments: Arguments) -> None:
     """Raises `ValueError` for a wrong value, or for values that contradict each other."""
     model, data = arguments.model, arguments.data
     parse_options(model.model_options)  # raises for one that is not name=value
-    batches = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for name in ("num_train_epochs", *batches, "chunk_size"):
-        if getattr(arguments.training, name) <= 0:
-            raise ValueError(f"{name}: {getattr(arguments.training, name)} is not above 0.")
+    for name in ("max_bad_share", "random_erasing"):
+        if not 0 <= getattr(data, name) <= 1:
+            raise ValueError(f"{name}: {getattr(data, name)} is not in [0, 1].")
     if arguments.training.keep_presence < 0:
         raise ValueError(f"keep_presence: {arguments.training.keep_presence} is not a weight of at least 0.")
     if not 0 < data.crop_scale <= 1:

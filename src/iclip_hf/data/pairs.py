@@ -313,7 +313,7 @@ def load_pairs(
       "null". In a .tsv, quotes have no special meaning. Paths are relative to the table.
     - A folder with a subfolder of images for each class.
     - A `.parquet` file, a folder of them, or a folder of `save_to_disk` of `datasets`, with images as bytes or paths.
-    - The Hub id of a dataset ("org/name"), if there is no local folder "org".
+    - The Hub id of a dataset ("org/name"), if there is no local file or folder of this name.
 
     Args:
         source (`str`, `os.PathLike` or a list of these): one source, or several local sources.
@@ -330,7 +330,8 @@ def load_pairs(
         [`PairDataset`], or [`PairStream`] for a streamed Hub dataset.
 
     Raises:
-        `FileNotFoundError`: a file, folder or Hub dataset does not exist. `ValueError`: a source is not as described.
+        `FileNotFoundError`: a file or folder does not exist. `OSError`: a Hub dataset does not exist or cannot be
+        reached. `ValueError`: a source is not as described.
     """
     columns = Columns.named(image_column, caption_column)
     if isinstance(source, (str, os.PathLike)):

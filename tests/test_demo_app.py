@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -178,11 +179,11 @@ def test_bad_input_is_answered_with_a_sentence(client, folder, name, question, s
 META = {"meta": {"_type": "gradio.FileData"}}
 
 
-def ask(server, photo, texts="dog", method="itsm", refine=False):
+def ask(server, photo, texts="dog", method="itsm", refine=False, **more):
     """Asks the server; a photo is a path or a payload of any form."""
     photo = {"path": photo, "orig_name": "photo.png", **META} if isinstance(photo, str) else photo
-    data = [photo, texts, method, refine, False]
-    return httpx.post(f"{server}gradio_api/call/explain", json={"data": data}, timeout=60)
+    content = {"data": [photo, texts, method, refine, False], **more}
+    return httpx.post(f"{server}gradio_api/call/explain", json=content, timeout=60)
 
 
 def answer(asked):
@@ -466,6 +467,18 @@ def test_a_large_body_is_cut_off(server, path):
 
     limit = app.MAX_FILE_SIZE if path == "upload" else app.MAX_BODY_SIZE
     assert answered(1000) and not answered(limit + 2**20)
+
+
+def test_few_answers_wait_for_visitors_who_do_not_fetch_them(server, folder, monkeypatch):
+    monkeypatch.setattr(app, "MAX_UNREAD", 2)
+    own = {"path": upload(server, (folder / "small.png").read_bytes()).json()[0], **META}
+    asked = [ask(server, own, session_hash=session) for session in ("a", "b", "c", "c")]
+    while httpx.get(f"{server}gradio_api/queue/status").json()["queue_size"]:
+        time.sleep(0.1)
+    assert answer(ask(server, own))[0] == "event: complete"
+    events = [httpx.get(f"{item.url}/{item.json()['event_id']}", timeout=60).text for item in asked[:3]]
+    assert all("event: error" in event and "ask again" in event for event in events[:2])
+    assert "ask again" in events[2] and "event: complete" in events[2]
 
 
 @pytest.mark.parametrize("route", ["run", "call", "stream"])

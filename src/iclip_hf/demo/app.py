@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,7 @@ from .questions import SeenImage, asked_texts, encode_photo, read_photo, release
 with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache, save_file_to_cache
+    from gradio.queueing import Event, EventMessage, ProcessCompletedMessage, Queue
     from gradio.utils import get_upload_folder
     from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
     from starlette.middleware import Middleware
@@ -33,6 +36,8 @@ MAX_BODY_SIZE = 2**20
 # Number of visitors whose last answer Gradio keeps, up to 8 megabytes each. The default is 10,000. The page does not
 # need these answers.
 MAX_SESSIONS = 4
+# Number of answers that no visitor has fetched yet, of the same size. Gradio would keep all of them.
+MAX_UNREAD = 16
 # Number of encoded images that are kept, up to 25 megabytes each. An image at one scale and at two scales counts
 # twice.
 MAX_IMAGES = 2
@@ -77,7 +82,24 @@ def build_app(model) -> gr.Blocks:
         triggers = [app.load, question.photo.upload, question.typed.submit, *changes, question.button.click]
         gr.on(triggers, **run, api_name="explain")
         question.chosen.success(**run, api_visibility="private")
-    return app.queue(max_size=32)
+    app.queue(max_size=32)
+    _limit_unread(app._queue)
+    return app
+
+
+def _limit_unread(queue: Queue) -> None:
+    """Replaces all answers but the last `MAX_UNREAD` by an error if they are not fetched yet."""
+    send, answers = queue.send_message, deque()
+
+    def send_message(event: Event, message: EventMessage) -> None:
+        if isinstance(message, ProcessCompletedMessage):
+            answers.append(weakref.ref(message))  # a fetched answer is gone
+            while len(answers) > MAX_UNREAD:
+                if oldest := answers.popleft()():
+                    oldest.success, oldest.output = False, {"error": "The answer was not fetched in time: ask again."}
+        send(event, message)
+
+    queue.send_message = send_message
 
 
 class _Blocks(gr.Blocks):

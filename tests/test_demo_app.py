@@ -176,6 +176,16 @@ def test_bad_input_is_answered_with_a_sentence(client, folder, name, question, s
     assert str(folder) not in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
+def test_a_method_that_cannot_be_loaded_tells_no_place_of_the_machine(client, folder, monkeypatch):
+    def load_tower(*arguments, **options):
+        raise OSError(f"{folder}: this folder holds other files")
+
+    monkeypatch.setattr(app, "Engine", load_tower)
+    with pytest.raises(AppError, match="cannot load what this method needs") as error:
+        client.predict(gradio_client.handle_file(folder / "small.png"), "dog", "itsm", api_name="/explain")
+    assert str(folder) not in str(error.value)
+
+
 META = {"meta": {"_type": "gradio.FileData"}}
 
 

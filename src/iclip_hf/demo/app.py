@@ -137,8 +137,10 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
             release_memory()  # of the last answer, which Gradio has sent
             seen = seen_image(photo["path"], multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
-        except (OSError, ValueError, TypeError) as error:
+        except (ValueError, TypeError) as error:
             raise gr.Error(str(error), print_exception=False) from error
+        except OSError as error:  # of a tower that a method loads; the message names places of this machine
+            raise gr.Error("The demo cannot load what this method needs: choose another method.") from error
         file = save_bytes_to_cache(to_npz(explanation), "explanation.npz", cache)
         release_memory()
         return viewer_value(seen, explanation), file

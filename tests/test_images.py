@@ -1,6 +1,7 @@
 """images.py: every readable image becomes upright 8-bit RGB, every other one a clear error."""
 
 import base64
+import contextlib
 import io
 import sys
 import tracemalloc
@@ -279,6 +280,27 @@ class Redirecting(QuietHandler):
 def test_a_url_is_redirected_to_no_other_protocol(scheme):
     with served(Redirecting) as server, pytest.raises(OSError, match="redirect|Redirect"):
         load_image(f"http://127.0.0.1:{server.server_port}/{scheme}")
+
+
+class LongRedirect(QuietHandler):
+    """Sends to the photograph, with as many megabytes as the client reads, at most 100."""
+
+    def do_GET(self):
+        if self.path == "/photo.png":
+            return super().do_GET()
+        self.send_response(302)
+        self.send_header("Location", "/photo.png")
+        with contextlib.suppress(OSError):
+            self.end_headers()
+            for self.server.sent in range(100):
+                self.wfile.write(bytes(2**20))
+
+
+def test_the_content_of_a_redirect_is_not_read(world):
+    with served(partial(LongRedirect, directory=world.folder)) as server:
+        found = load_image(f"http://127.0.0.1:{server.server_port}/moved")
+    assert found.tobytes() == load_image(world.photo).tobytes()
+    assert server.sent < 50
 
 
 def test_a_scheme_in_capitals_is_one(world, tmp_path):

@@ -20,6 +20,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, url):
         if not is_url(url):
             raise ValueError("it is redirected to another protocol than http and https")
+        file.close()  # the base class would read its content to the end, whatever its size
         return super().redirect_request(request, file, code, message, headers, url)
 
 

@@ -42,6 +42,8 @@ def mine(world, tmp_path, monkeypatch) -> Path:
     (folder / "measured.json").write_text(json.dumps({"per_class": {"itsm": rows}}))
     (folder / "table.csv").write_text("image,caption\nphoto.jpg,a dog\nphotos/cat.jpg,a cat\n")
     masks_folder(folder, mask=index_mask(np.tri(24, 30, dtype=np.uint8)))
+    (folder / "towers").mkdir()
+    (folder / "towers" / "train.yaml").write_text(f"vision: {world.folder / 'model'}\ntext: text\n")
     (folder / "link.png").symlink_to("photos/dog.png")
     (folder / "clip" / "config.json").write_text('{"model_type": "iclip"}')
     (folder / "config.png").symlink_to("clip/config.json")
@@ -95,6 +97,7 @@ FOLDERS = [
     "train table.csv --model MODEL",  # into runs/table
     "train --model MODEL",
     "init --config iclip-dinov2-s14-minilm --output .",
+    "init --config towers --output MODEL/new",  # the configuration names this tower
     "export MODEL MODEL",
     "export MODEL . --format onnx",
     "export MODEL . --format web",

@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> None:
     if (source / "train.yaml").is_file():
         from .train.arguments import read_train_yaml  # imports torch
 
-        read_train_yaml(source / "train.yaml")  # raises for a wrong argument
+        arguments = read_train_yaml(source / "train.yaml")  # raises for a wrong argument
+        for tower in filter(None, map(arguments.get, ("vision", "text", "feature_tower"))):
+            check_outside(args.output, tower)
     from huggingface_hub.errors import StrictDataclassError
 
     from ..hub.folders import init_model, is_embedded

@@ -42,8 +42,6 @@ def mine(world, tmp_path, monkeypatch) -> Path:
     (folder / "measured.json").write_text(json.dumps({"per_class": {"itsm": rows}}))
     (folder / "table.csv").write_text("image,caption\nphoto.jpg,a dog\nphotos/cat.jpg,a cat\n")
     masks_folder(folder, mask=index_mask(np.tri(24, 30, dtype=np.uint8)))
-    (folder / "towers").mkdir()
-    (folder / "towers" / "train.yaml").write_text(f"vision: {world.folder / 'model'}\ntext: text\n")
     (folder / "link.png").symlink_to("photos/dog.png")
     (folder / "clip" / "config.json").write_text('{"model_type": "iclip"}')
     (folder / "config.png").symlink_to("clip/config.json")
@@ -97,7 +95,6 @@ FOLDERS = [
     "train table.csv --model MODEL",  # into runs/table
     "train --model MODEL",
     "init --config iclip-dinov2-s14-minilm --output .",
-    "init --config towers --output MODEL/new",  # the configuration names this tower
     "export MODEL MODEL",
     "export MODEL . --format onnx",
     "export MODEL . --format web",
@@ -110,6 +107,12 @@ def test_an_input_and_a_folder_of_others_are_refused(world, mine, capsys, line):
     assert typed(world, line) == 2
     assert contents(mine) == before and contents(world.folder) == model
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_new_model_is_not_written_into_a_tower_that_the_configuration_names(world, mine, capsys):
+    (mine / "run" / "train.yaml").write_text(f"vision: {world.folder / 'model'}\ntext: text\n")
+    assert typed(world, "init --config run --output MODEL/new") == 2
+    assert "this output would change the input" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from training_runs import assert_same_weights, evaluations, run, write_table
 from iclip_hf import ICLIPProcessor, explain
 from iclip_hf.cli.train import training
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.training import ICLIPTrainer
+from iclip_hf.training import FeatureCache, ICLIPTrainer
 from iclip_hf.training.callbacks import Interrupts
 from iclip_hf.training.checkpoints import last_checkpoint
 from iclip_hf.training.kept_presence import KEPT_NOUNS, kept_presence
@@ -242,6 +242,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
     assert (
         evaluations(resumed) == evaluations(whole) and resumed.state.best_global_step == whole.state.best_global_step
     )
+
+
+def test_a_run_that_is_resumed_with_features_of_another_machine_is_compared_with_its_start(hub, tmp_path, monkeypatch):
+    """Its captions are the same, and their cached features nearly."""
+    arguments = ["--validation_data", hub / "held_out.tar", "--lock_text", "--eval_steps", 1, "--save_steps", 1]
+    arguments += ["--pictures", 0, "--eval_on_start", True]
+    run(hub, tmp_path / "run", *arguments, "--cache_features", tmp_path / "first", "--max_steps", 1)
+    encode = FeatureCache._encode_texts
+    monkeypatch.setattr(FeatureCache, "_encode_texts", lambda *of: {"text": 1.01 * encode(*of)["text"]})
+    other = ["--cache_features", tmp_path / "other", "--max_steps", 2, "--resume"]
+    assert "loss_change_low" in evaluations(run(hub, tmp_path / "run", *arguments, *other))[2]
 
 
 def test_the_presence_of_nouns_moves_less_if_it_is_kept(hub, tmp_path, tiny_processor):

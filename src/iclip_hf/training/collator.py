@@ -115,10 +115,12 @@ class PairCollator:
         return {"pixel_values": torch.stack(images)}
 
     def _texts(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Returns texts as tensors: their features or token ids."""
-        if self.text_features is not None:
-            return {"text_inputs": self.text_features(texts)}
-        return dict(self.processor(text=texts))
+        """Returns texts as tensors: their features or token ids, and both for an evaluation."""
+        if self.text_features is None:
+            return dict(self.processor(text=texts))
+        # An evaluation tells captions apart by their tokens, because another machine may compute other features.
+        tokens = {} if self._epoch is None else dict(self.processor(text=texts))
+        return {**tokens, "text_inputs": self.text_features(texts)}
 
 
 def _checked_texts(number: int, row: Mapping) -> PairTexts:

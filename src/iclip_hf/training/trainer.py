@@ -339,7 +339,7 @@ class ICLIPTrainer(Trainer):
         text_inputs = inputs.get("text_inputs")
         images = inputs["image_features"].values() if "image_features" in inputs else [inputs["pixel_values"]]
         # Padding becomes zeros, which ids ignore, because each batch is padded to its own length.
-        texts = tokens["input_ids"] * tokens.get("attention_mask", 1) if text_inputs is None else text_inputs
+        texts = tokens["input_ids"] * tokens.get("attention_mask", 1)
         pair_ids = torch.stack([content_ids(images), content_ids([texts])], 1).to(self.args.device)
         with torch.no_grad(), self.accelerator.autocast():
             if text_inputs is None:

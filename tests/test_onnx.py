@@ -1,5 +1,6 @@
 import copy
 import math
+import shutil
 from functools import partial
 
 import onnx
@@ -194,6 +195,13 @@ def test_a_damaged_graph_is_refused(folder, tmp_path):
         (tmp_path / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".onnx" else content)
     with pytest.raises(ValueError, match=f"{tmp_path}: .* download it again"):
         load(tmp_path)
+
+
+def test_a_damaged_processor_is_refused_by_the_name_of_its_folder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged: expected a whole folder"):
+        load(tmp_path / "damaged")
 
 
 def test_nothing_half_written_stays(model, tiny_processor, tmp_path, monkeypatch):

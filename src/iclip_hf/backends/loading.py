@@ -95,7 +95,9 @@ def load(
     if isinstance(source, ExplainableModel):
         return source
     if is_onnx:
-        return _explainable(ONNXModel(source), ICLIPProcessor.from_pretrained(source))
+        with loading_errors(source):
+            processor = ICLIPProcessor.from_pretrained(source)
+        return _explainable(ONNXModel(source), processor)
     if is_name:
         device = _usable(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
         if dtype == "bfloat16" and device.type == "cpu" and not has_bfloat16():

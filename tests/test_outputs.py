@@ -12,6 +12,7 @@ import pytest
 from conftest import PHOTO, iclip
 from fault_inputs import index_mask, masks_folder
 
+from iclip_hf.cli import pictures
 from iclip_hf.cli.output import model_folders, name_for
 from iclip_hf.cli.train import check_output_dir
 from iclip_hf.cli.train.arguments import resolve_arguments
@@ -200,6 +201,20 @@ def test_commands_at_once_keep_their_pictures_apart_and_name_what_belongs_togeth
     after = contents(mine)
     assert after.keys() - before.keys() == {drawn[0].name, *new.split()}
     assert after[drawn[0].name] == b"another command's" and new.split()[0] in capsys.readouterr().out
+
+
+def test_reports_at_once_do_not_share_a_folder(world, mine, capsys, monkeypatch):
+    """While a model is loaded, another command begins to write into the folder."""
+    load_engine = pictures._load_engine
+
+    def load_late(args):
+        (mine / "report" / "images").mkdir(parents=True)
+        return load_engine(args)
+
+    monkeypatch.setattr(pictures, "_load_engine", load_late)
+    assert typed(world, "explain photo.jpg SEE --report report") == 2
+    assert "this folder holds other files, such as images" in capsys.readouterr().err
+    assert not any((mine / "report" / "images").iterdir())
 
 
 def test_the_folder_of_pictures_may_hold_anything(world, mine):

@@ -38,7 +38,10 @@ class EvaluatedImage:
 
     @cached_property
     def masks(self) -> np.ndarray:
-        """The mask of each shown class, `(T, height, width)`."""
+        """
+        The mask of each shown class, `(T, height, width)`: the id of the class on its pixels, `void` on ignored
+        pixels, and 0 on all others.
+        """
         masks = [self.sample.mask(class_id) for class_id in self.sample.class_ids]
         return np.array(masks, np.min_scalar_type(self.sample.void)).reshape(-1, *self.sample.size)
 
@@ -249,7 +252,7 @@ class MeasuredClassMeans(ClassMeans):
             outputs.append({method: values.cpu().double().numpy() for method, values in scores.items()})
         return outputs
 
-    def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor | None) -> None:
         for scores, class_id in zip(image.outputs[self.name].get(method, ()), image.sample.class_ids):
             self.update(scores, class_id)
 

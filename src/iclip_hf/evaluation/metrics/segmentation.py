@@ -194,7 +194,7 @@ class Segmentation(Metric):
             method_maps[method] = replace(windows, maps=maps[:, self.map_indices])
         return method_maps
 
-    def update_from(self, image: EvaluatedImage, method: str, maps: None) -> None:
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor | None) -> None:
         raw_maps = image.outputs[self.name][method]
         if self.protocol:
             label_map, confidence = protocol_label_map(

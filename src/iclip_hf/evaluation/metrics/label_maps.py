@@ -122,7 +122,7 @@ class LabelMaps(Metric):
         }
         return [{method: explanations[method][index] for method in explanations} for index in range(len(images))]
 
-    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor) -> None:
+    def update_from(self, image: EvaluatedImage, method: str, maps: torch.Tensor | None) -> None:
         self.update(image.outputs[self.name][method].label_map(), image.masks, image.sample.class_ids)
 
 

@@ -142,7 +142,8 @@ def test_its_towers_are_known_wherever_the_cache_is(embedded_folder):
         towers = [describe_tower(getattr(config, side)) for side in ("vision_config", "text_config", "feature_config")]
         ids = ["facebook/dinov2-small", "sentence-transformers/all-MiniLM-L6-v2", "timm/tf_efficientnet_lite2.in1k"]
         assert [tower["id"] for tower in towers] == ids
-        assert [tower["licence"] for tower in towers] == 3 * ["Apache-2.0"]
+        assert [tower["licence"] for tower in towers] == ["MIT; DINOv2: Apache-2.0", "Apache-2.0", "Apache-2.0"]
+        assert "trained further for saliency" in towers[0]["name"]  # and not the tower that it began as
     assert str(embedded_folder.parent) not in (embedded_folder / "config.json").read_text()
 
 

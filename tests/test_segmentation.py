@@ -481,6 +481,7 @@ def test_synonyms_of_a_file_of_lines_or_a_mapping(voc):
         ("voc21", ["a"] * 19, "'voc21' has 20 classes.* this file has 19"),
         ("voc20", ["sky", *VOC], "'voc20' has 20 classes.* this file has 21"),
         ("voc21", ["aeroplane, plane", *VOC[1:19], "screen, plane"], "'plane' names two classes"),
+        ("voc21", ["plane, plane", *VOC[1:]], "'plane' names two classes, or one class twice"),
         ("voc21", ["plane, ", *VOC[1:]], ", ''. is neither text"),
     ],
 )

@@ -57,7 +57,7 @@ def read_overrides(overrides: str | os.PathLike | Mapping, dataset: str, class_n
     # A text of the background may also name a class, as in papers.
     all_texts = [text for class_texts in synonyms for text in class_texts]
     if twice := [text for text in all_texts if all_texts.count(text) > 1]:
-        raise ValueError(f"{where}: {twice[0]!r} names two classes.")
+        raise ValueError(f"{where}: {twice[0]!r} names two classes, or one class twice.")
     return Overrides(synonyms, background, tuple(check_templates(overrides.get("templates", layout.templates))))
 
 

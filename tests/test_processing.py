@@ -356,6 +356,15 @@ def edited(file: Path, **changes) -> None:
     file.write_text(json.dumps((json.loads(file.read_text()) if file.is_file() else {}) | changes))
 
 
+@pytest.mark.parametrize("kind", ["BertJapaneseTokenizer", "Wav2Vec2PhonemeCTCTokenizer", "RagTokenizer"])
+def test_a_tokenizer_runs_no_other_program(tiny_processor, tmp_path, kind):
+    """Sudachi, for example, runs compiled code that an option names."""
+    save(tmp_path, tiny_config(), tiny_processor)
+    edited(tmp_path / "tokenizer_config.json", tokenizer_class=kind, word_tokenizer_type="sudachi")
+    with pytest.raises(ValueError, match=f"'{kind}' in its files is no TokenizersBackend or SentencePieceBackend"):
+        ICLIPProcessor.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "processor_config.json"])
 def test_a_processor_names_no_model_as_its_class(tiny_processor, tmp_path, monkeypatch, file):
     """Transformers would load the model, and kernels of the Hub that its configuration names."""
@@ -382,12 +391,11 @@ def test_a_processor_names_no_model_as_its_class(tiny_processor, tmp_path, monke
         ("tokenizer_config.json", {"vocab": "{secret}"}),
         ("tokenizer_config.json", {"merges": "{secret}"}),
         ("tokenizer_config.json", {"init_inputs": ["{secret}"]}),
-        ("tokenizer_config.json", {"sudachi_kwargs": {"sudachi_config_path": "{secret}"}}),
         ("special_tokens_map.json", {"vocab_file": "{secret}"}),
     ],
 )
 def test_a_tokenizer_names_no_file_of_the_machine(tiny_processor, tmp_path, file, options):
-    """The file would be published with the model, and Sudachi would run code."""
+    """The file would be published with the model."""
     (tmp_path / "secret").write_text("\n".join([*tiny_processor.tokenizer.get_vocab(), "password"]))
     folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
     save(folder, tiny_config(), tiny_processor)

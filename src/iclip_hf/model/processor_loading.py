@@ -9,18 +9,25 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoImageProcessor, AutoTokenizer, ImageProcessingMixin, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    ImageProcessingMixin,
+    SentencePieceBackend,
+    TokenizersBackend,
+)
 from transformers.models.auto import image_processing_auto, tokenization_auto
 from transformers.utils import cached_file
 
 
 # Arguments of `from_pretrained` that locate its files.
 FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Functions of Transformers (5.24) that find a class by its name in a file, and the base of the classes that may be
-# loaded. Transformers would also load a model, and download code that its configuration names.
+# Functions of Transformers (5.24) that find a class by its name in a file, and the bases of classes that may be loaded.
+# Transformers would also load a model, and download code that its configuration names. Tokenizers with other bases can
+# run programs or libraries that a file names.
 _FINDERS = (
-    (tokenization_auto, "tokenizer_class_from_name", PreTrainedTokenizerBase),
-    (image_processing_auto, "get_image_processor_class_from_name", ImageProcessingMixin),
+    (tokenization_auto, "tokenizer_class_from_name", (TokenizersBackend, SentencePieceBackend)),
+    (image_processing_auto, "get_image_processor_class_from_name", (ImageProcessingMixin,)),
 )
 
 
@@ -44,22 +51,23 @@ def read_json(name, file: str, **kwargs) -> dict:
 @contextmanager
 def only_processors(name) -> Iterator[None]:
     """
-    Raises `ValueError` where a file of the folder or Hub id `name` names another class than one of a tokenizer or of
-    an image processor.
+    Raises `ValueError` where a file of the folder or Hub id `name` names another class than one of an image processor
+    or of a tokenizer that the libraries tokenizers or sentencepiece run.
     """
 
-    def find(original, base: type, class_name: str):
+    def find(original, bases: tuple[type, ...], class_name: str):
         found = original(class_name)
         # A class whose package is missing is a dummy that says so.
-        is_fit = isinstance(found, type) and (issubclass(found, base) or getattr(found, "is_dummy", False))
+        is_fit = isinstance(found, type) and (issubclass(found, bases) or getattr(found, "is_dummy", False))
         if found is not None and not is_fit:
-            raise ValueError(f"{name}: {class_name!r:.100} in its files is no {base.__name__}; correct it.")
+            expected = " or ".join(base.__name__ for base in bases)
+            raise ValueError(f"{name}: {class_name!r:.100} in its files is no {expected}; correct it.")
         return found
 
     originals = [getattr(module, function) for module, function, _ in _FINDERS]
     try:
-        for original, (module, function, base) in zip(originals, _FINDERS):
-            setattr(module, function, partial(find, original, base))
+        for original, (module, function, bases) in zip(originals, _FINDERS):
+            setattr(module, function, partial(find, original, bases))
         yield
     finally:
         for original, (module, function, _) in zip(originals, _FINDERS):
@@ -69,7 +77,7 @@ def only_processors(name) -> Iterator[None]:
 def check_tokenizer_files(name, **kwargs) -> None:
     """
     Raises `ValueError` if the options of a tokenizer name a file. The vocabulary could be any file of this machine,
-    which would be published with the model, and Sudachi runs compiled code that its configuration names.
+    which would be published with the model.
     """
     kwargs = {argument: value for argument, value in kwargs.items() if argument in FILE_ARGUMENTS}
     # Without a connection, Transformers takes a file that is not in the cache for missing.
@@ -77,9 +85,7 @@ def check_tokenizer_files(name, **kwargs) -> None:
     options, tokens = (
         read_json(name, file, **kwargs) for file in ("tokenizer_config.json", "special_tokens_map.json")
     )
-    sudachi_options = options.get("sudachi_kwargs") or {}
     wrong = [option for option in ("vocab", "merges") if isinstance(options.get(option), str)]
-    wrong += [option for option in ("sudachi_config_path", "sudachi_resource_dir") if sudachi_options.get(option)]
     if options.get("init_inputs"):  # options without names
         wrong.append("init_inputs")
     # Transformers takes any option from the map of special tokens, too.

@@ -68,7 +68,7 @@ class IndexSample(SegmentationSample):
 def read_index_masks(root: Path, layout: Layout, split: str | None) -> Annotations:
     """
     Reads the images and masks of a layout. Raises `FileNotFoundError` if there are none, or one is missing, and
-    `ValueError` if the list of classes is not as described.
+    `ValueError` if the list of classes is not as described, or two images have the same name for their mask.
     """
     image_pattern, images = _find_files(root, layout.images, split)
     mask_pattern, masks = _find_files(root, layout.masks, split)

@@ -18,10 +18,11 @@ _LINE_HEIGHT, _ASCENT = 1.25, 0.97
 # Longest text in characters. Longer texts are shortened in the middle: drawing a thousand characters takes seconds.
 _LONGEST = 250
 # Files of fonts for scripts that DejaVu Sans lacks, on Linux, macOS and Windows.
-_MORE_SCRIPTS = """
-    NotoSansCJK-Regular.ttc NotoSansDevanagari-Regular.ttf PingFang.ttc Arial\xa0Unicode.ttf msyh.ttc malgun.ttf
-    Nirmala.ttf
-""".split()
+_MORE_SCRIPTS = (
+    *("NotoSansCJK-Regular.ttc", "NotoSansDevanagari-Regular.ttf"),
+    *("PingFang.ttc", "Arial Unicode.ttf"),
+    *("msyh.ttc", "malgun.ttf", "Nirmala.ttf"),
+)
 _FONTS = Path(__file__).with_name("fonts")
 # A code point that no font has.
 _NO_CHARACTER = "\U0010ffff"
@@ -95,7 +96,7 @@ def _installed_fonts() -> list[str]:
     paths = []
     for name in _MORE_SCRIPTS:
         with suppress(OSError):  # Pillow looks for the name in the folders of the system
-            paths.append(ImageFont.truetype(name.replace("\xa0", " ")).path)
+            paths.append(ImageFont.truetype(name).path)
     return paths
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Longest side of a picture in pixels. A page shows 24 images, each with a picture for every method.
 _SIDE = 240
-_OUTLINE = (0, 229, 255)  # no colour map has this colour
+_OUTLINE = (0, 229, 255)  # the colour map of a report, "heat", has no such colour
 
 
 class ReportFolder:

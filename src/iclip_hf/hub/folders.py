@@ -65,7 +65,7 @@ def init_model(
 ) -> Path:
     """
     Writes the folder of a new model: pretrained towers, untrained projections, processor and tokenizer. With the
-    configuration and the towers of the embedded model, it writes the embedded model itself, which is trained.
+    configuration of the embedded model and no tower given, it writes the embedded model itself, which is trained.
 
     Args:
         config: name of a shipped configuration (`"iclip-vit-b16"`), or a folder with `train.yaml` or `config.json`,

@@ -63,9 +63,10 @@ class ICLIPTrainer(Trainer):
         processing_class ([`ICLIPProcessor`], *optional*): processor of the model; the collator's if not given.
         compute_loss_func (`Callable`, *optional*): function of [`ICLIPOutput`], None and `num_items_in_batch=None`. It
             returns the loss of a training step. The loss of an evaluation stays the model's own.
-        compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the scaled unit
-            vectors of images and those of their captions, (num_pairs, P) each; the labels (num_pairs, 2) are ids of
-            the images and of the captions. Equal images have the same id, and so have equal captions.
+        compute_metrics (`Callable`, *optional*): more metrics of held-out pairs. The predictions are the unit vectors
+            of images times the logit scale, and the unit vectors of their captions, (num_pairs, P) each; the labels
+            (num_pairs, 2) are ids of the images and of the captions. Equal images have the same id, and so have equal
+            captions.
         map_dataset ([`SegmentationDataset`], *optional*): images with masks, on which each evaluation also measures
             mAP, mMIoU, mFMB and text contrast.
         card (`dict`, *optional*): arguments of [`~iclip_hf.hub.model_card.write_model_card`] for the saved model.
@@ -330,8 +331,9 @@ class ICLIPTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """
-        Returns None as the loss, because only all pairs together have one; the scaled unit vectors of B images and
-        those of their captions, (B, P) each; and, as labels, the ids of images and captions (B, 2).
+        Returns None as the loss, because only all pairs together have one; the unit vectors of B images times the
+        logit scale, and the unit vectors of their captions, (B, P) each; and, as labels, the ids of images and
+        captions (B, 2).
         """
         inputs, recognition = self._prepare_inputs(inputs), self.model.recognition
         names = self.processing_class.tokenizer.model_input_names

@@ -428,11 +428,13 @@ def test_init_takes_the_options_and_the_size_of_a_train_yaml(towers, tmp_path, c
     """As `iclip train --config` does. A model with a bias is to be trained with nouns."""
     (tmp_path / "own").mkdir()
     file, given = tmp_path / "own" / "train.yaml", f"vision: {towers / 'vision'}\ntext: {towers / 'text'}\n"
-    file.write_text(f"{given}image_size: 64\nmodel_options: [max_over=similarity, logit_bias_init_value=-3]\n")
+    options = "max_over=similarity, logit_bias_init_value=-3, distillation_weight=5e-1"
+    file.write_text(f"{given}image_size: 64\nmodel_options: [{options}]\n")
     assert iclip("init", "--config", tmp_path / "own", "--output", tmp_path / "new") == 0
     assert "--nouns" in capsys.readouterr().out.split()
     model, processor = ICLIPModel.from_pretrained(tmp_path / "new"), ICLIPProcessor.from_pretrained(tmp_path / "new")
     assert (model.config.max_over, model.config.logit_bias_init_value) == ("similarity", -3)
+    assert model.config.distillation_weight == 0.5
     assert processor.image_processor.size["height"] == 64
     for content, named in (
         (f"{given}model_options: pooling_x=1\n", "'pooling_x'"),
@@ -564,6 +566,7 @@ def card_of(folder: Path, processor, model=None, **options) -> ModelCard:
 def test_the_card_tells_the_figures_in_the_hubs_form(source):
     card = ModelCard.load(source / "model" / "README.md")
     assert card.data.model_name == "model" and len(card.data.eval_results) == 5
+    assert card.data.metrics == ["map", "mmiou", "mfmb"]  # those with results
     result = next(row for row in card.data.eval_results if (row.metric_name, row.metric_config) == ("mMIoU", "itsm"))
     assert isinstance(result, EvalResult)
     assert (result.dataset_type, result.dataset_split, result.metric_value) == ("voc2012", "val", 50.31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -33,7 +34,8 @@ def parse_options(model_options: Sequence[str]) -> dict[str, object]:
     for option in model_options:
         try:
             name, value = option.split("=", 1)
-            parsed[name] = yaml.safe_load(value)
+            number = re.fullmatch(r"[-+]?\d+\.?\d*e[-+]?\d+", value, re.IGNORECASE)  # for YAML, 1e-3 is a text
+            parsed[name] = float(value) if number else yaml.safe_load(value)
         except (AttributeError, ValueError, yaml.YAMLError):  # a train.yaml may list values that are not strings
             raise ValueError(f"model_options: expected name=value, but got {option!r}.") from None
     return parsed

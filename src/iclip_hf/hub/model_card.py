@@ -105,7 +105,7 @@ def write_model_card(
         **_licence(towers, record["data"]),
         base_model=[tower["id"] for tower in towers if tower["id"]] or None,
         datasets=[dataset for dataset in record["data"] if is_hub_dataset(dataset)] or None,
-        metrics=["mmiou", "mfmb", "text_contrast"] if results else None,
+        metrics=[*dict.fromkeys(result.metric_type for result in results)] or None,
         # Without results, `model_name` would be written as a key of the header.
         **({"model_name": title, "eval_results": results} if results else {}),
     )

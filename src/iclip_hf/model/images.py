@@ -158,7 +158,7 @@ def to_8_bit(image) -> torch.Tensor:
 
     Raises:
         `ValueError`: the shape is wrong, or a value is NaN, infinite or outside of the range of its type.
-        `TypeError`: the values are not real numbers.
+        `TypeError`: the values are no numbers.
     """
     import torch
 

@@ -164,7 +164,8 @@ class ICLIPModel(ICLIPTowers):
             [`ICLIPModel`] in eval mode.
 
         Raises:
-            `OSError`, `ValueError`: a folder or id has no model, an option is unknown, or a tower is not supported.
+            `OSError`, `ValueError`: a folder or id has no model, or a tower is not supported. Options raise as in
+                [`ICLIPConfig`].
         """
         checkpoints = {"vision_config": vision, "text_config": text}
         if features:

@@ -204,7 +204,7 @@ class ICLIPProcessor(ProcessorMixin):
             `ValueError`: images, texts or lists are empty; both `text` and `labels` are given; a template has no `{}`;
                 images have different shapes with `shortest_edge`, or another size with `do_resize=False`; a keyword is
                 given flat and in a dictionary such as `images_kwargs`; or an image is invalid, not finite or out of
-                the range of its type.
+                the range of its type. `OSError`, `TypeError`: an image cannot be loaded, see [`load_image`].
         """
         if text is not None and (labels is not None or templates is not None):
             raise ValueError("Give text, which is taken as it is, or labels, which are put into templates, not both.")
@@ -441,7 +441,8 @@ class ICLIPProcessor(ProcessorMixin):
         Args:
             maps, masks, min_area: as for `post_process_boxes`.
             num_positive (`int`): number of points at the highest values of the map in the part, the highest first.
-            num_negative (`int`): number of points at the lowest values of the map outside of the mask.
+            num_negative (`int`): number of points at the lowest values of the map outside of the mask, or of the whole
+                map if the mask has all pixels.
 
         Returns:
             list of B `dict` with R objects of num_points = num_positive + num_negative: `labels` `(R,)`: index of

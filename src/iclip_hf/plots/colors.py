@@ -58,7 +58,8 @@ def overlay(image, heatmap: np.ndarray, opacity: float = OPACITY, colormap: str 
             `"jet"`, the colours of the paper.
 
     Raises:
-        `ValueError`: there is no such colour map, or the image cannot be read.
+        `ValueError`: there is no such colour map. `OSError`, `ValueError`, `TypeError`: the image cannot be loaded,
+            see [`load_image`].
     """
     if hasattr(heatmap, "detach"):
         heatmap = heatmap.detach().cpu().float().numpy()  # numpy has no bfloat16

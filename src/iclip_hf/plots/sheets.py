@@ -79,7 +79,8 @@ def draw(
         `PIL.Image.Image` of mode "RGB".
 
     Raises:
-        `ValueError`: the image cannot be read, there is no such colour map, or `explanation` is a list.
+        `OSError`, `ValueError`, `TypeError`: the image cannot be loaded, see [`load_image`], or there is none.
+            `ValueError`: there is no such colour map, or `explanation` is a list.
     """
     if isinstance(explanation, Sequence):
         raise ValueError("draw takes one explanation: draw each of the list.")

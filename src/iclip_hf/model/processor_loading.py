@@ -22,9 +22,9 @@ from transformers.utils import cached_file
 
 # Arguments of `from_pretrained` that locate its files.
 FILE_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-# Functions of Transformers (5.24) that find a class by its name in a file, and the bases of classes that may be loaded.
-# Transformers would also load a model, and download code that its configuration names. Tokenizers with other bases can
-# run programs or libraries that a file names.
+# Functions of Transformers (5.24) that find a class by its name in a file, and the bases of classes that may be
+# loaded. Transformers would also load a model, and download code that its configuration names. Tokenizers with other
+# bases can run programs or libraries that a file names.
 _FINDERS = (
     (tokenization_auto, "tokenizer_class_from_name", (TokenizersBackend, SentencePieceBackend)),
     (image_processing_auto, "get_image_processor_class_from_name", (ImageProcessingMixin,)),

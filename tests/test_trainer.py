@@ -515,6 +515,18 @@ def test_held_out_pairs_can_have_names(pairs, tiny_processor, arguments, tmp_pat
     assert "evaluation" in json.loads((tmp_path / "elsewhere" / "model_card.json").read_text())
 
 
+def test_a_card_has_no_results_of_an_earlier_training_in_its_folder(pairs, tiny_processor, arguments, tmp_path):
+    (tmp_path / "maps").mkdir()
+    maps = load_segmentation("folder", write_folder(tmp_path / "maps", [[1, 2], [0, 3]], 40))
+    data = {"train_dataset": pairs, "processing_class": tiny_processor}
+    for map_dataset, has_results in ((maps, True), (None, False)):
+        args = arguments(eval_strategy="no" if map_dataset is None else "steps", eval_steps=2, seed=int(has_results))
+        trainer = ICLIPTrainer(tiny_model(), args, **data, map_dataset=map_dataset)
+        trainer.train()
+        trainer.save_model()
+        assert ("evaluation" in json.loads((tmp_path / "run" / "model_card.json").read_text())) == has_results
+
+
 def test_held_out_sets_with_the_same_captions_are_compared_apart(pairs, tiny_processor, arguments, tmp_path):
     """Each with its own start: a model that does not learn changes neither."""
     captions = [f"a dog {number}" for number in range(12)]

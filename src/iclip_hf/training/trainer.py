@@ -25,6 +25,7 @@ from ..utils.extras import require_extra
 with require_extra("train"):
     from accelerate.data_loader import prepare_data_loader
 
+from ..backends.identity import changed_model
 from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
 from ..data.wrappers import at_first_epoch
@@ -420,7 +421,10 @@ class ICLIPTrainer(Trainer):
                 card |= {"training": None, "source_identity": None}
             evaluation = Path(self.args.output_dir, "evaluations", f"{step}.json")
             if evaluation.is_file():
-                card["metrics"] = json.loads(evaluation.read_text())
+                results = json.loads(evaluation.read_text())
+                # The file may be of an earlier training in this folder.
+                if not changed_model(results["protocol"], self.model, self.processing_class):
+                    card["metrics"] = results
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
             with writing_errors(folder):

@@ -468,6 +468,13 @@ def test_the_floor_of_miou_is_the_best_map_of_one_class_over_the_classes_that_ar
     assert (found["floor"], found["floor_class"]) == (37.5, 1)  # 3/4 of class 1, nothing of class 2
 
 
+def test_the_floor_of_miou_counts_the_background_that_the_mean_leaves_out():
+    metric = MeanIoU(3, background=False)
+    metric.update(np.ones((1, 4), int), np.array([[1, 0, 0, 2]]))
+    found = metric.compute()
+    assert found["floor"] == found["miou"] == 12.5  # 1/4 of class 1, nothing of class 2
+
+
 # ---- label maps of typed texts ----
 
 

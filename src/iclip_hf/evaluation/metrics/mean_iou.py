@@ -62,8 +62,10 @@ class MeanIoU:
         iou = self._iou()[:, 0]
         shown = np.flatnonzero(referenced)
         pixels = int(referenced.sum())
-        # A map with one class everywhere has an IoU of 0 for all other classes.
-        floors = 100 * referenced / (pixels or math.nan) / (len(shown) or math.nan)
+        # A map with one class everywhere has an IoU of 0 for all other classes. It is wrong on all pixels of the
+        # background, also if the mean leaves the background out.
+        all_pixels = int(self.areas[2, :, 0].sum())
+        floors = 100 * referenced / (all_pixels or math.nan) / (len(shown) or math.nan)
         return {
             "miou": float(self.curve()[0]),
             "pixel_accuracy": 100 * int(in_both.sum()) / (pixels or math.nan),

@@ -28,6 +28,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPProcessor,
+    TimmBackbone,
     pipeline,
 )
 
@@ -197,6 +198,37 @@ def test_weights_that_need_further_code_are_refused(world, tmp_path, edits, mess
         path.write_text(json.dumps(known | edit))
     with pytest.raises(ValueError, match=f"{tower}: .*{message}"):
         ICLIPModel.from_vision_text_pretrained(tower, tower)
+
+
+def test_a_configuration_of_other_towers_is_not_quantized(world, tmp_path):
+    """`init` loads the towers with the options of this configuration, not with their own."""
+    for side in ("vision_config", "text_config"):
+        known = getattr(world.model.config, side).to_dict()
+        change = {side: known | {"quantization_config": {"quant_method": "eetq"}}}
+        folder = copied(world, tmp_path / side, config=change)
+        with pytest.raises(ValueError, match="its weights are quantized"):
+            init_model(folder, tmp_path / "new", *save_towers(tmp_path, world.model, world.processor))
+
+
+@pytest.mark.parametrize(("side", "kind"), [("vision_config", "vit"), ("text_config", "bert")])
+def test_a_configuration_has_the_type_of_its_class(world, tmp_path, monkeypatch, side, kind):
+    """Transformers lets a file rename attributes, so that any class could pass for a tower of a supported type."""
+    monkeypatch.setattr(TimmBackbone, "__init__", lambda *_, **__: pytest.fail("built"))
+    known = getattr(world.model.config, side).to_dict()
+    renamed = {name: f"own_{name}" for name in known}
+    own = {renamed[name]: value for name, value in (known | {"model_type": kind}).items()}
+    evil = {"model_type": "timm_backbone", "attribute_map": renamed, "backbone": "hf-hub:org/any", **own}
+    folder = copied(world, tmp_path / "model", config={side: evil})
+    towers = save_towers(tmp_path, world.model, world.processor)
+    for door in (load, AutoModel.from_pretrained, lambda folder: init_model(folder, tmp_path / "new", *towers)):
+        with pytest.raises(ValueError, match="attribute_map, which is no option; remove it"):
+            door(folder)
+    tower = towers[side == "text_config"]
+    Path(tower, "config.json").write_text(json.dumps(evil))
+    with pytest.raises(ValueError, match=f"{tower}: .*attribute_map"):
+        ICLIPModel.from_vision_text_pretrained(*towers)
+    with pytest.raises(ValueError, match=f"{tower}: .*attribute_map"):
+        explain((world.model, world.processor), PHOTO, ["dog"], method="proxyclip", proxy=tower)
 
 
 def test_the_folder_of_an_unfinished_training_names_its_checkpoint(world, tmp_path):

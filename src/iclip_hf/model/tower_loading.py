@@ -34,15 +34,36 @@ def check_without_code(checkpoint: str | os.PathLike, config: PreTrainedConfig, 
     Removes names of attention code on the Hub from a configuration. Raises `ValueError` if the weights are quantized,
     or have an adapter beside them: Transformers could download code for them, or import modules that a file names.
     """
+    check_attribute_names(checkpoint, config)
     config._attn_implementation = None
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-    if any(getattr(part, "quantization_config", None) for part in parts):
-        raise ValueError(f"{checkpoint}: its weights are quantized; load the weights before quantization.")
+    for part in _parts(config):
+        check_not_quantized(checkpoint, part)
     if find_adapter_config_file(checkpoint, revision=revision):
         raise ValueError(
             f"{checkpoint}: this model has an adapter beside it; merge the adapter into the model by "
             "`merge_and_unload` of peft, and load the result."
         )
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Returns a configuration and its sub-configurations."""
+    sub_configs = (getattr(config, name, None) for name in config.sub_configs)
+    return [config, *(part for part in sub_configs if isinstance(part, PreTrainedConfig))]
+
+
+def check_attribute_names(checkpoint: str | os.PathLike, config: PreTrainedConfig) -> None:
+    """
+    Raises `ValueError` if a file renames attributes of a configuration. Its `model_type` could be that of another
+    class, which Transformers would build.
+    """
+    if any("attribute_map" in vars(part) for part in _parts(config)):
+        raise ValueError(f"{checkpoint}: its configuration has an attribute_map, which is no option; remove it.")
+
+
+def check_not_quantized(checkpoint: str | os.PathLike, config: PreTrainedConfig) -> None:
+    """Raises `ValueError` if a configuration says that the weights of its checkpoint are quantized."""
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{checkpoint}: its weights are quantized; load the weights before quantization.")
 
 
 # Supported text towers by model type. They are encoders whose output for a text does not depend on its padding.
@@ -90,6 +111,7 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     kwargs = {"add_pooling_layer": False} if takes_pooler else {}
     if checkpoint is None:
         return tower_class._from_config(config, **kwargs)
+    check_not_quantized(checkpoint, config)  # it may be another configuration than the checkpoint's
     # Transformers would report weights that the tower does not use, such as a pooler's. Missing weights are checked
     # below.
     verbosity = logging.get_verbosity()

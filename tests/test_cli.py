@@ -96,6 +96,9 @@ def test_an_image_of_a_url_is_downloaded(workspace, tmp_path, capsys, monkeypatc
         answers = [json.loads(line) for line in out.splitlines()]
         assert [answer["image"] for answer in answers] == [urls[0], urls[2]] and "absent.jpg" in err
         assert run(workspace, urls[0], "--text", "dog") == 0
+        assert run(workspace, urls[0], "--text", "dog", "--report", "report") == 0
+        published = Path("report/data.js").read_text()
+        assert '"images":["a.jpg"]' in published and "1.5" not in published  # a query may hold a token
         assert iclip("compare", urls[0], "--text", "dog", "--model", workspace / "model") == 0
     assert sorted(path.name for path in tmp_path.glob("**/*.png")) == [
         "a-comparison.png", "a-explanation-2.png", "a-explanation.png", "a-explanation.png"

@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from .options import SHARED, add_shared
-from .output import print_to_stderr, resolution, save_picture
+from .output import file_name, print_to_stderr, resolution, save_picture
 from .pictures import add_image_options, explain_files
 
 
@@ -86,7 +86,7 @@ class _Report:
         """Writes the pictures of an image, and adds its rows to the page."""
         image_index, unrefined_maps = len(self.image_names), explanation.unrefined_maps
         self.made_by, self.refined = explanation.made_by, explanation.refined
-        self.image_names.append(Path(name).name)
+        self.image_names.append(file_name(name))  # of a URL without its query, which may hold a token
         self.report_folder.save_image(image_index, explanation.image)
         scored = zip(explanation.labels, explanation.scores.tolist(), explanation.presences)
         for index, (text, score, presence) in enumerate(scored):

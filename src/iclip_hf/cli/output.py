@@ -34,11 +34,15 @@ def check_output_folder(path: Path) -> None:
         raise ValueError(f"--output is a folder here, not the file name {path}: name a folder.")
 
 
+def file_name(image: str | Path) -> str:
+    """Returns the file name of an image: "photo.jpg" of "data/photo.jpg", or of "http://a.b/photo.jpg?token=c"."""
+    return Path(re.split("[?#]", image)[0] if is_url(image) else image).name
+
+
 def name_for(image: str | Path, ending: str) -> str:
     """Returns the name of an output of an image: `photo-explanation.png` for "photo.jpg" or "http://a.b/photo.jpg?c"."""
-    path = re.split("[?#]", image)[0] if is_url(image) else image
     # A file name has at most 255 bytes. A Chinese character takes three.
-    stem = os.fsencode(Path(path).stem)[:200].decode(errors="ignore")
+    stem = os.fsencode(Path(file_name(image)).stem)[:200].decode(errors="ignore")
     return f"{stem}-{ending}"
 
 

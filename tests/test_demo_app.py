@@ -1,3 +1,4 @@
+import asyncio
 import base64
 import importlib.util
 import io
@@ -8,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -489,6 +491,39 @@ def test_few_answers_wait_for_visitors_who_do_not_fetch_them(server, folder, mon
     events = [httpx.get(f"{item.url}/{item.json()['event_id']}", timeout=60).text for item in asked[:3]]
     assert all("event: error" in event and "ask again" in event for event in events[:2])
     assert "ask again" in events[2] and "event: complete" in events[2]
+
+
+def test_few_answers_wait_for_visitors_who_read_slowly(monkeypatch):
+    monkeypatch.setattr(app, "MAX_UNREAD", 2)
+    body = np.random.default_rng(0).bytes(2**21)
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+
+    async def visit() -> list[bytes]:
+        limited, reads, got = app.LimitedRequests(answer), asyncio.Event(), [[] for _ in range(4)]
+
+        def visitor(parts: list[bytes]):
+            async def send(message):
+                parts.append(message.get("body", b""))
+                if len(parts) == 3:
+                    await reads.wait()
+
+            return asyncio.ensure_future(limited({"type": "http"}, None, send))
+
+        visits = [visitor(parts) for parts in got]
+        done, _ = await asyncio.wait(visits[:2], timeout=60)  # those that later ones cut off
+        assert done == {*visits[:2]} and not any(visit.done() for visit in visits[2:])
+        reads.set()
+        await asyncio.gather(*visits)
+        return [b"".join(parts) for parts in got]
+
+    with ThreadPoolExecutor(1) as thread:  # in this one, Playwright has a running loop
+        *cut_off, third, fourth = thread.submit(asyncio.run, visit()).result()
+    assert third == fourth == body + b"end"
+    assert all(body.startswith(part) and len(part) < 2**18 for part in cut_off)
 
 
 @pytest.mark.parametrize("route", ["run", "call", "stream"])

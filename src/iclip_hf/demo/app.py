@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import weakref
 from collections import deque
@@ -36,7 +37,8 @@ MAX_BODY_SIZE = 2**20
 # Number of visitors whose last answer Gradio keeps, up to 8 megabytes each. The default is 10,000. The page does not
 # need these answers.
 MAX_SESSIONS = 4
-# Number of answers that no visitor has fetched yet, of the same size. Gradio would keep all of them.
+# Number of answers that no visitor has fetched yet, of the same size. Gradio would keep all of them. As many may be on
+# their way to visitors who read slowly.
 MAX_UNREAD = 16
 # Number of encoded images that are kept, up to 25 megabytes each. An image at one scale and at two scales counts
 # twice.
@@ -210,14 +212,16 @@ class LimitedRequests:
     Middleware that cuts off the body of an upload at `MAX_FILE_SIZE`, and that of any other request at
     `MAX_BODY_SIZE`. Gradio limits only files. A screen recording, which the page does not make, is cut off at once,
     because Gradio would give it to ffmpeg, whose memory has no limit. A path with a URL is not found, because Gradio
-    would fetch the URL.
+    would fetch the URL. A large answer is sent in parts, and is cut off if `MAX_UNREAD` later ones are on their way:
+    the server would keep the rest of each answer as long as the visitor does not read it.
     """
 
     # Bytes, by the end of a path. An upload has headers beside its file.
     _LIMITS = {"/gradio_api/upload": MAX_FILE_SIZE + 2**16, "/gradio_api/process_recording": 0}
+    _LARGE, _PART = 2**20, 2**16  # bytes: the system itself keeps about a megabyte of each response
 
     def __init__(self, app):
-        self.app = app
+        self.app, self._sent = app, deque()  # tasks that send large answers
 
     async def __call__(self, scope, receive, send):
         received, path = 0, scope.get("path", "")
@@ -231,7 +235,39 @@ class LimitedRequests:
             received += len(message.get("body", b""))
             return message if received <= limit else {"type": "http.disconnect"}
 
-        await self.app(scope, limited if scope["type"] == "http" else receive, send)
+        is_cut_off = False
+
+        async def send_in_parts(message):
+            nonlocal is_cut_off
+            if is_cut_off:
+                return
+            if len(message.get("body", b"")) <= self._LARGE:
+                await send(message)
+            else:
+                is_cut_off = not await self._send_large(message, send)
+
+        await self.app(scope, *((limited, send_in_parts) if scope["type"] == "http" else (receive, send)))
+
+    async def _send_large(self, message, send) -> bool:
+        """Sends the body of a message in parts. Returns whether it was sent to the end."""
+
+        async def send_parts():
+            body = message["body"]
+            for start in range(0, len(body), self._PART):
+                more = message.get("more_body", False) or start + self._PART < len(body)
+                await send({**message, "body": body[start : start + self._PART], "more_body": more})
+
+        sending = asyncio.ensure_future(send_parts())
+        self._sent.append(sending)
+        if len(self._sent) > MAX_UNREAD:
+            self._sent.popleft().cancel()
+        try:
+            await asyncio.wait([sending])
+        finally:
+            sending.cancel()
+            if sending in self._sent:
+                self._sent.remove(sending)
+        return not sending.cancelled() and sending.result() is None  # raises what `send` raised
 
 
 def launch(

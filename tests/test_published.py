@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import iclip, save_towers, tiny_model, write_folder, write_pairs
+from conftest import iclip, noise, save_towers, tiny_model, write_folder, write_pairs
 from PIL import ExifTags, Image
 
 from iclip_hf import ICLIPModel, example_image
@@ -63,3 +63,17 @@ def test_nothing_that_is_published_names_a_place_of_the_machine(home, tmp_path):
     }
     telling = {(path.name, place) for path in files for place in PLACES if place.encode() in unpacked(path)}
     assert telling == set()
+
+
+def test_a_training_on_the_folder_of_the_user_does_not_name_the_user(home, world, monkeypatch):
+    """As `iclip train ~`, with a folder of images for each class."""
+    monkeypatch.setenv("HOME", str(home / NAME))
+    for name in ("dog", "cat"):
+        (home / NAME / name).mkdir(parents=True)
+        for number in range(2):
+            noise((40, 40), seed=number).save(home / NAME / name / f"{number}.png")
+    command = ["train", home / NAME, "--model", world.folder / "model", "--max_steps", 1]
+    assert iclip(*command, "--per_device_train_batch_size", 2, "--save_strategy", "no") == 0
+    (run,) = Path("runs").iterdir()
+    assert NAME not in run.name and "| `data` | ~ |" in (run / "README.md").read_text()
+    assert not [path for path in run.rglob("*") if path.is_file() and NAME.encode() in path.read_bytes()]

@@ -217,6 +217,7 @@ RESUMED = {
     "kept presence": (["--model", "start", "--lock_text", "--keep_presence", 1], 5),
     "bfloat16": (["--bf16", True, "--use_cpu", True], 5),
     "evaluation by epoch": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 2),
+    "evaluation by epoch, at the end": (["--validation_data", "held_out.tar", "--eval_strategy", "epoch"], 6),
     "save the best": (["--validation_data", "held_out.tar", "--save_strategy", "best", "--eval_steps", 1], 3),
 }
 
@@ -242,6 +243,34 @@ def test_a_resumed_run_is_the_uninterrupted_one(hub, tmp_path, tiny_processor, m
     assert (
         evaluations(resumed) == evaluations(whole) and resumed.state.best_global_step == whole.state.best_global_step
     )
+
+
+def test_a_run_that_is_killed_in_the_evaluation_after_a_signal_does_not_lose_it(hub, tmp_path, monkeypatch):
+    """The signal comes with the last step of an epoch, which the uninterrupted run evaluates."""
+    arguments = ["--validation_data", hub / "held_out.tar", "--eval_strategy", "epoch", "--save_strategy", "epoch"]
+    arguments += ["--pictures", 0, "--learning_rate", 0.01]
+    whole = run(hub, tmp_path / "whole", *arguments)
+
+    def killed(*args, **options):
+        raise SystemExit("killed")
+
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        patch.setattr(ICLIPTrainer, "evaluation_loop", killed)
+        with pytest.raises(SystemExit, match="killed"):
+            run(hub, tmp_path / "run", *arguments)
+    resumed = run(hub, tmp_path / "run", *arguments, "--resume")
+    assert evaluations(resumed) == evaluations(whole)
+    assert_same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_training_that_ended_within_an_epoch_takes_no_further_step(hub, tmp_path):
+    """Its last checkpoint is resumed if it was killed before the model was saved."""
+    run(hub, tmp_path / "whole", "--max_steps", 3)
+    for file in ("model.safetensors", "config.json"):
+        (tmp_path / "whole" / file).rename(tmp_path / file)
+    assert run(hub, tmp_path / "whole", "--max_steps", 3, "--resume").state.global_step == 3
+    assert_same_weights(tmp_path / "whole", tmp_path)
 
 
 def test_a_run_that_is_resumed_with_features_of_another_machine_is_compared_with_its_start(hub, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..utils.extras import require_extra
@@ -137,14 +137,22 @@ class Interrupts(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if reduce(torch.tensor(float(self.requested), device=args.device), "sum"):
-            control.should_save = control.should_training_stop = self.stopped = True
+            control.should_training_stop = self.stopped = True
+            # Before an evaluation, a checkpoint would lack it, and be replaced by the one after the evaluation. A run
+            # that is killed meanwhile would be resumed without this evaluation, or from a checkpoint in part.
+            control.should_save = not (args.eval_strategy == "epoch" and _ends_epoch(state))
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.stopped:
-            is_complete = float(state.epoch).is_integer()  # otherwise, the resumed training ends this epoch
-            control.should_log &= is_complete
-            control.should_evaluate &= is_complete
-            control.should_save = control.should_evaluate  # the checkpoint of the step lacks the evaluation
+            ends_epoch = _ends_epoch(state)  # otherwise, the resumed training ends this epoch
+            control.should_log &= ends_epoch
+            control.should_evaluate &= ends_epoch
+            control.should_save = args.eval_strategy == "epoch" and ends_epoch
+
+
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether the last step was the last one of its epoch or of the training."""
+    return float(state.epoch).is_integer() or state.global_step >= state.max_steps
 
 
 class Start(TrainerCallback):

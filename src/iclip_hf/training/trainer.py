@@ -170,6 +170,11 @@ class ICLIPTrainer(Trainer):
             raise KeyboardInterrupt(f"interrupted; resume from {last_checkpoint(self.args.output_dir)}")
         return output
 
+    def _run_epoch(self, *arguments, **kwargs) -> None:
+        """Like the base class, which takes another step if a training that ended within an epoch is resumed."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*arguments, **kwargs)
+
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *arguments, **kwargs):
         """Like the base class. The default of `compute_objective` is `eval_loss`, even if there are other metrics."""
         if compute_objective is None and isinstance(self.eval_dataset, (dict, SegmentationDataset)):

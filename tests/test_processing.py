@@ -410,6 +410,33 @@ def test_a_tokenizer_names_no_file_of_the_machine(tiny_processor, tmp_path, file
             door()
 
 
+def test_chat_templates_are_not_read(tiny_processor, tmp_path):
+    """They may be links to any file, and would be published with the model."""
+    (tmp_path / "secret").write_text("password")
+    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
+    save(folder, tiny_config(), tiny_processor)
+    for changed in (folder, Path(text)):
+        (changed / "additional_chat_templates").mkdir()
+        (changed / "additional_chat_templates" / "other.jinja").symlink_to(tmp_path / "secret")
+    joined = ICLIPProcessor.from_vision_text_pretrained(vision, text)
+    for number, processor in enumerate((ICLIPProcessor.from_pretrained(folder), joined)):
+        saved = save(tmp_path / f"saved-{number}", processor)
+        assert not any("password" in path.read_text() for path in saved.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("kind", ["PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend"])
+def test_a_tokenizer_without_a_class_of_its_own(tiny_processor, tmp_path, kind):
+    """As that of EuroBERT."""
+    folder, vision, text = tmp_path / "model", *save_towers(tmp_path, tiny_model(), tiny_processor)
+    save(folder, tiny_config(), tiny_processor)
+    edited(Path(text, "config.json"), model_type="eurobert", num_key_value_heads=2)
+    for changed in (folder, Path(text)):
+        edited(changed / "tokenizer_config.json", tokenizer_class=kind)
+    joined = ICLIPProcessor.from_vision_text_pretrained(vision, text)
+    for processor in (ICLIPProcessor.from_pretrained(folder), joined):
+        assert processor.tokenizer("dog")["input_ids"] == tiny_processor.tokenizer("dog")["input_ids"]
+
+
 def test_a_damaged_file_of_a_processor_is_named(tiny_processor, tmp_path):
     save(tmp_path, tiny_config(), tiny_processor)
     for name in ("tokenizer_config.json", "processor_config.json"):

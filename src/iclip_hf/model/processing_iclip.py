@@ -130,6 +130,7 @@ class ICLIPProcessor(ProcessorMixin):
             processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         check_image_processor(pretrained_model_name_or_path, processor.image_processor)
         check_tokenizer(pretrained_model_name_or_path, processor.tokenizer)
+        processor.tokenizer.chat_template = None  # as in `load_tokenizer`
         return processor
 
     @classmethod

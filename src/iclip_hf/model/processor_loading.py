@@ -13,6 +13,7 @@ from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
     ImageProcessingMixin,
+    PreTrainedTokenizer,
     SentencePieceBackend,
     TokenizersBackend,
 )
@@ -57,6 +58,8 @@ def only_processors(name) -> Iterator[None]:
 
     def find(original, bases: tuple[type, ...], class_name: str):
         found = original(class_name)
+        if found is PreTrainedTokenizer:  # PreTrainedTokenizerFast without "Fast"; Transformers replaces it, too
+            found = TokenizersBackend
         # A class whose package is missing is a dummy that says so.
         is_fit = isinstance(found, type) and (issubclass(found, bases) or getattr(found, "is_dummy", False))
         if found is not None and not is_fit:
@@ -104,7 +107,9 @@ def load_tokenizer(name, **kwargs):
     """Loads the tokenizer of a folder or Hub id by its Auto class. `kwargs` are those of `from_pretrained`."""
     check_tokenizer_files(name, **kwargs)
     with only_processors(name):
-        return AutoTokenizer.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
+        tokenizer = AutoTokenizer.from_pretrained(name, **{**kwargs, "trust_remote_code": False})
+    tokenizer.chat_template = None  # from files that may be links to others, and would be published with the model
+    return tokenizer
 
 
 def load_image_processor(name, **kwargs):

@@ -4,6 +4,10 @@ Explainers: methods that compute which pixels of an image match a text, for ICLI
 `explain` returns maps at the size of the images. The engine, which it uses, also returns raw maps of a prepared batch:
 
 ```python
+>>> from iclip_hf import load
+>>> from iclip_hf.explainers import make_explainer
+>>> from iclip_hf.model.engine import Engine
+
 >>> model = load("embedded")
 >>> engine = Engine(model, model.processor, make_explainer(model, method="gem"))
 >>> pixel_values = model.processor(images=[image])["pixel_values"]

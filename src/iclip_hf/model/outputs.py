@@ -34,7 +34,7 @@ class ICLIPTextFeatures(BaseModelOutputWithPooling):
 @dataclass
 class ICLIPImageFeatures(BaseModelOutputWithPooling):
     """
-    Features of images.
+    Features of images. Models of other families set only `image_embeds` and `patch_embeds`.
 
     Attributes:
         pooler_output (`torch.Tensor` of shape `(B, P)`): projected features of the recognition branch, not normalised.

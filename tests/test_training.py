@@ -15,6 +15,7 @@ from training_runs import evaluations, run, weights, write_table
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
+from iclip_hf.hub.model_card import HUB_RESULTS
 from iclip_hf.model.losses import contrastive_loss
 from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
 from iclip_hf.training import trainer as module
@@ -281,6 +282,7 @@ def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch)
     run(hub, tmp_path, "--max_steps", 2, "--save_steps", 1, "--push_to_hub", True, *log)
     (options,) = pushed
     assert options["folder_path"] == str(tmp_path) and options["repo_id"] == "org/pairs"
+    assert options["delete_patterns"] == HUB_RESULTS
     files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
     assert {"runs", "pictures", "checkpoint-2", "start.json"} <= {file.split("/")[0] for file in files}
     shown = [*filter_repo_objects(files, allow_patterns=options["allow_patterns"])]

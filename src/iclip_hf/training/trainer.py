@@ -469,6 +469,7 @@ class ICLIPTrainer(Trainer):
                     revision=revision or args.hub_revision,
                     folder_path=args.output_dir,
                     allow_patterns=self._model_files,
+                    delete_patterns=HUB_RESULTS,  # of an earlier model, unless they are replaced
                     commit_message=commit_message,
                     run_as_future=not blocking,
                 )

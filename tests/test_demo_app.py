@@ -3,6 +3,7 @@ import base64
 import importlib.util
 import io
 import itertools
+import json
 import re
 import shutil
 import socket
@@ -479,6 +480,20 @@ def test_a_large_body_is_cut_off(server, path):
 
     limit = app.MAX_FILE_SIZE if path == "upload" else app.MAX_BODY_SIZE
     assert answered(1000) and not answered(limit + 2**20)
+
+
+def test_the_longest_texts_fit_into_a_request_and_little_more(server, folder):
+    """Parsed JSON takes a hundred times the memory of its text, and many requests may wait."""
+    path = upload(server, (folder / "small.png").read_bytes()).json()[0]
+    texts = "\n".join(chr(0x1F600 + number) * 1000 for number in range(12))
+
+    def asked(**more):  # as a browser sends it
+        content = json.dumps({"data": [{"path": path, **more}, texts, "itsm", False, False]}, ensure_ascii=False)
+        headers = {"Content-Type": "application/json"}
+        return httpx.post(f"{server}gradio_api/call/explain", content=content.encode(), headers=headers, timeout=60)
+
+    assert answer(asked())[0] == "event: complete"
+    assert asked(more="a" * 2**18).status_code == 400
 
 
 def test_few_answers_wait_for_visitors_who_do_not_fetch_them(server, folder, monkeypatch):

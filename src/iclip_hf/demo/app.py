@@ -32,8 +32,9 @@ with require_extra("demo"):
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
-# Bytes of any other request: parsed JSON takes up to a hundred times the memory of its text.
-MAX_BODY_SIZE = 2**20
+# Bytes of any other request: parsed JSON takes up to a hundred times the memory of its text, and 32 requests wait. The
+# longest texts take 48 kilobytes.
+MAX_BODY_SIZE = 2**17
 # Number of visitors whose last answer Gradio keeps, up to 8 megabytes each. The default is 10,000. The page does not
 # need these answers.
 MAX_SESSIONS = 4

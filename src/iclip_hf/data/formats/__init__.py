@@ -22,8 +22,8 @@ from .source import Source
 from .tables import METADATA, TABLES, read_table
 
 
-# For each suffix of a file, the function that opens it. A folder stands for the table that `METADATA` names, or for its
-# files with these suffixes except those in `TABLES`, or else for folders of images, one for each class.
+# For each suffix of a file, the function that opens it. A folder stands for the table that `METADATA` names, or for
+# its files with these suffixes except those in `TABLES`, or else for folders of images, one for each class.
 FORMATS = {".tar": open_shard, ".parquet": open_arrow, **dict.fromkeys(TABLES, read_table)}
 
 

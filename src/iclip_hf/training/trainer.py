@@ -189,6 +189,7 @@ class ICLIPTrainer(Trainer):
         return args.eval_on_start and args.load_best_model_at_end and not self.state.best_global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Like the base class. First stores what is needed of the start, whose weights the checkpoint replaces."""
         self.start.store()
         with checkpoint_errors(resume_from_checkpoint, RuntimeError):
             super()._load_from_checkpoint(resume_from_checkpoint, model)

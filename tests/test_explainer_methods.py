@@ -98,6 +98,8 @@ def test_the_proxy_is_an_image_tower_or_that_of_a_two_tower_model(made, tmp_path
     for name in ("text", "siglip"):
         with pytest.raises(ValueError, match=f"{name}: a proxy is one of .*dinov2.*, not '"):
             make_explainer((model, processor), "proxyclip", proxy=str(tmp_path / name))
+    with pytest.raises(OSError, match=f"^{tmp_path}/absent: "):
+        make_explainer((model, processor), "proxyclip", proxy=str(tmp_path / "absent"))
 
 
 # LeGrad and Grad-ECLIP

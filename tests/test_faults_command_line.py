@@ -102,6 +102,7 @@ ARGUMENTS = {
             --per_device_train_batch_size 0
             --gradient_accumulation_steps 0
             --num_train_epochs 0
+            --max_steps 0
             --max_bad_share 5
             --random_erasing 25
         """,

@@ -95,6 +95,10 @@ def evaluate_model(
     start = time.perf_counter()
     if isinstance(methods, str):
         raise ValueError(f'methods is a list of names, such as ["itsm"], not {methods!r:.100}.')
+    if isinstance(dataset, (str, Path)):
+        raise TypeError(f"dataset is what load_segmentation returns, not {str(dataset)!r:.100}.")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is at least 1, not {limit}; leave it out for all images.")
     processes = partial_state("eval")
     metrics = [copy.copy(metric) for metric in make_metrics(metrics)]  # the metrics of the caller are not changed
     if report is not None:

@@ -16,6 +16,7 @@ from ..model.processor_loading import load_image_processor
 from ..model.similarity import cosine_similarity_map
 from ..model.tower_loading import load_tower, tower_config
 from ..model.towers import VISION_TOWERS
+from ..utils.errors import loading_errors
 from .explainer import Explainer
 
 
@@ -42,7 +43,8 @@ class ProxyCLIP(Explainer):
         if proxy is None and not isinstance(self.model, ExplainableICLIP):
             proxy = str(embedded_towers()[0])
         if proxy is not None:
-            config = tower_config(proxy, "vision_config")
+            with loading_errors(proxy):
+                config = tower_config(proxy, "vision_config")
             if config.model_type not in VISION_TOWERS:
                 raise ValueError(f"{proxy}: a proxy is one of {sorted(VISION_TOWERS)}, not {config.model_type!r}.")
             weight = next(self.model.network.parameters())

@@ -183,6 +183,8 @@ def resolve_arguments(values: Mapping, given: Mapping = MappingProxyType({})) ->
     for name in ("num_train_epochs", *batches, "chunk_size"):  # Transformers would refuse what depends on them
         if values.get(name, 1) <= 0:
             raise ValueError(f"{name}: {values[name]} is not above 0.")
+    if values.get("max_steps") == 0:  # -1 stands for none
+        raise ValueError("max_steps: 0 is no number of steps; leave it out to train for num_train_epochs.")
     values = _with_evaluation(values, given)
     arguments = Arguments(*HfArgumentParser(_DATACLASSES).parse_dict(values))
     _check(arguments)

@@ -179,7 +179,10 @@ def test_a_table_becomes_a_model(tmp_path, world, capsys):
     state = TrainerState.load_from_json(last / "trainer_state.json")
     rows = {row["step"]: row["eval_loss"] for row in state.log_history if "eval_loss" in row}
     assert f"loss{rows[0]:>24.4g}{rows[state.best_global_step]:>12.4g}" in out
-    assert "The trained model is in runs/pairs.\nNext: iclip explain PHOTO " in out and "--model runs/pairs" in out
+    assert (
+        "The trained model, the best by loss, is in runs/pairs.\nNext: iclip explain PHOTO " in out
+        and "--model runs/pairs" in out
+    )
     before, after = ICLIPModel.from_pretrained(model), ICLIPModel.from_pretrained("runs/pairs")
     assert (before.recognition.visual_projection.weight != after.recognition.visual_projection.weight).any()
     text = zip(before.text_model.parameters(), after.text_model.parameters())
@@ -216,17 +219,19 @@ def test_the_summary_shows_what_changed_and_where_the_model_is(tmp_path):
     held_out = load_pairs(write_table(tmp_path, 24, ["Two dogs run.", "A dog and a ball.", "A cat."] * 8))
     folder = Path("runs/my pairs")
     hits = {count: np.where(np.arange(24) < count, 100.0, 0.0) for count in (6, 12)}
-    better = summary(history_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), 7, folder, held_out, "")
+    better = summary(
+        history_of({"text_to_image": hits[6]}, {"text_to_image": hits[12]}), 7, "text_to_image", folder, held_out, ""
+    )
     low, high = re.fullmatch(r"text_to_image % +25 +50 +(\S+) to (\S+)", better[2]).groups()
     assert 0 < float(low) < 25 < float(high) and better[3] == "24 held-out pairs"
-    assert better[4] == "The trained model is in 'runs/my pairs'."
+    assert better[4] == "The trained model, the best by text_to_image, is in 'runs/my pairs'."
     assert better[5] == "Next: iclip explain PHOTO --text 'dog, ball' --model 'runs/my pairs'"
-    kept = summary(history_of({"text_to_image": hits[6]}, None), None, folder, held_out, "m")
+    kept = summary(history_of({"text_to_image": hits[6]}, None), None, "", folder, held_out, "m")
     assert "'runs/my pairs' holds the model that you started from (m)" in "\n".join(kept)
     few = load_pairs(write_table(tmp_path, 6))
-    said = "\n".join(summary(history_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), 7, folder, few, ""))
+    said = "\n".join(summary(history_of({"loss": np.ones(6)}, {"loss": np.zeros(6)}), 7, "loss", folder, few, ""))
     assert "6 held-out pairs, too few to tell a change" in said and "95 %" not in said and " to 0" not in said
-    assert "Nothing was measured" in "\n".join(summary([], None, folder, None, ""))
+    assert "Nothing was measured" in "\n".join(summary([], None, "", folder, None, ""))
 
 
 def test_the_interval_is_that_of_paired_changes():

@@ -20,7 +20,12 @@ _PAIRS_FOR_LABELS = 1000  # the first ones, whose captions `common_labels` reads
 
 
 def summary(
-    log_history: Sequence[Mapping], best_step: int | None, folder: Path, held_out: PairDataset | None, kept_source: str
+    log_history: Sequence[Mapping],
+    best_step: int | None,
+    metric: str,
+    folder: Path,
+    held_out: PairDataset | None,
+    kept_source: str,
 ) -> list[str]:
     """
     Returns the last lines of a training: a table of the metrics before and after with the 95 % interval of their
@@ -30,6 +35,7 @@ def summary(
         log_history: as in `TrainerState`.
         best_step (`int`, *optional*): step of the best evaluation, if its model was loaded at the end. Otherwise the
             last evaluation counts as "after".
+        metric: the metric by which it is the best.
         folder: of the model.
         held_out: the held-out pairs, if there are any.
         kept_source: name of the model that was trained further, if no evaluation was better and the folder holds it
@@ -42,7 +48,8 @@ def summary(
             f"No evaluation was better than the start: {quoted} holds the model that you started from ({kept_source})."
         )
     else:
-        lines.append(f"The trained model is in {quoted}.")
+        chosen = f", the best by {metric}," if best_step is not None else ""
+        lines.append(f"The trained model{chosen} is in {quoted}.")
     labels = common_labels(held_out) if held_out is not None else []
     lines.append(f"Next: iclip explain PHOTO --text {shlex.quote(', '.join(labels) or '...')} --model {quoted}")
     return lines

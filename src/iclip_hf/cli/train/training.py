@@ -67,7 +67,9 @@ def train(
         state, folder = trainer.state, Path(args.output_dir)
         best_step = state.best_global_step if args.load_best_model_at_end else None
         kept_source = arguments.model.model if trainer.kept_start else ""
-        print(*summary(state.log_history, best_step, folder, data.held_out, kept_source), sep="\n", flush=True)
+        metric = (args.metric_for_best_model or "").removeprefix("eval_")
+        lines = summary(state.log_history, best_step, metric, folder, data.held_out, kept_source)
+        print(*lines, sep="\n", flush=True)
     return trainer
 
 

@@ -238,7 +238,7 @@ class Presence(MultiLabelAveragePrecision):
             ),
             "map": _Row("mAP of ranking the images by presence, %", 1),
             "calibration_error": _Row(
-                "calibration error: mean distance of presence and share that is shown, in the table below", 3
+                "calibration error: distance of presence and share that is shown, mean over the pairs", 3
             ),
         }
         rows = [

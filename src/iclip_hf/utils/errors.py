@@ -18,7 +18,7 @@ def writing_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         if not is_writing_error(error):
             raise
-        problem = str(error).splitlines()[0]
+        problem = str(error).partition("\n")[0]
         raise OSError(
             f"{path}: writing failed ({problem}); check free space and permissions, then run again."
         ) from error

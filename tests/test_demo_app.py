@@ -26,7 +26,7 @@ from PIL import Image
 
 from iclip_hf import ICLIPModel, example_image, explain, load
 from iclip_hf.backends import explainable
-from iclip_hf.demo import app, decoder, questions
+from iclip_hf.demo import app, decoder, limits, questions
 from iclip_hf.explainers import make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.explanation import Explanation
@@ -478,7 +478,7 @@ def test_a_large_body_is_cut_off(server, path):
         except httpx.HTTPError:
             return False
 
-    limit = app.MAX_FILE_SIZE if path == "upload" else app.MAX_BODY_SIZE
+    limit = limits.MAX_FILE_SIZE if path == "upload" else limits.MAX_BODY_SIZE
     assert answered(1000) and not answered(limit + 2**20)
 
 
@@ -497,7 +497,7 @@ def test_the_longest_texts_fit_into_a_request_and_little_more(server, folder):
 
 
 def test_few_answers_wait_for_visitors_who_do_not_fetch_them(server, folder, monkeypatch):
-    monkeypatch.setattr(app, "MAX_UNREAD", 2)
+    monkeypatch.setattr(limits, "MAX_UNREAD", 2)
     own = {"path": upload(server, (folder / "small.png").read_bytes()).json()[0], **META}
     asked = [ask(server, own, session_hash=session) for session in ("a", "b", "c", "c")]
     while httpx.get(f"{server}gradio_api/queue/status").json()["queue_size"]:
@@ -509,7 +509,7 @@ def test_few_answers_wait_for_visitors_who_do_not_fetch_them(server, folder, mon
 
 
 def test_few_answers_wait_for_visitors_who_read_slowly(monkeypatch):
-    monkeypatch.setattr(app, "MAX_UNREAD", 2)
+    monkeypatch.setattr(limits, "MAX_UNREAD", 2)
     body = np.random.default_rng(0).bytes(2**21)
 
     async def answer(scope, receive, send):
@@ -518,7 +518,7 @@ def test_few_answers_wait_for_visitors_who_read_slowly(monkeypatch):
         await send({"type": "http.response.body", "body": b"end", "more_body": False})
 
     async def visit() -> list[bytes]:
-        limited, reads, got = app.LimitedRequests(answer), asyncio.Event(), [[] for _ in range(4)]
+        limited, reads, got = limits.LimitedRequests(answer), asyncio.Event(), [[] for _ in range(4)]
 
         def visitor(parts: list[bytes]):
             async def send(message):
@@ -544,7 +544,7 @@ def test_few_answers_wait_for_visitors_who_read_slowly(monkeypatch):
 @pytest.mark.parametrize("route", ["run", "call", "stream"])
 def test_only_an_upload_of_files_may_be_large(server, route):
     """Not the values of an endpoint or event that is called "upload"."""
-    content = b'{"data": ["%s"]}' % (b"a" * 2 * app.MAX_BODY_SIZE)
+    content = b'{"data": ["%s"]}' % (b"a" * 2 * limits.MAX_BODY_SIZE)
     answered = httpx.post(f"{server}gradio_api/{route}/upload", content=content, timeout=60)
     assert answered.status_code == 400 and "parsing the body" in answered.text
 

@@ -1077,6 +1077,24 @@ def test_rows_of_the_hub_that_name_local_files_are_bad_pairs(tmp_path, monkeypat
         assert load_pairs("org/name", streaming=False).read(0)["captions"] == ["a"]
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("column", ["title", "labels", "json"])
+def test_no_file_or_url_in_a_column_of_texts_is_opened(monkeypatch, column, streaming):
+    monkeypatch.setattr("huggingface_hub.resolve_revision", lambda *name, **options: "1a2b")
+    named = {"bytes": None, "path": "missing.png"}  # an error if it is opened
+    kind, value = datasets.Image(), named
+    if column == "json":
+        kind, value = {"title": kind, "width": datasets.Value("int64")}, {"title": named, "width": 1}
+    features = {"image": datasets.Image(), "caption": datasets.Value("string"), column: kind}
+    rows = {"image": [{"bytes": jpeg(1), "path": "a.jpg"}], "caption": ["a dog"], column: [value]}
+    saved = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    opened = saved.to_iterable_dataset() if streaming else saved
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name, **options: opened)
+    pairs = load_pairs("org/name", streaming=streaming)
+    (pair,) = pairs if streaming else [pairs.read(0)]
+    assert pair["captions"] == ["a dog"]
+
+
 @pytest.mark.parametrize("with_text", [True, False])
 def test_stream_bears_json_whose_types_change(tmp_path, with_text):
     def info(i):  # datasets guesses the types from the first five

@@ -14,6 +14,7 @@ from ..model.images import load_image
 from .bad_pairs import BadPairError, BadPairTally
 from .columns import LABEL_COLUMNS, USUAL_COLUMNS, Columns, PairTexts, sample_caption
 from .epochs import Epochs
+from .formats.arrow import text_columns
 
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ class PairStream(Epochs, IterableDataset):
         self._image_column, self._columns, self._hub_id = image_columns[0], columns, hub_id
         # Only these columns are kept: datasets infers types from the first rows, and a later row of another type would
         # end the stream.
-        kept = (self._image_column, "__key__", *columns.caption, *LABEL_COLUMNS)
-        names = [name for name in kept if name in features]
-        if isinstance(features.get("json"), Mapping):
-            json_features = {name: feature for name, feature in features["json"].items() if name in kept}
-            dataset = dataset.cast_column("json", json_features)
+        kept = ("__key__", *columns.caption, *LABEL_COLUMNS)
+        names = [self._image_column, *text_columns(features, kept)]
+        json_features = features.get("json")
+        json_names = text_columns(json_features, kept) if isinstance(json_features, Mapping) else []
+        if json_names:
+            dataset = dataset.cast_column("json", {name: json_features[name] for name in json_names})
             names.append("json")
         dataset = dataset.select_columns(names)
         # Without decoding, because one bad image would end the stream.

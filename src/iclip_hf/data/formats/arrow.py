@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
             columns = columns._replace(image=(image_features[0],))
         columns.check(path, rows.features)
         image_column = next(name for name in columns.image if name in rows.features)
-        kept = [name for name in (*columns.caption, *LABEL_COLUMNS, "json") if name in rows.features]
+        kept = text_columns(rows.features, (*columns.caption, *LABEL_COLUMNS, "json"))
         rows = rows.with_format(None)  # some formats hide columns, or return no dict
         rows = rows.select_columns([image_column, *kept])
         if image_column != "image":
@@ -53,6 +54,16 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
         names = (name if name and _is_downloaded(name) else None for name in names)
     files = [path] if path.is_file() else [file["filename"] for file in rows.cache_files]
     return Source(path, path.parent, columns, rows, PackedRows(names), files)
+
+
+def text_columns(features: Mapping, names: Iterable[str]) -> list[str]:
+    """
+    Returns those of the columns `names` that a data set has and that hold no files, such as images or audio:
+    `datasets` would open any file or URL that a row names.
+    """
+    from datasets.features.features import require_decoding
+
+    return [name for name in names if name in features and not require_decoding(features[name])]
 
 
 def is_saved_dataset(path: Path) -> bool:

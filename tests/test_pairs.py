@@ -1030,6 +1030,14 @@ def test_a_stream_opens_only_files_of_its_data_set(tmp_path, monkeypatch):
         _image_bytes({"path": own[1]}, "org/name")
 
 
+@pytest.mark.parametrize("name", ["a[12].parquet", "a*.parquet", "a?.parquet"])
+def test_the_name_of_a_parquet_file_is_no_pattern(tmp_path, name):
+    for file, caption in ((name, "a dog"), ("a1.parquet", "a cat")):
+        pq.write_table(pa.table({"image": [jpeg(1)], "caption": [caption]}), tmp_path / file)
+    dataset = load_pairs(tmp_path / name)
+    assert [dataset.read(index)["captions"] for index in range(len(dataset))] == [["a dog"]]
+
+
 def test_a_column_of_numbers_holds_no_images(tmp_path):
     datasets.Dataset.from_dict({"image": [5, 6], "caption": ["a", "b"]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="a.parquet: "):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ def open_arrow(path: Path, columns: Columns, split: str = "train", hub: bool = F
             if isinstance(rows, datasets.DatasetDict):
                 rows = rows[split]
         else:
-            rows = datasets.Dataset.from_parquet(os.fspath(path))
+            rows = datasets.Dataset.from_parquet(glob.escape(os.fspath(path)))  # it takes patterns
         image_features = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
         if columns.image == IMAGE_COLUMNS and image_features:
             columns = columns._replace(image=(image_features[0],))

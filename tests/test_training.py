@@ -289,6 +289,8 @@ def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch)
     assert {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= {*shown}
     assert all("/" not in file and str(hub).encode() not in (tmp_path / file).read_bytes() for file in shown)
     assert "start.json" not in shown and not (tmp_path / "training_args.bin").exists()
+    card = (tmp_path / "README.md").read_text()
+    assert 'model="org/pairs"' in card and tmp_path.name not in card
 
 
 def test_the_weights_outlive_a_full_disk(hub, tmp_path, monkeypatch):

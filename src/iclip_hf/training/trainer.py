@@ -434,7 +434,8 @@ class ICLIPTrainer(Trainer):
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
             with writing_errors(folder):
-                save_model(self.model, self.processing_class, partial, name=folder.resolve().name, **card)
+                name = self.hub_model_id or folder.resolve().name
+                save_model(self.model, self.processing_class, partial, name=name, **card)
                 (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
                 files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
                 for file in files:

@@ -77,3 +77,15 @@ def test_a_training_on_the_folder_of_the_user_does_not_name_the_user(home, world
     (run,) = Path("runs").iterdir()
     assert NAME not in run.name and "| `data` | ~ |" in (run / "README.md").read_text()
     assert not [path for path in run.rglob("*") if path.is_file() and NAME.encode() in path.read_bytes()]
+
+
+def test_a_model_of_local_towers_that_transformers_saves_names_no_path(home, tmp_path):
+    """As by `push_to_hub` of the model."""
+    model = ICLIPModel.from_vision_text_pretrained(home / "vision", home / "text")
+    towers = [model.config.vision_config._name_or_path, model.config.text_config._name_or_path]
+    model.save_pretrained(tmp_path / "saved")
+    assert NAME not in (tmp_path / "saved" / "config.json").read_text()
+    assert [model.config.vision_config._name_or_path, model.config.text_config._name_or_path] == towers
+    model.config.vision_config._name_or_path = "facebook/dino-vitb16"
+    model.config.save_pretrained(tmp_path / "config")
+    assert "facebook/dino-vitb16" in (tmp_path / "config" / "config.json").read_text()

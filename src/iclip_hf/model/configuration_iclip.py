@@ -229,8 +229,17 @@ class ICLIPConfig(PreTrainedConfig):
         return super().from_dict(without_attention(config_dict), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
-        """Like the base class, but without pipelines whose code is not in the folder: `pipeline` would ask for it."""
+        """
+        Like the base class, but without paths of towers on this machine, and without pipelines whose code is not in
+        the folder: `pipeline` would ask for it.
+        """
         config = copy(self)
+        for name in self.sub_configs:
+            tower = copy(getattr(self, name))
+            source = getattr(tower, "_name_or_path", "") or ""
+            if os.path.isabs(source) or os.path.exists(source):
+                tower._name_or_path = ""
+                setattr(config, name, tower)
         names = [pipeline["impl"] for pipeline in getattr(self, "custom_pipelines", {}).values()]
         # Code on the Hub is named "repository--module.Class".
         modules = [name.split(".")[0] for name in names if "--" not in name]

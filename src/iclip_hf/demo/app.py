@@ -15,6 +15,7 @@ from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine
 from ..utils.extras import require_extra
 from ..web.viewer import MAX_TEXTS, Example, examples, introduction, read_asset, viewer_theme
+from .limits import MAX_FILE_SIZE, LimitedRequests, OfflineBlocks, limit_unread
 from .questions import SeenImage, asked_texts, encode_photo, read_photo, release_memory, to_npz, viewer_value
 
 
@@ -23,8 +24,6 @@ with require_extra("demo"):
     from gradio.processing_utils import save_bytes_to_cache, save_file_to_cache
     from gradio.utils import get_upload_folder
     from starlette.middleware import Middleware
-
-    from .limits import MAX_FILE_SIZE, LimitedRequests, OfflineBlocks, limit_unread
 
 
 # Number of visitors whose last answer Gradio keeps, up to 8 megabytes each. The default is 10,000. The page does not

@@ -6,10 +6,14 @@ import asyncio
 import weakref
 from collections import deque
 
-import gradio as gr
-from gradio.queueing import Event, EventMessage, ProcessCompletedMessage, Queue
-from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
-from starlette.responses import PlainTextResponse
+from ..utils.extras import require_extra
+
+
+with require_extra("demo"):
+    import gradio as gr
+    from gradio.queueing import Event, EventMessage, ProcessCompletedMessage, Queue
+    from gradio_client.utils import is_file_obj_with_meta, is_http_url_like, traverse
+    from starlette.responses import PlainTextResponse
 
 
 MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload

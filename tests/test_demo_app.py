@@ -447,6 +447,15 @@ def test_a_large_image_is_reduced_before_it_is_sent(tmp_path, size):
     assert (image.mode, image.size, original_size) == ("RGB", (2048, 1024), size)
 
 
+def test_an_image_is_decoded_by_no_code_of_the_working_directory(tmp_path, monkeypatch):
+    """It may be the folder of a stranger's model."""
+    for module in ("PIL.py", "runpy.py", "iclip_hf.py"):
+        (tmp_path / module).write_text("open('ran', 'w')")
+    noise((60, 40)).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    assert questions.read_photo(str(tmp_path / "photo.png"))[1] == (60, 40) and not Path("ran").exists()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits all memory")
 def test_an_upload_cannot_exhaust_the_memory(tmp_path):
     """The tags of this file of 10 MB share their data, and Pillow copies it for each: 600 MB."""

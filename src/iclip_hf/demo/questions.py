@@ -7,7 +7,6 @@ import ctypes
 import io
 import platform
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +19,7 @@ from ..model.batches import PreparedImage
 from ..model.engine import Engine
 from ..model.explanation import Explanation
 from ..model.prompts import split_texts
+from ..utils.processes import module_command
 from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, shown_size
 from . import decoder
 
@@ -40,7 +40,7 @@ def read_photo(path: str) -> tuple[Image.Image, tuple[int, int]]:
     Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Returns the image, and
     the width and height that it had. Raises `ValueError` if the image cannot be read, or takes too much memory.
     """
-    command = [sys.executable, "-m", decoder.__name__, path]
+    command = [*module_command(decoder.__name__), path]
     decoded = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     if decoded.returncode:  # without a message, the process had too little memory
         too_large = f"{Path(path).name}: this image takes more than {decoder.MAX_MEMORY >> 20} MiB; reduce it."

@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,13 @@ def test_presence_of_each_text_and_model_in_words(folder, tmp_path, sheet, capsy
     assert headings.split() == ["text", "presence", "score", "model"]
     shown = [re.search("present|unsure|absent", line)[0] for line in lines]
     assert shown == [word for of_text in zip(*words.values()) for word in of_text]
+
+
+def test_a_picture_names_no_folder_of_two_models_of_one_name(folder, tmp_path, sheet):
+    shutil.copytree(folder / "model1", tmp_path / "model0")
+    options = ["--text", "dog", "--output", tmp_path / "out.png", "--model", tmp_path / "model0"]
+    assert run(folder, folder / "images" / "b.png", *options) == 0
+    assert [title.splitlines()[0] for title in sheet["heatmaps"]] == ["model0 (1)", "model0 (2)"]
 
 
 def test_prompts_are_those_of_the_data_set(folder, tmp_path, capsys):

@@ -130,10 +130,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _model_titles(models: list[str]) -> dict[str, str]:
-    """Returns the title of each model in a picture: its name without the path, unless two models share this name."""
+    """
+    Returns the title of each model in a picture: its name without the path. If two models share this name, titles have
+    numbers, because the folders of a path may name the user.
+    """
     titles = {name: public_name(name) for name in models}
     are_distinct = len(set(titles.values())) == len(models)
-    return titles if are_distinct else dict(zip(models, models))
+    return titles if are_distinct else {name: f"{title} ({i})" for i, (name, title) in enumerate(titles.items(), 1)}
 
 
 def _open(args: argparse.Namespace, output: Path, models: list[str]) -> _Opened:

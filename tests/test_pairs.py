@@ -283,6 +283,18 @@ def test_a_folder_for_each_class(tmp_path, caplog, monkeypatch):
     assert "3 images in no folder of a class, such as 'cat/puppies/2.jpg'" in caplog.text
 
 
+def test_splits_with_tables_are_no_classes(tmp_path, caplog):
+    write_images(tmp_path, ["train/1.jpg", "validation/2.jpg"])
+    (tmp_path / "train.csv").write_text("file_name,text\ntrain/1.jpg,a dog\n")
+    load_pairs(tmp_path)
+    assert "train.csv: left out; captions are the names of folders, such as 'train'" in caplog.text
+    for split, name in (("train", "1.jpg"), ("validation", "2.jpg")):
+        (tmp_path / split / "metadata.csv").write_text(f"file_name,text\n{name},a dog\n")
+    with pytest.raises(ValueError, match="train/metadata.csv.* name that folder"):
+        load_pairs(tmp_path)
+    assert load_pairs(tmp_path / "train")[0]["caption"] == "a dog"
+
+
 @pytest.mark.parametrize("form", ["parquet", "folder", "split", "formatted"])
 def test_saved_datasets(tmp_path, form):
     """Bytes of images as `datasets` and pandas store them, and paths."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..columns import USUAL_COLUMNS
 from ..files import image_files
 from .source import PackedRows, Source
+from .tables import METADATA, TABLES
 
 
 logger = logging.getLogger(__name__)
@@ -18,8 +19,11 @@ CLASS_CAPTION = "a photo of a {}"  # caption of the images of a class
 def read_class_folders(path: Path) -> Source:
     """
     Reads a folder with a subfolder of images for each class, named like the class: `dog/1.jpg`. Images elsewhere are
-    left out with a warning. Raises `FileNotFoundError` if no subfolder has an image.
+    left out with a warning, and so are tables. Raises `FileNotFoundError` if no subfolder has an image, and
+    `ValueError` if a subfolder has its own table of captions, as the splits of an `imagefolder` of `datasets`.
     """
+    if tables := sorted(table for name in METADATA for table in path.glob(f"*/{name}")):
+        raise ValueError(f"{tables[0]}: this table has the captions of its folder; name that folder, not {path}.")
     found = [image.relative_to(path) for image in image_files(path)]
     images = [image for image in found if len(image.parts) == 2]
     if not images:
@@ -31,6 +35,10 @@ def read_class_folders(path: Path) -> Source:
         logger.warning(
             "%s: left out %d images in no folder of a class, such as %r", path, len(elsewhere), str(elsewhere[0])
         )
+    # As in data sets of Kaggle and COCO, whose folders are splits.
+    for table in sorted(file for pattern in ("*", "annotations/*") for file in path.glob(pattern)):
+        if table.suffix.lower() in (*TABLES, ".json"):
+            logger.warning("%s: left out; captions are the names of folders, such as %r", table, images[0].parts[0])
     class_names = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
     rows = PackedRows({"caption": CLASS_CAPTION.format(name)} for name in class_names)
     return Source(path, path, USUAL_COLUMNS, rows, PackedRows(image.as_posix() for image in images), [])

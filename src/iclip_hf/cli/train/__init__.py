@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...backends import check_model_name
 from ...training.arguments import ICLIPTrainingArguments
-from ...utils.files import check_outside
+from ...utils.files import check_new_folder, check_outside
 from .arguments import Arguments, argument_parser, read_arguments, resolve_arguments
 from .chosen_arguments import few_pairs_arguments
 from .data import open_pairs
@@ -57,6 +57,8 @@ def check_output_dir(arguments: Arguments) -> None:
             f"{folder}: this folder holds files already; name another by --output_dir, or add --resume to continue a "
             "training from its last checkpoint."
         )
+    if not names:
+        check_new_folder(folder)  # refuses the name of the embedded model
 
 
 def _is_training(folder: Path, names: set[str]) -> bool:

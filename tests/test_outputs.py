@@ -236,6 +236,18 @@ def test_a_result_and_its_table_appear_together(tmp_path, monkeypatch):
     assert result.save(tmp_path / "a.json") == (tmp_path / "a.json", tmp_path / "a-2.csv")
 
 
+def test_scores_that_cannot_be_written_are_printed(world, mine, capsys, monkeypatch):
+    """An evaluation of hours ends with a full disk."""
+
+    def save(result, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(EvaluationResult, "save", save)
+    assert typed(world, "evaluate DATA --output new.json") == 2
+    out, err = capsys.readouterr()
+    assert "mMIoU" in out and "disk full" in err
+
+
 def test_only_folders_of_models_are_inputs(tmp_path, monkeypatch):
     """By the name "embedded", the model is the package's, and a folder of the user may hold earlier pictures."""
     monkeypatch.chdir(tmp_path)

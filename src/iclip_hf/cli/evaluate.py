@@ -112,8 +112,10 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         if args.report:
             print_to_stderr("evaluate", f"wrote {args.report / 'index.html'}")
-        if args.output:  # written before the table is printed, because a pipe may be closed
-            written = " and ".join(map(str, result.save(args.output)))
-            print_to_stderr("evaluate", f"wrote {written}")
-        print_lines(result.to_json() if args.json else result.table())
+        try:
+            if args.output:  # written before the table is printed, because a pipe may be closed
+                written = " and ".join(map(str, result.save(args.output)))
+                print_to_stderr("evaluate", f"wrote {written}")
+        finally:  # scores that a full disk does not take are not lost
+            print_lines(result.to_json() if args.json else result.table())
     state.destroy_process_group()

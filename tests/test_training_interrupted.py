@@ -108,6 +108,18 @@ def test_a_run_is_not_resumed_with_other_held_out_pairs(hub, tmp_path):
         run(hub, tmp_path / "run", "--data", table, "--max_steps", 4, "--resume")
 
 
+def test_a_run_that_is_resumed_with_other_arguments_names_them(hub, tmp_path, caplog):
+    """The states of the optimizer and of the schedule would keep the earlier learning rate without a word."""
+    options = ["--max_steps", 2, "--weight_decay", 0.1]
+    run(hub, tmp_path / "run", *options)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    run(hub, tmp_path / "moved", *options, "--resume")
+    assert "at the start of this training" not in caplog.text
+    run(hub, tmp_path / "moved", "--max_steps", 3, "--resume", "--learning_rate", 0.5, "--random_erasing", 0)
+    was = "learning_rate was 0.00078125, max_steps was 2, random_erasing was 0.25, weight_decay was 0.1. With other"
+    assert f"at the start of this training, {was}" in caplog.text
+
+
 def test_a_checkpoint_of_weights_alone_resumes_with_a_warning(hub, tmp_path, caplog):
     run(hub, tmp_path, "--max_steps", 2, "--save_only_model", True)
     run(hub, tmp_path, "--max_steps", 3, "--save_only_model", True, "--resume")

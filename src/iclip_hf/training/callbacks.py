@@ -28,7 +28,7 @@ with require_extra("train"):
 from ..data.wrappers import leaf_of, leaves
 from ..model.modeling_iclip import ICLIPModel
 from ..utils.files import atomic_write
-from .arguments import ICLIPTrainingArguments
+from .arguments import ICLIPTrainingArguments, training_recipe
 from .collator import seed_everything
 from .datasets import CachedPairs, StreamedPairs, are_pairs
 from .evaluation import change_interval, plot_examples, regressed_metrics
@@ -38,7 +38,7 @@ from .kept_presence import kept_presence
 logger = logging.getLogger(__name__)
 
 FEW_STEPS = 50  # a training with fewer steps gets a warning
-# File with digests of the held-out pairs of a training, and the metrics of these pairs by the model at the start.
+# File with the arguments of a training, digests of its held-out pairs, and their metrics by the model at the start.
 START_FILE = "start.json"
 
 
@@ -226,6 +226,7 @@ class Start(TrainerCallback):
                     f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
                     "data, or name another output_dir."
                 )
+            self._warn_of_other_settings(args, start.get("settings", {}))
         # The state of a moved checkpoint names its earlier path. The base class forgets a path that does not exist.
         best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if best.is_dir():
@@ -242,10 +243,31 @@ class Start(TrainerCallback):
             if not self.trainer.interrupts.stopped:
                 logger.warning("No evaluation was better than the start, so the model is that of the start again.")
 
+    def _settings(self) -> dict:
+        """Returns the arguments that the model depends on, as its card has them, in the types of JSON."""
+        trainer = self.trainer
+        settings = trainer.card.get("training") or training_recipe(trainer.args, trainer.accelerator.num_processes)
+        return json.loads(json.dumps(settings, default=str))
+
+    def _warn_of_other_settings(self, args: ICLIPTrainingArguments, settings: Mapping) -> None:
+        """Logs which arguments of a resumed training differ from those of its start."""
+        now = self._settings()
+        names = sorted({*settings, *now}) if settings else []
+        differing = [name for name in names if settings.get(name) != now.get(name)]
+        if differing and self.trainer.is_world_process_zero():
+            # The states of optimizer and schedule keep some of the earlier values, such as the learning rate.
+            logger.warning(
+                "%s: at the start of this training, %s. With other arguments, the result may be that of neither; "
+                "repeat the same command, or name another output_dir.",
+                args.output_dir,
+                ", ".join(f"{name} was {settings.get(name, 'not given')}" for name in differing),
+            )
+
     def _write(self) -> None:
         if self.trainer.is_world_process_zero():
+            start = {"held_out": self.held_out_digests, "scores": self.metrics, "settings": self._settings()}
             with atomic_write(Path(self.trainer.args.output_dir, START_FILE)) as partial:
-                partial.write_text(json.dumps({"held_out": self.held_out_digests, "scores": self.metrics}))
+                partial.write_text(json.dumps(start))
 
 
 def _captions_digest(pairs: Dataset) -> str:

@@ -207,7 +207,7 @@ def test_a_protocol_takes_options_of_the_method_and_chooses_a_threshold(dataset,
     options = {"proxy": str(save(tmp_path, tiny_model("dinov2").vision_model, tiny_image_processor()))}
     model, metrics = (tiny_model(), tiny_processor), [Segmentation(window=32, protocol="proxyclip")]
     result = evaluate_model(model, dataset, {"proxyclip": options}, metrics, image_size={"shortest_edge": 40})
-    assert result.protocol["methods"] == {"proxyclip": options}
+    assert result.protocol["methods"] == {"proxyclip": {"proxy": tmp_path.name}}
     scores = result.results["proxyclip"]["segmentation"]
     assert scores["miou"] > 0 and all(0 <= threshold <= 1 for threshold in scores["thresholds"])
 

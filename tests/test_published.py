@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import iclip, noise, save_towers, tiny_model, write_folder, write_pairs
+from conftest import evaluate_model, iclip, noise, save_towers, tiny_model, write_folder, write_pairs
 from PIL import ExifTags, Image
 
 from iclip_hf import ICLIPModel, example_image
+from iclip_hf.data.segmentation import load_segmentation
 
 
 NAME = "telling-name"
@@ -63,6 +64,16 @@ def test_nothing_that_is_published_names_a_place_of_the_machine(home, tmp_path):
     }
     telling = {(path.name, place) for path in files for place in PLACES if place.encode() in unpacked(path)}
     assert telling == set()
+
+
+def test_a_result_names_no_path_of_a_proxy(home, world):
+    dataset = load_segmentation("folder", home / "data")
+    for proxy in (home / "vision", "vision"):
+        methods = {"proxyclip": {"proxy": proxy, "beta": 1.0}}
+        result = evaluate_model((world.model, world.processor), dataset, methods, ["mAP"])
+        assert result.protocol["methods"] == {"proxyclip": {"proxy": "vision", "beta": 1.0}}
+        result.save(home / "results.json")
+        assert NAME not in (home / "results.json").read_text()
 
 
 def test_a_training_on_the_folder_of_the_user_does_not_name_the_user(home, world, monkeypatch):

@@ -74,8 +74,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # The encoding of stdout may lack characters of names and texts.
         sys.stdout.reconfigure(errors="backslashreplace")
+    if arguments is None:
+        # The working directory may be the folder of a stranger's model. Processes that load data would import modules
+        # from it. Python 3.10 does not read this variable.
+        os.environ.setdefault("PYTHONSAFEPATH", "1")
+        arguments = sys.argv[1:]
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        code = _run(arguments)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe

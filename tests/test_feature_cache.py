@@ -135,6 +135,17 @@ def test_filling_a_cache_goes_on_where_it_stopped(tmp_path, tiny_processor, monk
     assert not list(tmp_path.rglob("*.partial"))
 
 
+@pytest.mark.parametrize("size", [0, 100, 400, -1])
+def test_a_file_that_lost_its_end_is_named(tmp_path, size):
+    """After a loss of power or an interrupted copy. Its records would be read from memory that nobody has written."""
+    store = FeatureStore(tmp_path)
+    store.add([bytes([number]) * 32 for number in range(1, 9)], {"text": np.ones((8, 16), np.float32)})
+    (path,) = tmp_path.glob("*.npy")
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(OSError, match=f"{path.name}: this file of cached features is not complete; delete it"):
+        store.reload()
+
+
 def test_a_cache_of_many_files_keeps_none_open(tmp_path):
     """As of a million images, for which a process has 1024 descriptors."""
     store = FeatureStore(tmp_path)

@@ -58,12 +58,9 @@ class FeatureStore:
         keys = [self._keys]
         for path in sorted(self.folder.glob("*.npy")):
             if path not in self._files:
-                with open(path, "rb") as file:
-                    keys.append(np.load(file))
-                    np.lib.format.read_magic(file)
-                    *_, self._record_type = np.lib.format.read_array_header_1_0(file)
-                    self._files[path] = file.tell()
-                    self._ends.append(sum(map(len, keys)))
+                new_keys, self._record_type, self._files[path] = _read_header(path)
+                keys.append(new_keys)
+                self._ends.append(sum(map(len, keys)))
         self._keys = np.concatenate(keys)
         self._order = np.argsort(self._keys, kind="stable")
 
@@ -177,6 +174,24 @@ class FeatureStore:
             keys, features = zip(*batches)
             joined = {name: np.concatenate([arrays[name] for arrays in features]) for name in features[0]}
             self.add([*chain.from_iterable(keys)], joined)
+
+
+def _read_header(path: Path) -> tuple[np.ndarray, np.dtype, int]:
+    """
+    Returns the keys of a file, the type of its records, and the byte at which they begin. Raises `OSError` if a part
+    of the file is missing, as after a loss of power or an interrupted copy.
+    """
+    with open(path, "rb") as file:
+        try:
+            keys = np.load(file)
+            np.lib.format.read_magic(file)
+            *_, record_type = np.lib.format.read_array_header_1_0(file)
+        except (EOFError, ValueError):
+            record_type = None
+        start = file.tell()
+    if record_type is None or path.stat().st_size != start + len(keys) * record_type.itemsize:
+        raise OSError(f"{path}: this file of cached features is not complete; delete it, then run again.")
+    return keys, record_type, start
 
 
 class _PixelValues(Dataset):

@@ -228,6 +228,14 @@ def test_a_limit_and_what_the_protocol_says(dataset, tiny_processor):
     assert f"on 2 of {len(dataset)} images" in alone.table()
 
 
+def test_options_that_are_numbers_of_numpy_are_written(dataset, tiny_processor):
+    options = {"image_size": np.int64(40), "limit": np.int64(1)}
+    result = evaluate_model((tiny_model(), tiny_processor), dataset, {"gem": {"depth": np.int64(1)}}, **options)
+    protocol = json.loads(result.to_json())["protocol"]
+    assert protocol["methods"] == {"gem": {"depth": 1}} and protocol["image_size"] == {"height": 40, "width": 40}
+    assert protocol["dataset"]["images"] == 1
+
+
 def arguments(labelled_folder, world, *more):
     data = ["--dataset", "folder", "--data-root", labelled_folder]
     return ["evaluate", "--model", world.folder / "model", *data, *more]

@@ -41,7 +41,8 @@ class EvaluationResult:
         """Returns all attributes except the tables as JSON text."""
         values = asdict(self)
         del values["tables"]
-        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+        # Options may be numbers of numpy, as from a loop over np.arange.
+        return json.dumps(values, indent=2, allow_nan=False, default=lambda value: value.tolist()) + "\n"
 
     def per_class_csv(self) -> str:
         """Returns `per_class` as CSV text: a row for each method and class, and columns named `metric.score`."""

@@ -11,6 +11,7 @@ from fault_inputs import written
 from test_faults_command_line import ARGUMENTS
 from transformers import TrainingArguments
 
+from iclip_hf import cli
 from iclip_hf.cli.train.arguments import argument_parser, parse_arguments
 from iclip_hf.training import ICLIPTrainingArguments
 
@@ -107,6 +108,17 @@ def test_an_option_that_is_unknown_has_a_cure(capsys, typed, cure):
 )
 def test_all_pairs_that_are_named_are_trained_on(typed, data):
     assert vars(argument_parser().parse_args(typed.split())).get("data") == data
+
+
+def test_a_repeated_option_adds_to_its_list():
+    typed = "--model_options pooling=max --validation_data a.csv --model_options map_tokens=9 --validation_data b.csv"
+    parsed = argument_parser().parse_args(typed.split())
+    assert (parsed.model_options, parsed.validation_data) == (["pooling=max", "map_tokens=9"], ["a.csv", "b.csv"])
+    for command, name in (("evaluate", "methods"), ("evaluate", "metrics"), ("compare", "methods")):
+        values = ["mAP", "mMIoU"] if name == "metrics" else ["itsm", "gem"]
+        required = ["--dataset", "folder", "--data-root", "."] if command == "evaluate" else ["photo.jpg"]
+        repeated = [part for value in values for part in (f"--{name}", value)]
+        assert getattr(cli.parser(command).parse_args([*required, *repeated]), name) == values
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     task_or_metrics.add_argument(
         "--metrics",
+        action="extend",
         nargs="+",
         choices=METRICS,
         metavar="METRIC",

@@ -142,7 +142,13 @@ SHARED = {
         "the templates; separate several texts by commas, or repeat the option; \\, is a comma within a text",
     },
     "--method": {"type": method, "metavar": "METHOD", "help": f"method that computes the maps, one of {_METHOD_HELP}"},
-    "--methods": {"nargs": "+", "type": method, "metavar": "METHOD", "help": f"one or more of {_METHOD_HELP}"},
+    "--methods": {
+        "action": "extend",
+        "nargs": "+",
+        "type": method,
+        "metavar": "METHOD",
+        "help": f"one or more of {_METHOD_HELP}",
+    },
     "--refine": {
         "action": argparse.BooleanOptionalAction,
         "default": True,

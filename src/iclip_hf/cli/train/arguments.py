@@ -40,7 +40,9 @@ class ModelArguments:
         "",
         'second image tower, a convolutional backbone of timm: a folder, a Hub id, or "embedded"; none if not given',
     )
-    model_options: list[str] = argument([], "options that override those of config.json, as name=value")
+    model_options: list[str] = argument(
+        [], "options that override those of config.json, as name=value", action="extend"
+    )
     lock_text: bool = argument(False, "freeze the text tower")
     image_size: int = argument(0, "height and width of images in pixels; 0 for those of the model")
 
@@ -75,7 +77,7 @@ class DataArguments:
 class EvaluationArguments:
     """The pairs and the segmentation data set to measure on."""
 
-    validation_data: list[str] = argument([], "local validation pairs")
+    validation_data: list[str] = argument([], "local validation pairs", action="extend")
     validation_share: float = argument(
         0.0, "share of the pairs to hold out for validation, instead of validation_data"
     )

@@ -1,7 +1,9 @@
 """What is meant for others tells nothing of the machine that wrote it."""
 
+import copy
 import gzip
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import torch
 from conftest import evaluate_model, iclip, noise, save_towers, tiny_model, write_folder, write_pairs
 from PIL import ExifTags, Image
 
-from iclip_hf import ICLIPModel, example_image
+from iclip_hf import ICLIPModel, example_image, load
+from iclip_hf.data import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
+from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
 
 
 NAME = "telling-name"
@@ -74,6 +78,28 @@ def test_a_result_names_no_path_of_a_proxy(home, world):
         assert result.protocol["methods"] == {"proxyclip": {"proxy": "vision", "beta": 1.0}}
         result.save(home / "results.json")
         assert NAME not in (home / "results.json").read_text()
+
+
+def test_a_folder_with_the_name_of_the_user_gives_no_name(home, world, monkeypatch):
+    monkeypatch.setenv("HOME", str(home / "telling"))
+    shutil.copytree(world.folder / "model", home / "telling")
+    for folder in ("exported", "out/telling"):
+        assert iclip("export", home / "telling", home / folder) == 0
+        assert "# ~" in (home / folder / "README.md").read_text()
+    args = ICLIPTrainingArguments(str(home / "runs" / "telling"), max_steps=1, per_device_train_batch_size=2)
+    card = {"training": {"data": [home / "pairs.tar", "org/pairs"], "nouns": str(home / "nouns.txt"), "seed": 1}}
+    model, pairs = copy.deepcopy(world.model), load_pairs(home / "pairs.tar")
+    trainer = ICLIPTrainer(model, args, train_dataset=pairs, processing_class=world.processor, card=card)
+    trainer.save_model()
+    content = (home / "runs" / "telling" / "README.md").read_text()
+    assert "# ~" in content and "| `data` | pairs.tar, org/pairs |" in content and "| `nouns` | nouns.txt |" in content
+
+
+def test_a_result_names_no_relative_path_after_a_change_of_the_working_directory(home, world, tmp_path, monkeypatch):
+    shutil.copytree(world.folder / "model", home / "secret" / "model")
+    model, dataset = load("secret/model"), load_segmentation("folder", home / "data")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_model(model, dataset, None, ["mAP"]).protocol["model"] == "model"
 
 
 def test_a_training_on_the_folder_of_the_user_does_not_name_the_user(home, world, monkeypatch):

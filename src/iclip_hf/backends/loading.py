@@ -199,6 +199,8 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtyp
         if not isinstance(model, ICLIPModel):  # an ICLIP model has checked its weights itself
             check_weights(name, model, loading["missing_keys"])
         processor = _load_processor(name, config, **shared_kwargs)
+    if os.path.isdir(name):  # from another working directory, a relative path would look like a Hub id
+        model.config._name_or_path = os.path.abspath(name)
     check_processor(name, processor, model.config)
     return model, processor
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +26,7 @@ from ..model.outputs import ICLIPTextFeatures
 from ..utils.distributed import broadcast_from_main, partial_state
 from ..utils.extras import require_extra
 from ..utils.files import check_new_folder
-from ..utils.hub_ids import public_name
+from ..utils.hub_ids import without_path
 from ..utils.prefetch import ThreadPool, prefetch_map, spare_processors
 from .metrics import make_metrics
 from .metrics.metric import CannotMeasure, EvaluatedImage, Metric
@@ -215,12 +214,6 @@ def _class_rows(by_metric: dict[str, dict[int, dict]], dataset: SegmentationData
     ]
 
 
-def _without_path(option):
-    """Returns an option of a method as a protocol shows it, such as a proxy: of a file or folder, only the name."""
-    is_path = isinstance(option, (str, os.PathLike)) and os.path.exists(option)
-    return public_name(os.fspath(option)) if is_path else option
-
-
 class EvaluationRun:
     """
     Runs a model and its methods on images of one size, for all metrics that take this size. The parameters are those
@@ -375,8 +368,8 @@ class EvaluationRun:
                 "images_in_split": dataset.images_in_split,
                 "fingerprint": dataset[: self.num_images].fingerprint(),
             },
-            "methods": {
-                method: {name: _without_path(option) for name, option in options.items()}
+            "methods": {  # a proxy may be a folder
+                method: {name: without_path(option) for name, option in options.items()}
                 for method, options in self.method_options.items()
             },
             **map_settings(self.engine),

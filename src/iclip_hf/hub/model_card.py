@@ -17,7 +17,7 @@ from ..model.configuration_iclip import ICLIPConfig
 from ..model.modeling_iclip import OWN_WEIGHTS, ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.files import atomic_write
-from ..utils.hub_ids import is_hub_id
+from ..utils.hub_ids import folder_name, is_hub_id
 from .configs import EMBEDDED, SHIPPED
 from .record import METRIC_DECIMALS, RECORD, assemble_record, card_results
 
@@ -95,9 +95,9 @@ def write_model_card(
     if metrics is not None:
         record["evaluation"] = card_results(metrics)
     evaluation = record.get("evaluation")
-    folder_name = Path(folder).resolve().name
-    title = name or (_name_of(source) if source and training is None else folder_name)
-    name = name or folder_name
+    written = folder_name(folder)
+    title = name or (_name_of(source) if source and training is None else written)
+    name = name or written
     tower_configs = [getattr(model.config, tower) for tower in ICLIPConfig.sub_configs]
     towers = [describe_tower(config) for config in tower_configs if config is not None]
     results = _header_results(evaluation) if evaluation else []
@@ -125,7 +125,7 @@ def _name_of(source: str | Path) -> str:
     """Returns the name of a model by its source: a Hub id, or the name of a folder."""
     if source == "embedded":
         return EMBEDDED.name
-    return str(source) if is_hub_id(str(source)) else Path(source).resolve().name
+    return str(source) if is_hub_id(str(source)) else folder_name(source)
 
 
 def _licence(towers: list[dict], data: Mapping[str, Mapping]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from ..data.layouts import DATASETS
 from ..evaluation.results import EvaluationResult
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor
+from ..utils.hub_ids import without_path
 from .configs import EMBEDDED
 
 
@@ -100,8 +101,9 @@ def assemble_record(model: ICLIPModel, processor: ICLIPProcessor, source, traini
         earlier_data = _valid_record(source, model, processor, source_identity)["data"] if source else {}
         # Terms that an earlier record knows stay known, such as those of the data of the embedded model.
         terms = earlier_data | _DATA_TERMS
+        training = {name: without_path(value) for name, value in training.items()}
         data = {name: terms.get(name, NOT_KNOWN) for name in training.get("data", [])}
-        record = {"training": dict(training), "data": earlier_data | data}
+        record = {"training": training, "data": earlier_data | data}
     described = identity(model, processor)
     del described["model"]  # the name of a folder
     return record | {"identity": described}

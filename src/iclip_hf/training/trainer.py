@@ -37,6 +37,7 @@ from ..model.pair_loss import ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
 from ..utils.errors import writing_errors
 from ..utils.files import atomic_write
+from ..utils.hub_ids import folder_name
 from ..utils.saved_configs import clean_configs
 from .arguments import MAP_METRICS, ICLIPTrainingArguments, training_recipe
 from .callbacks import Checks, EpochsAndSeeds, Interrupts, LogitScaleLimit, Pictures, Start
@@ -434,7 +435,7 @@ class ICLIPTrainer(Trainer):
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
             with writing_errors(folder):
-                name = self.hub_model_id or folder.resolve().name
+                name = self.hub_model_id or folder_name(folder)
                 save_model(self.model, self.processing_class, partial, name=name, **card)
                 (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
                 files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]

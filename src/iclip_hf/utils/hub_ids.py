@@ -25,3 +25,16 @@ def public_name(name: str) -> str:
     last = Path(name).name
     users = (Path(os.path.expanduser("~")).name, os.environ.get("USER"), os.environ.get("USERNAME"))
     return "~" if last and last in users else last
+
+
+def folder_name(folder: str | os.PathLike) -> str:
+    """Returns the [`public_name`] of a folder, also of "." or a link."""
+    return public_name(str(Path(folder).resolve()))
+
+
+def without_path(value):
+    """Returns a setting as others may see it: of a file or folder, only its [`public_name`]."""
+    if isinstance(value, (list, tuple)):
+        return [without_path(part) for part in value]
+    is_path = isinstance(value, str) and (os.path.isabs(value) or os.path.exists(value))
+    return public_name(os.fspath(value)) if is_path or isinstance(value, os.PathLike) else value

@@ -23,7 +23,7 @@ from ..model.modeling_iclip import ICLIPModel
 from ..model.presence import MIN_PRESENCE, SURE_PRESENCE
 from ..model.processing_iclip import MAX_PIXELS, ICLIPProcessor
 from ..utils.files import atomic_folder, write_image
-from ..utils.hub_ids import public_name
+from ..utils.hub_ids import folder_name, public_name
 from .viewer import (
     MAX_CHARACTERS,
     MAX_TEXTS,
@@ -122,10 +122,10 @@ def export_web(
 
         _write_page(built, settings, cdn)
         # The card names the model and not this folder, which does not hold it.
-        name = public_name(model.name_or_path) or folder.resolve().name
+        name = public_name(model.name_or_path) or folder_name(folder)
         card_file = write_model_card(model, processor, scratch, name=name, **card)
         shutil.copyfile(card_file, built / "model_card.md")
-        (built / "README.md").write_text(_readme(card_file, folder.resolve().name), encoding="utf-8")
+        (built / "README.md").write_text(_readme(card_file, folder_name(folder)), encoding="utf-8")
     return folder
 
 

@@ -91,15 +91,22 @@ def test_a_folder_with_the_name_of_the_user_gives_no_name(home, world, monkeypat
     model, pairs = copy.deepcopy(world.model), load_pairs(home / "pairs.tar")
     trainer = ICLIPTrainer(model, args, train_dataset=pairs, processing_class=world.processor, card=card)
     trainer.save_model()
+    trainer.card["name"] = "org/named"
+    trainer.save_model(home / "named")
+    assert "# org/named" in (home / "named" / "README.md").read_text()
+    with pytest.raises(TypeError, match="card: 'license' is no argument"):
+        ICLIPTrainer(model, args, train_dataset=pairs, processing_class=world.processor, card={"license": "mit"})
     content = (home / "runs" / "telling" / "README.md").read_text()
     assert "# ~" in content and "| `data` | pairs.tar, org/pairs |" in content and "| `nouns` | nouns.txt |" in content
 
 
 def test_a_result_names_no_relative_path_after_a_change_of_the_working_directory(home, world, tmp_path, monkeypatch):
     shutil.copytree(world.folder / "model", home / "secret" / "model")
-    model, dataset = load("secret/model"), load_segmentation("folder", home / "data")
+    models = [load("secret/model"), (ICLIPModel.from_pretrained("secret/model"), world.processor)]
+    dataset = load_segmentation("folder", home / "data")
     monkeypatch.chdir(tmp_path)
-    assert evaluate_model(model, dataset, None, ["mAP"]).protocol["model"] == "model"
+    for model in models:
+        assert evaluate_model(model, dataset, None, ["mAP"]).protocol["model"] == "model"
 
 
 def test_a_training_on_the_folder_of_the_user_does_not_name_the_user(home, world, monkeypatch):

@@ -1,5 +1,6 @@
 """ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
 
+import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -124,6 +125,9 @@ class ICLIPModel(ICLIPTowers):
                     f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "
                     "which is among the weights; use the config.json that was saved with them."
                 )
+            if os.path.isdir(pretrained_model_name_or_path):
+                # From another working directory, a relative path would look like a Hub id.
+                model.config._name_or_path = os.path.abspath(pretrained_model_name_or_path)
         return (model, loading) if output_loading_info else model
 
     def load_state_dict(self, state_dict, *args, **kwargs):

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from inspect import signature
 from operator import itemgetter
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from ..data.segmentation import SegmentationDataset
 from ..data.wrappers import at_first_epoch
 from ..evaluation.evaluate import evaluate_model
 from ..hub.folders import hub_errors, save_model
-from ..hub.model_card import HUB_RESULTS
+from ..hub.model_card import HUB_RESULTS, write_model_card
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pair_loss import ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
@@ -129,6 +130,8 @@ class ICLIPTrainer(Trainer):
                 "pushes the model alone."
             )
         self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
+        if unknown := self.card.keys() - signature(write_model_card).parameters.keys():
+            raise TypeError(f"card: {min(unknown)!r} is no argument of write_model_card.")
         if eval_dataset is None:
             eval_dataset = map_dataset
         elif map_dataset is not None and isinstance(eval_dataset, dict):
@@ -435,8 +438,8 @@ class ICLIPTrainer(Trainer):
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
             with writing_errors(folder):
-                name = self.hub_model_id or folder_name(folder)
-                save_model(self.model, self.processing_class, partial, name=name, **card)
+                card = {"name": self.hub_model_id or folder_name(folder), **card}
+                save_model(self.model, self.processing_class, partial, **card)
                 (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
                 files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
                 for file in files:

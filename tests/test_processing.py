@@ -391,6 +391,7 @@ def test_a_processor_names_no_model_as_its_class(tiny_processor, tmp_path, monke
         ("tokenizer_config.json", {"vocab": "{secret}"}),
         ("tokenizer_config.json", {"merges": "{secret}"}),
         ("tokenizer_config.json", {"vocab_file": "{secret}"}),
+        ("tokenizer_config.json", {"gguf_file": "{secret}"}),
         ("tokenizer_config.json", {"init_inputs": ["{secret}"]}),
         ("special_tokens_map.json", {"vocab_file": "{secret}"}),
     ],

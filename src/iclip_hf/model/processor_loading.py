@@ -88,7 +88,7 @@ def check_tokenizer_files(name, **kwargs) -> None:
     options, tokens = (
         read_json(name, file, **kwargs) for file in ("tokenizer_config.json", "special_tokens_map.json")
     )
-    wrong = [option for option in ("vocab", "merges") if isinstance(options.get(option), str)]
+    wrong = [option for option in ("vocab", "merges", "gguf_file") if isinstance(options.get(option), str)]
     # Paths of another machine are no files here. Only tokenizers of sentencepiece read this option.
     if isinstance(options.get("vocab_file"), str) and Path(options["vocab_file"]).is_file():
         wrong.append("vocab_file")

@@ -14,27 +14,20 @@ import torch
 from conftest import TEXT, VISION, QuietHandler, save, served, tiny_model
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    CLIPConfig,
-    CLIPModel,
-)
+from transformers import CLIPConfig, CLIPModel
 from transformers.pipelines import PIPELINE_REGISTRY, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from iclip_hf import (
-    ICLIPConfig,
     ICLIPModel,
-    ICLIPProcessor,
     ImageTextSimilarityMapPipeline,
     ZeroShotImageSegmentationPipeline,
     __version__,
     explain,
+    load,
 )
 from iclip_hf.backends import embedded
+from iclip_hf.backends.families import ExplainableICLIP
 from iclip_hf.hub.folders import export_model
 from iclip_hf.model import pipeline_iclip
 from iclip_hf.model.pipeline_iclip import __file__ as pipeline_file
@@ -212,17 +205,6 @@ def test_a_saved_pipeline_keeps_its_processor(tiny_processor, photographs, tmp_p
     assert_same(after(str(photographs[0]), LABELS), before(str(photographs[0]), LABELS))
 
 
-@pytest.fixture
-def restored_classes():
-    """Registers the classes of the package again after a test that loads the code of a folder, which replaces them."""
-    yield
-    AutoConfig.register("iclip", ICLIPConfig, exist_ok=True)
-    AutoProcessor.register(ICLIPConfig, ICLIPProcessor, exist_ok=True)
-    for auto_class in (AutoModel, AutoModelForZeroShotImageClassification):
-        auto_class.register(ICLIPConfig, ICLIPModel, exist_ok=True)
-
-
-@pytest.mark.usefixtures("restored_classes")
 def test_pipelines_take_a_folder_that_an_exported_model_was_saved_to(world, photographs, tmp_path):
     """It has a configuration without the code of pipelines, which the exported one names."""
     exported = export_model(world.model, world.processor, tmp_path / "exported")
@@ -234,6 +216,7 @@ def test_pipelines_take_a_folder_that_an_exported_model_was_saved_to(world, phot
         assert named == (folder == exported)
         answers = pipeline(TASK, model=str(folder), trust_remote_code=named)(str(photographs[0]), LABELS)
         assert_same(answers, expected)
+    assert type(load(exported)) is ExplainableICLIP  # the code of the folder has not replaced the classes
 
 
 def test_without_a_model_a_pipeline_takes_the_embedded_one(world, tmp_path, monkeypatch):

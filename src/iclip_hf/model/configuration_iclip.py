@@ -9,7 +9,7 @@ from functools import partial
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 
@@ -338,4 +338,6 @@ def patch_side(config: PreTrainedConfig) -> int:
 
 __all__ = ["ICLIPConfig"]
 
-AutoConfig.register("iclip", ICLIPConfig, exist_ok=True)
+# The trusted code of a model folder must not replace the class of the package for other models.
+if __name__.startswith("iclip_hf.") or "iclip" not in CONFIG_MAPPING:
+    AutoConfig.register("iclip", ICLIPConfig, exist_ok=True)

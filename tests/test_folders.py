@@ -41,6 +41,7 @@ from iclip_hf.hub.folders import code_files, export_model, init_model, join_towe
 from iclip_hf.hub.model_card import card_licence, describe_tower, write_model_card
 from iclip_hf.hub.record import read_record
 from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
+from iclip_hf.training.arguments import training_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -575,6 +576,14 @@ def test_the_card_tells_the_figures_in_the_hubs_form(source):
     assert set(card.data.widget[0]) == {"src", "candidate_labels", "example_title"}
     assert "| PASCAL VOC 2012 val | `reversed_itsm` | 78.06 | 18.00 | -0.3055 | - | 21.50 |" in card.text
     assert "1449 images at 224x160 pixels" in card.text and "maps refined" not in card.text
+
+
+def test_arguments_of_a_training_that_are_numbers_of_numpy_are_recorded(tmp_path, tiny_processor):
+    arguments = ICLIPTrainingArguments(str(tmp_path), learning_rate=np.float32(0.5), max_steps=np.int64(3))
+    card = card_of(tmp_path, tiny_processor, training=training_recipe(arguments, processes=1))
+    assert "| `learning_rate` | 0.5 |" in card.text and "| `max_steps` | 3 |" in card.text
+    training = read_record(tmp_path)["training"]
+    assert (training["learning_rate"], training["max_steps"]) == (0.5, 3)
 
 
 def test_the_first_lines_of_the_card_name_the_model(exported, tmp_path, tiny_processor):

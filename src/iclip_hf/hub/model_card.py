@@ -111,7 +111,9 @@ def write_model_card(
     )
     values = _values(record, model, processor) | {"title": title, "name": name, "towers": towers}
     card = ModelCard.from_template(header, template_path=SHIPPED.with_name("model_card.md"), **values)
-    files = {"README.md": f"{card}\n", RECORD: json.dumps(record, indent=2) + "\n"}
+    # Arguments of a training may be numbers of numpy: an error here would lose the trained model.
+    record_json = json.dumps(record, indent=2, default=lambda value: value.tolist())
+    files = {"README.md": f"{card}\n", RECORD: f"{record_json}\n"}
     if results and results[0].dataset_type in _DATASET_IDS:
         entries = eval_result_entries_to_yaml(_hub_results(evaluation["protocol"], results))
         files[HUB_RESULTS] = yaml.safe_dump(entries, sort_keys=False)

@@ -456,6 +456,13 @@ def test_an_image_is_decoded_by_no_code_of_the_working_directory(tmp_path, monke
     assert questions.read_photo(str(tmp_path / "photo.png"))[1] == (60, 40) and not Path("ran").exists()
 
 
+def test_an_upload_cannot_hold_up_other_visitors(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "MAX_SECONDS", 0.01)
+    noise((60, 40)).save(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match=r"^photo.png: reading this image takes more than 0.01 seconds; save it in"):
+        questions.read_photo(str(tmp_path / "photo.png"))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits all memory")
 def test_an_upload_cannot_exhaust_the_memory(tmp_path):
     """The tags of this file of 10 MB share their data, and Pillow copies it for each: 600 MB."""

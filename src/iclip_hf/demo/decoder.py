@@ -1,8 +1,8 @@
 """
-Decodes a visitor's image in a process of its own, whose memory is limited: a file of kilobytes can hold tags or tiles
-that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a line with the width and height of the upright
-image in the file, then the image as PPM, with at most `MAX_SENT_SIDE` pixels per side. With exit code 1, it prints an
-error message.
+Decodes a visitor's image in a process of its own, whose memory and time are limited: a file of kilobytes can hold tags
+or tiles that take gigabytes. `python -m iclip_hf.demo.decoder PATH` prints a line with the width and height of the
+upright image in the file, then the image as PPM, with at most `MAX_SENT_SIDE` pixels per side. With exit code 1, it
+prints an error message.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ..model.images import open_image, to_rgb, upright
 
 
 MAX_MEMORY = 2**29  # bytes
+MAX_SECONDS = 30  # until the process is stopped: a JPEG file of a megabyte with thousands of scans takes minutes
 # Pixels of an image that is converted to RGB, and of its longest side.
 MAX_CONVERTED_PIXELS, MAX_CONVERTED_SIDE = 2**24, 2**14
 # The preparation for the model takes twenty bytes for each pixel. Models see fewer pixels.

@@ -38,10 +38,19 @@ def asked_texts(typed: str) -> list[str]:
 def read_photo(path: str) -> tuple[Image.Image, tuple[int, int]]:
     """
     Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Returns the image, and
-    the width and height that it had. Raises `ValueError` if the image cannot be read, or takes too much memory.
+    the width and height that it had. Raises `ValueError` if the image cannot be read, or takes too much memory or
+    time.
     """
     command = [*module_command(decoder.__name__), path]
-    decoded = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        decoded = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=decoder.MAX_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"{Path(path).name}: reading this image takes more than {decoder.MAX_SECONDS} seconds; save it in another "
+            "format."
+        ) from None
     if decoded.returncode:  # without a message, the process had too little memory
         too_large = f"{Path(path).name}: this image takes more than {decoder.MAX_MEMORY >> 20} MiB; reduce it."
         raise ValueError(decoded.stdout.decode() or too_large)

@@ -21,7 +21,7 @@ from transformers import (
 from ..model.modeling_iclip import ICLIPModel
 from ..model.processing_iclip import ICLIPProcessor, check_processor
 from ..model.processor_loading import load_image_processor, load_tokenizer
-from ..model.tower_loading import check_weights, check_without_code
+from ..model.tower_loading import check_weights, check_without_code, keep_absolute_path
 from ..utils.errors import loading_errors
 from . import DTYPES, MODEL_TYPES, REFUSED, check_model_name, check_model_type, families
 from .embedded import embedded_model
@@ -196,11 +196,10 @@ def load_pretrained(name: str | Path, types: Collection[str] = MODEL_TYPES, dtyp
             model, loading = AutoModel.from_pretrained(
                 name, config=config, output_loading_info=True, **model_kwargs, **shared_kwargs
             )
-        if not isinstance(model, ICLIPModel):  # an ICLIP model has checked its weights itself
+        if not isinstance(model, ICLIPModel):  # the class of an ICLIP model has done both itself
             check_weights(name, model, loading["missing_keys"])
+            keep_absolute_path(name, model)
         processor = _load_processor(name, config, **shared_kwargs)
-    if os.path.isdir(name):  # from another working directory, a relative path would look like a Hub id
-        model.config._name_or_path = os.path.abspath(name)
     check_processor(name, processor, model.config)
     return model, processor
 

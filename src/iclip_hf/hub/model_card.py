@@ -95,9 +95,9 @@ def write_model_card(
     if metrics is not None:
         record["evaluation"] = card_results(metrics)
     evaluation = record.get("evaluation")
-    written = folder_name(folder)
-    title = name or (_name_of(source) if source and training is None else written)
-    name = name or written
+    name_of_folder = folder_name(folder)
+    title = name or (_name_of(source) if source and training is None else name_of_folder)
+    name = name or name_of_folder
     tower_configs = [getattr(model.config, tower) for tower in ICLIPConfig.sub_configs]
     towers = [describe_tower(config) for config in tower_configs if config is not None]
     results = _header_results(evaluation) if evaluation else []

@@ -1,6 +1,5 @@
 """ICLIP: a locked image tower, masked max pooling and dual projections for recognition and interpretability."""
 
-import os
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -23,7 +22,7 @@ from .pooling import (
 from .processor_loading import load_image_processor
 from .projections import ICLIPBranch, Projection, average_prompts, join_branches, normalize
 from .similarity import cosine_similarity_map, cosines, min_max_normalize
-from .tower_loading import check_weights, load_tower, tower_config
+from .tower_loading import check_weights, keep_absolute_path, load_tower, tower_config
 from .towers import EOS_TEXT_TOWERS, ICLIPTowers, ImageTokens
 
 
@@ -125,9 +124,7 @@ class ICLIPModel(ICLIPTowers):
                     f"{pretrained_model_name_or_path}: its config.json describes a model without {', '.join(unused)}, "
                     "which is among the weights; use the config.json that was saved with them."
                 )
-            if os.path.isdir(pretrained_model_name_or_path):
-                # From another working directory, a relative path would look like a Hub id.
-                model.config._name_or_path = os.path.abspath(pretrained_model_name_or_path)
+            keep_absolute_path(pretrained_model_name_or_path, model)
         return (model, loading) if output_loading_info else model
 
     def load_state_dict(self, state_dict, *args, **kwargs):

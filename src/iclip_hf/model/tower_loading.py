@@ -127,9 +127,17 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     finally:
         logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])
-    if os.path.isdir(checkpoint):  # from another working directory, a relative path would look like a Hub id
-        tower.config._name_or_path = os.path.abspath(checkpoint)
+    keep_absolute_path(checkpoint, tower)
     return tower
+
+
+def keep_absolute_path(checkpoint: str | os.PathLike, model: PreTrainedModel) -> None:
+    """
+    Makes the name of a model that was loaded from a folder an absolute path. From another working directory, a
+    relative path would look like a Hub id.
+    """
+    if os.path.isdir(checkpoint):
+        model.config._name_or_path = os.path.abspath(checkpoint)
 
 
 def check_weights(checkpoint, model: PreTrainedModel, missing: Iterable[str]) -> None:

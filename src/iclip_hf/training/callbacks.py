@@ -226,7 +226,8 @@ class Start(TrainerCallback):
                     f"{args.output_dir}: the held-out pairs are not those of the start of this training; restore the "
                     "data, or name another output_dir."
                 )
-            self._warn_of_other_settings(args, start.get("settings", {}))
+            if settings := start.get("settings"):  # the file of an earlier version has none
+                self._warn_of_other_settings(args, settings)
         # The state of a moved checkpoint names its earlier path. The base class forgets a path that does not exist.
         best = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}")
         if best.is_dir():
@@ -252,8 +253,7 @@ class Start(TrainerCallback):
     def _warn_of_other_settings(self, args: ICLIPTrainingArguments, settings: Mapping) -> None:
         """Logs which arguments of a resumed training differ from those of its start."""
         now = self._settings()
-        names = sorted({*settings, *now}) if settings else []
-        differing = [name for name in names if settings.get(name) != now.get(name)]
+        differing = sorted(name for name in {*settings, *now} if settings.get(name) != now.get(name))
         if differing and self.trainer.is_world_process_zero():
             # The states of optimizer and schedule keep some of the earlier values, such as the learning rate.
             logger.warning(

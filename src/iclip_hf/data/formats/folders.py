@@ -36,9 +36,9 @@ def read_class_folders(path: Path) -> Source:
             "%s: left out %d images in no folder of a class, such as %r", path, len(elsewhere), str(elsewhere[0])
         )
     # As in data sets of Kaggle and COCO, whose folders are splits.
-    for table in sorted(file for pattern in ("*", "annotations/*") for file in path.glob(pattern)):
-        if table.suffix.lower() in (*TABLES, ".json"):
-            logger.warning("%s: left out; captions are the names of folders, such as %r", table, images[0].parts[0])
+    files = (file for pattern in ("*", "annotations/*") for file in path.glob(pattern))
+    if tables := [file for file in files if file.suffix.lower() in (*TABLES, ".json")]:
+        logger.warning("%s: left out; captions are the names of folders, such as %r", min(tables), images[0].parts[0])
     class_names = (" ".join(image.parent.name.replace("_", " ").split()) for image in images)
     rows = PackedRows({"caption": CLASS_CAPTION.format(name)} for name in class_names)
     return Source(path, path, USUAL_COLUMNS, rows, PackedRows(image.as_posix() for image in images), [])

@@ -37,6 +37,7 @@ METHODS += clearclip naclip proxyclip
 pictures: .venv/.installed
 	$(EXPLAIN) --output docs/demo.jpg
 	$(BIN)/iclip compare $(EXAMPLE) --text tower --methods $(METHODS) --output docs/methods.jpg
+	sed -n '/^```python$$/,/^```$$/{/^```/!p}' README.md | (cd docs && $(CURDIR)/$(BIN)/python -)
 	$(BIN)/python notebooks/execute.py
 
 # A test process for each core; a file's tests stay together, because they share models and browsers.
@@ -96,7 +97,8 @@ style: .venv/.installed
 docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The tables of docs/speed.md: about 20 minutes on two idle cores. ICLIP_DATA is the folder of the data sets.
+# The tables of docs/speed.md, and others in runs/: about 20 minutes on two idle cores. ICLIP_DATA is the folder of the data sets.
+SPEED := bench_explain bench_commands bench_explainers bench_training
 bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	mkdir -p runs
@@ -104,4 +106,4 @@ bench: .venv/.installed
 		table=runs/$$(basename $$script .py).md; \
 		$(BIN)/python $$script > $$table && cat $$table && echo || exit 1; \
 	done
-	$(BIN)/python benchmarks/insert.py docs/speed.md runs/bench_*.md
+	$(BIN)/python benchmarks/insert.py docs/speed.md $(SPEED:%=runs/%.md)

@@ -3,28 +3,20 @@ growth.
 
     python benchmarks/bench_growth.py
 
-Prints two Markdown tables and draws the first as `docs/growth.png`. The embedded model, maps of 480x640.
+Prints two Markdown tables. The embedded model, maps of 480x640.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import numpy as np
 import torch
 from bench_explain import SIZE, loaded, run_image_towers, without_gradients
-from measuring import command_line, cost, machine, medians, needed, ratio, table, take_turns
+from measuring import command_line, cost, machine, medians, ratio, table, take_turns
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.model.batches import join_texts
 from iclip_hf.model.engine import PROMPT_BATCH
-from iclip_hf.utils.files import atomic_write
 
 
-with needed():
-    from matplotlib.figure import Figure
-
-PLOT = Path(__file__).parents[1] / "docs" / "growth.png"
 # Sizes of what does not grow.
 FIXED = {"images": 1, "texts": 20, "pixels per side": 504}
 GROWN = {
@@ -57,25 +49,6 @@ def growth(model: ICLIPModel) -> list[list]:
     return [[*setting, *costs[setting]] for setting in settings]
 
 
-def plot(rows: list[list], path: Path) -> None:
-    """Plots seconds and memory by each size, on logarithmic axes, with a line of slope 1 through the last seconds."""
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
-    rows = iter(rows)
-    for axes, (column, (name, sizes)) in zip(figure.subplots(1, 3), enumerate(GROWN.items())):
-        points = np.array([next(rows) for _ in sizes], dtype=float)
-        size, (seconds, memory) = points[:, column], points[:, 3:].T
-        if name == "pixels per side":
-            name, size = "patches", (size / 28) ** 2
-        axes.loglog(size, seconds, "o-", label="seconds")
-        axes.loglog(size, memory, "s-", label="MiB")
-        axes.loglog(size, seconds[-1] * size / size[-1], ":", color="gray", label="linear")
-        axes.set_xlabel(name)
-        axes.grid(alpha=0.3)
-    axes.legend()
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
-
-
 def bare_towers(model: ICLIPModel, pixels: int) -> Callable[[], object]:
     """Returns a function that runs the image towers alone on one image of `pixels` per side."""
     pixel_values = torch.randn(1, 3, pixels, pixels)
@@ -99,8 +72,6 @@ def main():
     print(f"{machine()}; each size once, ratios as medians of 3 rounds (10 at 504 pixels)\n", flush=True)
     model = loaded()
     rows = growth(model)
-    plot(rows, PLOT)
-    print(PLOT, file=sys.stderr)
     unique_rows = dict.fromkeys((*row[:4], f"{row[4]:.0f}") for row in rows)  # `FIXED` is in the rows of each size
     print(table([*FIXED, "seconds", "MiB"], [[*row] for row in unique_rows]), end="\n\n", flush=True)
     print(large_images(model))

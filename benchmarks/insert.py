@@ -1,6 +1,6 @@
 """Puts tables into a page, each between the lines that have its name.
 
-python benchmarks/insert.py docs/speed.md runs/bench_explain.md runs/bench_growth.md
+python benchmarks/insert.py docs/speed.md runs/bench_explain.md runs/bench_training.md
 """
 
 import re

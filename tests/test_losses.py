@@ -10,6 +10,7 @@ from training_runs import eight_pairs, terms
 
 from iclip_hf.model.losses import (
     BatchNouns,
+    caption_loss,
     class_presence_loss,
     competition_loss,
     contrastive_loss,
@@ -18,6 +19,7 @@ from iclip_hf.model.losses import (
     known_competition_loss,
     multi_positive_loss,
     place_prior,
+    row_ids,
     shares_by_place,
     shares_of_texts,
     sigmoid_noun_loss,
@@ -74,6 +76,35 @@ def test_every_term_is_a_mean_over_rows(tmp_path):
         assert found[name][1].keys() == grads.keys()
         for weight, grad in grads.items():
             torch.testing.assert_close(found[name][1][weight], grad, atol=1e-5, rtol=1e-4, msg=f"{name}: {weight}")
+
+
+def test_equal_captions_are_positives_of_each_other():
+    """Against a loop: a pair competes with pairs of other captions; the result is the mean over all positives."""
+    captions = F.normalize(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), dim=1)[[0, 1, 0, 2, 0]]
+    images = F.normalize(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+    ids = row_ids(captions)
+    logits = 3 * images @ captions.T
+    losses = []
+    for rows in (logits.tolist(), logits.T.tolist()):
+        for row, own in zip(rows, ids.tolist()):
+            negatives = sum(math.exp(value) for value, other in zip(row, ids.tolist()) if other != own)
+            positives = [value for value, other in zip(row, ids.tolist()) if other == own]
+            of_row = [math.log(1 + negatives / math.exp(value)) for value in positives]
+            losses.append(sum(of_row) / len(of_row))
+    loss = caption_loss(lambda texts: 3 * images @ texts.T, captions, ids)
+    assert loss.item() == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+    one = caption_loss(lambda texts: 3 * images @ texts.T, captions[[0] * 5], ids[[0] * 5])
+    assert one.item() == 0
+    distinct = caption_loss(lambda texts: 3 * images @ texts.T, captions, torch.arange(5))
+    assert distinct.item() == contrastive_loss(logits, logits.T, 0).item()
+
+
+def test_ids_tell_rows_apart_and_ignore_zeros_at_the_end():
+    tokens = torch.tensor([[5, 6, 0], [6, 5, 0], [5, 6, 7], [5, 6, 0]])
+    assert row_ids(tokens).unique().numel() == 3
+    assert row_ids(tokens)[0] == row_ids(tokens[:, :2])[3]
+    features = torch.tensor([[0.5, -1.0], [0.5, 1.0], [0.5, -1.0]], dtype=torch.float16)
+    assert (row_ids(features) == row_ids(features)[0]).tolist() == [True, False, True]
 
 
 def test_half_precision_logits_lose_nothing_in_the_loss():

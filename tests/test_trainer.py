@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, write_folder
+from conftest import WORDS, tiny_model, write_folder
 from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 from torch.utils.data import ConcatDataset, Subset, random_split
@@ -529,7 +529,7 @@ def test_a_card_has_no_results_of_an_earlier_training_in_its_folder(pairs, tiny_
 
 def test_held_out_sets_with_the_same_captions_are_compared_apart(pairs, tiny_processor, arguments, tmp_path):
     """Each with its own start: a model that does not learn changes neither."""
-    captions = [f"a dog {number}" for number in range(12)]
+    captions = [f"a {word}" for word in WORDS[1:13]]
     tables = [write_table(tmp_path / name, 12, captions, seed) for seed, name in enumerate(("photos", "sketches"))]
     photos, sketches = map(load_pairs, tables)
     named = {"photos": photos, "sketches": sketches}

@@ -246,17 +246,36 @@ class BatchNouns(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ of a branch
 
 
-def caption_loss(logits: Callable[[torch.Tensor], torch.Tensor], captions: torch.Tensor) -> torch.Tensor:
+def row_ids(rows: torch.Tensor) -> torch.Tensor:
+    """
+    Returns ids `(B,)`, int64, of rows `(B, L)` of token ids or features. Rows that are equal, up to zeros at their
+    end, have the same id on all processes.
+    """
+    values = rows.detach().float().view(torch.int32) if rows.is_floating_point() else rows
+    powers = torch.full(rows.shape[1:], 6364136223846793005, device=rows.device).cumprod(0)  # modulo 2^64
+    return (values.long() * powers).sum(1)
+
+
+def caption_loss(
+    logits: Callable[[torch.Tensor], torch.Tensor], captions: torch.Tensor, caption_ids: torch.Tensor
+) -> torch.Tensor:
     """
     Returns the contrastive loss of a branch for this process's captions (B, P). `logits` computes the logits (B, T) of
     this process's images from unit vectors of texts (T, P). The logits of a caption with the images of other processes
     are gathered instead of the vectors of their patches, which are larger.
+
+    Captions with the same id `(B,)` are equal, so they and their images are no negatives of each other. As equal
+    captions have equal logits, this is the mean over all positives of a row.
     """
     num_pairs = len(captions)
     offset = num_pairs * (distributed.get_rank() if _is_distributed() else 0)
     per_image = logits(gather_with_gradient(captions))
     per_text = gather_with_gradient(per_image)[:, offset : offset + num_pairs].mT
-    return contrastive_loss(per_image, per_text, offset)
+    is_equal = caption_ids.unsqueeze(1) == gather_with_gradient(caption_ids)
+    is_equal[:, offset : offset + num_pairs].fill_diagonal_(False)  # the pair itself
+    return contrastive_loss(
+        per_image.masked_fill(is_equal, -torch.inf), per_text.masked_fill(is_equal, -torch.inf), offset
+    )
 
 
 def sigmoid_loss(logits: torch.Tensor, positives: torch.Tensor, negative_weights: torch.Tensor) -> torch.Tensor:
@@ -371,6 +390,7 @@ class BranchBatch:
         images (`torch.Tensor` of shape `(B, P)`, or `(B, n, P)` in the map branch with `max_over="similarity"`): unit
             vectors of images, or of n patches of each image.
         captions (`torch.Tensor` of shape `(B, P)`): unit vectors of the captions.
+        caption_ids (`torch.Tensor` of shape `(B,)`): [`row_ids`] of the captions.
         map_attention (`torch.Tensor` of shape `(B, n)`, *optional*): attention of the patches, in [0, 1].
         nouns ([`BatchNouns`], *optional*): the nouns; None if the branch has no loss of nouns.
         prompts (`torch.Tensor` of shape `(V, P)`, *optional*): unit vectors of one prompt of each noun.
@@ -385,6 +405,7 @@ class BranchBatch:
     config: ICLIPConfig
     images: torch.Tensor
     captions: torch.Tensor
+    caption_ids: torch.Tensor
     map_attention: torch.Tensor | None = None
     nouns: BatchNouns | None = None
     prompts: torch.Tensor | None = None
@@ -451,7 +472,7 @@ class LossTerm(NamedTuple):
 
 
 def _captions(batch: BranchBatch) -> torch.Tensor:
-    return caption_loss(batch.logits, batch.captions)
+    return caption_loss(batch.logits, batch.captions, batch.caption_ids)
 
 
 def _nouns_by_softmax(batch: BranchBatch) -> torch.Tensor:

@@ -9,7 +9,7 @@ from transformers import initialization as init
 from transformers.utils import can_return_tuple
 
 from .configuration_iclip import ICLIPConfig
-from .losses import BatchNouns
+from .losses import BatchNouns, row_ids
 from .outputs import ICLIPImageFeatures, ICLIPOutput, ICLIPTextFeatures
 from .pair_loss import ImageInputs, in_chunks, pair_loss
 from .pooling import (
@@ -539,13 +539,17 @@ class ICLIPModel(ICLIPTowers):
                     return self.image_inputs(self.encode_image(images, **kwargs))
 
                 image_inputs = ImageInputs(*in_chunks(encode_images, chunk_size, pixel_values))
-            if text_inputs is None:
+            if text_inputs is not None:
+                text_ids = row_ids(text_inputs)
+            else:
+                text_ids = row_ids(input_ids if attention_mask is None else input_ids * attention_mask)
 
                 def encode_texts(*tokens: torch.Tensor | None) -> tuple[torch.Tensor]:
                     return self.encode_text(*tokens, **kwargs)[:1]
 
                 (text_inputs,) = in_chunks(encode_texts, chunk_size, *tokenized)
-            return pair_loss(self, image_inputs, text_inputs, BatchNouns.gathered(**nouns) if nouns else None)
+            nouns = BatchNouns.gathered(**nouns) if nouns else None
+            return pair_loss(self, image_inputs, text_inputs, text_ids, nouns)
         kwargs["return_dict"] = True
         image = self.get_image_features(pixel_values, **kwargs)
         if text_features is None:

@@ -31,12 +31,16 @@ class ImageInputs(NamedTuple):
 
 
 def pair_loss(
-    model: nn.Module, image_inputs: ImageInputs, text_inputs: torch.Tensor, nouns: BatchNouns | None
+    model: nn.Module,
+    image_inputs: ImageInputs,
+    text_inputs: torch.Tensor,
+    text_ids: torch.Tensor,
+    nouns: BatchNouns | None,
 ) -> ICLIPOutput:
     """
     Returns the output of [`ICLIPModel.forward`] with the losses of B images, their captions and their nouns (Eq. 13).
     `model` is an [`ICLIPModel`]. The first B texts of `text_inputs` `(M, Dt)` are the captions, the last K are the
-    prompts of the classes, and the others are noun prompts.
+    prompts of the classes, and the others are noun prompts. `text_ids` `(M,)` are their [`row_ids`].
     """
     num_images = len(image_inputs.pooled)
     if nouns is None and len(text_inputs) != num_images:  # further texts would be ignored
@@ -54,12 +58,14 @@ def pair_loss(
     # In half precision, scaled cosines would be rounded to multiples of 1/16.
     with torch.autocast(image_embeds.device.type, enabled=False):
         prompts = None if nouns is None else nouns.prompts(text_embeds[num_images:])
-        batch = BranchBatch(model.recognition, model.config, image_embeds, text_embeds[:num_images], nouns=nouns)
+        captions = text_embeds[:num_images], text_ids[:num_images]
+        batch = BranchBatch(model.recognition, model.config, image_embeds, *captions, nouns=nouns)
         batch.prompts, batch.class_prompts = prompts, class_prompts
         losses, map_prompts = [branch_loss("recognition", batch)], prompts
         if map_branch:
             map_prompts = None if nouns is None else nouns.prompts(map_text_embeds[num_images:])
-            batch = BranchBatch(map_branch, model.config, map_image_embeds, map_text_embeds[:num_images])
+            captions = map_text_embeds[:num_images], text_ids[:num_images]
+            batch = BranchBatch(map_branch, model.config, map_image_embeds, *captions)
             batch.map_attention = image_inputs.map_attention
             if model.config.max_over == "similarity":  # other maps do not learn from nouns
                 batch.nouns, batch.prompts, batch.even_embeds = nouns, map_prompts, even_embeds

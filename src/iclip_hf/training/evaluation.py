@@ -38,16 +38,19 @@ def retrieval_metrics(images: torch.Tensor, texts: torch.Tensor, pair_ids: torch
     """
     Returns metrics of each pair, (num_pairs,) each, from scaled vectors of images and vectors of their captions,
     (num_pairs, P) each. Another pair with the same image or caption also answers a query, by the ids (num_pairs, 2) of
-    images and captions: some data sets have a row for each caption of an image. The logits are computed in blocks, so
-    that memory does not grow with the square of the number of pairs.
+    images and captions: some data sets have a row for each caption of an image. As in training, a pair with the same
+    caption is no negative in the loss. The logits are computed in blocks, so that memory does not grow with the square
+    of the number of pairs.
     """
+    captions = pair_ids[:, 1]
 
     def search(queries: torch.Tensor, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         losses, hits = [], []
         for block in torch.arange(len(queries), device=queries.device).split(_BLOCK):
             logits = queries[block] @ candidates.T
-            losses.append(F.cross_entropy(logits, block, reduction="none"))
             hits.append(100 * (pair_ids[logits.argmax(1)] == pair_ids[block]).any(1).float())
+            is_equal = (captions[block].unsqueeze(1) == captions).scatter(1, block.unsqueeze(1), False)
+            losses.append(F.cross_entropy(logits.masked_fill(is_equal, -torch.inf), block, reduction="none"))
         return torch.cat(losses), torch.cat(hits)
 
     (image_loss, image_to_text), (text_loss, text_to_image) = search(images, texts), search(texts, images)

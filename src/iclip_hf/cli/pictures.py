@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -30,9 +29,7 @@ from .output import (
 if TYPE_CHECKING:
     from ..model.batches import PreparedImage
     from ..model.engine import Engine
-    from ..model.explanation import Explanation
     from ..model.outputs import ICLIPTextFeatures
-    from ..utils.prefetch import ThreadPool
 
 
 def add_image_options(parser: argparse.ArgumentParser, *, output_help: str, **text_changes) -> None:
@@ -64,14 +61,6 @@ def add_image_options(parser: argparse.ArgumentParser, *, output_help: str, **te
     add_shared(parser, "--batch-size", default=4)
 
 
-class _Input(NamedTuple):
-    """An image that was read, or the reason why it could not be read."""
-
-    name: str
-    image: PreparedImage | None
-    problem: str = ""
-
-
 class _Texts(NamedTuple):
     """The texts to look for in all images, and the headings of texts and presence in printed tables."""
 
@@ -93,8 +82,7 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     from tqdm import tqdm
 
     from ..model.images import open_image
-    from ..utils.files import append_line, write_new
-    from ..utils.prefetch import ThreadPool
+    from ..utils.files import free_name
 
     names = image_names(args.images)
     is_single = names == args.images and len(names) == 1
@@ -103,59 +91,41 @@ def explain_files(args: argparse.Namespace, kind: str, write: Callable) -> int:
     picture, folder = _outputs(args, kind, names, is_single)
     engine = _load_engine(args)
     texts = _texts(args, engine)
+    problems = {}
 
-    def entry_of(name: str, explanation: Explanation) -> dict:
-        explanation = replace(explanation, threshold=args.threshold, min_presence=args.min_presence)
-        path = folder / name_for(name, f"{kind}.png") if folder else picture
-        return {"image": name, **write(name, explanation, path)}
-
-    num_explained, entries_file = 0, None
-    with ThreadPool(1) as thread:  # loads images and writes pictures while the model runs
-        entries = _entries(thread, engine, names, texts, args.batch_size, args.min_presence, entry_of)
-        for entry in tqdm(entries, total=len(names), unit="image", disable=is_single or None):
-            problem = entry.pop("problem", None)
-            line = json.dumps(entry, ensure_ascii=False)
-            if entry and folder and not is_single:
-                if entries_file is None:
-                    entries_file = write_new(folder / f"{_plural(kind)}.jsonl")
-                append_line(entries_file, line)
-            with tqdm.external_write_mode():  # above the bar
-                if problem:
-                    print_to_stderr(args.command, problem)
-                if entry:
-                    num_explained += 1
-                    print_lines(*([line] if args.json else _printed(entry, texts, args.min_presence)))
-        if entries_file is not None and not args.json:
-            print_lines(f"{num_explained} image{'s' if num_explained > 1 else ''} -> {entries_file}")
-    return 0 if num_explained == len(names) else 2
-
-
-def _entries(
-    thread: ThreadPool,
-    engine: Engine,
-    names: Sequence[str],
-    texts: _Texts,
-    batch_size: int,
-    min_presence: float,
-    entry_of: Callable[[str, Explanation], dict],
-) -> Iterator[dict]:
-    """Yields the entry of each image, in order. An image that cannot be read has only a `"problem"`."""
-    from ..utils.prefetch import prefetch_map
-
-    def read(name: str) -> _Input:
+    def prepared(name: str) -> PreparedImage | None:
         try:
-            return _Input(name, engine.prepare(load_named_image(name)))
+            return engine.prepare(load_named_image(name))
         except (ValueError, OSError) as error:
-            return _Input(name, None, " ".join(str(error).split()))
+            problems[name] = " ".join(str(error).split())
+            return None
 
-    def entry_or_problem(input_and_explanation: tuple[_Input, Explanation | None]) -> dict:
-        (name, _, problem), explanation = input_and_explanation
-        return {"problem": problem} if explanation is None else entry_of(name, explanation)
-
-    inputs, inputs_of_engine = itertools.tee(prefetch_map(thread, read, names, batch_size))
-    images = (engine_input.image for engine_input in inputs_of_engine)
-    explanations = engine.run(images, texts.labels, batch_size, texts.best, texts.encoded, min_presence)
-    return prefetch_map(thread, entry_or_problem, zip(inputs, explanations), depth=4)
+    images = map(prepared, names)
+    explanations = engine.run(images, texts.labels, args.batch_size, texts.best, texts.encoded, args.min_presence)
+    num_explained, entries_file = 0, None
+    for name, explanation in zip(names, tqdm(explanations, total=len(names), unit="image", disable=is_single or None)):
+        entry, line = {}, ""
+        if explanation is not None:
+            explanation = replace(explanation, threshold=args.threshold, min_presence=args.min_presence)
+            path = folder / name_for(name, f"{kind}.png") if folder else picture
+            entry = {"image": name, **write(name, explanation, path)}
+        problem = entry.pop("problem", problems.get(name))
+        if entry:
+            num_explained += 1
+            line = json.dumps(entry, ensure_ascii=False)
+        if entry and folder and not is_single:
+            entries_file = entries_file or free_name(folder / f"{_plural(kind)}.jsonl")
+            # Bytes of a name that are not UTF-8 become escapes.
+            with entries_file.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{line}\n")
+        with tqdm.external_write_mode():  # above the bar
+            if problem:
+                print_to_stderr(args.command, problem)
+            if entry:
+                print_lines(*([line] if args.json else _printed(entry, texts, args.min_presence)))
+    if entries_file is not None and not args.json:
+        print_lines(f"{num_explained} image{'s' if num_explained > 1 else ''} -> {entries_file}")
+    return 0 if num_explained == len(names) else 2
 
 
 def _texts(args: argparse.Namespace, engine: Engine) -> _Texts:

@@ -15,17 +15,16 @@ from ..explainers import METHODS, make_explainer
 from ..model.engine import Engine
 from ..utils.extras import require_extra
 from ..web.viewer import MAX_TEXTS, Example, examples, introduction, read_asset, viewer_theme
-from .limits import MAX_FILE_SIZE, LimitedRequests, OfflineBlocks, limit_unread
-from .questions import SeenImage, asked_texts, encode_photo, read_photo, release_memory, to_npz, viewer_value
+from .questions import SeenImage, asked_texts, encode_photo, read_photo, to_npz, viewer_value
 
 
 with require_extra("demo"):
     import gradio as gr
     from gradio.processing_utils import save_bytes_to_cache, save_file_to_cache
     from gradio.utils import get_upload_folder
-    from starlette.middleware import Middleware
 
 
+MAX_FILE_SIZE = 20 * 2**20  # bytes of an upload
 # Number of visitors whose last answer Gradio keeps, up to 8 megabytes each. The default is 10,000. The page does not
 # need these answers.
 MAX_SESSIONS = 4
@@ -54,7 +53,7 @@ def build_app(model) -> gr.Blocks:
     photographs = [example._replace(file=Path(save_file_to_cache(example.file, folder))) for example in examples()]
     gr.set_static_paths([str(example.file) for example in photographs])
     settings = {"analytics_enabled": False, "fill_width": True, "delete_cache": (60, MAX_CACHE_AGE)}
-    with OfflineBlocks(title="ICLIP", **settings) as app:
+    with gr.Blocks(title="ICLIP", **settings) as app:
         gr.Markdown(f"# Which pixels match the text?\n{introduction(has_presence)}")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -74,7 +73,6 @@ def build_app(model) -> gr.Blocks:
         gr.on(triggers, **run, api_name="explain")
         question.chosen.success(**run, api_visibility="private")
     app.queue(max_size=32)
-    limit_unread(app._queue)
     return app
 
 
@@ -98,7 +96,6 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
         try:
             texts = asked_texts(typed)
             engine = Engine(model, model.processor, explainer(method), refine=refine, multi_scale=multi_scale)
-            release_memory()  # of the last answer, which Gradio has sent
             seen = seen_image(photo["path"], multi_scale)
             (explanation,) = engine.run([seen.prepared], texts)
         except (ValueError, TypeError) as error:
@@ -106,7 +103,6 @@ def _explain_function(model: ExplainableModel, app: gr.Blocks, photographs: Sequ
         except OSError as error:  # of a tower that a method loads; the message names places of this machine
             raise gr.Error("The demo cannot load what this method needs: choose another method.") from error
         file = save_bytes_to_cache(to_npz(explanation), "explanation.npz", cache)
-        release_memory()
         return viewer_value(seen, explanation), file
 
     return explain
@@ -188,7 +184,6 @@ def launch(
         server_name=host,
         server_port=port,
         max_file_size=MAX_FILE_SIZE,
-        app_kwargs={"middleware": [Middleware(LimitedRequests)]},
         enable_monitoring=False,  # the monitoring page would show the usage of the demo to everybody
         run_history=False,  # it opens URLs, and buckets of the Hub by this machine's token
         state_session_capacity=MAX_SESSIONS,

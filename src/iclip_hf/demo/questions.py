@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import base64
-import ctypes
 import io
-import platform
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +15,13 @@ from PIL import Image
 from ..model.batches import PreparedImage
 from ..model.engine import Engine
 from ..model.explanation import Explanation
+from ..model.images import load_image
 from ..model.prompts import split_texts
-from ..utils.processes import module_command
 from ..web.viewer import MAX_CHARACTERS, MAX_TEXTS, shown_size
-from . import decoder
+
+
+# The preparation for the model takes twenty bytes for each pixel. Models see fewer pixels.
+MAX_SIDE = 2048
 
 
 def asked_texts(typed: str) -> list[str]:
@@ -37,26 +37,13 @@ def asked_texts(typed: str) -> list[str]:
 
 def read_photo(path: str) -> tuple[Image.Image, tuple[int, int]]:
     """
-    Loads a visitor's image as [`load_image`] does, but reduces a large one, see `decoder.py`. Returns the image, and
-    the width and height that it had. Raises `ValueError` if the image cannot be read, or takes too much memory or
-    time.
+    Loads a visitor's image as [`load_image`] does, with at most `MAX_SIDE` pixels per side. Returns the image, and the
+    width and height that it had.
     """
-    command = [*module_command(decoder.__name__), path]
-    try:
-        decoded = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=decoder.MAX_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise ValueError(
-            f"{Path(path).name}: reading this image takes more than {decoder.MAX_SECONDS} seconds; save it in another "
-            "format."
-        ) from None
-    if decoded.returncode:  # without a message, the process had too little memory
-        too_large = f"{Path(path).name}: this image takes more than {decoder.MAX_MEMORY >> 20} MiB; reduce it."
-        raise ValueError(decoded.stdout.decode() or too_large)
-    printed = io.BytesIO(decoded.stdout)
-    width, height = map(int, printed.readline().split())
-    return Image.open(io.BytesIO(printed.read()), formats=["PPM"]), (width, height)
+    image = load_image(Path(path), Path(path).name)
+    original_size = image.size
+    image.thumbnail((MAX_SIDE, MAX_SIDE))
+    return image, original_size
 
 
 class SeenImage(NamedTuple):
@@ -117,12 +104,3 @@ def to_npz(explanation: Explanation) -> memoryview:
     # Compression would save a third, but takes longer than the maps of new texts for an encoded image.
     np.savez(archive, **explanation.arrays(), maps=explanation.maps.half().numpy())
     return archive.getbuffer()
-
-
-def release_memory() -> None:
-    """
-    Returns freed memory to the system. The GNU C library keeps freed memory for each thread, and another thread
-    answers each question.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)

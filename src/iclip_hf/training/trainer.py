@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length
 
 from ..utils.extras import require_extra
 
@@ -36,7 +36,6 @@ from ..hub.model_card import HUB_RESULTS, write_model_card
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pair_loss import ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
-from ..utils.errors import writing_errors
 from ..utils.files import atomic_write
 from ..utils.hub_ids import folder_name
 from ..utils.saved_configs import clean_configs
@@ -409,10 +408,6 @@ class ICLIPTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------- saving
 
-    def _save_checkpoint(self, model, trial) -> None:
-        with writing_errors(Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")):
-            super()._save_checkpoint(model, trial)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Saves the model for `from_pretrained`, with its processor and card. Replaces the files of an earlier model one
@@ -437,15 +432,14 @@ class ICLIPTrainer(Trainer):
                     card["metrics"] = results
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
-            with writing_errors(folder):
-                card = {"name": self.hub_model_id or folder_name(folder), **card}
-                save_model(self.model, self.processing_class, partial, **card)
-                (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
-                files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
-                for file in files:
-                    with atomic_write(folder / file) as temporary:
-                        os.replace(partial / file, temporary)
-                shutil.rmtree(partial)
+            card = {"name": self.hub_model_id or folder_name(folder), **card}
+            save_model(self.model, self.processing_class, partial, **card)
+            (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
+            files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+            for file in files:
+                with atomic_write(folder / file) as temporary:
+                    os.replace(partial / file, temporary)
+            shutil.rmtree(partial)
             self._model_files = [file.as_posix() for file in files]
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:

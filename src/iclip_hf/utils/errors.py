@@ -1,4 +1,4 @@
-"""Uniform errors of reading and writing, whatever library reads or writes."""
+"""Uniform errors of loading, whatever library loads."""
 
 from __future__ import annotations
 
@@ -7,29 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import RevisionResolutionError
-from safetensors import SafetensorError
-
-
-@contextmanager
-def writing_errors(path: Path) -> Iterator[None]:
-    """Converts the errors that libraries raise for a full disk or missing permissions into one `OSError`."""
-    try:
-        yield
-    except Exception as error:
-        if not is_writing_error(error):
-            raise
-        problem = str(error).partition("\n")[0]
-        raise OSError(
-            f"{path}: writing failed ({problem}); check free space and permissions, then run again."
-        ) from error
-
-
-def is_writing_error(error: Exception) -> bool:
-    """Returns whether a full disk or missing permissions may be the cause of an error, whatever library raised it."""
-    if isinstance(error, (OSError, SafetensorError)):
-        return True
-    # Torch's file writer and tokenizers raise other types, with these texts.
-    return "inline_container" in str(error) or "(os error " in str(error)
 
 
 @contextmanager

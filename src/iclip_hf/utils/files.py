@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import itertools
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-
-from .errors import is_writing_error, writing_errors
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -60,51 +57,27 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     link stays, and its target is written. Several processes can write the same file.
     """
     path = Path(os.path.realpath(path))
-    with _temporary_file(path) as temporary:
-        mode = temporary.stat().st_mode
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_path(path)
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
+    try:
         yield temporary
         temporary.chmod(mode)  # safetensors lets only the owner read
         os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def write_new(path: str | os.PathLike, write: Callable[[Path], object] = lambda temporary: None) -> Path:
+def write_new(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
     """
-    Writes a file whose name the program chose, by default an empty one. `write` writes to a temporary path, which then
-    gets the [`free_name`] of `path`. Returns this name. No file is replaced, even if several processes choose the same
-    name at once.
+    Writes a file whose name the program chose. `write` writes to a temporary path, which then gets the [`free_name`]
+    of `path`. Returns this name.
     """
-    with _temporary_file(Path(path)) as temporary:
+    name = free_name(path)
+    with atomic_write(name) as temporary:
         write(temporary)
-        while True:
-            name = free_name(path)
-            with suppress(FileExistsError):  # another process took the name
-                _rename_new(temporary, name)
-                return name
-
-
-def append_line(path: Path, line: str) -> None:
-    """Appends a line to a file, whole or, if writing fails, not at all."""
-    # Bytes of a name that are not UTF-8 become escapes.
-    content = memoryview(f"{line}\n".encode(errors="backslashreplace"))
-    with writing_errors(path), path.open("ab", buffering=0) as file:
-        end = file.tell()
-        try:
-            while content:  # the last write before a full disk takes only a part
-                content = content[file.write(content) :]
-        except OSError:
-            file.truncate(end)
-            raise
-
-
-def _rename_new(temporary: Path, name: Path) -> None:
-    """Renames a file; the temporary name may stay. Raises `FileExistsError` if a file has the name."""
-    try:
-        os.link(temporary, name)  # at once, so that a killed process leaves no empty file
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        name.touch(exist_ok=False)
-        os.replace(temporary, name)
+    return name
 
 
 def write_image(image, path: Path, **kwargs) -> None:
@@ -113,19 +86,6 @@ def write_image(image, path: Path, **kwargs) -> None:
     content = io.BytesIO()
     image.save(content, **kwargs)
     path.write_bytes(content.getbuffer())
-
-
-@contextmanager
-def _temporary_file(path: Path) -> Iterator[Path]:
-    """Creates the folder of `path`, and yields an empty temporary file in it, which is deleted at the end."""
-    with writing_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_path(path)
-        temporary.touch(exist_ok=False)
-        try:
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _temporary_path(path: Path) -> Path:
@@ -172,10 +132,5 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         # The configuration is moved last, because a model does not load without it.
         for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
-    except Exception as error:
-        if not is_writing_error(error) or (isinstance(error, OSError) and error.errno != errno.ENOSPC):
-            raise
-        problem = getattr(error, "strerror", error)
-        raise OSError(f"{folder}: writing failed ({problem}); check free space, then run again.") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -98,7 +98,7 @@ docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The tables of docs/speed.md, and others in runs/: about 20 minutes on two idle cores. ICLIP_DATA is the folder of the data sets.
-SPEED := bench_explain bench_commands bench_explainers bench_training
+SPEED := bench_explain bench_explainers bench_training
 bench: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	mkdir -p runs

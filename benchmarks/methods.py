@@ -18,7 +18,7 @@ from iclip_hf.backends.loading import load
 from iclip_hf.data.segmentation import load_segmentation
 from iclip_hf.evaluation.evaluate import evaluate_model
 from iclip_hf.evaluation.tables import cell
-from iclip_hf.explainers import METHODS, explainer_class, make_explainer
+from iclip_hf.explainers import METHODS, make_explainer
 from iclip_hf.model.engine import Engine
 from iclip_hf.utils.files import atomic_write
 
@@ -128,29 +128,8 @@ def make_report(datasets, scores: list[dict], taken: dict[str, list[float]], arg
         "",
         table(headings, rows),
     ]
-    lines += ["", "Who leads, and whether that takes a text:", "", table(*leaders(scores))]
     lines += ["", *(f"`{method}` is left out: {reason}" for method, reason in refused.items())] if refused else []
     return "\n".join(lines)
-
-
-def leaders(scores: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """
-    Returns headings and rows: for each column the best method, the rank of `itsm`, and the best method without text.
-    """
-    rows = []
-    for name, (heading, digits) in COLUMNS.items():
-        best, rank, text_free = [], [], []
-        for by_method in scores:
-            known = {method: by_method[method][name] for method in METHODS if method in by_method}
-            known = {method: score for method, score in known.items() if score is not None}
-            order = sorted(known, key=known.get, reverse=True)
-            without_text = [method for method in order if not explainer_class(method).sees_text]
-            best.append(f"`{order[0]}`" if order else "-")
-            rank.append(f"{order.index('itsm') + 1} of {len(order)}" if "itsm" in known else "-")
-            leader = without_text[0] if without_text else None
-            text_free.append(f"`{leader}`, {cell(known[leader], digits)}" if leader else "-")
-        rows.append([heading, *(" / ".join(cells) for cells in (best, rank, text_free))])
-    return ["column", "best", "rank of `itsm`", "best without text"], rows
 
 
 if __name__ == "__main__":

@@ -208,6 +208,7 @@ CONVOLUTIONAL = ["open_clip_convnext", "open_clip_fastvit"]
 FAMILIES += [f"open_clip_{tower}" for tower in ("siglip", "mobileclip", "eva02", "eva02_e", "pe", "vitamin", "relpos")]
 FAMILIES += CONVOLUTIONAL
 NEED_BLOCKS = ["clip_surgery", "gem", "maskclip", "sclip", "clearclip", "naclip", "proxyclip", "legrad"]
+NEED_BLOCKS += ["sc_clip", "resclip"]
 NEED_ATTENTION = ["attention", "grad_eclip", "bi_modal"]
 OF_POOL = ["clip_surgery", "maskclip"]  # which also replace the attention pool of a ResNet
 REFUSED = {("open_clip_resnet", method) for method in NEED_BLOCKS if method not in OF_POOL}

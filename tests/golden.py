@@ -2,8 +2,9 @@
 Image towers of CLIP with generated weights, images and texts: those of the golden maps in `golden.npz`, which the
 authors' own code of each method computed. The stream of `RandomState` does not change between versions of numpy.
 
-The ViT has width 64, 4 heads, 6 layers and patches of 16 pixels, of images of 112 pixels. The ResNet has one block in
-each of 4 stages, width 16, and 8 heads in its attention pool, of images of 224 pixels.
+The ViT has width 64, 4 heads, 6 layers and patches of 16 pixels, of images of 112 pixels. The deep ViT has 12 layers,
+of images of 128 pixels, for methods that read layers by their index. The ResNet has one block in each of 4 stages,
+width 16, and 8 heads in its attention pool, of images of 224 pixels.
 """
 
 import math
@@ -15,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 
 
 EMBED, WIDTH, LAYERS, HEADS, PATCH, SIDE = 32, 64, 6, 4, 16, 112
+DEEP = {"layers": 12, "side": 128, "seed": 47}
 LOGIT_SCALE = 100.0
 RESNET_WIDTH, RESNET_SIDE = 16, 224
 PREPROCESSING = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28), "interpolation": "bicubic"}
@@ -25,8 +27,8 @@ _DRAWN_BEFORE = 2 * (4 * 32 + 33 * (96 + 32 + 128) + 129 * 32) + 2 * 32 + 32**2 
 class _Weights(dict):
     """Weights by the names of OpenAI's checkpoints, drawn in a fixed order."""
 
-    def __init__(self):
-        self.draw = np.random.RandomState(20).standard_normal
+    def __init__(self, seed=20):
+        self.draw = np.random.RandomState(seed).standard_normal
         self.draw(_DRAWN_BEFORE)
 
     def put(self, name, *shape, mean=0.0, std=None, gain=1.0):
@@ -55,8 +57,8 @@ def _waves(height, width, count):
     return np.einsum("iu,jv->ijuv", rows, columns).reshape(height * width, count**2)
 
 
-def _vit_weights():
-    weights, grid = _Weights(), SIDE // PATCH
+def _vit_weights(layers=LAYERS, side=SIDE, seed=20):
+    weights, grid = _Weights(seed), side // PATCH
     weights.put("conv1.weight", WIDTH, 3, PATCH, PATCH)
     weights.put("class_embedding", WIDTH, std=0.5)
     class_position = 0.5 * weights.draw((1, WIDTH))
@@ -64,7 +66,7 @@ def _vit_weights():
     weights["positional_embedding"] = np.concatenate([class_position, positions]).astype(np.float32)
     weights.norm("ln_pre.", WIDTH)
     weights.norm("ln_post.", WIDTH)
-    for block in (f"transformer.resblocks.{layer}." for layer in range(LAYERS)):
+    for block in (f"transformer.resblocks.{layer}." for layer in range(layers)):
         weights.norm(f"{block}ln_1.", WIDTH)
         weights.norm(f"{block}ln_2.", WIDTH)
         weights.linear(f"{block}attn.in_proj_", 3 * WIDTH, WIDTH)
@@ -73,6 +75,11 @@ def _vit_weights():
         weights.linear(f"{block}mlp.c_fc.", 4 * WIDTH, WIDTH)
         weights.linear(f"{block}mlp.c_proj.", WIDTH, 4 * WIDTH)
     weights.put("proj", WIDTH, EMBED, std=WIDTH**-0.5)
+    if layers == DEEP["layers"]:  # weaker blocks, so that patches do not all become alike
+        for block in (f"transformer.resblocks.{layer}." for layer in range(layers - 1)):
+            weights[f"{block}attn.out_proj.weight"] *= np.float32(0.35)
+            for name in ("attn.out_proj.bias", "mlp.c_fc.bias", "mlp.c_proj.bias"):
+                weights[block + name] *= np.float32(0.25)
     return weights.tensors()
 
 
@@ -102,18 +109,18 @@ def texts():
     return torch.from_numpy((features / np.linalg.norm(features, axis=1, keepdims=True)).astype(np.float32))
 
 
-def images(height, width):
+def images(height, width, seed=22):
     """Two images of smooth shapes and noise, as a processor returns them."""
-    draw = np.random.RandomState(22).standard_normal
+    draw = np.random.RandomState(seed).standard_normal
     shapes = np.einsum("nf,bcf->bcn", _waves(height, width, 6), draw((2, 3, 36))) / 3
     noise = 0.5 * draw((2, 3, height, width))
     return torch.from_numpy((shapes.reshape(noise.shape) + noise).astype(np.float32))
 
 
-def transformers_model():
-    """The ViT as `CLIPModel`."""
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
-    sizes |= {"num_attention_heads": HEADS, "patch_size": PATCH, "image_size": SIDE, "hidden_act": "quick_gelu"}
+def transformers_model(layers=LAYERS, side=SIDE, seed=20):
+    """The ViT as `CLIPModel`, or the deep one with the sizes `DEEP`."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": layers}
+    sizes |= {"num_attention_heads": HEADS, "patch_size": PATCH, "image_size": side, "hidden_act": "quick_gelu"}
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     text |= {"vocab_size": 64, "bos_token_id": 62, "eos_token_id": 63, "pad_token_id": 1}
     config = CLIPConfig(vision_config=sizes, text_config=text, projection_dim=EMBED)
@@ -122,7 +129,7 @@ def transformers_model():
     names |= {"conv1": "embeddings.patch_embedding", "class_embedding": "embeddings.class_embedding"}
     names |= {"positional_embedding": "embeddings.position_embedding.weight"}
     weights = {}
-    for name, value in _vit_weights().items():
+    for name, value in _vit_weights(layers, side, seed).items():
         for old, new in names.items():
             name = name.replace(old, new)
         if name == "proj":

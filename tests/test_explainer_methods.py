@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from iclip_hf.explainers import make_explainer
 from iclip_hf.explainers.legrad import _mean_mlp
+from iclip_hf.explainers.proxyclip import proxy_weights
 from iclip_hf.model.engine import Engine
 from iclip_hf.model.tower_loading import load_tower
 
@@ -49,7 +50,7 @@ def test_proxyclip_of_iclip_is_guided_by_its_own_tower(made):
     with torch.no_grad():
         image, (record,) = explainer.model.trace(pixels(), -1)
         maps = raw_maps(explainer, pixels(), texts)[0]
-        weights = explainer.weights(F.normalize(image.patch_tokens, dim=-1))
+        weights = proxy_weights(F.normalize(image.patch_tokens, dim=-1), explainer.beta, explainer.gamma)
         mixed = explainer.model.layers[-1].output(weights @ record.value[:, :, -24:])
     expected = cosine_map(explainer.model.project(mixed), texts.map_text_embeds, GRID)
     torch.testing.assert_close(maps, expected, atol=1e-5, rtol=1e-3)

@@ -14,6 +14,8 @@ are those of `golden.py`. The maps are raw, before they are resized and stretche
 | `grad_eclip`, `grad_cam/block` | Cyang-Zhao/Grad-Eclip 5c1b5cc1, see below |
 | `grad_cam/norm` | jacobgil/pytorch-grad-cam 084273b3 |
 | `clip_surgery`, `itsm` | xmed-lab/CLIP_Surgery d4696d47 |
+| `sc_clip` | SuleBai/SC-CLIP 0417ba92, one image at a time |
+| `resclip` | yvhangyang/ResCLIP 0e085f7f, one image at a time, with PAMR |
 | `bi_modal` | hila-chefer/Transformer-MM-Explainability 58eaea85 |
 
 The authors' code was changed in these places:
@@ -21,6 +23,7 @@ The authors' code was changed in these places:
 - Position embeddings of images of another shape, `wide`, are interpolated as in Transformers. The authors interpolate
   by a factor of (side + 0.1) / 7, or with antialiasing, which changes maps by 2 to 17 % of their range. ProxyCLIP's
   code swaps height and width, which is undone.
+- SC-CLIP's code finds the row of an outlier by the number of rows, here by the number of columns.
 - Grad-ECLIP's code has one head in the last block, here all heads as the model (0.1 to 0.3 of the range).
 - Its Grad-CAM averages the gradient over all tokens, here over the patches, as pytorch-grad-cam does.
 - `clip_surgery/resnet` are the cosines before feature surgery, which weights texts by another score than the model's.
@@ -46,6 +49,7 @@ from iclip_hf.model.outputs import ICLIPTextFeatures
 pytest.importorskip("open_clip", reason="needs open_clip_torch")
 
 SIZES = {"square": (112, 112), "wide": (112, 160), "large": (224, 224)}
+SIZES |= {"deep": (128, 128), "deep_wide": (128, 192)}
 # Name of the maps, method, options.
 CASES = [
     ("naclip/sigma5", "naclip", {}),
@@ -79,10 +83,19 @@ CASES = [
     ("bi_modal", "bi_modal", {}),
     ("bi_modal/from_layer3", "bi_modal", {"layer": 3}),
     ("bi_modal/all_layers", "bi_modal", {"layer": 0}),
+    ("sc_clip", "sc_clip", {}),
+    ("sc_clip/no_class_token", "sc_clip", {"class_token": 0.0}),
+    ("sc_clip/beta_zero", "sc_clip", {"beta": 0.0}),
+    ("resclip", "resclip", {}),
+    ("resclip/share06", "resclip", {"rcs": 0.6}),
+    ("resclip/sfr_voc21", "resclip", {"sfr": (2.2, 0.7, 0.5)}),
+    ("resclip/sfr_ade20k", "resclip", {"sfr": (2.1, 0.7, 0.25)}),
 ]
 GOLDEN = dict(np.load(Path(__file__).with_name("golden.npz")))
 # Of the range of a map: what is expected from rounding, and from another activation and epsilon.
 TOLERANCES = {"maskclip/released": 2e-2}
+MODELS = {"square": ("transformers", "vit"), "wide": ("transformers",), "large": ("resnet",)}
+MODELS |= dict.fromkeys(("deep", "deep_wide"), ("deep",))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +103,7 @@ def models(tiny_processor):
     tokenizer = tiny_processor.tokenizer
     processor = SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
     models = {"transformers": load((golden.transformers_model(), processor))}
+    models["deep"] = load((golden.transformers_model(**golden.DEEP), processor))
     for tower in ("vit", "resnet"):
         model = golden.open_clip_model(tower)
         models[tower] = load((model, lambda texts: tokenizer(texts, return_tensors="pt")["input_ids"]))
@@ -111,9 +125,9 @@ def test_maps_are_those_of_the_authors_code(models, made, name, method, options,
         expected = expected.relu()  # these are signed
     scale = golden.LOGIT_SCALE if method.startswith("grad_") else 1.0  # of cosines, and of logits here
     made("clip")  # a tiny proxy stands for the embedded one
-    for model in {"square": ("transformers", "vit"), "wide": ("transformers",), "large": ("resnet",)}[size]:
+    for model in MODELS[size]:
         explainer, texts = make_explainer(models[model], method, **options), features(golden.texts())
-        pixel_values = golden.images(*SIZES[size])
+        pixel_values = golden.images(*SIZES[size], seed=48 if model == "deep" else 22)
         if method == "proxyclip":
             tokens = torch.from_numpy(GOLDEN[f"{name}/tokens/{size}"]).permute(0, 2, 3, 1)
             explainer._proxy_tokens = lambda pixel_values, tokens=tokens: tokens
@@ -135,3 +149,20 @@ def test_maps_are_those_of_the_authors_code(models, made, name, method, options,
 def test_every_golden_map_is_compared():
     compared = {f"{name}/{size}" for name, *_ in CASES for size in SIZES}
     assert {name for name in GOLDEN if "tokens" not in name} - compared == {"clip_surgery/one_text/empty"}
+
+
+@pytest.mark.parametrize(
+    ("layers", "middle", "early", "levels", "share", "blocks"),
+    [
+        (24, 17, 7, range(9, 20), 0.1, range(5, 9)),  # of the authors for ViT-L/14
+        (6, 4, 2, range(2, 5), 0.3, range(2, 4)),
+        (1, 0, 0, range(1), 0.3, range(1)),
+    ],
+)
+def test_layers_by_number_are_stated_or_scaled(tiny_processor, layers, middle, early, levels, share, blocks):
+    processor = SimpleNamespace(image_processor=CLIPImageProcessor(), tokenizer=tiny_processor.tokenizer)
+    model = load((golden.transformers_model(layers), processor))
+    method = make_explainer(model, "sc_clip")
+    assert (method.middle, method.early, method.levels, method.class_token) == (middle, early, levels, share)
+    assert make_explainer(model, "resclip").blocks == [*blocks]
+    assert raw_maps(method, golden.images(112, 112), features(golden.texts()))[0].isfinite().all()

@@ -35,6 +35,8 @@ class AttentionRecord:
     # (B, heads, Q, D / heads), values mixed by the attention, before the output projection
     mixed: torch.Tensor | None = None
     weights: torch.Tensor | None = None  # (B, heads, Q, L), attention weights of the values in `mixed`, if recorded
+    # Runs the block on another stream `(B, L, D)`, with the other arguments of this pass.
+    run_again: Callable[[torch.Tensor], object] | None = None
 
 
 @dataclass
@@ -141,8 +143,13 @@ def _enter_block(index: int, block: nn.Module, args: tuple, kwargs: dict) -> tup
     if recording is not None and index >= recording.start:
         if recording.grad and index == recording.start:
             stream = stream.detach().requires_grad_()
-        recording.records.append(AttentionRecord(stream))
+        again = partial(_run_block, block, args[1:], kwargs)
+        recording.records.append(AttentionRecord(stream, run_again=again))
     return (stream, *args[1:]), kwargs
+
+
+def _run_block(block: nn.Module, other_args: tuple, kwargs: dict, stream: torch.Tensor) -> object:
+    return block(stream, *other_args, **kwargs)
 
 
 def _enter_attention(attention: nn.Module, args: tuple, kwargs: dict) -> None:

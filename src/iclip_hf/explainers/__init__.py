@@ -51,6 +51,8 @@ METHODS = {
     "clearclip": ("ClearCLIP", "last_block:ClearCLIP"),
     "naclip": ("NACLIP", "last_block:NACLIP"),
     "proxyclip": ("ProxyCLIP", "proxyclip:ProxyCLIP"),
+    "sc_clip": ("SC-CLIP", "sc_clip:SCCLIP"),
+    "resclip": ("ResCLIP", "resclip:ResCLIP"),
     "random": ("Random, independent of image and text", "random_map:RandomMap"),
 }
 # The group of entry points by which other packages add methods. An entry point names a method, a module and a class.

@@ -64,18 +64,11 @@ class ProxyCLIP(Explainer):
         if grid != features.grid:
             value_map = value.flatten(0, 1).mT.unflatten(-1, features.grid)  # (B * heads, D / heads, h, w)
             value = F.interpolate(value_map, grid, mode="bilinear").flatten(2).mT.unflatten(0, value.shape[:2])
-        mixed = self.weights(unit(tokens.flatten(1, 2))).to(value) @ value
+        weights = proxy_weights(unit(tokens.flatten(1, 2)), self.beta, self.gamma)
+        mixed = weights.to(value) @ value
         patch_stream = self.model.join_features(self.model.layers[self.layer_index].output(mixed), features, grid)
         patch_embeds = unit(self.model.project(patch_stream)).unflatten(1, grid)
         return cosine_similarity_map(patch_embeds, texts.map_text_embeds), features
-
-    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Computes the attention weights `(B, 1, N, N)` from the proxy's unit vectors `(B, N, D)`."""
-        similarity = tokens @ tokens.mT
-        logits = self.gamma * (similarity - self.beta * similarity.mean((1, 2), keepdim=True))
-        # A patch always attends to itself, so that not all of its logits are masked.
-        diagonal = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        return logits.masked_fill((logits < 0) & ~diagonal, -torch.inf).softmax(-1).unsqueeze(1)
 
     def _proxy_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Returns the proxy's patch tokens `(B, h, w, D)`."""
@@ -95,6 +88,15 @@ class ProxyCLIP(Explainer):
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
         kwargs = {"interpolate_pos_encoding": True} if VISION_TOWERS[config.model_type].interpolates else {}
         return self.proxy(pixels, **kwargs).last_hidden_state[:, -math.prod(grid) :].unflatten(1, grid)
+
+
+def proxy_weights(tokens: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
+    """Computes attention weights `(B, 1, N, N)` from unit vectors `(B, N, D)`, see [`ProxyCLIP`]."""
+    similarity = tokens @ tokens.mT
+    logits = gamma * (similarity - beta * similarity.mean((1, 2), keepdim=True))
+    # A patch always attends to itself, so that not all of its logits are masked.
+    diagonal = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    return logits.masked_fill((logits < 0) & ~diagonal, -torch.inf).softmax(-1).unsqueeze(1)
 
 
 def _statistics(image_processor, like: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """What is meant for others tells nothing of the machine that wrote it."""
 
-import copy
 import gzip
 import json
 import shutil
@@ -9,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import evaluate_model, iclip, noise, save_towers, tiny_model, write_folder, write_pairs
+from conftest import evaluate_model, iclip, save_towers, tiny_model, write_folder, write_pairs
 from PIL import ExifTags, Image
 
 from iclip_hf import ICLIPModel, example_image, load
-from iclip_hf.data import load_pairs
 from iclip_hf.data.segmentation import load_segmentation
-from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
 
 
 NAME = "telling-name"
@@ -80,26 +77,6 @@ def test_a_result_names_no_path_of_a_proxy(home, world):
         assert NAME not in (home / "results.json").read_text()
 
 
-def test_a_folder_with_the_name_of_the_user_gives_no_name(home, world, monkeypatch):
-    monkeypatch.setenv("HOME", str(home / "telling"))
-    shutil.copytree(world.folder / "model", home / "telling")
-    for folder in ("exported", "out/telling"):
-        assert iclip("export", home / "telling", home / folder) == 0
-        assert "# ~" in (home / folder / "README.md").read_text()
-    args = ICLIPTrainingArguments(str(home / "runs" / "telling"), max_steps=1, per_device_train_batch_size=2)
-    card = {"training": {"data": [home / "pairs.tar", "org/pairs"], "nouns": str(home / "nouns.txt"), "seed": 1}}
-    model, pairs = copy.deepcopy(world.model), load_pairs(home / "pairs.tar")
-    trainer = ICLIPTrainer(model, args, train_dataset=pairs, processing_class=world.processor, card=card)
-    trainer.save_model()
-    trainer.card["name"] = "org/named"
-    trainer.save_model(home / "named")
-    assert "# org/named" in (home / "named" / "README.md").read_text()
-    with pytest.raises(TypeError, match="card: 'license' is no argument"):
-        ICLIPTrainer(model, args, train_dataset=pairs, processing_class=world.processor, card={"license": "mit"})
-    content = (home / "runs" / "telling" / "README.md").read_text()
-    assert "# ~" in content and "| `data` | pairs.tar, org/pairs |" in content and "| `nouns` | nouns.txt |" in content
-
-
 def test_a_result_names_no_relative_path_after_a_change_of_the_working_directory(home, world, tmp_path, monkeypatch):
     shutil.copytree(world.folder / "model", home / "secret" / "model")
     models = [load("secret/model"), (ICLIPModel.from_pretrained("secret/model"), world.processor)]
@@ -107,20 +84,6 @@ def test_a_result_names_no_relative_path_after_a_change_of_the_working_directory
     monkeypatch.chdir(tmp_path)
     for model in models:
         assert evaluate_model(model, dataset, None, ["mAP"]).protocol["model"] == "model"
-
-
-def test_a_training_on_the_folder_of_the_user_does_not_name_the_user(home, world, monkeypatch):
-    """As `iclip train ~`, with a folder of images for each class."""
-    monkeypatch.setenv("HOME", str(home / NAME))
-    for name in ("dog", "cat"):
-        (home / NAME / name).mkdir(parents=True)
-        for number in range(2):
-            noise((40, 40), seed=number).save(home / NAME / name / f"{number}.png")
-    command = ["train", home / NAME, "--model", world.folder / "model", "--max_steps", 1]
-    assert iclip(*command, "--per_device_train_batch_size", 2, "--save_strategy", "no") == 0
-    (run,) = Path("runs").iterdir()
-    assert NAME not in run.name and "| `data` | ~ |" in (run / "README.md").read_text()
-    assert not [path for path in run.rglob("*") if path.is_file() and NAME.encode() in path.read_bytes()]
 
 
 def test_a_model_of_local_towers_that_transformers_saves_names_no_path(home, tmp_path):

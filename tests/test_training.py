@@ -2,20 +2,17 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import save, tiny_inputs, tiny_model, write_folder
 from fault_inputs import index_mask, masks_folder
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import ModelCard
 from training_runs import evaluations, run, weights, write_table
 
 from iclip_hf import ICLIPModel, ICLIPProcessor
 from iclip_hf.data.pairs import load_pairs
-from iclip_hf.hub.model_card import HUB_RESULTS
 from iclip_hf.model.losses import contrastive_loss
 from iclip_hf.training import ICLIPTrainer, ICLIPTrainingArguments
 from iclip_hf.training import trainer as module
@@ -272,40 +269,3 @@ def test_masks_without_a_class_end_the_training_before_its_first_step(hub, tmp_p
     with pytest.raises(ValueError, match="None of the 1 images shows a class"):
         run(hub, tmp_path / "run", *options, "--validation_share", 0.5, "--metric_for_best_model", "loss")
     assert not (tmp_path / "run").exists()
-
-
-def test_what_is_pushed_has_no_paths_of_this_machine(hub, tmp_path, monkeypatch):
-    """It is pushed once, at the end. `push_to_hub` of the base class saves the model by itself."""
-    pushed, log = [], ["--report_to", "tensorboard", "--validation_data", hub / "held_out.tar", "--eval_steps", 1]
-    monkeypatch.setattr(HfApi, "create_repo", lambda *name, **options: SimpleNamespace(repo_id="org/pairs"))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: pushed.append(options))
-    run(hub, tmp_path, "--max_steps", 2, "--save_steps", 1, "--push_to_hub", True, *log)
-    (options,) = pushed
-    assert options["folder_path"] == str(tmp_path) and options["repo_id"] == "org/pairs"
-    assert options["delete_patterns"] == HUB_RESULTS
-    files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
-    assert {"runs", "pictures", "checkpoint-2", "start.json"} <= {file.split("/")[0] for file in files}
-    shown = [*filter_repo_objects(files, allow_patterns=options["allow_patterns"])]
-    assert {"model.safetensors", "config.json", "processor_config.json", "README.md"} <= {*shown}
-    assert all("/" not in file and str(hub).encode() not in (tmp_path / file).read_bytes() for file in shown)
-    assert "start.json" not in shown and not (tmp_path / "training_args.bin").exists()
-    card = (tmp_path / "README.md").read_text()
-    assert 'model="org/pairs"' in card and tmp_path.name not in card
-
-
-def test_the_weights_outlive_a_full_disk(hub, tmp_path, monkeypatch):
-    """Without a checkpoint, in a temporary folder."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    save, calls = module.save_model, []
-
-    def full(*arguments, **options):
-        calls.append(1)
-        if len(calls) == 1:
-            raise OSError(28, "No space left on device")
-        save(*arguments, **options)
-
-    monkeypatch.setattr(module, "save_model", full)
-    with pytest.raises(OSError, match=r"run: writing failed .* The trained model is in .*iclip-\w+\.") as error:
-        run(hub, tmp_path / "run", "--max_steps", 1, "--save_strategy", "no")
-    saved = str(error.value).rpartition(" ")[2].removesuffix(".")
-    assert ICLIPModel.from_pretrained(saved).config.projection_dim == tiny_model().config.projection_dim

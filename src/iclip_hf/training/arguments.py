@@ -60,9 +60,6 @@ class ICLIPTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = argument(False, "false, because the collator reads all columns of a data set")
     # The `noun_labels` of a batch must not be gathered.
     label_names: list[str] | None = argument([], "names of labels that an evaluation gathers; none by default")
-    push_to_hub: bool = argument(False, "push the model and its card to the Hub, once, at the end")
-    # Other strategies push `training_args.bin`, which holds paths and the token of this machine.
-    hub_strategy: str = argument("end", "when push_to_hub pushes: at the end, with the model card")
 
     chunk_size: int = argument(256, "number of pairs in one forward pass of a tower, which limits the memory")
     keep_presence: float = argument(

@@ -13,7 +13,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -31,8 +30,8 @@ from ..data.epochs import Epochs
 from ..data.segmentation import SegmentationDataset
 from ..data.wrappers import at_first_epoch
 from ..evaluation.evaluate import evaluate_model
-from ..hub.folders import hub_errors, save_model
-from ..hub.model_card import HUB_RESULTS, write_model_card
+from ..hub.folders import save_model
+from ..hub.model_card import write_model_card
 from ..model.modeling_iclip import ICLIPModel
 from ..model.pair_loss import ImageInputs, in_chunks
 from ..model.processing_iclip import ICLIPProcessor
@@ -123,11 +122,8 @@ class ICLIPTrainer(Trainer):
         args = ICLIPTrainingArguments("tmp_trainer") if args is None else args  # the folder of the base class
         if not isinstance(args, ICLIPTrainingArguments):
             raise TypeError(f"args: expected ICLIPTrainingArguments, got {type(args).__name__}.")
-        if args.push_to_hub and args.hub_strategy != "end":
-            raise ValueError(
-                "hub_strategy: checkpoints name paths and hold the token of this machine; set it to 'end', which "
-                "pushes the model alone."
-            )
+        if args.push_to_hub:  # the base class would push paths and the token of this machine
+            raise ValueError("push_to_hub: upload the saved model by `iclip push`, with its code and card.")
         self.map_dataset, self.card, self._last_losses = map_dataset, card or {}, []
         if unknown := self.card.keys() - signature(write_model_card).parameters.keys():
             raise TypeError(f"card: {min(unknown)!r} is no argument of write_model_card.")
@@ -413,7 +409,7 @@ class ICLIPTrainer(Trainer):
         Saves the model for `from_pretrained`, with its processor and card. Replaces the files of an earlier model one
         by one, each atomically. Other files, such as checkpoints, stay.
         """
-        if _internal_call and output_dir:  # a checkpoint; `push_to_hub` names no folder
+        if _internal_call:  # a checkpoint
             super().save_model(output_dir, _internal_call)
             if self.args.should_save:
                 clean_configs(output_dir)
@@ -432,47 +428,13 @@ class ICLIPTrainer(Trainer):
                     card["metrics"] = results
             partial = folder / "model.partial"
             shutil.rmtree(partial, ignore_errors=True)  # a run that was killed here leaves it
-            card = {"name": self.hub_model_id or folder_name(folder), **card}
+            card = {"name": folder_name(folder), **card}
             save_model(self.model, self.processing_class, partial, **card)
-            (folder / HUB_RESULTS).unlink(missing_ok=True)  # an earlier model may have had results
-            files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
-            for file in files:
-                with atomic_write(folder / file) as temporary:
-                    os.replace(partial / file, temporary)
-            shutil.rmtree(partial)
-            self._model_files = [file.as_posix() for file in files]
+            for file in [*partial.iterdir()]:
+                with atomic_write(folder / file.name) as temporary:  # sets the mode of the file
+                    os.replace(file, temporary)
+            partial.rmdir()
         self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def init_hf_repo(self, token=None, private=None) -> None:
-        """Like the base class. Raises `OSError` or `ValueError` if the Hub cannot be reached or refuses it."""
-        with hub_errors(HfApi()):
-            super().init_hf_repo(token, private)
-
-    def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
-    ):
-        """Like the base class. Uploads the files of the model alone: logs name paths, and pictures show the data."""
-        args, token = self.args, token or self.args.hub_token
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token, private)
-        self.save_model(_internal_call=True)
-        if self.is_world_process_zero():
-            self._finish_current_push()
-            api = HfApi()
-            with hub_errors(api):
-                return api.upload_folder(
-                    repo_id=self.hub_model_id,
-                    token=token,
-                    revision=revision or args.hub_revision,
-                    folder_path=args.output_dir,
-                    allow_patterns=self._model_files,
-                    delete_patterns=HUB_RESULTS,  # of an earlier model, unless they are replaced
-                    commit_message=commit_message,
-                    run_as_future=not blocking,
-                )
 
     def create_model_card(self, *arguments, **kwargs) -> None:
         """Does nothing: `save_model` writes the card, by the argument `card` of the constructor."""

@@ -17,14 +17,9 @@ def is_hub_id(name: str) -> bool:
 
 def public_name(name: str) -> str:
     """
-    Returns a Hub id unchanged, and only the last part of a path, because its folders may name the user. If the last
-    part does, returns "~".
+    Returns a Hub id unchanged, and only the last part of a path, because its folders may name the user.
     """
-    if is_hub_id(name):
-        return name
-    last = Path(name).name
-    users = (Path(os.path.expanduser("~")).name, os.environ.get("USER"), os.environ.get("USERNAME"))
-    return "~" if last and last in users else last
+    return name if is_hub_id(name) else Path(name).name
 
 
 def folder_name(folder: str | os.PathLike) -> str:
